@@ -1,0 +1,148 @@
+"""Model directories and checkpoints: folders that are whole or not there.
+
+A model directory is config.json, model.safetensors and tokenizer.json: all that using the model takes. A checkpoint is
+a model directory with training_state.pt, one folder `step-00002000` a time; in a run folder `last` and `best` point
+to two of them.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpt_arc.errors import UserError
+from gpt_arc.files import new_directory, point, replacing, write_file
+from gpt_arc.tokenizer import FILE_NAME as TOKENIZER_FILE
+from gpt_arc.tokenizer import Tokenizer, load_tokenizer
+from model import GPT, GPTConfig
+
+MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
+
+
+def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
+    """Write a model directory; files that are there already are replaced one by one."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(model.config)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(directory / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save(directory)
+    write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
+
+
+def model_directory(path: Path | str) -> Path:
+    """The model directory that `path` is, or, for a run folder, its best one, else its last. Raises UserError."""
+    path = Path(path)
+    for directory in (path, path / "best", path / "last"):
+        if (directory / "config.json").is_file():
+            return directory
+    if not path.exists():
+        raise UserError(f"there is no model directory {path}")
+    raise UserError(f"{path} is not a model directory: it has no config.json, and no best or last checkpoint")
+
+
+def load_config(directory: Path) -> GPTConfig:
+    """The architecture of a model directory. Raises UserError if config.json is not one of ours or damaged."""
+    path = directory / "config.json"
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        kind, version = content.pop("model_type"), content.pop("format_version")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a gpt-arc model's: {type(error).__name__}: {error}") from None
+    if kind != MODEL_TYPE or version != FORMAT_VERSION:
+        raise UserError(
+            f'{path} describes a model of the type "{kind}", version {version}; '
+            f'this program reads "{MODEL_TYPE}", version {FORMAT_VERSION}'
+        )
+    try:
+        return GPTConfig(**content)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+
+
+def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, Tokenizer | None]:
+    """The model, on the CPU and in training mode, and its tokenizer, of a model directory or a run folder.
+
+    `config` replaces the stored one, for settings that no tensor depends on, such as dropout. Raises UserError naming the file and the tensor if something is missing, surplus, of another shape or damaged.
+    """
+    directory = model_directory(path)
+    with torch.device("meta"):
+        model = GPT(config or load_config(directory))
+    weights = directory / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{weights} is missing or damaged, use another checkpoint: {error}") from None
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for what, names in (("lacks", expected.keys() - tensors), ("has beyond the model", tensors.keys() - expected)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{weights} {what} the tensor {min(names)}{more}")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"{weights}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+    model.load_state_dict(tensors, assign=True)
+    has_tokenizer = (directory / TOKENIZER_FILE).exists()
+    return model, load_tokenizer(directory) if has_tokenizer else None
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    best_step: int | None,
+    model: GPT,
+    tokenizer: Tokenizer | None,
+    state: dict[str, Any],
+    keep_all: bool,
+) -> None:
+    """Write the checkpoint of `step` into a run folder, point `last` to it and `best` to `best_step`'s, drop others.
+
+    A kill at any moment leaves `last` pointing to a whole checkpoint. Raises UserError if the disk refuses.
+    """
+    directory = run / step_name(step)
+    if not directory.exists():
+        try:
+            with new_directory(directory) as temporary:
+                save_model(model, tokenizer, temporary)
+                torch.save(state, temporary / "training_state.pt")
+        except (SafetensorError, RuntimeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the checkpoint {directory} can't be written; the one before it stays: {reason}") from None
+    kept = {directory.name}
+    point(run / "last", directory.name)
+    if best_step is not None:
+        point(run / "best", step_name(best_step))
+        kept.add(step_name(best_step))
+    for other in run.glob("step-*"):
+        if not keep_all and other.name not in kept:
+            shutil.rmtree(other)
+
+
+def clean_run(run: Path, step: int, best_step: int | None) -> None:
+    """Before going on from `step`: remove what a killed run left unfinished or wrote after it, and set `best` right."""
+    for leftover in (*run.glob(".step-*"), *(d for d in run.glob("step-*") if d.name > step_name(step))):
+        shutil.rmtree(leftover)
+    if best_step is not None:
+        point(run / "best", step_name(best_step))
+
+
+def load_state(directory: Path) -> dict[str, Any]:
+    """The training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged."""
+    path = directory / "training_state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to go on from") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged, use another checkpoint: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,137 @@
+"""What a run costs and how it goes: FLOPs, memory, the rate of the hardware, metrics.jsonl."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_arc.files import write_file
+from model import GPT, GPTConfig
+
+# Dense matrix products a second: (16-bit with float32 accumulation, float32 as TF32), from the makers' data sheets.
+# Matched as a part of the device's name, the first match counting.
+ACCELERATORS = {
+    "B200": (2250e12, 1125e12),
+    "H200": (989e12, 494e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989e12, 494e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "L4": (121e12, 60e12),
+    "A10G": (70e12, 35e12),
+    "A10": (125e12, 62.5e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
+    "RTX 4090": (165.2e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+
+def flops_per_token(model: GPT) -> int:
+    """Floating-point operations of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
+
+    Six per parameter that multiplies, a tied head included, and 12 L H D T for attention.
+    """
+    config = model.config
+    multiplying = model.num_parameters(embeddings=False)
+    if config.tied_head:
+        multiplying += config.vocab_size * config.n_embd
+    return 6 * multiplying + 12 * config.n_layer * config.n_head * config.head_width * config.block_size
+
+
+def memory_estimate(model: GPT, sequences: int, dtype: str) -> int:
+    """Bytes that training is estimated to take: 16 a parameter, and what the backward pass keeps of `sequences`.
+
+    A parameter has its float32 weight, gradient and AdamW's two moments. A layer keeps about 17 C values a token
+    (Korthikanti et al., arXiv:2205.05198, 34 C bytes in 16 bits, without the attention matrix, which is recomputed);
+    the head keeps the logits in the computing type and in float32, and their gradient.
+    """
+    config: GPTConfig = model.config
+    size = 4 if dtype == "float32" else 2
+    tokens = sequences * config.block_size
+    activations = tokens * config.n_layer * 17 * config.n_embd * size
+    return 16 * model.num_parameters() + activations + tokens * config.vocab_size * (size + 8)
+
+
+def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:
+    """Matrix-product FLOPs a second: from the table for an accelerator, measured for a CPU, None where not known."""
+    if device.type == "cpu":
+        return measured_flops(getattr(torch, dtype))
+    if device.type == "cuda":
+        for known, (half, single) in ACCELERATORS.items():
+            if known in name:
+                return single if dtype == "float32" else half
+    return None
+
+
+def measured_flops(dtype: torch.dtype, size: int = 1024, seconds: float = 0.15) -> float:
+    """The best rate seen of products of two (size, size) matrices on the CPU, in FLOPs a second."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    best, end = math.inf, time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * size**3 / best
+
+
+def human(value: float, unit: str = "") -> str:
+    """1234567 as 1.23M."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+class Meter:
+    """Mean loss and rate since they were last taken."""
+
+    def __init__(self):
+        self._loss, self._tokens, self._seconds = 0.0, 0, 0.0
+
+    def add(self, loss_sum: float, tokens: int, seconds: float) -> None:
+        self._loss += loss_sum
+        self._tokens += tokens
+        self._seconds += seconds
+
+    def take(self) -> tuple[float, float]:
+        """Mean loss in nats a token, and tokens a second; starts anew."""
+        result = self._loss / self._tokens, self._tokens / self._seconds
+        self.__init__()
+        return result
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, in the order of steps."""
+
+    def __init__(self, directory: Path, keep_until: int):
+        """Append to the run's file, dropping what a killed run logged after step `keep_until`."""
+        self.path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
+        write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a")
+
+    def write(self, **values: Any) -> None:
+        """Write one line; values that are None are left out."""
+        self._file.write(json.dumps({name: value for name, value in values.items() if value is not None}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines

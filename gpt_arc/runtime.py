@@ -1,0 +1,120 @@
+"""Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gpt_arc.errors import UserError
+from model import GPT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Compiling takes about half a minute to two on a CPU and gains perhaps a quarter of the time from then on.
+COMPILE_PAYS_AFTER = 600  # seconds of training on a CPU
+
+
+def resolve_device(setting: str, local_rank: int = 0) -> torch.device:
+    """The device for a setting; auto is cuda, else mps, else cpu. Raises UserError for one that is not there."""
+    if setting == "auto":
+        setting = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise UserError(f'device = "{setting}" is not a device: say auto, cpu, cuda, cuda:1 or mps') from None
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    if (device.index or 0) >= count.get(device.type, 0):
+        there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
+        raise UserError(f'device = "{setting}" is not available here; there is {there}')
+    return device
+
+
+def resolve_dtype(setting: str, device: torch.device) -> str:
+    """The precision of matrix products; auto is the fastest that the hardware multiplies natively."""
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()  # Intel AMX, AVX-512 BF16 and the Arm extension
+        return "bfloat16" if any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "float32"
+    return "float32"
+
+
+def resolve_compile(setting: bool | str, device: torch.device, seconds: float | None) -> tuple[bool, str]:
+    """Whether to compile, and why. `seconds` is how long the run may take uncompiled, if that is known."""
+    if setting != "auto":
+        return bool(setting), "as set"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401  torch's wheels for GPUs bring it, on the platforms it supports
+        except ImportError:
+            return False, "Triton is not installed"
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return False, "Triton needs a GPU of compute capability 7.0 or more"
+        return True, "it pays on GPUs"
+    if device.type != "cpu":
+        return False, f"it is not dependable on {device.type}"
+    if seconds is not None and seconds < COMPILE_PAYS_AFTER:
+        return False, "the run is too short to pay it back"
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
+
+
+def compile_in_place(
+    model: GPT, autocast: Callable[[], torch.autocast], shape: tuple[int, int], device: torch.device
+) -> str | None:
+    """Compile `model` and try a step on a batch of `shape`; if that fails, undo it and return the reason in one line.
+
+    `nn.Module.compile` leaves the names of parameters alone, so `_orig_mod.` never reaches a file.
+    """
+    try:
+        model.compile()
+        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
+        with autocast():
+            loss = model(tokens, tokens)
+        loss.total.backward()
+        model.zero_grad()
+        return None
+    except Exception as error:  # whatever a compiler, its cache or its driver may raise
+        model._compiled_call_impl = None
+        reason = next(iter(str(error).strip().splitlines()), "")
+        return f"{type(error).__name__}: {reason}"
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """`batch` on the device; to a GPU the copy runs while the host goes on."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        return f"{name}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of every generator that training draws from in this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned, as far as this device has the same generators."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -1,0 +1,313 @@
+"""The GPT: one configuration, one block and one model for every generation.
+
+GPT-1, GPT-2, GPT-3 and their modern descendants differ in where the norm stands, how positions are
+encoded, which activation the MLP uses and whether the head is tied. Each difference is one field of
+`GPTConfig`; nothing is forked or subclassed. Read from the top: configuration, the parts of a block,
+the block, the model.
+
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
+    logits = model(tokens)              # (B, T) int64 -> (B, T, V)
+    loss = model(tokens, targets)       # loss.total / loss.count is the mean cross-entropy in nats
+
+Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size, M MLP width, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture. Impossible combinations raise ValueError; None means "derived", see the properties."""
+
+    block_size: int = 1024
+    """Context length in tokens."""
+    vocab_size: int = 50257
+    """Number of token ids. A prepared dataset that differs replaces it."""
+    n_layer: int = 12
+    """Number of blocks."""
+    n_head: int = 12
+    """Query heads per attention layer."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    n_kv_head: int | None = None
+    """Key/value heads, each shared by n_head / n_kv_head query heads (grouped-query attention). None: n_head."""
+    head_size: int | None = None
+    """Width of one attention head. None: n_embd / n_head."""
+    mlp_size: int | None = None
+    """Hidden width of the MLP. None: 4 n_embd; for swiglu, whose MLP has three matrices, 8/3 n_embd."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + f(norm(x)) and a final norm (GPT-2, GPT-3). post: norm(x + f(x)), no final norm (GPT-1)."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Kind of every norm in the model."""
+    norm_eps: float = 1e-5
+    """Added to the variance inside every norm."""
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    """How a token knows its place: a trained table, fixed sinusoids, or rotated queries and keys."""
+    rotary_base: float = 10_000.0
+    """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"] = "gelu_tanh"
+    """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    tied_head: bool = True
+    """Use the token embedding as the output matrix."""
+    head_bias: bool = False
+    """A bias on the output logits."""
+    qk_norm: bool = False
+    """Norm every query and key head before attention (arXiv:2302.05442, Qwen3)."""
+    dropout: float = 0.0
+    """Dropout wherever the three settings below leave it to this one."""
+    embedding_dropout: float | None = None
+    """Dropout on the sum of token and position embeddings. None: dropout."""
+    attention_dropout: float | None = None
+    """Dropout on attention weights. None: dropout."""
+    residual_dropout: float | None = None
+    """Dropout on each sublayer's output before it joins the residual stream. None: dropout."""
+    init: Literal["gpt1", "gpt2"] = "gpt2"
+    """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        for name in ("n_kv_head", "head_size", "mlp_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out to be derived")
+        for name in ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
+        for name in ("norm_eps", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+        for field in fields(self):  # tyro and the TOML reader check these too; this serves Python callers
+            choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+            if choices and getattr(self, field.name) not in choices:
+                raise ValueError(f"{field.name} = {getattr(self, field.name)!r} must be one of {', '.join(choices)}")
+        if self.head_size is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}: change one, or state head_size"
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f'positions = "rotary" turns pairs of features: head size {self.head_width} must be even')
+        if self.positions == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f'positions = "sinusoidal" needs pairs of features: n_embd = {self.n_embd} must be even')
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_head if self.n_kv_head is None else self.n_kv_head
+
+    @property
+    def head_width(self) -> int:
+        return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def mlp_width(self) -> int:
+        if self.mlp_size is not None:
+            return self.mlp_size
+        return 8 * self.n_embd // 3 if self.activation == "swiglu" else 4 * self.n_embd
+
+    def dropout_of(self, place: Literal["embedding", "attention", "residual"]) -> float:
+        own = getattr(self, f"{place}_dropout")
+        return self.dropout if own is None else own
+
+
+class Loss(NamedTuple):
+    """What `GPT.forward` returns with targets: sums, so that means stay exact over micro-batches and ranks."""
+
+    total: Tensor  # () sum of cross-entropies in nats over the targets that count
+    count: Tensor  # () int64, how many targets that was
+    auxiliary: dict[str, Tensor]  # further terms by name, each () and already weighted; empty for dense models
+
+
+def make_norm(config: GPTConfig, size: int) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (T, width / 2) of positions (T,) at wavelengths from 2 pi up to 2 pi base, in float32.
+
+    Computed where they are used: no buffer that a cast to bfloat16 would spoil or a meta device would leave empty.
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = positions.float()[:, None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: x (B, H, T, D) with feature i and i + D/2 turned as a pair (Hugging Face's half-split layout)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    return turned.type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `qkv` stacks H query heads, then K key heads, then K value heads."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width
+        self.qkv = nn.Linear(config.n_embd, (heads + 2 * kv_heads) * size, bias=config.bias)
+        self.query_norm = make_norm(config, size) if config.qk_norm else nn.Identity()
+        self.key_norm = make_norm(config, size) if config.qk_norm else nn.Identity()
+        self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout_of("residual"))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        config = self.config
+        heads, kv_heads = config.n_head, config.kv_heads
+        qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, config.head_width)).transpose(1, 2)  # (B, H+2K, T, D)
+        query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        query, key = self.query_norm(query), self.key_norm(key)
+        if rotary is not None:
+            query, key = rotate(query, *rotary), rotate(key, *rotary)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key.type_as(query),
+            value.type_as(query),  # under autocast a norm may leave queries and keys in float32
+            is_causal=True,
+            dropout_p=config.dropout_of("attention") if self.training else 0.0,
+            enable_gqa=kv_heads != heads,
+        )
+        return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """Two linear layers around the activation; swiglu (arXiv:2002.05202) has a gate: `up` stacks gate, then value."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = config.activation
+        width = config.mlp_width
+        self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
+        self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout_of("residual"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)  # (B, T, M), or (B, T, 2M) with a gate
+        match self.activation:
+            case "gelu_tanh":
+                x = F.gelu(x, approximate="tanh")
+            case "gelu":
+                x = F.gelu(x)
+            case "relu":
+                x = F.relu(x)
+            case "relu_squared":
+                x = F.relu(x).square()
+            case "swiglu":
+                gate, x = x.chunk(2, dim=-1)
+                x = F.silu(gate) * x
+        return self.dropout(self.projection(x))
+
+
+class Block(nn.Module):
+    """One layer of the Transformer decoder: attention, then the MLP, each with its norm and residual connection."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.post_norm = config.norm_position == "post"
+        self.attention_norm = make_norm(config, config.n_embd)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config, config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.post_norm:
+            x = self.attention_norm(x + self.attention(x, rotary))
+            return self.mlp_norm(x + self.mlp(x))
+        x = x + self.attention(self.attention_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    """Embeddings, `n_layer` blocks, a head.
+
+    `hidden(tokens)` is the trunk that other heads wrap; `model(tokens)` adds the language-model head and
+    `model(tokens, targets)` its loss.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout_of("embedding"))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
+        if not config.tied_head:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Draw the initial weights; norms start as the identity, biases at 0.
+
+        gpt1: openai/finetune-transformer-lm train.py:106. gpt2: openai/gpt-2 src/model.py:50,152, with the
+        residual projections scaled by 1/sqrt(N) as the paper says, N = 2 n_layer being the residual layers.
+        """
+        as_gpt2 = self.config.init == "gpt2"
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 and name.endswith("projection") else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
+        if self.head_bias is not None:
+            nn.init.zeros_(self.head_bias)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
+        config = self.config
+        if tokens.size(1) > config.block_size:
+            raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        x = self.token_embedding(tokens)
+        rotary = None
+        if config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        elif config.positions == "sinusoidal":  # sines in the first half, cosines in the second
+            cosines, sines = sinusoids(positions, config.n_embd, 10_000.0)
+            x = x + torch.cat((sines, cosines), dim=-1)
+        else:
+            rotary = sinusoids(positions, config.head_width, config.rotary_base)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rotary)
+        return self.final_norm(x)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | Loss:
+        """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`."""
+        head = self.token_embedding.weight if self.config.tied_head else self.head.weight
+        logits = F.linear(self.hidden(tokens), head, self.head_bias)
+        if targets is None:
+            return logits
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return Loss(total, (targets != IGNORED).sum(), {})
+
+    def num_parameters(self, embeddings: bool = True) -> int:
+        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them."""
+        total = sum(p.numel() for p in self.parameters())
+        if embeddings:
+            return total
+        tables = [self.token_embedding] + ([self.position_embedding] if self.config.positions == "learned" else [])
+        return total - sum(table.weight.numel() for table in tables)

@@ -1,0 +1,32 @@
+"""Prepare the Python language reference, character by character: a corpus that every CPython carries.
+
+    python prepare/python_manual.py
+
+The text is `pydoc_data.topics`, what `help("while")` prints: about half a million characters, in the wording of the
+Python that runs this. Nothing is downloaded.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from gpt_arc.corpus import prepare_text
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+
+
+@dataclass(frozen=True)
+class Options:
+    overwrite: bool = False
+    """Replace data/python_manual if it holds something else, as that of another Python."""
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    from pydoc_data.topics import topics
+
+    source = f"pydoc_data.topics of Python {sys.version.split()[0]}"
+    prepare_text(["\n".join(topics.values())], "char", "python_manual", source, options.overwrite)
+
+
+if __name__ == "__main__":
+    entry_point(main)()

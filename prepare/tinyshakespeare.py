@@ -1,0 +1,55 @@
+"""Prepare TinyShakespeare, 1.1 MB of Shakespeare's plays, character by character.
+
+    python prepare/tinyshakespeare.py                       downloads it
+    python prepare/tinyshakespeare.py --input FILE          where there is no network
+"""
+
+import hashlib
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt_arc.corpus import prepare_text, read_text
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.flags import parse_flags
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+@dataclass(frozen=True)
+class Options:
+    input: Path | None = None
+    """The text as a file. None: download it."""
+    overwrite: bool = False
+    """Replace data/tinyshakespeare if it holds something else."""
+
+
+def download() -> str:
+    try:
+        with urllib.request.urlopen(URL, timeout=30) as response:
+            return response.read().decode("utf-8")
+    except (urllib.error.URLError, OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"TinyShakespeare can't be downloaded ({reason}): give the file by `python prepare/tinyshakespeare.py "
+            "--input FILE`, or train on what Python carries by `python train.py configs/quickstart.toml`"
+        ) from None
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    text = read_text(options.input) if options.input else download()
+    found = hashlib.sha256(text.encode()).hexdigest()
+    if found != SHA256:
+        raise UserError(
+            f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {found[:12]}..., not {SHA256[:12]}...; "
+            "prepare other texts by `python prepare/text.py`"
+        )
+    prepare_text([text], "char", "tinyshakespeare", "TinyShakespeare", options.overwrite)
+
+
+if __name__ == "__main__":
+    entry_point(main)()

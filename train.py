@@ -1,0 +1,351 @@
+"""Train a GPT.
+
+    python train.py configs/quickstart.toml                        on whatever this machine has
+    python train.py configs/gpt2.toml --dataset=mytext --max_iters=2000
+    python train.py configs/quickstart.toml --init_from=resume     go on with its newest run
+    torchrun --standalone --nproc_per_node=8 train.py configs/gpt2.toml
+
+Settings come from the config files named, later ones winning, and from flags, which win over files. A run writes
+out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best` point.
+"""
+
+import contextlib
+import dataclasses
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from tqdm import tqdm
+
+from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
+from gpt_arc.config import settings_of
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.metrics import human
+from gpt_arc.optim import build_optimizer, learning_rate_at, load_optimizer_state
+from model import GPT
+
+
+@dataclass
+class Progress:
+    """How far a run has come: with the weights, the optimizer and the generators, all that resuming takes."""
+
+    step: int = 0  # optimizer updates made
+    consumed: int = 0  # sequences read
+    skipped: int = 0  # steps left out because their gradient was not finite
+    seconds: float = 0.0  # of training; evaluation and checkpoints left out
+    best_val_loss: float = math.inf
+    best_step: int | None = None
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one ends the process."""
+
+    number = 0
+
+    def __init__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def anywhere(self) -> bool:
+        """Whether any process has been asked to stop."""
+        return bool(self.number) if WORLD_SIZE == 1 else any(distributed.gather(self.number))
+
+
+def say(text: str) -> None:
+    if IS_MAIN:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
+    """Micro-batches of a process in one step, and the sequences in each: equal shares, batch_size at most."""
+    if sequences % WORLD_SIZE:
+        raise UserError(
+            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be shared equally "
+            f"by {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
+        )
+    own = sequences // WORLD_SIZE
+    size = max(n for n in range(1, batch_size + 1) if own % n == 0)
+    return own // size, size
+
+
+@torch.no_grad()
+def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Callable, stop: StopSignal) -> float | None:
+    """Mean cross-entropy in nats over the batches of all processes; None if a signal came meanwhile."""
+    model.eval()
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for tokens, targets in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+        with autocast():
+            loss = model(tokens.to(device), targets.to(device))
+        sums += torch.stack((loss.total, loss.count))
+        if stop.anywhere():
+            return None
+    model.train()
+    total, count = distributed.sum_over_ranks(sums).tolist()
+    return total / count
+
+
+def train(launch: runs.Launch, device: torch.device) -> int:
+    config = launch.config
+    training, logging = config.training, config.logging
+
+    # ---- data: what is missing and small is prepared; a dataset's vocabulary replaces the preset's
+    folder = data.find_dataset(config.data.dataset)
+    if folder is None and not config.run.dry_run:
+        say(f"preparing the dataset {config.data.dataset}")
+        folder = distributed.from_main(data.prepare_dataset(config.data.dataset) if IS_MAIN else None)
+    dataset = data.open_dataset(folder) if folder else None
+    if dataset and dataset.tokenizer and dataset.tokenizer.vocab_size != config.model.vocab_size:
+        say(f"vocabulary     {dataset.tokenizer.vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
+        fitted = dataclasses.replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
+        config = dataclasses.replace(config, model=fitted)
+    block_size = config.model.block_size
+    train_tokens = dataset and dataset.split("train", block_size)
+    val_tokens = dataset and dataset.split("val", block_size)
+
+    # ---- what "auto" means here; a resumed run keeps what it meant at first
+    state, progress = None, Progress()
+    if launch.resumed:
+        state = checkpoint.load_state(launch.resumed / "last")
+        progress = Progress(**state["progress"])
+        if state["runtime"]["device"] == device.type:
+            kept = {name: state["runtime"][name] for name in ("dtype", "compile") if getattr(training, name) == "auto"}
+            training = dataclasses.replace(training, **kept)
+    dtype = runtime.resolve_dtype(training.dtype, device)
+    micro_steps, micro_batch = split_batch(config.sequences_per_step, config.data.batch_size)
+    tokens_per_step = config.sequences_per_step * block_size
+    with torch.device("meta"):
+        sketch = GPT(config.model)
+    flops_per_step = metrics.flops_per_token(sketch) * tokens_per_step
+    name = runtime.device_name(device)
+    peak = metrics.peak_flops(device, name, dtype)
+    at_least = flops_per_step * (training.max_iters - progress.step) / peak if peak else None
+    compiled, why = runtime.resolve_compile(training.compile, device, at_least)
+
+    # ---- the plan in figures
+    say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
+    shape = f"{WORLD_SIZE} x {micro_steps} micro-batches of {micro_batch} sequences of {block_size}"
+    say(f"tokens a step  {tokens_per_step:,} = {shape}")
+    epochs = "not prepared yet"
+    if train_tokens:
+        epochs = f"{training.max_iters * tokens_per_step / len(train_tokens):.3g} epochs of {len(train_tokens):,} tokens"
+    say(f"steps          {training.max_iters:,}; {config.data.dataset}: {epochs}")
+    say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
+    say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
+    if config.run.dry_run:
+        return 0
+
+    # ---- model
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.dtype != "float32"
+    torch.manual_seed(training.seed)
+    if launch.resumed:
+        last = launch.resumed / "last"
+        runs.check_same_model(config.model, checkpoint.load_config(last), launch.resumed)
+        model, tokenizer = checkpoint.load_model(last, config.model)
+        if tokenizer and dataset.tokenizer and tokenizer.to_json() != dataset.tokenizer.to_json():
+            raise UserError(f"the dataset {folder} has another tokenizer than the run {launch.resumed}")
+    else:
+        model = GPT(config.model)
+    model.to(device)
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+    if compiled:
+        say("compiling      takes a minute or so")
+        failure = runtime.compile_in_place(model, autocast, (micro_batch, block_size), device)
+        if failure and training.compile is True:
+            raise UserError(f"compile = true can't work here; --compile=False goes without it: {failure}")
+        if failure:
+            say(f"not compiled   {failure}")
+            compiled = False
+
+    # ---- evaluation: the same windows every time
+    stop = StopSignal()
+    windows = logging.eval_iters * config.data.batch_size
+    val_starts = data.evaluation_starts(len(val_tokens), block_size, windows)
+
+    def val_loss_now() -> float | None:
+        batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
+        return evaluate(model, batches, autocast, stop)
+
+    if config.run.eval_only:
+        val_loss = val_loss_now()
+        if val_loss is None:
+            return 128 + stop.number
+        say(f"step {progress.step}: val loss {val_loss:.4f} over {len(val_starts)} windows of {len(val_tokens):,} tokens")
+        return 0
+
+    # ---- run folder, optimizer, random generators
+    run = launch.resumed
+    if IS_MAIN and run:
+        runs.hold(run)
+        checkpoint.clean_run(run, progress.step, progress.best_step)
+    elif IS_MAIN:
+        run = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+    run = distributed.from_main(run)
+    say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
+    optimizer = build_optimizer(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    torch.manual_seed(training.seed + RANK)
+    if state:
+        load_optimizer_state(optimizer, state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if RANK < len(state["generators"]):
+            runtime.set_rng_state(state["generators"][RANK], device)
+    log = wandb_run = None
+    if IS_MAIN:
+        runs.record_settings(run, config, launch.overrides)
+        log = metrics.MetricsLog(run, progress.step)
+    if IS_MAIN and logging.wandb_log:
+        import wandb
+
+        wandb_name = logging.wandb_run_name or run.name
+        wandb_run = wandb.init(project=logging.wandb_project, name=wandb_name, config=settings_of(config), dir=run)
+
+    def save() -> None:
+        state = {
+            "progress": dataclasses.asdict(progress),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "generators": distributed.gather(runtime.rng_state(device)),
+            "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
+        }
+        if IS_MAIN:
+            best, keep_all = progress.best_step, logging.keep_all_checkpoints
+            checkpoint.save_checkpoint(run, progress.step, best, model, dataset.tokenizer, state, keep_all)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
+    # by the number of processes, since DistributedDataParallel averages their gradients.
+    order = data.TrainingOrder(len(train_tokens), block_size, training.seed)
+    sequences_here = micro_steps * micro_batch
+    replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model)
+    parameters = list(model.parameters())
+    meter = metrics.Meter()
+    not_finite = 0  # steps in a row
+    saved_step, stopped = progress.step, False
+    bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
+    model.train()
+    while progress.step < training.max_iters and not stopped:
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(progress.step, training)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        # forward and backward, gradients shared after the last micro-batch
+        starts = order.starts(progress.consumed + RANK * sequences_here, sequences_here)
+        step_loss = torch.zeros((), device=device)
+        for i, (tokens, targets) in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
+            share = WORLD_SIZE > 1 and i < micro_steps
+            with replica.no_sync() if share else contextlib.nullcontext():
+                with autocast():
+                    loss = replica(runtime.to_device(tokens, device), runtime.to_device(targets, device))
+                scaler.scale(loss.total * (WORLD_SIZE / tokens_per_step)).backward()
+            step_loss += loss.total.detach()
+        progress.consumed += config.sequences_per_step
+
+        # the step's one wait for the device: is all of it finite, has a process been asked to stop
+        scaler.unscale_(optimizer)
+        norm = get_total_norm([p.grad for p in parameters])
+        verdict = torch.stack((step_loss, norm, torch.full_like(norm, stop.number)))
+        loss_sum, norm_sum, stopped = distributed.sum_over_ranks(verdict).tolist()
+        finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
+        if finite:
+            if training.grad_clip:
+                clip_grads_with_norm_(parameters, training.grad_clip, norm)
+            scaler.step(optimizer)
+            progress.step += 1
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        took = time.perf_counter() - started
+        progress.seconds += took
+
+        if not finite:
+            progress.skipped += 1
+            not_finite += 1
+            say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
+            # float16 finds its loss scale by overflowing; otherwise two in a row won't mend themselves
+            if not_finite == (20 if scaler.is_enabled() else 2):
+                bar.close()
+                say(f"step {progress.step + 1} has diverged: {run}/last, if it is there, is the last good checkpoint; "
+                    "lower learning_rate or use dtype = float32")  # fmt: skip
+                return 1
+            continue
+        not_finite = 0
+        meter.add(loss_sum, tokens_per_step, took)
+        bar.update()
+
+        # evaluate, log, save
+        last_step = progress.step == training.max_iters
+        val_loss = None
+        if last_step or progress.step % logging.eval_interval == 0:
+            val_loss = val_loss_now()
+            if val_loss is None:
+                stopped = True
+            elif val_loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = val_loss, progress.step
+        if IS_MAIN and (last_step or val_loss is not None or progress.step % logging.log_interval == 0):
+            train_loss, rate = meter.take()
+            line = {
+                "step": progress.step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": norm_sum / WORLD_SIZE,
+                "tokens": progress.consumed * block_size,
+                "tokens_per_second": rate,
+                "seconds": progress.seconds,
+                "mfu": rate / tokens_per_step * flops_per_step / (peak * WORLD_SIZE) if peak else None,
+                "skipped": progress.skipped or None,
+            }
+            log.write(**line)
+            if wandb_run:
+                wandb_run.log({name: value for name, value in line.items() if value is not None}, step=progress.step)
+            shown = f"loss {train_loss:.4f}" + (f", val {val_loss:.4f}" if val_loss is not None else "")
+            bar.set_postfix_str(shown)
+            if bar.disable or val_loss is not None:
+                say(f"step {progress.step}: {shown}, rate {learning_rate:.2e}, {rate:,.0f} tokens/s")
+        if val_loss is not None:
+            save()
+            saved_step = progress.step
+    bar.close()
+    # -----------------------------------------------------------------------------------------------------------------
+
+    if saved_step != progress.step:
+        save()
+    if wandb_run:
+        wandb_run.finish()
+    if stopped:
+        python = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
+        resume = shlex.join(("train.py", *launch.files, "--init_from=resume", f"--out_dir={run}"))
+        say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
+        return 128 + max(distributed.gather(stop.number))
+    say(f"finished step {progress.step}: best val loss {progress.best_val_loss:.4f} at step {progress.best_step}; "
+        f"{run}/best, {run}/last")  # fmt: skip
+    return 0
+
+
+def main() -> int:
+    launch = runs.read_command_line(sys.argv[1:], __doc__)
+    device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK)
+    with distributed.process_group(launch.config.training.backend, device):
+        return train(launch, device)
+
+
+if __name__ == "__main__":
+    entry_point(main)()
