@@ -15,7 +15,7 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -89,8 +89,8 @@ class GPTConfig:
         for name in ("norm_eps", "rotary_base"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
-        for field in fields(self):  # tyro and the TOML reader check these too; this serves Python callers
-            choices = getattr(field.type, "__args__", ()) if getattr(field.type, "__origin__", None) is Literal else ()
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
             if choices and getattr(self, field.name) not in choices:
                 raise ValueError(f"{field.name} = {getattr(self, field.name)!r} must be one of {', '.join(choices)}")
         if self.head_size is None and self.n_embd % self.n_head:
@@ -131,9 +131,16 @@ class Loss(NamedTuple):
     auxiliary: dict[str, Tensor]  # further terms by name, each () and already weighted; empty for dense models
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its weight in the input's type: under autocast the fused kernel would refuse two types."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_eps)
+        return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
@@ -177,8 +184,8 @@ class Attention(nn.Module):
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         mixed = F.scaled_dot_product_attention(
             query,
-            key.type_as(query),
-            value.type_as(query),  # under autocast a norm may leave queries and keys in float32
+            key,
+            value,
             is_causal=True,
             dropout_p=config.dropout_of("attention") if self.training else 0.0,
             enable_gqa=kv_heads != heads,

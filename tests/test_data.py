@@ -1,0 +1,173 @@
+"""Token files, the training order and the windows of an evaluation."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_arc.data import TrainingOrder, batches, evaluation_starts, open_dataset, permute, windows
+from gpt_arc.errors import UserError
+from gpt_arc.token_files import TokenFiles, write_dataset, write_tokens
+from gpt_arc.tokenizer import CharTokenizer
+
+
+def test_header_and_width_are_llm_c_s(tmp_path):
+    for name, vocab, magic, version, dtype in (
+        ("a", 65_536, 20240520, 1, "<u2"),
+        ("b", 65_537, 20240801, 7, "<u4"),
+    ):
+        tokens = np.array([0, 5, vocab - 1])
+        write_tokens(tmp_path / f"{name}.bin", tokens, vocab)
+        content = (tmp_path / f"{name}.bin").read_bytes()
+        header = np.frombuffer(content[:1024], dtype="<i4")
+        assert header[:3].tolist() == [magic, version, 3] and not header[3:].any()
+        assert np.frombuffer(content[1024:], dtype=dtype).tolist() == tokens.tolist()
+
+
+def test_ids_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path):
+    for wrong in (-1, 10, 70_000):
+        with pytest.raises(UserError, match=f"the token id {wrong} lies outside the vocabulary of 10"):
+            write_tokens(tmp_path / "x.bin", np.array([1, wrong, 2]), 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_read_as_one_sequence(tmp_path):
+    tokens = np.arange(100)
+    for i, (start, end, vocab) in enumerate([(0, 40, 1000), (40, 41, 100_000), (41, 100, 1000)]):
+        write_tokens(tmp_path / f"corpus_train_{i:06}.bin", tokens[start:end], vocab)
+    files = TokenFiles(tmp_path, "train")
+    assert len(files) == 100
+    for start, count in itertools.product(range(0, 100, 7), (1, 13, 60)):
+        count = min(count, 100 - start)
+        assert files.read(start, count).tolist() == tokens[start : start + count].tolist()
+
+
+def test_damaged_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no file for the train split"):
+        TokenFiles(tmp_path, "train")
+    write_tokens(tmp_path / "train.bin", np.arange(50), 100)
+    whole = (tmp_path / "train.bin").read_bytes()
+    for content, sentence in ((whole[:-2], "is damaged: 1122 bytes instead of 1124"), (b"x" * 2000, "not a token file")):
+        (tmp_path / "train.bin").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            TokenFiles(tmp_path, "train")
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="not a token file"):
+        TokenFiles(tmp_path, "train")
+
+
+def test_a_split_shorter_than_a_window_is_refused(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)}, {})
+    dataset = open_dataset(tmp_path / "d")
+    assert len(dataset.split("train", 8)) == 9
+    with pytest.raises(UserError, match="block_size = 8 is longer than the val split"):
+        dataset.split("val", 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [5, 12, 100])
+def test_permute_shuffles(size):
+    """Every element goes everywhere equally often, and neighbours part: chi-square over 6,000 keys."""
+    from scipy.stats import chisquare
+
+    keys = 6000
+    where = np.zeros((size, size))
+    steps = np.zeros(size)
+    for key in range(keys):
+        order = permute(np.arange(size), size, key)
+        where[np.arange(size), order] += 1
+        steps[(order[1] - order[0]) % size] += 1
+    assert chisquare(where.ravel()).pvalue > 1e-4
+    assert steps[0] == 0 and chisquare(steps[1:]).pvalue > 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(2, 400), block=st.integers(1, 50), seed=st.integers(0, 1000))
+def test_an_epoch_visits_separate_windows_once(tokens, block, seed):
+    if tokens <= block:
+        return
+    order = TrainingOrder(tokens, block, seed)
+    for epoch in range(3):
+        starts = np.sort(order.starts(epoch * order.per_epoch, order.per_epoch))
+        assert starts[0] >= 0 and starts[-1] + block + 1 <= tokens
+        assert (np.diff(starts) == block).all()
+        assert order.per_epoch * block > tokens - 1 - 2 * block  # hardly anything is left out
+
+
+def test_the_order_is_a_function_of_seed_and_count():
+    order = TrainingOrder(10_000, 16, seed=3)
+    whole = order.starts(0, 2000)
+    pieces = np.concatenate([order.starts(0, 700), order.starts(700, 1), order.starts(701, 1299)])
+    assert np.array_equal(whole, pieces)
+    assert not np.array_equal(whole, TrainingOrder(10_000, 16, seed=4).starts(0, 2000))
+    first, second = whole[: order.per_epoch], whole[order.per_epoch : 2 * order.per_epoch]
+    assert not np.array_equal(first - first.min(), second - second.min())  # another order
+    offsets = {order.starts(e * order.per_epoch, 1)[0] % 16 for e in range(50)}
+    assert len(offsets) > 10  # and other offsets
+
+
+def sums_files(tmp_path, count):
+    write_tokens(tmp_path / "val.bin", np.arange(count) % 251, 251)
+    return TokenFiles(tmp_path, "val")
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 300), block=st.integers(1, 40), size=st.integers(1, 7), ranks=st.integers(1, 3))
+def test_the_whole_split_predicts_every_token_but_the_first_once(tmp_path_factory, count, block, size, ranks):
+    files = sums_files(tmp_path_factory.mktemp("val"), count)
+    starts = evaluation_starts(count, block, 0)
+    seen, lengths = [], []
+    for rank in range(ranks):
+        own = list(batches(files, starts, size, block, rank, ranks))
+        lengths.append(len(own))
+        for tokens, targets in own:
+            assert tokens.shape == targets.shape == (size, block)
+            scored = targets >= 0
+            assert ((tokens + 1) % 251)[scored].tolist() == targets[scored].tolist()
+            seen += targets[scored].tolist()
+    assert len(set(lengths)) == 1  # or processes would wait for each other for ever
+    assert sorted(seen) == sorted(i % 251 for i in range(1, count))
+
+
+def test_few_windows_are_fixed_and_evenly_spread():
+    starts = evaluation_starts(10_001, 100, 21)
+    assert starts[0] == 0 and starts[-1] == 9_900 and set(np.diff(starts)) == {495}
+    assert np.array_equal(evaluation_starts(1000, 100, 50), np.arange(0, 999, 100))
+
+
+def test_windows_hold_tokens_and_their_successors(tmp_path):
+    files = sums_files(tmp_path, 100)
+    tokens, targets = windows(files, np.array([0, 90]), 8)
+    assert tokens.tolist() == [list(range(8)), list(range(90, 98))]
+    assert torch.equal(targets, tokens + 1)
+    assert tokens.dtype == targets.dtype == torch.int64
+
+
+def resident_anonymous() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
+def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(4_000_000) % 50_000, 50_000)
+    files = TokenFiles(tmp_path, "train")
+    order = TrainingOrder(len(files), 64, 0)
+
+    def run(steps):
+        for step in steps:
+            for _ in batches(files, order.starts(4 * step, 4), 4, 64):
+                pass
+
+    run(range(500))
+    before = resident_anonymous()
+    run(range(500, 10_500))
+    assert resident_anonymous() <= 1.02 * before

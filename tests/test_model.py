@@ -1,0 +1,400 @@
+"""The model against published sizes, other implementations and closed forms."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, Attention, GPTConfig, rotate, sinusoids
+
+TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
+GPT1 = dict(norm_position="post", init="gpt1")
+
+
+def on_meta(config: GPTConfig) -> GPT:
+    with torch.device("meta"):
+        return GPT(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPTConfig(8, 65, 4, 4, 64, tied_head=False, head_bias=True), 208_961),
+        (GPTConfig(512, 40_478, **GPT1), 116_534_784),
+        (GPTConfig(512, 40_478 + 3, **GPT1), 116_537_088),
+        (GPTConfig(), 124_439_808),
+        (GPTConfig(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
+        (GPTConfig(n_layer=36, n_head=20, n_embd=1280), 774_030_080),
+        (GPTConfig(n_layer=48, n_head=25, n_embd=1600), 1_557_611_200),
+        (GPTConfig(2048, n_layer=96, n_head=96, n_embd=12_288), 174_604_259_328),
+    ],
+)
+def test_parameter_counts_are_the_published_models(config, expected):
+    assert on_meta(config).num_parameters() == expected
+
+
+def test_parameters_without_embeddings_are_twelve_l_c_squared_and_vectors():
+    # Kaplan et al. count 12 L C^2; biases and norms add 13 C a layer, and 2 C of the final norm
+    model = on_meta(GPTConfig())
+    assert model.num_parameters(embeddings=False) == 12 * (12 * 768**2 + 13 * 768) + 2 * 768
+
+
+def random_weights(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights and biases large enough that every one of them shows in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+            if parameter.dim() == 1:
+                parameter.add_(1.0)
+
+
+GPT2_NAMES = {
+    "token_embedding.weight": "transformer.wte.weight",
+    "position_embedding.weight": "transformer.wpe.weight",
+    "final_norm.weight": "transformer.ln_f.weight",
+    "final_norm.bias": "transformer.ln_f.bias",
+}
+GPT1_NAMES = {
+    "token_embedding.weight": "transformer.tokens_embed.weight",
+    "position_embedding.weight": "transformer.positions_embed.weight",
+}
+BLOCK_NAMES = {
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.projection": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up": "mlp.c_fc",
+    "mlp.projection": "mlp.c_proj",
+}
+
+
+def copy_into_transformers(ours: GPT, theirs: torch.nn.Module, names: dict[str, str]) -> None:
+    state = {}
+    for name, tensor in ours.state_dict().items():
+        if name in names:
+            state[names[name]] = tensor
+        else:
+            layer, rest = name.removeprefix("blocks.").split(".", 1)
+            part, kind = rest.rsplit(".", 1)
+            transposed = tensor.dim() == 2  # transformers' Conv1D keeps (in, out)
+            state[f"transformer.h.{layer}.{BLOCK_NAMES[part]}.{kind}"] = tensor.T if transposed else tensor
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    theirs.tie_weights()
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "width", "context", "vocab"), [(2, 4, 32, 12, 23), (3, 3, 48, 17, 101), (1, 5, 35, 9, 7)]
+)
+def test_logits_equal_transformers_gpt2(layers, heads, width, context, vocab):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPTConfig(context, vocab, layers, heads, width)
+    ours = GPT(config).eval()
+    random_weights(ours)
+    theirs = GPT2LMHeadModel(
+        GPT2Config(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
+    ).eval()
+    copy_into_transformers(ours, theirs, GPT2_NAMES)
+    tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "width", "context", "vocab"), [(2, 4, 32, 12, 23), (3, 3, 48, 17, 101), (1, 5, 35, 9, 7)]
+)
+def test_logits_equal_transformers_gpt1(layers, heads, width, context, vocab):
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **GPT1)).eval()
+    random_weights(ours)
+    theirs = OpenAIGPTLMHeadModel(
+        OpenAIGPTConfig(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
+    ).eval()
+    copy_into_transformers(ours, theirs, GPT1_NAMES)
+    tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_equal_transformers_qwen3():
+    """Rotary positions, RMSNorm, SwiGLU, qk-norm, grouped-query heads and a head size of its own, all at once."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = GPTConfig(
+        block_size=20, vocab_size=31, n_layer=2, n_head=6, n_embd=32, n_kv_head=2, head_size=10, mlp_size=44,
+        norm="rmsnorm", norm_eps=1e-6, positions="rotary", rotary_base=5_000.0, activation="swiglu", bias=False,
+        qk_norm=True,
+    )  # fmt: skip
+    ours = GPT(config).eval()
+    random_weights(ours)
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=31, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=10, max_position_embeddings=20, rms_norm_eps=1e-6,
+            rope_parameters={"rope_type": "default", "rope_theta": 5_000.0}, tie_word_embeddings=True,
+        )
+    ).eval()  # fmt: skip
+    state = {"model.embed_tokens.weight": ours.token_embedding.weight, "model.norm.weight": ours.final_norm.weight}
+    for i, block in enumerate(ours.blocks):
+        query, key, value = block.attention.qkv.weight.split((60, 20, 20))
+        gate, up = block.mlp.up.weight.chunk(2)
+        parts = {
+            "input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.mlp_norm.weight,
+            "self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": value,
+            "self_attn.o_proj": block.attention.projection.weight,
+            "self_attn.q_norm": block.attention.query_norm.weight, "self_attn.k_norm": block.attention.key_norm.weight,
+            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.projection.weight,
+        }  # fmt: skip
+        state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in parts.items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    theirs.tie_weights()
+    tokens = torch.randint(31, (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_causal_attention_worked_by_hand():
+    """Four tokens whose scaled scores are given; what stands above the diagonal must not count."""
+    scores = torch.tensor([[0.675, 9, 9, 9], [0.475, 0.845, 9, 9], [0.535, 0.670, 1.045, 9], [0.520, 0.715, 0.835, 0.950]])
+    expected = torch.tensor(
+        [[1, 0, 0, 0], [0.4085, 0.5915, 0, 0], [0.2625, 0.3004, 0.4371, 0], [0.195, 0.237, 0.268, 0.300]]
+    )
+    attention = Attention(GPTConfig(block_size=4, vocab_size=2, n_layer=1, n_head=1, n_embd=4, bias=False))
+
+    class ScoresAsQueries(torch.nn.Module):
+        """Keys and values are unit vectors; queries are twice the scores, which attention divides by sqrt(4)."""
+
+        def forward(self, x):
+            eye = torch.eye(4)[None]
+            return torch.cat((2 * x, eye, eye), dim=-1)
+
+    attention.qkv = ScoresAsQueries()
+    attention.projection = torch.nn.Identity()
+    weights = attention(scores[None], rotary=None)[0]
+    torch.testing.assert_close(weights, expected, atol=6e-4, rtol=0)
+    values = torch.tensor([[1, 0.5, 0.3, 0.1], [0.2, 1, 0.7, 0.4]])
+    torch.testing.assert_close(
+        weights[1, :2] @ values, torch.tensor([0.53, 0.80, 0.54, 0.28]), atol=6e-3, rtol=0
+    )
+
+
+def variants():
+    """One model of every option, and some together."""
+    changes = [
+        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"activation": "gelu"},
+        {"activation": "relu"}, {"activation": "relu_squared"}, {"activation": "swiglu"}, {"bias": False},
+        {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
+        {"head_size": 6}, {"mlp_size": 20}, {"dropout": 0.3},
+        {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu", "bias": False},
+        {"norm_position": "post", "positions": "rotary", "norm": "rmsnorm", "tied_head": False},
+    ]  # fmt: skip
+    return [pytest.param(dataclasses.replace(TINY, **c), id=",".join(f"{k}={v}" for k, v in c.items())) for c in changes]
+
+
+@pytest.mark.parametrize("config", variants())
+def test_no_position_sees_what_follows_it_and_every_one_sees_what_came_before(config):
+    model = GPT(config).eval()
+    random_weights(model)
+    tokens = torch.randint(config.vocab_size, (2, config.block_size))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % config.vocab_size
+    with torch.no_grad():
+        difference = (model(tokens) - model(changed)).abs().amax(dim=(0, 2))
+        shorter = model(tokens[:, :5])
+        torch.testing.assert_close(shorter, model(tokens)[:, :5], atol=1e-4, rtol=1e-4)
+    assert (difference[:5] == 0).all() and (difference[5:] > 0).all()
+
+
+@pytest.mark.parametrize("config", variants())
+def test_every_parameter_gets_a_gradient_in_float32_and_under_autocast(config):
+    tokens = torch.randint(config.vocab_size, (2, config.block_size))
+    for enabled in (False, True):
+        model = GPT(config)
+        random_weights(model)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(tokens, tokens)
+        loss.total.backward()
+        assert loss.total.dtype == torch.float32
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_loss_is_the_sum_over_scored_targets():
+    model = GPT(TINY).eval()
+    tokens = torch.randint(TINY.vocab_size, (3, 12))
+    targets = torch.randint(TINY.vocab_size, (3, 12))
+    targets[0, :7] = targets[2] = -1
+    with torch.no_grad():
+        loss = model(tokens, targets)
+        probabilities = model(tokens).softmax(-1)
+    by_hand = -sum(
+        math.log(probabilities[b, t, targets[b, t]]) for b in range(3) for t in range(12) if targets[b, t] != -1
+    )
+    assert loss.count == 5 + 12
+    assert float(loss.total) == pytest.approx(by_hand, rel=1e-5)
+    assert loss.auxiliary == {}
+
+
+def test_loss_of_a_batch_without_targets_is_zero():
+    loss = GPT(TINY)(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), -1))
+    assert loss.total == 0 and loss.count == 0
+
+
+def test_initial_loss_is_that_of_guessing():
+    config = dataclasses.replace(TINY, vocab_size=1000)
+    tokens = torch.randint(1000, (8, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = GPT(config)(tokens, tokens.roll(-1, dims=1))
+    assert float(loss.total / loss.count) == pytest.approx(math.log(1000), abs=0.1)
+
+
+@pytest.mark.parametrize("init", ["gpt1", "gpt2"])
+def test_initial_standard_deviations(init):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=500, n_layer=8, n_head=4, n_embd=128, init=init, tied_head=False))
+    residual = 0.02 / math.sqrt(2 * 8) if init == "gpt2" else 0.02
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            expected = residual if "projection" in name else 0.02
+            if name == "position_embedding.weight" and init == "gpt2":
+                expected = 0.01
+            # the standard deviation of a sample of n is off by sigma / sqrt(2 n): five of them
+            tolerance = 5 * expected / math.sqrt(2 * parameter.numel())
+            assert float(parameter.std()) == pytest.approx(expected, abs=tolerance), name
+            assert abs(float(parameter.mean())) < 5 * expected / math.sqrt(parameter.numel()), name
+
+
+def test_rotary_attention_depends_on_distances_alone():
+    query, key = torch.randn(2, 1, 1, 1, 8)
+    scores = []
+    for shift in (0, 3, 100):
+        cosines, sines = sinusoids(torch.tensor([shift, shift + 5]), 8, 10_000.0)
+        turned_query = rotate(query, cosines[1:], sines[1:])
+        scores.append((turned_query * rotate(key, cosines[:1], sines[:1])).sum())
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores[2], scores[0], atol=1e-4, rtol=1e-4)
+
+
+def test_rotary_is_multiplication_by_a_complex_number():
+    x = torch.randn(1, 1, 5, 8)
+    cosines, sines = sinusoids(torch.arange(5), 8, 100.0)
+    as_complex = torch.complex(x[..., :4], x[..., 4:])
+    frequencies = torch.tensor([100.0 ** (-i / 4) for i in range(4)])
+    turned = as_complex * torch.polar(torch.ones(5, 4), torch.arange(5)[:, None] * frequencies)
+    torch.testing.assert_close(rotate(x, cosines, sines), torch.cat((turned.real, turned.imag), dim=-1))
+
+
+def test_grouped_query_heads_are_heads_with_copied_keys_and_values():
+    grouped = GPT(dataclasses.replace(TINY, n_kv_head=2)).eval()
+    random_weights(grouped)
+    full = GPT(TINY).eval()
+    state = full.state_dict()
+    for name, tensor in grouped.state_dict().items():
+        if ".qkv." in name:
+            heads = tensor.unflatten(0, (4 + 2 + 2, 8))
+            query, key, value = heads.split((4, 2, 2))
+            tensor = torch.cat((query, key.repeat_interleave(2, 0), value.repeat_interleave(2, 0))).flatten(0, 1)
+        state[name] = tensor
+    full.load_state_dict(state)
+    tokens = torch.randint(TINY.vocab_size, (2, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(grouped(tokens), full(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_alone_and_in_its_own_place():
+    tokens = torch.randint(TINY.vocab_size, (4, 12))
+    for place in ("embedding", "attention", "residual"):
+        model = GPT(dataclasses.replace(TINY, **{f"{place}_dropout": 0.5}))
+        random_weights(model)
+        with torch.no_grad():
+            assert not torch.equal(model(tokens), model(tokens)), place
+            model.eval()
+            assert torch.equal(model(tokens), model(tokens)), place
+
+
+def test_ten_training_steps_equal_transformers_gpt2():
+    """The losses of ten AdamW steps, against another implementation from the same weights on the same data."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ours = GPT(TINY)
+    size = dict(vocab_size=23, n_positions=12, n_embd=32, n_layer=2, n_head=4)
+    theirs = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    copy_into_transformers(ours, theirs, GPT2_NAMES)
+    losses = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        generator = torch.Generator().manual_seed(1)
+        losses.append([])
+        for _ in range(10):
+            window = torch.randint(23, (4, 13), generator=generator).cumsum(1) % 23
+            if model is ours:
+                loss = model(window[:, :-1], window[:, 1:])
+                loss = loss.total / loss.count
+            else:
+                logits = model(window[:, :-1]).logits
+                loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+            losses[-1].append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"n_head": 5}, "n_head = 5 does not divide n_embd = 32"),
+        ({"n_kv_head": 3}, "n_kv_head = 3 does not divide n_head = 4"),
+        ({"positions": "rotary", "head_size": 7}, "head size 7 must be even"),
+        ({"positions": "sinusoidal", "n_embd": 9, "n_head": 3}, "n_embd = 9 must be even"),
+        ({"dropout": 1.0}, "dropout = 1.0 must lie in"),
+        ({"attention_dropout": -0.1}, "attention_dropout = -0.1"),
+        ({"n_layer": 0}, "n_layer = 0 must be at least 1"),
+        ({"mlp_size": 0}, "mlp_size = 0"),
+        ({"norm_eps": 0.0}, "norm_eps = 0.0 must be positive"),
+        ({"activation": "silu"}, "activation = 'silu' must be one of gelu_tanh"),
+        ({"norm_position": "both"}, "norm_position = 'both'"),
+    ],
+)
+def test_impossible_configurations_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(TINY, **settings)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match="13 tokens are more than the context, block_size = 12"):
+        GPT(TINY)(torch.zeros(1, 13, dtype=torch.int64))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    layers=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), size=st.integers(1, 4),
+    norm=st.sampled_from(["layernorm", "rmsnorm"]), post=st.booleans(), bias=st.booleans(), tied=st.booleans(),
+    positions=st.sampled_from(["learned", "sinusoidal", "rotary"]), qk_norm=st.booleans(),
+    activation=st.sampled_from(["gelu", "swiglu", "relu_squared"]), length=st.integers(1, 7),
+)  # fmt: skip
+def test_any_valid_configuration_runs(
+    layers, kv_heads, group, size, norm, post, bias, tied, positions, qk_norm, activation, length
+):
+    config = GPTConfig(
+        block_size=7, vocab_size=11, n_layer=layers, n_head=kv_heads * group, n_kv_head=kv_heads, head_size=2 * size,
+        n_embd=8, norm=norm, norm_position="post" if post else "pre", bias=bias, tied_head=tied, positions=positions,
+        qk_norm=qk_norm, activation=activation,
+    )  # fmt: skip
+    model = GPT(config)
+    logits = model(torch.zeros(2, length, dtype=torch.int64))
+    assert logits.shape == (2, length, 11) and logits.isfinite().all()
+    assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
