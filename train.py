@@ -193,10 +193,10 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # ---- run folder, optimizer, random generators
     run = launch.resumed
     if IS_MAIN and run:
-        runs.hold(run)
+        lock = runs.Lock(run)  # noqa: F841  held while it is in scope
         checkpoint.clean_run(run, progress.step, progress.best_step)
     elif IS_MAIN:
-        run = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+        run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841
     run = distributed.from_main(run)
     say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
     optimizer = build_optimizer(model, training)

@@ -54,7 +54,7 @@ def load_config(directory: Path) -> GPTConfig:
     try:
         content = json.loads(path.read_text("utf-8"))
         kind, version = content.pop("model_type"), content.pop("format_version")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a gpt-arc model's: {type(error).__name__}: {error}") from None
     if kind != MODEL_TYPE or version != FORMAT_VERSION:
         raise UserError(

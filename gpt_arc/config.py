@@ -290,8 +290,10 @@ def parse_arguments(args: list[str], description: str | None, files: list[Path],
     for file in files:
         settings |= read_settings(file)
     base = build_config(settings | recorded, ", ".join(map(str, files)))
-    default = Arguments(tuple(config_files(args)), base)
-    return parse_flags(Arguments, description, args, default).config
+    parsed = parse_flags(Arguments, description, args, Arguments(config=base))
+    for file in set(parsed.config_files) - set(config_files(args)):
+        raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
+    return parsed.config
 
 
 def config_files(args: list[str]) -> list[str]:

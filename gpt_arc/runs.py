@@ -1,7 +1,9 @@
 """Run folders: their names, who holds them, and the settings that they were started with."""
 
+import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -50,48 +52,47 @@ def newest_run(name: str | None = None) -> Path:
     )
 
 
-def claim_new(out_dir: str | None, name: str, overwrite: bool) -> Path:
+class Lock:
+    """Holds a run folder until the process ends, however it ends, or forgets this object."""
+
+    def __init__(self, directory: Path):
+        """Raises UserError if another process holds the folder."""
+        self._descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {directory}: wait for it, or name another --out_dir"
+            ) from None
+
+    def __del__(self):
+        os.close(self._descriptor)
+
+
+def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lock]:
     """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
 
     Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run it holds.
     """
-    if out_dir is None:
-        number = 1
-        while True:
-            directory = OUT_ROOT / (name if number == 1 else f"{name}-{number}")
-            if not directory.is_file() and not any(directory.glob("*")) and _hold(_made(directory)):
-                return directory
-            number += 1
-    directory = _made(Path(out_dir))
-    if any(directory.iterdir()):
-        if not overwrite:
+    if out_dir is not None:
+        directory = _made(Path(out_dir))
+        if any(directory.iterdir()) and not overwrite:
             raise UserError(
                 f"out_dir = {out_dir} is in use: go on with it by --init_from=resume, delete the run it holds by "
                 "--overwrite=True, or name another"
             )
-        hold(directory)
+        lock = Lock(directory)
         for pattern in CONTENTS:
             for path in directory.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        return directory
-    hold(directory)
-    return directory
-
-
-def hold(directory: Path) -> None:
-    """Lock a run folder for the life of this process. Raises UserError if another process holds it."""
-    if not _hold(directory):
-        raise UserError(f"another process is training in {directory}: wait for it, or name another --out_dir")
-
-
-def _hold(directory: Path) -> bool:
-    descriptor = os.open(directory, os.O_RDONLY)  # stays open: the lock ends with the process, however it ends
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        os.close(descriptor)
-        return False
+        return directory, lock
+    for number in itertools.count(1):
+        directory = OUT_ROOT / (name if number == 1 else f"{name}-{number}")
+        if directory.is_file() or any(directory.glob("*")):
+            continue
+        with contextlib.suppress(UserError):  # held by a run that has written nothing yet
+            return _made(directory), Lock(directory)
+    raise AssertionError("unreachable")
 
 
 def _made(directory: Path) -> Path:

@@ -1,0 +1,340 @@
+"""train.py as a user runs it: what a run writes, how it resumes, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from conftest import ROOT, TINY_FLAGS, command, refusal
+from gpt_arc.checkpoint import load_model, load_state
+from gpt_arc.errors import entry_point
+from gpt_arc.metrics import read_metrics
+
+
+@pytest.fixture
+def run(workplace, monkeypatch, capsys):
+    """Run train.py on sums.toml in this process; the result is what it printed."""
+    return in_process(monkeypatch, capsys)
+
+
+def in_process(monkeypatch, capsys):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(*flags, tiny=True):
+        monkeypatch.setattr(sys, "argv", ["train.py", "sums.toml", *(TINY_FLAGS if tiny else ()), *flags])
+        try:
+            with pytest.raises(SystemExit) as stop:
+                entry_point(train.main)()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        output, errors = capsys.readouterr()
+        if stop.value.code:
+            assert "Traceback" not in errors
+            return SimpleNamespace(code=stop.value.code, output=output, message=errors.strip())
+        return output
+
+    return call
+
+
+def in_processes(*flags, processes=1, **kwargs):
+    result = command("train.py", "sums.toml", *TINY_FLAGS, *flags, processes=processes, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_run_writes_what_it_says(workplace, run):
+    output = run("--log_interval=2")
+    folder = workplace / "out" / "sums"
+    for words in ("parameters", "tokens a step", "epochs of", "memory", "device         cpu", "finished step 8"):
+        assert words in output
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert ["val_loss" in line for line in lines] == [False, True, False, True]
+    keys = {"step", "train_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"}
+    assert all(keys <= line.keys() for line in lines)
+    assert lines[-1]["tokens"] == 8 * 4 * 16
+    assert (folder / "last").readlink() == Path("step-00000008")
+    best = min((line for line in lines if "val_loss" in line), key=lambda line: line["val_loss"])
+    assert (folder / "best").readlink() == Path(f"step-{best['step']:08}")
+    model, tokenizer = load_model(folder)
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert (folder / "config.toml").exists()
+    assert json.loads((folder / "overrides.json").read_text())["n_layer"] == 2
+
+
+def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, run):
+    run("--dropout=0.2")
+    assert "out/sums-2" in run("--dropout=0.2")
+    assert_same_weights("out/sums/last", "out/sums-2/last")
+    run("--dropout=0.2", "--seed=2")
+    assert not torch.equal(weights("out/sums-3/last")["final_norm.weight"], weights("out/sums/last")["final_norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_forty_steps_equal_twenty_and_twenty_more(workplace, run, dtype):
+    flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40")
+    run(*flags, "--out_dir=whole")
+    run(*flags, "--out_dir=halves", "--max_iters=20")
+    run(*flags, "--out_dir=halves", "--init_from=resume")
+    assert_same_weights("whole/last", "halves/last")
+    whole, halves = read_metrics(Path("whole/metrics.jsonl")), read_metrics(Path("halves/metrics.jsonl"))
+    measured = {"seconds", "tokens_per_second", "mfu"}
+    assert [{k: v for k, v in line.items() if k not in measured} for line in whole] == [
+        {k: v for k, v in line.items() if k not in measured} for line in halves
+    ]
+
+
+def test_resume_needs_neither_flags_nor_config_repeated(workplace, run):
+    run("--max_iters=40", "--eval_interval=10", "--dropout=0.1", "--out_dir=whole")
+    run("--max_iters=20", "--lr_decay_iters=40", "--eval_interval=10", "--dropout=0.1")
+    assert "out/sums, from step 20" in run("--init_from=resume", "--max_iters=30", tiny=False)
+    result = command("train.py", "--init_from=resume", "--out_dir=out/sums", "--max_iters=40")
+    assert result.returncode == 0, result.stderr
+    assert_same_weights("whole/last", "out/sums/last")
+
+
+def test_evaluation_does_not_disturb_training(workplace, run):
+    run("--eval_interval=1", "--eval_iters=0", "--dropout=0.2", "--out_dir=often")
+    run("--eval_interval=8", "--eval_iters=1", "--dropout=0.2", "--out_dir=seldom")
+    assert_same_weights("often/last", "seldom/last")
+
+
+def test_eval_only_gives_the_loss_of_the_run_and_writes_nothing(workplace, run):
+    run("--eval_iters=0")
+    before = {path: path.stat().st_mtime_ns for path in Path("out/sums").rglob("*")}
+    output = run("--init_from=resume", "--eval_only=True", "--eval_iters=0", tiny=False)
+    val_loss = read_metrics(Path("out/sums/metrics.jsonl"))[-1]["val_loss"]
+    assert f"step 8: val loss {val_loss:.4f}" in output
+    assert before == {path: path.stat().st_mtime_ns for path in Path("out/sums").rglob("*")}
+
+
+def test_accumulated_micro_batches_equal_one_batch(workplace, run):
+    run("--out_dir=one", "--batch_size=12", "--dtype=float32")
+    run("--out_dir=three", "--batch_size=4", "--gradient_accumulation_steps=3", "--dtype=float32")
+    run("--out_dir=tokens", "--batch_size=4", "--tokens_per_step=192", "--dtype=float32")
+    one, three = weights("one/last"), weights("three/last")
+    for name in one:
+        torch.testing.assert_close(one[name], three[name], rtol=1e-4, atol=1e-5)
+    assert_same_weights("three/last", "tokens/last")
+
+
+def test_two_processes_equal_one(workplace, run):
+    flags = ("--max_iters=20", "--dtype=float32", "--eval_interval=10", "--eval_iters=0", "--gradient_accumulation_steps=2")
+    run(*flags, "--out_dir=one", "--log_interval=1")
+    output = in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
+    assert output.count("finished step 20") == 1  # rank 0 alone prints
+    one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
+    assert len(one) == len(two) == 20
+    for alone, together in zip(one, two):
+        for name in ("train_loss", "val_loss", "grad_norm", "learning_rate", "tokens"):
+            assert (name in alone) == (name in together)
+            assert alone.get(name, 0) == pytest.approx(together.get(name, 0), rel=1e-5), (alone["step"], name)
+
+
+def test_two_processes_resume_exactly(workplace):
+    flags = ("--max_iters=12", "--eval_interval=6", "--dropout=0.2", "--lr_decay_iters=12")
+    in_processes(*flags, "--out_dir=whole", processes=2)
+    in_processes(*flags, "--out_dir=halves", "--max_iters=6", processes=2)
+    in_processes(*flags, "--out_dir=halves", "--init_from=resume", processes=2)
+    assert_same_weights("whole/last", "halves/last")
+
+
+def test_a_batch_that_processes_can_not_share_is_refused(workplace):
+    result = command("train.py", "sums.toml", *TINY_FLAGS, "--batch_size=3", processes=2)
+    assert result.returncode != 0
+    assert "the 3 sequences of a step" in result.stderr
+
+
+def start(*flags):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), "sums.toml", *TINY_FLAGS, *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_save_and_say_how_to_resume(workplace, number, code):
+    process = start("--max_iters=100000", "--eval_interval=100000", "--log_interval=5")
+    metrics = workplace / "out/sums/metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    resume = output.split("go on with: python ")[1].split()
+    step = load_state(Path("out/sums/last"))["progress"]["step"]
+    result = command(*resume, f"--max_iters={step + 3}")
+    assert result.returncode == 0 and f"from step {step}" in result.stdout, result.stderr
+    steps = [line["step"] for line in read_metrics(metrics)]
+    assert steps == sorted(set(steps)) and steps[-1] == step + 3
+
+
+def test_non_finite_steps_stop_the_run_and_keep_the_last_checkpoint(workplace, run):
+    result = run("--max_iters=200", "--learning_rate=1e18", "--grad_clip=0", "--warmup_iters=190", "--eval_interval=1",
+                 "--dtype=float32")  # fmt: skip
+    assert result.code == 1 and "has diverged" in result.output
+    model, _ = load_model("out/sums/last")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_learning_rate_is_logged_for_every_update_and_there_are_max_iters_of_them(workplace, run):
+    run("--max_iters=7", "--warmup_iters=3", "--learning_rate=0.4", "--min_lr=0", "--schedule=linear", "--log_interval=1")
+    rates = [line["learning_rate"] for line in read_metrics(Path("out/sums/metrics.jsonl"))]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_dry_run_writes_nothing_and_needs_no_data(workplace):
+    before = sorted(workplace.rglob("*"))
+    result = command("train.py", str(ROOT / "configs/gpt2_xl.toml"), "--dry_run=True", "--device=cpu")
+    assert result.returncode == 0, result.stderr
+    assert "1,557,611,200" in result.stdout and "524,288" in result.stdout and "not prepared" in result.stdout
+    assert sorted(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--learing_rate=1"], "did you mean --learning_rate"),
+        (["--n_layer=six"], "six"),
+        (["--n_head=3"], "n_head = 3 does not divide n_embd = 16"),
+        (["--dataset=nothing"], "there is no dataset nothing"),
+        (["--dataset=openwebtext"], "there is no dataset openwebtext"),
+        (["--block_size=1000"], "block_size = 1000 is longer than the val split"),
+        (["--out_dir=sums.toml/run"], "a file is in its way"),
+        (["--out_dir=sums.toml"], "a file is in its way"),
+        (["--out_dir=data"], "out_dir = data is in use"),
+        (["--device=cuda"], 'device = "cuda" is not available here'),
+        (["--device=gpu"], 'device = "gpu" is not a device'),
+        (["--init_from=resume"], "there is no run of sums"),
+        (["--init_from=resume", "--out_dir=data"], "there is no checkpoint to resume from in data"),
+    ],
+)
+def test_mistakes_are_one_sentence(workplace, run, flags, sentence):
+    result = run(*flags)
+    assert result.code == 2 and sentence in result.message and "\n" not in result.message
+
+
+def test_mistakes_leave_with_code_2(workplace):
+    assert "did you mean --learning_rate" in refusal("train.py", "sums.toml", "--learing_rate=1")
+
+
+def test_what_contradicts_the_run_is_refused_on_resume(workplace, run):
+    run("--max_iters=4")
+    assert "n_layer = 3 contradicts the run" in run("--init_from=resume", "--n_layer=3", tiny=False).message
+    Path("sums.toml").write_text('[data]\ndataset = "sums"\n[model]\nqk_norm = true\n')
+    assert "qk_norm = True contradicts the run" in run("--init_from=resume", tiny=False).message
+
+
+def test_a_run_in_use_is_not_overwritten(workplace, run):
+    run("--out_dir=mine")
+    kept = weights("mine/last")
+    assert "out_dir = mine is in use" in run("--out_dir=mine").message
+    (workplace / "mine" / "notes.txt").write_text("not the run's")
+    run("--out_dir=mine", "--overwrite=True", "--seed=5", "--max_iters=4")
+    assert not torch.equal(kept["final_norm.weight"], weights("mine/last")["final_norm.weight"])
+    assert (workplace / "mine" / "notes.txt").exists()
+    assert [line["step"] for line in read_metrics(Path("mine/metrics.jsonl"))][-1] == 4
+
+
+def test_two_runs_do_not_share_a_folder(workplace, run):
+    process = start("--max_iters=100000", "--out_dir=mine", "--log_interval=1", "--eval_interval=5")
+    try:
+        wait_for(lambda: (workplace / "mine/last").exists())
+        result = run("--out_dir=mine", "--init_from=resume", tiny=False)
+        assert "another process is training in mine" in result.message
+    finally:
+        process.kill()
+        process.wait()
+    assert "val loss" in run("--out_dir=mine", "--init_from=resume", "--eval_only=True", tiny=False)
+
+
+def test_killed_runs_always_resume(workplace):
+    """SIGKILL at random moments of a run that checkpoints at every step (the full count is among the slow tests)."""
+    kill_and_resume(workplace, kills=3)
+
+
+@pytest.mark.slow
+def test_twenty_kills(workplace):
+    kill_and_resume(workplace, kills=20)
+
+
+def kill_and_resume(workplace, kills):
+    import random
+
+    chance = random.Random(0)
+    run, last_step = workplace / "killed", 0
+    start_flags = ("--max_iters=1000000", "--eval_interval=1", "--eval_iters=1", "--log_interval=1", "--out_dir=killed")
+    for _ in range(kills):
+        process = start(*start_flags, *(["--init_from=resume"] if (run / "last").exists() else []))
+        wait_for(lambda: (run / "last").exists() and (run / "last").readlink() != Path(f"step-{last_step:08}"))
+        time.sleep(chance.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        load_model(run / "last")
+        load_model(run / "best")
+        state = load_state(run / "last")
+        assert state["progress"]["step"] > last_step
+        last_step = state["progress"]["step"]
+    result = command("train.py", "sums.toml", *TINY_FLAGS, *start_flags, "--init_from=resume", f"--max_iters={last_step + 2}")
+    assert result.returncode == 0, result.stderr
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert steps == list(range(1, last_step + 3))
+    val_losses = [line["val_loss"] for line in read_metrics(run / "metrics.jsonl")]
+    assert load_state(run / "last")["progress"]["best_val_loss"] == min(val_losses)
+    assert (run / "best").readlink() == Path(f"step-{1 + val_losses.index(min(val_losses)):08}")
+    assert not list(run.glob(".step-*"))
+
+
+def test_wandb_is_imported_when_asked_for_alone(workplace):
+    code = "import sys, train; assert 'wandb' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    in_processes("--wandb_log=True", WANDB_MODE="offline")
+    assert list(Path("out/sums/wandb").glob("offline-run-*"))
+
+
+@pytest.mark.slow
+def test_compiled_training_runs_resumes_and_falls_back(workplace, run):
+    flags = ("--max_iters=12", "--eval_interval=6", "--lr_decay_iters=12", "--dtype=float32", "--eval_iters=0")
+    run(*flags, "--out_dir=eager", "--compile=False")
+    output = run(*flags, "--out_dir=whole", "--compile=True", timeout=400)
+    assert "float32, compiled" in output
+    run(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
+    run(*flags, "--out_dir=halves", "--init_from=resume", timeout=400)  # compiled again: auto means what it meant
+    assert_same_weights("whole/last", "halves/last")
+    eager, compiled = weights("eager/last"), weights("whole/last")
+    assert eager.keys() == compiled.keys()
+    for name in eager:
+        torch.testing.assert_close(eager[name], compiled[name], rtol=1e-3, atol=1e-4)
+    # no compiler: auto goes on without a word of complaint, true refuses
+    broken = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(workplace / "cache")}
+    message = refusal("train.py", "sums.toml", *TINY_FLAGS, "--compile=True", timeout=400, **broken)
+    assert "compile = true can't work here" in message
