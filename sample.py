@@ -78,7 +78,6 @@ def main() -> None:
 
     check_sampling(config.temperature, config.top_k, config.top_p)
     directory = model_directory(config.model or config.out_dir or runs.newest_run())
-    print(f"sampling from {directory}", file=sys.stderr)
     model, tokenizer = load_model(directory)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer.json, so its tokens can't be turned into text")
@@ -95,6 +94,7 @@ def main() -> None:
         tokens = tokenizer.encode(prompt)
     except UserError as error:
         raise UserError(f"the prompt, --start: {error}") from None
+    print(f"sampling from {directory}", file=sys.stderr)
     context = model.config.block_size
     if len(tokens) > context:
         print(f"the prompt's last {context} of {len(tokens)} tokens are kept: that is the context", file=sys.stderr)

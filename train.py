@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.metrics import human
 from gpt_arc.optim import build_optimizer, learning_rate_at, load_optimizer_state
+from gpt_arc.signals import StopSignal
 from model import GPT
 
 
@@ -46,40 +46,10 @@ class Progress:
     best_step: int | None = None
 
 
-class StopSignal:
-    """Notes the first SIGINT or SIGTERM, so that the step can be finished and saved; a second one ends the process."""
-
-    number = 0
-
-    def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number, frame):
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def anywhere(self) -> bool:
-        """Whether any process has been asked to stop."""
-        return bool(self.number) if WORLD_SIZE == 1 else any(distributed.gather(self.number))
-
-
 def say(text: str) -> None:
     if IS_MAIN:
         tqdm.write(text)
         sys.stdout.flush()
-
-
-def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
-    """Micro-batches of a process in one step, and the sequences in each: equal shares, batch_size at most."""
-    if sequences % WORLD_SIZE:
-        raise UserError(
-            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be shared equally "
-            f"by {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
-        )
-    own = sequences // WORLD_SIZE
-    size = max(n for n in range(1, batch_size + 1) if own % n == 0)
-    return own // size, size
 
 
 @torch.no_grad()
@@ -90,7 +60,7 @@ def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Cal
     sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     for tokens, targets in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
         with autocast():
-            loss = model(tokens.to(device), targets.to(device))
+            loss = model(runtime.to_device(tokens, device), runtime.to_device(targets, device))
         sums += torch.stack((loss.total, loss.count))
         if stop.anywhere():
             return None
@@ -99,7 +69,7 @@ def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Cal
     return total / count
 
 
-def train(launch: runs.Launch, device: torch.device) -> int:
+def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
     config = launch.config
     training, logging = config.training, config.logging
 
@@ -118,15 +88,12 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     val_tokens = dataset and dataset.split("val", block_size)
 
     # ---- what "auto" means here; a resumed run keeps what it meant at first
-    state, progress = None, Progress()
-    if launch.resumed:
-        state = checkpoint.load_state(launch.resumed / "last")
-        progress = Progress(**state["progress"])
-        if state["runtime"]["device"] == device.type:
-            kept = {name: state["runtime"][name] for name in ("dtype", "compile") if getattr(training, name) == "auto"}
-            training = dataclasses.replace(training, **kept)
+    progress = Progress(**state["progress"]) if state else Progress()
+    if state and state["runtime"]["device"] == device.type:
+        kept = {name: state["runtime"][name] for name in ("dtype", "compile") if getattr(training, name) == "auto"}
+        training = dataclasses.replace(training, **kept)
     dtype = runtime.resolve_dtype(training.dtype, device)
-    micro_steps, micro_batch = split_batch(config.sequences_per_step, config.data.batch_size)
+    micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     tokens_per_step = config.sequences_per_step * block_size
     with torch.device("meta"):
         sketch = GPT(config.model)
@@ -186,7 +153,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if config.run.eval_only:
         val_loss = val_loss_now()
         if val_loss is None:
-            return 128 + stop.number
+            return 128 + stop.anywhere()
         say(f"step {progress.step}: val loss {val_loss:.4f} over {len(val_starts)} windows of {len(val_tokens):,} tokens")
         return 0
 
@@ -334,7 +301,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         python = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
         resume = shlex.join(("train.py", *launch.files, "--init_from=resume", f"--out_dir={run}"))
         say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
-        return 128 + max(distributed.gather(stop.number))
+        return 128 + stop.anywhere()
     say(f"finished step {progress.step}: best val loss {progress.best_val_loss:.4f} at step {progress.best_step}; "
         f"{run}/best, {run}/last")  # fmt: skip
     return 0
@@ -342,9 +309,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
 def main() -> int:
     launch = runs.read_command_line(sys.argv[1:], __doc__)
-    device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK)
+    state = checkpoint.load_state(launch.resumed / "last") if launch.resumed else None
+    began_on = state["runtime"]["device"] if state else None
+    device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK, prefer=began_on)
     with distributed.process_group(launch.config.training.backend, device):
-        return train(launch, device)
+        return train(launch, state, device)
 
 
 if __name__ == "__main__":

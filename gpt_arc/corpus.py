@@ -12,7 +12,6 @@ from gpt_arc.token_files import DATA_ROOT, write_dataset
 from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 
 TokenizerName = Literal["char", "gpt2"]
-VAL_FRACTION = 0.1
 
 
 def read_text(path: Path) -> str:
@@ -40,7 +39,7 @@ def prepare_text(documents: list[str], tokenizer: TokenizerName, name: str, sour
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
-    made_of = {"source": source, "sha256": digest.hexdigest(), "tokenizer": tokenizer, "val_fraction": VAL_FRACTION}
+    made_of = {"source": source, "sha256": digest.hexdigest(), "tokenizer": tokenizer, "val": "last tenth"}
 
     directory = DATA_ROOT / name
     if directory.exists() and not overwrite:
@@ -49,7 +48,7 @@ def prepare_text(documents: list[str], tokenizer: TokenizerName, name: str, sour
             return
         raise UserError(f"{directory} exists and holds something else: --overwrite=True replaces it, or choose a name")
 
-    train, val = _split(documents, total - int(total * VAL_FRACTION))
+    train, val = _split(documents, total * 9 // 10)
     chosen = CharTokenizer.from_text("".join(documents)) if tokenizer == "char" else BPETokenizer.gpt2()
     splits = {"train": _encode(train, chosen), "val": _encode(val, chosen)}
     write_dataset(directory, chosen, splits, {"made_of": made_of})

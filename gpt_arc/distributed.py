@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt_arc.errors import UserError
+
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -31,6 +33,21 @@ def process_group(backend: str, device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
+    """Micro-batches of each process in one step, and the sequences of each: equal, and batch_size at most.
+
+    Raises UserError if the processes can't share the sequences of a step equally.
+    """
+    if sequences % WORLD_SIZE:
+        raise UserError(
+            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be shared equally "
+            f"by {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
+        )
+    own = sequences // WORLD_SIZE
+    size = max(n for n in range(1, batch_size + 1) if own % n == 0)
+    return own // size, size
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,6 @@ class MetricsLog:
         """Write one line; values that are None are left out."""
         self._file.write(json.dumps({name: value for name, value in values.items() if value is not None}) + "\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

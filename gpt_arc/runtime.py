@@ -16,15 +16,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COMPILE_PAYS_AFTER = 600  # seconds of training on a CPU
 
 
-def resolve_device(setting: str, local_rank: int = 0) -> torch.device:
-    """The device for a setting; auto is cuda, else mps, else cpu. Raises UserError for one that is not there."""
+def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
+    """The device for a setting; auto is `prefer` where that is there, else cuda, else mps, else cpu.
+
+    Raises UserError for a device that is not there.
+    """
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if setting == "auto":
-        setting = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        setting = prefer if count.get(prefer) else next(kind for kind, number in count.items() if number)
     try:
         device = torch.device(setting)
     except RuntimeError:
         raise UserError(f'device = "{setting}" is not a device: say auto, cpu, cuda, cuda:1 or mps') from None
-    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     if (device.index or 0) >= count.get(device.type, 0):

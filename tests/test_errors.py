@@ -1,0 +1,49 @@
+"""How scripts end: a mistake is one paragraph and code 2, a bug keeps its traceback."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gpt_arc.errors import UserError, entry_point
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "sentence"),
+    [
+        (UserError("n_layer = 0 must be at least 1"), 2, "n_layer = 0 must be at least 1"),
+        (OSError(28, "No space left on device", "out/x"), 2, "out/x: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_a_user_or_a_disk_did_is_a_sentence(capsys, error, code, sentence):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        entry_point(main)()
+    errors = capsys.readouterr().err
+    assert stop.value.code == code and errors.endswith(f": {sentence}\n") and errors.count("\n") == 1
+
+
+def test_what_we_did_is_a_traceback():
+    def main():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        entry_point(main)()
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (143, 143)])
+def test_what_main_returns_is_the_exit_code(returned, code):
+    with pytest.raises(SystemExit) as stop:
+        entry_point(lambda: returned)()
+    assert stop.value.code == code
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    script = "from gpt_arc.errors import entry_point\n@entry_point\ndef main():\n  print('x' * 10**6)\nmain()"
+    writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    writer.stdout.read(1)
+    writer.stdout.close()
+    assert (writer.wait(timeout=60), writer.stderr.read()) == (0, b"")

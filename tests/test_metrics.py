@@ -1,0 +1,69 @@
+"""What a run costs, against counts made another way."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt_arc import metrics
+from model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}])
+def test_flops_equal_those_that_torch_counts(settings):
+    """torch counts the products of a step; biases and norms, which only add, are the difference."""
+    config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **settings)
+    model = GPT(config)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(tokens, tokens).total.backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    assert metrics.flops_per_token(model) * 32 == pytest.approx(counter.get_total_flops() + 6 * vectors * 32, rel=1e-3)
+
+
+def test_gpt2_takes_about_six_flops_a_parameter_and_attention():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert metrics.flops_per_token(model) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_memory_of_weights_gradients_and_moments():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert metrics.memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
+    assert metrics.memory_estimate(model, 8, "float32") > metrics.memory_estimate(model, 8, "bfloat16")
+
+
+def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
+    assert 1e8 < metrics.peak_flops(torch.device("cpu"), "any", "float32") < 1e14
+    cuda = torch.device("cuda", 0)
+    assert metrics.peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert metrics.peak_flops(cuda, "NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert metrics.peak_flops(cuda, "NVIDIA H100 80GB HBM3", "float16") == 989e12
+    assert metrics.peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
+    assert metrics.peak_flops(torch.device("mps"), "mps", "float32") is None
+
+
+def test_the_log_goes_on_where_the_run_does(tmp_path):
+    log = metrics.MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write(step=step, train_loss=1.5, val_loss=None)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "train')  # killed in the middle of a line
+    metrics.MetricsLog(tmp_path, 2).write(step=3, val_loss=2.0)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "train_loss": 1.5}, {"step": 2, "train_loss": 1.5}, {"step": 3, "val_loss": 2.0}]
+
+
+def test_the_meter_takes_means_since_it_was_last_taken():
+    meter = metrics.Meter()
+    meter.add(10.0, 4, 0.5)
+    meter.add(20.0, 6, 1.5)
+    assert meter.take() == (3.0, 5.0)
+    meter.add(1.0, 1, 1.0)
+    assert meter.take() == (1.0, 1.0)
+
+
+def test_figures_for_people():
+    assert [metrics.human(x, "B") for x in (12, 63_300_000, 2.5e9, 1e12)] == ["12B", "63.3MB", "2.5GB", "1TB"]

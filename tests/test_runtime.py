@@ -1,0 +1,81 @@
+"""Devices, precision and compilation: what auto means, by the hardware that is there or pretended."""
+
+import pytest
+import torch
+
+from gpt_arc import runtime
+from gpt_arc.errors import UserError
+from model import GPT, GPTConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_devices():
+    assert runtime.resolve_device("cpu") == CPU
+    for setting, sentence in (("cuda:99", "is not available here"), ("gpu", "is not a device"), ("meta", "not available")):
+        with pytest.raises(UserError, match=sentence):
+            runtime.resolve_device(setting)
+
+
+def test_auto_takes_the_best_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runtime.resolve_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert runtime.resolve_device("cuda", local_rank=0) == CUDA
+    assert runtime.resolve_device("auto", prefer="cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert runtime.resolve_device("auto", prefer="cuda") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert runtime.resolve_device("auto").type == "mps"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({"bf16": True}, "bfloat16"),
+        ({"avx2": True, "amx_bf16": False}, "float32"), ({}, "float32"),
+    ],
+)  # fmt: skip
+def test_auto_precision_of_a_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert runtime.resolve_dtype("auto", CPU) == expected
+    assert runtime.resolve_dtype("float16", CPU) == "float16"
+
+
+def test_auto_precision_of_a_gpu(monkeypatch):
+    for native, expected in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        assert runtime.resolve_dtype("auto", CUDA) == expected
+    assert runtime.resolve_dtype("auto", torch.device("mps")) == "float32"
+
+
+def test_when_compiling_pays(monkeypatch):
+    assert runtime.resolve_compile(True, CPU, 1.0) == (True, "as set")
+    assert runtime.resolve_compile(False, CPU, 1e9) == (False, "as set")
+    assert runtime.resolve_compile("auto", CPU, 10.0) == (False, "the run is too short to pay it back")
+    monkeypatch.setenv("CXX", "c++")
+    assert runtime.resolve_compile("auto", CPU, 1e6)[0]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert runtime.resolve_compile("auto", CPU, 1e6) == (False, "there is no C++ compiler")
+    assert not runtime.resolve_compile("auto", torch.device("mps"), None)[0]
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model = GPT(GPTConfig(8, 11, 1, 2, 16))
+    expected = model(torch.zeros(1, 8, dtype=torch.int64))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nsecond line")
+
+    monkeypatch.setattr(model, "compile", broken)
+    reason = runtime.compile_in_place(model, lambda: torch.autocast("cpu", enabled=False), (1, 8), CPU)
+    assert reason == "RuntimeError: no compiler"
+    assert torch.equal(model(torch.zeros(1, 8, dtype=torch.int64)), expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_generators_are_put_back():
+    states = runtime.rng_state(CPU)
+    drawn = torch.rand(3)
+    runtime.set_rng_state(states, CPU)
+    assert torch.equal(torch.rand(3), drawn)
