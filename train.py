@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Cal
     return total / count
 
 
-def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
+def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.device) -> int:
     config = launch.config
     training, logging = config.training, config.logging
 
@@ -117,7 +118,7 @@ def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
         return 0
 
     # ---- model
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.dtype != "float32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee" if training.dtype == "float32" else "tf32"
     torch.manual_seed(training.seed)
     if launch.resumed:
         last = launch.resumed / "last"
@@ -160,10 +161,9 @@ def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
     # ---- run folder, optimizer, random generators
     run = launch.resumed
     if IS_MAIN and run:
-        lock = runs.Lock(run)  # noqa: F841  held while it is in scope
         checkpoint.clean_run(run, progress.step, progress.best_step)
     elif IS_MAIN:
-        run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841
+        run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841  held by name
     run = distributed.from_main(run)
     say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
     optimizer = build_optimizer(model, training)
@@ -218,8 +218,8 @@ def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
         starts = order.starts(progress.consumed + RANK * sequences_here, sequences_here)
         step_loss = torch.zeros((), device=device)
         for i, (tokens, targets) in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
-            share = WORLD_SIZE > 1 and i < micro_steps
-            with replica.no_sync() if share else contextlib.nullcontext():
+            more_to_come = WORLD_SIZE > 1 and i < micro_steps
+            with replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with autocast():
                     loss = replica(runtime.to_device(tokens, device), runtime.to_device(targets, device))
                 scaler.scale(loss.total * (WORLD_SIZE / tokens_per_step)).backward()
@@ -309,6 +309,8 @@ def train(launch: runs.Launch, state: dict | None, device: torch.device) -> int:
 
 def main() -> int:
     launch = runs.read_command_line(sys.argv[1:], __doc__)
+    if launch.resumed and IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
+        lock = runs.Lock(launch.resumed)  # noqa: F841  before its state is read: held until the process ends
     state = checkpoint.load_state(launch.resumed / "last") if launch.resumed else None
     began_on = state["runtime"]["device"] if state else None
     device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK, prefer=began_on)

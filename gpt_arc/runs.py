@@ -30,7 +30,7 @@ from model import GPTConfig
 
 OUT_ROOT = Path("out")
 # What a run writes: all that --overwrite=True may delete.
-CONTENTS = ("config.toml", "overrides.json", "metrics.jsonl", "last", "best", "step-*", ".step-*")
+CONTENTS = ("config.toml", "overrides.json", "metrics.jsonl", "last", "best", "step-*", ".step-*", "wandb")
 
 
 def runs(root: Path = OUT_ROOT) -> Iterator[Path]:
