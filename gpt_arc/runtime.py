@@ -76,6 +76,9 @@ def compile_in_place(
     `nn.Module.compile` leaves the names of parameters alone, so `_orig_mod.` never reaches a file.
     """
     try:
+        if device.type == "cpu":  # or its kernels add in whatever order their threads finish: no exact resume
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         model.compile()
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         with autocast():
@@ -85,6 +88,7 @@ def compile_in_place(
         return None
     except Exception as error:  # whatever a compiler, its cache or its driver may raise
         model._compiled_call_impl = None
+        torch.use_deterministic_algorithms(False)
         reason = next(iter(str(error).strip().splitlines()), "")
         return f"{type(error).__name__}: {reason}"
 

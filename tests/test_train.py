@@ -322,19 +322,40 @@ def test_wandb_is_imported_when_asked_for_alone(workplace):
 
 
 @pytest.mark.slow
-def test_compiled_training_runs_resumes_and_falls_back(workplace, run):
+def test_compiled_training_equals_eager_and_resumes_exactly(workplace):
     flags = ("--max_iters=12", "--eval_interval=6", "--lr_decay_iters=12", "--dtype=float32", "--eval_iters=0")
-    run(*flags, "--out_dir=eager", "--compile=False")
-    output = run(*flags, "--out_dir=whole", "--compile=True", timeout=400)
+    in_processes(*flags, "--out_dir=eager", "--compile=False")
+    assert "float32, compiled" in in_processes(*flags, "--out_dir=whole", "--compile=True", timeout=400)
+    in_processes(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
+    # "auto" means what it meant: a run this short would not be compiled otherwise
+    overrides = Path("halves/overrides.json")
+    overrides.write_text(json.dumps({k: v for k, v in json.loads(overrides.read_text()).items() if k != "compile"}))
+    output = in_processes(*flags, "--out_dir=halves", "--init_from=resume", timeout=400)
     assert "float32, compiled" in output
-    run(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
-    run(*flags, "--out_dir=halves", "--init_from=resume", timeout=400)  # compiled again: auto means what it meant
     assert_same_weights("whole/last", "halves/last")
     eager, compiled = weights("eager/last"), weights("whole/last")
     assert eager.keys() == compiled.keys()
     for name in eager:
         torch.testing.assert_close(eager[name], compiled[name], rtol=1e-3, atol=1e-4)
-    # no compiler: auto goes on without a word of complaint, true refuses
-    broken = {"CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(workplace / "cache")}
-    message = refusal("train.py", "sums.toml", *TINY_FLAGS, "--compile=True", timeout=400, **broken)
-    assert "compile = true can't work here" in message
+
+
+@pytest.mark.slow
+def test_two_compiled_processes_equal_one(workplace):
+    flags = ("--max_iters=6", "--dtype=float32", "--compile=True", "--log_interval=1", "--gradient_accumulation_steps=2")
+    in_processes(*flags, "--out_dir=one", timeout=400)
+    in_processes(*flags, "--out_dir=two", processes=2, timeout=400)
+    one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
+    assert [line["train_loss"] for line in one] == pytest.approx([line["train_loss"] for line in two], rel=1e-5)
+
+
+def test_where_compiling_fails_auto_goes_on_and_true_refuses(workplace, run, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("model.GPT.compile", broken)
+    monkeypatch.setattr("gpt_arc.runtime.COMPILE_PAYS_AFTER", 0)
+    monkeypatch.setenv("CXX", "c++")
+    output = run()
+    assert "not compiled   RuntimeError: no compiler here" in output and "finished step 8" in output
+    assert load_state(Path("out/sums/last"))["runtime"]["compile"] is False
+    assert "compile = true can't work here" in run("--compile=True").message
