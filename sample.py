@@ -103,7 +103,7 @@ def main() -> None:
     rows = torch.tensor([first] * config.num_samples, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     continuations: list[list[int]] = [[] for _ in range(config.num_samples)]
-    with torch.autocast(device.type, runtime.DTYPES[dtype], enabled=dtype != "float32"):
+    with runtime.autocast(device, dtype):
         for column in generate(
             model, rows, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
         ):

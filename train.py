@@ -15,9 +15,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
 from gpt_arc.config import settings_of
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, mute
 from gpt_arc.metrics import human
 from gpt_arc.optim import build_optimizer, learning_rate_at, load_optimizer_state
 from gpt_arc.signals import StopSignal
@@ -43,42 +42,50 @@ class Progress:
     consumed: int = 0  # sequences read
     skipped: int = 0  # steps left out because their gradient was not finite
     seconds: float = 0.0  # of training; evaluation and checkpoints left out
+    evaluated_step: int = 0
     best_val_loss: float = math.inf
     best_step: int | None = None
 
 
 def say(text: str) -> None:
     if IS_MAIN:
-        tqdm.write(text)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read along has gone: the run goes on
+            mute()
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], autocast: Callable, stop: StopSignal) -> float | None:
+def evaluate(
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: str, stop: StopSignal
+) -> float | None:
     """Mean cross-entropy in nats over the batches of all processes; None if a signal came meanwhile."""
-    model.eval()
-    device = next(model.parameters()).device
     sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    model.eval()
     for tokens, targets in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
-        with autocast():
+        with runtime.autocast(device, dtype):
             loss = model(runtime.to_device(tokens, device), runtime.to_device(targets, device))
         sums += torch.stack((loss.total, loss.count))
         if stop.anywhere():
-            return None
+            break
     model.train()
     total, count = distributed.sum_over_ranks(sums).tolist()
-    return total / count
+    return None if stop.anywhere() else total / count
 
 
-def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.device) -> int:
+def train(launch: runs.Launch, device: torch.device) -> int:
     config = launch.config
     training, logging = config.training, config.logging
 
     # ---- data: what is missing and small is prepared; a dataset's vocabulary replaces the preset's
-    folder = data.find_dataset(config.data.dataset)
-    if folder is None and not config.run.dry_run:
-        say(f"preparing the dataset {config.data.dataset}")
-        folder = distributed.from_main(data.prepare_dataset(config.data.dataset) if IS_MAIN else None)
+    folder = None
+    if IS_MAIN:
+        folder = data.find_dataset(config.data.dataset)
+        if folder is None and not config.run.dry_run:
+            say(f"preparing the dataset {config.data.dataset}")
+            folder = data.prepare_dataset(config.data.dataset)
+    folder = distributed.from_main(folder)
     dataset = data.open_dataset(folder) if folder else None
     if dataset and dataset.tokenizer and dataset.tokenizer.vocab_size != config.model.vocab_size:
         say(f"vocabulary     {dataset.tokenizer.vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
@@ -89,20 +96,24 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
     val_tokens = dataset and dataset.split("val", block_size)
 
     # ---- what "auto" means here; a resumed run keeps what it meant at first
-    progress = Progress(**state["progress"]) if state else Progress()
-    if state and state["runtime"]["device"] == device.type:
-        kept = {name: state["runtime"][name] for name in ("dtype", "compile") if getattr(training, name) == "auto"}
-        training = dataclasses.replace(training, **kept)
-    dtype = runtime.resolve_dtype(training.dtype, device)
+    state, progress = None, Progress()
+    dtype_setting, compile_setting = training.dtype, training.compile
+    if launch.resumed:
+        state = checkpoint.load_state(launch.resumed / "last")
+        progress = Progress(**state["progress"])
+        if state["runtime"]["device"] == device.type:
+            dtype_setting = state["runtime"]["dtype"] if dtype_setting == "auto" else dtype_setting
+            compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
+    dtype = runtime.resolve_dtype(dtype_setting, device)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     tokens_per_step = config.sequences_per_step * block_size
     with torch.device("meta"):
         sketch = GPT(config.model)
     flops_per_step = metrics.flops_per_token(sketch) * tokens_per_step
+    flops_left = flops_per_step * (training.max_iters - progress.step)
+    compiled, why = runtime.resolve_compile(compile_setting, device, flops_left)
     name = runtime.device_name(device)
     peak = metrics.peak_flops(device, name, dtype)
-    at_least = flops_per_step * (training.max_iters - progress.step) / peak if peak else None
-    compiled, why = runtime.resolve_compile(training.compile, device, at_least)
 
     # ---- the plan in figures
     say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
@@ -117,39 +128,55 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
     if config.run.dry_run:
         return 0
 
-    # ---- model
-    torch.backends.cuda.matmul.fp32_precision = "ieee" if training.dtype == "float32" else "tf32"
+    # ---- the run's folder, held from here on
+    run = launch.resumed
+    if IS_MAIN and not config.run.eval_only:
+        if run:
+            checkpoint.clean_run(run, progress.step, progress.best_step)
+        else:
+            run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841  by name
+        say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
+    run = distributed.from_main(run)
+
+    # ---- model, optimizer, random generators
+    if device.type == "cuda" and dtype != "float32":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(training.seed)
-    if launch.resumed:
-        last = launch.resumed / "last"
-        runs.check_same_model(config.model, checkpoint.load_config(last), launch.resumed)
-        model, tokenizer = checkpoint.load_model(last, config.model)
+    if run and state:
+        runs.check_same_model(config.model, checkpoint.load_config(run / "last"), run)
+        model, tokenizer = checkpoint.load_model(run / "last", config.model)
         if tokenizer and dataset.tokenizer and tokenizer.to_json() != dataset.tokenizer.to_json():
-            raise UserError(f"the dataset {folder} has another tokenizer than the run {launch.resumed}")
+            raise UserError(f"the dataset {folder} has another tokenizer than the run {run}")
     else:
         model = GPT(config.model)
     model.to(device)
-
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
-
+    replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
         say("compiling      takes a minute or so")
-        failure = runtime.compile_in_place(model, autocast, (micro_batch, block_size), device)
+        failure = runtime.compile_in_place(model, replica, (micro_batch, block_size), device, dtype)
         if failure and training.compile is True:
             raise UserError(f"compile = true can't work here; --compile=False goes without it: {failure}")
         if failure:
             say(f"not compiled   {failure}")
             compiled = False
+    optimizer = build_optimizer(model, training)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    torch.manual_seed(training.seed + RANK)
+    if state:
+        load_optimizer_state(optimizer, state["optimizer"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        if RANK < len(state["generators"]):
+            runtime.set_rng_state(state["generators"][RANK], device)
+        del state  # as large as the model, twice
 
     # ---- evaluation: the same windows every time
     stop = StopSignal()
-    windows = logging.eval_iters * config.data.batch_size
-    val_starts = data.evaluation_starts(len(val_tokens), block_size, windows)
+    val_starts = data.evaluation_starts(len(val_tokens), block_size, logging.eval_iters * config.data.batch_size)
 
     def val_loss_now() -> float | None:
         batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
-        return evaluate(model, batches, autocast, stop)
+        return evaluate(model, batches, device, dtype, stop)
 
     if config.run.eval_only:
         val_loss = val_loss_now()
@@ -158,22 +185,7 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
         say(f"step {progress.step}: val loss {val_loss:.4f} over {len(val_starts)} windows of {len(val_tokens):,} tokens")
         return 0
 
-    # ---- run folder, optimizer, random generators
-    run = launch.resumed
-    if IS_MAIN and run:
-        checkpoint.clean_run(run, progress.step, progress.best_step)
-    elif IS_MAIN:
-        run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841  held by name
-    run = distributed.from_main(run)
-    say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
-    optimizer = build_optimizer(model, training)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-    torch.manual_seed(training.seed + RANK)
-    if state:
-        load_optimizer_state(optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if RANK < len(state["generators"]):
-            runtime.set_rng_state(state["generators"][RANK], device)
+    # ---- what is written
     log = wandb_run = None
     if IS_MAIN:
         runs.record_settings(run, config, launch.overrides)
@@ -201,26 +213,63 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
     # by the number of processes, since DistributedDataParallel averages their gradients.
     order = data.TrainingOrder(len(train_tokens), block_size, training.seed)
     sequences_here = micro_steps * micro_batch
-    replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model)
     parameters = list(model.parameters())
     meter = metrics.Meter()
+    learning_rate = grad_norm = None
     not_finite = 0  # steps in a row
     saved_step, stopped = progress.step, False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
-    while progress.step < training.max_iters and not stopped:
+    while True:
+        # evaluate what is due, also where a signal cut an evaluation short; log; save
+        done = progress.step >= training.max_iters
+        due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
+        val_loss = val_loss_now() if due and not stopped else None
+        if val_loss is not None:
+            progress.evaluated_step = progress.step
+            if val_loss < progress.best_val_loss:
+                progress.best_val_loss, progress.best_step = val_loss, progress.step
+        if IS_MAIN and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
+            train_loss, rate = meter.take()
+            line = {
+                "step": progress.step,
+                "train_loss": train_loss,
+                "val_loss": val_loss,
+                "learning_rate": learning_rate,
+                "grad_norm": grad_norm,
+                "tokens": progress.consumed * block_size,
+                "tokens_per_second": rate,
+                "seconds": progress.seconds,
+                "mfu": rate * flops_per_step / tokens_per_step / (peak * WORLD_SIZE) if peak and rate else None,
+                "skipped": progress.skipped or None,
+            }
+            line = {name: value for name, value in line.items() if value is not None}
+            log.write(line)
+            if wandb_run:
+                wandb_run.log(line, step=progress.step)
+            figures = {"loss": (train_loss, ".4f"), "val": (val_loss, ".4f"), "rate": (learning_rate, ".2e")}
+            shown = ", ".join(f"{name} {value:{form}}" for name, (value, form) in figures.items() if value is not None)
+            bar.set_postfix_str(shown)
+            if bar.disable or val_loss is not None:
+                say(f"step {progress.step}: {shown}" + (f", {rate:,.0f} tokens/s" if rate else ""))
+        if val_loss is not None:
+            save()
+            saved_step = progress.step
+        stopped = stopped or (due and val_loss is None)
+        if done or stopped:
+            break
+
+        # forward and backward; processes share their gradients after the last micro-batch
         started = time.perf_counter()
         learning_rate = learning_rate_at(progress.step, training)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-
-        # forward and backward, gradients shared after the last micro-batch
         starts = order.starts(progress.consumed + RANK * sequences_here, sequences_here)
         step_loss = torch.zeros((), device=device)
         for i, (tokens, targets) in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
             more_to_come = WORLD_SIZE > 1 and i < micro_steps
             with replica.no_sync() if more_to_come else contextlib.nullcontext():
-                with autocast():
+                with runtime.autocast(device, dtype):
                     loss = replica(runtime.to_device(tokens, device), runtime.to_device(targets, device))
                 scaler.scale(loss.total * (WORLD_SIZE / tokens_per_step)).backward()
             step_loss += loss.total.detach()
@@ -229,67 +278,33 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
         # the step's one wait for the device: is all of it finite, has a process been asked to stop
         scaler.unscale_(optimizer)
         norm = get_total_norm([p.grad for p in parameters])
-        verdict = torch.stack((step_loss, norm, torch.full_like(norm, stop.number)))
-        loss_sum, norm_sum, stopped = distributed.sum_over_ranks(verdict).tolist()
-        finite = math.isfinite(loss_sum) and math.isfinite(norm_sum)
+        verdict = torch.stack((step_loss, norm / WORLD_SIZE, torch.full_like(norm, stop.number)))
+        loss_sum, grad_norm, stopped = distributed.sum_over_ranks(verdict).tolist()
+        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
         if finite:
             if training.grad_clip:
                 clip_grads_with_norm_(parameters, training.grad_clip, norm)
             scaler.step(optimizer)
-            progress.step += 1
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         took = time.perf_counter() - started
         progress.seconds += took
-
-        if not finite:
-            progress.skipped += 1
-            not_finite += 1
-            say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
-            # float16 finds its loss scale by overflowing; otherwise two in a row won't mend themselves
-            if not_finite == (20 if scaler.is_enabled() else 2):
-                bar.close()
-                say(f"step {progress.step + 1} has diverged: {run}/last, if it is there, is the last good checkpoint; "
-                    "lower learning_rate or use dtype = float32")  # fmt: skip
-                return 1
+        if finite:
+            progress.step += 1
+            not_finite = 0
+            meter.add(loss_sum, tokens_per_step, took)
+            bar.update()
             continue
-        not_finite = 0
-        meter.add(loss_sum, tokens_per_step, took)
-        bar.update()
 
-        # evaluate, log, save
-        last_step = progress.step == training.max_iters
-        val_loss = None
-        if last_step or progress.step % logging.eval_interval == 0:
-            val_loss = val_loss_now()
-            if val_loss is None:
-                stopped = True
-            elif val_loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = val_loss, progress.step
-        if IS_MAIN and (last_step or val_loss is not None or progress.step % logging.log_interval == 0):
-            train_loss, rate = meter.take()
-            line = {
-                "step": progress.step,
-                "train_loss": train_loss,
-                "val_loss": val_loss,
-                "learning_rate": learning_rate,
-                "grad_norm": norm_sum / WORLD_SIZE,
-                "tokens": progress.consumed * block_size,
-                "tokens_per_second": rate,
-                "seconds": progress.seconds,
-                "mfu": rate / tokens_per_step * flops_per_step / (peak * WORLD_SIZE) if peak else None,
-                "skipped": progress.skipped or None,
-            }
-            log.write(**line)
-            if wandb_run:
-                wandb_run.log({name: value for name, value in line.items() if value is not None}, step=progress.step)
-            shown = f"loss {train_loss:.4f}" + (f", val {val_loss:.4f}" if val_loss is not None else "")
-            bar.set_postfix_str(shown)
-            if bar.disable or val_loss is not None:
-                say(f"step {progress.step}: {shown}, rate {learning_rate:.2e}, {rate:,.0f} tokens/s")
-        if val_loss is not None:
-            save()
-            saved_step = progress.step
+        # float16 finds its loss scale by overflowing; otherwise two steps in a row won't mend themselves
+        progress.skipped += 1
+        not_finite += 1
+        say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
+        if not_finite == (20 if scaler.is_enabled() else 2):
+            bar.close()
+            kept = f"{run}/last is the last good checkpoint" if saved_step else "there is no checkpoint yet"
+            say(f"step {progress.step + 1} has diverged, {kept}: lower learning_rate, or set dtype = float32")
+            return 1
     bar.close()
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -298,8 +313,8 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
     if wandb_run:
         wandb_run.finish()
     if stopped:
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --nproc_per_node={WORLD_SIZE}"
         resume = shlex.join(("train.py", *launch.files, "--init_from=resume", f"--out_dir={run}"))
+        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
         say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
         return 128 + stop.anywhere()
     say(f"finished step {progress.step}: best val loss {progress.best_val_loss:.4f} at step {progress.best_step}; "
@@ -309,13 +324,14 @@ def train(launch: runs.Launch, state: dict[str, Any] | None, device: torch.devic
 
 def main() -> int:
     launch = runs.read_command_line(sys.argv[1:], __doc__)
-    if launch.resumed and IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
-        lock = runs.Lock(launch.resumed)  # noqa: F841  before its state is read: held until the process ends
-    state = checkpoint.load_state(launch.resumed / "last") if launch.resumed else None
-    began_on = state["runtime"]["device"] if state else None
+    began_on = None
+    if launch.resumed:
+        if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
+            lock = runs.Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
+        began_on = checkpoint.load_state(launch.resumed / "last", peek=True)["runtime"]["device"]
     device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK, prefer=began_on)
     with distributed.process_group(launch.config.training.backend, device):
-        return train(launch, state, device)
+        return train(launch, device)
 
 
 if __name__ == "__main__":

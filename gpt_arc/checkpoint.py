@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import new_directory, point, replacing, write_file
 from gpt_arc.tokenizer import FILE_NAME as TOKENIZER_FILE
 from gpt_arc.tokenizer import Tokenizer, load_tokenizer
@@ -111,14 +111,13 @@ def save_checkpoint(
     A kill at any moment leaves `last` pointing to a whole checkpoint. Raises UserError if the disk refuses.
     """
     directory = run / step_name(step)
-    if not directory.exists():
-        try:
-            with new_directory(directory) as temporary:
-                save_model(model, tokenizer, temporary)
-                torch.save(state, temporary / "training_state.pt")
-        except (SafetensorError, RuntimeError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"the checkpoint {directory} can't be written; the one before it stays: {reason}") from None
+    try:
+        with new_directory(directory) as temporary:
+            save_model(model, tokenizer, temporary)
+            torch.save(state, temporary / "training_state.pt")
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk is each of them, by who writes
+        message = f"the checkpoint {directory} can't be written; the one before it stays: {first_line(error)}"
+        raise UserError(message) from None
     kept = {directory.name}
     point(run / "last", directory.name)
     if best_step is not None:
@@ -137,12 +136,15 @@ def clean_run(run: Path, step: int, best_step: int | None) -> None:
         point(run / "best", step_name(best_step))
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """The training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged."""
+def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
+    """The training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
+
+    With `peek` its tensors are left on the disk until they are used.
+    """
     path = directory / "training_state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to go on from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} is damaged, use another checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is damaged, use another checkpoint: {first_line(error)}") from None

@@ -6,6 +6,7 @@ may also stand outside any table. Every mistake is refused before anything start
 
 import dataclasses
 import difflib
+import json
 import math
 import tomllib
 import types
@@ -78,7 +79,7 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
             value = getattr(self, name)
-            _require(self, name, value is None or 0 <= value < math.inf, "zero or more")
+            _require(self, name, value is None or 0 <= value < 2**63, "zero or more")
         for name in ("learning_rate", "adam_eps", "lr_decay_iters"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 < value < math.inf, "more than zero")
@@ -236,8 +237,7 @@ def check_setting(name: str, value: Any, where: str) -> None:
         raise UserError(f"{where}there is no setting {name}{_nearest(name)}")
     expected = SETTINGS[name][1]
     if not _conforms(value, expected):
-        shown = tomli_w.dumps({name: value}).strip()
-        raise UserError(f"{where}{shown}: {name} must be {_describe(expected)}")
+        raise UserError(f"{where}{name} = {json.dumps(value, default=str)}: {name} must be {_describe(expected)}")
 
 
 def _nearest(name: str) -> str:
@@ -284,18 +284,29 @@ class Arguments:
     config: Config = field(default_factory=Config)
 
 
-def parse_arguments(args: list[str], description: str | None, files: list[Path], recorded: dict[str, Any]) -> Config:
-    """The settings of `files`, over them the `recorded` ones, over them the flags among `args`. Raises UserError."""
-    settings: dict[str, Any] = {}
-    for file in files:
-        settings |= read_settings(file)
-    base = build_config(settings | recorded, ", ".join(map(str, files)))
+def parse_arguments(args: list[str], description: str | None, settings: dict[str, Any], source: str) -> Config:
+    """`settings`, which came from `source`, with the flags among `args` over them. Raises UserError."""
+    base = build_config(settings, source)
     parsed = parse_flags(Arguments, description, args, Arguments(config=base))
     for file in set(parsed.config_files) - set(config_files(args)):
         raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
     return parsed.config
 
 
+def parse_run_flags(args: list[str], settings: dict[str, Any], source: str) -> RunConfig:
+    """[run] alone, from `settings` and `args`: what has to be known before the rest can be read."""
+    default = build_config({name: value for name, value in settings.items() if SETTINGS[name][0] == "run"}, source).run
+    return parse_flags(RunConfig, None, args, default, partly=True)
+
+
 def config_files(args: list[str]) -> list[str]:
     """The config files among command-line arguments: those that end in .toml."""
     return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+
+
+def read_files(files: list[str]) -> dict[str, Any]:
+    """The settings of several files, later ones winning."""
+    settings: dict[str, Any] = {}
+    for file in files:
+        settings |= read_settings(Path(file))
+    return settings

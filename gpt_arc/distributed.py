@@ -22,17 +22,22 @@ IS_MAIN = RANK == 0  # the one process that writes and prints
 
 @contextlib.contextmanager
 def process_group(backend: str, device: torch.device) -> Iterator[None]:
-    """Join the processes for the duration of the block."""
+    """Join the processes for the duration of the block. Raises UserError for a backend that can't serve the device.
+
+    After an error the group is left to the end of the process: to dissolve it would wait for the others for ever.
+    """
     if WORLD_SIZE == 1:
         yield
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo" if backend == "auto" else backend)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"several processes can't share work on {device.type}: use --device=cpu, or one process")
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError(f"backend = nccl serves GPUs, not {device.type}: use gloo or auto")
+    dist.init_process_group(backend)
+    yield
+    dist.destroy_process_group()
 
 
 def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:

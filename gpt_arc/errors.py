@@ -2,7 +2,9 @@
 
 import functools
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -10,16 +12,27 @@ class UserError(ValueError):
     """What the user asked for can't be done. The message says what, where and how to mend it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, which may be nothing."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def mute() -> None:
+    """Send standard output nowhere from here on, once nobody reads it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wrap a script's `main`: exit with its return value, 2 on a mistake of the user's or the disk's, 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def wrapped() -> None:
+        among_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         try:
             sys.exit(main() or 0)
-        except BrokenPipeError:  # the reader of our output (head, less) has gone: nothing left to say
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        except BrokenPipeError:  # the reader of our output (head, less) has gone: end as SIGPIPE would, quietly
+            mute()
+            sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
             message, code = str(error), 2
         except OSError as error:
@@ -27,7 +40,14 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             message, code = f"{place}{error.strerror or error}", 2
         except KeyboardInterrupt:
             message, code = "interrupted", 130
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        except Exception:
+            if not among_several:
+                raise
+            message, code = traceback.format_exc(), 1
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        if among_several:  # an orderly exit would wait for processes that wait for this one
+            sys.stdout.flush()
+            os._exit(code)
         sys.exit(code)
 
     return wrapped

@@ -46,13 +46,17 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for file in temporary.rglob("*"):
+        for file in (*temporary.rglob("*"), temporary):
             sync(file)
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             older = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
             os.rename(path, older)
-            os.rename(temporary, path)
+            try:
+                os.rename(temporary, path)
+            except BaseException:
+                os.rename(older, path)
+                raise
             shutil.rmtree(older)
         else:
             os.rename(temporary, path)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -14,10 +15,17 @@ from gpt_arc.errors import UserError
 T = TypeVar("T")
 
 
-def parse_flags(cls: type[T], description: str | None, args: list[str], default: T | Any = tyro.MISSING_NONPROP) -> T:
+def parse_flags(
+    cls: type[T],
+    description: str | None,
+    args: list[str],
+    default: T | Any = tyro.MISSING_NONPROP,
+    partly: bool = False,
+) -> T:
     """An instance of the dataclass `cls` from `args`, flat: --n_layer=6, --n-layer 6, --compile=False.
 
-    `default` gives the values of flags that are not named. Raises UserError; --help prints and exits.
+    `default` gives the values of flags that are not named. Raises UserError; --help prints and exits. With `partly`,
+    flags that are not those of `cls` are left to another call.
     """
     shown = io.StringIO()
     try:
@@ -29,6 +37,7 @@ def parse_flags(cls: type[T], description: str | None, args: list[str], default:
                 default=default,
                 return_unknown_args=True,
                 use_underscores=True,
+                add_help=not partly,
                 config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
             )
     except SystemExit as stop:
@@ -37,7 +46,7 @@ def parse_flags(cls: type[T], description: str | None, args: list[str], default:
         raise UserError(_unboxed(shown.getvalue())) from None
     except ValueError as error:  # from a __post_init__: the values don't go together
         raise UserError(str(error)) from None
-    if unknown:
+    if unknown and not partly:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"the argument {flag} is not understood: write --name=value")
@@ -58,4 +67,5 @@ def _unboxed(message: str) -> str:
     """The first part of a message that tyro has drawn a box around, as a sentence."""
     lines = [line.strip("\u2502 ") for line in message.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if set(line) <= set("\u2500\u256d\u256e\u256f\u2570")), len(lines))
-    return " ".join(lines[:end]).rstrip(".") + "; --help lists the flags"
+    words = re.sub(r"^Error parsing config[.\w]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
+    return words.rstrip(".") + "; --help lists the flags"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ import torch
 from gpt_arc.files import write_file
 from model import GPT, GPTConfig
 
-# Dense matrix products a second: (16-bit with float32 accumulation, float32 as TF32), from the makers' data sheets.
-# Matched as a part of the device's name, the first match counting.
+# Dense matrix products, in FLOPs a second: (16-bit with float32 accumulation, float32), from the makers' data sheets.
+# A whole word of the device's name, the first match counting.
 ACCELERATORS = {
-    "B200": (2250e12, 1125e12),
-    "H200": (989e12, 494e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H100": (989e12, 494e12),
-    "A100": (312e12, 156e12),
-    "L40S": (362e12, 183e12),
-    "L4": (121e12, 60e12),
-    "A10G": (70e12, 35e12),
-    "A10": (125e12, 62.5e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "A10": (125e12, 31.2e12),
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
     "RTX 4090": (165.2e12, 82.6e12),
@@ -62,7 +64,7 @@ def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:
         return measured_flops(getattr(torch, dtype))
     if device.type == "cuda":
         for known, (half, single) in ACCELERATORS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return single if dtype == "float32" else half
     return None
 
@@ -91,19 +93,18 @@ def human(value: float, unit: str = "") -> str:
 class Meter:
     """Mean loss and rate since they were last taken."""
 
-    def __init__(self):
-        self._loss, self._tokens, self._seconds = 0.0, 0, 0.0
+    loss_sum, tokens, seconds = 0.0, 0, 0.0
 
     def add(self, loss_sum: float, tokens: int, seconds: float) -> None:
-        self._loss += loss_sum
-        self._tokens += tokens
-        self._seconds += seconds
+        self.loss_sum += loss_sum
+        self.tokens += tokens
+        self.seconds += seconds
 
-    def take(self) -> tuple[float, float]:
-        """Mean loss in nats a token, and tokens a second; starts anew."""
-        result = self._loss / self._tokens, self._tokens / self._seconds
-        self.__init__()
-        return result
+    def take(self) -> tuple[float, float] | tuple[None, None]:
+        """Mean loss in nats a token, and tokens a second, None if there were none; starts anew."""
+        loss_sum, tokens, seconds = self.loss_sum, self.tokens, self.seconds
+        self.loss_sum, self.tokens, self.seconds = 0.0, 0, 0.0
+        return (loss_sum / tokens, tokens / seconds) if tokens else (None, None)
 
 
 class MetricsLog:
@@ -116,9 +117,8 @@ class MetricsLog:
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a")
 
-    def write(self, **values: Any) -> None:
-        """Write one line; values that are None are left out."""
-        self._file.write(json.dumps({name: value for name, value in values.items() if value is not None}) + "\n")
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 from gpt_arc.config import (
     SETTINGS,
     Config,
-    build_config,
     check_setting,
     config_files,
     parse_arguments,
-    read_settings,
+    parse_run_flags,
+    read_files,
     settings_of,
     write_settings,
 )
@@ -29,22 +28,17 @@ from gpt_arc.files import write_file
 from model import GPTConfig
 
 OUT_ROOT = Path("out")
-# What a run writes: all that --overwrite=True may delete.
+# What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
 CONTENTS = ("config.toml", "overrides.json", "metrics.jsonl", "last", "best", "step-*", ".step-*", "wandb")
 
 
-def runs(root: Path = OUT_ROOT) -> Iterator[Path]:
-    """The runs below `root` that have a checkpoint, newest checkpoint first."""
-    found = [path.parent for path in root.glob("*/last") if (path / "config.json").exists()]
-    yield from sorted(found, key=lambda run: (run / "last").lstat().st_mtime_ns, reverse=True)
-
-
 def newest_run(name: str | None = None) -> Path:
-    """The newest run, of the config `name` if one is given. Raises UserError if there is none."""
+    """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
     of_config = re.compile(rf"{re.escape(name)}(-\d+)?" if name else ".*")
-    for run in runs():
-        if of_config.fullmatch(run.name):
-            return run
+    found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
+    found = [link for link in found if of_config.fullmatch(link.parent.name)]
+    if found:
+        return max(found, key=lambda link: link.lstat().st_mtime_ns).parent
     what = f"run of {name}" if name else "run"
     raise UserError(
         f"there is no {what} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
@@ -55,18 +49,20 @@ def newest_run(name: str | None = None) -> Path:
 class Lock:
     """Holds a run folder until the process ends, however it ends, or forgets this object."""
 
+    _descriptor: int | None = None
+
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         self._descriptor = os.open(directory, os.O_RDONLY)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is training in {directory}: wait for it, or name another --out_dir"
-            ) from None
+            message = f"another process is training in {directory}: wait for it, or name another --out_dir"
+            raise UserError(message) from None
 
     def __del__(self):
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lock]:
@@ -76,12 +72,15 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lo
     """
     if out_dir is not None:
         directory = _made(Path(out_dir))
-        if any(directory.iterdir()) and not overwrite:
-            raise UserError(
-                f"out_dir = {out_dir} is in use: go on with it by --init_from=resume, delete the run it holds by "
-                "--overwrite=True, or name another"
-            )
         lock = Lock(directory)
+        if any(directory.iterdir()):
+            if not (directory / "overrides.json").exists():
+                raise UserError(f"out_dir = {out_dir} is in use, and not by a run: name another")
+            if not overwrite:
+                raise UserError(
+                    f"out_dir = {out_dir} is in use: go on with it by --init_from=resume, delete the run it holds by "
+                    "--overwrite=True, or name another"
+                )
         for pattern in CONTENTS:
             for path in directory.glob(pattern):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -122,26 +121,25 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     """
     files = config_files(args)
     name = Path(files[-1]).stem if files else ""
-    config = parse_arguments(args, description, [Path(file) for file in files], {})
+    settings = read_files(files)
+    wanted = parse_run_flags(args, settings, ", ".join(files))
     resumed, recorded = None, {}
-    if config.run.init_from == "resume":
-        resumed = newest_run(name or None) if config.run.out_dir is None else Path(config.run.out_dir)
+    if wanted.init_from == "resume":
+        resumed = newest_run(name or None) if wanted.out_dir is None else Path(wanted.out_dir)
         if not (resumed / "last" / "config.json").exists():
             raise UserError(f"there is no checkpoint to resume from in {resumed}: it has no last/")
+        recorded = read_overrides(resumed)
         if not files:
             files = [str(resumed / "config.toml")]
-        recorded = read_overrides(resumed)
-        config = parse_arguments(args, description, [Path(file) for file in files], recorded)
-    elif not files:
+            settings = read_files(files)
+    config = parse_arguments(args, description, settings | recorded, ", ".join(files))
+    if not files:
         raise UserError("name a config file, for instance: python train.py configs/quickstart.toml")
-    of_files: dict[str, Any] = {}
-    for file in files:
-        of_files |= read_settings(Path(file))
-    of_files = settings_of(build_config(of_files, ", ".join(files)))
+    of_files = settings_of(Config()) | settings
     overrides = {
         setting: value
         for setting, value in settings_of(config).items()
-        if value != of_files[setting] and SETTINGS[setting][0] != "run"
+        if SETTINGS[setting][0] != "run" and (setting in recorded or value != of_files[setting])
     }
     return Launch(config, name, tuple(files), overrides, resumed)
 
@@ -167,8 +165,8 @@ def record_settings(directory: Path, config: Config, overrides: dict[str, Any]) 
 def read_overrides(directory: Path) -> dict[str, Any]:
     path = directory / "overrides.json"
     try:
-        overrides = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        overrides = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged, so the run's settings are not known: {error}") from None
     for name, value in overrides.items():
         check_setting(name, value, f"{path}: ")

@@ -1,19 +1,20 @@
 """Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
 
+import contextlib
 import os
 import platform
 import shutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, first_line
 from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Compiling takes about half a minute to two on a CPU and gains perhaps a quarter of the time from then on.
-COMPILE_PAYS_AFTER = 600  # seconds of training on a CPU
+# Compiling takes half a minute to two on a CPU and gains perhaps a quarter of the time from then on, so it pays after
+# some ten minutes. Counted in FLOPs, at 200 GFLOP/s, so that no stopwatch decides how a run is computed.
+COMPILE_PAYS_AFTER = 600 * 200e9
 
 
 def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
@@ -30,9 +31,13 @@ def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None)
         raise UserError(f'device = "{setting}" is not a device: say auto, cpu, cuda, cuda:1 or mps') from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
+    elif device.type == "cuda" and local_rank != 0:
+        raise UserError(f'device = "{setting}" would put several processes on one GPU: say cuda')
     if (device.index or 0) >= count.get(device.type, 0):
         there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
         raise UserError(f'device = "{setting}" is not available here; there is {there}')
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what torch means by "the current device" from here on
     return device
 
 
@@ -48,8 +53,8 @@ def resolve_dtype(setting: str, device: torch.device) -> str:
     return "float32"
 
 
-def resolve_compile(setting: bool | str, device: torch.device, seconds: float | None) -> tuple[bool, str]:
-    """Whether to compile, and why. `seconds` is how long the run may take uncompiled, if that is known."""
+def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
+    """Whether to compile, and why. `flops` is what is left of the run to compute."""
     if setting != "auto":
         return bool(setting), "as set"
     if device.type == "cuda":
@@ -62,17 +67,23 @@ def resolve_compile(setting: bool | str, device: torch.device, seconds: float | 
         return True, "it pays on GPUs"
     if device.type != "cpu":
         return False, f"it is not dependable on {device.type}"
-    if seconds is not None and seconds < COMPILE_PAYS_AFTER:
+    if flops < COMPILE_PAYS_AFTER:
         return False, "the run is too short to pay it back"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
 
 
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which a forward pass multiplies in `dtype`."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
 def compile_in_place(
-    model: GPT, autocast: Callable[[], torch.autocast], shape: tuple[int, int], device: torch.device
+    model: GPT, replica: torch.nn.Module, shape: tuple[int, int], device: torch.device, dtype: str
 ) -> str | None:
     """Compile `model` and try a step on a batch of `shape`; if that fails, undo it and return the reason in one line.
 
+    `replica` is the model or its DistributedDataParallel, through which the compiler learns of the gradients' buckets.
     `nn.Module.compile` leaves the names of parameters alone, so `_orig_mod.` never reaches a file.
     """
     try:
@@ -81,16 +92,17 @@ def compile_in_place(
             torch.utils.deterministic.fill_uninitialized_memory = False
         model.compile()
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-        with autocast():
-            loss = model(tokens, tokens)
-        loss.total.backward()
-        model.zero_grad()
+        with replica.no_sync() if replica is not model else contextlib.nullcontext():
+            with autocast(device, dtype):
+                loss = replica(tokens, tokens)
+            loss.total.backward()
         return None
     except Exception as error:  # whatever a compiler, its cache or its driver may raise
         model._compiled_call_impl = None
         torch.use_deterministic_algorithms(False)
-        reason = next(iter(str(error).strip().splitlines()), "")
-        return f"{type(error).__name__}: {reason}"
+        return f"{type(error).__name__}: {first_line(error)}"
+    finally:
+        model.zero_grad()
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:

@@ -34,6 +34,15 @@ def write_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     write_file(path, header.tobytes() + tokens.astype(dtype).tobytes())
 
 
+def _read(path: Path, count: int, offset: int) -> bytes:
+    """Bytes of a file that is open for this long only: a corpus may have more files than a process may open."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, count, offset)
+    finally:
+        os.close(descriptor)
+
+
 class TokenFiles:
     """The token files of one split as one long sequence, read with `os.pread` so that resident memory stays flat.
 
@@ -44,18 +53,17 @@ class TokenFiles:
         self.paths = sorted(Path(directory).glob(f"*{split}*.bin"))
         if not self.paths:
             raise UserError(f"{directory} has no file for the {split} split (*{split}*.bin): prepare the dataset again")
-        self.files: list[tuple[int, np.dtype]] = []  # descriptor, type
+        self._types: list[np.dtype] = []
         ends = [0]
         for path in self.paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            header = np.frombuffer(os.pread(descriptor, 4 * HEADER, 0).ljust(4 * HEADER, b"\0"), dtype="<i4")
+            header = np.frombuffer(_read(path, 4 * HEADER, 0).ljust(4 * HEADER, b"\0"), dtype="<i4")
             dtype = FORMATS.get((int(header[0]), int(header[1])))
             if dtype is None:
                 raise UserError(f"{path} is not a token file: it begins with {header[0]}, {header[1]}")
             size = 4 * HEADER + int(header[2]) * dtype.itemsize
-            if os.fstat(descriptor).st_size != size:
-                raise UserError(f"{path} is damaged: {os.fstat(descriptor).st_size} bytes instead of {size}")
-            self.files.append((descriptor, dtype))
+            if path.stat().st_size != size:
+                raise UserError(f"{path} is damaged: {path.stat().st_size} bytes instead of {size}")
+            self._types.append(dtype)
             ends.append(ends[-1] + int(header[2]))
         self._ends = np.array(ends)
 
@@ -68,9 +76,9 @@ class TokenFiles:
         while count > 0:
             file = int(np.searchsorted(self._ends, start, side="right")) - 1
             here = min(count, int(self._ends[file + 1]) - start)
-            descriptor, dtype = self.files[file]
+            dtype = self._types[file]
             offset = 4 * HEADER + (start - int(self._ends[file])) * dtype.itemsize
-            parts.append(np.frombuffer(os.pread(descriptor, here * dtype.itemsize, offset), dtype=dtype))
+            parts.append(np.frombuffer(_read(self.paths[file], here * dtype.itemsize, offset), dtype=dtype))
             start, count = start + here, count - here
         return np.concatenate(parts).astype(np.int64)
 

@@ -232,18 +232,18 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         content = json.loads(path.read_text("utf-8"))
         model, special = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
         kind, vocab = model["type"], model["vocab"]
+        if kind == "WordLevel":
+            return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
+        if kind == "BPE" and content["pre_tokenizer"]["type"] == "ByteLevel":
+            byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
+            ranks = {
+                bytes(byte_of[character] for character in spelled): id
+                for spelled, id in vocab.items()
+                if spelled not in special
+            }
+            return BPETokenizer(ranks, special)
     except FileNotFoundError:
         raise UserError(f"{directory} has no {FILE_NAME}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if kind == "WordLevel":
-        return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
-    if kind == "BPE" and (content["pre_tokenizer"] or {}).get("type") == "ByteLevel":
-        byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
-        ranks = {
-            bytes(byte_of[character] for character in spelled): id
-            for spelled, id in vocab.items()
-            if spelled not in special
-        }
-        return BPETokenizer(ranks, special)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or not ours: {type(error).__name__}: {error}") from None
     raise UserError(f"{path} holds a tokenizer of the kind {kind}, not characters or byte-level BPE")

@@ -41,6 +41,8 @@ def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
     assert metrics.peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
     assert metrics.peak_flops(cuda, "NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert metrics.peak_flops(cuda, "NVIDIA H100 80GB HBM3", "float16") == 989e12
+    assert metrics.peak_flops(cuda, "NVIDIA L40", "bfloat16") == 181e12
+    assert metrics.peak_flops(cuda, "NVIDIA RTX A1000", "bfloat16") is None
     assert metrics.peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
     assert metrics.peak_flops(torch.device("mps"), "mps", "float32") is None
 
@@ -48,10 +50,10 @@ def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
 def test_the_log_goes_on_where_the_run_does(tmp_path):
     log = metrics.MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
-        log.write(step=step, train_loss=1.5, val_loss=None)
+        log.write({"step": step, "train_loss": 1.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "train')  # killed in the middle of a line
-    metrics.MetricsLog(tmp_path, 2).write(step=3, val_loss=2.0)
+    metrics.MetricsLog(tmp_path, 2).write({"step": 3, "val_loss": 2.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "train_loss": 1.5}, {"step": 2, "train_loss": 1.5}, {"step": 3, "val_loss": 2.0}]
 
@@ -62,7 +64,7 @@ def test_the_meter_takes_means_since_it_was_last_taken():
     meter.add(20.0, 6, 1.5)
     assert meter.take() == (3.0, 5.0)
     meter.add(1.0, 1, 1.0)
-    assert meter.take() == (1.0, 1.0)
+    assert meter.take() == (1.0, 1.0) and meter.take() == (None, None)
 
 
 def test_figures_for_people():

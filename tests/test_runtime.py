@@ -19,9 +19,12 @@ def test_devices():
 
 def test_auto_takes_the_best_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert runtime.resolve_device("auto", local_rank=1) == torch.device("cuda", 1)
     assert runtime.resolve_device("cuda", local_rank=0) == CUDA
     assert runtime.resolve_device("auto", prefer="cpu") == CPU
+    with pytest.raises(UserError, match="several processes on one GPU"):
+        runtime.resolve_device("cuda:0", local_rank=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert runtime.resolve_device("auto", prefer="cuda") == CPU
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -51,13 +54,13 @@ def test_auto_precision_of_a_gpu(monkeypatch):
 def test_when_compiling_pays(monkeypatch):
     assert runtime.resolve_compile(True, CPU, 1.0) == (True, "as set")
     assert runtime.resolve_compile(False, CPU, 1e9) == (False, "as set")
-    assert runtime.resolve_compile("auto", CPU, 10.0) == (False, "the run is too short to pay it back")
+    assert runtime.resolve_compile("auto", CPU, 1e12) == (False, "the run is too short to pay it back")
     monkeypatch.setenv("CXX", "c++")
-    assert runtime.resolve_compile("auto", CPU, 1e6)[0]
+    assert runtime.resolve_compile("auto", CPU, 1e18)[0]
     monkeypatch.delenv("CXX")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert runtime.resolve_compile("auto", CPU, 1e6) == (False, "there is no C++ compiler")
-    assert not runtime.resolve_compile("auto", torch.device("mps"), None)[0]
+    assert runtime.resolve_compile("auto", CPU, 1e18) == (False, "there is no C++ compiler")
+    assert not runtime.resolve_compile("auto", torch.device("mps"), 1e18)[0]
 
 
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
@@ -68,7 +71,7 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
         raise RuntimeError("no compiler\nsecond line")
 
     monkeypatch.setattr(model, "compile", broken)
-    reason = runtime.compile_in_place(model, lambda: torch.autocast("cpu", enabled=False), (1, 8), CPU)
+    reason = runtime.compile_in_place(model, model, (1, 8), CPU, "float32")
     assert reason == "RuntimeError: no compiler"
     assert torch.equal(model(torch.zeros(1, 8, dtype=torch.int64)), expected)
     assert all(parameter.grad is None for parameter in model.parameters())

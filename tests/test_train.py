@@ -114,6 +114,64 @@ def test_resume_needs_neither_flags_nor_config_repeated(workplace, run):
     assert_same_weights("whole/last", "out/sums/last")
 
 
+def test_a_run_remembers_its_flags_however_it_is_resumed(workplace, run):
+    run("--max_iters=2", "--tokens_per_step=128", "--seed=7")
+    run("--init_from=resume", "--out_dir=out/sums", "--max_iters=3", tiny=False)  # by its own config.toml
+    assert "from step 3" in run("--init_from=resume", "--max_iters=4", "--tokens_per_step=192", tiny=False)
+    kept = json.loads(Path("out/sums/overrides.json").read_text())
+    assert kept["seed"] == 7 and kept["block_size"] == 16 and kept["tokens_per_step"] == 192 and kept["max_iters"] == 4
+    result = command("train.py", "--init_from=resume", "--out_dir=out/sums", "--max_iters=5")
+    assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_may_go_on_in_another_precision(workplace, run, dtype):
+    run("--max_iters=2", "--dtype=float32")
+    assert dtype in run("--init_from=resume", f"--dtype={dtype}", "--max_iters=4", tiny=False)
+    assert "float32" in run("--init_from=resume", "--dtype=float32", "--max_iters=6", tiny=False)
+
+
+def test_an_evaluation_cut_short_is_made_up(workplace, run, monkeypatch):
+    run("--dropout=0.1", "--out_dir=whole")
+    evaluate, calls = train.evaluate, []
+
+    def cut_short_every_other_time(model, batches, device, dtype, stop):
+        calls.append(len(calls) % 2)
+        stop.number = 0 if calls[-1] else signal.SIGINT
+        return evaluate(model, batches, device, dtype, stop)
+
+    monkeypatch.setattr(train, "evaluate", cut_short_every_other_time)
+    assert run("--dropout=0.1", "--out_dir=cut").code == 130
+    assert run("--init_from=resume", "--out_dir=cut", tiny=False).code == 130
+    assert "finished step 8" in run("--init_from=resume", "--out_dir=cut", tiny=False)
+    assert calls == [0, 1, 0, 1]
+    whole, cut = (load_state(Path(folder) / "last")["progress"] for folder in ("whole", "cut"))
+    assert {**whole, "seconds": 0} == {**cut, "seconds": 0} and cut["evaluated_step"] == 8
+    assert_same_weights("whole/best", "cut/best")
+
+
+def test_float16_finds_its_scale_by_overflowing(workplace, run, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: SCALER(*args, init_scale=2.0**30, **kwargs))
+    output = run("--dtype=float16", "--max_iters=6", "--log_interval=1")
+    lines = read_metrics(Path("out/sums/metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert 0 < lines[-1]["skipped"] == output.count("the batch is skipped") < 20
+    assert lines[-1]["tokens"] == (6 + lines[-1]["skipped"]) * 64
+    assert load_state(Path("out/sums/last"))["scaler"]["scale"] < 2.0**30
+
+
+SCALER = torch.amp.GradScaler
+
+
+def test_bare_shards_train_without_a_tokenizer(workplace, run):
+    shards = workplace / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        (workplace / "data/sums" / f"{split}.bin").rename(shards / f"corpus_{split}_000000.bin")
+    assert "finished step 8" in run("--dataset=shards", "--vocab_size=50")
+    assert load_model("out/sums")[1] is None
+
+
 def test_evaluation_does_not_disturb_training(workplace, run):
     run("--eval_interval=1", "--eval_iters=0", "--dropout=0.2", "--out_dir=often")
     run("--eval_interval=8", "--eval_iters=1", "--dropout=0.2", "--out_dir=seldom")
