@@ -155,7 +155,7 @@ def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions: x (B, H, T, D) with feature i and i + D/2 turned as a pair (Hugging Face's half-split layout)."""
+    """Rotary positions: x (B, H, T, D) with features i and i + D/2 turned as a pair (Hugging Face's layout)."""
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
     return turned.type_as(x)
@@ -306,9 +306,7 @@ class GPT(nn.Module):
         logits = F.linear(self.hidden(tokens), head, self.head_bias)
         if targets is None:
             return logits
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
         return Loss(total, (targets != IGNORED).sum(), {})
 
     def num_parameters(self, embeddings: bool = True) -> int:

@@ -1,9 +1,9 @@
 """Continue a prompt with a trained model.
 
-    python sample.py                                   the newest run under out/
-    python sample.py out/quickstart --start="The "     a run folder, or any model directory
-    python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
-    python sample.py --temperature=0                   greedy: always the most likely token
+python sample.py                                   the newest run under out/
+python sample.py out/quickstart --start="The "     a run folder, or any model directory
+python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
+python sample.py --temperature=0                   greedy: always the most likely token
 """
 
 import sys

@@ -88,9 +88,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     folder = distributed.from_main(folder)
     dataset = data.open_dataset(folder) if folder else None
     if dataset and dataset.tokenizer and dataset.tokenizer.vocab_size != config.model.vocab_size:
-        say(f"vocabulary     {dataset.tokenizer.vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
-        fitted = dataclasses.replace(config.model, vocab_size=dataset.tokenizer.vocab_size)
-        config = dataclasses.replace(config, model=fitted)
+        vocab_size = dataset.tokenizer.vocab_size
+        say(f"vocabulary     {vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     block_size = config.model.block_size
     train_tokens = dataset and dataset.split("train", block_size)
     val_tokens = dataset and dataset.split("val", block_size)
@@ -121,7 +121,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"tokens a step  {tokens_per_step:,} = {shape}")
     epochs = "not prepared yet"
     if train_tokens:
-        epochs = f"{training.max_iters * tokens_per_step / len(train_tokens):.3g} epochs of {len(train_tokens):,} tokens"
+        epochs = (
+            f"{training.max_iters * tokens_per_step / len(train_tokens):.3g} epochs of {len(train_tokens):,} tokens"
+        )
     say(f"steps          {training.max_iters:,}; {config.data.dataset}: {epochs}")
     say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
@@ -182,7 +184,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         val_loss = val_loss_now()
         if val_loss is None:
             return 128 + stop.anywhere()
-        say(f"step {progress.step}: val loss {val_loss:.4f} over {len(val_starts)} windows of {len(val_tokens):,} tokens")
+        windows = f"{len(val_starts)} windows of {len(val_tokens):,} tokens"
+        say(f"step {progress.step}: val loss {val_loss:.4f} over {windows}")
         return 0
 
     # ---- what is written

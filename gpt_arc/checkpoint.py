@@ -70,7 +70,8 @@ def load_config(directory: Path) -> GPTConfig:
 def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, Tokenizer | None]:
     """The model, on the CPU and in training mode, and its tokenizer, of a model directory or a run folder.
 
-    `config` replaces the stored one, for settings that no tensor depends on, such as dropout. Raises UserError naming the file and the tensor if something is missing, surplus, of another shape or damaged.
+    `config` replaces the stored one, for settings that no tensor depends on, such as dropout. Raises UserError naming
+    the file and the tensor if something is missing, surplus, of another shape or damaged.
     """
     directory = model_directory(path)
     with torch.device("meta"):

@@ -203,7 +203,7 @@ def build_config(settings: dict[str, Any], source: str) -> Config:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file by their flat names. Raises UserError for a bad file, an unknown key, a wrong type."""
+    """The settings of a TOML file by their flat names. Raises UserError for a bad file, unknown key or wrong type."""
     try:
         content = tomllib.loads(path.read_text("utf-8"))
     except FileNotFoundError:

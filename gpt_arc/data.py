@@ -57,8 +57,8 @@ def prepare_dataset(name: str) -> Path:
             else f"`python prepare/text.py --input FILE_OR_FOLDER --name {name} --tokenizer gpt2` on your own text"
         )
         raise UserError(
-            f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it by {command}, "
-            "or name a prepared one by --dataset"
+            f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it by "
+            f"{command}, or name a prepared one by --dataset"
         )
     if subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
         raise UserError(f"the dataset {name} could not be prepared, as said above")

@@ -19,7 +19,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write; on leaving without an error it becomes `path`, replacing an older one."""
+    """A temporary file beside `path` to write; on leaving without an error it becomes `path`."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
     try:
@@ -41,7 +41,7 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory beside `path` to fill; on leaving without an error it becomes `path`, replacing an older one."""
+    """A temporary directory beside `path` to fill; on leaving without an error it becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -1,7 +1,7 @@
 """Prepare TinyShakespeare, 1.1 MB of Shakespeare's plays, character by character.
 
-    python prepare/tinyshakespeare.py                       downloads it
-    python prepare/tinyshakespeare.py --input FILE          where there is no network
+python prepare/tinyshakespeare.py                       downloads it
+python prepare/tinyshakespeare.py --input FILE          where there is no network
 """
 
 import hashlib

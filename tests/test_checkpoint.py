@@ -25,7 +25,11 @@ def test_a_model_comes_back_equal_wherever_its_folder_is_moved(tmp_path):
     state = again.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
     content = json.loads((tmp_path / "moved" / "config.json").read_text())
     assert content["model_type"] == "gpt-arc" and content["format_version"] == 1
 

@@ -6,12 +6,11 @@ import tomllib
 import pytest
 import torch
 
+from conftest import ROOT
 from gpt_arc import runs
 from gpt_arc.config import SETTINGS, TABLES, Config, build_config, read_settings, settings_of, write_settings
 from gpt_arc.errors import UserError
 from model import GPT
-
-from conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -101,7 +100,9 @@ def test_overrides_are_what_the_files_do_not_say(workplace):
 
 
 def test_settings_written_are_read_back(workplace):
-    config = launch("sums.toml", "--n_layer=3", "--learning_rate=3e-4", "--wandb_run_name=a \"b\" ü", "--compile=False").config
+    config = launch(
+        "sums.toml", "--n_layer=3", "--learning_rate=3e-4", '--wandb_run_name=a "b" ü', "--compile=False"
+    ).config
     path = write(workplace / "again.toml", write_settings(settings_of(config)))
     assert set(tomllib.loads((workplace / "again.toml").read_text())) == set(TABLES)
     assert build_config(read_settings(workplace / "again.toml"), path) == config

@@ -50,7 +50,10 @@ def test_damaged_files_are_refused(tmp_path):
         TokenFiles(tmp_path, "train")
     write_tokens(tmp_path / "train.bin", np.arange(50), 100)
     whole = (tmp_path / "train.bin").read_bytes()
-    for content, sentence in ((whole[:-2], "is damaged: 1122 bytes instead of 1124"), (b"x" * 2000, "not a token file")):
+    for content, sentence in (
+        (whole[:-2], "is damaged: 1122 bytes instead of 1124"),
+        (b"x" * 2000, "not a token file"),
+    ):
         (tmp_path / "train.bin").write_bytes(content)
         with pytest.raises(UserError, match=sentence):
             TokenFiles(tmp_path, "train")

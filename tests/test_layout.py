@@ -49,7 +49,16 @@ def test_nouns_do_not_import_in_a_circle():
 @pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)
 def test_a_script_shadows_no_module(path):
     assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in {"datasets", "evaluate", "tokenizers", "transformers", "torch", "numpy", "tiktoken", "wandb"}
+    assert path.stem not in {
+        "datasets",
+        "evaluate",
+        "tokenizers",
+        "transformers",
+        "torch",
+        "numpy",
+        "tiktoken",
+        "wandb",
+    }
 
 
 @pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)

@@ -10,7 +10,9 @@ from gpt_arc import metrics
 from model import GPT, GPTConfig
 
 
-@pytest.mark.parametrize("settings", [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}]
+)
 def test_flops_equal_those_that_torch_counts(settings):
     """torch counts the products of a step; biases and norms, which only add, are the difference."""
     config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **settings)

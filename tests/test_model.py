@@ -163,7 +163,9 @@ def test_logits_equal_transformers_qwen3():
 
 def test_causal_attention_worked_by_hand():
     """Four tokens whose scaled scores are given; what stands above the diagonal must not count."""
-    scores = torch.tensor([[0.675, 9, 9, 9], [0.475, 0.845, 9, 9], [0.535, 0.670, 1.045, 9], [0.520, 0.715, 0.835, 0.950]])
+    scores = torch.tensor(
+        [[0.675, 9, 9, 9], [0.475, 0.845, 9, 9], [0.535, 0.670, 1.045, 9], [0.520, 0.715, 0.835, 0.950]]
+    )
     expected = torch.tensor(
         [[1, 0, 0, 0], [0.4085, 0.5915, 0, 0], [0.2625, 0.3004, 0.4371, 0], [0.195, 0.237, 0.268, 0.300]]
     )
@@ -181,9 +183,7 @@ def test_causal_attention_worked_by_hand():
     weights = attention(scores[None], rotary=None)[0]
     torch.testing.assert_close(weights, expected, atol=6e-4, rtol=0)
     values = torch.tensor([[1, 0.5, 0.3, 0.1], [0.2, 1, 0.7, 0.4]])
-    torch.testing.assert_close(
-        weights[1, :2] @ values, torch.tensor([0.53, 0.80, 0.54, 0.28]), atol=6e-3, rtol=0
-    )
+    torch.testing.assert_close(weights[1, :2] @ values, torch.tensor([0.53, 0.80, 0.54, 0.28]), atol=6e-3, rtol=0)
 
 
 def variants():
@@ -193,10 +193,12 @@ def variants():
         {"activation": "relu"}, {"activation": "relu_squared"}, {"activation": "swiglu"}, {"bias": False},
         {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
         {"head_size": 6}, {"mlp_size": 20}, {"dropout": 0.3},
-        {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu", "bias": False},
+        {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
         {"norm_position": "post", "positions": "rotary", "norm": "rmsnorm", "tied_head": False},
     ]  # fmt: skip
-    return [pytest.param(dataclasses.replace(TINY, **c), id=",".join(f"{k}={v}" for k, v in c.items())) for c in changes]
+    return [
+        pytest.param(dataclasses.replace(TINY, **c), id=",".join(f"{k}={v}" for k, v in c.items())) for c in changes
+    ]
 
 
 @pytest.mark.parametrize("config", variants())

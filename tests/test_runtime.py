@@ -12,7 +12,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 def test_devices():
     assert runtime.resolve_device("cpu") == CPU
-    for setting, sentence in (("cuda:99", "is not available here"), ("gpu", "is not a device"), ("meta", "not available")):
+    for setting, sentence in (
+        ("cuda:99", "is not available here"),
+        ("gpu", "is not a device"),
+        ("meta", "not available"),
+    ):
         with pytest.raises(UserError, match=sentence):
             runtime.resolve_device(setting)
 
@@ -46,7 +50,7 @@ def test_auto_precision_of_a_cpu(monkeypatch, capabilities, expected):
 
 def test_auto_precision_of_a_gpu(monkeypatch):
     for native, expected in ((True, "bfloat16"), (False, "float16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert runtime.resolve_dtype("auto", CUDA) == expected
     assert runtime.resolve_dtype("auto", torch.device("mps")) == "float32"
 

@@ -11,7 +11,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from gpt_arc.errors import UserError
 from gpt_arc.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, load_tokenizer
 
-CORPUS = ["The cat sat on the mat, didn't it? " * 3, "1234 + 5678 = 6912\n\n  indented\ttext", "naïve Ünïcödé 漢字 🙂🙃"] * 20
+CORPUS = [
+    "The cat sat on the mat, didn't it? " * 3,
+    "1234 + 5678 = 6912\n\n  indented\ttext",
+    "naïve Ünïcödé 漢字 🙂🙃",
+] * 20
 ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 
 

@@ -88,7 +88,9 @@ def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, r
     assert "out/sums-2" in run("--dropout=0.2")
     assert_same_weights("out/sums/last", "out/sums-2/last")
     run("--dropout=0.2", "--seed=2")
-    assert not torch.equal(weights("out/sums-3/last")["final_norm.weight"], weights("out/sums/last")["final_norm.weight"])
+    assert not torch.equal(
+        weights("out/sums-3/last")["final_norm.weight"], weights("out/sums/last")["final_norm.weight"]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -198,7 +200,13 @@ def test_accumulated_micro_batches_equal_one_batch(workplace, run):
 
 
 def test_two_processes_equal_one(workplace, run):
-    flags = ("--max_iters=20", "--dtype=float32", "--eval_interval=10", "--eval_iters=0", "--gradient_accumulation_steps=2")
+    flags = (
+        "--max_iters=20",
+        "--dtype=float32",
+        "--eval_interval=10",
+        "--eval_iters=0",
+        "--gradient_accumulation_steps=2",
+    )
     run(*flags, "--out_dir=one", "--log_interval=1")
     output = in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
     assert output.count("finished step 20") == 1  # rank 0 alone prints
@@ -264,7 +272,14 @@ def test_non_finite_steps_stop_the_run_and_keep_the_last_checkpoint(workplace, r
 
 
 def test_a_learning_rate_is_logged_for_every_update_and_there_are_max_iters_of_them(workplace, run):
-    run("--max_iters=7", "--warmup_iters=3", "--learning_rate=0.4", "--min_lr=0", "--schedule=linear", "--log_interval=1")
+    run(
+        "--max_iters=7",
+        "--warmup_iters=3",
+        "--learning_rate=0.4",
+        "--min_lr=0",
+        "--schedule=linear",
+        "--log_interval=1",
+    )
     rates = [line["learning_rate"] for line in read_metrics(Path("out/sums/metrics.jsonl"))]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.3, 0.2, 0.1])
 
@@ -352,7 +367,8 @@ def kill_and_resume(workplace, kills):
     start_flags = ("--max_iters=1000000", "--eval_interval=1", "--eval_iters=1", "--log_interval=1", "--out_dir=killed")
     for _ in range(kills):
         process = start(*start_flags, *(["--init_from=resume"] if (run / "last").exists() else []))
-        wait_for(lambda: (run / "last").exists() and (run / "last").readlink() != Path(f"step-{last_step:08}"))
+        before = Path(f"step-{last_step:08}")
+        wait_for(lambda before=before: (run / "last").exists() and (run / "last").readlink() != before)
         time.sleep(chance.random() * 0.5)
         process.send_signal(signal.SIGKILL)
         _, errors = process.communicate()
@@ -362,7 +378,9 @@ def kill_and_resume(workplace, kills):
         state = load_state(run / "last")
         assert state["progress"]["step"] > last_step
         last_step = state["progress"]["step"]
-    result = command("train.py", "sums.toml", *TINY_FLAGS, *start_flags, "--init_from=resume", f"--max_iters={last_step + 2}")
+    result = command(
+        "train.py", "sums.toml", *TINY_FLAGS, *start_flags, "--init_from=resume", f"--max_iters={last_step + 2}"
+    )
     assert result.returncode == 0, result.stderr
     steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
     assert steps == list(range(1, last_step + 3))
@@ -399,7 +417,13 @@ def test_compiled_training_equals_eager_and_resumes_exactly(workplace):
 
 @pytest.mark.slow
 def test_two_compiled_processes_equal_one(workplace):
-    flags = ("--max_iters=6", "--dtype=float32", "--compile=True", "--log_interval=1", "--gradient_accumulation_steps=2")
+    flags = (
+        "--max_iters=6",
+        "--dtype=float32",
+        "--compile=True",
+        "--log_interval=1",
+        "--gradient_accumulation_steps=2",
+    )
     in_processes(*flags, "--out_dir=one", timeout=400)
     in_processes(*flags, "--out_dir=two", processes=2, timeout=400)
     one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
