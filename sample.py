@@ -24,8 +24,8 @@ class SampleConfig:
     """A model directory, or a run folder, whose best checkpoint is taken. None: the newest run under out/."""
     out_dir: str | None = None
     """The same, as a flag."""
-    start: str = "\n"
-    """The prompt; FILE:prompt.txt reads it from a file."""
+    start: str = ""
+    """The prompt; FILE:prompt.txt reads it from a file. Empty: the model begins by itself."""
     num_samples: int = 1
     """How many continuations."""
     max_new_tokens: int = 500
@@ -51,6 +51,8 @@ class SampleConfig:
         for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed = {self.seed} must be less than 2**63")
         if self.model is not None and self.out_dir is not None:
             raise ValueError(f"the model is named twice, {self.model} and --out_dir={self.out_dir}: leave one out")
         if self.stop == "":
@@ -77,7 +79,8 @@ def main() -> None:
     from gpt_arc.generate import check_sampling, generate
 
     check_sampling(config.temperature, config.top_k, config.top_p)
-    directory = model_directory(config.model or config.out_dir or runs.newest_run())
+    named = config.model if config.out_dir is None else config.out_dir
+    directory = model_directory(runs.newest_run() if named is None else named)
     model, tokenizer = load_model(directory)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer.json, so its tokens can't be turned into text")
@@ -112,6 +115,7 @@ def main() -> None:
             if all(text_until_end(continuation, tokenizer, config.stop)[1] for continuation in continuations):
                 break
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     for number, continuation in enumerate(continuations):
         if number:
             print("-" * 15)

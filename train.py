@@ -83,7 +83,6 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if IS_MAIN:
         folder = data.find_dataset(config.data.dataset)
         if folder is None and not config.run.dry_run:
-            say(f"preparing the dataset {config.data.dataset}")
             folder = data.prepare_dataset(config.data.dataset)
     folder = distributed.from_main(folder)
     dataset = data.open_dataset(folder) if folder else None
@@ -91,9 +90,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         vocab_size = dataset.tokenizer.vocab_size
         say(f"vocabulary     {vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    block_size = config.model.block_size
-    train_tokens = dataset and dataset.split("train", block_size)
-    val_tokens = dataset and dataset.split("val", block_size)
+    block_size, vocab_size = config.model.block_size, config.model.vocab_size
+    train_tokens = dataset and dataset.split("train", block_size, vocab_size)
+    val_tokens = dataset and dataset.split("val", block_size, vocab_size)
 
     # ---- what "auto" means here; a resumed run keeps what it meant at first
     state, progress = None, Progress()
@@ -101,6 +100,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if launch.resumed:
         state = checkpoint.load_state(launch.resumed / "last")
         progress = Progress(**state["progress"])
+        runs.check_same_model(config.model, checkpoint.load_config(launch.resumed / "last"), launch.resumed)
+        if dataset and dataset.fingerprint != state["data"]:
+            say(f"the data in {folder} are not those that the run has seen so far")
         if state["runtime"]["device"] == device.type:
             dtype_setting = state["runtime"]["dtype"] if dtype_setting == "auto" else dtype_setting
             compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
@@ -145,12 +147,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(training.seed)
     if run and state:
-        runs.check_same_model(config.model, checkpoint.load_config(run / "last"), run)
         model, tokenizer = checkpoint.load_model(run / "last", config.model)
         if tokenizer and dataset.tokenizer and tokenizer.to_json() != dataset.tokenizer.to_json():
             raise UserError(f"the dataset {folder} has another tokenizer than the run {run}")
     else:
-        model = GPT(config.model)
+        model, tokenizer = GPT(config.model), dataset.tokenizer
     model.to(device)
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
@@ -184,20 +185,24 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         val_loss = val_loss_now()
         if val_loss is None:
             return 128 + stop.anywhere()
-        windows = f"{len(val_starts)} windows of {len(val_tokens):,} tokens"
-        say(f"step {progress.step}: val loss {val_loss:.4f} over {windows}")
+        windows = f"{len(val_starts):,} windows of {block_size} in {len(val_tokens):,} tokens"
+        which = f"step {progress.step}" if run else "an untrained model"
+        say(f"{which}: val loss {val_loss:.4f} over {windows}")
         return 0
 
     # ---- what is written
     log = wandb_run = None
-    if IS_MAIN:
-        runs.record_settings(run, config, launch.overrides)
-        log = metrics.MetricsLog(run, progress.step)
     if IS_MAIN and logging.wandb_log:
         import wandb
 
         wandb_name = logging.wandb_run_name or run.name
-        wandb_run = wandb.init(project=logging.wandb_project, name=wandb_name, config=settings_of(config), dir=run)
+        try:
+            wandb_run = wandb.init(project=logging.wandb_project, name=wandb_name, config=settings_of(config), dir=run)
+        except wandb.errors.Error as error:
+            raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None
+    if IS_MAIN:
+        runs.write_record(run, config, launch)
+        log = metrics.MetricsLog(run, progress.step)
 
     def save() -> None:
         state = {
@@ -206,10 +211,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             "scaler": scaler.state_dict(),
             "generators": distributed.gather(runtime.rng_state(device)),
             "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
+            "data": dataset.fingerprint,
         }
         if IS_MAIN:
             best, keep_all = progress.best_step, logging.keep_all_checkpoints
-            checkpoint.save_checkpoint(run, progress.step, best, model, dataset.tokenizer, state, keep_all)
+            checkpoint.save_checkpoint(run, progress.step, best, model, tokenizer, state, keep_all)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
@@ -316,7 +322,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if wandb_run:
         wandb_run.finish()
     if stopped:
-        resume = shlex.join(("train.py", *launch.files, "--init_from=resume", f"--out_dir={run}"))
+        resume = shlex.join((sys.argv[0], *launch.files, "--init_from=resume", f"--out_dir={run}"))
         python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
         say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
         return 128 + stop.anywhere()

@@ -22,6 +22,7 @@ from gpt_arc.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
+STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
 
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
@@ -74,8 +75,12 @@ def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, 
     the file and the tensor if something is missing, surplus, of another shape or damaged.
     """
     directory = model_directory(path)
-    with torch.device("meta"):
-        model = GPT(config or load_config(directory))
+    config = config or load_config(directory)
+    try:
+        with torch.device("meta"):
+            model = GPT(config)
+    except TypeError as error:
+        raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
     weights = directory / "model.safetensors"
     try:
         tensors = load_file(weights)
@@ -90,8 +95,13 @@ def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, 
         if tensors[name].shape != shape:
             raise UserError(f"{weights}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
     model.load_state_dict(tensors, assign=True)
-    has_tokenizer = (directory / TOKENIZER_FILE).exists()
-    return model, load_tokenizer(directory) if has_tokenizer else None
+    if not (directory / TOKENIZER_FILE).exists():
+        return model, None
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size != config.vocab_size:
+        sizes = f"{tokenizer.vocab_size} tokens for a model of {config.vocab_size}"
+        raise UserError(f"{directory / TOKENIZER_FILE} is another model's: {sizes}")
+    return model, tokenizer
 
 
 def step_name(step: int) -> str:
@@ -117,8 +127,11 @@ def save_checkpoint(
             save_model(model, tokenizer, temporary)
             torch.save(state, temporary / "training_state.pt")
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk is each of them, by who writes
-        message = f"the checkpoint {directory} can't be written; the one before it stays: {first_line(error)}"
-        raise UserError(message) from None
+        free = shutil.disk_usage(run).free / 1e6
+        raise UserError(
+            f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "
+            "those written before stay"
+        ) from None
     kept = {directory.name}
     point(run / "last", directory.name)
     if best_step is not None:
@@ -144,7 +157,10 @@ def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
     """
     path = directory / "training_state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        if not STATE <= state.keys():
+            raise ValueError(f"it lacks {min(STATE - state.keys())}")
+        return state
     except FileNotFoundError:
         raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to go on from") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file

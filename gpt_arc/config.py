@@ -77,7 +77,8 @@ class TrainingConfig:
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
 
     def __post_init__(self):
-        for name in ("max_iters", "warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
+        _require(self, "max_iters", self.max_iters >= 1, "at least 1")
+        for name in ("warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 <= value < 2**63, "zero or more")
         for name in ("learning_rate", "adam_eps", "lr_decay_iters"):
@@ -140,6 +141,8 @@ class RunConfig:
             raise ValueError(f'init_from = "{self.init_from}" must be scratch or resume')
         if self.overwrite and self.init_from == "resume":
             raise ValueError("overwrite deletes the run that init_from = resume would go on with: choose one")
+        if self.overwrite and self.out_dir is None:
+            raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 
 
 @dataclass(frozen=True)
@@ -198,14 +201,14 @@ def build_config(settings: dict[str, Any], source: str) -> Config:
         for name, value in settings.items():
             by_table[SETTINGS[name][0]][name] = value
         return Config(**{table: TABLES[table](**values) for table, values in by_table.items()})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UserError(f"{source}: {error}") from None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of a TOML file by their flat names. Raises UserError for a bad file, unknown key or wrong type."""
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
+        content = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ", configs/ has those that come with gpt-arc"

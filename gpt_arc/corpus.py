@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from gpt_arc.errors import UserError
-from gpt_arc.token_files import DATA_ROOT, write_dataset
-from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from gpt_arc.token_files import DATA_ROOT, TokenFiles, write_dataset
+from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 TokenizerName = Literal["char", "gpt2"]
 
@@ -17,7 +17,7 @@ TokenizerName = Literal["char", "gpt2"]
 def read_text(path: Path) -> str:
     """A UTF-8 file's text. Raises UserError if it can't be read, or naming the first byte that is not UTF-8."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no text
     except UnicodeDecodeError as error:
         wrong = error.object[error.start]
         raise UserError(f"{path} is not UTF-8 text: byte 0x{wrong:02X} at offset {error.start}") from None
@@ -35,23 +35,26 @@ def prepare_text(documents: list[str], tokenizer: TokenizerName, name: str, sour
         raise UserError(f"name = {name!r} must be a plain folder name: the dataset becomes {DATA_ROOT}/NAME")
     total = sum(map(len, documents))
     if total < 2:
-        raise UserError(f"{source} holds no text")
+        raise UserError(f"{source} has {total} characters: two are the least that can be split")
     digest = hashlib.sha256()
     for document in documents:
         digest.update(hashlib.sha256(document.encode("utf-8", "surrogatepass")).digest())
-    made_of = {"source": source, "sha256": digest.hexdigest(), "tokenizer": tokenizer, "val": "last tenth"}
+    made_of = {"sha256": digest.hexdigest(), "tokenizer": tokenizer, "val": "last tenth"}
 
     directory = DATA_ROOT / name
     if directory.exists() and not overwrite:
-        if _made_of(directory) == made_of:
+        if _made_of(directory) == made_of and _is_whole(directory):
             print(f"{directory} is prepared already")
             return
-        raise UserError(f"{directory} exists and holds something else: --overwrite=True replaces it, or choose a name")
+        if _made_of(directory) != made_of:
+            raise UserError(
+                f"{directory} exists and holds something else: --overwrite=True replaces it, or choose another name"
+            )
 
     train, val = _split(documents, total * 9 // 10)
     chosen = CharTokenizer.from_text("".join(documents)) if tokenizer == "char" else BPETokenizer.gpt2()
     splits = {"train": _encode(train, chosen), "val": _encode(val, chosen)}
-    write_dataset(directory, chosen, splits, {"made_of": made_of})
+    write_dataset(directory, chosen, splits, {"source": source, "made_of": made_of})
     counts = ", ".join(f"{split} {len(tokens):,} tokens" for split, tokens in splits.items())
     print(f"{directory}: {total:,} characters, vocabulary {chosen.vocab_size:,}, {counts}")
 
@@ -61,6 +64,16 @@ def _made_of(directory: Path) -> dict | None:
         return json.loads((directory / "meta.json").read_text())["made_of"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _is_whole(directory: Path) -> bool:
+    try:
+        for split in ("train", "val"):
+            TokenFiles(directory, split)
+        load_tokenizer(directory)
+        return True
+    except UserError:
+        return False
 
 
 def _split(documents: list[str], boundary: int) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 """What training reads: prepared datasets, the order of their windows, and the fixed windows of an evaluation."""
 
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,9 +29,15 @@ class Dataset:
     directory: Path
     tokenizer: Tokenizer | None
 
-    def split(self, name: str, block_size: int) -> TokenFiles:
+    @property
+    def fingerprint(self) -> str:
+        """Tells this data from other data of the same name, as far as meta.json knows of it."""
+        meta = self.directory / "meta.json"
+        return hashlib.sha256(meta.read_bytes()).hexdigest() if meta.exists() else ""
+
+    def split(self, name: str, block_size: int, vocab_size: int) -> TokenFiles:
         """The token files of a split. Raises UserError if it doesn't hold one window."""
-        files = TokenFiles(self.directory, name)
+        files = TokenFiles(self.directory, name, vocab_size)
         if len(files) <= block_size:
             raise UserError(
                 f"block_size = {block_size} is longer than the {name} split of {self.directory}: a window and its "
@@ -60,6 +67,7 @@ def prepare_dataset(name: str) -> Path:
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it by "
             f"{command}, or name a prepared one by --dataset"
         )
+    print(f"preparing the dataset {name}", flush=True)
     if subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
         raise UserError(f"the dataset {name} could not be prepared, as said above")
     return DATA_ROOT / name

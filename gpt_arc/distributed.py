@@ -51,7 +51,7 @@ def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
             f"by {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
         )
     own = sequences // WORLD_SIZE
-    size = max(n for n in range(1, batch_size + 1) if own % n == 0)
+    size = max(n for n in range(1, min(batch_size, own) + 1) if own % n == 0)
     return own // size, size
 
 

@@ -27,8 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(Path(name))
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # as of a full disk: say which file
         raise
     sync(path.parent)
 
@@ -67,7 +69,12 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a relative symbolic link to `target`, replacing an older link in one step."""
+    """Make `link` a relative symbolic link to `target`, replacing an older link in one step.
+
+    A folder in its place is what a copy that follows links made of an older one, and goes.
+    """
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
     temporary = link.with_name(f".{link.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

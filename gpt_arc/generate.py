@@ -21,15 +21,16 @@ def filtered_probabilities(
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    logits = logits / temperature
-    if top_k is not None:
+    if top_k is not None:  # temperature keeps the order, so it may as well come after
         smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1) - ordered  # probability of all that are more likely
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # those more likely reach p already
+        beyond[..., 0] = False
+        ordered = ordered.masked_fill(beyond, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
         probabilities = probabilities / probabilities.sum(-1, keepdim=True)
     return probabilities

@@ -1,5 +1,6 @@
 """What a run costs and how it goes: FLOPs, memory, the rate of the hardware, metrics.jsonl."""
 
+import contextlib
 import json
 import math
 import re
@@ -123,13 +124,11 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
     if not path.exists():
         return []
     lines = []
     for line in path.read_text().splitlines():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict) and "step" in line]

@@ -6,7 +6,6 @@ import fcntl
 import itertools
 import json
 import os
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,16 +28,16 @@ from model import GPTConfig
 
 OUT_ROOT = Path("out")
 # What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
-CONTENTS = ("config.toml", "overrides.json", "metrics.jsonl", "last", "best", "step-*", ".step-*", "wandb")
+CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "last", "best", "step-*", ".step-*", "wandb")
 
 
 def newest_run(name: str | None = None) -> Path:
     """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
-    of_config = re.compile(rf"{re.escape(name)}(-\d+)?" if name else ".*")
     found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
-    found = [link for link in found if of_config.fullmatch(link.parent.name)]
-    if found:
-        return max(found, key=lambda link: link.lstat().st_mtime_ns).parent
+    for link in sorted(found, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):  # a damaged run is none to go on with
+            if name is None or read_record(link.parent)[0] == name:
+                return link.parent
     what = f"run of {name}" if name else "run"
     raise UserError(
         f"there is no {what} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
@@ -74,7 +73,7 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lo
         directory = _made(Path(out_dir))
         lock = Lock(directory)
         if any(directory.iterdir()):
-            if not (directory / "overrides.json").exists():
+            if not (directory / "run.json").exists():
                 raise UserError(f"out_dir = {out_dir} is in use, and not by a run: name another")
             if not overwrite:
                 raise UserError(
@@ -89,8 +88,9 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lo
         directory = OUT_ROOT / (name if number == 1 else f"{name}-{number}")
         if directory.is_file() or any(directory.glob("*")):
             continue
+        _made(directory)
         with contextlib.suppress(UserError):  # held by a run that has written nothing yet
-            return _made(directory), Lock(directory)
+            return directory, Lock(directory)
     raise AssertionError("unreachable")
 
 
@@ -120,7 +120,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     contradicts the model is found by comparing with the checkpoint. Raises UserError.
     """
     files = config_files(args)
-    name = Path(files[-1]).stem if files else ""
+    name = _name_of(Path(files[-1])) if files else ""
     settings = read_files(files)
     wanted = parse_run_flags(args, settings, ", ".join(files))
     resumed, recorded = None, {}
@@ -128,7 +128,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         resumed = newest_run(name or None) if wanted.out_dir is None else Path(wanted.out_dir)
         if not (resumed / "last" / "config.json").exists():
             raise UserError(f"there is no checkpoint to resume from in {resumed}: it has no last/")
-        recorded = read_overrides(resumed)
+        recorded = read_record(resumed)[1]
         if not files:
             files = [str(resumed / "config.toml")]
             settings = read_files(files)
@@ -141,7 +141,13 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         for setting, value in settings_of(config).items()
         if SETTINGS[setting][0] != "run" and (setting in recorded or value != of_files[setting])
     }
-    return Launch(config, name, tuple(files), overrides, resumed)
+    return Launch(config, name or _name_of(Path(files[-1])), tuple(files), overrides, resumed)
+
+
+def _name_of(config_file: Path) -> str:
+    """The name of a config: its file's, or that of the run whose config.toml it is."""
+    of_run = config_file.name == "config.toml" and config_file.parent.name
+    return of_run or config_file.stem
 
 
 def check_same_model(asked: GPTConfig, trained: GPTConfig, run: Path) -> None:
@@ -155,19 +161,22 @@ def check_same_model(asked: GPTConfig, trained: GPTConfig, run: Path) -> None:
             )
 
 
-def record_settings(directory: Path, config: Config, overrides: dict[str, Any]) -> None:
-    """Write what the run is made of: config.toml, whole, and overrides.json, the part that its files did not say."""
+def write_record(directory: Path, config: Config, launch: Launch) -> None:
+    """Write config.toml, all the settings, and run.json: the config's name and the settings that came from flags."""
     settings = {name: value for name, value in settings_of(config).items() if SETTINGS[name][0] != "run"}
+    name = read_record(directory)[0] if launch.resumed else launch.name
     write_file(directory / "config.toml", write_settings(settings))
-    write_file(directory / "overrides.json", json.dumps(overrides, indent=1) + "\n")
+    write_file(directory / "run.json", json.dumps({"config": name, "overrides": launch.overrides}, indent=1) + "\n")
 
 
-def read_overrides(directory: Path) -> dict[str, Any]:
-    path = directory / "overrides.json"
+def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The name of a run's config and the settings that its files don't say. Raises UserError if they are not there."""
+    path = directory / "run.json"
     try:
-        overrides = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        content = json.loads(path.read_text())
+        name, overrides = str(content["config"]), dict(content["overrides"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged, so the run's settings are not known: {error}") from None
-    for name, value in overrides.items():
-        check_setting(name, value, f"{path}: ")
-    return overrides
+    for setting, value in overrides.items():
+        check_setting(setting, value, f"{path}: ")
+    return name, overrides

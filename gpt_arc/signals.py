@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and a closed terminal: finish the step, save, leave."""
 
 import signal
 
@@ -6,13 +6,14 @@ from gpt_arc import distributed
 
 
 class StopSignal:
-    """Notes the first SIGINT or SIGTERM, so that a loop can end in good order; the same one again ends the process."""
+    """Notes the first such signal, so that a loop can end in good order; the same one again ends the process."""
 
     number = 0  # of the signal that came
 
     def __init__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.number = number

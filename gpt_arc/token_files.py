@@ -6,6 +6,7 @@ of token files (`train*.bin`, `val*.bin`) with `tokenizer.json` and `meta.json`.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,16 @@ def _read(path: Path, count: int, offset: int) -> bytes:
 class TokenFiles:
     """The token files of one split as one long sequence, read with `os.pread` so that resident memory stays flat.
 
-    Raises UserError for a file that is not a token file or is cut short.
+    They are those whose name has the split's as a word: val.bin, fineweb_val_000000.bin. Raises UserError for a file
+    that is not a token file or is cut short.
     """
 
-    def __init__(self, directory: Path, split: str):
-        self.paths = sorted(Path(directory).glob(f"*{split}*.bin"))
+    def __init__(self, directory: Path, split: str, vocab_size: int = 2**32):
+        self.vocab_size = vocab_size
+        of_split = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
+        self.paths = sorted(path for path in Path(directory).glob("*.bin") if of_split.search(path.stem))
         if not self.paths:
-            raise UserError(f"{directory} has no file for the {split} split (*{split}*.bin): prepare the dataset again")
+            raise UserError(f"{directory} has no token file for its {split} split: prepare the dataset again")
         self._types: list[np.dtype] = []
         ends = [0]
         for path in self.paths:
@@ -62,7 +66,9 @@ class TokenFiles:
                 raise UserError(f"{path} is not a token file: it begins with {header[0]}, {header[1]}")
             size = 4 * HEADER + int(header[2]) * dtype.itemsize
             if path.stat().st_size != size:
-                raise UserError(f"{path} is damaged: {path.stat().st_size} bytes instead of {size}")
+                raise UserError(
+                    f"{path} is damaged, {path.stat().st_size} bytes instead of {size}: prepare the dataset again"
+                )
             self._types.append(dtype)
             ends.append(ends[-1] + int(header[2]))
         self._ends = np.array(ends)
@@ -71,7 +77,7 @@ class TokenFiles:
         return int(self._ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count as int64, across files where need be."""
+        """Tokens start .. start + count as int64, across files. Raises UserError for one beyond the vocabulary."""
         parts = []
         while count > 0:
             file = int(np.searchsorted(self._ends, start, side="right")) - 1
@@ -80,7 +86,13 @@ class TokenFiles:
             offset = 4 * HEADER + (start - int(self._ends[file])) * dtype.itemsize
             parts.append(np.frombuffer(_read(self.paths[file], here * dtype.itemsize, offset), dtype=dtype))
             start, count = start + here, count - here
-        return np.concatenate(parts).astype(np.int64)
+        tokens = np.concatenate(parts).astype(np.int64)
+        if tokens.max(initial=0) >= self.vocab_size:
+            raise UserError(
+                f"{self.paths[0].parent} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: set "
+                "--vocab_size, or give the dataset its own tokenizer.json"
+            )
+        return tokens
 
 
 def write_dataset(

@@ -67,6 +67,8 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, characters: Iterable[str]):
         self.characters = list(characters)
+        if not self.characters:
+            raise ValueError("a vocabulary needs one character at least")
         self.vocab_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters], dtype=np.uint32)
         self._order = np.argsort(codes)

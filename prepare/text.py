@@ -31,8 +31,9 @@ class Options:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    paths = sorted(options.input.rglob(options.pattern)) if options.input.is_dir() else [options.input]
-    paths = [path for path in paths if not path.is_dir()]
+    paths = [options.input]
+    if options.input.is_dir():
+        paths = sorted(path for path in options.input.rglob("*") if path.is_file() and path.match(options.pattern))
     if not paths:
         raise UserError(f"no file below {options.input} matches --pattern {options.pattern}")
     documents = [read_text(path) for path in paths]

@@ -1,6 +1,7 @@
 """Model directories and checkpoints: what is saved comes back, and what is damaged is named."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_head": 5}', "n_head = 5 does not divide"),
+        ('{"model_type": "gpt-arc", "format_version": 1, "n_layer": 2.5}', "is damaged"),
     ],
 )
 def test_a_wrong_config_is_refused(tmp_path, content, sentence):
@@ -110,7 +112,8 @@ def test_a_missing_model_is_refused(tmp_path):
 
 
 def checkpoint(run, step, best_step, keep_all=False):
-    state = {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
+    state = dict.fromkeys(("optimizer", "scaler", "runtime", "data"))
+    state |= {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
     save_checkpoint(run, step, best_step, GPT(CONFIG), TOKENIZER, state, keep_all)
 
 
@@ -151,14 +154,30 @@ def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for a full disk
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="can't be written; the one before it stays"):
+    with pytest.raises(UserError, match="can't be written, with .* those written before stay"):
         checkpoint(tmp_path, 2, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000001"]
+
+
+def test_a_copy_that_followed_the_links_goes_on(tmp_path):
+    checkpoint(tmp_path, 1, 1)
+    shutil.copytree(tmp_path, tmp_path / "copy", symlinks=False)
+    checkpoint(tmp_path / "copy", 2, 2)
+    assert (tmp_path / "copy" / "last").readlink().name == (tmp_path / "copy" / "best").readlink().name
+
+
+def test_another_models_tokenizer_is_refused(tmp_path):
+    save_model(GPT(CONFIG), CharTokenizer("abc"), tmp_path)
+    with pytest.raises(UserError, match="another model's: 3 tokens for a model of 11"):
+        load_model(tmp_path)
 
 
 def test_a_damaged_or_missing_state_is_refused(tmp_path):
     checkpoint(tmp_path, 1, 1)
     path = tmp_path / "last" / "training_state.pt"
+    torch.save({"progress": {}}, path)
+    with pytest.raises(UserError, match="training_state.pt is damaged.*it lacks"):
+        load_state(tmp_path / "last")
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(UserError, match="training_state.pt is damaged"):
         load_state(tmp_path / "last")

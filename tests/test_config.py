@@ -1,6 +1,9 @@
 """Settings from files and flags: every form that works, every mistake and its sentence."""
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 import tomllib
 
 import pytest
@@ -20,6 +23,23 @@ def test_names_are_unique_over_all_tables():
     assert len(names) == len(set(names)) == len(SETTINGS)
 
 
+def undocumented(cls: type) -> list[str]:
+    """Names of the fields of `cls`, and of the dataclasses that it is made of, without a text on the next line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    documented = {
+        here.target.id
+        for here, after in zip(body, body[1:])
+        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    missing = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            missing += undocumented(field.type)
+        elif field.name not in documented:
+            missing.append(f"{cls.__name__}.{field.name}")
+    return missing
+
+
 def test_every_setting_says_what_it_is(capsys):
     with pytest.raises(SystemExit) as stop:
         runs.read_command_line(["--help"], "description")
@@ -27,8 +47,6 @@ def test_every_setting_says_what_it_is(capsys):
     shown = capsys.readouterr().out
     for name in SETTINGS:
         assert f"--{name} " in shown
-    from docstring_of_fields import undocumented
-
     assert undocumented(Config) == []
 
 
@@ -154,6 +172,8 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--compile=maybe"], "invalid choice 'maybe'"),
         (["--n_head=5"], "n_head = 5 does not divide n_embd = 768"),
         (["--overwrite=True", "--init_from=resume"], "choose one"),
+        (["--overwrite=True"], "overwrite needs out_dir"),
+        (["--max_iters=0"], "max_iters = 0 must be at least 1"),
         (["stray"], "stray is not a config file"),
     ],
 )

@@ -45,13 +45,28 @@ def test_shards_read_as_one_sequence(tmp_path):
         assert files.read(start, count).tolist() == tokens[start : start + count].tolist()
 
 
+def test_a_split_is_a_word_of_the_name(tmp_path):
+    for name in ("medieval_train_0", "medieval_val_0", "val", "fineweb_val_000001", "val2"):
+        write_tokens(tmp_path / f"{name}.bin", np.zeros(3, int), 10)
+    names = [path.stem for path in TokenFiles(tmp_path, "val").paths]
+    assert names == ["fineweb_val_000001", "medieval_val_0", "val", "val2"]
+    assert [path.stem for path in TokenFiles(tmp_path, "train").paths] == ["medieval_train_0"]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_when_read(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(10), 10)
+    assert len(TokenFiles(tmp_path, "train", 10).read(0, 10)) == 10
+    with pytest.raises(UserError, match="has the token id 9, beyond vocab_size = 9"):
+        TokenFiles(tmp_path, "train", 9).read(0, 10)
+
+
 def test_damaged_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has no file for the train split"):
+    with pytest.raises(UserError, match="has no token file for its train split"):
         TokenFiles(tmp_path, "train")
     write_tokens(tmp_path / "train.bin", np.arange(50), 100)
     whole = (tmp_path / "train.bin").read_bytes()
     for content, sentence in (
-        (whole[:-2], "is damaged: 1122 bytes instead of 1124"),
+        (whole[:-2], "is damaged, 1122 bytes instead of 1124"),
         (b"x" * 2000, "not a token file"),
     ):
         (tmp_path / "train.bin").write_bytes(content)
@@ -66,9 +81,9 @@ def test_a_split_shorter_than_a_window_is_refused(tmp_path):
     tokenizer = CharTokenizer("ab")
     write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)}, {})
     dataset = open_dataset(tmp_path / "d")
-    assert len(dataset.split("train", 8)) == 9
+    assert len(dataset.split("train", 8, 2)) == 9
     with pytest.raises(UserError, match="block_size = 8 is longer than the val split"):
-        dataset.split("val", 8)
+        dataset.split("val", 8, 2)
 
 
 @settings(max_examples=60, deadline=None)

@@ -73,6 +73,11 @@ def test_filters_equal_a_loop_over_tokens(logits, temperature, top_k, top_p):
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
+def test_extremes_are_greedy_in_the_limit():
+    for extreme in ({"temperature": 1e-40}, {"top_p": 1e-300}, {"temperature": 1e-3, "top_p": 1e-9}):
+        assert filtered_probabilities(torch.tensor(LOGITS), **extreme).tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
 def test_temperature_zero_is_greedy():
     probabilities = filtered_probabilities(torch.tensor([LOGITS, LOGITS[::-1]]), temperature=0)
     assert probabilities.argmax(-1).tolist() == [0, 7] and probabilities.max(-1).values.tolist() == [1, 1]

@@ -101,13 +101,24 @@ def test_nothing_is_overwritten_unasked(prepare, book):
     assert [path.name for path in Path("data").iterdir()] == ["book"]
 
 
+def test_a_damaged_dataset_is_prepared_again(prepare, book):
+    flags = (f"--input={book}", "--name=book", "--tokenizer=char")
+    prepare("text.py", *flags)
+    whole = decoded(Path("data/book"), "train")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damage(Path("data/book/train.bin"))
+        assert "is prepared already" not in prepare("text.py", *flags)
+        assert decoded(Path("data/book"), "train") == whole
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["--input=nowhere.txt", "--name=x"], "nowhere.txt can't be read"),
-        (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt holds no text"),
+        (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt has 0 characters"),
         (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
         (["--input=.", "--name=x", "--pattern=*.docx"], "no file below . matches --pattern *.docx"),
+        (["--input=.", "--name=x", "--pattern=/etc/*"], "no file below . matches"),
         (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
         (["--input=good.txt", "--name="], "must be a plain folder name"),
         (["--input=good.txt"], "--name"),

@@ -73,7 +73,7 @@ def test_prompts(letters, say, tmp_path):
     (tmp_path / "prompt.txt").write_text("cd")
     assert say(*GREEDY, "--start=FILE:prompt.txt") == "cdefgh\n\n"
     assert say(*GREEDY, "--start=") == "abcde\n"  # an empty prompt begins after a newline
-    assert say(*GREEDY) == "\nabcde\n"
+    assert say(*GREEDY) == "abcde\n"
     assert say(*GREEDY, "--start=hhhhhhhhhha") == "hhhhhhhhhhabcdef\n"  # longer than the context of 4
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, TINY_FLAGS, command, refusal
+from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal
 from gpt_arc.checkpoint import load_model, load_state
 from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
@@ -80,7 +80,7 @@ def test_a_run_writes_what_it_says(workplace, run):
     model, tokenizer = load_model(folder)
     assert model.config.vocab_size == tokenizer.vocab_size
     assert (folder / "config.toml").exists()
-    assert json.loads((folder / "overrides.json").read_text())["n_layer"] == 2
+    assert json.loads((folder / "run.json").read_text())["overrides"]["n_layer"] == 2
 
 
 def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, run):
@@ -120,7 +120,7 @@ def test_a_run_remembers_its_flags_however_it_is_resumed(workplace, run):
     run("--max_iters=2", "--tokens_per_step=128", "--seed=7")
     run("--init_from=resume", "--out_dir=out/sums", "--max_iters=3", tiny=False)  # by its own config.toml
     assert "from step 3" in run("--init_from=resume", "--max_iters=4", "--tokens_per_step=192", tiny=False)
-    kept = json.loads(Path("out/sums/overrides.json").read_text())
+    kept = json.loads(Path("out/sums/run.json").read_text())["overrides"]
     assert kept["seed"] == 7 and kept["block_size"] == 16 and kept["tokens_per_step"] == 192 and kept["max_iters"] == 4
     result = command("train.py", "--init_from=resume", "--out_dir=out/sums", "--max_iters=5")
     assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
@@ -165,6 +165,19 @@ def test_float16_finds_its_scale_by_overflowing(workplace, run, monkeypatch):
 SCALER = torch.amp.GradScaler
 
 
+def test_a_run_keeps_its_tokenizer_when_the_data_lose_theirs(workplace, run):
+    run("--max_iters=4", f"--vocab_size={len(set(TEXT))}")
+    (workplace / "data/sums/tokenizer.json").unlink()
+    run("--init_from=resume", "--max_iters=8", tiny=False)
+    assert load_model("out/sums")[1].encode("1 times") is not None
+
+
+def test_other_data_under_the_same_name_is_noticed(workplace, run):
+    run("--max_iters=4")
+    (workplace / "data/sums/meta.json").write_text("{}")
+    assert "not those that the run has seen" in run("--init_from=resume", "--max_iters=8", tiny=False)
+
+
 def test_bare_shards_train_without_a_tokenizer(workplace, run):
     shards = workplace / "shards"
     shards.mkdir()
@@ -172,6 +185,8 @@ def test_bare_shards_train_without_a_tokenizer(workplace, run):
         (workplace / "data/sums" / f"{split}.bin").rename(shards / f"corpus_{split}_000000.bin")
     assert "finished step 8" in run("--dataset=shards", "--vocab_size=50")
     assert load_model("out/sums")[1] is None
+    result = run("--dataset=shards", "--vocab_size=7")
+    assert result.code == 2 and "beyond vocab_size = 7: set --vocab_size" in result.message
 
 
 def test_evaluation_does_not_disturb_training(workplace, run):
@@ -404,8 +419,9 @@ def test_compiled_training_equals_eager_and_resumes_exactly(workplace):
     assert "float32, compiled" in in_processes(*flags, "--out_dir=whole", "--compile=True", timeout=400)
     in_processes(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
     # "auto" means what it meant: a run this short would not be compiled otherwise
-    overrides = Path("halves/overrides.json")
-    overrides.write_text(json.dumps({k: v for k, v in json.loads(overrides.read_text()).items() if k != "compile"}))
+    record = json.loads(Path("halves/run.json").read_text())
+    del record["overrides"]["compile"]
+    Path("halves/run.json").write_text(json.dumps(record))
     output = in_processes(*flags, "--out_dir=halves", "--init_from=resume", timeout=400)
     assert "float32, compiled" in output
     assert_same_weights("whole/last", "halves/last")
