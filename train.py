@@ -121,12 +121,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
     shape = f"{WORLD_SIZE} x {micro_steps} micro-batches of {micro_batch} sequences of {block_size}"
     say(f"tokens a step  {tokens_per_step:,} = {shape}")
-    epochs = "not prepared yet"
-    if train_tokens:
-        epochs = (
-            f"{training.max_iters * tokens_per_step / len(train_tokens):.3g} epochs of {len(train_tokens):,} tokens"
-        )
-    say(f"steps          {training.max_iters:,}; {config.data.dataset}: {epochs}")
+    epochs = training.max_iters * tokens_per_step / len(train_tokens) if train_tokens else math.nan
+    corpus = f"{epochs:.3g} epochs of {len(train_tokens):,} tokens" if train_tokens else "not prepared yet"
+    say(f"steps          {training.max_iters:,}; {config.data.dataset}: {corpus}")
     say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
     if config.run.dry_run:
