@@ -35,6 +35,23 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def output_of(monkeypatch, capsys):
+    """Run a script's `main` in this process: its output, or the one sentence with which it is refused."""
+
+    def call(main, *argv):
+        monkeypatch.setattr(sys, "argv", list(argv))
+        with pytest.raises(SystemExit) as stop:
+            main()
+        output, errors = capsys.readouterr()
+        if stop.value.code:
+            assert stop.value.code == 2 and "Traceback" not in errors and errors.count("\n") == 1, errors
+            return errors
+        return output
+
+    return call
+
+
 def command(*args: str, processes: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
     """Run `python ARGS` (a script of the repository first) in the current folder; torchrun for several processes."""
     script, *rest = args

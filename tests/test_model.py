@@ -88,36 +88,20 @@ def copy_into_transformers(ours: GPT, theirs: torch.nn.Module, names: dict[str, 
     theirs.tie_weights()
 
 
+@pytest.mark.parametrize("generation", ["GPT2", "OpenAIGPT"])
 @pytest.mark.parametrize(
     ("layers", "heads", "width", "context", "vocab"), [(2, 4, 32, 12, 23), (3, 3, 48, 17, 101), (1, 5, 35, 9, 7)]
 )
-def test_logits_equal_transformers_gpt2(layers, heads, width, context, vocab):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_logits_equal_transformers_gpts(generation, layers, heads, width, context, vocab):
+    import transformers
 
-    config = GPTConfig(context, vocab, layers, heads, width)
-    ours = GPT(config).eval()
+    settings, names = {"GPT2": ({}, GPT2_NAMES), "OpenAIGPT": (GPT1, GPT1_NAMES)}[generation]
+    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **settings)).eval()
     random_weights(ours)
-    theirs = GPT2LMHeadModel(
-        GPT2Config(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
-    ).eval()
-    copy_into_transformers(ours, theirs, GPT2_NAMES)
-    tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("layers", "heads", "width", "context", "vocab"), [(2, 4, 32, 12, 23), (3, 3, 48, 17, 101), (1, 5, 35, 9, 7)]
-)
-def test_logits_equal_transformers_gpt1(layers, heads, width, context, vocab):
-    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
-
-    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **GPT1)).eval()
-    random_weights(ours)
-    theirs = OpenAIGPTLMHeadModel(
-        OpenAIGPTConfig(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
-    ).eval()
-    copy_into_transformers(ours, theirs, GPT1_NAMES)
+    size = dict(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
+    config = getattr(transformers, f"{generation}Config")(**size)
+    theirs = getattr(transformers, f"{generation}LMHeadModel")(config).eval()
+    copy_into_transformers(ours, theirs, names)
     tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
