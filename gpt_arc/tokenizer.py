@@ -32,10 +32,15 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int
     end_of_text: int | None  # the id that separates documents, None where the vocabulary has none
+    cuts_at_space = False  # whether text cut between white space and what precedes it encodes to the same ids
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. Raises UserError where the vocabulary can't express it."""
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as an array of uint32, without the cost of a list."""
+        return np.array(self.encode(text), dtype=np.uint32)
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -64,6 +69,7 @@ class CharTokenizer(Tokenizer):
     """One token per Unicode character, numbered by code point order."""
 
     end_of_text = None
+    cuts_at_space = True
 
     def __init__(self, characters: Iterable[str]):
         self.characters = list(characters)
@@ -118,6 +124,8 @@ class BPETokenizer(Tokenizer):
     that merely spells a special token is encoded as text.
     """
 
+    cuts_at_space = True
+
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
         self.ranks, self.special = ranks, special
         self.vocab_size = max((*ranks.values(), *special.values())) + 1
@@ -148,6 +156,9 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self._encoding.encode_ordinary(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of the tokens; bytes that are not UTF-8, as a cut character's, become U+FFFD."""
@@ -249,3 +260,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged or not ours: {type(error).__name__}: {error}") from None
     raise UserError(f"{path} holds a tokenizer of the kind {kind}, not characters or byte-level BPE")
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that a user names: gpt2, a folder or file that holds one, or the name of a folder below data/."""
+    if name == "gpt2":
+        return BPETokenizer.gpt2()
+    return load_tokenizer(Path(name))
