@@ -21,8 +21,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
+FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class GPTConfig:
     """How a token knows its place: a trained table, fixed sinusoids, or rotated queries and keys."""
     rotary_base: float = 10_000.0
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
+    attention_band: int | None = None
+    """Every second block sees this many latest positions only, its own included (GPT-3). None: all see everything."""
     activation: Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"] = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True
@@ -80,9 +84,9 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("n_kv_head", "head_size", "mlp_size"):
+        for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out to be derived")
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")
         for name in ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
@@ -145,12 +149,12 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 
 
 def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, width / 2) of positions (T,) at wavelengths from 2 pi up to 2 pi base, in float32.
+    """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi up to 2 pi base, in float32.
 
     Computed where they are used: no buffer that a cast to bfloat16 would spoil or a meta device would leave empty.
     """
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions.float()[:, None] * base**-exponents
+    angles = positions.float()[..., None] * base**-exponents
     return angles.cos(), angles.sin()
 
 
@@ -159,6 +163,55 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
     return turned.type_as(x)
+
+
+def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | BlockMask:
+    """Attention in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
+
+    A tensor of truth values (B, 1, T, T). Where queries see W = `band` keys at most, and 2W are fewer than T, they go in
+    n chunks of W, each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W.
+    In compiled CUDA code the tiles that `flex_attention` has to visit; it has no dropout, and no backward on CPUs.
+    """
+    (batch, length), device = earliest.shape, earliest.device
+    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout:
+        earliest = earliest.contiguous()
+        return create_block_mask(
+            lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
+            batch, None, length, length, device=device,
+        )  # fmt: skip
+    queries = keys = torch.arange(length, device=device)
+    if band is not None and 2 * band < length:
+        chunks = math.ceil(length / band)
+        queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
+        keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
+        earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
+    allowed = (keys[..., None, :] <= queries[..., None]) & (keys[..., None, :] >= earliest[..., None])
+    return allowed.flatten(0, -3)[:, None]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+    """Attention of query (B, H, T, D) to key and value (B, K, T, D), each head of these serving H / K of those.
+
+    `mask` is from `causal_mask`; None: every query sees all keys up to its own place.
+    """
+    settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+    if isinstance(mask, BlockMask):
+        query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=settings["enable_gqa"])
+    batch, length, band = query.size(0), query.size(2), mask.size(-2)
+    if band == length:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    chunks = math.ceil(length / band)
+    beyond = chunks * band - length
+    query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
+    key, value = (
+        F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (key, value)
+    )  # (B n, K, 2W, D)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 class Attention(nn.Module):
@@ -174,7 +227,7 @@ class Attention(nn.Module):
         self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_of("residual"))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
         config = self.config
         heads, kv_heads = config.n_head, config.kv_heads
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, config.head_width)).transpose(1, 2)  # (B, H+2K, T, D)
@@ -182,14 +235,7 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            dropout_p=config.dropout_of("attention") if self.training else 0.0,
-            enable_gqa=kv_heads != heads,
-        )
+        mixed = attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
         return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
@@ -232,11 +278,11 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, rotary))
+            x = self.attention_norm(x + self.attention(x, rotary, mask))
             return self.mlp_norm(x + self.mlp(x))
-        x = x + self.attention(self.attention_norm(x), rotary)
+        x = x + self.attention(self.attention_norm(x), rotary, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -280,12 +326,29 @@ class GPT(nn.Module):
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
-        config = self.config
-        if tokens.size(1) > config.block_size:
-            raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
-        positions = torch.arange(tokens.size(1), device=tokens.device)
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
+
+        `documents` (B, T) tells which document each token belongs to, by any number that changes where the next one
+        begins: positions then count from the document's beginning, and attention doesn't look back beyond it.
+        """
+        config, (batch, length) = self.config, tokens.shape
+        if length > config.block_size:
+            raise ValueError(f"{length} tokens are more than the context, block_size = {config.block_size}")
+        positions = torch.arange(length, device=tokens.device)
+        dropout = config.dropout_of("attention") if self.training else 0.0
+        mask = banded = beginnings = None
+        if documents is not None:
+            begins = documents != F.pad(documents[:, :-1], (1, 0))
+            beginnings = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T)
+            mask = banded = causal_mask(beginnings, None, dropout)
+        if config.attention_band is not None and config.attention_band < length:
+            earliest = (positions - config.attention_band + 1).clamp(min=0).expand(batch, length)
+            earliest = earliest if beginnings is None else torch.maximum(earliest, beginnings)
+            banded = causal_mask(earliest, config.attention_band, dropout)
+        if beginnings is not None:
+            positions = positions - beginnings
+
         x = self.token_embedding(tokens)
         rotary = None
         if config.positions == "learned":
@@ -294,16 +357,20 @@ class GPT(nn.Module):
             cosines, sines = sinusoids(positions, config.n_embd, 10_000.0)
             x = x + torch.cat((sines, cosines), dim=-1)
         else:
-            rotary = sinusoids(positions, config.head_width, config.rotary_base)
+            cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
+            rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, rotary)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rotary, banded if i % 2 else mask)
         return self.final_norm(x)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor | Loss:
-        """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor | Loss:
+        """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`.
+
+        `documents` confines attention to documents, see `hidden`.
+        """
         head = self.token_embedding.weight if self.config.tied_head else self.head.weight
-        logits = F.linear(self.hidden(tokens), head, self.head_bias)
+        logits = F.linear(self.hidden(tokens, documents), head, self.head_bias)
         if targets is None:
             return logits
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")

@@ -36,13 +36,17 @@ ACCELERATORS = {
 def flops_per_token(model: GPT) -> int:
     """Floating-point operations of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
-    Six per parameter that multiplies, a tied head included, and 12 L H D T for attention.
+    Six per parameter that multiplies, a tied head included, and 12 H D T for the attention of a layer, whose T is 2W
+    keys in the layers that see a band of W.
     """
     config = model.config
     multiplying = model.num_parameters(embeddings=False)
     if config.tied_head:
         multiplying += config.vocab_size * config.n_embd
-    return 6 * multiplying + 12 * config.n_layer * config.n_head * config.head_width * config.block_size
+    banded = 0 if config.attention_band is None else config.n_layer // 2
+    keys_of_band = min(2 * (config.attention_band or 0), config.block_size)
+    keys = (config.n_layer - banded) * config.block_size + banded * keys_of_band  # that a query meets, over all layers
+    return 6 * multiplying + 12 * config.n_head * config.head_width * keys
 
 
 def memory_estimate(model: GPT, sequences: int, dtype: str) -> int:

@@ -11,7 +11,8 @@ from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}]
+    "settings",
+    [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}, {"attention_band": 4}],
 )
 def test_flops_equal_those_that_torch_counts(settings):
     """torch counts the products of a step; biases and norms, which only add, are the difference."""

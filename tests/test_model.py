@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model import GPT, Attention, GPTConfig, rotate, sinusoids
+from model import GPT, Attention, GPTConfig, causal_mask, create_block_mask, rotate, sinusoids
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GPT1 = dict(norm_position="post", init="gpt1")
@@ -164,7 +165,7 @@ def test_causal_attention_worked_by_hand():
 
     attention.qkv = ScoresAsQueries()
     attention.projection = torch.nn.Identity()
-    weights = attention(scores[None], rotary=None)[0]
+    weights = attention(scores[None], rotary=None, mask=None)[0]
     torch.testing.assert_close(weights, expected, atol=6e-4, rtol=0)
     values = torch.tensor([[1, 0.5, 0.3, 0.1], [0.2, 1, 0.7, 0.4]])
     torch.testing.assert_close(weights[1, :2] @ values, torch.tensor([0.53, 0.80, 0.54, 0.28]), atol=6e-3, rtol=0)
@@ -176,7 +177,7 @@ def variants():
         {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"activation": "gelu"},
         {"activation": "relu"}, {"activation": "relu_squared"}, {"activation": "swiglu"}, {"bias": False},
         {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
-        {"head_size": 6}, {"mlp_size": 20}, {"dropout": 0.3},
+        {"head_size": 6}, {"mlp_size": 20}, {"attention_band": 4}, {"dropout": 0.3},
         {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
         {"norm_position": "post", "positions": "rotary", "norm": "rmsnorm", "tied_head": False},
     ]  # fmt: skip
@@ -349,6 +350,7 @@ def test_ten_training_steps_equal_transformers_gpt2():
         ({"attention_dropout": -0.1}, "attention_dropout = -0.1"),
         ({"n_layer": 0}, "n_layer = 0 must be at least 1"),
         ({"mlp_size": 0}, "mlp_size = 0"),
+        ({"attention_band": 0}, "attention_band = 0"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0 must be positive"),
         ({"activation": "silu"}, "activation = 'silu' must be one of gelu_tanh"),
         ({"norm_position": "both"}, "norm_position = 'both'"),
@@ -383,3 +385,146 @@ def test_any_valid_configuration_runs(
     logits = model(torch.zeros(2, length, dtype=torch.int64))
     assert logits.shape == (2, length, 11) and logits.isfinite().all()
     assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def documents_of(rows: int, length: int, seed: int = 2) -> torch.Tensor:
+    """Numbers (rows, length) of documents of random lengths, one token long among them."""
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(rows, length, generator=generator) < 0.25
+    begins[0, 3:5] = True
+    return begins.cumsum(1)
+
+
+BANDED = [{}, {"positions": "rotary", "n_kv_head": 2, "qk_norm": True}, {"positions": "sinusoidal", **GPT1}]
+
+
+@pytest.mark.parametrize("band", [None, 1, 3, 5, 11])
+@pytest.mark.parametrize("change", BANDED, ids=["gpt2", "rotary", "sinusoidal"])
+def test_documents_in_one_window_are_as_if_each_were_alone(change, band):
+    config = dataclasses.replace(TINY, block_size=29, n_layer=4, attention_band=band, **change)
+    model = GPT(config).eval()
+    random_weights(model)
+    tokens, documents = torch.randint(23, (3, 29)), documents_of(3, 29)
+    targets = torch.randint(23, (3, 29))
+    together = model(tokens, documents=documents)
+    loss = model(tokens, targets, documents).total
+    alone_loss = 0.0
+    for row in range(3):
+        for document in documents[row].unique():
+            own = documents[row] == document
+            alone = model(tokens[row : row + 1, own])
+            torch.testing.assert_close(together[row, own], alone[0], atol=1e-5, rtol=1e-5)
+            alone_loss += model(tokens[row : row + 1, own], targets[row : row + 1, own]).total
+    torch.testing.assert_close(loss, alone_loss, atol=1e-4, rtol=1e-5)
+    gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, alone_loss)]
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()) + 1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 4, 7, 12])
+@pytest.mark.parametrize("band", [1, 2, 3, 5, 11, 12, 50])
+def test_a_band_is_a_mask_over_the_scores(length, band):
+    """Chunks against the scores of every pair, masked one by one."""
+    attention = torch.manual_seed(0) and Attention(dataclasses.replace(TINY, n_kv_head=2, qk_norm=True))
+    x = torch.randn(2, length, 32)
+    query, key, value = attention.qkv(x).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), dim=1)
+    query, key = attention.query_norm(query), attention.key_norm(key).repeat_interleave(2, 1)
+    scores = query @ key.transpose(-2, -1) / math.sqrt(8)
+    for i in range(length):
+        for j in range(length):
+            if not i - band < j <= i:
+                scores[..., i, j] = -math.inf
+    mixed = scores.softmax(-1) @ value.repeat_interleave(2, 1)
+    expected = attention.projection(mixed.transpose(1, 2).flatten(2))
+    earliest = (torch.arange(length) - band + 1).clamp(min=0).expand(2, length)
+    mask = causal_mask(earliest, band, dropout=0.0)
+    torch.testing.assert_close(attention(x, None, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_band_as_wide_as_the_context_is_dense_and_a_narrower_one_is_every_second_block_s():
+    dense = GPT(dataclasses.replace(TINY, n_layer=3)).eval()
+    random_weights(dense)
+    tokens = torch.randint(23, (2, 12))
+
+    def logits(band):
+        model = GPT(dataclasses.replace(TINY, n_layer=3, attention_band=band)).eval()
+        model.load_state_dict(dense.state_dict())
+        return model(tokens)
+
+    with torch.no_grad():
+        for band in (12, 13, 1000):
+            assert torch.equal(logits(band), dense(tokens))
+        assert not torch.allclose(logits(11), dense(tokens))
+
+
+def test_logits_equal_transformers_gpt_neo_whose_layers_alternate():
+    """GPT-Neo alternates global and local attention as GPT-3 does; it has no query, key and value biases, and doesn't
+    divide the scores, so our queries are multiplied beforehand."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    ours = GPT(GPTConfig(24, 31, n_layer=4, n_head=2, n_embd=32, attention_band=5)).eval()
+    random_weights(ours)
+    config = GPTNeoConfig(
+        vocab_size=31, max_position_embeddings=24, hidden_size=32, num_layers=4, num_heads=2, window_size=5,
+        attention_types=[[["global", "local"], 2]], activation_function="gelu_new",
+        resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    theirs = GPTNeoForCausalLM(config).eval()
+    state = {
+        "transformer.wte.weight": ours.token_embedding.weight, "transformer.wpe.weight": ours.position_embedding.weight,
+        "transformer.ln_f.weight": ours.final_norm.weight, "transformer.ln_f.bias": ours.final_norm.bias,
+    }  # fmt: skip
+    for i, block in enumerate(ours.blocks):
+        torch.nn.init.zeros_(block.attention.qkv.bias)
+        query, key, value = block.attention.qkv.weight.split(32)
+        parts = {
+            "ln_1": block.attention_norm, "attn.attention.out_proj": block.attention.projection,
+            "ln_2": block.mlp_norm, "mlp.c_fc": block.mlp.up, "mlp.c_proj": block.mlp.projection,
+        }  # fmt: skip
+        own = {f"{name}.{kind}": tensor for name, module in parts.items() for kind, tensor in module.named_parameters()}
+        own |= {f"attn.attention.{name}.weight": w for name, w in (("k_proj", key), ("v_proj", value))}
+        own["attn.attention.q_proj.weight"] = query / math.sqrt(16)
+        state |= {f"transformer.h.{i}.{name}": tensor for name, tensor in own.items()}
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+    theirs.tie_weights()
+    tokens = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cost_of_banded_attention_grows_with_the_band():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(band, length):
+        model = GPT(GPTConfig(length, 23, n_layer=2, n_head=4, n_embd=32, attention_band=band))
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model.hidden(torch.zeros(1, length, dtype=torch.int64))
+        return counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # all but the linear layers
+
+    dense = flops(None, 256)
+    pair = 4 * 256 * 256 * 32  # scores and mixing of all keys with all queries, 2 FLOPs each
+    assert dense == 2 * pair
+    for band in (8, 16, 64):
+        assert flops(band, 256) == pair + 4 * 256 * (2 * band) * 32
+    assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # and linearly with the context
+
+
+@pytest.mark.parametrize("band", [None, 50])
+def test_flex_attention_as_compiled_for_gpus_gives_the_same(band, monkeypatch):
+    """Traced as for a GPU and run by its reference implementation: inductor's CPU kernels for it don't take masks."""
+    config = GPTConfig(200, 23, n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary", attention_band=band)
+    model = GPT(config).eval()
+    random_weights(model)
+    tokens, documents = torch.randint(23, (2, 200)), documents_of(2, 200)
+    cases = ({"documents": documents}, {}) if band else ({"documents": documents},)
+    with torch.no_grad():
+        expected = [model(tokens, **case) for case in cases]
+        monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+        used = []
+        monkeypatch.setattr("model.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k))
+        model.compile(backend="aot_eager")
+        for case, logits in zip(cases, expected):
+            torch.testing.assert_close(model(tokens, **case), logits, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+    assert used
