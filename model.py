@@ -168,7 +168,7 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | BlockMask:
     """Attention in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
 
-    A tensor of truth values (B, 1, T, T). Where queries see W = `band` keys at most, and 2W are fewer than T, they go in
+    A tensor of truth values (B, 1, T, T). Where queries see at most W = `band` keys and 2W are fewer than T, they go in
     n chunks of W, each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W.
     In compiled CUDA code the tiles that `flex_attention` has to visit; it has no dropout, and no backward on CPUs.
     """

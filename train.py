@@ -58,14 +58,14 @@ def say(text: str) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, dtype: str, stop: StopSignal
+    model: GPT, batches: Iterable[tuple[Tensor, ...]], device: torch.device, dtype: str, stop: StopSignal
 ) -> float | None:
     """Mean cross-entropy in nats over the batches of all processes; None if a signal came meanwhile."""
     sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     model.eval()
-    for tokens, targets in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+    for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
         with runtime.autocast(device, dtype):
-            loss = model(runtime.to_device(tokens, device), runtime.to_device(targets, device))
+            loss = model(*runtime.to_device(batch, device))
         sums += torch.stack((loss.total, loss.count))
         if stop.anywhere():
             break
@@ -78,21 +78,22 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     config = launch.config
     training, logging = config.training, config.logging
 
-    # ---- data: what is missing and small is prepared; a dataset's vocabulary replaces the preset's
-    folder = None
-    if IS_MAIN:
-        folder = data.find_dataset(config.data.dataset)
-        if folder is None and not config.run.dry_run:
-            folder = data.prepare_dataset(config.data.dataset)
-    folder = distributed.from_main(folder)
-    dataset = data.open_dataset(folder) if folder else None
-    if dataset and dataset.tokenizer and dataset.tokenizer.vocab_size != config.model.vocab_size:
-        vocab_size = dataset.tokenizer.vocab_size
+    # ---- data: what is missing and small is prepared; a dataset's vocabulary replaces a preset's
+    if IS_MAIN and not config.run.dry_run:
+        data.prepare_missing(config.data.sources)
+    distributed.from_main(None)  # others wait for it
+    corpus = data.open_corpus(config.data.sources)
+    tokenizer = corpus and corpus.tokenizer
+    vocab_size, block_size = config.model.vocab_size, config.model.block_size
+    trained = checkpoint.load_config(launch.resumed / "last") if launch.resumed else None
+    if tokenizer and not launch.imported:
+        vocab_size = trained.vocab_size if trained else tokenizer.vocab_size
+    if vocab_size != config.model.vocab_size:
         say(f"vocabulary     {vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    block_size, vocab_size = config.model.block_size, config.model.vocab_size
-    train_tokens = dataset and dataset.split("train", block_size, vocab_size)
-    val_tokens = dataset and dataset.split("val", block_size, vocab_size)
+    train_tokens, val_tokens = (
+        corpus and corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
+    )
 
     # ---- what "auto" means here; a resumed run keeps what it meant at first
     state, progress = None, Progress()
@@ -100,9 +101,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if launch.resumed:
         state = checkpoint.load_state(launch.resumed / "last")
         progress = Progress(**state["progress"])
-        runs.check_same_model(config.model, checkpoint.load_config(launch.resumed / "last"), launch.resumed)
-        if dataset and dataset.fingerprint != state["data"]:
-            say(f"the data in {folder} are not those that the run has seen so far")
+        runs.check_same_model(config.model, trained, launch.resumed)
+        if corpus and corpus.fingerprint != state["data"]:
+            say(f"the data of {', '.join(corpus.names)} are not those that the run has seen so far")
         if state["runtime"]["device"] == device.type:
             dtype_setting = state["runtime"]["dtype"] if dtype_setting == "auto" else dtype_setting
             compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
@@ -118,12 +119,14 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     peak = metrics.peak_flops(device, name, dtype)
 
     # ---- the plan in figures
+    if launch.adopted:
+        say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
     say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
     shape = f"{WORLD_SIZE} x {micro_steps} micro-batches of {micro_batch} sequences of {block_size}"
     say(f"tokens a step  {tokens_per_step:,} = {shape}")
-    epochs = training.max_iters * tokens_per_step / len(train_tokens) if train_tokens else math.nan
-    corpus = f"{epochs:.3g} epochs of {len(train_tokens):,} tokens" if train_tokens else "not prepared yet"
-    say(f"steps          {training.max_iters:,}; {config.data.dataset}: {corpus}")
+    say(f"steps          {training.max_iters:,}")
+    for line in corpus.plan(train_tokens, training.max_iters * tokens_per_step) if corpus else ["not prepared yet"]:
+        say(f"data           {line}")
     say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
     if config.run.dry_run:
@@ -143,17 +146,20 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if device.type == "cuda" and dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.manual_seed(training.seed)
-    if run and state:
-        model, tokenizer = checkpoint.load_model(run / "last", config.model)
-        if tokenizer and dataset.tokenizer and tokenizer.to_json() != dataset.tokenizer.to_json():
-            raise UserError(f"the dataset {folder} has another tokenizer than the run {run}")
+    origin = run / "last" if state else launch.imported
+    if origin:
+        model, its_tokenizer = checkpoint.load_model(origin, config.model)
+        if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
+            raise UserError(f"the dataset {corpus.directories[0]} has another tokenizer than the model {origin}")
+        tokenizer = tokenizer or its_tokenizer
     else:
-        model, tokenizer = GPT(config.model), dataset.tokenizer
+        model = GPT(config.model)
     model.to(device)
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
         say("compiling      takes a minute or so")
-        failure = runtime.compile_in_place(model, replica, (micro_batch, block_size), device, dtype)
+        example = [torch.zeros(micro_batch, block_size, dtype=torch.int64)] * (3 if config.data.document_mask else 2)
+        failure = runtime.compile_in_place(model, replica, example, device, dtype)
         if failure and training.compile is True:
             raise UserError(f"compile = true can't work here; --compile=False goes without it: {failure}")
         if failure:
@@ -172,7 +178,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
     # ---- evaluation: the same windows every time
     stop = StopSignal()
-    val_starts = data.evaluation_starts(len(val_tokens), block_size, logging.eval_iters * config.data.batch_size)
+    val_starts = val_tokens.evaluation_starts(block_size, logging.eval_iters * config.data.batch_size)
 
     def val_loss_now() -> float | None:
         batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
@@ -183,7 +189,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         if val_loss is None:
             return 128 + stop.anywhere()
         windows = f"{len(val_starts):,} windows of {block_size} in {len(val_tokens):,} tokens"
-        which = f"step {progress.step}" if run else "an untrained model"
+        which = f"step {progress.step}" if run else launch.imported or "an untrained model"
         say(f"{which}: val loss {val_loss:.4f} over {windows}")
         return 0
 
@@ -208,7 +214,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             "scaler": scaler.state_dict(),
             "generators": distributed.gather(runtime.rng_state(device)),
             "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
-            "data": dataset.fingerprint,
+            "data": corpus.fingerprint,
         }
         if IS_MAIN:
             best, keep_all = progress.best_step, logging.keep_all_checkpoints
@@ -217,7 +223,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
     # by the number of processes, since DistributedDataParallel averages their gradients.
-    order = data.TrainingOrder(len(train_tokens), block_size, training.seed)
+    order = train_tokens.training_order(block_size, training.seed)
     sequences_here = micro_steps * micro_batch
     parameters = list(model.parameters())
     meter = metrics.Meter()
@@ -272,11 +278,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             group["lr"] = learning_rate
         starts = order.starts(progress.consumed + RANK * sequences_here, sequences_here)
         step_loss = torch.zeros((), device=device)
-        for i, (tokens, targets) in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
+        for i, batch in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
             more_to_come = WORLD_SIZE > 1 and i < micro_steps
             with replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with runtime.autocast(device, dtype):
-                    loss = replica(runtime.to_device(tokens, device), runtime.to_device(targets, device))
+                    loss = replica(*runtime.to_device(batch, device))
                 scaler.scale(loss.total * (WORLD_SIZE / tokens_per_step)).backward()
             step_loss += loss.total.detach()
         progress.consumed += config.sequences_per_step

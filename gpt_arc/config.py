@@ -22,11 +22,31 @@ from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
 from model import GPTConfig
 
+DEFAULT_DATASET = "python_manual"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One table of [[data.mixture]]."""
+
+    name: str
+    """A prepared dataset, as for the setting dataset."""
+    weight: float
+    """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
+
+    def __post_init__(self):
+        _require(self, "weight", 0 < self.weight < math.inf, "more than zero")
+
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = "python_manual"
-    """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote."""
+    dataset: str = DEFAULT_DATASET
+    """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file may
+    mix several in its place, in tables [[data.mixture]] with name and weight."""
+    mixture: tyro.conf.Suppress[tuple[Source, ...]] = ()
+    """Tables [[data.mixture]]; no flag."""
+    document_mask: bool = False
+    """Attend within documents alone, which end-of-text tokens begin. False: across them (GPT-2, GPT-3)."""
     batch_size: int = 12
     """Sequences in one micro-batch, the most that a device holds at once."""
     gradient_accumulation_steps: int | None = None
@@ -39,6 +59,17 @@ class DataConfig:
         for name in ("gradient_accumulation_steps", "tokens_per_step"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1, or left out to be derived")
+        names = [source.name for source in self.mixture]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"the mixture names {name} twice")
+        if self.mixture and self.dataset != DEFAULT_DATASET:
+            raise ValueError(f"dataset = {self.dataset} contradicts the mixture of {', '.join(names)}: leave one out")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The mixture, or the one dataset."""
+        return self.mixture or (Source(self.dataset, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -128,7 +159,8 @@ class RunConfig:
     out_dir: str | None = None
     """Folder of the run. None: out/NAME of the config file, or out/NAME-2, -3 ... where that is taken."""
     init_from: str = "scratch"
-    """scratch, or resume: go on with out_dir, or with the newest run of the config named."""
+    """scratch; resume: go on with out_dir, or with the newest run of the config named; or a model to start from: gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl, openai-gpt, or any model directory."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
     eval_only: bool = False
@@ -137,8 +169,6 @@ class RunConfig:
     """Print what would be run and stop."""
 
     def __post_init__(self):
-        if self.init_from not in ("scratch", "resume"):
-            raise ValueError(f'init_from = "{self.init_from}" must be scratch or resume')
         if self.overwrite and self.init_from == "resume":
             raise ValueError("overwrite deletes the run that init_from = resume would go on with: choose one")
         if self.overwrite and self.out_dir is None:
@@ -231,15 +261,31 @@ def read_settings(path: Path) -> dict[str, Any]:
                 raise UserError(f"{path}: {name} stands in [{key}] and belongs in [{table}]")
             if name in settings:
                 raise UserError(f"{path}: {name} is set twice")
-            settings[name] = entry
+            settings[name] = _mixture(entry, path) if name == "mixture" else entry
     return settings
+
+
+def _mixture(tables: Any, path: Path) -> tuple[Source, ...]:
+    """The sources of [[data.mixture]]. Raises UserError naming the first table that is not one."""
+    form = 'write [[data.mixture]], then name = "..." and weight = ...'
+    if not isinstance(tables, list) or not tables:
+        raise UserError(f"{path}: mixture must be a list of tables: {form}")
+    for number, table in enumerate(tables, start=1):
+        fits = isinstance(table, dict) and table.keys() == {"name", "weight"}
+        if not fits or not _conforms(table["name"], str) or not _conforms(table["weight"], float):
+            shown = json.dumps(table, default=str)
+            raise UserError(f"{path}: number {number} of the mixture, {shown}, is not understood: {form}")
+    try:
+        return tuple(Source(**table) for table in tables)
+    except ValueError as error:
+        raise UserError(f"{path}: mixture: {error}") from None
 
 
 def check_setting(name: str, value: Any, where: str) -> None:
     if name not in SETTINGS:
         raise UserError(f"{where}there is no setting {name}{_nearest(name)}")
     expected = SETTINGS[name][1]
-    if not _conforms(value, expected):
+    if name != "mixture" and not _conforms(value, expected):
         raise UserError(f"{where}{name} = {json.dumps(value, default=str)}: {name} must be {_describe(expected)}")
 
 
@@ -273,6 +319,8 @@ def write_settings(settings: dict[str, Any]) -> str:
     """Settings as TOML, by table; what is None is left out, for that is how TOML says it."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
+        if name == "mixture":
+            value = [dataclasses.asdict(source) for source in value] or None
         if value is not None:
             tables.setdefault(SETTINGS[name][0], {})[name] = value
     return tomli_w.dumps(tables)
@@ -308,8 +356,12 @@ def config_files(args: list[str]) -> list[str]:
 
 
 def read_files(files: list[str]) -> dict[str, Any]:
-    """The settings of several files, later ones winning."""
+    """The settings of several files, later ones winning; one dataset and a mixture take each other's place."""
     settings: dict[str, Any] = {}
     for file in files:
-        settings |= read_settings(Path(file))
+        later = read_settings(Path(file))
+        for name, other in (("mixture", "dataset"), ("dataset", "mixture")):
+            if name in later and other not in later:
+                settings.pop(other, None)
+        settings |= later
     return settings

@@ -3,7 +3,7 @@
 import hashlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt_arc.config import Source
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import DATA_ROOT, TokenFiles
-from gpt_arc.tokenizer import FILE_NAME as TOKENIZER_FILE
-from gpt_arc.tokenizer import Tokenizer, load_tokenizer
+from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
 from model import IGNORED
 
 SCRIPTS = Path(__file__).parents[1] / "prepare"
@@ -23,27 +23,106 @@ SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # those that train.py prep
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """A prepared dataset: a folder of token files. Bare shards, as others publish them, come without a tokenizer."""
+class Corpus:
+    """What a run trains on: prepared datasets, folders of token files, each with its share of the windows.
 
-    directory: Path
+    Bare shards, as others publish them, come without a tokenizer.
+    """
+
+    names: tuple[str, ...]
+    directories: tuple[Path, ...]
+    weights: tuple[float, ...]  # their sum is 1
     tokenizer: Tokenizer | None
 
     @property
     def fingerprint(self) -> str:
         """Tells this data from other data of the same name, as far as meta.json knows of it."""
-        meta = self.directory / "meta.json"
-        return hashlib.sha256(meta.read_bytes()).hexdigest() if meta.exists() else ""
+        metas = [directory / "meta.json" for directory in self.directories]
+        content = [meta.read_bytes() for meta in metas if meta.exists()]
+        return hashlib.sha256(b"".join(content)).hexdigest() if content else ""
 
-    def split(self, name: str, block_size: int, vocab_size: int) -> TokenFiles:
-        """The token files of a split. Raises UserError if it doesn't hold one window."""
-        files = TokenFiles(self.directory, name, vocab_size)
-        if len(files) <= block_size:
+    def separator(self) -> int:
+        """The token that begins a document, for attention confined to documents. Raises UserError if there is none."""
+        if self.tokenizer is None or self.tokenizer.end_of_text is None:
             raise UserError(
-                f"block_size = {block_size} is longer than the {name} split of {self.directory}: a window and its "
-                f"last target take {block_size + 1} tokens and it has {len(files)}; lower --block_size"
+                f"document_mask = true needs documents that an end-of-text token parts, and {self.directories[0]} has "
+                "no tokenizer with one: prepare the text with a BPE tokenizer, or leave document_mask out"
             )
-        return files
+        return self.tokenizer.end_of_text
+
+    def split(self, name: str, block_size: int, vocab_size: int, document_mask: bool) -> "Split":
+        """One split of every dataset. Raises UserError if one doesn't hold a window."""
+        parts = []
+        for directory in self.directories:
+            files = TokenFiles(directory, name, vocab_size)
+            if len(files) <= block_size:
+                raise UserError(
+                    f"block_size = {block_size} is longer than the {name} split of {directory}: a window and its "
+                    f"last target take {block_size + 1} tokens and it has {len(files)}; lower --block_size"
+                )
+            parts.append(files)
+        return Split(parts, self.weights, self.separator() if document_mask else None)
+
+    def plan(self, split: "Split", tokens: int) -> list[str]:
+        """For each dataset its share of the training, and how many epochs of it that is."""
+        shares = zip(self.names, self.weights, split.parts)
+        return [
+            f"{weight:.1%} {name}: {tokens * weight / len(part):.3g} epochs of {len(part):,} tokens"
+            for name, weight, part in shares
+        ]
+
+
+def prepare_missing(sources: Sequence[Source]) -> None:
+    """Prepare the small datasets that come with a script. Raises UserError, saying what to run, for any other."""
+    for source in sources:
+        if find_dataset(source.name) is None:
+            prepare_dataset(source.name)
+
+
+def open_corpus(sources: Sequence[Source]) -> Corpus | None:
+    """The datasets of a run, None if one is not prepared. Raises UserError for tokenizers that differ."""
+    directories = [find_dataset(source.name) for source in sources]
+    if None in directories:
+        return None
+    with_tokenizer = [any((d / name).exists() for name in (FILE_NAME, SENTENCEPIECE_FILE)) for d in directories]
+    tokenizers = [load_tokenizer(d) if there else None for d, there in zip(directories, with_tokenizer)]
+    for directory, tokenizer in zip(directories, tokenizers):
+        if tokenizer != tokenizers[0]:
+            raise UserError(
+                f"{directory} has another tokenizer than {directories[0]}: the datasets of a mixture must share one"
+            )
+    total = sum(source.weight for source in sources)
+    weights = tuple(source.weight / total for source in sources)
+    return Corpus(tuple(source.name for source in sources), tuple(directories), weights, tokenizers[0])
+
+
+class Split:
+    """One split of a corpus: the token files of its datasets one after another, which no window crosses."""
+
+    def __init__(self, parts: Sequence[TokenFiles], weights: Sequence[float], separator: int | None = None):
+        self.parts, self.weights, self.separator = parts, weights, separator
+        self.bounds = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count as int64, fewer at the end of the dataset that `start` lies in."""
+        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        return self.parts[part].read(start - int(self.bounds[part]), count)
+
+    def training_order(self, block_size: int, seed: int) -> "TrainingOrder | MixtureOrder":
+        if len(self.parts) == 1:
+            return TrainingOrder(len(self), block_size, seed)
+        seeds = np.random.SeedSequence((seed, len(self.parts))).generate_state(len(self.parts), np.uint64)
+        orders = [TrainingOrder(len(part), block_size, int(own)) for part, own in zip(self.parts, seeds)]
+        return MixtureOrder(orders, self.bounds[:-1], self.weights, seed)
+
+    def evaluation_starts(self, block_size: int, windows: int) -> np.ndarray:
+        """Windows to evaluate, every dataset having its share of them; 0: the whole of each."""
+        shares = [windows and max(1, round(windows * weight)) for weight in self.weights]
+        starts = [evaluation_starts(len(part), block_size, share) for part, share in zip(self.parts, shares)]
+        return np.concatenate([bound + own for bound, own in zip(self.bounds, starts)])
 
 
 def find_dataset(name: str) -> Path | None:
@@ -71,11 +150,6 @@ def prepare_dataset(name: str) -> Path:
     if subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
         raise UserError(f"the dataset {name} could not be prepared, as said above")
     return DATA_ROOT / name
-
-
-def open_dataset(directory: Path) -> Dataset:
-    """Raises UserError if the folder's tokenizer is damaged."""
-    return Dataset(directory, load_tokenizer(directory) if (directory / TOKENIZER_FILE).exists() else None)
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
@@ -121,8 +195,11 @@ class TrainingOrder:
 
     def starts(self, consumed: int, count: int) -> np.ndarray:
         """First tokens (count,) of the sequences consumed .. consumed + count."""
-        sequences = np.arange(consumed, consumed + count)
-        starts = np.empty(count, dtype=np.int64)
+        return self.at(np.arange(consumed, consumed + count))
+
+    def at(self, sequences: np.ndarray) -> np.ndarray:
+        """First tokens of the sequences with these numbers."""
+        starts = np.empty(len(sequences), dtype=np.int64)
         for epoch in np.unique(sequences // self.per_epoch):
             here = sequences // self.per_epoch == epoch
             offset_seed, order_seed = np.random.SeedSequence((self.seed, int(epoch))).generate_state(2, np.uint64)
@@ -130,6 +207,43 @@ class TrainingOrder:
             starts[here] = offset + self.block_size * permute(
                 sequences[here] % self.per_epoch, self.per_epoch, int(order_seed)
             )
+        return starts
+
+
+class MixtureOrder:
+    """Which window of which dataset comes when: a pure function of the seed and the sequences consumed before it.
+
+    Of every CYCLE sequences each dataset gives its share, in an order of the cycle's own: how many it has given before
+    is known without counting.
+    """
+
+    CYCLE = 4096
+
+    def __init__(self, orders: Sequence[TrainingOrder], bounds: np.ndarray, weights: Sequence[float], seed: int):
+        self.orders, self.bounds, self.seed = orders, bounds, seed
+        exact = np.array(weights) * self.CYCLE
+        self.quotas = np.floor(exact).astype(np.int64)
+        left_over = np.argsort(self.quotas - exact, kind="stable")[: self.CYCLE - self.quotas.sum()]
+        self.quotas[left_over] += 1  # to the largest remainders
+        if not self.quotas.all():
+            raise UserError(
+                f"a weight of the mixture is less than a {self.CYCLE}th of their sum: give it more, or leave it out"
+            )
+        self.firsts = np.cumsum(self.quotas) - self.quotas
+
+    def starts(self, consumed: int, count: int) -> np.ndarray:
+        """First tokens (count,) of the sequences consumed .. consumed + count."""
+        sequences = np.arange(consumed, consumed + count)
+        cycles, slots = np.divmod(sequences, self.CYCLE)
+        for cycle in np.unique(cycles):
+            key = np.random.SeedSequence((self.seed, int(cycle), self.CYCLE)).generate_state(1, np.uint64)[0]
+            slots[cycles == cycle] = permute(slots[cycles == cycle], self.CYCLE, int(key))
+        sources = np.searchsorted(self.firsts, slots, side="right") - 1
+        numbers = cycles * self.quotas[sources] + slots - self.firsts[sources]
+        starts = np.empty(count, dtype=np.int64)
+        for source in np.unique(sources):
+            here = sources == source
+            starts[here] = self.bounds[source] + self.orders[source].at(numbers[here])
         return starts
 
 
@@ -144,25 +258,27 @@ def evaluation_starts(tokens: int, block_size: int, windows: int) -> np.ndarray:
     return np.linspace(0, tokens - 1 - block_size, windows).astype(np.int64)
 
 
-def windows(files: TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets, each (B, length) int64, of the windows at `starts`; past the end, targets are -1."""
     rows = np.full((len(starts), length + 1), IGNORED, dtype=np.int64)
     for row, start in zip(rows, starts.tolist()):
-        tokens = files.read(start, min(length + 1, len(files) - start))
+        tokens = split.read(start, length + 1)
         row[: len(tokens)] = tokens
     both = torch.from_numpy(rows)
     return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
 
 
 def batches(
-    files: TokenFiles, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets, each (size, block_size) int64, of the windows at `starts` that fall to process `rank`.
+    split: Split, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, ...]]:
+    """What the model is called with, each (size, block_size) int64, of the windows that fall to process `rank`.
 
-    What is missing at the end is filled up with rows that are not scored, so every batch has the same shape and every
-    process gets as many.
+    Tokens and targets, and if the split has a separator, the number of the document that each token belongs to; the
+    separator begins its document. What is missing at the end is filled up with rows that are not scored, so every batch
+    has the same shape and every process gets as many.
     """
     for first in range(rank * size, len(starts) + rank * size, size * ranks):
-        tokens, targets = windows(files, starts[first : first + size], block_size)
-        missing = size - len(tokens)
-        yield F.pad(tokens, (0, 0, 0, missing)), F.pad(targets, (0, 0, 0, missing), value=IGNORED)
+        tokens, targets = windows(split, starts[first : first + size], block_size)
+        missing = (0, 0, 0, size - len(tokens))
+        tokens, targets = F.pad(tokens, missing), F.pad(targets, missing, value=IGNORED)
+        yield (tokens, targets) if split.separator is None else (tokens, targets, (tokens == split.separator).cumsum(1))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt_arc.checkpoint import load_config
 from gpt_arc.config import (
     SETTINGS,
     Config,
@@ -111,6 +112,8 @@ class Launch:
     files: tuple[str, ...]
     overrides: dict[str, Any]  # settings that differ from the files'
     resumed: Path | None  # the run to go on with
+    imported: str | None  # the model to start from
+    adopted: dict[str, Any]  # settings of its architecture that replace the files' and flags'
 
 
 def read_command_line(args: list[str], description: str | None) -> Launch:
@@ -141,7 +144,28 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         for setting, value in settings_of(config).items()
         if SETTINGS[setting][0] != "run" and (setting in recorded or value != of_files[setting])
     }
-    return Launch(config, name or _name_of(Path(files[-1])), tuple(files), overrides, resumed)
+    imported, adopted = None, {}
+    if wanted.init_from not in ("scratch", "resume"):
+        imported = wanted.init_from
+        config, adopted = adopt_architecture(config, imported)
+    name = name or _name_of(Path(files[-1]))
+    return Launch(config, name, tuple(files), overrides | adopted, resumed, imported, adopted)
+
+
+def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
+    """`config` with the architecture of the model `name`, and the settings that this changed.
+
+    Dropout stays as it is set, and so does a context shorter than the model's. Raises UserError.
+    """
+    asked, imported = config.model, load_config(name)
+    kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(GPTConfig) if f.name.endswith("dropout")}
+    kept["block_size"] = min(asked.block_size, imported.block_size)
+    model = dataclasses.replace(imported, **kept)
+    try:
+        adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(asked, n)}
+        return dataclasses.replace(config, model=model), adopted
+    except ValueError as error:
+        raise UserError(f"with the architecture of {name}: {error}") from None
 
 
 def _name_of(config_file: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,9 +80,9 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 
 def compile_in_place(
-    model: GPT, replica: torch.nn.Module, shape: tuple[int, int], device: torch.device, dtype: str
+    model: GPT, replica: torch.nn.Module, batch: Sequence[Tensor], device: torch.device, dtype: str
 ) -> str | None:
-    """Compile `model` and try a step on a batch of `shape`; if that fails, undo it and return the reason in one line.
+    """Compile `model` and try a step on a `batch`; if that fails, undo it and return the reason in one line.
 
     `replica` is the model or its DistributedDataParallel, through which the compiler learns of the gradients' buckets.
     `nn.Module.compile` leaves the names of parameters alone, so `_orig_mod.` never reaches a file.
@@ -91,10 +92,9 @@ def compile_in_place(
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         model.compile()
-        tokens = torch.zeros(shape, dtype=torch.int64, device=device)
         with replica.no_sync() if replica is not model else contextlib.nullcontext():
             with autocast(device, dtype):
-                loss = replica(tokens, tokens)
+                loss = replica(*to_device(batch, device))
             loss.total.backward()
         return None
     except Exception as error:  # whatever a compiler, its cache or its driver may raise
@@ -105,9 +105,11 @@ def compile_in_place(
         model.zero_grad()
 
 
-def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """`batch` on the device; to a GPU the copy runs while the host goes on."""
-    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
+def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors of `batch` on the device; to a GPU the copies run while the host goes on."""
+    if device.type == "cuda":
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+    return [tensor.to(device) for tensor in batch]
 
 
 def device_name(device: torch.device) -> str:

@@ -45,7 +45,7 @@ def test_every_setting_says_what_it_is(capsys):
         runs.read_command_line(["--help"], "description")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for name in SETTINGS:
+    for name in SETTINGS.keys() - {"mixture"}:  # lists of tables live in files
         assert f"--{name} " in shown
     assert undocumented(Config) == []
 

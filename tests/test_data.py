@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_arc.data import TrainingOrder, batches, evaluation_starts, open_dataset, permute, windows
+from gpt_arc.config import Source
+from gpt_arc.data import Split, TrainingOrder, batches, evaluation_starts, open_corpus, permute, windows
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import TokenFiles, write_dataset, write_tokens
 from gpt_arc.tokenizer import CharTokenizer
@@ -80,10 +81,10 @@ def test_damaged_files_are_refused(tmp_path):
 def test_a_split_shorter_than_a_window_is_refused(tmp_path):
     tokenizer = CharTokenizer("ab")
     write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)}, {})
-    dataset = open_dataset(tmp_path / "d")
-    assert len(dataset.split("train", 8, 2)) == 9
+    corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
+    assert len(corpus.split("train", 8, 2, False)) == 9
     with pytest.raises(UserError, match="block_size = 8 is longer than the val split"):
-        dataset.split("val", 8, 2)
+        corpus.split("val", 8, 2, False)
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,7 +136,7 @@ def test_the_order_is_a_function_of_seed_and_count():
 
 def sums_files(tmp_path, count):
     write_tokens(tmp_path / "val.bin", np.arange(count) % 251, 251)
-    return TokenFiles(tmp_path, "val")
+    return Split([TokenFiles(tmp_path, "val")], [1.0])
 
 
 @settings(max_examples=40, deadline=None)
@@ -177,8 +178,8 @@ def resident_anonymous() -> int:
 
 def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
     write_tokens(tmp_path / "train.bin", np.arange(4_000_000) % 50_000, 50_000)
-    files = TokenFiles(tmp_path, "train")
-    order = TrainingOrder(len(files), 64, 0)
+    files = Split([TokenFiles(tmp_path, "train")], [1.0])
+    order = files.training_order(64, 0)
 
     def run(steps):
         for step in steps:
@@ -189,3 +190,84 @@ def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
     before = resident_anonymous()
     run(range(500, 10_500))
     assert resident_anonymous() <= 1.02 * before
+
+
+def mixture(tmp_path, sizes, weights):
+    """A split of several datasets of distinct tokens, each number being the dataset's."""
+    for i, size in enumerate(sizes):
+        (tmp_path / str(i)).mkdir(exist_ok=True)
+        write_tokens(tmp_path / str(i) / "train.bin", np.full(size, i), 100)
+    total = sum(weights)
+    return Split([TokenFiles(tmp_path / str(i), "train") for i in range(len(sizes))], [w / total for w in weights])
+
+
+def test_a_mixture_gives_every_dataset_its_share(tmp_path):
+    """GPT-3's five weights, which sum to 101, over 100,000 windows; and over any stretch of some length."""
+    weights = [60, 22, 8, 8, 3]
+    split = mixture(tmp_path, [40_000, 3000, 1200, 700, 300], weights)
+    starts = split.training_order(16, seed=5).starts(0, 100_000)
+    sources = np.searchsorted(split.bounds, starts, side="right") - 1
+    share = np.bincount(sources) / 100_000
+    assert abs(share - np.array(weights) / 101).max() < 0.0005  # a twentieth of a percentage point
+    for first in (0, 1000, 54_321):
+        near = np.bincount(sources[first : first + 10_000]) / 10_000
+        assert abs(near - np.array(weights) / 101).max() < 0.02
+    tokens, targets = windows(split, starts[:3000], 16)
+    assert (tokens == torch.from_numpy(sources[:3000])[:, None]).all() and torch.equal(tokens, targets)
+
+
+def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_through_evenly(tmp_path):
+    split = mixture(tmp_path, [5000, 900, 333], [2, 1, 1])
+    order = split.training_order(16, seed=5)
+    whole = order.starts(0, 20_000)
+    pieces = np.concatenate([order.starts(0, 4095), order.starts(4095, 2), order.starts(4097, 15_903)])
+    assert np.array_equal(whole, pieces)
+    assert not np.array_equal(whole, split.training_order(16, seed=6).starts(0, 20_000))
+    sources = np.searchsorted(split.bounds, whole, side="right") - 1
+    for source, own in enumerate(order.orders):
+        seen = whole[sources == source] - split.bounds[source]
+        assert seen.min() >= 0 and seen.max() + 17 <= len(split.parts[source])
+        # after any number of cycles the windows given are those of so many consecutive places in the dataset's order
+        cycles = 4 * order.CYCLE
+        given = np.sort(whole[:cycles][sources[:cycles] == source]) - split.bounds[source]
+        assert np.array_equal(given, np.sort(own.starts(0, len(given))))
+
+
+def test_evaluation_of_a_mixture_stays_within_each_dataset(tmp_path):
+    split = mixture(tmp_path, [503, 307, 99], [6, 3, 1])
+    starts = split.evaluation_starts(16, 20)
+    assert np.bincount(np.searchsorted(split.bounds, starts, side="right") - 1).tolist() == [12, 6, 2]
+    scored = 0
+    for tokens, targets in batches(split, split.evaluation_starts(16, 0), 4, 16):
+        counts = targets >= 0
+        assert torch.equal(tokens[counts], targets[counts])  # no window runs on into the next dataset
+        scored += int(counts.sum())
+    assert scored == 503 + 307 + 99 - 3
+
+
+def test_a_share_too_small_to_be_given_is_refused(tmp_path):
+    with pytest.raises(UserError, match="less than a 4096th"):
+        mixture(tmp_path, [100, 100], [1, 100_000]).training_order(16, 0)
+
+
+def test_a_separator_begins_its_document(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.array([5, 6, 9, 7, 9, 9, 8, 1, 2]), 10)
+    split = Split([TokenFiles(tmp_path, "train")], [1.0], separator=9)
+    ((tokens, targets, documents),) = batches(split, np.array([0]), 1, 8)
+    assert tokens.tolist() == [[5, 6, 9, 7, 9, 9, 8, 1]] and targets.tolist() == [[6, 9, 7, 9, 9, 8, 1, 2]]
+    assert documents.tolist() == [[0, 0, 1, 1, 2, 3, 3, 3]]
+
+
+def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separator(tmp_path):
+    for name, characters in (("a", "xy"), ("b", "xy"), ("c", "xz")):
+        write_dataset(tmp_path / name, CharTokenizer(characters), {"train": np.zeros(9, int)}, {})
+
+    def corpus(*names):
+        return open_corpus([Source(str(tmp_path / name), 2.0) for name in names])
+
+    assert corpus("a", "b").weights == (0.5, 0.5)
+    assert corpus("a", "nowhere") is None
+    with pytest.raises(UserError, match="c has another tokenizer than .*a: the datasets of a mixture must share one"):
+        corpus("a", "b", "c")
+    with pytest.raises(UserError, match="document_mask = true needs documents that an end-of-text token parts"):
+        corpus("a").split("train", 4, 2, document_mask=True)
