@@ -2,6 +2,7 @@
 
 python sample.py                                   the newest run under out/
 python sample.py out/quickstart --start="The "     a run folder, or any model directory
+python sample.py gpt2-xl --start="The "            published weights of the Hugging Face hub
 python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
 python sample.py --temperature=0                   greedy: always the most likely token
 """
@@ -21,9 +22,12 @@ from gpt_arc.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class SampleConfig:
     model: tyro.conf.Positional[str | None] = None
-    """A model directory, or a run folder, whose best checkpoint is taken. None: the newest run under out/."""
+    """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    openai-gpt. None: the newest run under out/."""
     out_dir: str | None = None
     """The same, as a flag."""
+    init_from: str = "resume"
+    """The same again, as nanoGPT has it. resume: what the other two say."""
     start: str = ""
     """The prompt; FILE:prompt.txt reads it from a file. Empty: the model begins by itself."""
     num_samples: int = 1
@@ -53,8 +57,10 @@ class SampleConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
         if self.seed >= 2**63:
             raise ValueError(f"seed = {self.seed} must be less than 2**63")
-        if self.model is not None and self.out_dir is not None:
-            raise ValueError(f"the model is named twice, {self.model} and --out_dir={self.out_dir}: leave one out")
+        named = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from]
+        named = [name for name in named if name is not None]
+        if len(named) > 1:
+            raise ValueError(f"the model is named more than once, {' and '.join(named)}: leave one out")
         if self.stop == "":
             raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
 
@@ -79,11 +85,12 @@ def main() -> None:
     from gpt_arc.generate import check_sampling, generate
 
     check_sampling(config.temperature, config.top_k, config.top_p)
-    named = config.model if config.out_dir is None else config.out_dir
+    named = config.out_dir if config.init_from == "resume" else config.init_from
+    named = named if config.model is None else config.model
     directory = model_directory(runs.newest_run() if named is None else named)
     model, tokenizer = load_model(directory)
     if tokenizer is None:
-        raise UserError(f"{directory} has no tokenizer.json, so its tokens can't be turned into text")
+        raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
     device = runtime.resolve_device(config.device)
     dtype = runtime.resolve_dtype(config.dtype, device)
     model.to(device).eval()

@@ -338,8 +338,10 @@ class Arguments:
 def parse_arguments(args: list[str], description: str | None, settings: dict[str, Any], source: str) -> Config:
     """`settings`, which came from `source`, with the flags among `args` over them. Raises UserError."""
     base = build_config(settings, source)
+    files = config_files(args)
+    args = files + [arg for arg in args if arg not in files]  # tyro wants them side by side
     parsed = parse_flags(Arguments, description, args, Arguments(config=base))
-    for file in set(parsed.config_files) - set(config_files(args)):
+    for file in set(parsed.config_files) - set(files):
         raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
     return parsed.config
 

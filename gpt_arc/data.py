@@ -15,7 +15,7 @@ from torch import Tensor
 from gpt_arc.config import Source
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import DATA_ROOT, TokenFiles
-from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer, load_tokenizer
+from gpt_arc.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from model import IGNORED
 
 SCRIPTS = Path(__file__).parents[1] / "prepare"
@@ -84,8 +84,7 @@ def open_corpus(sources: Sequence[Source]) -> Corpus | None:
     directories = [find_dataset(source.name) for source in sources]
     if None in directories:
         return None
-    with_tokenizer = [any((d / name).exists() for name in (FILE_NAME, SENTENCEPIECE_FILE)) for d in directories]
-    tokenizers = [load_tokenizer(d) if there else None for d, there in zip(directories, with_tokenizer)]
+    tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
     for directory, tokenizer in zip(directories, tokenizers):
         if tokenizer != tokenizers[0]:
             raise UserError(

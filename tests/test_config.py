@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import textwrap
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +58,9 @@ def test_every_config_that_comes_along_builds(path):
         model = GPT(config.model)
     expected = {
         "char_tiny": 208_961, "gpt1": 116_534_784, "gpt2": 124_439_808, "gpt2_medium": 354_823_168,
-        "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200,
+        "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "gpt3_small": 125_226_240, "gpt3_medium": 355_871_744,
+        "gpt3_large": 760_300_032, "gpt3_xl": 1_315_723_264, "gpt3_2.7b": 2_651_553_280, "gpt3_6.7b": 6_658_404_352,
+        "gpt3_13b": 12_853_386_240, "gpt3_175b": 174_604_259_328, "modern": 114_115_584,
     }  # fmt: skip
     assert model.num_parameters() == expected.get(path.stem, model.num_parameters())
     assert config.sequences_per_step % config.data.batch_size == 0
@@ -66,7 +69,9 @@ def test_every_config_that_comes_along_builds(path):
 def test_the_configs_that_the_readme_promises_are_there():
     names = {path.stem for path in CONFIGS}
     assert names >= {"quickstart", "char_tiny", "tinyshakespeare", "tinyshakespeare_cpu"}
-    assert names >= {"gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl"}
+    assert names >= {"gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "modern", "gpt3_mixture"}
+    sizes = ("small", "medium", "large", "xl", "2.7b", "6.7b", "13b", "175b")
+    assert names >= {f"gpt3_{size}" for size in sizes}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -152,7 +157,12 @@ def test_settings_written_are_read_back(workplace):
             "[data]\ntokens_per_step = 128\nbatch_size = 4\ngradient_accumulation_steps = 3\n[model]\nblock_size = 16",
             "contradicts gradient_accumulation_steps = 3",
         ),
-        ('[run]\ninit_from = "nowhere"', 'init_from = "nowhere" must be'),
+        ("[data]\nmixture = 3", "mixture must be a list of tables"),
+        ('[[data.mixture]]\nname = "a"', 'number 1 of the mixture, {"name": "a"}, is not understood'),
+        ('[[data.mixture]]\nname = "a"\nweight = "b"', "number 1 of the mixture"),
+        ('[[data.mixture]]\nname = "a"\nweight = -1', "weight = -1 must be more than zero"),
+        ('[[data.mixture]]\nname = "a"\nweight = 1\n[[data.mixture]]\nname = "a"\nweight = 2', "names a twice"),
+        ('[data]\ndataset = "a"\n[[data.mixture]]\nname = "b"\nweight = 1', "dataset = a contradicts the mixture of b"),
     ],
 )
 def test_mistakes_in_files(workplace, content, sentence):
@@ -165,6 +175,7 @@ def test_mistakes_in_files(workplace, content, sentence):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (["--init_from=nowhere"], "there is no model directory nowhere"),
         (["--learing_rate=1"], "there is no flag --learing_rate; did you mean --learning_rate"),
         (["--n-layers", "3"], "there is no flag --n-layers; did you mean --n_layer"),
         (["--n_layer=six"], "invalid literal for int.* 'six'"),
@@ -196,3 +207,18 @@ def test_derived_settings():
     assert config.training.final_lr == pytest.approx(0.001) and config.training.decay_end == 600_000
     assert build_config({"batch_size": 4, "gradient_accumulation_steps": 3}, "").sequences_per_step == 12
     assert config.model.mlp_width == 4 * 768 and config.model.kv_heads == 12 and config.model.head_width == 64
+
+
+def test_one_dataset_and_a_mixture_take_each_other_s_place_and_come_back_from_a_file(workplace):
+    one = write(workplace / "one.toml", '[data]\ndataset = "a"\nbatch_size = 3\n')
+    two = write(
+        workplace / "two.toml", '[[data.mixture]]\nname = "b"\nweight = 2\n[[data.mixture]]\nname = "c"\nweight = 1\n'
+    )
+    mixed = runs.read_command_line([str(one), str(two)], None).config
+    assert [(s.name, s.weight) for s in mixed.data.sources] == [("b", 2), ("c", 1)] and mixed.data.batch_size == 3
+    alone = runs.read_command_line([str(two), str(one)], None).config
+    assert [(s.name, s.weight) for s in alone.data.sources] == [("a", 1)]
+    again = Path(write(workplace / "again.toml", write_settings(settings_of(mixed))))
+    assert build_config(read_settings(again), "again") == mixed
+    with pytest.raises(UserError, match="dataset = d contradicts the mixture of b, c"):
+        runs.read_command_line([str(two), "--dataset=d"], None)

@@ -107,7 +107,7 @@ def test_precision_and_compilation(letters, say):
         (["--max_new_tokens=-1"], "max_new_tokens = -1"),
         (["--stop="], "stop is an empty text"),
         (["--tempratur=1"], "did you mean --temperature"),
-        (["out/letters", "--out_dir=x"], "named twice"),
+        (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
     ],
 )
@@ -117,6 +117,6 @@ def test_mistakes_are_one_sentence(letters, say, args, sentence):
 
 def test_no_run_and_no_tokenizer(letters, say, tmp_path):
     (letters / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in say()
+    assert "has no tokenizer, so" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()

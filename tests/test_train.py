@@ -1,5 +1,6 @@
 """train.py as a user runs it: what a run writes, how it resumes, what it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,15 +10,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
 from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal
-from gpt_arc.checkpoint import load_model, load_state
+from gpt_arc.checkpoint import load_model, load_state, save_model
 from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
+from gpt_arc.token_files import write_dataset
+from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -457,3 +462,51 @@ def test_where_compiling_fails_auto_goes_on_and_true_refuses(workplace, run, mon
     assert "not compiled   RuntimeError: no compiler here" in output and "finished step 8" in output
     assert load_state(Path("out/sums/last"))["runtime"]["compile"] is False
     assert "compile = true can't work here" in run("--compile=True").message
+
+
+@pytest.fixture
+def documents(workplace):
+    """Datasets one and two, of documents of bytes that end-of-text tokens part, and mixed.toml, which mixes them."""
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
+        tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])
+        cut = len(tokens) * 9 // 10
+        write_dataset(workplace / "data" / name, tokenizer, {"train": tokens[:cut], "val": tokens[cut:]}, {})
+    table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
+    (workplace / "mixed.toml").write_text(table.format("one", 3) + table.format("two", 1))
+    return workplace
+
+
+def test_a_mixture_trains_and_resumes_to_the_same_weights(documents, run):
+    flags = ("mixed.toml", "--document_mask=True", "--positions=rotary")
+    output = run(*flags, "--out_dir=whole")
+    assert "75.0% one: " in output and "25.0% two: " in output and "epochs of" in output
+    run(*flags, "--max_iters=4", "--lr_decay_iters=8", "--out_dir=halves")
+    run("mixed.toml", "--init_from=resume", "--out_dir=halves", "--max_iters=8", tiny=False)
+    assert_same_weights("whole/last", "halves/last")
+    Path("data/two/meta.json").write_text("{}")
+    resumed = run("mixed.toml", "--init_from=resume", "--out_dir=halves", "--max_iters=9", tiny=False)
+    assert "not those that the run has seen" in resumed
+
+
+def test_a_document_mask_changes_what_is_learned_and_needs_documents(documents, run):
+    run("--dataset=one", "--out_dir=across")
+    run("--dataset=one", "--document_mask=True", "--out_dir=within")
+    assert not torch.equal(weights("across/last")["final_norm.weight"], weights("within/last")["final_norm.weight"])
+    result = run("--document_mask=True")
+    assert result.code == 2 and "document_mask = true needs documents" in result.message
+
+
+def test_training_goes_on_from_a_model_with_its_architecture(documents, run):
+    model = GPT(GPTConfig(24, 260, n_layer=3, n_head=3, n_embd=12, bias=False))  # more rows than tokens, as Qwen's
+    save_model(model, load_tokenizer(documents / "data/one"), documents / "model")
+    output = run("--dataset=one", "--init_from=model", "--dropout=0.1", "--max_iters=1", "--learning_rate=1e-30")
+    assert "architecture   of model: vocab_size = 260, n_layer = 3, n_head = 3, n_embd = 12, bias = False" in output
+    got, _ = load_model("out/sums")
+    assert got.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
+    start = model.state_dict()
+    for name, tensor in got.state_dict().items():
+        torch.testing.assert_close(tensor, start[name][:16] if name == "position_embedding.weight" else start[name])
+    assert "from step 1" in run("--init_from=resume", "--max_iters=2", tiny=False)
+    assert "model: val loss" in run("--dataset=one", "--init_from=model", "--eval_only=True")
+    assert "has another tokenizer than the model" in run("--init_from=model").message
