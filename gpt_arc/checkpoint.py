@@ -7,7 +7,7 @@ to two of them.
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import new_directory, point, replacing, write_file
-from gpt_arc.tokenizer import FILE_NAME as TOKENIZER_FILE
-from gpt_arc.tokenizer import Tokenizer, load_tokenizer
+from gpt_arc.hf import config_from_hf, read_tensors
+from gpt_arc.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
+# what a loaded model may have otherwise than it was saved with: no tensor depends on it, but for cut positions
+REPLACEABLE = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "init", "block_size"}
 STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
 
 
@@ -39,69 +42,116 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
 
 
 def model_directory(path: Path | str) -> Path:
-    """The model directory that `path` is, or, for a run folder, its best one, else its last. Raises UserError."""
-    path = Path(path)
+    """The model directory that `path` is, for a run folder its best one, else its last; or a model of the hub, by name.
+
+    Raises UserError.
+    """
+    return _directory(path, hub.CONFIG + hub.WEIGHTS + hub.TOKENIZER)
+
+
+def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
+    """`model_directory`, where a model of the hub needs no more than `files`."""
+    path, name = Path(path), str(path)
     for directory in (path, path / "best", path / "last"):
         if (directory / "config.json").is_file():
             return directory
+    if hub.is_name(name) and not path.exists():
+        return hub.download(name, files)
     if not path.exists():
-        raise UserError(f"there is no model directory {path}")
+        raise UserError(
+            f"there is no model directory {path}; of the Hugging Face hub's models, {', '.join(hub.NAMES)} are known, "
+            f"and any other is {hub.PREFIX}OWNER/NAME"
+        )
     raise UserError(f"{path} is not a model directory: it has no config.json, and no best or last checkpoint")
 
 
-def load_config(directory: Path) -> GPTConfig:
-    """The architecture of a model directory. Raises UserError if config.json is not one of ours or damaged."""
+def load_config(path: Path | str) -> GPTConfig:
+    """The architecture of a model, whatever `load_model` takes; of the hub's models config.json alone is downloaded.
+
+    Raises UserError if it is damaged or not an architecture of ours.
+    """
+    return _read_config(_directory(path, hub.CONFIG))[1]
+
+
+def _read_config(directory: Path) -> tuple[str, GPTConfig]:
+    """The kind of a model directory, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
     try:
         content = json.loads(path.read_text("utf-8"))
-        kind, version = content.pop("model_type"), content.pop("format_version")
+        kind = content.pop("model_type")
+        version = content.pop("format_version") if kind == MODEL_TYPE else FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a gpt-arc model's: {type(error).__name__}: {error}") from None
-    if kind != MODEL_TYPE or version != FORMAT_VERSION:
+        raise UserError(f"{path} is not a model's: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
         raise UserError(
-            f'{path} describes a model of the type "{kind}", version {version}; '
-            f'this program reads "{MODEL_TYPE}", version {FORMAT_VERSION}'
+            f"{path} describes a model of the version {version}; this program reads the version {FORMAT_VERSION}"
         )
     try:
-        return GPTConfig(**content)
+        return kind, GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
 def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, Tokenizer | None]:
-    """The model, on the CPU and in training mode, and its tokenizer, of a model directory or a run folder.
+    """The model, on the CPU, in float32 and in training mode, and its tokenizer.
 
-    `config` replaces the stored one, for settings that no tensor depends on, such as dropout. Raises UserError naming
-    the file and the tensor if something is missing, surplus, of another shape or damaged.
+    `path` is a model directory, a run folder, a directory of transformers' (gpt2, openai-gpt or qwen3) or the name of
+    such a model on the hub; a local folder comes first. `config` replaces the stored one: it may differ in dropout and
+    in what only a new model's initialisation takes, and have another block_size, a smaller one where positions are
+    learned. The vocabulary may have more rows than the tokenizer has tokens, as Qwen's has.
+
+    Raises UserError naming the file and the tensor if something is missing, surplus, of another shape or damaged.
     """
     directory = model_directory(path)
-    config = config or load_config(directory)
+    kind, stored = _read_config(directory)
+    config = config or stored
+    for field in fields(GPTConfig):
+        asked, trained = getattr(config, field.name), getattr(stored, field.name)
+        if asked != trained and field.name not in REPLACEABLE:
+            raise UserError(f"{field.name} = {asked} contradicts the model {directory}, which has {trained}")
+    if config.block_size > stored.block_size and config.positions == "learned":
+        raise UserError(
+            f"block_size = {config.block_size} is more than the {stored.block_size} positions that the model "
+            f"{directory} has learned"
+        )
     try:
         with torch.device("meta"):
             model = GPT(config)
+            shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
     except TypeError as error:
         raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
-    weights = directory / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{weights} is missing or damaged, use another checkpoint: {error}") from None
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for what, names in (("lacks", expected.keys() - tensors), ("has beyond the model", tensors.keys() - expected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{weights} {what} the tensor {min(names)}{more}")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise UserError(f"{weights}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+    if kind == MODEL_TYPE:
+        tensors = _read_tensors(directory / "model.safetensors", shapes)
+    else:
+        tensors = read_tensors(directory, kind, stored, shapes)
+    if config.block_size < stored.block_size and config.positions == "learned":
+        tensors["position_embedding.weight"] = tensors["position_embedding.weight"][: config.block_size].clone()
     model.load_state_dict(tensors, assign=True)
-    if not (directory / TOKENIZER_FILE).exists():
+    if not holds_tokenizer(directory):
         return model, None
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         sizes = f"{tokenizer.vocab_size} tokens for a model of {config.vocab_size}"
-        raise UserError(f"{directory / TOKENIZER_FILE} is another model's: {sizes}")
+        raise UserError(f"the tokenizer in {directory} is another model's: {sizes}")
     return model, tokenizer
+
+
+def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """The tensors of a file of ours, which has to hold those of `shapes` and no others. Raises UserError."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is missing or damaged, use another checkpoint: {error}") from None
+    for what, names in (("lacks", shapes.keys() - tensors), ("has beyond the model", tensors.keys() - shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{path} {what} the tensor {min(names)}{more}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+    return tensors
 
 
 def step_name(step: int) -> str:

@@ -38,8 +38,8 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
             message, code = f"{place}{error.strerror or error}", 2
-        except KeyboardInterrupt:
-            message, code = "interrupted", 130
+        except KeyboardInterrupt as interrupt:
+            message, code = str(interrupt) or "interrupted", 130
         except Exception:
             if not among_several:
                 raise

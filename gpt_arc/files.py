@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+DATA_ROOT = Path("data")  # prepared datasets are folders below it
+
 
 def sync(path: Path) -> None:
     """Flush a file's contents, or a directory's entries, to the disk."""
@@ -48,23 +50,28 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            sync(file)
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            older = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.rename(path, older)
-            try:
-                os.rename(temporary, path)
-            except BaseException:
-                os.rename(older, path)
-                raise
-            shutil.rmtree(older)
-        else:
-            os.rename(temporary, path)
+        put_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_directory(temporary: Path, path: Path) -> None:
+    """Make the directory `temporary`, flushed to the disk, `path`; an older one there goes."""
+    for file in (*temporary.rglob("*"), temporary):
+        sync(file)
+    os.chmod(temporary, 0o777 & ~_umask())
+    if path.exists():
+        older = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.rename(path, older)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(older, path)
+            raise
+        shutil.rmtree(older)
+    else:
+        os.rename(temporary, path)
     sync(path.parent)
 
 

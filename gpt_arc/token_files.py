@@ -8,7 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from gpt_arc.tokenizer import Tokenizer
 
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
+MAX_TOKENS = 2**31 - 1  # of a file: its header counts them in an int32
 DATA_ROOT = Path("data")
 
 
@@ -27,12 +28,68 @@ def write_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         raise UserError(f"{path}: the token id {wrong} lies outside the vocabulary of {vocab_size}")
-    if len(tokens) >= 2**31:
-        raise UserError(f"{path}: {len(tokens)} tokens are more than a token file counts, 2**31 - 1: use several")
-    (magic, version), dtype = next(item for item in FORMATS.items() if vocab_size <= 2 ** (8 * item[1].itemsize))
+    if len(tokens) > MAX_TOKENS:
+        raise UserError(f"{path}: {len(tokens)} tokens are more than a token file counts, {MAX_TOKENS}: use several")
+    dtype = _token_type(vocab_size)
+    write_file(path, _header(dtype, len(tokens)) + tokens.astype(dtype).tobytes())
+
+
+def _token_type(vocab_size: int) -> np.dtype:
+    return next(dtype for dtype in FORMATS.values() if vocab_size <= 2 ** (8 * dtype.itemsize))
+
+
+def _header(dtype: np.dtype, count: int) -> bytes:
     header = np.zeros(HEADER, dtype="<i4")
-    header[:3] = magic, version, len(tokens)
-    write_file(path, header.tobytes() + tokens.astype(dtype).tobytes())
+    header[:3] = *next(key for key, of in FORMATS.items() if of == dtype), count
+    return header.tobytes()
+
+
+class ShardWriter:
+    """Appends tokens to the token files of one split, SPLIT_000000.bin and on, of `shard_tokens` each but the last.
+
+    `written` is the number of tokens to keep of what an earlier writer saved; what it wrote after that is cut off.
+    Raises UserError where less is left of it.
+    """
+
+    def __init__(self, directory: Path, split: str, vocab_size: int, shard_tokens: int, written: int = 0):
+        self.directory, self.split, self.shard_tokens, self.written = directory, split, shard_tokens, written
+        self._type = _token_type(vocab_size)
+        self._file: BinaryIO | None = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            here = tokens[: self.shard_tokens - self.written % self.shard_tokens]
+            self._file = self._file or self._open()
+            self._file.write(here.astype(self._type).tobytes())
+            self.written += len(here)
+            tokens = tokens[len(here) :]
+            if self.written % self.shard_tokens == 0:
+                self.close()
+
+    def save(self) -> None:
+        """Put what has been written on the disk, as a token file that is whole so far."""
+        if self._file is not None:
+            self._file.flush()
+            count = (self.written - 1) % self.shard_tokens + 1
+            os.pwrite(self._file.fileno(), _header(self._type, count), 0)
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.save()
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> BinaryIO:
+        shard, before = divmod(self.written, self.shard_tokens)
+        path = self.directory / f"{self.split}_{shard:06}.bin"
+        file = open(path, "r+b" if before else "wb")
+        size = 4 * HEADER + before * self._type.itemsize
+        if before and path.stat().st_size < size:
+            raise UserError(f"{path} is cut short: remove {self.directory.parent}, and the same command begins anew")
+        file.truncate(size)
+        file.seek(size)
+        return file
 
 
 def _read(path: Path, count: int, offset: int) -> bytes:
@@ -77,8 +134,12 @@ class TokenFiles:
         return int(self._ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count as int64, across files. Raises UserError for one beyond the vocabulary."""
+        """Tokens start .. start + count as int64, across files, fewer at the end of the split.
+
+        Raises UserError for one beyond the vocabulary.
+        """
         parts = []
+        count = min(count, len(self) - start)
         while count > 0:
             file = int(np.searchsorted(self._ends, start, side="right")) - 1
             here = min(count, int(self._ends[file + 1]) - start)

@@ -1,9 +1,9 @@
-"""Text to token ids and back: characters, or byte-level BPE.
+"""Text to token ids and back: characters, byte-level BPE, and the tokenizers that published models bring along.
 
-Every tokenizer saves itself whole as `tokenizer.json` in the schema of Hugging Face's `tokenizers`, so a model
-directory needs nothing else, and that library reads the file as it is.
+A tokenizer saves itself whole, as `tokenizer.json` in the schema of Hugging Face's `tokenizers`, which that library
+reads as it is, or as SentencePiece's `tokenizer.model`; so a model directory needs nothing else.
 
-    tokenizer = CharTokenizer.from_text(text)     # or BPETokenizer.gpt2()
+    tokenizer = CharTokenizer.from_text(text)     # or BPETokenizer.gpt2(), or BPETokenizer.train(texts, 8192)
     tokenizer.save(directory)
     tokenizer = load_tokenizer(directory)
     tokenizer.decode(tokenizer.encode("a prompt")) == "a prompt"
@@ -11,20 +11,31 @@ directory needs nothing else, and that library reads the file as it is.
 
 import abc
 import json
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
+from gpt_arc import hub
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.files import DATA_ROOT, write_file
 
 FILE_NAME = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"  # transformers': it declares the end-of-text token, among much else
+SENTENCEPIECE_FILE = "tokenizer.model"
+MAIN_FILES = (FILE_NAME, "vocab.json", SENTENCEPIECE_FILE)  # what a folder's tokenizer is looked for in
 END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 cuts text before merging (openai/gpt-2 src/encoder.py:53); `tokenizers` calls it ByteLevel with use_regex.
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# How GPT-2 cuts text before merging (openai/gpt-2 src/encoder.py:53), in the form of tiktoken's that backtracks least;
+# `tokenizers` calls it ByteLevel with use_regex.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s is there
+# tiktoken's regex engine panics where it would have to step back through a million characters of white space
+LONG_SPACE = re.compile(rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{500000,}}+(?=[^{WHITE_SPACE}])")
+TRAINING_PIECE = 1 << 16  # characters: bounds the memory and time that training takes for one very long text
 
 
 class Tokenizer(abc.ABC):
@@ -52,17 +63,33 @@ class Tokenizer(abc.ABC):
         if self.end_of_text is not None:
             return self.end_of_text
         try:
-            return self.encode("\n")[0]
+            return next(iter(self.encode("\n")), 0)
         except UserError:
             return 0
 
     @abc.abstractmethod
-    def to_json(self) -> dict[str, Any]:
-        """The content of tokenizer.json."""
+    def files(self) -> dict[str, bytes]:
+        """The files that `save` writes, by name: all that `load_tokenizer` takes to make an equal tokenizer."""
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer.json into `directory`."""
-        write_file(Path(directory) / FILE_NAME, json.dumps(self.to_json(), ensure_ascii=False, indent=1))
+        """Write the tokenizer's files into `directory`."""
+        for name, content in self.files().items():
+            write_file(Path(directory) / name, content)
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.files() == other.files()
+
+
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for each surrogate that stands alone, which no encoding of Unicode can express."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 class CharTokenizer(Tokenizer):
@@ -84,13 +111,15 @@ class CharTokenizer(Tokenizer):
     def from_text(cls, text: str) -> "CharTokenizer":
         if not text:
             raise UserError("the text is empty: it has no characters to make a vocabulary of")
-        return cls(sorted(set(text)))
+        return cls(sorted(set(well_formed(text))))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the characters. Raises UserError naming the first character that is not in the vocabulary."""
-        if not text:
-            return []
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        text = well_formed(text)
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
         places = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
         unknown = np.flatnonzero(self._codes[places] != codes)
         if len(unknown):
@@ -99,22 +128,15 @@ class CharTokenizer(Tokenizer):
                 f"the character {character!r} (U+{ord(character):04X}) at position {unknown[0]} of the text is not "
                 f"among the {self.vocab_size} characters that this tokenizer knows"
             )
-        return self._order[places].tolist()
+        return self._order[places].astype(np.uint32)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        return "".join(self.characters[token] for token in tokens)
+        return "".join(self.characters[token] for token in tokens if token < self.vocab_size)
 
-    def to_json(self) -> dict[str, Any]:
-        return _schema(
-            model={"type": "WordLevel", "vocab": {c: i for i, c in enumerate(self.characters)}, "unk_token": "[UNK]"},
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            decoder={"type": "Fuse"},
-        )
+    def files(self) -> dict[str, bytes]:
+        vocab = {character: id for id, character in enumerate(self.characters)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+        return _tokenizer_json(model, pre_tokenizer=EACH_CHARACTER, decoder={"type": "Fuse"})
 
 
 class BPETokenizer(Tokenizer):
@@ -127,7 +149,8 @@ class BPETokenizer(Tokenizer):
     cuts_at_space = True
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
-        self.ranks, self.special = ranks, special
+        self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+        self.special = special
         self.vocab_size = max((*ranks.values(), *special.values())) + 1
         self.end_of_text = special.get(END_OF_TEXT)
 
@@ -154,38 +177,139 @@ class BPETokenizer(Tokenizer):
             ) from None
         return cls(encoding._mergeable_ranks, encoding._special_tokens)
 
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
+        """A tokenizer of `vocab_size` tokens trained on `texts`: 256 bytes, the merges, and <|endoftext|> as the last.
+
+        Texts are read once, one after another; a corpus that has too few pairs to merge makes a smaller vocabulary.
+        Merges don't cross the boundaries of GPT-2's pattern. Raises UserError for fewer than 257 tokens.
+        """
+        from tokenizers import Tokenizer as Library
+        from tokenizers import models, pre_tokenizers, trainers
+
+        if vocab_size < 257:
+            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} are 257 tokens")
+        library = Library(models.BPE())
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        pieces = (piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=[], show_progress=sys.stderr.isatty()
+        )
+        library.train_from_iterator(pieces, trainer)
+        ranks = {_bytes_of(spelled): id for spelled, id in library.get_vocab().items()}
+        return cls(ranks, {END_OF_TEXT: len(ranks)})
+
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        text = well_formed(text)
+        cuts = [0, len(text)]
+        if len(text) >= 500_000:  # the pattern, too, cuts before a run of white space and before its last character
+            cuts[1:1] = [cut for run in LONG_SPACE.finditer(text) for cut in (run.start(), run.end() - 1)]
+        encode = self._encoding.encode_to_numpy
+        return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in pairwise(cuts)])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of the tokens; bytes that are not UTF-8, as a cut character's, become U+FFFD."""
-        return self._encoding.decode(list(tokens))
+        """Their text: bytes that are not UTF-8, as a cut character's, become U+FFFD, and ids of no token nothing."""
+        return b"".join(self._spelled.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
-    def to_json(self) -> dict[str, Any]:
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BPETokenizer) and (self.ranks, self.special) == (other.ranks, other.special)
+
+    @cached_property
+    def _spelled(self) -> dict[int, bytes]:
+        return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
+
+    def files(self) -> dict[str, bytes]:
         printable = _byte_alphabet()
         spelled = {token: "".join(printable[b] for b in token) for token in self.ranks}
+        vocab = {spelled[token]: id for token, id in self.ranks.items()} | self.special
         merges = [[spelled[a], spelled[b]] for a, b in merges_of(self.ranks)]
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab,
+            "merges": merges,
+        }
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        return _schema(
-            model={
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": False,
-                "vocab": {spelled[token]: id for token, id in self.ranks.items()} | self.special,
-                "merges": merges,
-            },
-            pre_tokenizer=byte_level,
-            decoder=byte_level,
-            special=self.special,
-        )
+        return _tokenizer_json(model, pre_tokenizer=byte_level, decoder=byte_level, special=self.special)
+
+
+class LibraryTokenizer(Tokenizer):
+    """Any other tokenizer.json, run by the `tokenizers` library: GPT-1's, Qwen's, Llama's.
+
+    Text that spells a special token is encoded as text, and no token is added before or after. `settings` is the
+    tokenizer_config.json that lies beside it; where <|endoftext|> is no token, its eos_token ends a text.
+    """
+
+    def __init__(self, content: bytes, settings: bytes | None = None):
+        from tokenizers import Tokenizer as Library
+
+        self._content, self._settings = content, settings
+        self._library = Library.from_buffer(content)
+        self._library.encode_special_tokens = True
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
+        self.end_of_text = self._library.token_to_id(END_OF_TEXT)
+        if self.end_of_text is None and settings is not None:
+            self.end_of_text = self._library.token_to_id(_declared_end(settings))
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(well_formed(text), add_special_tokens=False).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def files(self) -> dict[str, bytes]:
+        return {FILE_NAME: self._content} | ({} if self._settings is None else {SETTINGS_FILE: self._settings})
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of the `sentencepiece` library's (arXiv:1808.06226), as it is."""
+
+    def __init__(self, content: bytes):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise UserError("SentencePiece's tokenizers need a library: pip install -e '.[sentencepiece]'") from None
+        self._content = content
+        self._library = SentencePieceProcessor(model_proto=content)
+        self.vocab_size = self._library.vocab_size()
+        self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: it has none
+
+    @property
+    def start_token(self) -> int:
+        """The token that begins a text, where the model has one."""
+        return self._library.bos_id() if self._library.bos_id() >= 0 else super().start_token
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(well_formed(text))
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return self._library.decode([int(token) for token in tokens if token < self.vocab_size])
+
+    def files(self) -> dict[str, bytes]:
+        return {SENTENCEPIECE_FILE: self._content}
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """`text` in pieces of `size` characters at most, cut before a space where there is one."""
+    start = 0
+    while len(text) - start > size:
+        end = max(text.rfind(" ", start + 1, start + size), text.rfind("\n", start + 1, start + size))
+        end = end if end > start else start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -212,58 +336,150 @@ def _byte_alphabet() -> list[str]:
     return [chr(b) if b in kept else chr(next(moved)) for b in range(256)]
 
 
-def _schema(model: dict, pre_tokenizer: dict, decoder: dict, special: dict[str, int] | None = None) -> dict[str, Any]:
-    added = [
-        {
-            "id": id,
-            "content": text,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
-        for text, id in (special or {}).items()
-    ]
-    return {
+_BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
+
+
+def _bytes_of(spelled: str) -> bytes:
+    """The bytes that a token of a byte-level vocabulary stands for. Raises KeyError for a token of another kind."""
+    return bytes(_BYTE_OF[character] for character in spelled)
+
+
+def _tokenizer_json(
+    model: dict, pre_tokenizer: dict, decoder: dict, special: dict[str, int] | None = None
+) -> dict[str, bytes]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added,
+        "added_tokens": [{"id": id, "content": text, **flags} for text, id in (special or {}).items()],
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
         "decoder": decoder,
         "model": model,
     }
+    return {FILE_NAME: json.dumps(content, ensure_ascii=False, indent=1).encode()}
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that `directory` holds. Raises UserError if there is none, or of a kind that is not known."""
-    path = Path(directory) / FILE_NAME
+def _declared_end(settings: bytes) -> str:
+    """The eos_token of a tokenizer_config.json, a text or a table with one; empty where it declares none."""
+    token = json.loads(settings).get("eos_token") or ""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: characters and GPT-2's kind of BPE as such, any other by the library."""
+    table = json.loads(content)
+    model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
+    pre_tokenizer = table.get("pre_tokenizer") or {}
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # which the files of 2020 don't say
+    plain = not table.get("normalizer") and not table.get("truncation") and not table.get("padding")
+    if plain and not added and kind == "WordLevel" and pre_tokenizer == EACH_CHARACTER:
+        characters = sorted(vocab, key=vocab.__getitem__)
+        if all(len(character) == 1 and vocab[character] == id for id, character in enumerate(characters)):
+            return CharTokenizer(characters)
+    special = {token["content"]: token["id"] for token in added}
+    as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
+    if (
+        plain
+        and kind == "BPE"
+        and {"use_regex": True, **pre_tokenizer, "trim_offsets": True} == as_gpt2
+        and (table.get("post_processor") or as_gpt2)["type"] == "ByteLevel"
+        and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback"))
+        and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
+        and all(token["special"] for token in added)
+        and not model.get("ignore_merges")
+        and (END_OF_TEXT in special or settings is None or not _declared_end(settings))
+    ):
+        tokenizer = _byte_level(vocab, model["merges"], special)
+        if tokenizer is not None:
+            return tokenizer
+    return LibraryTokenizer(content, settings)
+
+
+def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) -> BPETokenizer | None:
+    """The tokenizer of a byte-level vocabulary; None where its ids aren't in the order of its merges, as tiktoken's."""
     try:
-        content = json.loads(path.read_text("utf-8"))
-        model, special = content["model"], {token["content"]: token["id"] for token in content["added_tokens"]}
-        kind, vocab = model["type"], model["vocab"]
-        if kind == "WordLevel":
-            return CharTokenizer(sorted(vocab, key=vocab.__getitem__))
-        if kind == "BPE" and content["pre_tokenizer"]["type"] == "ByteLevel":
-            byte_of = {character: byte for byte, character in enumerate(_byte_alphabet())}
-            ranks = {
-                bytes(byte_of[character] for character in spelled): id
-                for spelled, id in vocab.items()
-                if spelled not in special
-            }
-            return BPETokenizer(ranks, special)
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no {FILE_NAME}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or not ours: {type(error).__name__}: {error}") from None
-    raise UserError(f"{path} holds a tokenizer of the kind {kind}, not characters or byte-level BPE")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        ranks = {_bytes_of(spelled): id for spelled, id in vocab.items() if spelled not in special}
+        whole = all(bytes([byte]) in ranks for byte in range(256))
+        if not whole or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
+            return None
+    except (KeyError, UserError):  # a token that is not spelled in bytes, or that no merge makes
+        return None
+    return BPETokenizer(ranks, special)
+
+
+def _read_vocab_and_merges(vocab: bytes, merges: bytes) -> Tokenizer:
+    """The tokenizer of the vocab.json and merges.txt that GPT-1 (openai-gpt) and GPT-2 were published with."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    ids = json.loads(vocab)
+    lines = merges.decode().replace("\r\n", "\n").split("\n")
+    pairs = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
+    if "<unk>" in ids and any(token.endswith("</w>") for token in ids):  # as transformers' OpenAIGPTTokenizer
+        library = Library(models.BPE(ids, pairs, unk_token="<unk>", end_of_word_suffix="</w>"))
+        library.normalizer = normalizers.BertNormalizer(lowercase=True)
+        library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        library.decoder = decoders.BPEDecoder(suffix="</w>")
+        library.add_special_tokens(["<unk>"])
+        return LibraryTokenizer(library.to_str().encode())
+    made = {*_BYTE_OF, *("".join(pair) for pair in pairs)}
+    tokenizer = _byte_level(ids, pairs, {token: id for token, id in ids.items() if token not in made})
+    if tokenizer is None:
+        raise ValueError("its ids are not in the order of the merges beside it")
+    return tokenizer
+
+
+def holds_tokenizer(directory: Path | str) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((Path(directory) / name).exists() for name in MAIN_FILES)
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a folder, or of a file: tokenizer.json, else vocab.json and merges.txt, else a *.model.
+
+    Raises UserError if there is none or it is damaged.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(content)
+        settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
+        if path.name == "vocab.json":
+            kind = json.loads(settings or b"{}").get("tokenizer_class") or "GPT2"
+            if not kind.startswith(("GPT2", "OpenAIGPT")):  # how others cut text before merging is in code alone
+                raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
+            return _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
+        return _read_json(content, settings)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {Path(error.filename).name}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # each library tells of a damaged file in its own way
+        raise UserError(f"{path} is damaged or no tokenizer: {type(error).__name__}: {first_line(error)}") from None
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a user names: gpt2, a folder or file that holds one, or the name of a folder below data/."""
+    """The tokenizer that a user names: gpt2, a folder or file that holds one, a folder below data/, a model on the hub.
+
+    Raises UserError if it is none of them, or damaged.
+    """
+    for place in (Path(name), DATA_ROOT / name):
+        if place.is_file() or holds_tokenizer(place):
+            return load_tokenizer(place)
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    return load_tokenizer(Path(name))
+    if hub.is_name(name):
+        return load_tokenizer(hub.download(name, hub.TOKENIZER))
+    raise UserError(
+        f"there is no tokenizer {name}: it may be gpt2, the name of a dataset below {DATA_ROOT}/, a folder that holds "
+        f"{FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, such a file, or hf:OWNER/NAME for a model "
+        "on the Hugging Face hub"
+    )

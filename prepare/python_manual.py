@@ -25,7 +25,7 @@ def main() -> None:
     from pydoc_data.topics import topics
 
     source = f"pydoc_data.topics of Python {sys.version.split()[0]}"
-    prepare_text(["\n".join(topics.values())], "char", "python_manual", source, options.overwrite)
+    prepare_text("\n".join(topics.values()), "python_manual", source, options.overwrite)
 
 
 if __name__ == "__main__":

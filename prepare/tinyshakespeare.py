@@ -48,7 +48,7 @@ def main() -> None:
             f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {found[:12]}..., not {SHA256[:12]}...; "
             "prepare other texts by `python prepare/text.py`"
         )
-    prepare_text([text], "char", "tinyshakespeare", "TinyShakespeare", options.overwrite)
+    prepare_text(text, "tinyshakespeare", "TinyShakespeare", options.overwrite)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What several test files share: a tiny dataset, and the command line run as a user runs it."""
 
+import io
 import os
 import subprocess
 import sys
@@ -50,6 +51,29 @@ def output_of(monkeypatch, capsys):
         return output
 
     return call
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory):
+    """The bytes of a tiny SentencePiece model with the usual control tokens: <unk> 0, <s> 1, </s> 2."""
+    import sentencepiece
+
+    written, sentences = io.BytesIO(), [*TEXT.splitlines(), "naïve 漢字"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=written, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    return written.getvalue()
+
+
+def randomised(model, seed: int = 0):
+    """A torch model in eval mode whose weights and biases are so large that each of them shows in the logits."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+    return model.eval()
 
 
 def command(*args: str, processes: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:

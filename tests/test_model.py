@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt_arc.hf import hf_tensors
 from model import GPT, Attention, GPTConfig, causal_mask, create_block_mask, rotate, sinusoids
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
@@ -54,37 +55,8 @@ def random_weights(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.add_(1.0)
 
 
-GPT2_NAMES = {
-    "token_embedding.weight": "transformer.wte.weight",
-    "position_embedding.weight": "transformer.wpe.weight",
-    "final_norm.weight": "transformer.ln_f.weight",
-    "final_norm.bias": "transformer.ln_f.bias",
-}
-GPT1_NAMES = {
-    "token_embedding.weight": "transformer.tokens_embed.weight",
-    "position_embedding.weight": "transformer.positions_embed.weight",
-}
-BLOCK_NAMES = {
-    "attention_norm": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.projection": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up": "mlp.c_fc",
-    "mlp.projection": "mlp.c_proj",
-}
-
-
-def copy_into_transformers(ours: GPT, theirs: torch.nn.Module, names: dict[str, str]) -> None:
-    state = {}
-    for name, tensor in ours.state_dict().items():
-        if name in names:
-            state[names[name]] = tensor
-        else:
-            layer, rest = name.removeprefix("blocks.").split(".", 1)
-            part, kind = rest.rsplit(".", 1)
-            transposed = tensor.dim() == 2  # transformers' Conv1D keeps (in, out)
-            state[f"transformer.h.{layer}.{BLOCK_NAMES[part]}.{kind}"] = tensor.T if transposed else tensor
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+def copy_into_transformers(ours: GPT, theirs: torch.nn.Module) -> None:
+    missing, unexpected = theirs.load_state_dict(dict(hf_tensors(ours)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     theirs.tie_weights()
 
@@ -96,13 +68,12 @@ def copy_into_transformers(ours: GPT, theirs: torch.nn.Module, names: dict[str, 
 def test_logits_equal_transformers_gpts(generation, layers, heads, width, context, vocab):
     import transformers
 
-    settings, names = {"GPT2": ({}, GPT2_NAMES), "OpenAIGPT": (GPT1, GPT1_NAMES)}[generation]
-    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **settings)).eval()
+    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **(GPT1 if generation == "OpenAIGPT" else {}))).eval()
     random_weights(ours)
     size = dict(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
     config = getattr(transformers, f"{generation}Config")(**size)
     theirs = getattr(transformers, f"{generation}LMHeadModel")(config).eval()
-    copy_into_transformers(ours, theirs, names)
+    copy_into_transformers(ours, theirs)
     tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -126,21 +97,7 @@ def test_logits_equal_transformers_qwen3():
             rope_parameters={"rope_type": "default", "rope_theta": 5_000.0}, tie_word_embeddings=True,
         )
     ).eval()  # fmt: skip
-    state = {"model.embed_tokens.weight": ours.token_embedding.weight, "model.norm.weight": ours.final_norm.weight}
-    for i, block in enumerate(ours.blocks):
-        query, key, value = block.attention.qkv.weight.split((60, 20, 20))
-        gate, up = block.mlp.up.weight.chunk(2)
-        parts = {
-            "input_layernorm": block.attention_norm.weight, "post_attention_layernorm": block.mlp_norm.weight,
-            "self_attn.q_proj": query, "self_attn.k_proj": key, "self_attn.v_proj": value,
-            "self_attn.o_proj": block.attention.projection.weight,
-            "self_attn.q_norm": block.attention.query_norm.weight, "self_attn.k_norm": block.attention.key_norm.weight,
-            "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.projection.weight,
-        }  # fmt: skip
-        state |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in parts.items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    theirs.tie_weights()
+    copy_into_transformers(ours, theirs)
     tokens = torch.randint(31, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
@@ -318,7 +275,7 @@ def test_ten_training_steps_equal_transformers_gpt2():
     ours = GPT(TINY)
     size = dict(vocab_size=23, n_positions=12, n_embd=32, n_layer=2, n_head=4)
     theirs = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    copy_into_transformers(ours, theirs, GPT2_NAMES)
+    copy_into_transformers(ours, theirs)
     losses = []
     for model in (ours, theirs):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

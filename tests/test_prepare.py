@@ -1,20 +1,28 @@
 """The preparation scripts as a user runs them."""
 
+import fcntl
 import hashlib
 import json
+import random
+import re
 import runpy
+import signal
+import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 
 from conftest import ROOT
 from gpt_arc import corpus
-from gpt_arc.data import open_dataset, prepare_dataset
+from gpt_arc.data import prepare_dataset
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import TokenFiles
-from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
+from gpt_arc.tokenizer import load_tokenizer
 from prepare import tinyshakespeare
 
 
@@ -29,9 +37,60 @@ def prepare(tmp_path, monkeypatch, output_of):
     return call
 
 
-def decoded(folder, split):
+def tokens_of(folder, split):
     files = TokenFiles(folder, split)
-    return load_tokenizer(folder).decode(files.read(0, len(files)).tolist())
+    return files.read(0, len(files))
+
+
+def decoded(folder, split):
+    return load_tokenizer(folder).decode(tokens_of(folder, split).tolist())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A byte-level BPE that the `tokenizers` library trained, saved and encodes with, on its own; and its folder."""
+    from pydoc_data.topics import topics
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # spelled in a text it is text
+    return tokenizer, folder
+
+
+def pages(count, seed=0):
+    """Documents like web pages, of the manual's paragraphs: short and long, with other alphabets here and there."""
+    from pydoc_data.topics import topics
+
+    rng = random.Random(seed)
+    paragraphs = [paragraph for text in topics.values() for paragraph in text.split("\n\n")]
+    extras = ["größer 🌧", "漢字かな交じり文", "a <|endoftext|> within", "  \n\n\n   \t x", "1234567 _ __init__ ’s"]
+    chosen = [rng.choices(paragraphs + extras * 20, k=rng.choice((1, 2, 5, 20))) for _ in range(count)]
+    return [f"{number}\n\n" + "\n\n".join(parts) for number, parts in enumerate(chosen)]
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def in_val(text, fraction):
+    return int.from_bytes(hashlib.sha256(text[: 2**16].encode()).digest()[:8], "big") / 2**64 < fraction
+
+
+def encoded(library, texts):
+    end = library.token_to_id("<|endoftext|>")
+    return [token for text in texts for token in [*library.encode(text).ids, end]]
 
 
 def test_the_python_manual_is_the_text_that_python_carries(prepare):
@@ -43,6 +102,7 @@ def test_the_python_manual_is_the_text_that_python_carries(prepare):
     assert f"{len(text):,} characters" in output
     assert decoded(folder, "train") + decoded(folder, "val") == text
     assert len(decoded(folder, "train")) == len(text) * 9 // 10
+    assert sorted(contents(folder)) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     assert "is prepared already" in prepare("python_manual.py")
 
 
@@ -54,31 +114,204 @@ def book(tmp_path):
 
 
 def test_a_text_by_characters(prepare, book):
-    prepare("text.py", f"--input={book}", "--name=book", "--tokenizer=char")
+    output = prepare("text.py", f"--input={book}", "--name=book", "--tokenizer=char")
+    assert "val: the last 0.1 of the characters" in output
     text = book.read_bytes().decode()  # line ends as they are
     folder = Path("data/book")
     assert decoded(folder, "train") == text[: len(text) * 9 // 10]
     assert decoded(folder, "val") == text[len(text) * 9 // 10 :]
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta["vocab_size"] == len(set(text)) == open_dataset(folder).tokenizer.vocab_size
+    assert meta["vocab_size"] == len(set(text)) == load_tokenizer(folder).vocab_size
     assert meta["tokens"] == {"train": len(decoded(folder, "train")), "val": len(decoded(folder, "val"))}
 
 
-def test_a_folder_by_bpe_ends_every_document(prepare, tmp_path, monkeypatch):
-    alphabet = {bytes([byte]): byte for byte in range(256)}
-    small = BPETokenizer(alphabet | {b"th": 256, b"the": 257}, {"<|endoftext|>": 258})
-    monkeypatch.setattr(corpus.BPETokenizer, "gpt2", lambda: small)
+def test_documents_go_to_a_split_by_a_hash_of_their_text(prepare, library, tmp_path):
+    tokenizer, folder = library
+    texts = pages(400)
+    write_lines(tmp_path / "a.jsonl", texts[:200])
+    flags = ("--input=a.jsonl", f"--tokenizer={folder}", "--val_fraction=0.2")
+    output = prepare("text.py", *flags, "--name=x")
+    assert "val: 0.2 of the documents, by a hash" in output
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(tokenizer, [text for text in texts[:200] if in_val(text, 0.2) == side])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+    assert 20 < sum(in_val(text, 0.2) for text in texts[:200]) < 60
+    write_lines(tmp_path / "0.jsonl", texts[200:])  # more documents, before the others: none of those moves
+    prepare("text.py", "--input=0.jsonl", *flags, "--name=y")
+    before, after = (decoded(Path("data") / name, "val") for name in "xy")
+    assert after.endswith(before) and len(after) > len(before)
+    meta = json.loads(Path("data/y/meta.json").read_text())
+    assert meta["documents"] == 400 and meta["tokens"]["val"] == len(tokens_of(Path("data/y"), "val"))
+
+
+def test_a_folder_split_by_its_tail_ends_every_document(prepare, library, tmp_path):
     (tmp_path / "texts" / "below").mkdir(parents=True)
     (tmp_path / "texts" / "b.txt").write_text("the second <|endoftext|>")
     (tmp_path / "texts" / "below" / "c.txt").write_text("third")
     (tmp_path / "texts" / "a.txt").write_text("the first")
+    (tmp_path / "texts" / "empty.txt").write_text("")
     (tmp_path / "texts" / "ignored.md").write_text("not this")
-    prepare("text.py", "--input", "texts", "--name", "texts", "--tokenizer", "gpt2")
+    flags = ("--input", "texts", "--name", "texts", f"--tokenizer={library[1]}")
+    prepare("text.py", *flags, "--split=tail")
     folder = Path("data/texts")
-    tokens = TokenFiles(folder, "train").read(0, len(TokenFiles(folder, "train"))).tolist()
-    assert decoded(folder, "train") == "the first<|endoftext|>the second <|endoftext|><|endoftext|>t<|endoftext|>"
-    assert decoded(folder, "val") == "hird<|endoftext|>"
-    assert tokens.count(258) == 3 and tokens[:2] == [257, ord(" ")]
+    expected = ["the first", "the second <|endoftext|>", "t"]
+    assert tokens_of(folder, "train").tolist() == encoded(library[0], expected)
+    assert tokens_of(folder, "val").tolist() == encoded(library[0], ["hird"])
+
+
+def test_a_long_text_is_the_same_in_pieces_and_shards(prepare, library, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt_arc.documents.PIECE", 5000)
+    monkeypatch.setattr("gpt_arc.documents.BEGINNING", 1)
+    monkeypatch.setattr(corpus, "BATCH", 3000)
+    text = "\n".join(pages(60))
+    (tmp_path / "a.txt").write_text(text)
+    prepare("text.py", "--input=a.txt", "--name=x", f"--tokenizer={library[1]}", "--shard_tokens=7000")
+    cut = len(text) * 9 // 10
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        expected = encoded(library[0], [part])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+        shards = sorted(Path("data/x").glob(f"{split}_*.bin"))
+        assert [path.name for path in shards] == [f"{split}_{i:06}.bin" for i in range(-(-len(expected) // 7000))]
+        assert [int(np.fromfile(path, "<i4", 3)[2]) for path in shards[:-1]] == [7000] * (len(shards) - 1)
+
+
+def test_a_long_document_goes_to_one_split_whole_in_every_format(prepare, library, tmp_path, monkeypatch):
+    """Its beginning decides, whatever the pieces that it is read in: the first space may be far."""
+    monkeypatch.setattr("gpt_arc.documents.PIECE", 5000)
+    texts = [f"{seed} " + "x" * (2**16 - seed) + "\n".join(pages(40, seed)) for seed in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    write_lines(tmp_path / "a.jsonl", texts)
+    val = [text for text in texts if in_val(text, 0.4)]
+    assert 0 < len(val) < 12
+    for inputs in ("*.txt", "a.jsonl"):
+        flags = (f"--input={inputs}", "--name=x", "--overwrite=True", "--val_fraction=0.4")
+        prepare("text.py", *flags, f"--tokenizer={library[1]}")
+        assert tokens_of(Path("data/x"), "val").tolist() == encoded(library[0], val)
+        assert tokens_of(Path("data/x"), "train").tolist() == encoded(library[0], [t for t in texts if t not in val])
+        prepare("text.py", *flags, "--tokenizer=char")
+        assert decoded(Path("data/x"), "val") == "".join(val)
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_workers_make_no_difference(prepare, library, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(corpus, "BATCH", 2000)
+    write_lines(tmp_path / "a.jsonl", pages(100))
+    flags = ("--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=5000")
+    prepare("text.py", *flags, "--name=x")
+    prepare("text.py", *flags, "--name=y", f"--workers={workers}")
+    assert contents("data/x") == contents("data/y") and len(contents("data/x")) > 8
+
+
+SLOWED = f"""
+import runpy, sys, time
+from gpt_arc import corpus
+corpus.BATCH = 4000
+encode = corpus._encode
+def slowly(*args):
+    time.sleep(0.01)
+    return encode(*args)
+corpus._encode = slowly
+sys.argv[0] = {str(ROOT / "prepare" / "text.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*flags):
+    return subprocess.Popen([sys.executable, "-c", SLOWED, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def saved_tokens(name):
+    try:
+        progress = json.loads(Path(f"data/.{name}.partial/progress.json").read_text())
+        return progress["train"] + progress["val"]
+    except FileNotFoundError:
+        return 0
+
+
+def kill_and_go_on(prepare, library, tmp_path, kills, size):
+    """Prepare texts undisturbed, and again through kills: one early, `kills` at random after something was saved."""
+    rng = random.Random(0)
+    write_lines(tmp_path / "a.jsonl", pages(size))
+    (tmp_path / "b.txt").write_text("\n".join(pages(size, 1)))
+    flags = ["--input", "b.txt", "a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--split=tail"]
+    prepare("text.py", *flags, "--name=undisturbed")
+    process = start(*flags, "--name=killed")
+    while not any(Path("data/.killed.partial/dataset").glob("*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for _ in range(kills):
+        before = saved_tokens("killed")
+        process = start(*flags, "--name=killed", "--workers=1")
+        while saved_tokens("killed") == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not Path("data/killed").exists()
+    assert "going on after" in prepare("text.py", *flags, "--name=killed", "--workers=2")
+    assert contents("data/killed") == contents("data/undisturbed")
+    assert sorted(path.name for path in Path("data").iterdir()) == ["killed", "undisturbed"]  # nothing hidden beside
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_go_on(prepare, library, tmp_path, kills=2, size=150)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_goes_on_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_go_on(prepare, library, tmp_path, kills=10, size=600)
+
+
+def test_ctrl_c_says_how_to_go_on_and_another_plan_begins_anew(prepare, library, tmp_path):
+    write_lines(tmp_path / "a.jsonl", pages(150))
+    flags = ["--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--name=x"]
+    process = start(*flags)
+    while not saved_tokens("x"):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130 and b"text.py: interrupted: the same command goes on" in output
+    assert b"Traceback" not in output
+    other = prepare("text.py", *flags, "--val_fraction=0.3")
+    assert "is of other texts or settings: beginning anew" in other and "going on" not in other
+    assert decoded(Path("data/x"), "train").count("<|endoftext|>") >= sum(not in_val(text, 0.3) for text in pages(150))
+
+
+def test_two_runs_do_not_share_a_folder(prepare, book):
+    Path("data").mkdir()
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    with open("data/.x.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "data/x is being prepared by another process" in prepare("text.py", *flags)
+    assert "data/x:" in prepare("text.py", *flags)  # once it has ended
+    assert [path.name for path in Path("data").iterdir()] == ["x"]
+
+
+def peak_memory(*flags):
+    """The largest resident memory in MB of a run of prepare/text.py, of that program alone."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print(*open('/proc/self/status')))\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "prepare" / "text.py"), *flags]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"VmHWM:\s+(\d+) kB", output)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a program alone")
+@pytest.mark.parametrize("tokenizer", ["char", pytest.param("library", marks=pytest.mark.slow)])
+def test_memory_stays_flat(tmp_path, monkeypatch, library, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    page = " ".join(pages(100))
+    peaks = {}
+    for megabytes in (12, 48):
+        Path("a.txt").write_text((page * (megabytes * 10**6 // len(page) + 1)).replace("\n", " "))  # one line
+        flags = (f"--name={megabytes}", f"--tokenizer={library[1] if tokenizer == 'library' else 'char'}")
+        peaks[megabytes] = peak_memory("--input=a.txt", "--shard_tokens=1000000", "--workers=1", *flags)
+    assert peaks[48] < peaks[12] + 15 and peaks[48] < 250
 
 
 def test_nothing_is_overwritten_unasked(prepare, book):
@@ -99,9 +332,12 @@ def test_a_damaged_dataset_is_prepared_again(prepare, book):
     prepare("text.py", *flags)
     whole = decoded(Path("data/book"), "train")
     for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
-        damage(Path("data/book/train.bin"))
+        damage(Path("data/book/train_000000.bin"))
         assert "is prepared already" not in prepare("text.py", *flags)
         assert decoded(Path("data/book"), "train") == whole
+
+
+GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"text": "a"}\n{"text"\n'}
 
 
 @pytest.mark.parametrize(
@@ -109,22 +345,97 @@ def test_a_damaged_dataset_is_prepared_again(prepare, book):
     [
         (["--input=nowhere.txt", "--name=x"], "nowhere.txt can't be read"),
         (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt has 0 characters"),
+        (["--input=empty.jsonl", "--name=x"], "empty.jsonl has no text"),
         (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
+        (["--name=x", "--input="], "--input names nothing"),
         (["--input=.", "--name=x", "--pattern=*.docx"], "no file below . matches --pattern *.docx"),
         (["--input=.", "--name=x", "--pattern=/etc/*"], "no file below . matches"),
+        (["--input=bad.jsonl", "--name=x"], "bad.jsonl:2 is not a line of JSON"),
+        (["--input=one.jsonl", "--field=body", "--name=x"], "one.jsonl:1 has no field 'body': there are 'text'"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or cut the text by --split"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or cut the text by --split"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=1"], "val_fraction = 1.0 must lie between 0 and 1"),
+        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be at least 1"),
+        (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),
         (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
         (["--input=good.txt", "--name="], "must be a plain folder name"),
         (["--input=good.txt"], "--name"),
-        (["--input=good.txt", "--name=x", "--tokenizer=words"], "invalid choice 'words'"),
+        (["--input=good.txt", "--name=x", "--tokenizer=words"], "words"),
         (["--input=good.txt", "--nam=x"], "--nam"),
     ],
 )
-def test_mistakes_are_one_sentence(prepare, tmp_path, args, sentence):
+def test_mistakes_are_one_sentence(prepare, library, tmp_path, args, sentence):
+    for name, content in GOOD.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    assert sentence in prepare("text.py", *args)
+    default = [] if any("--tokenizer" in arg for arg in args) else [f"--tokenizer={library[1]}"]
+    assert sentence in prepare("text.py", *args, *default)
     assert not Path("data").exists()
+
+
+def test_a_full_disk_is_one_sentence(prepare, book, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpt_arc.token_files.ShardWriter.append", full)
+    message = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
+    assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
+
+
+def test_a_tokenizer_is_trained_and_used(prepare, tmp_path):
+    texts = pages(100)
+    write_lines(tmp_path / "a.jsonl", texts)
+    flags = ("--input=a.jsonl", "--name=x", "--vocab_size=400")
+    assert "data/x/tokenizer.json: 400 tokens" in prepare("tokenizer.py", *flags)
+    assert "is that tokenizer already" in prepare("tokenizer.py", *flags)
+    assert "holds another tokenizer" in prepare("tokenizer.py", "--input=a.jsonl", "--name=x", "--vocab_size=300")
+    prepared = prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
+    assert "vocabulary 400" in prepared
+    library = tokenizers.Tokenizer.from_file("data/x/tokenizer.json")
+    library.encode_special_tokens = True
+    assert library.get_vocab_size() == 400 and library.token_to_id("<|endoftext|>") == 399
+    expected = encoded((library), [text for text in texts if not in_val(text, 0.1)])
+    assert tokens_of(Path("data/x"), "train").tolist() == expected
+    assert "is prepared already" in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
+    again = prepare("tokenizer.py", "--input=a.jsonl", "--name=x", "--vocab_size=300", "--overwrite=True")
+    assert "holds a dataset made with another tokenizer" in again
+    assert "is that tokenizer already" in prepare("tokenizer.py", *flags)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--vocab_size=256"], "a vocabulary of 256 is too small"),
+        (["--vocab_size=5000"], "few.txt has no more pairs to merge, so they are fewer than 5,000"),
+        (["--vocab_size=300", "--input=empty.txt"], "empty.txt has no text"),
+        ([], "--vocab_size"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_told(prepare, tmp_path, args, sentence):
+    (tmp_path / "few.txt").write_text("few words, few pairs")
+    (tmp_path / "empty.txt").write_text("")
+    inputs = [] if any("--input" in arg for arg in args) else ["--input=few.txt"]
+    assert sentence in prepare("tokenizer.py", *inputs, "--name=x", *args)
+
+
+@pytest.mark.parametrize("script", ["openwebtext.py", "fineweb.py"])
+def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pages(200)
+    (tmp_path / "files").mkdir()
+    for number in range(2):
+        rows = texts[number * 100 : number * 100 + 100]
+        table = arrow.table({"text": rows, "url": ["x"] * 100})
+        parquet.write_table(table, tmp_path / "files" / f"{number}.parquet")
+    flags = ("--input=files", f"--tokenizer={library[1]}", "--val_fraction=0.1")
+    prepare(script, *flags)
+    folder = Path("data") / script.removesuffix(".py")
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(library[0], [text for text in texts if in_val(text, 0.1) == side])
+        assert tokens_of(folder, split).tolist() == expected
+    assert "is prepared already" in prepare(script, *flags)
 
 
 def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, monkeypatch):

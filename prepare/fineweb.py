@@ -1,0 +1,40 @@
+"""Prepare FineWeb-Edu, web pages chosen for what one learns from them (arXiv:2406.17557): 10 billion tokens of it.
+
+    python prepare/fineweb.py                               streams it from the Hugging Face hub
+    python prepare/fineweb.py --sample sample-100BT --name fineweb_100
+    python prepare/fineweb.py --input FOLDER                of its parquet files, where there is no network
+
+A run that was stopped goes on by the same command. It takes `pip install -e '.[data]'`.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt_arc.corpus import CorpusSettings, prepare_documents
+from gpt_arc.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CorpusSettings):
+    input: tuple[str, ...] = ()
+    """Its parquet files, or folders of them. None: stream it."""
+    sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] = "sample-10BT"
+    """Which sample to stream: 10, 100 or 350 billion tokens."""
+    name: str = "fineweb"
+    """Name of the dataset: it becomes data/NAME."""
+    val_fraction: float = 0.001
+    """How much of the documents goes to val."""
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    local = options.input and Files(find_files(options.input), "text")
+    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample)
+    prepare_documents(local or streamed, options, options.name)
+
+
+if __name__ == "__main__":
+    entry_point(main)()

@@ -1,0 +1,33 @@
+"""Prepare OpenWebText, 8 million web pages, the open remake of what GPT-2 was trained on: 9 billion tokens.
+
+    python prepare/openwebtext.py                           streams it from the Hugging Face hub
+    python prepare/openwebtext.py --input FOLDER            of its parquet files, where there is no network
+
+A run that was stopped goes on by the same command. It takes `pip install -e '.[data]'`.
+"""
+
+import sys
+from dataclasses import dataclass
+
+from gpt_arc.corpus import CorpusSettings, prepare_documents
+from gpt_arc.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CorpusSettings):
+    input: tuple[str, ...] = ()
+    """Its parquet files, or folders of them. None: stream it."""
+    val_fraction: float = 0.0005
+    """How much of the documents goes to val: nanoGPT's part."""
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    local = options.input and Files(find_files(options.input), "text")
+    prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
+
+
+if __name__ == "__main__":
+    entry_point(main)()

@@ -1,0 +1,387 @@
+"""Models of transformers' read and written: against that library itself, from random weights."""
+
+import dataclasses
+import json
+import shutil
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from conftest import randomised
+from gpt_arc import checkpoint
+from gpt_arc.checkpoint import load_config, load_model, model_directory, save_model
+from gpt_arc.errors import UserError
+from gpt_arc.generate import generate
+from gpt_arc.hf import ARCHITECTURES, architecture_of, config_from_hf, hf_config, hf_tensors
+from gpt_arc.tokenizer import CharTokenizer
+from model import GPT, GPTConfig
+
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+NO_END = {"bos_token_id": None, "eos_token_id": None}
+GPT2, GPT1, QWEN3 = transformers.GPT2Config, transformers.OpenAIGPTConfig, transformers.Qwen3Config
+SMALL = dict(vocab_size=23, n_positions=80, n_embd=32, n_layer=2, n_head=4, **NO_END)
+QWEN_SMALL = dict(vocab_size=31, hidden_size=32, intermediate_size=44, num_hidden_layers=2, max_position_embeddings=80)
+ROPE = {"rope_type": "default", "rope_theta": 5_000.0}
+MODELS = {
+    "gpt2": GPT2(**SMALL),
+    "gpt2-erf-untied": GPT2(**SMALL | {"n_layer": 3, "n_head": 3, "n_embd": 48, "vocab_size": 101, **ENDS},
+                            activation_function="gelu", n_inner=50, tie_word_embeddings=False, resid_pdrop=0.2),
+    "gpt2-odd": GPT2(**SMALL | {"n_layer": 1, "n_head": 5, "n_embd": 35, "vocab_size": 7, "n_positions": 77},
+                     activation_function="relu", n_inner=9, layer_norm_epsilon=1e-3),
+    "gpt1": GPT1(**SMALL),
+    "gpt1-odd": GPT1(**SMALL | {"n_layer": 3, "n_head": 3, "n_embd": 21, "vocab_size": 90, **ENDS}, afn="relu",
+                     layer_norm_epsilon=1e-3, tie_word_embeddings=False, embd_pdrop=0.0),
+    "qwen3-tied": QWEN3(**QWEN_SMALL, num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_parameters=ROPE,
+                        tie_word_embeddings=True),
+    "qwen3-untied": QWEN3(**QWEN_SMALL, num_attention_heads=4, num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-4,
+                          attention_dropout=0.1, **ENDS),
+    "qwen3-ungrouped": QWEN3(**QWEN_SMALL | {"num_hidden_layers": 1, "hidden_size": 30}, num_attention_heads=3,
+                             num_key_value_heads=3, head_dim=16),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """The models of transformers', and the folders where its save_pretrained wrote them."""
+    root, made = tmp_path_factory.mktemp("theirs"), {}
+    for name, config in MODELS.items():
+        model = randomised(transformers.AutoModelForCausalLM.from_config(config))
+        model.save_pretrained(root / name)
+        made[name] = model, root / name
+    return made
+
+
+@pytest.fixture
+def copy(theirs, tmp_path):
+    """A copy of a model's folder, to be damaged."""
+
+    def make(name):
+        return shutil.copytree(theirs[name][1], tmp_path / name)
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_greedy_continuations_equal_transformers(theirs, name):
+    reference, folder = theirs[name]
+    ours, tokenizer = load_model(folder)
+    assert tokenizer is None and ours.training
+    ours.eval()
+    vocab, context = ours.config.vocab_size, ours.config.block_size
+    tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+    prompt = tokens[:, :5]
+    greedy = reference.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert torch.equal(torch.stack(list(generate(ours, prompt, 64, temperature=0)), dim=1), greedy[:, 5:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_read_is_written_as_it_was(theirs, name):
+    reference, folder = theirs[name]
+    ours, _ = load_model(folder)
+    written, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    config = hf_config(ours.config, "float32", reference.config.bos_token_id, reference.config.eos_token_id)
+    assert config | {"transformers_version": transformers.__version__} == written
+    assert config_from_hf(config) == ours.config
+    back = dict(hf_tensors(ours))
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in back.items())
+
+
+@pytest.mark.parametrize("config", [GPT2(), GPT1(), QWEN3()], ids=lambda config: config.model_type)
+def test_absent_keys_mean_what_they_mean_in_transformers(config):
+    """... by its default configurations; and what we'd write for those is the same, key for key."""
+    ours = config_from_hf({"model_type": config.model_type})
+    written = hf_config(ours, start_token=config.bos_token_id, end_of_text=config.eos_token_id)
+    expected = config.to_dict()
+    for content in (written, expected):
+        for key in ("architectures", "dtype", "transformers_version"):
+            content.pop(key)
+    assert written == {key: expected[key] for key in written}
+
+
+@pytest.mark.parametrize(("kind", "parameters"), [("openai-gpt", 116_534_784), ("gpt2", 124_439_808)])
+def test_the_published_models_have_their_published_sizes(kind, parameters):
+    with torch.device("meta"):
+        assert GPT(config_from_hf({"model_type": kind})).num_parameters() == parameters
+
+
+def test_the_config_that_gpt2_was_published_with():
+    content = {
+        "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+        "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None, "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True, "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "vocab_size": 50257,
+    }  # fmt: skip
+    assert config_from_hf(content) == GPTConfig(dropout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "sentence"),
+    [
+        (
+            "llama",
+            {},
+            'model_type = "llama" is not an architecture that can be read: those are gpt2, openai-gpt, qwen3',
+        ),
+        ("gpt2", {"activation_function": "silu"}, 'activation_function = "silu" can\'t be computed for a gpt2'),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = false"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = true"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = true"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, 'quantization_config = {"bits": 4}'),
+        ("gpt2", {"n_head": 5}, "n_head = 5 does not divide n_embd = 768"),
+        ("gpt2", {"n_embd": "wide"}, "describes no model"),
+        ("openai-gpt", {"afn": "silu"}, 'afn = "silu"'),
+        ("qwen3", {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+        ("qwen3", {"attention_bias": True}, "attention_bias = true"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window = true"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'qwen3: only the rope_type "default"'),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, '"rope_type": "linear"'),
+        ("qwen3", {"rope_scaling": {"type": "dynamic"}}, '"type": "dynamic"'),
+        ("qwen3", {"partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(kind, content, sentence):
+    with pytest.raises(UserError) as refusal:
+        config_from_hf({"model_type": kind, **content})
+    assert sentence in str(refusal.value)
+
+
+def test_keys_are_honoured():
+    qwen3 = config_from_hf({"model_type": "qwen3", "rope_theta": 1e6, "num_key_value_heads": 8, "rope_scaling": None})
+    assert (qwen3.rotary_base, qwen3.kv_heads, qwen3.head_width) == (1e6, 8, 128)
+    assert config_from_hf({"model_type": "qwen3", "rope_parameters": {"rope_theta": 7.0}}).rotary_base == 7.0
+    gpt2 = config_from_hf({"model_type": "gpt2", "hidden_size": 96, "activation_function": "gelu_pytorch_tanh"})
+    assert (gpt2.n_embd, gpt2.activation, gpt2.dropout) == (96, "gelu_tanh", 0.1)
+    assert config_from_hf({"model_type": "gpt2", "attn_pdrop": 0}).attention_dropout == 0
+    assert config_from_hf({"model_type": "openai-gpt", "afn": "relu"}).activation == "relu"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"norm": "rmsnorm"}, 'no norm = "rmsnorm"'),
+        ({"positions": "sinusoidal"}, 'gpt2, has no positions = "sinusoidal"'),
+        ({"bias": False}, "no bias = false"),
+        ({"head_bias": True}, "no head_bias = true"),
+        ({"qk_norm": True}, "no qk_norm = true"),
+        ({"n_kv_head": 2}, "no n_kv_head = 2"),
+        ({"head_size": 6}, "no head_size = 6"),
+        ({"activation": "swiglu"}, 'no activation = "swiglu"'),
+        ({"norm_position": "post", "mlp_size": 7}, 'gpt2, has no norm_position = "post"'),
+        ({"norm_position": "post", "activation": "gelu", "mlp_size": 7}, 'gpt2, has no norm_position = "post"'),
+        ({"attention_band": 4}, "no attention_band = 4"),
+        (dict(norm="rmsnorm", positions="rotary", bias=False, activation="swiglu"), "qwen3, has no qk_norm = false"),
+        (dict(norm="rmsnorm", positions="rotary", bias=False, qk_norm=True), 'qwen3, has no activation = "gelu_tanh"'),
+    ],
+)
+def test_what_no_architecture_has_is_refused(settings, sentence):
+    config = GPTConfig(8, 11, 2, 4, 16, **settings)
+    with pytest.raises(UserError) as refusal:
+        architecture_of(config)
+    assert sentence in str(refusal.value)
+
+
+def test_derived_values_may_be_spelled_out():
+    assert architecture_of(GPTConfig(8, 11, 2, 4, 16, n_kv_head=4, head_size=4, mlp_size=64, rotary_base=3.0)) == "gpt2"
+    assert architecture_of(GPTConfig(8, 11, 2, 4, 16, norm_position="post", mlp_size=64)) == "openai-gpt"
+
+
+def same(model, reference_folder):
+    other = load_model(reference_folder)[0].state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt1-odd", "qwen3-tied"])
+def test_shards_and_names_without_the_prefix_load(theirs, copy, name):
+    reference, folder = theirs[name]
+    sharded = copy(name)
+    (sharded / "model.safetensors").unlink()
+    reference.save_pretrained(sharded, max_shard_size="20KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    assert same(load_model(sharded)[0], folder)
+    shutil.rmtree(sharded)
+    bare = copy(name)  # as the hub's gpt2 has them, buffers included
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key.removeprefix("transformer.").removeprefix("model."): tensor for key, tensor in tensors.items()}
+    extra = {"h.0.attn.bias": torch.ones(1, 1, 80, 80), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    extra["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    if name != "gpt1-odd":
+        embedding = "wte.weight" if name == "gpt2" else "embed_tokens.weight"
+        extra["lm_head.weight"] = tensors[embedding].clone()
+    save_file(tensors | extra, bare / "model.safetensors")
+    assert same(load_model(bare)[0], folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_load_as_float32(theirs, copy, dtype):
+    folder = copy("qwen3-tied")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    model, _ = load_model(folder)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    expected = tensors["model.norm.weight"].to(dtype).float()
+    assert torch.equal(model.final_norm.weight, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("gpt2", lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), "the tensor transformer.h.1.mlp.c_fc.weight"),
+        ("qwen3-untied", lambda t: t.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
+        ("qwen3-tied", lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"), "model.layers.0.self_attn.k_proj"),
+        ("gpt2", lambda t: t.update(extra=torch.zeros(2)), "model.safetensors has beyond the model the tensor extra"),
+        ("gpt2", lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(2)}), "tensor transformer.h.2.ln_1.bias"),
+        ("gpt2", lambda t: t.update({"transformer.h.1.attn.c_attn.weight": torch.zeros(96, 32)}),
+         "transformer.h.1.attn.c_attn.weight has the shape (96, 32), not (32, 96)"),
+        ("qwen3-tied", lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.zeros(60, 32)}),
+         "v_proj.weight has the shape (60, 32), not (20, 32)"),
+        ("gpt2", lambda t: t.update({"wpe.weight": torch.zeros(80, 32)}), "one is surplus"),
+        ("gpt2", lambda t: t.update({"lm_head.weight": torch.zeros(23, 32)}), "lm_head.weight differs from the embed"),
+        ("gpt2", lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}), "has the type I8"),
+    ],
+)  # fmt: skip
+def test_wrong_tensors_are_named(copy, name, change, sentence):
+    folder = copy(name)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError) as refusal:
+        load_model(folder)
+    assert sentence in str(refusal.value) and str(folder) in str(refusal.value)
+
+
+def test_damaged_missing_and_pickled_files_are_named(copy, theirs):
+    folder = copy("gpt1")
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    for content in (b"", whole[:5], whole[:1000], whole[:-1], b"\xff" * 8 + whole[8:], whole[:9] + b"#" + whole[10:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+            load_model(folder)
+    path.unlink()
+    with pytest.raises(UserError, match="has no model.safetensors"):
+        load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(UserError, match="no model.safetensors, only pytorch_model.bin, a pickle"):
+        load_model(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="index.json is damaged"):
+        load_model(folder)
+    theirs["gpt1"][0].save_pretrained(folder, max_shard_size="20KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing or damaged"):
+        load_model(folder)
+
+
+def test_a_config_that_is_refused_is_named_with_its_file(copy):
+    folder = copy("gpt2")
+    (folder / "config.json").write_text('{"model_type": "gpt2", "add_cross_attention": true}')
+    with pytest.raises(UserError, match="config.json: add_cross_attention = true"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "ours"])
+def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, name):
+    folder = theirs["gpt2"][1]
+    if name == "ours":
+        save_model(load_model(folder)[0], None, tmp_path / "ours")
+        folder = tmp_path / "ours"
+    stored = load_config(folder)
+    assert load_config(str(folder)) == stored and stored.dropout == 0.1
+    whole, _ = load_model(folder)
+    config = dataclasses.replace(stored, block_size=9, dropout=0.0, attention_dropout=0.5)
+    model, _ = load_model(folder, config)
+    assert model.config == config and model.position_embedding.weight.shape == (9, 32)
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens), whole.eval()(tokens))
+    assert model.position_embedding.weight.untyped_storage().nbytes() == 9 * 32 * 4  # the rest is let go
+    for change, sentence in (
+        ({"block_size": 81}, "block_size = 81 is more than the 80 positions"),
+        ({"norm_eps": 1e-3}, "norm_eps = 0.001 contradicts the model"),
+        ({"n_layer": 3}, "n_layer = 3 contradicts the model .* has 2"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            load_model(folder, dataclasses.replace(stored, **change))
+
+
+def test_rotary_models_take_any_context(theirs):
+    folder = theirs["qwen3-tied"][1]
+    config = dataclasses.replace(load_config(folder), block_size=200)
+    assert load_model(folder, config)[0](torch.zeros(1, 200, dtype=torch.int64)).shape == (1, 200, 31)
+
+
+def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(copy):
+    folder = copy("gpt2")
+    CharTokenizer("abc").save(folder)
+    model, tokenizer = load_model(folder)
+    assert (model.config.vocab_size, tokenizer.vocab_size) == (23, 3)
+    assert tokenizer.decode([0, 22, 1]) == "ab"  # ids of the padding are no text
+    CharTokenizer([chr(i) for i in range(24)]).save(folder)
+    with pytest.raises(UserError, match="another model's: 24 tokens for a model of 23"):
+        load_model(folder)
+
+
+def test_models_of_the_hub_are_downloaded_by_name(theirs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(theirs["gpt2"][1])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_config("gpt2") == load_model("gpt2")[0].config
+    assert asked[0] == ("openai-community/gpt2", ["config.json"])
+    assert asked[1][0] == "openai-community/gpt2" and "model.safetensors" in asked[1][1]
+    assert not any(pattern.endswith((".bin", ".py", ".h5")) for pattern in asked[1][1])
+    assert model_directory("openai-gpt") == theirs["gpt2"][1] and asked[2][0] == "openai-community/openai-gpt"
+    assert load_model("hf:someone/something")[0].config.n_layer == 2 and asked[3][0] == "someone/something"
+    shutil.copytree(theirs["gpt1"][1], tmp_path / "gpt2")
+    assert load_model("gpt2")[0].config.norm_position == "post" and len(asked) == 4  # the local folder comes first
+    with pytest.raises(UserError, match="no model directory out/typo.*gpt2-xl are known, and any other is hf:OWNER"):
+        load_model("out/typo")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (LocalEntryNotFoundError("Got: ConnectError"), "openai-community/gpt2 can't be downloaded: connect once"),
+        (HFValidationError("bad"), "the Hugging Face hub has no public model openai-community/gpt2"),
+        (ConnectionError(), "can't be downloaded: connect once, or name a folder that holds its files"),
+    ],
+)
+def test_a_download_that_fails_is_one_sentence(monkeypatch, tmp_path, error, sentence):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=sentence) as refusal:
+        load_model("gpt2")
+    assert "\n" not in str(refusal.value)
+
+
+def test_tables_name_settings_that_exist():
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    for architecture in ARCHITECTURES.values():
+        assert architecture.ours.keys() <= names
+        assert {name for name, _ in (architecture.sizes | architecture.dropouts).values()} <= names
+    assert checkpoint.REPLACEABLE <= names

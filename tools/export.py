@@ -1,0 +1,111 @@
+"""Write a model in the form of another library.
+
+    python tools/export.py out/gpt2 exported --to hf                      transformers, vLLM, llama.cpp's converter
+    python tools/export.py out/gpt2 exported --to hf --dtype bfloat16     in half the space
+
+MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Then, elsewhere:
+transformers.AutoModelForCausalLM.from_pretrained("exported"). What the other library can't compute is refused.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from gpt_arc.errors import UserError, entry_point, first_line
+from gpt_arc.files import new_directory, write_file
+from gpt_arc.flags import parse_flags
+from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
+
+MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    """A run folder, whose best checkpoint is taken, a model directory, or the name of a published model: gpt2."""
+    output: tyro.conf.Positional[Path]
+    """The folder to write."""
+    to: Literal["hf"] = "hf"
+    """hf: the files of Hugging Face's transformers."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    overwrite: bool = False
+    """Replace the folder if it holds an older export."""
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises UserError if `folder` holds something, unless it is an export that may be replaced."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return
+    readme = folder / "README.md"
+    if not readme.is_file() or not readme.read_text("utf-8", errors="replace").startswith(MARK):
+        raise UserError(f"{folder} holds something else than an export: name another folder")
+    if not overwrite:
+        raise UserError(f"{folder} holds an export already: name another folder, or add --overwrite=True")
+
+
+def generation_config(config: dict) -> dict:
+    """What transformers' generate starts from, as it derives it from config.json itself."""
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+    cache = {"use_cache": config["use_cache"]} if "use_cache" in config else {}
+    outputs = {"output_attentions": False, "output_hidden_states": False}
+    version = {"transformers_version": config["transformers_version"]}
+    return {"_from_model_config": True, **tokens, **outputs, **version, **cache}
+
+
+def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
+    """The tokenizer's files, with the settings by which transformers' AutoTokenizer reads them as they are."""
+    files = tokenizer.files()
+    if SETTINGS_FILE in files or FILE_NAME not in files:
+        return files
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    settings["clean_up_tokenization_spaces"] = False  # decode would take spaces out
+    if tokenizer.end_of_text is not None:
+        settings["bos_token"] = settings["eos_token"] = tokenizer.decode([tokenizer.end_of_text])
+    return files | {SETTINGS_FILE: as_json(settings)}
+
+
+def as_json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    check_output(options.output, options.overwrite)
+
+    import torch  # slow to import: not before the settings are known to be right
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from gpt_arc.checkpoint import load_model
+    from gpt_arc.hf import WEIGHTS, hf_config, hf_tensors
+
+    model, tokenizer = load_model(options.model)
+    end = start = None
+    if tokenizer is not None and tokenizer.end_of_text is not None:
+        end, start = tokenizer.end_of_text, tokenizer.start_token
+    config = hf_config(model.config, options.dtype, start, end)
+    files = {"config.json": as_json(config), "generation_config.json": as_json(generation_config(config))}
+    files["README.md"] = f"{MARK} from {options.model}, as {config['model_type']} of transformers.\n".encode()
+    if tokenizer is not None:
+        files |= tokenizer_files(tokenizer, model.config.block_size)
+    with new_directory(options.output) as temporary:
+        try:
+            save_file(dict(hf_tensors(model, getattr(torch, options.dtype))), temporary / WEIGHTS, {"format": "pt"})
+        except SafetensorError as error:  # as of a full disk
+            raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
+        for name, content in files.items():
+            write_file(temporary / name, content)
+    print(f"{options.output}: {config['model_type']}, {model.num_parameters():,} parameters in {options.dtype}")
+    if tokenizer is None:
+        print("it has no tokenizer: the model came without one")
+    elif SENTENCEPIECE_FILE in files:
+        print(f"AutoTokenizer may read {SENTENCEPIECE_FILE} otherwise than SentencePiece: encode with that library")
+
+
+if __name__ == "__main__":
+    entry_point(main)()
