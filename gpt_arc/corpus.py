@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from gpt_arc.documents import BEGINNING, Cut, Documents
 from gpt_arc.errors import UserError
-from gpt_arc.files import put_directory, sync, write_file
-from gpt_arc.token_files import DATA_ROOT, MAX_TOKENS, ShardWriter, TokenFiles, write_dataset
+from gpt_arc.files import DATA_ROOT, put_directory, sync, write_file
+from gpt_arc.token_files import MAX_TOKENS, ShardWriter, TokenFiles, write_dataset
 from gpt_arc.tokenizer import CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 
 BATCH = 2**20  # characters that a worker encodes at a time

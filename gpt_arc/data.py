@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gpt_arc.config import Source
 from gpt_arc.errors import UserError
-from gpt_arc.token_files import DATA_ROOT, TokenFiles
+from gpt_arc.files import DATA_ROOT
+from gpt_arc.token_files import TokenFiles
 from gpt_arc.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from model import IGNORED
 

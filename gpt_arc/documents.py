@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Literal
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.tokenizer import well_formed
 
-PIECE = 2**20  # bytes of a text file that are read at a time
+PIECE = 2**18  # bytes of a text file that are read at a time
 BEGINNING = 2**16  # characters that the first piece of a document has at least, if the document has
 ROWS = 128  # of parquet that are held at a time
 PACKED = (".gz", ".zst")
@@ -83,6 +83,7 @@ class Files(Documents):
         first, place = position or (0, None)
         before = sum(stat.st_size for stat in self._stats[:first])
         for index, path in enumerate(self.paths[first:], first):
+            many = _holds_many(path)
             if _ends(path, PARQUET):
                 found = _read_parquet(path, self.field, place)
             elif _ends(path, JSON_LINES):
@@ -92,7 +93,7 @@ class Files(Documents):
             for text, place, read in found:
                 self._position = [index + 1, None] if place is None else [index, place]
                 self.bytes_read = before + read
-                yield text, place is None or _holds_many(path)
+                yield text, many or place is None
             before, place = before + self._stats[index].st_size, None
 
 

@@ -225,6 +225,7 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str
     """The settings of `config` that the architecture can't express, as name = value."""
     free = {name for name, _ in architecture.sizes.values()} | {"dropout", *PLACES, "init", "activation"}
     free |= set() if config.positions == "rotary" else {"rotary_base"}
+    free |= {"bias"} if _lacks_biases(architecture, config) else set()
     values, wanted = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
     values |= {name: None for name, value in usual.items() if values[name] == value}  # spelled out, not changed
@@ -232,6 +233,11 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str
     if config.activation not in architecture.activations[1].values():
         foreign.append("activation")
     return [f"{name} = {json.dumps(values[name])}" for name in foreign]
+
+
+def _lacks_biases(architecture: Architecture, config: GPTConfig) -> bool:
+    """Whether the model has no biases where the architecture has some: zeros, then, compute the same."""
+    return not config.bias and architecture.ours.get("bias", True)
 
 
 def hf_config(
@@ -271,6 +277,9 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
         for part, rows in zip(parts, tensor.detach().split([part.rows for part in parts])):
             rows = rows.T if part.transposed else rows
             yield architecture.full_name(part.name), torch.empty(part.shape, dtype=dtype).copy_(rows)
+            if _lacks_biases(architecture, model.config) and name.startswith(("blocks.", "final_norm.")):
+                bias = part.name.removesuffix("weight") + "bias"
+                yield architecture.full_name(bias), torch.zeros(part.rows, dtype=dtype)
 
 
 class Stored(NamedTuple):

@@ -19,7 +19,6 @@ from gpt_arc.tokenizer import Tokenizer
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
 MAX_TOKENS = 2**31 - 1  # of a file: its header counts them in an int32
-DATA_ROOT = Path("data")
 
 
 def write_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:

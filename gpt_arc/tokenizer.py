@@ -36,6 +36,7 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" 
 # tiktoken's regex engine panics where it would have to step back through a million characters of white space
 LONG_SPACE = re.compile(rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{500000,}}+(?=[^{WHITE_SPACE}])")
 TRAINING_PIECE = 1 << 16  # characters: bounds the memory and time that training takes for one very long text
+LONGEST_TOKEN = 128  # bytes, GPT-2's longest: a page of dashes in a small corpus would become one token
 
 
 class Tokenizer(abc.ABC):
@@ -182,7 +183,7 @@ class BPETokenizer(Tokenizer):
         """A tokenizer of `vocab_size` tokens trained on `texts`: 256 bytes, the merges, and <|endoftext|> as the last.
 
         Texts are read once, one after another; a corpus that has too few pairs to merge makes a smaller vocabulary.
-        Merges don't cross the boundaries of GPT-2's pattern. Raises UserError for fewer than 257 tokens.
+        Merges keep to the pieces that GPT-2's pattern cuts. Raises UserError for fewer than 257 tokens.
         """
         from tokenizers import Tokenizer as Library
         from tokenizers import models, pre_tokenizers, trainers
@@ -194,7 +195,11 @@ class BPETokenizer(Tokenizer):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         pieces = (piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=alphabet, special_tokens=[], show_progress=sys.stderr.isatty()
+            vocab_size=vocab_size - 1,
+            initial_alphabet=alphabet,
+            special_tokens=[],
+            max_token_length=LONGEST_TOKEN + 1,  # the library allows less than this
+            show_progress=sys.stderr.isatty(),
         )
         library.train_from_iterator(pieces, trainer)
         ranks = {_bytes_of(spelled): id for spelled, id in library.get_vocab().items()}
@@ -262,6 +267,9 @@ class LibraryTokenizer(Tokenizer):
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
         if self.end_of_text is None and settings is not None:
             self.end_of_text = self._library.token_to_id(_declared_end(settings))
+
+    def __reduce__(self):  # the library's own pickles forget encode_special_tokens
+        return LibraryTokenizer, (self._content, self._settings)
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(well_formed(text), add_special_tokens=False).ids

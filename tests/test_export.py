@@ -21,6 +21,7 @@ QWEN3 = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, activation="swig
 CONFIGS = {
     "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
     "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
+    "gpt2-unbiased": GPTConfig(9, 300, 2, 2, 16, bias=False),  # written with biases of zero
     "openai-gpt": GPTConfig(17, 300, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "qwen3": GPTConfig(19, 300, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
     "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
@@ -52,7 +53,9 @@ def with_version(path):
 def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run, tmp_path):
     ours = randomised(GPT(CONFIGS[name]))
     save_model(ours, tokenizer, tmp_path / "ours")
-    assert f"export: {name.removesuffix('-untied')}, " in run(tmp_path / "ours", tmp_path / "export", "--to=hf")
+    assert f"export: {name.removesuffix('-untied').removesuffix('-unbiased')}, " in run(
+        tmp_path / "ours", tmp_path / "export", "--to=hf"
+    )
     export = tmp_path / "export"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
     theirs.save_pretrained(tmp_path / "theirs")
@@ -69,7 +72,7 @@ def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run,
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
     again, same_tokenizer = load_model(export)
     assert same_tokenizer == tokenizer
-    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])

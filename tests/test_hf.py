@@ -11,9 +11,10 @@ import transformers
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from conftest import randomised
+from conftest import ROOT, randomised
 from gpt_arc import checkpoint
 from gpt_arc.checkpoint import load_config, load_model, model_directory, save_model
+from gpt_arc.config import build_config, read_settings
 from gpt_arc.errors import UserError
 from gpt_arc.generate import generate
 from gpt_arc.hf import ARCHITECTURES, architecture_of, config_from_hf, hf_config, hf_tensors
@@ -177,7 +178,7 @@ def test_keys_are_honoured():
     [
         ({"norm": "rmsnorm"}, 'no norm = "rmsnorm"'),
         ({"positions": "sinusoidal"}, 'gpt2, has no positions = "sinusoidal"'),
-        ({"bias": False}, "no bias = false"),
+        (dict(norm="rmsnorm", positions="rotary", activation="swiglu", qk_norm=True), "qwen3, has no bias = true"),
         ({"head_bias": True}, "no head_bias = true"),
         ({"qk_norm": True}, "no qk_norm = true"),
         ({"n_kv_head": 2}, "no n_kv_head = 2"),
@@ -195,6 +196,15 @@ def test_what_no_architecture_has_is_refused(settings, sentence):
     with pytest.raises(UserError) as refusal:
         architecture_of(config)
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt1", "openai-gpt"), ("gpt2", "gpt2"), ("gpt2_xl", "gpt2"), ("tinyshakespeare", "gpt2"), ("modern", "qwen3")],
+)
+def test_the_presets_have_their_counterparts(name, kind):
+    path = ROOT / "configs" / f"{name}.toml"
+    assert architecture_of(build_config(read_settings(path), str(path)).model) == kind
 
 
 def test_derived_values_may_be_spelled_out():

@@ -198,8 +198,11 @@ def test_a_small_corpus_makes_a_smaller_vocabulary():
         BPETokenizer.train(CORPUS, 256)
 
 
-def test_very_long_texts_are_trained_on_in_pieces():
-    assert BPETokenizer.train(["x" * 200_000 + " y" * 100_000], 300).encode("xxxx") != list(b"xxxx")
+def test_very_long_texts_and_words_are_trained_on():
+    text = "x" * 200_000 + " y" * 100_000
+    tokenizer = BPETokenizer.train([text], 300)
+    assert 64 <= max(map(len, tokenizer.ranks)) <= 128
+    assert tokenizer.encode(text) == Reference.from_buffer(tokenizer.files()["tokenizer.json"]).encode(text).ids
 
 
 def test_a_megabyte_of_any_unicode_encodes_as_the_tokenizers_library_and_comes_back(own):
@@ -273,6 +276,9 @@ def test_every_tokenizer_encodes_arrays_and_survives_a_file_and_another_process(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == tokenizer.files()
     again = pickle.loads(pickle.dumps(tokenizer))
     assert again == tokenizer and again.encode("The cat.") == array.tolist()
+    if make != "characters":
+        assert again.encode(f"a{END_OF_TEXT}</s>") == tokenizer.encode(f"a{END_OF_TEXT}</s>")
+        assert tokenizer.end_of_text not in again.encode(f"a{END_OF_TEXT}</s>")
     if make != "library":  # which is one of ours, in truth
         assert load_tokenizer(tmp_path) == tokenizer
     assert tokenizer != CharTokenizer("xyz") and tokenizer != "xyz"
