@@ -28,8 +28,9 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     @functools.wraps(main)
     def wrapped() -> None:
         among_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        message = None
         try:
-            sys.exit(main() or 0)
+            code = main() or 0
         except BrokenPipeError:  # the reader of our output (head, less) has gone: end as SIGPIPE would, quietly
             mute()
             sys.exit(128 + signal.SIGPIPE)
@@ -44,8 +45,11 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             if not among_several:
                 raise
             message, code = traceback.format_exc(), 1
-        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-        if among_several:  # an orderly exit would wait for processes that wait for this one
+        if message is not None:
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        # An orderly exit would, after an error, wait for processes that wait for this one; and after a run, gloo's
+        # threads may let go of their last tensors only when Python can no longer take them, which aborts the process.
+        if among_several:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)
