@@ -91,9 +91,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if vocab_size != config.model.vocab_size:
         say(f"vocabulary     {vocab_size}, as the dataset has it, in place of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    train_tokens, val_tokens = (
-        corpus and corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
-    )
+    masked = config.data.document_mask
+    train_tokens, val_tokens = (corpus and corpus.split(s, block_size, vocab_size, masked) for s in ("train", "val"))
+    order = corpus and train_tokens.training_order(block_size, training.seed)
 
     # ---- what "auto" means here; a resumed run keeps what it meant at first
     state, progress = None, Progress()
@@ -113,8 +113,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     with torch.device("meta"):
         sketch = GPT(config.model)
     flops_per_step = metrics.flops_per_token(sketch) * tokens_per_step
-    flops_left = flops_per_step * (training.max_iters - progress.step)
-    compiled, why = runtime.resolve_compile(compile_setting, device, flops_left)
+    steps_left = training.max_iters - progress.step
+    compiled, why = runtime.resolve_compile(compile_setting, device, flops_per_step * steps_left)
     name = runtime.device_name(device)
     peak = metrics.peak_flops(device, name, dtype)
 
@@ -122,8 +122,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if launch.adopted:
         say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
     say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
-    shape = f"{WORLD_SIZE} x {micro_steps} micro-batches of {micro_batch} sequences of {block_size}"
-    say(f"tokens a step  {tokens_per_step:,} = {shape}")
+    say(f"tokens a step  {tokens_per_step:,} = {WORLD_SIZE} x {micro_steps} batches of {micro_batch} x {block_size}")
     say(f"steps          {training.max_iters:,}")
     for line in corpus.plan(train_tokens, training.max_iters * tokens_per_step) if corpus else ["not prepared yet"]:
         say(f"data           {line}")
@@ -131,6 +130,17 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
     if config.run.dry_run:
         return 0
+
+    # ---- the model: new, resumed or imported
+    torch.manual_seed(training.seed)
+    origin = launch.resumed / "last" if state else launch.imported
+    if origin:
+        model, its_tokenizer = checkpoint.load_model(origin, config.model)
+        if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
+            raise UserError(f"the dataset {corpus.directories[0]} has another tokenizer than the model {origin}")
+        tokenizer = tokenizer or its_tokenizer
+    else:
+        model = GPT(config.model)
 
     # ---- the run's folder, held from here on
     run = launch.resumed
@@ -142,23 +152,14 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
     run = distributed.from_main(run)
 
-    # ---- model, optimizer, random generators
+    # ---- where and how it runs, optimizer, random generators
     if device.type == "cuda" and dtype != "float32":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    torch.manual_seed(training.seed)
-    origin = run / "last" if state else launch.imported
-    if origin:
-        model, its_tokenizer = checkpoint.load_model(origin, config.model)
-        if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
-            raise UserError(f"the dataset {corpus.directories[0]} has another tokenizer than the model {origin}")
-        tokenizer = tokenizer or its_tokenizer
-    else:
-        model = GPT(config.model)
     model.to(device)
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
         say("compiling      takes a minute or so")
-        example = [torch.zeros(micro_batch, block_size, dtype=torch.int64)] * (3 if config.data.document_mask else 2)
+        example = [torch.zeros(micro_batch, block_size, dtype=torch.int64)] * (3 if masked else 2)
         failure = runtime.compile_in_place(model, replica, example, device, dtype)
         if failure and training.compile is True:
             raise UserError(f"compile = true can't work here; --compile=False goes without it: {failure}")
@@ -223,7 +224,6 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
     # by the number of processes, since DistributedDataParallel averages their gradients.
-    order = train_tokens.training_order(block_size, training.seed)
     sequences_here = micro_steps * micro_batch
     parameters = list(model.parameters())
     meter = metrics.Meter()

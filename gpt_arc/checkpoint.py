@@ -151,6 +151,9 @@ def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
             raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
+        if not tensors[name].is_floating_point():
+            raise UserError(f"{path}: {name} has the type {tensors[name].dtype}, not one of floating point")
+        tensors[name] = tensors[name].float()
     return tensors
 
 

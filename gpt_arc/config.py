@@ -22,8 +22,6 @@ from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
 from model import GPTConfig
 
-DEFAULT_DATASET = "python_manual"
-
 
 @dataclass(frozen=True)
 class Source:
@@ -40,9 +38,9 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    dataset: str = DEFAULT_DATASET
+    dataset: str | None = None
     """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file may
-    mix several in its place, in tables [[data.mixture]] with name and weight."""
+    mix several in its place, in tables [[data.mixture]] with name and weight. None: the mixture, or python_manual."""
     mixture: tyro.conf.Suppress[tuple[Source, ...]] = ()
     """Tables [[data.mixture]]; no flag."""
     document_mask: bool = False
@@ -63,13 +61,13 @@ class DataConfig:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"the mixture names {name} twice")
-        if self.mixture and self.dataset != DEFAULT_DATASET:
+        if self.mixture and self.dataset is not None:
             raise ValueError(f"dataset = {self.dataset} contradicts the mixture of {', '.join(names)}: leave one out")
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The mixture, or the one dataset."""
-        return self.mixture or (Source(self.dataset, 1.0),)
+        return self.mixture or (Source(self.dataset or "python_manual", 1.0),)
 
 
 @dataclass(frozen=True)
@@ -337,6 +335,8 @@ class Arguments:
 
 def parse_arguments(args: list[str], description: str | None, settings: dict[str, Any], source: str) -> Config:
     """`settings`, which came from `source`, with the flags among `args` over them. Raises UserError."""
+    if any(arg.split("=")[0] == "--dataset" for arg in args):
+        settings = {name: value for name, value in settings.items() if name != "mixture"}
     base = build_config(settings, source)
     files = config_files(args)
     args = files + [arg for arg in args if arg not in files]  # tyro wants them side by side
@@ -358,12 +358,15 @@ def config_files(args: list[str]) -> list[str]:
 
 
 def read_files(files: list[str]) -> dict[str, Any]:
-    """The settings of several files, later ones winning; one dataset and a mixture take each other's place."""
+    """The settings of several files, later ones winning."""
     settings: dict[str, Any] = {}
     for file in files:
-        later = read_settings(Path(file))
-        for name, other in (("mixture", "dataset"), ("dataset", "mixture")):
-            if name in later and other not in later:
-                settings.pop(other, None)
-        settings |= later
+        settings = merge(settings, read_settings(Path(file)))
     return settings
+
+
+def merge(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `later` ones over them; one dataset and a mixture take each other's place."""
+    replaced = {"mixture": "dataset", "dataset": "mixture"}
+    gone = {other for name, other in replaced.items() if name in later and other not in later}
+    return {name: value for name, value in settings.items() if name not in gone} | later

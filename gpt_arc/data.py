@@ -40,6 +40,8 @@ class Corpus:
         """Tells this data from other data of the same name, as far as meta.json knows of it."""
         metas = [directory / "meta.json" for directory in self.directories]
         content = [meta.read_bytes() for meta in metas if meta.exists()]
+        if len(self.names) > 1:
+            content.append(repr((self.names, self.weights)).encode())
         return hashlib.sha256(b"".join(content)).hexdigest() if content else ""
 
     def separator(self) -> int:
@@ -119,7 +121,10 @@ class Split:
         return MixtureOrder(orders, self.bounds[:-1], self.weights, seed)
 
     def evaluation_starts(self, block_size: int, windows: int) -> np.ndarray:
-        """Windows to evaluate, every dataset having its share of them; 0: the whole of each."""
+        """First tokens of the windows to evaluate: every dataset's share of them, as far as its split has so many.
+
+        0 means the whole of every split.
+        """
         shares = [windows and max(1, round(windows * weight)) for weight in self.weights]
         starts = [evaluation_starts(len(part), block_size, share) for part, share in zip(self.parts, shares)]
         return np.concatenate([bound + own for bound, own in zip(self.bounds, starts)])

@@ -26,7 +26,7 @@ def download(name: str, files: tuple[str, ...]) -> Path:
 
     repository = NAMES.get(name) or name.removeprefix(PREFIX)
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except GatedRepoError:
         raise UserError(f"{repository} asks for its licence to be accepted: at huggingface.co/{repository}") from None
     except (RepositoryNotFoundError, HFValidationError):
@@ -36,3 +36,6 @@ def download(name: str, files: tuple[str, ...]) -> Path:
             f"{repository} can't be downloaded: connect once, or name a folder that holds its files "
             f"({type(error).__name__}: {first_line(error)})"
         ) from None
+    if set(WEIGHTS) <= set(files) and not any(folder.glob("*.safetensors")):  # offline, it may be a part
+        raise UserError(f"no safetensors of {repository} are here: connect once, if it has its weights in that form")
+    return folder

@@ -17,6 +17,7 @@ from gpt_arc.config import (
     Config,
     check_setting,
     config_files,
+    merge,
     parse_arguments,
     parse_run_flags,
     read_files,
@@ -135,14 +136,16 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         if not files:
             files = [str(resumed / "config.toml")]
             settings = read_files(files)
-    config = parse_arguments(args, description, settings | recorded, ", ".join(files))
+    config = parse_arguments(args, description, merge(settings, recorded), ", ".join(files))
     if not files:
         raise UserError("name a config file, for instance: python train.py configs/quickstart.toml")
     of_files = settings_of(Config()) | settings
     overrides = {
         setting: value
         for setting, value in settings_of(config).items()
-        if SETTINGS[setting][0] != "run" and (setting in recorded or value != of_files[setting])
+        if SETTINGS[setting][0] != "run"
+        and setting != "mixture"
+        and (setting in recorded or value != of_files[setting])
     }
     imported, adopted = None, {}
     if wanted.init_from not in ("scratch", "resume"):

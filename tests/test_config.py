@@ -220,5 +220,5 @@ def test_one_dataset_and_a_mixture_take_each_other_s_place_and_come_back_from_a_
     assert [(s.name, s.weight) for s in alone.data.sources] == [("a", 1)]
     again = Path(write(workplace / "again.toml", write_settings(settings_of(mixed))))
     assert build_config(read_settings(again), "again") == mixed
-    with pytest.raises(UserError, match="dataset = d contradicts the mixture of b, c"):
-        runs.read_command_line([str(two), "--dataset=d"], None)
+    flagged = runs.read_command_line([str(two), "--dataset=python_manual"], None).config
+    assert [source.name for source in flagged.data.sources] == ["python_manual"]

@@ -224,6 +224,7 @@ def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_thro
     assert np.array_equal(whole, pieces)
     assert not np.array_equal(whole, split.training_order(16, seed=6).starts(0, 20_000))
     sources = np.searchsorted(split.bounds, whole, side="right") - 1
+    assert not np.array_equal(sources[: order.CYCLE], sources[order.CYCLE : 2 * order.CYCLE])  # another order
     for source, own in enumerate(order.orders):
         seen = whole[sources == source] - split.bounds[source]
         assert seen.min() >= 0 and seen.max() + 17 <= len(split.parts[source])
@@ -231,6 +232,11 @@ def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_thro
         cycles = 4 * order.CYCLE
         given = np.sort(whole[:cycles][sources[:cycles] == source]) - split.bounds[source]
         assert np.array_equal(given, np.sort(own.starts(0, len(given))))
+
+
+def test_datasets_of_a_mixture_have_orders_of_their_own(tmp_path):
+    first, second = mixture(tmp_path, [5000, 5000], [1, 1]).training_order(16, seed=5).orders
+    assert not np.array_equal(first.starts(0, 100), second.starts(0, 100))
 
 
 def test_evaluation_of_a_mixture_stays_within_each_dataset(tmp_path):

@@ -510,3 +510,27 @@ def test_training_goes_on_from_a_model_with_its_architecture(documents, run):
     assert "from step 1" in run("--init_from=resume", "--max_iters=2", tiny=False)
     assert "model: val loss" in run("--dataset=one", "--init_from=model", "--eval_only=True")
     assert "has another tokenizer than the model" in run("--init_from=model").message
+
+
+@pytest.mark.parametrize(
+    "flags", [("--init_from=model",), ("--init_from=nowhere",), ("thin.toml",), ("--dataset=none",)]
+)
+def test_a_run_is_not_overwritten_by_one_that_cannot_begin(documents, run, flags):
+    save_model(GPT(GPTConfig(24, 260, n_layer=1, n_head=1, n_embd=4)), load_tokenizer(documents / "data/one"), "model")
+    table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
+    Path("thin.toml").write_text(table.format("one", 1) + table.format("two", 1e-9))
+    run("--out_dir=x", "--max_iters=2")
+    before = weights("x/last")
+    result = run("--out_dir=x", "--overwrite=True", *flags)
+    assert result.code == 2
+    after = weights("x/last")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_flag_wins_over_a_mixture_and_other_weights_are_noticed(documents, run):
+    assert "100.0% sums" in run("mixed.toml", "--dataset=sums", "--max_iters=2")
+    assert "100.0% sums" in run("mixed.toml", "--init_from=resume", "--max_iters=3", tiny=False)
+    run("mixed.toml", "--max_iters=2", "--out_dir=mixture")
+    Path("mixed.toml").write_text(Path("mixed.toml").read_text().replace("weight = 3", "weight = 30"))
+    resumed = run("mixed.toml", "--init_from=resume", "--max_iters=3", "--out_dir=mixture", tiny=False)
+    assert "not those that the run has seen" in resumed
