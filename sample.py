@@ -23,7 +23,7 @@ from gpt_arc.tokenizer import Tokenizer
 class SampleConfig:
     model: tyro.conf.Positional[str | None] = None
     """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    openai-gpt. None: the newest run under out/."""
+    openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
     out_dir: str | None = None
     """The same, as a flag."""
     init_from: str = "resume"

@@ -137,7 +137,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if origin:
         model, its_tokenizer = checkpoint.load_model(origin, config.model)
         if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
-            raise UserError(f"the dataset {corpus.directories[0]} has another tokenizer than the model {origin}")
+            raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
         tokenizer = tokenizer or its_tokenizer
     else:
         model = GPT(config.model)

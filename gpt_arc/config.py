@@ -158,7 +158,7 @@ class RunConfig:
     """Folder of the run. None: out/NAME of the config file, or out/NAME-2, -3 ... where that is taken."""
     init_from: str = "scratch"
     """scratch; resume: go on with out_dir, or with the newest run of the config named; or a model to start from: gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl, openai-gpt, or any model directory."""
+    gpt2-medium, gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME of the Hugging Face hub, or any model directory."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
     eval_only: bool = False

@@ -1,6 +1,7 @@
 """What training reads: prepared datasets, the order of their windows, and the fixed windows of an evaluation."""
 
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,12 @@ class Corpus:
                     f"block_size = {block_size} is longer than the {name} split of {directory}: a window and its "
                     f"last target take {block_size + 1} tokens and it has {len(files)}; lower --block_size"
                 )
+            counted = _tokens_of(directory, name)
+            if counted not in (None, len(files)):
+                raise UserError(
+                    f"{directory} has {len(files):,} tokens in its {name} split, its meta.json counts {counted:,}: a "
+                    "token file is missing or surplus; prepare the dataset again"
+                )
             parts.append(files)
         return Split(parts, self.weights, self.separator() if document_mask else None)
 
@@ -73,6 +80,14 @@ class Corpus:
             f"{weight:.1%} {name}: {tokens * weight / len(part):.3g} epochs of {len(part):,} tokens"
             for name, weight, part in shares
         ]
+
+
+def _tokens_of(directory: Path, split: str) -> int | None:
+    """The number of tokens that meta.json counts, None where there is none, as beside others' shards."""
+    try:
+        return int(json.loads((directory / "meta.json").read_text())["tokens"][split])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def prepare_missing(sources: Sequence[Source]) -> None:

@@ -50,7 +50,8 @@ def parse_flags(
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
             raise UserError(f"the argument {flag} is not understood: write --name=value")
-        near = difflib.get_close_matches(flag.lstrip("-").replace("-", "_"), _names(cls), n=1)
+        name = flag.lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, (known for known in _names(cls) if known != name), n=1)
         raise UserError(f"there is no flag {flag}; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
     return parsed
 

@@ -278,9 +278,13 @@ class LibraryTokenizer(Tokenizer):
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all texts get the same ids: not so the rest of tokenizer_config.json, such as chat templates."""
-        same = isinstance(other, LibraryTokenizer) and self.end_of_text == other.end_of_text
-        return same and self._library.to_str() == other._library.to_str()
+        return isinstance(other, LibraryTokenizer) and self._ids_follow_from == other._ids_follow_from
+
+    @cached_property
+    def _ids_follow_from(self) -> tuple:
+        """What decides the ids of a text, unlike what adds tokens around it, decodes them or templates chats."""
+        table = json.loads(self._library.to_str())
+        return self.end_of_text, *(table[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
     def files(self) -> dict[str, bytes]:
         return {FILE_NAME: self._content} | ({} if self._settings is None else {SETTINGS_FILE: self._settings})
@@ -398,7 +402,7 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
         plain
         and kind == "BPE"
         and {"use_regex": True, **pre_tokenizer, "trim_offsets": True} == as_gpt2
-        and (table.get("post_processor") or as_gpt2)["type"] == "ByteLevel"
+        and (table.get("post_processor") or as_gpt2)["type"] in ("ByteLevel", "TemplateProcessing")  # no token is added
         and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback"))
         and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
         and all(token["special"] for token in added)
@@ -492,7 +496,7 @@ def find_tokenizer(name: str) -> Tokenizer:
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.TOKENIZER))
     raise UserError(
-        f"there is no tokenizer {name}: it may be gpt2, the name of a dataset below {DATA_ROOT}/, a folder that holds "
-        f"{FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, such a file, or hf:OWNER/NAME for a model "
-        "on the Hugging Face hub"
+        f"there is no tokenizer {name}: it may be gpt2 (or char, for prepare/text.py), the name of a dataset below "
+        f"{DATA_ROOT}/, a folder that holds {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, such a "
+        "file, or hf:OWNER/NAME for a model on the Hugging Face hub"
     )

@@ -277,3 +277,15 @@ def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separ
         corpus("a", "b", "c")
     with pytest.raises(UserError, match="document_mask = true needs documents that an end-of-text token parts"):
         corpus("a").split("train", 4, 2, document_mask=True)
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(90, int), "val": np.zeros(80, int)}, {})
+    write_tokens(tmp_path / "d" / "train_000001.bin", np.zeros(50, int), 2)
+    corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
+    with pytest.raises(
+        UserError, match="140 tokens in its train split, its meta.json counts 90: a token file is missing"
+    ):
+        corpus.split("train", 8, 2, False)
+    assert len(corpus.split("val", 8, 2, False)) == 80

@@ -134,9 +134,16 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     (tmp_path / "empty").mkdir()
     run(tmp_path / "ours", tmp_path / "empty")
     assert "holds an export already" in run(tmp_path / "ours", tmp_path / "empty")
-    (tmp_path / "empty" / "stale").touch()
-    run(tmp_path / "ours", tmp_path / "empty", "--overwrite=True")
-    assert not (tmp_path / "empty" / "stale").exists()
+    (tmp_path / "empty" / "notes.txt").touch()
+    refused = run(tmp_path / "ours", tmp_path / "empty", "--overwrite=True")
+    assert "holds more than an export, notes.txt for one" in refused
+    (tmp_path / "empty" / "notes.txt").rename(tmp_path / "notes.txt")
+    (tmp_path / "empty" / "tokenizer.json").touch()  # an older export's
+    (tmp_path / "link").symlink_to("empty")
+    run(tmp_path / "ours", tmp_path / "link", "--overwrite=True")
+    assert not (tmp_path / "empty" / "tokenizer.json").exists()
+    modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
+    assert len(modes) == 1, modes  # as the umask has it
     for place in ("ours", "file"):
         (tmp_path / "file").touch()
         refused = run(tmp_path / "ours", tmp_path / place, "--overwrite=True")

@@ -1,5 +1,6 @@
 """Tokenizers against the libraries that read the same files: `tokenizers`, transformers, `sentencepiece`."""
 
+import contextlib
 import json
 import pickle
 import random
@@ -372,6 +373,23 @@ def test_truncation_padding_and_templates_of_a_file_do_not_act(foreign, tmp_path
     assert LibraryTokenizer(reference.to_str().encode()).encode("The cat sat on the mat") == plain
 
 
+def test_what_transformers_saves_is_still_the_same_tokenizer(own, foreign, tmp_path):
+    """It adds templates that add nothing, and settings; the ids stay, and so the datasets made with them fit."""
+    from transformers import PreTrainedTokenizerFast
+
+    library = LibraryTokenizer(json.dumps(foreign["qwen"]).encode())
+    for i, tokenizer in enumerate((own, library)):
+        (tmp_path / f"{i}").mkdir()
+        tokenizer.save(tmp_path / f"{i}")
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / f"{i}" / "tokenizer.json"))
+        theirs.save_pretrained(tmp_path / f"{i}-saved")
+        again = load_tokenizer(tmp_path / f"{i}-saved")
+        assert again == tokenizer
+    other = json.loads(json.dumps(foreign["qwen"]))
+    other["normalizer"] = {"type": "Lowercase"}
+    assert LibraryTokenizer(json.dumps(other).encode()) != library
+
+
 @pytest.mark.parametrize(
     ("declared", "end"),
     [
@@ -485,10 +503,13 @@ def test_tokenizers_are_found_by_name(own, tmp_path, monkeypatch):
     for name in ("mine", "data/mine", "data/mine/tokenizer.json", str(tmp_path / "data" / "mine"), "hf:a/b"):
         assert find_tokenizer(name) == own
     assert find_tokenizer("openai-gpt") == own
+    own.save((tmp_path / "data" / "mine").rename(tmp_path / "data" / "gpt2"))  # nothing of one's own takes that name
+    with contextlib.suppress(UserError):  # the merges may not be at hand
+        assert find_tokenizer("gpt2") != own
     assert [repository for repository, _ in asked] == ["a/b", "openai-community/openai-gpt"]
     assert "tokenizer.json" in asked[0][1] and not any("safetensors" in pattern for pattern in asked[0][1])
     with pytest.raises(
-        UserError, match="no tokenizer theirs: it may be gpt2, the name of a dataset below data/, a fol"
+        UserError, match="no tokenizer theirs: it may be gpt2 .or char, for prepare/text.py., the name of a dataset"
     ):
         find_tokenizer("theirs")
 

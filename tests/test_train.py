@@ -509,7 +509,7 @@ def test_training_goes_on_from_a_model_with_its_architecture(documents, run):
         torch.testing.assert_close(tensor, start[name][:16] if name == "position_embedding.weight" else start[name])
     assert "from step 1" in run("--init_from=resume", "--max_iters=2", tiny=False)
     assert "model: val loss" in run("--dataset=one", "--init_from=model", "--eval_only=True")
-    assert "has another tokenizer than the model" in run("--init_from=model").message
+    assert "has another tokenizer than model: prepare it with --tokenizer model" in run("--init_from=model").message
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,19 @@ from typing import Literal
 import tyro
 
 from gpt_arc.errors import UserError, entry_point, first_line
-from gpt_arc.files import new_directory, write_file
+from gpt_arc.files import new_directory, replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 
 MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
+NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE}  # nor one that holds more than an export's files
 
 
 @dataclass(frozen=True)
 class Options:
     model: tyro.conf.Positional[str]
-    """A run folder, whose best checkpoint is taken, a model directory, or the name of a published model: gpt2."""
+    """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: tyro.conf.Positional[Path]
     """The folder to write."""
     to: Literal["hf"] = "hf"
@@ -44,6 +46,9 @@ def check_output(folder: Path, overwrite: bool) -> None:
     readme = folder / "README.md"
     if not readme.is_file() or not readme.read_text("utf-8", errors="replace").startswith(MARK):
         raise UserError(f"{folder} holds something else than an export: name another folder")
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES)
+    if others:
+        raise UserError(f"{folder} holds more than an export, {others[0]} for one: name another folder")
     if not overwrite:
         raise UserError(f"{folder} holds an export already: name another folder, or add --overwrite=True")
 
@@ -93,9 +98,10 @@ def main() -> None:
     files["README.md"] = f"{MARK} from {options.model}, as {config['model_type']} of transformers.\n".encode()
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, model.config.block_size)
-    with new_directory(options.output) as temporary:
+    with new_directory(options.output.resolve()) as temporary:
         try:
-            save_file(dict(hf_tensors(model, getattr(torch, options.dtype))), temporary / WEIGHTS, {"format": "pt"})
+            with replacing(temporary / WEIGHTS) as path:
+                save_file(dict(hf_tensors(model, getattr(torch, options.dtype))), path, {"format": "pt"})
         except SafetensorError as error:  # as of a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
         for name, content in files.items():
