@@ -81,7 +81,7 @@ def main() -> None:
 
     from gpt_arc import runs, runtime
     from gpt_arc.checkpoint import load_model, model_directory
-    from gpt_arc.corpus import read_text
+    from gpt_arc.documents import read_text
     from gpt_arc.generate import check_sampling, generate
 
     check_sampling(config.temperature, config.top_k, config.top_p)

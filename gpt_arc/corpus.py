@@ -1,7 +1,9 @@
 """From text to a prepared dataset: what the scripts in prepare/ share.
 
 A corpus of any size goes through in a stream: the main thread reads, worker threads encode, results are written in
-order. What a run has written lies in data/.NAME.partial until it is whole; a run that was stopped goes on there.
+order. A text file goes in pieces for char and GPT-2's kind of tokenizer; for others it is held whole, as a line of JSON
+or a row of parquet always is. What a run has written lies in data/.NAME.partial until all is; a run that was stopped
+goes on there.
 """
 
 import contextlib
@@ -27,8 +29,8 @@ from tqdm import tqdm
 from gpt_arc.documents import BEGINNING, Cut, Documents
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, put_directory, sync, write_file
-from gpt_arc.token_files import MAX_TOKENS, ShardWriter, TokenFiles, write_dataset
-from gpt_arc.tokenizer import CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from gpt_arc.token_files import MAX_TOKENS, ShardWriter, TokenFiles
+from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 
 BATCH = 2**20  # characters that a worker encodes at a time
 SAVE_EVERY = 2**24  # tokens after which a run that is stopped goes on
@@ -52,7 +54,7 @@ class CorpusSettings:
     workers: int | None = None
     """Threads that encode. None: one per core."""
     overwrite: bool = False
-    """Replace data/NAME if it holds something else."""
+    """Prepare data/NAME anew, whatever it holds."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
@@ -61,34 +63,6 @@ class CorpusSettings:
             raise ValueError(f"shard_tokens = {self.shard_tokens} must be at least 1 and at most {MAX_TOKENS}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers = {self.workers} must be at least 1")
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text. Raises UserError if it can't be read, or naming the first byte that is not UTF-8."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no text
-    except UnicodeDecodeError as error:
-        wrong = error.object[error.start]
-        raise UserError(f"{path} is not UTF-8 text: byte 0x{wrong:02X} at offset {error.start}") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}") from None
-
-
-def prepare_text(text: str, name: str, source: str, overwrite: bool) -> None:
-    """Write data/NAME from a short text by characters; the last tenth of them is the val split.
-
-    A dataset of this name stays if it was made of the same text; otherwise this raises UserError, unless `overwrite`.
-    """
-    directory = dataset_directory(name)
-    digest = hashlib.sha256(hashlib.sha256(text.encode()).digest()).hexdigest()
-    made_of = {"sha256": digest, "tokenizer": "char", "val": "last tenth"}
-    if _is_prepared(directory, made_of, None, overwrite):
-        return
-    tokenizer = CharTokenizer.from_text(text)
-    tokens, cut = tokenizer.encode_array(text), len(text) * 9 // 10
-    splits = {"train": tokens[:cut], "val": tokens[cut:]}
-    write_dataset(directory, tokenizer, splits, {"source": source, "made_of": made_of})
-    _report(directory, len(text), tokenizer, {split: len(tokens) for split, tokens in splits.items()})
 
 
 def dataset_directory(name: str) -> Path:
@@ -103,7 +77,9 @@ class Progress:
     """How far a run has come: what going on takes."""
 
     position: Any = None  # in the documents, behind what has been written
+    revision: str | None = None  # of the documents
     documents: int = 0  # that ended before it
+    empty: int = 0  # documents without text, which are not among those
     characters: int = 0  # before it
     side: str | None = None  # the split of the document that it lies in
     bytes_read: int = 0
@@ -124,37 +100,46 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
     made_of = {
         **documents.identity(),
-        "tokenizer": settings.tokenizer if settings.tokenizer in ("char", "gpt2") else _digest(tokenizer),
+        "tokenizer": "char" if by_characters else _digest(tokenizer),
         "split": rule,
         "val_fraction": settings.val_fraction,
         "shard_tokens": settings.shard_tokens,
     }
-    if _is_prepared(directory, made_of, tokenizer, settings.overwrite):
-        return
     part = settings.val_fraction
     val = f"{part:g} of the documents, by a hash" if rule == "hash" else f"the last {part:g} of the characters"
-    print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
 
-    with _work_folder(directory, made_of) as work:
-        boundary = None
-        if by_characters or rule == "tail":
-            total, found = _survey(documents, "anywhere" if by_characters else "space", by_characters)
-            tokenizer = CharTokenizer(sorted(found)) if by_characters and found else tokenizer
-            if total < 2:
-                raise UserError(f"{documents.name} has {total} characters: two are the least that can be split")
-            if rule == "tail":  # exactly: a tenth in floating point is a little more
-                boundary = total - math.ceil(total * Fraction(str(settings.val_fraction)))
-        done = _write_shards(documents, settings, tokenizer, boundary, work)
-        _refuse_an_empty_split(done, documents.name, rule)
-        tokens = {"train": done.train, "val": done.val}
-        dataset = work / "dataset"
-        assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
-        meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
-        meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
-        tokenizer.save(dataset)
-        write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
-        put_directory(dataset, directory)
-    _report(directory, done.characters, tokenizer, tokens)
+    work = directory.with_name(f".{directory.name}.partial")
+    with _locked(directory):
+        if _is_prepared(directory, made_of, tokenizer, settings.overwrite):
+            print(f"{directory} is prepared already")
+            if _read_json(work / "plan.json") in (None, made_of):  # of a run that was killed at its end
+                _remove(work)
+            return
+        print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
+        with _carrying_out(made_of, work, settings.overwrite):
+            documents.revision = (_read_json(work / "progress.json") or {}).get("revision")
+            boundary = None
+            if by_characters or rule == "tail":
+                total, found = _survey(documents, "anywhere" if by_characters else "space", by_characters)
+                tokenizer = CharTokenizer(sorted(found)) if by_characters and found else tokenizer
+                if total < 2:
+                    raise UserError(f"{documents.name} has {total} characters: two are the least that can be split")
+                if rule == "tail":  # exactly: a tenth in floating point is a little more
+                    boundary = total - math.ceil(total * Fraction(str(part)))
+            done = _write_shards(documents, settings, tokenizer, boundary, work)
+            _refuse_an_empty_split(done, documents.name, rule)
+            tokens = {"train": done.train, "val": done.val}
+            dataset = work / "dataset"
+            assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
+            meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
+            meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
+            meta |= {"revision": documents.revision} if documents.revision else {}
+            tokenizer.save(dataset)
+            write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
+            put_directory(dataset, directory)
+    counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
+    empty = f", {done.empty:,} empty document{'s' if done.empty > 1 else ''} left out" if done.empty else ""
+    print(f"{directory}: {done.characters:,} characters, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
 
 def _write_shards(
@@ -165,9 +150,7 @@ def _write_shards(
     if saved.position is not None:
         print(f"going on after {saved.train + saved.val:,} tokens", flush=True)
     writers = {
-        split: ShardWriter(
-            work / "dataset", split, tokenizer.vocab_size, settings.shard_tokens, written=getattr(saved, split)
-        )
+        split: ShardWriter(work / "dataset", split, tokenizer.vocab_size, settings.shard_tokens, getattr(saved, split))
         for split in SPLITS
     }
     cut: Cut = "never"
@@ -176,7 +159,7 @@ def _write_shards(
     batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     documents.bytes_read = saved.bytes_read
-    shown = _Shown("encoding", documents.total_bytes, saved.bytes_read)
+    bar = _ProgressBar("encoding", documents.total_bytes, saved.bytes_read)
     done = saved
     for done, tokens in _in_order(partial(_encode, tokenizer), batches, settings.workers or cores):
         for split, writer in writers.items():
@@ -186,12 +169,12 @@ def _write_shards(
             for writer in writers.values():
                 writer.save()
             sync(work / "dataset")
-            write_file(work / "progress.json", json.dumps(asdict(done)))
+            write_file(work / "progress.json", json.dumps(asdict(replace(done, revision=documents.revision))))
             saved = done
-        shown.at(done.bytes_read)
+        bar.at(done.bytes_read)
     for writer in writers.values():
         writer.close()
-    shown.close()
+    bar.close()
     return done
 
 
@@ -214,14 +197,14 @@ def _batches(
             parts = [("train", text[:at], ends or seen.characters + at == boundary), ("val", text[at:], ends)]
             batch += [part for part in parts if part[1]]
         seen.documents += bool(text) and ends
+        seen.empty += not text  # a text comes in pieces that have some
         seen.characters += len(text)
         seen.side = None if ends else seen.side
         size += len(text)
         if size >= BATCH:
             yield batch, replace(seen, position=documents.position(), bytes_read=documents.bytes_read)
             batch, size = [], 0
-    if batch:
-        yield batch, replace(seen, position=documents.position(), bytes_read=documents.bytes_read)
+    yield batch, replace(seen, position=documents.position(), bytes_read=documents.bytes_read)
 
 
 def _side(text: str, val_fraction: float) -> str:
@@ -265,14 +248,14 @@ def _in_order(encode: Callable, batches: Iterator[tuple[list[Part], Progress]], 
 
 def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, set[str]]:
     """The number of characters, and which there are if `collect`."""
-    shown = _Shown("counting characters", documents.total_bytes, 0)
+    bar = _ProgressBar("counting characters", documents.total_bytes, 0)
     total, found = 0, set()
     for text, _ in documents.pieces(cut):
         total += len(text)
         if collect:
             found.update(text)
-        shown.at(documents.bytes_read)
-    shown.close()
+        bar.at(documents.bytes_read)
+    bar.close()
     return total, found
 
 
@@ -281,36 +264,45 @@ def _refuse_an_empty_split(done: Progress, name: str, rule: str) -> None:
         raise UserError(f"{name} has no text")
     for split, change in (("train", "lower"), ("val", "raise")):
         if getattr(done, split) == 0:
-            other = "" if rule == "tail" else ", or cut the text by --split=tail"
-            raise UserError(
-                f"nothing of the {done.documents:,} documents of {name} falls into {split}: {change} "
-                f"--val_fraction{other}"
-            )
+            mend = f"{change} --val_fraction" + (", or cut the text by --split=tail" if rule == "hash" else "")
+            raise UserError(f"nothing of the {done.documents:,} documents of {name} falls into {split}: {mend}")
 
 
 @contextlib.contextmanager
-def _work_folder(directory: Path, plan: dict[str, Any]) -> Iterator[Path]:
-    """The folder in which `plan` is carried out, with what a stopped run of the same plan left; gone afterwards."""
-    folder = directory.with_name(f".{directory.name}.partial")
-    with _locked(directory):
-        if _read_json(folder / "plan.json") != plan:
-            if folder.exists():
-                print(f"{folder} is of other texts or settings: beginning anew", flush=True)
-                shutil.rmtree(folder)
-            (folder / "dataset").mkdir(parents=True)
-            write_file(folder / "plan.json", json.dumps(plan))
-        try:
-            yield folder
-            shutil.rmtree(folder)
-        except BaseException as error:
-            saved = (folder / "progress.json").exists()
-            if not saved:
-                shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt) and saved:
-                raise KeyboardInterrupt("interrupted: the same command goes on where this one stopped") from None
-            if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(folder)  # as of a full disk: say where
-            raise
+def _carrying_out(plan: dict[str, Any], folder: Path, overwrite: bool) -> Iterator[None]:
+    """Make `folder` that of `plan`, with what a stopped run of the same plan left in it; gone afterwards.
+
+    Raises UserError if a run of another plan left its work there, unless `overwrite`.
+    """
+    before = _read_json(folder / "plan.json")
+    if before != plan or not (folder / "dataset").is_dir():  # or that run had put it in place already
+        if before not in (None, plan) and (folder / "progress.json").exists() and not overwrite:
+            changed = sorted(key for key in {*before, *plan} if before.get(key) != plan.get(key))
+            raise UserError(
+                f"{folder} holds what a stopped run has prepared with other settings or texts ({', '.join(changed)}): "
+                "its command goes on there, and --overwrite=True begins anew"
+            )
+        _remove(folder)
+        (folder / "dataset").mkdir(parents=True)
+        write_file(folder / "plan.json", json.dumps(plan))
+    try:
+        yield
+        _remove(folder)
+    except BaseException as error:
+        saved = (folder / "progress.json").exists()
+        if not saved:
+            _remove(folder)
+        if isinstance(error, KeyboardInterrupt) and saved:
+            raise KeyboardInterrupt("interrupted: the same command goes on where this one stopped") from None
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(folder)  # as of a full disk: say where
+        raise
+
+
+def _remove(folder: Path) -> None:
+    for name in ("progress.json", "plan.json"):  # first, so that nobody goes on in what is left after a kill
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -355,18 +347,14 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
         load_tokenizer(directory)
     except UserError:
         return False
-    print(f"{directory} is prepared already")
     return True
 
 
-def _report(directory: Path, characters: int, tokenizer: Tokenizer, tokens: dict[str, int]) -> None:
-    counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
-    print(f"{directory}: {characters:,} characters, vocabulary {tokenizer.vocab_size:,}, {counts}")
-
-
 def _digest(tokenizer: Tokenizer) -> str:
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.files().items()}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    parts = [tokenizer.files()]
+    if isinstance(tokenizer, BPETokenizer):  # to find GPT-2's merges for its file takes a second
+        parts = [tokenizer.ranks, tokenizer.special]
+    return hashlib.sha256(repr([sorted(part.items()) for part in parts]).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict | None:
@@ -377,7 +365,7 @@ def _read_json(path: Path) -> dict | None:
         return None
 
 
-class _Shown:
+class _ProgressBar:
     """A progress bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self, what: str, total: int | None, start: int):

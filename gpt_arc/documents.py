@@ -4,7 +4,7 @@
     for text, ends in documents.pieces("space"):      # `ends`: the document ends with this text
         where = documents.position()                  # JSON-able; documents.pieces("space", where) goes on there
 
-A text file is one document, a line of JSON or a row of parquet another.
+A text file is one document, a line of JSON or a row of parquet another; one without text (null) is an empty document.
 """
 
 import abc
@@ -20,7 +20,8 @@ import logging
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -40,12 +41,13 @@ Cut = Literal["anywhere", "space", "never"]  # where a document may be cut into 
 
 
 class Documents(abc.ABC):
-    """Texts in a fixed order. Documents too long for the memory come in pieces."""
+    """Texts in a fixed order. Text files come in pieces where they may be cut, every other document whole."""
 
     name: str  # what a message calls them
     total_bytes: int | None = None  # of what is to be read, None where nobody knows
     bytes_read: int = 0
     is_one: bool = False  # whether they are a single text rather than a collection
+    revision: str | None = None  # which state of what may change is read: given to go on, else set on beginning
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -60,6 +62,25 @@ class Documents(abc.ABC):
         """Where `pieces` goes on after the text that came last."""
 
 
+class Text(Documents):
+    """A single text in memory."""
+
+    is_one = True
+
+    def __init__(self, text: str, name: str):
+        self.text, self.name = text, name
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": hashlib.sha256(self.text.encode()).hexdigest()}
+
+    def pieces(self, cut: Cut, position: bool | None = None) -> Iterator[tuple[str, bool]]:
+        if position is None:
+            yield self.text, True
+
+    def position(self) -> bool:
+        return True
+
+
 class Files(Documents):
     """The documents of files: text, JSON lines or parquet, as their names end; text and JSON lines also packed."""
 
@@ -69,10 +90,9 @@ class Files(Documents):
         self._stats = [path.stat() for path in paths]
         self.total_bytes = sum(stat.st_size for stat in self._stats)
         self.is_one = len(paths) == 1 and not _holds_many(paths[0])
-        self._position = [0, None]
 
     def identity(self) -> dict[str, Any]:
-        listing = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, self._stats)]
+        listing = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, self._stats)]
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()  # a million names would swell meta.json
         return {"files": len(listing), "bytes": self.total_bytes, "names_sizes_times": digest, "field": self.field}
 
@@ -80,7 +100,7 @@ class Files(Documents):
         return self._position
 
     def pieces(self, cut: Cut, position: list | None = None) -> Iterator[tuple[str, bool]]:
-        first, place = position or (0, None)
+        first, place = self._position = position or [0, None]
         before = sum(stat.st_size for stat in self._stats[:first])
         for index, path in enumerate(self.paths[first:], first):
             many = _holds_many(path)
@@ -98,7 +118,10 @@ class Files(Documents):
 
 
 class HubDocuments(Documents):
-    """The rows of a dataset on the Hugging Face hub, streamed; `options` are those of `datasets.load_dataset`."""
+    """The rows of a dataset on the Hugging Face hub, streamed; `options` are those of `datasets.load_dataset`.
+
+    `revision` is a commit there: what is read on is what was begun, whatever its owner has changed since.
+    """
 
     def __init__(self, dataset: str, field: str = "text", **options: Any):
         self.name, self.dataset, self.field, self.options = dataset, dataset, field, options
@@ -111,10 +134,13 @@ class HubDocuments(Documents):
         return self._rows.state_dict()
 
     def pieces(self, cut: Cut, position: dict | None = None) -> Iterator[tuple[str, bool]]:
-        self._rows = self._load()
-        if position is not None:
-            self._rows.load_state_dict(position)
         try:
+            try:
+                self._rows = self._load("main")
+            except RuntimeError:  # a dataset that is still a script: the hub keeps a copy of it in parquet
+                self._rows = self._load("refs/convert/parquet")
+            if position is not None:
+                self._rows.load_state_dict(position)
             for row in self._rows:
                 text = _text_of(row, self.field, self.dataset)
                 self.bytes_read += len(text)
@@ -123,27 +149,36 @@ class HubDocuments(Documents):
             raise
         except Exception as error:  # every library between here and the network raises its own
             raise UserError(
-                f"{self.dataset} can't be read on ({first_line(error)}): the same command goes on from here"
+                f"{self.dataset} can't be had from the Hugging Face hub ({first_line(error)}): connect, and the same "
+                "command goes on from here, or give its parquet files by --input FOLDER"
             ) from None
 
-    def _load(self) -> Any:
-        datasets = extra("datasets")
+    def _load(self, branch: str) -> Any:
+        datasets, hub = extra("datasets"), extra("huggingface_hub")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
-        load = partial(datasets.load_dataset, self.dataset, split="train", streaming=True, **self.options)
-        try:
-            try:
-                rows = load()
-            except RuntimeError:  # a dataset that is still a script: the hub keeps a copy of it in parquet
-                rows = load(revision="refs/convert/parquet")
-        except Exception as error:
-            raise UserError(
-                f"{self.dataset} can't be had from the Hugging Face hub ({first_line(error)}): connect, or give its "
-                "parquet files by --input FOLDER"
-            ) from None
+        commit = self.revision or hub.HfApi().dataset_info(self.dataset, revision=branch).sha
+        rows = datasets.load_dataset(self.dataset, split="train", streaming=True, revision=commit, **self.options)
+        self.revision = commit
         return rows.select_columns([self.field])
 
 
-def find_files(inputs: list[str], pattern: str | None = None) -> list[Path]:
+@dataclass(frozen=True, kw_only=True)
+class InputSettings:
+    """Which files hold the documents."""
+
+    input: tuple[str, ...]
+    """Files, folders and glob patterns."""
+    field: str = "text"
+    """The field of JSON lines, or the column of parquet, that holds the text."""
+    pattern: str | None = None
+    """Which files of a folder, at any depth. None: .txt, .jsonl and .parquet."""
+
+    def files(self) -> Files:
+        """The documents. Raises UserError for an input that names no file."""
+        return Files(find_files(self.input, self.pattern), self.field)
+
+
+def find_files(inputs: Iterable[str], pattern: str | None = None) -> list[Path]:
     """The files that `inputs` name: files, folders and glob patterns; each once, those of one input sorted.
 
     Of a folder come the files below it that match `pattern`, without one those of a known kind. Raises UserError for
@@ -170,18 +205,21 @@ def find_files(inputs: list[str], pattern: str | None = None) -> list[Path]:
     return list(files)
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text. Raises UserError if it can't be read, or naming the first byte that is not UTF-8."""
+    return "".join(text for text, _, _ in _read_text(path, "never", None))
+
+
 def gathered(args: list[str]) -> list[str]:
     """A command line with its --input flags as one: --input A --input B means what --input A B does."""
     inputs: list[str] = []
     others: list[str] = []
     target = others
     for arg in args:
-        flag, equals, value = arg.partition("=")
         if arg.startswith("--"):
-            target = inputs if flag == "--input" else others
-            target += [value] if flag == "--input" and equals else [arg] if flag != "--input" else []
-        else:
-            target.append(arg)
+            target = inputs if arg.partition("=")[0] == "--input" else others
+        if arg != "--input":
+            target.append(arg.removeprefix("--input="))
     return others + (["--input", *inputs] if inputs else [])
 
 
@@ -234,7 +272,7 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
     with _opened(path, offset) as (file, raw):
         while block := file.read(PIECE):
             read += len(block)
-            text = _decode(decoder, block, read, path)
+            text = _decode(decoder.decode, block, path, read - len(block) - len(decoder.getstate()[0]))
             if read == len(block) and text.startswith("\ufeff"):  # a byte-order mark is no text
                 text, offset = text[1:], 3
             at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # fewer bytes are the last
@@ -244,18 +282,17 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
                 yield piece, offset, raw.tell()
                 waiting, text = [], text[at:]
             waiting.append(text)
-        _decode(decoder, b"", read, path)
+        _decode(partial(decoder.decode, final=True), b"", path, read - len(decoder.getstate()[0]))
         yield "".join(waiting), None, raw.tell()
 
 
-def _decode(decoder: codecs.IncrementalDecoder, block: bytes, read: int, path: Path) -> str:
+def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, offset: int) -> str:
+    """`decode` of bytes at `offset`. Raises UserError naming the first that is not UTF-8."""
     try:
-        return decoder.decode(block, final=not block)
+        return decode(content)
     except UnicodeDecodeError as error:
-        offset = read - len(error.object) + error.start
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02X} at offset {offset}"
-        ) from None
+        wrong, at = error.object[error.start], offset + error.start
+        raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}") from None
 
 
 def _place_to_cut(text: str, cut: Cut) -> int:
@@ -278,11 +315,9 @@ def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterato
             offset += len(line)
             if line.isspace():
                 continue
+            text = _decode(bytes.decode, line, f"{path}:{number}", begin)
             try:
-                row = json.loads(line.decode("utf-8-sig" if begin == 0 else "utf-8"))
-            except UnicodeDecodeError as error:
-                wrong, at = line[error.start], begin + error.start
-                raise UserError(f"{path}:{number} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}") from None
+                row = json.loads(text.removeprefix("\ufeff") if begin == 0 else text)
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number} is not a line of JSON: {first_line(error)}") from None
             yield _text_of(row, field, f"{path}:{number}"), [offset, number], raw.tell()
@@ -311,15 +346,16 @@ def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[s
 
 
 def _text_of(row: Any, field: str, place: str) -> str:
-    """A row's text. Raises UserError where it has none, saying which fields there are."""
+    """A row's text, empty where it is null. Raises UserError for no text, saying which fields there are."""
     if not isinstance(row, dict):
         raise UserError(f"{place} is not an object with fields, as {{{json.dumps(field)}: ...}} would be")
     if field not in row:
         raise UserError(f"{place} has no field {field!r}: {_fields(row)}")
-    if not isinstance(row[field], str):
-        kind = type(row[field]).__name__
+    text = "" if row[field] is None else row[field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
         raise UserError(f"{place}: the field {field!r} is no text but of the type {kind}; --field names another")
-    return well_formed(row[field])
+    return well_formed(text)
 
 
 def _fields(names: Iterable[str]) -> str:

@@ -13,16 +13,16 @@ from typing import Literal
 
 from gpt_arc.corpus import CorpusSettings, prepare_documents
 from gpt_arc.documents import Files, HubDocuments, find_files, gathered
-from gpt_arc.errors import entry_point
+from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. None: stream it."""
-    sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] = "sample-10BT"
-    """Which sample to stream: 10, 100 or 350 billion tokens."""
+    """Its parquet files, or folders of them. Without any it is streamed."""
+    sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] | None = None
+    """Which sample to stream, of 10, 100 or 350 billion tokens. None: sample-10BT."""
     name: str = "fineweb"
     """Name of the dataset: it becomes data/NAME."""
     val_fraction: float = 0.001
@@ -31,8 +31,10 @@ class Options(CorpusSettings):
 
 def main() -> None:
     options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    if options.input and options.sample:
+        raise UserError(f"--sample={options.sample} says what to stream, but --input names files: give one of the two")
     local = options.input and Files(find_files(options.input), "text")
-    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample)
+    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
     prepare_documents(local or streamed, options, options.name)
 
 

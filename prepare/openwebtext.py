@@ -18,7 +18,7 @@ from gpt_arc.flags import parse_flags
 @dataclass(frozen=True, kw_only=True)
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. None: stream it."""
+    """Its parquet files, or folders of them. Without any it is streamed."""
     val_fraction: float = 0.0005
     """How much of the documents goes to val: nanoGPT's part."""
 

@@ -9,7 +9,8 @@ Python that runs this. Nothing is downloaded.
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.corpus import prepare_text
+from gpt_arc.corpus import CorpusSettings, prepare_documents
+from gpt_arc.documents import Text
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 
@@ -17,15 +18,15 @@ from gpt_arc.flags import parse_flags
 @dataclass(frozen=True)
 class Options:
     overwrite: bool = False
-    """Replace data/python_manual if it holds something else, as that of another Python."""
+    """Prepare data/python_manual anew, whatever it holds, as that of another Python."""
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     from pydoc_data.topics import topics
 
-    source = f"pydoc_data.topics of Python {sys.version.split()[0]}"
-    prepare_text("\n".join(topics.values()), "python_manual", source, options.overwrite)
+    text = Text("\n".join(topics.values()), f"pydoc_data.topics of Python {sys.version.split()[0]}")
+    prepare_documents(text, CorpusSettings(tokenizer="char", overwrite=options.overwrite), "python_manual")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_arc.corpus import prepare_text, read_text
+from gpt_arc.corpus import CorpusSettings, prepare_documents
+from gpt_arc.documents import Text, read_text
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 
@@ -24,7 +25,7 @@ class Options:
     input: Path | None = None
     """The text as a file. None: download it."""
     overwrite: bool = False
-    """Replace data/tinyshakespeare if it holds something else."""
+    """Prepare data/tinyshakespeare anew, whatever it holds."""
 
 
 def download() -> str:
@@ -48,7 +49,8 @@ def main() -> None:
             f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {found[:12]}..., not {SHA256[:12]}...; "
             "prepare other texts by `python prepare/text.py`"
         )
-    prepare_text(text, "tinyshakespeare", "TinyShakespeare", options.overwrite)
+    settings = CorpusSettings(tokenizer="char", overwrite=options.overwrite)
+    prepare_documents(Text(text, "TinyShakespeare"), settings, "tinyshakespeare")
 
 
 if __name__ == "__main__":

@@ -11,26 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpt_arc.corpus import dataset_directory
-from gpt_arc.documents import Files, find_files, gathered
+from gpt_arc.documents import Files, InputSettings, gathered
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
-from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
+from gpt_arc.tokenizer import BPETokenizer, holds_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    input: tuple[str, ...]
-    """Files, folders and glob patterns."""
+class Options(InputSettings):
     name: str
     """Name of the tokenizer: it becomes data/NAME/tokenizer.json."""
     vocab_size: int
     """Tokens in all: 256 bytes, the merges and <|endoftext|>."""
-    field: str = "text"
-    """The field of JSON lines, or the column of parquet, that holds the text."""
-    pattern: str | None = None
-    """Which files of a folder, at any depth. None: .txt, .jsonl and .parquet."""
     overwrite: bool = False
-    """Replace data/NAME/tokenizer.json if it is another."""
+    """Train it anew where data/NAME/tokenizer.json is there already."""
 
 
 def texts_of(files: Files) -> Iterator[str]:
@@ -45,16 +39,16 @@ def texts_of(files: Files) -> Iterator[str]:
 def main() -> None:
     options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
     directory = dataset_directory(options.name)
-    files = Files(find_files(options.input, options.pattern), options.field)
-    before = load_tokenizer(directory) if (directory / "tokenizer.json").exists() and not options.overwrite else None
-    tokenizer = BPETokenizer.train(texts_of(files), options.vocab_size)
-    if tokenizer == before:
-        print(f"{directory / 'tokenizer.json'} is that tokenizer already")
-        return
+    if options.name in ("char", "gpt2"):
+        raise UserError(f"--tokenizer {options.name} means another one already: choose another name")
     if any(directory.glob("*.bin")):
-        raise UserError(f"{directory} holds a dataset made with another tokenizer: choose another name")
-    if before is not None:
-        raise UserError(f"{directory} holds another tokenizer: --overwrite=True replaces it, or choose another name")
+        raise UserError(f"{directory} holds a dataset already, made with its tokenizer: choose another name")
+    if holds_tokenizer(directory) and not options.overwrite:
+        raise UserError(
+            f"{directory} holds a tokenizer already: --overwrite=True trains it anew, or choose another name"
+        )
+    files = options.files()
+    tokenizer = BPETokenizer.train(texts_of(files), options.vocab_size)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(directory)
     print(f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")

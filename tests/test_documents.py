@@ -4,11 +4,12 @@ import gzip
 import hashlib
 import json
 import sys
+import types
 
 import pytest
 
 from gpt_arc import documents
-from gpt_arc.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.documents import Files, HubDocuments, Text, find_files, gathered
 from gpt_arc.errors import UserError
 
 TEXTS = [
@@ -66,6 +67,7 @@ def test_every_format_gives_the_same_documents_from_any_position_on(tmp_path, fo
     for done in (1, 17, 50, 51, 128, len(TEXTS) - 1, len(TEXTS)):
         again = Files(find_files([f"{tmp_path}/*"]), "text")
         assert read(again, position=json.loads(positions[done - 1]))[0] == TEXTS[done:]
+        assert again.position() == source.position()
         assert again.identity() == source.identity() and source.bytes_read == source.total_bytes
 
 
@@ -102,6 +104,20 @@ def test_a_character_or_line_end_may_lie_across_two_reads(tmp_path, monkeypatch)
 def test_blank_lines_are_no_documents_and_lone_surrogates_are_mended(tmp_path):
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a\\ud83dz"}\n\n  \n{"text": "\\ud83c\\udf27"}')
     assert read(Files([tmp_path / "a.jsonl"], "text"))[0] == ["a\ufffdz", "🌧"]
+
+
+def test_null_is_an_empty_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n')
+    assert read(Files([tmp_path / "a.jsonl"], "text"))[0] == ["a", "", ""]
+    write(tmp_path, ["a", None, ""], "parquet")
+    assert read(Files([tmp_path / "a.parquet"], "text"))[0] == ["a", "", ""]
+
+
+def test_a_text_in_memory_is_one_document():
+    text = Text("a\r\nb", "it")
+    assert list(text.pieces("space")) == [("a\r\nb", True)] and text.is_one
+    assert list(text.pieces("space", text.position())) == []
+    assert text.identity() == {"sha256": hashlib.sha256(b"a\r\nb").hexdigest()}
 
 
 def damaged(content, how):
@@ -196,13 +212,18 @@ def test_a_dataset_of_the_hub_is_read_on_from_any_position(tmp_path, monkeypatch
     datasets = pytest.importorskip("datasets")
     write(tmp_path / "1", TEXTS, "parquet")
     write(tmp_path / "2", TEXTS[::-1], "parquet")
-    asked = []
+    branches = {"main": "m1", "refs/convert/parquet": "p1"}
+    kept, asked = {"p1": "12"}, []  # the files of each commit that can be loaded
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info",
+        lambda self, name, revision: types.SimpleNamespace(sha=branches[revision]),
+    )
 
     def local(path, load=datasets.load_dataset, **kwargs):
-        asked.append((path, kwargs.pop("name"), kwargs.pop("revision", None)))
-        if asked[-1][2] is None:
+        asked.append((path, kwargs.pop("name"), kwargs.pop("revision")))
+        if asked[-1][2] not in kept:
             raise RuntimeError("Dataset scripts are no longer supported")
-        files = [str(tmp_path / number / "a.parquet") for number in "12"]
+        files = [str(tmp_path / number / "a.parquet") for number in kept[asked[-1][2]]]
         return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), **kwargs)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
@@ -213,19 +234,25 @@ def test_a_dataset_of_the_hub_is_read_on_from_any_position(tmp_path, monkeypatch
         assert ends
         seen.append(text)
         positions.append(json.dumps(source.position()))
-    assert seen == expected and asked == [("owner/pages", "sample", r) for r in (None, "refs/convert/parquet")]
+    assert seen == expected and asked == [("owner/pages", "sample", commit) for commit in ("m1", "p1")]
+    assert source.revision == "p1"
+    branches |= {"main": "m2", "refs/convert/parquet": "p2"}  # its owner changes it
+    kept |= {"m2": "2", "p2": "2"}
     for done in (1, 49, 50, 100, len(TEXTS), len(TEXTS) + 60, len(expected)):
         again = HubDocuments("owner/pages", name="sample")
+        again.revision = source.revision
         assert read(again, position=json.loads(positions[done - 1]))[0] == expected[done:]
+    assert read(source)[0] == expected  # from the beginning, too
+    assert read(HubDocuments("owner/pages", name="sample"))[0] == TEXTS[::-1] and asked[-1][2] == "m2"
     assert source.identity() == {"dataset": "owner/pages", "field": "text", "name": "sample"}
 
 
 def test_without_a_network_the_hub_is_one_sentence(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets")
 
     def offline(*args, **kwargs):
         raise ConnectionError("Couldn't reach the hub\nat all")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     with pytest.raises(UserError, match=r"^owner/pages can't be had .*Couldn't reach the hub\): .*--input FOLDER$"):
         next(HubDocuments("owner/pages").pieces("space"))

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import os
 import random
 import re
 import runpy
@@ -20,9 +21,10 @@ import tokenizers
 from conftest import ROOT
 from gpt_arc import corpus
 from gpt_arc.data import prepare_dataset
+from gpt_arc.documents import Documents
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import TokenFiles
-from gpt_arc.tokenizer import load_tokenizer
+from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
 from prepare import tinyshakespeare
 
 
@@ -102,8 +104,9 @@ def test_the_python_manual_is_the_text_that_python_carries(prepare):
     assert f"{len(text):,} characters" in output
     assert decoded(folder, "train") + decoded(folder, "val") == text
     assert len(decoded(folder, "train")) == len(text) * 9 // 10
-    assert sorted(contents(folder)) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+    assert sorted(contents(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
     assert "is prepared already" in prepare("python_manual.py")
+    assert "is prepared already" not in prepare("python_manual.py", "--overwrite=True")
 
 
 @pytest.fixture
@@ -264,7 +267,7 @@ def test_a_run_killed_ten_times_goes_on_to_the_same_bytes(prepare, library, tmp_
     kill_and_go_on(prepare, library, tmp_path, kills=10, size=600)
 
 
-def test_ctrl_c_says_how_to_go_on_and_another_plan_begins_anew(prepare, library, tmp_path):
+def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unasked(prepare, library, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(150))
     flags = ["--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--name=x"]
     process = start(*flags)
@@ -274,9 +277,56 @@ def test_ctrl_c_says_how_to_go_on_and_another_plan_begins_anew(prepare, library,
     output, _ = process.communicate()
     assert process.returncode == 130 and b"text.py: interrupted: the same command goes on" in output
     assert b"Traceback" not in output
-    other = prepare("text.py", *flags, "--val_fraction=0.3")
-    assert "is of other texts or settings: beginning anew" in other and "going on" not in other
-    assert decoded(Path("data/x"), "train").count("<|endoftext|>") >= sum(not in_val(text, 0.3) for text in pages(150))
+    refused = prepare("text.py", *flags, "--val_fraction=0.3")
+    assert "with other settings or texts (val_fraction): its command goes on there" in refused and saved_tokens("x")
+    assert "going on" not in prepare("text.py", *flags, "--val_fraction=0.3", "--overwrite=True")
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(library[0], [text for text in pages(150) if in_val(text, 0.3) == side])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+
+
+class Changing(Documents):
+    """Documents whose owner may change them: `states` of them by revision, the last of which is the latest."""
+
+    name, states = "changing", {}
+
+    def identity(self):
+        return {"dataset": "changing"}
+
+    def pieces(self, cut, position=None):
+        self.revision = self.revision or list(self.states)[-1]
+        self.read = position or 0
+        for text in self.states[self.revision][self.read :]:
+            self.read += 1
+            yield text, True
+
+    def position(self):
+        return self.read
+
+
+@pytest.mark.parametrize("rule", ["hash", "tail"])
+def test_what_was_begun_is_gone_on_with_whatever_has_changed_since(tmp_path, monkeypatch, library, rule):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(corpus, "BATCH", 1000)
+    settings = corpus.CorpusSettings(tokenizer=str(library[1]), split=rule, shard_tokens=1000, workers=1)
+    monkeypatch.setattr(Changing, "states", {"first": pages(100)})
+    corpus.prepare_documents(Changing(), settings, "undisturbed")
+    encode, calls = corpus._encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) in (20, 40):
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(corpus, "_encode", stopped)
+    for number in range(2):
+        with pytest.raises(KeyboardInterrupt, match="goes on where this one stopped"):
+            corpus.prepare_documents(Changing(), settings, "x")
+        Changing.states[f"later {number}"] = pages(10 * number + 5, seed=number + 1)
+    corpus.prepare_documents(Changing(), settings, "x")
+    assert contents("data/x") == contents("data/undisturbed")
+    assert json.loads(Path("data/x/meta.json").read_text())["revision"] == "first"
 
 
 def test_two_runs_do_not_share_a_folder(prepare, book):
@@ -287,6 +337,50 @@ def test_two_runs_do_not_share_a_folder(prepare, book):
         assert "data/x is being prepared by another process" in prepare("text.py", *flags)
     assert "data/x:" in prepare("text.py", *flags)  # once it has ended
     assert [path.name for path in Path("data").iterdir()] == ["x"]
+
+
+def test_a_run_that_comes_second_finds_what_the_first_has_prepared(prepare, book, monkeypatch):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    Path("data/x").rename("elsewhere")
+
+    def first_ends(*args):  # just before the second has the lock
+        Path("elsewhere").rename("data/x")
+
+    monkeypatch.setattr(fcntl, "flock", first_ends)
+    assert "is prepared already" in prepare("text.py", *flags)
+
+
+def test_a_dataset_is_of_the_tokenizer_itself_whatever_its_name(prepare, library, tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", pages(30))
+    flags = ("--input=a.jsonl", "--name=x", "--tokenizer=gpt2")
+    named = [load_tokenizer(library[1])]
+    monkeypatch.setattr(corpus, "find_tokenizer", lambda name: named[-1])
+    prepare("text.py", *flags)
+    assert "is prepared already" in prepare("text.py", *flags)
+    named.append(BPETokenizer(named[0].ranks, {"<|end|>": named[0].vocab_size - 1}))
+    assert "holds something else" in prepare("text.py", *flags)
+    named.append(BPETokenizer.train(pages(10), 300))
+    assert "holds something else" in prepare("text.py", *flags)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_documents_without_text_are_left_out_and_told(prepare, library, tmp_path, monkeypatch, form, split):
+    monkeypatch.setattr(corpus, "BATCH", 1)  # so that the last of them comes alone
+    texts = [*pages(20), None, "", "the last", None]
+    if form == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet")
+    else:
+        write_lines(tmp_path / "a.jsonl", texts)
+    flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
+    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents left out\n")
+    assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
+    write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
+    assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
+    for kind in ("train", "val"):
+        assert tokens_of(Path("data/x"), kind).tolist() == tokens_of(Path("data/y"), kind).tolist()
 
 
 def peak_memory(*flags):
@@ -302,16 +396,99 @@ def peak_memory(*flags):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a program alone")
-@pytest.mark.parametrize("tokenizer", ["char", pytest.param("library", marks=pytest.mark.slow)])
-def test_memory_stays_flat(tmp_path, monkeypatch, library, tokenizer):
+@pytest.mark.parametrize("tokenizer", ["char", pytest.param("bpe", marks=pytest.mark.slow)])
+def test_memory_stays_flat_where_the_tokenizer_lets_a_text_be_cut(tmp_path, monkeypatch, library, tokenizer):
+    assert load_tokenizer(library[1]).cuts_at_space
     monkeypatch.chdir(tmp_path)
     page = " ".join(pages(100))
     peaks = {}
     for megabytes in (12, 48):
         Path("a.txt").write_text((page * (megabytes * 10**6 // len(page) + 1)).replace("\n", " "))  # one line
-        flags = (f"--name={megabytes}", f"--tokenizer={library[1] if tokenizer == 'library' else 'char'}")
+        flags = (f"--name={megabytes}", f"--tokenizer={library[1] if tokenizer == 'bpe' else 'char'}")
         peaks[megabytes] = peak_memory("--input=a.txt", "--shard_tokens=1000000", "--workers=1", *flags)
     assert peaks[48] < peaks[12] + 15 and peaks[48] < 250
+
+
+def test_a_tokenizer_that_may_not_be_cut_encodes_documents_whole(prepare, tmp_path, monkeypatch, library):
+    monkeypatch.setattr("gpt_arc.documents.PIECE", 5000)
+    monkeypatch.setattr("gpt_arc.documents.BEGINNING", 1)
+    other = tokenizers.Tokenizer.from_str(library[0].to_str())
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)  # a space before each text
+    (tmp_path / "other").mkdir()
+    other.save("other/tokenizer.json")
+    other.encode_special_tokens = True
+    texts = ["\n".join(pages(40, seed)) for seed in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    prepare("text.py", "--input=*.txt", "--name=x", "--tokenizer=other", "--val_fraction=0.4")
+    expected = encoded(other, [text for text in texts if not in_val(text, 0.4)])
+    assert tokens_of(Path("data/x"), "train").tolist() == expected
+
+
+def test_progress_tells_only_of_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
+    """The disk: each file and folder as it was when it was last flushed."""
+    monkeypatch.setattr(corpus, "BATCH", 4000)
+    write_lines(tmp_path / "a.jsonl", pages(100))
+    disk, flush, rename, checked = {}, os.fsync, os.replace, []
+
+    def recorded(descriptor):
+        flush(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        disk[path] = os.listdir(path) if os.path.isdir(path) else Path(path).read_bytes()
+
+    def replaced(old, new):
+        if Path(new).name == "progress.json":
+            dataset = Path(new).parent.resolve() / "dataset"
+            for split in ("train", "val"):
+                shards = sorted(name for name in disk.get(str(dataset), []) if name.startswith(split))
+                contents = [disk[str(dataset / name)] for name in shards]
+                counts = [int(np.frombuffer(content, "<i4", 3)[2]) for content in contents]
+                assert [len(content) for content in contents] == [1024 + 2 * count for count in counts]
+                assert sum(counts) == json.loads(disk[str(Path(old).resolve())])[split]
+            checked.append(len(shards))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", replaced)
+    prepare("text.py", "--input=a.jsonl", "--name=x", f"--tokenizer={library[1]}", "--shard_tokens=3000")
+    assert len(checked) > 5
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite=True",)])
+def test_a_run_killed_after_all_is_in_place_hinders_nobody(prepare, book, monkeypatch, overwrite):
+    """What it leaves is a work folder without a dataset."""
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char", "--shard_tokens=200")
+    monkeypatch.setattr(corpus, "BATCH", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_remove", lambda folder: None)
+        prepare("text.py", *flags)
+    before = contents("data/x")
+    assert sorted(os.listdir("data/.x.partial")) == ["plan.json", "progress.json"]
+    output = prepare("text.py", *flags, *overwrite)
+    assert "going on" not in output and ("is prepared already" in output) == (not overwrite)
+    assert contents("data/x") == before and os.listdir("data") == ["x"]
+
+
+def test_a_dataset_at_hand_does_not_cost_the_progress_of_another_run(prepare, book, tmp_path):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    Path("data/.x.partial").mkdir()
+    Path("data/.x.partial/plan.json").write_text('{"of": "others"}')
+    assert "is prepared already" in prepare("text.py", *flags)
+    assert Path("data/.x.partial/plan.json").exists()
+
+
+def test_a_work_folder_whose_removal_was_killed_is_not_gone_on_in(prepare, book, monkeypatch):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    work = Path("data/.x.partial")
+    (work / "dataset").mkdir(parents=True)
+    for name in ("plan.json", "progress.json"):
+        (work / name).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **kwargs: None)  # as if killed before it began
+        prepare("text.py", *flags, "--overwrite=True")
+    assert not (work / "progress.json").exists() and not (work / "plan.json").exists()
+    assert "going on" not in prepare("text.py", *flags) and os.listdir("data") == ["x"]
 
 
 def test_nothing_is_overwritten_unasked(prepare, book):
@@ -384,30 +561,34 @@ def test_a_full_disk_is_one_sentence(prepare, book, monkeypatch):
     assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
 
 
-def test_a_tokenizer_is_trained_and_used(prepare, tmp_path):
+def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
     texts = pages(100)
     write_lines(tmp_path / "a.jsonl", texts)
     flags = ("--input=a.jsonl", "--name=x", "--vocab_size=400")
     assert "data/x/tokenizer.json: 400 tokens" in prepare("tokenizer.py", *flags)
-    assert "is that tokenizer already" in prepare("tokenizer.py", *flags)
-    assert "holds another tokenizer" in prepare("tokenizer.py", "--input=a.jsonl", "--name=x", "--vocab_size=300")
+    with monkeypatch.context() as patch:
+        patch.setattr(BPETokenizer, "train", None)  # it is refused before
+        assert "holds a tokenizer already: --overwrite=True trains it anew" in prepare("tokenizer.py", *flags)
+    assert "300 tokens" in prepare("tokenizer.py", *flags[:2], "--vocab_size=300", "--overwrite=True")
+    assert "400 tokens" in prepare("tokenizer.py", *flags, "--overwrite=True")
     prepared = prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
     assert "vocabulary 400" in prepared
     library = tokenizers.Tokenizer.from_file("data/x/tokenizer.json")
     library.encode_special_tokens = True
     assert library.get_vocab_size() == 400 and library.token_to_id("<|endoftext|>") == 399
-    expected = encoded((library), [text for text in texts if not in_val(text, 0.1)])
+    expected = encoded(library, [text for text in texts if not in_val(text, 0.1)])
     assert tokens_of(Path("data/x"), "train").tolist() == expected
     assert "is prepared already" in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
-    again = prepare("tokenizer.py", "--input=a.jsonl", "--name=x", "--vocab_size=300", "--overwrite=True")
-    assert "holds a dataset made with another tokenizer" in again
-    assert "is that tokenizer already" in prepare("tokenizer.py", *flags)
+    monkeypatch.setattr(BPETokenizer, "train", None)
+    for overwrite in ((), ("--overwrite=True",)):
+        assert "data/x holds a dataset already" in prepare("tokenizer.py", *flags, *overwrite)
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["--vocab_size=256"], "a vocabulary of 256 is too small"),
+        (["--vocab_size=300", "--name=gpt2"], "--tokenizer gpt2 means another one already"),
         (["--vocab_size=5000"], "few.txt has no more pairs to merge, so they are fewer than 5,000"),
         (["--vocab_size=300", "--input=empty.txt"], "empty.txt has no text"),
         ([], "--vocab_size"),
@@ -436,6 +617,12 @@ def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
         expected = encoded(library[0], [text for text in texts if in_val(text, 0.1) == side])
         assert tokens_of(folder, split).tolist() == expected
     assert "is prepared already" in prepare(script, *flags)
+
+
+def test_a_sample_of_fineweb_is_streamed_and_local_files_are_not(prepare, tmp_path):
+    write_lines(tmp_path / "a.jsonl", pages(3))
+    message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
+    assert "--sample=sample-100BT says what to stream, but --input names files" in message
 
 
 def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, monkeypatch):
