@@ -124,7 +124,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
     say(f"tokens a step  {tokens_per_step:,} = {WORLD_SIZE} x {micro_steps} batches of {micro_batch} x {block_size}")
     say(f"steps          {training.max_iters:,}")
-    for line in corpus.plan(train_tokens, training.max_iters * tokens_per_step) if corpus else ["not prepared yet"]:
+    for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
         say(f"data           {line}")
     say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")

@@ -73,14 +73,6 @@ class Corpus:
             parts.append(files)
         return Split(parts, self.weights, self.separator() if document_mask else None)
 
-    def plan(self, split: "Split", tokens: int) -> list[str]:
-        """For each dataset its share of the training, and how many epochs of it that is."""
-        shares = zip(self.names, self.weights, split.parts)
-        return [
-            f"{weight:.1%} {name}: {tokens * weight / len(part):.3g} epochs of {len(part):,} tokens"
-            for name, weight, part in shares
-        ]
-
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens that meta.json counts, None where there is none, as beside others' shards."""
@@ -111,6 +103,17 @@ def open_corpus(sources: Sequence[Source]) -> Corpus | None:
     total = sum(source.weight for source in sources)
     weights = tuple(source.weight / total for source in sources)
     return Corpus(tuple(source.name for source in sources), tuple(directories), weights, tokenizers[0])
+
+
+def plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> list[str]:
+    """For each dataset its share of `tokens`, and how many epochs that is of it, where it is prepared."""
+    total = sum(source.weight for source in sources)
+    lines = []
+    for source, part in zip(sources, split.parts if split else [None] * len(sources)):
+        share = source.weight / total
+        epochs = f"{tokens * share / len(part):.3g} epochs of {len(part):,} tokens" if part else "not prepared yet"
+        lines.append(f"{share:.1%} {source.name}: {epochs}")
+    return lines
 
 
 class Split:
