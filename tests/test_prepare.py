@@ -211,8 +211,9 @@ import runpy, sys, time
 from gpt_arc import corpus
 corpus.BATCH = 4000
 encode = corpus._encode
+pause = float(sys.argv.pop(1))
 def slowly(*args):
-    time.sleep(0.01)
+    time.sleep(pause)
     return encode(*args)
 corpus._encode = slowly
 sys.argv[0] = {str(ROOT / "prepare" / "text.py")!r}
@@ -220,8 +221,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(*flags):
-    return subprocess.Popen([sys.executable, "-c", SLOWED, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start(*flags, pause=0.02):
+    """prepare/text.py in a process of its own, whose workers take `pause` seconds more for every 4,000 characters."""
+    args = [sys.executable, "-c", SLOWED, str(pause), *flags]
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def saved_tokens(name):
@@ -270,7 +273,7 @@ def test_a_run_killed_ten_times_goes_on_to_the_same_bytes(prepare, library, tmp_
 def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unasked(prepare, library, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(150))
     flags = ["--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--name=x"]
-    process = start(*flags)
+    process = start(*flags, pause=0.2)  # half a minute in all: it won't end before the signal comes
     while not saved_tokens("x"):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

@@ -46,7 +46,7 @@ GREEDY = ("--temperature=0", "--max_new_tokens=5")
 
 
 def test_every_way_to_name_the_model(letters, say):
-    for args in ((), ("out/letters",), (str(letters),), ("--out_dir=out/letters",)):
+    for args in ((), ("out/letters",), (str(letters),), ("--out_dir=out/letters",), ("--init_from=out/letters",)):
         assert say(*args, *GREEDY, "--start=ab") == "abcdefg\n"
 
 
