@@ -207,8 +207,9 @@ def test_workers_make_no_difference(prepare, library, tmp_path, monkeypatch, wor
 
 
 SLOWED = f"""
-import runpy, sys, time
+import runpy, signal, sys, time
 from gpt_arc import corpus
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 corpus.BATCH = 4000
 encode = corpus._encode
 pause = float(sys.argv.pop(1))
