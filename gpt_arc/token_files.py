@@ -4,33 +4,18 @@ A file is 256 int32 (magic, version, number of tokens), then the tokens in 16 or
 of token files (`train*.bin`, `val*.bin`) with `tokenizer.json` and `meta.json`.
 """
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import new_directory, write_file
-from gpt_arc.tokenizer import Tokenizer
 
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
 MAX_TOKENS = 2**31 - 1  # of a file: its header counts them in an int32
-
-
-def write_tokens(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Write a token file, in 16 bits if the vocabulary fits. Raises UserError for an id outside the vocabulary."""
-    tokens = np.asarray(tokens)
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
-        wrong = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
-        raise UserError(f"{path}: the token id {wrong} lies outside the vocabulary of {vocab_size}")
-    if len(tokens) > MAX_TOKENS:
-        raise UserError(f"{path}: {len(tokens)} tokens are more than a token file counts, {MAX_TOKENS}: use several")
-    dtype = _token_type(vocab_size)
-    write_file(path, _header(dtype, len(tokens)) + tokens.astype(dtype).tobytes())
 
 
 def _token_type(vocab_size: int) -> np.dtype:
@@ -46,16 +31,21 @@ def _header(dtype: np.dtype, count: int) -> bytes:
 class ShardWriter:
     """Appends tokens to the token files of one split, SPLIT_000000.bin and on, of `shard_tokens` each but the last.
 
-    `written` is the number of tokens to keep of what an earlier writer saved; what it wrote after that is cut off.
-    Raises UserError where less is left of it.
+    A token takes 16 bits if the vocabulary fits. `written` is the number of tokens to keep of what an earlier writer
+    saved; what it wrote after that is cut off. Raises UserError where less is left, and for a token outside the vocabulary.
     """
 
     def __init__(self, directory: Path, split: str, vocab_size: int, shard_tokens: int, written: int = 0):
         self.directory, self.split, self.shard_tokens, self.written = directory, split, shard_tokens, written
-        self._type = _token_type(vocab_size)
+        self.vocab_size, self._type = vocab_size, _token_type(vocab_size)
         self._file: BinaryIO | None = None
 
     def append(self, tokens: np.ndarray) -> None:
+        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if len(outside):
+            raise UserError(
+                f"{self.directory}: the token id {outside[0]} lies outside the vocabulary of {self.vocab_size}"
+            )
         while len(tokens):
             here = tokens[: self.shard_tokens - self.written % self.shard_tokens]
             self._file = self._file or self._open()
@@ -153,21 +143,3 @@ class TokenFiles:
                 "--vocab_size, or give the dataset its own tokenizer.json"
             )
         return tokens
-
-
-def write_dataset(
-    directory: Path, tokenizer: Tokenizer, splits: dict[str, np.ndarray], meta: dict[str, Any]
-) -> dict[str, Any]:
-    """Write a prepared dataset whole: token files, tokenizer.json and meta.json; an older one in its place goes."""
-    meta = {
-        "format_version": 1,
-        "vocab_size": tokenizer.vocab_size,
-        "tokens": {split: len(tokens) for split, tokens in splits.items()},
-        **meta,
-    }
-    with new_directory(directory) as temporary:
-        for split, tokens in splits.items():
-            write_tokens(temporary / f"{split}.bin", tokens, tokenizer.vocab_size)
-        tokenizer.save(temporary)
-        write_file(temporary / "meta.json", json.dumps(meta, indent=1) + "\n")
-    return meta

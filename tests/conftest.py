@@ -1,6 +1,7 @@
 """What several test files share: a tiny dataset, and the command line run as a user runs it."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_arc.token_files import write_dataset
+from gpt_arc.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +25,24 @@ TINY_FLAGS = (
 TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 13))
 
 
+def write_tokens(path, tokens, vocab_size):
+    """One token file of any name."""
+    writer = ShardWriter(path.parent, path.stem, vocab_size, MAX_TOKENS)
+    writer.append(np.asarray(tokens))
+    writer.close()
+    (path.parent / f"{path.stem}_000000.bin").rename(path)
+
+
+def write_dataset(directory, tokenizer, splits):
+    """A prepared dataset of the tokens of each split."""
+    directory.mkdir(parents=True)
+    for split, tokens in splits.items():
+        write_tokens(directory / f"{split}.bin", tokens, tokenizer.vocab_size)
+    tokenizer.save(directory)
+    counts = {split: len(tokens) for split, tokens in splits.items()}
+    (directory / "meta.json").write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "tokens": counts}))
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty folder to work in, with the dataset data/sums and the config sums.toml."""
@@ -31,7 +50,7 @@ def workplace(tmp_path, monkeypatch):
     tokenizer = CharTokenizer.from_text(TEXT)
     tokens = np.array(tokenizer.encode(TEXT))
     cut = len(tokens) * 9 // 10
-    write_dataset(tmp_path / "data" / "sums", tokenizer, {"train": tokens[:cut], "val": tokens[cut:]}, {})
+    write_dataset(tmp_path / "data" / "sums", tokenizer, {"train": tokens[:cut], "val": tokens[cut:]})
     (tmp_path / "sums.toml").write_text('[data]\ndataset = "sums"\n')
     return tmp_path
 

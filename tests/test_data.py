@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import write_dataset, write_tokens
 from gpt_arc.config import Source
 from gpt_arc.data import Split, TrainingOrder, batches, evaluation_starts, open_corpus, permute, windows
 from gpt_arc.errors import UserError
-from gpt_arc.token_files import TokenFiles, write_dataset, write_tokens
+from gpt_arc.token_files import TokenFiles
 from gpt_arc.tokenizer import CharTokenizer
 
 
@@ -80,7 +81,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 def test_a_split_shorter_than_a_window_is_refused(tmp_path):
     tokenizer = CharTokenizer("ab")
-    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)}, {})
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)})
     corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
     assert len(corpus.split("train", 8, 2, False)) == 9
     with pytest.raises(UserError, match="block_size = 8 is longer than the val split"):
@@ -266,7 +267,7 @@ def test_a_separator_begins_its_document(tmp_path):
 
 def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separator(tmp_path):
     for name, characters in (("a", "xy"), ("b", "xy"), ("c", "xz")):
-        write_dataset(tmp_path / name, CharTokenizer(characters), {"train": np.zeros(9, int)}, {})
+        write_dataset(tmp_path / name, CharTokenizer(characters), {"train": np.zeros(9, int)})
 
     def corpus(*names):
         return open_corpus([Source(str(tmp_path / name), 2.0) for name in names])
@@ -281,7 +282,7 @@ def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separ
 
 def test_a_missing_shard_is_noticed(tmp_path):
     tokenizer = CharTokenizer("ab")
-    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(90, int), "val": np.zeros(80, int)}, {})
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(90, int), "val": np.zeros(80, int)})
     write_tokens(tmp_path / "d" / "train_000001.bin", np.zeros(50, int), 2)
     corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
     with pytest.raises(

@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal
+from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
 from gpt_arc.checkpoint import load_model, load_state, save_model
 from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
-from gpt_arc.token_files import write_dataset
 from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
@@ -471,7 +470,7 @@ def documents(workplace):
     for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
         tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])
         cut = len(tokens) * 9 // 10
-        write_dataset(workplace / "data" / name, tokenizer, {"train": tokens[:cut], "val": tokens[cut:]}, {})
+        write_dataset(workplace / "data" / name, tokenizer, {"train": tokens[:cut], "val": tokens[cut:]})
     table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
     (workplace / "mixed.toml").write_text(table.format("one", 3) + table.format("two", 1))
     return workplace
