@@ -32,7 +32,7 @@ class ShardWriter:
     """Appends tokens to the token files of one split, SPLIT_000000.bin and on, of `shard_tokens` each but the last.
 
     A token takes 16 bits if the vocabulary fits. `written` is the number of tokens to keep of what an earlier writer
-    saved; what it wrote after that is cut off. Raises UserError where less is left, and for a token outside the vocabulary.
+    saved; what it wrote after that is cut off. Raises UserError where less is left, and for an unknown token.
     """
 
     def __init__(self, directory: Path, split: str, vocab_size: int, shard_tokens: int, written: int = 0):
