@@ -100,17 +100,19 @@ def open_corpus(sources: Sequence[Source]) -> Corpus | None:
             raise UserError(
                 f"{directory} has another tokenizer than {directories[0]}: the datasets of a mixture must share one"
             )
+    return Corpus(tuple(source.name for source in sources), tuple(directories), shares(sources), tokenizers[0])
+
+
+def shares(sources: Sequence[Source]) -> tuple[float, ...]:
+    """The weights of a mixture, divided by their sum."""
     total = sum(source.weight for source in sources)
-    weights = tuple(source.weight / total for source in sources)
-    return Corpus(tuple(source.name for source in sources), tuple(directories), weights, tokenizers[0])
+    return tuple(source.weight / total for source in sources)
 
 
 def plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> list[str]:
     """For each dataset its share of `tokens`, and how many epochs that is of it, where it is prepared."""
-    total = sum(source.weight for source in sources)
     lines = []
-    for source, part in zip(sources, split.parts if split else [None] * len(sources)):
-        share = source.weight / total
+    for source, share, part in zip(sources, shares(sources), split.parts if split else [None] * len(sources)):
         epochs = f"{tokens * share / len(part):.3g} epochs of {len(part):,} tokens" if part else "not prepared yet"
         lines.append(f"{share:.1%} {source.name}: {epochs}")
     return lines
@@ -143,8 +145,8 @@ class Split:
 
         0 means the whole of every split.
         """
-        shares = [windows and max(1, round(windows * weight)) for weight in self.weights]
-        starts = [evaluation_starts(len(part), block_size, share) for part, share in zip(self.parts, shares)]
+        counts = [windows and max(1, round(windows * weight)) for weight in self.weights]
+        starts = [evaluation_starts(len(part), block_size, count) for part, count in zip(self.parts, counts)]
         return np.concatenate([bound + own for bound, own in zip(self.bounds, starts)])
 
 
