@@ -14,6 +14,7 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args, get_origin
 
@@ -189,11 +190,32 @@ def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | 
     return allowed.flatten(0, -3)[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
-    """Attention of query (B, H, T, D) to key and value (B, K, T, D), each head of these serving H / K of those.
+class Memory(NamedTuple):
+    """What one block keeps of the tokens read so far, so that each is read once: token i of row b has the slot i."""
 
-    `mask` is from `causal_mask`; None: every query sees all keys up to its own place.
+    keys: Tensor  # (B, K, S, D), after norm and rotation
+    values: Tensor  # (B, K, S, D)
+    positions: Tensor | None  # (B, T) slots of the tokens now being read; None: they are the first, 0 .. T - 1
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep key and value (B, K, T, D), and return those to attend to."""
+        if self.positions is None:
+            self.keys[:, :, : key.size(2)] = key
+            self.values[:, :, : value.size(2)] = value
+            return key, value
+        rows = torch.arange(key.size(0), device=key.device)[:, None]
+        self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
+        self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
+        return self.keys, self.values
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+    """Attention of query (B, H, T, D) to key and value (B, K, S, D), each head of these serving H / K of those.
+
+    `mask` is from `causal_mask`, or (B, 1, T, S); None: every query sees all keys up to its own place.
     """
+    if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
+        return attend_once(query, key, value, mask)
     settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
@@ -214,6 +236,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
+def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one query (B, H, 1, D) as two sums, from which a compiler makes one pass over keys and values."""
+    query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
+    scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    mixed = (scores.softmax(-1)[..., None] * value[:, :, None].float()).sum(-2)  # (B, K, H / K, D)
+    return mixed.flatten(1, 2)[:, :, None]
+
+
 class Attention(nn.Module):
     """Causal self-attention; `qkv` stacks H query heads, then K key heads, then K value heads."""
 
@@ -227,7 +259,13 @@ class Attention(nn.Module):
         self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_of("residual"))
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | BlockMask | None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         config = self.config
         heads, kv_heads = config.n_head, config.kv_heads
         qkv = self.qkv(x).unflatten(-1, (heads + 2 * kv_heads, config.head_width)).transpose(1, 2)  # (B, H+2K, T, D)
@@ -235,8 +273,11 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if memory is not None:
+            key, value = memory.add(key, value)
+            query = query.type_as(key)
         mixed = attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
-        return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))  # (B, T, C)
+        return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -278,19 +319,25 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Tensor | BlockMask | None,
+        memory: Memory | None = None,
+    ) -> Tensor:
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, rotary, mask))
+            x = self.attention_norm(x + self.attention(x, rotary, mask, memory))
             return self.mlp_norm(x + self.mlp(x))
-        x = x + self.attention(self.attention_norm(x), rotary, mask)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, memory)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class GPT(nn.Module):
     """Embeddings, `n_layer` blocks, a head.
 
-    `hidden(tokens)` is the trunk that other heads wrap; `model(tokens)` adds the language-model head and
-    `model(tokens, targets)` its loss.
+    `hidden(tokens)` is the trunk that other heads wrap and `logits(hidden)` the language-model head; `model(tokens)`
+    is both and `model(tokens, targets)` their loss.
     """
 
     def __init__(self, config: GPTConfig):
@@ -326,11 +373,12 @@ class GPT(nn.Module):
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, memory: Sequence[Memory] | None = None) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
         `documents` (B, T) tells which document each token belongs to, by any number that changes where the next one
         begins: positions then count from the document's beginning, and attention doesn't look back beyond it.
+        With `memory`, one of each block and all with the same positions, the tokens go on from those read before.
         """
         config, (batch, length) = self.config, tokens.shape
         if length > config.block_size:
@@ -342,7 +390,12 @@ class GPT(nn.Module):
             begins = documents != F.pad(documents[:, :-1], (1, 0))
             beginnings = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T)
             mask = banded = causal_mask(beginnings, None, dropout)
-        if config.attention_band is not None and config.attention_band < length:
+        if memory is not None and memory[0].positions is not None:
+            positions, slots = memory[0].positions, torch.arange(memory[0].keys.size(2), device=tokens.device)
+            mask = banded = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+            if config.attention_band is not None:
+                banded = mask & (slots > positions[..., None] - config.attention_band)[:, None]
+        elif config.attention_band is not None and config.attention_band < length:
             earliest = (positions - config.attention_band + 1).clamp(min=0).expand(batch, length)
             earliest = earliest if beginnings is None else torch.maximum(earliest, beginnings)
             banded = causal_mask(earliest, config.attention_band, dropout)
@@ -355,22 +408,26 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         elif config.positions == "sinusoidal":  # sines in the first half, cosines in the second
             cosines, sines = sinusoids(positions, config.n_embd, 10_000.0)
-            x = x + torch.cat((sines, cosines), dim=-1)
+            x = x + torch.cat((sines, cosines), dim=-1).type_as(x)
         else:
             cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, banded if i % 2 else mask)
+            x = block(x, rotary, banded if i % 2 else mask, None if memory is None else memory[i])
         return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        head = self.token_embedding.weight if self.config.tied_head else self.head.weight
+        return F.linear(hidden, head, self.head_bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`.
 
         `documents` confines attention to documents, see `hidden`.
         """
-        head = self.token_embedding.weight if self.config.tied_head else self.head.weight
-        logits = F.linear(self.hidden(tokens, documents), head, self.head_bias)
+        logits = self.logits(self.hidden(tokens, documents))
         if targets is None:
             return logits
         total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")

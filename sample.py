@@ -5,128 +5,139 @@ python sample.py out/quickstart --start="The "     a run folder, or any model di
 python sample.py gpt2-xl --start="The "            published weights of the Hugging Face hub
 python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
 python sample.py --temperature=0                   greedy: always the most likely token
+python sample.py --num_beams=4                     the likeliest text that beam search finds
+python sample.py gpt2-xl --draft=gpt2              a small model proposes, the large one disposes
+python sample.py --interactive=True                prompts from the keyboard, one after the other
+python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
-
-import tyro
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.sampling import SampleConfig
+from gpt_arc.text_stream import Continuation, Screen
 from gpt_arc.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    model: tyro.conf.Positional[str | None] = None
-    """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
-    openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
-    out_dir: str | None = None
-    """The same, as a flag."""
-    init_from: str = "resume"
-    """The same again, as nanoGPT has it. resume: what the other two say."""
-    start: str = ""
-    """The prompt; FILE:prompt.txt reads it from a file. Empty: the model begins by itself."""
-    num_samples: int = 1
-    """How many continuations."""
-    max_new_tokens: int = 500
-    """Tokens of each continuation, at most."""
-    temperature: float = 0.8
-    """Divides the logits: below 1 the likely tokens gain, and 0 always takes the likeliest (greedy)."""
-    top_k: int | None = None
-    """Keep the k likeliest tokens."""
-    top_p: float | None = None
-    """Keep the likeliest tokens until their probabilities sum to p, the one that crosses p included."""
-    stop: str | None = None
-    """End a continuation where this text begins."""
-    seed: int = 1337
-    """The source of chance."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products. auto: bfloat16 where the hardware multiplies it natively."""
-    compile: bool = False
-    """torch.compile the model first."""
+def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
+    """The prompts, in lists of those that may be continued together."""
+    from gpt_arc.documents import read_text
 
-    def __post_init__(self):
-        for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed = {self.seed} must be less than 2**63")
-        named = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from]
-        named = [name for name in named if name is not None]
-        if len(named) > 1:
-            raise ValueError(f"the model is named more than once, {' and '.join(named)}: leave one out")
-        if self.stop == "":
-            raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
+    if config.interactive:
+        return typed_prompts()
+    if config.prompts is not None:
+        lines = read_text(config.prompts).removesuffix("\n").split("\n")
+        if lines == [""]:
+            raise UserError(f"{config.prompts} holds no prompts")
+        return [[line.removesuffix("\r") for line in lines]]
+    if config.start.startswith("FILE:"):
+        return [[read_text(Path(config.start.removeprefix("FILE:")))]]
+    return [[config.start]]
 
 
-def text_until_end(tokens: list[int], tokenizer: Tokenizer, stop: str | None) -> tuple[str, bool]:
-    """The text of a continuation before its end-of-text token or the stop text, and whether one of them came."""
-    ended = tokenizer.end_of_text in tokens
-    text = tokenizer.decode(tokens[: tokens.index(tokenizer.end_of_text)] if ended else tokens)
-    if stop is not None and stop in text:
-        return text[: text.index(stop)], True
-    return text, ended
+def typed_prompts() -> Iterator[list[str]]:
+    while True:
+        try:
+            yield [input("> " if sys.stdin.isatty() else "")]
+        except EOFError:
+            return
+
+
+def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+    try:
+        tokens = tokenizer.encode(prompt)
+    except UserError as error:
+        raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
+    if len(tokens) > context:
+        print(f"the prompt's last {context} of {len(tokens)} tokens are kept: that is the context", file=sys.stderr)
+    return tokens or [tokenizer.start_token]
 
 
 def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
 
-    import torch  # slow to import: not before the settings are known to be right
-
-    from gpt_arc import runs, runtime
+    from gpt_arc import runs, runtime  # these import torch: not before the settings are known to be right
     from gpt_arc.checkpoint import load_model, model_directory
-    from gpt_arc.documents import read_text
-    from gpt_arc.generate import check_sampling, generate
+    from gpt_arc.decoder import Decoder
+    from gpt_arc.generate import Acceptance, Step, beam_search, generate, generators, speculative
 
-    check_sampling(config.temperature, config.top_k, config.top_p)
+    asked = asked_prompts(config)
+    # how many continuations are made together: by beam search those of a prompt, with a draft one
+    together = config.num_samples if config.num_beams else 1 if config.draft else config.batch_size
+    several = config.prompts is not None or config.num_samples > 1
+    rows = config.num_beams or (together if several else 1)
+
+    def load(directory: Path) -> tuple[Decoder, Tokenizer]:
+        device = runtime.resolve_device(config.device)
+        dtype = runtime.DTYPES[runtime.resolve_dtype(config.dtype, device)]
+        model, tokenizer = load_model(directory, dtype=dtype)
+        if tokenizer is None:
+            raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
+        decoder = Decoder(model.to(device).eval())
+        compile = runtime.resolve_decoding_compile(config.compile, device, model, config.max_new_tokens)
+        decoder.prepare(rows, compile, config.int8)
+        return decoder, tokenizer
+
     named = config.out_dir if config.init_from == "resume" else config.init_from
     named = named if config.model is None else config.model
     directory = model_directory(runs.newest_run() if named is None else named)
-    model, tokenizer = load_model(directory)
-    if tokenizer is None:
-        raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
-    device = runtime.resolve_device(config.device)
-    dtype = runtime.resolve_dtype(config.dtype, device)
-    model.to(device).eval()
-    if config.compile:
-        model.compile(dynamic=True)
+    decoder, tokenizer = load(directory)
+    if config.draft:
+        drafter, same = load(model_directory(config.draft))
+        if same != tokenizer:
+            raise UserError(f"the draft {config.draft} has another tokenizer than the model: its tokens mean others")
+    acceptance = Acceptance()
 
-    prompt = config.start
-    if prompt.startswith("FILE:"):
-        prompt = read_text(Path(prompt.removeprefix("FILE:")))
-    try:
-        tokens = tokenizer.encode(prompt)
-    except UserError as error:
-        raise UserError(f"the prompt, --start: {error}") from None
-    print(f"sampling from {directory}", file=sys.stderr)
-    context = model.config.block_size
-    if len(tokens) > context:
-        print(f"the prompt's last {context} of {len(tokens)} tokens are kept: that is the context", file=sys.stderr)
-    first = tokens[-context:] or [tokenizer.start_token]
-
-    rows = torch.tensor([first] * config.num_samples, device=device)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    continuations: list[list[int]] = [[] for _ in range(config.num_samples)]
-    with runtime.autocast(device, dtype):
-        for column in generate(
-            model, rows, config.max_new_tokens, config.temperature, config.top_k, config.top_p, generator
-        ):
-            for continuation, token in zip(continuations, column.tolist()):
-                continuation.append(token)
-            if all(text_until_end(continuation, tokenizer, config.stop)[1] for continuation in continuations):
-                break
-
+    made = 0
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
-    for number, continuation in enumerate(continuations):
-        if number:
-            print("-" * 15)
-        print(prompt + text_until_end(continuation, tokenizer, config.stop)[0])
+    for prompts in asked:
+        try:
+            tokens = [encoded(prompt, tokenizer, decoder.model.config.block_size) for prompt in prompts]
+        except UserError as error:
+            if not config.interactive:
+                raise
+            print(error, file=sys.stderr)
+            continue
+        if not made:
+            print(f"sampling from {directory}", file=sys.stderr)
+        todo = [
+            Continuation(prompt, own, tokenizer, config.stop)
+            for prompt, own in zip(prompts, tokens)
+            for _ in range(config.num_samples)
+        ]
+        screen = Screen(todo, config.json)
+        for start in range(0, len(todo), together):
+            batch = todo[start : start + together]
+            contexts = [continuation.prompt_tokens for continuation in batch]
+            sources = generators(config.seed, range(made, made + len(batch)))
+            made += len(batch)
+            until = lambda row, token: batch[row].ended  # noqa: B023, E731  called in this turn of the loop
+            if config.num_beams:
+                ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+                found = beam_search(
+                    decoder, contexts[0], config.max_new_tokens, config.num_beams, config.length_penalty, ends
+                )
+                steps = (Step([i], [token], [p]) for i, h in enumerate(found[: len(batch)]) for token, p in zip(*h[:2]))
+            elif config.draft:
+                steps = speculative(
+                    decoder, drafter, contexts[0], config.max_new_tokens, config.sampling, until=until,
+                    draft_tokens=config.draft_tokens, source=sources[0], acceptance=acceptance,
+                )  # fmt: skip
+            else:
+                steps = generate(
+                    decoder, contexts, config.max_new_tokens, config.sampling, until=until, sources=sources
+                )
+            try:
+                screen.follow(batch, steps)
+            except KeyboardInterrupt:
+                if not config.interactive:
+                    raise
+                screen.interrupt()
+    if config.draft:
+        print(f"{acceptance.accepted} of {acceptance.proposed} proposed tokens were accepted", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,10 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
         raise UserError(f"{path} is damaged: {error}") from None
 
 
-def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, Tokenizer | None]:
-    """The model, on the CPU, in float32 and in training mode, and its tokenizer.
+def load_model(
+    path: Path | str, config: GPTConfig | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[GPT, Tokenizer | None]:
+    """The model, on the CPU, in `dtype` and in training mode, and its tokenizer.
 
     `path` is a model directory, a run folder, a directory of transformers' (gpt2, openai-gpt or qwen3) or the name of
     such a model on the hub; a local folder comes first. `config` replaces the stored one: it may differ in dropout and
@@ -123,9 +125,10 @@ def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, 
     except TypeError as error:
         raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
     if kind == MODEL_TYPE:
-        tensors = _read_tensors(directory / "model.safetensors", shapes)
+        tensors = _read_tensors(directory / "model.safetensors", shapes, dtype)
     else:
         tensors = read_tensors(directory, kind, stored, shapes)
+        tensors = {name: tensors.pop(name).to(dtype) for name in shapes}
     if config.block_size < stored.block_size and config.positions == "learned":
         tensors["position_embedding.weight"] = tensors["position_embedding.weight"][: config.block_size].clone()
     model.load_state_dict(tensors, assign=True)
@@ -138,7 +141,7 @@ def load_model(path: Path | str, config: GPTConfig | None = None) -> tuple[GPT, 
     return model, tokenizer
 
 
-def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of a file of ours, which has to hold those of `shapes` and no others. Raises UserError."""
     try:
         tensors = load_file(path)
@@ -153,7 +156,7 @@ def _read_tensors(path: Path, shapes: dict[str, torch.Size]) -> dict[str, torch.
             raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
         if not tensors[name].is_floating_point():
             raise UserError(f"{path}: {name} has the type {tensors[name].dtype}, not one of floating point")
-        tensors[name] = tensors[name].float()
+        tensors[name] = tensors[name].to(dtype)
     return tensors
 
 

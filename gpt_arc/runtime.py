@@ -18,6 +18,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 COMPILE_PAYS_AFTER = 600 * 200e9
 
 
+# Of decoding, per step: what compiled code saves of the time that reading a byte of the weights takes, and of a block's
+# own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes some 10 s, and longer on GPUs.
+DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 200e-6, 15.0
+
+
 def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
     """The device for a setting; auto is `prefer` where that is there, else cuda, else mps, else cpu.
 
@@ -72,6 +77,17 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
         return False, "the run is too short to pay it back"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
+
+
+def resolve_decoding_compile(setting: bool | str, device: torch.device, model: GPT, steps: int) -> bool:
+    """Whether to compile the decoding of `steps` tokens a row; auto: if that saves more time than compiling takes."""
+    if setting != "auto":
+        return bool(setting)
+    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+        return False
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    saved = steps * (weights * DECODING_SAVES_PER_BYTE + model.config.n_layer * DECODING_SAVES_PER_BLOCK)
+    return device.type in ("cpu", "cuda") and saved > DECODING_COMPILES_IN
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

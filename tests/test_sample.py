@@ -96,7 +96,7 @@ def test_precision_and_compilation(letters, say):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--start=aXb"], "--start: the character 'X' (U+0058) at position 1"),
+        (["--start=aXb"], "the prompt 'aXb': the character 'X' (U+0058) at position 1"),
         (["nowhere"], "there is no model directory nowhere"),
         (["out"], "out is not a model directory"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt can't be read"),

@@ -1,0 +1,109 @@
+"""The settings of sampling."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from gpt_arc.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. Raises UserError for settings that no distribution follows from."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 always takes the most likely token (greedy)."""
+    top_k: int | None = None
+    """Keep the k most likely tokens, and all that tie with the last of them."""
+    top_p: float | None = None
+    """Keep the most likely tokens up to and including the one that makes their sum reach p (arXiv:1904.09751)."""
+    min_p: float | None = None
+    """Keep the tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens that were there before are divided by this, negative ones multiplied
+    (CTRL, arXiv:1909.05858)."""
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature = {self.temperature} must be 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k = {self.top_k} must be at least 1, or left out to keep every token")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UserError(f"{name} = {value} must lie in (0, 1], or be left out to keep every token")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 changes nothing")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: tyro.conf.Positional[str | None] = None
+    """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
+    out_dir: str | None = None
+    """The same, as a flag."""
+    init_from: str = "resume"
+    """The same again, as nanoGPT has it. resume: what the other two say."""
+    start: str = ""
+    """The prompt; FILE:prompt.txt reads it from a file. Empty: the model begins by itself."""
+    prompts: Path | None = None
+    """A file of prompts, one a line."""
+    interactive: bool = False
+    """Ask for prompts until the input ends; Ctrl-C ends a continuation."""
+    json: bool = False
+    """Print a JSON object for each continuation: its tokens, their log-probabilities by the model itself, times."""
+    num_samples: int = 1
+    """How many continuations of each prompt."""
+    batch_size: int = 16
+    """How many continuations are made at the same time, at most."""
+    max_new_tokens: int = 500
+    """Tokens of each continuation, at most."""
+    sampling: Sampling = Sampling(temperature=0.8)
+    num_beams: int | None = None
+    """Search for the likeliest continuations with so many beams, instead of drawing."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log-probability / length^this: 0 favours short ones."""
+    draft: str | None = None
+    """A smaller model of the same tokenizer that proposes tokens: the same distribution, sooner."""
+    draft_tokens: int = 4
+    """How many tokens the draft proposes at a time."""
+    stop: str | None = None
+    """End a continuation where this text begins."""
+    seed: int = 1337
+    """The source of chance."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights. auto: bfloat16 where the hardware multiplies it natively."""
+    int8: bool = False
+    """Round the weights to 8 bits: for one continuation at a time of a large model, compiled, on a CPU."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the decoding step. auto: if that saves more time than it takes."""
+
+    def __post_init__(self):
+        for name, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed = {self.seed} must be less than 2**63")
+        named = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from]
+        named = [name for name in named if name is not None]
+        if len(named) > 1:
+            raise ValueError(f"the model is named more than once, {' and '.join(named)}: leave one out")
+        asked = [name for name in ("start", "prompts", "interactive") if getattr(self, name)]
+        if len(asked) > 1:
+            raise ValueError(f"both {asked[0]} and {asked[1]} say where prompts come from: leave one out")
+        if self.stop == "":
+            raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
+        if self.num_beams is not None:
+            for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
+                if getattr(self.sampling, name) != getattr(Sampling, name):
+                    raise ValueError(f"num_beams draws nothing, so {name} has no meaning: leave one of them out")
+            if self.draft is not None:
+                raise ValueError("num_beams and draft are two ways to go on: leave one of them out")
+            if self.num_samples > self.num_beams:
+                raise ValueError(f"num_samples = {self.num_samples} is more than num_beams = {self.num_beams} find")
