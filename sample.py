@@ -72,7 +72,8 @@ def main() -> None:
 
     def load(directory: Path) -> tuple[Decoder, Tokenizer]:
         device = runtime.resolve_device(config.device)
-        dtype = runtime.DTYPES[runtime.resolve_dtype(config.dtype, device)]
+        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+        dtype = runtime.resolve_decoding_dtype(config.dtype, device, size)
         model, tokenizer = load_model(directory, dtype=dtype)
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")

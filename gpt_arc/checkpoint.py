@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 
 from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
@@ -26,6 +27,15 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # what a loaded model may have otherwise than it was saved with: no tensor depends on it, but for cut positions
 REPLACEABLE = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "init", "block_size"}
 STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
+
+
+class NothingDrawn(TorchFunctionMode):
+    """In which modules draw no initial weights: on the meta device that would import torch._dynamo, for seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
@@ -119,7 +129,7 @@ def load_model(
             f"{directory} has learned"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NothingDrawn():
             model = GPT(config)
             shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
     except TypeError as error:

@@ -18,6 +18,7 @@ from model import GPT
 
 Layout = Literal["plain", "packed", "int8"]
 
+PACKED_FROM = 1 << 18  # weights of a layer: a packed layer's call costs 10 us more
 _packed: dict[int, tuple[Tensor, Tensor | None]] = {}  # weights in oneDNN's own layout, and biases
 _keys = itertools.count()
 
@@ -39,6 +40,8 @@ class FrozenLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout):
         super().__init__()
+        if layout == "packed" and weight.numel() < PACKED_FROM:
+            layout = "plain"
         self.width, self.layout = len(weight), layout
         bias, scale = None if bias is None else bias.detach(), None
         weight = weight.detach()

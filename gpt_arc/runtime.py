@@ -20,7 +20,9 @@ COMPILE_PAYS_AFTER = 600 * 200e9
 
 # Of decoding, per step: what compiled code saves of the time that reading a byte of the weights takes, and of a block's
 # own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes some 10 s, and longer on GPUs.
-DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 200e-6, 15.0
+DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 15.0
+# Weights that a CPU's caches hold, in bytes of float32: halving them gains nothing, and 16-bit operations cost more.
+DECODING_SMALL = 8e6
 
 
 def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
@@ -77,6 +79,15 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
         return False, "the run is too short to pay it back"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
+
+
+def resolve_decoding_dtype(setting: str, device: torch.device, weights: int) -> torch.dtype:
+    """The type of the weights for decoding; auto is float32 for a small model on a CPU, else as `resolve_dtype` says.
+
+    `weights` is their size in bytes.
+    """
+    small = setting == "auto" and device.type == "cpu" and weights < DECODING_SMALL
+    return torch.float32 if small else DTYPES[resolve_dtype(setting, device)]
 
 
 def resolve_decoding_compile(setting: bool | str, device: torch.device, model: GPT, steps: int) -> bool:

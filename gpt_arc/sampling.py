@@ -78,7 +78,7 @@ class SampleConfig:
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights. auto: bfloat16 where the hardware multiplies it natively."""
+    """Of the weights. auto: bfloat16 where the hardware multiplies it natively and the model isn't tiny."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time of a large model, compiled, on a CPU."""
     compile: bool | Literal["auto"] = "auto"

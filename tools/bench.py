@@ -160,12 +160,15 @@ class Peer:
         self.prompts = torch.tensor(job.prompts, device=job.device)
 
     def round(self) -> Round:
-        seconds = []
-        for count in (1, self.job.settings.max_new_tokens):
-            start = time.perf_counter()
-            self.generate(count).tolist()
-            seconds.append(time.perf_counter() - start)
-        return Round(*seconds, peak_memory(self.job.device))
+        first, whole = (self.seconds(count) for count in (1, self.job.settings.max_new_tokens))
+        if whole <= first:  # something else on a busy machine held up the shorter work
+            return self.round()
+        return Round(first, whole, peak_memory(self.job.device))
+
+    def seconds(self, count: int) -> float:
+        start = time.perf_counter()
+        self.generate(count).tolist()
+        return time.perf_counter() - start
 
 
 class NanoGPT(Peer):
@@ -263,7 +266,7 @@ def serve(pipe: Any, program: type, job: Job) -> None:
 
 @contextlib.contextmanager
 def running(name: str, program: type, job: Job) -> Iterator[Callable[[str], Any]]:
-    """A process with `program`, loaded; yields what asks it for the result of one of its methods."""
+    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded."""
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, program, job), daemon=True)
@@ -289,7 +292,6 @@ def running(name: str, program: type, job: Job) -> Iterator[Callable[[str], Any]
         process.start()
         theirs.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-        ask(None)
         yield ask
         grace = 5
     finally:
@@ -330,13 +332,13 @@ def check_places(settings: SampleBench) -> None:
 
 def check_fits(settings: SampleBench, config: Any) -> None:
     """Raises UserError for what a program can't compute."""
-    peers = [name for name in ("nanogpt", "transformers") if getattr(settings, name)]
-    tokens = settings.prompt_tokens + (settings.max_new_tokens if peers else 0)
+    names, beyond = ["prompt_tokens"], ""
+    if settings.nanogpt is not None or settings.transformers:
+        names, beyond = ["prompt_tokens", "max_new_tokens"], ", beyond which the others don't do the same work"
+    tokens = sum(getattr(settings, name) for name in names)
     if tokens > config.block_size:
-        raise UserError(
-            f"prompt_tokens{' + max_new_tokens' if peers else ''} = {tokens} is more than the context, block_size = "
-            f"{config.block_size}{', beyond which ' + ' and '.join(peers) + ' do other work than ours' if peers else ''}"
-        )
+        context = f"the context, block_size = {config.block_size}"
+        raise UserError(f"{' + '.join(names)} = {tokens} is more than {context}{beyond}")
     if settings.transformers:
         from gpt_arc.hf import architecture_of
 
@@ -361,8 +363,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def figures(settings: SampleBench, warmup: Round, *rounds: Round) -> dict[str, Any]:
     """What the rounds of one program come to."""
     rows, steps = settings.batch_size, settings.max_new_tokens - 1
-    # a peer's two times are apart, and on a busy machine the shorter work may once have taken longer
-    step = spread([max(round.whole - round.first, 1e-9) / steps for round in rounds])
+    step = spread([(round.whole - round.first) / steps for round in rounds])
     first = median(round.first for round in rounds)
     return {
         "prefill_tokens_per_second": rows * settings.prompt_tokens / first,
@@ -390,14 +391,14 @@ def step_bytes(config: Any, rows: int, held: float, sizes: dict[str, Any]) -> di
 
 def show(results: dict[str, Any]) -> None:
     """The table, and what follows from it."""
-    columns = "prefill tokens/s|decode tokens/s|step ms|min ms|max ms|first token ms|whole s|peak GB"
+    columns = "prefill tokens/s|decode tokens/s|step ms|least ms|most ms|first token ms|whole s|memory GB"
     print()
     for line in zip(*(column.rsplit(" ", 1) for column in columns.split("|"))):
         print(f"{'':12}" + "".join(f"{word:>12}" for word in line))
     for name, row in results["programs"].items():
-        print(f"{name:12}{row['prefill_tokens_per_second']:12,.0f}{row['decode_tokens_per_second']:12,.1f}", end="")
-        print("".join(f"{row['step_ms'][key]:12.2f}" for key in ("median", "min", "max")), end="")
-        print(f"{row['first_token_ms']:12.1f}{row['whole_seconds']['median']:12.3f}{row['peak_memory_gb']:12.2f}")
+        print(f"{name:12} {row['prefill_tokens_per_second']:11,.0f} {row['decode_tokens_per_second']:11,.1f}", end="")
+        print("".join(f" {row['step_ms'][key]:11.2f}" for key in ("median", "min", "max")), end="")
+        print(f" {row['first_token_ms']:11.1f} {row['whole_seconds']['median']:11.3f} {row['peak_memory_gb']:11.2f}")
     print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s of ours, compilation included")
     for name, ratio in results["ratios"].items():
         print(f"ratio        ours takes {ratio['median']:.3f} of the whole time of {name}", end="")
@@ -462,6 +463,8 @@ def bench_sample(args: list[str]) -> None:
         del model
         job = Job(settings, config, str(device), dtype, prompts, folder)
         ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
+        for name in programs:
+            ask[name](None)
         rounds, rates = {name: [] for name in programs}, []
         for _ in tqdm(range(1 + settings.rounds), "rounds", leave=False, disable=None):  # the first warms up
             for name in programs:
