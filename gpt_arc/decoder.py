@@ -90,6 +90,11 @@ class Decoder(nn.Module):
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     @property
+    def _static(self) -> bool:
+        """Whether a step is compiled for fixed shapes."""
+        return self.run != self.forward
+
+    @property
     def _device(self) -> torch.device:
         return self.model.token_embedding.weight.device
 
@@ -99,7 +104,7 @@ class Decoder(nn.Module):
         None: the whole context.
         """
         context = self.model.config.block_size
-        slots = context if room is None or self.run != self.forward else min(max(room, 1), context)
+        slots = context if room is None or self._static else min(max(room, 1), context)
         self.texts = [[] for _ in range(rows)]
         if not self.memory or self.memory[0].keys.shape[::2] < (rows, slots):
             self.memory = self._slots(rows, slots)
@@ -173,7 +178,7 @@ class Decoder(nn.Module):
         live, slots = len(self.texts), max(map(len, self.texts)) + size
         self._reserve(live, slots)
         rows, _, all_slots, _ = self.memory[0].keys.shape
-        if self.run != self.forward:
+        if self._static:
             slots = all_slots  # and all rows
         else:  # compiled code for one row is apart from that for several
             rows = max(live, min(rows, 2)) if self.compiled else live
@@ -181,6 +186,8 @@ class Decoder(nn.Module):
         tokens = torch.tensor([*chunks, *idle], device=self._device)
         lengths = torch.tensor([*map(len, self.texts), *repeat(0, rows - live)], device=self._device)
         if size == 1:
+            if self._static:
+                torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
             logits = self.run(tokens, lengths, slots)
         else:
             with self._eager():

@@ -55,7 +55,7 @@ def filtered_probabilities(
     probabilities = logits.softmax(-1)
     if top_p is not None:
         size = probabilities.size(-1)
-        ordered, order = probabilities.topk(min(size, 128), dim=-1)
+        ordered, order = probabilities.topk(min(size, 1024), dim=-1)
         if (ordered.sum(-1) < top_p).any():  # seldom: so that the whole vocabulary need not be sorted each time
             ordered, order = probabilities.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # those more likely reach p already
