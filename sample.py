@@ -11,6 +11,7 @@ python sample.py --interactive=True                prompts from the keyboard, on
 python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
 """
 
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -67,8 +68,9 @@ def main() -> None:
     asked = asked_prompts(config)
     # how many continuations are made together: by beam search those of a prompt, with a draft one
     together = config.num_samples if config.num_beams else 1 if config.draft else config.batch_size
-    several = config.prompts is not None or config.num_samples > 1
-    rows = config.num_beams or (together if several else 1)
+    count = config.num_samples * (1 if config.interactive else len(asked[0]))
+    rows = config.num_beams or min(together, count)
+    steps = config.max_new_tokens * math.ceil(count / together)
 
     def load(directory: Path) -> tuple[Decoder, Tokenizer]:
         device = runtime.resolve_device(config.device)
@@ -78,7 +80,7 @@ def main() -> None:
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
         decoder = Decoder(model.to(device).eval())
-        compile = runtime.resolve_decoding_compile(config.compile, device, model, config.max_new_tokens)
+        compile = runtime.resolve_decoding_compile(config.compile, device, model, steps)
         decoder.prepare(rows, compile, config.int8)
         return decoder, tokenizer
 
@@ -92,51 +94,50 @@ def main() -> None:
             raise UserError(f"the draft {config.draft} has another tokenizer than the model: its tokens mean others")
     acceptance = Acceptance()
 
+    def continued(batch: list[Continuation], first: int) -> Iterator[Step]:
+        """The steps that continue a batch, whose first row has the number `first` of all."""
+        contexts, sampling = [row.prompt_tokens for row in batch], config.sampling
+        sources = generators(config.seed, range(first, first + len(batch)))
+
+        def until(row: int, token: int) -> bool:
+            return batch[row].ended
+
+        if config.num_beams:
+            beams, penalty = config.num_beams, config.length_penalty
+            ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
+            found = beam_search(decoder, contexts[0], config.max_new_tokens, beams, penalty, ends)[: len(batch)]
+            return (Step([i], [token], [p]) for i, beam in enumerate(found) for token, p in zip(*beam[:2]))
+        if config.draft:
+            return speculative(
+                decoder, drafter, contexts[0], config.max_new_tokens, sampling, draft_tokens=config.draft_tokens,
+                source=sources[0], until=until, acceptance=acceptance,
+            )  # fmt: skip
+        return generate(decoder, contexts, config.max_new_tokens, sampling, sources=sources, until=until)
+
     made = 0
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     for prompts in asked:
         try:
-            tokens = [encoded(prompt, tokenizer, decoder.model.config.block_size) for prompt in prompts]
+            todo = [
+                Continuation(prompt, tokens, tokenizer, config.stop)
+                for prompt in prompts
+                for tokens in [encoded(prompt, tokenizer, decoder.model.config.block_size)] * config.num_samples
+            ]
+            if not made:
+                print(f"sampling from {directory}", file=sys.stderr)
+            screen = Screen(todo, config.json)
+            for start in range(0, len(todo), together):
+                batch = todo[start : start + together]
+                screen.follow(batch, continued(batch, made))
+                made += len(batch)
         except UserError as error:
             if not config.interactive:
                 raise
             print(error, file=sys.stderr)
-            continue
-        if not made:
-            print(f"sampling from {directory}", file=sys.stderr)
-        todo = [
-            Continuation(prompt, own, tokenizer, config.stop)
-            for prompt, own in zip(prompts, tokens)
-            for _ in range(config.num_samples)
-        ]
-        screen = Screen(todo, config.json)
-        for start in range(0, len(todo), together):
-            batch = todo[start : start + together]
-            contexts = [continuation.prompt_tokens for continuation in batch]
-            sources = generators(config.seed, range(made, made + len(batch)))
-            made += len(batch)
-            until = lambda row, token: batch[row].ended  # noqa: B023, E731  called in this turn of the loop
-            if config.num_beams:
-                ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-                found = beam_search(
-                    decoder, contexts[0], config.max_new_tokens, config.num_beams, config.length_penalty, ends
-                )
-                steps = (Step([i], [token], [p]) for i, h in enumerate(found[: len(batch)]) for token, p in zip(*h[:2]))
-            elif config.draft:
-                steps = speculative(
-                    decoder, drafter, contexts[0], config.max_new_tokens, config.sampling, until=until,
-                    draft_tokens=config.draft_tokens, source=sources[0], acceptance=acceptance,
-                )  # fmt: skip
-            else:
-                steps = generate(
-                    decoder, contexts, config.max_new_tokens, config.sampling, until=until, sources=sources
-                )
-            try:
-                screen.follow(batch, steps)
-            except KeyboardInterrupt:
-                if not config.interactive:
-                    raise
-                screen.interrupt()
+        except KeyboardInterrupt:
+            if not config.interactive:
+                raise
+            print()
     if config.draft:
         print(f"{acceptance.accepted} of {acceptance.proposed} proposed tokens were accepted", file=sys.stderr)
 

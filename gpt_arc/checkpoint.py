@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
 from gpt_arc import hub
@@ -153,20 +153,24 @@ def load_model(
 
 def _read_tensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors of a file of ours, which has to hold those of `shapes` and no others. Raises UserError."""
+    tensors = {}
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            stored = set(file.keys())
+        for what, names in (("lacks", shapes.keys() - stored), ("has beyond the model", stored - shapes.keys())):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(f"{path} {what} the tensor {min(names)}{more}")
+        for name, shape in shapes.items():
+            with safe_open(path, "pt") as file:  # anew: as long as it is open, what was read of it stays in memory
+                tensor = file.get_tensor(name)
+                if tensor.shape != shape:
+                    raise UserError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
+                if not tensor.is_floating_point():
+                    raise UserError(f"{path}: {name} has the type {tensor.dtype}, not one of floating point")
+                tensors[name] = tensor.to(dtype)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged, use another checkpoint: {error}") from None
-    for what, names in (("lacks", shapes.keys() - tensors), ("has beyond the model", tensors.keys() - shapes)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {what} the tensor {min(names)}{more}")
-    for name, shape in shapes.items():
-        if tensors[name].shape != shape:
-            raise UserError(f"{path}: {name} has the shape {tuple(tensors[name].shape)}, not {tuple(shape)}")
-        if not tensors[name].is_floating_point():
-            raise UserError(f"{path}: {name} has the type {tensors[name].dtype}, not one of floating point")
-        tensors[name] = tensors[name].to(dtype)
     return tensors
 
 

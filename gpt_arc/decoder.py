@@ -106,8 +106,7 @@ class Decoder(nn.Module):
         context = self.model.config.block_size
         slots = context if room is None or self._static else min(max(room, 1), context)
         self.texts = [[] for _ in range(rows)]
-        if not self.memory or self.memory[0].keys.shape[::2] < (rows, slots):
-            self.memory = self._slots(rows, slots)
+        self._reserve(rows, slots, keep=False)
 
     def _slots(self, rows: int, slots: int) -> nn.ModuleList:
         dtype = self.model.token_embedding.weight.dtype
@@ -115,13 +114,18 @@ class Decoder(nn.Module):
             dtype = torch.float32  # attention to one query in 16 bits takes the CPU's library three times as long
         return nn.ModuleList(Slots(self.model, rows, slots, dtype) for _ in self.model.blocks)
 
-    def _reserve(self, rows: int, slots: int) -> None:
-        """Have memory for so many rows and slots, without forgetting."""
+    def _reserve(self, rows: int, slots: int, keep: bool = True) -> None:
+        """Have memory for so many rows and slots; `keep` what it holds."""
+        if self.compiled and not self._static:  # all rows or slots would be another layout than some: compiled apart
+            rows, slots = rows + (rows > 1), slots + 1
         old = self.memory
-        have = old[0].keys.shape
+        have = old[0].keys.shape if old else (0, 0, 0)
         if have[0] >= rows and have[2] >= slots:
             return
-        self.memory = self._slots(max(rows, have[0]), max(slots, min(2 * have[2], self.model.config.block_size)))
+        if not keep:
+            self.memory = self._slots(rows, slots)
+            return
+        self.memory = self._slots(max(rows, have[0]), max(slots, min(2 * have[2], self.model.config.block_size + 1)))
         for new, kept in zip(self.memory, old):
             new.keys[: have[0], :, : have[2]], new.values[: have[0], :, : have[2]] = kept.keys, kept.values
 
@@ -147,13 +151,14 @@ class Decoder(nn.Module):
         tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=self._device)
         whole = len(rows) == len(self.texts)
         memory = self.memory if whole else self._slots(len(rows), longest)
+        last = torch.tensor([len(text) - 1 for text in texts], device=self._device)
         with self._eager():
             hidden = self.model.hidden(tokens, memory=[slots.view(len(rows), longest, None) for slots in memory])
+            logits = self.head(hidden[torch.arange(len(rows), device=self._device), last]).float()
         if not whole:
             for slots, part in zip(self.memory, memory):
                 slots.keys[rows, :, :longest], slots.values[rows, :, :longest] = part.keys, part.values
-        last = torch.tensor([len(text) - 1 for text in texts], device=self._device)
-        return self.head(hidden[torch.arange(len(rows), device=self._device), last]).float()
+        return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each row: logits (B, V), float32, of the next."""
@@ -181,7 +186,7 @@ class Decoder(nn.Module):
         if self._static:
             slots = all_slots  # and all rows
         else:  # compiled code for one row is apart from that for several
-            rows = max(live, min(rows, 2)) if self.compiled else live
+            rows = max(live, min(rows - 1, 2)) if self.compiled else live
         idle = [[0] * size] * (rows - live)  # rows that nobody reads
         tokens = torch.tensor([*chunks, *idle], device=self._device)
         lengths = torch.tensor([*map(len, self.texts), *repeat(0, rows - live)], device=self._device)

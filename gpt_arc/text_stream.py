@@ -137,8 +137,3 @@ class Screen:
                 print(json.dumps(current.report()), flush=True)
             else:
                 print("\n" + "-" * 15 if self._left else "", flush=True)
-
-    def interrupt(self) -> None:
-        """Leave out what isn't complete."""
-        self._left.clear()
-        print(flush=True)

@@ -18,6 +18,7 @@ from gpt_arc.config import build_config, read_settings
 from gpt_arc.errors import UserError
 from gpt_arc.generate import generate
 from gpt_arc.hf import ARCHITECTURES, architecture_of, config_from_hf, hf_config, hf_tensors
+from gpt_arc.sampling import Sampling
 from gpt_arc.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
@@ -85,7 +86,8 @@ def test_logits_and_greedy_continuations_equal_transformers(theirs, name):
         eos_token_id=None,
         pad_token_id=0,
     )
-    assert torch.equal(torch.stack(list(generate(ours, prompt, 64, temperature=0)), dim=1), greedy[:, 5:])
+    made = [step.tokens for step in generate(ours, prompt, 64, Sampling(temperature=0))]
+    assert torch.equal(torch.tensor(made).T, greedy[:, 5:])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -252,6 +252,11 @@ def serve(pipe: Any, program: type, job: Job) -> None:
     """The life of a process: load, then call the methods it is asked for, until the parent hangs up or dies."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
+    from tqdm import tqdm
+
+    tqdm.set_lock(
+        threading.RLock()
+    )  # compilers use tqdm, whose own lock is reported as leaked by a process that is killed
     try:
         loaded = program(job)
         pipe.send(None)
