@@ -80,7 +80,7 @@ def main() -> None:
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
         decoder = Decoder(model.to(device).eval())
-        compile = runtime.resolve_decoding_compile(config.compile, device, model, steps)
+        compile = config.draft is None and runtime.resolve_decoding_compile(config.compile, device, model, steps)
         decoder.prepare(rows, compile, config.int8)
         return decoder, tokenizer
 

@@ -82,7 +82,7 @@ class SampleConfig:
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time of a large model, compiled, on a CPU."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the decoding step. auto: if that saves more time than it takes."""
+    """Compile the decoding step. auto: if that saves more time than it takes; with a draft there is no such step."""
 
     def __post_init__(self):
         for name, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
@@ -99,6 +99,8 @@ class SampleConfig:
             raise ValueError(f"both {asked[0]} and {asked[1]} say where prompts come from: leave one out")
         if self.stop == "":
             raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
+        if self.draft is not None and True in (self.compile, self.int8):
+            raise ValueError("with a draft the model reads several tokens at a time: leave compile and int8 out")
         if self.num_beams is not None:
             for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
                 if getattr(self.sampling, name) != getattr(Sampling, name):

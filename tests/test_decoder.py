@@ -221,7 +221,7 @@ def test_what_a_row_forgets_worked_by_hand():
 
 
 @pytest.mark.parametrize("change", [{}, {"positions": "sinusoidal"}, GROUPED], ids=name_of)
-@pytest.mark.parametrize("context", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("context", [1, 2, 3, 4, 7, 16])
 def test_past_the_context_the_oldest_quarter_is_forgotten(context, change):
     pair = Pair(made(block_size=context, **change))
     pair.read([1])
@@ -356,6 +356,18 @@ def test_a_prepared_model_gives_the_same_logits(packed_from, monkeypatch):
         pair.read([4, 9, 1])
         for size in (1, 1, 3, 1):
             pair.extend(size)
+
+
+@pytest.mark.parametrize(
+    ("rows", "compile", "int8", "layout"),
+    [(1, True, False, "plain"), (1, True, True, "int8"), (1, False, False, "packed"), (2, True, False, "packed")],
+)
+def test_preparing_lays_out_every_matrix_and_the_head(rows, compile, int8, layout, monkeypatch):
+    monkeypatch.setattr(frozen, "PACKED_FROM", 0)
+    decoder = Decoder(made())
+    decoder.prepare(rows, compile, int8)
+    layers = [module for module in decoder.modules() if isinstance(module, frozen.FrozenLinear)]
+    assert len(layers) == 2 * 4 + 1 and decoder.head in layers and {layer.layout for layer in layers} == {layout}
 
 
 @pytest.mark.parametrize(("rows", "compile"), [(1, False), (2, True), (2, False)])

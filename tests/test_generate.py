@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sample import counting_model
 
 from gpt_arc.decoder import Decoder
 from gpt_arc.errors import UserError
@@ -25,7 +26,6 @@ from gpt_arc.generate import (
 )
 from gpt_arc.sampling import Sampling
 from model import GPT, GPTConfig
-from test_sample import counting_model
 
 LOGITS = [2.0, 1.5, 1.0, 1.0, 0.2, -0.3, -1.0, -4.0]
 GREEDY = Sampling(temperature=0)
@@ -154,7 +154,10 @@ def test_top_p_of_a_large_vocabulary_equals_the_full_sort(spread, top_p):
         kept = int((ours[row] > 0).sum())
         assert least <= kept <= most
         np.testing.assert_allclose(
-            ours[row].sort(descending=True).values[:kept], ordered[row, :kept] / reached[row, kept - 1], rtol=2e-4, atol=1e-30
+            ours[row].sort(descending=True).values[:kept],
+            ordered[row, :kept] / reached[row, kept - 1],
+            rtol=2e-4,
+            atol=1e-30,
         )
         if spread > 1 and row != 1:
             assert set(ours[row].nonzero()[:, 0].tolist()) == set(order[row, :kept].tolist())

@@ -1,15 +1,21 @@
 """sample.py as a user runs it, with a model whose continuations are known."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 import sample
-from conftest import command
-from gpt_arc.checkpoint import save_model
+from conftest import ROOT, command
+from gpt_arc import runtime
+from gpt_arc.checkpoint import load_model, save_model
 from gpt_arc.errors import entry_point
-from gpt_arc.tokenizer import CharTokenizer
+from gpt_arc.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
 LETTERS = "\nabcdefgh"
@@ -109,9 +115,33 @@ def test_precision_and_compilation(letters, say):
         (["--tempratur=1"], "did you mean --temperature"),
         (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
+        (["--min_p=0"], "min_p = 0.0 must lie in (0, 1]"),
+        (["--min_p=1.5"], "min_p = 1.5"),
+        (["--repetition_penalty=0"], "repetition_penalty = 0.0 must be positive"),
+        (["--repetition_penalty=-2"], "repetition_penalty = -2.0"),
+        (["--batch_size=0"], "batch_size = 0"),
+        (["--seed=-1"], "seed = -1"),
+        (["--start=a", "--prompts=some.txt"], "both start and prompts say where prompts come from"),
+        (["--start=a", "--interactive=True"], "both start and interactive"),
+        (["--prompts=some.txt", "--interactive=True"], "both prompts and interactive"),
+        (["--prompts=nowhere.txt"], "nowhere.txt can't be read"),
+        (["--prompts=empty.txt"], "empty.txt holds no prompts"),
+        (["--num_beams=2", "--top_k=3"], "num_beams draws nothing, so top_k has no meaning"),
+        (["--num_beams=2", "--top_p=0.5"], "top_p has no meaning"),
+        (["--num_beams=2", "--min_p=0.5"], "min_p has no meaning"),
+        (["--num_beams=2", "--repetition_penalty=1.1"], "repetition_penalty has no meaning"),
+        (["--num_beams=2", "--draft=out/letters"], "num_beams and draft are two ways"),
+        (["--num_beams=2", "--num_samples=3"], "num_samples = 3 is more than num_beams = 2"),
+        (["--num_beams=0"], "num_beams = 0"),
+        (["--num_beams=2", "--length_penalty=-1"], "length_penalty = -1.0"),
+        (["--draft=nowhere"], "there is no model directory nowhere"),
+        (["--draft=out/letters", "--draft_tokens=0"], "draft_tokens = 0"),
+        (["--int8=True", "--compile=True", "--num_samples=2"], "int8 weights pay for one row"),
+        (["--int8=True", "--compile=False"], "int8 weights pay for one row"),
     ],
 )
 def test_mistakes_are_one_sentence(letters, say, args, sentence):
+    (letters.parents[2] / "empty.txt").touch()
     assert sentence in say(*args)
 
 
@@ -120,3 +150,230 @@ def test_no_run_and_no_tokenizer(letters, say, tmp_path):
     assert "has no tokenizer, so" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()
+
+
+# ---- several prompts, and JSON
+
+
+def answers(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_json_tells_tokens_with_their_log_probabilities_and_times(letters, say):
+    flags = ("--json=True", "--start=ab", "--temperature=30", "--top_k=5", "--max_new_tokens=30")
+    told = answers(say(*flags, "--num_samples=3"))
+    assert len({one["text"] for one in told}) == 3
+    tokenizer = CharTokenizer(LETTERS)
+    model = load_model(letters)[0].eval()
+    for one in told:
+        assert one.keys() == {
+            "prompt", "text", "tokens", "log_probabilities", "ended", "first_token_seconds", "seconds",
+            "tokens_per_second",
+        }  # fmt: skip
+        assert one["prompt"] == "ab" and tokenizer.decode(one["tokens"]) == one["text"] and not one["ended"]
+        text = tokenizer.encode("ab") + one["tokens"]
+        with torch.no_grad():  # this model looks at the last token alone
+            logs = model(torch.tensor(text)[:, None])[:, 0].log_softmax(-1)
+        expected = [logs[i, text[i + 1]].item() for i in range(1, len(text) - 1)]
+        assert one["log_probabilities"] == pytest.approx(expected, abs=1e-4)
+        assert 0 < one["first_token_seconds"] < one["seconds"]
+        assert one["tokens_per_second"] == pytest.approx(29 / (one["seconds"] - one["first_token_seconds"]))
+    assert answers(say(*flags, "--num_samples=1"))[0]["text"] == told[0]["text"]
+
+
+def test_json_of_a_text_that_ends(letters, say):
+    (one,) = answers(say("--json=True", "--temperature=0", "--stop=de", "--start=a"))
+    assert (one["text"], one["ended"], one["tokens"]) == ("bc", True, CharTokenizer(LETTERS).encode("bcde"))
+    (one,) = answers(say("--json=True", "--max_new_tokens=0", "--start=a"))
+    assert one["tokens"] == one["log_probabilities"] == [] and one["seconds"] is None
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_file_has_a_prompt_a_line_and_a_blank_one_begins_by_itself(letters, say, tmp_path, end):
+    lines = ["ab", "", "fgh", "a" * 9]
+    for last in ("", end):
+        (tmp_path / "prompts.txt").write_bytes((end.join(lines) + last).encode())
+        told = answers(say("--prompts=prompts.txt", "--json=True", *GREEDY))
+        assert [one["prompt"] for one in told] == lines
+        assert [one["text"] for one in told] == ["cdefg", "abcde", "\nabcd", "bcdef"]
+    text = say("--prompts=prompts.txt", "--num_samples=2", "--batch_size=3", *GREEDY)
+    parts = text.removesuffix("\n").split("\n" + "-" * 15 + "\n")
+    assert parts == [part for part in ("abcdefg", "abcde", "fgh\nabcd", "a" * 9 + "bcdef") for _ in range(2)]
+
+
+def test_a_prompt_of_a_file_that_cant_be_written_is_refused(letters, say, tmp_path):
+    (tmp_path / "prompts.txt").write_text("ab\naXb\n")
+    assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in say("--prompts=prompts.txt", *GREEDY)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_the_batch_size_changes_nothing(letters, say, tmp_path, batch_size):
+    (tmp_path / "prompts.txt").write_text("a\nbcd\n\n")
+    flags = ("--prompts=prompts.txt", "--num_samples=3", "--temperature=30", "--stop=a", "--max_new_tokens=25")
+    texts = say(*flags, "--seed=3")
+    assert say(*flags, "--seed=3", f"--batch_size={batch_size}") == texts != say(*flags, "--seed=4")
+
+
+# ---- other ways to go on
+
+
+def test_beams(letters, say):
+    assert say("--num_beams=3", "--max_new_tokens=5", "--start=ab") == "abcdefg\n"
+    told = answers(say("--num_beams=3", "--num_samples=3", "--max_new_tokens=4", "--start=ab", "--json=True"))
+    sums = [sum(one["log_probabilities"]) for one in told]
+    assert told[0]["text"] == "cdef" and sums == sorted(sums, reverse=True) and len({one["text"] for one in told}) == 3
+    assert all(CharTokenizer(LETTERS).decode(one["tokens"]) == one["text"] for one in told)
+    stopped = answers(say("--num_beams=2", "--num_samples=2", "--stop=e", "--start=ab", "--json=True"))
+    assert [one["text"].count("e") for one in stopped] == [0, 0] and stopped[0]["text"] == "cd"
+
+
+def test_beams_end_with_the_token_between_documents(tmp_path, monkeypatch, say):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = BPETokenizer.train([], 257)
+    model = counting_model(257, 8)
+    with torch.no_grad():  # after "b" comes the end
+        model.head.weight[tokenizer.end_of_text] = 60 * torch.eye(257)[tokenizer.encode("b")[0]]
+    save_model(model, tokenizer, tmp_path / "bytes")
+    for flags in (("--num_beams=2",), ("--temperature=0",), ("--temperature=0", "--draft=bytes")):
+        (one,) = answers(say("bytes", "--start=`", "--json=True", "--max_new_tokens=9", *flags))
+        assert one["text"] == "ab" and one["ended"] and one["tokens"][-1] == tokenizer.end_of_text
+        assert say("bytes", "--start=`", "--max_new_tokens=9", *flags) == "`ab\n"
+
+
+def test_a_draft(letters, say, tmp_path):
+    for flags in (("--temperature=0",), ("--temperature=0", "--draft_tokens=1"), ("--top_k=1", "--stop=h")):
+        expected = say(*flags, "--start=ab", "--max_new_tokens=12")
+        assert say(*flags, "--start=ab", "--max_new_tokens=12", "--draft=out/letters") == expected
+    result = command("sample.py", "--temperature=0", "--max_new_tokens=11", "--start=a", "--draft=out/letters")
+    assert result.stdout == "abcdefgh\nabc\n" and " proposed tokens were accepted\n" in result.stderr
+    accepted, proposed = [int(word) for word in result.stderr.splitlines()[-1].split() if word.isdigit()]
+    assert accepted == proposed > 0
+    save_model(counting_model(len(LETTERS), 4), CharTokenizer("\nabcdefgi"), tmp_path / "other")
+    assert "the draft other has another tokenizer than the model" in say("--draft=other")
+    flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters")
+    told = answers(say(*flags))
+    assert len({one["text"] for one in told}) == 3 and say(*flags, "--seed=7") != say(*flags)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
+@pytest.mark.slow
+def test_compiled_and_8_bit_decoding(letters, say, tmp_path):
+    assert say(*GREEDY, "--start=ab", "--compile=True") == "abcdefg\n"
+    assert say(*GREEDY, "--start=ab", "--compile=True", "--int8=True") == "abcdefg\n"
+    assert say(*GREEDY, "--start=ab", "--compile=True", "--num_samples=2") == f"abcdefg\n{'-' * 15}\nabcdefg\n"
+
+
+# ---- as it is made, and asked for
+
+QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
+
+
+def started(*args, **streams):
+    """A process of sample.py."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", *args],
+        env={**os.environ, **QUICK}, **streams,
+    )  # fmt: skip
+
+
+def read_until(descriptor, wanted, seconds=60):
+    """What comes, up to and with the bytes `wanted`."""
+    seen, last = b"", time.monotonic() + seconds
+    os.set_blocking(descriptor, False)
+    while wanted not in seen:
+        assert time.monotonic() < last, seen
+        try:
+            seen += os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            time.sleep(0.01)
+    return seen
+
+
+def test_text_appears_as_it_is_made(letters):
+    process = started("--temperature=0", "--start=ab", "--max_new_tokens=1000000", stdout=subprocess.PIPE)
+    try:
+        seen = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
+        assert process.poll() is None and len(seen) < 100_000
+        read_until(process.stdout.fileno(), b"abcdefgh\nabc")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_prompts_from_a_pipe(letters):
+    typed = "ab\n\naXb\ncd\nfgh"
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), *GREEDY, "--interactive=True", "--device=cpu"],
+        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0 and result.stdout == "abcdefg\nabcde\ncdefgh\n\nfgh\nabcd\n"
+    assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in result.stderr
+    assert result.stderr.count("\n") == 2 and "> " not in result.stdout  # the other line names the model
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(letters):
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = started(
+        "--interactive=True", "--temperature=0", "--max_new_tokens=1000000", preexec_fn=lambda: os.login_tty(theirs)
+    )
+    os.close(theirs)
+    try:
+        read_until(ours, b"> ")
+        for prompt in (b"ab", b"f"):
+            os.write(ours, prompt + b"\n")
+            read_until(ours, b"defgh\r\nabcdefgh\r\nabc")
+            os.write(ours, b"\x03")
+            assert b"Traceback" not in read_until(ours, b"> ")
+            assert process.poll() is None
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_the_first_character_does_not_wait_for_a_compiler(letters):
+    """What takes torch seconds to import is for compiled decoding only."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "slow = {'torch._dynamo', 'torch._inductor', 'transformers', 'datasets', 'wandb'}\n"
+        "atexit.register(lambda: print('imported', sorted(slow & sys.modules.keys())))\n"
+        "sys.argv = ['sample.py', '--temperature=0', '--max_new_tokens=5', '--start=ab', '--device=cpu']\n"
+        f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **QUICK})
+    assert result.stdout == "abcdefg\nimported []\n", (result.stdout, result.stderr)
+
+
+# ---- what auto means
+
+
+def test_automatic_precision_of_decoding(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert runtime.resolve_decoding_dtype("auto", cpu, 1000) == torch.float32
+    assert runtime.resolve_decoding_dtype("auto", cpu, 10**9) == torch.bfloat16
+    assert runtime.resolve_decoding_dtype("bfloat16", cpu, 1000) == torch.bfloat16
+    assert runtime.resolve_decoding_dtype("float16", cpu, 10**9) == torch.float16
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
+    assert runtime.resolve_decoding_dtype("auto", cpu, 10**9) == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert runtime.resolve_decoding_dtype("auto", torch.device("cuda"), 1000) == torch.bfloat16
+
+
+def test_automatic_compilation_of_decoding(monkeypatch):
+    cpu, model = torch.device("cpu"), counting_model(9, 4)
+    monkeypatch.setenv("CXX", "c++")
+    assert runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
+    assert not runtime.resolve_decoding_compile("auto", cpu, model, 500)
+    assert not runtime.resolve_decoding_compile("auto", torch.device("mps"), model, 10**6)
+    assert runtime.resolve_decoding_compile(True, cpu, model, 1)
+    assert not runtime.resolve_decoding_compile(False, cpu, model, 10**6)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
+    assert runtime.resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6)

@@ -254,9 +254,7 @@ def serve(pipe: Any, program: type, job: Job) -> None:
     sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
     from tqdm import tqdm
 
-    tqdm.set_lock(
-        threading.RLock()
-    )  # compilers use tqdm, whose own lock is reported as leaked by a process that is killed
+    tqdm.set_lock(threading.RLock())  # compilers use its own, which a process that is killed is said to leak
     try:
         loaded = program(job)
         pipe.send(None)
@@ -406,8 +404,8 @@ def show(results: dict[str, Any]) -> None:
         print(f" {row['first_token_ms']:11.1f} {row['whole_seconds']['median']:11.3f} {row['peak_memory_gb']:11.2f}")
     print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s of ours, compilation included")
     for name, ratio in results["ratios"].items():
-        print(f"ratio        ours takes {ratio['median']:.3f} of the whole time of {name}", end="")
-        print(f" ({ratio['min']:.3f} to {ratio['max']:.3f} over the rounds)")
+        print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
+        print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")
     floor = results["floor"]
     print(f"memory       read at {floor['bytes_per_second'] / 1e9:.1f} GB/s; a step has to read", end="")
     print(
@@ -481,7 +479,7 @@ def bench_sample(args: list[str]) -> None:
     results["settings"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}
     results["programs"] = {name: figures(settings, *taken) for name, taken in rounds.items()}
     pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
-    results["ratios"] = {name: spread([ours.whole / its.whole for ours, its in pair]) for name, pair in pairs.items()}
+    results["ratios"] = {name: spread([its.whole / ours.whole for ours, its in pair]) for name, pair in pairs.items()}
     floor = step_bytes(config, settings.batch_size, rounds["ours"][-1].held, sizes)
     floor |= {"bytes_per_second": median(rates), "ms": 1000 * sum(floor.values()) / median(rates)}
     results["floor"] = floor | {"share": floor["ms"] / results["programs"]["ours"]["step_ms"]["median"]}
