@@ -22,10 +22,6 @@ from gpt_arc.errors import UserError
 from gpt_arc.frozen import FrozenLinear, freeze, packable
 from model import GPT, Memory
 
-# Inductor would compute the norm before a product again for each of its outputs: what takes more operations than this
-# is computed once and kept.
-CPU_OPTIONS = {"realize_opcount_threshold": 8}
-
 
 class Slots(nn.Module):
     """The memory of one block: keys and values (B, K, S, D)."""
@@ -81,7 +77,7 @@ class Decoder(nn.Module):
         if self._device.type == "cpu":
             parts = [*self.model.blocks, *([self.head] if isinstance(self.head, FrozenLinear) else [])]
             for part in parts:
-                part.compile(dynamic=True, options=CPU_OPTIONS)
+                part.compile(dynamic=True)
         else:
             self.run = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 

@@ -64,7 +64,9 @@ class FrozenLinear(nn.Module):
                 return packed_linear(x, self.weight, self.width)
             return torch.ops.mkldnn._linear_pointwise(x, *_packed[int(self.weight)], "none", [], "")
         if compiling and x.numel() == x.size(-1) and x.device.type == "cpu":
-            y = (self.weight.float() * x.flatten().float()).sum(-1)
+            # what a strided view is taken of inductor computes once; a norm or activation it would redo for each output
+            row = x.flatten().float().as_strided((x.size(-1),), (1,))
+            y = (self.weight.float() * row).sum(-1)
             y = y if self.scale is None else y * self.scale
             y = y if self.bias is None else y + self.bias
             return y.type_as(x).expand(*x.shape[:-1], -1)

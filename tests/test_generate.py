@@ -286,7 +286,15 @@ def watched(model):
     return model, shapes
 
 
-RAGGED = [[3, 4, 5], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [0] * 7, [5, 6] * 9, [3, 4, 5], [2, 9, 2, 9, 4]]
+RAGGED = [
+    [3, 4, 5],
+    [7],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12],
+    [0] * 7,
+    [8, 10, 2, 11, *[5, 6] * 7],
+    [3, 4, 5],
+    [2, 9, 2, 9, 4],
+]
 
 
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
@@ -588,10 +596,11 @@ def test_a_draft_that_remembers_one_token_will_do():
         assert gathered(steps, 1)[0] == [[i % 13 for i in range(4, 24)]]
 
 
-def test_an_equal_draft_is_always_accepted_and_saves_passes_of_the_model():
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0, repetition_penalty=3.0)], ids=str)
+def test_an_equal_draft_is_always_accepted_and_saves_passes_of_the_model(sampling):
     model, shapes = watched(small_gpt(context=40))
     acceptance = Acceptance()
-    steps = speculative(model, small_gpt(context=40), [1, 2, 3], 12, GREEDY, draft_tokens=3, acceptance=acceptance)
+    steps = speculative(model, small_gpt(context=40), [1, 2, 3], 12, sampling, draft_tokens=3, acceptance=acceptance)
     assert len(list(steps)) == 12
     assert shapes == [(1, 2), (1, 4), (1, 4), (1, 4)]
     assert (acceptance.proposed, acceptance.accepted, acceptance.rate) == (9, 9, 1.0)

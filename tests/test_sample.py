@@ -293,7 +293,7 @@ def test_text_appears_as_it_is_made(letters):
     process = started("--temperature=0", "--start=ab", "--max_new_tokens=1000000", stdout=subprocess.PIPE)
     try:
         seen = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
-        assert process.poll() is None and len(seen) < 100_000
+        assert process.poll() is None and len(seen) < 4_000  # less than a buffer holds
         read_until(process.stdout.fileno(), b"abcdefgh\nabc")
     finally:
         process.kill()
