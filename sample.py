@@ -128,8 +128,8 @@ def main() -> None:
             screen = Screen(todo, config.json)
             for start in range(0, len(todo), together):
                 batch = todo[start : start + together]
-                screen.follow(batch, continued(batch, made))
                 made += len(batch)
+                screen.follow(batch, continued(batch, made - len(batch)))
         except UserError as error:
             if not config.interactive:
                 raise

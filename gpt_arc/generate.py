@@ -76,8 +76,8 @@ def generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
 def draw(probabilities: Tensor, sources: Sequence[torch.Generator]) -> list[int]:
     """A token for each row of probabilities (B, V), by one uniform number from each row's own source."""
     uniform = torch.stack([torch.rand(1, generator=source, dtype=torch.float64) for source in sources])
-    precise = torch.float32 if probabilities.device.type == "mps" else torch.float64
-    cumulative = probabilities.to(precise).cumsum(-1)
+    probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # it has no float64
+    cumulative = probabilities.double().cumsum(-1)
     reached = cumulative[:, -1:] * uniform.to(cumulative)
     return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1).tolist()
 
@@ -183,10 +183,11 @@ def speculative(
     source = generators(0, [0])[0] if source is None else source
     acceptance = Acceptance() if acceptance is None else acceptance
     for reader in (decoder, drafter):  # neither has read the last token yet
-        if len(prompt) > 1:
-            reader.read([prompt[:-1]], room=max_new_tokens + draft_tokens + 1)
+        before, room = prompt[-reader.model.config.block_size : -1], max_new_tokens + draft_tokens + 1
+        if before:
+            reader.read([before], room)
         else:
-            reader.clear(1, room=max_new_tokens + draft_tokens + 1)
+            reader.clear(1, room)
     text, unread, made = list(prompt), list(prompt[-1:]), 0
     context = decoder.model.config.block_size
     while made < max_new_tokens:
@@ -220,7 +221,8 @@ def speculative(
             drafter.rewind([max(len(proposal) - 1 - taken, 0)])
             unread = tokens[-1 if taken < len(proposal) else -2 :]
         else:
-            unread = (unread + tokens)[-drafter.model.config.block_size :]
+            unread = unread + tokens
+        unread = unread[-drafter.model.config.block_size :]
         for token, log_probability in zip(tokens, _log_probabilities(logits[: len(tokens)], tokens)):
             yield Step([0], [token], [log_probability])
             made += 1

@@ -85,8 +85,11 @@ class SampleConfig:
     """Compile the decoding step. auto: if that saves more time than it takes; with a draft there is no such step."""
 
     def __post_init__(self):
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("max_new_tokens", 0), ("seed", 0)):
-            if getattr(self, name) < least:
+        least_of = {"num_samples": 1, "batch_size": 1, "max_new_tokens": 0, "seed": 0, "draft_tokens": 1}
+        if self.num_beams is not None:
+            least_of |= {"num_beams": 1, "length_penalty": 0, "max_new_tokens": 1}
+        for name, least in least_of.items():
+            if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
         if self.seed >= 2**63:
             raise ValueError(f"seed = {self.seed} must be less than 2**63")

@@ -25,7 +25,7 @@ class TextStream:
         self.complete = False  # ended, or because there are no more tokens
         self._held = 0  # characters of `text` that may turn out to be the beginning of the stop text
         # Tokens are decoded after the last few before them: some tokenizers drop the space before a text's first word.
-        self._before = [token for token in prompt[-CONTEXT:] if token != tokenizer.end_of_text]
+        self._before = self._last([token for token in prompt[-2 * CONTEXT :] if token != tokenizer.end_of_text])
         self._tokens: list[int] = []  # those after them, which end within a character
         self._taken = 0  # characters of these that are in `text`
 
@@ -46,13 +46,21 @@ class TextStream:
         self._add(whole[self._taken :])
         self._taken = len(whole)
         if whole == decoded:
-            self._before, self._tokens, self._taken = (self._before + self._tokens)[-CONTEXT:], [], 0
+            self._before, self._tokens, self._taken = self._last(self._before + self._tokens), [], 0
 
     def end(self) -> None:
         """There are no more tokens: the rest of the text is what it is."""
         if not self.complete:
             self._add(self._decode()[self._taken :])
         self.complete, self._held = True, 0
+
+    def _last(self, tokens: list[int]) -> list[int]:
+        """The last few tokens, a few more where they would begin within a character."""
+        start = max(len(tokens) - CONTEXT, 0)
+        least = max(start - CONTEXT, 0)
+        while start > least and self.tokenizer.decode(tokens[start:]).startswith(UNFINISHED):
+            start -= 1
+        return tokens[start:]
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self._before + self._tokens)[len(self.tokenizer.decode(self._before)) :]
