@@ -214,5 +214,5 @@ class Decoder(nn.Module):
                 memory[: len(rows), :, :slots] = memory[list(rows), :, :slots]
 
     def rewind(self, counts: Sequence[int]) -> None:
-        """Forget the last tokens of each row, so many."""
-        self.texts = [text[: len(text) - count] for text, count in zip(self.texts, counts)]
+        """Forget the last tokens of each row, so many; all it has, where they are fewer."""
+        self.texts = [text[: max(len(text) - count, 0)] for text, count in zip(self.texts, counts)]

@@ -32,6 +32,15 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two would wait for each other at every tiny product, on a busy machine for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def name_of(change: dict) -> str:
     return ",".join(f"{key}={value}" for key, value in change.items()) or "gpt2"
 
