@@ -212,7 +212,7 @@ class Memory(NamedTuple):
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), each head of these serving H / K of those.
 
-    `mask` is from `causal_mask`, or (B, 1, T, S); None: every query sees all keys up to its own place.
+    `mask` is from `causal_mask`, or (B, 1, T, S); None: S = T, and every query sees the keys up to its own place.
     """
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
         return attend_once(query, key, value, mask)
@@ -378,7 +378,8 @@ class GPT(nn.Module):
 
         `documents` (B, T) tells which document each token belongs to, by any number that changes where the next one
         begins: positions then count from the document's beginning, and attention doesn't look back beyond it.
-        With `memory`, one of each block and all with the same positions, the tokens go on from those read before.
+        With `memory`, one of each block and all with the same positions, the tokens go on from those read before;
+        there `documents` is None.
         """
         config, (batch, length) = self.config, tokens.shape
         if length > config.block_size:

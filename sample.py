@@ -42,8 +42,10 @@ def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
 def typed_prompts() -> Iterator[list[str]]:
     while True:
         try:
-            yield [input("> " if sys.stdin.isatty() else "")]
-        except EOFError:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)  # what is printed may go to a file
+            yield [input().removesuffix("\r")]
+        except (EOFError, AttributeError):  # or no input at all
             return
 
 
@@ -80,7 +82,7 @@ def main() -> None:
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
         decoder = Decoder(model.to(device).eval())
-        compile = config.draft is None and runtime.resolve_decoding_compile(config.compile, device, model, steps)
+        compile = config.draft is None and runtime.resolve_decoding_compile(config.compiling, device, model, steps)
         decoder.prepare(rows, compile, config.int8)
         return decoder, tokenizer
 
@@ -106,13 +108,15 @@ def main() -> None:
             beams, penalty = config.num_beams, config.length_penalty
             ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
             found = beam_search(decoder, contexts[0], config.max_new_tokens, beams, penalty, ends)[: len(batch)]
-            return (Step([i], [token], [p]) for i, beam in enumerate(found) for token, p in zip(*beam[:2]))
-        if config.draft:
-            return speculative(
+            for i, beam in enumerate(found):
+                yield from (Step([i], [token], [log]) for token, log in zip(beam.tokens, beam.log_probabilities))
+        elif config.draft:
+            yield from speculative(
                 decoder, drafter, contexts[0], config.max_new_tokens, sampling, draft_tokens=config.draft_tokens,
                 source=sources[0], until=until, acceptance=acceptance,
             )  # fmt: skip
-        return generate(decoder, contexts, config.max_new_tokens, sampling, sources=sources, until=until)
+        else:
+            yield from generate(decoder, contexts, config.max_new_tokens, sampling, sources=sources, until=until)
 
     made = 0
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
@@ -137,7 +141,7 @@ def main() -> None:
         except KeyboardInterrupt:
             if not config.interactive:
                 raise
-            print()
+            print(file=sys.stderr)
     if config.draft:
         print(f"{acceptance.accepted} of {acceptance.proposed} proposed tokens were accepted", file=sys.stderr)
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from itertools import repeat
 
 import torch
+import torch.fx.experimental._config
 import torch.nn as nn
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
         """
         on_cpu = self._device.type == "cpu"
         if int8 and not (on_cpu and compile and rows == 1):
-            raise UserError("int8 weights pay for one row in compiled code on a CPU: leave int8 out")
+            raise UserError("int8 is for one row at a time of compiled code on a CPU: batch_size 1 and compile True")
         if int8:
             self.head = freeze(self.model, "int8")
         elif on_cpu and compile and rows == 1:
@@ -75,6 +76,8 @@ class Decoder(nn.Module):
         """
         self.compiled = True
         if self._device.type == "cpu":
+            # or sizes that are equal when a block is compiled, of rows and heads perhaps, would have to stay so
+            torch.fx.experimental._config.use_duck_shape = False
             parts = [*self.model.blocks, *([self.head] if isinstance(self.head, FrozenLinear) else [])]
             for part in parts:
                 part.compile(dynamic=True)
@@ -121,7 +124,9 @@ class Decoder(nn.Module):
         if not keep:
             self.memory = self._slots(rows, slots)
             return
-        self.memory = self._slots(max(rows, have[0]), max(slots, min(2 * have[2], self.model.config.block_size + 1)))
+        if slots > have[2]:  # by doubling, so that a long text is seldom copied
+            slots = max(slots, min(2 * have[2], self.model.config.block_size))
+        self.memory = self._slots(max(rows, have[0]), max(slots, have[2]))
         for new, kept in zip(self.memory, old):
             new.keys[: have[0], :, : have[2]], new.values[: have[0], :, : have[2]] = kept.keys, kept.values
 
@@ -133,7 +138,7 @@ class Decoder(nn.Module):
         to take memory now. Raises ValueError for an empty prompt.
         """
         if not prompts or not all(prompts):
-            raise ValueError("a prompt has no tokens: begin with the tokenizer's start_token")
+            raise ValueError("a prompt has no tokens, or there is none: begin with the tokenizer's start_token")
         context = self.model.config.block_size
         longest = max(map(len, prompts))
         self.clear(len(prompts), None if room is None else longest + room)
@@ -167,6 +172,8 @@ class Decoder(nn.Module):
         Raises ValueError for more than block_size.
         """
         size, context = len(chunks[0]), self.model.config.block_size
+        if len(chunks) != len(self.texts) or any(len(chunk) != size for chunk in chunks):
+            raise ValueError(f"{len(self.texts)} rows take as many chunks, all of one length: there are {len(chunks)}")
         if size > context:
             raise ValueError(f"{size} tokens are more than the context, block_size = {context}")
         full = [row for row, text in enumerate(self.texts) if len(text) + size > context]
@@ -190,6 +197,7 @@ class Decoder(nn.Module):
             if self._static:
                 torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
             logits = self.run(tokens, lengths, slots)
+            logits = logits.clone() if self._static else logits  # the next step writes where they lie
         else:
             with self._eager():
                 logits = self.forward(tokens, lengths, slots)
@@ -209,9 +217,13 @@ class Decoder(nn.Module):
         slots = max(len(self.texts[row]) for row in rows)
         self.texts = [list(self.texts[row]) for row in rows]
         self._reserve(len(rows), slots)
+        moved = [place for place, row in enumerate(rows) if place != row]
+        if not moved:
+            return
+        places, origins = torch.tensor([moved, [rows[place] for place in moved]], device=self._device)
         for part in self.memory:
             for memory in (part.keys, part.values):
-                memory[: len(rows), :, :slots] = memory[list(rows), :, :slots]
+                memory[places, :, :slots] = memory[origins, :, :slots]
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Forget the last tokens of each row, so many; all it has, where they are fewer."""

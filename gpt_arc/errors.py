@@ -29,6 +29,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     def wrapped() -> None:
         among_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         message = None
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
         try:
             code = main() or 0
         except BrokenPipeError:  # the reader of our output (head, less) has gone: end as SIGPIPE would, quietly

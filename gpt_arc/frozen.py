@@ -76,7 +76,8 @@ class FrozenLinear(nn.Module):
 
 def packable(dtype: torch.dtype) -> bool:
     """Whether this CPU's library packs weights of a type."""
-    if not torch.backends.mkldnn.is_available():
+    library = torch.ops.mkldnn  # torch.compile's own, not promised to others: without it decoding is slower
+    if not (torch.backends.mkldnn.is_available() and hasattr(library, "_reorder_linear_weight")):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

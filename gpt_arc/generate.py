@@ -51,7 +51,10 @@ def filtered_probabilities(
     if top_k is not None:  # temperature keeps the order, so it may as well come after
         smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
+    # float32 takes a divisor below this for 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(
+        temperature, 1e-37
+    )  # the largest is 0, however low the temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
         size = probabilities.size(-1)
@@ -255,9 +258,10 @@ def beam_search(
     """
     if num_beams < 1 or max_new_tokens < 1:
         raise UserError(f"num_beams = {num_beams} and max_new_tokens = {max_new_tokens} must be at least 1")
-    if not 0 <= length_penalty < math.inf:
-        raise UserError(f"length_penalty = {length_penalty} must be 0 or more")
+    if not 0 <= length_penalty <= 100:
+        raise UserError(f"length_penalty = {length_penalty} must lie in [0, 100]")
     decoder = model if isinstance(model, Decoder) else Decoder(model)
+    stop_tokens = sorted(set(stop_tokens))
     logits = decoder.read([prompt], room=max_new_tokens)
     beams: list[tuple[list[int], list[float]]] = [([], [])]
     totals = torch.zeros(1, dtype=torch.float64)
@@ -265,7 +269,7 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         logs = logits.cpu().double().log_softmax(-1)  # (beams, V)
         sums = totals[:, None] + logs
-        ends = list(stop_tokens) if length < max_new_tokens else list(range(sums.size(-1)))
+        ends = stop_tokens if length < max_new_tokens else list(range(sums.size(-1)))
         scores = sums[:, ends] / length**length_penalty
         if ends:
             for score, i in zip(*(x.tolist() for x in scores.flatten().topk(min(num_beams, scores.numel())))):
@@ -275,7 +279,7 @@ def beam_search(
             finished = sorted(finished, key=lambda found: -found.score)[:num_beams]
         if length == max_new_tokens:
             break
-        sums[:, list(stop_tokens)] = -math.inf
+        sums[:, stop_tokens] = -math.inf
         totals, chosen = sums.flatten().topk(min(num_beams, sums.numel()))
         chosen = chosen[totals > -math.inf]
         totals = totals[: len(chosen)]

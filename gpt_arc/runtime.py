@@ -1,6 +1,7 @@
 """Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
 
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -94,11 +95,9 @@ def resolve_decoding_compile(setting: bool | str, device: torch.device, model: G
     """Whether to compile the decoding of `steps` tokens a row; auto: if that saves more time than compiling takes."""
     if setting != "auto":
         return bool(setting)
-    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-        return False
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     saved = steps * (weights * DECODING_SAVES_PER_BYTE + model.config.n_layer * DECODING_SAVES_PER_BLOCK)
-    return device.type in ("cpu", "cuda") and saved > DECODING_COMPILES_IN
+    return saved > DECODING_COMPILES_IN and resolve_compile("auto", device, math.inf)[0]
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

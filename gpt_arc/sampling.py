@@ -35,8 +35,10 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 raise UserError(f"{name} = {value} must lie in (0, 1], or be left out to keep every token")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty = {self.repetition_penalty} must be positive; 1 changes nothing")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(
+                f"repetition_penalty = {self.repetition_penalty} must lie in [0.01, 100]; 1 changes nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SampleConfig:
     prompts: Path | None = None
     """A file of prompts, one a line."""
     interactive: bool = False
-    """Ask for prompts until the input ends; Ctrl-C ends a continuation."""
+    """Ask for prompts until the input ends (Ctrl-D); Ctrl-C ends a continuation, or where there is none, all."""
     json: bool = False
     """Print a JSON object for each continuation: its tokens, their log-probabilities by the model itself, times."""
     num_samples: int = 1
@@ -80,9 +82,14 @@ class SampleConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights. auto: bfloat16 where the hardware multiplies it natively and the model isn't tiny."""
     int8: bool = False
-    """Round the weights to 8 bits: for one continuation at a time of a large model, compiled, on a CPU."""
+    """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoding step. auto: if that saves more time than it takes; with a draft there is no such step."""
+
+    @property
+    def compiling(self) -> bool | str:
+        """`compile`, which int8 asks for."""
+        return True if self.int8 and self.compile == "auto" else self.compile
 
     def __post_init__(self):
         least_of = {"num_samples": 1, "batch_size": 1, "max_new_tokens": 0, "seed": 0, "draft_tokens": 1}
@@ -100,6 +107,8 @@ class SampleConfig:
         asked = [name for name in ("start", "prompts", "interactive") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"both {asked[0]} and {asked[1]} say where prompts come from: leave one out")
+        if self.draft == "":
+            raise ValueError("draft is an empty name: leave it out to go on without one")
         if self.stop == "":
             raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
         if self.draft is not None and True in (self.compile, self.int8):
@@ -108,7 +117,10 @@ class SampleConfig:
             for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
                 if getattr(self.sampling, name) != getattr(Sampling, name):
                     raise ValueError(f"num_beams draws nothing, so {name} has no meaning: leave one of them out")
-            if self.draft is not None:
-                raise ValueError("num_beams and draft are two ways to go on: leave one of them out")
+            for name in ("draft", "stop"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"beams end at the end of a text alone: leave {name} or num_beams out")
+            if self.length_penalty > 100:
+                raise ValueError(f"length_penalty = {self.length_penalty} must lie in [0, 100]")
             if self.num_samples > self.num_beams:
                 raise ValueError(f"num_samples = {self.num_samples} is more than num_beams = {self.num_beams} find")

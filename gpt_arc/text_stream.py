@@ -35,7 +35,9 @@ class TextStream:
         return self.text[: len(self.text) - self._held]
 
     def push(self, token: int) -> None:
-        """Append a token; sets `ended` if the continuation ends with it."""
+        """Append a token, unless the continuation is complete; sets `ended` if it ends with it."""
+        if self.complete:
+            return
         if token == self.tokenizer.end_of_text:
             self.end()
             self.ended = True
@@ -88,7 +90,9 @@ class Continuation(TextStream):
         self.times: list[float] = []  # of each token, in seconds since the beginning
 
     def add(self, token: int, log_probability: float, seconds: float) -> None:
-        """`push`, and keep what is told of the token."""
+        """`push`, and keep what is told of the token; nothing, once it is complete."""
+        if self.complete:
+            return
         self.tokens.append(token)
         self.log_probabilities.append(log_probability)
         self.times.append(seconds)
@@ -105,7 +109,7 @@ class Continuation(TextStream):
             "ended": self.ended,
             "first_token_seconds": first,
             "seconds": last,
-            "tokens_per_second": (len(self.times) - 1) / (last - first) if first != last else None,
+            "tokens_per_second": len(self.times) / last if last else None,
         }
 
 
@@ -115,7 +119,7 @@ class Screen:
     def __init__(self, continuations: Sequence[Continuation], as_json: bool):
         self.as_json = as_json
         self._left = deque(continuations)
-        self._shown = 0  # characters of the first one left, its prompt included
+        self._shown: int | None = None  # characters of the first one left, None before its prompt
 
     def follow(self, batch: Sequence[Continuation], steps: Iterable[tuple[list[int], list[int], list[float]]]) -> None:
         """Show what is made of a batch, each step being numbers in the batch, their tokens and log-probabilities."""
@@ -134,13 +138,15 @@ class Screen:
         while self._left:
             current = self._left[0]
             if not self.as_json:
-                text = current.prompt + current.certain
-                print(text[self._shown :], end="", flush=True)
-                self._shown = len(text)
+                if self._shown is None:
+                    print(current.prompt, end="")
+                    self._shown = 0
+                print(current.certain[self._shown :], end="", flush=True)
+                self._shown = len(current.certain)
             if not current.complete:
                 return
             self._left.popleft()
-            self._shown = 0
+            self._shown = None
             if self.as_json:
                 print(json.dumps(current.report()), flush=True)
             else:

@@ -382,7 +382,7 @@ def test_preparing_lays_out_every_matrix_and_the_head(rows, compile, int8, layou
 @pytest.mark.parametrize(("rows", "compile"), [(1, False), (2, True), (2, False)])
 def test_weights_of_8_bits_are_for_one_row_of_compiled_code(rows, compile):
     model = made()
-    with pytest.raises(UserError, match="int8 weights pay for one row in compiled code on a CPU"):
+    with pytest.raises(UserError, match="int8 is for one row at a time of compiled code on a CPU"):
         Decoder(model).prepare(rows, compile, int8=True)
     assert isinstance(model.blocks[0].mlp.up, torch.nn.Linear)
 
@@ -507,3 +507,28 @@ def test_memory_is_of_the_weights_type_where_code_is_compiled_and_else_what_a_cp
         decoder.clear(rows=1)
         memory = {tensor.dtype for slots in decoder.memory for tensor in (slots.keys, slots.values)}
         assert memory == {dtype if compile else torch.float32}
+
+
+def test_more_rows_take_no_more_slots():
+    decoder = Decoder(GPT(GPTConfig(64, 11, 1, 2, 8)).eval())
+    decoder.read([[1, 2, 3]], room=20)
+    decoder.keep([0, 0, 0])
+    assert decoder.memory[0].keys.shape == (3, 2, 23, 4)
+
+
+def test_keeping_rows_where_they_are_copies_nothing():
+    decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
+    decoder.read([[1, 2, 3], [4, 5, 6]])
+    version = decoder.memory[0].keys._version
+    decoder.keep([0, 1])
+    decoder.keep([0])
+    assert decoder.memory[0].keys._version == version and decoder.texts == [[1, 2, 3]]
+
+
+def test_chunks_that_do_not_fit_the_rows_are_refused_before_anything_changes():
+    decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
+    decoder.read([[1, 2, 3], [4, 5]])
+    for chunks in ([[1]], [[1], [2, 3]]):
+        with pytest.raises(ValueError, match="2 rows take as many chunks"):
+            decoder.extend(chunks)
+    assert decoder.texts == [[1, 2, 3], [4, 5]]

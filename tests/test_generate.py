@@ -700,3 +700,14 @@ def test_impossible_speculation_is_refused():
         next(speculative(small_gpt(), small_gpt(vocab=12), [1], 5))
     with pytest.raises(UserError, match="draft_tokens = 0"):
         next(speculative(small_gpt(), small_gpt(), [1], 5, draft_tokens=0))
+
+
+def test_extreme_temperatures_stay_distributions():
+    assert filtered_probabilities(torch.tensor(LOGITS), temperature=1e-50).tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    with pytest.raises(UserError, match="repetition_penalty"):
+        Sampling(repetition_penalty=1e-300)
+
+
+def test_a_stop_token_named_twice_is_one():
+    model = GPT(GPTConfig(8, 4, 1, 1, 8)).eval()
+    assert beam_search(model, [1], 3, 4, stop_tokens=[2, 2]) == beam_search(model, [1], 3, 4, stop_tokens=[2])

@@ -117,7 +117,7 @@ def test_precision_and_compilation(letters, say):
         (["--device=cuda"], "is not available here"),
         (["--min_p=0"], "min_p = 0.0 must lie in (0, 1]"),
         (["--min_p=1.5"], "min_p = 1.5"),
-        (["--repetition_penalty=0"], "repetition_penalty = 0.0 must be positive"),
+        (["--repetition_penalty=0"], "repetition_penalty = 0.0 must lie in [0.01, 100]"),
         (["--repetition_penalty=-2"], "repetition_penalty = -2.0"),
         (["--batch_size=0"], "batch_size = 0"),
         (["--seed=-1"], "seed = -1"),
@@ -130,14 +130,14 @@ def test_precision_and_compilation(letters, say):
         (["--num_beams=2", "--top_p=0.5"], "top_p has no meaning"),
         (["--num_beams=2", "--min_p=0.5"], "min_p has no meaning"),
         (["--num_beams=2", "--repetition_penalty=1.1"], "repetition_penalty has no meaning"),
-        (["--num_beams=2", "--draft=out/letters"], "num_beams and draft are two ways"),
+        (["--num_beams=2", "--draft=out/letters"], "leave draft or num_beams out"),
         (["--num_beams=2", "--num_samples=3"], "num_samples = 3 is more than num_beams = 2"),
         (["--num_beams=0"], "num_beams = 0"),
         (["--num_beams=2", "--length_penalty=-1"], "length_penalty = -1.0"),
         (["--draft=nowhere"], "there is no model directory nowhere"),
         (["--draft=out/letters", "--draft_tokens=0"], "draft_tokens = 0"),
-        (["--int8=True", "--compile=True", "--num_samples=2"], "int8 weights pay for one row"),
-        (["--int8=True", "--compile=False"], "int8 weights pay for one row"),
+        (["--int8=True", "--compile=True", "--num_samples=2"], "int8 is for one row at a time"),
+        (["--int8=True", "--compile=False"], "int8 is for one row at a time"),
     ],
 )
 def test_mistakes_are_one_sentence(letters, say, args, sentence):
@@ -177,7 +177,7 @@ def test_json_tells_tokens_with_their_log_probabilities_and_times(letters, say):
         expected = [logs[i, text[i + 1]].item() for i in range(1, len(text) - 1)]
         assert one["log_probabilities"] == pytest.approx(expected, abs=1e-4)
         assert 0 < one["first_token_seconds"] < one["seconds"]
-        assert one["tokens_per_second"] == pytest.approx(29 / (one["seconds"] - one["first_token_seconds"]))
+        assert one["tokens_per_second"] == pytest.approx(30 / one["seconds"])
     assert answers(say(*flags, "--num_samples=1"))[0]["text"] == told[0]["text"]
 
 
@@ -223,8 +223,8 @@ def test_beams(letters, say):
     sums = [sum(one["log_probabilities"]) for one in told]
     assert told[0]["text"] == "cdef" and sums == sorted(sums, reverse=True) and len({one["text"] for one in told}) == 3
     assert all(CharTokenizer(LETTERS).decode(one["tokens"]) == one["text"] for one in told)
-    stopped = answers(say("--num_beams=2", "--num_samples=2", "--stop=e", "--start=ab", "--json=True"))
-    assert [one["text"].count("e") for one in stopped] == [0, 0] and stopped[0]["text"] == "cd"
+    assert all(0 < one["first_token_seconds"] <= one["seconds"] for one in told)
+    assert "leave stop or num_beams out" in say("--num_beams=2", "--stop=e")
 
 
 def test_beams_end_with_the_token_between_documents(tmp_path, monkeypatch, say):
@@ -376,4 +376,6 @@ def test_automatic_compilation_of_decoding(monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
-    assert runtime.resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6)
+    for works in (True, False):  # as Triton and the GPU allow
+        monkeypatch.setattr(runtime, "resolve_compile", lambda setting, device, flops: (works, ""))
+        assert runtime.resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works

@@ -350,7 +350,7 @@ def test_json_is_a_valid_line_for_each(capsys):
     assert lines[0]["tokens"] == [1, 2, 3] and lines[0]["log_probabilities"] == [-0.5, -1.5, -2.5]
     assert lines[1]["tokens"] == [0, 6, 7]
     assert 0 <= lines[0]["first_token_seconds"] <= lines[0]["seconds"] and lines[0]["tokens_per_second"] > 0
-    assert lines[2]["tokens_per_second"] is None
+    assert lines[2]["tokens_per_second"] == 1 / lines[2]["seconds"]
 
 
 def test_a_continuation_without_tokens_is_told_too(capsys):
@@ -369,3 +369,10 @@ def test_json_of_any_text_is_one_line(capsys):
     Screen(batch, as_json=True).follow(batch, [([0], [token], [0.0]) for token in tokens])
     output = capsys.readouterr().out
     assert output.count("\n") == 1 and json.loads(output)["text"] == tokenizer.decode(tokens)
+
+
+def test_nothing_follows_what_is_complete(capsys):
+    batch = continuations("a", "b", stop="g")
+    Screen(batch, as_json=False).follow(batch, steps(["bcd", "agh"]))
+    assert batch[1].text == "a" and batch[1].tokens == [0, 6]
+    assert capsys.readouterr().out == f"abcd{chr(10)}{'-' * 15}{chr(10)}ba{chr(10)}"

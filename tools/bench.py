@@ -60,7 +60,7 @@ class SampleBench:
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of our weights and of transformers'. auto: bfloat16 where the hardware multiplies it natively."""
+    """Type of our weights and of transformers'. auto: as sample.py chooses."""
     compile: bool = True
     """Compile our decoder; the time goes into the warm-up."""
     int8: bool = False
@@ -329,7 +329,8 @@ def check_places(settings: SampleBench) -> None:
         raise UserError(f"there is no nanoGPT checkout at {settings.nanogpt}: it has no model.py")
     if settings.transformers and importlib.util.find_spec("transformers") is None:
         raise UserError('transformers is not installed: pip install -e ".[dev]"')
-    if settings.json is not None and (settings.json.is_dir() or not settings.json.parent.is_dir()):
+    refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
+    if settings.json is not None and (refused or not settings.json.parent.is_dir()):
         raise UserError(f"{settings.json} can't be written: name a file in a folder that is there")
 
 
@@ -444,7 +445,6 @@ def bench_sample(args: list[str]) -> None:
     config = load_config(settings.model) if trained else config
     check_fits(settings, config)
     device = runtime.resolve_device(settings.device)
-    dtype = runtime.resolve_dtype(settings.dtype, device)
     torch.manual_seed(settings.seed)
     prompts = torch.randint(config.vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
     programs = {"ours": Ours}
@@ -456,6 +456,8 @@ def bench_sample(args: list[str]) -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-arc-bench-")))
         model = load_model(settings.model)[0] if trained else GPT(config)
+        dtype = str(runtime.resolve_decoding_dtype(settings.dtype, device, 4 * model.num_parameters()))
+        dtype = dtype.removeprefix("torch.")
         print(f"model        {settings.model}, {model.num_parameters():,} parameters, {dtype}")
         print(
             f"work         {settings.batch_size} x ({settings.prompt_tokens} + {settings.max_new_tokens}) tokens",
@@ -485,7 +487,7 @@ def bench_sample(args: list[str]) -> None:
     results["floor"] = floor | {"share": floor["ms"] / results["programs"]["ours"]["step_ms"]["median"]}
     show(results)
     if settings.json is not None:
-        write_file(settings.json, json.dumps(results, indent=2) + "\n")
+        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
 
 
 BENCHES = {"sample": bench_sample}
