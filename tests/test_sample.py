@@ -377,5 +377,5 @@ def test_automatic_compilation_of_decoding(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
     for works in (True, False):  # as Triton and the GPU allow
-        monkeypatch.setattr(runtime, "resolve_compile", lambda setting, device, flops: (works, ""))
+        monkeypatch.setattr(runtime, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
         assert runtime.resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works
