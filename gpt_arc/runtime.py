@@ -17,11 +17,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Compiling takes half a minute to two on a CPU and gains perhaps a quarter of the time from then on, so it pays after
 # some ten minutes. Counted in FLOPs, at 200 GFLOP/s, so that no stopwatch decides how a run is computed.
 COMPILE_PAYS_AFTER = 600 * 200e9
-
-
 # Of decoding, per step: what compiled code saves of the time that reading a byte of the weights takes, and of a block's
-# own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes some 10 s, and longer on GPUs.
-DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 15.0
+# own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes up to half a minute the first time.
+DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 30.0
 # Weights that a CPU's caches hold, in bytes of float32: halving them gains nothing, and 16-bit operations cost more.
 DECODING_SMALL = 8e6
 
