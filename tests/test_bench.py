@@ -316,14 +316,19 @@ def test_an_interruption_leaves_no_process_and_no_folder(number, code, tmp_path)
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    wait_until(lambda: len(session(running.pid)) == 3)  # with multiprocessing's tracker and ours
-    if number == "SIGINT":
-        os.killpg(running.pid, signal.SIGINT)  # as a terminal does, while ours is starting
-    else:
-        time.sleep(1)  # ours loads, or is in its rounds
-        running.send_signal(getattr(signal, number))
-    _, errors = running.communicate(timeout=30)
+    try:
+        wait_until(lambda: len(session(running.pid)) == 3)  # with multiprocessing's tracker and ours
+        if number == "SIGINT":
+            os.killpg(running.pid, signal.SIGINT)  # as a terminal does, while ours is starting
+        else:
+            time.sleep(1)  # ours loads, or is in its rounds
+            running.send_signal(getattr(signal, number))
+        _, errors = running.communicate(timeout=30)
+    except BaseException:
+        os.killpg(running.pid, signal.SIGKILL)
+        raise
     assert running.returncode == code
     wait_until(lambda: not session(running.pid), 5)
     if number != "SIGKILL":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import shutil
 import subprocess
 import sys
@@ -316,9 +317,12 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(letters):
     import pty
 
     ours, theirs = pty.openpty()
-    process = started(
-        "--interactive=True", "--temperature=0", "--max_new_tokens=1000000", preexec_fn=lambda: os.login_tty(theirs)
-    )
+
+    def before():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+        os.login_tty(theirs)
+
+    process = started("--interactive=True", "--temperature=0", "--max_new_tokens=1000000", preexec_fn=before)
     os.close(theirs)
     try:
         read_until(ours, b"> ")
