@@ -40,12 +40,12 @@ def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
 
 
 def typed_prompts() -> Iterator[list[str]]:
-    while True:
+    while sys.stdin is not None:
         try:
             if sys.stdin.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)  # what is printed may go to a file
             yield [input().removesuffix("\r")]
-        except (EOFError, AttributeError):  # or no input at all
+        except EOFError:
             return
 
 
