@@ -238,11 +238,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """`attend` for one query (B, H, 1, D) as two sums, from which a compiler makes one pass over keys and values."""
+    torch._check(value.size(-1) == query.size(-1))  # so that a compiler that takes sizes as variable knows this one
     query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
     scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    mixed = (scores.softmax(-1)[..., None] * value[:, :, None].float()).sum(-2)  # (B, K, H / K, D)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
     return mixed.flatten(1, 2)[:, :, None]
 
 

@@ -23,14 +23,17 @@ _packed: dict[int, tuple[Tensor, Tensor | None]] = {}  # weights in oneDNN's own
 _keys = itertools.count()
 
 
-@torch.library.custom_op("gpt_arc::packed_linear", mutates_args=())
+torch.library.define("gpt_arc::packed_linear", "(Tensor x, Tensor key, int width) -> Tensor")
+
+
+@torch.library.impl("gpt_arc::packed_linear", "cpu")  # `custom_op` is shorter, and 15 us slower a call
 def packed_linear(x: Tensor, key: Tensor, width: int) -> Tensor:
     """The packed layer `key` (), whose outputs are `width`: compiled code takes no tensor in oneDNN's layout."""
     weight, bias = _packed[int(key)]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@packed_linear.register_fake
+@torch.library.register_fake("gpt_arc::packed_linear")
 def _(x: Tensor, key: Tensor, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
@@ -61,7 +64,7 @@ class FrozenLinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         if self.layout == "packed":
             if compiling:
-                return packed_linear(x, self.weight, self.width)
+                return torch.ops.gpt_arc.packed_linear(x, self.weight, self.width)
             return torch.ops.mkldnn._linear_pointwise(x, *_packed[int(self.weight)], "none", [], "")
         if compiling and x.numel() == x.size(-1) and x.device.type == "cpu":
             # what a strided view is taken of inductor computes once; a norm or activation it would redo for each output
