@@ -190,7 +190,7 @@ def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | 
     return allowed.flatten(0, -3)[:, None]
 
 
-class Memory(NamedTuple):
+class KVCache(NamedTuple):
     """What one block keeps of the tokens read so far, so that each is read once: token i of row b has the slot i."""
 
     keys: Tensor  # (B, K, S, D), after norm and rotation
@@ -266,7 +266,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | BlockMask | None,
-        memory: Memory | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         config = self.config
         heads, kv_heads = config.n_head, config.kv_heads
@@ -275,8 +275,8 @@ class Attention(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
-        if memory is not None:
-            key, value = memory.add(key, value)
+        if cache is not None:
+            key, value = cache.add(key, value)
             query = query.type_as(key)
         mixed = attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
@@ -326,12 +326,12 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | BlockMask | None,
-        memory: Memory | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         if self.post_norm:
-            x = self.attention_norm(x + self.attention(x, rotary, mask, memory))
+            x = self.attention_norm(x + self.attention(x, rotary, mask, cache))
             return self.mlp_norm(x + self.mlp(x))
-        x = x + self.attention(self.attention_norm(x), rotary, mask, memory)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -375,12 +375,12 @@ class GPT(nn.Module):
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def hidden(self, tokens: Tensor, documents: Tensor | None = None, memory: Sequence[Memory] | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
         `documents` (B, T) tells which document each token belongs to, by any number that changes where the next one
         begins: positions then count from the document's beginning, and attention doesn't look back beyond it.
-        With `memory`, one of each block and all with the same positions, the tokens go on from those read before;
+        With `cache`, one of each block and all with the same positions, the tokens go on from those read before;
         there `documents` is None.
         """
         config, (batch, length) = self.config, tokens.shape
@@ -393,8 +393,8 @@ class GPT(nn.Module):
             begins = documents != F.pad(documents[:, :-1], (1, 0))
             beginnings = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T)
             mask = banded = causal_mask(beginnings, None, dropout)
-        if memory is not None and memory[0].positions is not None:
-            positions, slots = memory[0].positions, torch.arange(memory[0].keys.size(2), device=tokens.device)
+        if cache is not None and cache[0].positions is not None:
+            positions, slots = cache[0].positions, torch.arange(cache[0].keys.size(2), device=tokens.device)
             mask = banded = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
             if config.attention_band is not None:
                 banded = mask & (slots > positions[..., None] - config.attention_band)[:, None]
@@ -417,7 +417,7 @@ class GPT(nn.Module):
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, banded if i % 2 else mask, None if memory is None else memory[i])
+            x = block(x, rotary, banded if i % 2 else mask, None if cache is None else cache[i])
         return self.final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

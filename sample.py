@@ -1,14 +1,16 @@
-"""Continue a prompt with a trained model.
+"""Continue a prompt with a trained model, and print the text as it is made.
 
-python sample.py                                   the newest run under out/
-python sample.py out/quickstart --start="The "     a run folder, or any model directory
-python sample.py gpt2-xl --start="The "            published weights of the Hugging Face hub
-python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
-python sample.py --temperature=0                   greedy: always the most likely token
-python sample.py --num_beams=4                     the likeliest text that beam search finds
-python sample.py gpt2-xl --draft=gpt2              a small model proposes, the large one disposes
-python sample.py --interactive=True                prompts from the keyboard, one after the other
-python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
+    python sample.py                                   the newest run under out/
+    python sample.py out/quickstart --start="The "     a run folder, or any model directory
+    python sample.py gpt2-xl --start="The "            published weights of the Hugging Face hub
+    python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
+    python sample.py --temperature=0                   greedy: always the most likely token
+    python sample.py --num_beams=4                     the likeliest text that beam search finds
+    python sample.py gpt2-xl --draft=gpt2              a small model proposes, the large one disposes
+    python sample.py --interactive=True                prompts from the keyboard, one after the other
+    python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
+
+A model is a run folder, a model directory, or the name of published weights.
 """
 
 import math
@@ -52,6 +54,8 @@ def typed_prompts() -> Iterator[list[str]]:
 def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
     try:
         tokens = tokenizer.encode(prompt)
+    except UnicodeEncodeError:  # a terminal's bytes that are no text
+        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8") from None
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
     if len(tokens) > context:
@@ -62,10 +66,10 @@ def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
 def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
 
-    from gpt_arc import runs, runtime  # these import torch: not before the settings are known to be right
-    from gpt_arc.checkpoint import load_model, model_directory
-    from gpt_arc.decoder import Decoder
-    from gpt_arc.generate import Acceptance, Step, beam_search, generate, generators, speculative
+    from gpt_arc import runs  # these import torch: not before the settings are known to be right
+    from gpt_arc.checkpoint import model_directory
+    from gpt_arc.decoder import load_decoder
+    from gpt_arc.generate import Acceptance, Step, beam_search, generate, row_generators, speculative
 
     asked = asked_prompts(config)
     # how many continuations are made together: by beam search those of a prompt, with a draft one
@@ -74,49 +78,31 @@ def main() -> None:
     rows = config.num_beams or min(together, count)
     steps = config.max_new_tokens * math.ceil(count / together)
 
-    def load(directory: Path) -> tuple[Decoder, Tokenizer]:
-        device = runtime.resolve_device(config.device)
-        size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-        dtype = runtime.resolve_decoding_dtype(config.dtype, device, size)
-        model, tokenizer = load_model(directory, dtype=dtype)
-        if tokenizer is None:
-            raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
-        decoder = Decoder(model.to(device).eval())
-        compile = config.draft is None and runtime.resolve_decoding_compile(config.compiling, device, model, steps)
-        decoder.prepare(rows, compile, config.int8)
-        return decoder, tokenizer
-
     named = config.out_dir if config.init_from == "resume" else config.init_from
     named = named if config.model is None else config.model
     directory = model_directory(runs.newest_run() if named is None else named)
-    decoder, tokenizer = load(directory)
+    decoder, tokenizer = load_decoder(directory, config, rows, steps)
     if config.draft:
-        drafter, same = load(model_directory(config.draft))
+        drafter, same = load_decoder(model_directory(config.draft), config, rows, steps)
         if same != tokenizer:
             raise UserError(f"the draft {config.draft} has another tokenizer than the model: its tokens mean others")
     acceptance = Acceptance()
 
-    def continued(batch: list[Continuation], first: int) -> Iterator[Step]:
-        """The steps that continue a batch, whose first row has the number `first` of all."""
-        contexts, sampling = [row.prompt_tokens for row in batch], config.sampling
-        sources = generators(config.seed, range(first, first + len(batch)))
-
-        def until(row: int, token: int) -> bool:
-            return batch[row].ended
-
+    def steps_of(batch: list[Continuation], first: int) -> Iterator[Step]:
+        """What continues a batch, whose first row has the number `first` of all."""
+        prompts, length = [row.prompt_tokens for row in batch], config.max_new_tokens
+        generators = row_generators(config.seed, range(first, first + len(batch)))
+        how = {"sampling": config.sampling, "stopped": lambda row, token: batch[row].ended}
         if config.num_beams:
-            beams, penalty = config.num_beams, config.length_penalty
             ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-            found = beam_search(decoder, contexts[0], config.max_new_tokens, beams, penalty, ends)[: len(batch)]
-            for i, beam in enumerate(found):
+            found = beam_search(decoder, prompts[0], length, config.num_beams, config.length_penalty, ends)
+            for i, beam in enumerate(found[: len(batch)]):
                 yield from (Step([i], [token], [log]) for token, log in zip(beam.tokens, beam.log_probabilities))
         elif config.draft:
-            yield from speculative(
-                decoder, drafter, contexts[0], config.max_new_tokens, sampling, draft_tokens=config.draft_tokens,
-                source=sources[0], until=until, acceptance=acceptance,
-            )  # fmt: skip
+            how |= {"draft_tokens": config.draft_tokens, "generator": generators[0], "acceptance": acceptance}
+            yield from speculative(decoder, drafter, prompts[0], length, **how)
         else:
-            yield from generate(decoder, contexts, config.max_new_tokens, sampling, sources=sources, until=until)
+            yield from generate(decoder, prompts, length, generators=generators, **how)
 
     made = 0
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
@@ -133,7 +119,7 @@ def main() -> None:
             for start in range(0, len(todo), together):
                 batch = todo[start : start + together]
                 made += len(batch)
-                screen.follow(batch, continued(batch, made - len(batch)))
+                screen.follow(batch, steps_of(batch, made - len(batch)))
         except UserError as error:
             if not config.interactive:
                 raise

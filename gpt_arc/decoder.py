@@ -1,4 +1,4 @@
-"""Reading and continuing sequences, each token once: every block remembers its keys and values.
+"""Reading and continuing sequences, each token once: every block keeps their keys and values.
 
     decoder = Decoder(model.eval())
     logits = decoder.read([[1, 2, 3], [4]])      # (2, V): of the token after each prompt
@@ -13,19 +13,25 @@ kind of positions; from there on the model sees between three quarters and all o
 import contextlib
 from collections.abc import Sequence
 from itertools import repeat
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.fx.experimental._config
 import torch.nn as nn
 from torch import Tensor
 
+from gpt_arc import runtime
+from gpt_arc.checkpoint import load_model
 from gpt_arc.errors import UserError
-from gpt_arc.frozen import FrozenLinear, freeze, packable
-from model import GPT, Memory
+from gpt_arc.inference_linear import InferenceLinear, for_inference, packable
+from gpt_arc.sampling import SampleConfig
+from gpt_arc.tokenizer import Tokenizer
+from model import GPT, KVCache
 
 
-class Slots(nn.Module):
-    """The memory of one block: keys and values (B, K, S, D)."""
+class BlockCache(nn.Module):
+    """The keys and values of one block, (B, K, S, D) each: room for S tokens of B rows."""
 
     def __init__(self, model: GPT, rows: int, slots: int, dtype: torch.dtype):
         super().__init__()
@@ -34,9 +40,9 @@ class Slots(nn.Module):
             zeros = torch.zeros(shape, dtype=dtype, device=model.token_embedding.weight.device)
             self.register_buffer(name, zeros, persistent=False)
 
-    def view(self, rows: int, slots: int, positions: Tensor | None) -> Memory:
+    def view(self, rows: int, slots: int, positions: Tensor | None) -> KVCache:
         """The first rows and slots."""
-        return Memory(self.keys[:rows, :, :slots], self.values[:rows, :, :slots], positions)
+        return KVCache(self.keys[:rows, :, :slots], self.values[:rows, :, :slots], positions)
 
 
 class Decoder(nn.Module):
@@ -45,11 +51,11 @@ class Decoder(nn.Module):
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
-        self.texts: list[list[int]] = []  # what each row remembers
-        self.memory = nn.ModuleList()  # one `Slots` a block
+        self.sequences: list[list[int]] = []  # the tokens that each row holds
+        self.cache = nn.ModuleList()  # a `BlockCache` for each block
         self.head = model.logits
-        self.compiled = False
-        self.run = self.forward  # of one token a row
+        self.compiled: Literal["no", "blocks", "step"] = "no"
+        self.one_step = self.forward  # for one token a row
 
     def prepare(self, rows: int, compile: bool, int8: bool = False) -> None:
         """Lay the model out for decoding `rows` at a time; it can't be trained or saved any more.
@@ -60,11 +66,11 @@ class Decoder(nn.Module):
         if int8 and not (on_cpu and compile and rows == 1):
             raise UserError("int8 is for one row at a time of compiled code on a CPU: batch_size 1 and compile True")
         if int8:
-            self.head = freeze(self.model, "int8")
+            self.head = for_inference(self.model, "int8")
         elif on_cpu and compile and rows == 1:
-            self.head = freeze(self.model, "plain")
+            self.head = for_inference(self.model, "plain")
         elif on_cpu and packable(self.model.token_embedding.weight.dtype):
-            self.head = freeze(self.model, "packed")
+            self.head = for_inference(self.model, "packed")
         if compile:
             self.compile()
 
@@ -74,92 +80,94 @@ class Decoder(nn.Module):
         On a CPU a block, the same code for all of them and for any number of slots. On a GPU the whole step with fixed
         shapes, which CUDA graphs launch at once: there rows that `keep` leaves out go on costing.
         """
-        self.compiled = True
         if self._device.type == "cpu":
+            self.compiled = "blocks"
             # or sizes that are equal when a block is compiled, of rows and heads perhaps, would have to stay so
             torch.fx.experimental._config.use_duck_shape = False
-            parts = [*self.model.blocks, *([self.head] if isinstance(self.head, FrozenLinear) else [])]
+            parts = [*self.model.blocks, *([self.head] if isinstance(self.head, InferenceLinear) else [])]
             for part in parts:
                 part.compile(dynamic=True)
         else:
-            self.run = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
+            self.compiled = "step"
+            self.one_step = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def _eager(self) -> contextlib.AbstractContextManager:
         """In which the blocks run as they are: compiled ones are for one token a row."""
-        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
-
-    @property
-    def _static(self) -> bool:
-        """Whether a step is compiled for fixed shapes."""
-        return self.run != self.forward
+        return contextlib.nullcontext() if self.compiled == "no" else torch.compiler.set_stance("force_eager")
 
     @property
     def _device(self) -> torch.device:
         return self.model.token_embedding.weight.device
 
     def clear(self, rows: int, room: int | None = None) -> None:
-        """Forget everything; there are `rows` empty rows, with memory for `room` tokens each (more is made as needed).
+        """Forget everything; there are `rows` empty rows, with room for `room` tokens each (more is made as needed).
 
         None: the whole context.
         """
         context = self.model.config.block_size
-        slots = context if room is None or self._static else min(max(room, 1), context)
-        self.texts = [[] for _ in range(rows)]
+        slots = context if room is None or self.compiled == "step" else min(max(room, 1), context)
+        self.sequences = [[] for _ in range(rows)]
         self._reserve(rows, slots, keep=False)
 
-    def _slots(self, rows: int, slots: int) -> nn.ModuleList:
+    def _new_cache(self, rows: int, slots: int) -> nn.ModuleList:
         dtype = self.model.token_embedding.weight.dtype
-        if self._device.type == "cpu" and not self.compiled:
+        if self._device.type == "cpu" and self.compiled == "no":
             dtype = torch.float32  # attention to one query in 16 bits takes the CPU's library three times as long
-        return nn.ModuleList(Slots(self.model, rows, slots, dtype) for _ in self.model.blocks)
+        return nn.ModuleList(BlockCache(self.model, rows, slots, dtype) for _ in self.model.blocks)
 
-    def _reserve(self, rows: int, slots: int, keep: bool = True) -> None:
-        """Have memory for so many rows and slots; `keep` what it holds."""
-        if self.compiled and not self._static:  # all rows or slots would be another layout than some: compiled apart
-            rows, slots = rows + (rows > 1), slots + 1
-        old = self.memory
-        have = old[0].keys.shape if old else (0, 0, 0)
-        if have[0] >= rows and have[2] >= slots:
-            return
-        if not keep:
-            self.memory = self._slots(rows, slots)
-            return
-        if slots > have[2]:  # by doubling, so that a long text is seldom copied
-            slots = max(slots, min(2 * have[2], self.model.config.block_size))
-        self.memory = self._slots(max(rows, have[0]), max(slots, have[2]))
-        for new, kept in zip(self.memory, old):
-            new.keys[: have[0], :, : have[2]], new.values[: have[0], :, : have[2]] = kept.keys, kept.values
+    def _reserve(self, rows: int, slots: int, keep: bool = True) -> tuple[int, int]:
+        """Have room for so many rows and slots, and `keep` what is there: how many of both a step looks at."""
+        need_rows, need_slots = rows, slots
+        if self.compiled == "blocks":  # all rows or slots would be another layout than some: compiled apart
+            need_rows, need_slots = rows + (rows > 1), slots + 1
+        old = self.cache
+        have_rows, have_slots = (old[0].keys.size(0), old[0].keys.size(2)) if old else (0, 0)
+        if have_rows < need_rows or have_slots < need_slots:
+            if keep:
+                if need_slots > have_slots:  # by doubling, so that a long sequence is seldom copied
+                    need_slots = max(need_slots, min(2 * have_slots, self.model.config.block_size))
+                need_rows, need_slots = max(need_rows, have_rows), max(need_slots, have_slots)
+            self.cache = self._new_cache(need_rows, need_slots)
+            for new, kept in zip(self.cache, old if keep else []):
+                new.keys[:have_rows, :, :have_slots] = kept.keys
+                new.values[:have_rows, :, :have_slots] = kept.values
+        all_rows, all_slots = self.cache[0].keys.size(0), self.cache[0].keys.size(2)
+        if self.compiled == "step":
+            return all_rows, all_slots
+        if self.compiled == "blocks" and all_rows > 2:  # the code for one row is apart from that for several
+            return max(rows, 2), slots
+        return rows, slots
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Sequence[int]], room: int | None = None) -> Tensor:
         """Start anew with a row for each prompt, of which the last block_size tokens are read.
 
         Returns logits (B, V), float32, of the token that follows each. `room` is for how many tokens beyond the prompts
-        to take memory now. Raises ValueError for an empty prompt.
+        to have space from the start. Raises ValueError for an empty prompt.
         """
         if not prompts or not all(prompts):
             raise ValueError("a prompt has no tokens, or there is none: begin with the tokenizer's start_token")
         context = self.model.config.block_size
         longest = max(map(len, prompts))
         self.clear(len(prompts), None if room is None else longest + room)
-        self.texts = [list(prompt[-context:]) for prompt in prompts]
-        return self._encode(list(range(len(prompts))))
+        self.sequences = [list(prompt[-context:]) for prompt in prompts]
+        with self._eager():
+            return self.head(self._encode(list(range(len(prompts))))).float()
 
     def _encode(self, rows: list[int]) -> Tensor:
-        """Read the texts of some rows from their beginning: logits (R, V) after the last token of each."""
-        texts = [self.texts[row] for row in rows]
-        longest = max(map(len, texts))
-        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=self._device)
-        whole = len(rows) == len(self.texts)
-        memory = self.memory if whole else self._slots(len(rows), longest)
-        last = torch.tensor([len(text) - 1 for text in texts], device=self._device)
+        """Read the sequences of some rows from their beginning: hidden states (R, C) of the last token of each."""
+        sequences = [self.sequences[row] for row in rows]
+        longest = max(map(len, sequences))
+        tokens = torch.tensor([[*tokens, *repeat(0, longest - len(tokens))] for tokens in sequences])
+        whole = len(rows) == len(self.sequences)
+        cache = self.cache if whole else self._new_cache(len(rows), longest)
         with self._eager():
-            hidden = self.model.hidden(tokens, memory=[slots.view(len(rows), longest, None) for slots in memory])
-            logits = self.head(hidden[torch.arange(len(rows), device=self._device), last]).float()
-        if not whole:
-            for slots, part in zip(self.memory, memory):
-                slots.keys[rows, :, :longest], slots.values[rows, :, :longest] = part.keys, part.values
-        return logits
+            views = [part.view(len(rows), longest, None) for part in cache]
+            hidden = self.model.hidden(tokens.to(self._device), cache=views)
+        for part, new in zip(self.cache, [] if whole else cache):
+            part.keys[rows, :, :longest], part.values[rows, :, :longest] = new.keys, new.values
+        last = torch.tensor([len(tokens) - 1 for tokens in sequences], device=self._device)
+        return hidden[torch.arange(len(rows), device=self._device), last]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to each row: logits (B, V), float32, of the next."""
@@ -171,60 +179,75 @@ class Decoder(nn.Module):
 
         Raises ValueError for more than block_size.
         """
-        size, context = len(chunks[0]), self.model.config.block_size
-        if len(chunks) != len(self.texts) or any(len(chunk) != size for chunk in chunks):
-            raise ValueError(f"{len(self.texts)} rows take as many chunks, all of one length: there are {len(chunks)}")
+        size, live, context = len(chunks[0]), len(self.sequences), self.model.config.block_size
+        if len(chunks) != live or any(len(chunk) != size for chunk in chunks):
+            raise ValueError(f"{live} rows take as many chunks, all of one length: there are {len(chunks)}")
         if size > context:
             raise ValueError(f"{size} tokens are more than the context, block_size = {context}")
-        full = [row for row, text in enumerate(self.texts) if len(text) + size > context]
-        if full:
-            kept = min(context - max(context // 4, 1), context - size)
-            for row in full:
-                self.texts[row] = self.texts[row][len(self.texts[row]) - kept :]
-            if kept:
-                self._encode(full)
-        live, slots = len(self.texts), max(map(len, self.texts)) + size
-        self._reserve(live, slots)
-        rows, _, all_slots, _ = self.memory[0].keys.shape
-        if self._static:
-            slots = all_slots  # and all rows
-        else:  # compiled code for one row is apart from that for several
-            rows = max(live, min(rows - 1, 2)) if self.compiled else live
+        self._slide(size)
+        rows, slots = self._reserve(live, max(map(len, self.sequences)) + size)
         idle = [[0] * size] * (rows - live)  # rows that nobody reads
         tokens = torch.tensor([*chunks, *idle], device=self._device)
-        lengths = torch.tensor([*map(len, self.texts), *repeat(0, rows - live)], device=self._device)
-        if size == 1:
-            if self._static:
-                torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
-            logits = self.run(tokens, lengths, slots)
-            logits = logits.clone() if self._static else logits  # the next step writes where they lie
-        else:
+        lengths = torch.tensor([*map(len, self.sequences), *repeat(0, rows - live)], device=self._device)
+        if size > 1:
             with self._eager():
                 logits = self.forward(tokens, lengths, slots)
-        for text, chunk in zip(self.texts, chunks):
-            text.extend(chunk)
+        elif self.compiled == "step":
+            torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
+            logits = self.one_step(tokens, lengths, slots).clone()  # the next step writes where they lie
+        else:
+            logits = self.forward(tokens, lengths, slots)
+        for sequence, chunk in zip(self.sequences, chunks):
+            sequence.extend(chunk)
         return logits[:live]
+
+    def _slide(self, size: int) -> None:
+        """Make every row forget what the context has no room for, if `size` tokens follow."""
+        context = self.model.config.block_size
+        full = [row for row, sequence in enumerate(self.sequences) if len(sequence) + size > context]
+        kept = min(context - max(context // 4, 1), context - size)
+        for row in full:
+            self.sequences[row] = self.sequences[row][len(self.sequences[row]) - kept :]
+        if full and kept:
+            self._encode(full)
 
     def forward(self, tokens: Tensor, lengths: Tensor, slots: int) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) that go on after `lengths` (B,) tokens, looking at so many slots."""
         positions = lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
-        hidden = self.model.hidden(tokens, memory=[part.view(len(tokens), slots, positions) for part in self.memory])
+        hidden = self.model.hidden(tokens, cache=[part.view(len(tokens), slots, positions) for part in self.cache])
         return self.head(hidden).float()
 
     @torch.no_grad()
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; one may come several times, and those left out end."""
-        slots = max(len(self.texts[row]) for row in rows)
-        self.texts = [list(self.texts[row]) for row in rows]
+        slots = max(len(self.sequences[row]) for row in rows)
+        self.sequences = [list(self.sequences[row]) for row in rows]
         self._reserve(len(rows), slots)
         moved = [place for place, row in enumerate(rows) if place != row]
         if not moved:
             return
         places, origins = torch.tensor([moved, [rows[place] for place in moved]], device=self._device)
-        for part in self.memory:
-            for memory in (part.keys, part.values):
-                memory[places, :, :slots] = memory[origins, :, :slots]
+        for part in self.cache:
+            for kept in (part.keys, part.values):
+                kept[places, :, :slots] = kept[origins, :, :slots]
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Forget the last tokens of each row, so many; all it has, where they are fewer."""
-        self.texts = [text[: max(len(text) - count, 0)] for text, count in zip(self.texts, counts)]
+        self.sequences = [tokens[: max(len(tokens) - count, 0)] for tokens, count in zip(self.sequences, counts)]
+
+
+def load_decoder(directory: Path, config: SampleConfig, rows: int, steps: int) -> tuple[Decoder, Tokenizer]:
+    """A model as sampling settings ask for it: laid out for so many rows, and compiled if so many steps are worth it.
+
+    Raises UserError for a model directory without a tokenizer.
+    """
+    device = runtime.resolve_device(config.device)
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    dtype = runtime.resolve_decoding_dtype(config.dtype, device, size)
+    model, tokenizer = load_model(directory, dtype=dtype)
+    if tokenizer is None:
+        raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
+    decoder = Decoder(model.to(device).eval())
+    compile = config.draft is None and runtime.resolve_decoding_compile(config.compiling, device, model, steps)
+    decoder.prepare(rows, compile, config.int8)
+    return decoder, tokenizer

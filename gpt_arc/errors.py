@@ -22,6 +22,15 @@ def mute() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, as Python says it, torch of a GPU, and torch of a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+    )
+
+
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wrap a script's `main`: exit with its return value, 2 on a mistake of the user's or the disk's, 130 on Ctrl-C."""
 
@@ -42,10 +51,14 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             message, code = f"{place}{error.strerror or error}", 2
         except KeyboardInterrupt as interrupt:
             message, code = str(interrupt) or "interrupted", 130
-        except Exception:
-            if not among_several:
+        except Exception as error:
+            if _is_of_memory(error):
+                said = first_line(error) or "Python has none left"
+                message, code = f"out of memory: a smaller batch, context or model takes less ({said})", 2
+            elif not among_several:
                 raise
-            message, code = traceback.format_exc(), 1
+            else:
+                message, code = traceback.format_exc(), 1
         if message is not None:
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
         # An orderly exit would, after an error, wait for processes that wait for this one; and after a run, gloo's

@@ -19,7 +19,7 @@ from gpt_arc.sampling import Sampling
 from model import GPT
 
 
-def probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+def sampling_probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
     """The distribution to draw from, (..., V) float32; `seen` (..., V) says which tokens were there before."""
     if seen is not None:
         penalty = sampling.repetition_penalty
@@ -27,13 +27,13 @@ def probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None
     return filtered_probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
-def tokens_seen(sampling: Sampling, texts: Sequence[Sequence[int]], logits: Tensor) -> Tensor | None:
-    """Which tokens occur in each text, (B, V) like the logits; None where no setting asks."""
+def tokens_seen(sampling: Sampling, sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor | None:
+    """Which tokens occur in each sequence, (B, V) like the logits; None where no setting asks."""
     if sampling.repetition_penalty == 1:
         return None
     seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
-    for row, text in enumerate(texts):
-        seen[row, list(text)] = True
+    for row, sequence in enumerate(sequences):
+        seen[row, list(sequence)] = True
     return seen
 
 
@@ -51,10 +51,8 @@ def filtered_probabilities(
     if top_k is not None:  # temperature keeps the order, so it may as well come after
         smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    # float32 takes a divisor below this for 0
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(
-        temperature, 1e-37
-    )  # the largest is 0, however low the temperature
+    temperature = max(temperature, 1e-37)  # float32 takes a divisor below this for 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
         size = probabilities.size(-1)
@@ -70,15 +68,15 @@ def filtered_probabilities(
     return probabilities / probabilities.sum(-1, keepdim=True)
 
 
-def generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
-    """Sources of chance, one for each row number, so that what a row draws depends on no other row."""
+def row_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each row number, so that what a row draws depends on no other row."""
     states = (np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0] for row in rows)
     return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
-def draw(probabilities: Tensor, sources: Sequence[torch.Generator]) -> list[int]:
-    """A token for each row of probabilities (B, V), by one uniform number from each row's own source."""
-    uniform = torch.stack([torch.rand(1, generator=source, dtype=torch.float64) for source in sources])
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """A token for each row of probabilities (B, V), by one uniform number from each row's own generator."""
+    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # it has no float64
     cumulative = probabilities.double().cumsum(-1)
     reached = cumulative[:, -1:] * uniform.to(cumulative)
@@ -104,20 +102,20 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008  frozen
     *,
-    sources: Sequence[torch.Generator] | None = None,
-    until: Callable[[int, int], bool] = lambda row, token: False,
+    generators: Sequence[torch.Generator] | None = None,
+    stopped: Callable[[int, int], bool] = lambda row, token: False,
 ) -> Iterator[Step]:
     """Continue each prompt, yielding every step as it is made; for several samples name a prompt several times.
 
-    Prompts may differ in length: each row gets what it would get alone. Equal ones are read once. `sources` has a
-    generator for each row, see `generators`, by default for the seed 0. A row ends after max_new_tokens, or with the
-    first token for which `until(row, token)` is true, and then costs nothing more. Beyond the context see `Decoder`.
+    Prompts may differ in length: each row gets what it would get alone. Equal ones are read once. Each row draws
+    from its own of `generators`, by default `row_generators` of seed 0. A row ends after max_new_tokens, or with the
+    first token for which `stopped(row, token)` is true, and then costs nothing more. Beyond the context see `Decoder`.
     The model should be in eval mode.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     rows = list(range(len(prompts)))
-    sources = generators(0, rows) if sources is None else sources
+    generators = row_generators(0, rows) if generators is None else generators
     if max_new_tokens < 1:
         return
     distinct = {tuple(prompt): None for prompt in prompts}
@@ -129,10 +127,10 @@ def generate(
         logits = logits[origins]
     seen = tokens_seen(sampling, prompts, logits)
     for length in range(1, max_new_tokens + 1):
-        chances = probabilities(sampling, logits, seen)
-        tokens = draw(chances, [sources[row] for row in rows])
+        probabilities = sampling_probabilities(sampling, logits, seen)
+        tokens = draw(probabilities, [generators[row] for row in rows])
         yield Step(rows, tokens, _log_probabilities(logits, tokens))
-        going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not until(row, token)]
+        going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
         if not going or length == max_new_tokens:
             return
         if seen is not None:
@@ -164,8 +162,8 @@ def speculative(
     sampling: Sampling = Sampling(),  # noqa: B008  frozen
     *,
     draft_tokens: int = 4,
-    source: torch.Generator | None = None,
-    until: Callable[[int, int], bool] = lambda row, token: False,
+    generator: torch.Generator | None = None,
+    stopped: Callable[[int, int], bool] = lambda row, token: False,
     acceptance: Acceptance | None = None,
 ) -> Iterator[Step]:
     """`generate` for one prompt, whose tokens a smaller model of the same vocabulary proposes, several at a time.
@@ -183,7 +181,7 @@ def speculative(
         )
     if draft_tokens < 1:
         raise UserError(f"draft_tokens = {draft_tokens} must be at least 1")
-    source = generators(0, [0])[0] if source is None else source
+    generator = row_generators(0, [0])[0] if generator is None else generator
     acceptance = Acceptance() if acceptance is None else acceptance
     for reader in (decoder, drafter):  # neither has read the last token yet
         before, room = prompt[-reader.model.config.block_size : -1], max_new_tokens + draft_tokens + 1
@@ -191,47 +189,55 @@ def speculative(
             reader.read([before], room)
         else:
             reader.clear(1, room)
-    text, unread, made = list(prompt), list(prompt[-1:]), 0
-    context = decoder.model.config.block_size
+    tokens, unread, made = list(prompt), list(prompt[-1:]), 0  # `unread` by the draft
+
+    def distributions(logits: Tensor, proposed: Sequence[int]) -> Tensor:
+        """Those after the last `len(logits)` beginnings of the text with what is proposed, (len(logits), V)."""
+        if sampling.repetition_penalty == 1:
+            return sampling_probabilities(sampling, logits)
+        ends = range(len(proposed) + 1 - len(logits), len(proposed) + 1)
+        return sampling_probabilities(
+            sampling, logits, tokens_seen(sampling, [[*tokens, *proposed[:end]] for end in ends], logits)
+        )
+
     while made < max_new_tokens:
         # no more than fit the rest of the text and of the context, which then slides just as in `generate`
-        count = min(draft_tokens, max_new_tokens - made - 1, max(context - len(decoder.texts[0]) - 1, 0))
+        room = max(decoder.model.config.block_size - len(decoder.sequences[0]) - 1, 0)
+        count = min(draft_tokens, max_new_tokens - made - 1, room)
         proposal: list[int] = []
         q = []
         for _ in range(count):
-            logits = drafter.extend([unread])[:, -1]
-            q.append(probabilities(sampling, logits, tokens_seen(sampling, [text + proposal], logits))[0])
-            unread = draw(q[-1][None], [source])
+            q.append(distributions(drafter.extend([unread])[:, -1], proposal)[0])
+            unread = draw(q[-1][None], [generator])
             proposal += unread
-        logits = decoder.extend([[text[-1], *proposal]])[0]  # (count + 1, V)
-        p = probabilities(
-            sampling, logits, tokens_seen(sampling, [text + proposal[:i] for i in range(len(logits))], logits)
-        )
-        taken = 0
-        for i, token in enumerate(proposal):
-            if torch.rand((), generator=source) * q[i][token] >= p[i, token]:
-                break
-            taken += 1
-        acceptance.proposed += len(proposal)
-        acceptance.accepted += taken
-        rest = p[taken]
-        if taken < len(proposal):
-            rest = (p[taken] - q[taken]).clamp(min=0)
-            rest = rest if rest.sum() > 0 else p[taken]
-        tokens = [*proposal[:taken], *draw(rest[None], [source])]
-        decoder.rewind([len(proposal) - taken])
+        logits = decoder.extend([[tokens[-1], *proposal]])[0]  # (count + 1, V)
+        p = distributions(logits, proposal)
+        accepted = 0
+        if proposal:
+            index = torch.tensor(proposal)[:, None].to(p.device)
+            ratios = (p[:count].gather(1, index) / torch.stack(q).gather(1, index))[:, 0].tolist()
+            while accepted < count and torch.rand((), generator=generator) < ratios[accepted]:
+                accepted += 1
+        acceptance.proposed += count
+        acceptance.accepted += accepted
+        rest = p[accepted]
+        if accepted < count:
+            rest = (p[accepted] - q[accepted]).clamp(min=0)
+            rest = rest if rest.sum() > 0 else p[accepted]
+        new = [*proposal[:accepted], *draw(rest[None], [generator])]
+        decoder.rewind([count - accepted])
         if proposal:  # of which the draft has read all but the last
-            drafter.rewind([max(len(proposal) - 1 - taken, 0)])
-            unread = tokens[-1 if taken < len(proposal) else -2 :]
+            drafter.rewind([max(count - 1 - accepted, 0)])
+            unread = new[-1 if accepted < count else -2 :]
         else:
-            unread = unread + tokens
+            unread = unread + new
         unread = unread[-drafter.model.config.block_size :]
-        for token, log_probability in zip(tokens, _log_probabilities(logits[: len(tokens)], tokens)):
+        for token, log_probability in zip(new, _log_probabilities(logits[: len(new)], new)):
             yield Step([0], [token], [log_probability])
             made += 1
-            if until(0, token):
+            if stopped(0, token):
                 return
-        text += tokens
+        tokens += new
 
 
 class Hypothesis(NamedTuple):

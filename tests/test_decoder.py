@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 
 from conftest import randomised
-from gpt_arc import frozen
+from gpt_arc import inference_linear
 from gpt_arc.decoder import Decoder
 from gpt_arc.errors import UserError
 from model import GPT, GPTConfig
@@ -68,19 +68,19 @@ class Rows:
 
     def __init__(self, model: GPT, prompts: list[list[int]]):
         self.model, self.context = model, model.config.block_size
-        self.texts = [prompt[-self.context :] for prompt in prompts]
+        self.sequences = [prompt[-self.context :] for prompt in prompts]
 
     def last(self) -> torch.Tensor:
-        return torch.stack([forward(self.model, text)[-1] for text in self.texts])
+        return torch.stack([forward(self.model, text)[-1] for text in self.sequences])
 
     def extend(self, chunks: list[list[int]]) -> torch.Tensor:
         quarter = max(self.context // 4, 1)
-        for text, chunk in zip(self.texts, chunks):
+        for text, chunk in zip(self.sequences, chunks):
             if len(text) + len(chunk) > self.context:
                 while len(text) > self.context - quarter or len(text) + len(chunk) > self.context:
                     del text[0]
             text += chunk
-        return torch.stack([forward(self.model, text)[-len(chunk) :] for text, chunk in zip(self.texts, chunks)])
+        return torch.stack([forward(self.model, text)[-len(chunk) :] for text, chunk in zip(self.sequences, chunks)])
 
 
 class Pair:
@@ -99,7 +99,7 @@ class Pair:
         assert_same(self.decoder.read(prompts, room), self.rows.last())
 
     def extend(self, size: int) -> None:
-        chunks = [self.tokens(size) for _ in self.rows.texts]
+        chunks = [self.tokens(size) for _ in self.rows.sequences]
         expected = self.rows.extend(chunks)
         if size == 1:
             assert_same(self.decoder.step([token for (token,) in chunks]), expected[:, -1])
@@ -108,11 +108,11 @@ class Pair:
 
     def keep(self, rows: list[int]) -> None:
         self.decoder.keep(rows)
-        self.rows.texts = [list(self.rows.texts[row]) for row in rows]
+        self.rows.sequences = [list(self.rows.sequences[row]) for row in rows]
 
     def rewind(self, counts: list[int]) -> None:
         self.decoder.rewind(counts)
-        for text, count in zip(self.rows.texts, counts):
+        for text, count in zip(self.rows.sequences, counts):
             del text[len(text) - count :]
 
 
@@ -176,7 +176,7 @@ def test_rows_that_were_one_go_their_own_ways():
     pair.keep([0, 0])
     for _ in range(4):
         pair.extend(1)
-    assert pair.rows.texts[0] != pair.rows.texts[1]
+    assert pair.rows.sequences[0] != pair.rows.sequences[1]
 
 
 def test_a_rewound_row_never_read_what_it_forgot():
@@ -190,13 +190,13 @@ def test_a_rewound_row_never_read_what_it_forgot():
 
 
 @pytest.mark.parametrize("room", [None, 0, 1, 5, 100])
-def test_memory_grows_when_there_is_too_little(room):
+def test_the_cache_grows_when_there_is_too_little(room):
     pair = Pair(made())
     pair.read([2, 3], room)
-    assert pair.decoder.memory[0].keys.size(2) == {None: 12, 0: 3, 1: 4, 5: 8, 100: 12}[room]
+    assert pair.decoder.cache[0].keys.size(2) == {None: 12, 0: 3, 1: 4, 5: 8, 100: 12}[room]
     for size in (1, 1, 2, 4, 1):
         pair.extend(size)
-    assert 12 <= pair.decoder.memory[0].keys.size(2) <= 13
+    assert 12 <= pair.decoder.cache[0].keys.size(2) <= 13
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_several_tokens_at_once_go_over_the_edge(context):
 def test_of_a_prompt_longer_than_the_context_the_end_is_read():
     pair = Pair(made())
     pair.read([13, 12, 40, 2], room=3)
-    assert list(map(len, pair.decoder.texts)) == [12, 12, 12, 2]
+    assert list(map(len, pair.decoder.sequences)) == [12, 12, 12, 2]
     for size in (1, 2):
         pair.extend(size)
 
@@ -277,14 +277,14 @@ def test_any_series_of_calls_gives_what_reading_the_texts_anew_gives(data):
     context = pair.model.config.block_size
     calls = st.sampled_from(["read", "extend", "step", "step", "keep", "rewind"])
     for call in ["read", *data.draw(st.lists(calls, max_size=9))]:
-        rows = len(pair.rows.texts) if call != "read" else None
+        rows = len(pair.rows.sequences) if call != "read" else None
         if call == "read":
             lengths = data.draw(st.lists(st.integers(1, context + 2), min_size=1, max_size=4))
             pair.read(lengths, data.draw(st.none() | st.integers(0, 4)))
         elif call == "keep":
             pair.keep(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=5)))
         elif call == "rewind":
-            pair.rewind([data.draw(st.integers(0, len(text))) for text in pair.rows.texts])
+            pair.rewind([data.draw(st.integers(0, len(text))) for text in pair.rows.sequences])
         else:
             pair.extend(1 if call == "step" else data.draw(st.integers(1, context)))
 
@@ -297,7 +297,7 @@ def test_what_cannot_be_read_is_refused():
     decoder.read([[1, 2]])
     with pytest.raises(ValueError, match="13 tokens are more than the context, block_size = 12"):
         decoder.extend([text_of(13)])
-    assert decoder.texts == [[1, 2]]
+    assert decoder.sequences == [[1, 2]]
 
 
 def batches_of(model: GPT, monkeypatch) -> list[tuple[int, int]]:
@@ -356,7 +356,7 @@ def test_a_decoder_follows_its_model_s_weights_from_one_reading_to_the_next():
 
 @pytest.mark.parametrize("packed_from", [0, 1 << 18], ids=["packed", "plain"])
 def test_a_prepared_model_gives_the_same_logits(packed_from, monkeypatch):
-    monkeypatch.setattr(frozen, "PACKED_FROM", packed_from)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", packed_from)
     for change in ({}, {**GROUPED, **BIASED}):
         model = made(**change)
         decoder = Decoder(copy.deepcopy(model))
@@ -372,10 +372,10 @@ def test_a_prepared_model_gives_the_same_logits(packed_from, monkeypatch):
     [(1, True, False, "plain"), (1, True, True, "int8"), (1, False, False, "packed"), (2, True, False, "packed")],
 )
 def test_preparing_lays_out_every_matrix_and_the_head(rows, compile, int8, layout, monkeypatch):
-    monkeypatch.setattr(frozen, "PACKED_FROM", 0)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 0)
     decoder = Decoder(made())
     decoder.prepare(rows, compile, int8)
-    layers = [module for module in decoder.modules() if isinstance(module, frozen.FrozenLinear)]
+    layers = [module for module in decoder.modules() if isinstance(module, inference_linear.InferenceLinear)]
     assert len(layers) == 2 * 4 + 1 and decoder.head in layers and {layer.layout for layer in layers} == {layout}
 
 
@@ -433,12 +433,24 @@ def rows_come_and_go(pair: Pair) -> None:
 @needs_compiler
 def test_several_rows_of_compiled_code_equal_the_whole_forward(monkeypatch, compilations):
     """The head and the blocks, which are alike, are compiled once; instead of a single row two are computed."""
-    monkeypatch.setattr(frozen, "PACKED_FROM", 0)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 0)
     pair = prepared(made(block_size=16), rows=3)
     batches = batches_of(pair.decoder.model, monkeypatch)
     rows_come_and_go(pair)
     assert compilations() == 1 + 1
     assert {rows for rows, length in batches if length == 1} == {2, 3}
+
+
+@needs_compiler
+def test_sizes_that_happen_to_be_equal_may_differ_later(compilations):
+    """As many rows as heads, and as slots, when the block is compiled."""
+    pair = prepared(made(n_embd=9, n_head=3), rows=3)
+    pair.read([2, 2, 2])
+    pair.extend(1)
+    for rows in ([0, 1], [0, 1, 0, 1]):
+        pair.keep(rows)
+        pair.extend(1)
+    assert compilations() == 1 + 1
 
 
 @needs_compiler
@@ -454,7 +466,7 @@ def test_compiled_weights_of_8_bits_equal_those_that_are_not_compiled(compilatio
     model = made(block_size=16)
     eager, compiled = copy.deepcopy(model), prepared(model, rows=1, int8=True).decoder
     plain = Decoder(eager)
-    plain.head = frozen.freeze(eager, "int8")
+    plain.head = inference_linear.for_inference(eager, "int8")
     assert_same(compiled.read([text_of(3)]), plain.read([text_of(3)]))
     for token in text_of(15, seed=1):
         assert_same(compiled.step([token]), plain.step([token]))
@@ -471,7 +483,7 @@ def test_the_step_that_gpus_compile_has_fixed_shapes(change, compilations):
         shapes.append((*tokens.shape, *lengths.shape, slots))
         return compiled(tokens, lengths, slots)
 
-    pair.decoder.run, pair.decoder.compiled = run, True
+    pair.decoder.one_step, pair.decoder.compiled = run, "step"
     rows_come_and_go(pair)
     assert set(shapes) == {(3, 1, 3, 16)} and compilations() == 1
 
@@ -481,13 +493,13 @@ def test_the_step_that_gpus_compile_has_fixed_shapes(change, compilations):
 def test_in_bfloat16_decoding_is_no_less_precise_than_the_model(change, route, monkeypatch, compilations):
     """Against float32 with the same weights. Both round some tens of times to 8 bits on the way, each by 2^-9 of the
     value at most: together less than 2% of the logits' spread. Which way is chance, hence the margin of a half."""
-    monkeypatch.setattr(frozen, "PACKED_FROM", 0)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 0)
     model = made(**change).bfloat16()
     text, exact, decoder = text_of(12), copy.deepcopy(model).float(), Decoder(copy.deepcopy(model))
     if route == "packed":
         decoder.prepare(rows=3, compile=False)
     if route == "compiled":
-        decoder.compiled = True
+        decoder.compiled = "blocks"
         for block in decoder.model.blocks:
             block.compile(dynamic=True, backend="aot_eager")
     logits = [decoder.read([text[:5]] * 3), *(decoder.step([token] * 3) for token in text[5:])]
@@ -500,29 +512,29 @@ def test_in_bfloat16_decoding_is_no_less_precise_than_the_model(change, route, m
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_memory_is_of_the_weights_type_where_code_is_compiled_and_else_what_a_cpu_attends_to_fast(compile):
+def test_the_cache_is_of_the_weights_type_where_code_is_compiled_and_else_what_a_cpu_attends_to_fast(compile):
     for dtype in (torch.float32, torch.bfloat16):
         decoder = Decoder(made().to(dtype))
         decoder.prepare(rows=1, compile=compile)
         decoder.clear(rows=1)
-        memory = {tensor.dtype for slots in decoder.memory for tensor in (slots.keys, slots.values)}
-        assert memory == {dtype if compile else torch.float32}
+        types = {tensor.dtype for slots in decoder.cache for tensor in (slots.keys, slots.values)}
+        assert types == {dtype if compile else torch.float32}
 
 
 def test_more_rows_take_no_more_slots():
     decoder = Decoder(GPT(GPTConfig(64, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3]], room=20)
     decoder.keep([0, 0, 0])
-    assert decoder.memory[0].keys.shape == (3, 2, 23, 4)
+    assert decoder.cache[0].keys.shape == (3, 2, 23, 4)
 
 
 def test_keeping_rows_where_they_are_copies_nothing():
     decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3], [4, 5, 6]])
-    version = decoder.memory[0].keys._version
+    version = decoder.cache[0].keys._version
     decoder.keep([0, 1])
     decoder.keep([0])
-    assert decoder.memory[0].keys._version == version and decoder.texts == [[1, 2, 3]]
+    assert decoder.cache[0].keys._version == version and decoder.sequences == [[1, 2, 3]]
 
 
 def test_chunks_that_do_not_fit_the_rows_are_refused_before_anything_changes():
@@ -531,4 +543,4 @@ def test_chunks_that_do_not_fit_the_rows_are_refused_before_anything_changes():
     for chunks in ([[1]], [[1], [2, 3]]):
         with pytest.raises(ValueError, match="2 rows take as many chunks"):
             decoder.extend(chunks)
-    assert decoder.texts == [[1, 2, 3], [4, 5]]
+    assert decoder.sequences == [[1, 2, 3], [4, 5]]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from gpt_arc.errors import UserError, entry_point
 
@@ -24,6 +25,14 @@ def test_what_a_user_or_a_disk_did_is_a_sentence(capsys, error, code, sentence):
         entry_point(main)()
     errors = capsys.readouterr().err
     assert stop.value.code == code and errors.endswith(f": {sentence}\n") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)], ids=["torch", "python"])
+def test_too_little_memory_is_a_sentence(capsys, allocate):
+    with pytest.raises(SystemExit) as stop:
+        entry_point(allocate)()
+    assert stop.value.code == 2
+    assert "out of memory: a smaller batch, context or model takes less (" in capsys.readouterr().err
 
 
 def test_what_we_did_is_a_traceback():

@@ -20,8 +20,8 @@ from gpt_arc.generate import (
     draw,
     filtered_probabilities,
     generate,
-    generators,
-    probabilities,
+    row_generators,
+    sampling_probabilities,
     speculative,
 )
 from gpt_arc.sampling import Sampling
@@ -121,7 +121,7 @@ def test_the_repetition_penalty_comes_before_temperature_and_filters(logits, see
     seen = [i for i in seen if i < len(logits)]
     mask = torch.tensor([i in seen for i in range(len(logits))])
     sampling = Sampling(temperature, top_k, repetition_penalty=penalty)
-    ours = probabilities(sampling, torch.tensor(logits), mask)
+    ours = sampling_probabilities(sampling, torch.tensor(logits), mask)
     expected = exact(logits, temperature, None, repetition_penalty=penalty, seen=seen)
     if top_k is not None:
         kth = np.sort(expected)[::-1][min(top_k, len(logits)) - 1]
@@ -134,7 +134,7 @@ def test_the_repetition_penalty_comes_before_temperature_and_filters(logits, see
 
 def test_the_repetition_penalty_in_closed_form():
     seen = torch.tensor([True, True, False, False])
-    ours = probabilities(Sampling(repetition_penalty=2.0), torch.tensor([2.0, -1.0, 0.5, -3.0]), seen)
+    ours = sampling_probabilities(Sampling(repetition_penalty=2.0), torch.tensor([2.0, -1.0, 0.5, -3.0]), seen)
     weights = np.exp([1.0, -2.0, 0.5, -3.0])
     np.testing.assert_allclose(ours, weights / weights.sum(), atol=1e-6)
 
@@ -204,10 +204,10 @@ def test_no_token_without_a_chance_is_drawn_at_the_ends(monkeypatch, uniform, ex
     assert draw(chances, [None]) == [expected]
 
 
-def test_sources_are_the_seeds_and_the_rows_own():
-    first = [torch.rand(1, generator=source).item() for seed in (0, 1) for source in generators(seed, range(50))]
+def test_row_generators_are_the_seeds_and_the_rows_own():
+    first = [torch.rand(1, generator=source).item() for seed in (0, 1) for source in row_generators(seed, range(50))]
     assert len(set(first)) == 100
-    again = [torch.rand(1, generator=source).item() for source in generators(1, [7, 3])]
+    again = [torch.rand(1, generator=source).item() for source in row_generators(1, [7, 3])]
     assert again == [first[57], first[53]]
 
 
@@ -316,11 +316,11 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_sampled_rows_are_what_their_sources_and_the_filters_loop_give(sampling):
+def test_sampled_rows_are_what_their_generators_and_the_filters_loop_give(sampling):
     model = small_gpt(seed=1)
-    sources = generators(5, range(len(RAGGED)))
-    tokens, logs = gathered(generate(model, RAGGED, 20, sampling, sources=sources), len(RAGGED))
-    for row, source in enumerate(generators(5, range(len(RAGGED)))):
+    sources = row_generators(5, range(len(RAGGED)))
+    tokens, logs = gathered(generate(model, RAGGED, 20, sampling, generators=sources), len(RAGGED))
+    for row, source in enumerate(row_generators(5, range(len(RAGGED)))):
         expected, expected_log = replay(model, RAGGED[row], 20, sampling, source)
         assert tokens[row] == expected
         np.testing.assert_allclose(logs[row], expected_log, atol=1e-4)
@@ -329,19 +329,19 @@ def test_sampled_rows_are_what_their_sources_and_the_filters_loop_give(sampling)
 def test_a_row_does_not_depend_on_the_others_nor_on_when_they_end():
     model, rows = small_gpt(seed=2), range(len(RAGGED))
     sampling = Sampling(1.3, repetition_penalty=1.2)
-    steps = generate(model, RAGGED, 20, sampling, sources=generators(9, rows))
+    steps = generate(model, RAGGED, 20, sampling, generators=row_generators(9, rows))
     together, logs = gathered(steps, len(RAGGED))
     for row, prompt in enumerate(RAGGED):
-        (alone,), (log,) = gathered(generate(model, [prompt], 20, sampling, sources=generators(9, [row])), 1)
+        (alone,), (log,) = gathered(generate(model, [prompt], 20, sampling, generators=row_generators(9, [row])), 1)
         assert alone == together[row]
         np.testing.assert_allclose(log, logs[row], atol=1e-4)
     left = [0] * len(RAGGED)
 
-    def until(row, token):
+    def stopped(row, token):
         left[row] += 1
         return left[row] == 3 * row + 1
 
-    steps = generate(model, RAGGED, 20, sampling, sources=generators(9, rows), until=until)
+    steps = generate(model, RAGGED, 20, sampling, generators=row_generators(9, rows), stopped=stopped)
     shorter, _ = gathered(steps, len(RAGGED))
     assert shorter == [made[: 3 * row + 1] for row, made in enumerate(together)]
 
@@ -351,11 +351,11 @@ def test_equal_prompts_are_read_once_and_rows_that_end_cost_nothing():
     prompts = [[1, 2, 3, 4, 5]] * 3 + [[6, 7, 8, 9, 10]] * 2
     counts = [0] * 5
 
-    def until(row, token):
+    def stopped(row, token):
         counts[row] += 1
         return counts[row] == row + 1
 
-    steps = list(generate(model, prompts, 7, Sampling(1.5), until=until))
+    steps = list(generate(model, prompts, 7, Sampling(1.5), stopped=stopped))
     assert shapes == [(2, 5), (4, 1), (3, 1), (2, 1), (1, 1)]
     assert [step.rows for step in steps] == [[0, 1, 2, 3, 4], [1, 2, 3, 4], [2, 3, 4], [3, 4], [4]]
 
@@ -395,15 +395,17 @@ def test_continuations_of_a_known_model(sampling):
     assert np.abs(logs).max() < 1e-6
 
 
-def test_the_sources_alone_decide():
+def test_the_generators_alone_decide():
     model = small_gpt(vocab=30)
 
     def made(seed):
         torch.rand(seed)  # the global generator is no part of it
-        return gathered(generate(model, [[0], [0]], 20, sources=generators(seed, [0, 1])), 2)[0]
+        return gathered(generate(model, [[0], [0]], 20, generators=row_generators(seed, [0, 1])), 2)[0]
 
     assert made(1) == made(1) != made(2) and made(1)[0] != made(1)[1]
-    assert list(generate(model, [[0], [0]], 9)) == list(generate(model, [[0], [0]], 9, sources=generators(0, [0, 1])))
+    assert list(generate(model, [[0], [0]], 9)) == list(
+        generate(model, [[0], [0]], 9, generators=row_generators(0, [0, 1]))
+    )
 
 
 def joint(logits_after, vocab, prompt, sampling, length=3):
@@ -431,8 +433,8 @@ JOINT = [Sampling(2.0), Sampling(1.5, top_k=2), Sampling(1.5, repetition_penalty
 @pytest.mark.parametrize("sampling", JOINT, ids=str)
 def test_continuations_have_the_product_of_their_conditional_probabilities(sampling):
     model = small_gpt(seed=3, vocab=3, context=5)
-    sources = generators(11, range(5_000))
-    tokens, _ = gathered(generate(model, [[1, 2]] * 5_000, 3, sampling, sources=sources), 5_000)
+    sources = row_generators(11, range(5_000))
+    tokens, _ = gathered(generate(model, [[1, 2]] * 5_000, 3, sampling, generators=sources), 5_000)
     expected = joint(lambda text: next_logits(model, text[:2], text[2:]), 3, [1, 2], sampling)
     assert fits(counted(tokens, 3), expected)
 
@@ -633,14 +635,14 @@ def test_acceptance_is_counted(draft_tokens):
     assert (acceptance.proposed, acceptance.accepted) == (100 + proposed, 50 + accepted)
 
 
-def test_until_ends_speculation_also_within_a_proposal():
+def test_a_stop_ends_speculation_also_within_a_proposal():
     model, asked = small_gpt(), []
 
-    def until(row, token):
+    def stopped(row, token):
         asked.append((row, token))
         return len(asked) == 6
 
-    steps = speculative(model, copy.deepcopy(model), [1, 2], 30, GREEDY, draft_tokens=4, until=until)
+    steps = speculative(model, copy.deepcopy(model), [1, 2], 30, GREEDY, draft_tokens=4, stopped=stopped)
     tokens = replay(model, [1, 2], 6)[0]
     assert gathered(steps, 1)[0] == [tokens] and asked == [(0, token) for token in tokens]
     assert list(speculative(model, copy.deepcopy(model), [1, 2], 0)) == []
@@ -655,15 +657,17 @@ class Table(Decoder):
         self.table = spread * torch.randn(vocab, vocab, vocab, generator=generator)
 
     def read(self, prompts, room=None):
-        self.texts = [list(prompt) for prompt in prompts]
+        self.sequences = [list(prompt) for prompt in prompts]
 
     def clear(self, rows, room=None):
-        self.texts = [[] for _ in range(rows)]
+        self.sequences = [[] for _ in range(rows)]
 
     def extend(self, chunks):
-        before = len(self.texts[0])
-        self.texts[0] += chunks[0]
-        return torch.stack([self.after(self.texts[0][: i + 1]) for i in range(before, len(self.texts[0]))])[None]
+        before = len(self.sequences[0])
+        self.sequences[0] += chunks[0]
+        return torch.stack([self.after(self.sequences[0][: i + 1]) for i in range(before, len(self.sequences[0]))])[
+            None
+        ]
 
     def after(self, text):
         return self.table[text[-2] if len(text) > 1 else 0, text[-1]]
@@ -680,7 +684,7 @@ def test_speculated_continuations_have_the_models_probabilities(sampling, draft_
     model, draft = Table(3, 20, 1.0), Table(3, 21, 1.0)
     source, made = torch.Generator().manual_seed(draft_tokens), []
     for _ in range(2_500):
-        steps = speculative(model, draft, [2], 3, sampling, draft_tokens=draft_tokens, source=source)
+        steps = speculative(model, draft, [2], 3, sampling, draft_tokens=draft_tokens, generator=source)
         made.append([step.tokens[0] for step in steps])
     assert fits(counted(made, 3), joint(model.after, 3, [2], sampling))
 
@@ -689,7 +693,7 @@ def test_speculated_continuations_of_real_models_have_the_models_probabilities()
     model, draft = small_gpt(3, vocab=3, context=4, n_layer=1), small_gpt(5, vocab=3, context=3, n_layer=1)
     readers, source, made = (Decoder(model), Decoder(draft)), torch.Generator().manual_seed(4), []
     for _ in range(600):
-        steps = speculative(*readers, [1, 2, 0], 3, Sampling(2.0), draft_tokens=2, source=source)
+        steps = speculative(*readers, [1, 2, 0], 3, Sampling(2.0), draft_tokens=2, generator=source)
         made.append([step.tokens[0] for step in steps])
     expected = joint(lambda text: next_logits(model, text[:3], text[3:]), 3, [1, 2, 0], Sampling(2.0))
     assert fits(counted(made, 3), expected)

@@ -136,14 +136,14 @@ class Ours:
         columns = self.generate()
         next(columns)
         first = time.perf_counter() - start
-        held = [len(self.decoder.texts[0]) for _ in columns]
+        held = [len(self.decoder.sequences[0]) for _ in columns]
         return Round(first, time.perf_counter() - start, peak_memory(self.job.device), mean(held))
 
     def sizes(self) -> dict[str, Any]:
         """How the weights are laid out, and the bytes of one of them and of a number in a key or value."""
         layout = getattr(self.decoder.head, "layout", "plain")
         weight = 1 if layout == "int8" else self.decoder.model.token_embedding.weight.itemsize
-        return {"layout": layout, "weight": weight, "cache": self.decoder.memory[0].keys.itemsize}
+        return {"layout": layout, "weight": weight, "cache": self.decoder.cache[0].keys.itemsize}
 
     def memory_rate(self) -> float:
         return memory_rate(self.job.device)

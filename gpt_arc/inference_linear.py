@@ -38,7 +38,7 @@ def _(x: Tensor, key: Tensor, width: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], width))
 
 
-class FrozenLinear(nn.Module):
+class InferenceLinear(nn.Module):
     """x (..., K) -> (..., N), for weight (N, K) and bias (N,) that don't change any more."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout):
@@ -85,14 +85,14 @@ def packable(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def freeze(model: GPT, layout: Layout) -> FrozenLinear:
-    """Replace the linear layers of the blocks by frozen ones, in place, and return the head as another.
+def for_inference(model: GPT, layout: Layout) -> InferenceLinear:
+    """Replace the linear layers of the blocks by `InferenceLinear`s, in place, and return the head as another.
 
     The model can be neither trained nor saved any more.
     """
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):
             if isinstance(layer, nn.Linear):
-                setattr(module, name, FrozenLinear(layer.weight, layer.bias, layout))
+                setattr(module, name, InferenceLinear(layer.weight, layer.bias, layout))
     weight = model.token_embedding.weight if model.config.tied_head else model.head.weight
-    return FrozenLinear(weight, model.head_bias, layout)
+    return InferenceLinear(weight, model.head_bias, layout)

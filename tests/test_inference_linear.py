@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import randomised
-from gpt_arc import frozen
-from gpt_arc.frozen import FrozenLinear, freeze, packable
+from gpt_arc import inference_linear
+from gpt_arc.inference_linear import InferenceLinear, for_inference, packable
 from model import GPT, GPTConfig
 
 TYPES = [
@@ -21,21 +21,21 @@ TYPES = [
 
 @pytest.fixture(autouse=True)
 def pack_the_smallest_layers(monkeypatch):
-    monkeypatch.setattr(frozen, "PACKED_FROM", 0)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 0)
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def layer_of(layout: str, bias: bool, dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear, torch.nn.Linear]:
-    """A frozen layer of 19 outputs from 33 inputs, and the one it was made of."""
+def layer_of(layout: str, bias: bool, dtype: torch.dtype = torch.float32) -> tuple[InferenceLinear, torch.nn.Linear]:
+    """An inference layer of 19 outputs from 33 inputs, and the one it was made of."""
     linear = torch.nn.Linear(33, 19, bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(drawn(19, 33))
         if bias:
             linear.bias.copy_(drawn(19, seed=1))
-    return FrozenLinear(linear.weight, linear.bias, layout), linear
+    return InferenceLinear(linear.weight, linear.bias, layout), linear
 
 
 def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
@@ -49,7 +49,7 @@ def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["plain", "packed"])
-def test_a_frozen_layer_is_the_linear_layer(layout, bias, dtype):
+def test_a_layer_for_inference_is_the_linear_layer(layout, bias, dtype):
     layer, linear = layer_of(layout, bias, dtype)
     assert layer.layout == layout
     for shape in ((1, 33), (2, 33), (17, 33), (1, 1, 33), (3, 5, 33), (33,)):
@@ -75,27 +75,27 @@ def test_in_compiled_code_too(layout, bias, dtype):
 
 
 def test_layers_too_small_to_gain_are_not_packed(monkeypatch):
-    monkeypatch.setattr(frozen, "PACKED_FROM", 19 * 33 + 1)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 19 * 33 + 1)
     assert layer_of("packed", bias=True)[0].layout == "plain"
-    monkeypatch.setattr(frozen, "PACKED_FROM", 19 * 33)
+    monkeypatch.setattr(inference_linear, "PACKED_FROM", 19 * 33)
     assert layer_of("packed", bias=True)[0].layout == "packed"
 
 
 def test_packed_weights_go_with_their_layer():
-    before = len(frozen._packed)
+    before = len(inference_linear._packed)
     layers = [layer_of("packed", bias=True)[0] for _ in range(3)]
-    assert len(frozen._packed) == before + 3
+    assert len(inference_linear._packed) == before + 3
     last = layers.pop()
     del layers
     gc.collect()
-    assert len(frozen._packed) == before + 1
+    assert len(inference_linear._packed) == before + 1
     last(drawn(1, 33))
     del last
     gc.collect()
-    assert len(frozen._packed) == before
+    assert len(inference_linear._packed) == before
 
 
-def test_a_frozen_layer_is_not_saved():
+def test_a_layer_for_inference_is_not_saved():
     assert not layer_of("int8", bias=True)[0].state_dict()
 
 
@@ -122,7 +122,7 @@ def test_8_bits_equal_a_transcription(bias):
 def test_8_bits_are_half_a_step_from_the_weight_at_most_and_zero_stays_zero():
     weight = drawn(19, 33) * torch.logspace(-20, 20, 19)[:, None]
     weight[4] = 0
-    layer = FrozenLinear(weight, None, "int8")
+    layer = InferenceLinear(weight, None, "int8")
     step = weight.abs().amax(1, keepdim=True) / 127
     error = (layer.weight * layer.scale[:, None] - weight).abs()
     assert (error <= step * (0.5 + 1e-4)).all()
@@ -132,8 +132,8 @@ def test_8_bits_are_half_a_step_from_the_weight_at_most_and_zero_stays_zero():
 HEADS = [{}, {"head_bias": True}, {"tied_head": False}, {"tied_head": False, "head_bias": True, "bias": False}]
 
 
-def frozen_logits(model: GPT, layout: str, tokens: torch.Tensor) -> torch.Tensor:
-    head = freeze(model, layout)
+def logits_of(model: GPT, layout: str, tokens: torch.Tensor) -> torch.Tensor:
+    head = for_inference(model, layout)
     assert not any(isinstance(module, torch.nn.Linear) for module in model.blocks.modules())
     with torch.no_grad():
         return head(model.hidden(tokens))
@@ -150,7 +150,7 @@ def test_freezing_keeps_the_logits(layout, change):
     model, tokens = model_of(change)
     with torch.no_grad():
         expected = model(tokens)
-    assert_near(frozen_logits(model, layout, tokens), expected)
+    assert_near(logits_of(model, layout, tokens), expected)
 
 
 @pytest.mark.parametrize("change", HEADS, ids=lambda change: ",".join(change) or "tied_head")
@@ -166,6 +166,6 @@ def test_freezing_in_8_bits_is_rounding_each_matrix_but_the_embeddings(change):
     with torch.no_grad():
         expected = F.linear(reference.hidden(tokens), torch.from_numpy(whole * scale[:, None]), model.head_bias)
         plain = model(tokens)
-    logits = frozen_logits(model, "int8", tokens)
+    logits = logits_of(model, "int8", tokens)
     assert_near(logits, expected)
     assert not torch.allclose(logits, plain, atol=1e-3)
