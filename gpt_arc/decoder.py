@@ -138,7 +138,7 @@ class Decoder(nn.Module):
             return max(rows, 2), slots
         return rows, slots
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]], room: int | None = None) -> Tensor:
         """Start anew with a row for each prompt, of which the last block_size tokens are read.
 
@@ -173,7 +173,7 @@ class Decoder(nn.Module):
         """Append one token to each row: logits (B, V), float32, of the next."""
         return self.extend([[token] for token in tokens])[:, -1]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def extend(self, chunks: Sequence[Sequence[int]]) -> Tensor:
         """Append T tokens to each row: logits (B, T, V), float32, of the token after each of them.
 
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         hidden = self.model.hidden(tokens, cache=[part.view(len(tokens), slots, positions) for part in self.cache])
         return self.head(hidden).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows, in this order; one may come several times, and those left out end."""
         slots = max(len(self.sequences[row]) for row in rows)
