@@ -23,9 +23,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
+SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
+LOGITS_AT_ONCE = {"cuda": 1 << 28}  # as many numbers of 4 bytes; on other devices 2^25
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
         return attend_once(query, key, value, mask)
     settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
     if mask is None:
+        small = query.shape[:3].numel() * key.size(2) <= SCORES_KEPT
+        if small and query.device.type == "cpu" and value.dtype != torch.float32:
+            return attend_by_products(query, key, value, dropout)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
     if isinstance(mask, BlockMask):
         query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
@@ -234,6 +240,23 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     )  # (B n, K, 2W, D)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
     return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Causal `attend` by batched matrix products, for a CPU, whose fused kernel takes up to five times as long.
+
+    The queries go in up to four chunks, each with the keys up to its end: little of the square is computed in vain.
+    """
+    batch, heads, length, size = query.shape
+    key, value = (x.repeat_interleave(heads // x.size(1), dim=1) if x.size(1) < heads else x for x in (key, value))
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
+    width, mixed = max(128, math.ceil(length / 4)), []
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        later = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
+        scores = torch.baddbmm(later, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
+        mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
+    return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -335,6 +358,46 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class HeadLoss(torch.autograd.Function):
+    """Sum () of the cross-entropies in nats of hidden (N, C) times head (V, C), plus bias (V,), at the targets (N,).
+
+    The logits, with their gradients the largest tensors of all, exist for some rows at a time only: the gradients of
+    `hidden`, `head` and `bias` are computed along with the loss, and multiplied by the loss's own when that is known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, with_gradients: bool
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        weight, offset = head.to(dtype), None if bias is None else bias.to(dtype)
+        scored, targets = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
+        total, gradients = torch.zeros((), device=hidden.device), []
+        head_gradient = torch.zeros_like(head) if with_gradients else None
+        bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
+        rows = max(LOGITS_AT_ONCE.get(device, 1 << 25) // len(head), 1)
+        for x, target, counts in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
+            x = x.to(dtype)
+            logs = F.linear(x, weight, offset).float().log_softmax(-1)  # (rows, V)
+            total -= logs.gather(1, target).mul(counts).sum()
+            if with_gradients:
+                # the logits' gradient: softmax, less 1 at the target; what doesn't count is left out afterwards
+                gradient = logs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logs.dtype)).to(dtype)
+                gradients.append((gradient @ weight).mul(counts).type_as(hidden))
+                head_gradient += gradient.mT @ (x * counts)
+                if bias is not None:
+                    bias_gradient += gradient.mul(counts).sum(0)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None
+
+
 class GPT(nn.Module):
     """Embeddings, `n_layer` blocks, a head.
 
@@ -345,6 +408,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # each block's activations in the backward pass, instead of keeping them
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -417,23 +481,34 @@ class GPT(nn.Module):
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rotary, banded if i % 2 else mask, None if cache is None else cache[i])
+            rest = rotary, banded if i % 2 else mask, None if cache is None else cache[i]
+            x = (
+                checkpoint(block, x, *rest, use_reentrant=False)
+                if self.recompute and self.training
+                else block(x, *rest)
+            )
         return self.final_norm(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.token_embedding.weight if self.config.tied_head else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
-        head = self.token_embedding.weight if self.config.tied_head else self.head.weight
-        return F.linear(hidden, head, self.head_bias)
+        return F.linear(hidden, self.head_weight, self.head_bias)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`.
 
         `documents` confines attention to documents, see `hidden`.
         """
-        logits = self.logits(self.hidden(tokens, documents))
+        hidden = self.hidden(tokens, documents)
         if targets is None:
-            return logits
-        total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+            return self.logits(hidden)
+        with_gradients = torch.is_grad_enabled()
+        total = HeadLoss.apply(
+            hidden.flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), with_gradients
+        )
         return Loss(total, (targets != IGNORED).sum(), {})
 
     def num_parameters(self, embeddings: bool = True) -> int:
