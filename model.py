@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
-LOGITS_AT_ONCE = {"cuda": 1 << 28}  # as many numbers of 4 bytes; on other devices 2^25
 
 
 @dataclass(frozen=True)
@@ -358,6 +357,11 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+def logits_at_once(device: str) -> int:
+    """Numbers of which `HeadLoss` has a copy or two in float32: a GPU likes large products, a CPU its caches."""
+    return 1 << 28 if device == "cuda" else 1 << 25
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum () of the cross-entropies in nats of hidden (N, C) times head (V, C), plus bias (V,), at the targets (N,).
 
@@ -376,7 +380,7 @@ class HeadLoss(torch.autograd.Function):
         total, gradients = torch.zeros((), device=hidden.device), []
         head_gradient = torch.zeros_like(head) if with_gradients else None
         bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
-        rows = max(LOGITS_AT_ONCE.get(device, 1 << 25) // len(head), 1)
+        rows = max(logits_at_once(device) // len(head), 1)
         for x, target, counts in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
             x = x.to(dtype)
             logs = F.linear(x, weight, offset).float().log_softmax(-1)  # (rows, V)
@@ -408,7 +412,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # each block's activations in the backward pass, instead of keeping them
+        self.activation_checkpointing = False  # whether the backward pass computes blocks anew, to save memory
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -480,13 +484,10 @@ class GPT(nn.Module):
             cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
+        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             rest = rotary, banded if i % 2 else mask, None if cache is None else cache[i]
-            x = (
-                checkpoint(block, x, *rest, use_reentrant=False)
-                if self.recompute and self.training
-                else block(x, *rest)
-            )
+            x = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing else block(x, *rest)
         return self.final_norm(x)
 
     @property

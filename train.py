@@ -11,6 +11,7 @@ out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import shlex
 import sys
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
@@ -29,7 +29,7 @@ from gpt_arc.config import settings_of
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE
 from gpt_arc.errors import UserError, entry_point, mute
 from gpt_arc.metrics import human
-from gpt_arc.optim import build_optimizer, learning_rate_at, load_optimizer_state
+from gpt_arc.optim import Updater, learning_rate_at
 from gpt_arc.signals import StopSignal
 from model import GPT
 
@@ -126,7 +126,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"steps          {training.max_iters:,}")
     for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
         say(f"data           {line}")
-    say(f"memory         about {human(metrics.memory_estimate(sketch, micro_batch, dtype), 'B')} on each device")
+    memory = metrics.memory_estimate(sketch, micro_batch, dtype, device.type, training.activation_checkpointing)
+    say(f"memory         about {human(memory, 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
     if config.run.dry_run:
         return 0
@@ -153,9 +154,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     run = distributed.from_main(run)
 
     # ---- where and how it runs, optimizer, random generators
-    if device.type == "cuda" and dtype != "float32":
-        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-    model.to(device)
+    runtime.set_up(device, dtype)
+    model.to(device).activation_checkpointing = training.activation_checkpointing
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
         say("compiling      takes a minute or so")
@@ -166,13 +166,10 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         if failure:
             say(f"not compiled   {failure}")
             compiled = False
-    optimizer = build_optimizer(model, training)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    updater = Updater(model, training, device, dtype)
     torch.manual_seed(training.seed + RANK)
     if state:
-        load_optimizer_state(optimizer, state["optimizer"])
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
+        updater.load_state_dict(state)
         if RANK < len(state["generators"]):
             runtime.set_rng_state(state["generators"][RANK], device)
         del state  # as large as the model, twice
@@ -211,8 +208,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     def save() -> None:
         state = {
             "progress": dataclasses.asdict(progress),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+            **updater.state_dict(),
             "generators": distributed.gather(runtime.rng_state(device)),
             "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
             "data": corpus.fingerprint,
@@ -224,8 +220,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
     # by the number of processes, since DistributedDataParallel averages their gradients.
-    sequences_here = micro_steps * micro_batch
-    parameters = list(model.parameters())
+    sequences = config.sequences_per_step
+    batches = data.training_batches(
+        train_tokens, order, progress.consumed, sequences, micro_batch, block_size, RANK, WORLD_SIZE
+    )
+    batches = data.ahead(batches, pin=device.type == "cuda")
     meter = metrics.Meter()
     learning_rate = grad_norm = None
     not_finite = 0  # steps in a row
@@ -274,31 +273,18 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         # forward and backward; processes share their gradients after the last micro-batch
         started = time.perf_counter()
         learning_rate = learning_rate_at(progress.step, training)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        starts = order.starts(progress.consumed + RANK * sequences_here, sequences_here)
         step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(data.batches(train_tokens, starts, micro_batch, block_size), start=1):
+        for i, batch in enumerate(itertools.islice(batches, micro_steps), start=1):
             more_to_come = WORLD_SIZE > 1 and i < micro_steps
             with replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with runtime.autocast(device, dtype):
                     loss = replica(*runtime.to_device(batch, device))
-                scaler.scale(loss.total * (WORLD_SIZE / tokens_per_step)).backward()
+                updater.backward(loss.total * (WORLD_SIZE / tokens_per_step))
             step_loss += loss.total.detach()
-        progress.consumed += config.sequences_per_step
+        progress.consumed += sequences
 
-        # the step's one wait for the device: is all of it finite, has a process been asked to stop
-        scaler.unscale_(optimizer)
-        norm = get_total_norm([p.grad for p in parameters])
-        verdict = torch.stack((step_loss, norm / WORLD_SIZE, torch.full_like(norm, stop.number)))
-        loss_sum, grad_norm, stopped = distributed.sum_over_ranks(verdict).tolist()
-        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
-        if finite:
-            if training.grad_clip:
-                clip_grads_with_norm_(parameters, training.grad_clip, norm)
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        # the update, if all is finite; has a process been asked to stop?
+        finite, grad_norm, (loss_sum, stopped) = updater.update(learning_rate, step_loss, stop.number)
         took = time.perf_counter() - started
         progress.seconds += took
         if finite:
@@ -312,7 +298,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         progress.skipped += 1
         not_finite += 1
         say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
-        if not_finite == (20 if scaler.is_enabled() else 2):
+        if not_finite == (20 if updater.scaler.is_enabled() else 2):
             bar.close()
             kept = f"{run}/last is the last good checkpoint" if saved_step else "there is no checkpoint yet"
             say(f"step {progress.step + 1} has diverged, {kept}: lower learning_rate, or set dtype = float32")

@@ -102,6 +102,8 @@ class TrainingConfig:
     """Precision of the products. auto: bfloat16 where the hardware multiplies it natively, float16 on older GPUs."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model. auto: where it can work and the run is long enough to pay it back."""
+    activation_checkpointing: bool = False
+    """Compute each block anew in the backward pass instead of keeping what it computed: less memory, a third slower."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,6 +292,34 @@ def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple
         row[: len(tokens)] = tokens
     both = torch.from_numpy(rows)
     return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
+
+
+def ahead(batches: Iterator[tuple[Tensor, ...]], pin: bool) -> Iterator[tuple[Tensor, ...]]:
+    """The same batches, each read in a thread of its own while the one before is computed with; pinned for a GPU."""
+
+    def read() -> tuple[Tensor, ...] | None:
+        batch = next(batches, None)
+        return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
+
+    with ThreadPoolExecutor(1) as thread:
+        reading = thread.submit(read)
+        while (batch := reading.result()) is not None:
+            reading = thread.submit(read)
+            yield batch
+
+
+def training_batches(
+    split: Split, order: "TrainingOrder | MixtureOrder", consumed: int, sequences: int, size: int, block_size: int,
+    rank: int = 0, ranks: int = 1,
+) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+    """Batches of `size` for process `rank`, without end: of each global batch of `sequences` its own slice.
+
+    The first global batch begins after `consumed` sequences.
+    """
+    own = sequences // ranks
+    while True:
+        yield from batches(split, order.starts(consumed + rank * own, own), size, block_size)
+        consumed += sequences
 
 
 def batches(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt_arc.files import write_file
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, logits_at_once
 
 # Dense matrix products, in FLOPs a second: (16-bit with float32 accumulation, float32), from the makers' data sheets.
 # A whole word of the device's name, the first match counting.
@@ -49,18 +49,21 @@ def flops_per_token(model: GPT) -> int:
     return 6 * multiplying + 12 * config.n_head * config.head_width * keys
 
 
-def memory_estimate(model: GPT, sequences: int, dtype: str) -> int:
+def memory_estimate(model: GPT, sequences: int, dtype: str, device: str = "cpu", checkpointing: bool = False) -> int:
     """Bytes that training is estimated to take: 16 a parameter, and what the backward pass keeps of `sequences`.
 
     A parameter has its float32 weight, gradient and AdamW's two moments. A layer keeps about 17 C values a token
     (Korthikanti et al., arXiv:2205.05198, 34 C bytes in 16 bits, without the attention matrix, which is recomputed);
-    the head keeps the logits in the computing type and in float32, and their gradient.
+    with activation checkpointing one layer does, and the others their input. The head has three copies of as many
+    logits as it computes at once.
     """
     config: GPTConfig = model.config
     size = 4 if dtype == "float32" else 2
     tokens = sequences * config.block_size
-    activations = tokens * config.n_layer * 17 * config.n_embd * size
-    return 16 * model.num_parameters() + activations + tokens * config.vocab_size * (size + 8)
+    layer = 17 * config.n_embd * size
+    activations = tokens * (layer + config.n_layer * 4 * config.n_embd if checkpointing else config.n_layer * layer)
+    logits = min(tokens * config.vocab_size, logits_at_once(device))
+    return 16 * model.num_parameters() + activations + logits * (size + 8)
 
 
 def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:

@@ -1,9 +1,12 @@
-"""AdamW as the GPTs use it, and the learning rate over time."""
+"""AdamW as the GPTs use it, one update of the weights, and the learning rate over time."""
 
 import math
 
 import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from gpt_arc import distributed
 from gpt_arc.config import TrainingConfig
 from model import GPT
 
@@ -21,6 +24,50 @@ def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.AdamW:
         eps=config.adam_eps,
         fused=True,  # which cpu, cuda and mps have
     )
+
+
+class Updater:
+    """The optimizer with all that an update takes: loss scaling for float16, the check that all is finite, clipping."""
+
+    def __init__(self, model: GPT, config: TrainingConfig, device: torch.device, dtype: str):
+        self.config = config
+        self.optimizer = build_optimizer(model, config)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+        self.parameters = list(model.parameters())
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self, learning_rate: float, *sums: Tensor | float) -> tuple[bool, float, list[float]]:
+        """Update the weights with the gradients there are, and clear these; nothing is changed if they aren't finite.
+
+        Returns whether they were, and the first of `sums` too; the gradient's norm; and `sums`, each () and summed over
+        the processes. That is the one wait for the device in a step.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.parameters])
+        values = torch.stack([torch.as_tensor(x, device=norm.device, dtype=norm.dtype) for x in sums])
+        values = torch.cat((norm[None] / distributed.WORLD_SIZE, values))
+        norm_seen, *summed = distributed.sum_over_ranks(values).tolist()
+        finite = math.isfinite(norm_seen) and math.isfinite(summed[0])
+        if finite:
+            if 0 < self.config.grad_clip < norm_seen:
+                clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite, norm_seen, summed
+
+    def state_dict(self) -> dict[str, dict]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, dict]) -> None:
+        """Take up what `state_dict` gave; rates, decay and betas stay those of the present settings."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:

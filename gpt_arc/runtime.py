@@ -1,6 +1,7 @@
 """Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
 
 import contextlib
+import ctypes
 import math
 import os
 import platform
@@ -98,6 +99,21 @@ def resolve_decoding_compile(setting: bool | str, device: torch.device, model: G
     return saved > DECODING_COMPILES_IN and resolve_compile("auto", device, math.inf)[0]
 
 
+def set_up(device: torch.device, dtype: str) -> None:
+    """What makes training faster on the device, for the whole process.
+
+    On a GPU TF32 for what autocast leaves in float32. On a CPU, with glibc, freed memory is kept: by default it returns
+    what is larger than 32 MiB, and each time it is wanted again the system fills it with zeros, page by page.
+    """
+    if device.type == "cuda" and dtype != "float32":
+        torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which a forward pass multiplies in `dtype`."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
@@ -130,10 +146,8 @@ def compile_in_place(
 
 
 def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors of `batch` on the device; to a GPU the copies run while the host goes on."""
-    if device.type == "cuda":
-        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
-    return [tensor.to(device) for tensor in batch]
+    """The tensors of `batch` on the device; to a GPU the copies of pinned ones run while the host goes on."""
+    return [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def device_name(device: torch.device) -> str:
