@@ -3,6 +3,7 @@
     python tools/bench.py sample configs/gpt2.toml --batch_size=16 --max_new_tokens=128
     python tools/bench.py sample configs/gpt2.toml --n_layer=6 --nanogpt=../nanoGPT --transformers=True
     python tools/bench.py sample out/quickstart --json=quickstart.json
+    python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT
 
 `sample` times greedy continuations of random prompts. Each program has a process of its own with the same weights and
 prompts, and they take turns, round by round, so that whatever else the machine does meets them alike:
@@ -19,19 +20,14 @@ values of the tokens held, over the rate at which the memory was read between th
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
-import multiprocessing
-import os
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
@@ -41,6 +37,7 @@ import tyro
 from gpt_arc.errors import UserError, entry_point, first_line
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, spread
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
@@ -173,12 +170,8 @@ class Peer:
 
 class NanoGPT(Peer):
     def __init__(self, job: Job):
-        spec = importlib.util.spec_from_file_location("nanogpt_model", job.settings.nanogpt / "model.py")
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
-        config = module.GPTConfig(**{name: getattr(job.config, name) for name in names}, dropout=0.0)
-        super().__init__(job, module.GPT(config), ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        model = nanogpt_model(job.settings.nanogpt, job.config, dropout=0.0)
+        super().__init__(job, model, ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
     def generate(self, count: int) -> Any:
         return self.model.generate(self.prompts, count)
@@ -216,20 +209,6 @@ def fill(model: Any, path: Path, transposed: tuple[str, ...] = ()) -> None:
             parameter.copy_(tensor.T if name.endswith(transposed) else tensor)
 
 
-def peak_memory(device: str) -> int:
-    """The most bytes that this process has held: of the GPU's memory where it has one, else of the machine's."""
-    if device.startswith("cuda"):
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes, on a Mac
-
-
 def memory_rate(device: str) -> float:
     """Bytes a second at which the device reads its memory. It takes memory, which counts for the process it runs in."""
     import torch
@@ -243,67 +222,6 @@ def memory_rate(device: str) -> float:
         del numbers
         torch.cuda.reset_peak_memory_stats(device)
     return PROBE_BYTES / median(seconds)
-
-
-# ---- processes
-
-
-def serve(pipe: Any, program: type, job: Job) -> None:
-    """The life of a process: load, then call the methods it is asked for, until the parent hangs up or dies."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
-    from tqdm import tqdm
-
-    tqdm.set_lock(threading.RLock())  # compilers use its own, which a process that is killed is said to leak
-    try:
-        loaded = program(job)
-        pipe.send(None)
-        while True:
-            pipe.send(getattr(loaded, pipe.recv())())
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
-    except Exception as error:  # whatever another program, a compiler or a driver may raise
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        pipe.send(UserError(kind + first_line(error)))
-
-
-@contextlib.contextmanager
-def running(name: str, program: type, job: Job) -> Iterator[Callable[[str], Any]]:
-    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded."""
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, program, job), daemon=True)
-
-    def ask(method: str | None) -> Any:
-        try:
-            if method is not None:
-                pipe.send(method)
-            answer = pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            process.join()
-            raise UserError(f"{name}: its process ended ({process.exitcode}), for want of memory perhaps") from None
-        if isinstance(answer, UserError):
-            raise UserError(f"{name}: {answer}")
-        return answer
-
-    # A terminal's Ctrl-C comes to all processes and is for the parent to act on. The tracker is multiprocessing's own;
-    # started only now, it would let the signal through again.
-    resource_tracker.ensure_running()
-    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    grace = 0
-    try:
-        process.start()
-        theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-        yield ask
-        grace = 5
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-        pipe.close()  # upon which an idle one ends
-        if process.pid is not None:
-            process.join(grace)
-            process.kill()
-            process.join()
 
 
 # ---- what is asked
@@ -323,17 +241,6 @@ def read_arguments(args: list[str]) -> tuple[SampleBench, Any]:
     return parsed.settings, parsed.architecture
 
 
-def check_places(settings: SampleBench) -> None:
-    """Raises UserError for what is not there."""
-    if settings.nanogpt is not None and not (settings.nanogpt / "model.py").is_file():
-        raise UserError(f"there is no nanoGPT checkout at {settings.nanogpt}: it has no model.py")
-    if settings.transformers and importlib.util.find_spec("transformers") is None:
-        raise UserError('transformers is not installed: pip install -e ".[dev]"')
-    refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
-    if settings.json is not None and (refused or not settings.json.parent.is_dir()):
-        raise UserError(f"{settings.json} can't be written: name a file in a folder that is there")
-
-
 def check_fits(settings: SampleBench, config: Any) -> None:
     """Raises UserError for what a program can't compute."""
     names, beyond = ["prompt_tokens"], ""
@@ -348,20 +255,10 @@ def check_fits(settings: SampleBench, config: Any) -> None:
 
         architecture_of(config)
     if settings.nanogpt is not None:
-        free = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "rotary_base", "init", "dropout"}
-        free |= {"embedding_dropout", "attention_dropout", "residual_dropout"}
-        also = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
-        also |= {"activation": "gelu"}
-        for name, value in asdict(config).items():
-            if name not in free and value not in (getattr(type(config)(), name), also.get(name)):
-                raise UserError(f"nanoGPT is GPT-2 alone and has no {name} = {json.dumps(value)}: leave --nanogpt out")
+        check_nanogpt_fits(config)
 
 
 # ---- figures
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def figures(settings: SampleBench, warmup: Round, *rounds: Round) -> dict[str, Any]:
@@ -490,14 +387,20 @@ def bench_sample(args: list[str]) -> None:
         write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
 
 
-BENCHES = {"sample": bench_sample}
+def bench_train(args: list[str]) -> None:
+    from tools import bench_train
+
+    bench_train.bench_train(args)
+
+
+BENCHES = {"sample": bench_sample, "train": bench_train}
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nThe settings: python tools/bench.py sample --help")
+        print(f"{__doc__}\nThe settings: python tools/bench.py sample --help, python tools/bench.py train --help")
     elif name in BENCHES:
         BENCHES[name](args)
     else:

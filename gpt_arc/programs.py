@@ -1,0 +1,126 @@
+"""Programs that are measured against each other, each in a process of its own."""
+
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing import resource_tracker
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from gpt_arc.errors import UserError, first_line
+
+NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
+
+
+def nanogpt_model(checkout: Path, config: Any, dropout: float) -> Any:
+    """The model of a nanoGPT checkout, of the sizes of a `GPTConfig`."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in NANOGPT_SETTINGS}, dropout=dropout))
+
+
+def check_nanogpt_fits(config: Any) -> None:
+    """Raises UserError for a `GPTConfig` that nanoGPT can't compute."""
+    free = {*NANOGPT_SETTINGS, "rotary_base", "init", "dropout"}
+    free |= {"embedding_dropout", "attention_dropout", "residual_dropout"}
+    also = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
+    also |= {"activation": "gelu"}
+    for name, value in asdict(config).items():
+        if name not in free and value not in (getattr(type(config)(), name), also.get(name)):
+            raise UserError(f"nanoGPT is GPT-2 alone and has no {name} = {json.dumps(value)}: leave --nanogpt out")
+
+
+def check_places(settings: Any) -> None:
+    """Raises UserError where one of the settings nanogpt, transformers and json names what is not there."""
+    if settings.nanogpt is not None and not (settings.nanogpt / "model.py").is_file():
+        raise UserError(f"there is no nanoGPT checkout at {settings.nanogpt}: it has no model.py")
+    if settings.transformers and importlib.util.find_spec("transformers") is None:
+        raise UserError('transformers is not installed: pip install -e ".[dev]"')
+    refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
+    if settings.json is not None and (refused or not settings.json.parent.is_dir()):
+        raise UserError(f"{settings.json} can't be written: name a file in a folder that is there")
+
+
+def peak_memory(device: str) -> int:
+    """The most bytes that this process has held: of the GPU's memory where it has one, else of the machine's."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes, on a Mac
+
+
+def serve(pipe: Any, program: type, job: Any) -> None:
+    """The life of a process: load, then call the methods it is asked for, until the parent hangs up or dies."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())  # compilers use its own, which a process that is killed is said to leak
+    try:
+        loaded = program(job)
+        pipe.send(None)
+        while True:
+            pipe.send(getattr(loaded, pipe.recv())())
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:  # whatever another program, a compiler or a driver may raise
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        pipe.send(UserError(kind + first_line(error)))
+
+
+@contextlib.contextmanager
+def running(name: str, program: type, job: Any) -> Iterator[Callable[[str], Any]]:
+    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded."""
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, program, job), daemon=True)
+
+    def ask(method: str | None) -> Any:
+        try:
+            if method is not None:
+                pipe.send(method)
+            answer = pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            process.join()
+            raise UserError(f"{name}: its process ended ({process.exitcode}), for want of memory perhaps") from None
+        if isinstance(answer, UserError):
+            raise UserError(f"{name}: {answer}")
+        return answer
+
+    # A terminal's Ctrl-C comes to all processes and is for the parent to act on. The tracker is multiprocessing's own;
+    # started only now, it would let the signal through again.
+    resource_tracker.ensure_running()
+    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    grace = 0
+    try:
+        process.start()
+        theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        yield ask
+        grace = 5
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
+        pipe.close()  # upon which an idle one ends
+        if process.pid is not None:
+            process.join(grace)
+            process.kill()
+            process.join()
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "min": min(values), "max": max(values)}

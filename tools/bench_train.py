@@ -1,0 +1,339 @@
+"""The training part of tools/bench.py: optimizer steps of train.py's own parts, beside other programs'.
+
+    python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT --transformers=True
+    python tools/bench.py train configs/tinyshakespeare.toml --batch_size=16 --dropout=0 --compile=True
+
+It takes every setting of train.py. A step is one batch of batch_size random sequences: reading them, forward, backward,
+update. Each program has a process of its own, and they take turns, round by round:
+
+- ours: model, data, loss scaling and update as train.py puts them together.
+- nanoGPT, from your checkout, as its train.py does on a CPU: float32; and once more under autocast, if ours is.
+- transformers: its model of the architecture, autocast as ours, with torch's AdamW.
+
+The others are handed random batches and read nothing. The floor is 6 FLOPs a parameter and token, those of attention
+not counted, over the rate of products of two 1024 x 1024 matrices between the rounds.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gpt_arc.config import Config, build_config, read_settings
+from gpt_arc.errors import UserError
+from gpt_arc.files import write_file
+from gpt_arc.flags import parse_flags
+from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, spread
+
+PHASES = ("data", "forward", "backward", "update")
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    rounds: int = 3
+    """Rounds that are measured, after one that warms up."""
+    steps: int = 5
+    """Optimizer steps of a program in a round."""
+    nanogpt: Path | None = None
+    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+    transformers: bool = False
+    """Measure transformers too."""
+    json: Path | None = None
+    """A file for the results."""
+
+    def __post_init__(self):
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
+
+
+# ---- the programs, each in a process of its own; every phase ends with a wait for the device
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know."""
+
+    settings: TrainBench
+    config: Config
+    device: str
+    dtype: str
+    compile: bool
+
+
+class Round(NamedTuple):
+    steps: list[list[float]]  # seconds of each step's PHASES
+    losses: list[float]  # in nats a token
+    peak: int  # bytes of memory, so far
+
+
+class Program:
+    """Steps of a model; what is its own is in `setup`, `forward`, `backward` and `update`."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        self.job, self.device = job, torch.device(job.device)
+        self.shape = job.config.data.batch_size, job.config.model.block_size
+        torch.manual_seed(job.config.training.seed)
+        self.setup()
+
+    def next_batch(self) -> Sequence[Any]:
+        import torch
+
+        tokens = torch.randint(self.job.config.model.vocab_size, (self.shape[0], self.shape[1] + 1))
+        return tokens[:, :-1].contiguous().to(self.device), tokens[:, 1:].contiguous().to(self.device)
+
+    def round(self) -> Round:
+        seconds, losses = [], []
+        for _ in range(self.job.settings.steps):
+            times = [self.now()]
+            batch = self.next_batch()
+            times.append(self.now())
+            loss = self.forward(*batch)  # mean, in nats
+            times.append(self.now())
+            self.backward(loss)
+            times.append(self.now())
+            self.update(loss)
+            losses.append(loss.item())
+            times.append(self.now())
+            seconds.append([b - a for a, b in zip(times, times[1:])])
+        return Round(seconds, losses, peak_memory(self.job.device))
+
+    def now(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class Ours(Program):
+    def setup(self) -> None:
+        from gpt_arc import data, runtime
+        from gpt_arc.optim import Updater, learning_rate_at
+        from model import GPT
+
+        config = self.job.config
+        runtime.set_up(self.device, self.job.dtype)
+        self.model = GPT(config.model).to(self.device)
+        self.model.activation_checkpointing = config.training.activation_checkpointing
+        if self.job.compile:
+            self.model.compile()
+        self.updater = Updater(self.model, config.training, self.device, self.job.dtype)
+        self.learning_rate = learning_rate_at(0, config.training)
+        self.autocast = lambda: runtime.autocast(self.device, self.job.dtype)
+        tokens = RandomTokens(config.model.vocab_size)
+        order = data.TrainingOrder(tokens.COUNT, config.model.block_size, config.training.seed)
+        size = config.data.batch_size
+        batches = data.training_batches(tokens, order, 0, size, size, config.model.block_size)
+        self.batches = data.ahead(batches, pin=self.device.type == "cuda")
+        self.to_device = runtime.to_device
+
+    def next_batch(self) -> Sequence[Any]:
+        return self.to_device(next(self.batches), self.device)
+
+    def forward(self, tokens: Any, targets: Any) -> Any:
+        with self.autocast():
+            return self.model(tokens, targets).total / targets.numel()
+
+    def backward(self, loss: Any) -> None:
+        self.updater.backward(loss)
+
+    def update(self, loss: Any) -> None:
+        self.updater.update(self.learning_rate, loss.detach())
+
+
+class RandomTokens:
+    """Stands in for a split of token files."""
+
+    COUNT, separator = 1 << 22, None
+
+    def __init__(self, vocab_size: int):
+        self.tokens = np.random.default_rng(0).integers(vocab_size, size=self.COUNT, dtype=np.uint16)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        return self.tokens[start : start + count]
+
+
+class Peer(Program):
+    """Another program's model and optimizer, in a plain loop."""
+
+    dtype = "float32"
+
+    def forward(self, tokens: Any, targets: Any) -> Any:
+        from gpt_arc import runtime
+
+        with runtime.autocast(self.device, self.dtype):
+            return self.loss(tokens, targets)
+
+    def backward(self, loss: Any) -> None:
+        loss.backward()
+
+    def update(self, loss: Any) -> None:
+        import torch
+
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.config.training.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class NanoGPT(Peer):
+    def setup(self) -> None:
+        training, config = self.job.config.training, self.job.config.model
+        self.model = nanogpt_model(self.job.settings.nanogpt, config, config.dropout).to(self.device)
+        betas = training.beta1, training.beta2
+        self.optimizer = self.model.configure_optimizers(
+            training.weight_decay, training.learning_rate, betas, self.device.type
+        )
+
+    def loss(self, tokens: Any, targets: Any) -> Any:
+        return self.model(tokens, targets)[1]
+
+
+class NanoGPTAutocast(NanoGPT):
+    def setup(self) -> None:
+        super().setup()
+        self.dtype = self.job.dtype
+
+
+class Transformers(Peer):
+    def setup(self) -> None:
+        import torch
+        import transformers
+
+        from gpt_arc.hf import hf_config
+
+        self.dtype = self.job.dtype
+        config = transformers.AutoConfig.for_model(**hf_config(self.job.config.model, "float32"))
+        self.model = transformers.AutoModelForCausalLM.from_config(config).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.job.config.training.learning_rate)
+
+    def loss(self, tokens: Any, targets: Any) -> Any:
+        return self.model(tokens, labels=tokens).loss
+
+
+# ---- what is asked, and what comes of it
+
+
+def read_arguments(args: list[str]) -> tuple[TrainBench, Config]:
+    files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    if len(files) != 1 and not {"-h", "--help"} & set(args):
+        raise UserError("name one config file: python tools/bench.py train configs/gpt2.toml")
+    default = build_config(read_settings(Path(files[0])), files[0]) if files else Config()
+    both = dataclasses.make_dataclass("Both", [("settings", TrainBench), ("config", Config)])
+    rest = [arg for arg in args if arg not in files]
+    batch = dataclasses.replace(default.data, tokens_per_step=None, gradient_accumulation_steps=None)
+    parsed = parse_flags(both, __doc__, rest, both(TrainBench(), dataclasses.replace(default, data=batch)))
+    return parsed.settings, parsed.config
+
+
+def figures(tokens: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
+    """What the rounds of one program come to; medians are over all steps of all of them."""
+    steps = [step for round in rounds for step in round.steps]
+    seconds = spread([sum(step) for step in steps])
+    return {
+        "tokens_per_second": tokens / seconds["median"],
+        "step_ms": {name: 1000 * value for name, value in seconds.items()},
+        "phases_ms": {name: 1000 * median(step[i] for step in steps) for i, name in enumerate(PHASES)},
+        "peak_memory_gb": max(round.peak for round in rounds) / 1e9,
+        "warmup_seconds": sum(map(sum, warmup.steps)),
+        "first_step_seconds": sum(warmup.steps[0]),
+        "losses": [loss for round in (warmup, *rounds) for loss in round.losses],
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    columns = ["tokens/s", "step ms", "least ms", "most ms", *(f"{name} ms" for name in PHASES), "memory GB"]
+    print("\n" + f"{'':14}" + "".join(f"{column:>12}" for column in columns))
+    for name, row in results["programs"].items():
+        step, phases = row["step_ms"], row["phases_ms"]
+        numbers = [step["median"], step["min"], step["max"], *(phases[phase] for phase in PHASES)]
+        print(f"{name:14}{row['tokens_per_second']:12,.0f}" + "".join(f"{number:12,.1f}" for number in numbers), end="")
+        print(f"{row['peak_memory_gb']:12.2f}")
+    print(f"\nfirst step   {results['programs']['ours']['first_step_seconds']:.1f} s of ours, compilation included")
+    for name, ratio in results["ratios"].items():
+        print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
+        print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")
+    floor = results["floor"]
+    if floor["flops_per_second"] is not None:
+        print(
+            f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {floor['flops_per_second'] / 1e9:,.0f}", end=""
+        )
+        print(f" GFLOP/s of {results['dtype']} products; ours reaches {floor['share']:.0%} of it")
+
+
+def median_step(round: Round) -> float:
+    return median(map(sum, round.steps))
+
+
+def bench_train(args: list[str]) -> None:
+    settings, config = read_arguments(args)
+    check_places(settings)
+    if settings.nanogpt is not None:
+        check_nanogpt_fits(config.model)
+
+    import torch  # slow to import: not before the settings are known to be right
+    from tqdm import tqdm
+
+    from gpt_arc import metrics, runtime
+    from gpt_arc.hf import architecture_of
+    from model import GPT
+
+    if settings.transformers:
+        architecture_of(config.model)
+    if config.model.vocab_size > 1 << 16:
+        raise UserError(f"vocab_size = {config.model.vocab_size} is more than the random tokens of 16 bits")
+    device = runtime.resolve_device(config.training.device)
+    dtype = runtime.resolve_dtype(config.training.dtype, device)
+    compile = runtime.resolve_compile(config.training.compile, device, 0)[0]
+    with torch.device("meta"):
+        parameters = GPT(config.model).num_parameters()
+    tokens = config.data.batch_size * config.model.block_size
+    programs: dict[str, type[Program]] = {"ours": Ours}
+    if settings.nanogpt is not None:
+        programs |= {"nanoGPT": NanoGPT} | ({} if dtype == "float32" else {"nanoGPT 16 bit": NanoGPTAutocast})
+    programs |= {"transformers": Transformers} if settings.transformers else {}
+    machine = f"{runtime.device_name(device)}, torch {torch.__version__}"
+    print(f"machine      {machine}")
+    print(f"model        {parameters:,} parameters, {dtype}, {'compiled' if compile else 'not compiled'}")
+    print(f"work         {config.data.batch_size} x {config.model.block_size} tokens a step,", end="")
+    print(f" {settings.rounds} rounds of {settings.steps} steps after one to warm up", flush=True)
+
+    job = Job(settings, config, str(device), dtype, compile)
+    rounds: dict[str, list[Round]] = {name: [] for name in programs}
+    rates: list[float | None] = []
+    with contextlib.ExitStack() as stack:
+        ask: dict[str, Callable[[str | None], Any]] = {
+            name: stack.enter_context(running(name, program, job)) for name, program in programs.items()
+        }
+        for name in programs:
+            ask[name](None)
+        for _ in tqdm(range(1 + settings.rounds), "rounds", leave=False, disable=None):  # the first warms up
+            for name in programs:
+                rounds[name].append(ask[name]("round"))
+            rates.append(metrics.peak_flops(device, runtime.device_name(device), dtype))
+
+    results: dict[str, Any] = {"machine": machine, "dtype": dtype, "compiled": compile, "config": asdict(config)}
+    results["settings"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}
+    results["programs"] = {name: figures(tokens, *taken) for name, taken in rounds.items()}
+    pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
+    results["ratios"] = {
+        name: spread([median_step(its) / median_step(ours) for ours, its in pair]) for name, pair in pairs.items()
+    }
+    rate = None if rates[0] is None else median(rates)
+    results["floor"] = {"flops_per_second": rate, "flops_per_token": 6 * parameters}
+    if rate is not None:
+        best = rate / (6 * parameters)
+        share = results["programs"]["ours"]["tokens_per_second"] / best
+        results["floor"] |= {"tokens_per_second": best, "share": share}
+    show(results)
+    if settings.json is not None:
+        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
