@@ -1,6 +1,7 @@
 """Token files, the training order and the windows of an evaluation."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -10,7 +11,17 @@ from hypothesis import strategies as st
 
 from conftest import write_dataset, write_tokens
 from gpt_arc.config import Source
-from gpt_arc.data import Split, TrainingOrder, batches, evaluation_starts, open_corpus, permute, windows
+from gpt_arc.data import (
+    Split,
+    TrainingOrder,
+    ahead,
+    batches,
+    evaluation_starts,
+    open_corpus,
+    permute,
+    training_batches,
+    windows,
+)
 from gpt_arc.errors import UserError
 from gpt_arc.token_files import TokenFiles
 from gpt_arc.tokenizer import CharTokenizer
@@ -290,3 +301,53 @@ def test_a_missing_shard_is_noticed(tmp_path):
     ):
         corpus.split("train", 8, 2, False)
     assert len(corpus.split("val", 8, 2, False)) == 80
+
+
+class Counting:
+    """A split whose token i is i."""
+
+    separator = None
+
+    def read(self, start, count):
+        return np.arange(start, start + count)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_training_batches_are_slices_of_one_order(ranks):
+    order = TrainingOrder(10_000, 8, seed=3)
+    of_ranks = [training_batches(Counting(), order, 24, 8, 2, 8, rank, ranks) for rank in range(ranks)]
+    steps = 2
+    micro_batches = [[next(own)[0][:, 0] for _ in range(8 // 2 // ranks)] for _ in range(steps) for own in of_ranks]
+    seen = torch.cat([starts for own in micro_batches for starts in own])
+    assert seen.tolist() == order.starts(24, 8 * steps).tolist()
+
+
+def test_batches_are_read_ahead_by_one_in_another_thread():
+    read, threads = [], set()
+
+    def numbers():
+        for number in range(4):
+            read.append(number)
+            threads.add(threading.get_ident())
+            yield (torch.tensor(number),)
+
+    taken = []
+    for (number,) in ahead(numbers(), pin=False):
+        taken.append(number.item())
+    assert taken == read == [0, 1, 2, 3] and threads and threading.get_ident() not in threads
+    one = ahead(numbers(), pin=False)
+    read.clear()
+    next(one)
+    one.close()
+    assert len(read) <= 2
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised():
+    def failing():
+        yield (torch.zeros(1),)
+        raise OSError("the disk is gone")
+
+    batches = ahead(failing(), pin=False)
+    next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)

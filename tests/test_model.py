@@ -8,10 +8,23 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model as model_module
 from gpt_arc.hf import hf_tensors
-from model import GPT, Attention, GPTConfig, causal_mask, create_block_mask, rotate, sinusoids
+from model import (
+    GPT,
+    Attention,
+    GPTConfig,
+    HeadLoss,
+    attend_by_products,
+    causal_mask,
+    create_block_mask,
+    rotate,
+    sinusoids,
+)
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GPT1 = dict(norm_position="post", init="gpt1")
@@ -485,3 +498,151 @@ def test_flex_attention_as_compiled_for_gpus_gives_the_same(band, monkeypatch):
             torch.testing.assert_close(model(tokens, **case), logits, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()
     assert used
+
+
+# ---- the training step
+
+
+def head_inputs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    hidden, head, bias = (
+        torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((rows, 8), (11, 8), (11,))
+    )
+    targets = torch.randint(-1, 11, (rows,), generator=generator)
+    return hidden, head, bias, targets
+
+
+def plain_loss(hidden, head, bias, targets):
+    return F.cross_entropy(F.linear(hidden, head, bias).float(), targets, ignore_index=-1, reduction="sum")
+
+
+def gradients_of(loss_of, *inputs):
+    leaves = [x if x is None or not x.is_floating_point() else x.clone().requires_grad_() for x in inputs]
+    loss = loss_of(*leaves)
+    (0.37 * loss).backward()
+    return loss.detach(), *(x.grad for x in leaves if x is not None and x.is_floating_point())
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("at_once", [1, 3 * 11, 1 << 20])
+def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypatch):
+    monkeypatch.setattr(model_module, "logits_at_once", lambda device: at_once)
+    hidden, head, bias, targets = head_inputs(rows)
+    inputs = hidden, head, bias if with_bias else None, targets
+    ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+    for x, expected in zip(ours, gradients_of(plain_loss, *inputs), strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(HeadLoss.apply(*inputs, False), ours[0])
+
+
+def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
+    inputs = head_inputs(500)
+    exact = gradients_of(plain_loss, *inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs), gradients_of(plain_loss, *inputs)
+    for x, y, expected in zip(ours, theirs, exact, strict=True):
+        assert x.dtype == torch.float32
+        assert (x - expected).norm() <= 1.5 * (y - expected).norm() + 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (5, 2), (128, 1), (129, 4), (300, 2), (512, 4), (700, 4)])
+def test_attention_by_products_is_attention(length, kv_heads):
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(2, 4, length, 6, generator=generator, requires_grad=True)
+    key, value = (torch.randn(2, kv_heads, length, 6, generator=generator, requires_grad=True) for _ in range(2))
+    outward = torch.randn(2, 4, length, 6, generator=generator)
+    ours = attend_by_products(query, key, value, 0.0)
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    for x, y in zip(*(torch.autograd.grad(out, (query, key, value), outward) for out in (ours, expected))):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def test_in_16_bits_attention_by_products_is_as_precise_as_autocast_s():
+    """Products of 16-bit numbers whose results are 16-bit numbers, as autocast does everywhere."""
+    exact = [torch.randn(2, 4, 256, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    query, key, value = (x.bfloat16() for x in exact)
+    expected = F.scaled_dot_product_attention(*exact, is_causal=True)
+    hidden = torch.full((256, 256), -math.inf).triu(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = ((query @ key.mT).float() / 4 + hidden).softmax(-1) @ value
+    ours = attend_by_products(query, key, value, 0.0)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - expected).norm() < 1.2 * (plain - expected).norm() < 0.02 * expected.norm()
+
+
+def test_dropout_leaves_out_attention_weights_and_scales_the_others():
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 1, 3, 200, 200)
+    value = torch.eye(200).expand(3, 200, 200)
+    weights = attend_by_products(query[:, None][0], key[:, None][0], value[None], 0.0)
+    dropped = attend_by_products(query[:, None][0], key[:, None][0], value[None], 0.25)
+    kept = dropped != 0
+    torch.testing.assert_close(dropped[kept], weights[kept] / 0.75)
+    assert abs(kept.sum() / (weights != 0).sum() - 0.75) < 0.01
+
+
+def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
+    """Float32 on request stays what it was."""
+
+    def refused(*args):
+        raise AssertionError("by products")
+
+    monkeypatch.setattr(model_module, "attend_by_products", refused)
+    model, tokens = GPT(TINY), torch.zeros(2, 12, dtype=torch.int64)
+    model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(AssertionError, match="by products"):
+            model(tokens)
+        monkeypatch.setattr(model_module, "SCORES_KEPT", 2 * 4 * 12 * 12 - 1)
+        model(tokens)
+
+
+def test_activation_checkpointing_keeps_less_and_computes_the_same():
+    kept, losses, gradients = [], [], []
+    tokens = torch.randint(23, (4, 12), generator=torch.Generator().manual_seed(0))
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(TINY, dropout=0.1, n_layer=4))
+        model.activation_checkpointing = checkpointing
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
+            loss = model(tokens, tokens).total
+        loss.backward()
+        kept.append(sum(sizes))
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert kept[1] < kept[0] / 2 and losses[0] == losses[1]
+    assert all(torch.equal(x, y) for x, y in zip(*gradients))
+
+
+@pytest.mark.parametrize("change", [{}, dict(positions="rotary", attention_band=3, dropout=0.1)], ids=str)
+def test_a_micro_batch_never_waits_for_its_device(change):
+    """Traced on tensors without values, so whoever wants to look at one, as `.item()` does, is found out."""
+    with FakeTensorMode():
+        model, tokens = GPT(dataclasses.replace(TINY, **change)), torch.zeros(2, 12, dtype=torch.int64)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens, tokens)
+        (loss.total * 0.5).backward()
+        assert all(p.grad.shape == p.shape for p in model.parameters())
+        with pytest.raises(DataDependentOutputException):
+            loss.total.item()
+
+
+@pytest.mark.parametrize("change", [{}, dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2)], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_step_is_compiled_once_and_whole(change, checkpointing):
+    torch._dynamo.reset()
+    counters.clear()
+    model = GPT(dataclasses.replace(TINY, **change))
+    model.activation_checkpointing = checkpointing
+    model.compile(backend="aot_eager")
+    for seed in range(4):
+        tokens = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(seed))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens, tokens)
+        loss.total.backward()
+        model.zero_grad()
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    torch._dynamo.reset()

@@ -1,12 +1,13 @@
 """The optimizer's groups and the learning rate over time."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from gpt_arc.config import TrainingConfig
-from gpt_arc.optim import build_optimizer, learning_rate_at, load_optimizer_state
+from gpt_arc.optim import Updater, build_optimizer, learning_rate_at, load_optimizer_state
 from model import GPT, GPTConfig
 
 
@@ -71,3 +72,45 @@ def test_schedules():
     assert cosine == pytest.approx([*expected, 0.2])
     assert rates(3, learning_rate=1.0)[0] == 1.0 and min(rates(100, learning_rate=1.0)) > 0.1
     assert rates(4, learning_rate=1.0, warmup_iters=10) == pytest.approx([1 / 11, 2 / 11, 3 / 11, 4 / 11])
+
+
+CPU = torch.device("cpu")
+
+
+def with_gradients(seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(8, 11, 2, 2, 16))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0, 1e6])
+def test_an_update_clips_and_steps(grad_clip):
+    config = TrainingConfig(grad_clip=grad_clip)
+    model = with_gradients()
+    theirs = copy.deepcopy(model)
+    for ours, its in zip(model.parameters(), theirs.parameters()):
+        its.grad = ours.grad.clone()
+    norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), grad_clip or math.inf)
+    optimizer = build_optimizer(theirs, config)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 0.02
+    optimizer.step()
+    finite, seen, sums = Updater(model, config, CPU, "float32").update(0.02, torch.tensor(2.5), 3)
+    assert finite and seen == pytest.approx(norm.item()) and sums == [2.5, 3.0]
+    for ours, its in zip(model.parameters(), theirs.parameters()):
+        torch.testing.assert_close(ours, its) and ours.grad is None
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_not_finite_changes_nothing(what, dtype):
+    model = with_gradients()
+    before = copy.deepcopy(model.state_dict())
+    updater = Updater(model, TrainingConfig(), CPU, dtype)
+    updater.scaler.scale(torch.zeros(()))
+    if what == "gradient":
+        model.final_norm.bias.grad[0] = math.nan
+    finite, _, _ = updater.update(0.1, torch.tensor(math.inf if what == "loss" else 1.0))
+    assert not finite and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
