@@ -15,9 +15,9 @@ from gpt_arc.errors import UserError, first_line
 from model import GPT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Compiling takes half a minute to two on a CPU and gains perhaps a quarter of the time from then on, so it pays after
-# some ten minutes. Counted in FLOPs, at 200 GFLOP/s, so that no stopwatch decides how a run is computed.
-COMPILE_PAYS_AFTER = 600 * 200e9
+# Compiling takes a quarter of a minute to one on a CPU and gains a twentieth of the time or so from then on: it pays
+# after some twenty minutes. Counted in FLOPs, at 300 GFLOP/s, so that no stopwatch decides how a run is computed.
+COMPILE_PAYS_AFTER = 1200 * 300e9
 # Of decoding, per step: what compiled code saves of the time that reading a byte of the weights takes, and of a block's
 # own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes up to half a minute the first time.
 DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 30.0

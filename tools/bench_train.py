@@ -33,6 +33,7 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, spread
 
 PHASES = ("data", "forward", "backward", "update")
+TOP_OPERATORS = 14
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class TrainBench:
     """A checkout of nanoGPT, the folder with its model.py, to measure too."""
     transformers: bool = False
     """Measure transformers too."""
+    profile: bool = False
+    """Show where the time of our steps goes, by torch's operators."""
     json: Path | None = None
     """A file for the results."""
 
@@ -106,6 +109,21 @@ class Program:
             times.append(self.now())
             seconds.append([b - a for a, b in zip(times, times[1:])])
         return Round(seconds, losses, peak_memory(self.job.device))
+
+    def operators(self) -> list[dict[str, Any]]:
+        """Where the time of a round goes, the most expensive operators first; on a GPU the time of its kernels."""
+        from torch.profiler import profile
+
+        with profile() as profiled:
+            self.round()
+        time_of = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        found = [(event.key, getattr(event, time_of), event.count) for event in profiled.key_averages()]
+        whole, steps = sum(time for _, time, _ in found), self.job.settings.steps
+        found = sorted(found, key=lambda operator: -operator[1])[:TOP_OPERATORS]
+        return [
+            {"name": name, "share": time / whole, "ms": time / steps / 1000, "calls": calls / steps}
+            for name, time, calls in found
+        ]
 
     def now(self) -> float:
         import torch
@@ -268,6 +286,10 @@ def show(results: dict[str, Any]) -> None:
             f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {floor['flops_per_second'] / 1e9:,.0f}", end=""
         )
         print(f" GFLOP/s of {results['dtype']} products; ours reaches {floor['share']:.0%} of it")
+    if results["operators"]:
+        print("\noperators of ours, a step:    share          ms       calls")
+    for row in results["operators"]:
+        print(f"{row['name'][:28]:28}{row['share']:7.1%}{row['ms']:12,.2f}{row['calls']:12,.0f}")
 
 
 def median_step(round: Round) -> float:
@@ -320,6 +342,7 @@ def bench_train(args: list[str]) -> None:
             for name in programs:
                 rounds[name].append(ask[name]("round"))
             rates.append(metrics.peak_flops(device, runtime.device_name(device), dtype))
+        operators = ask["ours"]("operators") if settings.profile else []
 
     results: dict[str, Any] = {"machine": machine, "dtype": dtype, "compiled": compile, "config": asdict(config)}
     results["settings"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}
@@ -334,6 +357,7 @@ def bench_train(args: list[str]) -> None:
         best = rate / (6 * parameters)
         share = results["programs"]["ours"]["tokens_per_second"] / best
         results["floor"] |= {"tokens_per_second": best, "share": share}
+    results["operators"] = operators
     show(results)
     if settings.json is not None:
         write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
