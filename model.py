@@ -219,10 +219,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
         return attend_once(query, key, value, mask)
     settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
+    if dense and query.device.type == "cpu" and value.dtype != torch.float32:
+        if query.shape[:3].numel() * key.size(2) <= SCORES_KEPT:
+            return attend_by_products(query, key, value, mask, dropout)
     if mask is None:
-        small = query.shape[:3].numel() * key.size(2) <= SCORES_KEPT
-        if small and query.device.type == "cpu" and value.dtype != torch.float32:
-            return attend_by_products(query, key, value, dropout)
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
     if isinstance(mask, BlockMask):
         query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
@@ -241,7 +242,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
-def attend_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """Causal `attend` by batched matrix products, for a CPU, whose fused kernel takes up to five times as long.
 
     The queries go in up to four chunks, each with the keys up to its end: little of the square is computed in vain.
@@ -252,8 +253,14 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, dropout: float
     width, mixed = max(128, math.ceil(length / 4)), []
     for start in range(0, length, width):
         stop = min(start + width, length)
-        later = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
-        scores = torch.baddbmm(later, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
+        if mask is None:
+            hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
+        else:
+            hidden = torch.zeros((), dtype=value.dtype, device=query.device)
+            hidden = (
+                hidden.masked_fill(~mask[:, :, start:stop, :stop], -math.inf).expand(-1, heads, -1, -1).flatten(0, 1)
+            )
+        scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
         mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 

@@ -546,14 +546,17 @@ def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
         assert (x - expected).norm() <= 1.5 * (y - expected).norm() + 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (5, 2), (128, 1), (129, 4), (300, 2), (512, 4), (700, 4)])
-def test_attention_by_products_is_attention(length, kv_heads):
+def test_attention_by_products_is_attention(length, kv_heads, documents):
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(2, 4, length, 6, generator=generator, requires_grad=True)
     key, value = (torch.randn(2, kv_heads, length, 6, generator=generator, requires_grad=True) for _ in range(2))
     outward = torch.randn(2, 4, length, 6, generator=generator)
-    ours = attend_by_products(query, key, value, 0.0)
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    earliest = torch.arange(length) // 7 * 7 * torch.tensor([[1], [0]])
+    mask = causal_mask(earliest, None, 0.0) if documents else None
+    ours = attend_by_products(query, key, value, mask, 0.0)
+    expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=not documents, enable_gqa=True)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
     for x, y in zip(*(torch.autograd.grad(out, (query, key, value), outward) for out in (ours, expected))):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
@@ -567,7 +570,7 @@ def test_in_16_bits_attention_by_products_is_as_precise_as_autocast_s():
     hidden = torch.full((256, 256), -math.inf).triu(1)
     with torch.autocast("cpu", torch.bfloat16):
         plain = ((query @ key.mT).float() / 4 + hidden).softmax(-1) @ value
-    ours = attend_by_products(query, key, value, 0.0)
+    ours = attend_by_products(query, key, value, None, 0.0)
     assert ours.dtype == torch.bfloat16
     assert (ours - expected).norm() < 1.2 * (plain - expected).norm() < 0.02 * expected.norm()
 
@@ -576,8 +579,8 @@ def test_dropout_leaves_out_attention_weights_and_scales_the_others():
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 3, 200, 200)
     value = torch.eye(200).expand(3, 200, 200)
-    weights = attend_by_products(query[:, None][0], key[:, None][0], value[None], 0.0)
-    dropped = attend_by_products(query[:, None][0], key[:, None][0], value[None], 0.25)
+    weights = attend_by_products(query[:, None][0], key[:, None][0], value[None], None, 0.0)
+    dropped = attend_by_products(query[:, None][0], key[:, None][0], value[None], None, 0.25)
     kept = dropped != 0
     torch.testing.assert_close(dropped[kept], weights[kept] / 0.75)
     assert abs(kept.sum() / (weights != 0).sum() - 0.75) < 0.01
