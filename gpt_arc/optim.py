@@ -46,8 +46,8 @@ class Updater:
         """
         self.scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self.parameters])
-        values = torch.stack([torch.as_tensor(x, device=norm.device, dtype=norm.dtype) for x in sums])
-        values = torch.cat((norm[None] / distributed.WORLD_SIZE, values))
+        values = [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
+        values = torch.stack([norm / distributed.WORLD_SIZE, *values])
         norm_seen, *summed = distributed.sum_over_ranks(values).tolist()
         finite = math.isfinite(norm_seen) and math.isfinite(summed[0])
         if finite:

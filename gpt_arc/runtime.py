@@ -147,7 +147,7 @@ def compile_in_place(
 
 def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """The tensors of `batch` on the device; to a GPU the copies of pinned ones run while the host goes on."""
-    return [tensor.to(device, non_blocking=True) for tensor in batch]
+    return [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
 
 
 def device_name(device: torch.device) -> str:

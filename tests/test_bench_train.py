@@ -18,18 +18,8 @@ from model import GPT, GPTConfig
 from tools import bench, bench_train
 from tools.bench_train import Job, NanoGPT, Ours, Round, TrainBench, Transformers
 
-TOML = """
-[model]
-block_size = 16
-vocab_size = 50
-n_layer = 2
-n_head = 2
-n_embd = 16
-bias = false
-[data]
-batch_size = 4
-tokens_per_step = 128
-"""
+TOML = "[model]\nblock_size = 16\nvocab_size = 50\nn_layer = 2\nn_head = 2\nn_embd = 16\nbias = false\n"
+TOML += "[data]\nbatch_size = 4\ntokens_per_step = 128\n"
 MODEL = GPTConfig(16, 50, 2, 2, 16, bias=False)
 TRAINING = TrainingConfig(learning_rate=1e-2, warmup_iters=1, weight_decay=0.5, beta1=0.8, grad_clip=0.1, adam_eps=1e-4)
 # of 2 x 2 steps of 4 phases: data, forward, backward, update
@@ -42,18 +32,8 @@ ROUNDS = [
 # the interface of nanoGPT's model.py for training, which keeps a record of what it was asked
 NANOGPT = """
 import json, pathlib
-from dataclasses import dataclass
+from types import SimpleNamespace as GPTConfig
 import torch, torch.nn as nn, torch.nn.functional as F
-
-@dataclass
-class GPTConfig:
-    block_size: int = 1024
-    vocab_size: int = 50304
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
 
 def keep(**line):
     with open(pathlib.Path(__file__).with_name("calls.jsonl"), "a") as file:
@@ -110,44 +90,30 @@ def test_figures_follow_from_the_times():
 
 def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output_of):
     jobs, rates = {}, iter([9e9, 1e9, 2e9])
+    first = ROUNDS[1]._replace(steps=[[2 * phase for phase in step] for step in ROUNDS[1].steps])
+    rounds = {"ours": ROUNDS, "nanoGPT": [ROUNDS[0], first, ROUNDS[2]], "transformers": ROUNDS}
 
     def running(name, program, job):
-        jobs[name], left = job, iter(ROUNDS)
-        slower = {"ours": 1, "nanoGPT": 2, "transformers": 0.5}[name]  # twice as slow in the warm-up and first round
-
-        def ask(method):
-            if method is not None:
-                assert method == "round"
-                round = next(left)
-                factor = slower if round is not ROUNDS[2] else 1
-                return round._replace(steps=[[factor * phase for phase in step] for step in round.steps])
-
-        return contextlib.nullcontext(ask)
+        jobs[name], left = job, iter(rounds[name])
+        return contextlib.nullcontext(lambda method: method and next(left))
 
     monkeypatch.setattr(bench_train, "running", running)
     monkeypatch.setattr(metrics, "peak_flops", lambda *args: next(rates))
     flags = "--transformers=True --nanogpt=nanoGPT --rounds=2 --batch_size=3 --block_size=8 --dtype=float32".split()
     more = "--json=results.json --activation_checkpointing=True --device=cpu --compile=False".split()
     output = output_of(entry_point(bench.main), "bench.py", "train", *flags, "tiny.toml", *more)
-    results = json.loads(Path("results.json").read_text())
-    assert list(jobs) == list(results["programs"]) == ["ours", "nanoGPT", "transformers"]  # no 16 bits of nanoGPT's
-    config = jobs["ours"].config
+    results, config = json.loads(Path("results.json").read_text()), jobs["ours"].config
     assert (config.data.batch_size, config.model.block_size, config.model.n_embd) == (3, 8, 16)
-    assert config.training.activation_checkpointing and jobs["ours"].dtype == results["dtype"] == "float32"
-    assert results["programs"]["ours"] == bench_train.figures(24, *ROUNDS)
-    assert results["ratios"] == {
-        "nanoGPT": {"median": 1.5, "min": 1, "max": 2},
-        "transformers": {"median": 0.75, "min": 0.5, "max": 1},
-    }
+    assert config.training.activation_checkpointing and jobs["ours"].dtype == "float32"
+    assert results["programs"] == {name: bench_train.figures(24, *taken) for name, taken in rounds.items()}
+    assert results["ratios"]["nanoGPT"] == {"median": 1.5, "min": 1, "max": 2}
+    assert results["ratios"]["transformers"] == {"median": 1, "min": 1, "max": 1} and len(results["ratios"]) == 2
     parameters = GPT(config.model).num_parameters()
-    share = pytest.approx(24 / 4.75 * 6 * parameters / 2e9)
-    best = pytest.approx(2e9 / (6 * parameters))
-    floor = {"flops_per_second": 2e9, "flops_per_token": 6 * parameters, "tokens_per_second": best, "share": share}
-    assert results["floor"] == floor
+    floor = {"flops_per_second": 2e9, "flops_per_token": 6 * parameters, "tokens_per_second": 2e9 / (6 * parameters)}
+    assert results["floor"] == pytest.approx(floor | {"share": 24 / 4.75 / floor["tokens_per_second"]})
     (row,) = [line.split() for line in output.splitlines() if line.startswith("ours ")]
     assert row[1:] == ["5", "4,750.0", "4,000.0", "8,000.0", "125.0", "1,250.0", "2,500.0", "875.0", "7.00"]
     assert "nanoGPT takes 1.50 times as long as ours (1.00 to 2.00 over the rounds)" in output
-    assert f"{parameters:,} parameters, float32, not compiled" in output and "3 x 8 tokens a step" in output
     assert "at 2 GFLOP/s of float32 products" in output and "first step   36.0 s of ours" in output
 
 
@@ -155,36 +121,23 @@ def test_a_run_measures_every_program_in_its_own_process(place):
     flags = "--batch_size=3 --block_size=8 --dtype=bfloat16 --rounds=2 --steps=3 --device=cpu --learning_rate=1e-3"
     peers = "--nanogpt=nanoGPT --transformers=True --json=results.json --beta2=0.9"
     done = command("tools/bench.py", "train", "tiny.toml", *flags.split(), *peers.split())
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "number of parameters" not in done.stdout
+    assert done.returncode == 0 and "number of parameters" not in done.stdout, done.stderr
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == ["ours", "nanoGPT", "nanoGPT 16 bit", "transformers"]
-    assert results["settings"] == {
-        "rounds": 2, "steps": 3, "nanogpt": "nanoGPT", "transformers": True, "json": "results.json"
-    }  # fmt: skip
     for name, row in results["programs"].items():
         step, losses = row["step_ms"], row["losses"]
         assert row["tokens_per_second"] == pytest.approx(3 * 8 / step["median"] * 1000)
-        assert 0 < step["min"] <= step["median"] <= step["max"] and all(row["phases_ms"].values())
-        assert sum(row["phases_ms"].values()) < 4 * step["max"] and 0.05 < row["peak_memory_gb"] < 4
-        assert row["warmup_seconds"] > row["first_step_seconds"] > 0
+        assert row["warmup_seconds"] > row["first_step_seconds"] > 0 and 0.05 < row["peak_memory_gb"] < 4
         assert len(losses) == 9 and all(map(math.isfinite, losses)) and len(set(losses)) > 1
         assert losses[0] == pytest.approx(math.log(50), abs=0.1) and median(losses) == pytest.approx(losses[0], abs=0.5)
         assert f"\n{name} " in done.stdout
-    ours = results["programs"]["ours"]["step_ms"]
-    for name, ratio in results["ratios"].items():
-        theirs = results["programs"][name]["step_ms"]
-        assert theirs["min"] / ours["max"] <= ratio["min"] <= ratio["median"] <= ratio["max"]
-        assert ratio["max"] <= theirs["max"] / ours["min"]
-    assert len(results["ratios"]) == 3 and 1e8 < results["floor"]["flops_per_second"] < 1e14
+    assert len(results["ratios"]) == 3 and 0 < results["floor"]["share"] < 1
     calls = [json.loads(line) for line in Path("nanoGPT/calls.jsonl").read_text().splitlines()]
     built = [call for call in calls if "config" in call]
     sizes = {"block_size": 8, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": False}
     assert built == [{"optimizer": [0.1, 1e-3, 0.9, 0.9, "cpu"], "config": sizes}] * 2
-    for dtype in ("float32", "bfloat16"):
-        call = {"dtype": f"torch.{dtype}", "shape": [3, 8], "next_ones": True}
-        assert calls.count(call) == 3 * 3
-    assert len(calls) == 2 + 2 * 9
+    for dtype in ("torch.float32", "torch.bfloat16"):
+        assert calls.count({"dtype": dtype, "shape": [3, 8], "next_ones": True}) == 3 * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -225,24 +178,21 @@ def test_every_program_learns_a_batch_that_it_is_given_again(program, place):
     measured.next_batch = lambda: batch
     losses = [loss for _ in range(3) for loss in measured.round().losses]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
+    assert all(parameter.grad is None for parameter in measured.model.parameters())
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         ([], "name one config file: python tools/bench.py train configs/gpt2.toml"),
-        (["tiny.toml", "other.toml"], "name one config file"),
         (["tidy.toml"], "there is no config file tidy.toml; did you mean tiny.toml?"),
         (["tiny.toml", "--round=3"], "there is no flag --round; did you mean --rounds?"),
         (["tiny.toml", "--rounds=0"], "rounds = 0 must be 1 or more"),
-        (["tiny.toml", "--steps=0"], "steps = 0 must be 1 or more"),
-        (["tiny.toml", "--n_head=3"], "n_head = 3 does not divide n_embd = 16"),
         (["tiny.toml", "--nanogpt=."], "there is no nanoGPT checkout at .: it has no model.py"),
         (["tiny.toml", "--nanogpt=nanoGPT", "--norm=rmsnorm"], 'nanoGPT is GPT-2 alone and has no norm = "rmsnorm"'),
         (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no architecture of transformers"),
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
         (["tiny.toml", "--vocab_size=65537"], "vocab_size = 65537 is more than the random tokens of 16 bits"),
-        (["tiny.toml", "--device=cuda"], "is not available here"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(args, sentence, place, output_of):

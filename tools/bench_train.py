@@ -130,11 +130,15 @@ class Program:
 
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 
 class Ours(Program):
     def setup(self) -> None:
+        import torch
+
         from gpt_arc import data, runtime
         from gpt_arc.optim import Updater, learning_rate_at
         from model import GPT
@@ -144,7 +148,10 @@ class Ours(Program):
         self.model = GPT(config.model).to(self.device)
         self.model.activation_checkpointing = config.training.activation_checkpointing
         if self.job.compile:
-            self.model.compile()
+            tokens = torch.zeros(self.shape, dtype=torch.int64)
+            failure = runtime.compile_in_place(self.model, self.model, [tokens, tokens], self.device, self.job.dtype)
+            if failure:
+                raise UserError(f"the model can't be compiled here: {failure}")
         self.updater = Updater(self.model, config.training, self.device, self.job.dtype)
         self.learning_rate = learning_rate_at(0, config.training)
         self.autocast = lambda: runtime.autocast(self.device, self.job.dtype)
@@ -198,7 +205,8 @@ class Peer(Program):
     def update(self, loss: Any) -> None:
         import torch
 
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.config.training.grad_clip)
+        if self.job.config.training.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.job.config.training.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -230,6 +238,7 @@ class Transformers(Peer):
         from gpt_arc.hf import hf_config
 
         self.dtype = self.job.dtype
+        transformers.logging.set_verbosity_error()  # or it tells of its own default loss
         config = transformers.AutoConfig.for_model(**hf_config(self.job.config.model, "float32"))
         self.model = transformers.AutoModelForCausalLM.from_config(config).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.job.config.training.learning_rate)
@@ -311,6 +320,10 @@ def bench_train(args: list[str]) -> None:
 
     if settings.transformers:
         architecture_of(config.model)
+    if config.data.document_mask:
+        raise UserError("random tokens have no documents: leave document_mask out")
+    if config.sequences_per_step != config.data.batch_size:
+        raise UserError("a step is measured with one batch: leave tokens_per_step and gradient_accumulation_steps out")
     if config.model.vocab_size > 1 << 16:
         raise UserError(f"vocab_size = {config.model.vocab_size} is more than the random tokens of 16 bits")
     device = runtime.resolve_device(config.training.device)
