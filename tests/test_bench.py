@@ -271,7 +271,7 @@ def test_mistakes_without_a_config_file(output_of, tmp_path, monkeypatch):
     assert "there is no config file" in run("sample", str(tmp_path / "tiny.toml"))
     assert "there is no model directory" in run("sample", str(tmp_path / "nowhere"))
     assert "python tools/bench.py sample --help" in run("--help")
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install -e ".[dev]"' in run("sample", str(tmp_path), "--transformers=True")
 
 
