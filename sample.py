@@ -52,10 +52,10 @@ def typed_prompts() -> Iterator[list[str]]:
 
 
 def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # a terminal's bytes that are no text
     try:
         tokens = tokenizer.encode(prompt)
-    except UnicodeEncodeError:  # a terminal's bytes that are no text
-        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8") from None
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
     if len(tokens) > context:

@@ -207,6 +207,8 @@ def find_files(inputs: Iterable[str], pattern: str | None = None) -> list[Path]:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file's text. Raises UserError if it can't be read, or naming the first byte that is not UTF-8."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, which can't tell how far it was read
+        return _decode(bytes.decode, path.read_bytes(), path, 0).removeprefix("\ufeff")
     return "".join(text for text, _, _ in _read_text(path, "never", None))
 
 

@@ -22,12 +22,16 @@ def mute() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _is_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, as Python says it, torch of a GPU, and torch of a CPU."""
+LESS_MEMORY = "out of memory: a smaller batch, context or model takes less"
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, as Python says it, torch of a GPU, torch of a CPU, or C++."""
+    words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+        or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
     )
 
 
@@ -39,6 +43,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
         among_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         message = None
         sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # or what is printed there would go to standard output
         try:
             code = main() or 0
         except BrokenPipeError:  # the reader of our output (head, less) has gone: end as SIGPIPE would, quietly
@@ -52,9 +57,8 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
         except KeyboardInterrupt as interrupt:
             message, code = str(interrupt) or "interrupted", 130
         except Exception as error:
-            if _is_of_memory(error):
-                said = first_line(error) or "Python has none left"
-                message, code = f"out of memory: a smaller batch, context or model takes less ({said})", 2
+            if is_of_memory(error):
+                message, code = f"{LESS_MEMORY} ({first_line(error) or 'Python has none left'})", 2
             elif not among_several:
                 raise
             else:

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import LESS_MEMORY, UserError, first_line, is_of_memory
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
@@ -79,8 +79,9 @@ def serve(pipe: Any, program: type, job: Any) -> None:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:  # whatever another program, a compiler or a driver may raise
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        pipe.send(UserError(kind + first_line(error)))
+        known = isinstance(error, UserError) or is_of_memory(error)
+        said = LESS_MEMORY if is_of_memory(error) else first_line(error)
+        pipe.send(UserError(said if known else f"{type(error).__name__}: {said}"))
 
 
 @contextlib.contextmanager
@@ -97,7 +98,8 @@ def running(name: str, program: type, job: Any) -> Iterator[Callable[[str], Any]
             answer = pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             process.join()
-            raise UserError(f"{name}: its process ended ({process.exitcode}), for want of memory perhaps") from None
+            why = ", for want of memory perhaps" if process.exitcode == -signal.SIGKILL else ""
+            raise UserError(f"{name}: its process ended ({process.exitcode}){why}") from None
         if isinstance(answer, UserError):
             raise UserError(f"{name}: {answer}")
         return answer

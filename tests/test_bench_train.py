@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from conftest import command
-from gpt_arc import metrics
+from gpt_arc import bench_train, metrics
+from gpt_arc.bench_train import Job, NanoGPT, Ours, Round, TrainBench, Transformers
 from gpt_arc.config import Config, DataConfig, TrainingConfig
 from gpt_arc.errors import entry_point
 from model import GPT, GPTConfig
-from tools import bench, bench_train
-from tools.bench_train import Job, NanoGPT, Ours, Round, TrainBench, Transformers
+from tools import bench
 
 TOML = "[model]\nblock_size = 16\nvocab_size = 50\nn_layer = 2\nn_head = 2\nn_embd = 16\nbias = false\n"
 TOML += "[data]\nbatch_size = 4\ntokens_per_step = 128\n"

@@ -3,13 +3,15 @@
 import gzip
 import hashlib
 import json
+import os
 import sys
+import threading
 import types
 
 import pytest
 
 from gpt_arc import documents
-from gpt_arc.documents import Files, HubDocuments, Text, find_files, gathered
+from gpt_arc.documents import Files, HubDocuments, Text, find_files, gathered, read_text
 from gpt_arc.errors import UserError
 
 TEXTS = [
@@ -256,3 +258,12 @@ def test_without_a_network_the_hub_is_one_sentence(monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
     with pytest.raises(UserError, match=r"^owner/pages can't be had .*Couldn't reach the hub\): .*--input FOLDER$"):
         next(HubDocuments("owner/pages").pieces("space"))
+
+
+def test_a_pipe_is_read_whole(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes("\ufeffün\n".encode()), daemon=True)
+    writer.start()
+    assert read_text(pipe) == "ün\n"
+    writer.join()

@@ -56,3 +56,11 @@ def test_a_reader_that_leaves_early_is_no_error():
     writer.stdout.read(1)
     writer.stdout.close()
     assert (writer.wait(timeout=60), writer.stderr.read()) == (141, b"")  # as if SIGPIPE had ended it
+
+
+def test_what_is_said_stays_out_of_the_output_where_errors_are_closed():
+    script = "import sys\nfrom gpt_arc.errors import entry_point\n@entry_point\ndef main():\n  print('a')\n"
+    script += "  print('b', file=sys.stderr)\nmain()"
+    command = [sys.executable, "-c", "import os, sys\nos.close(2)\nos.execv(sys.argv[1], sys.argv[1:])", sys.executable]
+    result = subprocess.run([*command, "-c", script], stdout=subprocess.PIPE)
+    assert (result.returncode, result.stdout) == (0, b"a\n")

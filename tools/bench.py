@@ -388,7 +388,7 @@ def bench_sample(args: list[str]) -> None:
 
 
 def bench_train(args: list[str]) -> None:
-    from tools import bench_train
+    from gpt_arc import bench_train
 
     bench_train.bench_train(args)
 

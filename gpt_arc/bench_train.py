@@ -3,8 +3,9 @@
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT --transformers=True
     python tools/bench.py train configs/tinyshakespeare.toml --batch_size=16 --dropout=0 --compile=True
 
-It takes every setting of train.py. A step is one batch of batch_size random sequences: reading them, forward, backward,
-update. Each program has a process of its own, and they take turns, round by round:
+It takes train.py's settings of the model, the batch and the training. A step is one batch of batch_size random
+sequences: reading them, forward, backward, update. Each program has a process of its own, and they take turns, round by
+round:
 
 - ours: model, data, loss scaling and update as train.py puts them together.
 - nanoGPT, from your checkout, as its train.py does on a CPU: float32; and once more under autocast, if ours is.
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_arc.config import Config, build_config, read_settings
+from gpt_arc.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
@@ -254,12 +255,16 @@ def read_arguments(args: list[str]) -> tuple[TrainBench, Config]:
     files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
     if len(files) != 1 and not {"-h", "--help"} & set(args):
         raise UserError("name one config file: python tools/bench.py train configs/gpt2.toml")
+    from model import GPTConfig  # whose import takes torch
+
     default = build_config(read_settings(Path(files[0])), files[0]) if files else Config()
-    both = dataclasses.make_dataclass("Both", [("settings", TrainBench), ("config", Config)])
-    rest = [arg for arg in args if arg not in files]
-    batch = dataclasses.replace(default.data, tokens_per_step=None, gradient_accumulation_steps=None)
-    parsed = parse_flags(both, __doc__, rest, both(TrainBench(), dataclasses.replace(default, data=batch)))
-    return parsed.settings, parsed.config
+    both = dataclasses.make_dataclass(
+        "Both", [("settings", TrainBench), ("model", GPTConfig), ("data", DataConfig), ("training", TrainingConfig)]
+    )
+    data = dataclasses.replace(default.data, tokens_per_step=None, gradient_accumulation_steps=None)
+    defaults = both(TrainBench(), default.model, data, default.training)
+    parsed = parse_flags(both, __doc__, [arg for arg in args if arg not in files], defaults)
+    return parsed.settings, Config(parsed.model, parsed.data, parsed.training)
 
 
 def figures(tokens: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
