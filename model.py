@@ -256,10 +256,9 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         if mask is None:
             hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
         else:
-            hidden = torch.zeros((), dtype=value.dtype, device=query.device)
-            hidden = (
-                hidden.masked_fill(~mask[:, :, start:stop, :stop], -math.inf).expand(-1, heads, -1, -1).flatten(0, 1)
-            )
+            seen = mask[:, :, start:stop, :stop]
+            hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
+            hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
         mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))

@@ -31,7 +31,7 @@ from gpt_arc.config import Config, DataConfig, TrainingConfig, build_config, rea
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, spread
+from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, show_ratios, spread
 
 PHASES = ("data", "forward", "backward", "update")
 TOP_OPERATORS = 14
@@ -291,15 +291,12 @@ def show(results: dict[str, Any]) -> None:
         print(f"{name:14}{row['tokens_per_second']:12,.0f}" + "".join(f"{number:12,.1f}" for number in numbers), end="")
         print(f"{row['peak_memory_gb']:12.2f}")
     print(f"\nfirst step   {results['programs']['ours']['first_step_seconds']:.1f} s of ours, compilation included")
-    for name, ratio in results["ratios"].items():
-        print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
-        print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")
+    show_ratios(results["ratios"])
     floor = results["floor"]
     if floor["flops_per_second"] is not None:
-        print(
-            f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {floor['flops_per_second'] / 1e9:,.0f}", end=""
-        )
-        print(f" GFLOP/s of {results['dtype']} products; ours reaches {floor['share']:.0%} of it")
+        rate = f"{floor['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['dtype']} products"
+        print(f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {rate}", end="")
+        print(f"; ours reaches {floor['share']:.0%} of it")
     if results["operators"]:
         print("\noperators of ours, a step:    share          ms       calls")
     for row in results["operators"]:

@@ -126,3 +126,10 @@ def running(name: str, program: type, job: Any) -> Iterator[Callable[[str], Any]
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def show_ratios(ratios: dict[str, dict[str, float]]) -> None:
+    """How much longer each other program takes: the `spread` over the rounds."""
+    for name, ratio in ratios.items():
+        print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
+        print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")

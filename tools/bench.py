@@ -37,7 +37,7 @@ import tyro
 from gpt_arc.errors import UserError, entry_point, first_line
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, spread
+from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, show_ratios, spread
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
@@ -301,9 +301,7 @@ def show(results: dict[str, Any]) -> None:
         print("".join(f" {row['step_ms'][key]:11.2f}" for key in ("median", "min", "max")), end="")
         print(f" {row['first_token_ms']:11.1f} {row['whole_seconds']['median']:11.3f} {row['peak_memory_gb']:11.2f}")
     print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s of ours, compilation included")
-    for name, ratio in results["ratios"].items():
-        print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
-        print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")
+    show_ratios(results["ratios"])
     floor = results["floor"]
     print(f"memory       read at {floor['bytes_per_second'] / 1e9:.1f} GB/s; a step has to read", end="")
     print(
