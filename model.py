@@ -211,6 +211,11 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, K, S, D), each head repeated for the query heads that it serves: (B, heads, S, D)."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), each head of these serving H / K of those.
 
@@ -218,6 +223,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask |
     """
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
         return attend_once(query, key, value, mask)
+    if isinstance(mask, Tensor) and query.device.type == "cuda":
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
     settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
     dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
     if dense and query.device.type == "cpu" and value.dtype != torch.float32:
@@ -248,8 +255,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
     The queries go in up to four chunks, each with the keys up to its end: little of the square is computed in vain.
     """
     batch, heads, length, size = query.shape
-    key, value = (x.repeat_interleave(heads // x.size(1), dim=1) if x.size(1) < heads else x for x in (key, value))
-    query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
+    query, key, value = (repeat_heads(x, heads).flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
     width, mixed = max(128, math.ceil(length / 4)), []
     for start in range(0, length, width):
         stop = min(start + width, length)
@@ -379,25 +385,31 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, with_gradients: bool
     ) -> Tensor:
-        device = hidden.device.type
+        device, vocabulary = hidden.device.type, len(head)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        exact = torch.promote_types(dtype, torch.float32)
         weight, offset = head.to(dtype), None if bias is None else bias.to(dtype)
-        scored, targets = (targets != IGNORED)[:, None], targets.clamp(min=0)[:, None]
-        total, gradients = torch.zeros((), device=hidden.device), []
-        head_gradient = torch.zeros_like(head) if with_gradients else None
+        scored, targets = (targets != IGNORED)[:, None].to(dtype), targets.clamp(min=0)[:, None]
+        total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
+        head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
-        rows = max(logits_at_once(device) // len(head), 1)
+        # a sum over many rows overflows in float16, before the loss's scale is known: it is taken of a 64th
+        shrunk = 2**-6 if dtype == torch.float16 else 1.0
+        chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
+        rows = math.ceil(len(hidden) / max(chunks, 1)) or 1  # chunks of one size, so that one compiled code fits all
         for x, target, counts in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
             x = x.to(dtype)
-            logs = F.linear(x, weight, offset).float().log_softmax(-1)  # (rows, V)
-            total -= logs.gather(1, target).mul(counts).sum()
+            logs = F.linear(x, weight, offset).to(exact).log_softmax(-1)  # (rows, V)
+            chosen = logs.gather(1, target)
+            total -= chosen.mul(counts).sum()
             if with_gradients:
                 # the logits' gradient: softmax, less 1 at the target; what doesn't count is left out afterwards
-                gradient = logs.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=logs.dtype)).to(dtype)
+                gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
                 gradients.append((gradient @ weight).mul(counts).type_as(hidden))
-                head_gradient += gradient.mT @ (x * counts)
+                if head_gradient is not None:
+                    head_gradient.add_(gradient.mT @ (x * (counts * shrunk)), alpha=1 / shrunk)
                 if bias is not None:
-                    bias_gradient += gradient.mul(counts).sum(0)
+                    bias_gradient += gradient.mul(counts).sum(0, dtype=exact)
         if with_gradients:
             ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
         return total

@@ -180,7 +180,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
     def val_loss_now() -> float | None:
         batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
-        return evaluate(model, batches, device, dtype, stop)
+        return evaluate(model, data.ahead(batches, device), device, dtype, stop)
 
     if config.run.eval_only:
         val_loss = val_loss_now()
@@ -224,7 +224,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     batches = data.training_batches(
         train_tokens, order, progress.consumed, sequences, micro_batch, block_size, RANK, WORLD_SIZE
     )
-    batches = data.ahead(batches, pin=device.type == "cuda")
+    batches = data.ahead(batches, device)
     meter = metrics.Meter()
     learning_rate = grad_norm = None
     not_finite = 0  # steps in a row

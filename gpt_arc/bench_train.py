@@ -160,7 +160,7 @@ class Ours(Program):
         order = data.TrainingOrder(tokens.COUNT, config.model.block_size, config.training.seed)
         size = config.data.batch_size
         batches = data.training_batches(tokens, order, 0, size, size, config.model.block_size)
-        self.batches = data.ahead(batches, pin=self.device.type == "cuda")
+        self.batches = data.ahead(batches, self.device)
         self.to_device = runtime.to_device
 
     def next_batch(self) -> Sequence[Any]:

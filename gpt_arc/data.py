@@ -294,14 +294,16 @@ def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple
     return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
 
 
-def ahead(batches: Iterator[tuple[Tensor, ...]], pin: bool) -> Iterator[tuple[Tensor, ...]]:
+def ahead(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     """The same batches, each read in a thread of its own while the one before is computed with; pinned for a GPU."""
+    pin = device.type == "cuda"
 
     def read() -> tuple[Tensor, ...] | None:
         batch = next(batches, None)
         return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
 
-    with ThreadPoolExecutor(1) as thread:
+    # which GPU a thread means is its own affair
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if pin else None, initargs=[device] * pin) as thread:
         reading = thread.submit(read)
         while (batch := reading.result()) is not None:
             reading = thread.submit(read)

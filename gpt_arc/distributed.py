@@ -35,7 +35,7 @@ def process_group(backend: str, device: torch.device) -> Iterator[None]:
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl serves GPUs, not {device.type}: use gloo or auto")
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     yield
     dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import platform
@@ -104,7 +105,10 @@ def set_up(device: torch.device, dtype: str) -> None:
 
     On a GPU TF32 for what autocast leaves in float32. On a CPU, with glibc, freed memory is kept: by default it returns
     what is larger than 32 MiB, and each time it is wanted again the system fills it with zeros, page by page.
+    Everywhere what the imports made is left out of garbage collection, which a step would wait for.
     """
+    gc.collect()
+    gc.freeze()
     if device.type == "cuda" and dtype != "float32":
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":

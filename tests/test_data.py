@@ -332,14 +332,25 @@ def test_batches_are_read_ahead_by_one_in_another_thread():
             yield (torch.tensor(number),)
 
     taken = []
-    for (number,) in ahead(numbers(), pin=False):
+    for (number,) in ahead(numbers(), torch.device("cpu")):
         taken.append(number.item())
     assert taken == read == [0, 1, 2, 3] and threads and threading.get_ident() not in threads
-    one = ahead(numbers(), pin=False)
+    one = ahead(numbers(), torch.device("cpu"))
     read.clear()
     next(one)
     one.close()
     assert len(read) <= 2
+
+
+def test_the_thread_that_pins_batches_uses_its_own_process_s_gpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: seen.append((threading.get_ident(), "pinned")) or x)
+    device = torch.device("cuda", 3)
+    (batch,) = ahead(iter([(torch.ones(2), torch.ones(2))]), device)
+    assert len(batch) == 2
+    (chose, chosen), *pinned = seen
+    assert chosen == device and pinned == [(chose, "pinned")] * 2 and chose != threading.get_ident()
 
 
 def test_what_goes_wrong_while_reading_ahead_is_raised():
@@ -347,7 +358,7 @@ def test_what_goes_wrong_while_reading_ahead_is_raised():
         yield (torch.zeros(1),)
         raise OSError("the disk is gone")
 
-    batches = ahead(failing(), pin=False)
+    batches = ahead(failing(), torch.device("cpu"))
     next(batches)
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)

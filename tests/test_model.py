@@ -22,6 +22,7 @@ from model import (
     attend_by_products,
     causal_mask,
     create_block_mask,
+    repeat_heads,
     rotate,
     sinusoids,
 )
@@ -544,6 +545,55 @@ def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
     for x, y, expected in zip(ours, theirs, exact, strict=True):
         assert x.dtype == torch.float32
         assert (x - expected).norm() <= 1.5 * (y - expected).norm() + 1e-6 * expected.norm()
+
+
+def test_in_float64_the_loss_is_of_float64():
+    inputs = head_inputs(50, torch.float64)
+
+    def exact_loss(hidden, head, bias, targets):
+        return F.cross_entropy(F.linear(hidden, head, bias), targets, ignore_index=-1, reduction="sum")
+
+    ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+    for x, expected in zip(ours, gradients_of(exact_loss, *inputs), strict=True):
+        assert x.dtype == torch.float64
+        torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_a_frequent_token_and_a_large_feature_don_t_overflow_float16():
+    """The head's gradient is summed before a loss scale multiplies it: no smaller scale would mend it."""
+    hidden = torch.full((4096, 4), 20.0)
+    inputs = hidden, torch.zeros(11, 4), torch.zeros(11), torch.zeros(4096, dtype=torch.int64)
+    exact = gradients_of(plain_loss, *inputs)
+    assert exact[2].abs().max() * 2 > torch.finfo(torch.float16).max * 0.37  # so a plain sum would overflow
+    with torch.autocast("cpu", torch.float16):
+        ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+    for x, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-3, rtol=2e-3)
+
+
+def test_the_chunks_of_the_loss_are_of_one_size(monkeypatch):
+    sizes = []
+    split = torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(size) or split(x, size))
+    monkeypatch.setattr(model_module, "logits_at_once", lambda device: 100 * 11)
+    HeadLoss.apply(*head_inputs(401), True)
+    assert set(sizes) == {81}  # five, and not four of 100 and one of 1
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, head, bias, targets = head_inputs(9)
+    hidden.requires_grad_()
+    loss = HeadLoss.apply(hidden, head, bias, targets, True)
+    kept = [None if x is None else x.shape for x in loss.grad_fn.saved_tensors]
+    assert kept == [hidden.shape, None, bias.shape]
+    loss.backward()
+    assert hidden.grad.norm() > 0 and head.grad is None
+
+
+def test_repeated_heads_stand_beside_the_queries_that_they_serve():
+    x = torch.tensor([3.0, 5.0])[None, :, None, None]
+    assert repeat_heads(x, 6).flatten().tolist() == [3, 3, 3, 5, 5, 5]
+    assert repeat_heads(x, 2) is x
 
 
 @pytest.mark.parametrize("documents", [False, True])
