@@ -377,19 +377,22 @@ def logits_at_once(device: str) -> int:
 class HeadLoss(torch.autograd.Function):
     """Sum () of the cross-entropies in nats of hidden (N, C) times head (V, C), plus bias (V,), at the targets (N,).
 
+    Each is multiplied by its weight (N,), if there are any, and not counted where its target is -1.
     The logits, with their gradients the largest tensors of all, exist for some rows at a time only: the gradients of
     `hidden`, `head` and `bias` are computed along with the loss, and multiplied by the loss's own when that is known.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, with_gradients: bool
-    ) -> Tensor:
+        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None,
+        with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
         device, vocabulary = hidden.device.type, len(head)
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
         weight, offset = head.to(dtype), None if bias is None else bias.to(dtype)
-        scored, targets = (targets != IGNORED)[:, None].to(dtype), targets.clamp(min=0)[:, None]
+        scored, targets = (targets != IGNORED).to(exact)[:, None], targets.clamp(min=0)[:, None]
+        scored = scored if weights is None else scored * weights[:, None]
         total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
         head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
@@ -403,6 +406,7 @@ class HeadLoss(torch.autograd.Function):
             chosen = logs.gather(1, target)
             total -= chosen.mul(counts).sum()
             if with_gradients:
+                counts = counts.to(dtype)
                 # the logits' gradient: softmax, less 1 at the target; what doesn't count is left out afterwards
                 gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
                 gradients.append((gradient @ weight).mul(counts).type_as(hidden))
@@ -417,7 +421,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None
+        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None, None
 
 
 class GPT(nn.Module):
@@ -516,6 +520,15 @@ class GPT(nn.Module):
         """Logits (..., V) of hidden states (..., C)."""
         return F.linear(hidden, self.head_weight, self.head_bias)
 
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Sum () of the cross-entropies in nats of hidden states (B, T, C) at targets (B, T), where -1 is not scored.
+
+        With `weights` (B, T) each is multiplied by its own.
+        """
+        weights = None if weights is None else weights.flatten()
+        inputs = hidden.flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), weights
+        return HeadLoss.apply(*inputs, torch.is_grad_enabled())
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 is not scored, their `Loss`.
 
@@ -524,11 +537,7 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, documents)
         if targets is None:
             return self.logits(hidden)
-        with_gradients = torch.is_grad_enabled()
-        total = HeadLoss.apply(
-            hidden.flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), with_gradients
-        )
-        return Loss(total, (targets != IGNORED).sum(), {})
+        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), {})
 
     def num_parameters(self, embeddings: bool = True) -> int:
         """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them."""

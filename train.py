@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -214,8 +215,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             "data": corpus.fingerprint,
         }
         if IS_MAIN:
-            best, keep_all = progress.best_step, logging.keep_all_checkpoints
-            checkpoint.save_checkpoint(run, progress.step, best, model, tokenizer, state, keep_all)
+            write, keep_all = partial(checkpoint.save_model, model, tokenizer), logging.keep_all_checkpoints
+            checkpoint.save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies

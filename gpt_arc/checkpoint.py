@@ -7,6 +7,7 @@ to two of them.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -182,19 +183,19 @@ def save_checkpoint(
     run: Path,
     step: int,
     best_step: int | None,
-    model: GPT,
-    tokenizer: Tokenizer | None,
+    save: Callable[[Path], None],
     state: dict[str, Any],
     keep_all: bool,
 ) -> None:
     """Write the checkpoint of `step` into a run folder, point `last` to it and `best` to `best_step`'s, drop others.
 
-    A kill at any moment leaves `last` pointing to a whole checkpoint. Raises UserError if the disk refuses.
+    `save` writes the model into a folder. A kill at any moment leaves `last` pointing to a whole checkpoint. Raises
+    UserError if the disk refuses.
     """
     directory = run / step_name(step)
     try:
         with new_directory(directory) as temporary:
-            save_model(model, tokenizer, temporary)
+            save(temporary)
             torch.save(state, temporary / "training_state.pt")
     except (SafetensorError, RuntimeError, OSError) as error:  # a full disk is each of them, by who writes
         free = shutil.disk_usage(run).free / 1e6

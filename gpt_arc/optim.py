@@ -3,17 +3,16 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt_arc import distributed
 from gpt_arc.config import TrainingConfig
-from model import GPT
 
 
-def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay on tensors of two or more dimensions, so not on biases and norms."""
-    parameters = list(model.parameters())
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW on what isn't frozen, with decoupled weight decay on tensors of two or more dimensions, not on biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     assert len({id(p) for p in matrices + vectors}) == len(parameters) == len(matrices) + len(vectors)
@@ -29,11 +28,11 @@ def build_optimizer(model: GPT, config: TrainingConfig) -> torch.optim.AdamW:
 class Updater:
     """The optimizer with all that an update takes: loss scaling for float16, the check that all is finite, clipping."""
 
-    def __init__(self, model: GPT, config: TrainingConfig, device: torch.device, dtype: str):
+    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device, dtype: str):
         self.config = config
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -86,3 +85,11 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     progress = (step - config.warmup_iters) / (config.decay_end - config.warmup_iters)
     height = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr + height * (config.learning_rate - config.final_lr)
+
+
+def warmup_linear(progress: float, warmup: float) -> float:
+    """Factor of the learning rate at a share `progress` of all updates: up to 1 at `warmup`, times a line down to 0.
+
+    As GPT-1 was fine-tuned (openai/finetune-transformer-lm opt.py).
+    """
+    return min(progress / warmup, 1.0) * (1 - progress)

@@ -30,12 +30,13 @@ from model import GPTConfig
 
 OUT_ROOT = Path("out")
 # What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
-CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "last", "best", "step-*", ".step-*", "wandb")
+CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "report.json", "last", "best", "step-*", ".step-*", "wandb")
 
 
 def newest_run(name: str | None = None) -> Path:
     """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
     found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
+    found = [link for link in found if (link.parent / "config.toml").exists()]  # a run of train.py
     for link in sorted(found, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
         with contextlib.suppress(UserError):  # a damaged run is none to go on with
             if name is None or read_record(link.parent)[0] == name:
@@ -66,7 +67,7 @@ class Lock:
             os.close(self._descriptor)
 
 
-def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lock]:
+def claim_new(out_dir: str | None, name: str, overwrite: bool, resume: str = "--init_from=resume") -> tuple[Path, Lock]:
     """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
 
     Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run it holds.
@@ -79,7 +80,7 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool) -> tuple[Path, Lo
                 raise UserError(f"out_dir = {out_dir} is in use, and not by a run: name another")
             if not overwrite:
                 raise UserError(
-                    f"out_dir = {out_dir} is in use: go on with it by --init_from=resume, delete the run it holds by "
+                    f"out_dir = {out_dir} is in use: go on with it by {resume}, delete the run it holds by "
                     "--overwrite=True, or name another"
                 )
         for pattern in CONTENTS:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_missing_model_is_refused(tmp_path):
 def checkpoint(run, step, best_step, keep_all=False):
     state = dict.fromkeys(("optimizer", "scaler", "runtime", "data"))
     state |= {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
-    save_checkpoint(run, step, best_step, GPT(CONFIG), TOKENIZER, state, keep_all)
+    save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
 
 
 def test_last_and_best_point_to_their_checkpoints_and_others_go(tmp_path):

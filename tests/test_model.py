@@ -531,20 +531,36 @@ def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypat
     monkeypatch.setattr(model_module, "logits_at_once", lambda device: at_once)
     hidden, head, bias, targets = head_inputs(rows)
     inputs = hidden, head, bias if with_bias else None, targets
-    ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+    ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
     for x, expected in zip(ours, gradients_of(plain_loss, *inputs), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
-    assert torch.allclose(HeadLoss.apply(*inputs, False), ours[0])
+    assert torch.allclose(HeadLoss.apply(*inputs, None, False), ours[0])
 
 
 def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
     inputs = head_inputs(500)
     exact = gradients_of(plain_loss, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs), gradients_of(plain_loss, *inputs)
+        ours, theirs = (
+            gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs),
+            gradients_of(plain_loss, *inputs),
+        )
     for x, y, expected in zip(ours, theirs, exact, strict=True):
         assert x.dtype == torch.float32
         assert (x - expected).norm() <= 1.5 * (y - expected).norm() + 1e-6 * expected.norm()
+
+
+def test_each_cross_entropy_is_multiplied_by_its_weight(monkeypatch):
+    monkeypatch.setattr(model_module, "logits_at_once", lambda device: 7 * 11)
+    inputs, weights = head_inputs(50), torch.rand(50, generator=torch.Generator().manual_seed(1))
+
+    def weighted(hidden, head, bias, targets):
+        losses = F.cross_entropy(F.linear(hidden, head, bias), targets, ignore_index=-1, reduction="none")
+        return (losses * weights).sum()
+
+    ours = gradients_of(lambda *x: HeadLoss.apply(*x, weights, True), *inputs)
+    for x, expected in zip(ours, gradients_of(weighted, *inputs), strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_in_float64_the_loss_is_of_float64():
@@ -553,7 +569,7 @@ def test_in_float64_the_loss_is_of_float64():
     def exact_loss(hidden, head, bias, targets):
         return F.cross_entropy(F.linear(hidden, head, bias), targets, ignore_index=-1, reduction="sum")
 
-    ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+    ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
     for x, expected in zip(ours, gradients_of(exact_loss, *inputs), strict=True):
         assert x.dtype == torch.float64
         torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-12)
@@ -566,7 +582,7 @@ def test_a_frequent_token_and_a_large_feature_don_t_overflow_float16():
     exact = gradients_of(plain_loss, *inputs)
     assert exact[2].abs().max() * 2 > torch.finfo(torch.float16).max * 0.37  # so a plain sum would overflow
     with torch.autocast("cpu", torch.float16):
-        ours = gradients_of(lambda *x: HeadLoss.apply(*x, True), *inputs)
+        ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
     for x, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(x, expected, atol=1e-3, rtol=2e-3)
 
@@ -576,14 +592,14 @@ def test_the_chunks_of_the_loss_are_of_one_size(monkeypatch):
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(size) or split(x, size))
     monkeypatch.setattr(model_module, "logits_at_once", lambda device: 100 * 11)
-    HeadLoss.apply(*head_inputs(401), True)
+    HeadLoss.apply(*head_inputs(401), None, True)
     assert set(sizes) == {81}  # five, and not four of 100 and one of 1
 
 
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, bias, targets = head_inputs(9)
     hidden.requires_grad_()
-    loss = HeadLoss.apply(hidden, head, bias, targets, True)
+    loss = HeadLoss.apply(hidden, head, bias, targets, None, True)
     kept = [None if x is None else x.shape for x in loss.grad_fn.saved_tensors]
     assert kept == [hidden.shape, None, bias.shape]
     loss.backward()

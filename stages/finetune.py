@@ -1,0 +1,513 @@
+"""Fine-tune a trained GPT on examples with labels: GPT-1's second stage. Then predict with it.
+
+    python stages/finetune.py out/gpt1 --train reviews.jsonl --test test.jsonl
+    python stages/finetune.py gpt2 --task entailment --train mnli.tsv --val dev.tsv --text_a first --text_b second
+    python stages/finetune.py gpt2 --task similarity --train stsb.csv --label score --numbers=True
+    python stages/finetune.py gpt2 --task multiple_choice --train swag.csv --text_a start --options end0 end1 end2 end3
+    python stages/finetune.py out/finetune --test test.jsonl                  measure a fine-tuned model
+    python stages/finetune.py out/finetune --predict new.jsonl                writes new.predictions.jsonl
+    python stages/finetune.py out/finetune --classify "a film to remember"    the texts of one example
+    python stages/finetune.py out/finetune --resume=True                      go on with a run that was stopped
+
+Examples are rows of .jsonl, .csv or .tsv files. A run writes out/finetune/ (or -2, -3 ...): run.json, metrics.jsonl,
+report.json, and the models after the last epoch and the best one by the val split, each a model directory with a head.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from gpt_arc import data, runs, runtime
+from gpt_arc.checkpoint import clean_run, load_model, load_state, save_checkpoint
+from gpt_arc.classifier import (
+    Classifier,
+    ClassifierConfig,
+    combined_loss,
+    is_classifier,
+    load_classifier,
+    save_classifier,
+    transfer,
+    with_settings,
+    with_special_tokens,
+)
+from gpt_arc.config import Source, TrainingConfig
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import write_file
+from gpt_arc.finetuning import (
+    Encoded,
+    Predictions,
+    confusion_matrix,
+    confusion_table,
+    encode_examples,
+    epoch_batches,
+    metrics_of,
+    predict,
+    prediction_lines,
+    table,
+)
+from gpt_arc.flags import parse_flags
+from gpt_arc.labelled import Columns, Example, Task, classes_of, read_examples
+from gpt_arc.lora import add_adapters
+from gpt_arc.lstm import LSTM
+from gpt_arc.metrics import MetricsLog
+from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
+from gpt_arc.signals import StopSignal
+from gpt_arc.tokenizer import Tokenizer
+from model import GPTConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    """The model to fine-tune: a run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME.
+    Or one that is fine-tuned: to measure it, to predict with it, or to go on from it to another task."""
+    train: Path | None = None
+    """Examples to learn from."""
+    val: Path | None = None
+    """Examples that choose the best epoch. None: val_fraction of the training examples."""
+    val_fraction: float = 0.1
+    """Share of the training examples that is held out where there is no val. 0: none, and the last epoch counts."""
+    test: Path | None = None
+    """Examples to measure the best epoch on."""
+    predict: Path | None = None
+    """Examples to predict labels of, into a file NAME.predictions.jsonl in the current folder."""
+    classify: tuple[str, ...] = ()
+    """The texts of one example, to print its prediction: a text; two texts; or a context and its options."""
+    task: Task = "classification"
+    """classification: a text has a class. entailment: a pair of texts, in this order, has one. similarity: a pair in
+    either order. multiple_choice: one of the options goes with the context."""
+    text_a: str | None = None
+    """Column of the text, premise, first text or context. None: text, premise, text_a or context, by task."""
+    text_b: str | None = None
+    """Column of the hypothesis or second text, or of a question after the context. None: hypothesis, text_b, none."""
+    options: tuple[str, ...] = ("options",)
+    """Columns of the options; or one column with a list of them."""
+    label: str = "label"
+    """Column of the label. Of an option: its number from 0, letter from A, column or text."""
+    numbers: bool = False
+    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes."""
+    max_tokens: int | None = None
+    """Longer sequences are cut to this, the longest text first. None: the model's context."""
+    batch_size: int = 32
+    """Examples at a time."""
+    gradient_accumulation_steps: int = 1
+    """Batches in one update."""
+    epochs: int = 3
+    """Passes over the training examples."""
+    learning_rate: float = 6.25e-5
+    """The largest, at the end of the warmup; from there it falls to 0 in a line."""
+    warmup: float = 0.002
+    """Share of the updates in which the learning rate rises."""
+    weight_decay: float = 0.01
+    """Of tensors of two dimensions or more, decoupled from the gradient."""
+    beta1: float = 0.9
+    """Adam's decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Adam's decay of the mean of squared gradients."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    grad_clip: float = 1.0
+    """Gradients are shortened to this norm. 0: never."""
+    language_weight: float = 0.5
+    """Weight (lambda) of the language-model loss on the texts beside the task's loss."""
+    classifier_dropout: float = 0.1
+    """Dropout of the state that the head reads."""
+    dropout: float | None = None
+    """Dropout everywhere in the model. None: as the model has it."""
+    group_by_length: bool = True
+    """Put examples of like length into a batch, which saves padding."""
+    freeze_trunk: bool = False
+    """Train the head alone, on the hidden states as they are."""
+    transfer_blocks: int | None = None
+    """Keep the embeddings and this many of the first blocks, and draw the rest anew. None: keep the model."""
+    from_scratch: bool = False
+    """Draw all weights anew: the architecture without its pre-training."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank beside the blocks' frozen matrices; they are merged in what is saved.
+    0: train all weights."""
+    lora_alpha: float = 16.0
+    """Adapters count alpha / rank times."""
+    lstm: bool = False
+    """Put an LSTM of as many weights in the Transformer's place, drawn anew."""
+    lstm_dataset: str | None = None
+    """A prepared dataset on which the LSTM is trained as a language model first."""
+    lstm_iters: int = 0
+    """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of products. auto: what the hardware multiplies fastest."""
+    seed: int = 42
+    """The source of all randomness: new weights, the order of examples, dropout."""
+    out_dir: str | None = None
+    """Folder of the run. None: out/finetune, or out/finetune-2, -3 ... where that is taken."""
+    overwrite: bool = False
+    """Delete the run that out_dir holds and start anew."""
+    resume: bool = False
+    """Go on with the run folder named as the model, as it was started."""
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "lora_rank": 0, "lstm_iters": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
+        for name in ("val_fraction", "classifier_dropout", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
+        for name in ("weight_decay", "grad_clip", "language_weight", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+        for name in ("learning_rate", "adam_eps", "lora_alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be more than zero")
+        if not 0 < self.warmup < 1:
+            raise ValueError(f"warmup = {self.warmup} is a share of all updates: it must lie between 0 and 1")
+        if self.max_tokens is not None and self.max_tokens < 8:
+            raise ValueError(f"max_tokens = {self.max_tokens} must be 8 or more, or left out")
+        ways = ("freeze_trunk", "from_scratch", "lora_rank", "lstm")
+        chosen = [name for name in ways if getattr(self, name)] + ["transfer_blocks"] * (
+            self.transfer_blocks is not None
+        )
+        if len(chosen) > 1:
+            raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other: choose one")
+        if self.numbers and self.task == "multiple_choice":
+            raise ValueError("numbers = True is for labels on a scale; multiple_choice has options")
+        if (self.lstm_dataset is None) != (self.lstm_iters == 0) or self.lstm_iters and not self.lstm:
+            raise ValueError("lstm_dataset and lstm_iters go together, with lstm = True")
+        if not (self.train or self.test or self.predict or self.classify or self.resume):
+            raise ValueError("there is nothing to do: name --train, --test, --predict or --classify")
+
+    @property
+    def columns(self) -> Columns:
+        usual = Columns.usual(self.task)
+        options = self.options if self.task == "multiple_choice" else ()
+        return Columns(self.text_a or usual.text_a, self.text_b or usual.text_b, options, self.label)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # updates made
+    best: list[float] = field(default_factory=list)  # what chooses the best epoch: its metric, then its loss
+    best_step: int | None = None
+    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # both losses and seconds of this epoch so far
+    epochs: list[dict[str, Any]] = field(default_factory=list)  # a line of the report each
+
+
+def read_splits(options: Options) -> dict[str, list[Example]]:
+    """The labelled examples by split. Raises UserError."""
+    splits = {
+        name: read_examples(getattr(options, name), options.task, options.columns)
+        for name in ("train", "val", "test")
+        if getattr(options, name)
+    }
+    if "val" not in splits and (held_out := round(options.val_fraction * len(splits["train"]))):
+        generator = torch.Generator().manual_seed(options.seed)
+        order = torch.randperm(len(splits["train"]), generator=generator).tolist()
+        examples = [splits["train"][i] for i in order]
+        splits |= {"train": examples[held_out:], "val": examples[:held_out]}
+    if not splits["train"]:
+        raise UserError(f"val_fraction = {options.val_fraction} leaves no example to learn from")
+    return splits
+
+
+def build(options: Options, examples: list[Example]) -> tuple[Classifier, Tokenizer]:
+    """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
+    classes = None
+    if options.task != "multiple_choice" and not options.numbers:
+        classes = classes_of(examples)
+        if len(classes) < 2:
+            raise UserError(f"{options.train}: every example has the label {classes[0]!r}: there is nothing to learn")
+    if is_classifier(options.model):
+        trained, tokenizer = load_classifier(options.model)
+        trunk, special = trained.trunk, trained.config.special
+    else:
+        model, tokenizer = load_model(options.model)
+        if tokenizer is None:
+            raise UserError(f"{options.model} has no tokenizer: it can't read texts")
+        trunk, special = with_special_tokens(model)
+    if options.dropout is not None:
+        places = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"))
+        trunk = with_settings(trunk, dropout=options.dropout, **places)
+    context, blocks = trunk.config.block_size, trunk.config.n_layer
+    if (options.max_tokens or 0) > context:
+        raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
+    if (options.transfer_blocks or 0) > blocks:
+        raise UserError(f"transfer_blocks = {options.transfer_blocks}, but the model has {blocks} blocks")
+    if options.lstm:
+        trunk = train_lstm(options, trunk.config, tokenizer)
+    elif options.from_scratch or options.transfer_blocks is not None:
+        trunk = transfer(trunk, options.transfer_blocks)
+    if options.freeze_trunk or options.lora_rank:
+        trunk.requires_grad_(False)
+    if options.lora_rank:
+        add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
+    config = ClassifierConfig(
+        options.task, classes, special, options.columns, options.max_tokens or context, options.classifier_dropout,
+        options.lstm,
+    )  # fmt: skip
+    return Classifier(trunk, config), tokenizer
+
+
+def train_lstm(options: Options, config: GPTConfig, tokenizer: Tokenizer) -> LSTM:
+    """An LSTM in the place of a GPT of this configuration, trained as a language model if a dataset is named."""
+    model, sequences = LSTM(config), 32
+    if not options.lstm_iters:
+        return model
+    device = runtime.resolve_device(options.device)
+    corpus = data.open_corpus((Source(options.lstm_dataset),))
+    if corpus is None or corpus.tokenizer != tokenizer:
+        what = "there is no prepared dataset of that name" if corpus is None else "its tokenizer is not the model's"
+        raise UserError(f"lstm_dataset = {options.lstm_dataset}: {what}")
+    training = TrainingConfig(max_iters=options.lstm_iters, learning_rate=1e-3, warmup_iters=options.lstm_iters // 20)
+    updater = Updater(model.to(device), training, device, "float32")
+    tokens = corpus.split("train", config.block_size, config.vocab_size, False)
+    order = tokens.training_order(config.block_size, options.seed)
+    batches = data.training_batches(tokens, order, 0, sequences, sequences, config.block_size)
+    bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=None)
+    for step in bar:
+        loss = model(*runtime.to_device(next(batches), device)).total / (sequences * config.block_size)
+        updater.backward(loss)
+        _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
+        bar.set_postfix_str(f"loss {mean:.4f}")
+    print(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
+    return model.cpu()
+
+
+def train(options: Options, resumed: Path | None) -> int:
+    """Fine-tune, choose the best epoch, measure it."""
+    # ---- the examples, the model and the plan in figures
+    torch.manual_seed(options.seed)
+    device = runtime.resolve_device(options.device)
+    dtype = runtime.resolve_dtype(options.dtype, device)
+    examples = read_splits(options)
+    classifier, tokenizer = build(options, examples["train"])
+    config = classifier.config
+    splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
+    training, lengths = splits["train"], splits["train"].lengths
+    per_update = options.batch_size * options.gradient_accumulation_steps
+    updates_per_epoch = math.ceil(len(training) / per_update)
+    updates = updates_per_epoch * options.epochs
+    weights = [sum(p.numel() for p in classifier.parameters() if p.requires_grad or every) for every in (True, False)]
+    print(f"parameters     {weights[0]:,}, of which {weights[1]:,} learn")
+    for name, split in splits.items():
+        cut = f", {split.cut:,} of them cut to {config.max_tokens} tokens" if split.cut else ""
+        print(f"{name:<15}{len(split):,} examples{cut}")
+    if config.classes:
+        print(f"classes        {len(config.classes)}: {', '.join(config.classes[:20])}")
+    print(f"updates        {updates:,} of {per_update} examples in {options.epochs} epochs")
+    print(f"device         {device} ({runtime.device_name(device)}), {dtype}")
+
+    # ---- the run's folder, held from here on
+    if resumed:
+        run, lock = resumed, runs.Lock(resumed)
+    else:
+        run, lock = runs.claim_new(options.out_dir, "finetune", options.overwrite, "--resume=True")  # noqa: F841  by name
+        write_record(run, options)
+    print(f"run            {run}", flush=True)
+
+    # ---- optimizer, random generators, where a stopped run stood
+    runtime.set_up(device, dtype)
+    classifier.to(device)
+    settings = ("learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
+    adam = TrainingConfig(max_iters=updates, **{name: getattr(options, name) for name in settings})
+    updater = Updater(classifier, adam, device, dtype)
+    torch.manual_seed(options.seed)
+    progress = Progress()
+    if resumed:
+        state = load_state(run / "last")
+        if state["data"] != [len(training), updates]:
+            raise UserError(f"{run} was started on other examples: start a new run")
+        progress = Progress(**state["progress"])
+        clean_run(run, progress.step, progress.best_step)
+        updater.load_state_dict(state)
+        classifier.load_state_dict(state["learned"], strict=False)
+        runtime.set_rng_state(state["generators"], device)
+        del state
+    log, stop = MetricsLog(run, progress.step), StopSignal()
+
+    def save() -> None:
+        state = {
+            "progress": dataclasses.asdict(progress),
+            **updater.state_dict(),
+            "learned": {name: p.detach() for name, p in classifier.named_parameters() if p.requires_grad},
+            "generators": runtime.rng_state(device),
+            "runtime": {"device": device.type, "dtype": dtype},
+            "data": [len(training), updates],
+        }
+        write = partial(save_classifier, classifier, tokenizer)
+        save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all=False)
+
+    def measured(split: Encoded) -> tuple[Predictions, dict[str, float | None]]:
+        predictions = predict(classifier, split, options.batch_size, device, dtype)
+        return predictions, {**metrics_of(predictions, config), **predictions.losses}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The training loop. Losses are sums over examples, divided by the examples of an update.
+    language = options.language_weight > 0 and not options.freeze_trunk
+    bar = tqdm(total=updates, initial=progress.step, unit="update", disable=None)
+    while progress.step < updates:
+        epoch = progress.step // updates_per_epoch
+        batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
+        classifier.train()
+        classifier.trunk.train(not options.freeze_trunk)
+        while progress.step < (epoch + 1) * updates_per_epoch and not stop.number:
+            started = time.perf_counter()
+            first = progress.step % updates_per_epoch * options.gradient_accumulation_steps
+            own = batches[first : first + options.gradient_accumulation_steps]
+            count, sums = sum(map(len, own)), torch.zeros(2, device=device)
+            for rows in own:
+                batch = runtime.to_device(training.batch(rows), device)
+                with runtime.autocast(device, dtype):
+                    outcome = classifier(*batch, with_language=language)
+                losses = torch.stack((outcome.task_loss, outcome.language_loss))
+                updater.backward(combined_loss(*losses, options.language_weight) / count)
+                sums += losses.detach()
+            factor = warmup_linear((progress.step + 1) / updates, options.warmup)
+            finite, norm, sums = updater.update(options.learning_rate * factor, *sums)
+            if not finite and not updater.scaler.is_enabled():
+                raise UserError(
+                    f"the loss or its gradient is not finite at update {progress.step + 1}: lower learning_rate, or "
+                    "set dtype = float32"
+                )
+            progress.step += 1
+            for i, value in enumerate((*sums, time.perf_counter() - started)):
+                progress.sums[i] += value
+            rates = {"learning_rate": options.learning_rate * factor, "grad_norm": norm}
+            log.write({"step": progress.step, "task_loss": sums[0] / count, "language_loss": sums[1] / count, **rates})
+            bar.set_postfix_str(f"loss {sums[0] / count:.4f}")
+            bar.update()
+        if stop.number:
+            break
+
+        # the epoch's line; its model, if it is the best
+        seconds = progress.sums[2]
+        line = {"epoch": epoch + 1, "train_loss": progress.sums[0] / len(training)}
+        line |= {"train_language_loss": progress.sums[1] / len(training)} if language else {}
+        merit = [progress.step]
+        if "val" in splits:
+            metrics = measured(splits["val"])[1]
+            line |= {f"val_{name}": value for name, value in metrics.items()}
+            merit = [metrics.get("accuracy", metrics.get("pearson")) or -1.0, -metrics["loss"]]
+        if merit > progress.best:
+            progress.best, progress.best_step = merit, progress.step
+        progress.epochs.append(line | {"seconds": seconds, "examples_per_second": len(training) / seconds})
+        progress.sums = [0.0, 0.0, 0.0]
+        log.write({"step": progress.step, **progress.epochs[-1]})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float))
+        tqdm.write(f"epoch {epoch + 1}: {shown}")
+        save()
+    bar.close()
+    if stop.number:
+        save()
+        print(f"stopped after update {progress.step}; go on by: python stages/finetune.py {run} --resume=True")
+        return 128 + stop.number
+
+    # ---- the report: epochs, and the best of them on the test split
+    print(table([list(progress.epochs[0]), *(line.values() for line in progress.epochs)]))
+    report = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
+    report["best_epoch"] = progress.best_step // updates_per_epoch
+    report["examples"] = {name: len(split) for name, split in splits.items()}
+    report["cut"] = {name: split.cut for name, split in splits.items()}
+    if "test" in splits:
+        if progress.best_step != progress.step:
+            classifier = load_classifier(run / "best")[0].to(device)
+        predictions, report["test"] = measured(splits["test"])
+        report["confusion_matrix"] = show_test(predictions, report["test"], config)
+    write_file(run / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"epoch {report['best_epoch']} is the best: {run}/best")
+    if options.predict or options.classify:
+        use(dataclasses.replace(options, model=str(run), test=None))
+    return 0
+
+
+def write_record(run: Path, options: Options) -> None:
+    """run.json: the options that the run was started with."""
+    content = {"config": "finetune", "overrides": {}, "options": dataclasses.asdict(options)}
+    write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
+
+
+def recorded_options(run: Path) -> Options:
+    """What `write_record` wrote. Raises UserError."""
+    path = run / "run.json"
+    try:
+        content = json.loads(path.read_text())["options"]
+        content |= {name: Path(content[name]) for name in ("train", "val", "test", "predict") if content[name]}
+        content |= {name: tuple(content[name]) for name in ("options", "classify")}
+        return Options(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run} is not a run of finetune.py that could go on: {type(error).__name__}: {error}"
+        ) from None
+
+
+def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
+    """Print how good the predictions are, and return their confusion matrix."""
+    print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
+    matrix = confusion_matrix(predictions, config)
+    if matrix:
+        print(confusion_table(matrix, config.classes))
+    return matrix
+
+
+def use(options: Options) -> None:
+    """Measure, predict and classify with a fine-tuned model."""
+    device = runtime.resolve_device(options.device)
+    dtype = runtime.resolve_dtype(options.dtype, device)
+    classifier, tokenizer = load_classifier(options.model)
+    classifier.to(device)
+    config = classifier.config
+    columns = config.columns
+    for name, usual in dataclasses.asdict(Options(options.model, classify=("",))).items():
+        if hasattr(columns, name) and getattr(options, name) != usual:
+            columns = dataclasses.replace(columns, **{name: getattr(options, name)})
+
+    def predicted(examples: list[Example]) -> tuple[Encoded, Predictions]:
+        encoded = encode_examples(examples, config, tokenizer)
+        if encoded.cut:
+            print(f"{encoded.cut:,} examples were cut to {config.max_tokens} tokens", file=sys.stderr)
+        return encoded, predict(classifier, encoded, options.batch_size, device, dtype)
+
+    if options.test:
+        _, predictions = predicted(read_examples(options.test, config.task, columns))
+        show_test(predictions, {**metrics_of(predictions, config), **predictions.losses}, config)
+    if options.predict:
+        encoded, predictions = predicted(read_examples(options.predict, config.task, columns, labelled=False))
+        path = Path(f"{options.predict.stem}.predictions.jsonl")
+        lines = prediction_lines(predictions, encoded, config)
+        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        print(f"{path}: {len(encoded):,} predictions")
+    if options.classify:
+        needed = {"classification": 1, "multiple_choice": 3}.get(config.task, 2)
+        given = len(options.classify)
+        if given < needed or given > needed and config.task != "multiple_choice":
+            raise UserError(f"--classify: {config.task} takes {needed} texts, each in quotation marks, not {given}")
+        encoded, predictions = predicted([Example(options.classify, None, "--classify")])
+        print(json.dumps(next(prediction_lines(predictions, encoded, config)), ensure_ascii=False))
+
+
+def main() -> int:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    resumed = None
+    if options.resume:
+        resumed = Path(options.model)
+        options = recorded_options(resumed)
+    if options.train is None:
+        use(options)
+        return 0
+    return train(options, resumed)
+
+
+if __name__ == "__main__":
+    entry_point(main)()
