@@ -10,7 +10,7 @@ architecture that is a matter of settings and names alone is one more table.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.labelled import Task
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,6 +35,8 @@ class Architecture:
     """One of transformers' architectures in terms of ours. Keys are those of its config.json."""
 
     class_name: str
+    classifier: str  # its class with a linear head on the last token that isn't padding
+    multiple_choice: str | None  # its class with one logit an option beside the language model, where it has one
     ours: dict[str, Any]  # settings that it always has; those named nowhere in the table have GPTConfig's defaults
     sizes: dict[str, tuple[str, Any]]  # key: our setting, and transformers' default
     dropouts: dict[str, tuple[str, float]]  # likewise
@@ -105,6 +108,8 @@ GPT_BASE = {  # what GPT-1 and GPT-2 share
 ARCHITECTURES = {
     "gpt2": Architecture(
         class_name="GPT2LMHeadModel",
+        classifier="GPT2ForSequenceClassification",
+        multiple_choice="GPT2DoubleHeadsModel",
         ours={},
         sizes={**GPT_SIZES, "n_inner": ("mlp_size", None)},
         activations=("activation_function", {
@@ -121,6 +126,8 @@ ARCHITECTURES = {
     ),
     "openai-gpt": Architecture(
         class_name="OpenAIGPTLMHeadModel",
+        classifier="OpenAIGPTForSequenceClassification",
+        multiple_choice="OpenAIGPTDoubleHeadsModel",
         ours={"norm_position": "post", "init": "gpt1"},
         sizes={**GPT_SIZES, "vocab_size": ("vocab_size", 40478), "n_positions": ("block_size", 512)},
         activations=("afn", {"gelu": "gelu_tanh", "relu": "relu"}),  # this gelu is the tanh form
@@ -131,6 +138,8 @@ ARCHITECTURES = {
     ),
     "qwen3": Architecture(
         class_name="Qwen3ForCausalLM",
+        classifier="Qwen3ForSequenceClassification",
+        multiple_choice=None,
         ours={"norm": "rmsnorm", "positions": "rotary", "bias": False, "qk_norm": True},
         sizes={
             "vocab_size": ("vocab_size", 151936), "max_position_embeddings": ("block_size", 32768),
@@ -280,6 +289,49 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
             if _lacks_biases(architecture, model.config) and name.startswith(("blocks.", "final_norm.")):
                 bias = part.name.removesuffix("weight") + "bias"
                 yield architecture.full_name(bias), torch.zeros(part.rows, dtype=dtype)
+
+
+def hf_classifier_config(
+    content: dict[str, Any], task: Task, classes: Sequence[str] | None, start: int, dropout: float
+) -> dict[str, Any]:
+    """`hf_config`'s `content` for the class that computes a classifier's logits: those of a head on the model.
+
+    `classes` are its outputs' names, None where it has one, for a number or an option; `start` is the id of [start].
+    Raises UserError where transformers has no such class.
+    """
+    kind, by_option = content["model_type"], task == "multiple_choice"
+    class_name = ARCHITECTURES[kind].multiple_choice if by_option else ARCHITECTURES[kind].classifier
+    if task == "similarity":
+        raise UserError(
+            "no class of transformers adds the hidden states of both orders of a pair, which the head reads for "
+            "task = similarity"
+        )
+    if class_name is None:
+        raise UserError(f"transformers has no class of {kind} with one logit an option, for task = multiple_choice")
+    labels = classes or ("LABEL_0",)  # as transformers calls an only one
+    content = content | {"architectures": [class_name], "id2label": dict(enumerate(labels))}  # which tells num_labels
+    content["label2id"] = {label: number for number, label in enumerate(labels)}
+    # the class reads the rightmost token that isn't padding: [extract], since [start] is at the first position alone
+    content["pad_token_id"] = start
+    if by_option:
+        content["summary_first_dropout"] = dropout
+    else:
+        content["problem_type"] = "single_label_classification" if classes else "regression"
+    return dict(sorted(content.items()))
+
+
+def hf_classifier_tensors(
+    model: GPT, head: Tensor, task: Task, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """`hf_tensors` with a classifier's head; the language model's is there for multiple choice alone."""
+    head = torch.empty(head.shape, dtype=dtype).copy_(head.detach())
+    if task == "multiple_choice":
+        yield from hf_tensors(model, dtype)
+        yield "multiple_choice_head.summary.weight", head
+        yield "multiple_choice_head.summary.bias", torch.zeros(len(head), dtype=dtype)
+    else:
+        yield from ((name, tensor) for name, tensor in hf_tensors(model, dtype) if name != "lm_head.weight")
+        yield "score.weight", head
 
 
 class Stored(NamedTuple):

@@ -357,7 +357,8 @@ def train(options: Options, resumed: Path | None) -> int:
     # The training loop. Losses are sums over examples, divided by the examples of an update.
     language = options.language_weight > 0 and not options.freeze_trunk
     bar = tqdm(total=updates, initial=progress.step, unit="update", disable=None)
-    while progress.step < updates:
+    not_finite = 0  # updates in a row
+    while progress.step < updates and not stop.number:
         epoch = progress.step // updates_per_epoch
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
@@ -376,25 +377,27 @@ def train(options: Options, resumed: Path | None) -> int:
                 sums += losses.detach()
             factor = warmup_linear((progress.step + 1) / updates, options.warmup)
             finite, norm, sums = updater.update(options.learning_rate * factor, *sums)
-            if not finite and not updater.scaler.is_enabled():
-                raise UserError(
-                    f"the loss or its gradient is not finite at update {progress.step + 1}: lower learning_rate, or "
-                    "set dtype = float32"
-                )
-            progress.step += 1
+            if not finite:  # float16 finds its loss scale by overflowing, and tries again
+                not_finite += 1
+                if not_finite == (20 if updater.scaler.is_enabled() else 1):
+                    raise UserError(
+                        f"update {progress.step + 1} is not finite: lower learning_rate, or set dtype = float32"
+                    )
+                continue
+            progress.step, not_finite = progress.step + 1, 0
             for i, value in enumerate((*sums, time.perf_counter() - started)):
                 progress.sums[i] += value
             rates = {"learning_rate": options.learning_rate * factor, "grad_norm": norm}
             log.write({"step": progress.step, "task_loss": sums[0] / count, "language_loss": sums[1] / count, **rates})
             bar.set_postfix_str(f"loss {sums[0] / count:.4f}")
             bar.update()
-        if stop.number:
+        if progress.step < (epoch + 1) * updates_per_epoch:
             break
 
         # the epoch's line; its model, if it is the best
         seconds = progress.sums[2]
-        line = {"epoch": epoch + 1, "train_loss": progress.sums[0] / len(training)}
-        line |= {"train_language_loss": progress.sums[1] / len(training)} if language else {}
+        line = {"epoch": epoch + 1, "loss": progress.sums[0] / len(training)}
+        line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
         merit = [progress.step]
         if "val" in splits:
             metrics = measured(splits["val"])[1]
@@ -405,17 +408,18 @@ def train(options: Options, resumed: Path | None) -> int:
         progress.epochs.append(line | {"seconds": seconds, "examples_per_second": len(training) / seconds})
         progress.sums = [0.0, 0.0, 0.0]
         log.write({"step": progress.step, **progress.epochs[-1]})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in line.items() if isinstance(value, float))
-        tqdm.write(f"epoch {epoch + 1}: {shown}")
+        names = list(progress.epochs[-1])
+        widths = [max(len(name), 7) for name in names]
+        header = [] if epoch else [names]
+        tqdm.write(table([*header, list(progress.epochs[-1].values())], widths))
         save()
     bar.close()
-    if stop.number:
+    if progress.step < updates:
         save()
         print(f"stopped after update {progress.step}; go on by: python stages/finetune.py {run} --resume=True")
         return 128 + stop.number
 
-    # ---- the report: epochs, and the best of them on the test split
-    print(table([list(progress.epochs[0]), *(line.values() for line in progress.epochs)]))
+    # ---- the report, with the best epoch on the test split
     report = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
     report["best_epoch"] = progress.best_step // updates_per_epoch
     report["examples"] = {name: len(split) for name, split in splits.items()}

@@ -2,9 +2,11 @@
 
     python tools/export.py out/gpt2 exported --to hf                      transformers, vLLM, llama.cpp's converter
     python tools/export.py out/gpt2 exported --to hf --dtype bfloat16     in half the space
+    python tools/export.py out/finetune exported --to hf                  what stages/finetune.py trained, with its head
 
 MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Then, elsewhere:
-transformers.AutoModelForCausalLM.from_pretrained("exported"). What the other library can't compute is refused.
+transformers.AutoModelForCausalLM.from_pretrained("exported"); of a fine-tuned model AutoModelForSequenceClassification,
+for multiple choice GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. What the other library can't compute is refused.
 """
 
 import json
@@ -18,11 +20,18 @@ import tyro
 from gpt_arc.errors import UserError, entry_point, first_line
 from gpt_arc.files import new_directory, replacing, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.labelled import SpecialTokens
 from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 
 MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
 NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE}  # nor one that holds more than an export's files
+SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
+LAYOUTS = {
+    "classification": "[start] text [extract]",
+    "entailment": "[start] premise [delimiter] hypothesis [extract]",
+    "multiple_choice": "[start] context [delimiter] option [extract] of each option (mc_token_ids: where [extract] is)",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,40 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     return files | {SETTINGS_FILE: as_json(settings)}
 
 
+def with_special_tokens(files: dict[str, bytes], special: SpecialTokens) -> dict[str, bytes] | None:
+    """The tokenizer's files with a classifier's tokens as SPECIAL_NAMES; None where they can't have those ids."""
+    from tokenizers import Tokenizer as Library
+
+    if FILE_NAME not in files:
+        return None
+    named = dict(zip(SPECIAL_NAMES, special))
+    table, known = json.loads(files[FILE_NAME]), Library.from_buffer(files[FILE_NAME]).get_vocab()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    new = [{"id": id, "content": name, **flags} for name, id in named.items()]
+    table["added_tokens"] = [*(table.get("added_tokens") or ()), *new]
+    if isinstance(table["model"]["vocab"], dict):  # by which ids may leave a gap, as where the model has further rows
+        table["model"]["vocab"] |= {token["content"]: token["id"] for token in table["added_tokens"]}
+    content = json.dumps(table, ensure_ascii=False, indent=1).encode()
+    if named.keys() & known.keys() or Library.from_buffer(content).get_vocab() != known | named:
+        return None
+    # padding has to be what config.json says it is
+    settings = json.loads(files[SETTINGS_FILE]) | {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
+    return files | {FILE_NAME: content, SETTINGS_FILE: as_json(settings)}
+
+
+def usage(task: str, special: SpecialTokens, max_tokens: int, spelled: bool) -> str:
+    """What README.md says of a classifier's input; `spelled` where the tokenizer's files have the SPECIAL_NAMES."""
+    names = f", which AutoTokenizer reads as {', '.join(SPECIAL_NAMES)}" if spelled else ""
+    return (
+        f"\nIts input is {LAYOUTS[task]} with the ids {shown(special)}{names}; at most {max_tokens} tokens in all, "
+        "shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
+    )
+
+
+def shown(special: SpecialTokens) -> str:
+    return ", ".join(f"[{name}] = {id}" for name, id in special._asdict().items())
+
+
 def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
@@ -87,26 +130,50 @@ def main() -> None:
     from safetensors.torch import save_file
 
     from gpt_arc.checkpoint import load_model
-    from gpt_arc.hf import WEIGHTS, hf_config, hf_tensors
+    from gpt_arc.classifier import is_classifier, load_classifier
+    from gpt_arc.hf import WEIGHTS, hf_classifier_config, hf_classifier_tensors, hf_config, hf_tensors
 
-    model, tokenizer = load_model(options.model)
+    classifier = None
+    if is_classifier(options.model):
+        classifier, tokenizer = load_classifier(options.model)
+        model, trained = classifier.trunk, classifier.config
+        if trained.lstm:
+            raise UserError("the model is an LSTM, which no architecture of transformers computes")
+    else:
+        model, tokenizer = load_model(options.model)
     end = start = None
     if tokenizer is not None and tokenizer.end_of_text is not None:
         end, start = tokenizer.end_of_text, tokenizer.start_token
-    config = hf_config(model.config, options.dtype, start, end)
-    files = {"config.json": as_json(config), "generation_config.json": as_json(generation_config(config))}
-    files["README.md"] = f"{MARK} from {options.model}, as {config['model_type']} of transformers.\n".encode()
+    config, dtype = hf_config(model.config, options.dtype, start, end), getattr(torch, options.dtype)
+    if classifier is None:
+        form, tensors = config["model_type"], dict(hf_tensors(model, dtype))
+        files = {"generation_config.json": as_json(generation_config(config))}
+    else:
+        special = trained.special
+        config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
+        tensors = dict(hf_classifier_tensors(model, classifier.head.weight, trained.task, dtype))
+        form, files = config["architectures"][0], {}
+    files["config.json"] = as_json(config)
+    readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, model.config.block_size)
+    if classifier is not None:
+        extended = with_special_tokens(files, special)
+        files = extended or files
+        readme += usage(trained.task, special, trained.max_tokens, spelled=extended is not None)
+    files["README.md"] = readme.encode()
     with new_directory(options.output.resolve()) as temporary:
         try:
             with replacing(temporary / WEIGHTS) as path:
-                save_file(dict(hf_tensors(model, getattr(torch, options.dtype))), path, {"format": "pt"})
+                save_file(tensors, path, {"format": "pt"})
         except SafetensorError as error:  # as of a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
         for name, content in files.items():
             write_file(temporary / name, content)
-    print(f"{options.output}: {config['model_type']}, {model.num_parameters():,} parameters in {options.dtype}")
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
+    if classifier is not None and not extended:
+        print(f"AutoTokenizer doesn't know {shown(special)}: put these ids around those of a text")
     if tokenizer is None:
         print("it has no tokenizer: the model came without one")
     elif SENTENCEPIECE_FILE in files:
