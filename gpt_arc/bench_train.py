@@ -17,8 +17,8 @@ not counted, over the rate of products of two 1024 x 1024 matrices between the r
 
 import contextlib
 import dataclasses
+import functools
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,18 @@ from gpt_arc.config import Config, DataConfig, TrainingConfig, build_config, rea
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, show_ratios, spread
+from gpt_arc.programs import (
+    check_nanogpt_fits,
+    check_places,
+    nanogpt_model,
+    now,
+    peak_memory,
+    plain,
+    running,
+    show_ratios,
+    spread,
+    take_turns,
+)
 
 PHASES = ("data", "forward", "backward", "update")
 TOP_OPERATORS = 14
@@ -98,16 +109,16 @@ class Program:
     def round(self) -> Round:
         seconds, losses = [], []
         for _ in range(self.job.settings.steps):
-            times = [self.now()]
+            times = [now(self.device)]
             batch = self.next_batch()
-            times.append(self.now())
+            times.append(now(self.device))
             loss = self.forward(*batch)  # mean, in nats
-            times.append(self.now())
+            times.append(now(self.device))
             self.backward(loss)
-            times.append(self.now())
+            times.append(now(self.device))
             self.update(loss)
             losses.append(loss.item())
-            times.append(self.now())
+            times.append(now(self.device))
             seconds.append([b - a for a, b in zip(times, times[1:])])
         return Round(seconds, losses, peak_memory(self.job.device))
 
@@ -125,15 +136,6 @@ class Program:
             {"name": name, "share": time / whole, "ms": time / steps / 1000, "calls": calls / steps}
             for name, time, calls in found
         ]
-
-    def now(self) -> float:
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
 
 
 class Ours(Program):
@@ -314,7 +316,6 @@ def bench_train(args: list[str]) -> None:
         check_nanogpt_fits(config.model)
 
     import torch  # slow to import: not before the settings are known to be right
-    from tqdm import tqdm
 
     from gpt_arc import metrics, runtime
     from gpt_arc.hf import architecture_of
@@ -345,22 +346,16 @@ def bench_train(args: list[str]) -> None:
     print(f" {settings.rounds} rounds of {settings.steps} steps after one to warm up", flush=True)
 
     job = Job(settings, config, str(device), dtype, compile)
-    rounds: dict[str, list[Round]] = {name: [] for name in programs}
-    rates: list[float | None] = []
     with contextlib.ExitStack() as stack:
         ask: dict[str, Callable[[str | None], Any]] = {
             name: stack.enter_context(running(name, program, job)) for name, program in programs.items()
         }
-        for name in programs:
-            ask[name](None)
-        for _ in tqdm(range(1 + settings.rounds), "rounds", leave=False, disable=None):  # the first warms up
-            for name in programs:
-                rounds[name].append(ask[name]("round"))
-            rates.append(metrics.peak_flops(device, runtime.device_name(device), dtype))
+        rate_of_products = functools.partial(metrics.peak_flops, device, runtime.device_name(device), dtype)
+        rounds, rates = take_turns(ask, settings.rounds, rate_of_products)
         operators = ask["ours"]("operators") if settings.profile else []
 
     results: dict[str, Any] = {"machine": machine, "dtype": dtype, "compiled": compile, "config": asdict(config)}
-    results["settings"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}
+    results["settings"] = plain(settings)
     results["programs"] = {name: figures(tokens, *taken) for name, taken in rounds.items()}
     pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
     results["ratios"] = {

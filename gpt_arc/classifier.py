@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt_arc.checkpoint import NothingDrawn, load_config, load_model, model_directory, save_model
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.labelled import Columns, SpecialTokens, Task
+from gpt_arc.lora import with_merged_adapters
 from gpt_arc.lstm import LSTM
 from gpt_arc.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, IGNORED
@@ -148,7 +149,7 @@ class Classifier(nn.Module):
 def with_settings(model: GPT, tensors: dict[str, Tensor] | None = None, **settings: Any) -> GPT:
     """The model, or one of the `tensors`, under a configuration changed by `settings`."""
     with torch.device("meta"), NothingDrawn():
-        changed = GPT(dataclasses.replace(model.config, **settings))
+        changed = type(model)(dataclasses.replace(model.config, **settings))
     changed.load_state_dict(tensors or model.state_dict(), assign=True)
     return changed
 
@@ -156,7 +157,7 @@ def with_settings(model: GPT, tensors: dict[str, Tensor] | None = None, **settin
 def with_special_tokens(model: GPT) -> tuple[GPT, SpecialTokens]:
     """The model with three more tokens, whose embeddings are drawn from N(0, .02) (as finetune-transformer-lm does)."""
     special, tensors = SpecialTokens.after(model.config.vocab_size), model.state_dict()
-    for name in {"token_embedding.weight", "head.weight"} & tensors.keys():
+    for name in ("token_embedding.weight",) if model.config.tied_head else ("token_embedding.weight", "head.weight"):
         new = torch.randn(len(special), model.config.n_embd) * 0.02
         tensors[name] = torch.cat((tensors[name], new.type_as(tensors[name])))
     if model.head_bias is not None:
@@ -171,7 +172,7 @@ def transfer(model: GPT, blocks: int | None) -> GPT:
     """
     if blocks == model.config.n_layer:
         return model
-    fresh = GPT(model.config)
+    fresh = type(model)(model.config)
     if blocks is not None:
         kept = ("token_embedding.", "position_embedding.", *(f"blocks.{i}." for i in range(blocks)))
         fresh.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith(kept)}, strict=False)
@@ -179,8 +180,8 @@ def transfer(model: GPT, blocks: int | None) -> GPT:
 
 
 def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Path | str) -> None:
-    """Write a classifier's directory; files that are there already are replaced one by one."""
-    save_model(classifier.trunk, tokenizer, directory)
+    """Write a classifier's directory, adapters merged; files that are there already are replaced one by one."""
+    save_model(with_merged_adapters(classifier.trunk), tokenizer, directory)
     with replacing(Path(directory) / WEIGHTS) as temporary:
         save_file({"head.weight": classifier.head.weight.detach().cpu().contiguous()}, temporary, {"format": "pt"})
     content = {"format_version": FORMAT_VERSION, **asdict(classifier.config)}
@@ -207,14 +208,18 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer")
     classifier = Classifier(trunk, config)
-    try:
-        if config.lstm:
-            trunk.load_state_dict(load_file(directory / "model.safetensors"))
-        tensors = load_file(directory / WEIGHTS)
-        classifier.head.load_state_dict({"weight": tensors["head.weight"].to(dtype)}, assign=True)
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError(f"the weights in {directory} are missing or damaged: {first_line(error)}") from None
+    if config.lstm:
+        _load_weights(trunk, directory / "model.safetensors", "")
+    _load_weights(classifier.head.to(dtype), directory / WEIGHTS, "head.")
     return classifier, tokenizer
+
+
+def _load_weights(module: nn.Module, path: Path, prefix: str) -> None:
+    try:
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[-1].strip()  # torch says first that there is an error
+        raise UserError(f"{path} is missing or damaged: {what}") from None
 
 
 def _read_config(path: Path) -> ClassifierConfig:

@@ -94,7 +94,7 @@ class Predictions(NamedTuple):
 @torch.no_grad()
 def predict(classifier: Classifier, encoded: Encoded, batch_size: int, device: torch.device, dtype: str) -> Predictions:
     """The classifier's logits for each example, in their order; dropout is off, and as it was afterwards."""
-    was_training = classifier.training
+    modes = {module: module.training for module in classifier.modules()}
     classifier.eval()
     logits: list[list[float]] = [[]] * len(encoded)
     losses = torch.zeros(2, dtype=torch.float64)
@@ -105,7 +105,8 @@ def predict(classifier: Classifier, encoded: Encoded, batch_size: int, device: t
         losses += torch.stack((outcome.task_loss, outcome.language_loss)).double().cpu()
         for row, values in zip(rows, outcome.logits.float().tolist()):
             logits[row] = values[: len(encoded.sequences[row])] if classifier.by_option else values
-    classifier.train(was_training)
+    for module, training in modes.items():
+        module.training = training
     task, language = (losses / len(encoded)).tolist()
     unknown = any(example.label is None for example in encoded.examples)
     return Predictions(logits, encoded.labels, None if unknown else task, language)
@@ -152,19 +153,19 @@ def confusion_matrix(predictions: Predictions, config: ClassifierConfig) -> list
     return matrix.tolist()
 
 
-def table(rows: Sequence[Sequence[Any]]) -> str:
-    """Rows of cells as text, the first column to the left and the others to the right; None is left empty."""
-    cells = [
-        ["" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row]
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = []
-    for first, *rest in cells:
-        lines.append(
-            "  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:]))]).rstrip()
-        )
-    return "\n".join(lines)
+def cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Sequence[Any]], widths: Sequence[int] | None = None) -> str:
+    """Rows of cells as text, the first column to the left and the others to the right; None is left empty.
+
+    Columns are as wide as their widest cell, unless `widths` tells.
+    """
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = widths or [max(map(len, column)) for column in zip(*cells)]
+    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
 def confusion_table(matrix: Sequence[Sequence[int]], classes: Sequence[str], most: int = 12) -> str:
@@ -177,10 +178,10 @@ def confusion_table(matrix: Sequence[Sequence[int]], classes: Sequence[str], mos
 
 def prediction_lines(predictions: Predictions, encoded: Encoded, config: ClassifierConfig) -> Iterator[dict[str, Any]]:
     """What is written of each example: its prediction, the probabilities, and its label where it has one."""
-    for example, logits, number, probabilities in zip(
-        encoded.examples, predictions.logits, predictions.classes, predictions.probabilities
+    for example, known, logits, number, probabilities in zip(
+        encoded.examples, encoded.labels, predictions.logits, predictions.classes, predictions.probabilities
     ):
-        label = {} if example.label is None else {"label": example.label}
+        label = {} if example.label is None else {"label": example.label if config.classes else known}
         if config.is_regression:
             yield {"prediction": logits[0], **label}
         elif config.classes is None:

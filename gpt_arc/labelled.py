@@ -12,6 +12,7 @@ What stands between the special tokens (Radford et al. 2018, figure 1):
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from gpt_arc.documents import read_text
 from gpt_arc.errors import UserError
 from gpt_arc.tokenizer import Tokenizer
 
@@ -101,14 +103,19 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 return
             # a .tsv has no quotation marks of its own, as GLUE's files have none
             style = {"dialect": "excel"} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            reader, before = csv.DictReader(file, **style), 1
-            for row in reader:
-                yield f"{path}, line {before + 1}", row
+            reader = csv.reader(file, **style)
+            columns, before = next(reader, []), reader.line_num
+            for cells in reader:
+                if cells:
+                    row = dict(itertools.zip_longest(columns, cells[: len(columns)]))
+                    more = {None: cells[len(columns) :]} if len(cells) > len(columns) else {}
+                    yield f"{path}, line {before + 1}", row | more
                 before = reader.line_num
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except UnicodeDecodeError:  # which counts bytes from the piece that was read
+        read_text(path)
+        raise
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
@@ -125,7 +132,7 @@ def _example(row: dict[str, Any] | None, task: Task, columns: Columns, labelled:
     """Raises ValueError saying what is wrong with the row."""
     if row is None:
         raise ValueError("the line is not a JSON object")
-    if None in row:  # where csv puts what has no column
+    if None in row:  # where `_rows` puts what has no column
         raise ValueError("the row has more columns than the first line names")
     first = _text(row, columns.text_a)
     if task == "multiple_choice":
@@ -134,7 +141,7 @@ def _example(row: dict[str, Any] | None, task: Task, columns: Columns, labelled:
     else:
         texts = (first,) if task == "classification" else (first, _text(row, columns.text_b))
     value = row.get(columns.label)
-    if value is None or value == "":
+    if value is None or isinstance(value, str) and not value.strip():
         if labelled:
             raise ValueError(_absent(row, columns.label))
         return Example(texts, None, place)

@@ -4,6 +4,7 @@ add_adapters(model.blocks, rank=8, alpha=16)    # now these alone learn
 merge_adapters(model.blocks)                    # added to the weights: a model like any other
 """
 
+import copy
 import math
 
 import torch
@@ -51,3 +52,12 @@ def merge_adapters(module: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, LowRankLinear):
                 setattr(parent, name, child.merged())
+
+
+def with_merged_adapters(module: nn.Module) -> nn.Module:
+    """A copy of `module` after `merge_adapters`; itself where it has none."""
+    if not any(isinstance(part, LowRankLinear) for part in module.modules()):
+        return module
+    merged = copy.deepcopy(module)
+    merge_adapters(merged)
+    return merged

@@ -32,6 +32,9 @@ class LSTM(GPT):
         nn.init.normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
 
+    def num_parameters(self, embeddings: bool = True) -> int:
+        return sum(p.numel() for p in self.parameters()) - (0 if embeddings else self.token_embedding.weight.numel())
+
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
         assert documents is None and cache is None

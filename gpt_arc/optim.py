@@ -44,7 +44,7 @@ class Updater:
         the processes. That is the one wait for the device in a step.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in self.parameters])
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         values = [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
         values = torch.stack([norm / distributed.WORLD_SIZE, *values])
         norm_seen, *summed = distributed.sum_over_ranks(values).tolist()
@@ -88,7 +88,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def warmup_linear(progress: float, warmup: float) -> float:
-    """Factor of the learning rate at a share `progress` of all updates: up to 1 at `warmup`, times a line down to 0.
+    """Factor of the learning rate after a share `progress` of all updates: up to 1 at `warmup`, times a line down to 0.
 
     As GPT-1 was fine-tuned (openai/finetune-transformer-lm opt.py).
     """

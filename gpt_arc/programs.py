@@ -1,6 +1,7 @@
 """Programs that are measured against each other, each in a process of its own."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing import resource_tracker
@@ -16,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from gpt_arc.errors import LESS_MEMORY, UserError, first_line, is_of_memory
+from gpt_arc.flags import parse_flags
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
@@ -39,12 +42,39 @@ def check_nanogpt_fits(config: Any) -> None:
             raise UserError(f"nanoGPT is GPT-2 alone and has no {name} = {json.dumps(value)}: leave --nanogpt out")
 
 
-def check_places(settings: Any) -> None:
-    """Raises UserError where one of the settings nanogpt, transformers and json names what is not there."""
-    if settings.nanogpt is not None and not (settings.nanogpt / "model.py").is_file():
-        raise UserError(f"there is no nanoGPT checkout at {settings.nanogpt}: it has no model.py")
-    if settings.transformers and importlib.util.find_spec("transformers") is None:
-        raise UserError('transformers is not installed: pip install -e ".[dev]"')
+def read_model_arguments(cls: type, description: str, args: list[str]) -> tuple[Any, Any]:
+    """The settings, of the dataclass `cls`, and for a config file its architecture, with the flags over it.
+
+    `cls` has a positional `model` first, which names the config file or a model.
+    """
+    files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    if not files:
+        return parse_flags(cls, description, args), None
+    from gpt_arc.config import build_config, read_settings
+    from model import GPTConfig  # whose import takes torch
+
+    default = build_config(read_settings(Path(files[0])), files[0]).model
+    both = dataclasses.make_dataclass("Both", [("settings", cls), ("architecture", GPTConfig)])
+    parsed = parse_flags(both, description, args, both(cls(files[0]), default))
+    return parsed.settings, parsed.architecture
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+
+
+def check_places(settings: Any, packages: Sequence[str] = ("transformers",)) -> None:
+    """Raises UserError where one of the settings nanogpt, transformers and json names what is not there.
+
+    `packages` are what the setting transformers takes.
+    """
+    nanogpt = getattr(settings, "nanogpt", None)
+    if nanogpt is not None and not (nanogpt / "model.py").is_file():
+        raise UserError(f"there is no nanoGPT checkout at {nanogpt}: it has no model.py")
+    for package in packages if settings.transformers else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is not installed: pip install -e ".[dev]"')
     refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
     if settings.json is not None and (refused or not settings.json.parent.is_dir()):
         raise UserError(f"{settings.json} can't be written: name a file in a folder that is there")
@@ -62,6 +92,17 @@ def peak_memory(device: str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes, on a Mac
+
+
+def now(device: Any) -> float:
+    """Seconds on a clock, once the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
 
 
 def serve(pipe: Any, program: type, job: Any) -> None:
@@ -122,6 +163,26 @@ def running(name: str, program: type, job: Any) -> Iterator[Callable[[str], Any]
             process.join(grace)
             process.kill()
             process.join()
+
+
+def take_turns(
+    ask: dict[str, Callable[[str | None], Any]], rounds: int, between: Callable[[], Any] = lambda: None
+) -> tuple:
+    """Load the programs, then let them take turns in one round that warms up and `rounds` more.
+
+    Returns what the rounds of each program gave, and what `between` did, which is called after every round.
+    """
+    from tqdm import tqdm
+
+    for load in ask.values():
+        load(None)
+    taken: dict[str, list] = {name: [] for name in ask}
+    found = []
+    for _ in tqdm(range(1 + rounds), "rounds", leave=False, disable=None):
+        for name in ask:
+            taken[name].append(ask[name]("round"))
+        found.append(between())
+    return taken, found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

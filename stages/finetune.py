@@ -63,7 +63,8 @@ from gpt_arc.metrics import MetricsLog
 from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
 from gpt_arc.signals import StopSignal
 from gpt_arc.tokenizer import Tokenizer
-from model import GPTConfig
+
+LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,10 @@ class Options:
     """Column of the text, premise, first text or context. None: text, premise, text_a or context, by task."""
     text_b: str | None = None
     """Column of the hypothesis or second text, or of a question after the context. None: hypothesis, text_b, none."""
-    options: tuple[str, ...] = ("options",)
-    """Columns of the options; or one column with a list of them."""
-    label: str = "label"
-    """Column of the label. Of an option: its number from 0, letter from A, column or text."""
+    options: tuple[str, ...] = ()
+    """Columns of the options; or one column with a list of them. None: options."""
+    label: str | None = None
+    """Column of the label. Of an option: its number from 0, letter from A, column or text. None: label."""
     numbers: bool = False
     """Labels are numbers on a scale, to be predicted by least squares, and not names of classes."""
     max_tokens: int | None = None
@@ -154,7 +155,7 @@ class Options:
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
     resume: bool = False
-    """Go on with the run folder named as the model, as it was started."""
+    """Go on with the run folder named as the model, as it was started; only the device may be another."""
 
     def __post_init__(self):
         least = {"batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "lora_rank": 0, "lstm_iters": 0}
@@ -172,8 +173,8 @@ class Options:
                 raise ValueError(f"{name} = {getattr(self, name)} must be more than zero")
         if not 0 < self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup} is a share of all updates: it must lie between 0 and 1")
-        if self.max_tokens is not None and self.max_tokens < 8:
-            raise ValueError(f"max_tokens = {self.max_tokens} must be 8 or more, or left out")
+        if self.max_tokens is not None and self.max_tokens < LEAST_TOKENS:
+            raise ValueError(f"max_tokens = {self.max_tokens} must be {LEAST_TOKENS} or more, or left out")
         ways = ("freeze_trunk", "from_scratch", "lora_rank", "lstm")
         chosen = [name for name in ways if getattr(self, name)] + ["transfer_blocks"] * (
             self.transfer_blocks is not None
@@ -187,11 +188,10 @@ class Options:
         if not (self.train or self.test or self.predict or self.classify or self.resume):
             raise ValueError("there is nothing to do: name --train, --test, --predict or --classify")
 
-    @property
-    def columns(self) -> Columns:
-        usual = Columns.usual(self.task)
-        options = self.options if self.task == "multiple_choice" else ()
-        return Columns(self.text_a or usual.text_a, self.text_b or usual.text_b, options, self.label)
+    def columns(self, usual: Columns) -> Columns:
+        """The columns named, in the place of the usual ones."""
+        names = {field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)}
+        return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
 
 
 @dataclass
@@ -207,8 +207,9 @@ class Progress:
 
 def read_splits(options: Options) -> dict[str, list[Example]]:
     """The labelled examples by split. Raises UserError."""
+    columns = options.columns(Columns.usual(options.task))
     splits = {
-        name: read_examples(getattr(options, name), options.task, options.columns)
+        name: read_examples(getattr(options, name), options.task, columns)
         for name in ("train", "val", "test")
         if getattr(options, name)
     }
@@ -241,32 +242,35 @@ def build(options: Options, examples: list[Example]) -> tuple[Classifier, Tokeni
         places = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"))
         trunk = with_settings(trunk, dropout=options.dropout, **places)
     context, blocks = trunk.config.block_size, trunk.config.n_layer
+    if context < LEAST_TOKENS:
+        raise UserError(f"{options.model} has a context of {context} tokens: an example takes {LEAST_TOKENS} or more")
     if (options.max_tokens or 0) > context:
         raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
     if (options.transfer_blocks or 0) > blocks:
         raise UserError(f"transfer_blocks = {options.transfer_blocks}, but the model has {blocks} blocks")
+    if isinstance(trunk, LSTM) and (options.lora_rank or options.transfer_blocks is not None):
+        raise UserError(f"{options.model} is an LSTM: it has no blocks for lora_rank or transfer_blocks")
     if options.lstm:
-        trunk = train_lstm(options, trunk.config, tokenizer)
+        trunk = LSTM(trunk.config)
+        if options.lstm_iters and not options.resume:
+            train_language_model(trunk, tokenizer, options)
     elif options.from_scratch or options.transfer_blocks is not None:
         trunk = transfer(trunk, options.transfer_blocks)
     if options.freeze_trunk or options.lora_rank:
         trunk.requires_grad_(False)
     if options.lora_rank:
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
-    config = ClassifierConfig(
-        options.task, classes, special, options.columns, options.max_tokens or context, options.classifier_dropout,
-        options.lstm,
-    )  # fmt: skip
+    columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
+    dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
+    config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm)
     return Classifier(trunk, config), tokenizer
 
 
-def train_lstm(options: Options, config: GPTConfig, tokenizer: Tokenizer) -> LSTM:
-    """An LSTM in the place of a GPT of this configuration, trained as a language model if a dataset is named."""
-    model, sequences = LSTM(config), 32
-    if not options.lstm_iters:
-        return model
+def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
+    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's."""
+    config, sequences = model.config, 32
     device = runtime.resolve_device(options.device)
-    corpus = data.open_corpus((Source(options.lstm_dataset),))
+    corpus = data.open_corpus((Source(options.lstm_dataset, 1.0),))
     if corpus is None or corpus.tokenizer != tokenizer:
         what = "there is no prepared dataset of that name" if corpus is None else "its tokenizer is not the model's"
         raise UserError(f"lstm_dataset = {options.lstm_dataset}: {what}")
@@ -282,7 +286,7 @@ def train_lstm(options: Options, config: GPTConfig, tokenizer: Tokenizer) -> LST
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
     print(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
-    return model.cpu()
+    model.cpu()
 
 
 def train(options: Options, resumed: Path | None) -> int:
@@ -375,7 +379,7 @@ def train(options: Options, resumed: Path | None) -> int:
                 losses = torch.stack((outcome.task_loss, outcome.language_loss))
                 updater.backward(combined_loss(*losses, options.language_weight) / count)
                 sums += losses.detach()
-            factor = warmup_linear((progress.step + 1) / updates, options.warmup)
+            factor = warmup_linear(progress.step / updates, options.warmup)
             finite, norm, sums = updater.update(options.learning_rate * factor, *sums)
             if not finite:  # float16 finds its loss scale by overflowing, and tries again
                 not_finite += 1
@@ -402,7 +406,8 @@ def train(options: Options, resumed: Path | None) -> int:
         if "val" in splits:
             metrics = measured(splits["val"])[1]
             line |= {f"val_{name}": value for name, value in metrics.items()}
-            merit = [metrics.get("accuracy", metrics.get("pearson")) or -1.0, -metrics["loss"]]
+            correctness = metrics["pearson" if config.is_regression else "accuracy"]
+            merit = [-1.0 if correctness is None else correctness, -metrics["loss"]]
         if merit > progress.best:
             progress.best, progress.best_step = merit, progress.step
         progress.epochs.append(line | {"seconds": seconds, "examples_per_second": len(training) / seconds})
@@ -472,10 +477,7 @@ def use(options: Options) -> None:
     classifier, tokenizer = load_classifier(options.model)
     classifier.to(device)
     config = classifier.config
-    columns = config.columns
-    for name, usual in dataclasses.asdict(Options(options.model, classify=("",))).items():
-        if hasattr(columns, name) and getattr(options, name) != usual:
-            columns = dataclasses.replace(columns, **{name: getattr(options, name)})
+    columns = options.columns(config.columns)
 
     def predicted(examples: list[Example]) -> tuple[Encoded, Predictions]:
         encoded = encode_examples(examples, config, tokenizer)
@@ -506,7 +508,7 @@ def main() -> int:
     resumed = None
     if options.resume:
         resumed = Path(options.model)
-        options = recorded_options(resumed)
+        options = dataclasses.replace(recorded_options(resumed), device=options.device, resume=True)
     if options.train is None:
         use(options)
         return 0

@@ -4,6 +4,7 @@
     python tools/bench.py sample configs/gpt2.toml --n_layer=6 --nanogpt=../nanoGPT --transformers=True
     python tools/bench.py sample out/quickstart --json=quickstart.json
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT
+    python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
 
 `sample` times greedy continuations of random prompts. Each program has a process of its own with the same weights and
 prompts, and they take turns, round by round, so that whatever else the machine does meets them alike:
@@ -19,7 +20,6 @@ values of the tokens held, over the rate at which the memory was read between th
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
@@ -36,8 +37,18 @@ import tyro
 
 from gpt_arc.errors import UserError, entry_point, first_line
 from gpt_arc.files import write_file
-from gpt_arc.flags import parse_flags
-from gpt_arc.programs import check_nanogpt_fits, check_places, nanogpt_model, peak_memory, running, show_ratios, spread
+from gpt_arc.programs import (
+    check_nanogpt_fits,
+    check_places,
+    nanogpt_model,
+    peak_memory,
+    plain,
+    read_model_arguments,
+    running,
+    show_ratios,
+    spread,
+    take_turns,
+)
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
@@ -228,17 +239,7 @@ def memory_rate(device: str) -> float:
 
 
 def read_arguments(args: list[str]) -> tuple[SampleBench, Any]:
-    """The settings, and for a config file its architecture, with the flags over it."""
-    files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
-    if not files:
-        return parse_flags(SampleBench, __doc__, args), None
-    from gpt_arc.config import build_config, read_settings
-    from model import GPTConfig
-
-    default = build_config(read_settings(Path(files[0])), files[0]).model
-    both = dataclasses.make_dataclass("Both", [("settings", SampleBench), ("architecture", GPTConfig)])
-    parsed = parse_flags(both, __doc__, args, both(SampleBench(files[0]), default))
-    return parsed.settings, parsed.architecture
+    return read_model_arguments(SampleBench, __doc__, args)
 
 
 def check_fits(settings: SampleBench, config: Any) -> None:
@@ -330,7 +331,6 @@ def bench_sample(args: list[str]) -> None:
     check_places(settings)
 
     import torch  # slow to import: not before the settings are known to be right
-    from tqdm import tqdm
 
     from gpt_arc import runtime
     from gpt_arc.checkpoint import load_config, load_model
@@ -363,17 +363,13 @@ def bench_sample(args: list[str]) -> None:
         del model
         job = Job(settings, config, str(device), dtype, prompts, folder)
         ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
-        for name in programs:
-            ask[name](None)
-        rounds, rates = {name: [] for name in programs}, []
-        for _ in tqdm(range(1 + settings.rounds), "rounds", leave=False, disable=None):  # the first warms up
-            for name in programs:
-                rounds[name].append(ask[name]("round"))
-            rates.append(memory_rate("cpu") if device.type == "cpu" else ask["ours"]("memory_rate"))
+        on_cpu = device.type == "cpu"  # elsewhere it is a process's own memory that is measured
+        rate_of_memory = partial(memory_rate, "cpu") if on_cpu else partial(ask["ours"], "memory_rate")
+        rounds, rates = take_turns(ask, settings.rounds, rate_of_memory)
         sizes = ask["ours"]("sizes")
 
     results = {"machine": machine, "dtype": dtype, "layout": sizes["layout"], "architecture": asdict(config)}
-    results["settings"] = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(settings).items()}
+    results["settings"] = plain(settings)
     results["programs"] = {name: figures(settings, *taken) for name, taken in rounds.items()}
     pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
     results["ratios"] = {name: spread([its.whole / ours.whole for ours, its in pair]) for name, pair in pairs.items()}
@@ -391,18 +387,24 @@ def bench_train(args: list[str]) -> None:
     bench_train.bench_train(args)
 
 
-BENCHES = {"sample": bench_sample, "train": bench_train}
+def bench_finetune(args: list[str]) -> None:
+    from gpt_arc import bench_finetune
+
+    bench_finetune.bench_finetune(args)
+
+
+BENCHES = {"sample": bench_sample, "train": bench_train, "finetune": bench_finetune}
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nThe settings: python tools/bench.py sample --help, python tools/bench.py train --help")
+        print(f"{__doc__}\nThe settings: " + ", ".join(f"python tools/bench.py {name} --help" for name in BENCHES))
     elif name in BENCHES:
         BENCHES[name](args)
     else:
-        raise UserError(f"say what to measure: python tools/bench.py {' or '.join(BENCHES)}")
+        raise UserError(f"say what to measure: python tools/bench.py {', '.join(BENCHES)}")
 
 
 if __name__ == "__main__":
