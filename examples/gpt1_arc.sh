@@ -9,8 +9,8 @@ set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export repository
 seeds=${SEEDS:-1 2 3 4 5}
-tasks=${TASKS:-package follows paraphrase next_sentence}
-variants="pre-trained without_language_loss frozen_trunk 2_blocks embeddings_alone from_scratch"
+tasks=${TASKS:-package follows related next_sentence}
+variants="pre-trained from_scratch frozen_trunk without_language_loss 2_blocks embeddings_alone"
 
 if [ ! -d data/gpt1_arc ]; then
     python "$repository/examples/gpt1_data.py" --output data/gpt1_arc
@@ -27,13 +27,13 @@ elif ! grep -q '"step": 4000' out/gpt1_mini/metrics.jsonl; then
 fi
 
 finetune() {  # seed, task, variant
-    local folder=out/gpt1_arc/$2/$3/$1 data=data/gpt1_arc/$2 task changed=()
+    local folder=out/gpt1_arc/$2/$3/$1 data=data/gpt1_arc/$2 task epochs=5 changed=()
     if [ -f "$folder/report.json" ]; then return; fi
     case $2 in
         package) task=classification ;;
         follows) task=entailment ;;
-        paraphrase) task=similarity ;;
-        next_sentence) task=multiple_choice ;;
+        related) task=similarity ;;
+        next_sentence) task=multiple_choice epochs=3 ;;  # four sequences an example
     esac
     case $3 in
         without_language_loss) changed=(--language_weight=0) ;;
@@ -45,7 +45,7 @@ finetune() {  # seed, task, variant
     mkdir -p "$folder"
     if ! python "$repository/stages/finetune.py" out/gpt1_mini --task "$task" \
         --train "$data/train.jsonl" --val "$data/val.jsonl" --test "$data/test.jsonl" \
-        --epochs=5 --learning_rate=1e-3 --warmup=0.1 "${changed[@]}" \
+        --epochs=$epochs --learning_rate=5e-4 --warmup=0.1 "${changed[@]}" \
         --seed="$1" --out_dir="$folder" --overwrite=True > "$folder.log" 2>&1; then
         cat "$folder.log"
         return 1
@@ -57,9 +57,9 @@ export -f finetune
 
 jobs=${JOBS:-$(nproc)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # each job has a core of its own
-for seed in $seeds; do
-    for task in $tasks; do
-        for variant in $variants; do echo "$seed $task $variant"; done
+for variant in $variants; do
+    for seed in $seeds; do
+        for task in $tasks; do echo "$seed $task $variant"; done
     done
 done | xargs -P "$jobs" -L 1 bash -c 'finetune "$@"' finetune
 

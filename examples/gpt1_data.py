@@ -13,16 +13,14 @@ item, so what is asked in val and test was not read before. It takes half a minu
     corpus.jsonl                              a docstring a line, as "text"
     package/{train,val,test}.jsonl            classification: text, label
     follows/{train,val,test}.jsonl            entailment: premise, hypothesis, label (yes, no)
-    paraphrase/{train,val,test}.jsonl         similarity: text_a, text_b, label (same, different)
+    related/{train,val,test}.jsonl            similarity: text_a, text_b, label (yes, no)
     next_sentence/{train,val,test}.jsonl      multiple choice: context, options (four), label (from 0)
     meta.json                                 counts, and the sources with their versions
 
 `package`: which library, or part of one, has a docstring that begins so? Names of packages, of modules and of what is
-described are masked. `follows`: is the hypothesis a later sentence of the docstring that begins with the premise, or
-of another one, from the same file where there is one? `paraphrase`: two versions of a sentence, with other words in
-two to four places; do they mean the same? Which words do says the table below, and every word of it is about as
-often of the one label as of the other. `next_sentence`: which sentence comes after these two, of four
-of about a length from one package?
+described are masked. `follows`: is the hypothesis how the premise, half a sentence, goes on, or are its words shuffled?
+`related`: are these two docstrings' openings of one file, or of two libraries? `next_sentence`: which sentence comes
+after these two, of four of about a length?
 
 The labels are balanced. The same versions of the libraries and of Python, and the same seed, give the same files.
 """
@@ -63,51 +61,6 @@ LABELS = {  # of `package`: the modules that begin with one of these
     "torch.compile": ("torch._inductor.", "torch._dynamo.", "torch.fx."),
 }
 
-# Two words that mean the same | two that mean something else; ";" between entries, "_" for a space within one.
-VERBS = """
-compute calculate | discard reject; create construct | remove delete; start launch | finish terminate;
-use employ | ignore disregard; require need | allow enable; specify indicate | estimate approximate;
-convert transform | preserve retain; contain include | obtain acquire; check verify | assume presume;
-modify alter | describe explain; copy duplicate | combine merge; handle manage | observe watch;
-provide supply | expect anticipate; raise signal | suppress silence; increase enlarge | decrease reduce;
-connect link | separate divide; store save | load fetch; perform execute | avoid prevent;
-call invoke | inspect examine; select pick | decline refuse; ensure guarantee | attempt try;
-represent denote | generate produce; depend rely | differ vary; wait pause | continue proceed;
-update refresh | compare contrast; limit restrict | evaluate assess; extend expand | shorten truncate;
-determine decide | replace supplant
-"""
-NOUNS = """
-error mistake | result outcome; function routine | object entity; argument parameter | element component;
-method technique | example illustration; name title | size extent; type kind | position location;
-number count | range interval; task job | rule principle; problem issue | solution answer; part portion | pair couple;
-step stage | purpose goal; option choice | constraint restriction; difference distinction | similarity likeness;
-cost expense | benefit advantage; warning alert | comment remark; feature trait | sample specimen;
-way manner | time moment; directory folder | device machine; approach strategy | condition circumstance;
-version edition | source origin; case instance | reason cause
-"""
-OTHERS = """
-maximum largest | minimum smallest; first initial | last final; before prior_to | after subsequent_to;
-larger bigger | smaller tinier; large big | small little; always at_all_times | never at_no_time;
-many a_lot_of | few not_many; same identical | different distinct; new novel | old outdated;
-previous preceding | next subsequent; fast quick | slow sluggish; faster quicker | slower more_sluggish;
-often frequently | rarely seldom; usually typically | occasionally sometimes; also additionally | only solely;
-possible feasible | impossible infeasible; correct accurate | incorrect wrong; empty blank | full complete;
-above over | below under; at_least no_fewer_than | at_most no_more_than; greater_than in_excess_of | less_than short_of;
-because since | although though; therefore consequently | however nevertheless; must shall | may might;
-should ought_to | can could; automatically by_itself | manually by_hand; optional discretionary | mandatory compulsory;
-important significant | irrelevant unimportant; simple easy | complex complicated; useful helpful | useless pointless;
-specific particular | general universal; entire whole | partial incomplete; exactly precisely | approximately roughly;
-explicitly expressly | implicitly tacitly; return give_back | take accept; returns gives_back | takes accepts;
-returned given_back | taken accepted; find discover | keep maintain; finds discovers | keeps maintains;
-found discovered | kept maintained; show display | hide conceal; shows displays | hides conceals;
-shown displayed | hidden concealed; such_as like | except_for apart_from; inside within | outside beyond;
-for_example for_instance | in_contrast on_the_contrary; according_to as_per | regardless_of irrespective_of;
-in_addition_to besides | instead_of rather_than; each every | another a_further; better superior | worse inferior;
-available accessible | missing absent; currently at_present | previously formerly; high elevated | low modest;
-long lengthy | short brief; once one_time | twice two_times; together jointly | individually one_by_one;
-valid legitimate | invalid illegitimate; multiple several | single sole; constant fixed | random arbitrary
-"""
-PLACES = 2, 4  # the fewest and the most words of a sentence that are replaced
 
 HEADING = re.compile(r"\s*([=\-~^*#\"'.+`])\1{2,}\s*")  # the line below one
 NOTHING = re.compile(  # lines above and in tables; "x : int"; "Returns:"
@@ -308,71 +261,31 @@ def package_items(documents: list[Document], usable: set[str], size: int, rng: r
 
 
 def follows_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
-    premises = {document: opening(document, usable, 2) for document in documents}
-    later = {d: [s for s in d.sentences[len(premises[d]) :] if s in usable] for d in documents if premises[d]}
-    there = [document for document in later if later[document]]
-    files, packages = grouped(there, lambda d: d.file), grouped(there, lambda d: d.package)
     labels = balanced(["yes", "no"], size, rng)
-    for document in there:
-        others = [d for d in files[document.file] if d is not document]
-        others = others or [d for d in packages[document.package] if d is not document]
-        if others and labels:
-            source = document if labels[-1] == "yes" else rng.choice(others)
-            premise, hypothesis = " ".join(premises[document]), rng.choice(later[source])
-            yield {"premise": premise, "hypothesis": hypothesis, "label": labels.pop()}
-
-
-def inflected(word: str, kind: str) -> list[str]:
-    """A regular verb in its four forms, a noun in its two, another word as it is."""
-    y = re.search("[^aeiou]y$", word) is not None
-    s = word[:-1] + "ies" if y else word + ("es" if word.endswith(("s", "sh", "ch")) else "s")
-    stem = word.removesuffix("e")
-    forms = [word, s, word[:-1] + "ied" if y else stem + "ed", stem + "ing"]
-    return forms[: {"verb": 4, "noun": 2, "other": 1}[kind]]
-
-
-def meanings() -> dict[str, tuple[list[str], list[str]]]:
-    """By word of the table: those of its meaning, itself among them, and those of the other."""
-    table = {}
-    for kind, entries in ("verb", VERBS), ("noun", NOUNS), ("other", OTHERS):
-        for entry in entries.split(";"):
-            words = (inflected(word, kind) for word in entry.replace("|", " ").split())
-            for a, b, c, d in zip(*([form.replace("_", " ") for form in forms] for forms in words)):
-                table |= {a: ([a, b], [c, d]), b: ([a, b], [c, d]), c: ([c, d], [a, b]), d: ([c, d], [a, b])}
-    return table
-
-
-def paraphrase_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
-    table = meanings()
-    words = "|".join(sorted(table, key=len, reverse=True))  # the longest first: "for example" before "example"
-    pattern = re.compile(rf"(?<![\w.-])(?:(a)n? )?({words})(?![\w-]|\.\w)", re.IGNORECASE)
-    used: Counter[tuple[str, str]] = Counter()  # a label and a meaning
-
-    def allowed(place: re.Match) -> bool:
-        """Whether a meaning stays about as frequent as the other, so that a word alone tells nothing of the label."""
-        own, other = table[place[2].lower()]
-        return used[labels[-1], own[0]] <= used[labels[-1], other[0]]
-
-    def put(sentence: str, place: re.Match, new: str) -> str:
-        new = new[0].upper() + new[1:] if place[2][0].isupper() else new
-        article = place[1] + ("n " if re.match("[aeio]|u(?!s|ni)", new) else " ") if place[1] else ""
-        return sentence[: place.start()] + article + new + sentence[place.end() :]
-
-    labels = balanced(["same", "different"], size, rng)
-    for sentence in (s for document in documents for s in document.sentences if s in usable):
+    for sentence in (s for document in documents for s in document.sentences if s in usable and len(s.split()) >= 12):
         if not labels:
             return
-        places = [place for place in pattern.finditer(sentence) if allowed(place)]
-        if len(places) < PLACES[0]:
+        words, end = sentence[:-1].split(), sentence[-1]
+        first, rest = words[: len(words) // 2], words[len(words) // 2 :]
+        if labels[-1] == "no":
+            shuffled = rng.sample(rest, len(rest))
+            if shuffled == rest:
+                continue
+            rest = shuffled
+        yield {"premise": " ".join(first), "hypothesis": " ".join(rest) + end, "label": labels.pop()}
+
+
+def related_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
+    there = [document for document in documents if opening(document, usable, 1)]
+    files = grouped(there, lambda document: document.file)
+    elsewhere = {package: [d for d in there if d.package != package] for package in {d.package for d in there}}
+    labels = balanced(["yes", "no"], size, rng)
+    for document in there:
+        same = [d for d in files[document.file] if d is not document]
+        if not labels or not same:
             continue
-        texts = [sentence, sentence]
-        chosen = rng.sample(places, min(len(places), rng.randint(*PLACES)))
-        for place in sorted(chosen, key=lambda place: -place.start()):  # from the end, so that places stay
-            own, other = table[place[2].lower()]
-            used[labels[-1], own[0]] += 1
-            pair = rng.sample(own, 2) if labels[-1] == "same" else [rng.choice(own), rng.choice(other)]
-            texts = [put(text, place, word) for text, word in zip(texts, pair)]
-        rng.shuffle(texts)
+        other = rng.choice(same if labels[-1] == "yes" else elsewhere[document.package])
+        texts = [" ".join(opening(d, usable, 2)) for d in (document, other)]
         yield {"text_a": texts[0], "text_b": texts[1], "label": labels.pop()}
 
 
@@ -380,23 +293,21 @@ def next_sentence_items(documents: list[Document], usable: set[str], size: int, 
     triples = [(d, *(d.sentences[i : i + 3])) for d in documents for i in range(0, len(d.sentences) - 2, 3)]
     triples = [triple for triple in triples if usable.issuperset(triple[1:])]
     rng.shuffle(triples)
-    packages = grouped(triples, lambda triple: triple[0].package)
+    last = sorted({triple[3] for triple in triples}, key=lambda sentence: (len(sentence), sentence))
     labels = balanced(range(4), size, rng)
     for document, first, second, true in triples:
-        others = {triple[3] for triple in packages[document.package] if triple[0] is not document}
-        shorter = sorted((s for s in others if len(s) <= len(true)), key=lambda s: (-len(s), s))
-        longer = sorted((s for s in others if len(s) > len(true)), key=lambda s: (len(s), s))
-        if len(others) >= 3 and labels:
-            n_shorter = rng.randint(max(0, 3 - len(longer)), min(3, len(shorter)))
-            options = rng.sample(shorter[:6], n_shorter) + rng.sample(longer[:6], 3 - n_shorter)
+        if not labels:
+            return
+        place = last.index(true)
+        near = [s for s in last[max(0, place - 8) : place + 9] if s != true and s not in document.sentences]
+        if len(near) >= 3:
+            options = rng.sample(near, 3)
             rng.shuffle(options)
             options.insert(labels[-1], true)
             yield {"context": f"{first} {second}", "options": options, "label": labels.pop()}
 
 
-TASKS = dict(
-    package=package_items, follows=follows_items, paraphrase=paraphrase_items, next_sentence=next_sentence_items
-)
+TASKS = dict(package=package_items, follows=follows_items, related=related_items, next_sentence=next_sentence_items)
 
 
 def labelled_sets(documents: list[Document], sizes: dict[str, int], seed: int) -> dict[str, dict[str, list[dict]]]:
