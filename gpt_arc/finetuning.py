@@ -1,5 +1,7 @@
 """What fine-tuning and its use share: encoded examples, batches of them, predictions and how good those are."""
 
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +33,11 @@ class Encoded(NamedTuple):
     def lengths(self) -> np.ndarray:
         """The longest sequence of each example, in tokens."""
         return np.array([max(map(len, sequences)) for sequences in self.sequences])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all tokens and labels."""
+        return hashlib.sha256(json.dumps([self.sequences, self.labels]).encode()).hexdigest()
 
     def batch(self, rows: Sequence[int]) -> Batch:
         return make_batch([self.sequences[row] for row in rows], [self.labels[row] for row in rows])
@@ -176,16 +183,12 @@ def confusion_table(matrix: Sequence[Sequence[int]], classes: Sequence[str], mos
     return table([["true \\ predicted", *names], *([name, *row] for name, row in zip(names, matrix))])
 
 
-def prediction_lines(predictions: Predictions, encoded: Encoded, config: ClassifierConfig) -> Iterator[dict[str, Any]]:
-    """What is written of each example: its prediction, the probabilities, and its label where it has one."""
-    for example, known, logits, number, probabilities in zip(
-        encoded.examples, encoded.labels, predictions.logits, predictions.classes, predictions.probabilities
-    ):
-        label = {} if example.label is None else {"label": example.label if config.classes else known}
+def prediction_lines(predictions: Predictions, config: ClassifierConfig) -> Iterator[dict[str, Any]]:
+    """What is written of each example: its class, option or value, and the probabilities of classes or options."""
+    for logits, number, probabilities in zip(predictions.logits, predictions.classes, predictions.probabilities):
         if config.is_regression:
-            yield {"prediction": logits[0], **label}
+            yield {"prediction": logits[0]}
         elif config.classes is None:
-            yield {"prediction": number, "probabilities": probabilities, **label}
+            yield {"prediction": number, "probabilities": probabilities}
         else:
-            named = dict(zip(config.classes, probabilities))
-            yield {"prediction": config.classes[number], "probabilities": named, **label}
+            yield {"prediction": config.classes[number], "probabilities": dict(zip(config.classes, probabilities))}

@@ -72,8 +72,8 @@ class SpecialTokens(NamedTuple):
 def read_examples(path: Path, task: Task, columns: Columns, labelled: bool = True) -> list[Example]:
     """The examples of a .jsonl, .csv or .tsv file, whose first line names the columns of the latter two.
 
-    Without `labelled` a missing label is None. Raises UserError naming file and line of the first row that isn't one,
-    and how many more there are.
+    Without `labelled` labels are not looked at, and None. Raises UserError naming file and line of the first row that
+    isn't one, and how many more there are.
     """
     examples, first, bad = [], None, 0
     for place, row in _rows(path):
@@ -91,20 +91,24 @@ def read_examples(path: Path, task: Task, columns: Columns, labelled: bool = Tru
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Place and content of each row; None for a line of JSON that is no object. Raises UserError."""
-    if path.suffix not in FORMATS:
+    kind = path.suffix.lower()
+    if kind not in FORMATS:
         raise UserError(f"{path}: labelled examples are read from {', '.join(FORMATS)} files")
     csv.field_size_limit(1 << 30)
     try:
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            if path.suffix == ".jsonl":
+        with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
+            if kind == ".jsonl":
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield f"{path}, line {number}", _json_object(line)
                 return
             # a .tsv has no quotation marks of its own, as GLUE's files have none
-            style = {"dialect": "excel"} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            style = {"dialect": "excel"} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             reader = csv.reader(file, **style)
             columns, before = next(reader, []), reader.line_num
+            twice = next((name for name in columns if columns.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns have the name {twice!r}")
             for cells in reader:
                 if cells:
                     row = dict(itertools.zip_longest(columns, cells[: len(columns)]))
@@ -140,16 +144,17 @@ def _example(row: dict[str, Any] | None, task: Task, columns: Columns, labelled:
         texts = (context, *_options(row, columns.options))
     else:
         texts = (first,) if task == "classification" else (first, _text(row, columns.text_b))
+    if not labelled:
+        return Example(texts, None, place)
     value = row.get(columns.label)
     if value is None or isinstance(value, str) and not value.strip():
-        if labelled:
-            raise ValueError(_absent(row, columns.label))
-        return Example(texts, None, place)
+        raise ValueError(_absent(row, columns.label))
     if isinstance(value, bool):
         value = json.dumps(value)
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"{columns.label} = {_shown(value)} is neither a text nor a number")
-    label = str(value).strip()
+    whole = isinstance(value, float) and value.is_integer()
+    label = str(int(value) if whole else value).strip()
     if task == "multiple_choice":
         label = str(_option_number(label, texts[1:], columns.options))
     return Example(texts, label, place)

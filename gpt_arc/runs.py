@@ -36,7 +36,7 @@ CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "report.json", "last", "
 def newest_run(name: str | None = None) -> Path:
     """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
     found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
-    found = [link for link in found if (link.parent / "config.toml").exists()]  # a run of train.py
+    found = [link for link in found if stage_of(link.parent) == "train"]
     for link in sorted(found, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
         with contextlib.suppress(UserError):  # a damaged run is none to go on with
             if name is None or read_record(link.parent)[0] == name:
@@ -67,10 +67,12 @@ class Lock:
             os.close(self._descriptor)
 
 
-def claim_new(out_dir: str | None, name: str, overwrite: bool, resume: str = "--init_from=resume") -> tuple[Path, Lock]:
+def claim_new(
+    out_dir: str | None, name: str, overwrite: bool, stage: str = "train", resume: str = "--init_from=resume"
+) -> tuple[Path, Lock]:
     """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
 
-    Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run it holds.
+    Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run of the same `stage` it holds.
     """
     if out_dir is not None:
         directory = _made(Path(out_dir))
@@ -78,6 +80,8 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool, resume: str = "--
         if any(directory.iterdir()):
             if not (directory / "run.json").exists():
                 raise UserError(f"out_dir = {out_dir} is in use, and not by a run: name another")
+            if stage_of(directory) != stage:
+                raise UserError(f"out_dir = {out_dir} holds a run of {stage_of(directory)}.py: name another")
             if not overwrite:
                 raise UserError(
                     f"out_dir = {out_dir} is in use: go on with it by {resume}, delete the run it holds by "
@@ -95,6 +99,13 @@ def claim_new(out_dir: str | None, name: str, overwrite: bool, resume: str = "--
         with contextlib.suppress(UserError):  # held by a run that has written nothing yet
             return directory, Lock(directory)
     raise AssertionError("unreachable")
+
+
+def stage_of(run: Path) -> str:
+    """The name of the script that a run folder is of."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((run / "run.json").read_text()).get("stage", "train")
+    return "train"
 
 
 def _made(directory: Path) -> Path:

@@ -3,8 +3,8 @@
     scores = score_continuations(model.eval(), [Request(context, continuation), ...])
     scores = score_continuations(model.eval(), rolling_windows(tokens, prefix, 1024, 512))    # a text of any length
 
-Requests of equal context read it once: its keys and values serve all of their continuations. Logits are computed only
-of what is scored.
+Requests of equal context read it once, as long as they fit into a batch: its keys and values serve all of their
+continuations. Logits are computed only of what is scored.
 """
 
 from collections import defaultdict
@@ -51,7 +51,7 @@ def truncated(request: Request, block_size: int) -> tuple[int, ...]:
     The continuation's last token isn't read, so that block_size + 1 tokens are kept in all. Raises ValueError where the
     continuation alone is longer than block_size, or something is empty.
     """
-    if not request.context or not request.continuation:
+    if not len(request.context) or not len(request.continuation):
         raise ValueError("a request needs a token of context and one of continuation at least")
     if len(request.continuation) > block_size:
         raise ValueError(f"a continuation of {len(request.continuation)} tokens exceeds the context of {block_size}")
@@ -67,7 +67,7 @@ def rolling_windows(
     - stride tokens before them and more as context: always the block_size tokens up to the last one scored. With
     stride = block_size these are the windows of EleutherAI's lm-evaluation-harness.
     """
-    stride = stride or block_size
+    stride = block_size if stride is None else stride
     if not 1 <= stride <= block_size:
         raise ValueError(f"stride = {stride} must lie between 1 and the context, {block_size}")
     if len(tokens):
@@ -87,15 +87,17 @@ def score_continuations(
 ) -> list[Score]:
     """The score of each request, in their order, by `model` in eval mode.
 
-    `batch_tokens` bounds what is read at once, padding included, where a single sequence isn't longer; `dtype` is that
-    of matrix products. A context too long to be read with its continuation loses its beginning, see `truncated`.
+    `batch_tokens` bounds what is read at once, each context counted with each continuation and padding included, where
+    a single sequence isn't longer; `dtype` is that of matrix products. A context too long to be read with its
+    continuation loses its beginning, see `truncated`.
     """
     by_context: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = defaultdict(list)
     count = 0
     for number, request in enumerate(requests):
         by_context[truncated(request, model.config.block_size)].append((number, request.continuation))
         count += 1
-    groups = sorted((Group(*item) for item in by_context.items()), key=lambda group: group.length, reverse=True)
+    groups = [piece for item in by_context.items() for piece in _pieces(Group(*item), batch_tokens)]
+    groups.sort(key=lambda group: group.length, reverse=True)
     scores: list[Score | None] = [None] * count
     bar = tqdm(total=count, desc=progress, unit="request", leave=False, disable=None if progress else True)
     with runtime.autocast(_device(model), dtype):
@@ -109,6 +111,16 @@ def score_continuations(
 
 def _device(model: GPT) -> torch.device:
     return model.token_embedding.weight.device
+
+
+def _pieces(group: Group, batch_tokens: int) -> Iterator[Group]:
+    """The group, the longest continuations first, cut where they come to more than `batch_tokens`."""
+    continuations = sorted(group.continuations, key=lambda item: len(item[1]), reverse=True)
+    start = 0
+    while start < len(continuations):
+        end = start + max(batch_tokens // Group(group.context, continuations[start : start + 1]).length, 1)
+        yield Group(group.context, continuations[start:end])
+        start = end
 
 
 def _batches(groups: Sequence[Group], batch_tokens: int) -> Iterator[list[Group]]:
@@ -127,39 +139,43 @@ def _batches(groups: Sequence[Group], batch_tokens: int) -> Iterator[list[Group]
 
 
 def _score_batch(model: GPT, groups: list[Group]) -> Iterator[tuple[int, Score]]:
-    """Read each context once, and then, from a copy of its keys and values, each of its continuations."""
+    """Read each context once, and then, from a copy of its keys and values, each of its continuations.
+
+    Where contexts are a small part of it all, each sequence is read as a whole: that takes one pass, without masks.
+    """
     device = _device(model)
     rows = [(g, number, tokens) for g, group in enumerate(groups) for number, tokens in group.continuations]
     targets = [torch.tensor(tokens, device=device) for _, _, tokens in rows]
-    shared = len(rows) > len(groups)
-    # what is read first: the contexts, or where none is shared, all but the last token of everything
-    read = [list(group.context) + ([] if shared else list(group.continuations[0][1][:-1])) for group in groups]
-    lengths = torch.tensor([len(group.context) for group in groups], device=device)
-    tokens = pad_sequence([torch.tensor(row, device=device) for row in read], batch_first=True)
-    if not shared:
-        hidden = model.hidden(tokens)
-        found = [row[start - 1 : start - 1 + len(own)] for row, start, own in zip(hidden, lengths.tolist(), targets)]
+    slots = max(group.length for group in groups)
+    longest = max(len(own) for own in targets) - 1  # tokens that are read of a continuation
+    read_once = len(groups) * max(len(group.context) for group in groups) + len(rows) * longest
+    if read_once > 0.9 * len(rows) * slots:
+        whole = _padded([[*groups[g].context, *own[:-1]] for g, _, own in rows], device)
+        hidden = model.hidden(whole)
+        starts = [len(groups[g].context) - 1 for g, _, _ in rows]
+        found = [row[start : start + len(own)] for row, start, own in zip(hidden, starts, targets)]
         yield from _scored(model, rows, targets, found)
         return
-    longest = max(len(own) for own in targets) - 1  # tokens that are read of a continuation
-    slots = tokens.size(1) + longest
-    cache = _empty_cache(model, len(groups), slots)
-    hidden = model.hidden(tokens, cache=cache)
-    last = hidden[
-        torch.arange(len(groups), device=device), lengths - 1
-    ]  # (G, C), from which first tokens are predicted
+    contexts = _padded([group.context for group in groups], device)
+    cache = _empty_cache(model, len(groups), slots) if longest else None
+    hidden = model.hidden(contexts, cache=cache)
     owner = torch.tensor([g for g, _, _ in rows], device=device)
-    found = [last[g : g + 1] for g, _, _ in rows]
-    if longest:
+    ends = torch.tensor([len(group.context) - 1 for group in groups], device=device)[owner]  # (R,)
+    found = hidden[owner, ends].split(1)  # first tokens are predicted from these
+    if cache is not None:
         # a shorter row reads its last token again and again, which keeps the same keys and values at the same place
         sizes = torch.tensor([len(own) for own in targets], device=device)
         steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, longest)
-        before = torch.stack([tokens[g, start - 1] for g, start in zip(owner.tolist(), lengths[owner].tolist())])
-        sequences = torch.cat((before[:, None], pad_sequence(targets, batch_first=True)), dim=1)
-        copies = [KVCache(of.keys[owner], of.values[owner], lengths[owner][:, None] - 1 + steps) for of in cache]
+        sequences = torch.cat((contexts[owner, ends][:, None], pad_sequence(targets, batch_first=True)), dim=1)
+        copies = [KVCache(of.keys[owner], of.values[owner], ends[:, None] + steps) for of in cache]
         continued = model.hidden(sequences.gather(1, steps), cache=copies)
         found = [torch.cat((first, row[: len(own) - 1])) for first, row, own in zip(found, continued, targets)]
     yield from _scored(model, rows, targets, found)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Token ids (rows, longest) int64, with 0 where a row has ended."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
 
 def _empty_cache(model: GPT, rows: int, slots: int) -> list[KVCache]:
@@ -179,9 +195,9 @@ def _scored(
     at_once = max(logits_at_once(hidden.device.type) // model.config.vocab_size, 1)
     logs, greedy = [], []
     for states, own in zip(hidden.split(at_once), wanted.split(at_once)):
-        log_probabilities = model.logits(states).float().log_softmax(-1)
-        logs.append(log_probabilities.gather(1, own[:, None])[:, 0])
-        greedy.append(log_probabilities.argmax(-1) == own)
+        logits = model.logits(states).float()
+        logs.append(logits.log_softmax(-1).gather(1, own[:, None])[:, 0])
+        greedy.append(logits.argmax(-1) == own)
     sizes = [len(own) for own in targets]
     for (_, number, _), log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
         yield number, Score(log.sum().item(), bool(right.all()), len(log))

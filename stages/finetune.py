@@ -27,7 +27,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gpt_arc import data, runs, runtime
+from gpt_arc import data, distributed, runs, runtime
 from gpt_arc.checkpoint import clean_run, load_model, load_state, save_checkpoint
 from gpt_arc.classifier import (
     Classifier,
@@ -56,7 +56,7 @@ from gpt_arc.finetuning import (
     table,
 )
 from gpt_arc.flags import parse_flags
-from gpt_arc.labelled import Columns, Example, Task, classes_of, read_examples
+from gpt_arc.labelled import Columns, Example, Task, classes_of, label_value, read_examples
 from gpt_arc.lora import add_adapters
 from gpt_arc.lstm import LSTM
 from gpt_arc.metrics import MetricsLog
@@ -81,7 +81,9 @@ class Options:
     test: Path | None = None
     """Examples to measure the best epoch on."""
     predict: Path | None = None
-    """Examples to predict labels of, into a file NAME.predictions.jsonl in the current folder."""
+    """Examples to predict labels of; labels that they have are not looked at."""
+    output: Path | None = None
+    """The file of the predictions. None: NAME.predictions.jsonl in the current folder, NAME being that of predict."""
     classify: tuple[str, ...] = ()
     """The texts of one example, to print its prediction: a text; two texts; or a context and its options."""
     task: Task = "classification"
@@ -153,7 +155,7 @@ class Options:
     out_dir: str | None = None
     """Folder of the run. None: out/finetune, or out/finetune-2, -3 ... where that is taken."""
     overwrite: bool = False
-    """Delete the run that out_dir holds and start anew."""
+    """Delete the run that out_dir holds and start anew; replace a file of predictions."""
     resume: bool = False
     """Go on with the run folder named as the model, as it was started; only the device may be another."""
 
@@ -162,8 +164,8 @@ class Options:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
-        for name in ("val_fraction", "classifier_dropout", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
+        for name in ("val_fraction", "classifier_dropout", "dropout", "beta1", "beta2"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
         for name in ("weight_decay", "grad_clip", "language_weight", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
@@ -185,8 +187,6 @@ class Options:
             raise ValueError("numbers = True is for labels on a scale; multiple_choice has options")
         if (self.lstm_dataset is None) != (self.lstm_iters == 0) or self.lstm_iters and not self.lstm:
             raise ValueError("lstm_dataset and lstm_iters go together, with lstm = True")
-        if not (self.train or self.test or self.predict or self.classify or self.resume):
-            raise ValueError("there is nothing to do: name --train, --test, --predict or --classify")
 
     def columns(self, usual: Columns) -> Columns:
         """The columns named, in the place of the usual ones."""
@@ -213,6 +213,8 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
         for name in ("train", "val", "test")
         if getattr(options, name)
     }
+    for example in splits["train"] if options.numbers else ():
+        label_value(example)  # what is wrong is told of the first line that it is wrong in
     if "val" not in splits and (held_out := round(options.val_fraction * len(splits["train"]))):
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(splits["train"]), generator=generator).tolist()
@@ -223,13 +225,18 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
     return splits
 
 
-def build(options: Options, examples: list[Example]) -> tuple[Classifier, Tokenizer]:
+def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tuple[str, ...] | None:
+    """The classes of the training file by name; None for options and numbers. Raises UserError for a single one."""
+    if options.task == "multiple_choice" or options.numbers:
+        return None
+    classes = classes_of(splits["train"] + ([] if options.val else splits.get("val", [])))
+    if len(classes) < 2:
+        raise UserError(f"{options.train}: every example has the label {classes[0]!r}: there is nothing to learn")
+    return classes
+
+
+def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier, Tokenizer]:
     """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
-    classes = None
-    if options.task != "multiple_choice" and not options.numbers:
-        classes = classes_of(examples)
-        if len(classes) < 2:
-            raise UserError(f"{options.train}: every example has the label {classes[0]!r}: there is nothing to learn")
     if is_classifier(options.model):
         trained, tokenizer = load_classifier(options.model)
         trunk, special = trained.trunk, trained.config.special
@@ -296,10 +303,14 @@ def train(options: Options, resumed: Path | None) -> int:
     device = runtime.resolve_device(options.device)
     dtype = runtime.resolve_dtype(options.dtype, device)
     examples = read_splits(options)
-    classifier, tokenizer = build(options, examples["train"])
+    if options.predict:
+        read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
+        predictions_file(options)
+    classifier, tokenizer = build(options, classes_to_learn(options, examples))
     config = classifier.config
     splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
     training, lengths = splits["train"], splits["train"].lengths
+    fingerprint = training.fingerprint
     per_update = options.batch_size * options.gradient_accumulation_steps
     updates_per_epoch = math.ceil(len(training) / per_update)
     updates = updates_per_epoch * options.epochs
@@ -317,7 +328,9 @@ def train(options: Options, resumed: Path | None) -> int:
     if resumed:
         run, lock = resumed, runs.Lock(resumed)
     else:
-        run, lock = runs.claim_new(options.out_dir, "finetune", options.overwrite, "--resume=True")  # noqa: F841  by name
+        if options.out_dir and Path(options.out_dir).resolve() in (Path(options.model) / "model").resolve().parents:
+            raise UserError(f"out_dir = {options.out_dir} holds the model to start from: name another")
+        run, lock = runs.claim_new(options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True")  # noqa: F841  by name
         write_record(run, options)
     print(f"run            {run}", flush=True)
 
@@ -329,9 +342,9 @@ def train(options: Options, resumed: Path | None) -> int:
     updater = Updater(classifier, adam, device, dtype)
     torch.manual_seed(options.seed)
     progress = Progress()
-    if resumed:
+    if resumed and (run / "last").exists():
         state = load_state(run / "last")
-        if state["data"] != [len(training), updates]:
+        if state["data"] != fingerprint:
             raise UserError(f"{run} was started on other examples: start a new run")
         progress = Progress(**state["progress"])
         clean_run(run, progress.step, progress.best_step)
@@ -340,6 +353,7 @@ def train(options: Options, resumed: Path | None) -> int:
         runtime.set_rng_state(state["generators"], device)
         del state
     log, stop = MetricsLog(run, progress.step), StopSignal()
+    main_metric = "pearson" if config.is_regression else "accuracy"
 
     def save() -> None:
         state = {
@@ -348,7 +362,7 @@ def train(options: Options, resumed: Path | None) -> int:
             "learned": {name: p.detach() for name, p in classifier.named_parameters() if p.requires_grad},
             "generators": runtime.rng_state(device),
             "runtime": {"device": device.type, "dtype": dtype},
-            "data": [len(training), updates],
+            "data": fingerprint,
         }
         write = partial(save_classifier, classifier, tokenizer)
         save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all=False)
@@ -358,7 +372,7 @@ def train(options: Options, resumed: Path | None) -> int:
         return predictions, {**metrics_of(predictions, config), **predictions.losses}
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. Losses are sums over examples, divided by the examples of an update.
+    # The training loop. The best epoch is that of the highest metric, the lower loss deciding between equals. Losses are sums over examples, divided by the examples of an update.
     language = options.language_weight > 0 and not options.freeze_trunk
     bar = tqdm(total=updates, initial=progress.step, unit="update", disable=None)
     not_finite = 0  # updates in a row
@@ -395,6 +409,8 @@ def train(options: Options, resumed: Path | None) -> int:
             log.write({"step": progress.step, "task_loss": sums[0] / count, "language_loss": sums[1] / count, **rates})
             bar.set_postfix_str(f"loss {sums[0] / count:.4f}")
             bar.update()
+            if bar.disable and progress.step % max(1, updates // 20) == 0:
+                print(f"update {progress.step:,} of {updates:,}: loss {sums[0] / count:.4f}", flush=True)
         if progress.step < (epoch + 1) * updates_per_epoch:
             break
 
@@ -406,11 +422,11 @@ def train(options: Options, resumed: Path | None) -> int:
         if "val" in splits:
             metrics = measured(splits["val"])[1]
             line |= {f"val_{name}": value for name, value in metrics.items()}
-            correctness = metrics["pearson" if config.is_regression else "accuracy"]
+            correctness = metrics[main_metric]
             merit = [-1.0 if correctness is None else correctness, -metrics["loss"]]
         if merit > progress.best:
             progress.best, progress.best_step = merit, progress.step
-        progress.epochs.append(line | {"seconds": seconds, "examples_per_second": len(training) / seconds})
+        progress.epochs.append(line | {"examples_per_second": len(training) / seconds})
         progress.sums = [0.0, 0.0, 0.0]
         log.write({"step": progress.step, **progress.epochs[-1]})
         names = list(progress.epochs[-1])
@@ -435,7 +451,8 @@ def train(options: Options, resumed: Path | None) -> int:
         predictions, report["test"] = measured(splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
     write_file(run / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(f"epoch {report['best_epoch']} is the best: {run}/best")
+    by = f" by {main_metric} on the val split" if "val" in splits else ", the last"
+    print(f"kept epoch {report['best_epoch']}{by}: {run}/best")
     if options.predict or options.classify:
         use(dataclasses.replace(options, model=str(run), test=None))
     return 0
@@ -443,7 +460,11 @@ def train(options: Options, resumed: Path | None) -> int:
 
 def write_record(run: Path, options: Options) -> None:
     """run.json: the options that the run was started with."""
-    content = {"config": "finetune", "overrides": {}, "options": dataclasses.asdict(options)}
+    recorded = dataclasses.asdict(options)
+    recorded |= {name: value.resolve() for name, value in recorded.items() if isinstance(value, Path)}
+    if Path(options.model).exists():
+        recorded["model"] = Path(options.model).resolve()
+    content = {"stage": "finetune", "config": "finetune", "overrides": {}, "options": recorded}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
 
 
@@ -452,13 +473,13 @@ def recorded_options(run: Path) -> Options:
     path = run / "run.json"
     try:
         content = json.loads(path.read_text())["options"]
-        content |= {name: Path(content[name]) for name in ("train", "val", "test", "predict") if content[name]}
+        content |= {
+            name: Path(content[name]) for name in ("train", "val", "test", "predict", "output") if content[name]
+        }
         content |= {name: tuple(content[name]) for name in ("options", "classify")}
         return Options(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run} is not a run of finetune.py that could go on: {type(error).__name__}: {error}"
-        ) from None
+        raise UserError(f"{run} is not a run of finetune.py that could go on ({path}: {error})") from None
 
 
 def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
@@ -468,6 +489,14 @@ def show_test(predictions: Predictions, metrics: dict[str, float | None], config
     if matrix:
         print(confusion_table(matrix, config.classes))
     return matrix
+
+
+def predictions_file(options: Options) -> Path:
+    """Where predictions go. Raises UserError if something is there already."""
+    path = options.output or Path(f"{options.predict.stem}.predictions.jsonl")
+    if path.exists() and not options.overwrite:
+        raise UserError(f"{path} is there already: name another --output, or add --overwrite=True")
+    return path
 
 
 def use(options: Options) -> None:
@@ -490,29 +519,46 @@ def use(options: Options) -> None:
         show_test(predictions, {**metrics_of(predictions, config), **predictions.losses}, config)
     if options.predict:
         encoded, predictions = predicted(read_examples(options.predict, config.task, columns, labelled=False))
-        path = Path(f"{options.predict.stem}.predictions.jsonl")
-        lines = prediction_lines(predictions, encoded, config)
+        path = predictions_file(options)
+        lines = prediction_lines(predictions, config)
         write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{path}: {len(encoded):,} predictions")
     if options.classify:
         needed = {"classification": 1, "multiple_choice": 3}.get(config.task, 2)
         given = len(options.classify)
         if given < needed or given > needed and config.task != "multiple_choice":
-            raise UserError(f"--classify: {config.task} takes {needed} texts, each in quotation marks, not {given}")
+            wanted = {1: "one text", 2: "two texts", 3: "a context and two options or more"}[needed]
+            raise UserError(f"--classify: {config.task} takes {wanted}, each in quotation marks, not {given}")
         encoded, predictions = predicted([Example(options.classify, None, "--classify")])
-        print(json.dumps(next(prediction_lines(predictions, encoded, config)), ensure_ascii=False))
+        print(json.dumps(next(prediction_lines(predictions, config)), ensure_ascii=False))
+
+
+USE = {"model", "test", "predict", "output", "overwrite", "classify", "text_a", "text_b", "options", "label"}
+USE |= {"batch_size", "device", "dtype"}  # the options that using a model has
+
+
+def refuse_others(options: Options, allowed: set[str], why: str) -> None:
+    """Raises UserError for an option that is set and not `allowed`."""
+    for one in dataclasses.fields(Options):
+        if one.name not in allowed | {"model"} and getattr(options, one.name) != one.default:
+            raise UserError(f"--{one.name} {why}")
 
 
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    resumed = None
+    if distributed.WORLD_SIZE > 1:
+        raise UserError("fine-tuning runs in one process: start it by python, not by torchrun")
     if options.resume:
-        resumed = Path(options.model)
-        options = dataclasses.replace(recorded_options(resumed), device=options.device, resume=True)
-    if options.train is None:
-        use(options)
-        return 0
-    return train(options, resumed)
+        refuse_others(options, {"resume", "device"}, "can't be changed: --resume=True goes on as the run was started")
+        run = Path(options.model)
+        return train(dataclasses.replace(recorded_options(run), device=options.device, resume=True), run)
+    if options.train is not None:
+        return train(options, None)
+    if not (options.test or options.predict or options.classify):
+        raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
+    refuse_others(options, USE, "is for training, and there is no --train")
+    use(options)
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ def finished(path, name, config=None):
     step = path / "out" / name / "step-00000001"
     step.mkdir(parents=True)
     (step / "config.json").touch()
-    (step.parent / "config.toml").touch()
     (step.parent / "run.json").write_text(json.dumps({"config": config or name, "overrides": {}}))
     time.sleep(0.02)
     (step.parent / "last").symlink_to(step.name)
@@ -31,7 +30,9 @@ def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
     finished(tmp_path, "z")
     assert runs.newest_run().name == "z"
     finished(tmp_path, "finetune")
-    (tmp_path / "out" / "finetune" / "config.toml").unlink()  # a fine-tuned model is no run of train.py
+    (tmp_path / "out" / "finetune" / "run.json").write_text(json.dumps({"stage": "finetune"}))
+    with pytest.raises(UserError, match="holds a run of finetune.py"):
+        runs.claim_new("out/finetune", "a", overwrite=True)
     assert runs.newest_run().name == "z"
     with pytest.raises(UserError, match="there is no run of b"):
         runs.newest_run("b")
