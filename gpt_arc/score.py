@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from gpt_arc import runtime
+from gpt_arc.tokenizer import Tokenizer
 from model import GPT, KVCache, logits_at_once
 
 
@@ -56,6 +57,19 @@ def truncated(request: Request, block_size: int) -> tuple[int, ...]:
     if len(request.continuation) > block_size:
         raise ValueError(f"a continuation of {len(request.continuation)} tokens exceeds the context of {block_size}")
     return tuple(request.context[-(block_size + 1 - len(request.continuation)) :])
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of what follows it, cut where the tokens of the whole are those of the context.
+
+    White space at the context's end belongs to the continuation, whose first token has it in most tokenizers, and an
+    empty context is the tokenizer's start_token: as in EleutherAI's lm-evaluation-harness. Raises UserError.
+    """
+    end = len(context.rstrip())
+    context, continuation = context[:end], context[end:] + continuation
+    before = tokenizer.encode(context)
+    after = tokenizer.encode(context + continuation)[len(before) :]
+    return before or [tokenizer.start_token], after
 
 
 def rolling_windows(

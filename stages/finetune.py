@@ -372,7 +372,8 @@ def train(options: Options, resumed: Path | None) -> int:
         return predictions, {**metrics_of(predictions, config), **predictions.losses}
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. The best epoch is that of the highest metric, the lower loss deciding between equals. Losses are sums over examples, divided by the examples of an update.
+    # The training loop. Losses are sums over examples, divided by the examples of an update. The best epoch is that of
+    # the highest metric, the lower loss deciding between equals.
     language = options.language_weight > 0 and not options.freeze_trunk
     bar = tqdm(total=updates, initial=progress.step, unit="update", disable=None)
     not_finite = 0  # updates in a row

@@ -1,0 +1,35 @@
+"""Running text from that of old benchmarks, whose words are separated by spaces: what GPT-2 was measured on.
+
+Perplexity by word is counted over the words as they stood (Radford et al. 2019, section 3.1).
+"""
+
+import re
+from collections.abc import Callable
+
+PAIRS = [(r"\( ", "("), (r" \)", ")"), (r"\[ ", "["), (r" \]", "]"), (r'" ([^"\n]*?) "', r'"\1"')]
+
+
+def wikitext(text: str) -> str:
+    """WikiText-2 and -103: `@-@`, `@,@` and `@.@`, headings, and spaces before punctuation."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" = = = ?(.*?) ?= = = ", r" ===\1=== ", text)
+    text = re.sub(r" = = ?(.*?) ?= = ", r" ==\1== ", text)
+    for pattern, spelled in (
+        *PAIRS,
+        (r" ([,.;:!?%])", r"\1"),
+        (r" ('(?:s|t|m|d|re|ve|ll)\b)", r"\1"),
+        (r"s ' ", "s' "),
+    ):
+        text = re.sub(pattern, spelled, text)
+    return text
+
+
+def penn_treebank(text: str) -> str:
+    """Mikolov's Penn Treebank: split contractions, dollars, and spaces before punctuation; <unk> and N stay."""
+    text = re.sub(r" n't\b", "n't", text)
+    for pattern, spelled in ((r" ('(?:s|t|m|d|re|ve|ll)?(?= ))", r"\1"), (r"\$ ", "$"), (r" ([,.;:!?%])", r"\1")):
+        text = re.sub(pattern, spelled, text)
+    return text
+
+
+DETOKENIZERS: dict[str, Callable[[str], str]] = {"none": str, "wikitext": wikitext, "ptb": penn_treebank}
