@@ -6,7 +6,8 @@
 
 A template is text in which {column} stands for a column of the item, {a.b} for the entry b of what column a holds, and
 {text.beginning} and {text.last_word}, {text.before} and {text.after} for the parts of a text beside its last space
-or its blank, written as _. In those of a choice {option} is the option in question. A task's file has the settings of `Task`.
+or its blank, written as _. In those of a choice {option} is the option in question. A task's file has the settings of
+`Task`.
 """
 
 import dataclasses

@@ -330,7 +330,8 @@ def train(options: Options, resumed: Path | None) -> int:
     else:
         if options.out_dir and Path(options.out_dir).resolve() in (Path(options.model) / "model").resolve().parents:
             raise UserError(f"out_dir = {options.out_dir} holds the model to start from: name another")
-        run, lock = runs.claim_new(options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True")  # noqa: F841  by name
+        where = options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True"
+        run, lock = runs.claim_new(*where)  # noqa: F841  by name
         write_record(run, options)
     print(f"run            {run}", flush=True)
 

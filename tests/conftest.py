@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gpt_arc.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.tokenizer import CharTokenizer
@@ -16,6 +17,9 @@ from gpt_arc.tokenizer import CharTokenizer
 ROOT = Path(__file__).parents[1]
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with figures of the CPU
 os.environ["WANDB_MODE"] = "offline"
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes of several threads each would wait for one another's
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 # the smallest real training run, added to a config or the defaults
 TINY_FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=8 --eval_interval=4 --eval_iters=2 "
