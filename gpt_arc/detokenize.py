@@ -9,11 +9,15 @@ from collections.abc import Callable
 PAIRS = [(r"\( ", "("), (r" \)", ")"), (r"\[ ", "["), (r" \]", "]"), (r'" ([^"\n]*?) "', r'"\1"')]
 
 
+def _heading(match: re.Match) -> str:
+    signs = match[2].replace(" ", "")
+    return f"{match[1]}{signs}{match[3]}{signs}{match[4]}"
+
+
 def wikitext(text: str) -> str:
     """WikiText-2 and -103: `@-@`, `@,@` and `@.@`, headings, and spaces before punctuation."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
-    text = re.sub(r" = = = ?(.*?) ?= = = ", r" ===\1=== ", text)
-    text = re.sub(r" = = ?(.*?) ?= = ", r" ==\1== ", text)
+    text = re.sub(r"(?m)^( ?)((?:= )+=) (.+) \2( ?)$", _heading, text)
     for pattern, spelled in (
         *PAIRS,
         (r" ([,.;:!?%])", r"\1"),

@@ -12,6 +12,7 @@ or its blank, written as _. In those of a choice {option} is the option in quest
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import random
@@ -25,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gpt_arc.documents import extra
 from gpt_arc.errors import UserError, first_line
 
 FOLDER = Path(__file__).resolve().parent.parent / "tasks"
@@ -64,7 +66,7 @@ class Task:
     unconditional: str = "Answer:"
     """The context of that."""
     description: str = ""
-    """Template before all demonstrations."""
+    """Template before all demonstrations, of the item asked."""
     separator: str = "\n\n"
     """What stands after a demonstration."""
     stop: list[str] = field(default_factory=lambda: ["\n"])
@@ -100,6 +102,19 @@ class Task:
             raise UserError("a choice needs options")
         if self.kind != "choice" and self.options:
             raise UserError(f"options belong to the kind choice, not to {self.kind}")
+        if isinstance(self.options, list) and (len(self.options) == 1 or not all_texts(self.options)):
+            raise UserError(f"options = {self.options!r} must be two texts or more, or a column's path")
+        if not all_texts(self.stop) or "" in self.stop:
+            raise UserError(f"stop = {self.stop!r} must be texts, none of them empty")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
+        for model, figure in self.published.items():
+            if not isinstance(figure, (int, float)):
+                raise UserError(f"published: {model} = {figure!r} is not a number")
+        try:
+            re.compile(self.extract)
+        except re.error as error:
+            raise UserError(f"extract = {self.extract!r} is no regular expression: {error}") from None
 
     def question(self, item: dict[str, Any]) -> Question:
         """The item's contexts, continuations and answer. Raises UserError naming what it lacks."""
@@ -114,7 +129,7 @@ class Task:
         if isinstance(self.options, list):
             return [filled(option, item) for option in self.options]
         options = looked_up(self.options, item)
-        if not isinstance(options, list) or len(options) < 2 or not all(isinstance(option, str) for option in options):
+        if not isinstance(options, list) or len(options) < 2 or not all_texts(options):
             raise UserError(f"{self.options} = {json.dumps(options)[:60]} is not a list of two texts or more")
         return options
 
@@ -143,13 +158,17 @@ class Task:
         if self.extract:
             found = list(re.finditer(self.extract, said))
             said = found[-1][found[-1].lastindex or 0] if found else ""
-        plain = [" ".join(text.lower().split()).rstrip(".") for text in (said, question.continuations[0])]
+        plain = [" ".join(text.lower().split()).rstrip(" .") for text in (said, question.continuations[0])]
         return plain[0] == plain[1]
 
 
 TYPES = {one.name: str for one in dataclasses.fields(Task)} | {
     "options": (str, list), "answer_from": int, "stop": list, "max_new_tokens": int, "published": dict,
 }  # fmt: skip
+
+
+def all_texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def looked_up(path: str, item: dict[str, Any]) -> Any:
@@ -196,7 +215,7 @@ def load_task(name: str) -> Task:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     fields = {f.name for f in dataclasses.fields(Task)} - {"name"}
-    for key in content.keys() - fields:
+    for key in sorted(content.keys() - fields):
         near = difflib.get_close_matches(key, fields, n=1)
         raise UserError(f"{path}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
     missing = {"title", "kind", "answer"} - content.keys()
@@ -236,12 +255,23 @@ def load_items(task: Task, split: str, local: Path | None, seed: int, count: int
 
 
 def _local_items(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(path).to_pylist()
-    if path.suffix != ".jsonl":
+        try:
+            items = extra("pyarrow.parquet").read_table(path).to_pylist()
+        except (OSError, extra("pyarrow").ArrowException) as error:
+            raise UserError(f"{path} is not readable as parquet: {first_line(error)}") from None
+    elif path.suffix == ".jsonl":
+        items = _json_lines(path)
+    else:
         raise UserError(f"{path}: items are read from .jsonl and .parquet files")
+    if not items:
+        raise UserError(f"{path} holds no items")
+    return items
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
     items = []
     try:
         for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):  # noqa: B007  told below
@@ -250,14 +280,10 @@ def _local_items(path: Path) -> list[dict[str, Any]]:
                 if not isinstance(item, dict):
                     raise ValueError("not a JSON object")
                 items.append(item)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8") from None
     except ValueError as error:
         raise UserError(f"{path}, line {number}: {error}") from None
-    if not items:
-        raise UserError(f"{path} holds no items")
     return items
 
 
@@ -276,7 +302,8 @@ def arithmetic(kind: str, count: int, seed: int, split: str) -> list[dict[str, A
     items: list[dict[str, Any]] = []
     while len(items) < count:
         a, b = (int(number) for number in generator.integers(0, 10 ** int(digits), 2))
-        if ((a * 7919 + b * 104729) % 10 == 0) != (split == "train"):
+        tenth = int.from_bytes(hashlib.sha256(f"{a} {b}".encode()).digest()) % 10
+        if (tenth == 0) != (split == "train"):
             continue
         value = a + b if operation == "addition" else a - b if operation == "subtraction" else a * b
         items.append({"a": a, "b": b, "operation": WORDS[operation], "value": value})
@@ -289,17 +316,20 @@ def demonstrations(
     """`shots` items of the pool as text, drawn by the seed for the item `number`, which is never among them.
 
     `shuffled` gives each a random option, or the answer of a random item: a control for what the format alone teaches
-    (Min et al., arXiv:2202.12837). Raises UserError where there are too few. A pool of other items than those asked has
-    numbers of its own, so there the item of this number is left out in vain.
+    (Min et al., arXiv:2202.12837). Raises UserError where there are too few, or naming one that lacks something. A pool
+    of other items than those asked has numbers of its own, so there the item of this number is left out in vain.
     """
     if shots >= len(pool):
-        raise UserError(f"{task.name}: {shots} demonstrations can't be drawn from {len(pool)} items, one left out")
+        raise UserError(f"{shots} demonstrations can't be drawn from {len(pool)} items, one left out")
     chance = random.Random(f"{seed} {number}")
     texts = []
     for i in [i for i in chance.sample(range(len(pool)), shots + 1) if i != number][:shots]:
-        answer = chance.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
-        of = chance.choice(pool) if shuffled and task.kind != "choice" else None
-        texts.append(task.demonstrated(pool[i], answer, of))
+        try:
+            answer = chance.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
+            of = chance.choice(pool) if shuffled and task.kind != "choice" else None
+            texts.append(task.demonstrated(pool[i], answer, of))
+        except UserError as error:
+            raise UserError(f"item {i + 1} as a demonstration: {error}") from None
     return "".join(texts)
 
 
@@ -308,10 +338,10 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def paired_p_value(first: Sequence[bool], second: Sequence[bool]) -> float:
-    """That two settings are right equally often, by the items on which they differ: McNemar's exact test."""
+def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
+    """That two settings are right (1) equally often, by the items on which they differ: McNemar's exact test."""
     from scipy.stats import binomtest
 
-    better = sum(b and not a for a, b in zip(first, second))
-    worse = sum(a and not b for a, b in zip(first, second))
+    better = sum(b > a for a, b in zip(first, second))
+    worse = sum(a > b for a, b in zip(first, second))
     return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0

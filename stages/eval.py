@@ -3,7 +3,7 @@
     python stages/eval.py gpt2 --tasks lambada hellaswag                      of the Hugging Face hub
     python stages/eval.py out/gpt2 --tasks mine.toml --data mine.jsonl        a task and items of your own
     python stages/eval.py out/gpt2 --tasks addition_2 --shots 0 1 4 16        demonstrations drawn from its train split
-    python stages/eval.py out/gpt2 --tasks boolq --shots 4 --shuffled_answers=True       a control: random answers
+    python stages/eval.py out/gpt2 --tasks sst2 --shots 4 --shuffled_answers=True        a control: random answers
     python stages/eval.py gpt2 --perplexity wiki.test.tokens --detokenizer wikitext --stride 512
     python stages/eval.py out/quickstart --perplexity python_manual           the val split of a prepared dataset
     python stages/eval.py out/gpt2 --tasks hellaswag --checkpoints=True       each checkpoint of a run
@@ -39,7 +39,16 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.generate import generate
 from gpt_arc.sampling import Sampling
 from gpt_arc.score import Request, Score, encode_pair, rolling_windows, score_continuations
-from gpt_arc.tasks import Question, Task, demonstrations, load_items, load_task, paired_p_value, standard_error
+from gpt_arc.tasks import (
+    Question,
+    Task,
+    demonstrations,
+    filled,
+    load_items,
+    load_task,
+    paired_p_value,
+    standard_error,
+)
 from gpt_arc.text_stream import TextStream
 from gpt_arc.tokenizer import Tokenizer
 from model import GPT
@@ -81,8 +90,6 @@ class Options:
     """A file for the results."""
 
     def __post_init__(self):
-        if not self.tasks and not self.perplexity:
-            raise ValueError("there is nothing to do: name --tasks or --perplexity")
         if any(shots < 0 for shots in self.shots) or not self.shots:
             raise ValueError(f"shots = {self.shots} must be numbers of 0 or more")
         for name in ("limit", "stride", "batch_tokens"):
@@ -102,9 +109,12 @@ class Reader(NamedTuple):
     batch_tokens: int
 
     def score(self, texts: Sequence[tuple[str, str]], what: str) -> list[Score]:
-        """Log-probabilities of second texts after first ones."""
+        """Log-probabilities of second texts after first ones. Raises UserError where one is empty or too long."""
         requests = [Request(*encode_pair(self.tokenizer, *pair)) for pair in texts]
-        return score_continuations(self.model, requests, self.batch_tokens, progress=what)
+        try:
+            return score_continuations(self.model, requests, self.batch_tokens, progress=what)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None
 
     def answer(self, prompt: str, task: Task) -> str:
         """What greedy decoding says up to one of the task's stops."""
@@ -145,7 +155,10 @@ def prompts_of(
     for number in asked:
         try:
             shown = demonstrations(task, pool, number, shots, options.seed, options.shuffled_answers)
-            yield task.question(items[number]), task.description + shown
+            question = task.question(items[number])
+            if not all(question.continuations):
+                raise UserError("the answer or an option is empty")
+            yield question, filled(task.description, items[number]) + shown
         except UserError as error:
             raise UserError(f"{task.name}, item {number + 1}: {error}") from None
 
@@ -176,7 +189,7 @@ def measure(task: Task, reader: Reader, options: Options) -> tuple[list[Result],
     """The figures of a task for each number of shots, and a hash of its items. Raises UserError."""
     items = load_items(task, "test", options.data, options.seed, options.limit)
     pool = items
-    if any(options.shots) and (options.train_data or task.generator or (task.train and not options.data)):
+    if any(options.shots) and (options.train_data or ((task.generator or task.train) and not options.data)):
         pool = load_items(task, "train", options.train_data, options.seed)
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(options.seed)).tolist()
     asked = sorted(order[: options.limit])
@@ -197,7 +210,8 @@ def measure(task: Task, reader: Reader, options: Options) -> tuple[list[Result],
         for metric, values in figures.items():
             value, error = sum(values) / len(values), standard_error(values)
             if metric == "perplexity":  # the error of a mean, through the exponential
-                value, error = math.exp(value), math.exp(value) * error
+                value = math.exp(min(value, 700.0))
+                error *= value
             first = next((r for r in results if r.metric == metric), None)
             p_value = None if first is None or metric == "perplexity" else paired_p_value(first.values, values)
             results.append(Result(task.name, shots, metric, value, error, len(values), p_value, values))
@@ -217,11 +231,13 @@ def read(text_or_dataset: str, reader: Reader, options: Options) -> dict[str, fl
             raise UserError(f"there is neither a file {text_or_dataset} nor a prepared dataset of that name")
         if corpus.tokenizer != tokenizer:
             raise UserError(f"{text_or_dataset} was prepared with another tokenizer than the model's: name its text")
-        split = corpus.split("val", reader.model.config.block_size, reader.model.config.vocab_size, False)
+        split = corpus.split("val", 1, reader.model.config.vocab_size, False)  # shorter than the context is fine
         tokens = split.read(0, len(split)).tolist()
         original = tokenizer.decode(tokens)
     if not tokens:
         raise UserError(f"{text_or_dataset} is empty")
+    if options.stride and options.stride > reader.model.config.block_size:
+        raise UserError(f"stride = {options.stride} is more than the model's context, {reader.model.config.block_size}")
     windows = rolling_windows(tokens, tokenizer.start_token, reader.model.config.block_size, options.stride)
     scores = score_continuations(reader.model, windows, reader.batch_tokens, progress=text_or_dataset)
     nats = -math.fsum(score.log_probability for score in scores)
@@ -259,6 +275,10 @@ def weight_hash(directory: Path) -> str:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
+    if not options.tasks and not options.perplexity:  # told here: a misspelled flag comes first
+        raise UserError("there is nothing to do: name --tasks or --perplexity")
+    if options.json and not options.json.parent.is_dir():  # told before hours of work
+        raise UserError(f"there is no folder {options.json.parent} for the results: make it, or name another by --json")
     tasks = [load_task(name) for name in options.tasks]
     device = runtime.resolve_device(options.device)
     dtype = runtime.DTYPES[runtime.resolve_dtype(options.dtype, device)]
