@@ -66,7 +66,7 @@ def _names(cls: type) -> Iterator[str]:
 
 def _unboxed(message: str) -> str:
     """The first part of a message that tyro has drawn a box around, as a sentence."""
-    lines = [line.strip("\u2502| ") for line in message.splitlines()[1:]]  # the latter where the output is ASCII
-    end = next((i for i, line in enumerate(lines) if set(line) <= set("\u2500\u256d\u256e\u256f\u2570-+")), len(lines))
+    lines = [line.strip("\u2502 ") for line in message.splitlines()[1:]]
+    end = next((i for i, line in enumerate(lines) if set(line) <= set("\u2500\u256d\u256e\u256f\u2570")), len(lines))
     words = re.sub(r"^Error parsing [^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
     return words.rstrip(".") + "; --help lists the flags"
