@@ -7,13 +7,12 @@ A classifier's directory is a model directory, which `load_model` reads too, wit
 classifier.safetensors.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt_arc.checkpoint import NothingDrawn, load_config, load_model, model_directory, save_model
+from gpt_arc.checkpoint import load_config, load_model, model_directory, save_model
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.labelled import Columns, SpecialTokens, Task
 from gpt_arc.lora import with_merged_adapters
 from gpt_arc.lstm import LSTM
+from gpt_arc.surgery import with_more_tokens
 from gpt_arc.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, IGNORED
 
@@ -146,37 +146,9 @@ class Classifier(nn.Module):
         return targets.flatten(0, 1), weights.flatten(0, 1)
 
 
-def with_settings(model: GPT, tensors: dict[str, Tensor] | None = None, **settings: Any) -> GPT:
-    """The model, or one of the `tensors`, under a configuration changed by `settings`."""
-    with torch.device("meta"), NothingDrawn():
-        changed = type(model)(dataclasses.replace(model.config, **settings))
-    changed.load_state_dict(tensors or model.state_dict(), assign=True)
-    return changed
-
-
 def with_special_tokens(model: GPT) -> tuple[GPT, SpecialTokens]:
-    """The model with three more tokens, whose embeddings are drawn from N(0, .02) (as finetune-transformer-lm does)."""
-    special, tensors = SpecialTokens.after(model.config.vocab_size), model.state_dict()
-    for name in ("token_embedding.weight",) if model.config.tied_head else ("token_embedding.weight", "head.weight"):
-        new = torch.randn(len(special), model.config.n_embd) * 0.02
-        tensors[name] = torch.cat((tensors[name], new.type_as(tensors[name])))
-    if model.head_bias is not None:
-        tensors["head_bias"] = F.pad(tensors["head_bias"], (0, len(special)))
-    return with_settings(model, tensors, vocab_size=special.extract + 1), special
-
-
-def transfer(model: GPT, blocks: int | None) -> GPT:
-    """The model with its embeddings and first `blocks` blocks alone, all else drawn anew; None: nothing of it.
-
-    With GPT-1's last block goes all that follows it, so that its number of blocks transfers the model as it is.
-    """
-    if blocks == model.config.n_layer:
-        return model
-    fresh = type(model)(model.config)
-    if blocks is not None:
-        kept = ("token_embedding.", "position_embedding.", *(f"blocks.{i}." for i in range(blocks)))
-        fresh.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith(kept)}, strict=False)
-    return fresh
+    """The model with GPT-1's three further tokens."""
+    return with_more_tokens(model, 3), SpecialTokens.after(model.config.vocab_size)
 
 
 def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Path | str) -> None:

@@ -36,8 +36,6 @@ from gpt_arc.classifier import (
     is_classifier,
     load_classifier,
     save_classifier,
-    transfer,
-    with_settings,
     with_special_tokens,
 )
 from gpt_arc.config import Source, TrainingConfig
@@ -62,6 +60,7 @@ from gpt_arc.lstm import LSTM
 from gpt_arc.metrics import MetricsLog
 from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
 from gpt_arc.signals import StopSignal
+from gpt_arc.surgery import transfer, with_settings
 from gpt_arc.tokenizer import Tokenizer
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
