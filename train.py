@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
 from gpt_arc.config import settings_of
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE
-from gpt_arc.errors import UserError, entry_point, mute
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
 from gpt_arc.metrics import human
 from gpt_arc.optim import Updater, learning_rate_at
 from gpt_arc.signals import StopSignal
@@ -46,15 +46,6 @@ class Progress:
     evaluated_step: int = 0
     best_val_loss: float = math.inf
     best_step: int | None = None
-
-
-def say(text: str) -> None:
-    if IS_MAIN:
-        try:
-            tqdm.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:  # whoever read along has gone: the run goes on
-            mute()
 
 
 @torch.no_grad()

@@ -5,19 +5,31 @@ Every function also serves a single process that torchrun did not start.
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, mute
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 IS_MAIN = RANK == 0  # the one process that writes and prints
+
+
+def say(text: str) -> None:
+    """Print a line, above a progress bar if there is one: the main process does, for all."""
+    if IS_MAIN:
+        try:
+            tqdm.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read along has gone: the run goes on
+            mute()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from gpt_arc.documents import read_text
 from gpt_arc.errors import UserError
@@ -27,6 +27,7 @@ from gpt_arc.tokenizer import Tokenizer
 
 Task = Literal["classification", "entailment", "similarity", "multiple_choice"]
 FORMATS = (".jsonl", ".csv", ".tsv")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,30 @@ def read_examples(path: Path, task: Task, columns: Columns, labelled: bool = Tru
     Without `labelled` labels are not looked at, and None. Raises UserError naming file and line of the first row that
     isn't one, and how many more there are.
     """
-    examples, first, bad = [], None, 0
+    return parsed_rows(path, lambda row, place: _example(row, task, columns, labelled, place))
+
+
+def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
+    """What `parse` makes of each row of a file and its place, "FILE, line N"; it raises ValueError for a bad one.
+
+    Raises UserError naming file and line of the first bad row, and how many more there are.
+    """
+    found, first, bad = [], None, 0
     for place, row in _rows(path):
         try:
-            examples.append(_example(row, task, columns, labelled, place))
+            if row is None:
+                raise ValueError("the line is not a JSON object")
+            if None in row:  # where `_rows` puts what has no column
+                raise ValueError("the row has more columns than the first line names")
+            found.append(parse(row, place))
         except ValueError as error:
             first, bad = first or f"{place}: {error}", bad + 1
     if first:
-        more = f"; {bad - 1} more rows of {len(examples) + bad} can't be used" if bad > 1 else ""
+        more = f"; {bad - 1} more rows of {len(found) + bad} can't be used" if bad > 1 else ""
         raise UserError(f"{first}{more}")
-    if not examples:
+    if not found:
         raise UserError(f"{path} holds no examples")
-    return examples
+    return found
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
@@ -132,18 +145,14 @@ def _json_object(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _example(row: dict[str, Any] | None, task: Task, columns: Columns, labelled: bool, place: str) -> Example:
+def _example(row: dict[str, Any], task: Task, columns: Columns, labelled: bool, place: str) -> Example:
     """Raises ValueError saying what is wrong with the row."""
-    if row is None:
-        raise ValueError("the line is not a JSON object")
-    if None in row:  # where `_rows` puts what has no column
-        raise ValueError("the row has more columns than the first line names")
-    first = _text(row, columns.text_a)
+    first = text_of(row, columns.text_a)
     if task == "multiple_choice":
-        context = first if columns.text_b is None else f"{first} {_text(row, columns.text_b)}"
+        context = first if columns.text_b is None else f"{first} {text_of(row, columns.text_b)}"
         texts = (context, *_options(row, columns.options))
     else:
-        texts = (first,) if task == "classification" else (first, _text(row, columns.text_b))
+        texts = (first,) if task == "classification" else (first, text_of(row, columns.text_b))
     if not labelled:
         return Example(texts, None, place)
     value = row.get(columns.label)
@@ -160,7 +169,8 @@ def _example(row: dict[str, Any] | None, task: Task, columns: Columns, labelled:
     return Example(texts, label, place)
 
 
-def _text(row: dict[str, Any], column: str) -> str:
+def text_of(row: dict[str, Any], column: str) -> str:
+    """The text or number in a column. Raises ValueError saying what there is instead."""
     value = row.get(column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
@@ -181,7 +191,7 @@ def _shown(value: Any) -> str:
 
 def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
     if len(columns) > 1:
-        return [_text(row, column) for column in columns]
+        return [text_of(row, column) for column in columns]
     value = row.get(columns[0])
     if isinstance(value, str):  # of a .csv
         with_list = _json_list(value)

@@ -68,6 +68,10 @@ class Tokenizer(abc.ABC):
         except UserError:
             return 0
 
+    def special_token(self, text: str) -> int | None:
+        """The id of the special token of this name, such as <|endoftext|>; None where the vocabulary has none."""
+        return None
+
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """The files that `save` writes, by name: all that `load_tokenizer` takes to make an equal tokenizer."""
@@ -220,6 +224,9 @@ class BPETokenizer(Tokenizer):
         """Their text: bytes that are not UTF-8, as a cut character's, become U+FFFD, and ids of no token nothing."""
         return b"".join(self._spelled.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
+    def special_token(self, text: str) -> int | None:
+        return self.special.get(text)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, BPETokenizer) and (self.ranks, self.special) == (other.ranks, other.special)
 
@@ -276,6 +283,9 @@ class LibraryTokenizer(Tokenizer):
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
+
+    def special_token(self, text: str) -> int | None:
+        return self._library.token_to_id(text)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LibraryTokenizer) and self._ids_follow_from == other._ids_follow_from

@@ -60,6 +60,7 @@ from gpt_arc.lstm import LSTM
 from gpt_arc.metrics import MetricsLog
 from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
 from gpt_arc.signals import StopSignal
+from gpt_arc.stage import held_out, recorded_options, refuse_others, write_record
 from gpt_arc.surgery import transfer, with_settings
 from gpt_arc.tokenizer import Tokenizer
 
@@ -214,11 +215,8 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
     }
     for example in splits["train"] if options.numbers else ():
         label_value(example)  # what is wrong is told of the first line that it is wrong in
-    if "val" not in splits and (held_out := round(options.val_fraction * len(splits["train"]))):
-        generator = torch.Generator().manual_seed(options.seed)
-        order = torch.randperm(len(splits["train"]), generator=generator).tolist()
-        examples = [splits["train"][i] for i in order]
-        splits |= {"train": examples[held_out:], "val": examples[:held_out]}
+    if "val" not in splits:
+        splits |= held_out(splits["train"], options.val_fraction, options.seed)
     if not splits["train"]:
         raise UserError(f"val_fraction = {options.val_fraction} leaves no example to learn from")
     return splits
@@ -331,7 +329,7 @@ def train(options: Options, resumed: Path | None) -> int:
             raise UserError(f"out_dir = {options.out_dir} holds the model to start from: name another")
         where = options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True"
         run, lock = runs.claim_new(*where)  # noqa: F841  by name
-        write_record(run, options)
+        write_record(run, "finetune", options)
     print(f"run            {run}", flush=True)
 
     # ---- optimizer, random generators, where a stopped run stood
@@ -459,30 +457,6 @@ def train(options: Options, resumed: Path | None) -> int:
     return 0
 
 
-def write_record(run: Path, options: Options) -> None:
-    """run.json: the options that the run was started with."""
-    recorded = dataclasses.asdict(options)
-    recorded |= {name: value.resolve() for name, value in recorded.items() if isinstance(value, Path)}
-    if Path(options.model).exists():
-        recorded["model"] = Path(options.model).resolve()
-    content = {"stage": "finetune", "config": "finetune", "overrides": {}, "options": recorded}
-    write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
-
-
-def recorded_options(run: Path) -> Options:
-    """What `write_record` wrote. Raises UserError."""
-    path = run / "run.json"
-    try:
-        content = json.loads(path.read_text())["options"]
-        content |= {
-            name: Path(content[name]) for name in ("train", "val", "test", "predict", "output") if content[name]
-        }
-        content |= {name: tuple(content[name]) for name in ("options", "classify")}
-        return Options(**content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run} is not a run of finetune.py that could go on ({path}: {error})") from None
-
-
 def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
     """Print how good the predictions are, and return their confusion matrix."""
     print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
@@ -538,21 +512,18 @@ USE = {"model", "test", "predict", "output", "overwrite", "classify", "text_a", 
 USE |= {"batch_size", "device", "dtype"}  # the options that using a model has
 
 
-def refuse_others(options: Options, allowed: set[str], why: str) -> None:
-    """Raises UserError for an option that is set and not `allowed`."""
-    for one in dataclasses.fields(Options):
-        if one.name not in allowed | {"model"} and getattr(options, one.name) != one.default:
-            raise UserError(f"--{one.name} {why}")
-
-
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
         raise UserError("fine-tuning runs in one process: start it by python, not by torchrun")
     if options.resume:
-        refuse_others(options, {"resume", "device"}, "can't be changed: --resume=True goes on as the run was started")
+        refuse_others(
+            options, {"model", "resume", "device"}, "can't be changed: --resume=True goes on as the run was started"
+        )
         run = Path(options.model)
-        return train(dataclasses.replace(recorded_options(run), device=options.device, resume=True), run)
+        return train(
+            dataclasses.replace(recorded_options(run, Options, "finetune"), device=options.device, resume=True), run
+        )
     if options.train is not None:
         return train(options, None)
     if not (options.test or options.predict or options.classify):

@@ -1,0 +1,176 @@
+"""Supervised fine-tuning on conversations: InstructGPT's first step. Only what the assistant says is learned.
+
+    python stages/sft.py out/gpt2 --train chats.jsonl
+    python stages/sft.py gpt2 --train chats.jsonl --val held_out.jsonl --template chatml --packing=False
+    python stages/sft.py configs/sft.toml --learning_rate 2e-5              settings from a file, flags win
+    python stages/sft.py out/sft --resume=True                              go on with a run that was stopped
+    torchrun --standalone --nproc_per_node=8 stages/sft.py configs/sft.toml
+    python sample.py --chat out/sft                                         talk with it
+
+A row has a prompt and a response, or messages: `gpt_arc/chat.py` tells of files and templates. A run writes out/sft/
+(or -2, -3 ...): run.json, metrics.jsonl and checkpoints, the model of the lowest val loss as `best`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpt_arc import distributed, runtime
+from gpt_arc.chat import (
+    ChatFormat,
+    Encoded,
+    EncodedConversations,
+    conversation_batch,
+    encode_conversations,
+    load_chat,
+    load_template,
+    read_conversations,
+)
+from gpt_arc.checkpoint import load_model, model_directory, save_model
+from gpt_arc.distributed import WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+from gpt_arc.surgery import with_more_tokens, with_settings
+from model import GPT
+
+
+@dataclass(frozen=True)
+class Options(StageOptions):
+    train: Path | None = None
+    """Conversations to learn from (.jsonl, .csv, .tsv)."""
+    val: Path | None = None
+    """Conversations whose loss chooses the best epoch. None: val_fraction of the training ones."""
+    val_fraction: float = 0.05
+    """Share of the conversations that is held out where there is no val. 0: none."""
+    template: str = "markers"
+    """How turns are marked: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
+    for each role. A model that has a template keeps it."""
+    epochs: int = 16
+    """Passes over the conversations (InstructGPT's 16)."""
+    packing: bool = True
+    """Put several conversations into a row, none seeing another: less padding, equal losses."""
+    residual_dropout: float | None = 0.2
+    """Dropout on each sublayer's output (InstructGPT's .2). None: as the model has it."""
+    learning_rate: float = 1e-5
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("epochs", self.epochs >= 1, "1 or more")
+        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
+        self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
+
+
+@torch.no_grad()
+def val_loss(model: GPT, examples: Sequence[Encoded], options: Options, stage: Stage) -> float:
+    """Mean cross-entropy in nats over the tokens of responses, of all processes."""
+    sums = torch.zeros(2, dtype=torch.float32 if stage.device.type == "mps" else torch.float64, device=stage.device)
+    model.eval()
+    for rows, counts in micro_batches(range(len(examples)), options.batch_size):
+        with runtime.autocast(stage.device, stage.dtype):
+            loss = model(*batch_of(examples, rows, model, options, stage))
+        sums += counts * torch.stack((loss.total, loss.count))
+    model.train()
+    total, count = distributed.sum_over_ranks(sums).tolist()
+    return total / max(count, 1)
+
+
+def batch_of(
+    examples: Sequence[Encoded], rows: Sequence[int], model: GPT, options: Options, stage: Stage
+) -> Iterator[torch.Tensor]:
+    context = model.config.block_size if options.packing else None
+    return runtime.to_device(conversation_batch([examples[row] for row in rows], context), stage.device)
+
+
+def train(options: Options, stage: Stage) -> int:
+    # ---- the model, with a token for each new mark of the template
+    model, tokenizer = load_model(stage.origin)
+    if tokenizer is None:
+        raise UserError(f"{options.model} has no tokenizer: it can't read texts")
+    chat = load_chat(model_directory(stage.origin), tokenizer)
+    if chat is None:
+        chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
+        model = with_more_tokens(model, len(chat.added))
+    if options.residual_dropout is not None:
+        model = with_settings(model, residual_dropout=options.residual_dropout)
+    model.activation_checkpointing = options.activation_checkpointing
+
+    # ---- the conversations, and the plan in figures
+    if options.train is None:
+        raise UserError("name the conversations to learn from by --train")
+    conversations = read_conversations(options.train)
+    if options.val:
+        splits = {"train": conversations, "val": read_conversations(options.val)}
+    else:
+        splits = held_out(conversations, options.val_fraction, options.seed)
+    encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
+    say(f"parameters     {model.num_parameters():,}")
+    for name, split in encoded.items():
+        say(f"{name:<15}{described(split)}")
+    examples = encoded["train"].examples
+    if not examples:
+        raise UserError(f"no conversation of {options.train} fits into the context of {model.config.block_size} tokens")
+    order = EpochOrder(len(examples), options.examples_per_update, options.seed)
+    updates = order.updates(options.epochs)
+    say(f"updates        {updates:,} of {options.examples_per_update} conversations in {options.epochs} epochs")
+
+    # ---- the run, where a stopped one stood
+    stage.open(digest([options.model, *examples]))
+    replica = stage.place(model)
+    updater = stage.updater(model, updates)
+    stage.restore(updater, {})
+
+    def write(directory: Path) -> None:
+        save_model(model, tokenizer, directory)
+        chat.save(directory)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The training loop. A loss is a sum over the tokens of responses, divided by how many these are in the update.
+    progress = stage.progress
+    model.train()
+    while stage.goes_on(updates):
+        rows = order.rows(progress.step)
+        tokens = sum(examples[row].count for row in rows)
+        if not tokens:  # empty responses: there is nothing to learn
+            progress.step += 1
+            continue
+        micros = list(micro_batches(rows, options.batch_size))
+        total = torch.zeros((), device=stage.device)
+        for i, (own, counts) in enumerate(micros, start=1):
+            with stage.last_sync(replica, i == len(micros)):
+                with runtime.autocast(stage.device, stage.dtype):
+                    loss = replica(*batch_of(examples, own, model, options, stage))
+                updater.backward(loss.total * (counts * WORLD_SIZE / tokens))
+            total += loss.total.detach() * counts
+        done = stage.update(updater, progress.step, total)
+        if done is None:
+            continue
+        rate, norm, (total,) = done
+        progress.step += 1
+        line = {"loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+        ended = progress.step % order.per_epoch == 0
+        if ended and "val" in encoded:
+            line["val_loss"] = val_loss(model, encoded["val"].examples, options, stage)
+        shown = "".join(f", val {line[name]:.4f}" for name in ("val_loss",) if name in line)
+        stage.tell(line, f"loss {total / tokens:.4f}{shown}", updates)
+        if ended:
+            say(f"epoch {progress.step // order.per_epoch}: loss {total / tokens:.4f}{shown}")
+            stage.save(write, line.get("val_loss"))
+    return stage.finish(write)
+
+
+def described(split: EncodedConversations) -> str:
+    tokens = sum(example.count for example in split.examples)
+    parts = [f"{len(split.examples):,} conversations, {tokens:,} tokens of responses"]
+    parts += [f"{split.cut:,} cut at a turn to fit the context"] * (split.cut > 0)
+    parts += [f"{split.dropped:,} too long for it left out"] * (split.dropped > 0)
+    return "; ".join(parts)
+
+
+def main() -> int:
+    return run_stage(Options, __doc__, "sft", train)
+
+
+if __name__ == "__main__":
+    entry_point(main)()
