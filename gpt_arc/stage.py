@@ -330,6 +330,7 @@ def micro_batches(rows: Sequence[int], size: int) -> Iterator[tuple[list[int], f
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Options from files of settings (.toml), which come first, and flags, which win. Raises UserError."""
     defaults = tyro.MISSING_NONPROP
+    hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}
     while args and args[0].endswith(".toml"):
         path, args = Path(args[0]), args[1:]
@@ -344,6 +345,9 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 raise UserError(f"{path}: there is no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            is_list = any(typing.get_origin(kind) is tuple for kind in (hints[name], *typing.get_args(hints[name])))
+            if isinstance(value, dict) or isinstance(value, list) != is_list:
+                raise UserError(f"{path}: {name} = {json.dumps(value)} must be {'a list' if is_list else 'one value'}")
             if name == "model":
                 flags.insert(0, str(value))
             else:
@@ -407,5 +411,5 @@ def recorded_options(run: Path, cls: type[O], stage: str) -> O:
             elif isinstance(value, list):
                 values[name] = tuple(value)
         return cls(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run} is not a run of {stage}.py that could go on ({path}: {error})") from None

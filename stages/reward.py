@@ -1,0 +1,181 @@
+"""Train a reward model on rankings of responses: InstructGPT's second step.
+
+    python stages/reward.py out/sft --train rankings.jsonl
+    python stages/reward.py out/sft --train rankings.jsonl --val held_out.jsonl --demonstrations chats.jsonl
+    python stages/reward.py out/reward --val other.jsonl                    measure a reward model
+    python stages/reward.py out/reward --resume=True                        go on with a run that was stopped
+    torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
+
+A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
+see `gpt_arc/chat.py`. A run writes out/reward/ (or -2, -3 ...): run.json, metrics.jsonl, report.json and checkpoints.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_arc.chat import encode_conversations, read_conversations, read_rankings
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import write_file
+from gpt_arc.finetuning import table
+from gpt_arc.preferences import (
+    EncodedRanking,
+    RewardModel,
+    described_rankings,
+    is_reward_model,
+    load_chat_model,
+    load_reward_model,
+    padded,
+    pairs_of,
+    preference_report,
+    save_reward_model,
+    score_sequences,
+)
+from gpt_arc.rl import ranking_loss
+from gpt_arc.runtime import autocast
+from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+
+
+@dataclass(frozen=True)
+class Options(StageOptions):
+    train: Path | None = None
+    """Rankings to learn from (.jsonl, .csv, .tsv)."""
+    val: Path | None = None
+    """Rankings to measure on. None: val_fraction of the training ones."""
+    val_fraction: float = 0.05
+    """Share of the rankings that is held out where there is no val. 0: none."""
+    demonstrations: Path | None = None
+    """Conversations whose last responses score 0 on average, by the head's bias. None: the bias stays 0."""
+    epochs: int = 1
+    """Passes over the rankings; a second over-fits soon (InstructGPT's 1)."""
+    gradient_accumulation_steps: int = 8
+    learning_rate: float = 9e-6
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("epochs", self.epochs >= 1, "1 or more")
+        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
+
+
+def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, stage: Stage) -> dict[str, Any]:
+    """Loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    size = 4 * options.batch_size
+    scores = score_sequences(model, sequences, size, stage.device, stage.dtype)
+    pairs = pairs_of(examples, torch.device("cpu"))
+    report = preference_report((scores[pairs.better] - scores[pairs.worse]).tolist())
+    loss = ranking_loss(scores, *pairs).item() / len(examples)
+    return {"loss": loss, **report, "mean_score": scores.mean().item(), "score_std": scores.std().item()}
+
+
+def show(report: dict[str, Any]) -> None:
+    say(f"pairs {report['pairs']:,}: loss {report['loss']:.4f}, accuracy {report['accuracy']:.4f} ± "
+        f"{report['standard_error']:.4f}, calibration error {report['calibration_error']:.4f}")  # fmt: skip
+    rows = [["gap of scores", "pairs", "predicted", "agreed"]]
+    rows += [[f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["predicted"], b["agreed"]] for b in report["by_gap"]]
+    say(table(rows))
+
+
+def train(options: Options, stage: Stage) -> int:
+    # ---- the model; a reward model is gone on with, or only measured
+    if is_reward_model(stage.origin):
+        model, tokenizer, chat = load_reward_model(stage.origin)
+    else:
+        trunk, tokenizer, chat = load_chat_model(stage.origin)
+        model = RewardModel(trunk)
+    context = model.trunk.config.block_size
+    model.trunk.activation_checkpointing = options.activation_checkpointing
+    if options.train is None:
+        if options.val is None or not is_reward_model(stage.origin):
+            raise UserError(
+                "name the rankings to learn from by --train, or a reward model and what to measure by --val"
+            )
+        examples = described_rankings("val", read_rankings(options.val), chat, context)
+        show(measure(model.to(stage.device), examples, options, stage))
+        return 0
+
+    # ---- the rankings, and the plan in figures
+    rankings = read_rankings(options.train)
+    if options.val:
+        splits = {"train": rankings, "val": read_rankings(options.val)}
+    else:
+        splits = held_out(rankings, options.val_fraction, options.seed)
+    say(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
+    encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
+    examples = encoded["train"]
+    demonstrations = []
+    if options.demonstrations:
+        shown = encode_conversations(read_conversations(options.demonstrations), chat, context - 1)
+        demonstrations = [example.tokens for example in shown.examples]
+    order = EpochOrder(len(examples), options.examples_per_update, options.seed)
+    updates = order.updates(options.epochs)
+    say(f"updates        {updates:,} of {options.examples_per_update} rankings")
+
+    # ---- the run, where a stopped one stood
+    stage.open(digest([options.model, examples, demonstrations]))
+    replica = stage.place(model)
+    updater = stage.updater(model, updates)
+    stage.restore(updater, {})
+
+    def write(directory: Path) -> None:
+        save_reward_model(model, tokenizer, chat, directory)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The training loop. All responses to a prompt are in one batch element; the loss is the mean over the pairs of a
+    # prompt, then over the prompts of the update.
+    progress, report = stage.progress, None
+    model.train()
+    while stage.goes_on(updates):
+        rows = order.rows(progress.step)
+        micros = list(micro_batches(rows, options.batch_size))
+        sums = torch.zeros(2, device=stage.device)
+        for i, (own, counts) in enumerate(micros, start=1):
+            batch = [examples[row] for row in own]
+            pairs = pairs_of(batch, stage.device)
+            with stage.last_sync(replica, i == len(micros)):
+                with autocast(stage.device, stage.dtype):
+                    scores = replica(*padded([s for example in batch for s in example.sequences], stage.device))
+                loss = ranking_loss(scores, *pairs)
+                updater.backward(loss * (counts * WORLD_SIZE / len(rows)))
+            right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
+            sums += counts * torch.stack((loss.detach(), right))
+        done = stage.update(updater, progress.step, *sums)
+        if done is None:
+            continue
+        rate, norm, (loss, right) = done
+        progress.step += 1
+        line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
+        ended = progress.step % order.per_epoch == 0
+        if ended and "val" in encoded:
+            report = measure(model, encoded["val"], options, stage)
+            line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
+        stage.tell(line, f"loss {loss / len(rows):.4f}", updates)
+        if ended:
+            if report:
+                show(report)
+            centre(model, demonstrations, options, stage)
+            stage.save(write, report and report["loss"])
+    if report and IS_MAIN:
+        write_file(stage.run / "report.json", json.dumps(report, indent=1) + "\n")
+    return stage.finish(write)
+
+
+@torch.no_grad()
+def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, stage: Stage) -> None:
+    """Set the bias so that demonstrations score 0 on average; the loss of pairs doesn't depend on it."""
+    if demonstrations:
+        size = 4 * options.batch_size
+        model.head.bias -= score_sequences(model, demonstrations, size, stage.device, stage.dtype).mean().item()
+
+
+def main() -> int:
+    return run_stage(Options, __doc__, "reward", train)
+
+
+if __name__ == "__main__":
+    entry_point(main)()
