@@ -7,6 +7,7 @@ scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8,
 import json
 import math
 from collections.abc import Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from gpt_arc import runtime
 from gpt_arc.chat import ChatFormat, Ranking, Turn, load_chat
@@ -111,8 +111,9 @@ def pairs_of(rankings: Sequence[EncodedRanking], device: torch.device) -> Pairs:
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens (N, T) int64, 0 after the end of a sequence, and lengths (N,)."""
-    tokens = pad_sequence([torch.tensor(sequence) for sequence in sequences], batch_first=True)
-    return tokens.to(device), torch.tensor([len(sequence) for sequence in sequences], device=device)
+    lengths = [len(sequence) for sequence in sequences]
+    rows = [[*sequence, *repeat(0, max(lengths) - len(sequence))] for sequence in sequences]
+    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
 
 
 class ScalarHead(nn.Linear):

@@ -88,14 +88,15 @@ def penalised_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, coefficie
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Values over their standard deviation among those there; without their mean too, or with it as it was.
+    """Values over their standard deviation among those there, without their mean unless `shift_mean` is False.
 
-    As openai/lm-human-preferences utils/core.py, epsilon 1e-8.
+    As openai/lm-human-preferences utils/core.py, epsilon 1e-8, but that without `shift_mean` they are divided alone:
+    there the mean is subtracted before and added after, which gives each token a constant reward. Where responses
+    differ in length that favours short or long ones, and the optimum is no longer pi_ref exp(r / beta).
     """
-    chosen = values[mask]
-    mean, variance = chosen.mean(), chosen.var(correction=0)
-    whitened = (values - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
+    variance, mean = torch.var_mean(values[mask], correction=0)
+    shifted = values - mean if shift_mean else values
+    return torch.where(mask, shifted * torch.rsqrt(variance + 1e-8), 0.0)
 
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: float) -> tuple[Tensor, Tensor]:

@@ -299,8 +299,14 @@ class EpochOrder:
     def rows(self, update: int) -> list[int]:
         """The numbers of the examples of an update, counted from 0 over all epochs."""
         epoch, place = divmod(update, self.per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-        return order[place * self.size : (place + 1) * self.size].tolist()
+        return self.take(epoch * self.count + place * self.size, min(self.size, self.count - place * self.size))
+
+    def take(self, first: int, count: int) -> list[int]:
+        """The numbers of `count` examples from the `first` on, counted from 0 over all epochs."""
+        epochs = range(first // self.count, (first + count - 1) // self.count + 1)
+        orders = [np.random.default_rng((self.seed, epoch)).permutation(self.count) for epoch in epochs]
+        start = first % self.count
+        return np.concatenate(orders)[start : start + count].tolist()
 
 
 def held_out(examples: Sequence[E], fraction: float, seed: int) -> dict[str, list[E]]:
