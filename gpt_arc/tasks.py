@@ -2,7 +2,8 @@
 
     task = load_task("hellaswag")                      # tasks/hellaswag.toml, or the path of a file
     items = load_items(task, "test", local=None)       # of the hub, or of a local .jsonl or .parquet
-    question = task.question(item)                     # contexts and continuations to score
+    items = prepared_items(task, items)                # with the columns that its templates name
+    question = task.question(items[0])                 # contexts and continuations to score
 
 A template is text in which {column} stands for a column of the item, {a.b} for the entry b of what column a holds, and
 {text.beginning} and {text.last_word}, {text.before} and {text.after} for the parts of a text beside its last space
@@ -26,11 +27,15 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from gpt_arc.detokenize import penn_treebank
 from gpt_arc.documents import extra
 from gpt_arc.errors import UserError, first_line
 
 FOLDER = Path(__file__).resolve().parent.parent / "tasks"
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma before three digits
+POSSESSIVES = {"my", "his", "her", "our", "their"}
+NOT_NAMES = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"}  # lower case within a sentence
 
 
 class Question(NamedTuple):
@@ -57,14 +62,18 @@ class Task:
     options: str | list[str] = ""
     """choice: the path of a column with a list of options, or a list of templates."""
     answer: str = ""
-    """Template of the right option, as its number, letter or text; of the answer, where there are no options."""
+    """Template of the right option; of the answer, where there are no options."""
+    answer_as: Literal["place", "text"] = "place"
+    """choice: what `answer` is: the option's number or letter, or its text."""
     answer_from: int = 0
     """Which number the first option has in the data."""
-    normalise: Literal["sum", "token", "byte", "unconditional"] = "sum"
-    """choice: what options are compared by: log-probability, that over its tokens or bytes, or less its own after
-    `unconditional` alone."""
+    normalise: Literal["sum", "token", "character", "byte", "unconditional"] = "sum"
+    """choice: what options are compared by: log-probability, that over its tokens, over its characters or bytes but a
+    space at its beginning (acc_norm and acc_bytes of lm-evaluation-harness), or less its own after `unconditional`."""
     unconditional: str = "Answer:"
     """The context of that."""
+    stop_word_filter: bool = False
+    """cloze: right where the answer is the likeliest word that is no stop word, see `gpt_arc.word_search`."""
     description: str = ""
     """Template before all demonstrations, of the item asked."""
     separator: str = "\n\n"
@@ -75,6 +84,17 @@ class Task:
     """generate: a regular expression whose last match, or its group, in the text is the answer; empty: the text."""
     max_new_tokens: int = 32
     """generate: the longest answer."""
+    sentences: int = 0
+    """generate: so many first sentences of the text count; 0: all."""
+    top_k: int = 1
+    """generate: each token is drawn among the so many likeliest; 1: greedy decoding."""
+    num_beams: int = 1
+    """generate: the likeliest text that a search with so many beams finds; 1: none. One at a time, and a beam ends with
+    a token that holds one of `stop`."""
+    length_penalty: float = 1.0
+    """Beams are ranked by log-probability / length^this."""
+    metric: Literal["exact match", "bleu", "rouge"] = "exact match"
+    """generate: what a text is compared with the answer by."""
     demonstration: str = ""
     """Template of what follows the context in a demonstration, such as a chain of thought; empty: the answer."""
     hub: str = ""
@@ -87,34 +107,51 @@ class Task:
     """Its split to draw demonstrations from; empty: from the items to answer, but never the one asked."""
     generator: str = ""
     """Items made by `gpt_arc.tasks` instead: addition, subtraction or multiplication and a number of digits."""
-    published: dict[str, float] = field(default_factory=dict)
-    """Published figures of this task by model, in the metric that is reported."""
+    prepare: Literal["", "cbt", "copa", "gsm8k", "winograd"] = ""
+    """What makes the columns that the templates name of an item's own, where those don't do: see PREPARATIONS."""
+    published: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Published figures of this task: a table for each metric, by model."""
 
     def __post_init__(self):
         for one in dataclasses.fields(self):
             value, allowed = getattr(self, one.name), TYPES[one.name]
-            if not isinstance(value, allowed) or isinstance(value, bool):
+            if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
                 raise UserError(f"{one.name} = {value!r} has the wrong type")
             choices = typing.get_args(one.type) if typing.get_origin(one.type) is Literal else ()
             if choices and value not in choices:
                 raise UserError(f"{one.name} = {value!r} must be one of {', '.join(choices)}")
         if self.kind == "choice" and not self.options:
             raise UserError("a choice needs options")
-        if self.kind != "choice" and self.options:
-            raise UserError(f"options belong to the kind choice, not to {self.kind}")
         if isinstance(self.options, list) and (len(self.options) == 1 or not all_texts(self.options)):
             raise UserError(f"options = {self.options!r} must be two texts or more, or a column's path")
         if not all_texts(self.stop) or "" in self.stop:
             raise UserError(f"stop = {self.stop!r} must be texts, none of them empty")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {self.max_new_tokens} must be at least 1")
-        for model, figure in self.published.items():
-            if not isinstance(figure, (int, float)):
-                raise UserError(f"published: {model} = {figure!r} is not a number")
+        for name, least in (("max_new_tokens", 1), ("top_k", 1), ("num_beams", 1), ("sentences", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+        if self.num_beams > 1 and self.top_k > 1:
+            raise UserError("num_beams draws nothing, so top_k has no meaning: leave one of them out")
+        if not 0 <= self.length_penalty <= 100:
+            raise UserError(f"length_penalty = {self.length_penalty} must lie in [0, 100]")
+        if self.num_beams == 1 and self.length_penalty != 1:
+            raise UserError("length_penalty ranks beams: it needs num_beams")
+        if self.extract and self.metric != "exact match":
+            raise UserError(f"extract finds what is matched exactly: it has no meaning for {self.metric}")
+        for metric, figures in self.published.items():
+            if not isinstance(figures, dict):
+                raise UserError(f"published: {metric} = {figures!r} is no table of a metric's figures")
+            for model, figure in figures.items():
+                if not isinstance(figure, (int, float)):
+                    raise UserError(f"published: {model} = {figure!r} is not a number")
         try:
             re.compile(self.extract)
         except re.error as error:
             raise UserError(f"extract = {self.extract!r} is no regular expression: {error}") from None
+        for one in dataclasses.fields(self):
+            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            kind = KIND_OF.get(one.name, self.kind)
+            if kind != self.kind and getattr(self, one.name) != default:
+                raise UserError(f"{one.name} belongs to the kind {kind}, not to {self.kind}")
 
     def question(self, item: dict[str, Any]) -> Question:
         """The item's contexts, continuations and answer. Raises UserError naming what it lacks."""
@@ -136,13 +173,18 @@ class Task:
     def answer_of(self, item: dict[str, Any], options: Sequence[str]) -> int:
         """The number, from 0, of the right option."""
         said = filled(self.answer, item).strip()
-        if said in options:
+        if self.answer_as == "text":
+            if said not in options:
+                raise UserError(f"the answer {said!r} is none of the {len(options)} options' texts")
             return options.index(said)
         number = ord(said.upper()) - ord("A") if re.fullmatch("[A-Za-z]", said) else -1
         if re.fullmatch(r"\d+", said):
             number = int(said) - self.answer_from
         if not 0 <= number < len(options):
-            raise UserError(f"the answer {said!r} is none of the {len(options)} options, by number, letter or text")
+            raise UserError(
+                f"the answer {said!r} is none of the {len(options)} options, by number or letter; where it is one's "
+                'text, answer_as = "text" says so'
+            )
         return number
 
     def demonstrated(self, item: dict[str, Any], option: str | None = None, of: dict[str, Any] | None = None) -> str:
@@ -154,17 +196,26 @@ class Task:
         return filled(self.context, item) + filled(self.demonstration or self.answer, of or item) + self.separator
 
     def is_right(self, said: str, question: Question) -> bool:
-        """Whether a generated text is the question's answer, apart from case, white space and a last full stop."""
+        """Whether a generated text is the question's answer.
+
+        Case, white space, a last full stop and commas between thousands do not matter.
+        """
         if self.extract:
             found = list(re.finditer(self.extract, said))
             said = found[-1][found[-1].lastindex or 0] if found else ""
-        plain = [" ".join(text.lower().split()).rstrip(" .") for text in (said, question.continuations[0])]
+        texts = [THOUSANDS.sub("", text.lower()) for text in (said, question.continuations[0])]
+        plain = [" ".join(text.split()).rstrip(" .") for text in texts]
         return plain[0] == plain[1]
 
 
 TYPES = {one.name: str for one in dataclasses.fields(Task)} | {
-    "options": (str, list), "answer_from": int, "stop": list, "max_new_tokens": int, "published": dict,
+    "options": (str, list), "answer_from": int, "stop_word_filter": bool, "stop": list, "max_new_tokens": int,
+    "sentences": int, "top_k": int, "num_beams": int, "length_penalty": (int, float), "published": dict,
 }  # fmt: skip
+KIND_OF = dict.fromkeys(("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice")
+KIND_OF |= {"stop_word_filter": "cloze"} | dict.fromkeys(
+    ("stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"), "generate"
+)
 
 
 def all_texts(values: Sequence[Any]) -> bool:
@@ -197,6 +248,70 @@ def filled(template: str, item: dict[str, Any]) -> str:
         return str(value)
 
     return PLACEHOLDER.sub(entry, template)
+
+
+def _cbt(item: dict[str, Any]) -> dict[str, Any]:
+    """`before` and `after` the blank, XXXXX, of the last sentence: running text, as GPT-2's authors made it."""
+
+    def running(text: str) -> str:
+        for token, sign in (("`` ", '"'), (" ''", '"'), ("` ", "'"), ("-LRB- ", "("), (" -RRB-", ")")):
+            text = text.replace(token, sign)
+        return penn_treebank(text)
+
+    before, blank, after = running(item["question"]).partition("XXXXX")
+    if not blank:
+        raise UserError("its question has no blank, XXXXX")
+    return item | {"before": f"{running(' '.join(item['sentences']))} {before}", "after": after}
+
+
+def _copa(item: dict[str, Any]) -> dict[str, Any]:
+    """The premise with because or therefore in its full stop's place, and the choices as the rest of the sentence."""
+    word = {"cause": "because", "effect": "therefore"}[item["question"]]
+    choices = {name: item[name][:1].lower() + item[name][1:] for name in ("choice1", "choice2")}
+    return item | choices | {"premise": f"{item['premise'].strip().removesuffix('.')} {word}"}
+
+
+def _gsm8k(item: dict[str, Any]) -> dict[str, Any]:
+    """The `reasoning` in a line, without the calculator's notes <<...>>, and the `result`, without commas."""
+    reasoning, _, result = item["answer"].rpartition("####")
+    reasoning = " ".join(re.sub(r"<<[^>]*>>", "", reasoning).split())
+    return item | {"reasoning": reasoning, "result": result.strip().replace(",", "")}
+
+
+def _winograd(item: dict[str, Any]) -> dict[str, Any]:
+    """`before` and `after` the pronoun, and options that fit into its place.
+
+    As in EleutherAI's lm-evaluation-harness: 's for a possessive, an article or pronoun in lower case but where a
+    sentence begins, single spaces.
+    """
+    at = item["pronoun_loc"]
+    before, after = (
+        re.sub("  +", " ", part) for part in (item["text"][:at], item["text"][at + len(item["pronoun"]) :])
+    )
+    options = []
+    for option in item["options"]:
+        first = option.split()[0]
+        if first in NOT_NAMES and before.rstrip() and not before.rstrip().endswith((".", "!", "?")):
+            option = first.lower() + option[len(first) :]
+        options.append(option + ("'s" if item["pronoun"].lower() in POSSESSIVES else ""))
+    return item | {"before": before, "after": after, "options": options}
+
+
+PREPARATIONS = {"cbt": _cbt, "copa": _copa, "gsm8k": _gsm8k, "winograd": _winograd}
+
+
+def prepared_items(task: Task, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items as the task's `prepare` makes them. Raises UserError naming one that isn't of the schema."""
+    found = []
+    for number, item in enumerate(items, start=1):
+        try:
+            found.append(PREPARATIONS[task.prepare](item) if task.prepare else item)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            lacks = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
+            raise UserError(f"{task.name}, item {number} is none that {task.prepare} knows: {lacks}") from None
+        except UserError as error:
+            raise UserError(f"{task.name}, item {number}: {error}") from None
+    return found
 
 
 def known_tasks() -> list[str]:
@@ -315,7 +430,7 @@ def demonstrations(
 ) -> str:
     """`shots` items of the pool as text, drawn by the seed for the item `number`, which is never among them.
 
-    `shuffled` gives each a random option, or the answer of a random item: a control for what the format alone teaches
+    `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches
     (Min et al., arXiv:2202.12837). Raises UserError where there are too few, or naming one that lacks something. A pool
     of other items than those asked has numbers of its own, so there the item of this number is left out in vain.
     """
@@ -326,7 +441,10 @@ def demonstrations(
     for i in [i for i in chance.sample(range(len(pool)), shots + 1) if i != number][:shots]:
         try:
             answer = chance.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
-            of = chance.choice(pool) if shuffled and task.kind != "choice" else None
+            of = None
+            if shuffled and task.kind != "choice":
+                other = chance.randrange(len(pool) - 1)  # of the places but its own
+                of = pool[other + (other >= i)]
             texts.append(task.demonstrated(pool[i], answer, of))
         except UserError as error:
             raise UserError(f"item {i + 1} as a demonstration: {error}") from None

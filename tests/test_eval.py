@@ -2,14 +2,20 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
+import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import lm_eval
+import lm_eval.tasks
+import matplotlib.figure
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +23,7 @@ from safetensors.torch import load_file
 from conftest import randomised, write_dataset
 from gpt_arc.checkpoint import save_model
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.harness import HarnessModel
 from gpt_arc.tasks import Question, Task, demonstrations
 from gpt_arc.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
@@ -145,7 +152,7 @@ def one_model(done):
 # options after "q" with their probabilities there, tokens, bytes and probability after "r":
 #     b 1/4, 1, 1, 1/2     aa 0.3 / 2, 2, 2, 0.4 / 2     éé 0.2 * 0.4, 2, 4, 0.05 * 0.4     c 0.05, 1, 1, 0.01
 OPTIONS = ["b", "aa", "éé", "c"]
-LIKELIEST = {"sum": 0, "token": 1, "byte": 2, "unconditional": 3}
+LIKELIEST = {"sum": 0, "token": 1, "character": 1, "byte": 2, "unconditional": 3}
 
 
 def choice(**settings):
@@ -160,6 +167,7 @@ def test_each_normalisation_has_its_own_winner(reader, normalise):
     merits = {
         "sum": [math.log(value) for value in chances],
         "token": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
+        "character": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
         "byte": [math.log(value) / size for value, size in zip(chances, (1, 2, 4, 1))],
         "unconditional": [math.log(value / alone) for value, alone in zip(chances, (0.5, 0.2, 0.02, 0.01))],
     }[normalise]
@@ -169,6 +177,38 @@ def test_each_normalisation_has_its_own_winner(reader, normalise):
     for batch_tokens in (1, 1000):
         right = stage.choose(task, reader._replace(batch_tokens=batch_tokens), questions)
         assert right == [float(answer == LIKELIEST[normalise]) for answer in range(4)]
+
+
+def test_normalisation_is_that_of_the_harness(workplace):
+    """Of options after a space: acc_norm divides by their characters, acc_bytes by their bytes, without the space."""
+    chance = random.Random(0)
+    items = [
+        {"q": "qab"[: 1 + n % 3], "gold": n % 3, "options": ["".join(chance.choices("abcéqr", k=k)) for k in (1, 2, 4)]}
+        for n in range(60)
+    ]
+    write("options.jsonl", items)
+    harness = {
+        "task": "mine", "dataset_path": "json", "test_split": "test", "output_type": "multiple_choice",
+        "dataset_kwargs": {"data_files": {"test": "options.jsonl"}, "cache_dir": "cache"},
+        "doc_to_text": "{{q}}", "doc_to_choice": "{{options}}", "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc_norm"}, {"metric": "acc_bytes"}],
+    }  # fmt: skip
+    Path("tasks").mkdir()
+    Path("tasks/mine.yaml").write_text(json.dumps(harness))
+    manager = lm_eval.tasks.TaskManager(include_path="tasks", include_defaults=False)
+    model = HarnessModel("base", device="cpu", batch_tokens=1000)
+    found = lm_eval.simple_evaluate(model, tasks=["mine"], task_manager=manager, bootstrap_iters=0, log_samples=True)
+    samples = sorted(found["samples"]["mine"], key=lambda sample: sample["doc_id"])
+    right = {}
+    for normalise, metric in (("character", "acc_norm"), ("byte", "acc_bytes")):
+        mine = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
+        right[normalise] = stage.choose(mine, reader_of(model.model), [(mine.question(item), "") for item in items])
+        assert right[normalise] == [sample[metric] for sample in samples]
+    spaced = []
+    for item in items:
+        merits = [log_chance(item["q"][-1], f" {option}") / len(f" {option}") for option in item["options"]]
+        spaced.append(float(merits.index(max(merits)) == item["gold"]))
+    assert right["character"] != right["byte"] and right["character"] != spaced
 
 
 @pytest.mark.parametrize("normalise", LIKELIEST)
@@ -202,8 +242,47 @@ def test_a_long_prompt_loses_its_beginning():
         with torch.no_grad():
             for _ in range(3):
                 tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
-        assert reader.answer(long[:end], task) == TOKENIZER.decode(tokens[5:])
-    assert len(reader.answer(long, Task("a", "a", "generate", stop=["never"], max_new_tokens=20))) == 20
+        assert reader.answers([long[:end]], task, 0) == [TOKENIZER.decode(tokens[5:])]
+    (text,) = reader.answers([long], Task("a", "a", "generate", stop=["never"], max_new_tokens=20), 0)
+    assert len(text) == 20
+
+
+def test_answers_of_a_batch_are_those_of_each_prompt():
+    model = randomised(GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=2, n_head=2, n_embd=16)))
+    task = Task("mine", "mine", "generate", stop=["bb", "aq", "qqq"], max_new_tokens=9)
+    prompts = ["qab", "", "éqr abc", "r", "qab", "abcéqr abcéqr abcéqr", "b", "éé"]
+    alone = [reader_of(model).answers([prompt], task, 0)[0] for prompt in prompts]
+    assert len(set(alone)) > 4 and len(set(map(len, alone))) > 2
+    for batch_tokens in (1, 40, 10_000):
+        assert reader_of(model, batch_tokens).answers(prompts, task, 0) == alone
+
+
+def test_drawn_answers_are_among_the_likeliest_and_decided_by_the_seed(reader):
+    task = Task("mine", "mine", "generate", stop=["\n"], max_new_tokens=12, top_k=2)
+    drawn = {}
+    for seed in range(20):
+        drawn[seed] = reader.answers(["q", "r", "q"], task, seed)
+        assert drawn[seed] == reader._replace(batch_tokens=1).answers(["q", "r", "q"], task, seed)
+        for before, text in zip("qrq", drawn[seed]):
+            for a, b in zip(before + text, text):
+                row = TABLE[TOKENIZER.characters.index(a)]
+                assert row[TOKENIZER.characters.index(b)] >= row.topk(2).values[1]
+    assert len({text for texts in drawn.values() for text in texts}) > 10
+    assert any(texts[0] != texts[2] for texts in drawn.values())  # equal prompts, draws of their own
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
+def test_beams_find_the_likeliest_answer(reader, penalty):
+    """Among all texts of up to 4 letters that end with a newline or at 4, by log-probability / length^penalty."""
+    task = Task("a", "a", "generate", stop=["\n"], max_new_tokens=4, num_beams=512, length_penalty=penalty)
+    letters = [letter for letter in TOKENIZER.characters if letter != "\n"]
+    for prompt in "qaé":
+        texts = ["".join(part) for size in range(4) for part in itertools.product(letters, repeat=size)]
+        ended = [f"{text}\n" for text in texts] + ["".join(part) for part in itertools.product(letters, repeat=4)]
+        best = max(ended, key=lambda text: log_chance(prompt, text) / len(text) ** penalty)
+        assert reader.answers([prompt], task, 0) == [best.removesuffix("\n")]
+    greedy = reader.answers(list("qaé"), Task("a", "a", "generate", max_new_tokens=4), 0)
+    assert penalty != 0.6 or greedy != reader.answers(list("qaé"), task, 0)
 
 
 def test_cloze_is_right_where_greedy_decoding_says_it(run):
@@ -255,6 +334,45 @@ def test_stops_and_extraction_make_the_answer(run, settings, answer, right):
     assert result["values"] == [right]
 
 
+def test_a_filter_of_stop_words_asks_for_another_word(run):
+    """After c come a space and a (0.6), which is a stop word, or b (0.3), each followed by a newline."""
+    told = {"c": {" ": 0.9}, " ": {"a": 0.6, "b": 0.3}, "a": {"\n": 0.9}, "b": {"\n": 0.9}}
+    save_model(bigrams(table_of(TOLD | told)), TOKENIZER, "base")
+    write("items.jsonl", [{"q": "c", "a": " b"}, {"q": "c", "a": " a"}, {"q": "c", "a": " c"}])
+    right = {}
+    for settings in ("", "stop_word_filter = true\n"):
+        Path("cloze.toml").write_text(CLOZE + settings)
+        accuracy, perplexity = one_model(run("base", "--tasks", "cloze.toml", "--data=items.jsonl"))["tasks"]
+        right[settings] = accuracy["values"]
+        assert perplexity["values"][0] == pytest.approx(-math.log(0.9 * 0.3), rel=1e-5)
+    assert list(right.values()) == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_texts_are_compared_by_bleu_and_rouge(run):
+    write("items.jsonl", [{"q": "r", "a": "bc"}, {"q": "q ", "a": "bc a"}, {"q": "b", "a": "é"}])  # bc, bc and c
+    for metric, figures in (
+        (
+            "bleu",
+            {"BLEU": [[1, 0, 0, 0, 1, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0, 0, 0, 1, 2], [0] * 4 + [1, 0, 0, 0, 1, 1]]},
+        ),
+        ("rouge", {"ROUGE-1": [1, 2 / 3, 0], "ROUGE-2": [0, 0, 0], "ROUGE-L": [1, 2 / 3, 0]}),
+    ):
+        Path("generate.toml").write_text(GENERATE + f'metric = "{metric}"\n')
+        done = run("base", "--tasks", "generate.toml", "--data=items.jsonl")
+        results = {result["metric"]: result for result in one_model(done)["tasks"]}
+        assert {name: result["values"] for name, result in results.items()} == figures
+    assert results["ROUGE-1"]["value"] == pytest.approx(5 / 9) and "55.56" in done.output
+
+
+def test_only_the_first_sentences_count(reader):
+    task = Task("mine", "mine", "generate", "{q}", answer="{a}", metric="rouge", sentences=1, stop=[], max_new_tokens=7)
+    assert reader.answers(["r"], task, 0) == ["bc\nqaaa"]
+    questions = [(Question(["r"], [right], 0), "") for right in ("bc", "bc qaaa")]
+    for count, figures in ((1, [1, 2 / 3]), (2, [2 / 3, 1]), (0, [2 / 3, 1])):
+        found = stage.figures_of(replace(task, sentences=count), reader, questions, 0)
+        assert found["ROUGE-1"] == pytest.approx(figures)
+
+
 def test_demonstrations_stand_between_the_description_and_the_question(reader, monkeypatch):
     read = []
 
@@ -265,9 +383,8 @@ def test_demonstrations_stand_between_the_description_and_the_question(reader, m
     monkeypatch.setattr(stage.Reader, "score", score)
     task = Task("mine", "mine", "cloze", "{q}:", answer="{a}", description="[{q}]", separator=";")
     items = [{"q": f"q{n}", "a": f"a{n}"} for n in range(5)]
-    Path("mine.jsonl").parent.mkdir(exist_ok=True)
-    monkeypatch.setattr(stage, "load_items", lambda *rest: items)
-    stage.measure(task, reader, stage.Options("base", tasks=("mine",), shots=(0, 2), seed=3))
+    material = stage.Material(task, items, items, items, [0, 1, 2, 3, 4])
+    stage.measure(material, reader, stage.Options("base", tasks=("mine",), shots=(0, 2), seed=3))
     expected = [
         (f"[q{n}]" + demonstrations(task, items, n, shots, 3, False) + f"q{n}:", f"a{n}")
         for shots in (0, 2)
@@ -401,7 +518,7 @@ def test_the_report_says_what_it_rests_on(run):
 
 
 def test_published_figures_stand_beside_accuracy(run):
-    Path("cloze.toml").write_text(CLOZE + "[published]\nother = 12.5\n")
+    Path("cloze.toml").write_text(CLOZE + "[published.accuracy]\nother = 12.5\n")
     lines = run("base", "--tasks", "cloze.toml", "--data=items.jsonl").output.splitlines()
     assert [line.endswith("other 12.5") for line in lines if line.startswith("cloze")] == [True, False]
 
@@ -421,6 +538,81 @@ def test_each_checkpoint_is_measured(run):
     assert one_model(run("out/run", *flags))["model"] == "out/run/best"
 
 
+def test_checkpoints_are_drawn_against_their_updates(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **how: drawn.append((self, file, how)))
+    tables = {500: TABLE, 2000: table_of(TOLD | {"q": {"b": 0.6}})}
+    for step, table in tables.items():
+        save_model(bigrams(table), TOKENIZER, f"out/run/step-{step:08}")
+    flags = ("--tasks", "cloze.toml", "--data=items.jsonl", "--perplexity", "text.txt", "--checkpoints=True")
+    models = run("out/run", *flags, "--plot=scores.png").report["models"]
+    ((figure, _, how),) = drawn
+    assert how == {"format": "png"} and Path("scores.png").exists()
+    shares, perplexities = figure.axes
+    assert [axes.get_ylabel() for axes in figure.axes] == ["per cent", "perplexity"]
+    assert perplexities.get_yscale() == "log" and shares.get_xlabel() == "updates"
+    (accuracy,), (answers, text) = shares.containers, perplexities.containers
+    assert accuracy.get_label() == "cloze, 0 shots, accuracy" and text.get_label() == "text.txt"
+    for curve, which, scale in ((accuracy, 0, 100), (answers, 1, 1)):
+        line, _, (bars,) = curve.lines
+        own = [model["tasks"][which] for model in models]
+        assert line.get_xydata().tolist() == [[500, own[0]["value"] * scale], [2000, own[1]["value"] * scale]]
+        heights = [bar[1][1] - bar[0][1] for bar in bars.get_segments()]
+        assert heights == pytest.approx([2 * one["standard_error"] * scale for one in own])
+    expected = [[step, figures_of(TEXT, table=table)["perplexity"]] for step, table in tables.items()]
+    assert text.lines[0].get_xydata().ravel() == pytest.approx([x for point in expected for x in point], rel=1e-5)
+
+
+def test_a_drawing_is_a_png(run):
+    save_model(bigrams(TABLE), TOKENIZER, "out/run/step-00000100")
+    run("out/run", "--perplexity", "text.txt", "--checkpoints=True", "--plot=scores.png")
+    assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_items_of_the_training_text_are_told_apart(run):
+    """By the strings of an item, also those that no template names: here of 9 words, and q and a of one each."""
+    pages = [" ".join(f"{sign}{n}" for n in range(9)) for sign in "uvwxyz"]
+    items = [item | {"page": page} for item, page in zip(ITEMS, pages)]  # right is all but the second and the last
+    write("items.jsonl", items)
+    Path("train").mkdir()
+    Path("train/a.txt").write_text(f"Before: Q a; {pages[0].upper()}, and after.")
+    write("train/b.jsonl", [{"text": f"bq\nab {pages[1]}"}, {"text": f"a c {pages[2]}"}, {"text": pages[3]}])
+    flags = ("--tasks", "cloze.toml", "--data=items.jsonl")
+    done = run("base", *flags, "--training_text", "train/a.txt", "train/b.jsonl")
+    accuracy, perplexity = one_model(done)["tasks"]
+    assert accuracy["values"] == [1, 0, 1, 1, 1, 0] and accuracy["value"] == pytest.approx(4 / 6)
+    assert accuracy["overlap"] == {
+        "words": 11,
+        "clean": {"value": 0.75, "standard_error": pytest.approx(0.25), "items": 4},
+        "dirty": {"value": 0.5, "standard_error": pytest.approx(0.5), "items": 2},
+    }
+    nats = perplexity["values"]
+    assert perplexity["overlap"]["dirty"]["value"] == pytest.approx(math.exp((nats[0] + nats[1]) / 2))
+    (line,) = [line for line in done.output.splitlines() if line.startswith("cloze") and line.endswith("11")][:1]
+    assert line.split() == ["cloze", "0", "accuracy", "66.67", "75", "25", "4", "50", "50", "2", "11"]
+    for seed in range(3):  # N is that of all items, whatever is asked
+        limited = one_model(run("base", *flags, "--training_text", "train", "--limit=3", f"--seed={seed}"))["tasks"][0]
+        asked = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]
+        assert limited["overlap"]["words"] == 11 and limited["overlap"]["dirty"]["items"] == (asked < 2).sum()
+    assert one_model(run("base", *flags))["tasks"][0]["overlap"] is None
+
+
+def test_an_item_s_own_strings_are_looked_for(workplace):
+    task = Task("mine", "mine", "cloze", "{question}", answer="{result}", prepare="gsm8k")
+    write("items.jsonl", [{"question": "How many", "answer": "One and two are three\n#### 3"}])
+    Path("other.txt").write_text("how many? One and two are three #### 3")
+    options = stage.Options("base", tasks=("mine",), data=Path("items.jsonl"), training_text=("other.txt",))
+    (material,) = stage.with_overlap([stage.gather(task, options)], options)
+    assert material.overlap == (8, [True])  # 8 words: neither the reasoning once more nor the result
+
+
+def test_items_that_are_all_clean_leave_no_dirty_figure(run):
+    Path("other.txt").write_text("nothing of it")
+    done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--training_text", "other.txt")
+    overlap = one_model(done)["tasks"][0]["overlap"]
+    assert overlap["dirty"] == {"value": None, "standard_error": None, "items": 0} and overlap["clean"]["items"] == 6
+
+
 def test_what_the_hub_refuses_is_told(run, monkeypatch):
     def unreachable(*where, **more):
         raise ConnectionError("no route\nto the host")
@@ -437,6 +629,13 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
         ((), "there is nothing to do: name --tasks or --perplexity"),
         (("--tasks", "helaswag"), "did you mean hellaswag?"),
         (("--tasks", "sst2", "rte", "--data=items.jsonl"), "data holds the items of one task: name one"),
+        (("--tasks", "sst2", "rte", "--train_data=items.jsonl"), "train_data holds the items of one task: name one"),
+        (("--tasks", "sst2", "--plot=a.png"), "plot draws the figures of checkpoints: add --checkpoints=True"),
+        (("--tasks", "sst2", "--checkpoints=True", "--plot=a.pdf"), "plot = a.pdf must end in .png"),
+        (("--tasks", "sst2", "--checkpoints=True", "--plot=no/a.png"), "there is no folder no for the results"),
+        (("--perplexity", "text.txt", "--training_text", "text.txt"), "training_text is looked through for the items"),
+        (("--tasks", "addition_2", "--training_text", "text.txt"), "which are made anew: leave it out"),
+        (("--tasks", "choice.toml", "--data=items.jsonl", "--training_text", "no.txt"), "no.txt can't be read"),
         (("--tasks", "sst2", "--data=none.jsonl"), "there is no file none.jsonl"),
         (("--tasks", "sst2", "--shots=-1"), "shots = (-1,) must be numbers of 0 or more"),
         (("--tasks", "sst2", "--limit=0"), "limit = 0 must be at least 1"),

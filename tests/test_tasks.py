@@ -25,11 +25,30 @@ from gpt_arc.tasks import (
     load_task,
     looked_up,
     paired_p_value,
+    prepared_items,
     standard_error,
 )
 
 ADDITION = {"a": 48, "b": 76, "operation": "plus", "value": 124}
 SUBTRACTION = {"a": 34, "b": 53, "operation": "minus", "value": -19}
+CBT = {
+    "sentences": ["This vexed the king , who did n't smile .", "`` Oh ! '' he said -LRB- twice -RRB- ."],
+    "question": "`` They are old , '' said the XXXXX ; `` and were nice to me , the queen 's . ''",
+    "answer": "king",
+    "options": ["aunt", "boy", "cat", "day", "eye", "fox", "girl", "hat", "ink", "king"],
+}
+CBT_BEFORE = 'This vexed the king, who didn\'t smile. "Oh!" he said (twice). "They are old," said the '
+PAIR = {"translation": {"en": "The cat sleeps.", "fr": "Le chat dort."}}
+WINOGRAD = {
+    "text": "The councilmen refused the  demonstrators a permit because they feared it.",
+    "pronoun": "they",
+    "pronoun_loc": 59,
+    "quote": "they feared it",
+    "quote_loc": 59,
+    "options": ["The councilmen", "The demonstrators"],
+    "label": 0,
+    "source": "(Winograd 1972)",
+}
 # an item of each task with the columns of its data set: the right context, continuation and how many options there are
 SHIPPED = {
     "addition_2": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
@@ -111,6 +130,66 @@ SHIPPED = {
         " got the easier cases.",
         2,
     ),
+    "arc_challenge": (
+        {
+            "id": "Mercury_7175875",
+            "question": "How will the length of a day change?",
+            "choices": {"text": ["shorter", "longer", "1", "B"], "label": ["1", "2", "3", "4"]},
+            "answerKey": "2",
+        },
+        "Question: How will the length of a day change?\nAnswer:",
+        " longer",
+        4,
+    ),
+    "boolq": (
+        {"question": "is it warm there", "passage": "The sun shines.", "idx": 3, "label": 1},
+        "The sun shines.\nquestion: is it warm there?\nanswer:",
+        " yes",
+        2,
+    ),
+    "cbt_cn": (CBT, CBT_BEFORE, 'king; "and were nice to me, the queen\'s."', 10),
+    "cbt_ne": (CBT, CBT_BEFORE, 'king; "and were nice to me, the queen\'s."', 10),
+    "cnn_dailymail": (
+        {"article": "It rained. It stopped.", "highlights": "Rain .\nThen none .", "id": "42c0"},
+        "It rained. It stopped.\nTL;DR:",
+        " Rain .\nThen none .",
+        1,
+    ),
+    "copa": (
+        {
+            "premise": "My body cast a shadow over the grass.",
+            "choice1": "The sun was rising.",
+            "choice2": "The grass was cut.",
+            "question": "cause",
+            "idx": 0,
+            "label": 0,
+        },
+        "My body cast a shadow over the grass because",
+        " the sun was rising.",
+        2,
+    ),
+    "lambada_filtered": (
+        {"text": "He knew who was there: his old friend Gabriel"},
+        "He knew who was there: his old friend",
+        " Gabriel",
+        1,
+    ),
+    "wmt14_en_fr": (PAIR, "The cat sleeps. =", " Le chat dort.", 1),
+    "wmt14_en_fr_gpt3": (PAIR, "The cat sleeps. =>", " Le chat dort.", 1),
+    "wmt14_fr_en": (PAIR, "Le chat dort. =", " The cat sleeps.", 1),
+    "wmt14_fr_en_gpt3": (PAIR, "Le chat dort. =>", " The cat sleeps.", 1),
+    "wsc273": (WINOGRAD, "The councilmen refused the demonstrators a permit because the councilmen", " feared it.", 2),
+    "wsc273_full": (
+        WINOGRAD,
+        "The councilmen refused the demonstrators a permit because ",
+        "the councilmen feared it.",
+        2,
+    ),
+}
+# what a chain of thought shows isn't what is compared
+GSM8K = {
+    "question": "48 clips in April, half as many in May. How many?",
+    "answer": "In May 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 1,072",
 }
 CHOICE = Task("mine", "mine", "choice", "{q}:", "{option}", "options", "{answer}", separator=";")
 CLOZE = Task("mine", "mine", "cloze", "{q}:", answer="{answer}", separator=";")
@@ -124,13 +203,14 @@ def write_task(tmp_path, content):
 
 
 def test_every_shipped_task_has_an_item_here():
-    assert sorted(SHIPPED) == known_tasks()
+    assert sorted([*SHIPPED, "gsm8k"]) == known_tasks()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_task_asks_the_right_question(name):
     item, context, continuation, options = SHIPPED[name]
     task = load_task(name)
+    (item,) = prepared_items(task, [item])
     question = task.question(item)
     assert task.name == name and len(question.contexts) == len(question.continuations) == options
     assert (question.contexts[question.answer], question.continuations[question.answer]) == (context, continuation)
@@ -138,15 +218,77 @@ def test_a_shipped_task_asks_the_right_question(name):
     assert bool(task.hub) != bool(task.generator)
 
 
+def test_a_chain_of_thought_is_shown_and_its_result_compared():
+    task = load_task("gsm8k")
+    (item,) = prepared_items(task, [GSM8K])
+    assert task.question(item) == Question(["Q: 48 clips in April, half as many in May. How many?\nA:"], ["1072"], 0)
+    shown = " In May 48/2 = 24. In all 48+24 = 72 clips. The answer is 1072."
+    assert task.demonstrated(item) == task.question(item).contexts[0] + shown + "\n\n"
+    question = task.question(item)
+    for said in (
+        shown,
+        "The answer is $1,072.",
+        "The answer is 1072 clips",
+        "The answer is 3. No: The answer is 1,072",
+    ):
+        assert task.is_right(said, question)
+    for said in ("The answer is 10,72.", "1072", "The answer is 1072.5", "The answer is -1072", "The answer is 11,072"):
+        assert not task.is_right(said, question)
+
+
+@pytest.mark.parametrize(
+    ("text", "pronoun", "options", "fitting"),
+    [
+        ("Ann knows that the dog bit her hand.", "her", ["Ann", "The dog"], ["Ann's", "the dog's"]),
+        ("Ann has a dog. It bites.", "It", ["The dog", "Ann"], ["The dog", "Ann"]),
+        ("They sing.", "They", ["The men", "A man"], ["The men", "A man"]),
+        ("Now they sing.", "they", ["My men", "An aunt of The Hague"], ["my men", "an aunt of The Hague"]),
+    ],
+)
+def test_winograd_s_options_fit_into_their_place(text, pronoun, options, fitting):
+    item = {"text": text, "pronoun": pronoun, "pronoun_loc": text.index(pronoun), "options": options, "label": 1}
+    (item,) = prepared_items(load_task("wsc273"), [item])
+    assert item["options"] == fitting and f"{item['before']}{pronoun}{item['after']}" == text
+    for name in ("wsc273", "wsc273_full"):
+        question = load_task(name).question(item)
+        whole = [context + continuation for context, continuation in zip(question.contexts, question.continuations)]
+        assert whole == [text.replace(pronoun, option, 1) for option in fitting]
+
+
+def test_an_effect_follows_its_cause():
+    item = SHIPPED["copa"][0] | {"question": "effect", "premise": "It rained. "}
+    assert prepared_items(load_task("copa"), [item])[0]["premise"] == "It rained therefore"
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "words"),
+    [
+        ("wsc273", WINOGRAD | {"options": 3}, "wsc273, item 2 is none that winograd knows: 'int' object is not"),
+        ("copa", {"premise": "a"}, "copa, item 2 is none that copa knows: it lacks 'question'"),
+        ("copa", SHIPPED["copa"][0] | {"question": "why"}, "it lacks 'why'"),
+        ("cbt_cn", CBT | {"question": "no blank"}, "cbt_cn, item 2: its question has no blank, XXXXX"),
+        ("gsm8k", {"answer": None}, "gsm8k, item 2 is none that gsm8k knows: 'NoneType' object has no"),
+    ],
+)
+def test_an_item_of_another_schema_is_named(name, item, words):
+    right = GSM8K if name == "gsm8k" else SHIPPED[name][0]
+    with pytest.raises(UserError, match=words):
+        prepared_items(load_task(name), [right, item])
+
+
 def test_other_numberings_of_the_same_options():
     item, _, _, _ = SHIPPED["arc_easy"]
     assert load_task("arc_easy").question(item | {"answerKey": "2"}).answer == 1  # as some of its items have it
+    choices = {"text": ["2", "D", "A", "1"], "label": ["A", "B", "C", "D"]}  # which are no names of options
+    for key, number in (("A", 0), ("2", 1), ("D", 3)):
+        assert load_task("arc_easy").question(item | {"choices": choices, "answerKey": key}).answer == number
     item, _, _, _ = SHIPPED["winogrande"]
     question = load_task("winogrande").question(item | {"answer": "1"})
     assert question.answer == 0 and question.continuations[0] == question.continuations[1]
 
 
 BASE = 'title = "a"\nkind = "cloze"\nanswer = "{a}"\n'
+GENERATE = BASE.replace("cloze", "generate")
 
 
 @pytest.mark.parametrize(
@@ -162,10 +304,20 @@ BASE = 'title = "a"\nkind = "cloze"\nanswer = "{a}"\n'
         (BASE + 'stop = "a"', ["stop = 'a' has the wrong type"]),
         (BASE + 'stop = ["a", ""]', ["stop = ['a', '']"]),
         (BASE + "stop = [1]", ["stop = [1]"]),
-        (BASE + 'normalise = "bytes"', ["normalise = 'bytes' must be one of sum, token, byte, unconditional"]),
+        (BASE + 'normalise = "bytes"', ["normalise = 'bytes' must be one of sum, token, character, byte, "]),
         (BASE + 'extract = "("', ["extract = '('", "no regular expression"]),
-        (BASE + '[published]\na = "b"', ["published: a = 'b' is not a number"]),
-        (BASE + 'options = ["a", "b"]', ["options belong to the kind choice, not to cloze"]),
+        (BASE + '[published.accuracy]\na = "b"', ["published: a = 'b' is not a number"]),
+        (BASE + "[published]\na = 1.5", ["published: a = 1.5 is no table"]),
+        (BASE + 'options = ["a", "b"]', ["options belongs to the kind choice, not to cloze"]),
+        (BASE + 'metric = "bleu"', ["metric belongs to the kind generate, not to cloze"]),
+        (GENERATE + "stop_word_filter = true", ["stop_word_filter belongs to the kind cloze, not to generate"]),
+        (BASE + "stop_word_filter = 1", ["stop_word_filter = 1 has the wrong type"]),
+        (BASE + 'prepare = "cb"', ["prepare = 'cb' must be one of"]),
+        (GENERATE + "top_k = 0", ["top_k = 0 must be at least 1"]),
+        (GENERATE + "top_k = 2\nnum_beams = 2", ["num_beams draws nothing, so top_k has no meaning"]),
+        (GENERATE + "length_penalty = 0.6", ["length_penalty ranks beams: it needs num_beams"]),
+        (GENERATE + "num_beams = 2\nlength_penalty = -1", ["length_penalty = -1 must lie in [0, 100]"]),
+        (GENERATE + 'metric = "rouge"\nextract = "a"', ["extract finds what is matched exactly"]),
         (BASE.replace("cloze", "choice"), ["a choice needs options"]),
         (BASE.replace("cloze", "choice") + 'options = ["a"]', ["options = ['a']"]),
         (BASE.replace("cloze", "choice") + "options = [1, 2]", ["options = [1, 2]"]),
@@ -249,22 +401,31 @@ def test_columns_of_any_type_are_looked_up():
 
 @pytest.mark.parametrize(
     ("answer", "first", "right"),
-    [(0, 0, 0), ("2", 0, 2), (1, 1, 0), ("3", 1, 2), ("A", 0, 0), ("c", 1, 2), ("two", 0, 1), (" three ", 1, 2)],
+    [(0, 0, 0), ("2", 0, 2), (1, 1, 0), ("3", 1, 2), ("A", 0, 0), (" c ", 1, 2)],
 )
-def test_answers_by_number_letter_and_text(answer, first, right):
+def test_answers_by_number_and_letter(answer, first, right):
     task = replace(CHOICE, answer_from=first)
-    assert task.question({"q": "", "options": ["one", "two", "three"], "answer": answer}).answer == right
+    for options in (["one", "two", "three"], ["3", "C", "0"]):
+        assert task.question({"q": "", "options": options, "answer": answer}).answer == right
+
+
+@pytest.mark.parametrize(("answer", "right"), [("two", 1), (" 0 ", 2), ("A", 0)])
+def test_answers_by_text(answer, right):
+    task = replace(CHOICE, answer_as="text")
+    assert task.question({"q": "", "options": ["A", "two", "0"], "answer": answer}).answer == right
+    with pytest.raises(UserError, match="the answer '1' is none of the 3 options' texts"):
+        task.question({"q": "", "options": ["A", "two", "0"], "answer": 1})
 
 
 def test_an_answer_may_be_a_truth_value():
-    task = replace(CHOICE, options=["False", "True"])
+    task = replace(CHOICE, options=["False", "True"], answer_as="text")
     assert [task.question({"q": "", "answer": value}).answer for value in (False, True)] == [0, 1]
 
 
 @pytest.mark.parametrize(("answer", "first"), [(3, 0), (0, 1), (-1, 0), ("D", 0), ("four", 0), ("", 0), (1.0, 0)])
 def test_answers_that_are_none_of_the_options_are_refused(answer, first):
     task = replace(CHOICE, answer_from=first)
-    with pytest.raises(UserError, match="is none of the 3 options, by number, letter or text"):
+    with pytest.raises(UserError, match="is none of the 3 options, by number or letter"):
         task.question({"q": "", "options": ["one", "two", "three"], "answer": answer})
 
 
@@ -358,10 +519,9 @@ def test_shuffled_answers_are_options_half_of_them_wrong():
 
 def test_shuffled_answers_without_options_are_those_of_other_items():
     pool = [{"q": f"q{n}", "answer": f"a{n}"} for n in range(8)]
-    texts = [demonstrations(CLOZE, pool, number, 4, 0, True) for number in range(8)]
-    pairs = [part.split(":") for text in texts for part in text.split(";")[:-1]]
-    assert {answer for _, answer in pairs} <= {item["answer"] for item in pool}
-    assert any(question[1:] != answer[1:] for question, answer in pairs)
+    texts = [demonstrations(CLOZE, pool, number, 4, seed, True) for number in range(8) for seed in range(20)]
+    drawn = {tuple(part.split(":")) for text in texts for part in text.split(";")[:-1]}
+    assert drawn == {(f"q{n}", f"a{m}") for n in range(8) for m in range(8) if n != m}  # of 640: never its own
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
@@ -456,10 +616,17 @@ def test_the_hub_is_asked_for_the_task_s_data_set_and_split(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_items(load_task("arc_easy"), "test", None, 0) == [{"a": 1}, {"a": 2}]
+    for name in ("wsc273_full", "gsm8k", "cnn_dailymail"):
+        load_items(load_task(name), "test", None, 0)
     load_items(load_task("hellaswag"), "train", None, 0)
     load_items(load_task("hellaswag"), "test", None, 0)
     assert asked[0] == ("allenai/ai2_arc", "ARC-Easy", "test")
-    assert asked[1:] == [("Rowan/hellaswag", None, "train"), ("Rowan/hellaswag", None, "validation")]
+    assert asked[1:4] == [
+        ("lighteval/winograd_wsc", "wsc273", "test"),
+        ("openai/gsm8k", "main", "test"),
+        ("abisee/cnn_dailymail", "3.0.0", "test"),
+    ]
+    assert asked[4:] == [("Rowan/hellaswag", None, "train"), ("Rowan/hellaswag", None, "validation")]
 
 
 def test_generated_items_are_as_many_as_asked():
