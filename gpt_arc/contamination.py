@@ -41,7 +41,7 @@ from gpt_arc.tokenizer import well_formed
 
 BATCH = 2**20  # characters that a process is given at a time
 BLOCK = 2**16  # windows that are hashed at a time, which fit a processor's cache
-CACHED = 2**18  # spellings of words that are remembered
+CACHED, LONGEST_CACHED = 2**18, 64  # spellings of words that are remembered, and the characters of one
 SEPARATOR = 0  # stands between texts, and for every word that no item has: no window to look for holds it
 NO_WORD = -1  # what is punctuation alone
 GOLDEN = 0x9E3779B97F4A7C15
@@ -50,7 +50,7 @@ WORDS_LEAST, WORDS_MOST = 8, 13  # of GPT-3's n-grams on the benchmark's side
 LETTERS, SAMPLES = 50, 3  # characters of GPT-4's substrings, and how many an item has
 FALSE_POSITIVES = 1e-8  # at most, of GPT-2's filter
 ALPHANUMERIC = re.compile(r"[^\W_]+")
-TOKEN, SPACE = re.compile(r"\S+"), re.compile(r"\s")
+TOKEN = re.compile(r"\S+")
 
 Method = Literal["gpt2", "gpt3", "gpt4"]
 METHODS: tuple[Method, ...] = ("gpt2", "gpt3", "gpt4")
@@ -72,11 +72,10 @@ class FilterSettings:
     """An n-gram that more documents have is a common phrase, and stays."""
 
     def __post_init__(self):
-        for name, least in (("words", 1), ("window", 0), ("shortest_piece", 0), ("most_pieces", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
-        if self.most_documents < 1:
-            raise ValueError(f"most_documents = {self.most_documents} must be at least 1, or nothing is cut")
+        least = {"words": 1, "window": 0, "shortest_piece": 0, "most_pieces": 1, "most_documents": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {number}")
 
 
 class Items(NamedTuple):
@@ -100,17 +99,12 @@ def read_items(paths: Iterable[Path], fields: Sequence[str] = ()) -> Items:
         if name.endswith(".parquet"):
             raise UserError(f"{path}: items are read of lines of JSON and text files; write the rows as .jsonl")
         content = read_text(path)
-        if name.endswith((".jsonl", ".json")):
-            found = [
-                (number, _item_text(line, fields, f"{path}:{number}"))
-                for number, line in enumerate(content.split("\n"), start=1)
-                if line.strip()
-            ]
-        else:
-            found = [(1, content)] if content.strip() else []
+        lines = name.endswith((".jsonl", ".json"))
+        found = enumerate(content.split("\n") if lines else [content], start=1)
+        found = [(number, part) for number, part in found if part.strip()]
         if not found:
             raise UserError(f"{path} holds no items")
-        texts += [text for _, text in found]
+        texts += [_item_text(part, fields, f"{path}:{number}") if lines else part for number, part in found]
         numbers += [number for number, _ in found]
         file_of += [len(files)] * len(found)
         files.append(str(path))
@@ -164,7 +158,23 @@ def word_of(token: str) -> str:
     return token.translate(_without_punctuation).lower()
 
 
-class Vocabulary(dict):
+class _Remembered(dict):
+    """What `compute` makes of words, remembered of short ones: the long strings of data in pages would fill memory."""
+
+    def __missing__(self, word: str) -> int:
+        found = self.compute(word)
+        if len(word) <= LONGEST_CACHED:
+            if len(self) >= CACHED:
+                self.clear()
+            self[word] = found
+        return found
+
+    def array(self, words: re.Pattern, text: str, dtype: type) -> np.ndarray:
+        """Of what `words` matches in `text`, one by one: a list of it would take many times the memory of the text."""
+        return np.fromiter(map(self.__getitem__, map(re.Match.group, words.finditer(text))), dtype)
+
+
+class Vocabulary(_Remembered):
     """Numbers of words by their spelling in a text: from 1 on for words of items, SEPARATOR for others, or NO_WORD."""
 
     def __init__(self):
@@ -172,28 +182,17 @@ class Vocabulary(dict):
         self.words: dict[str, int] = {}
         self.growing = True  # while the items are read
 
-    def __missing__(self, token: str) -> int:
+    def compute(self, token: str) -> int:
         word = word_of(token)
         if not word:
-            number = NO_WORD
-        elif self.growing:
-            number = self.words.setdefault(word, len(self.words) + 1)
-        else:
-            number = self.words.get(word, SEPARATOR)
-        if len(self) >= CACHED:
-            self.clear()
-        self[token] = number
-        return number
+            return NO_WORD
+        if self.growing:
+            return self.words.setdefault(word, len(self.words) + 1)
+        return self.words.get(word, SEPARATOR)
 
     def numbers(self, text: str) -> np.ndarray:
         """Of what stands between white space in `text`, which may be punctuation alone."""
-        parts, start = [np.empty(0, np.int32)], 0
-        while start < len(text):  # a long text's list of words would take many times its memory
-            space = SPACE.search(text, start + BATCH)
-            end = space.start() if space else len(text)
-            parts.append(np.fromiter(map(self.__getitem__, text[start:end].split()), np.int32))
-            start = end
-        return np.concatenate(parts)
+        return self.array(TOKEN, text, np.int32)
 
 
 class Sequences(NamedTuple):
@@ -352,12 +351,9 @@ class BloomFilter:
             first = first + step
 
 
-class _WordKeys(dict):
-    def __missing__(self, word: str) -> int:
-        if len(self) >= CACHED:
-            self.clear()
-        self[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return self[word]
+class _WordKeys(_Remembered):
+    def compute(self, word: str) -> int:
+        return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
 _word_keys = _WordKeys()
@@ -368,7 +364,7 @@ def filter_keys(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
     Their words are runs of letters and digits, lowercase; whatever else there is stands between words.
     """
-    words = [np.fromiter(map(_word_keys.__getitem__, ALPHANUMERIC.findall(text.lower())), np.uint64) for text in texts]
+    words = [_word_keys.array(ALPHANUMERIC, text.lower(), np.uint64) for text in texts]
     lengths = np.array([len(part) for part in words], np.int64)
     owners = np.repeat(np.arange(len(texts)), lengths)
     if len(owners) < WORD_FILTER:
@@ -415,55 +411,51 @@ def _each_batch(
     """Texts of the documents in order, some at a time, and what `task` makes of them, on `workers` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     workers = workers or cores
-    bar = tqdm(total=documents.total_bytes, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
-    if workers == 1:
-        for texts, read in _batches(documents):
-            yield texts, task(texts)
+    with tqdm(total=documents.total_bytes, desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        here = ((texts, documents.bytes_read, task(texts)) for texts, _ in _batches(documents))
+        for texts, read, made in _in_processes(documents, task, workers) if workers > 1 else here:
+            yield texts, made
             bar.update(read - bar.n)
-        bar.close()
-        return
+
+
+def _in_processes(
+    documents: Files, task: Callable[[list[str]], Any], workers: int
+) -> Iterator[tuple[list[str], int, Any]]:
+    """Texts, the bytes that were read up to them, and what `task` makes of them."""
     # forked, processes share the memory of the index
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pool = ProcessPoolExecutor(workers, context, _begin, (task,))
     waiting: deque = deque()
-    in_flight = 0
-
-    def oldest() -> tuple[list[str], Any]:
-        nonlocal in_flight
-        texts, size, read, result = waiting.popleft()
-        in_flight -= size
-        made = result.result()
-        bar.update(read - bar.n)
-        return texts, made
-
+    ahead = 0  # what is waiting, by the size of texts
     try:
-        for texts, read in _batches(documents):
-            size = sum(map(len, texts))
+        for texts, size in _batches(documents):
             with _undisturbed():
-                waiting.append((texts, size, read, pool.submit(_carry_out, texts)))
-            in_flight += size
-            while in_flight > 3 * workers * BATCH:
-                yield oldest()
-        while waiting:
-            yield oldest()
+                waiting.append((size, texts, documents.bytes_read, pool.submit(_carry_out, texts)))
+            ahead += size
+            while ahead > 3 * workers * BATCH:
+                size, texts, read, result = waiting.popleft()
+                ahead -= size
+                yield texts, read, result.result()
+        for _, texts, read, result in waiting:
+            yield texts, read, result.result()
     except BrokenProcessPool:
         raise UserError("a process was killed, as happens where memory runs out: --workers=1 takes less") from None
     finally:
         pool.shutdown(cancel_futures=True)
-        bar.close()
 
 
 def _batches(documents: Files) -> Iterator[tuple[list[str], int]]:
+    """Texts, and what they take of memory at least."""
     texts: list[str] = []
     size = 0
     for text, _ in documents.pieces("never"):
         texts.append(text)
-        size += len(text)
-        if size >= BATCH or len(texts) >= BATCH // 64:
-            yield texts, documents.bytes_read
+        size += len(text) + 64  # with what a string takes besides its characters
+        if size >= BATCH:
+            yield texts, size
             texts, size = [], 0
     if texts:
-        yield texts, documents.bytes_read
+        yield texts, size
 
 
 def _refuse_streams(documents: Files) -> None:
@@ -485,42 +477,66 @@ def pieces_of(length: int, hits: Iterable[tuple[int, int]], window: int) -> list
     return pieces + ([(begin, length)] if begin < length else [])
 
 
-class _Found:
-    """For pass 1: which n-grams a batch has, each as often as documents have it."""
+class _Hits(NamedTuple):
+    """Where a batch of documents has n-grams of an index."""
 
-    def __init__(self, vocabulary: Vocabulary, index: WindowIndex):
-        self.vocabulary, self.index = vocabulary, index
+    documents: Sequences
+    places: np.ndarray  # in order
+    numbers: np.ndarray  # of the n-grams
+    owners: np.ndarray  # the documents
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        documents = words_of(texts, self.vocabulary)
-        places, numbers = self.index.find(documents.numbers)
-        owners = np.searchsorted(documents.begins, places, side="right") - 1
-        return np.unique(owners * self.index.count + numbers) % max(1, self.index.count)
+    @classmethod
+    def of(cls, texts: list[str], vocabulary: Vocabulary, index: WindowIndex) -> "_Hits":
+        documents = words_of(texts, vocabulary)
+        places, numbers = index.find(documents.numbers)
+        return cls(documents, places, numbers, np.searchsorted(documents.begins, places, side="right") - 1)
 
 
-class _Cut:
-    """For pass 2: what is left of the documents of a batch that have an n-gram, and which n-grams they have."""
+def _ngrams_of(vocabulary: Vocabulary, index: WindowIndex, texts: list[str]) -> np.ndarray:
+    """For pass 1: which n-grams documents have, each as often as documents have it."""
+    hits = _Hits.of(texts, vocabulary, index)
+    return np.unique(hits.owners * index.count + hits.numbers) % index.count
 
-    def __init__(self, vocabulary: Vocabulary, index: WindowIndex, ignored: np.ndarray, window: int):
-        self.vocabulary, self.index, self.ignored, self.window = vocabulary, index, ignored, window
 
-    def __call__(self, texts: list[str]) -> dict[int, tuple[list[tuple[int, int]], np.ndarray]]:
-        documents = words_of(texts, self.vocabulary)
-        places, numbers = self.index.find(documents.numbers)
-        counts = ~self.ignored[numbers]
-        places, numbers = places[counts], numbers[counts]
-        owners = np.searchsorted(documents.begins, places, side="right") - 1
-        found = {}
-        owners, begins = (array.tolist() for array in np.unique(owners, return_index=True))
-        for owner, begin, end in zip(owners, begins, [*begins[1:], len(places)]):
-            mine = slice(begin, end)
-            firsts = places[mine] - documents.begins[owner]
-            text = texts[owner]
-            spans = np.array([match.span() for match in TOKEN.finditer(text)])
-            spans = spans[self.vocabulary.numbers(text) != NO_WORD]
-            hits = np.stack((spans[firsts, 0], spans[firsts + self.index.length - 1, 1]), axis=1).tolist()
-            found[owner] = pieces_of(len(text), hits, self.window), np.unique(numbers[mine])
-        return found
+def _cuts_of(
+    vocabulary: Vocabulary, index: WindowIndex, ignored: np.ndarray, window: int, texts: list[str]
+) -> dict[int, tuple[list[tuple[int, int]], np.ndarray]]:
+    """For pass 2: what is left of the documents that have an n-gram, and which n-grams they have."""
+    documents, *where = _Hits.of(texts, vocabulary, index)
+    rare = ~ignored[where[1]]
+    places, numbers, owners = (array[rare] for array in where)
+    found = {}
+    for owner in np.unique(owners).tolist():
+        mine = slice(*np.searchsorted(owners, (owner, owner + 1)))
+        spans = np.array([match.span() for match in TOKEN.finditer(texts[owner])])
+        spans = spans[vocabulary.numbers(texts[owner]) != NO_WORD]
+        firsts = places[mine] - documents.begins[owner]
+        hits = np.stack((spans[firsts, 0], spans[firsts + index.length - 1, 1]), axis=1).tolist()
+        found[owner] = pieces_of(len(texts[owner]), hits, window), np.unique(numbers[mine])
+    return found
+
+
+class _Ngrams(NamedTuple):
+    """The n-grams of items, and which files of items have which."""
+
+    index: WindowIndex
+    grams: np.ndarray  # in order, each as often as files have it
+    files: np.ndarray  # beside it, the file
+
+    @classmethod
+    def of(cls, words: Sequences, items: Items, length: int) -> "_Ngrams":
+        starts, owners = words.windows(length)
+        if not len(starts):
+            raise UserError(f"no item has {length} words: there is nothing to look for (--words asks for fewer)")
+        index = WindowIndex(words.numbers, starts, length)
+        of_files = np.unique(index.numbers * np.int64(len(items.files)) + items.file_of[owners])
+        index.numbers = np.empty(0, np.int32)  # has served
+        return cls(index, *np.divmod(of_files, len(items.files)))
+
+    def files_of(self, grams: np.ndarray) -> np.ndarray:
+        """The files that have some of these n-grams."""
+        ranges = zip(np.searchsorted(self.grams, grams), np.searchsorted(self.grams, grams, side="right"))
+        return np.unique(np.concatenate([self.files[first:last] for first, last in ranges]))
 
 
 def decontaminate(
@@ -529,23 +545,18 @@ def decontaminate(
     """Write the documents without what they share with the items to `output`, lines of JSON. Returns what was cut.
 
     The first pass counts the documents that have an n-gram, the second cuts. The bytes written do not depend on the
-    number of workers.
+    number of workers. Raises UserError for documents that can't be read twice, and where no item is long enough.
     """
     _refuse_streams(documents)
     vocabulary = Vocabulary()
     words = words_of(items.texts, vocabulary)
     vocabulary.growing = False
-    starts, owners = words.windows(settings.words)
-    if not len(starts):
-        raise UserError(f"no item has {settings.words} words: there is nothing to look for (--words asks for fewer)")
-    index = WindowIndex(words.numbers, starts, settings.words)
-    of_files = np.unique(index.numbers * np.int64(len(items.files)) + items.file_of[owners])
-    grams, files = np.divmod(of_files, len(items.files))
-    index.numbers = np.empty(0, np.int32)
-    del starts, owners, of_files
+    ngrams = _Ngrams.of(words, items, settings.words)
+    index = ngrams.index
 
     having = np.zeros(index.count, np.int64)
-    for _, found in _each_batch(documents, _Found(vocabulary, index), workers, "looking for n-grams"):
+    task: Callable = functools.partial(_ngrams_of, vocabulary, index)
+    for _, found in _each_batch(documents, task, workers, "looking for n-grams"):
         np.add.at(having, found, 1)
     ignored = having > settings.most_documents
 
@@ -553,49 +564,46 @@ def decontaminate(
     pieces = {"kept": 0, "too_short": 0}
     characters = {"read": 0, "written": 0}
     touched = np.zeros(len(items.files), np.int64)
-    task = _Cut(vocabulary, index, ignored, settings.window)
+    task = functools.partial(_cuts_of, vocabulary, index, ignored, settings.window)
     with replacing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for texts, cuts in _each_batch(documents, task, workers, "cutting"):
             for number, text in enumerate(texts):
-                parts, what = [text], "unchanged"
+                left, what = [text], "unchanged"
                 if number in cuts:
                     spans, found = cuts[number]
-                    lasting = [text[a:b] for a, b in spans if b - a >= settings.shortest_piece]
+                    left = [text[a:b] for a, b in spans if b - a >= settings.shortest_piece]
+                    what = "cut" if left else "left_without_pieces"
                     if len(spans) > settings.most_pieces:
-                        parts, what = [], "dropped"
+                        left, what = [], "dropped"
                     else:
-                        parts, what = lasting, "cut" if lasting else "left_without_pieces"
-                        pieces["kept"] += len(lasting)
-                        pieces["too_short"] += len(spans) - len(lasting)
-                    ranges = zip(np.searchsorted(grams, found), np.searchsorted(grams, found, side="right"))
-                    touched[np.unique(np.concatenate([files[a:b] for a, b in ranges]))] += 1
+                        pieces["kept"] += len(left)
+                        pieces["too_short"] += len(spans) - len(left)
+                    touched[ngrams.files_of(found)] += 1
                 of_documents["read"] += 1
                 of_documents[what] += 1
                 characters["read"] += len(text)
-                for part in parts:
+                for part in left:
                     characters["written"] += len(part)
                     file.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
 
-    def per_file(which: np.ndarray) -> list[int]:
-        return np.bincount(files[which[grams]], minlength=len(items.files)).tolist()
+    def per_file(files: np.ndarray) -> list[int]:
+        return np.bincount(files, minlength=len(items.files)).tolist()
 
     characters["removed"] = characters["read"] - characters["written"]
     by_file = {
-        "items": np.bincount(items.file_of).tolist(),
-        "items_too_short": np.bincount(
-            items.file_of[words.lengths < settings.words], minlength=len(items.files)
-        ).tolist(),
-        "ngrams": per_file(np.ones(index.count, bool)),
-        "ngrams_found": per_file(having > 0),
-        "ngrams_ignored": per_file(ignored),
+        "items": per_file(items.file_of),
+        "items_too_short": per_file(items.file_of[words.lengths < settings.words]),
+        "ngrams": per_file(ngrams.files),
+        "ngrams_found": per_file(ngrams.files[having[ngrams.grams] > 0]),
+        "ngrams_ignored": per_file(ngrams.files[ignored[ngrams.grams]]),
         "documents": touched.tolist(),
     }
+    counts = {"different": index.count, "found": int((having > 0).sum()), "ignored": int(ignored.sum())}
     return {
         "documents": of_documents,
         "pieces": pieces,
         "characters": characters,
-        "ngrams": {"words": settings.words, "different": index.count}
-        | {"found": int((having > 0).sum()), "ignored": int(ignored.sum())},
+        "ngrams": {"words": settings.words} | counts,
         "files": [
             {"file": name} | {key: values[number] for key, values in by_file.items()}
             for number, name in enumerate(items.files)
@@ -626,31 +634,41 @@ def substrings_of(letters: np.ndarray, seed: str) -> list[np.ndarray]:
     return [letters[start : start + LETTERS] for start in sorted(chosen)]
 
 
-class _Look:
-    """Which windows a batch has, by index, and how many 8-grams GPT-2's filter will take of it."""
+class _Wanted(NamedTuple):
+    """Windows of one length that are looked for."""
 
-    def __init__(self, vocabulary: Vocabulary, words: list[WindowIndex], letters: list[WindowIndex], count: bool):
-        self.vocabulary, self.words, self.letters, self.count = vocabulary, words, letters, count
+    index: WindowIndex
+    owners: np.ndarray  # of each window the item
+    seen: np.ndarray  # of each different window whether it was found
 
-    def __call__(self, texts: list[str]) -> tuple[list[np.ndarray], int]:
-        found = []
-        if self.words:
-            documents = words_of(texts, self.vocabulary)
-            found += [np.unique(index.find(documents.numbers)[1]) for index in self.words]
-        if self.letters:
-            documents = Sequences.of([letters_of(text) for text in texts])
-            found += [np.unique(index.find(documents.numbers)[1]) for index in self.letters]
-        lengths = (sum(1 for _ in ALPHANUMERIC.finditer(text.lower())) for text in texts) if self.count else ()
-        return found, sum(max(0, length - WORD_FILTER + 1) for length in lengths)
+    @classmethod
+    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Wanted]":
+        """The windows of `lengths`, one length for each sequence, whose items are `owners`."""
+        wanted = []
+        for length in np.unique(lengths[lengths > 0]).tolist():
+            starts, texts = sequences.windows(length, lengths == length)
+            index = WindowIndex(sequences.numbers, starts, length)
+            wanted.append(cls(index, owners[texts], np.zeros(index.count, bool)))
+        return wanted
 
 
-def _keys_alone(texts: list[str]) -> np.ndarray:
+def _look(
+    vocabulary: Vocabulary, words: list[WindowIndex], letters: list[WindowIndex], count: bool, texts: list[str]
+) -> tuple[list[np.ndarray], int]:
+    """Which windows documents have, by index, and if they are to be counted how many 8-grams GPT-2's filter takes."""
+    found = []
+    if words:
+        documents = words_of(texts, vocabulary)
+        found += [np.unique(index.find(documents.numbers)[1]) for index in words]
+    if letters:
+        documents = Sequences.of([letters_of(text) for text in texts])
+        found += [np.unique(index.find(documents.numbers)[1]) for index in letters]
+    lengths = (sum(1 for _ in ALPHANUMERIC.finditer(text.lower())) for text in texts) if count else ()
+    return found, sum(max(0, length - WORD_FILTER + 1) for length in lengths)
+
+
+def _filter_keys_alone(texts: list[str]) -> np.ndarray:
     return np.unique(filter_keys(texts)[0])
-
-
-def _having(index: WindowIndex, owners: np.ndarray, found: np.ndarray, count: int) -> np.ndarray:
-    """Which of `count` items have a window that was found."""
-    return np.bincount(owners[found[index.numbers]], minlength=count) > 0
 
 
 def measure(
@@ -661,73 +679,60 @@ def measure(
     seed: int = 0,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write to `output`, a line of JSON an item, what the documents have of it; returns the counts by file of items."""
+    """Write to `output`, a line of JSON an item, what the documents have of it; returns the counts by file of items.
+
+    Raises UserError for documents that can't be read twice.
+    """
     _refuse_streams(documents)
     vocabulary, count, by_file = Vocabulary(), len(items.texts), items.file_of
-    results: dict[str, np.ndarray] = {}
     bounds = np.searchsorted(by_file, np.arange(len(items.files) + 1)).tolist()
     slices = [slice(begin, end) for begin, end in zip(bounds, bounds[1:])]  # the items of each file
     report: list[dict[str, Any]] = [
         {"file": name, "items": part.stop - part.start} for name, part in zip(items.files, slices)
     ]
-
-    indexes: dict[str, list[tuple[WindowIndex, np.ndarray]]] = {"gpt3": [], "gpt4": []}
+    wanted: dict[str, list[_Wanted]] = {"gpt3": [], "gpt4": []}
     if "gpt3" in methods:
         words = words_of(items.texts, vocabulary)
-        compared = np.array([words_compared(words.lengths[part]) for part in slices])
-        lengths = np.minimum(compared[by_file], words.lengths)
-        for length in np.unique(lengths[lengths > 0]).tolist():
-            starts, owners = words.windows(length, lengths == length)
-            indexes["gpt3"].append((WindowIndex(words.numbers, starts, length), owners))
+        compared = [words_compared(words.lengths[part]) for part in slices]
+        wanted["gpt3"] = _Wanted.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
     vocabulary.growing = False
     if "gpt4" in methods:
-        chosen = [
-            (item, part)
-            for item, text in enumerate(items.texts)
-            for part in substrings_of(letters_of(text), f"{seed} {text}")
-        ]
-        samples = Sequences.of([part for _, part in chosen])
-        owner_of = np.array([item for item, _ in chosen], np.int64)
-        for length in np.unique(samples.lengths).tolist():
-            starts, owners = samples.windows(length, samples.lengths == length)
-            indexes["gpt4"].append((WindowIndex(samples.numbers, starts, length), owner_of[owners]))
+        samples = [substrings_of(letters_of(text), f"{seed} {text}") for text in items.texts]
+        parts = Sequences.of([part for parts in samples for part in parts])
+        wanted["gpt4"] = _Wanted.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
 
-    look = _Look(
-        vocabulary, *([index for index, _ in indexes[method]] for method in ("gpt3", "gpt4")), "gpt2" in methods
-    )
-    order = [(method, *pair) for method in ("gpt3", "gpt4") for pair in indexes[method]]
-    seen = [np.zeros(index.count, bool) for _, index, _ in order]
+    indexes = ([each.index for each in wanted[method]] for method in ("gpt3", "gpt4"))
+    look = functools.partial(_look, vocabulary, *indexes, "gpt2" in methods)
     capacity = read = characters = 0
     for texts, (found, eights) in _each_batch(documents, look, workers, "looking for the items"):
-        for flags, numbers in zip(seen, found):
-            flags[numbers] = True
+        for each, numbers in zip(wanted["gpt3"] + wanted["gpt4"], found):
+            each.seen[numbers] = True
         capacity, read, characters = capacity + eights, read + len(texts), characters + sum(map(len, texts))
 
+    columns: dict[str, list] = {}
     if "gpt2" in methods:
         bloom = BloomFilter(capacity)
-        for _, keys in _each_batch(documents, _keys_alone, workers, "filling the filter"):
+        for _, keys in _each_batch(documents, _filter_keys_alone, workers, "filling the filter"):
             bloom.add(keys)
         eights, common = np.zeros(count, np.int64), np.zeros(count, np.int64)
         for at in range(0, count, BATCH // 64):
             keys, owners = filter_keys(items.texts[at : at + BATCH // 64])
             eights += np.bincount(at + owners, minlength=count)
             common += np.bincount(at + owners[bloom.contains(keys)], minlength=count)
-        results |= {"gpt2_ngrams": eights, "gpt2_found": common}
+        columns |= {"gpt2_ngrams": eights.tolist(), "gpt2_found": common.tolist()}
         for part, entry in zip(slices, report):
             total, shared = (int(array[part].sum()) for array in (eights, common))
             entry["gpt2"] = {"ngrams": total, "found": shared, "percent": 100 * shared / total if total else None}
     for method, name in (("gpt3", "dirty"), ("gpt4", "contaminated")):
         if method in methods:
             flags = np.zeros(count, bool)
-            for (which, index, owners), found in zip(order, seen):
-                if which == method:
-                    flags |= _having(index, owners, found, count)
-            results[f"{method}_{name}"] = flags
-            for number, entry in enumerate(report):
-                amount = int(flags[slices[number]].sum())
-                entry[method] = {"words": int(compared[number])} if method == "gpt3" else {}
+            for index, owners, seen in wanted[method]:
+                flags[owners[seen[index.numbers]]] = True
+            columns[f"{method}_{name}"] = flags.tolist()
+            for number, (part, entry) in enumerate(zip(slices, report)):
+                amount = int(flags[part].sum())
+                entry[method] = {"words": compared[number]} if method == "gpt3" else {}
                 entry[method] |= {name: amount, "clean": entry["items"] - amount}
-    columns = {key: values.tolist() for key, values in results.items()}
     with replacing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for number in range(count):
             line = {"file": items.files[by_file[number]], "item": items.numbers[number]}

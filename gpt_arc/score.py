@@ -3,13 +3,14 @@
     scores = score_continuations(model.eval(), [Request(context, continuation), ...])
     scores = score_continuations(model.eval(), rolling_windows(tokens, prefix, 1024, 512))    # a text of any length
 
-Requests of equal context read it once, as long as they fit into a batch: its keys and values serve all of their
-continuations. Logits are computed only of what is scored.
+Requests of equal context read it once: its keys and values serve all of their continuations. What is read together is
+of like length, so that little of it is padding, and logits are computed only of what is scored.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, starmap
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from tqdm import tqdm
 from gpt_arc import runtime
 from gpt_arc.tokenizer import Tokenizer
 from model import GPT, KVCache, logits_at_once
+
+FULL_SPEED = 256  # rows of a product that a CPU computes at nine tenths of its best rate: more may wait for like length
+Item = TypeVar("Item")
 
 
 class Request(NamedTuple):
@@ -35,15 +39,41 @@ class Score(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A context, and the continuations that are asked of it."""
+    """A context, and the continuations that are asked of it, each with the number of its request."""
 
     context: tuple[int, ...]
-    continuations: list[tuple[int, Sequence[int]]]  # each with the number of its request
+    continuations: list[tuple[int, Sequence[int]]]
 
     @property
     def length(self) -> int:
         """Tokens of the longest sequence that is read: the last token of a continuation isn't."""
         return len(self.context) + max(len(tokens) for _, tokens in self.continuations) - 1
+
+    @property
+    def worth_sharing(self) -> bool:
+        """Whether reading the context once saves more than a second pass for the continuations costs."""
+        own = sum(len(tokens) - 1 for _, tokens in self.continuations)
+        return len(self.context) + own < 0.9 * (len(self.context) * len(self.continuations) + own)
+
+
+class Row(NamedTuple):
+    """A continuation that is read after one of several contexts."""
+
+    context: int  # its place among them
+    number: int  # of the request
+    tokens: Sequence[int]
+
+
+class Branches(NamedTuple):
+    """A block's `KVCache` of rows that go on from contexts, several from each; copied when it is the block's turn."""
+
+    keys: Tensor  # (G, K, S, D) of the contexts, with room for what follows
+    values: Tensor  # (G, K, S, D)
+    positions: Tensor  # (R, T) slots of the tokens now being read
+    contexts: Tensor  # (R,) the context of each row
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return KVCache(self.keys[self.contexts], self.values[self.contexts], self.positions).add(key, value)
 
 
 def truncated(request: Request, block_size: int) -> tuple[int, ...]:
@@ -101,8 +131,8 @@ def score_continuations(
 ) -> list[Score]:
     """The score of each request, in their order, by `model` in eval mode.
 
-    `batch_tokens` bounds what is read at once, each context counted with each continuation and padding included, where
-    a single sequence isn't longer; `dtype` is that of matrix products. A context too long to be read with its
+    `batch_tokens` bounds what is read at once, a context counted with each continuation and padding included, where a
+    single sequence isn't longer; `dtype` is that of matrix products. A context too long to be read with its
     continuation loses its beginning, see `truncated`.
     """
     by_context: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = defaultdict(list)
@@ -110,15 +140,19 @@ def score_continuations(
     for number, request in enumerate(requests):
         by_context[truncated(request, model.config.block_size)].append((number, request.continuation))
         count += 1
-    groups = [piece for item in by_context.items() for piece in _pieces(Group(*item), batch_tokens)]
-    groups.sort(key=lambda group: group.length, reverse=True)
+    shared, alone = [], []
+    for group in starmap(Group, by_context.items()):
+        if group.worth_sharing:
+            shared.append(group)
+        else:
+            alone += [Group(group.context, [item]) for item in group.continuations]
     scores: list[Score | None] = [None] * count
     bar = tqdm(total=count, desc=progress, unit="request", leave=False, disable=None if progress else True)
+    found = chain(_score_alone(model, alone, batch_tokens), _score_shared(model, shared, batch_tokens))
     with runtime.autocast(_device(model), dtype):
-        for batch in _batches(groups, batch_tokens):
-            for number, score in _score_batch(model, batch):
-                scores[number] = score
-                bar.update()
+        for number, score in found:
+            scores[number] = score
+            bar.update()
     bar.close()
     return scores
 
@@ -127,64 +161,75 @@ def _device(model: GPT) -> torch.device:
     return model.token_embedding.weight.device
 
 
-def _pieces(group: Group, batch_tokens: int) -> Iterator[Group]:
-    """The group, the longest continuations first, cut where they come to more than `batch_tokens`."""
-    continuations = sorted(group.continuations, key=lambda item: len(item[1]), reverse=True)
-    start = 0
-    while start < len(continuations):
-        end = start + max(batch_tokens // Group(group.context, continuations[start : start + 1]).length, 1)
-        yield Group(group.context, continuations[start:end])
-        start = end
+def _batches(
+    items: Sequence[Item], length: Callable[[Item], int], batch_tokens: int, device: torch.device, before: int = 0
+) -> Iterator[list[Item]]:
+    """Items in batches, the longest first, of which `length` tokens are read and `before` were read of each before.
 
-
-def _batches(groups: Sequence[Group], batch_tokens: int) -> Iterator[list[Group]]:
-    """Groups in batches whose continuations, each padded to the longest sequence, come to `batch_tokens` at most."""
-    batch: list[Group] = []
-    rows = 0
-    for group in groups:  # the first of a batch is the longest
-        more = len(group.continuations)
-        if batch and (rows + more) * batch[0].length > batch_tokens:
-            yield batch
-            batch, rows = [], 0
-        batch.append(group)
-        rows += more
+    Padded to the longest, they come to `batch_tokens` at most. On a CPU a batch ends where an eighth of the next item
+    would be padding, if it is large enough; what a GPU reads at once costs it less than reading twice.
+    """
+    batch: list[Item] = []
+    for item in sorted(items, key=length, reverse=True):
+        if batch:
+            size, longest = len(batch), length(batch[0])
+            full = (size + 1) * (before + longest) > batch_tokens
+            uneven = device.type == "cpu" and size * longest >= FULL_SPEED and 8 * length(item) < 7 * longest
+            if full or uneven:
+                yield batch
+                batch = []
+        batch.append(item)
     if batch:
         yield batch
 
 
-def _score_batch(model: GPT, groups: list[Group]) -> Iterator[tuple[int, Score]]:
-    """Read each context once, and then, from a copy of its keys and values, each of its continuations.
-
-    Where contexts are a small part of it all, each sequence is read as a whole: that takes one pass, without masks.
-    """
+def _score_alone(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iterator[tuple[int, Score]]:
+    """Read each context with its only continuation, in one pass and without masks."""
     device = _device(model)
-    rows = [(g, number, tokens) for g, group in enumerate(groups) for number, tokens in group.continuations]
-    targets = [torch.tensor(tokens, device=device) for _, _, tokens in rows]
-    slots = max(group.length for group in groups)
-    longest = max(len(own) for own in targets) - 1  # tokens that are read of a continuation
-    read_once = len(groups) * max(len(group.context) for group in groups) + len(rows) * longest
-    if read_once > 0.9 * len(rows) * slots:
-        whole = _padded([[*groups[g].context, *own[:-1]] for g, _, own in rows], device)
-        hidden = model.hidden(whole)
-        starts = [len(groups[g].context) - 1 for g, _, _ in rows]
-        found = [row[start : start + len(own)] for row, start, own in zip(hidden, starts, targets)]
-        yield from _scored(model, rows, targets, found)
-        return
-    contexts = _padded([group.context for group in groups], device)
-    cache = _empty_cache(model, len(groups), slots) if longest else None
-    hidden = model.hidden(contexts, cache=cache)
-    owner = torch.tensor([g for g, _, _ in rows], device=device)
-    ends = torch.tensor([len(group.context) - 1 for group in groups], device=device)[owner]  # (R,)
-    found = hidden[owner, ends].split(1)  # first tokens are predicted from these
-    if cache is not None:
-        # a shorter row reads its last token again and again, which keeps the same keys and values at the same place
-        sizes = torch.tensor([len(own) for own in targets], device=device)
-        steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, longest)
-        sequences = torch.cat((contexts[owner, ends][:, None], pad_sequence(targets, batch_first=True)), dim=1)
-        copies = [KVCache(of.keys[owner], of.values[owner], ends[:, None] + steps) for of in cache]
-        continued = model.hidden(sequences.gather(1, steps), cache=copies)
-        found = [torch.cat((first, row[: len(own) - 1])) for first, row, own in zip(found, continued, targets)]
-    yield from _scored(model, rows, targets, found)
+    for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
+        rows = [Row(g, *group.continuations[0]) for g, group in enumerate(batch)]
+        hidden = model.hidden(_padded([[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)], device))
+        ends = [len(group.context) - 1 for group in batch]
+        yield from _scored(model, rows, [own[e : e + len(row.tokens)] for own, e, row in zip(hidden, ends, rows)])
+
+
+def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iterator[tuple[int, Score]]:
+    """Read each context once, and then, from its keys and values, each of its continuations."""
+    device = _device(model)
+    for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
+        rows = [Row(g, *item) for g, group in enumerate(batch) for item in group.continuations]
+        longest = max(len(row.tokens) for row in rows) - 1  # tokens that are read of a continuation
+        contexts = _padded([group.context for group in batch], device)
+        cache = _empty_cache(model, len(batch), contexts.size(1) + longest) if longest else []
+        hidden = model.hidden(contexts, cache=cache or None)
+        ends = torch.tensor([len(group.context) - 1 for group in batch], device=device)
+        each = torch.arange(len(batch), device=device)
+        last, states = contexts[each, ends], hidden[each, ends]
+        for part in _batches(rows, lambda row: len(row.tokens) - 1, batch_tokens, device, before=contexts.size(1)):
+            owners = torch.tensor([row.context for row in part], device=device)
+            found = states[owners].split(1)  # first tokens are predicted from these
+            if len(part[0].tokens) > 1:
+                own = _read_on(model, cache, contexts.size(1), part, owners, last[owners], ends[owners])
+                found = [torch.cat((first, more[: len(row.tokens) - 1])) for first, more, row in zip(found, own, part)]
+            yield from _scored(model, part, found)
+
+
+def _read_on(
+    model: GPT, cache: Sequence[KVCache], used: int, rows: Sequence[Row], owners: Tensor, last: Tensor, ends: Tensor
+) -> Tensor:
+    """Hidden states (R, T, C) of the continuations of rows, the longest first, but for the last tokens.
+
+    `cache` holds `used` tokens of each context, padding included; of the context of each row `owners` (R,) is the place
+    there, `last` (R,) the last token and `ends` (R,) the place of that.
+    """
+    longest, device = len(rows[0].tokens) - 1, owners.device
+    sequences = torch.cat((last[:, None], _padded([row.tokens for row in rows], device)), dim=1)
+    # a shorter row reads its last token again and again, which keeps the same keys and values at the same place
+    sizes = torch.tensor([len(row.tokens) for row in rows], device=device)
+    steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, T)
+    slots, positions = slice(used + longest), ends[:, None] + steps
+    branches = [Branches(of.keys[:, :, slots], of.values[:, :, slots], positions, owners) for of in cache]
+    return model.hidden(sequences.gather(1, steps), cache=branches)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -201,17 +246,16 @@ def _empty_cache(model: GPT, rows: int, slots: int) -> list[KVCache]:
     return [KVCache(keys, values, None) for keys, values in zip(new, new)]
 
 
-def _scored(
-    model: GPT, rows: Sequence[tuple[int, int, Sequence[int]]], targets: Sequence[Tensor], hidden: Sequence[Tensor]
-) -> Iterator[tuple[int, Score]]:
+def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
     """The score of each row, from the hidden states (tokens, C) that its tokens are predicted from."""
-    hidden, wanted = torch.cat(list(hidden)), torch.cat(list(targets))
+    hidden = torch.cat(list(hidden))
+    wanted = torch.tensor([token for row in rows for token in row.tokens], device=hidden.device)
     at_once = max(logits_at_once(hidden.device.type) // model.config.vocab_size, 1)
     logs, greedy = [], []
     for states, own in zip(hidden.split(at_once), wanted.split(at_once)):
         logits = model.logits(states).float()
         logs.append(logits.log_softmax(-1).gather(1, own[:, None])[:, 0])
         greedy.append(logits.argmax(-1) == own)
-    sizes = [len(own) for own in targets]
-    for (_, number, _), log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
-        yield number, Score(log.sum().item(), bool(right.all()), len(log))
+    sizes = [len(row.tokens) for row in rows]
+    for row, log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
+        yield row.number, Score(log.sum().item(), bool(right.all()), len(log))

@@ -357,6 +357,24 @@ def test_words_are_those_of_a_slow_reading(text):
     assert vocabulary == pickle.loads(pickle.dumps(vocabulary))
 
 
+def test_long_strings_of_data_are_compared_and_not_remembered(clean):
+    vocabulary, data = Vocabulary(), "0123456789abcdef" * 1000
+    assert words_of([f"a {data} a {data}", "b"], vocabulary).numbers.tolist() == [1, 2, 1, 2, 0, 3, 0]
+    assert list(vocabulary) == ["a", "b"]
+    assert len(filter_keys([f"{data} " * 9])[0]) == 2 and data not in contamination._word_keys
+    item = ITEM.replace("fox", data)
+    assert clean([f"{filler(500)} {item}"], [item])[0] == [filler(500)[:-199]]
+
+
+def test_batches_are_bounded_even_of_empty_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(contamination, "BATCH", 640)
+    corpus = corpus_of(tmp_path, [""] * 25 + ["x" * 5000, "y"])
+    assert [(len(texts), size) for texts, size in contamination._batches(corpus)] == [(10, 640)] * 2 + [
+        (6, 5384),
+        (1, 65),
+    ]
+
+
 def test_every_mark_of_punctuation_goes():
     marks = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)).startswith("P")]
     assert word_of("".join(marks) + string.punctuation) == "" and len(marks) > 800

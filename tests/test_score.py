@@ -182,6 +182,20 @@ def test_a_batch_is_bounded_even_where_all_ask_of_one_context(model, monkeypatch
     same(scores, [slow(model, request) for request in requests])
 
 
+def test_little_is_padding_where_lengths_differ(monkeypatch):
+    model = make(block_size=128, n_layer=1, n_head=1, n_embd=4)
+    calls, draw = count_tokens(model, monkeypatch), random.Random(0)
+    requests, needed = [], 0
+    for _ in range(400):
+        context = [draw.randrange(37) for _ in range(draw.randint(60, 100))]
+        options = [[draw.randrange(37)] * draw.randint(5, 20) for _ in range(4)]
+        requests += [Request(context, option) for option in options]
+        needed += len(context) + sum(len(option) - 1 for option in options)
+    score_continuations(model, requests)
+    assert max(rows * length for rows, length in calls) <= 8192
+    assert needed < sum(rows * length for rows, length in calls) < 1.12 * needed
+
+
 # P(next token | token): halves down to 1/8, an even choice of the first three, a certainty but for 2^-10, all alike
 BIGRAMS = torch.tensor(
     [

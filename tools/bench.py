@@ -5,6 +5,7 @@
     python tools/bench.py sample out/quickstart --json=quickstart.json
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
+    python tools/bench.py eval configs/gpt2.toml --transformers=True
 
 `sample` times greedy continuations of random prompts. Each program has a process of its own with the same weights and
 prompts, and they take turns, round by round, so that whatever else the machine does meets them alike:
@@ -393,7 +394,13 @@ def bench_finetune(args: list[str]) -> None:
     bench_finetune.bench_finetune(args)
 
 
-BENCHES = {"sample": bench_sample, "train": bench_train, "finetune": bench_finetune}
+def bench_eval(args: list[str]) -> None:
+    from gpt_arc import bench_eval
+
+    bench_eval.bench_eval(args)
+
+
+BENCHES = {"sample": bench_sample, "train": bench_train, "finetune": bench_finetune, "eval": bench_eval}
 
 
 def main() -> None:
