@@ -8,6 +8,7 @@
     python sample.py --num_beams=4                     the likeliest text that beam search finds
     python sample.py gpt2-xl --draft=gpt2              a small model proposes, the large one disposes
     python sample.py --interactive=True                prompts from the keyboard, one after the other
+    python sample.py --chat out/sft                    a conversation; --system="Be brief." sets its tone
     python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
 
 A model is a run folder, a model directory, or the name of published weights.
@@ -29,7 +30,7 @@ def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
     """The prompts, in lists of those that may be continued together."""
     from gpt_arc.documents import read_text
 
-    if config.interactive:
+    if config.typed:
         return typed_prompts()
     if config.prompts is not None:
         lines = read_text(config.prompts).removesuffix("\n").split("\n")
@@ -67,26 +68,39 @@ def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
 
     from gpt_arc import runs  # these import torch: not before the settings are known to be right
+    from gpt_arc.chat import load_chat
     from gpt_arc.checkpoint import model_directory
     from gpt_arc.decoder import load_decoder
+    from gpt_arc.dialogue import Dialogue
     from gpt_arc.generate import Acceptance, Step, beam_search, generate, row_generators, speculative
 
     asked = asked_prompts(config)
     # how many continuations are made together: by beam search those of a prompt, with a draft one
     together = config.num_samples if config.num_beams else 1 if config.draft else config.batch_size
-    count = config.num_samples * (1 if config.interactive else len(asked[0]))
+    count = config.num_samples * (1 if config.typed else len(asked[0]))
     rows = config.num_beams or min(together, count)
     steps = config.max_new_tokens * math.ceil(count / together)
 
-    named = config.out_dir if config.init_from == "resume" else config.init_from
-    named = named if config.model is None else config.model
-    directory = model_directory(runs.newest_run() if named is None else named)
+    directory = model_directory(config.names[0] if config.names else runs.newest_run())
     decoder, tokenizer = load_decoder(directory, config, rows, steps)
+    context, dialogue = decoder.model.config.block_size, None
+    if config.chat:
+        chat = load_chat(directory, tokenizer)
+        if chat is None:
+            raise UserError(f"{directory} has no chat.json: it must learn conversations first, by stages/sft.py")
+        dialogue = Dialogue(chat, context, config.max_new_tokens, config.system)
     if config.draft:
         drafter, same = load_decoder(model_directory(config.draft), config, rows, steps)
         if same != tokenizer:
             raise UserError(f"the draft {config.draft} has another tokenizer than the model: its tokens mean others")
     acceptance = Acceptance()
+
+    def unanswered(prompts: list[str]) -> list[Continuation]:
+        return [
+            Continuation(prompt, tokens, tokenizer, config.stop)
+            for prompt in prompts
+            for tokens in [encoded(prompt, tokenizer, context)] * config.num_samples
+        ]
 
     def steps_of(batch: list[Continuation], first: int) -> Iterator[Step]:
         """What continues a batch, whose first row has the number `first` of all."""
@@ -108,24 +122,20 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     for prompts in asked:
         try:
-            todo = [
-                Continuation(prompt, tokens, tokenizer, config.stop)
-                for prompt in prompts
-                for tokens in [encoded(prompt, tokenizer, decoder.model.config.block_size)] * config.num_samples
-            ]
+            todo = [dialogue.ask(prompts[0], config.stop)] if dialogue else unanswered(prompts)
             if not made:
                 print(f"sampling from {directory}", file=sys.stderr)
-            screen = Screen(todo, config.json)
+            screen = Screen(todo, config.json, with_prompts=dialogue is None)
             for start in range(0, len(todo), together):
                 batch = todo[start : start + together]
                 made += len(batch)
                 screen.follow(batch, steps_of(batch, made - len(batch)))
         except UserError as error:
-            if not config.interactive:
+            if not config.typed:
                 raise
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
-            if not config.interactive:
+            if not config.typed:
                 raise
             print(file=sys.stderr)
     if config.draft:

@@ -6,16 +6,17 @@
     chat.save(directory)                                        # chat.json, beside a model that reads such tokens
     chat = load_chat(directory, tokenizer)
 
-Files are .jsonl, .csv or .tsv. A conversation is a row with `prompt` and `response`, or with `messages`, a list of
-{"role": "system" | "user" | "assistant", "content": TEXT}. Preferences have a prompt, or messages that end with the
-user's, and `chosen` and `rejected`, or `responses`, a list from the best to the worst, or with a list of `ranks`, 1 for
-the best and equal ones for ties.
+Files are .jsonl, .csv or .tsv; lists are for .jsonl. A conversation is a row with `prompt`, perhaps `system`, and
+`response`, or with `messages`, a list of {"role": "system" | "user" | "assistant", "content": TEXT}. Preferences have a
+prompt, or messages that end with the user's, and `chosen` and `rejected`, or `responses`, a list from the best to the
+worst, or with a list of `ranks`, 1 for the best and equal ones for ties.
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,9 +69,9 @@ class Ranking(NamedTuple):
 class Template:
     """How the turn of each role is written: text around {content}, in which <|name|> is one token."""
 
-    system: str = "<|system|>{content}"
-    user: str = "<|user|>{content}"
-    assistant: str = "<|assistant|>{content}<|end|>"
+    system: str
+    user: str
+    assistant: str
 
     def __post_init__(self):
         for name, text in asdict(self).items():
@@ -82,7 +83,7 @@ class Template:
     @property
     def marks(self) -> list[str]:
         """Its tokens, in the order in which they come first."""
-        return list(dict.fromkeys(MARK.findall(self.system + self.user + self.assistant)))
+        return list(dict.fromkeys(MARK.findall(f"{self.system} {self.user} {self.assistant}")))
 
 
 def _chatml(role: str) -> str:
@@ -90,7 +91,7 @@ def _chatml(role: str) -> str:
 
 
 TEMPLATES = {
-    "markers": Template(),
+    "markers": Template("<|system|>{content}", "<|user|>{content}", "<|assistant|>{content}<|end|>"),
     "chatml": Template(*map(_chatml, ROLES)),  # as Qwen's models have it
     "plain": Template(f"{CONTENT}\n\n", f"{CONTENT}\n", CONTENT + END_OF_TEXT),  # as InstructGPT's prompts were
 }
@@ -120,29 +121,37 @@ class ChatFormat:
 
     def _encode(self, text: str) -> list[int]:
         """A piece of the template, whose marks are single tokens."""
-        pieces = [[self.ids[p]] if p in self.ids else self.tokenizer.encode(p) for p in MARK.split(text) if p]
+        try:
+            pieces = [[self.ids[p]] if p in self.ids else self.tokenizer.encode(p) for p in MARK.split(text) if p]
+        except UserError as error:
+            raise UserError(f"the template's text {text!r}: {error}") from None
         return [token for piece in pieces for token in piece]
 
     def turn(self, turn: Turn) -> tuple[list[int], list[bool]]:
         """Tokens of a turn, and which of them a model learns to write: a response with the token that ends it."""
         before, after = self.parts[turn.role]
-        content, learns = self.tokenizer.encode(turn.content), turn.role == "assistant"
-        scored = [False] * len(before) + [learns] * (len(content) + 1) + [False] * (len(after) - 1)
+        content = self.tokenizer.encode(turn.content)
+        learned = len(content) + 1 if turn.role == "assistant" else 0
         tokens = [*before, *content, *after]
-        return tokens, scored[: len(tokens)]
+        return tokens, [len(before) <= i < len(before) + learned for i in range(len(tokens))]
 
     def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation, and which of them are scored. Raises UserError for text that has no tokens."""
+        """Tokens of a conversation, and which of them are scored, never the first: nothing would predict it.
+
+        Raises UserError for text that has no tokens.
+        """
         tokens, scored = [], []
         for turn in turns:
             own, learned = self.turn(turn)
+            if not tokens and learned[:1] == [True]:
+                tokens, scored = [self.tokenizer.start_token], [False]
             tokens += own
             scored += learned
         return tokens, scored
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of the turns and of what comes before a response."""
-        return self.encode(turns)[0] + self.parts["assistant"][0] or [self.tokenizer.start_token]
+        return [*self.encode(turns)[0], *self.parts["assistant"][0]] or [self.tokenizer.start_token]
 
     def response(self, content: str) -> list[int]:
         """Tokens of a response and the one that ends it."""
@@ -160,9 +169,10 @@ class ChatFormat:
         """
         first = 1 if turns and turns[0].role == "system" else 0
         kept = list(turns)
-        while len(self.prompt(kept)) > room:
+        while (size := len(self.prompt(kept))) > room:
             if len(kept) <= first + 1:
-                raise UserError(f"the last turn takes more than the {room} tokens that the context leaves it")
+                alone = "the system's turn and the last" if first else "the last turn"
+                raise UserError(f"the {size} tokens of {alone} are more than the {room} that the context leaves")
             following = (i for i in range(first + 1, len(kept) - 1) if kept[i].role == "user")
             kept[first : next(following, len(kept) - 1)] = []
         return kept
@@ -181,9 +191,14 @@ def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"version {content['format_version']} is not {FORMAT_VERSION}")
-        added = {str(mark): int(id) for mark, id in content["added_tokens"].items()}
+            raise UserError(f"it has the version {content['format_version']}; this program reads {FORMAT_VERSION}")
+        added = content["added_tokens"]
+        ids = sorted(added.values())
+        if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.vocab_size):
+            raise UserError(f"added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
         return ChatFormat(Template(**content["template"]), tokenizer, added)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -201,11 +216,12 @@ def load_template(name: str) -> Template:
         content = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
-    known = [field.name for field in fields(Template)]
-    for name in content:
-        if name not in known:
-            raise UserError(f"{path}: there is no role {name}; those there are: {', '.join(known)}")
-    return Template(**content)
+    if set(content) != set(ROLES):
+        raise UserError(f"{path} has {', '.join(content) or 'nothing'}: a template has a text for {', '.join(ROLES)}")
+    try:
+        return Template(**content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---- files
@@ -250,6 +266,8 @@ def read_rankings(path: Path) -> list[Ranking]:
             return Ranking(turns, (text_of(row, "chosen"), text_of(row, "rejected")), (1, 2), place)
         responses = _list(row, "responses", str, "texts")
         ranks = _list(row, "ranks", (int, float), "numbers") if "ranks" in row else list(range(1, len(responses) + 1))
+        if any(map(math.isnan, ranks)):
+            raise ValueError("ranks has a number that is none, NaN")
         if len(responses) < 2 or len(ranks) != len(responses):
             raise ValueError(f"{len(responses)} responses with {len(ranks)} ranks are no ranking of two or more")
         return Ranking(turns, tuple(responses), tuple(ranks), place)
@@ -291,40 +309,33 @@ class Encoded(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Tokens that the loss counts; the first is never predicted."""
-        return sum(self.scored[1:])
+        """Tokens that the loss counts."""
+        return sum(self.scored)
 
 
 class EncodedConversations(NamedTuple):
     examples: list[Encoded]
-    cut: int  # conversations that lost turns at their end
+    cut: int  # conversations that lost responses at their end
     dropped: int  # those whose first response doesn't fit
 
 
 def encode_conversations(conversations: Sequence[Conversation], chat: ChatFormat, context: int) -> EncodedConversations:
-    """Conversations of at most `context` + 1 tokens: a longer one keeps its first turns up to a response that fits.
+    """Conversations of at most `context` + 1 tokens: a longer one keeps its first turns, up to a response that fits.
 
     Raises UserError naming the row for text that has no tokens.
     """
     examples, cut, dropped = [], 0, 0
     for conversation in conversations:
         try:
-            encoded = [chat.turn(turn) for turn in conversation.turns]
+            tokens, scored = chat.encode(conversation.turns)
         except UserError as error:
             raise UserError(f"{conversation.place}: {error}") from None
-        tokens: list[int] = []
-        scored: list[bool] = []
-        kept = 0, 0  # turns and tokens
-        for number, (own, learned) in enumerate(encoded, start=1):
-            tokens, scored = tokens + own, scored + learned
-            ended = len(scored) - scored[::-1].index(True) if True in scored else 0
-            if conversation.turns[number - 1].role == "assistant" and ended <= context + 1:
-                kept = number, ended
-        turns, size = kept
-        dropped += not turns
-        if turns:
-            cut += any(turn.role == "assistant" for turn in conversation.turns[turns:])
-            examples.append(Encoded(tokens[:size], scored[:size]))
+        ends = [i + 1 for i, token in enumerate(tokens) if scored[i] and token == chat.end]
+        fit = [end for end in ends if end <= context + 1]
+        cut += 0 < len(fit) < len(ends)
+        dropped += not fit
+        if fit:
+            examples.append(Encoded(tokens[: fit[-1]], scored[: fit[-1]]))
     return EncodedConversations(examples, cut, dropped)
 
 

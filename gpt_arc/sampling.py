@@ -56,6 +56,10 @@ class SampleConfig:
     """A file of prompts, one a line."""
     interactive: bool = False
     """Ask for prompts until the input ends (Ctrl-D); Ctrl-C ends a continuation, or where there is none, all."""
+    chat: str | None = None
+    """Talk with the model named here, one that stages/sft.py has taught to converse: asks as interactive does."""
+    system: str | None = None
+    """The system's turn, with which a chat begins."""
     json: bool = False
     """Print a JSON object for each continuation: its tokens, their log-probabilities by the model itself, times."""
     num_samples: int = 1
@@ -87,6 +91,17 @@ class SampleConfig:
     """Compile the decoding step. auto: if that saves more time than it takes; with a draft there is no such step."""
 
     @property
+    def names(self) -> list[str]:
+        """The model's name; nothing where it is left open."""
+        names = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from, self.chat]
+        return [name for name in names if name is not None]
+
+    @property
+    def typed(self) -> bool:
+        """Whether prompts come from the keyboard, one after the other."""
+        return self.interactive or self.chat is not None
+
+    @property
     def compiling(self) -> bool | str:
         """`compile`, which int8 asks for."""
         return True if self.int8 and self.compile == "auto" else self.compile
@@ -100,15 +115,18 @@ class SampleConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
         if self.seed >= 2**63:
             raise ValueError(f"seed = {self.seed} must be less than 2**63")
-        named = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from]
-        named = [name for name in named if name is not None]
-        if len(named) > 1:
-            raise ValueError(f"the model is named more than once, {' and '.join(named)}: leave one out")
-        asked = [name for name in ("start", "prompts", "interactive") if getattr(self, name)]
+        if len(self.names) > 1:
+            raise ValueError(f"the model is named more than once, {' and '.join(self.names)}: leave one out")
+        asked = [name for name in ("start", "prompts", "interactive", "chat") if getattr(self, name)]
         if len(asked) > 1:
             raise ValueError(f"both {asked[0]} and {asked[1]} say where prompts come from: leave one out")
-        if self.draft == "":
-            raise ValueError("draft is an empty name: leave it out to go on without one")
+        for name in ("draft", "chat"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is an empty name: leave it out to go on without one")
+        if self.chat is not None and (self.num_samples > 1 or self.num_beams is not None):
+            raise ValueError("a chat has one answer to each turn, and draws it: leave num_samples and num_beams out")
+        if self.chat is None and self.system is not None:
+            raise ValueError("system is what a chat begins with: name the model by --chat")
         if self.stop == "":
             raise ValueError("stop is an empty text: leave it out to go on to max_new_tokens")
         if self.draft is not None and True in (self.compile, self.int8):

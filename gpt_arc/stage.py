@@ -378,6 +378,8 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
         recorded = recorded_options(run, cls, name)
         options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=True)
         lock = runs.Lock(run) if IS_MAIN else None
+    else:
+        options = located(options)
     device = runtime.resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device):
         return train(options, Stage(name, options, device, run, lock))
@@ -388,6 +390,13 @@ def refuse_others(options: Any, allowed: set[str], why: str) -> None:
     for one in dataclasses.fields(options):
         if one.name not in allowed and getattr(options, one.name) != one.default:
             raise UserError(f"--{one.name} {why}")
+
+
+def located(options: O) -> O:
+    """The options, what is on this disk of the models in them by its absolute path: the same when a run goes on."""
+    named = {name: getattr(options, name) for name in options.PATHS}
+    whole = {name: str(Path(value).resolve()) for name, value in named.items() if value and Path(value).exists()}
+    return dataclasses.replace(options, **whole)
 
 
 def write_record(run: Path, stage: str, options: Any) -> None:

@@ -15,11 +15,15 @@ CONTEXT = 8  # tokens
 class TextStream:
     """The text of a continuation as it grows, of which no part of a character or of the stop text counts as certain.
 
-    A continuation ends at the token between documents or where `stop` begins; neither belongs to its text.
+    A continuation ends at the token between documents, at the token `end` or where the text `stop` begins; none of
+    them belongs to its text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: str | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: str | None = None, end: int | None = None
+    ):
         self.tokenizer, self.stop = tokenizer, stop
+        self._ends = {tokenizer.end_of_text, end}
         self.text = ""
         self.ended = False  # by a token or the stop text
         self.complete = False  # ended, or because there are no more tokens
@@ -38,7 +42,7 @@ class TextStream:
         """Append a token, unless the continuation is complete; sets `ended` if it ends with it."""
         if self.complete:
             return
-        if token == self.tokenizer.end_of_text:
+        if token in self._ends:
             self.end()
             self.ended = True
             return
@@ -80,10 +84,12 @@ class TextStream:
 
 
 class Continuation(TextStream):
-    """A continuation and how it came about."""
+    """A continuation and how it came about; with a token that ends it, an answer, whose text stands by itself."""
 
-    def __init__(self, prompt: str, prompt_tokens: Sequence[int], tokenizer: Tokenizer, stop: str | None):
-        super().__init__(tokenizer, prompt_tokens, stop)
+    def __init__(
+        self, prompt: str, prompt_tokens: Sequence[int], tokenizer: Tokenizer, stop: str | None, end: int | None = None
+    ):
+        super().__init__(tokenizer, prompt_tokens if end is None else (), stop, end)
         self.prompt, self.prompt_tokens = prompt, list(prompt_tokens)
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
@@ -116,8 +122,8 @@ class Continuation(TextStream):
 class Screen:
     """Shows continuations in their order: the first that isn't complete as it grows, or as JSON, a line for each."""
 
-    def __init__(self, continuations: Sequence[Continuation], as_json: bool):
-        self.as_json = as_json
+    def __init__(self, continuations: Sequence[Continuation], as_json: bool, with_prompts: bool = True):
+        self.as_json, self.with_prompts = as_json, with_prompts
         self._left = deque(continuations)
         self._shown: int | None = None  # characters of the first one left, None before its prompt
 
@@ -139,7 +145,7 @@ class Screen:
             current = self._left[0]
             if not self.as_json:
                 if self._shown is None:
-                    print(current.prompt, end="")
+                    print(current.prompt if self.with_prompts else "", end="")
                     self._shown = 0
                 print(current.certain[self._shown :], end="", flush=True)
                 self._shown = len(current.certain)

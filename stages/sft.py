@@ -2,16 +2,16 @@
 
     python stages/sft.py out/gpt2 --train chats.jsonl
     python stages/sft.py gpt2 --train chats.jsonl --val held_out.jsonl --template chatml --packing=False
-    python stages/sft.py configs/sft.toml --learning_rate 2e-5              settings from a file, flags win
+    python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file, flags win
     python stages/sft.py out/sft --resume=True                              go on with a run that was stopped
-    torchrun --standalone --nproc_per_node=8 stages/sft.py configs/sft.toml
+    torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
 A row has a prompt and a response, or messages: `gpt_arc/chat.py` tells of files and templates. A run writes out/sft/
 (or -2, -3 ...): run.json, metrics.jsonl and checkpoints, the model of the lowest val loss as `best`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,17 +73,20 @@ def val_loss(model: GPT, examples: Sequence[Encoded], options: Options, stage: S
         sums += counts * torch.stack((loss.total, loss.count))
     model.train()
     total, count = distributed.sum_over_ranks(sums).tolist()
-    return total / max(count, 1)
+    return total / count
 
 
 def batch_of(
     examples: Sequence[Encoded], rows: Sequence[int], model: GPT, options: Options, stage: Stage
-) -> Iterator[torch.Tensor]:
+) -> list[torch.Tensor]:
     context = model.config.block_size if options.packing else None
     return runtime.to_device(conversation_batch([examples[row] for row in rows], context), stage.device)
 
 
 def train(options: Options, stage: Stage) -> int:
+    if options.train is None:
+        raise UserError("name the conversations to learn from by --train")
+
     # ---- the model, with a token for each new mark of the template
     model, tokenizer = load_model(stage.origin)
     if tokenizer is None:
@@ -97,8 +100,6 @@ def train(options: Options, stage: Stage) -> int:
     model.activation_checkpointing = options.activation_checkpointing
 
     # ---- the conversations, and the plan in figures
-    if options.train is None:
-        raise UserError("name the conversations to learn from by --train")
     conversations = read_conversations(options.train)
     if options.val:
         splits = {"train": conversations, "val": read_conversations(options.val)}
@@ -106,17 +107,19 @@ def train(options: Options, stage: Stage) -> int:
         splits = held_out(conversations, options.val_fraction, options.seed)
     encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
     say(f"parameters     {model.num_parameters():,}")
+    say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))
     for name, split in encoded.items():
         say(f"{name:<15}{described(split)}")
+        if not split.examples:
+            reason = f"fits into the context of {model.config.block_size} tokens" if split.dropped else "is left"
+            raise UserError(f"no conversation of the {name} split {reason}")
     examples = encoded["train"].examples
-    if not examples:
-        raise UserError(f"no conversation of {options.train} fits into the context of {model.config.block_size} tokens")
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} conversations in {options.epochs} epochs")
 
     # ---- the run, where a stopped one stood
-    stage.open(digest([options.model, *examples]))
+    stage.open(digest([split.examples for split in encoded.values()]))
     replica = stage.place(model)
     updater = stage.updater(model, updates)
     stage.restore(updater, {})
@@ -131,10 +134,7 @@ def train(options: Options, stage: Stage) -> int:
     model.train()
     while stage.goes_on(updates):
         rows = order.rows(progress.step)
-        tokens = sum(examples[row].count for row in rows)
-        if not tokens:  # empty responses: there is nothing to learn
-            progress.step += 1
-            continue
+        tokens = sum(examples[row].count for row in rows)  # of an empty response the one that ends it
         micros = list(micro_batches(rows, options.batch_size))
         total = torch.zeros((), device=stage.device)
         for i, (own, counts) in enumerate(micros, start=1):
@@ -152,10 +152,10 @@ def train(options: Options, stage: Stage) -> int:
         ended = progress.step % order.per_epoch == 0
         if ended and "val" in encoded:
             line["val_loss"] = val_loss(model, encoded["val"].examples, options, stage)
-        shown = "".join(f", val {line[name]:.4f}" for name in ("val_loss",) if name in line)
-        stage.tell(line, f"loss {total / tokens:.4f}{shown}", updates)
+        shown = f"loss {total / tokens:.4f}" + (f", val {line['val_loss']:.4f}" if "val_loss" in line else "")
+        stage.tell(line, shown, updates)
         if ended:
-            say(f"epoch {progress.step // order.per_epoch}: loss {total / tokens:.4f}{shown}")
+            say(f"epoch {progress.step // order.per_epoch}: {shown}")
             stage.save(write, line.get("val_loss"))
     return stage.finish(write)
 

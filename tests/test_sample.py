@@ -1,5 +1,6 @@
 """sample.py as a user runs it, with a model whose continuations are known."""
 
+import io
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ import torch
 
 import sample
 from conftest import ROOT, command
-from gpt_arc import runtime
+from gpt_arc import generate, runtime
+from gpt_arc.chat import ChatFormat, Template, Turn
 from gpt_arc.checkpoint import load_model, save_model
 from gpt_arc.errors import entry_point
 from gpt_arc.tokenizer import BPETokenizer, CharTokenizer
@@ -313,8 +315,14 @@ def test_prompts_from_a_pipe(letters):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(letters):
+@pytest.mark.parametrize("way", ["--interactive=True", "--chat=talker"])
+def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(talker, way):
     import pty
+
+    model = counting_model(len(LETTERS) + 1, 40)
+    with torch.no_grad():  # after the last letter comes the first, and no end
+        model.head.weight[[0, -1]] = model.head.weight[[-1, 0]]
+    save_model(model, CharTokenizer(LETTERS), talker)
 
     ours, theirs = pty.openpty()
 
@@ -322,7 +330,7 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(letters):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.login_tty(theirs)
 
-    process = started("--interactive=True", "--temperature=0", "--max_new_tokens=1000000", preexec_fn=before)
+    process = started(way, "--temperature=0", "--max_new_tokens=1000000", preexec_fn=before)
     os.close(theirs)
     try:
         read_until(ours, b"> ")
@@ -338,6 +346,109 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(letters):
         process.kill()
         process.wait()
         os.close(ours)
+
+
+# ---- a conversation
+
+CHAT = ChatFormat(Template(*["{content}"] * 2, "{content}<|end|>"), CharTokenizer(LETTERS), {"<|end|>": len(LETTERS)})
+
+
+@pytest.fixture
+def talker(letters, tmp_path):
+    """A model directory, talker, that answers with the rest of the alphabet: "gh" to "f"."""
+    save_model(counting_model(len(LETTERS) + 1, 40), CharTokenizer(LETTERS), tmp_path / "talker")
+    CHAT.save(tmp_path / "talker")
+    return tmp_path / "talker"
+
+
+@pytest.fixture
+def talk(talker, say, monkeypatch):
+    """Type lines and the end of input: what was printed, and what the model was asked to continue each time."""
+    read, called = [], generate.generate
+    monkeypatch.setattr(
+        generate, "generate", lambda model, prompts, *a, **k: read.extend(prompts) or called(model, prompts, *a, **k)
+    )
+
+    def call(typed, *args):
+        read.clear()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        return say("--chat", "talker", "--temperature=0", *args), read
+
+    return call
+
+
+def exchange(*contents):
+    return [Turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
+
+
+def test_a_chat_goes_on_from_what_was_said(talk):
+    shown, read = talk("f\nae\nh\n\nbg")
+    assert shown == "gh\nfgh\n\n\nabcdefgh\nh\n"  # an empty question follows the end of an answer, the last token
+    said = ["f", "gh", "ae", "fgh", "h", "", ""]
+    assert read[:4] == [CHAT.prompt(exchange(*said[:n])) for n in (1, 3, 5, 7)] and len(read) == 5
+    shown, read = talk("f\nae", "--system=abc")
+    assert shown == "gh\nfgh\n" and read[1] == CHAT.prompt([Turn("system", "abc"), *exchange("f", "gh", "ae")])
+
+
+def test_an_answer_ends_with_its_token_the_stop_text_or_max_new_tokens(talk):
+    assert talk("a\n")[0] == "bcdefgh\n"
+    shown, read = talk("a\nb\n", "--max_new_tokens=3")
+    assert shown == "bcd\ncde\n" and read[1] == CHAT.prompt(exchange("a", "bcd", "b"))
+    shown, read = talk("a\nb\n", "--stop=fg")
+    assert shown == "bcde\ncde\n" and read[1] == CHAT.prompt(exchange("a", "bcde", "b"))
+    assert talk("a\nb\n", "--draft=talker")[0] == "bcdefgh\ncdefgh\n"
+
+
+def test_a_chat_as_json_and_by_chance(talk):
+    told = answers(talk("a\nf\n", "--json=True", "--max_new_tokens=3")[0])
+    assert [(one["prompt"], one["text"], one["ended"]) for one in told] == [("a", "bcd", False), ("f", "gh", True)]
+    assert told[1]["tokens"] == CHAT.response("gh") and len(told[1]["log_probabilities"]) == 3
+    flags = ("--temperature=60", "--max_new_tokens=12")
+    shown = [talk("a\na\n", *flags, f"--seed={seed}")[0] for seed in (1, 1, 2)]
+    assert shown[0] == shown[1] != shown[2] and len(set(shown[0].split("\n"))) > 1
+
+
+def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker):
+    """Of a context of 40 tokens, prompts have 20."""
+    typed = "h" * 14 + "\nhhh\naXb\n" + "h" * 21 + "\nhhhhf\nf\n"
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "sample.py"), "--chat=talker", "--temperature=0", "--device=cpu", "--json=True"],
+        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert [(one["prompt"], one["text"]) for one in answers(result.stdout)] == [
+        ("h" * 14, ""), ("hhh", ""), ("hhhhf", "gh"), ("f", "gh"),
+    ]  # fmt: skip
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("sampling from") and len(lines) == 4
+    assert "the character 'X' (U+0058) at position 1" in lines[1]
+    assert lines[2] == "the 21 tokens of the last turn are more than the 20 that the context leaves"
+    assert lines[3] == "the oldest turns are forgotten: the context is 40 tokens"  # said once
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--chat=out/letters"], "has no chat.json: it must learn conversations first, by stages/sft.py"),
+        (["--chat=nowhere"], "there is no model directory nowhere"),
+        (["--chat="], "chat is an empty name"),
+        (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),
+        (["--chat=talker", "--start=a"], "both start and chat say where prompts come from"),
+        (["--chat=talker", "--prompts=a"], "both prompts and chat"),
+        (["--chat=talker", "--interactive=True"], "both interactive and chat"),
+        (["--chat=talker", "--num_samples=2"], "a chat has one answer to each turn"),
+        (["--chat=talker", "--num_beams=2"], "leave num_samples and num_beams out"),
+        (["--system=a"], "system is what a chat begins with: name the model by --chat"),
+        (
+            ["--chat=talker", f"--system={'a' * 20}"],
+            "the system's turn take 20 of the 20 tokens that a prompt may have",
+        ),
+        (["--chat=talker", "--system=X"], "the character 'X'"),
+        (["--chat=talker", "--temperature=-1"], "temperature = -1.0"),
+    ],
+)
+def test_mistakes_about_a_chat(talker, say, args, sentence):
+    assert sentence in say(*args)
 
 
 def test_the_first_character_does_not_wait_for_a_compiler(letters):
