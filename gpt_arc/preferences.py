@@ -4,6 +4,7 @@ model, tokenizer, chat = load_reward_model("out/reward")      # trained by stage
 scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8, device, "float32")
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -112,8 +113,9 @@ def pairs_of(rankings: Sequence[EncodedRanking], device: torch.device) -> Pairs:
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens (N, T) int64, 0 after the end of a sequence, and lengths (N,)."""
     lengths = [len(sequence) for sequence in sequences]
-    rows = [[*sequence, *repeat(0, max(lengths) - len(sequence))] for sequence in sequences]
-    return torch.tensor(rows, device=device), torch.tensor(lengths, device=device)
+    longest = max(lengths)
+    rows = [[*sequence, *repeat(0, longest - len(sequence))] for sequence in sequences]
+    return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(lengths, device=device)
 
 
 class ScalarHead(nn.Linear):
@@ -221,6 +223,15 @@ def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFor
     except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"{directory / HEAD} is damaged: {str(error).strip().splitlines()[-1].strip()}") from None
     return model, tokenizer, chat
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of a model's weights, of at most a thousand of each tensor."""
+    found = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        flat = tensor.detach().flatten()
+        found.update(flat[:: max(len(flat) // 1000, 1)].float().cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:

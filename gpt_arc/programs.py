@@ -72,7 +72,7 @@ def check_places(settings: Any, packages: Sequence[str] = ("transformers",)) -> 
     nanogpt = getattr(settings, "nanogpt", None)
     if nanogpt is not None and not (nanogpt / "model.py").is_file():
         raise UserError(f"there is no nanoGPT checkout at {nanogpt}: it has no model.py")
-    for package in packages if settings.transformers else ():
+    for package in packages if getattr(settings, "transformers", False) else ():
         if importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is not installed: pip install -e ".[dev]"')
     refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
@@ -105,18 +105,16 @@ def now(device: Any) -> float:
     return time.perf_counter()
 
 
-def serve(pipe: Any, program: type, job: Any) -> None:
-    """The life of a process: load, then call the methods it is asked for, until the parent hangs up or dies."""
+@contextlib.contextmanager
+def reporting(pipe: Any) -> Iterator[None]:
+    """In which a process ends when the parent hangs up or dies, and tells it of what goes wrong."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
     sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())  # compilers use its own, which a process that is killed is said to leak
     try:
-        loaded = program(job)
-        pipe.send(None)
-        while True:
-            pipe.send(getattr(loaded, pipe.recv())())
+        yield
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:  # whatever another program, a compiler or a driver may raise
@@ -125,12 +123,24 @@ def serve(pipe: Any, program: type, job: Any) -> None:
         pipe.send(UserError(said if known else f"{type(error).__name__}: {said}"))
 
 
+def serve(pipe: Any, program: type, job: Any) -> None:
+    """The life of a process: load, then call the methods it is asked for."""
+    with reporting(pipe):
+        loaded = program(job)
+        pipe.send(None)
+        while True:
+            pipe.send(getattr(loaded, pipe.recv())())
+
+
 @contextlib.contextmanager
-def running(name: str, program: type, job: Any) -> Iterator[Callable[[str], Any]]:
-    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded."""
+def running(name: str, program: Any, job: Any, live: Callable = serve) -> Iterator[Callable[[str | None], Any]]:
+    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded.
+
+    `live` is another life that answers as often as it is asked.
+    """
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, program, job), daemon=True)
+    process = context.Process(target=live, args=(theirs, program, job), daemon=True)
 
     def ask(method: str | None) -> Any:
         try:

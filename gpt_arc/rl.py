@@ -88,15 +88,17 @@ def penalised_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, coefficie
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Values over their standard deviation among those there, without their mean unless `shift_mean` is False.
+    """Values (N, R) less their mean among those there, over their standard deviation; 0 elsewhere.
 
-    As openai/lm-human-preferences utils/core.py, epsilon 1e-8, but that without `shift_mean` they are divided alone:
-    there the mean is subtracted before and added after, which gives each token a constant reward. Where responses
-    differ in length that favours short or long ones, and the optimum is no longer pi_ref exp(r / beta).
+    Without `shift_mean` they are divided alone, by the root of their mean square. There openai/lm-human-preferences
+    (utils/core.py; its epsilon is kept) takes the mean away, divides by the standard deviation and adds the mean again,
+    which gives each token a constant reward: where responses differ in length that favours short or long ones, and the
+    optimum is no longer pi_ref exp(r / beta). And that deviation is 0 where all responses are one token of one reward.
     """
-    variance, mean = torch.var_mean(values[mask], correction=0)
-    shifted = values - mean if shift_mean else values
-    return torch.where(mask, shifted * torch.rsqrt(variance + 1e-8), 0.0)
+    there = values[mask]
+    mean = there.mean() if shift_mean else 0.0
+    variance = (there - mean).square().mean()
+    return torch.where(mask, (values - mean) * torch.rsqrt(variance + 1e-8), 0.0)
 
 
 def advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lambda_: float) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,45 @@
-"""Responses that a policy writes, and the rewards they are given.
+"""Responses that a policy writes, what is known of them, and the rewards they are given.
 
 reward = load_reward("out/reward", ...)            # a reward model's directory
 reward = load_reward("examples.judge:utility", ...)       # or any Python function
-responses = write_responses(decoder, prompts, end, 64, 1.0, seeds)
+responses = write_responses(decoder, prompts, end, 64, 1.0, seed, numbers, 128)
 """
 
 import importlib
-import inspect
 import math
+import os
+import site
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpt_arc.chat import ChatFormat
+from gpt_arc import distributed
+from gpt_arc.chat import ChatFormat, read_prompts
 from gpt_arc.decoder import Decoder
-from gpt_arc.errors import UserError
+from gpt_arc.distributed import WORLD_SIZE, say
+from gpt_arc.errors import UserError, first_line
 from gpt_arc.generate import generate, row_generators
-from gpt_arc.preferences import is_reward_model, load_reward_model, score_sequences
+from gpt_arc.preferences import (
+    RewardModel,
+    ScalarHead,
+    fitting_prompt,
+    is_reward_model,
+    load_reward_model,
+    padded,
+    score_sequences,
+)
+from gpt_arc.rl import log_probabilities, response_states
+from gpt_arc.runtime import autocast
 from gpt_arc.sampling import Sampling
+from model import GPT
+
+# ---- prompts and responses
 
 
 class Prompt(NamedTuple):
@@ -28,42 +47,41 @@ class Prompt(NamedTuple):
     row: dict[str, Any]  # of the file that it was read from
 
 
-class Rollouts(NamedTuple):
-    """N responses and what is known of them; tensors of tokens are (N, R), of states before each token."""
-
-    sequences: list[list[int]]  # prompt and response
-    prompt_lengths: Tensor  # (N,) int64
-    responses: Tensor  # int64, 0 after the end
-    mask: Tensor  # bool: which tokens are there
-    ended: Tensor  # (N,) bool: whether by the end token
-    logs: Tensor  # log-probabilities by the policy that wrote them
-    reference: Tensor  # by the reference
-    entropies: Tensor
-    values: Tensor  # by the critic of that time
-    scores: Tensor  # (N,)
-    monitored: Tensor  # (N,)
-
-
-Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
+def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int) -> list[Prompt]:
+    """Prompts of at most `room` tokens, longer ones less their oldest turns. Raises UserError if none is left."""
+    found, dropped = [], 0
+    for conversation in read_prompts(path):
+        try:
+            tokens = fitting_prompt(chat, conversation.turns, room)
+        except UserError as error:
+            raise UserError(f"{conversation.place}: {error}") from None
+        if tokens is None:
+            dropped += 1
+        else:
+            found.append(Prompt(tokens, conversation.row))
+    say(f"prompts        {len(found):,}" + (f"; {dropped:,} too long left out" if dropped else ""))
+    if not found:
+        raise UserError(f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context to it")
+    return found
 
 
 def write_responses(
-    decoder: Decoder, prompts: Sequence[Sequence[int]], end: int, most: int, temperature: float, seed: int,
+    decoder: Decoder, prompts: Sequence[Prompt], end: int, most: int, temperature: float, seed: int,
     numbers: Sequence[int], at_once: int,
 ) -> list[list[int]]:  # fmt: skip
     """A response of at most `most` tokens to each prompt, `at_once` at a time, drawn at a temperature.
 
-    What a response draws depends on the seed and its own of the `numbers` alone. It has the token `end` if it got so
+    What a response draws depends on the seed and its own of the `numbers` alone. Its last token is `end` if it got so
     far.
     """
     responses: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # prompts of like length read together
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # of like length are read together
     for first in range(0, len(order), at_once):
         rows = order[first : first + at_once]
-        generators = row_generators(seed, [numbers[row] for row in rows])
         steps = generate(
-            decoder, [prompts[row] for row in rows], most, Sampling(temperature=temperature),
-            generators=generators, stopped=lambda row, token: token == end,
+            decoder, [prompts[row].tokens for row in rows], most, Sampling(temperature=temperature),
+            generators=row_generators(seed, [numbers[row] for row in rows]),
+            stopped=lambda row, token: token == end,
         )  # fmt: skip
         for step in steps:
             for row, token in zip(step.rows, step.tokens):
@@ -71,51 +89,174 @@ def write_responses(
     return responses
 
 
+# ---- the policy and what predicts its returns
+
+
+class ActorCritic(nn.Module):
+    """A policy and what predicts its returns: a network of its own, or a head on the policy."""
+
+    def __init__(self, policy: GPT, critic: RewardModel | ScalarHead, temperature: float):
+        super().__init__()
+        self.policy, self.critic, self.temperature = policy, critic, temperature
+
+    def forward(
+        self, tokens: Tensor, prompt_lengths: Tensor, responses: Tensor, text: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Log-probabilities, entropies and values, (N, R) each, of responses (N, R) within tokens (N, T).
+
+        With `text`, tokens and targets (B, T), also the policy's language-model loss on it, a sum. All in one pass, as
+        DistributedDataParallel has it.
+        """
+        hidden, length = self.policy.hidden(tokens), responses.size(1)
+        states = response_states(hidden, prompt_lengths, length)
+        logs, entropies = log_probabilities(self.policy, states, responses, self.temperature)
+        if isinstance(self.critic, RewardModel):
+            states = response_states(self.critic.trunk.hidden(tokens), prompt_lengths, length)
+            values = self.critic.head(states)
+        else:
+            values = self.critic(states)
+        return logs, entropies, values, None if text is None else self.policy(*text).total
+
+
+class Assessment(NamedTuple):
+    """What the models say of each token of N responses, before it: (N, R) each, on the CPU."""
+
+    logs: Tensor  # log-probabilities by the policy that wrote it
+    reference: Tensor  # by the reference
+    entropies: Tensor  # of the policy
+    values: Tensor  # of the critic
+
+
+@torch.no_grad()
+def assess(
+    actor: ActorCritic, reference: GPT, prompts: Sequence[Prompt], responses: Sequence[list[int]], batch_size: int,
+    device: torch.device, dtype: str,
+) -> Assessment:  # fmt: skip
+    """What policy, reference and critic say of responses, `batch_size` at a time."""
+    known = torch.zeros(4, len(responses), max(map(len, responses), default=0))
+    for start in range(0, len(responses), batch_size):
+        rows = slice(start, start + batch_size)
+        tokens, _ = padded([p.tokens + r[:-1] for p, r in zip(prompts[rows], responses[rows])], device)
+        wanted, _ = padded(responses[rows], device)
+        prompt_lengths = torch.tensor([len(p.tokens) for p in prompts[rows]], device=device)
+        with autocast(device, dtype):
+            logs, entropies, values, _ = actor(tokens, prompt_lengths, wanted)
+            states = response_states(reference.hidden(tokens), prompt_lengths, wanted.size(1))
+            by_reference, _ = log_probabilities(reference, states, wanted, actor.temperature)
+        known[:, rows, : wanted.size(1)] = torch.stack((logs, by_reference, entropies, values)).cpu()
+    return Assessment(*known)
+
+
+class Rollouts(NamedTuple):
+    """The N responses of all processes and what is known of them, on the CPU."""
+
+    sequences: list[list[int]]  # prompt and response
+    prompt_lengths: Tensor  # (N,) int64
+    responses: Tensor  # (N, R) int64, 0 after the end
+    mask: Tensor  # (N, R) bool: which tokens are there
+    ended: Tensor  # (N,) bool: whether by the end token
+    known: Assessment  # (N, R) each, 0 after the end
+    scores: Tensor  # (N,)
+    monitored: Tensor  # (N,)
+
+
+def gather_rollouts(
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], known: Assessment, scores: Tensor, monitored: Tensor,
+    end: int,
+) -> Rollouts:  # fmt: skip
+    """The rollouts of every process, in every process: `prompts` are all, the rest those of this one, every n-th."""
+    shares = distributed.gather((responses, torch.stack(known), scores, monitored))
+    responses = [shares[i % WORLD_SIZE][0][i // WORLD_SIZE] for i in range(len(prompts))]
+    tokens, lengths = padded(responses, torch.device("cpu"))
+    mask = torch.arange(tokens.size(1)) < lengths[:, None]
+    all_known, all_scores = torch.zeros(4, *tokens.shape), torch.zeros(2, len(prompts))
+    for rank, (_, own_known, *own_scores) in enumerate(shares):
+        rows = slice(rank, None, WORLD_SIZE)
+        all_known[:, rows, : own_known.size(2)] = own_known
+        all_scores[:, rows] = torch.stack(own_scores)
+    return Rollouts(
+        [prompt.tokens + response for prompt, response in zip(prompts, responses)],
+        torch.tensor([len(prompt.tokens) for prompt in prompts]),
+        tokens,
+        mask,
+        torch.tensor([response[-1] == end for response in responses]),
+        Assessment(*torch.where(mask, all_known, 0.0)),
+        *all_scores,
+    )
+
+
+# ---- rewards
+
+Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
+
+
 def load_reward(name: str, chat: ChatFormat, device: torch.device, dtype: str, batch_size: int) -> Scorer:
     """What scores prompts and responses (N,): a reward model's directory, or a function, `module:function`.
 
     The function is called with the prompts' rows, dicts, and the responses as texts, and returns as many numbers. Its
-    module may lie in the current folder. Raises UserError.
+    module may lie in the current folder. Raises UserError, and so does what is returned.
     """
-    if is_reward_model(name):
-        model, tokenizer, its_chat = load_reward_model(name)
-        if its_chat != chat or tokenizer != chat.tokenizer:
-            raise UserError(f"the reward model {name} reads conversations otherwise than the policy writes them")
-        model.to(device).eval().requires_grad_(False)
-        context = model.trunk.config.block_size
+    return _by_model(name, chat, device, dtype, batch_size) if is_reward_model(name) else _by_function(name, chat)
 
-        def by_model(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
-            sequences = [prompt.tokens + response for prompt, response in zip(prompts, responses)]
-            longest = max(map(len, sequences), default=0)
-            if longest > context:
-                raise UserError(
-                    f"the reward model {name} reads {context} tokens, and there is a response up to {longest}"
-                )
-            return score_sequences(model, sequences, batch_size, device, dtype)
 
-        return by_model
+def _by_model(name: str, chat: ChatFormat, device: torch.device, dtype: str, batch_size: int) -> Scorer:
+    model, tokenizer, its_chat = load_reward_model(name)
+    if its_chat != chat or tokenizer != chat.tokenizer:
+        raise UserError(f"the reward model {name} reads conversations otherwise than the policy writes them")
+    model.to(device).eval().requires_grad_(False)
+    context = model.trunk.config.block_size
+
+    def score(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
+        sequences = [prompt.tokens + response for prompt, response in zip(prompts, responses)]
+        longest = max(map(len, sequences), default=0)
+        if longest > context:
+            raise UserError(f"the reward model {name} reads {context} tokens, and there is a response up to {longest}")
+        return score_sequences(model, sequences, batch_size, device, dtype)
+
+    return score
+
+
+def _by_function(name: str, chat: ChatFormat) -> Scorer:
     function = _imported(name)
 
-    def by_function(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
+    def score(prompts: Sequence[Prompt], responses: Sequence[list[int]]) -> Tensor:
         texts = [chat.decode(response) for response in responses]
-        numbers = list(function([prompt.row for prompt in prompts], texts))
-        if len(numbers) != len(texts) or not all(math.isfinite(number) for number in numbers):
-            raise UserError(f"{name} must return a finite number for each of {len(texts)} responses: {numbers[:3]} ...")
-        return torch.tensor([float(number) for number in numbers])
+        try:
+            found = function([prompt.row for prompt in prompts], texts)
+        except Exception as error:
+            raise UserError(f"{name} fails, {_where(error)}") from error
+        try:
+            numbers = [float(number) for number in found]
+        except (TypeError, ValueError):
+            raise UserError(f"{name} must return a list of numbers, one for each response, not {found!r:.60}") from None
+        if len(numbers) != len(texts):
+            raise UserError(f"{name} must return a number for each response: {len(numbers)} for {len(texts)}")
+        wrong = next((i for i, number in enumerate(numbers) if not math.isfinite(number)), None)
+        if wrong is not None:
+            raise UserError(f"{name} must return finite numbers, not {numbers[wrong]}, as for {texts[wrong]!r:.60}")
+        return torch.tensor(numbers)
 
-    return by_function
+    return score
 
 
 def _imported(name: str) -> Callable[[list[dict[str, Any]], list[str]], Sequence[float]]:
     module, _, function = name.partition(":")
-    if not function:
+    if not (module and function):
         raise UserError(f"reward = {name} is neither a reward model's directory nor a function, module:function")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward = {name} can't be imported: {error}") from None
-    if not callable(found) or inspect.isclass(found):
+    except Exception as error:  # whatever a module may raise
+        raise UserError(f"reward = {name} can't be imported, {_where(error)}") from None
+    if not callable(found):
         raise UserError(f"reward = {name} is no function")
     return found
+
+
+def _where(error: Exception) -> str:
+    """What an error says, in a line, with the place that it comes from in code that is neither ours nor a library's."""
+    libraries = (__file__, "<", sysconfig.get_paths()["stdlib"], *site.getsitepackages())
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(libraries)]
+    place = f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}: " if frames else ""
+    return f"{place}{type(error).__name__}: {first_line(error)}"

@@ -22,7 +22,7 @@ from gpt_arc.chat import read_rankings
 from gpt_arc.checkpoint import save_model
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.preferences import EncodedRanking, described_rankings, load_chat_model, padded, pairs_of
+from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_chat_model, padded, pairs_of
 from gpt_arc.rl import dpo_loss, log_probabilities, response_states
 from gpt_arc.runtime import autocast
 from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
@@ -80,7 +80,6 @@ def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[
 def likelihoods(model: ResponseLikelihood, examples: Sequence[EncodedRanking], size: int, stage: Stage) -> list[Tensor]:
     """Of each ranking the log-probabilities (K,) of its responses, shared out to the processes."""
     found = [torch.zeros(len(example.responses), device=stage.device) for example in examples]
-    model.eval()
     for rows, counts in micro_batches(range(len(examples)), size):
         with autocast(stage.device, stage.dtype):
             logs = model(*batch_of([examples[row] for row in rows], stage.device)).float()
@@ -89,7 +88,6 @@ def likelihoods(model: ResponseLikelihood, examples: Sequence[EncodedRanking], s
     if examples:
         sizes = [len(each) for each in found]
         found = list(distributed.sum_over_ranks(torch.cat(found)).split(sizes))
-    model.train()
     return found
 
 
@@ -110,15 +108,15 @@ def train(options: Options, stage: Stage) -> int:
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} rankings")
-    stage.open(digest([options.model, examples]))
-    judge = ResponseLikelihood(reference.to(stage.device))
+    stage.open(digest([fingerprint(reference), examples]))
+    judge = ResponseLikelihood(reference.to(stage.device)).eval()
     base = {name: likelihoods(judge, split, options.batch_size, stage) for name, split in encoded.items()}
     del reference, judge
 
     # ---- the run, where a stopped one stood
     model, _, _ = load_chat_model(stage.origin)
     model.activation_checkpointing = options.activation_checkpointing
-    policy = ResponseLikelihood(model)
+    policy = ResponseLikelihood(model).eval()  # as the reference: dropout would be noise in their ratio
     replica = stage.place(policy)
     updater = stage.updater(policy, updates)
     stage.restore(updater, {})
@@ -130,7 +128,6 @@ def train(options: Options, stage: Stage) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the pairs of a prompt, then over the prompts of the update.
     progress = stage.progress
-    policy.train()
     while stage.goes_on(updates):
         rows = order.rows(progress.step)
         micros = list(micro_batches(rows, options.batch_size))

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt_arc import data, distributed, rl
-from gpt_arc.chat import ChatFormat, read_prompts
+from gpt_arc import data, rl
 from gpt_arc.checkpoint import save_model
 from gpt_arc.config import Source
 from gpt_arc.decoder import Decoder
@@ -35,15 +34,24 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.preferences import (
     RewardModel,
     ScalarHead,
-    fitting_prompt,
+    fingerprint,
     is_reward_model,
     load_chat_model,
     load_reward_model,
     padded,
 )
-from gpt_arc.rollouts import Prompt, Rollouts, Scorer, load_reward, write_responses
+from gpt_arc.rollouts import (
+    ActorCritic,
+    Rollouts,
+    assess,
+    gather_rollouts,
+    load_reward,
+    read_and_encode_prompts,
+    write_responses,
+)
 from gpt_arc.runtime import autocast, to_device
 from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, micro_batches, run_stage
+from gpt_arc.tokenizer import Tokenizer
 from model import GPT
 
 
@@ -131,31 +139,6 @@ class Options(StageOptions):
         return self.examples_per_update * self.minibatches
 
 
-class ActorCritic(nn.Module):
-    """The policy and what predicts its returns: a network of its own, or a head on the policy."""
-
-    def __init__(self, policy: GPT, critic: RewardModel | ScalarHead, temperature: float):
-        super().__init__()
-        self.policy, self.critic, self.temperature = policy, critic, temperature
-
-    def forward(
-        self, tokens: Tensor, prompt_lengths: Tensor, responses: Tensor, pretraining: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Log-probabilities, entropies and values, (N, R) each, of responses (N, R) within tokens (N, T).
-
-        With windows of `pretraining`, tokens and targets, also their language-model loss, a sum.
-        """
-        hidden, length = self.policy.hidden(tokens), responses.size(1)
-        states = rl.response_states(hidden, prompt_lengths, length)
-        logs, entropies = rl.log_probabilities(self.policy, states, responses, self.temperature)
-        if isinstance(self.critic, RewardModel):
-            states = rl.response_states(self.critic.trunk.hidden(tokens), prompt_lengths, length)
-            values = self.critic.head(states)
-        else:
-            values = self.critic(states)
-        return logs, entropies, values, None if pretraining is None else self.policy(*pretraining).total
-
-
 def build_critic(options: Options, policy: GPT) -> RewardModel | ScalarHead:
     """The value network. Raises UserError where it is to be a reward model and there is none."""
     from_reward = is_reward_model(options.reward)
@@ -170,71 +153,65 @@ def build_critic(options: Options, policy: GPT) -> RewardModel | ScalarHead:
     return load_reward_model(options.reward)[0]
 
 
-def read_tokens(path: Path, chat: ChatFormat, room: int) -> list[Prompt]:
-    """Prompts of at most `room` tokens, longer ones less their oldest turns. Raises UserError if none is left."""
-    found, dropped = [], 0
-    for conversation in read_prompts(path):
-        try:
-            tokens = fitting_prompt(chat, conversation.turns, room)
-        except UserError as error:
-            raise UserError(f"{conversation.place}: {error}") from None
-        if tokens is None:
-            dropped += 1
-        else:
-            found.append(Prompt(tokens, conversation.row))
-    say(f"prompts        {len(found):,}" + (f"; {dropped:,} too long left out" if dropped else ""))
-    if not found:
-        raise UserError(f"no prompt of {path} leaves room for max_new_tokens in the context: {room} tokens are left")
-    return found
+class PretrainingText:
+    """Windows of a prepared dataset, whose language-model loss is mixed into the updates."""
+
+    def __init__(self, options: Options, tokenizer: Tokenizer, context: int, vocab_size: int):
+        corpus = data.open_corpus((Source(options.pretraining_dataset, 1.0),))
+        if corpus is None or corpus.tokenizer != tokenizer:
+            what = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
+            raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {what}")
+        self.split = corpus.split("train", context, vocab_size, False)
+        self.order = self.split.training_order(context, options.seed)
+        self.context, self.windows = context, options.pretraining_batch_size
+        self.tokens = self.windows * context  # of an update
+
+    def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
+        """Tokens and targets (B, T) of this process in the i-th of the parts of an update, from 0; None for none."""
+        starts = self.order.starts(update * self.windows, self.windows)
+        starts = starts[i * WORLD_SIZE + RANK :: parts * WORLD_SIZE]
+        return to_device(data.windows(self.split, starts, self.context), device) if len(starts) else None
 
 
-@torch.no_grad()
-def collect(
-    actor: ActorCritic, reference: GPT, decoder: Decoder, prompts: Sequence[Prompt], first: int, score: Scorer,
-    monitor: Scorer | None, chat: ChatFormat, options: Options, stage: Stage,
-) -> Rollouts:  # fmt: skip
-    """Responses to prompts, the episodes `first`, first + 1 ..., by all processes: policy, reference, value, score."""
-    own = range(RANK, len(prompts), WORLD_SIZE)
-    asked = [prompts[i] for i in own]
-    responses = write_responses(
-        decoder, [p.tokens for p in asked], chat.end, options.max_new_tokens, options.temperature, options.seed,
-        [first + i for i in own], options.rollout_batch_size,
-    )  # fmt: skip
-    width = max(map(len, responses))
-    known = torch.zeros(4, len(asked), width)  # log-probabilities by policy and reference, entropies, values
-    for start in range(0, len(asked), options.batch_size):
-        rows = slice(start, start + options.batch_size)
-        tokens, _ = padded([p.tokens + r[:-1] for p, r in zip(asked[rows], responses[rows])], stage.device)
-        wanted, _ = padded(responses[rows], stage.device)
-        prompt_lengths = torch.tensor([len(p.tokens) for p in asked[rows]], device=stage.device)
-        with autocast(stage.device, stage.dtype):
-            logs, entropies, values, _ = actor(tokens, prompt_lengths, wanted)
-            states = rl.response_states(reference.hidden(tokens), prompt_lengths, wanted.size(1))
-            by_reference, _ = rl.log_probabilities(reference, states, wanted, options.temperature)
-        known[:, rows, : wanted.size(1)] = torch.stack((logs, by_reference, entropies, values.float())).cpu()
-    scores = score(asked, responses)
-    if options.no_end_reward is not None:
-        scores = torch.where(torch.tensor([r[-1] == chat.end for r in responses]), scores, options.no_end_reward)
-    monitored = scores if monitor is None else monitor(asked, responses)
+def losses_of(
+    replica: nn.Module, found: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
+    text: Sequence[Tensor] | None, options: Options, stage: Stage,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of some responses the sums (4,), over tokens, of policy loss, value loss, clipped ratios and clipped values.
 
-    # the responses of all processes, in the order of the prompts
-    shares = distributed.gather((responses, known, scores, monitored))
-    responses = [shares[i % WORLD_SIZE][0][i // WORLD_SIZE] for i in range(len(prompts))]
-    tokens, lengths = padded(responses, torch.device("cpu"))
-    known, scores, monitored = torch.zeros(4, *tokens.shape), torch.zeros(len(prompts)), torch.zeros(len(prompts))
-    for rank, (_, some, some_scores, some_monitored) in enumerate(shares):
-        own = slice(rank, None, WORLD_SIZE)
-        known[:, own, : some.size(2)], scores[own], monitored[own] = some, some_scores, some_monitored
-    return Rollouts(
-        [p.tokens + r for p, r in zip(prompts, responses)],
-        torch.tensor([len(p.tokens) for p in prompts]),
-        tokens,
-        torch.arange(tokens.size(1)) < lengths[:, None],
-        torch.tensor([r[-1] == chat.end for r in responses]),
-        *known,
-        scores,
-        monitored,
+    And the sum () of the language-model loss of `text`.
+    """
+    width = int(found.mask[rows].sum(1).max())
+    tensors = (found.responses, found.known.logs, found.known.values, advantages, returns, found.mask)
+    wanted, old_logs, old_values, advantages, returns, mask = to_device(
+        [tensor[rows, :width] for tensor in tensors], stage.device
     )
+    tokens, _ = padded([found.sequences[row][:-1] for row in rows], stage.device)
+    with autocast(stage.device, stage.dtype):
+        logs, _, values, text_loss = replica(tokens, found.prompt_lengths[rows].to(stage.device), wanted, text)
+    policy, clipped = rl.policy_losses(logs, old_logs, advantages, options.clip)
+    value, value_clipped = rl.value_losses(values, old_values, returns, options.value_clip)
+    sums = torch.stack([torch.where(mask, each, 0.0).sum() for each in (policy, value, clipped, value_clipped)])
+    return sums, logs.new_zeros(()) if text_loss is None else text_loss
+
+
+def figures(found: Rollouts, returns: Tensor, kl_coef: float, monitored: bool) -> dict[str, float | None]:
+    """What is told of the responses of an iteration."""
+    mask, known = found.mask, found.known
+    log_ratio = known.logs - known.reference
+    kl = {f"kl_{name}": each.sum(1).mean().item() for name, each in rl.kl_estimates(log_ratio).items()}
+    return {
+        "score": found.scores.mean().item(),
+        "score_std": found.scores.std(correction=0).item(),
+        "monitored": found.monitored.mean().item() if monitored else None,
+        "reward": found.scores.mean().item() - kl_coef * kl["kl_k1"],
+        **kl,
+        "kl_coef": kl_coef,
+        "entropy": known.entropies[mask].mean().item(),
+        "response_tokens": mask.sum(1).float().mean().item(),
+        "ended": found.ended.float().mean().item(),
+        "explained_variance": rl.explained_variance(known.values[mask], returns[mask]),
+    }
 
 
 def train(options: Options, stage: Stage) -> int:
@@ -249,35 +226,30 @@ def train(options: Options, stage: Stage) -> int:
     if isinstance(critic, RewardModel) and critic.trunk.config.block_size < context:
         raise UserError(f"the value network reads {critic.trunk.config.block_size} tokens, the policy {context}")
     score = load_reward(options.reward, chat, stage.device, stage.dtype, options.rollout_batch_size)
-    monitor = options.monitor and load_reward(
-        options.monitor, chat, stage.device, stage.dtype, options.rollout_batch_size
-    )
+    monitor = None
+    if options.monitor is not None:
+        monitor = load_reward(options.monitor, chat, stage.device, stage.dtype, options.rollout_batch_size)
     ema = None if options.ema_decay is None else copy.deepcopy(policy).to(stage.device).requires_grad_(False)
 
-    # ---- prompts, pre-training data, and the plan in figures
-    prompts = read_tokens(options.prompts, chat, context - options.max_new_tokens)
+    # ---- prompts, pre-training text, and the plan in figures
+    prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens)
+    text = None
+    if options.pretraining_dataset:
+        text = PretrainingText(options, tokenizer, context, policy.config.vocab_size)
     order = EpochOrder(len(prompts), 1, options.seed)
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
-    per_iteration = options.inner_epochs * options.minibatches
-    windows = None
-    if options.pretraining_dataset:
-        windows = data.open_corpus((Source(options.pretraining_dataset, 1.0),))
-        if windows is None or windows.tokenizer != tokenizer:
-            what = "there is no prepared dataset of that name" if windows is None else "it has another tokenizer"
-            raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {what}")
-        windows = windows.split("train", context, policy.config.vocab_size, False)
-        window_order = windows.training_order(context, options.seed)
+    updates = options.inner_epochs * options.minibatches  # of an iteration
     say(f"parameters     {policy.num_parameters():,}, critic {sum(p.numel() for p in critic.parameters()):,}")
-    say(f"iterations     {iterations:,} of {size} episodes, {per_iteration} updates each")
+    say(f"iterations     {iterations:,} of {size:,} episodes, {updates} updates each")
 
     # ---- the run, where a stopped one stood
-    stage.open(digest([options.model, options.reward, [prompt.tokens for prompt in prompts]]))
+    stage.open(digest([fingerprint(reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would be taken for a change of policy
     for module in (policy, *([critic.trunk] if isinstance(critic, RewardModel) else [])):
         module.activation_checkpointing = options.activation_checkpointing
     replica = stage.place(actor)
-    updater = stage.updater(actor, iterations * per_iteration)
+    updater = stage.updater(actor, iterations * updates)
     stage.restore(updater, {"critic": critic} | ({} if ema is None else {"policy": policy}))
     decoder = Decoder(policy)
     progress = stage.progress
@@ -288,105 +260,93 @@ def train(options: Options, stage: Stage) -> int:
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The loop: responses, rewards, advantages, updates. Losses are sums over the tokens of responses, divided by how
-    # many there are in the minibatch of all processes.
+    # The loop: policy, reward, score, step. Each process has every n-th of an iteration's responses written and scored;
+    # then all of them know all, and share out each update.
     while stage.goes_on(iterations, "iteration"):
-        # responses and their scores
         started = time.perf_counter()
         first = progress.step * size
-        asked = [prompts[row] for row in order.take(first, size)]
-        found = collect(actor, reference, decoder, asked, first, score, monitor, chat, options, stage)
-        wrote = time.perf_counter() - started
 
-        # rewards and advantages
-        mask, log_ratio = found.mask, found.logs - found.reference
-        rewards = rl.penalised_rewards(found.scores, log_ratio, mask, kl_coef)
-        whitened = rl.whiten(rewards, mask, shift_mean=False) if options.whiten_rewards else rewards
-        advantages, returns = rl.advantages(whitened, found.values, mask, options.gamma, options.gae_lambda)
+        # policy: responses, and what the models say of them
+        asked = [prompts[row] for row in order.take(first, size)]
+        own = asked[RANK::WORLD_SIZE]
+        responses = write_responses(
+            decoder, own, chat.end, options.max_new_tokens, options.temperature, options.seed,
+            range(first + RANK, first + size, WORLD_SIZE), options.rollout_batch_size,
+        )  # fmt: skip
+        known = assess(actor, reference, own, responses, options.batch_size, stage.device, stage.dtype)
+
+        # reward: a number for each response
+        scores = score(own, responses)
+        monitored = monitor(own, responses) if monitor else scores
+        if options.no_end_reward is not None:
+            ended = torch.tensor([response[-1] == chat.end for response in responses], dtype=torch.bool)
+            scores = torch.where(ended, scores, options.no_end_reward)
+        found = gather_rollouts(asked, responses, known, scores, monitored, chat.end)
+        rollout_seconds = time.perf_counter() - started
+
+        # score: the reward of each token, and how much better than expected it was
+        mask, known = found.mask, found.known
+        rewards = rl.penalised_rewards(found.scores, known.logs - known.reference, mask, kl_coef)
+        if options.whiten_rewards:
+            rewards = rl.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = rl.advantages(rewards, known.values, mask, options.gamma, options.gae_lambda)
         if options.whiten_advantages:
             advantages = rl.whiten(advantages, mask)
 
-        # updates
-        sums = torch.zeros(5)  # of policy loss, value loss, clipped tokens, clipped values, pre-training loss
-        counted, rate, norm = 0, math.nan, math.nan
-        for j in range(per_iteration):
+        # step: updates on minibatches; a loss is a mean over the tokens of the minibatch
+        totals, made, rate, norm = torch.zeros(5), 0, math.nan, math.nan
+        for j in range(updates):
             epoch, place = divmod(j, options.minibatches)
-            shuffled = np.random.default_rng((options.seed, progress.step, epoch)).permutation(size)
+            shuffled = np.random.default_rng((options.seed, progress.step, epoch)).permutation(size).tolist()
             rows = shuffled[place * options.examples_per_update :][: options.examples_per_update]
-            tokens = int(mask[torch.from_numpy(rows)].sum())
-            micros = list(micro_batches(rows.tolist(), options.batch_size))
-            update = progress.step * per_iteration + j
-            own_sums = torch.zeros(5, device=stage.device)
-            for i, (own, counts) in enumerate(micros, start=1):
-                longest = int(mask[own].sum(1).max())
-                batch = (found.responses, found.logs, found.values, advantages, returns, mask)
-                wanted, old, old_values, gains, aims, there = to_device(
-                    [each[own, :longest] for each in batch], stage.device
-                )
-                read = padded([found.sequences[row][:-1] for row in own], stage.device)[0]
-                text = None
-                if windows:
-                    count = options.pretraining_batch_size
-                    starts = window_order.starts(update * count, count)[
-                        (i - 1) * WORLD_SIZE + RANK :: len(micros) * WORLD_SIZE
-                    ]
-                    text = to_device(data.windows(windows, starts, context), stage.device) if len(starts) else None
-                with stage.last_sync(replica, i == len(micros)):
-                    with autocast(stage.device, stage.dtype):
-                        logs, _, values, text_loss = replica(
-                            read, found.prompt_lengths[own].to(stage.device), wanted, text
-                        )
-                    losses, clipped = rl.policy_losses(logs, old, gains, options.clip)
-                    value_losses, value_clipped = rl.value_losses(values, old_values, aims, options.value_clip)
-                    means = [(each * there).sum() / tokens for each in (losses, value_losses, clipped, value_clipped)]
-                    text_mean = 0.0 * logs.sum() if text is None else text_loss / (count * context)
-                    loss = counts * (means[0] + options.value_coef * means[1]) + options.pretraining_coef * text_mean
+            tokens, update = int(mask[rows].sum()), progress.step * updates + j
+            micros = list(micro_batches(rows, options.batch_size))
+            means = torch.zeros(5, device=stage.device)
+            for i, (part, counts) in enumerate(micros):
+                windows = text.part(update, i, len(micros), stage.device) if text else None
+                with stage.last_sync(replica, i + 1 == len(micros)):
+                    sums, text_sum = losses_of(replica, found, advantages, returns, part, windows, options, stage)
+                    own_means = torch.stack((*sums * (counts / tokens), text_sum / (text.tokens if text else 1)))
+                    loss = own_means[0] + options.value_coef * own_means[1] + options.pretraining_coef * own_means[4]
                     updater.backward(loss * WORLD_SIZE)
-                own_sums += torch.stack([*(counts * mean.detach() for mean in means), text_mean.detach()])
-            done = stage.update(updater, update, *own_sums)
+                means += own_means.detach()
+            done = stage.update(updater, update, *means)
             if done is None:
                 continue
             rate, norm, means = done
-            sums += torch.tensor(means)
-            counted += 1
+            totals, made = totals + torch.tensor(means), made + 1
             if ema is not None:
-                with torch.no_grad():
-                    for average, weight in zip(ema.parameters(), policy.parameters()):
-                        average.lerp_(weight, 1 - options.ema_decay)
+                follow(ema, policy, options.ema_decay)
 
         # what happened
         progress.step += 1
-        kl = torch.where(mask, log_ratio, 0.0).sum(1)
-        estimates = {name: each[mask].sum().item() / size for name, each in rl.kl_estimates(log_ratio).items()}
-        names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction", "pretraining_loss")
+        names = ["policy_loss", "value_loss", "clip_fraction", "value_clip_fraction"] + ["pretraining_loss"] * bool(
+            text
+        )
         line = {
             "episodes": progress.step * size,
-            "score": found.scores.mean().item(),
-            "score_std": found.scores.std().item(),
-            "monitored": None if monitor is None else found.monitored.mean().item(),
-            "reward": (found.scores - kl_coef * kl).mean().item(),
-            **{f"kl_{name}": value for name, value in estimates.items()},
-            "kl_coef": kl_coef,
-            "entropy": found.entropies[mask].mean().item(),
-            "response_tokens": mask.sum(1).float().mean().item(),
-            "ended": found.ended.float().mean().item(),
-            "explained_variance": rl.explained_variance(found.values[mask], returns[mask]),
-            **dict(zip(names, (sums / max(counted, 1)).tolist())),
+            **figures(found, returns, kl_coef, monitor is not None),
+            **dict(zip(names, (totals / max(made, 1)).tolist())),
             "learning_rate": rate,
             "grad_norm": norm,
-            "rollout_seconds": wrote,
+            "rollout_seconds": rollout_seconds,
             "seconds": time.perf_counter() - started,
         }
-        if not windows:
-            del line["pretraining_loss"]
-        if options.kl_target:
-            kl_coef = rl.adapted(kl_coef, kl.mean().item(), options.kl_target, options.kl_horizon, size)
-        progress.numbers["kl_coef"] = kl_coef
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
-        stage.tell({n: v for n, v in line.items() if v is None or math.isfinite(v)}, shown, iterations)
+        stage.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
+        if options.kl_target:
+            kl_coef = rl.adapted(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
+        progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
             stage.save(write)
     return stage.finish(write)
+
+
+@torch.no_grad()
+def follow(average: GPT, model: GPT, decay: float) -> None:
+    """Move the moving average of a model's weights on by one update."""
+    for mean, weight in zip(average.parameters(), model.parameters()):
+        mean.lerp_(weight, 1 - decay)
 
 
 def main() -> int:

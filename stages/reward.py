@@ -88,6 +88,7 @@ def train(options: Options, stage: Stage) -> int:
     else:
         trunk, tokenizer, chat = load_chat_model(stage.origin)
         model = RewardModel(trunk)
+    model.head.bias.requires_grad_(False)  # the loss of pairs doesn't depend on it
     context = model.trunk.config.block_size
     model.trunk.activation_checkpointing = options.activation_checkpointing
     if options.train is None:
@@ -117,7 +118,7 @@ def train(options: Options, stage: Stage) -> int:
     say(f"updates        {updates:,} of {options.examples_per_update} rankings")
 
     # ---- the run, where a stopped one stood
-    stage.open(digest([options.model, examples, demonstrations]))
+    stage.open(digest([examples, demonstrations]))
     replica = stage.place(model)
     updater = stage.updater(model, updates)
     stage.restore(updater, {})
