@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gpt_arc.files import write_file
-from model import GPT, GPTConfig, logits_at_once
+from model import GPT, GPTConfig
+from ops import logits_at_once
 
 # Dense matrix products, in FLOPs a second: (16-bit with float32 accumulation, float32), from the makers' data sheets.
 # A whole word of the device's name, the first match counting.

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from gpt_arc import runtime
 from gpt_arc.tokenizer import Tokenizer
-from model import GPT, KVCache, logits_at_once
+from model import GPT, KVCache
+from ops import logits_at_once
 
 
 class Request(NamedTuple):
