@@ -10,7 +10,7 @@ the block, the model. How attention and the head's loss are computed fast on the
     logits = model(tokens)              # (B, T) int64 -> (B, T, V)
     loss = model(tokens, targets)       # loss.total / loss.count is the mean cross-entropy in nats
 
-Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size, M MLP width, V vocabulary.
+Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size, M MLP width, E experts, V vocabulary.
 """
 
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import IGNORED, HeadLoss, attend, causal_mask
+from ops import IGNORED, HeadLoss, attend, causal_mask, grouped_linear
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,29 @@ class GPTConfig:
     """Use the token embedding as the output matrix."""
     head_bias: bool = False
     """A bias on the output logits."""
+    n_experts: int = 0
+    """Experts in the MLP of a block, each of which sees some of the tokens (mixture of experts). 0: one MLP for all."""
+    experts_per_token: int = 2
+    """How many experts a token is sent to."""
+    expert_interval: int = 1
+    """Every so many-th block has experts, the others one MLP (2 in Switch, arXiv:2101.03961)."""
+    shared_experts: int = 0
+    """Further experts that see every token, without a gate (arXiv:2401.06066)."""
+    expert_selection: Literal["top", "drawn"] = "top"
+    """top: a token goes to the experts of its largest gates. drawn: in training to experts drawn by their gates."""
+    capacity_factor: float | None = None
+    """Tokens that an expert takes of a batch at most, as a multiple of an even share; for those beyond there is the
+    residual stream alone. None: all that come."""
+    router_jitter: float = 0.0
+    """In training the router's inputs are multiplied by random numbers from 1 - this to 1 + this."""
+    expert_dropout: float | None = None
+    """Dropout on the experts' outputs (.4 in Switch's fine-tuning). None: residual_dropout."""
+    balance_loss: float = 0.01
+    """Weight of the loss that asks for equal use of experts (Switch's .01)."""
+    router_z_loss: float = 0.001
+    """Weight of the loss that keeps the router's logits small (ST-MoE's .001, arXiv:2202.08906)."""
+    balance_rate: float = 0.0
+    """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
     qk_norm: bool = False
     """Norm every query and key head before attention (arXiv:2302.05442, Qwen3)."""
     dropout: float = 0.0
@@ -88,7 +111,23 @@ class GPTConfig:
         for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")
-        for name in ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"):
+        for name in ("n_experts", "shared_experts", "balance_loss", "router_z_loss", "balance_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
+        if self.expert_interval < 1:
+            raise ValueError(f"expert_interval = {self.expert_interval} must be at least 1")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor = {self.capacity_factor} must be more than zero, or left out")
+        for name in (
+            "dropout",
+            "embedding_dropout",
+            "attention_dropout",
+            "residual_dropout",
+            "expert_dropout",
+            "router_jitter",
+        ):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
         for name in ("norm_eps", "rotary_base"):
@@ -122,6 +161,9 @@ class GPTConfig:
         if self.mlp_size is not None:
             return self.mlp_size
         return 8 * self.n_embd // 3 if self.activation == "swiglu" else 4 * self.n_embd
+
+    def has_experts(self, block: int) -> bool:
+        return self.n_experts > 0 and (block + 1) % self.expert_interval == 0
 
     def dropout_of(self, place: Literal["embedding", "attention", "residual"]) -> float:
         own = getattr(self, f"{place}_dropout")
@@ -219,44 +261,128 @@ class Attention(nn.Module):
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The MLP's non-linearity on x (..., M); for swiglu on (..., 2M), gate and value."""
+    match activation:
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "relu_squared":
+            return F.relu(x).square()
+        case "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return F.silu(gate) * x
+    raise AssertionError(activation)
+
+
 class MLP(nn.Module):
     """Two linear layers around the activation; swiglu (arXiv:2002.05202) has a gate: `up` stacks gate, then value."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, width: int):
         super().__init__()
         self.activation = config.activation
-        width = config.mlp_width
         self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_of("residual"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)  # (B, T, M), or (B, T, 2M) with a gate
-        match self.activation:
-            case "gelu_tanh":
-                x = F.gelu(x, approximate="tanh")
-            case "gelu":
-                x = F.gelu(x)
-            case "relu":
-                x = F.relu(x)
-            case "relu_squared":
-                x = F.relu(x).square()
-            case "swiglu":
-                gate, x = x.chunk(2, dim=-1)
-                x = F.silu(gate) * x
-        return self.dropout(self.projection(x))
+        return self.dropout(self.projection(activate(self.up(x), self.activation)))
+
+
+class Routing(NamedTuple):
+    """What the router of a block did with N tokens."""
+
+    load: Tensor  # (E,) share of the choices that each expert got, overflow included; their sum is 1
+    gates: Tensor  # (E,) mean probability of each expert
+    z: Tensor  # () mean square of the logsumexp of the router's logits
+    entropy: Tensor  # () mean entropy of the probabilities, in nats
+    dropped: Tensor  # () share of the choices that an expert had no room for
+
+
+class Experts(nn.Module):
+    """MLPs of which each token takes k, those of its largest gates, and adds up by these (Mixtral, arXiv:2401.04088).
+
+    Tokens are sorted by expert, so that each expert multiplies its own at once, however many there are. Of one expert
+    the gate is its probability (Switch); the gates of several are made to add up to 1. The router is in float32 always.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        experts, width, inner = config.n_experts, config.n_embd, config.mlp_width
+        up = 2 * inner if config.activation == "swiglu" else inner
+        self.router = nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, up, width))
+        self.projection = nn.Parameter(torch.empty(experts, width, inner))
+        self.up_bias = nn.Parameter(torch.zeros(experts, up)) if config.bias else None
+        self.projection_bias = nn.Parameter(torch.zeros(experts, width)) if config.bias else None
+        self.shared = MLP(config, config.shared_experts * inner) if config.shared_experts else None
+        own = config.expert_dropout
+        self.dropout = nn.Dropout(config.dropout_of("residual") if own is None else own)
+        if config.balance_rate:
+            self.register_buffer("balance", torch.zeros(experts))
+        self.routing: Routing | None = None  # of the last forward pass in training
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers (N, k) of the experts of x (N, C), their gates (N, k), and the router's logits (N, E)."""
+        config, drawn = self.config, self.training and self.config.expert_selection == "drawn"
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.training and config.router_jitter:
+                x = x * torch.empty_like(x).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+            logits = F.linear(x, self.router.weight.float())
+            probabilities = logits.softmax(-1)
+            merits = probabilities.detach()
+            if drawn:  # the largest of logits with Gumbel noise are a draw without replacement
+                merits = logits.detach() - torch.empty_like(logits).exponential_().log()
+            elif config.balance_rate:
+                merits = merits + self.balance
+            chosen = merits.topk(config.experts_per_token, dim=-1).indices
+            gates = probabilities.gather(-1, chosen)
+            if config.experts_per_token > 1:
+                gates = gates / gates.sum(-1, keepdim=True)
+        return chosen, gates, logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        config, inputs = self.config, x.flatten(0, -2)  # (N, C)
+        chosen, gates, logits = self.route(inputs)
+        order = chosen.flatten().argsort(stable=True)  # the choices, numbered token by token, expert by expert
+        asked = counts = chosen.flatten().bincount(minlength=config.n_experts)
+        if config.capacity_factor is not None:  # the first that come are taken
+            counts = asked.clamp(max=math.ceil(config.capacity_factor * chosen.numel() / config.n_experts))
+            place = torch.arange(len(order), device=x.device) - (asked.cumsum(0) - asked).repeat_interleave(asked)
+            order = order[place < counts.repeat_interleave(asked)]
+        hidden = grouped_linear(inputs[order // config.experts_per_token], self.up, self.up_bias, counts)
+        outputs = grouped_linear(activate(hidden, config.activation), self.projection, self.projection_bias, counts)
+        choices = outputs.new_zeros(chosen.numel(), x.size(-1)).index_copy(0, order, outputs)
+        mixed = (choices.unflatten(0, chosen.shape) * gates[..., None].type_as(choices)).sum(1)
+        if self.training:
+            self.routing = self.report(asked, counts, logits)
+        mixed = self.dropout(mixed).view(x.shape)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+    @staticmethod
+    def report(asked: Tensor, counts: Tensor, logits: Tensor) -> Routing:
+        with torch.autocast(logits.device.type, enabled=False):
+            logs, total = logits.log_softmax(-1), asked.sum()
+            entropy = -(logs.detach().exp() * logs.detach()).sum(-1).mean()
+            z = logits.logsumexp(-1).square().mean()
+            return Routing(asked / total, logs.exp().mean(0), z, entropy, 1 - counts.sum() / total)
 
 
 class Block(nn.Module):
     """One layer of the Transformer decoder: attention, then the MLP, each with its norm and residual connection."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, number: int = 0):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.n_embd)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config, config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.has_experts(number) else MLP(config, config.mlp_width)
 
     def forward(
         self,
@@ -287,7 +413,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout_of("embedding"))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -308,6 +434,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.up, std=0.02)
+                nn.init.normal_(module.projection, std=0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
         if self.head_bias is not None:
@@ -385,11 +514,36 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, documents)
         if targets is None:
             return self.logits(hidden)
-        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), {})
+        auxiliary = self.router_losses() if self.training else {}
+        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), auxiliary)
 
-    def num_parameters(self, embeddings: bool = True) -> int:
-        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them."""
+    @property
+    def experts(self) -> list[Experts]:
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
+
+    def router_losses(self) -> dict[str, Tensor]:
+        """The losses () of the routers in the last forward pass of training, summed over blocks and weighted.
+
+        balance: E sum_e load_e gates_e, 1 where all experts are used alike (Switch, equation 4). z: see `Routing`.
+        """
+        config, routings = self.config, [module.routing for module in self.experts if module.routing is not None]
+        losses = {}
+        if config.balance_loss and routings:
+            losses["balance"] = sum((r.load * r.gates).sum() for r in routings) * config.n_experts * config.balance_loss
+        if config.router_z_loss and routings:
+            losses["router_z"] = sum(r.z for r in routings) * config.router_z_loss
+        return losses
+
+    def num_parameters(self, embeddings: bool = True, active: bool = False) -> int:
+        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them.
+
+        `active`: of the experts only as many as a token takes.
+        """
         total = sum(p.numel() for p in self.parameters())
+        if active:
+            idle = self.config.n_experts - self.config.experts_per_token
+            own = ("up", "projection", "up_bias", "projection_bias")
+            total -= sum(p[0].numel() * idle for e in self.experts for name, p in e.named_parameters() if name in own)
         if embeddings:
             return total
         tables = [self.token_embedding] + ([self.position_embedding] if self.config.positions == "learned" else [])

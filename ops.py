@@ -110,6 +110,21 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     return mixed.flatten(1, 2)[:, :, None]
 
 
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows x (N, C), the first counts[0] of them times weight[0] (M, C), and so on: (N, M).
+
+    `weight` (E, M, C) and `bias` (E, M) are of E groups, `counts` (E,) int64 their rows, which may be none.
+    """
+    if x.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if dtype == torch.bfloat16:  # one launch, without asking the GPU for the counts
+            product = F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0, dtype=torch.int32))
+            rows = None if bias is None else bias.to(dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+            return product if rows is None else product + rows
+    groups = zip(x.split(counts.tolist()), weight, [None] * len(weight) if bias is None else bias)
+    return torch.cat([F.linear(*group) for group in groups])
+
+
 def logits_at_once(device: str) -> int:
     """Numbers of which `HeadLoss` has a copy or two in float32: a GPU likes large products, a CPU its caches."""
     return 1 << 28 if device == "cuda" else 1 << 25
