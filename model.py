@@ -3,14 +3,14 @@
 GPT-1, GPT-2, GPT-3 and their modern descendants differ in where the norm stands, how positions are
 encoded, which activation the MLP uses and whether the head is tied. Each difference is one field of
 `GPTConfig`; nothing is forked or subclassed. Read from the top: configuration, the parts of a block,
-the block, the model.
+the block, the model. How attention and the head's loss are computed fast on the hardware at hand is in ops.py.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
     logits = model(tokens)              # (B, T) int64 -> (B, T, V)
     loss = model(tokens, targets)       # loss.total / loss.count is the mean cross-entropy in nats
 
-Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size, M MLP width, V vocabulary.
+Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size, M MLP width, E experts, V vocabulary.
 """
 
 import math
@@ -22,12 +22,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
-FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
-SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
+from ops import IGNORED, HeadLoss, attend, causal_mask, grouped_linear
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,29 @@ class GPTConfig:
     """Use the token embedding as the output matrix."""
     head_bias: bool = False
     """A bias on the output logits."""
+    n_experts: int = 0
+    """Experts in the MLP of a block, each of which sees some of the tokens (mixture of experts). 0: one MLP for all."""
+    experts_per_token: int = 2
+    """How many experts a token is sent to."""
+    expert_interval: int = 1
+    """Every so many-th block has experts, the others one MLP (2 in Switch, arXiv:2101.03961)."""
+    shared_experts: int = 0
+    """Further experts that see every token, without a gate (arXiv:2401.06066)."""
+    expert_selection: Literal["top", "drawn"] = "top"
+    """top: a token goes to the experts of its largest gates. drawn: in training to experts drawn by their gates."""
+    capacity_factor: float | None = None
+    """Tokens that an expert takes of a batch at most, as a multiple of an even share; for those beyond there is the
+    residual stream alone. None: all that come."""
+    router_jitter: float = 0.0
+    """In training the router's inputs are multiplied by random numbers from 1 - this to 1 + this."""
+    expert_dropout: float | None = None
+    """Dropout on the experts' outputs (.4 in Switch's fine-tuning). None: residual_dropout."""
+    balance_loss: float = 0.01
+    """Weight of the loss that asks for equal use of experts (Switch's .01)."""
+    router_z_loss: float = 0.001
+    """Weight of the loss that keeps the router's logits small (ST-MoE's .001, arXiv:2202.08906)."""
+    balance_rate: float = 0.0
+    """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
     qk_norm: bool = False
     """Norm every query and key head before attention (arXiv:2302.05442, Qwen3)."""
     dropout: float = 0.0
@@ -90,7 +111,23 @@ class GPTConfig:
         for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")
-        for name in ("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"):
+        for name in ("n_experts", "shared_experts", "balance_loss", "router_z_loss", "balance_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
+        if self.expert_interval < 1:
+            raise ValueError(f"expert_interval = {self.expert_interval} must be at least 1")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(f"capacity_factor = {self.capacity_factor} must be more than zero, or left out")
+        for name in (
+            "dropout",
+            "embedding_dropout",
+            "attention_dropout",
+            "residual_dropout",
+            "expert_dropout",
+            "router_jitter",
+        ):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
         for name in ("norm_eps", "rotary_base"):
@@ -124,6 +161,9 @@ class GPTConfig:
         if self.mlp_size is not None:
             return self.mlp_size
         return 8 * self.n_embd // 3 if self.activation == "swiglu" else 4 * self.n_embd
+
+    def has_experts(self, block: int) -> bool:
+        return self.n_experts > 0 and (block + 1) % self.expert_interval == 0
 
     def dropout_of(self, place: Literal["embedding", "attention", "residual"]) -> float:
         own = getattr(self, f"{place}_dropout")
@@ -168,30 +208,6 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return turned.type_as(x)
 
 
-def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | BlockMask:
-    """Attention in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
-
-    A tensor of truth values (B, 1, T, T). Where queries see at most W = `band` keys and 2W are fewer than T, they go in
-    n chunks of W, each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W.
-    In compiled CUDA code the tiles that `flex_attention` has to visit; it has no dropout, and no backward on CPUs.
-    """
-    (batch, length), device = earliest.shape, earliest.device
-    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout:
-        earliest = earliest.contiguous()
-        return create_block_mask(
-            lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
-            batch, None, length, length, device=device,
-        )  # fmt: skip
-    queries = keys = torch.arange(length, device=device)
-    if band is not None and 2 * band < length:
-        chunks = math.ceil(length / band)
-        queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
-        keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
-        earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
-    allowed = (keys[..., None, :] <= queries[..., None]) & (keys[..., None, :] >= earliest[..., None])
-    return allowed.flatten(0, -3)[:, None]
-
-
 class KVCache(NamedTuple):
     """What one block keeps of the tokens read so far, so that each is read once: token i of row b has the slot i."""
 
@@ -209,77 +225,6 @@ class KVCache(NamedTuple):
         self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
         self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
         return self.keys, self.values
-
-
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """x (B, K, S, D), each head repeated for the query heads that it serves: (B, heads, S, D)."""
-    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
-    """Attention of query (B, H, T, D) to key and value (B, K, S, D), each head of these serving H / K of those.
-
-    `mask` is from `causal_mask`, or (B, 1, T, S); None: S = T, and every query sees the keys up to its own place.
-    """
-    if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
-        return attend_once(query, key, value, mask)
-    if isinstance(mask, Tensor) and query.device.type == "cuda":
-        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
-    settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
-    dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
-    if dense and query.device.type == "cpu" and value.dtype != torch.float32:
-        if query.shape[:3].numel() * key.size(2) <= SCORES_KEPT:
-            return attend_by_products(query, key, value, mask, dropout)
-    if mask is None:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
-    if isinstance(mask, BlockMask):
-        query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
-        return flex_attention(query, key, value, block_mask=mask, enable_gqa=settings["enable_gqa"])
-    batch, length, band = query.size(0), query.size(2), mask.size(-2)
-    if band == length:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
-    chunks = math.ceil(length / band)
-    beyond = chunks * band - length
-    query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
-    key, value = (
-        F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
-        for x in (key, value)
-    )  # (B n, K, 2W, D)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
-    return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
-
-
-def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Causal `attend` by batched matrix products, for a CPU, whose fused kernel takes up to five times as long.
-
-    The queries go in up to four chunks, each with the keys up to its end: little of the square is computed in vain.
-    """
-    batch, heads, length, size = query.shape
-    query, key, value = (repeat_heads(x, heads).flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
-    width, mixed = max(128, math.ceil(length / 4)), []
-    for start in range(0, length, width):
-        stop = min(start + width, length)
-        if mask is None:
-            hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
-        else:
-            seen = mask[:, :, start:stop, :stop]
-            hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
-            hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
-        scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
-        mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
-    return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
-
-
-def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` for one query (B, H, 1, D) as two sums, from which a compiler makes one pass over keys and values."""
-    torch._check(value.size(-1) == query.size(-1))  # so that a compiler that takes sizes as variable knows this one
-    query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
-    scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
-    return mixed.flatten(1, 2)[:, :, None]
 
 
 class Attention(nn.Module):
@@ -316,44 +261,128 @@ class Attention(nn.Module):
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """The MLP's non-linearity on x (..., M); for swiglu on (..., 2M), gate and value."""
+    match activation:
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "gelu":
+            return F.gelu(x)
+        case "relu":
+            return F.relu(x)
+        case "relu_squared":
+            return F.relu(x).square()
+        case "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            return F.silu(gate) * x
+    raise AssertionError(activation)
+
+
 class MLP(nn.Module):
     """Two linear layers around the activation; swiglu (arXiv:2002.05202) has a gate: `up` stacks gate, then value."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, width: int):
         super().__init__()
         self.activation = config.activation
-        width = config.mlp_width
         self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_of("residual"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up(x)  # (B, T, M), or (B, T, 2M) with a gate
-        match self.activation:
-            case "gelu_tanh":
-                x = F.gelu(x, approximate="tanh")
-            case "gelu":
-                x = F.gelu(x)
-            case "relu":
-                x = F.relu(x)
-            case "relu_squared":
-                x = F.relu(x).square()
-            case "swiglu":
-                gate, x = x.chunk(2, dim=-1)
-                x = F.silu(gate) * x
-        return self.dropout(self.projection(x))
+        return self.dropout(self.projection(activate(self.up(x), self.activation)))
+
+
+class Routing(NamedTuple):
+    """What the router of a block did with N tokens."""
+
+    load: Tensor  # (E,) share of the choices that each expert got, overflow included; their sum is 1
+    gates: Tensor  # (E,) mean probability of each expert
+    z: Tensor  # () mean square of the logsumexp of the router's logits
+    entropy: Tensor  # () mean entropy of the probabilities, in nats
+    dropped: Tensor  # () share of the choices that an expert had no room for
+
+
+class Experts(nn.Module):
+    """MLPs of which each token takes k, those of its largest gates, and adds up by these (Mixtral, arXiv:2401.04088).
+
+    Tokens are sorted by expert, so that each expert multiplies its own at once, however many there are. Of one expert
+    the gate is its probability (Switch); the gates of several are made to add up to 1. The router is in float32 always.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        experts, width, inner = config.n_experts, config.n_embd, config.mlp_width
+        up = 2 * inner if config.activation == "swiglu" else inner
+        self.router = nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, up, width))
+        self.projection = nn.Parameter(torch.empty(experts, width, inner))
+        self.up_bias = nn.Parameter(torch.zeros(experts, up)) if config.bias else None
+        self.projection_bias = nn.Parameter(torch.zeros(experts, width)) if config.bias else None
+        self.shared = MLP(config, config.shared_experts * inner) if config.shared_experts else None
+        own = config.expert_dropout
+        self.dropout = nn.Dropout(config.dropout_of("residual") if own is None else own)
+        if config.balance_rate:
+            self.register_buffer("balance", torch.zeros(experts))
+        self.routing: Routing | None = None  # of the last forward pass in training
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers (N, k) of the experts of x (N, C), their gates (N, k), and the router's logits (N, E)."""
+        config, drawn = self.config, self.training and self.config.expert_selection == "drawn"
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.training and config.router_jitter:
+                x = x * torch.empty_like(x).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+            logits = F.linear(x, self.router.weight.float())
+            probabilities = logits.softmax(-1)
+            merits = probabilities.detach()
+            if drawn:  # the largest of logits with Gumbel noise are a draw without replacement
+                merits = logits.detach() - torch.empty_like(logits).exponential_().log()
+            elif config.balance_rate:
+                merits = merits + self.balance
+            chosen = merits.topk(config.experts_per_token, dim=-1).indices
+            gates = probabilities.gather(-1, chosen)
+            if config.experts_per_token > 1:
+                gates = gates / gates.sum(-1, keepdim=True)
+        return chosen, gates, logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        config, inputs = self.config, x.flatten(0, -2)  # (N, C)
+        chosen, gates, logits = self.route(inputs)
+        order = chosen.flatten().argsort(stable=True)  # the choices, numbered token by token, expert by expert
+        asked = counts = chosen.flatten().bincount(minlength=config.n_experts)
+        if config.capacity_factor is not None:  # the first that come are taken
+            counts = asked.clamp(max=math.ceil(config.capacity_factor * chosen.numel() / config.n_experts))
+            place = torch.arange(len(order), device=x.device) - (asked.cumsum(0) - asked).repeat_interleave(asked)
+            order = order[place < counts.repeat_interleave(asked)]
+        hidden = grouped_linear(inputs[order // config.experts_per_token], self.up, self.up_bias, counts)
+        outputs = grouped_linear(activate(hidden, config.activation), self.projection, self.projection_bias, counts)
+        choices = outputs.new_zeros(chosen.numel(), x.size(-1)).index_copy(0, order, outputs)
+        mixed = (choices.unflatten(0, chosen.shape) * gates[..., None].type_as(choices)).sum(1)
+        if self.training:
+            self.routing = self.report(asked, counts, logits)
+        mixed = self.dropout(mixed).view(x.shape)
+        return mixed if self.shared is None else mixed + self.shared(x)
+
+    @staticmethod
+    def report(asked: Tensor, counts: Tensor, logits: Tensor) -> Routing:
+        with torch.autocast(logits.device.type, enabled=False):
+            logs, total = logits.log_softmax(-1), asked.sum()
+            entropy = -(logs.detach().exp() * logs.detach()).sum(-1).mean()
+            z = logits.logsumexp(-1).square().mean()
+            return Routing(asked / total, logs.exp().mean(0), z, entropy, 1 - counts.sum() / total)
 
 
 class Block(nn.Module):
     """One layer of the Transformer decoder: attention, then the MLP, each with its norm and residual connection."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, number: int = 0):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.n_embd)
         self.attention = Attention(config)
         self.mlp_norm = make_norm(config, config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = Experts(config) if config.has_experts(number) else MLP(config, config.mlp_width)
 
     def forward(
         self,
@@ -367,61 +396,6 @@ class Block(nn.Module):
             return self.mlp_norm(x + self.mlp(x))
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
-
-
-def logits_at_once(device: str) -> int:
-    """Numbers of which `HeadLoss` has a copy or two in float32: a GPU likes large products, a CPU its caches."""
-    return 1 << 28 if device == "cuda" else 1 << 25
-
-
-class HeadLoss(torch.autograd.Function):
-    """Sum () of the cross-entropies in nats of hidden (N, C) times head (V, C), plus bias (V,), at the targets (N,).
-
-    Each is multiplied by its weight (N,), if there are any, and not counted where its target is -1.
-    The logits, with their gradients the largest tensors of all, exist for some rows at a time only: the gradients of
-    `hidden`, `head` and `bias` are computed along with the loss, and multiplied by the loss's own when that is known.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None,
-        with_gradients: bool,
-    ) -> Tensor:  # fmt: skip
-        device, vocabulary = hidden.device.type, len(head)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        weight, offset = head.to(dtype), None if bias is None else bias.to(dtype)
-        scored, targets = (targets != IGNORED).to(exact)[:, None], targets.clamp(min=0)[:, None]
-        scored = scored if weights is None else scored * weights[:, None]
-        total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
-        head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
-        bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
-        # a sum over many rows overflows in float16, before the loss's scale is known: it is taken of a 64th
-        shrunk = 2**-6 if dtype == torch.float16 else 1.0
-        chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
-        rows = math.ceil(len(hidden) / max(chunks, 1)) or 1  # chunks of one size, so that one compiled code fits all
-        for x, target, counts in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
-            x = x.to(dtype)
-            logs = F.linear(x, weight, offset).to(exact).log_softmax(-1)  # (rows, V)
-            chosen = logs.gather(1, target)
-            total -= chosen.mul(counts).sum()
-            if with_gradients:
-                counts = counts.to(dtype)
-                # the logits' gradient: softmax, less 1 at the target; what doesn't count is left out afterwards
-                gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
-                gradients.append((gradient @ weight).mul(counts).type_as(hidden))
-                if head_gradient is not None:
-                    head_gradient.add_(gradient.mT @ (x * (counts * shrunk)), alpha=1 / shrunk)
-                if bias is not None:
-                    bias_gradient += gradient.mul(counts).sum(0, dtype=exact)
-        if with_gradients:
-            ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None, None
 
 
 class GPT(nn.Module):
@@ -439,7 +413,7 @@ class GPT(nn.Module):
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout_of("embedding"))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -460,6 +434,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.up, std=0.02)
+                nn.init.normal_(module.projection, std=0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
         if self.head_bias is not None:
@@ -537,11 +514,36 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, documents)
         if targets is None:
             return self.logits(hidden)
-        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), {})
+        auxiliary = self.router_losses() if self.training else {}
+        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), auxiliary)
 
-    def num_parameters(self, embeddings: bool = True) -> int:
-        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them."""
+    @property
+    def experts(self) -> list[Experts]:
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
+
+    def router_losses(self) -> dict[str, Tensor]:
+        """The losses () of the routers in the last forward pass of training, summed over blocks and weighted.
+
+        balance: E sum_e load_e gates_e, 1 where all experts are used alike (Switch, equation 4). z: see `Routing`.
+        """
+        config, routings = self.config, [module.routing for module in self.experts if module.routing is not None]
+        losses = {}
+        if config.balance_loss and routings:
+            losses["balance"] = sum((r.load * r.gates).sum() for r in routings) * config.n_experts * config.balance_loss
+        if config.router_z_loss and routings:
+            losses["router_z"] = sum(r.z for r in routings) * config.router_z_loss
+        return losses
+
+    def num_parameters(self, embeddings: bool = True, active: bool = False) -> int:
+        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them.
+
+        `active`: of the experts only as many as a token takes.
+        """
         total = sum(p.numel() for p in self.parameters())
+        if active:
+            idle = self.config.n_experts - self.config.experts_per_token
+            own = ("up", "projection", "up_bias", "projection_bias")
+            total -= sum(p[0].numel() * idle for e in self.experts for name, p in e.named_parameters() if name in own)
         if embeddings:
             return total
         tables = [self.token_embedding] + ([self.position_embedding] if self.config.positions == "learned" else [])

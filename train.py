@@ -29,6 +29,7 @@ from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
 from gpt_arc.config import settings_of
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.experts import RouterMeter
 from gpt_arc.metrics import human
 from gpt_arc.optim import Updater, learning_rate_at
 from gpt_arc.signals import StopSignal
@@ -113,7 +114,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # ---- the plan in figures
     if launch.adopted:
         say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
-    say(f"parameters     {sketch.num_parameters():,} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
+    active = f", {sketch.num_parameters(active=True):,} active" if sketch.experts else ""
+    say(f"parameters     {sketch.num_parameters():,}{active} "
+        f"({sketch.num_parameters(embeddings=False):,} without embeddings)")  # fmt: skip
     say(f"tokens a step  {tokens_per_step:,} = {WORLD_SIZE} x {micro_steps} batches of {micro_batch} x {block_size}")
     say(f"steps          {training.max_iters:,}")
     for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
@@ -217,7 +220,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         train_tokens, order, progress.consumed, sequences, micro_batch, block_size, RANK, WORLD_SIZE
     )
     batches = data.ahead(batches, device)
-    meter = metrics.Meter()
+    meter, routers = metrics.Meter(), RouterMeter(model)
     learning_rate = grad_norm = None
     not_finite = 0  # steps in a row
     saved_step, stopped = progress.step, False
@@ -245,6 +248,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
                 "seconds": progress.seconds,
                 "mfu": rate * flops_per_step / tokens_per_step / (peak * WORLD_SIZE) if peak and rate else None,
                 "skipped": progress.skipped or None,
+                **routers.take(),
             }
             line = {name: value for name, value in line.items() if value is not None}
             log.write(line)
@@ -271,8 +275,10 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             with replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with runtime.autocast(device, dtype):
                     loss = replica(*runtime.to_device(batch, device))
-                updater.backward(loss.total * (WORLD_SIZE / tokens_per_step))
+                routing = sum(loss.auxiliary.values()) / micro_steps  # of routers: a mean over batches and processes
+                updater.backward(loss.total * (WORLD_SIZE / tokens_per_step) + routing)
             step_loss += loss.total.detach()
+            routers.add()
         progress.consumed += sequences
 
         # the update, if all is finite; has a process been asked to stop?
@@ -283,6 +289,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             progress.step += 1
             not_finite = 0
             meter.add(loss_sum, tokens_per_step, took)
+            routers.step()
             bar.update()
             continue
 

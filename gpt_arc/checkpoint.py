@@ -27,6 +27,14 @@ from model import GPT, GPTConfig
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # what a loaded model may have otherwise than it was saved with: no tensor depends on it, but for cut positions
 REPLACEABLE = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "init", "block_size"}
+REPLACEABLE |= {
+    "expert_dropout",
+    "router_jitter",
+    "expert_selection",
+    "balance_loss",
+    "router_z_loss",
+    "capacity_factor",
+}
 STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
 
 

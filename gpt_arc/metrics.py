@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from gpt_arc.files import write_file
-from model import GPT, GPTConfig, logits_at_once
+from model import GPT, GPTConfig
+from ops import logits_at_once
 
 # Dense matrix products, in FLOPs a second: (16-bit with float32 accumulation, float32), from the makers' data sheets.
 # A whole word of the device's name, the first match counting.
@@ -36,11 +37,11 @@ ACCELERATORS = {
 def flops_per_token(model: GPT) -> int:
     """Floating-point operations of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
-    Six per parameter that multiplies, a tied head included, and 12 H D T for the attention of a layer, whose T is 2W
-    keys in the layers that see a band of W.
+    Six per parameter that multiplies, of the experts those that a token takes, a tied head included, and 12 H D T for
+    the attention of a layer, whose T is 2W keys in the layers that see a band of W.
     """
     config = model.config
-    multiplying = model.num_parameters(embeddings=False)
+    multiplying = model.num_parameters(embeddings=False, active=True)
     if config.tied_head:
         multiplying += config.vocab_size * config.n_embd
     banded = 0 if config.attention_band is None else config.n_layer // 2

@@ -11,10 +11,13 @@ from gpt_arc.config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW on what isn't frozen, with decoupled weight decay on tensors of two or more dimensions, not on biases."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
+    """AdamW on what isn't frozen, with decoupled weight decay on tensors of two or more dimensions, not on biases.
+
+    The biases of several experts are a matrix, and biases all the same.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
+    vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
     assert len({id(p) for p in matrices + vectors}) == len(parameters) == len(matrices) + len(vectors)
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],

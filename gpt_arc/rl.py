@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model import GPT, logits_at_once
+from model import GPT
+from ops import logits_at_once
 
 # ---- preferences
 

@@ -12,20 +12,10 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model as model_module
+import ops
 from gpt_arc.hf import hf_tensors
-from model import (
-    GPT,
-    Attention,
-    GPTConfig,
-    HeadLoss,
-    attend_by_products,
-    causal_mask,
-    create_block_mask,
-    repeat_heads,
-    rotate,
-    sinusoids,
-)
+from model import GPT, Attention, GPTConfig, rotate, sinusoids
+from ops import HeadLoss, attend_by_products, causal_mask, create_block_mask, repeat_heads
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GPT1 = dict(norm_position="post", init="gpt1")
@@ -491,9 +481,9 @@ def test_flex_attention_as_compiled_for_gpus_gives_the_same(band, monkeypatch):
     cases = ({"documents": documents}, {}) if band else ({"documents": documents},)
     with torch.no_grad():
         expected = [model(tokens, **case) for case in cases]
-        monkeypatch.setattr("model.FLEX_DEVICES", ("cpu",))
+        monkeypatch.setattr("ops.FLEX_DEVICES", ("cpu",))
         used = []
-        monkeypatch.setattr("model.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k))
+        monkeypatch.setattr("ops.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k))
         model.compile(backend="aot_eager")
         for case, logits in zip(cases, expected):
             torch.testing.assert_close(model(tokens, **case), logits, atol=1e-5, rtol=1e-5)
@@ -528,7 +518,7 @@ def gradients_of(loss_of, *inputs):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3 * 11, 1 << 20])
 def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypatch):
-    monkeypatch.setattr(model_module, "logits_at_once", lambda device: at_once)
+    monkeypatch.setattr(ops, "logits_at_once", lambda device: at_once)
     hidden, head, bias, targets = head_inputs(rows)
     inputs = hidden, head, bias if with_bias else None, targets
     ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
@@ -551,7 +541,7 @@ def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
 
 
 def test_each_cross_entropy_is_multiplied_by_its_weight(monkeypatch):
-    monkeypatch.setattr(model_module, "logits_at_once", lambda device: 7 * 11)
+    monkeypatch.setattr(ops, "logits_at_once", lambda device: 7 * 11)
     inputs, weights = head_inputs(50), torch.rand(50, generator=torch.Generator().manual_seed(1))
 
     def weighted(hidden, head, bias, targets):
@@ -591,7 +581,7 @@ def test_the_chunks_of_the_loss_are_of_one_size(monkeypatch):
     sizes = []
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(size) or split(x, size))
-    monkeypatch.setattr(model_module, "logits_at_once", lambda device: 100 * 11)
+    monkeypatch.setattr(ops, "logits_at_once", lambda device: 100 * 11)
     HeadLoss.apply(*head_inputs(401), None, True)
     assert set(sizes) == {81}  # five, and not four of 100 and one of 1
 
@@ -658,13 +648,13 @@ def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
     def refused(*args):
         raise AssertionError("by products")
 
-    monkeypatch.setattr(model_module, "attend_by_products", refused)
+    monkeypatch.setattr(ops, "attend_by_products", refused)
     model, tokens = GPT(TINY), torch.zeros(2, 12, dtype=torch.int64)
     model(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(AssertionError, match="by products"):
             model(tokens)
-        monkeypatch.setattr(model_module, "SCORES_KEPT", 2 * 4 * 12 * 12 - 1)
+        monkeypatch.setattr(ops, "SCORES_KEPT", 2 * 4 * 12 * 12 - 1)
         model(tokens)
 
 

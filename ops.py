@@ -1,0 +1,180 @@
+"""Attention and the head's loss, each as the hardware at hand computes it fastest: what model.py is written in.
+
+Shapes: B batch, T time, S keys, C width, H query heads, K key/value heads, D head size, V vocabulary, N tokens.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
+FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
+SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
+
+
+def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | BlockMask:
+    """Attention in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
+
+    A tensor of truth values (B, 1, T, T). Where queries see at most W = `band` keys and 2W are fewer than T, they go in
+    n chunks of W, each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W.
+    In compiled CUDA code the tiles that `flex_attention` has to visit; it has no dropout, and no backward on CPUs.
+    """
+    (batch, length), device = earliest.shape, earliest.device
+    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout:
+        earliest = earliest.contiguous()
+        return create_block_mask(
+            lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
+            batch, None, length, length, device=device,
+        )  # fmt: skip
+    queries = keys = torch.arange(length, device=device)
+    if band is not None and 2 * band < length:
+        chunks = math.ceil(length / band)
+        queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
+        keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
+        earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
+    allowed = (keys[..., None, :] <= queries[..., None]) & (keys[..., None, :] >= earliest[..., None])
+    return allowed.flatten(0, -3)[:, None]
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """x (B, K, S, D), each head repeated for the query heads that it serves: (B, heads, S, D)."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, dropout: float) -> Tensor:
+    """Attention of query (B, H, T, D) to key and value (B, K, S, D), each head of these serving H / K of those.
+
+    `mask` is from `causal_mask`, or (B, 1, T, S); None: S = T, and every query sees the keys up to its own place.
+    """
+    if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout:
+        return attend_once(query, key, value, mask)
+    if isinstance(mask, Tensor) and query.device.type == "cuda":
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
+    settings = {"dropout_p": dropout, "enable_gqa": query.size(1) != key.size(1)}
+    dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
+    if dense and query.device.type == "cpu" and value.dtype != torch.float32:
+        if query.shape[:3].numel() * key.size(2) <= SCORES_KEPT:
+            return attend_by_products(query, key, value, mask, dropout)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+    if isinstance(mask, BlockMask):
+        query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=settings["enable_gqa"])
+    batch, length, band = query.size(0), query.size(2), mask.size(-2)
+    if band == length:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    chunks = math.ceil(length / band)
+    beyond = chunks * band - length
+    query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
+    key, value = (
+        F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (key, value)
+    )  # (B n, K, 2W, D)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Causal `attend` by batched matrix products, for a CPU, whose fused kernel takes up to five times as long.
+
+    The queries go in up to four chunks, each with the keys up to its end: little of the square is computed in vain.
+    """
+    batch, heads, length, size = query.shape
+    query, key, value = (repeat_heads(x, heads).flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
+    width, mixed = max(128, math.ceil(length / 4)), []
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        if mask is None:
+            hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
+        else:
+            seen = mask[:, :, start:stop, :stop]
+            hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
+            hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
+        mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
+    return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
+
+
+def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one query (B, H, 1, D) as two sums, from which a compiler makes one pass over keys and values."""
+    torch._check(value.size(-1) == query.size(-1))  # so that a compiler that takes sizes as variable knows this one
+    query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
+    scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
+    return mixed.flatten(1, 2)[:, :, None]
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows x (N, C), the first counts[0] of them times weight[0] (M, C), and so on: (N, M).
+
+    `weight` (E, M, C) and `bias` (E, M) are of E groups, `counts` (E,) int64 their rows, which may be none.
+    """
+    if x.device.type == "cuda":
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+        if dtype == torch.bfloat16:  # one launch, without asking the GPU for the counts
+            product = F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0, dtype=torch.int32))
+            rows = None if bias is None else bias.to(dtype).repeat_interleave(counts, dim=0, output_size=len(x))
+            return product if rows is None else product + rows
+    groups = zip(x.split(counts.tolist()), weight, [None] * len(weight) if bias is None else bias)
+    return torch.cat([F.linear(*group) for group in groups])
+
+
+def logits_at_once(device: str) -> int:
+    """Numbers of which `HeadLoss` has a copy or two in float32: a GPU likes large products, a CPU its caches."""
+    return 1 << 28 if device == "cuda" else 1 << 25
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum () of the cross-entropies in nats of hidden (N, C) times head (V, C), plus bias (V,), at the targets (N,).
+
+    Each is multiplied by its weight (N,), if there are any, and not counted where its target is -1.
+    The logits, with their gradients the largest tensors of all, exist for some rows at a time only: the gradients of
+    `hidden`, `head` and `bias` are computed along with the loss, and multiplied by the loss's own when that is known.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None,
+        with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
+        device, vocabulary = hidden.device.type, len(head)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        weight, offset = head.to(dtype), None if bias is None else bias.to(dtype)
+        scored, targets = (targets != IGNORED).to(exact)[:, None], targets.clamp(min=0)[:, None]
+        scored = scored if weights is None else scored * weights[:, None]
+        total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
+        head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
+        # a sum over many rows overflows in float16, before the loss's scale is known: it is taken of a 64th
+        shrunk = 2**-6 if dtype == torch.float16 else 1.0
+        chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
+        rows = math.ceil(len(hidden) / max(chunks, 1)) or 1  # chunks of one size, so that one compiled code fits all
+        for x, target, counts in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
+            x = x.to(dtype)
+            logs = F.linear(x, weight, offset).to(exact).log_softmax(-1)  # (rows, V)
+            chosen = logs.gather(1, target)
+            total -= chosen.mul(counts).sum()
+            if with_gradients:
+                counts = counts.to(dtype)
+                # the logits' gradient: softmax, less 1 at the target; what doesn't count is left out afterwards
+                gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
+                gradients.append((gradient @ weight).mul(counts).type_as(hidden))
+                if head_gradient is not None:
+                    head_gradient.add_(gradient.mT @ (x * (counts * shrunk)), alpha=1 / shrunk)
+                if bias is not None:
+                    bias_gradient += gradient.mul(counts).sum(0, dtype=exact)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None, None
