@@ -478,6 +478,7 @@ def main() -> None:
     check(options, tasks)
     device = runtime.resolve_device(options.device)
     dtype = runtime.DTYPES[runtime.resolve_dtype(options.dtype, device)]
+    runtime.set_up(device, options.dtype)
     directories = model_directories(options)
     materials = [gather(task, options) for task in tasks]
     if options.training_text:
