@@ -141,7 +141,8 @@ def train(options: Options, stage: Stage) -> int:
             with stage.last_sync(replica, i == len(micros)):
                 with runtime.autocast(stage.device, stage.dtype):
                     loss = replica(*batch_of(examples, own, model, options, stage))
-                updater.backward(loss.total * (counts * WORLD_SIZE / tokens))
+                routing = sum(loss.auxiliary.values()) / len(micros)  # of a mixture's routers
+                updater.backward(counts * (loss.total * (WORLD_SIZE / tokens) + routing))
             total += loss.total.detach() * counts
         done = stage.update(updater, progress.step, total)
         if done is None:

@@ -1,0 +1,227 @@
+"""What a transformer learns in context: linear functions, as well as least squares (Garg et al., arXiv:2208.01066).
+
+    python examples/in_context_linear.py
+    python examples/in_context_linear.py --max_iters=200 --functions=500 --output=out/try      a look, in seconds
+
+A sequence has points x_k and values y_k = w x_k + noise of one linear function, drawn anew for every sequence: x and w
+are normal in d dimensions, `noise` is a standard deviation. The model says each y_k from x_k and the k pairs before it,
+k = 0, 1, 2 ... It has never seen the function, and its weights stay as they are: all it knows of w is from the pairs.
+
+On functions drawn afresh its squared error is compared with that of three estimates of w from the same k pairs:
+ordinary least squares (the shortest solution where k < d leaves many); ridge regression with the noise's variance as
+its penalty, which is the mean of w given the pairs, so that no predictor has a lower expected error; and the mean of
+y x over the pairs. Errors are counted once of the noisy y and once, which is stricter, of w x without the noise.
+
+The trunk is `model.py`'s GPT: its position embeddings, blocks and final norm. A linear read-in of vectors stands in for
+the token embedding, a linear read-out for the head. OUTPUT/figures.json and OUTPUT/errors.png are written.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gpt_arc.config import TrainingConfig
+from gpt_arc.errors import entry_point
+from gpt_arc.files import write_file
+from gpt_arc.finetuning import table
+from gpt_arc.flags import parse_flags
+from gpt_arc.optim import Updater, learning_rate_at
+from gpt_arc.signals import StopSignal
+from model import GPT, GPTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dimensions: int = 5
+    """d, the length of x and of w."""
+    examples: int = 20
+    """Pairs in context, at most: a sequence has one more, the last to be asked."""
+    noise: float = 0.5
+    """Standard deviation of y about w x."""
+    n_layer: int = 4
+    """Number of blocks."""
+    n_head: int = 4
+    """Heads per attention layer."""
+    n_embd: int = 64
+    """Width of the residual stream."""
+    batch_size: int = 64
+    """Sequences, each of a function of its own, in one update."""
+    max_iters: int = 20_000
+    """Updates."""
+    learning_rate: float = 2e-3
+    """Its peak: it rises over the first fiftieth of all updates and falls to zero in a cosine."""
+    functions: int = 10_000
+    """Functions to test on."""
+    seed: int = 0
+    """The source of all randomness."""
+    output: Path = Path("out/in_context_linear")
+    """Folder for the figures."""
+
+    def __post_init__(self):
+        for name in ("dimensions", "batch_size", "max_iters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.examples <= self.dimensions:
+            raise ValueError(f"examples = {self.examples} must be more than dimensions = {self.dimensions}")
+        if self.functions < 2 or not self.noise > 0:
+            raise ValueError("functions must be at least 2, noise more than zero")
+        assert self.model and self.training  # they raise ValueError for what can't be
+
+    @property
+    def model(self) -> GPTConfig:
+        size = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
+        return GPTConfig(block_size=self.examples + 1, vocab_size=1, **size)
+
+    @property
+    def training(self) -> TrainingConfig:
+        settings = dict(warmup_iters=self.max_iters // 50, min_lr=0.0, weight_decay=0.0, beta2=0.99)
+        return TrainingConfig(max_iters=self.max_iters, learning_rate=self.learning_rate, **settings)
+
+
+class Regressor(nn.Module):
+    """A GPT between vectors and numbers: place k of N reads x_k and the pair before it, (x_{k-1}, y_{k-1})."""
+
+    def __init__(self, config: GPTConfig, dimensions: int):
+        super().__init__()
+        self.trunk = GPT(config)
+        self.trunk.token_embedding.requires_grad_(False)  # nothing here has token ids
+        self.read_in = nn.Linear(2 * dimensions + 1, config.n_embd)
+        self.read_out = nn.Linear(config.n_embd, 1)
+
+    def forward(self, xs: Tensor, ys: Tensor) -> Tensor:
+        """A prediction of each y (B, N), from xs (B, N, d) up to its own and the ys (B, N) before it."""
+        pairs = torch.cat((xs, ys[..., None]), dim=-1)  # (B, N, d + 1)
+        inputs = torch.cat((xs, F.pad(pairs[:, :-1], (0, 0, 1, 0))), dim=-1)  # (B, N, 2d + 1)
+        x = self.read_in(inputs) + self.trunk.position_embedding.weight[: xs.size(1)]  # (B, N, C)
+        for block in self.trunk.blocks:
+            x = block(x, None, None)  # no rotary positions; without a mask attention is causal
+        return self.read_out(self.trunk.final_norm(x))[..., 0]
+
+
+def draw(options: Options, functions: int, chance: torch.Generator, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """Points xs (B, N, d), `scale` times normal ones, noisy ys (B, N) and w x (B, N) of that many functions, B."""
+    shape = functions, options.examples + 1, options.dimensions
+    xs = scale * torch.randn(shape, generator=chance)
+    w = torch.randn(functions, options.dimensions, 1, generator=chance)
+    clean = (xs @ w)[..., 0]
+    return xs, clean + options.noise * torch.randn(clean.shape, generator=chance), clean
+
+
+def estimates(xs: Tensor, ys: Tensor, noise: float) -> dict[str, Tensor]:
+    """Of each kind of estimate, its predictions (B, N): that of y_k is from the pairs before it."""
+    xs, ys = xs.double(), ys.double()
+    said = {name: torch.zeros_like(ys) for name in ("least squares", "ridge", "averaging")}  # nothing known: w = 0
+    penalty = noise**2 * torch.eye(xs.size(-1), dtype=xs.dtype)
+    for k in range(1, ys.size(1)):
+        x, y, asked = xs[:, :k], ys[:, :k, None], xs[:, k, None]  # (B, k, d), (B, k, 1), (B, 1, d)
+        weights = {
+            "least squares": torch.linalg.lstsq(x, y, driver="gelsd").solution,
+            "ridge": torch.linalg.solve(x.mT @ x + penalty, x.mT @ y),
+            "averaging": x.mT @ y / k,
+        }
+        for name, w in weights.items():
+            said[name][:, k] = (asked @ w)[:, 0, 0]
+    return said
+
+
+def compared(errors: Tensor, baseline: Tensor) -> dict:
+    """Mean errors (B, K) over those of a baseline (B, K): for each k, and the mean over k, with standard errors.
+
+    Both are of the same functions, so what varies is the difference errors - ratio x baseline.
+    """
+    ratios, root = errors.mean(0) / baseline.mean(0), len(errors) ** 0.5
+    differences = (errors - ratios * baseline) / baseline.mean(0) / root  # (B, K)
+    by_k = {"by_k": ratios.tolist(), "by_k_standard_error": differences.std(0).tolist()}
+    return {"mean": ratios.mean().item(), "standard_error": differences.mean(1).std().item(), **by_k}
+
+
+@torch.no_grad()
+def test(model: Regressor, options: Options, scale: float = 1.0) -> dict:
+    """Squared errors by number of pairs, of the model and of the estimates, and the ratios of these for k > d."""
+    xs, ys, clean = draw(options, options.functions, torch.Generator().manual_seed(options.seed + 1), scale)
+    said = {"transformer": torch.cat([model(x, y) for x, y in zip(xs.split(500), ys.split(500))]).double()}
+    said |= estimates(xs, ys, options.noise)
+    report: dict = {"scale": scale, "k": list(range(options.examples + 1))}
+    for kind, truth in {"noisy": ys, "noise-free": clean}.items():
+        errors = {name: (prediction - truth).square() for name, prediction in said.items()}  # (B, N)
+        own = report[kind] = {}
+        for name, e in errors.items():
+            own[name] = {"error": e.mean(0).tolist(), "standard_error": (e.std(0) / len(e) ** 0.5).tolist()}
+        for name in ("least squares", "ridge"):
+            beyond = (errors[of][:, options.dimensions + 1 :] for of in ("transformer", name))
+            own[f"ratio to {name}"] = compared(*beyond)
+    return report
+
+
+def plot(report: dict, options: Options, path: Path) -> None:
+    """Squared error of the noisy y by number of pairs in context."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, style in {"averaging": "C7:", "least squares": "C1--", "ridge": "k-", "transformer": "C0o"}.items():
+        axes.plot(report["k"], report["noisy"][name]["error"], style, markersize=4, label=name)
+    axes.axhline(options.noise**2, color="C3", linewidth=0.8, label="the noise alone")
+    axes.set(xlabel="pairs in context", ylabel="squared error", yscale="log")
+    axes.set_xticks(report["k"][:: options.dimensions])
+    axes.set_ylim(0.8 * options.noise**2, 4 * (options.dimensions + options.noise**2))
+    axes.set_title(f"linear functions in {options.dimensions} dimensions, {options.functions:,} of them")
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> int:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    options.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(options.seed)
+    model, training = Regressor(options.model, options.dimensions), options.training
+    updater = Updater(model, training, torch.device("cpu"), "float32")
+    chance, stop = torch.Generator().manual_seed(options.seed), StopSignal()
+    print(f"{sum(p.numel() for p in updater.parameters):,} parameters")
+
+    # ---- training: a new function in every row of every batch
+    recent, every = 0.0, max(options.max_iters // 30, 1)
+    for step in (bar := tqdm(range(options.max_iters), unit="step", disable=None)):
+        xs, ys, _ = draw(options, options.batch_size, chance)
+        loss = (model(xs, ys) - ys).square().mean()
+        updater.backward(loss)
+        _, _, (value,) = updater.update(learning_rate_at(step, training), loss.detach())
+        recent += value / every
+        if (step + 1) % every == 0:
+            tqdm.write(f"step {step + 1}: squared error {recent:.4f}")
+            recent = 0.0
+        if stop.anywhere():
+            bar.close()
+            print(f"stopped after {step + 1} updates; there are no figures of an unfinished run")
+            return 128 + stop.number
+
+    # ---- what it has learnt, on other functions; then with x of another scale than it has ever seen
+    report = {"options": asdict(options) | {"output": str(options.output)}, "torch": torch.__version__}
+    report["tests"] = tests = [test(model, options, scale) for scale in (1.0, 0.5, 2.0, 3.0)]
+    write_file(options.output / "figures.json", json.dumps(report, indent=1) + "\n")
+    plot(tests[0], options, options.output / "errors.png")
+    names = "transformer", "ridge", "least squares", "averaging"
+    for kind in ("noisy", "noise-free"):
+        found = tests[0][kind]
+        columns = [tests[0]["k"], *(found[name]["error"] for name in names)]
+        beyond = [[None] * (options.dimensions + 1) + found[f"ratio to {name}"]["by_k"] for name in names[1:3]]
+        print(f"\nsquared error of the {kind} y with k pairs in context, and the transformer's over two of the others'")
+        print(table([["k", *names, *(f"over {name}" for name in names[1:3])], *zip(*columns, *beyond)]))
+    print(f"\nthe transformer's error over others', mean of k = {options.dimensions + 1} .. {options.examples}")
+    rows = [["x times", "y", *(f"over {name}" for name in names[1:3])]]
+    for found, kind in product(tests, ("noisy", "noise-free")):
+        ratios = [found[kind][f"ratio to {name}"] for name in names[1:3]]
+        rows.append([f"{found['scale']:g}", kind, *(f"{r['mean']:.3f} ± {r['standard_error']:.3f}" for r in ratios)])
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    entry_point(main)()
