@@ -95,6 +95,8 @@ class Task:
     """Beams are ranked by log-probability / length^this."""
     metric: Literal["exact match", "bleu", "rouge"] = "exact match"
     """generate: what a text is compared with the answer by."""
+    group: str = ""
+    """Path of a column: an item's demonstrations are items that have the same there, such as a subject."""
     demonstration: str = ""
     """Template of what follows the context in a demonstration, such as a chain of thought; empty: the answer."""
     hub: str = ""
@@ -426,25 +428,33 @@ def arithmetic(kind: str, count: int, seed: int, split: str) -> list[dict[str, A
 
 
 def demonstrations(
-    task: Task, pool: Sequence[dict[str, Any]], number: int, shots: int, seed: int, shuffled: bool
-) -> str:
+    task: Task, pool: Sequence[dict[str, Any]], number: int, shots: int, seed: int, shuffled: bool,
+    asked: dict[str, Any] | None = None,
+) -> str:  # fmt: skip
     """`shots` items of the pool as text, drawn by the seed for the item `number`, which is never among them.
+
+    Where the task has a group they are of that of the item `asked`.
 
     `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches
     (Min et al., arXiv:2202.12837). Raises UserError where there are too few, or naming one that lacks something. A pool
     of other items than those asked has numbers of its own, so there the item of this number is left out in vain.
     """
-    if shots >= len(pool):
-        raise UserError(f"{shots} demonstrations can't be drawn from {len(pool)} items, one left out")
+    places, among = range(len(pool)), ""
+    if task.group and asked is not None and shots:
+        group = looked_up(task.group, asked)
+        places = [i for i, item in enumerate(pool) if looked_up(task.group, item) == group]
+        among = f" of {task.group} = {json.dumps(group)}"
+    if shots >= len(places):
+        raise UserError(f"{shots} demonstrations can't be drawn from {len(places)} items{among}, one left out")
     chance = random.Random(f"{seed} {number}")
     texts = []
-    for i in [i for i in chance.sample(range(len(pool)), shots + 1) if i != number][:shots]:
+    for i in [i for i in chance.sample(places, shots + 1) if i != number][:shots]:
         try:
             answer = chance.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
             of = None
             if shuffled and task.kind != "choice":
-                other = chance.randrange(len(pool) - 1)  # of the places but its own
-                of = pool[other + (other >= i)]
+                others = [place for place in places if place != i]
+                of = pool[others[chance.randrange(len(others))]]
             texts.append(task.demonstrated(pool[i], answer, of))
         except UserError as error:
             raise UserError(f"item {i + 1} as a demonstration: {error}") from None

@@ -255,7 +255,7 @@ def prompts_of(material: Material, options: Options, shots: int) -> Iterator[tup
     for number in material.asked:
         item = material.items[number]
         try:
-            shown = demonstrations(task, material.pool, number, shots, options.seed, options.shuffled_answers)
+            shown = demonstrations(task, material.pool, number, shots, options.seed, options.shuffled_answers, item)
             question = task.question(item)
             if not all(question.continuations):
                 raise UserError("the answer or an option is empty")

@@ -471,6 +471,17 @@ def numbers_shown(text):
     return [int(part.split(":")[0][1:]) for part in text.split(";")[:-1]]
 
 
+def test_demonstrations_of_a_group_are_of_the_group_of_the_item_asked():
+    task = replace(replace(CLOZE, answer="{options.0}"), group="subject.name")
+    pool = [item | {"subject": {"name": n % 2}} for n, item in enumerate(POOL)]
+    for number, item in enumerate(pool):
+        for shuffled in (False, True):
+            shown = numbers_shown(demonstrations(task, pool, number, 3, 0, shuffled, item))
+            assert len(set(shown)) == 3 and number not in shown and {n % 2 for n in shown} == {number % 2}
+    with pytest.raises(UserError, match="4 demonstrations can't be drawn from 4 items of subject.name = 1, one left"):
+        demonstrations(task, pool, 1, 4, 0, False, pool[1])
+
+
 @pytest.mark.parametrize("task", [CHOICE, replace(CLOZE, answer="{options.0}")], ids=["choice", "cloze"])
 def test_demonstrations_are_drawn_by_seed_and_item(task):
     drawn = {}
