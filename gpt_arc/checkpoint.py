@@ -25,16 +25,11 @@ from gpt_arc.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
-# what a loaded model may have otherwise than it was saved with: no tensor depends on it, but for cut positions
-REPLACEABLE = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "init", "block_size"}
-REPLACEABLE |= {
-    "expert_dropout",
-    "router_jitter",
-    "expert_selection",
-    "balance_loss",
-    "router_z_loss",
-    "capacity_factor",
-}
+# settings of the architecture that training alone reads, and no tensor depends on
+OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
+OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
+# what a loaded model may have otherwise than it was saved with; of learned positions a smaller context cuts the tensor
+REPLACEABLE = OF_TRAINING | {"init", "block_size"}
 STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
 
 
@@ -118,9 +113,9 @@ def load_model(
 ) -> tuple[GPT, Tokenizer | None]:
     """The model, on the CPU, in `dtype` and in training mode, and its tokenizer.
 
-    `path` is a model directory, a run folder, a directory of transformers' (gpt2, openai-gpt or qwen3) or the name of
-    such a model on the hub; a local folder comes first. `config` replaces the stored one: it may differ in dropout and
-    in what only a new model's initialisation takes, and have another block_size, a smaller one where positions are
+    `path` is a model directory, a run folder, a directory of transformers' (gpt2, openai-gpt, qwen3 or mixtral) or the
+    name of such a model on the hub; a local folder comes first. `config` replaces the stored one: it may differ in what
+    training alone reads, and have another block_size, a smaller one where positions are
     learned. The vocabulary may have more rows than the tokenizer has tokens, as Qwen's has.
 
     Raises UserError naming the file and the tensor if something is missing, surplus, of another shape or damaged.

@@ -3,15 +3,16 @@
 Each architecture is a table: what its config.json means in settings of ours, and what its tensors are called. An
 architecture that is a matter of settings and names alone is one more table.
 
-    config = config_from_hf(json.loads(...))                  # of a gpt2, an openai-gpt (GPT-1) or a qwen3
+    config = config_from_hf(json.loads(...))                  # of a gpt2, openai-gpt (GPT-1), qwen3 or mixtral
     tensors = read_tensors(directory, "gpt2", config, shapes) # by our names, in float32
     content, tensors = hf_config(config), hf_tensors(model)   # and back
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,15 +47,21 @@ class Architecture:
     prefix: str  # of every tensor but the head's; files of the bare trunk lack it
     layers: str
     outside: dict[str, str]  # our modules outside the blocks: its
-    block: dict[str, tuple[str, ...]]  # our modules in a block: its, stacked in this order
+    block: dict[str, tuple[str, ...]]  # our modules in a block: its, stacked in this order; {} is an expert's number
     transposed: bool = False  # Conv1D keeps the matrices of blocks as (in, out)
     aliases: dict[str, str] = field(default_factory=dict)  # other names of keys
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of `block` in files with all experts in a tensor
 
     def full_name(self, name: str) -> str:
         return name if name == "lm_head.weight" else self.prefix + name
 
     def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["Part"]:
         """The tensors of this architecture that our tensor `name` of `shape` stacks, in the order of its rows."""
+        if len(shape) == 3:  # the matrices of all experts
+            matrices = self.parts_of(f"{name}.weight", shape[1:], config)
+            if "{}" in matrices[0].name:
+                return [part._replace(name=part.name.format(expert)) for expert in range(shape[0]) for part in matrices]
+            return [Part(matrices[0].name.removesuffix(".weight"), shape[0] * shape[1], tuple(shape), False)]
         module, kind = name.rsplit(".", 1)
         if not module.startswith("blocks."):
             return [Part(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
@@ -164,8 +171,48 @@ ARCHITECTURES = {
             "mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.projection": ("mlp.down_proj",),
         },
     ),
+    "mixtral": Architecture(
+        class_name="MixtralForCausalLM",
+        classifier="MixtralForSequenceClassification",
+        multiple_choice=None,
+        ours={"norm": "rmsnorm", "positions": "rotary", "bias": False, "router_z_loss": 0.0},
+        sizes={
+            "vocab_size": ("vocab_size", 32000), "max_position_embeddings": ("block_size", 131_072),
+            "hidden_size": ("n_embd", 4096), "intermediate_size": ("mlp_size", 14336),
+            "num_hidden_layers": ("n_layer", 32), "num_attention_heads": ("n_head", 32),
+            "num_key_value_heads": ("n_kv_head", 8), "head_dim": ("head_size", None),
+            "rms_norm_eps": ("norm_eps", 1e-5), "rope_theta": ("rotary_base", 1e6),
+            "tie_word_embeddings": ("tied_head", False), "num_local_experts": ("n_experts", 8),
+            "num_experts_per_tok": ("experts_per_token", 2),
+            "router_aux_loss_coef": ("balance_loss", 0.001),  # in another unit: see _balance_unit
+            "router_jitter_noise": ("router_jitter", 0.0),  # of what the experts read, too
+        },
+        dropouts={"attention_dropout": ("attention_dropout", 0.0)},
+        activations=("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
+        fixed={"sliding_window": (None,)},
+        inert={"initializer_range": 0.02, "output_router_logits": False, "use_cache": True},
+        prefix="model.", layers="layers",
+        outside={"token_embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"},
+        block={
+            "attention_norm": ("input_layernorm",),
+            "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attention.projection": ("self_attn.o_proj",),
+            "mlp_norm": ("post_attention_layernorm",), "mlp.router": ("block_sparse_moe.gate",),
+            "mlp.up": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+            "mlp.projection": ("block_sparse_moe.experts.{}.w2",),
+        },
+        aliases={"num_experts": "num_local_experts"},
+        fused={
+            "mlp.router": ("mlp.gate",), "mlp.up": ("mlp.experts.gate_up_proj",),
+            "mlp.projection": ("mlp.experts.down_proj",),
+        },
+    ),
 }  # fmt: skip
 PLACES = ("embedding_dropout", "attention_dropout", "residual_dropout")
+# what changes training alone, and what says nothing where there are no experts
+TRAINING = {"dropout", *PLACES, "init", "expert_dropout", "expert_selection", "router_jitter"}
+TRAINING |= {"balance_loss", "router_z_loss"}
+OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
 
 
 def config_from_hf(content: dict[str, Any]) -> GPTConfig:
@@ -179,8 +226,8 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f'model_type = "{kind}" is not an architecture that can be read: those are {known}')
     content = {architecture.aliases.get(key, key): value for key, value in content.items()}
-    if "rotary_base" in {name for name, _ in architecture.sizes.values()}:
-        content["rope_theta"] = _rope_theta(content)
+    if "rope_theta" in architecture.sizes:
+        content["rope_theta"] = _rope_theta(content, architecture.sizes["rope_theta"][1])
     for key, allowed in {**architecture.fixed, "quantization_config": (None,)}.items():
         if content.get(key, allowed[0]) not in allowed:
             raise _unknown(key, content[key], kind, f"{json.dumps(allowed[0])} is computed")
@@ -195,7 +242,12 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
     if len(set(dropouts.values())) == 1:  # said once, so that the one setting still changes them all
         dropouts = {"dropout": dropouts[PLACES[0]]}
+    for key, least in (("num_local_experts", 1), ("num_experts_per_tok", 2)) if _has_experts(architecture) else ():
+        if content.get(key, least) in range(least):  # an only expert's gate is a probability here, and 1 there
+            raise _unknown(key, content[key], kind, f"{least} or more are computed")
     try:
+        if "balance_loss" in settings:
+            settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
         return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
     except (TypeError, ValueError) as error:
         raise UserError(f"it describes no model: {error}") from None
@@ -205,23 +257,39 @@ def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:
     return UserError(f"{key} = {json.dumps(value)} can't be computed for a {kind}: only {instead}")
 
 
-def _rope_theta(content: dict[str, Any]) -> float:
+def _balance_unit(config: GPTConfig) -> float:
+    """What our weight of the balance loss is multiplied by to be transformers'.
+
+    There it is k for an even use of the experts, of which a token takes k, in all layers as if they were one; here it
+    is 1 in each layer, and the layers are added up. The loss and its gradient are equal where the layers' loads are.
+    """
+    return config.n_layer / config.experts_per_token
+
+
+def _rounded(value: float) -> float:
+    """A short decimal number where one is that close, as there and back may change a last digit."""
+    short = float(f"{value:.6g}")
+    return short if math.isclose(short, value, rel_tol=1e-12) else value
+
+
+def _rope_theta(content: dict[str, Any], default: float) -> float:
     """The base of rotary positions, whether told as rope_theta or in rope_parameters (transformers 5)."""
     key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = {name: content[name] for name in ("rope_theta", "partial_rotary_factor") if content.get(name) is not None}
     rope |= content.get(key) or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
         raise _unknown(key, rope, content["model_type"], 'the rope_type "default", over all of a head, is computed')
-    return rope.get("rope_theta", 10_000.0)
+    return rope.get("rope_theta", default)
 
 
 def architecture_of(config: GPTConfig) -> str:
     """The model_type that `config` is a case of. Raises UserError naming the settings that none has.
 
-    Dropouts and the initialisation don't count: a trained model computes the same without them.
+    Dropouts, the initialisation and losses of routers don't count: a trained model computes the same without them.
     """
     foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
-    nearest = min(foreign, key=lambda kind: len(foreign[kind]))
+    alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
+    nearest = min(alike, key=lambda kind: len(foreign[kind]))
     if foreign[nearest]:
         raise UserError(
             f"no architecture of transformers that is known here ({', '.join(foreign)}) is this model's: the nearest, "
@@ -230,10 +298,15 @@ def architecture_of(config: GPTConfig) -> str:
     return nearest
 
 
+def _has_experts(architecture: Architecture) -> bool:
+    return "mlp.router" in architecture.block
+
+
 def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str]:
     """The settings of `config` that the architecture can't express, as name = value."""
-    free = {name for name, _ in architecture.sizes.values()} | {"dropout", *PLACES, "init", "activation"}
+    free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation"}
     free |= set() if config.positions == "rotary" else {"rotary_base"}
+    free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
     values, wanted = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
@@ -241,6 +314,8 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str
     foreign = [name for name in values if name not in free and values[name] != wanted[name]]
     if config.activation not in architecture.activations[1].values():
         foreign.append("activation")
+    if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
+        foreign.append("experts_per_token")  # there the only gate is made 1, here it is a probability
     return [f"{name} = {json.dumps(values[name])}" for name in foreign]
 
 
@@ -258,6 +333,9 @@ def hf_config(
     key, activations = architecture.activations
     ours = {**asdict(config), "n_kv_head": config.kv_heads, "head_size": config.head_width}
     ours["mlp_size"] = None if kind == "gpt2" and config.mlp_width == 4 * config.n_embd else config.mlp_width
+    if _has_experts(architecture):
+        ours["head_size"] = config.head_size
+        ours["balance_loss"] = _rounded(config.balance_loss * _balance_unit(config))
     ours |= {place: config.dropout_of(place.removesuffix("_dropout")) for place in PLACES}
     content = {
         "architectures": [architecture.class_name],
@@ -274,6 +352,7 @@ def hf_config(
     }
     if "rope_theta" in content:
         content["rope_parameters"] = {"rope_theta": content.pop("rope_theta"), "rope_type": "default"}
+    if kind == "qwen3":
         content["layer_types"] = ["full_attention"] * config.n_layer
     return dict(sorted(content.items()))
 
@@ -283,7 +362,8 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
     architecture = ARCHITECTURES[architecture_of(model.config)]
     for name, tensor in model.state_dict().items():
         parts = architecture.parts_of(name, tensor.shape, model.config)
-        for part, rows in zip(parts, tensor.detach().split([part.rows for part in parts])):
+        tensor = tensor.detach().flatten(0, -2) if tensor.dim() == 3 else tensor.detach()  # (E, M, C): rows of experts
+        for part, rows in zip(parts, tensor.split([part.rows for part in parts])):
             rows = rows.T if part.transposed else rows
             yield architecture.full_name(part.name), torch.empty(part.shape, dtype=dtype).copy_(rows)
             if _lacks_biases(architecture, model.config) and name.startswith(("blocks.", "final_norm.")):
@@ -356,6 +436,8 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
         other = stored.setdefault(tensor.name.removeprefix(architecture.prefix), tensor)
         if other is not tensor:
             raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: one is surplus")
+    if any(".mlp.experts." in name for name in stored):
+        architecture = replace(architecture, block=architecture.block | architecture.fused)
     parts_of = {name: architecture.parts_of(name, shape, config) for name, shape in shapes.items()}
     expected = {part.name: part for parts in parts_of.values() for part in parts}
     missing = expected.keys() - stored
@@ -379,7 +461,7 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     tensors = {}
     for name, parts in parts_of.items():  # one at a time, so that little is held twice
         rows = [stored[part.name].read().T if part.transposed else stored[part.name].read() for part in parts]
-        tensors[name] = rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)
+        tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
     if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
         raise UserError(
             f"{tied_copy.path}: {tied_copy.name} differs from the embedding, which it is by tie_word_embeddings = true "

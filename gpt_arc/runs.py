@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_arc.checkpoint import load_config
+from gpt_arc.checkpoint import OF_TRAINING, load_config
 from gpt_arc.config import (
     SETTINGS,
     Config,
@@ -170,10 +170,11 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
     """`config` with the architecture of the model `name`, and the settings that this changed.
 
-    Dropout stays as it is set, and so does a context shorter than the model's. Raises UserError.
+    What training alone reads, such as dropout, stays as it is set, and so does a context shorter than the model's.
+    Raises UserError.
     """
     asked, imported = config.model, load_config(name)
-    kept = {f.name: getattr(asked, f.name) for f in dataclasses.fields(GPTConfig) if f.name.endswith("dropout")}
+    kept = {name: getattr(asked, name) for name in OF_TRAINING}
     kept["block_size"] = min(asked.block_size, imported.block_size)
     model = dataclasses.replace(imported, **kept)
     try:
@@ -190,10 +191,10 @@ def _name_of(config_file: Path) -> str:
 
 
 def check_same_model(asked: GPTConfig, trained: GPTConfig, run: Path) -> None:
-    """Raises UserError if a run can't go on with the settings `asked` for; dropout alone is free to change."""
+    """Raises UserError if a run can't go on with the settings `asked` for; what training alone reads may change."""
     for field in dataclasses.fields(GPTConfig):
         wanted, has = getattr(asked, field.name), getattr(trained, field.name)
-        if wanted != has and not field.name.endswith("dropout"):
+        if wanted != has and field.name not in OF_TRAINING:
             raise UserError(
                 f"{field.name} = {wanted} contradicts the run {run}, whose model has {field.name} = {has}: leave it "
                 "as it was to resume, or start a new run"

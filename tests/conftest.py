@@ -88,14 +88,14 @@ def sentencepiece_model(tmp_path_factory):
     return written.getvalue()
 
 
-def randomised(model, seed: int = 0):
+def randomised(model, seed: int = 0, scale: float = 0.3):
     """A torch model in eval mode whose weights and biases are so large that each of them shows in the logits."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
     return model.eval()
 
 

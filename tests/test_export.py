@@ -18,6 +18,7 @@ from tools import export
 
 TEXT = "The cat sat on the mat, didn't it? 1234 naïve 漢字 🙂🙃\n\n  indented\ttext . , !"
 QWEN3 = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False, qk_norm=True)
+MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
 CONFIGS = {
     "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
     "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
@@ -25,6 +26,9 @@ CONFIGS = {
     "openai-gpt": GPTConfig(17, 300, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "qwen3": GPTConfig(19, 300, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
     "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
+    "mixtral": GPTConfig(19, 300, 2, 6, 32, 2, 10, 20, **MIXTRAL, n_experts=5, experts_per_token=3, rotary_base=5e3),
+    "mixtral-untied": GPTConfig(19, 300, 1, 4, 24, 1, **MIXTRAL, n_experts=4, tied_head=False),
+    "mixtral-ungrouped": GPTConfig(19, 300, 3, 4, 24, **MIXTRAL, n_experts=2, balance_loss=0.03, router_jitter=0.1),
 }
 
 
@@ -51,11 +55,10 @@ def with_version(path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run, tmp_path):
-    ours = randomised(GPT(CONFIGS[name]))
+    ours = randomised(GPT(CONFIGS[name]), scale=0.15 if "mixtral" in name else 0.3)
     save_model(ours, tokenizer, tmp_path / "ours")
-    assert f"export: {name.removesuffix('-untied').removesuffix('-unbiased')}, " in run(
-        tmp_path / "ours", tmp_path / "export", "--to=hf"
-    )
+    kind = name if name == "openai-gpt" else name.split("-")[0]
+    assert f"export: {kind}, " in run(tmp_path / "ours", tmp_path / "export", "--to=hf")
     export = tmp_path / "export"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
     theirs.save_pretrained(tmp_path / "theirs")
@@ -75,10 +78,10 @@ def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run,
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
 def test_a_model_of_transformers_goes_through_bit_for_bit(name, run, tmp_path):
     size = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9)
-    if name == "qwen3":
+    if name != "gpt2":
         size |= dict(num_key_value_heads=1, head_dim=4, intermediate_size=20, dtype="bfloat16")
     theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **size))
     randomised(theirs).save_pretrained(tmp_path / "theirs")
@@ -158,6 +161,13 @@ def test_what_has_no_counterpart_is_refused_and_nothing_is_written(run, tmp_path
     assert 'the nearest, gpt2, has no positions = "sinusoidal" and no head_bias = true' in refused
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
     assert "there is no model directory" in run(tmp_path / "nowhere", tmp_path / "export")
+
+
+def test_a_mixture_that_mixtral_is_not_is_refused(run, tmp_path):
+    config = dataclasses.replace(CONFIGS["mixtral"], shared_experts=1)
+    save_model(GPT(config), None, tmp_path / "ours")
+    assert "the nearest, mixtral, has no shared_experts = 1\n" in run(tmp_path / "ours", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):

@@ -25,8 +25,10 @@ from model import GPT, GPTConfig
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 NO_END = {"bos_token_id": None, "eos_token_id": None}
 GPT2, GPT1, QWEN3 = transformers.GPT2Config, transformers.OpenAIGPTConfig, transformers.Qwen3Config
+MIXTRAL = transformers.MixtralConfig
 SMALL = dict(vocab_size=23, n_positions=80, n_embd=32, n_layer=2, n_head=4, **NO_END)
 QWEN_SMALL = dict(vocab_size=31, hidden_size=32, intermediate_size=44, num_hidden_layers=2, max_position_embeddings=80)
+MIXTURE = dict(norm="rmsnorm", positions="rotary", activation="swiglu", bias=False, n_experts=4)
 ROPE = {"rope_type": "default", "rope_theta": 5_000.0}
 MODELS = {
     "gpt2": GPT2(**SMALL),
@@ -43,6 +45,12 @@ MODELS = {
                           attention_dropout=0.1, **ENDS),
     "qwen3-ungrouped": QWEN3(**QWEN_SMALL | {"num_hidden_layers": 1, "hidden_size": 30}, num_attention_heads=3,
                              num_key_value_heads=3, head_dim=16),
+    "mixtral": MIXTRAL(**QWEN_SMALL, num_attention_heads=4, num_key_value_heads=2, **NO_END),
+    "mixtral-tied": MIXTRAL(**QWEN_SMALL | {"num_hidden_layers": 3, "intermediate_size": 20}, num_attention_heads=6,
+                            num_key_value_heads=1, head_dim=10, num_local_experts=5, num_experts_per_tok=3,
+                            tie_word_embeddings=True, rope_parameters=ROPE, rms_norm_eps=1e-4, attention_dropout=0.1,
+                            router_aux_loss_coef=0.02, router_jitter_noise=0.01, **ENDS),
+    "mixtral-all": MIXTRAL(**QWEN_SMALL, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, **NO_END),
 }  # fmt: skip
 
 
@@ -51,7 +59,8 @@ def theirs(tmp_path_factory):
     """The models of transformers', and the folders where its save_pretrained wrote them."""
     root, made = tmp_path_factory.mktemp("theirs"), {}
     for name, config in MODELS.items():
-        model = randomised(transformers.AutoModelForCausalLM.from_config(config))
+        scale = 0.15 if "mixtral" in name else 0.3  # a product of three large numbers is rounded coarsely
+        model = randomised(transformers.AutoModelForCausalLM.from_config(config), scale=scale)
         model.save_pretrained(root / name)
         made[name] = model, root / name
     return made
@@ -65,6 +74,11 @@ def copy(theirs, tmp_path):
         return shutil.copytree(theirs[name][1], tmp_path / name)
 
     return make
+
+
+def same(model, reference_folder):
+    other = load_model(reference_folder)[0].state_dict()
+    return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -103,7 +117,7 @@ def test_what_was_read_is_written_as_it_was(theirs, name):
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in back.items())
 
 
-@pytest.mark.parametrize("config", [GPT2(), GPT1(), QWEN3()], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [GPT2(), GPT1(), QWEN3(), MIXTRAL()], ids=lambda config: config.model_type)
 def test_absent_keys_mean_what_they_mean_in_transformers(config):
     """... by its default configurations; and what we'd write for those is the same, key for key."""
     ours = config_from_hf({"model_type": config.model_type})
@@ -139,7 +153,7 @@ def test_the_config_that_gpt2_was_published_with():
         (
             "llama",
             {},
-            'model_type = "llama" is not an architecture that can be read: those are gpt2, openai-gpt, qwen3',
+            'model_type = "llama" is not an architecture that can be read: those are gpt2, openai-gpt, qwen3, mixtral',
         ),
         ("gpt2", {"activation_function": "silu"}, 'activation_function = "silu" can\'t be computed for a gpt2'),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = false"),
@@ -157,6 +171,13 @@ def test_the_config_that_gpt2_was_published_with():
         ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, '"rope_type": "linear"'),
         ("qwen3", {"rope_scaling": {"type": "dynamic"}}, '"type": "dynamic"'),
         ("qwen3", {"partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
+        ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096 can't be computed for a mixtral"),
+        ("mixtral", {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 can't be computed for a mixtral"),
+        ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token = 9 must lie between 1 and n_experts"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts = 0 can't be computed for a mixtral"),
+        ("mixtral", {"router_aux_loss_coef": "small"}, "describes no model"),
+        ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'mixtral: only the rope_type "default"'),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(kind, content, sentence):
@@ -173,6 +194,8 @@ def test_keys_are_honoured():
     assert (gpt2.n_embd, gpt2.activation, gpt2.dropout) == (96, "gelu_tanh", 0.1)
     assert config_from_hf({"model_type": "gpt2", "attn_pdrop": 0}).attention_dropout == 0
     assert config_from_hf({"model_type": "openai-gpt", "afn": "relu"}).activation == "relu"
+    mixtral = config_from_hf({"model_type": "mixtral", "num_experts": 6, "rope_theta": 5.0})
+    assert (mixtral.n_experts, mixtral.rotary_base, mixtral.head_width, mixtral.router_z_loss) == (6, 5.0, 128, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +214,16 @@ def test_keys_are_honoured():
         ({"attention_band": 4}, "no attention_band = 4"),
         (dict(norm="rmsnorm", positions="rotary", bias=False, activation="swiglu"), "qwen3, has no qk_norm = false"),
         (dict(norm="rmsnorm", positions="rotary", bias=False, qk_norm=True), 'qwen3, has no activation = "gelu_tanh"'),
+        ({"n_experts": 4}, 'mixtral, has no norm = "layernorm" and no '),
+        (MIXTURE | {"bias": True}, "mixtral, has no bias = true"),
+        (MIXTURE | {"activation": "gelu"}, 'mixtral, has no activation = "gelu"'),
+        (MIXTURE | {"qk_norm": True}, "mixtral, has no qk_norm = true"),
+        (MIXTURE | {"attention_band": 4}, "mixtral, has no attention_band = 4"),
+        (MIXTURE | {"experts_per_token": 1}, "mixtral, has no experts_per_token = 1"),
+        (MIXTURE | {"expert_interval": 2}, "mixtral, has no expert_interval = 2"),
+        (MIXTURE | {"shared_experts": 1}, "mixtral, has no shared_experts = 1"),
+        (MIXTURE | {"capacity_factor": 1.25}, "mixtral, has no capacity_factor = 1.25"),
+        (MIXTURE | {"balance_rate": 0.001}, "mixtral, has no balance_rate = 0.001"),
     ],
 )
 def test_what_no_architecture_has_is_refused(settings, sentence):
@@ -202,11 +235,102 @@ def test_what_no_architecture_has_is_refused(settings, sentence):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("gpt1", "openai-gpt"), ("gpt2", "gpt2"), ("gpt2_xl", "gpt2"), ("tinyshakespeare", "gpt2"), ("modern", "qwen3")],
+    [
+        ("gpt1", "openai-gpt"),
+        ("gpt2", "gpt2"),
+        ("gpt2_xl", "gpt2"),
+        ("tinyshakespeare", "gpt2"),
+        ("modern", "qwen3"),
+        ("moe", "mixtral"),
+        ("mixtral_8x7b", "mixtral"),
+    ],
 )
 def test_the_presets_have_their_counterparts(name, kind):
     path = ROOT / "configs" / f"{name}.toml"
     assert architecture_of(build_config(read_settings(path), str(path)).model) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("moe", 284_057_088, 114_187_776), ("mixtral_8x7b", 46_702_792_704, 12_879_925_248)],
+)
+def test_the_mixtures_have_the_sizes_they_state(name, total, active):
+    path = ROOT / "configs" / f"{name}.toml"
+    with torch.device("meta"):
+        model = GPT(build_config(read_settings(path), str(path)).model)
+    assert (model.num_parameters(), model.num_parameters(active=True)) == (total, active)
+    assert f"{total:,} parameters" in path.read_text() and f"{active:,}" in path.read_text()
+
+
+def test_the_config_that_mixtral_was_published_with():
+    content = {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "vocab_size": 32000,
+    }  # fmt: skip
+    path = ROOT / "configs" / "mixtral_8x7b.toml"
+    preset = build_config(read_settings(path), str(path)).model
+    assert config_from_hf(content) == dataclasses.replace(preset, balance_loss=0.02 * 2 / 32, router_z_loss=0.0)
+
+
+def test_the_balance_loss_is_that_of_transformers_where_the_layers_are_alike(tmp_path):
+    """There k for an even use, of all layers as one batch; here 1 in each layer, summed."""
+    sizes = dict(num_local_experts=6, num_experts_per_tok=3, router_aux_loss_coef=0.05)
+    config = MIXTRAL(**QWEN_SMALL, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    reference = randomised(transformers.AutoModelForCausalLM.from_config(config))
+    first, second = reference.model.layers
+    with torch.no_grad():
+        for layer in (first, second):  # which add nothing, so that both routers read the same
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.experts.down_proj.zero_()
+        second.mlp.gate.weight.copy_(first.mlp.gate.weight)
+        second.post_attention_layernorm.weight.copy_(first.post_attention_layernorm.weight)
+    reference.save_pretrained(tmp_path)
+    tokens = torch.randint(31, (3, 40), generator=torch.Generator().manual_seed(1))
+    theirs = 0.05 * reference(tokens, output_router_logits=True).aux_loss
+    ours, _ = load_model(tmp_path)
+    auxiliary = ours(tokens, tokens).auxiliary
+    assert ours.config.balance_loss == pytest.approx(0.05 * 3 / 2) and auxiliary.keys() == {"balance"}
+    torch.testing.assert_close(auxiliary["balance"], theirs)
+    theirs.backward()
+    auxiliary["balance"].backward()
+    for block, layer in zip(ours.blocks, (first, second)):
+        torch.testing.assert_close(block.mlp.router.weight.grad, layer.mlp.gate.weight.grad)
+
+
+@pytest.mark.parametrize("weight", [0.01, 0.02, 1e-3, 0.0, 1 / 3])
+def test_the_weight_of_the_balance_loss_survives_there_and_back(weight):
+    config = GPTConfig(8, 11, 7, 2, 16, **MIXTURE, experts_per_token=3, balance_loss=weight)
+    there = hf_config(config)
+    assert there["router_aux_loss_coef"] == pytest.approx(weight * 7 / 3)
+    assert config_from_hf(there).balance_loss == pytest.approx(weight, rel=1e-15)
+    content = {"model_type": "mixtral", "router_aux_loss_coef": weight, "num_hidden_layers": 7}
+    assert hf_config(config_from_hf(content))["router_aux_loss_coef"] == pytest.approx(weight, rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "mixtral-tied"])
+def test_experts_that_lie_in_one_tensor_load(theirs, copy, name):
+    reference, folder = theirs[name]
+    fused = copy(name)
+    (fused / "model.safetensors").unlink()
+    state = {
+        key: tensor for key, tensor in reference.state_dict().items() if key != "lm_head.weight" or name == "mixtral"
+    }
+    assert "model.layers.1.mlp.experts.gate_up_proj" in state
+    save_file(state, fused / "model.safetensors")
+    assert same(load_model(fused)[0], folder)
+    state["model.layers.0.mlp.experts.down_proj"] = torch.zeros(2, 3, 4)
+    save_file(state, fused / "model.safetensors")
+    with pytest.raises(UserError, match=r"layers.0.mlp.experts.down_proj has the shape \(2, 3, 4\), not \("):
+        load_model(fused)
+    del state["model.layers.0.mlp.experts.down_proj"]
+    save_file(state, fused / "model.safetensors")
+    with pytest.raises(UserError, match="lacks the tensor model.layers.0.mlp.experts.down_proj$"):
+        load_model(fused)
 
 
 def test_derived_values_may_be_spelled_out():
@@ -214,12 +338,7 @@ def test_derived_values_may_be_spelled_out():
     assert architecture_of(GPTConfig(8, 11, 2, 4, 16, norm_position="post", mlp_size=64)) == "openai-gpt"
 
 
-def same(model, reference_folder):
-    other = load_model(reference_folder)[0].state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
-
-
-@pytest.mark.parametrize("name", ["gpt2", "gpt1-odd", "qwen3-tied"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt1-odd", "qwen3-tied", "mixtral-tied"])
 def test_shards_and_names_without_the_prefix_load(theirs, copy, name):
     reference, folder = theirs[name]
     sharded = copy(name)
@@ -263,6 +382,10 @@ def test_other_precisions_load_as_float32(theirs, copy, dtype):
          "transformer.h.1.attn.c_attn.weight has the shape (96, 32), not (32, 96)"),
         ("qwen3-tied", lambda t: t.update({"model.layers.1.self_attn.v_proj.weight": torch.zeros(60, 32)}),
          "v_proj.weight has the shape (60, 32), not (20, 32)"),
+        ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.7.w3.weight"),
+         "lacks the tensor model.layers.1.block_sparse_moe.experts.7.w3.weight"),
+        ("mixtral", lambda t: t.update({"model.layers.1.block_sparse_moe.experts.8.w3.weight": torch.zeros(44, 32)}),
+         "beyond the model the tensor model.layers.1.block_sparse_moe.experts.8.w3.weight"),
         ("gpt2", lambda t: t.update({"wpe.weight": torch.zeros(80, 32)}), "one is surplus"),
         ("gpt2", lambda t: t.update({"lm_head.weight": torch.zeros(23, 32)}), "lm_head.weight differs from the embed"),
         ("gpt2", lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}), "has the type I8"),

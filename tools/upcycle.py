@@ -1,0 +1,81 @@
+"""Make a mixture of experts of a trained dense model, to be trained on (sparse upcycling, arXiv:2212.05055).
+
+    python tools/upcycle.py out/modern upcycled --n_experts 8
+    python train.py configs/modern.toml --init_from=upcycled --learning_rate=1e-4
+
+MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Each expert begins as
+a copy of the block's MLP, and the gates of a token's experts add up to 1: the mixture computes what the model did.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from gpt_arc.errors import UserError, entry_point, first_line
+from gpt_arc.files import new_directory
+from gpt_arc.flags import parse_flags
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    output: tyro.conf.Positional[Path]
+    """The folder to write."""
+    n_experts: int = 8
+    """Experts in a block."""
+    experts_per_token: int = 2
+    """How many experts a token is sent to."""
+    expert_interval: int = 1
+    """Every so many-th block gets experts, the others keep their MLP."""
+    balance_rate: float = 0.0
+    """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
+    seed: int = 1337
+    """Of the routers' weights, which are new."""
+
+    def __post_init__(self):
+        if self.n_experts == 0:
+            raise ValueError("n_experts = 0 is the dense model itself: name more")
+        if self.experts_per_token < 2:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} must be at least 2: the gate of an only expert is a "
+                "probability, by which the mixture would compute less than the model did"
+            )
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    if options.output.is_file() or options.output.is_dir() and any(options.output.iterdir()):
+        raise UserError(f"{options.output} holds something already: name another folder")
+
+    import torch  # slow to import: not before the settings are known to be right
+    from safetensors import SafetensorError
+
+    from gpt_arc.checkpoint import load_model, save_model
+    from gpt_arc.experts import upcycled
+
+    model, tokenizer = load_model(options.model)
+    if model.experts:
+        raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
+    torch.manual_seed(options.seed)
+    names = ("experts_per_token", "expert_interval", "balance_rate")
+    try:
+        mixture = upcycled(model, options.n_experts, **{name: getattr(options, name) for name in names})
+    except ValueError as error:  # of settings that don't go together
+        raise UserError(str(error)) from None
+    if not mixture.experts:
+        blocks = f"the model has {model.config.n_layer} blocks"
+        raise UserError(f"expert_interval = {options.expert_interval} leaves no block with experts: {blocks}")
+    with new_directory(options.output.resolve()) as temporary:
+        try:
+            save_model(mixture, tokenizer, temporary)
+        except SafetensorError as error:  # as of a full disk
+            raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
+    total, active = mixture.num_parameters(), mixture.num_parameters(active=True)
+    print(f"{options.output}: {total:,} parameters, {active:,} active, of {model.num_parameters():,}")
+
+
+if __name__ == "__main__":
+    entry_point(main)()
