@@ -6,6 +6,7 @@
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
     python tools/bench.py eval configs/gpt2.toml --transformers=True
+    python tools/bench.py ppo --trl=True
 
 `sample` times greedy continuations of random prompts. Each program has a process of its own with the same weights and
 prompts, and they take turns, round by round, so that whatever else the machine does meets them alike:
@@ -400,7 +401,19 @@ def bench_eval(args: list[str]) -> None:
     bench_eval.bench_eval(args)
 
 
-BENCHES = {"sample": bench_sample, "train": bench_train, "finetune": bench_finetune, "eval": bench_eval}
+def bench_ppo(args: list[str]) -> None:
+    from gpt_arc import bench_ppo
+
+    bench_ppo.bench_ppo(args)
+
+
+BENCHES = {
+    "sample": bench_sample,
+    "train": bench_train,
+    "finetune": bench_finetune,
+    "eval": bench_eval,
+    "ppo": bench_ppo,
+}
 
 
 def main() -> None:
