@@ -62,7 +62,8 @@ class Options(StageOptions):
     reward: str | None = None
     """A reward model's directory, or a Python function, module:function, of rows and responses."""
     monitor: str | None = None
-    """Another reward that is logged and not learned from."""
+    """Another reward that is logged and not learned from. torchrun takes --monitor for its own: name it in a file of
+    settings there."""
     episodes: int = 256_000
     """Responses in all (InstructGPT's 256,000)."""
     gradient_accumulation_steps: int = 8
@@ -82,7 +83,7 @@ class Options(StageOptions):
     kl_target: float | None = None
     """Adapt kl_coef so that responses come to this KL in nats. None: fixed."""
     kl_horizon: float = 10_000
-    """Episodes in which kl_coef may double or so."""
+    """Episodes in which kl_coef may change by a fifth or so."""
     no_end_reward: float | None = None
     """Score of a response that doesn't end by itself (-1 in lm-human-preferences). None: as it is scored."""
     value_network: Literal["reward", "policy", "shared"] | None = None
@@ -99,7 +100,7 @@ class Options(StageOptions):
     value_coef: float = 0.1
     """Weight of the value loss."""
     whiten_rewards: bool = True
-    """Divide rewards by their standard deviation over an iteration."""
+    """Divide rewards by the root of their mean square over an iteration."""
     whiten_advantages: bool = True
     """Make advantages of an iteration of mean 0 and standard deviation 1."""
     pretraining_dataset: str | None = None
@@ -132,6 +133,7 @@ class Options(StageOptions):
         for name in ("gamma", "gae_lambda"):
             self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self.require("kl_target", self.kl_target is None or 0 < self.kl_target < math.inf, "more than zero")
+        self.require("kl_coef", self.kl_target is None or self.kl_coef > 0, "more than zero, for kl_target to adapt it")
         self.require("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1)")
 
     @property
@@ -320,13 +322,13 @@ def train(options: Options, stage: Stage) -> int:
 
         # what happened
         progress.step += 1
-        names = ["policy_loss", "value_loss", "clip_fraction", "value_clip_fraction"] + ["pretraining_loss"] * bool(
-            text
-        )
+        names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction")
+        means = (totals / max(made, 1)).tolist()
         line = {
             "episodes": progress.step * size,
             **figures(found, returns, kl_coef, monitor is not None),
-            **dict(zip(names, (totals / max(made, 1)).tolist())),
+            **dict(zip(names, means)),
+            "pretraining_loss": means[4] if text else None,
             "learning_rate": rate,
             "grad_norm": norm,
             "rollout_seconds": rollout_seconds,

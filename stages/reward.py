@@ -113,6 +113,8 @@ def train(options: Options, stage: Stage) -> int:
     if options.demonstrations:
         shown = encode_conversations(read_conversations(options.demonstrations), chat, context - 1)
         demonstrations = [example.tokens for example in shown.examples]
+        if not demonstrations:
+            raise UserError(f"no conversation of {options.demonstrations} fits into the context of {context} tokens")
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} rankings")
