@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import IGNORED, HeadLoss, attend, causal_mask, grouped_linear
+from ops import IGNORED, HeadLoss, attend, causal_mask, grouped_linear, take_rows
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class GPTConfig:
     expert_selection: Literal["top", "drawn"] = "top"
     """top: a token goes to the experts of its largest gates. drawn: in training to experts drawn by their gates."""
     capacity_factor: float | None = None
-    """Tokens that an expert takes of a batch at most, as a multiple of an even share; for those beyond there is the
-    residual stream alone. None: all that come."""
+    """Tokens that an expert takes of a training batch at most, as a multiple of an even share; for those beyond there
+    is the residual stream alone. None: all that come, as in evaluation always."""
     router_jitter: float = 0.0
     """In training the router's inputs are multiplied by random numbers from 1 - this to 1 + this."""
-    expert_dropout: float | None = None
-    """Dropout on the experts' outputs (.4 in Switch's fine-tuning). None: residual_dropout."""
+    expert_dropout: float = 0.0
+    """Dropout inside the experts, between their two layers (.4 in Switch's fine-tuning)."""
     balance_loss: float = 0.01
     """Weight of the loss that asks for equal use of experts (Switch's .01)."""
     router_z_loss: float = 0.001
@@ -105,7 +105,7 @@ class GPTConfig:
     """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "expert_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
@@ -116,22 +116,14 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
-        if self.expert_interval < 1:
-            raise ValueError(f"expert_interval = {self.expert_interval} must be at least 1")
-        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
-            raise ValueError(f"capacity_factor = {self.capacity_factor} must be more than zero, or left out")
-        for name in (
-            "dropout",
-            "embedding_dropout",
-            "attention_dropout",
-            "residual_dropout",
-            "expert_dropout",
-            "router_jitter",
-        ):
+        if self.balance_rate and self.expert_selection == "drawn":
+            raise ValueError("balance_rate moves the choice of the largest gates: it has no say in what is drawn")
+        rates = "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout", "router_jitter"
+        for name in ("dropout", *rates):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
-        for name in ("norm_eps", "rotary_base"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("norm_eps", "rotary_base", "capacity_factor"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be positive")
         for field in fields(self):
             choices = get_args(field.type) if get_origin(field.type) is Literal else ()
@@ -288,12 +280,13 @@ class MLP(nn.Module):
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout_of("residual"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.projection(activate(self.up(x), self.activation)))
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Of x (..., C) as much; in the place of the `Routing` of `Experts` nothing."""
+        return self.dropout(self.projection(activate(self.up(x), self.activation))), None
 
 
 class Routing(NamedTuple):
-    """What the router of a block did with N tokens."""
+    """What the router of a block did with a batch of training."""
 
     load: Tensor  # (E,) share of the choices that each expert got, overflow included; their sum is 1
     gates: Tensor  # (E,) mean probability of each expert
@@ -320,20 +313,18 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(experts, up)) if config.bias else None
         self.projection_bias = nn.Parameter(torch.zeros(experts, width)) if config.bias else None
         self.shared = MLP(config, config.shared_experts * inner) if config.shared_experts else None
-        own = config.expert_dropout
-        self.dropout = nn.Dropout(config.dropout_of("residual") if own is None else own)
+        self.inner_dropout, self.dropout = nn.Dropout(config.expert_dropout), nn.Dropout(config.dropout_of("residual"))
         if config.balance_rate:
             self.register_buffer("balance", torch.zeros(experts))
-        self.routing: Routing | None = None  # of the last forward pass in training
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers (N, k) of the experts of x (N, C), their gates (N, k), and the router's logits (N, E)."""
         config, drawn = self.config, self.training and self.config.expert_selection == "drawn"
         with torch.autocast(x.device.type, enabled=False):
-            x = x.float()
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
             if self.training and config.router_jitter:
                 x = x * torch.empty_like(x).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
-            logits = F.linear(x, self.router.weight.float())
+            logits = F.linear(x, self.router.weight.type_as(x))
             probabilities = logits.softmax(-1)
             merits = probabilities.detach()
             if drawn:  # the largest of logits with Gumbel noise are a draw without replacement
@@ -346,31 +337,33 @@ class Experts(nn.Module):
                 gates = gates / gates.sum(-1, keepdim=True)
         return chosen, gates, logits
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing | None]:
+        """Of x (..., C) as much, and in training the `Routing`."""
         config, inputs = self.config, x.flatten(0, -2)  # (N, C)
         chosen, gates, logits = self.route(inputs)
-        order = chosen.flatten().argsort(stable=True)  # the choices, numbered token by token, expert by expert
-        asked = counts = chosen.flatten().bincount(minlength=config.n_experts)
-        if config.capacity_factor is not None:  # the first that come are taken
-            counts = asked.clamp(max=math.ceil(config.capacity_factor * chosen.numel() / config.n_experts))
-            place = torch.arange(len(order), device=x.device) - (asked.cumsum(0) - asked).repeat_interleave(asked)
-            order = order[place < counts.repeat_interleave(asked)]
-        hidden = grouped_linear(inputs[order // config.experts_per_token], self.up, self.up_bias, counts)
-        outputs = grouped_linear(activate(hidden, config.activation), self.projection, self.projection_bias, counts)
-        choices = outputs.new_zeros(chosen.numel(), x.size(-1)).index_copy(0, order, outputs)
-        mixed = (choices.unflatten(0, chosen.shape) * gates[..., None].type_as(choices)).sum(1)
-        if self.training:
-            self.routing = self.report(asked, counts, logits)
-        mixed = self.dropout(mixed).view(x.shape)
-        return mixed if self.shared is None else mixed + self.shared(x)
+        experts, order = chosen.flatten().sort(stable=True)  # the choices, numbered token by token, expert by expert
+        back = order.argsort()
+        ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
+        asked = taken = ends.diff(prepend=ends.new_zeros(1))
+        hidden = grouped_linear(take_rows(inputs, order, back), self.up, self.up_bias, ends)
+        hidden = self.inner_dropout(activate(hidden, config.activation))
+        outputs = grouped_linear(hidden, self.projection, self.projection_bias, ends)
+        if self.training and config.capacity_factor is not None:  # the first that come are taken
+            room = math.ceil(config.capacity_factor * len(order) / config.n_experts)
+            place = torch.arange(len(order), device=x.device) - (ends - asked)[experts]
+            gates, taken = gates * (place < room)[back].view_as(gates), asked.clamp(max=room)
+        choices = take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)
+        mixed = self.dropout((choices * gates[..., None].type_as(choices)).sum(1)).view(x.shape)
+        mixed = mixed if self.shared is None else mixed + self.shared(x)[0]
+        return mixed, self.report(asked, taken, logits) if self.training else None
 
     @staticmethod
-    def report(asked: Tensor, counts: Tensor, logits: Tensor) -> Routing:
+    def report(asked: Tensor, taken: Tensor, logits: Tensor) -> Routing:
         with torch.autocast(logits.device.type, enabled=False):
             logs, total = logits.log_softmax(-1), asked.sum()
             entropy = -(logs.detach().exp() * logs.detach()).sum(-1).mean()
             z = logits.logsumexp(-1).square().mean()
-            return Routing(asked / total, logs.exp().mean(0), z, entropy, 1 - counts.sum() / total)
+            return Routing(asked / total, logs.exp().mean(0), z, entropy, 1 - taken.sum() / total)
 
 
 class Block(nn.Module):
@@ -390,12 +383,14 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor] | None,
         mask: Tensor | BlockMask | None,
         cache: KVCache | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Routing | None]:
         if self.post_norm:
             x = self.attention_norm(x + self.attention(x, rotary, mask, cache))
-            return self.mlp_norm(x + self.mlp(x))
+            mixed, routing = self.mlp(x)
+            return self.mlp_norm(x + mixed), routing
         x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        mixed, routing = self.mlp(self.mlp_norm(x))
+        return x + mixed, routing
 
 
 class GPT(nn.Module):
@@ -409,6 +404,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # whether the backward pass computes blocks anew, to save memory
+        self.routings: list[Routing] = []  # of the last forward pass, in training, of the blocks with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
@@ -483,10 +479,12 @@ class GPT(nn.Module):
             cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
-        checkpointing = self.activation_checkpointing and torch.is_grad_enabled()
+        checkpointing, routings = self.activation_checkpointing and torch.is_grad_enabled(), []
         for i, block in enumerate(self.blocks):
             rest = rotary, banded if i % 2 else mask, None if cache is None else cache[i]
-            x = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing else block(x, *rest)
+            x, routing = checkpoint(block, x, *rest, use_reentrant=False) if checkpointing else block(x, *rest)
+            routings += [] if routing is None else [routing]
+        self.routings = routings
         return self.final_norm(x)
 
     @property
@@ -514,24 +512,26 @@ class GPT(nn.Module):
         hidden = self.hidden(tokens, documents)
         if targets is None:
             return self.logits(hidden)
-        auxiliary = self.router_losses() if self.training else {}
-        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), auxiliary)
+        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), self.router_losses())
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "routings": []}  # a copy of the model needs none, and a graph can't be copied
 
     @property
     def experts(self) -> list[Experts]:
         return [block.mlp for block in self.blocks if isinstance(block.mlp, Experts)]
 
     def router_losses(self) -> dict[str, Tensor]:
-        """The losses () of the routers in the last forward pass of training, summed over blocks and weighted.
+        """The losses () of the routers in the last forward pass, summed over blocks and weighted; {} of evaluation.
 
         balance: E sum_e load_e gates_e, 1 where all experts are used alike (Switch, equation 4). z: see `Routing`.
         """
-        config, routings = self.config, [module.routing for module in self.experts if module.routing is not None]
-        losses = {}
-        if config.balance_loss and routings:
-            losses["balance"] = sum((r.load * r.gates).sum() for r in routings) * config.n_experts * config.balance_loss
-        if config.router_z_loss and routings:
-            losses["router_z"] = sum(r.z for r in routings) * config.router_z_loss
+        config, losses = self.config, {}
+        if config.balance_loss and self.routings:
+            balance = sum((r.load * r.gates).sum() for r in self.routings)
+            losses["balance"] = balance * config.n_experts * config.balance_loss
+        if config.router_z_loss and self.routings:
+            losses["router_z"] = sum(r.z for r in self.routings) * config.router_z_loss
         return losses
 
     def num_parameters(self, embeddings: bool = True, active: bool = False) -> int:

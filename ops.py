@@ -110,17 +110,42 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     return mixed.flatten(1, 2)[:, :, None]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor) -> Tensor:
-    """Rows x (N, C), the first counts[0] of them times weight[0] (M, C), and so on: (N, M).
+class TakeRows(torch.autograd.Function):
+    """`take_rows`. Indexing would add up the rows' gradients one by one, on a GPU in any order."""
 
-    `weight` (E, M, C) and `bias` (E, M) are of E groups, `counts` (E,) int64 their rows, which may be none.
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.times = len(order) // len(x)
+        return x[order // ctx.times]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows = gradient[ctx.saved_tensors[0]]
+        return rows if ctx.times == 1 else rows.unflatten(0, (-1, ctx.times)).sum(1), None, None
+
+
+def take_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Rows x (N, C), each k times, in some order: (N k, C).
+
+    `order` (N k,) has every number below N k once, that of row i and its copy j being i k + j; `back` is its inverse.
     """
-    if x.device.type == "cuda":
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-        if dtype == torch.bfloat16:  # one launch, without asking the GPU for the counts
-            product = F.grouped_mm(x.to(dtype), weight.to(dtype).mT, offs=counts.cumsum(0, dtype=torch.int32))
-            rows = None if bias is None else bias.to(dtype).repeat_interleave(counts, dim=0, output_size=len(x))
-            return product if rows is None else product + rows
+    return TakeRows.apply(x, order, back)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """Rows x (N, C), those before ends[0] times weight[0] (M, C), those before ends[1] times weight[1] ...: (N, M).
+
+    `weight` (E, M, C) and `bias` (E, M) are of E groups, `ends` (E,) int64 where their rows end; a group may have none.
+    """
+    device, counts = x.device.type, ends.diff(prepend=ends.new_zeros(1))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    if aligned and dtype == torch.bfloat16 and device in ("cpu", "cuda"):  # a GPU isn't asked for the counts
+        product = F.grouped_mm(x, weight.mT, offs=ends.int())
+        return product if bias is None else product + bias.repeat_interleave(counts, dim=0, output_size=len(x))
     groups = zip(x.split(counts.tolist()), weight, [None] * len(weight) if bias is None else bias)
     return torch.cat([F.linear(*group) for group in groups])
 

@@ -285,11 +285,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         finite, grad_norm, (loss_sum, stopped) = updater.update(learning_rate, step_loss, stop.number)
         took = time.perf_counter() - started
         progress.seconds += took
+        routers.step(finite)
         if finite:
             progress.step += 1
             not_finite = 0
             meter.add(loss_sum, tokens_per_step, took)
-            routers.step()
             bar.update()
             continue
 

@@ -68,7 +68,7 @@ class Outcome(NamedTuple):
     """What a classifier makes of a batch."""
 
     logits: Tensor  # (B, classes), (B, O) for multiple choice, -inf where there is no option, or (B, 1) for regression
-    task_loss: Tensor  # () sum over examples: cross-entropy in nats, or squared error
+    task_loss: Tensor  # () sum over examples: cross-entropy in nats, or squared error; in training with the routers'
     language_loss: Tensor  # () sum over examples of the mean, over an example's sequences, of nats a token
 
 
@@ -123,6 +123,8 @@ class Classifier(nn.Module):
                 task_loss = (logits.squeeze(1) - labels).square().sum()
             else:
                 task_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        if self.training:  # of a mixture of experts, means over the batch
+            task_loss = task_loss + batch * sum(self.trunk.router_losses().values())
         language_loss = task_loss.new_zeros(())
         if with_language:
             language_loss = self.trunk.loss(hidden, *self.language_targets(tokens, lengths))

@@ -23,17 +23,17 @@ class RouterMeter:
     def add(self) -> None:
         """Count the batch that the model has just been trained on."""
         if self.blocks:
-            routings = [block.routing for block in self.blocks]
-            figures = [torch.stack((r.entropy, r.dropped)) for r in routings]
-            self._loads.append(torch.cat((torch.stack([r.load for r in routings]), torch.stack(figures)), dim=1))
+            figures = [torch.cat((r.load, torch.stack((r.entropy, r.dropped)))) for r in self.model.routings]
+            self._loads.append(torch.stack(figures))
 
     @torch.no_grad()
-    def step(self) -> None:
-        """The batches counted were those of an update: average them over the processes, and move the biases."""
-        if not self.blocks:
+    def step(self, made: bool) -> None:
+        """The batches counted were those of a step: if its update was made, take their mean over the processes too, and
+        move the biases; else forget them."""
+        loads, self._loads = self._loads, []
+        if not (loads and made):
             return
-        means = distributed.sum_over_ranks(torch.stack(self._loads).mean(0)) / distributed.WORLD_SIZE
-        self._loads = []
+        means = distributed.sum_over_ranks(torch.stack(loads).mean(0)) / distributed.WORLD_SIZE
         self._sums = means.cpu() + (self._sums if self._steps else 0.0)
         self._steps += 1
         rate, experts = self.model.config.balance_rate, self.model.config.n_experts
@@ -78,8 +78,8 @@ def upcycled(model: GPT, n_experts: int, **settings: int) -> GPT:
                     tensors[place + name] = (
                         tensors.pop(place + own).expand(n_experts, *[-1] * (2 if "bias" not in name else 1)).clone()
                     )
-            tensors[f"{place}router.weight"] = torch.randn(n_experts, config.n_embd) * 0.02
+            tensors[f"{place}router.weight"] = 0.02 * torch.randn(n_experts, config.n_embd).to(model.head_weight)
             if config.balance_rate:
-                tensors[f"{place}balance"] = torch.zeros(n_experts)
+                tensors[f"{place}balance"] = torch.zeros(n_experts).to(model.head_weight)
     mixture.load_state_dict(tensors, assign=True)
     return mixture

@@ -92,7 +92,7 @@ def for_inference(model: GPT, layout: Layout) -> InferenceLinear:
     """
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and name != "router":  # which multiplies in float32
                 setattr(module, name, InferenceLinear(layer.weight, layer.bias, layout))
     weight = model.token_embedding.weight if model.config.tied_head else model.head.weight
     return InferenceLinear(weight, model.head_bias, layout)

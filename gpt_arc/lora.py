@@ -38,11 +38,14 @@ class LowRankLinear(nn.Module):
 
 
 def add_adapters(module: nn.Module, rank: int, alpha: float) -> None:
-    """Put a `LowRankLinear` in the place of every linear layer inside `module`, and freeze all else there."""
+    """Put a `LowRankLinear` in the place of every linear layer inside `module`, and freeze all else there.
+
+    Experts and their routers are among what is frozen.
+    """
     module.requires_grad_(False)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and name != "router":
                 setattr(parent, name, LowRankLinear(child, rank, alpha))
 
 

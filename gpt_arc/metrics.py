@@ -53,16 +53,19 @@ def flops_per_token(model: GPT) -> int:
 def memory_estimate(model: GPT, sequences: int, dtype: str, device: str = "cpu", checkpointing: bool = False) -> int:
     """Bytes that training is estimated to take: 16 a parameter, and what the backward pass keeps of `sequences`.
 
-    A parameter has its float32 weight, gradient and AdamW's two moments. A layer keeps about 17 C values a token
-    (Korthikanti et al., arXiv:2205.05198, 34 C bytes in 16 bits, without the attention matrix, which is recomputed);
-    with activation checkpointing one layer does, and the others their input. The head has three copies of as many
-    logits as it computes at once.
+    A parameter has its float32 weight, gradient and AdamW's two moments. A layer keeps about 9 C values a token beside
+    its MLP's 2 M, of swiglu 4 M (Korthikanti et al., arXiv:2205.05198: with M = 4 C 34 C bytes in 16 bits, without the
+    attention matrix, which is recomputed), and an expert 2 C more for its copies of the token; with activation
+    checkpointing one layer does, and the others their input. The head has three copies of as many logits as it computes
+    at once.
     """
     config: GPTConfig = model.config
     size = 4 if dtype == "float32" else 2
-    tokens = sequences * config.block_size
-    layer = 17 * config.n_embd * size
-    activations = tokens * (layer + config.n_layer * 4 * config.n_embd if checkpointing else config.n_layer * layer)
+    tokens, width = sequences * config.block_size, config.n_embd
+    inner = config.mlp_width * (4 if config.activation == "swiglu" else 2)
+    of_experts = config.experts_per_token * (inner + 2 * width) + config.shared_experts * inner
+    layers = [9 * width + (of_experts if config.has_experts(i) else inner) for i in range(config.n_layer)]
+    activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
     logits = min(tokens * config.vocab_size, logits_at_once(device))
     return 16 * model.num_parameters() + activations + logits * (size + 8)
 

@@ -144,7 +144,8 @@ def train(options: Options, stage: Stage) -> int:
                 with autocast(stage.device, stage.dtype):
                     scores = replica(*padded([s for example in batch for s in example.sequences], stage.device))
                 loss = ranking_loss(scores, *pairs)
-                updater.backward(loss * (counts * WORLD_SIZE / len(rows)))
+                routing = sum(model.trunk.router_losses().values()) / len(micros)  # of a mixture's routers
+                updater.backward(counts * (loss * (WORLD_SIZE / len(rows)) + routing))
             right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
             sums += counts * torch.stack((loss.detach(), right))
         done = stage.update(updater, progress.step, *sums)
