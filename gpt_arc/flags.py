@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -65,8 +66,10 @@ def _names(cls: type) -> Iterator[str]:
 
 
 def _unboxed(message: str) -> str:
-    """The first part of a message that tyro has drawn a box around, as a sentence."""
-    lines = [line.strip("\u2502 ") for line in message.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if set(line) <= set("\u2500\u256d\u256e\u256f\u2570")), len(lines))
+    """The first part of a message that tyro has drawn a box around, in ASCII where it must, as a sentence."""
+    lines = [line.strip("\u2502| ") for line in message.splitlines()[1:]]
+    border = set("\u2500\u256d\u256e\u256f\u2570-+")
+    lines = list(itertools.dropwhile(lambda line: set(line) <= border, lines))
+    end = next((i for i, line in enumerate(lines) if set(line) <= border), len(lines))
     words = re.sub(r"^Error parsing [^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
     return words.rstrip(".") + "; --help lists the flags"
