@@ -71,5 +71,6 @@ def _unboxed(message: str) -> str:
     border = set("\u2500\u256d\u256e\u256f\u2570-+")
     lines = list(itertools.dropwhile(lambda line: set(line) <= border, lines))
     end = next((i for i, line in enumerate(lines) if set(line) <= border), len(lines))
-    words = re.sub(r"^Error parsing [^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
+    words = re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
+    words = words.removeprefix("Error parsing ")
     return words.rstrip(".") + "; --help lists the flags"
