@@ -14,6 +14,7 @@
 A model is a run folder, a model directory, or the name of published weights.
 """
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -133,6 +134,8 @@ def main() -> None:
         except UserError as error:
             if not config.typed:
                 raise
+            if config.json:  # a line out for every line in
+                print(json.dumps({"prompt": prompts[0], "error": str(error)}), flush=True)
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
             if not config.typed:

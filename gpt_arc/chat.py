@@ -85,6 +85,15 @@ class Template:
         """Its tokens, in the order in which they come first."""
         return list(dict.fromkeys(MARK.findall(f"{self.system} {self.user} {self.assistant}")))
 
+    @property
+    def jinja(self) -> str:
+        """The template as transformers' tokenizers apply it."""
+        texts = {role: getattr(self, role).replace(CONTENT, "{{ message.content }}") for role in ROLES}
+        cases = "{% elif ".join(f"message.role == '{role}' %}}{text}" for role, text in texts.items())
+        begun = self.assistant.split(CONTENT)[0]
+        turns = "{% for message in messages %}{% if " + cases + "{% endif %}{% endfor %}"
+        return turns + ("{% if add_generation_prompt %}" + begun + "{% endif %}" if begun else "")
+
 
 def _chatml(role: str) -> str:
     return f"<|im_start|>{role}\n{CONTENT}<|im_end|>\n"

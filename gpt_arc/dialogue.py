@@ -1,8 +1,8 @@
 """A conversation with a model: its turns so far, as much of them as the context holds.
 
-    dialogue = Dialogue(chat, model.config.block_size, max_new_tokens=500, system="Be brief.")
-    answer = dialogue.ask("Name a colour.")       # a `Continuation` of answer.prompt_tokens, to be filled
-    answer = dialogue.ask("And another?")         # which that answer, as far as it has come, now precedes
+dialogue = Dialogue(chat, model.config.block_size, max_new_tokens=500, system="Be brief.")
+answer = dialogue.ask("Name a colour.")       # a `Continuation` of answer.prompt_tokens, to be filled
+answer = dialogue.ask("And another?")         # which that answer, as far as it has come, now precedes
 """
 
 import sys

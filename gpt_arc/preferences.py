@@ -234,6 +234,13 @@ def fingerprint(model: nn.Module) -> str:
     return found.hexdigest()
 
 
+def load_policy(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
+    """`load_chat_model`, but for a reward model, which no longer writes. Raises UserError."""
+    if is_reward_model(path):
+        raise UserError(f"{path} is a reward model: name the model that it was made of")
+    return load_chat_model(path)
+
+
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """A model that knows how conversations are written, its tokenizer and that. Raises UserError."""
     directory = model_directory(path)

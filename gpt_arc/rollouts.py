@@ -61,7 +61,9 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int) -> list[Pro
             found.append(Prompt(tokens, conversation.row))
     say(f"prompts        {len(found):,}" + (f"; {dropped:,} too long left out" if dropped else ""))
     if not found:
-        raise UserError(f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context to it")
+        raise UserError(
+            f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context to it; lower it"
+        )
     return found
 
 

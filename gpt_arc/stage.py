@@ -107,7 +107,7 @@ class StageOptions:
         for name in ("weight_decay", "grad_clip", "seed"):
             self.require(name, 0 <= getattr(self, name) < 2**63, "zero or more")
         for name in ("learning_rate", "adam_eps"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "more than zero")
+            self.require(name, 0 < getattr(self, name) < 1e9, "more than zero, and less than 1e9")
         for name in ("beta1", "beta2", "warmup"):
             self.require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self.require("final_learning_rate", 0 <= self.final_learning_rate <= 1, "a share: from 0 to 1")
@@ -160,6 +160,8 @@ class Stage:
         self.stop = StopSignal()
         self.stopped = 0  # the number of a signal that came to any process
         self._not_finite = 0  # updates in a row
+        self._new = False  # whether this process has made the folder
+        self._saved = self.progress.step if self._state else None
         self.bar: tqdm | None = None
         torch.manual_seed(options.seed)
 
@@ -176,9 +178,10 @@ class Stage:
         if IS_MAIN:
             if self.run is None:
                 self._refuse_own_folder()
-                resume = f"python stages/{self.name}.py RUN --resume=True"
+                resume = f"python {sys.argv[0]} {self.options.out_dir} --resume=True"
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.run, self._lock = runs.claim_new(*where)
+                self._new = True
                 write_record(self.run, self.name, self.options)
             clean_run(self.run, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.run, self.progress.step)
@@ -271,15 +274,39 @@ class Stage:
         if self.bar.disable and step % max(1, steps // 20) == 0:
             say(f"step {step:,} of {steps:,}: {shown}")
 
+    @property
+    def _resume(self) -> str:
+        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
+        return f"{python} {sys.argv[0]} {self.run} --resume=True"
+
+    @contextlib.contextmanager
+    def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
+        """In which a user's mistake, such as a reward that fails, loses none of the steps made by a single process."""
+        try:
+            yield
+        except UserError as error:
+            if WORLD_SIZE > 1 or not self.progress.step:
+                raise
+            self.bar.close()
+            if self._saved != self.progress.step:
+                self.save(write)
+            raise UserError(f"{error}; step {self.progress.step} is saved, go on by: {self._resume}") from None
+
+    def abandon(self) -> None:
+        """Remove the folder of a new run that ends without a checkpoint."""
+        if IS_MAIN and self._new and not (self.run / "last").exists():
+            for name in ("run.json", "metrics.jsonl"):
+                (self.run / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where something else is in it
+                self.run.rmdir()
+
     def finish(self, write: Callable[[Path], None]) -> int:
         """Save what isn't saved yet, say how to go on or where the model is: the exit code."""
         self.bar.close()
-        if getattr(self, "_saved", None) != self.progress.step:
+        if self._saved != self.progress.step:
             self.save(write)
         if self.stopped:
-            python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-            resume = f"{python} stages/{self.name}.py {self.run} --resume=True"
-            say(f"stopped after step {self.progress.step}, saved; go on by: {resume}")
+            say(f"stopped after step {self.progress.step}, saved; go on by: {self._resume}")
             return 128 + self.stopped
         best = "" if self.progress.best_step is None else f"{self.run}/best (step {self.progress.best_step}), "
         say(f"finished step {self.progress.step}: {best}{self.run}/last")
@@ -382,7 +409,12 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
         options = located(options)
     device = runtime.resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device):
-        return train(options, Stage(name, options, device, run, lock))
+        stage = Stage(name, options, device, run, lock)
+        try:
+            return train(options, stage)
+        except UserError:
+            stage.abandon()
+            raise
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:
@@ -415,8 +447,8 @@ def recorded_options(run: Path, cls: type[O], stage: str) -> O:
     path, hints = run / "run.json", typing.get_type_hints(cls)
     try:
         content = json.loads(path.read_text())
-        if content["stage"] != stage:
-            raise ValueError(f"it is a run of {content['stage']}.py")
+        if content.get("stage", "train") != stage:
+            raise ValueError(f"it is a run of {content.get('stage', 'train')}.py")
         values = content["options"]
         for name, value in values.items():
             hint = hints[name]

@@ -237,7 +237,8 @@ def looked_up(path: str, item: dict[str, Any]) -> Any:
         elif isinstance(value, str) and part in ("before", "after") and "_" in value:
             value = value.split("_", 1)[part == "after"]
         else:
-            there = f": it has {', '.join(value)}" if isinstance(value, dict) else ""
+            hint = "; write its name without braces" if path.startswith("{") else ""
+            there = hint or f": it has {', '.join(value)}" if isinstance(value, dict) else ""
             raise UserError(f"an item has no {path}{there}")
     return value
 

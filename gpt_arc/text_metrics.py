@@ -1,8 +1,8 @@
 """How near a generated text comes to the right one: BLEU by sacrebleu, ROUGE by rouge-score, libraries of [eval].
 
-    counts = [bleu_counts(said, right) for said, right in pairs]
-    value, error = bleu(counts)                  # of the corpus, 0 to 1, with its standard error
-    rouge([(said, right), ...])["ROUGE-L"]       # F1 of each text
+counts = [bleu_counts(said, right) for said, right in pairs]
+value, error = bleu(counts)                  # of the corpus, 0 to 1, with its standard error
+rouge([(said, right), ...])["ROUGE-L"]       # F1 of each text
 """
 
 import importlib

@@ -22,7 +22,7 @@ from gpt_arc.chat import read_rankings
 from gpt_arc.checkpoint import save_model
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_chat_model, padded, pairs_of
+from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_policy, padded, pairs_of
 from gpt_arc.rl import dpo_loss, log_probabilities, response_states
 from gpt_arc.runtime import autocast
 from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
@@ -93,7 +93,7 @@ def likelihoods(model: ResponseLikelihood, examples: Sequence[EncodedRanking], s
 
 def train(options: Options, stage: Stage) -> int:
     # ---- the rankings, and what the reference says of them
-    reference, tokenizer, chat = load_chat_model(options.model)
+    reference, tokenizer, chat = load_policy(options.model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     rankings = read_rankings(options.train)
@@ -114,7 +114,7 @@ def train(options: Options, stage: Stage) -> int:
     del reference, judge
 
     # ---- the run, where a stopped one stood
-    model, _, _ = load_chat_model(stage.origin)
+    model, _, _ = load_policy(stage.origin)
     model.activation_checkpointing = options.activation_checkpointing
     policy = ResponseLikelihood(model).eval()  # as the reference: dropout would be noise in their ratio
     replica = stage.place(policy)

@@ -132,7 +132,18 @@ class Reader(NamedTuple):
 
     def score(self, texts: Sequence[tuple[str, str]], what: str) -> list[Score]:
         """Log-probabilities of second texts after first ones. Raises UserError where one is empty or too long."""
-        requests = [Request(*encode_pair(self.tokenizer, *pair)) for pair in texts]
+        requests = []
+        for number, pair in enumerate(texts, start=1):
+            try:
+                requests.append(Request(*encode_pair(self.tokenizer, *pair)))
+            except UserError as error:
+                raise UserError(f"{what}, text {number} of {len(texts)}: {error}") from None
+        room = self.model.config.block_size + 1
+        cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
+        if cut:
+            print(
+                f"{what}: {cut:,} of {len(requests):,} texts lose their beginning to fit the context", file=sys.stderr
+            )
         try:
             return score_continuations(self.model, requests, self.batch_tokens, progress=what)
         except ValueError as error:

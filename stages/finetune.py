@@ -436,7 +436,7 @@ def train(options: Options, resumed: Path | None) -> int:
     bar.close()
     if progress.step < updates:
         save()
-        print(f"stopped after update {progress.step}; go on by: python stages/finetune.py {run} --resume=True")
+        print(f"stopped after update {progress.step}; go on by: python {sys.argv[0]} {run} --resume=True")
         return 128 + stop.number
 
     # ---- the report, with the best epoch on the test split

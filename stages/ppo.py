@@ -36,7 +36,7 @@ from gpt_arc.preferences import (
     ScalarHead,
     fingerprint,
     is_reward_model,
-    load_chat_model,
+    load_policy,
     load_reward_model,
     padded,
 )
@@ -221,8 +221,8 @@ def train(options: Options, stage: Stage) -> int:
     for name in ("prompts", "reward"):
         if getattr(options, name) is None:
             raise UserError(f"name the {name} by --{name}")
-    policy, tokenizer, chat = load_chat_model(stage.origin)
-    reference = load_chat_model(options.model)[0].to(stage.device).eval().requires_grad_(False)
+    policy, tokenizer, chat = load_policy(stage.origin)
+    reference = load_policy(options.model)[0].to(stage.device).eval().requires_grad_(False)
     critic = build_critic(options, policy)
     context = policy.config.block_size
     if isinstance(critic, RewardModel) and critic.trunk.config.block_size < context:
@@ -278,8 +278,9 @@ def train(options: Options, stage: Stage) -> int:
         known = assess(actor, reference, own, responses, options.batch_size, stage.device, stage.dtype)
 
         # reward: a number for each response
-        scores = score(own, responses)
-        monitored = monitor(own, responses) if monitor else scores
+        with stage.keeping(write):
+            scores = score(own, responses)
+            monitored = monitor(own, responses) if monitor else scores
         if options.no_end_reward is not None:
             ended = torch.tensor([response[-1] == chat.end for response in responses], dtype=torch.bool)
             scores = torch.where(ended, scores, options.no_end_reward)

@@ -92,6 +92,11 @@ def train(options: Options, stage: Stage) -> int:
     if tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: it can't read texts")
     chat = load_chat(model_directory(stage.origin), tokenizer)
+    if chat is not None and options.template not in (Options.template, "") and not stage.run:
+        if load_template(options.template) != chat.template:
+            raise UserError(
+                f"{options.model} has a template of its own (chat.json), and keeps it: leave --template out"
+            )
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
         model = with_more_tokens(model, len(chat.added))

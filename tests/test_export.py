@@ -179,3 +179,28 @@ def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "write_file", full)
     assert "No space left" in run(tmp_path / "ours", tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("template", ["markers", "plain"])
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_model_that_chats_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
+    """transformers' tokenizer makes of a conversation the ids that ours does, and its model ends at the same token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gpt_arc.chat import TEMPLATES, ChatFormat, Turn, load_chat
+
+    text = "Name a colour.\nRed, or blue."
+    tokenizer = CharTokenizer.from_text(text) if kind == "char" else BPETokenizer.train([text * 9], 270)
+    chat = ChatFormat.new(TEMPLATES[template], tokenizer, tokenizer.vocab_size)
+    model = GPT(GPTConfig(32, tokenizer.vocab_size + len(chat.added), n_layer=1, n_head=2, n_embd=16))
+    save_model(model, tokenizer, tmp_path / "model")
+    chat.save(tmp_path / "model")
+    output_of(entry_point(export.main), "export.py", str(tmp_path / "model"), str(tmp_path / "exported"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    turns = [Turn("system", "or blue"), Turn("user", "Name a colour."), Turn("assistant", "Red"), Turn("user", "a")]
+    messages = [turn._asdict() for turn in turns]
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == chat.prompt(turns)
+    assert theirs.apply_chat_template(messages)["input_ids"] == chat.encode(turns)[0]
+    generation = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config
+    assert generation.eos_token_id == theirs.eos_token_id == chat.end
+    assert load_chat(tmp_path / "exported", tokenizer) == chat

@@ -3,6 +3,7 @@
     python tools/export.py out/gpt2 exported --to hf                      transformers, vLLM, llama.cpp's converter
     python tools/export.py out/gpt2 exported --to hf --dtype bfloat16     in half the space
     python tools/export.py out/finetune exported --to hf                  what stages/finetune.py trained, with its head
+    python tools/export.py out/ppo exported --to hf                       a model that chats, with its template
 
 MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Then, elsewhere:
 transformers.AutoModelForCausalLM.from_pretrained("exported"); of a fine-tuned model AutoModelForSequenceClassification,
@@ -25,7 +26,7 @@ from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Toke
 
 MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE}  # nor one that holds more than an export's files
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor one that holds more than an export's files
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -83,13 +84,12 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     return files | {SETTINGS_FILE: as_json(settings)}
 
 
-def with_special_tokens(files: dict[str, bytes], special: SpecialTokens) -> dict[str, bytes] | None:
-    """The tokenizer's files with a classifier's tokens as SPECIAL_NAMES; None where they can't have those ids."""
+def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: dict) -> dict[str, bytes] | None:
+    """The tokenizer's files with further special tokens and settings; None where the tokens can't have those ids."""
     from tokenizers import Tokenizer as Library
 
     if FILE_NAME not in files:
         return None
-    named = dict(zip(SPECIAL_NAMES, special))
     table, known = json.loads(files[FILE_NAME]), Library.from_buffer(files[FILE_NAME]).get_vocab()
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     new = [{"id": id, "content": name, **flags} for name, id in named.items()]
@@ -99,9 +99,7 @@ def with_special_tokens(files: dict[str, bytes], special: SpecialTokens) -> dict
     content = json.dumps(table, ensure_ascii=False, indent=1).encode()
     if named.keys() & known.keys() or Library.from_buffer(content).get_vocab() != known | named:
         return None
-    # padding has to be what config.json says it is
-    settings = json.loads(files[SETTINGS_FILE]) | {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
-    return files | {FILE_NAME: content, SETTINGS_FILE: as_json(settings)}
+    return files | {FILE_NAME: content, SETTINGS_FILE: as_json(json.loads(files[SETTINGS_FILE]) | more)}
 
 
 def usage(task: str, special: SpecialTokens, max_tokens: int, spelled: bool) -> str:
@@ -129,21 +127,27 @@ def main() -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from gpt_arc.checkpoint import load_model
+    from gpt_arc.chat import load_chat
+    from gpt_arc.checkpoint import load_model, model_directory
     from gpt_arc.classifier import is_classifier, load_classifier
     from gpt_arc.hf import WEIGHTS, hf_classifier_config, hf_classifier_tensors, hf_config, hf_tensors
+    from gpt_arc.preferences import is_reward_model
 
-    classifier = None
+    classifier = chat = None
     if is_classifier(options.model):
         classifier, tokenizer = load_classifier(options.model)
         model, trained = classifier.trunk, classifier.config
         if trained.lstm:
             raise UserError("the model is an LSTM, which no architecture of transformers computes")
+    elif is_reward_model(options.model):
+        raise UserError(f"{options.model} is a reward model, for whose head transformers has no class of its own")
     else:
         model, tokenizer = load_model(options.model)
+        chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
     end = start = None
     if tokenizer is not None and tokenizer.end_of_text is not None:
         end, start = tokenizer.end_of_text, tokenizer.start_token
+    end = chat.end if chat else end
     config, dtype = hf_config(model.config, options.dtype, start, end), getattr(torch, options.dtype)
     if classifier is None:
         form, tensors = config["model_type"], dict(hf_tensors(model, dtype))
@@ -158,9 +162,15 @@ def main() -> None:
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, model.config.block_size)
     if classifier is not None:
-        extended = with_special_tokens(files, special)
+        # padding has to be what config.json says it is
+        padding = {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
+        extended = with_special_tokens(files, dict(zip(SPECIAL_NAMES, special)), padding)
         files = extended or files
         readme += usage(trained.task, special, trained.max_tokens, spelled=extended is not None)
+    if chat:
+        mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
+        extended = with_special_tokens(files, chat.added, {"chat_template": chat.template.jinja, "eos_token": mark})
+        files = extended or files
     files["README.md"] = readme.encode()
     with new_directory(options.output.resolve()) as temporary:
         try:
@@ -170,10 +180,14 @@ def main() -> None:
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
         for name, content in files.items():
             write_file(temporary / name, content)
+        if chat:
+            chat.save(temporary)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:
         print(f"AutoTokenizer doesn't know {shown(special)}: put these ids around those of a text")
+    if chat and not extended:
+        print(f"AutoTokenizer doesn't know the ids of the chat's marks: {chat.added}")
     if tokenizer is None:
         print("it has no tokenizer: the model came without one")
     elif SENTENCEPIECE_FILE in files:

@@ -36,8 +36,8 @@ class Options:
     """Of the routers' weights, which are new."""
 
     def __post_init__(self):
-        if self.n_experts == 0:
-            raise ValueError("n_experts = 0 is the dense model itself: name more")
+        if self.n_experts < 2:
+            raise ValueError(f"n_experts = {self.n_experts} is the dense model itself: name more")
         if self.experts_per_token < 2:
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} must be at least 2: the gate of an only expert is a "
@@ -53,10 +53,18 @@ def main() -> None:
     import torch  # slow to import: not before the settings are known to be right
     from safetensors import SafetensorError
 
-    from gpt_arc.checkpoint import load_model, save_model
+    from gpt_arc.chat import load_chat
+    from gpt_arc.checkpoint import load_model, model_directory, save_model
+    from gpt_arc.classifier import is_classifier
     from gpt_arc.experts import upcycled
+    from gpt_arc.preferences import is_reward_model
 
+    if is_classifier(options.model) or is_reward_model(options.model):
+        raise UserError(
+            f"{options.model} has a head of its own, which the mixture would lose: name what it was made of"
+        )
     model, tokenizer = load_model(options.model)
+    chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
     torch.manual_seed(options.seed)
@@ -71,6 +79,8 @@ def main() -> None:
     with new_directory(options.output.resolve()) as temporary:
         try:
             save_model(mixture, tokenizer, temporary)
+            if chat:
+                chat.save(temporary)
         except SafetensorError as error:  # as of a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
     total, active = mixture.num_parameters(), mixture.num_parameters(active=True)
