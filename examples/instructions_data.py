@@ -1,0 +1,176 @@
+"""Instructions about the letters of words, whose answers can be checked, and a text that teaches what they ask for.
+
+    python examples/instructions_data.py
+    python prepare/text.py --input data/instructgpt/corpus.jsonl --name instructgpt_text --tokenizer char
+
+The corpus is prose: the paragraphs of the Python manual that every CPython carries, and sentences such as "Backwards
+tiger is regit.", each ability in two wordings. An instruction is "backwards: tiger", and the corpus has none.
+A hash of each word says whether it is held out; no sentence, demonstration or prompt to learn from is about a held-out
+word. Written are
+
+    corpus.jsonl              a document a line, as "text"
+    demonstrations.jsonl      prompts with right responses, most of them with something around it, as "um regit"
+    {train,test}.jsonl        prompts: kind, prompt, answer
+
+The same seed, and the same version of Python, give the same files.
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import DATA_ROOT, new_directory
+from gpt_arc.flags import parse_flags
+
+HELD_OUT = 0.2  # of the words
+SENTENCES = 4  # of a document about words
+BEFORE, AFTER = ("um ", "so ", "- "), ("!", "!!", "!!!")  # what careless writers put around an answer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of instruction: what it makes of a word, and how the corpus puts it."""
+
+    answer: Callable[[str], str]
+    sentences: tuple[str, str]
+    most: int = 6  # letters of a word
+    letters: int | None = None  # different ones that it is drawn from
+    asked: bool = True  # whether there are instructions of the kind
+
+
+def most_frequent(word: str) -> int:
+    return max(Counter(word).values())
+
+
+KINDS = {
+    "once more": Kind(lambda word: word, ("Once more {word} is {answer}.", "He said {word} and she said {answer}.")),
+    "backwards": Kind(
+        lambda word: word[::-1], ("Backwards {word} is {answer}.", "From its end {word} reads {answer}.")
+    ),
+    "in order": Kind(
+        lambda word: "".join(sorted(word)),
+        ("In order {word} is {answer}.", "Put the letters of {word} in order and get {answer}."),
+        asked=False,  # small models learn it slowly: it stays prose
+    ),
+    "in capitals": Kind(str.upper, ("In capitals {word} is {answer}.", "Write {word} large and get {answer}.")),
+    "double letters": Kind(
+        lambda word: "".join(2 * letter for letter in word),
+        ("With double letters {word} is {answer}.", "Write each letter of {word} twice and get {answer}."),
+        most=5,
+    ),
+    "one letter on": Kind(
+        lambda word: "".join(ascii_lowercase[(ascii_lowercase.index(letter) + 1) % 26] for letter in word),
+        ("One letter on {word} is {answer}.", "After the letters of {word} come {answer}."),
+    ),
+    "ends": Kind(
+        lambda word: word[0] + word[-1],
+        ("The ends of {word} are {answer}.", "First and last in {word} stand {answer}."),
+    ),
+    "most": Kind(
+        lambda word: str(most_frequent(word)),
+        ("Of one letter {word} has {answer}.", "The most that {word} has of a letter is {answer}."),
+        letters=3,
+        asked=False,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    output: Path = DATA_ROOT / "instructgpt"
+    """Folder to write; an older one goes."""
+    documents: int = 20_000
+    """Documents of sentences about words, four sentences each; the manual comes beside them."""
+    demonstrations: int = 1_500
+    """Prompts with responses, for supervised fine-tuning."""
+    train: int = 20_000
+    """Prompts to learn from by rankings and rewards."""
+    test: int = 2_000
+    """Prompts of held-out words."""
+    seed: int = 0
+    """The source of all randomness."""
+
+    def __post_init__(self):
+        if min(self.documents, self.demonstrations, self.train, self.test) < 1:
+            raise UserError("documents, demonstrations, train and test must be at least 1")
+
+
+def is_held_out(word: str) -> bool:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4]) < HELD_OUT * 2**32
+
+
+def draw_word(kind: Kind, held_out: bool, rng: random.Random) -> str:
+    while True:
+        letters = rng.sample(ascii_lowercase, kind.letters) if kind.letters else ascii_lowercase
+        word = "".join(rng.choices(letters, k=rng.randint(3, kind.most)))
+        if is_held_out(word) == held_out:
+            return word
+
+
+def said(answer: str, rng: random.Random) -> str:
+    """A right answer as a careless writer puts it: a quarter of them with nothing around it."""
+    return rng.choice([answer, answer, *(before + answer for before in BEFORE), *(answer + after for after in AFTER)])
+
+
+def instructions(count: int, held_out: bool, rng: random.Random, but: set[str] | None = None) -> list[dict[str, Any]]:
+    """Different instructions, of each kind as many, none of the prompts that are in `but`."""
+    found, prompts = [], set(but or ())
+    names = [name for name, kind in KINDS.items() if kind.asked]
+    while len(found) < count:
+        name = names[len(found) % len(names)]
+        word = draw_word(KINDS[name], held_out, rng)
+        prompt = f"{name}: {word}"
+        if prompt not in prompts:
+            prompts.add(prompt)
+            found.append({"kind": name, "prompt": prompt, "answer": KINDS[name].answer(word)})
+    rng.shuffle(found)
+    return found
+
+
+def documents(count: int, rng: random.Random) -> Iterator[str]:
+    """Sentences about words, none of them held out."""
+    kinds = list(KINDS.values())
+    for _ in range(count):
+        chosen = [rng.choice(kinds) for _ in range(SENTENCES)]
+        words = [draw_word(kind, False, rng) for kind in chosen]
+        yield "\n".join(
+            rng.choice(kind.sentences).format(word=word, answer=kind.answer(word)) for kind, word in zip(chosen, words)
+        )
+
+
+def manual() -> list[str]:
+    """The paragraphs of the Python manual, in ASCII."""
+    from pydoc_data.topics import topics
+
+    texts = (topics[name].encode("ascii", "ignore").decode() for name in sorted(topics))
+    return [paragraph for text in texts for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    rng = random.Random(options.seed)
+    corpus = [*manual(), *documents(options.documents, rng)]
+    demonstrations = instructions(options.demonstrations, False, rng)
+    train = instructions(options.train, False, rng, {row["prompt"] for row in demonstrations})
+    files = {
+        "corpus": [{"text": text} for text in corpus],
+        "demonstrations": [{**row, "response": said(row["answer"], rng)} for row in demonstrations],
+        "train": train,
+        "test": instructions(options.test, True, rng),
+    }
+    with new_directory(options.output) as folder:
+        for name, rows in files.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    print(f"{options.output}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in files.items()))
+
+
+if __name__ == "__main__":
+    entry_point(main)()
