@@ -138,16 +138,17 @@ class Reader(NamedTuple):
                 requests.append(Request(*encode_pair(self.tokenizer, *pair)))
             except UserError as error:
                 raise UserError(f"{what}, text {number} of {len(texts)}: {error}") from None
+        try:
+            scores = score_continuations(self.model, requests, self.batch_tokens, progress=what)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None
         room = self.model.config.block_size + 1
         cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
         if cut:
             print(
                 f"{what}: {cut:,} of {len(requests):,} texts lose their beginning to fit the context", file=sys.stderr
             )
-        try:
-            return score_continuations(self.model, requests, self.batch_tokens, progress=what)
-        except ValueError as error:
-            raise UserError(f"{what}: {error}") from None
+        return scores
 
     def answers(self, prompts: Sequence[str], task: Task, seed: int) -> list[str]:
         """What the model says after each prompt, up to one of the task's stops.

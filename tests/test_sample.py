@@ -416,9 +416,11 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
         input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0
-    assert [(one["prompt"], one["text"]) for one in answers(result.stdout)] == [
-        ("h" * 14, ""), ("hhh", ""), ("hhhhf", "gh"), ("f", "gh"),
+    given = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(one["prompt"], one.get("text")) for one in given] == [
+        ("h" * 14, ""), ("hhh", ""), ("aXb", None), ("h" * 21, None), ("hhhhf", "gh"), ("f", "gh"),
     ]  # fmt: skip
+    assert [one.get("error") for one in given[2:4]] == result.stderr.splitlines()[1:3]  # a line out for every line in
     lines = result.stderr.splitlines()
     assert lines[0].startswith("sampling from") and len(lines) == 4
     assert "the character 'X' (U+0058) at position 1" in lines[1]

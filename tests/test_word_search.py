@@ -111,7 +111,10 @@ def test_the_search_finds_what_looking_at_all_words_finds(seed, before):
 
 
 def test_gpt2_s_tokens_are_words_and_parts():
-    tokenizer = BPETokenizer.gpt2()
+    try:
+        tokenizer = BPETokenizer.gpt2()
+    except UserError as error:
+        pytest.skip(str(error))
     vocabulary = Vocabulary(tokenizer)
     kinds = {name: set(getattr(vocabulary, name).tolist()) for name in ("bare", "spaced", "more")}
     number = {
