@@ -511,7 +511,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(run):
     code = f"import sys; sys.argv = {[str(ROOT / 'stages/ppo.py'), *STOPPABLE, '--out_dir=killed']!r}{KILLED}"
-    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120
+    )
     assert result.returncode == -signal.SIGKILL and len(lines_of("killed")) == 4
     run(*STOPPABLE, "--out_dir=whole")
     assert "killed, from step 4" in run("killed", "--resume=True")

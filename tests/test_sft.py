@@ -252,7 +252,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_killed_run_goes_on_from_its_last_epoch(run, monkeypatch):
     flags = (*TRAIN, "--val=val.jsonl")
     code = f"import sys; sys.argv = {[str(ROOT / 'stages/sft.py'), *flags, '--out_dir=killed']!r}{KILLED}"
-    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120
+    )
     assert result.returncode == -signal.SIGKILL and len(updates_of("killed")) == 6
     assert "killed, from step 4" in run("killed", "--resume=True")
     run(*flags, "--out_dir=whole")
