@@ -72,6 +72,9 @@ align() {  # seed: the first two steps
     judge "$here/rankings.jsonl" "$here/sft" --rank=$data/train.jsonl --limit=5000 --seed="$1"
     judge "$here/held_out.jsonl" "$here/sft" --rank=$data/test.jsonl --seed="$1"
     reward "$here/reward" "$here/sft" "$here/rankings.jsonl" --val="$here/held_out.jsonl" --seed="$1"
+    judge "$here/rankings_10k.jsonl" "$here/sft" --rank=$data/train.jsonl --limit=10000 --seed="$1"
+    reward "$here/reward_10k" "$here/sft" "$here/rankings_10k.jsonl" --val="$here/held_out.jsonl" --seed="$1" \
+        --residual_dropout=0 --epochs=2
     measure "$here/sft" "$here/sft"
     echo "seed $1: supervised fine-tuning and reward model"
 }

@@ -56,16 +56,18 @@ def text_loss(path: Path) -> float:
 
 def rewards(folders: Sequence[Path]) -> str:
     """How near the reward models come to the best possible predictor."""
-    rows = ["| seed | pairs held out | accuracy, % | best possible, % | difference |", "|---|---|---|---|---|"]
-    differences = []
-    for folder in folders:
-        found = json.loads((folder / "reward" / "report.json").read_text())["accuracy"]
-        lines = (folder / "held_out.jsonl").read_text().splitlines()
-        best, pairs = bayes_accuracy([json.loads(line) for line in lines])
-        differences.append(100 * (found - best))
-        cells = [folder.name, f"{pairs:,}", f"{100 * found:.2f}", f"{100 * best:.2f}", f"{differences[-1]:+.2f}"]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*rows, f"| mean | | | | {interval(differences)} |"])
+    rows = ["| rankings | seed | pairs held out | accuracy, % | best possible, % | difference |", "|---" * 6 + "|"]
+    for name, rankings in (("reward", "5,000"), ("reward_10k", "10,000, twice")):
+        differences = []
+        for folder in folders:
+            found = json.loads((folder / name / "report.json").read_text())["accuracy"]
+            lines = (folder / "held_out.jsonl").read_text().splitlines()
+            best, pairs = bayes_accuracy([json.loads(line) for line in lines])
+            differences.append(100 * (found - best))
+            cells = [rankings, folder.name, f"{pairs:,}", f"{100 * found:.2f}", f"{100 * best:.2f}"]
+            rows.append("| " + " | ".join([*cells, f"{differences[-1]:+.2f}"]) + " |")
+        rows.append(f"| {rankings} | mean | | | | {interval(differences)} |")
+    return "\n".join(rows)
 
 
 def policies(folders: Sequence[Path]) -> str:

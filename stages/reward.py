@@ -39,6 +39,7 @@ from gpt_arc.preferences import (
 from gpt_arc.rl import ranking_loss
 from gpt_arc.runtime import autocast
 from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+from gpt_arc.surgery import with_settings
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Options(StageOptions):
     """Conversations whose last responses score 0 on average, by the head's bias. None: the bias stays 0."""
     epochs: int = 1
     """Passes over the rankings; a second over-fits soon (InstructGPT's 1)."""
+    residual_dropout: float | None = None
+    """Dropout on each sublayer's output. None: as the model has it."""
     gradient_accumulation_steps: int = 8
     learning_rate: float = 9e-6
 
@@ -60,6 +63,7 @@ class Options(StageOptions):
         super().__post_init__()
         self.require("epochs", self.epochs >= 1, "1 or more")
         self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
+        self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
 
 
 def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, stage: Stage) -> dict[str, Any]:
@@ -88,6 +92,10 @@ def train(options: Options, stage: Stage) -> int:
     else:
         trunk, tokenizer, chat = load_chat_model(stage.origin)
         model = RewardModel(trunk)
+    if options.residual_dropout is not None:
+        head, trunk = model.head, with_settings(model.trunk, residual_dropout=options.residual_dropout)
+        model = RewardModel(trunk)
+        model.head = head
     model.head.bias.requires_grad_(False)  # the loss of pairs doesn't depend on it
     context = model.trunk.config.block_size
     model.trunk.activation_checkpointing = options.activation_checkpointing

@@ -334,3 +334,18 @@ def test_reading_turns(run):
     )
     save_reward_model(model, LETTERS, CHAT, "again")
     assert load_file("again/reward.safetensors").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--residual_dropout=0"], ["--residual_dropout=0.5"]])
+def test_dropout_is_the_model_s_unless_it_is_asked_for(run, flags):
+    """Without dropout the first loss is that of the head as it was drawn, computed in evaluation mode."""
+    save_base(randomised(GPT(config_of(residual_dropout=0.3))))
+    run(*TRAIN, "--val_fraction=0", "--batch_size=13", "--gradient_accumulation_steps=1", *flags)
+    torch.manual_seed(1337)  # the run's seed, from which the head is drawn
+    model = RewardModel(load_chat_model("base")[0]).eval()
+    rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    first = sum(loss.item() for loss, _ in losses_one_by_one(model, rows)) / 13
+    asked = float(flags[0].split("=")[1]) if flags else 0.3
+    equal = math.isclose(lines_of("out/reward")[0]["loss"], first, rel_tol=1e-5)
+    assert equal == (asked == 0)
+    assert load_reward_model("out/reward")[0].trunk.config.residual_dropout == asked
