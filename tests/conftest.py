@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from gpt_arc.errors import entry_point
 from gpt_arc.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.tokenizer import CharTokenizer
 
@@ -71,6 +74,28 @@ def output_of(monkeypatch, capsys):
         if stop.value.code:
             assert stop.value.code == 2 and "Traceback" not in errors and errors.count("\n") == 1, errors
             return errors
+        return output
+
+    return call
+
+
+@pytest.fixture
+def stage_runner(monkeypatch, capsys):
+    """Run a stage's `main` in this process: what it printed, or its exit code, output and message."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, flags)])
+        try:
+            with pytest.raises(SystemExit) as stop:
+                entry_point(module.main)()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        output, errors = capsys.readouterr()
+        if stop.value.code:
+            assert "Traceback" not in errors
+            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
         return output
 
     return call

@@ -6,9 +6,8 @@ import os
 import random
 import re
 import signal
-import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from safetensors.torch import load_file
 from conftest import write_dataset
 from gpt_arc.checkpoint import load_model, save_model
 from gpt_arc.classifier import load_classifier, make_batch
-from gpt_arc.errors import entry_point
 from gpt_arc.finetuning import encode_examples
 from gpt_arc.labelled import read_examples
 from gpt_arc.metrics import read_metrics
@@ -61,25 +59,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capsys):
-    """Run the stage in this process; the result is what it printed, or its exit code and message."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
-        try:
-            with pytest.raises(SystemExit) as stop:
-                entry_point(finetune.main)()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        output, errors = capsys.readouterr()
-        if stop.value.code:
-            assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
-        return output
-
-    return call
+def run(workplace, stage_runner):
+    return partial(stage_runner, finetune)
 
 
 def predictions_of(directory, file):

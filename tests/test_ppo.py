@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from conftest import ROOT, command, randomised, write_dataset
 from gpt_arc import rl
 from gpt_arc.chat import TEMPLATES, ChatFormat, Turn
 from gpt_arc.checkpoint import load_state, save_model
-from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
 from gpt_arc.optim import Updater
 from gpt_arc.preferences import RewardModel, ScalarHead, load_chat_model, save_reward_model
@@ -73,25 +72,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capsys):
-    """Run the stage in this process; the result is what it printed, or its exit code and message."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["ppo.py", *map(str, flags)])
-        try:
-            with pytest.raises(SystemExit) as stop:
-                entry_point(ppo.main)()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        output, errors = capsys.readouterr()
-        if stop.value.code:
-            assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
-        return output
-
-    return call
+def run(workplace, stage_runner):
+    return partial(stage_runner, ppo)
 
 
 def lines_of(folder):

@@ -7,8 +7,8 @@ import random
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from conftest import ROOT, TEXT, command, randomised
 from gpt_arc.chat import Turn, load_chat
 from gpt_arc.checkpoint import load_config, load_model, load_state, save_model
-from gpt_arc.errors import entry_point
 from gpt_arc.generate import generate
 from gpt_arc.metrics import read_metrics
 from gpt_arc.optim import Updater
@@ -57,25 +56,8 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capsys):
-    """Run the stage in this process; the result is what it printed, or its exit code and message."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, flags)])
-        try:
-            with pytest.raises(SystemExit) as stop:
-                entry_point(sft.main)()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        output, errors = capsys.readouterr()
-        if stop.value.code:
-            assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
-        return output
-
-    return call
+def run(workplace, stage_runner):
+    return partial(stage_runner, sft)
 
 
 def updates_of(folder):
