@@ -132,6 +132,32 @@ class StageOptions:
         )
 
 
+@dataclass(frozen=True)
+class ExampleOptions(StageOptions):
+    """The further settings of stages that go through a file of examples, epoch after epoch."""
+
+    train: Path | None = None
+    """Examples to learn from (.jsonl, .csv, .tsv)."""
+    val: Path | None = None
+    """Examples to measure on; the epoch of the lowest loss is the best. None: val_fraction of the training ones."""
+    val_fraction: float = 0.05
+    """Share of the examples that is held out where there is no val. 0: none."""
+    epochs: int = 1
+    """Passes over the examples."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require("epochs", self.epochs >= 1, "1 or more")
+        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
+
+    def splits(self, read: Callable[[Path], list[E]]) -> dict[str, list[E]]:
+        """What `read` makes of the splits train and val. Raises UserError."""
+        examples = read(self.train)
+        if self.val:
+            return {"train": examples, "val": read(self.val)}
+        return held_out(examples, self.val_fraction, self.seed)
+
+
 @dataclass
 class Progress:
     """How far a run has come."""

@@ -25,22 +25,14 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_policy, padded, pairs_of
 from gpt_arc.rl import dpo_loss, log_probabilities, response_states
 from gpt_arc.runtime import autocast
-from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
 from model import GPT
 
 
 @dataclass(frozen=True)
-class Options(StageOptions):
-    train: Path | None = None
-    """Rankings to learn from (.jsonl, .csv, .tsv)."""
-    val: Path | None = None
-    """Rankings to measure on. None: val_fraction of the training ones."""
-    val_fraction: float = 0.05
-    """Share of the rankings that is held out where there is no val. 0: none."""
+class Options(ExampleOptions):
     beta: float = 0.1
     """Reward is beta times the log-ratio to the reference: the larger, the nearer the model stays to it."""
-    epochs: int = 1
-    """Passes over the rankings."""
     gradient_accumulation_steps: int = 8
     learning_rate: float = 1e-6
     schedule: Literal["cosine", "linear", "constant"] = "linear"
@@ -50,8 +42,6 @@ class Options(StageOptions):
     def __post_init__(self):
         super().__post_init__()
         self.require("beta", 0 < self.beta < float("inf"), "more than zero")
-        self.require("epochs", self.epochs >= 1, "1 or more")
-        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
 
 
 class ResponseLikelihood(nn.Module):
@@ -96,11 +86,7 @@ def train(options: Options, stage: Stage) -> int:
     reference, tokenizer, chat = load_policy(options.model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
-    rankings = read_rankings(options.train)
-    if options.val:
-        splits = {"train": rankings, "val": read_rankings(options.val)}
-    else:
-        splits = held_out(rankings, options.val_fraction, options.seed)
+    splits = options.splits(read_rankings)
     say(f"parameters     {reference.num_parameters():,}")
     context = reference.config.block_size
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}

@@ -38,18 +38,12 @@ from gpt_arc.preferences import (
 )
 from gpt_arc.rl import ranking_loss
 from gpt_arc.runtime import autocast
-from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
 from gpt_arc.surgery import with_settings
 
 
 @dataclass(frozen=True)
-class Options(StageOptions):
-    train: Path | None = None
-    """Rankings to learn from (.jsonl, .csv, .tsv)."""
-    val: Path | None = None
-    """Rankings to measure on. None: val_fraction of the training ones."""
-    val_fraction: float = 0.05
-    """Share of the rankings that is held out where there is no val. 0: none."""
+class Options(ExampleOptions):
     demonstrations: Path | None = None
     """Conversations whose last responses score 0 on average, by the head's bias. None: the bias stays 0."""
     epochs: int = 1
@@ -61,8 +55,6 @@ class Options(StageOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("epochs", self.epochs >= 1, "1 or more")
-        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
         self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
 
 
@@ -109,11 +101,7 @@ def train(options: Options, stage: Stage) -> int:
         return 0
 
     # ---- the rankings, and the plan in figures
-    rankings = read_rankings(options.train)
-    if options.val:
-        splits = {"train": rankings, "val": read_rankings(options.val)}
-    else:
-        splits = held_out(rankings, options.val_fraction, options.seed)
+    splits = options.splits(read_rankings)
     say(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]

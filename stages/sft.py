@@ -31,19 +31,13 @@ from gpt_arc.chat import (
 from gpt_arc.checkpoint import load_model, model_directory, save_model
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, held_out, micro_batches, run_stage
+from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
 from gpt_arc.surgery import with_more_tokens, with_settings
 from model import GPT
 
 
 @dataclass(frozen=True)
-class Options(StageOptions):
-    train: Path | None = None
-    """Conversations to learn from (.jsonl, .csv, .tsv)."""
-    val: Path | None = None
-    """Conversations whose loss chooses the best epoch. None: val_fraction of the training ones."""
-    val_fraction: float = 0.05
-    """Share of the conversations that is held out where there is no val. 0: none."""
+class Options(ExampleOptions):
     template: str = "markers"
     """How turns are marked: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
     for each role. A model that has a template keeps it."""
@@ -57,8 +51,6 @@ class Options(StageOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("epochs", self.epochs >= 1, "1 or more")
-        self.require("val_fraction", 0 <= self.val_fraction < 1, "in [0, 1)")
         self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
 
 
@@ -92,11 +84,9 @@ def train(options: Options, stage: Stage) -> int:
     if tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: it can't read texts")
     chat = load_chat(model_directory(stage.origin), tokenizer)
-    if chat is not None and options.template not in (Options.template, "") and not stage.run:
+    if chat is not None and options.template != Options.template and not stage.run:
         if load_template(options.template) != chat.template:
-            raise UserError(
-                f"{options.model} has a template of its own (chat.json), and keeps it: leave --template out"
-            )
+            raise UserError(f"{options.model} keeps the template it has (chat.json): leave --template out")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
         model = with_more_tokens(model, len(chat.added))
@@ -105,11 +95,7 @@ def train(options: Options, stage: Stage) -> int:
     model.activation_checkpointing = options.activation_checkpointing
 
     # ---- the conversations, and the plan in figures
-    conversations = read_conversations(options.train)
-    if options.val:
-        splits = {"train": conversations, "val": read_conversations(options.val)}
-    else:
-        splits = held_out(conversations, options.val_fraction, options.seed)
+    splits = options.splits(read_conversations)
     encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
     say(f"parameters     {model.num_parameters():,}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))

@@ -362,7 +362,7 @@ def test_new_tokens_stand_after_the_old_ones(run, architecture):
 def test_a_model_that_has_a_template_keeps_it(run):
     run(*TRAIN, "--epochs=1")
     refused = run("out/sft", *TRAIN[1:], "--template=plain")
-    assert refused.code == 2 and "out/sft has a template of its own (chat.json), and keeps it" in refused.message
+    assert refused.code == 2 and "out/sft keeps the template it has (chat.json)" in refused.message
     output = run("out/sft", *TRAIN[1:], *STILL, "--epochs=1")
     assert "template       <|user|>{content}<|assistant|>" in output
     assert_same_weights("out/sft/last", "out/sft-2/last", rtol=0, atol=1e-25)

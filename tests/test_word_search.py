@@ -30,7 +30,7 @@ class Pieces(Tokenizer):
         return "".join(self.pieces[token] for token in tokens)
 
     def files(self):
-        raise NotImplementedError
+        return {}
 
 
 PIECES = Pieces(".", " the", "atre", " dog", "s", " don", "'t", "a", " a", "\n", "\ufffd", "")
