@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gpt_arc.errors import entry_point
+from gpt_arc.optim import Updater
 from gpt_arc.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.tokenizer import CharTokenizer
 
@@ -147,3 +148,33 @@ def refusal(*args: str, **kwargs) -> str:
     message = result.stderr.strip()
     assert "Traceback" not in message and "\n" not in message, message
     return message
+
+
+def interrupt_at(monkeypatch, update: int, number: int = signal.SIGINT) -> None:
+    """Send this process a signal, by default a Ctrl-C, when it makes so many updates."""
+    original, made = Updater.update, []
+
+    def counted(self, *args):
+        made.append(1)
+        if len(made) == update:
+            os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(Updater, "update", counted)
+
+
+KILLED = """
+import pytest
+from conftest import interrupt_at
+import runpy, signal, sys
+sys.argv = {argv!r}
+interrupt_at(pytest.MonkeyPatch(), {update}, signal.SIGKILL)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_at(update: int, script: str, *flags: str) -> None:
+    """Run `python SCRIPT FLAGS` and kill it when it makes so many updates."""
+    code = KILLED.format(argv=[str(ROOT / script), *flags], update=update)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT / "tests")}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == -signal.SIGKILL

@@ -3,9 +3,7 @@
 import itertools
 import json
 import math
-import os
 import random
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from test_ppo import PLAIN, distribution, make_tree, optimum, save_chat_model, total_variation, utility, weights_of
 from test_reward import rankings, write
 
-from conftest import command, randomised
+from conftest import command, interrupt_at, randomised
 from gpt_arc.chat import TEMPLATES, ChatFormat
 from gpt_arc.checkpoint import load_state, save_model
 from gpt_arc.metrics import read_metrics
@@ -226,16 +224,8 @@ def assert_same_runs(a, b):
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
-    update, made = Updater.update, []
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == updates - 1:  # at which the next one looks
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, *args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Updater, "update", counted)
+        interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*STOPPABLE, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; go on by: python dpo.py halves --resume" in stopped.output

@@ -4,9 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, command, randomised, write_dataset
+from conftest import command, interrupt_at, kill_at, randomised, write_dataset
 from gpt_arc import rl
 from gpt_arc.chat import TEMPLATES, ChatFormat, Turn
 from gpt_arc.checkpoint import load_state, save_model
@@ -458,16 +455,8 @@ def assert_same_runs(a, b):
 @pytest.mark.parametrize("updates", [3, 8])  # within an iteration, and at its end
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
-    update, made = Updater.update, []
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == updates:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, *args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Updater, "update", counted)
+        interrupt_at(patched, updates)
         stopped = run(*STOPPABLE, "--out_dir=halves")
     step = math.ceil((updates + 1) / 2)
     assert stopped.code == 130
@@ -477,26 +466,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert "finished step 6" in run("halves", "--resume=True")
 
 
-KILLED = """
-import os, runpy, signal, sys
-from gpt_arc.optim import Updater
-update, made = Updater.update, []
-def counted(self, *args):
-    made.append(1)
-    if len(made) == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, *args)
-Updater.update = counted
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_killed_run_goes_on_from_its_last_checkpoint(run):
-    code = f"import sys; sys.argv = {[str(ROOT / 'stages/ppo.py'), *STOPPABLE, '--out_dir=killed']!r}{KILLED}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120
-    )
-    assert result.returncode == -signal.SIGKILL and len(lines_of("killed")) == 4
+    kill_at(10, "stages/ppo.py", *STOPPABLE, "--out_dir=killed")
+    assert len(lines_of("killed")) == 4
     run(*STOPPABLE, "--out_dir=whole")
     assert "killed, from step 4" in run("killed", "--resume=True")
     assert_same_runs("whole", "killed")

@@ -3,11 +3,7 @@
 import itertools
 import json
 import math
-import os
 import random
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, command, randomised
+from conftest import command, interrupt_at, kill_at, randomised
 from gpt_arc.chat import TEMPLATES, ChatFormat, Turn
 from gpt_arc.checkpoint import load_state, save_model
 from gpt_arc.metrics import read_metrics
@@ -217,16 +213,8 @@ def assert_same_runs(a, b):
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
-    update, made = Updater.update, []
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == updates - 1:  # at which the next one looks
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, *args)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Updater, "update", counted)
+        interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*STOPPABLE, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; go on by: python reward.py halves --resume" in stopped.output
@@ -237,26 +225,9 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert refused.code == 2 and "was started on other data" in refused.message
 
 
-KILLED = """
-import os, runpy, signal, sys
-from gpt_arc.optim import Updater
-update, made = Updater.update, []
-def counted(self, *args):
-    made.append(1)
-    if len(made) == 6:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, *args)
-Updater.update = counted
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_killed_run_goes_on_from_its_last_epoch(run):
-    code = f"import sys; sys.argv = {[str(ROOT / 'stages/reward.py'), *STOPPABLE, '--out_dir=killed']!r}{KILLED}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120
-    )
-    assert result.returncode == -signal.SIGKILL and len(lines_of("killed")) == 5
+    kill_at(6, "stages/reward.py", *STOPPABLE, "--out_dir=killed")
+    assert len(lines_of("killed")) == 5
     assert "killed, from step 4" in run("killed", "--resume=True")
     run(*STOPPABLE, "--out_dir=whole")
     assert_same_runs("whole", "killed")

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import random
-import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, TEXT, command, randomised
+from conftest import TEXT, command, interrupt_at, kill_at, randomised
 from gpt_arc.chat import Turn, load_chat
 from gpt_arc.checkpoint import load_config, load_model, load_state, save_model
 from gpt_arc.generate import generate
@@ -187,24 +184,12 @@ def test_batches_and_processes_change_nothing_but_rounding(run):
 # ---- runs that stop
 
 
-def interrupt_after(monkeypatch, updates, number=signal.SIGINT):
-    update, made = Updater.update, []
-
-    def counted(self, *args):
-        made.append(1)
-        if len(made) == updates:
-            os.kill(os.getpid(), number)
-        return update(self, *args)
-
-    monkeypatch.setattr(Updater, "update", counted)
-
-
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
     flags = (*TRAIN, "--val=val.jsonl")
     run(*flags, "--out_dir=whole")
     with monkeypatch.context() as patched:
-        interrupt_after(patched, updates - 1)  # at which the next one looks
+        interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*flags, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; go on by: python sft.py halves --resume" in stopped.output
@@ -217,27 +202,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert whole["progress"] == halves["progress"]
 
 
-KILLED = """
-import os, runpy, signal, sys
-from gpt_arc.optim import Updater
-update, made = Updater.update, []
-def counted(self, *args):
-    made.append(1)
-    if len(made) == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return update(self, *args)
-Updater.update = counted
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_a_killed_run_goes_on_from_its_last_epoch(run, monkeypatch):
     flags = (*TRAIN, "--val=val.jsonl")
-    code = f"import sys; sys.argv = {[str(ROOT / 'stages/sft.py'), *flags, '--out_dir=killed']!r}{KILLED}"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, timeout=120
-    )
-    assert result.returncode == -signal.SIGKILL and len(updates_of("killed")) == 6
+    kill_at(7, "stages/sft.py", *flags, "--out_dir=killed")
+    assert len(updates_of("killed")) == 6
     assert "killed, from step 4" in run("killed", "--resume=True")
     run(*flags, "--out_dir=whole")
     assert_same_weights("whole/last", "killed/last")
@@ -260,7 +228,7 @@ def test_a_run_without_a_checkpoint_begins_again_and_an_ended_one_is_left(run, m
 
 def test_a_run_goes_on_with_its_own_data_and_settings_alone(run, monkeypatch):
     with monkeypatch.context() as patched:
-        interrupt_after(patched, 2)
+        interrupt_at(patched, 2)
         run(*TRAIN, "--out_dir=stopped", "--val=val.jsonl")
     refused = run("stopped", "--resume=True", "--epochs=9")
     assert refused.code == 2 and "--epochs can't be changed" in refused.message
