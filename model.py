@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import IGNORED, HeadLoss, attend, causal_mask, grouped_linear, take_rows
+from ops import IGNORED, HeadLoss, KVCache, attend, causal_mask, grouped_linear, take_rows
 
 
 @dataclass(frozen=True)
@@ -200,25 +200,6 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return turned.type_as(x)
 
 
-class KVCache(NamedTuple):
-    """What one block keeps of the tokens read so far, so that each is read once: token i of row b has the slot i."""
-
-    keys: Tensor  # (B, K, S, D), after norm and rotation
-    values: Tensor  # (B, K, S, D)
-    positions: Tensor | None  # (B, T) slots of the tokens now being read; None: they are the first, 0 .. T - 1
-
-    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep key and value (B, K, T, D), and return those to attend to."""
-        if self.positions is None:
-            self.keys[:, :, : key.size(2)] = key
-            self.values[:, :, : value.size(2)] = value
-            return key, value
-        rows = torch.arange(key.size(0), device=key.device)[:, None]
-        self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
-        self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
-        return self.keys, self.values
-
-
 class Attention(nn.Module):
     """Causal self-attention; `qkv` stacks H query heads, then K key heads, then K value heads."""
 
@@ -345,9 +326,7 @@ class Experts(nn.Module):
         back = order.argsort()
         ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
         asked = taken = ends.diff(prepend=ends.new_zeros(1))
-        hidden = grouped_linear(take_rows(inputs, order, back), self.up, self.up_bias, ends)
-        hidden = self.inner_dropout(activate(hidden, config.activation))
-        outputs = grouped_linear(hidden, self.projection, self.projection_bias, ends)
+        outputs = self.compute(take_rows(inputs, order, back), ends)
         if self.training and config.capacity_factor is not None:  # the first that come are taken
             room = math.ceil(config.capacity_factor * len(order) / config.n_experts)
             place = torch.arange(len(order), device=x.device) - (ends - asked)[experts]
@@ -356,6 +335,11 @@ class Experts(nn.Module):
         mixed = self.dropout((choices * gates[..., None].type_as(choices)).sum(1)).view(x.shape)
         mixed = mixed if self.shared is None else mixed + self.shared(x)[0]
         return mixed, self.report(asked, taken, logits) if self.training else None
+
+    def compute(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Of rows x (N, C) as much: those before ends[0] are the first expert's, then up to ends[1] the second's ..."""
+        hidden = activate(grouped_linear(x, self.up, self.up_bias, ends), self.config.activation)
+        return grouped_linear(self.inner_dropout(hidden), self.projection, self.projection_bias, ends)
 
     @staticmethod
     def report(asked: Tensor, taken: Tensor, logits: Tensor) -> Routing:

@@ -1,9 +1,10 @@
-"""Attention and the head's loss, each as the hardware at hand computes it fastest: what model.py is written in.
+"""Attention, its cache, experts and the head's loss, as the hardware at hand computes them fastest: model.py's parts.
 
 Shapes: B batch, T time, S keys, C width, H query heads, K key/value heads, D head size, V vocabulary, N tokens.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,25 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 IGNORED = -1  # a target that is not scored: padding, prompts, the far side of a mask
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
+
+
+class KVCache(NamedTuple):
+    """What one block keeps of the tokens read so far, so that each is read once: token i of row b has the slot i."""
+
+    keys: Tensor  # (B, K, S, D), after norm and rotation
+    values: Tensor  # (B, K, S, D)
+    positions: Tensor | None  # (B, T) slots of the tokens now being read; None: they are the first, 0 .. T - 1
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep key and value (B, K, T, D), and return those to attend to."""
+        if self.positions is None:
+            self.keys[:, :, : key.size(2)] = key
+            self.values[:, :, : value.size(2)] = value
+            return key, value
+        rows = torch.arange(key.size(0), device=key.device)[:, None]
+        self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
+        self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
+        return self.keys, self.values
 
 
 def causal_mask(earliest: Tensor, band: int | None, dropout: float) -> Tensor | BlockMask:

@@ -27,7 +27,8 @@ from gpt_arc.errors import UserError
 from gpt_arc.inference_linear import InferenceLinear, for_inference, packable
 from gpt_arc.sampling import SampleConfig
 from gpt_arc.tokenizer import Tokenizer
-from model import GPT, KVCache
+from model import GPT
+from ops import KVCache
 
 
 class BlockCache(nn.Module):

@@ -7,7 +7,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
+from ops import KVCache
 
 
 class LSTM(GPT):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from gpt_arc import runtime
 from gpt_arc.tokenizer import Tokenizer
-from model import GPT, KVCache
-from ops import logits_at_once
+from model import GPT
+from ops import KVCache, logits_at_once
 
 FULL_SPEED = 256  # rows of a product that a CPU computes at nine tenths of its best rate: more may wait for like length
 Item = TypeVar("Item")
