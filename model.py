@@ -16,6 +16,7 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import IGNORED, HeadLoss, KVCache, attend, causal_mask, grouped_linear, take_rows
+from ops import IGNORED, HeadLoss, KVCache, attend, causal_mask, grouped_linear, mean_over_processes, take_rows
 
 
 @dataclass(frozen=True)
@@ -297,6 +298,7 @@ class Experts(nn.Module):
         self.inner_dropout, self.dropout = nn.Dropout(config.expert_dropout), nn.Dropout(config.dropout_of("residual"))
         if config.balance_rate:
             self.register_buffer("balance", torch.zeros(experts))
+        self.exchange = None  # under expert parallelism what calls `compute` in the processes of the experts
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers (N, k) of the experts of x (N, C), their gates (N, k), and the router's logits (N, E)."""
@@ -326,7 +328,8 @@ class Experts(nn.Module):
         back = order.argsort()
         ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
         asked = taken = ends.diff(prepend=ends.new_zeros(1))
-        outputs = self.compute(take_rows(inputs, order, back), ends)
+        compute = self.compute if self.exchange is None else partial(self.exchange, self.compute)
+        outputs = compute(take_rows(inputs, order, back), ends)
         if self.training and config.capacity_factor is not None:  # the first that come are taken
             room = math.ceil(config.capacity_factor * len(order) / config.n_experts)
             place = torch.arange(len(order), device=x.device) - (ends - asked)[experts]
@@ -508,11 +511,13 @@ class GPT(nn.Module):
     def router_losses(self) -> dict[str, Tensor]:
         """The losses () of the routers in the last forward pass, summed over blocks and weighted; {} of evaluation.
 
-        balance: E sum_e load_e gates_e, 1 where all experts are used alike (Switch, equation 4). z: see `Routing`.
+        balance: E sum_e load_e gates_e, 1 where all experts are used alike (Switch, equation 4), the load being that of
+        all processes together. z: see `Routing`.
         """
         config, losses = self.config, {}
         if config.balance_loss and self.routings:
-            balance = sum((r.load * r.gates).sum() for r in self.routings)
+            load = mean_over_processes(torch.stack([r.load for r in self.routings]))
+            balance = (load * torch.stack([r.gates for r in self.routings])).sum()
             losses["balance"] = balance * config.n_experts * config.balance_loss
         if config.router_z_loss and self.routings:
             losses["router_z"] = sum(r.z for r in self.routings) * config.router_z_loss

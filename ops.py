@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -136,7 +137,7 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
         ctx.save_for_backward(back)
-        ctx.times = len(order) // len(x)
+        ctx.times = len(order) // max(len(x), 1) or 1
         return x[order // ctx.times]
 
     @staticmethod
@@ -168,6 +169,15 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor)
         return product if bias is None else product + bias.repeat_interleave(counts, dim=0, output_size=len(x))
     groups = zip(x.split(counts.tolist()), weight, [None] * len(weight) if bias is None else bias)
     return torch.cat([F.linear(*group) for group in groups])
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of every process's x, without a gradient; every process that trains has to ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def logits_at_once(device: str) -> int:

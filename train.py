@@ -29,6 +29,7 @@ from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
 from gpt_arc.config import settings_of
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.expert_parallel import ExpertParallel, check_expert_processes
 from gpt_arc.experts import RouterMeter
 from gpt_arc.metrics import human
 from gpt_arc.optim import Updater, learning_rate_at
@@ -101,6 +102,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             dtype_setting = state["runtime"]["dtype"] if dtype_setting == "auto" else dtype_setting
             compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
     dtype = runtime.resolve_dtype(dtype_setting, device)
+    check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     tokens_per_step = config.sequences_per_step * block_size
     with torch.device("meta"):
@@ -121,7 +123,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     say(f"steps          {training.max_iters:,}")
     for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
         say(f"data           {line}")
-    memory = metrics.memory_estimate(sketch, micro_batch, dtype, device.type, training.activation_checkpointing)
+    memory = metrics.memory_estimate(
+        sketch, micro_batch, dtype, device.type, training.activation_checkpointing, training.expert_processes
+    )
     say(f"memory         about {human(memory, 'B')} on each device")
     say(f"device         {device} ({name}), {dtype}, {'compiled' if compiled else 'not compiled'}: {why}")
     if config.run.dry_run:
@@ -150,6 +154,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
     # ---- where and how it runs, optimizer, random generators
     runtime.set_up(device, dtype)
+    sharing = ExpertParallel(model, training.expert_processes, device)
     model.to(device).activation_checkpointing = training.activation_checkpointing
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
@@ -161,7 +166,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         if failure:
             say(f"not compiled   {failure}")
             compiled = False
-    updater = Updater(model, training, device, dtype)
+    updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
         updater.load_state_dict(state)
@@ -208,8 +213,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
             "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
             "data": corpus.fingerprint,
         }
+        whole = sharing.whole(model)
         if IS_MAIN:
-            write, keep_all = partial(checkpoint.save_model, model, tokenizer), logging.keep_all_checkpoints
+            write, keep_all = partial(checkpoint.save_model, whole, tokenizer), logging.keep_all_checkpoints
             checkpoint.save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all)
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -107,8 +107,12 @@ class TrainingConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
 
+    expert_processes: int = 1
+    """Processes under torchrun among which the experts are shared out (expert parallelism). 1: each has all of them."""
+
     def __post_init__(self):
         _require(self, "max_iters", self.max_iters >= 1, "at least 1")
+        _require(self, "expert_processes", self.expert_processes >= 1, "at least 1")
         for name in ("warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 <= value < 2**63, "zero or more")

@@ -50,8 +50,16 @@ def flops_per_token(model: GPT) -> int:
     return 6 * multiplying + 12 * config.n_head * config.head_width * keys
 
 
-def memory_estimate(model: GPT, sequences: int, dtype: str, device: str = "cpu", checkpointing: bool = False) -> int:
-    """Bytes that training is estimated to take: 16 a parameter, and what the backward pass keeps of `sequences`.
+def memory_estimate(
+    model: GPT,
+    sequences: int,
+    dtype: str,
+    device: str = "cpu",
+    checkpointing: bool = False,
+    expert_processes: int = 1,
+) -> int:
+    """Bytes that training is estimated to take in one of the processes that share out the experts: 16 a parameter that
+    it has, and what the backward pass keeps of `sequences`.
 
     A parameter has its float32 weight, gradient and AdamW's two moments. A layer keeps about 9 C values a token beside
     its MLP's 2 M, of swiglu 4 M (Korthikanti et al., arXiv:2205.05198: with M = 4 C 34 C bytes in 16 bits, without the
@@ -67,7 +75,8 @@ def memory_estimate(model: GPT, sequences: int, dtype: str, device: str = "cpu",
     layers = [9 * width + (of_experts if config.has_experts(i) else inner) for i in range(config.n_layer)]
     activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
     logits = min(tokens * config.vocab_size, logits_at_once(device))
-    return 16 * model.num_parameters() + activations + logits * (size + 8)
+    elsewhere = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (1 - 1 / expert_processes)
+    return 16 * int(model.num_parameters() - elsewhere) + activations + logits * (size + 8)
 
 
 def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from gpt_arc import distributed
 from gpt_arc.config import TrainingConfig
+from gpt_arc.expert_parallel import ExpertParallel
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -31,8 +32,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 class Updater:
     """The optimizer with all that an update takes: loss scaling for float16, the check that all is finite, clipping."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device, dtype: str):
-        self.config = config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        device: torch.device,
+        dtype: str,
+        sharing: ExpertParallel | None = None,
+    ):
+        """`sharing` is the model's, where its experts are shared out among processes."""
+        self.config, self.sharing = config, sharing if sharing and sharing.shares else None
         self.optimizer = build_optimizer(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -47,14 +56,20 @@ class Updater:
         the processes. That is the one wait for the device in a step.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        values = [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
-        values = torch.stack([norm / distributed.WORLD_SIZE, *values])
-        norm_seen, *summed = distributed.sum_over_ranks(values).tolist()
+        shares = self.sharing.shares if self.sharing else {}
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
+        values = [norm / distributed.WORLD_SIZE]
+        values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
+        if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
+            self.sharing.reduce_gradients()
+            values.append(get_total_norm([p.grad for p in shares]).square() / self.sharing.n_copies)
+        norm_seen, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
+        if self.sharing:
+            norm_seen = math.hypot(norm_seen, math.sqrt(summed.pop()))
         finite = math.isfinite(norm_seen) and math.isfinite(summed[0])
         if finite:
             if 0 < self.config.grad_clip < norm_seen:
-                clip_grads_with_norm_(self.parameters, self.config.grad_clip, norm)
+                clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, norm_seen))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             self.scaler.step(self.optimizer)
@@ -63,11 +78,18 @@ class Updater:
         return finite, norm_seen, summed
 
     def state_dict(self) -> dict[str, dict]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        """Complete in the main process, whoever has which experts; every process has to ask."""
+        state = self.optimizer.state_dict()
+        if self.sharing:
+            state["state"] = self.sharing.reshaped(self.optimizer, state["state"], self.sharing.gathered)
+        return {"optimizer": state, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Take up what `state_dict` gave; rates, decay and betas stay those of the present settings."""
-        load_optimizer_state(self.optimizer, state["optimizer"])
+        saved = state["optimizer"]
+        if self.sharing:
+            saved = {"state": self.sharing.reshaped(self.optimizer, saved["state"], self.sharing.own)}
+        load_optimizer_state(self.optimizer, saved)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 

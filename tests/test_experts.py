@@ -593,8 +593,8 @@ def test_a_run_goes_on_as_if_never_stopped_and_logs_its_routers(workplace, outpu
 
 
 def test_two_processes_equal_one(workplace, output_of):
-    """Without the routers' losses, of which each process has those of its own batch; the loads are of all together."""
-    flags = (*FLAGS, "--balance_loss=0", "--router_z_loss=0", "--max_iters=6")
+    """The routers' losses included: the load that they balance is that of all processes together."""
+    flags = (*FLAGS, "--balance_loss=0.1", "--max_iters=6")
     output_of(entry_point(train.main), "train.py", "sums.toml", *flags, "--out_dir=one")
     result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
