@@ -9,10 +9,10 @@ round:
 
 - ours: model, data, loss scaling and update as train.py puts them together.
 - nanoGPT, from your checkout, as its train.py does on a CPU: float32; and once more under autocast, if ours is.
-- transformers: its model of the architecture, autocast as ours, with torch's AdamW.
+- transformers: its model of the architecture, autocast as ours, with torch's fused AdamW, its Trainer's default.
 
-The others are handed random batches and read nothing. The floor is 6 FLOPs a parameter and token, those of attention
-not counted, over the rate of products of two 1024 x 1024 matrices between the rounds.
+The others are handed random batches and read nothing. The floor is 6 FLOPs a parameter and token, of experts those that
+a token takes, attention not counted, over the rate of products of two 1024 x 1024 matrices between the rounds.
 """
 
 import contextlib
@@ -49,13 +49,13 @@ TOP_OPERATORS = 14
 
 
 @dataclass(frozen=True)
-class TrainBench:
+class StepBench:
+    """What is asked of every measurement of optimizer steps."""
+
     rounds: int = 3
     """Rounds that are measured, after one that warms up."""
     steps: int = 5
     """Optimizer steps of a program in a round."""
-    nanogpt: Path | None = None
-    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
     transformers: bool = False
     """Measure transformers too."""
     profile: bool = False
@@ -69,6 +69,12 @@ class TrainBench:
                 raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
 
 
+@dataclass(frozen=True)
+class TrainBench(StepBench):
+    nanogpt: Path | None = None
+    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+
+
 # ---- the programs, each in a process of its own; every phase ends with a wait for the device
 
 
@@ -76,7 +82,7 @@ class TrainBench:
 class Job:
     """What a process needs to know."""
 
-    settings: TrainBench
+    settings: StepBench
     config: Config
     device: str
     dtype: str
@@ -85,7 +91,7 @@ class Job:
 
 class Round(NamedTuple):
     steps: list[list[float]]  # seconds of each step's PHASES
-    losses: list[float]  # in nats a token
+    losses: list[float]  # in nats a token, with those of routers
     peak: int  # bytes of memory, so far
 
 
@@ -143,6 +149,7 @@ class Ours(Program):
         import torch
 
         from gpt_arc import data, runtime
+        from gpt_arc.experts import RouterMeter
         from gpt_arc.optim import Updater, learning_rate_at
         from model import GPT
 
@@ -155,6 +162,7 @@ class Ours(Program):
             failure = runtime.compile_in_place(self.model, self.model, [tokens, tokens], self.device, self.job.dtype)
             if failure:
                 raise UserError(f"the model can't be compiled here: {failure}")
+        self.routers = RouterMeter(self.model)
         self.updater = Updater(self.model, config.training, self.device, self.job.dtype)
         self.learning_rate = learning_rate_at(0, config.training)
         self.autocast = lambda: runtime.autocast(self.device, self.job.dtype)
@@ -170,13 +178,16 @@ class Ours(Program):
 
     def forward(self, tokens: Any, targets: Any) -> Any:
         with self.autocast():
-            return self.model(tokens, targets).total / targets.numel()
+            loss = self.model(tokens, targets)
+        return loss.total / targets.numel() + sum(loss.auxiliary.values())
 
     def backward(self, loss: Any) -> None:
         self.updater.backward(loss)
+        self.routers.add()
 
     def update(self, loss: Any) -> None:
-        self.updater.update(self.learning_rate, loss.detach())
+        made, *_ = self.updater.update(self.learning_rate, loss.detach())
+        self.routers.step(made)
 
 
 class RandomTokens:
@@ -242,9 +253,13 @@ class Transformers(Peer):
 
         self.dtype = self.job.dtype
         transformers.logging.set_verbosity_error()  # or it tells of its own default loss
-        config = transformers.AutoConfig.for_model(**hf_config(self.job.config.model, "float32"))
+        content = hf_config(self.job.config.model, "float32")
+        if "output_router_logits" in content:  # without them it leaves its loss of routers out
+            content["output_router_logits"] = content["router_aux_loss_coef"] > 0
+        config = transformers.AutoConfig.for_model(**content)
         self.model = transformers.AutoModelForCausalLM.from_config(config).to(self.device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.job.config.training.learning_rate)
+        learning_rate = self.job.config.training.learning_rate
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=learning_rate, fused=True)
 
     def loss(self, tokens: Any, targets: Any) -> Any:
         return self.model(tokens, labels=tokens).loss
@@ -253,19 +268,20 @@ class Transformers(Peer):
 # ---- what is asked, and what comes of it
 
 
-def read_arguments(args: list[str]) -> tuple[TrainBench, Config]:
+def read_arguments(args: list[str], cls: type, description: str, example: str) -> tuple[Any, Config]:
+    """The settings, of the dataclass `cls`, and train.py's of the config file, with the flags over both."""
     files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
     if len(files) != 1 and not {"-h", "--help"} & set(args):
-        raise UserError("name one config file: python tools/bench.py train configs/gpt2.toml")
+        raise UserError(f"name one config file: python tools/bench.py {example}")
     from model import GPTConfig  # whose import takes torch
 
     default = build_config(read_settings(Path(files[0])), files[0]) if files else Config()
     both = dataclasses.make_dataclass(
-        "Both", [("settings", TrainBench), ("model", GPTConfig), ("data", DataConfig), ("training", TrainingConfig)]
+        "Both", [("settings", cls), ("model", GPTConfig), ("data", DataConfig), ("training", TrainingConfig)]
     )
     data = dataclasses.replace(default.data, tokens_per_step=None, gradient_accumulation_steps=None)
-    defaults = both(TrainBench(), default.model, data, default.training)
-    parsed = parse_flags(both, __doc__, [arg for arg in args if arg not in files], defaults)
+    defaults = both(cls(), default.model, data, default.training)
+    parsed = parse_flags(both, description, [arg for arg in args if arg not in files], defaults)
     return parsed.settings, Config(parsed.model, parsed.data, parsed.training)
 
 
@@ -286,11 +302,15 @@ def figures(tokens: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
 
 def show(results: dict[str, Any]) -> None:
     columns = ["tokens/s", "step ms", "least ms", "most ms", *(f"{name} ms" for name in PHASES), "memory GB"]
-    print("\n" + f"{'':14}" + "".join(f"{column:>12}" for column in columns))
+    width = max(14, *(len(name) + 1 for name in results["programs"]))
+    print("\n" + " " * width + "".join(f"{column:>12}" for column in columns))
     for name, row in results["programs"].items():
         step, phases = row["step_ms"], row["phases_ms"]
         numbers = [step["median"], step["min"], step["max"], *(phases[phase] for phase in PHASES)]
-        print(f"{name:14}{row['tokens_per_second']:12,.0f}" + "".join(f"{number:12,.1f}" for number in numbers), end="")
+        print(
+            f"{name:{width}}{row['tokens_per_second']:12,.0f}" + "".join(f"{number:12,.1f}" for number in numbers),
+            end="",
+        )
         print(f"{row['peak_memory_gb']:12.2f}")
     print(f"\nfirst step   {results['programs']['ours']['first_step_seconds']:.1f} s of ours, compilation included")
     show_ratios(results["ratios"])
@@ -309,20 +329,13 @@ def median_step(round: Round) -> float:
     return median(map(sum, round.steps))
 
 
-def bench_train(args: list[str]) -> None:
-    settings, config = read_arguments(args)
-    check_places(settings)
-    if settings.nanogpt is not None:
-        check_nanogpt_fits(config.model)
+def prepare(settings: StepBench, config: Config) -> Job:
+    """Our job on this machine, told on the screen. Raises UserError for a config whose steps can't be measured."""
+    import torch
 
-    import torch  # slow to import: not before the settings are known to be right
-
-    from gpt_arc import metrics, runtime
-    from gpt_arc.hf import architecture_of
+    from gpt_arc import runtime
     from model import GPT
 
-    if settings.transformers:
-        architecture_of(config.model)
     if config.data.document_mask:
         raise UserError("random tokens have no documents: leave document_mask out")
     if config.sequences_per_step != config.data.batch_size:
@@ -333,41 +346,79 @@ def bench_train(args: list[str]) -> None:
     dtype = runtime.resolve_dtype(config.training.dtype, device)
     compile = runtime.resolve_compile(config.training.compile, device, 0)[0]
     with torch.device("meta"):
-        parameters = GPT(config.model).num_parameters()
-    tokens = config.data.batch_size * config.model.block_size
-    programs: dict[str, type[Program]] = {"ours": Ours}
-    if settings.nanogpt is not None:
-        programs |= {"nanoGPT": NanoGPT} | ({} if dtype == "float32" else {"nanoGPT 16 bit": NanoGPTAutocast})
-    programs |= {"transformers": Transformers} if settings.transformers else {}
-    machine = f"{runtime.device_name(device)}, torch {torch.__version__}"
-    print(f"machine      {machine}")
-    print(f"model        {parameters:,} parameters, {dtype}, {'compiled' if compile else 'not compiled'}")
+        model = GPT(config.model)
+    active = f", {model.num_parameters(active=True):,} active" if model.experts else ""
+    print(f"machine      {machine(device)}")
+    print(f"model        {model.num_parameters():,} parameters{active}, {dtype}", end="")
+    print(f", {'compiled' if compile else 'not compiled'}")
     print(f"work         {config.data.batch_size} x {config.model.block_size} tokens a step,", end="")
     print(f" {settings.rounds} rounds of {settings.steps} steps after one to warm up", flush=True)
+    return Job(settings, config, str(device), dtype, compile)
 
-    job = Job(settings, config, str(device), dtype, compile)
+
+def machine(device: Any) -> str:
+    import torch
+
+    from gpt_arc import runtime
+
+    return f"{runtime.device_name(device)}, torch {torch.__version__}"
+
+
+def compare(job: Job, programs: dict[str, tuple[type[Program], Job]]) -> dict[str, Any]:
+    """What comes of the programs taking turns, each with its own job; `job` is that of "ours", which is one of them."""
+    import torch
+
+    from gpt_arc import metrics, runtime
+    from model import GPT
+
+    settings, config, device = job.settings, job.config, torch.device(job.device)
     with contextlib.ExitStack() as stack:
         ask: dict[str, Callable[[str | None], Any]] = {
-            name: stack.enter_context(running(name, program, job)) for name, program in programs.items()
+            name: stack.enter_context(running(name, program, its)) for name, (program, its) in programs.items()
         }
-        rate_of_products = functools.partial(metrics.peak_flops, device, runtime.device_name(device), dtype)
+        rate_of_products = functools.partial(metrics.peak_flops, device, runtime.device_name(device), job.dtype)
         rounds, rates = take_turns(ask, settings.rounds, rate_of_products)
         operators = ask["ours"]("operators") if settings.profile else []
 
-    results: dict[str, Any] = {"machine": machine, "dtype": dtype, "compiled": compile, "config": asdict(config)}
-    results["settings"] = plain(settings)
+    results: dict[str, Any] = {"machine": machine(device), "dtype": job.dtype, "compiled": job.compile}
+    results |= {"config": asdict(config), "settings": plain(settings)}
+    tokens = config.data.batch_size * config.model.block_size
     results["programs"] = {name: figures(tokens, *taken) for name, taken in rounds.items()}
     pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
     results["ratios"] = {
         name: spread([median_step(its) / median_step(ours) for ours, its in pair]) for name, pair in pairs.items()
     }
+    with torch.device("meta"):
+        flops = 6 * GPT(config.model).num_parameters(active=True)
     rate = None if rates[0] is None else median(rates)
-    results["floor"] = {"flops_per_second": rate, "flops_per_token": 6 * parameters}
+    results["floor"] = {"flops_per_second": rate, "flops_per_token": flops}
     if rate is not None:
-        best = rate / (6 * parameters)
-        share = results["programs"]["ours"]["tokens_per_second"] / best
-        results["floor"] |= {"tokens_per_second": best, "share": share}
+        share = results["programs"]["ours"]["tokens_per_second"] / (rate / flops)
+        results["floor"] |= {"tokens_per_second": rate / flops, "share": share}
     results["operators"] = operators
-    show(results)
+    return results
+
+
+def write_results(settings: StepBench, results: dict[str, Any]) -> None:
     if settings.json is not None:
         write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+
+
+def bench_train(args: list[str]) -> None:
+    settings, config = read_arguments(args, TrainBench, __doc__, "train configs/gpt2.toml")
+    check_places(settings)
+    if settings.nanogpt is not None:
+        check_nanogpt_fits(config.model)
+
+    from gpt_arc.hf import architecture_of  # takes torch, slow to import: not before the settings are known to be right
+
+    if settings.transformers:
+        architecture_of(config.model)
+    job = prepare(settings, config)
+    programs: dict[str, type[Program]] = {"ours": Ours}
+    if settings.nanogpt is not None:
+        programs |= {"nanoGPT": NanoGPT} | ({} if job.dtype == "float32" else {"nanoGPT 16 bit": NanoGPTAutocast})
+    programs |= {"transformers": Transformers} if settings.transformers else {}
+    results = compare(job, {name: (program, job) for name, program in programs.items()})
+    show(results)
+    write_results(settings, results)

@@ -62,8 +62,8 @@ class RouterMeter:
 def upcycled(model: GPT, n_experts: int, **settings: int) -> GPT:
     """A mixture of experts each of which begins as the dense model's MLP; the routers are new (arXiv:2212.05055).
 
-    With gates that add up to 1, so with experts_per_token of 2 or more, it computes what the dense model does.
-    `settings` are further ones of GPTConfig.
+    With gates that add up to 1, so with experts_per_token of 2 or more, it computes what the dense model does: shared
+    experts are new, and silent at first, their projections being zero. `settings` are further ones of GPTConfig.
     """
     config = dataclasses.replace(model.config, n_experts=n_experts, **settings)
     with torch.device("meta"), NothingDrawn():
@@ -81,5 +81,9 @@ def upcycled(model: GPT, n_experts: int, **settings: int) -> GPT:
             tensors[f"{place}router.weight"] = 0.02 * torch.randn(n_experts, config.n_embd).to(model.head_weight)
             if config.balance_rate:
                 tensors[f"{place}balance"] = torch.zeros(n_experts).to(model.head_weight)
+            if block.mlp.shared is not None:
+                for name, tensor in block.mlp.shared.state_dict(prefix=f"{place}shared.").items():
+                    new = 0.02 * torch.randn(tensor.shape) if name.endswith("up.weight") else torch.zeros(tensor.shape)
+                    tensors[name] = new.to(model.head_weight)
     mixture.load_state_dict(tensors, assign=True)
     return mixture

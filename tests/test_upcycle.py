@@ -8,6 +8,7 @@ import torch
 from conftest import TINY_FLAGS, command, randomised
 from gpt_arc.checkpoint import load_config, load_model, save_model
 from gpt_arc.errors import entry_point
+from gpt_arc.experts import upcycled
 from gpt_arc.tokenizer import load_tokenizer
 from model import GPT, Experts, GPTConfig
 from tools import upcycle
@@ -26,6 +27,8 @@ def run(output_of):
         ({}, ["--n_experts", "3"]),
         ({"norm_position": "post"}, ["--expert_interval=2"]),
         (MODERN, ["--n_experts=4", "--experts_per_token=3", "--balance_rate=1e-3"]),
+        ({}, ["--n_experts=4", "--shared_experts=1"]),
+        (MODERN, ["--n_experts=4", "--shared_experts=2", "--expert_interval=2"]),
     ],
 )
 def test_the_mixture_computes_what_the_model_did(settings, flags, run, tmp_path):
@@ -45,6 +48,22 @@ def test_the_mixture_computes_what_the_model_did(settings, flags, run, tmp_path)
     again = tmp_path / "again"
     run(tmp_path / "dense", again, *flags)
     assert (again / "model.safetensors").read_bytes() == (tmp_path / "mixture" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
+def test_shared_experts_say_nothing_at_first_and_learn(settings):
+    dense = randomised(GPT(GPTConfig(12, 31, 2, 2, 16, **settings)))
+    torch.manual_seed(0)
+    mixture = upcycled(dense, 4, shared_experts=2)
+    shared = [experts.shared for experts in mixture.experts]
+    width = dense.config.mlp_width
+    assert [one.projection.weight.shape for one in shared] == [(16, 2 * width)] * 2
+    for one in shared:
+        assert not one(torch.randn(5, 16))[0].any()
+        assert 0.018 < one.up.weight.std() < 0.022 and not torch.equal(one.up.weight[0], one.up.weight[1])
+    tokens = torch.randint(31, (3, 12), generator=torch.Generator().manual_seed(0))
+    mixture.train()(tokens, tokens).total.backward()
+    assert all(one.projection.weight.grad.abs().min() > 0 for one in shared)
 
 
 def test_training_goes_on_with_it(run, workplace):
@@ -74,6 +93,7 @@ def test_training_goes_on_with_it(run, workplace):
         (["--n_experts=0"], "n_experts = 0 is the dense model"),
         (["--n_experts=-3"], "n_experts = -3"),
         (["--expert_interval=0"], "expert_interval = 0 must be at least 1"),
+        (["--shared_experts=-1"], "shared_experts = -1 must be zero or more"),
         (["--expert_interval=3"], "expert_interval = 3 leaves no block with experts: the model has 2 blocks"),
         (["--n_expert=3"], "there is no flag --n_expert; did you mean --n_experts"),
     ],

@@ -4,6 +4,7 @@
     python tools/bench.py sample configs/gpt2.toml --n_layer=6 --nanogpt=../nanoGPT --transformers=True
     python tools/bench.py sample out/quickstart --json=quickstart.json
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT
+    python tools/bench.py moe configs/moe.toml --batch_size=1 --transformers=True
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
     python tools/bench.py eval configs/gpt2.toml --transformers=True
     python tools/bench.py ppo --trl=True
@@ -389,6 +390,12 @@ def bench_train(args: list[str]) -> None:
     bench_train.bench_train(args)
 
 
+def bench_moe(args: list[str]) -> None:
+    from gpt_arc import bench_moe
+
+    bench_moe.bench_moe(args)
+
+
 def bench_finetune(args: list[str]) -> None:
     from gpt_arc import bench_finetune
 
@@ -410,6 +417,7 @@ def bench_ppo(args: list[str]) -> None:
 BENCHES = {
     "sample": bench_sample,
     "train": bench_train,
+    "moe": bench_moe,
     "finetune": bench_finetune,
     "eval": bench_eval,
     "ppo": bench_ppo,

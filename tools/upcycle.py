@@ -4,7 +4,8 @@
     python train.py configs/modern.toml --init_from=upcycled --learning_rate=1e-4
 
 MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Each expert begins as
-a copy of the block's MLP, and the gates of a token's experts add up to 1: the mixture computes what the model did.
+a copy of the block's MLP, and the gates of a token's experts add up to 1: the mixture computes what the model did. What
+is new beside them, routers and shared experts, changes nothing at first: the latter's projections begin as zeros.
 """
 
 import sys
@@ -30,6 +31,8 @@ class Options:
     """How many experts a token is sent to."""
     expert_interval: int = 1
     """Every so many-th block gets experts, the others keep their MLP."""
+    shared_experts: int = 0
+    """Further experts that see every token, new ones that add nothing until they are trained."""
     balance_rate: float = 0.0
     """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
     seed: int = 1337
@@ -68,7 +71,7 @@ def main() -> None:
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
     torch.manual_seed(options.seed)
-    names = ("experts_per_token", "expert_interval", "balance_rate")
+    names = ("experts_per_token", "expert_interval", "shared_experts", "balance_rate")
     try:
         mixture = upcycled(model, options.n_experts, **{name: getattr(options, name) for name in names})
     except ValueError as error:  # of settings that don't go together

@@ -1,0 +1,245 @@
+"""How nearly a mixture of experts is what it says: model.py's experts beside a loop over experts, as a markdown table.
+
+    python examples/expert_equality.py
+    python examples/expert_equality.py --seed=1
+
+model.py sorts tokens by expert and multiplies each expert's at once. The loop here visits the experts in turn, picks
+the choices that fell on each, and computes in float64 with nothing of model.py's but the weights; autograd has its
+gradients. Of drawn experts alone it is told which they were. A figure is the largest difference of any number of the
+output, or of a gradient, of the input or any parameter, over the largest number of that tensor.
+
+- float32: refused above 1e-5.
+- bfloat16: under autocast, as in training. "loop's" is the difference of the same loop with its products in bfloat16,
+  hence what rounding makes; refused above four times as much.
+
+A shape is tokens x width, so many experts of which width. Where sizes are multiples of 8, products in 16 bits are
+grouped ones, else expert by expert. The last row is transformers' Mixtral if that is installed: logits, and gradients
+of all weights. The exit code is 1 if a row is refused.
+"""
+
+import contextlib
+import importlib.util
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_arc.checkpoint import load_model
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+from model import Experts, GPTConfig
+
+LIMIT, ROUNDINGS = 1e-5, 4.0  # of float32, and of bfloat16 in terms of the loop's own
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+    "relu": lambda x: x * (x > 0),
+    "relu_squared": lambda x: (x * (x > 0)) ** 2,
+    "swiglu": lambda x: x.chunk(2, -1)[0] * torch.sigmoid(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+SHAPES = [  # tokens, width, experts, their width
+    (96, 64, 8, 48),
+    (29, 20, 5, 12),
+]
+VARIANTS: dict[str, dict[str, Any]] = {  # settings of GPTConfig, and of a case
+    "top 2, gates that add up to 1": {},
+    "top 1, its gate the probability": dict(experts_per_token=1),
+    "all experts": dict(experts_per_token=None),
+    "two, drawn by their gates": dict(expert_selection="drawn"),
+    "two, and two shared experts": dict(shared_experts=2),
+    "two, as the capacity allows": dict(capacity_factor=0.75),
+    "top 1, as the capacity allows": dict(experts_per_token=1, capacity_factor=0.75),
+    "two, chosen with balancing biases": dict(balance_rate=0.1),
+    "two, layers without biases": dict(bias=False),
+    **{f"two, {name}": dict(activation=name) for name in ACTIVATIONS if name != "gelu_tanh"},
+    "two, an expert without tokens": dict(starved=3),
+    "two, one token at a time": dict(alone=True),
+}
+HEADINGS = ("variant", "shape", "float32: output", "gradients", "bfloat16: output", "loop's", "gradients", "loop's")
+
+
+@dataclass(frozen=True)
+class Options:
+    seed: int = 0
+    """The source of weights and tokens."""
+
+
+@dataclass
+class Case:
+    """Experts in training mode whose weights and biases all show, and what they are to read."""
+
+    experts: Experts
+    x: Tensor  # (N, C)
+    alone: bool  # a token at a time
+    seed: int  # of what is drawn
+
+    def drawn(self) -> Tensor | None:
+        """The numbers (N, k) of experts that the next forward pass will draw."""
+        if self.experts.config.expert_selection != "drawn":
+            return None
+        torch.manual_seed(self.seed)
+        return self.experts.route(self.x)[0]
+
+
+def make_case(variant: dict[str, Any], shape: tuple[int, int, int, int], seed: int) -> Case:
+    tokens, width, number, inner = shape
+    settings = dict(n_head=1, n_embd=width, n_experts=number, mlp_size=inner) | variant
+    starved, alone = settings.pop("starved", None), settings.pop("alone", False)
+    if settings.get("experts_per_token", 2) is None:
+        settings["experts_per_token"] = number
+    chance = torch.Generator().manual_seed(seed)
+    experts = Experts(GPTConfig(**settings)).train()
+    with torch.no_grad():
+        for tensor in (*experts.parameters(), *experts.buffers()):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=chance))
+        x = torch.randn(tokens, width, generator=chance)
+        x[:, 0] = 1
+        if starved is not None:
+            experts.router.weight[starved, 0] -= 40
+    return Case(experts, x, alone, seed)
+
+
+def by_loop(experts: Experts, weights: dict[str, Tensor], x: Tensor, drawn: Tensor | None, dtype: Any) -> Tensor:
+    """What `experts` in training make of x (N, C), one after the other, with `weights` of their names: (N, C).
+
+    `drawn` (N, k) are the numbers of experts, where they were drawn. Products are in `dtype`, the router in x's.
+    """
+    config, k = experts.config, experts.config.experts_per_token
+
+    def mlp(x: Tensor, layers: Sequence[Tensor | None]) -> Tensor:
+        up, up_bias, projection, projection_bias = (None if t is None else t.to(dtype) for t in layers)
+        return F.linear(ACTIVATIONS[config.activation](F.linear(x.to(dtype), up, up_bias)), projection, projection_bias)
+
+    probabilities = (x @ weights["router.weight"].T).softmax(-1)  # (N, E)
+    merits = probabilities + experts.balance if config.balance_rate else probabilities
+    chosen = merits.argsort(-1, descending=True)[:, :k] if drawn is None else drawn  # (N, k)
+    gates = probabilities.gather(1, chosen)
+    gates = gates / gates.sum(-1, keepdim=True) if k > 1 else gates
+    own = [weights.get(name) for name in ("up", "up_bias", "projection", "projection_bias")]
+    mixed = torch.zeros_like(x, dtype=dtype)
+    for e in range(config.n_experts):
+        rows, places = (chosen == e).nonzero(as_tuple=True)  # in the order of tokens
+        if config.capacity_factor is not None:
+            room = math.ceil(config.capacity_factor * chosen.numel() / config.n_experts)
+            rows, places = rows[:room], places[:room]
+        outputs = mlp(x[rows], [None if tensor is None else tensor[e] for tensor in own])
+        mixed = mixed.index_add(0, rows, outputs * gates[rows, places, None].to(dtype))
+    if config.shared_experts:
+        names = ("up.weight", "up.bias", "projection.weight", "projection.bias")
+        mixed = mixed + mlp(x, [weights.get(f"shared.{name}") for name in names])
+    return mixed
+
+
+def results(y: Tensor, x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
+    """y, and the gradients of x and the weights by a random cotangent of y's."""
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+    return [y.detach(), *torch.autograd.grad(y, [x, *weights.values()], cotangent.to(y.dtype))]
+
+
+def of_loop(case: Case, type_of_weights: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+    weights = {n: p.detach().to(type_of_weights).requires_grad_() for n, p in case.experts.named_parameters()}
+    x = case.x.to(type_of_weights).requires_grad_()
+    return results(by_loop(case.experts, weights, x, case.drawn(), dtype), x, weights)
+
+
+def of_model(case: Case, autocast: bool) -> list[Tensor]:
+    x = case.x.clone().requires_grad_()
+    torch.manual_seed(case.seed)
+    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+        y = torch.cat([case.experts(part)[0] for part in (x.split(1) if case.alone else [x])])
+    return results(y, x, dict(case.experts.named_parameters()))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """The largest one, over the largest number expected."""
+    largest = (found.double() - expected.double()).abs().max().item()
+    return largest / expected.abs().max().item() if largest else 0.0
+
+
+def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """Of the first tensors, and the largest of the others."""
+    first, *others = (difference(one, other) for one, other in zip(found, expected, strict=True))
+    return first, max(others)
+
+
+def measure(case: Case) -> list[float]:
+    """The figures of a row, those after its shape."""
+    exact = of_loop(case, torch.float64, torch.float64)
+    single = differences(of_model(case, autocast=False), exact)
+    half = differences(of_model(case, autocast=True), exact)
+    rounding = differences(of_loop(case, torch.float32, torch.bfloat16), exact)
+    return [*single, half[0], rounding[0], half[1], rounding[1]]
+
+
+def refused(figures: Sequence[float]) -> bool:
+    output, gradients, *pairs = figures
+    halves = zip(pairs[::2], pairs[1::2])
+    return not max(output, gradients) <= LIMIT or any(not own <= ROUNDINGS * loop for own, loop in halves)
+
+
+def measure_mixtral(seed: int) -> tuple[float, float]:
+    """Largest differences of logits and of gradients from transformers' Mixtral, both in float32."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = transformers.MixtralConfig(
+        **sizes, num_key_value_heads=2, vocab_size=61, max_position_embeddings=24, bos_token_id=None, eos_token_id=None
+    )
+    theirs, chance = transformers.MixtralForCausalLM(config).train(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=chance) + (parameter.dim() == 1))
+    tokens, targets = torch.randint(61, (2, 3, 24), generator=chance).unbind()
+    with tempfile.TemporaryDirectory(prefix="gpt-arc-") as folder:
+        theirs.save_pretrained(folder)
+        ours = load_model(folder)[0].train()
+        logits = theirs(tokens).logits
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+        for parameter in theirs.parameters():
+            parameter.data = parameter.grad
+        theirs.save_pretrained(folder)  # so that they come by our names
+        gradients = dict(load_model(folder)[0].named_parameters())
+    ours(tokens, targets).total.backward()
+    found = [ours(tokens), *(parameter.grad for parameter in ours.parameters())]
+    return differences(found, [logits, *(gradients[name] for name, _ in ours.named_parameters())])
+
+
+def main() -> int:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    wrong = []
+
+    def show(*cells: Any) -> None:
+        print(
+            "| " + " | ".join(f"{cell:.1e}" if isinstance(cell, float) else cell for cell in cells) + " |", flush=True
+        )
+
+    show(*HEADINGS)
+    print("|" + "---|" * len(HEADINGS))
+    for name, variant in VARIANTS.items():
+        for shape in SHAPES:
+            case = make_case(variant, shape, options.seed)
+            size = f"{shape[0]} x {shape[1]}, {shape[2]} of {shape[3]}"
+            figures = measure(case)
+            show(name, size, *figures)
+            wrong += [f"{name}, {size}"] if refused(figures) else []
+    if importlib.util.find_spec("transformers") is None:
+        print("\ntransformers is not installed, so there is no row of its Mixtral.")
+    else:
+        figures = measure_mixtral(options.seed)
+        show("transformers' Mixtral", "72 x 32, 8 of 48", *figures, *[""] * 4)
+        wrong += ["transformers' Mixtral"] if max(figures) > LIMIT else []
+    limits = f"{LIMIT:g} in float32, {ROUNDINGS:g} times the loop's own in bfloat16"
+    print(f"\nBeyond {limits}: {'; '.join(wrong) or 'nothing'}.")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    entry_point(main)()
