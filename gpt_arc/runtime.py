@@ -136,9 +136,10 @@ def compile_in_place(
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         model.compile()
+        batch = [tensor.clone() for tensor in to_device(batch, device)]  # code for one given twice would fit no other
         with replica.no_sync() if replica is not model else contextlib.nullcontext():
             with autocast(device, dtype):
-                loss = replica(*to_device(batch, device))
+                loss = replica(*batch)
             loss.total.backward()
         return None
     except Exception as error:  # whatever a compiler, its cache or its driver may raise

@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -83,6 +84,18 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
     assert reason == "RuntimeError: no compiler"
     assert torch.equal(model(torch.zeros(1, 8, dtype=torch.int64)), expected)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_was_compiled_on_trial_serves_the_first_step(monkeypatch):
+    """Also where one tensor was given for tokens and targets, which in training are two."""
+    model, frames = GPT(GPTConfig(8, 11, 1, 2, 16)), []
+    monkeypatch.setattr(model, "compile", partial(model.compile, backend=lambda graph, _: frames.append(1) or graph))
+    assert runtime.compile_in_place(model, model, [torch.zeros(2, 8, dtype=torch.int64)] * 2, CPU, "float32") is None
+    compiled = len(frames)
+    tokens = torch.randint(11, (2, 9))
+    model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).total.backward()
+    assert len(frames) == compiled > 0
+    torch.use_deterministic_algorithms(False)
 
 
 def test_generators_are_put_back():
