@@ -1,0 +1,168 @@
+"""The table and the figure of `bash examples/moe_arc.sh`.
+
+    python examples/moe_report.py --results out/moe_arc
+    python examples/moe_report.py --results out/moe_arc --plot docs/moe_training.png
+
+Runs lie in VARIANT/SEED. Losses are the lowest of a run's evaluations, in nats a character of the whole val split; a
+difference is taken seed by seed and told with its standard error. How evenly the experts are used is told of the last
+tenth of the updates, as a mean over updates, blocks and seeds, and of the val split where tools/expert_use.py has left
+its use.json beside the run, as the mean over blocks. Written are table.md and a figure, which takes matplotlib.
+"""
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import replacing, write_file
+from gpt_arc.flags import parse_flags
+from gpt_arc.metrics import read_metrics
+
+TITLES = {
+    "mixture": "mixture, 2 of 8 experts",
+    "dense": "dense, equal cost",
+    "without_losses": "mixture without its losses",
+    "less_balance": "mixture, balance_loss .01",
+    "balance_rate": "mixture balanced by biases",
+    "top_1": "mixture, 1 of 8 experts",
+    "top_1_without_losses": "1 of 8 without its losses",
+}
+DRAWN = ("mixture", "dense", "without_losses", "top_1_without_losses")
+POINTS = 40  # of a curve, about
+Run = list[dict[str, Any]]  # lines of metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    results: Path = Path("out/moe_arc")
+    """The folder of the runs; table.md is written there."""
+    plot: Path | None = None
+    """The figure's file. None: training.png beside the table."""
+
+
+def best_loss(run: Run) -> float:
+    return min(line["val_loss"] for line in run if "val_loss" in line)
+
+
+def late(run: Run, name: str) -> float:
+    """Mean over the last tenth of the updates."""
+    return statistics.fmean(line[name] for line in run if name in line and line["step"] > 0.9 * run[-1]["step"])
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """A mean with its standard error, which takes two values."""
+    if len(values) < 2:
+        return f"{statistics.fmean(values):+.4f}"
+    return f"{statistics.fmean(values):+.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+
+
+def val_cv(folder: Path) -> float | None:
+    """Mean CV of the blocks' loads on the val split."""
+    path = folder / "use.json"
+    if not path.exists():
+        return None
+    return statistics.fmean(block["cv"] for block in json.loads(path.read_text())["blocks"])
+
+
+def read_runs(folder: Path) -> dict[str, dict[str, Run]]:
+    """Runs by variant and seed, those that have come as far as any. Raises UserError if there are none."""
+    found: dict[str, dict[str, Run]] = {}
+    for variant in TITLES:
+        for path in sorted(folder.glob(f"{variant}/*/metrics.jsonl")):
+            if run := read_metrics(path):
+                found.setdefault(variant, {})[path.parent.name] = run
+    last = max((run[-1]["step"] for runs in found.values() for run in runs.values()), default=0)
+    found = {variant: {s: run for s, run in runs.items() if run[-1]["step"] == last} for variant, runs in found.items()}
+    found = {variant: runs for variant, runs in found.items() if runs}
+    if "dense" not in found:
+        raise UserError(f"{folder} has no runs to compare: bash examples/moe_arc.sh makes them")
+    return found
+
+
+def table(found: dict[str, dict[str, Run]], folder: Path) -> str:
+    seeds = list(dict.fromkeys(seed for runs in found.values() for seed in runs))
+    names = [
+        *(f"seed {seed}" for seed in seeds),
+        "less than dense's",
+        "CV",
+        "largest load",
+        "router entropy",
+        "CV, val",
+    ]
+    rows = ["| val loss | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for variant, runs in found.items():
+        cells = [TITLES[variant], *(f"{best_loss(runs[seed]):.4f}" if seed in runs else "" for seed in seeds)]
+        if variant == "dense":
+            cells += [""] * 5
+        else:
+            dense = found["dense"]
+            cells.append(
+                mean_and_error([best_loss(dense[seed]) - best_loss(runs[seed]) for seed in runs if seed in dense])
+            )
+            figures = [
+                [late(run, name) for run in runs.values()] for name in ("expert_cv", "expert_max", "router_entropy")
+            ]
+            cells += [f"{statistics.fmean(values):.3f}" for values in figures]
+            on_val = [cv for seed in runs if (cv := val_cv(folder / variant / seed)) is not None]
+            cells.append(f"{statistics.fmean(on_val):.3f}" if on_val else "")
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def curve(run: Run, name: str) -> tuple[list[float], list[float]]:
+    """Updates and values of what a run tells, in means of a few lines where there are many."""
+    lines = [line for line in run if name in line]
+    size = max(1, len(lines) // POINTS)
+    groups = [lines[i : i + size] for i in range(0, len(lines), size)]
+    steps, values = ([statistics.fmean(line[key] for line in group) for group in groups] for key in ("step", name))
+    return steps, values
+
+
+def draw(found: dict[str, dict[str, Run]], path: Path) -> None:
+    """Means over seeds, in a band from the lowest to the highest."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("the figure takes matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    losses = figure.add_subplot(1, 2, 1, xlabel="updates", ylabel="val loss, nats a character")
+    balance = figure.add_subplot(1, 2, 2, xlabel="updates", ylabel="CV of the experts' load", yscale="log")
+    drawn = {variant: found[variant] for variant in DRAWN if variant in found}
+    for place, (variant, runs) in enumerate(drawn.items()):
+        for axes, name in ((losses, "val_loss"), (balance, "expert_cv")):
+            curves = [curve(run, name) for run in runs.values()]
+            values = list(zip(*(own for _, own in curves)))  # of all seeds, update by update
+            if values:
+                steps, means = curves[0][0], [statistics.fmean(own) for own in values]
+                axes.plot(steps, means, color=f"C{place}", label=TITLES[variant])
+                lowest, highest = ([pick(own) for own in values] for pick in (min, max))
+                axes.fill_between(steps, lowest, highest, color=f"C{place}", alpha=0.2, linewidth=0)
+    lowest = min(best_loss(run) for runs in drawn.values() for run in runs.values())
+    losses.set_ylim(lowest - 0.01, lowest + 0.3)
+    balance.set_ylim(0.02, 3)  # the largest that eight experts allow is the root of 7
+    balance.axhline(0.1, color="grey", linewidth=0.8, linestyle=":")
+    figure.legend(
+        *losses.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize="small"
+    )
+    for axes in (losses, balance):
+        axes.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80, pil_kwargs={"optimize": True})
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    found = read_runs(options.results)
+    shown = table(found, options.results)
+    write_file(options.results / "table.md", shown + "\n")
+    print(shown)
+    draw(found, options.plot or options.results / "training.png")
+
+
+if __name__ == "__main__":
+    entry_point(main)()

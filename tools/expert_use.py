@@ -1,0 +1,203 @@
+"""Tell which experts of a trained mixture the tokens of a text go to, block by block and by the tokens' kind.
+
+    python tools/expert_use.py out/moe --dataset tinyshakespeare             the val split of a prepared dataset
+    python tools/expert_use.py out/moe --text book.txt --top 5               and each expert's most typical tokens
+    python tools/expert_use.py out/moe --text book.txt --plot use.png --json use.json
+
+For each block are told the experts' load, the share of the choices that each gets; its CV, the standard deviation over
+the mean; the largest load over the mean; and the entropy of the router's probabilities. Classes of tokens follow with
+the shares of their choices that go to each expert, in per cent. How far the classes explain the choices is their mutual
+information, in nats, and as a share of what it would be if a token's class settled its experts.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.flags import parse_flags
+
+if TYPE_CHECKING:
+    from gpt_arc.expert_use import Use, Window
+    from gpt_arc.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    model: tyro.conf.Positional[str]
+    """A run folder, whose best checkpoint is taken, a model directory, or a published mixture: hf:OWNER/NAME."""
+    text: Path | None = None
+    """A file of text to read."""
+    dataset: str | None = None
+    """A prepared dataset to read, in the place of a text."""
+    split: Literal["train", "val"] = "val"
+    """Which split of the dataset."""
+    tokens: int = 20_000
+    """How many tokens to read at most, in windows of the model's context spread evenly. 0: all."""
+    top: int = 0
+    """For each expert print so many tokens that it gets most beyond its share."""
+    plot: Path | None = None
+    """A .png file to draw the classes' shares in, a panel a block."""
+    json: Path | None = None
+    """A file for the figures."""
+    batch_tokens: int = 8192
+    """Tokens that are read at once."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights. auto: what the hardware multiplies fastest."""
+
+    def __post_init__(self):
+        for name, least in (("tokens", 0), ("top", 0), ("batch_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
+        if self.plot and self.plot.suffix != ".png":
+            raise ValueError(f"plot = {self.plot} must end in .png")
+
+
+def figure_class() -> Any:
+    """matplotlib's Figure. Raises UserError where it is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is not installed: `pip install -e '.[plot]'` brings it") from None
+    return Figure
+
+
+def check(options: Options) -> None:
+    """Raises UserError for what would fail, part of it after the work is done."""
+    if (options.text is None) == (options.dataset is None):  # told here: a misspelled flag comes first
+        raise UserError("name what to read, either --text FILE or --dataset NAME")
+    for path, flag in ((options.json, "json"), (options.plot, "plot")):
+        if path and not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent} for the results: make it, or name another by --{flag}")
+    if options.plot:
+        figure_class()
+
+
+def windows_of(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_size: int) -> "list[Window]":
+    """What is to be read. Raises UserError."""
+    from gpt_arc import data
+    from gpt_arc.config import Source
+    from gpt_arc.documents import read_text
+    from gpt_arc.expert_use import windows
+
+    if options.text:
+        tokens = tokenizer.encode(read_text(options.text))
+        if not tokens:
+            raise UserError(f"{options.text} is empty")
+        return windows(tokenizer, lambda start, n: tokens[start : start + n], len(tokens), block_size, options.tokens)
+    corpus = data.open_corpus((Source(options.dataset, 1.0),))
+    if corpus is None:
+        raise UserError(
+            f"there is no prepared dataset {options.dataset}, neither below data/ nor a folder of that path"
+        )
+    if corpus.tokenizer != tokenizer:
+        raise UserError(
+            f"{options.dataset} was prepared with another tokenizer than the model's: give its text by --text"
+        )
+    split = corpus.split(options.split, 1, vocab_size, False)  # shorter than the context is fine
+    return windows(tokenizer, split.read, len(split), block_size, options.tokens)
+
+
+def class_shares(use: "Use") -> dict[str, list[float]]:
+    """For each class of which there are tokens, the shares (E,) of its choices."""
+    from gpt_arc.expert_use import CLASSES
+
+    return {name: (row / row.sum()).tolist() for name, row in zip(CLASSES, use.by_class.double()) if row.sum()}
+
+
+def tables(use: "Use", tokenizer: "Tokenizer", top: int) -> str:
+    """What is printed of a block."""
+    from gpt_arc.expert_use import CLASSES
+    from gpt_arc.finetuning import table
+
+    known = "" if use.explained is None else f", {use.explained:.1%} of what could be"
+    lines = [
+        f"block {use.block}: CV {use.cv:.3f}, max/mean {use.max_over_mean:.2f}, router entropy "
+        f"{use.router_entropy:.3f} nats; class and expert share {use.mutual_information:.3f} nats{known}"
+    ]
+    counts = dict(zip(CLASSES, (use.by_class.sum(1) // use.experts_per_token).tolist()))
+    experts = range(1, len(use.load) + 1)
+    rows = [["", "tokens", *(f"expert {number}" for number in experts)]]
+    rows.append(["load, %", f"{sum(counts.values()):,}", *(f"{100 * share:.1f}" for share in use.load.tolist())])
+    for name, shares in class_shares(use).items():
+        rows.append([name, f"{counts[name]:,}", *(f"{100 * share:.1f}" for share in shares)])
+    lines.append(table(rows))
+    if top:
+        for number in experts:
+            best = use.typical(number - 1, top)
+            shown = ", ".join(f"{tokenizer.decode([token])!r} {times:,}" for token, times in best)
+            lines.append(f"expert {number}: {shown or 'none beyond its share'}")
+    return "\n".join(lines)
+
+
+def draw(uses: "list[Use]", path: Path) -> None:
+    """A heat map a block: rows are classes, columns experts, and colours the shares of a class's choices."""
+    from gpt_arc.files import replacing
+
+    shares = [class_shares(use) for use in uses]
+    highest = max(max(row) for own in shares for row in own.values())
+    across = min(len(uses), 4)
+    down = -(-len(uses) // across)
+    figure = figure_class()(figsize=(1.6 + 3 * across, 0.6 + 2.6 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for axes, use, own in zip(panels, uses, shares):
+        image = axes.imshow(list(own.values()), vmin=0, vmax=highest, aspect="auto")
+        axes.set_title(f"block {use.block}", fontsize="medium")
+        axes.set_yticks(range(len(own)), list(own))
+        if len(use.load) <= 16:
+            axes.set_xticks(range(len(use.load)), range(1, len(use.load) + 1))
+        axes.set_xlabel("expert")
+    for axes in panels[len(uses) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=panels.tolist(), label="share of the class's choices")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def report(uses: "list[Use]", options: Options) -> dict[str, Any]:
+    from gpt_arc.expert_use import CLASSES
+
+    names = ("block", "cv", "max_over_mean", "router_entropy", "mutual_information", "explained")
+    blocks = [
+        {name: getattr(use, name) for name in names}
+        | {"load": use.load.tolist(), "choices": dict(zip(CLASSES, use.by_class.tolist()))}
+        for use in uses
+    ]
+    return {"options": asdict(options), "experts_per_token": uses[0].experts_per_token, "blocks": blocks}
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    check(options)
+
+    import json  # what follows is slow to import: not before the settings are known to be right
+
+    from gpt_arc import runtime
+    from gpt_arc.checkpoint import load_model
+    from gpt_arc.expert_use import expert_use
+    from gpt_arc.files import write_file
+
+    device = runtime.resolve_device(options.device)
+    dtype = runtime.DTYPES[runtime.resolve_dtype(options.dtype, device)]
+    runtime.set_up(device, options.dtype)
+    model, tokenizer = load_model(options.model, dtype=dtype)
+    if not model.experts:
+        raise UserError(f"{options.model} is a dense model: it has no experts; tools/upcycle.py makes a mixture of it")
+    if tokenizer is None:
+        raise UserError(f"{options.model} has no tokenizer: it can't read texts")
+    windows = windows_of(options, tokenizer, model.config.vocab_size, model.config.block_size)
+    uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
+    print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
+    if options.plot:
+        draw(uses, options.plot)
+    if options.json:
+        write_file(options.json, json.dumps(report(uses, options), indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    entry_point(main)()
