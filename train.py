@@ -116,9 +116,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     # ---- the plan in figures
     if launch.adopted:
         say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
-    active = f", {sketch.num_parameters(active=True):,} active" if sketch.experts else ""
-    say(f"parameters     {sketch.num_parameters():,}{active} "
-        f"({sketch.num_parameters(embeddings=False):,} without embeddings)")  # fmt: skip
+    say(f"parameters     {metrics.parameters(sketch)} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
+    say(f"operations     {human(flops_per_step / tokens_per_step, 'FLOP')} a token, forward and backward")
     say(f"tokens a step  {tokens_per_step:,} = {WORLD_SIZE} x {micro_steps} batches of {micro_batch} x {block_size}")
     say(f"steps          {training.max_iters:,}")
     for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):

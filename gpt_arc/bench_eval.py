@@ -278,7 +278,7 @@ def bench_eval(args: list[str]) -> None:
     machine = f"{runtime.device_name(device)}, torch {torch.__version__}"
     dtypes = list(dict.fromkeys(dtype_of.values()))
     print(f"machine      {machine}")
-    print(f"model        {settings.model}, {model.num_parameters():,} parameters, {' and '.join(dtypes)}")
+    print(f"model        {settings.model}, {metrics.parameters(model, ' parameters')}, {' and '.join(dtypes)}")
     print(
         f"work         {settings.items:,} items of {settings.options} options, contexts of {settings.min_context}",
         end="",

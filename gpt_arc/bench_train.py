@@ -333,7 +333,7 @@ def prepare(settings: StepBench, config: Config) -> Job:
     """Our job on this machine, told on the screen. Raises UserError for a config whose steps can't be measured."""
     import torch
 
-    from gpt_arc import runtime
+    from gpt_arc import metrics, runtime
     from model import GPT
 
     if config.data.document_mask:
@@ -347,9 +347,8 @@ def prepare(settings: StepBench, config: Config) -> Job:
     compile = runtime.resolve_compile(config.training.compile, device, 0)[0]
     with torch.device("meta"):
         model = GPT(config.model)
-    active = f", {model.num_parameters(active=True):,} active" if model.experts else ""
     print(f"machine      {machine(device)}")
-    print(f"model        {model.num_parameters():,} parameters{active}, {dtype}", end="")
+    print(f"model        {metrics.parameters(model, ' parameters')}, {dtype}", end="")
     print(f", {'compiled' if compile else 'not compiled'}")
     print(f"work         {config.data.batch_size} x {config.model.block_size} tokens a step,", end="")
     print(f" {settings.rounds} rounds of {settings.steps} steps after one to warm up", flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gpt_arc.files import write_file
 from model import GPT, GPTConfig
@@ -32,6 +33,15 @@ ACCELERATORS = {
     "RTX 4090": (165.2e12, 82.6e12),
     "RTX 3090": (71e12, 35.6e12),
 }
+
+
+def parameters(model: nn.Module, noun: str = "") -> str:
+    """How many a model has, heads included, as plans tell it: "284,057,088, 114,187,776 active", the second being those
+    that a token takes of a mixture of experts. `noun` follows the first."""
+    total = sum(p.numel() for p in model.parameters())
+    mixtures = [module for module in model.modules() if isinstance(module, GPT) and module.config.n_experts]
+    idle = sum(mixture.num_parameters() - mixture.num_parameters(active=True) for mixture in mixtures)
+    return f"{total:,}{noun}" + (f", {total - idle:,} active" if idle else "")
 
 
 def flops_per_token(model: GPT) -> int:

@@ -22,6 +22,7 @@ from gpt_arc.chat import read_rankings
 from gpt_arc.checkpoint import save_model
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.metrics import parameters
 from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_policy, padded, pairs_of
 from gpt_arc.rl import dpo_loss, log_probabilities, response_states
 from gpt_arc.runtime import autocast
@@ -87,7 +88,7 @@ def train(options: Options, stage: Stage) -> int:
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     splits = options.splits(read_rankings)
-    say(f"parameters     {reference.num_parameters():,}")
+    say(f"parameters     {parameters(reference)}")
     context = reference.config.block_size
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]

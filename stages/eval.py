@@ -45,6 +45,7 @@ from gpt_arc.files import write_file
 from gpt_arc.finetuning import table
 from gpt_arc.flags import parse_flags
 from gpt_arc.generate import beam_search, generate, row_generators
+from gpt_arc.metrics import parameters
 from gpt_arc.sampling import Sampling
 from gpt_arc.score import Request, Score, encode_pair, rolling_windows, score_continuations
 from gpt_arc.tasks import (
@@ -502,7 +503,7 @@ def main() -> None:
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer: it can't read texts")
         reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens)
-        print(f"{directory}: {model.num_parameters():,} parameters, {str(dtype).removeprefix('torch.')}")
+        print(f"{directory}: {parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
         one: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
         results: list[Result] = []
         for material in materials:

@@ -57,7 +57,7 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.labelled import Columns, Example, Task, classes_of, label_value, read_examples
 from gpt_arc.lora import add_adapters
 from gpt_arc.lstm import LSTM
-from gpt_arc.metrics import MetricsLog
+from gpt_arc.metrics import MetricsLog, parameters
 from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
 from gpt_arc.signals import StopSignal
 from gpt_arc.stage import held_out, recorded_options, refuse_others, write_record
@@ -311,8 +311,8 @@ def train(options: Options, resumed: Path | None) -> int:
     per_update = options.batch_size * options.gradient_accumulation_steps
     updates_per_epoch = math.ceil(len(training) / per_update)
     updates = updates_per_epoch * options.epochs
-    weights = [sum(p.numel() for p in classifier.parameters() if p.requires_grad or every) for every in (True, False)]
-    print(f"parameters     {weights[0]:,}, of which {weights[1]:,} learn")
+    learning = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    print(f"parameters     {parameters(classifier)}; {learning:,} learn")
     for name, split in splits.items():
         cut = f", {split.cut:,} of them cut to {config.max_tokens} tokens" if split.cut else ""
         print(f"{name:<15}{len(split):,} examples{cut}")

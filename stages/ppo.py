@@ -31,6 +31,7 @@ from gpt_arc.config import Source
 from gpt_arc.decoder import Decoder
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.metrics import parameters
 from gpt_arc.preferences import (
     RewardModel,
     ScalarHead,
@@ -242,7 +243,7 @@ def train(options: Options, stage: Stage) -> int:
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
     updates = options.inner_epochs * options.minibatches  # of an iteration
-    say(f"parameters     {policy.num_parameters():,}, critic {sum(p.numel() for p in critic.parameters()):,}")
+    say(f"parameters     {parameters(policy)}; critic {parameters(critic)}")
     say(f"iterations     {iterations:,} of {size:,} episodes, {updates} updates each")
 
     # ---- the run, where a stopped one stood

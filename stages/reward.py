@@ -23,6 +23,7 @@ from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.finetuning import table
+from gpt_arc.metrics import parameters
 from gpt_arc.preferences import (
     EncodedRanking,
     RewardModel,
@@ -102,7 +103,7 @@ def train(options: Options, stage: Stage) -> int:
 
     # ---- the rankings, and the plan in figures
     splits = options.splits(read_rankings)
-    say(f"parameters     {sum(p.numel() for p in model.parameters()):,}")
+    say(f"parameters     {parameters(model)}")
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]
     demonstrations = []

@@ -31,6 +31,7 @@ from gpt_arc.chat import (
 from gpt_arc.checkpoint import load_model, model_directory, save_model
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.metrics import parameters
 from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
 from gpt_arc.surgery import with_more_tokens, with_settings
 from model import GPT
@@ -97,7 +98,7 @@ def train(options: Options, stage: Stage) -> int:
     # ---- the conversations, and the plan in figures
     splits = options.splits(read_conversations)
     encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
-    say(f"parameters     {model.num_parameters():,}")
+    say(f"parameters     {parameters(model)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))
     for name, split in encoded.items():
         say(f"{name:<15}{described(split)}")

@@ -72,3 +72,14 @@ def test_the_meter_takes_means_since_it_was_last_taken():
 
 def test_figures_for_people():
     assert [metrics.human(x, "B") for x in (12, 63_300_000, 2.5e9, 1e12)] == ["12B", "63.3MB", "2.5GB", "1TB"]
+
+
+def test_a_plan_tells_what_a_mixture_has_and_what_a_token_takes():
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 9, "block_size": 8, "mlp_size": 24, "bias": False}
+    dense, mixture = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, n_experts=4, experts_per_token=1))
+    expert, rest = 2 * 16 * 24, 9 * 16 + 8 * 16 + 3 * 16 + 4 * 16 * 16
+    assert metrics.parameters(dense) == f"{rest + expert:,}"
+    counts = f"{rest + 4 * 16 + 4 * expert:,} parameters, {rest + 4 * 16 + expert:,} active"
+    assert metrics.parameters(mixture, " parameters") == counts
+    with_head = torch.nn.ModuleDict({"trunk": mixture, "head": torch.nn.Linear(16, 1)})
+    assert metrics.parameters(with_head).endswith(f", {rest + 4 * 16 + expert + 17:,} active")

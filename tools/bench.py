@@ -335,7 +335,7 @@ def bench_sample(args: list[str]) -> None:
 
     import torch  # slow to import: not before the settings are known to be right
 
-    from gpt_arc import runtime
+    from gpt_arc import metrics, runtime
     from gpt_arc.checkpoint import load_config, load_model
     from model import GPT
 
@@ -356,7 +356,7 @@ def bench_sample(args: list[str]) -> None:
         model = load_model(settings.model)[0] if trained else GPT(config)
         dtype = str(runtime.resolve_decoding_dtype(settings.dtype, device, 4 * model.num_parameters()))
         dtype = dtype.removeprefix("torch.")
-        print(f"model        {settings.model}, {model.num_parameters():,} parameters, {dtype}")
+        print(f"model        {settings.model}, {metrics.parameters(model, ' parameters')}, {dtype}")
         print(
             f"work         {settings.batch_size} x ({settings.prompt_tokens} + {settings.max_new_tokens}) tokens",
             end="",

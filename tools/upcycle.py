@@ -60,6 +60,7 @@ def main() -> None:
     from gpt_arc.checkpoint import load_model, model_directory, save_model
     from gpt_arc.classifier import is_classifier
     from gpt_arc.experts import upcycled
+    from gpt_arc.metrics import parameters
     from gpt_arc.preferences import is_reward_model
 
     if is_classifier(options.model) or is_reward_model(options.model):
@@ -86,8 +87,7 @@ def main() -> None:
                 chat.save(temporary)
         except SafetensorError as error:  # as of a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
-    total, active = mixture.num_parameters(), mixture.num_parameters(active=True)
-    print(f"{options.output}: {total:,} parameters, {active:,} active, of {model.num_parameters():,}")
+    print(f"{options.output}: {parameters(mixture, ' parameters')}, made of {model.num_parameters():,}")
 
 
 if __name__ == "__main__":
