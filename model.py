@@ -115,6 +115,8 @@ class GPTConfig:
         for name in ("n_experts", "shared_experts", "balance_loss", "router_z_loss", "balance_rate"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+        if self.n_experts and self.expert_interval > self.n_layer:
+            raise ValueError(f"expert_interval = {self.expert_interval} leaves {self.n_layer} blocks without experts")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
         if self.balance_rate and self.expert_selection == "drawn":
@@ -331,7 +333,7 @@ class Experts(nn.Module):
         compute = self.compute if self.exchange is None else partial(self.exchange, self.compute)
         outputs = compute(take_rows(inputs, order, back), ends)
         if self.training and config.capacity_factor is not None:  # the first that come are taken
-            room = math.ceil(config.capacity_factor * len(order) / config.n_experts)
+            room = math.ceil(min(config.capacity_factor * len(order) / config.n_experts, len(order)))
             place = torch.arange(len(order), device=x.device) - (ends - asked)[experts]
             gates, taken = gates * (place < room)[back].view_as(gates), asked.clamp(max=room)
         choices = take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)

@@ -79,8 +79,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, Run]]:
     last = max((run[-1]["step"] for runs in found.values() for run in runs.values()), default=0)
     found = {variant: {s: run for s, run in runs.items() if run[-1]["step"] == last} for variant, runs in found.items()}
     found = {variant: runs for variant, runs in found.items() if runs}
-    if "dense" not in found:
-        raise UserError(f"{folder} has no runs to compare: bash examples/moe_arc.sh makes them")
+    if not found:
+        raise UserError(f"{folder} has no runs: bash examples/moe_arc.sh makes them")
     return found
 
 
@@ -100,10 +100,9 @@ def table(found: dict[str, dict[str, Run]], folder: Path) -> str:
         if variant == "dense":
             cells += [""] * 5
         else:
-            dense = found["dense"]
-            cells.append(
-                mean_and_error([best_loss(dense[seed]) - best_loss(runs[seed]) for seed in runs if seed in dense])
-            )
+            dense = found.get("dense", {})
+            gains = [best_loss(dense[seed]) - best_loss(runs[seed]) for seed in runs if seed in dense]
+            cells.append(mean_and_error(gains) if gains else "")
             figures = [
                 [late(run, name) for run in runs.values()] for name in ("expert_cv", "expert_max", "router_entropy")
             ]

@@ -136,5 +136,5 @@ def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
     if WORLD_SIZE % processes:
         raise UserError(
             f"expert_processes = {processes} does not divide the {WORLD_SIZE} processes there are: "
-            f"torchrun --nproc_per_node={processes} starts as many"
+            f"torchrun --nproc_per_node={processes} starts as many; expert_processes = 1 goes without"
         )

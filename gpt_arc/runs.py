@@ -174,6 +174,8 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
     Raises UserError.
     """
     asked, imported = config.model, load_config(name)
+    if asked.n_experts and not imported.n_experts:
+        raise UserError(f"n_experts = {asked.n_experts}, and {name} is dense: tools/upcycle.py makes a mixture of it")
     kept = {name: getattr(asked, name) for name in OF_TRAINING}
     kept["block_size"] = min(asked.block_size, imported.block_size)
     model = dataclasses.replace(imported, **kept)

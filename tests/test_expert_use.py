@@ -357,7 +357,7 @@ def test_the_report_compares_seed_by_seed(tmp_path, output_of):
     assert rows["dense, equal cost"][:2] == ["1.6000", "1.9000"]
     assert (tmp_path / "table.md").read_text() == output
     assert (tmp_path / "training.png").stat().st_size > 1000
-    assert "has no runs to compare" in output_of(report, "moe_report.py", f"--results={tmp_path / 'nothing'}")
+    assert "has no runs: " in output_of(report, "moe_report.py", f"--results={tmp_path / 'nothing'}")
 
 
 def test_the_arc_compares_equal_active_parameters():

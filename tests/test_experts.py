@@ -550,6 +550,13 @@ def test_the_configuration_is_kept_and_one_of_older_days_is_dense(tmp_path):
     assert load_model(tmp_path / "old")[0].config == GPTConfig(**{**dataclasses.asdict(TINY), "n_experts": 0})
 
 
+def test_a_capacity_beyond_all_counts_is_none():
+    x, experts = tokens_of(9), experts_of(changed(capacity_factor=1e300)).train()
+    plain = experts_of(TINY).train()
+    plain.load_state_dict(experts.state_dict())
+    assert torch.equal(experts(x)[0], plain(x)[0]) and experts(x)[1].dropped == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -557,6 +564,7 @@ def test_the_configuration_is_kept_and_one_of_older_days_is_dense(tmp_path):
         (dict(experts_per_token=5), "experts_per_token = 5 must lie between 1 and n_experts"),
         (dict(experts_per_token=0), "experts_per_token = 0 must lie between 1 and n_experts"),
         (dict(expert_interval=0), "expert_interval = 0 must be at least 1"),
+        (dict(expert_interval=3), "expert_interval = 3 leaves 2 blocks without experts"),
         (dict(shared_experts=-1), "shared_experts = -1 must be zero or more"),
         (dict(capacity_factor=0.0), "capacity_factor = 0.0 must be positive"),
         (dict(router_jitter=1.0), r"router_jitter = 1.0 must lie in \[0, 1\)"),

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import TINY_FLAGS, command, randomised
+from conftest import TINY_FLAGS, command, randomised, refusal
 from gpt_arc.checkpoint import load_config, load_model, save_model
 from gpt_arc.errors import entry_point
 from gpt_arc.experts import upcycled
@@ -72,6 +72,8 @@ def test_training_goes_on_with_it(run, workplace):
     assert result.returncode == 0, result.stderr
     run("dense", "mixture", "--n_experts=4")
     assert load_tokenizer(workplace / "mixture") == load_tokenizer(workplace / "dense" / "last")
+    message = refusal(*train, "--init_from=dense", "--n_experts=4")
+    assert "n_experts = 4, and dense is dense: tools/upcycle.py makes a mixture of it" in message
     result = command(*train, "--init_from=mixture", "--eval_only=True")
     trained = [json.loads(line) for line in (workplace / "dense" / "metrics.jsonl").read_text().splitlines()]
     assert f"mixture: val loss {trained[-1]['val_loss']:.4f} over" in result.stdout
@@ -94,7 +96,7 @@ def test_training_goes_on_with_it(run, workplace):
         (["--n_experts=-3"], "n_experts = -3"),
         (["--expert_interval=0"], "expert_interval = 0 must be at least 1"),
         (["--shared_experts=-1"], "shared_experts = -1 must be zero or more"),
-        (["--expert_interval=3"], "expert_interval = 3 leaves no block with experts: the model has 2 blocks"),
+        (["--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),
         (["--n_expert=3"], "there is no flag --n_expert; did you mean --n_experts"),
     ],
 )

@@ -38,7 +38,7 @@ class Options:
     tokens: int = 20_000
     """How many tokens to read at most, in windows of the model's context spread evenly. 0: all."""
     top: int = 0
-    """For each expert print so many tokens that it gets most beyond its share."""
+    """For each expert print so many tokens that it gets most beyond its share, and how often it gets them."""
     plot: Path | None = None
     """A .png file to draw the classes' shares in, a panel a block."""
     json: Path | None = None
@@ -74,6 +74,8 @@ def check(options: Options) -> None:
     for path, flag in ((options.json, "json"), (options.plot, "plot")):
         if path and not path.parent.is_dir():
             raise UserError(f"there is no folder {path.parent} for the results: make it, or name another by --{flag}")
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder: name a file in it by --{flag}")
     if options.plot:
         figure_class()
 

@@ -77,9 +77,6 @@ def main() -> None:
         mixture = upcycled(model, options.n_experts, **{name: getattr(options, name) for name in names})
     except ValueError as error:  # of settings that don't go together
         raise UserError(str(error)) from None
-    if not mixture.experts:
-        blocks = f"the model has {model.config.n_layer} blocks"
-        raise UserError(f"expert_interval = {options.expert_interval} leaves no block with experts: {blocks}")
     with new_directory(options.output.resolve()) as temporary:
         try:
             save_model(mixture, tokenizer, temporary)
