@@ -26,7 +26,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import IGNORED, HeadLoss, KVCache, attend, causal_mask, grouped_linear, mean_over_processes, take_rows
+from ops import (
+    IGNORED,
+    HeadLoss,
+    KVCache,
+    attend,
+    causal_mask,
+    grouped_linear,
+    mean_over_processes,
+    rotate,
+    run_rows,
+    sinusoids,
+    take_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,10 @@ class GPTConfig:
     """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
     qk_norm: bool = False
     """Norm every query and key head before attention (arXiv:2302.05442, Qwen3)."""
+    ngrams: int = 1
+    """Longest run of tokens, that which is read its last, with an embedding beside the token's. 1: tokens alone."""
+    ngram_rows: int = 32_768
+    """Rows of the table for each length of such runs, which share them by a hash."""
     dropout: float = 0.0
     """Dropout wherever the three settings below leave it to this one."""
     embedding_dropout: float | None = None
@@ -102,11 +118,13 @@ class GPTConfig:
     """Dropout on attention weights. None: dropout."""
     residual_dropout: float | None = None
     """Dropout on each sublayer's output before it joins the residual stream. None: dropout."""
-    init: Literal["gpt1", "gpt2"] = "gpt2"
-    """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
+    init: Literal["gpt1", "gpt2", "zero"] = "gpt2"
+    """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer).
+    zero: residual projections and an untied head 0, embeddings N(0, .02), other matrices N(0, 1 / inputs)."""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "expert_interval"):
+        sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "expert_interval", "ngrams", "ngram_rows"
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
@@ -184,23 +202,6 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
     if config.norm == "rmsnorm":
         return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
-
-
-def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi up to 2 pi base, in float32.
-
-    Computed where they are used: no buffer that a cast to bfloat16 would spoil or a meta device would leave empty.
-    """
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions.float()[..., None] * base**-exponents
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary positions: x (B, H, T, D) with features i and i + D/2 turned as a pair (Hugging Face's layout)."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
-    return turned.type_as(x)
 
 
 class Attention(nn.Module):
@@ -397,6 +398,8 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
+        if config.ngrams > 1:
+            self.ngram_embedding = nn.Embedding((config.ngrams - 1) * config.ngram_rows, config.n_embd)
         self.dropout = nn.Dropout(config.dropout_of("embedding"))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
@@ -410,30 +413,39 @@ class GPT(nn.Module):
         """Draw the initial weights; norms start as the identity, biases at 0.
 
         gpt1: openai/finetune-transformer-lm train.py:106. gpt2: openai/gpt-2 src/model.py:50,152, with the
-        residual projections scaled by 1/sqrt(N) as the paper says, N = 2 n_layer being the residual layers.
+        residual projections scaled by 1/sqrt(N) as the paper says, N = 2 n_layer being the residual layers. zero: as
+        modded-nanogpt and nanochat have it, so that a model begins with the residual stream alone.
         """
-        as_gpt2 = self.config.init == "gpt2"
+        as_gpt2, as_zero = self.config.init == "gpt2", self.config.init == "zero"
+        residual = 0.0 if as_zero else 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 and name.endswith("projection") else 0.02
+                std = module.in_features**-0.5 if as_zero else 0.02
+                std = residual if name.endswith("projection") else 0.0 if as_zero and name == "head" else std
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
-                nn.init.normal_(module.up, std=0.02)
-                nn.init.normal_(module.projection, std=0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02)
+                nn.init.normal_(module.up, std=module.up.size(-1) ** -0.5 if as_zero else 0.02)
+                nn.init.normal_(module.projection, std=residual)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Sequence[KVCache] | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: Sequence[KVCache] | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
         `documents` (B, T) tells which document each token belongs to, by any number that changes where the next one
         begins: positions then count from the document's beginning, and attention doesn't look back beyond it.
         With `cache`, one of each block and all with the same positions, the tokens go on from those read before;
-        there `documents` is None.
+        there `documents` is None, and `previous` (B, T, ngrams - 1) the tokens before each, see `ops.run_rows`.
         """
         config, (batch, length) = self.config, tokens.shape
         if length > config.block_size:
@@ -458,6 +470,9 @@ class GPT(nn.Module):
             positions = positions - beginnings
 
         x = self.token_embedding(tokens)
+        if config.ngrams > 1:
+            rows = run_rows(tokens, positions, previous, config.ngrams, config.ngram_rows)
+            x = x + self.ngram_embedding(rows).sum(-2)
         rotary = None
         if config.positions == "learned":
             x = x + self.position_embedding(positions)
@@ -537,5 +552,5 @@ class GPT(nn.Module):
             total -= sum(p[0].numel() * idle for e in self.experts for name, p in e.named_parameters() if name in own)
         if embeddings:
             return total
-        tables = [self.token_embedding] + ([self.position_embedding] if self.config.positions == "learned" else [])
+        tables = (module for name, module in self.named_children() if name.endswith("embedding"))
         return total - sum(table.weight.numel() for table in tables)

@@ -1,4 +1,5 @@
-"""Attention, its cache, experts and the head's loss, as the hardware at hand computes them fastest: model.py's parts.
+"""What model.py is written in: positions, runs of tokens and, as the hardware at hand computes them fastest,
+attention, its cache, experts and the head's loss.
 
 Shapes: B batch, T time, S keys, C width, H query heads, K key/value heads, D head size, V vocabulary, N tokens.
 """
@@ -129,6 +130,38 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
     return mixed.flatten(1, 2)[:, :, None]
+
+
+def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi up to 2 pi base, in float32.
+
+    Computed where they are used: no buffer that a cast to bfloat16 would spoil or a meta device would leave empty.
+    """
+    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
+    angles = positions.float()[..., None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary positions: x (B, H, T, D) with features i and i + D/2 turned as a pair (Hugging Face's layout)."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)
+    return turned.type_as(x)
+
+
+def run_rows(tokens: Tensor, positions: Tensor, previous: Tensor | None, longest: int, rows: int) -> Tensor:
+    """Rows (B, T, n - 1), in a table of embeddings, of the runs of 2 .. n tokens that end with each of tokens (B, T).
+
+    Each length has `rows` rows of its own, to which a polynomial hash sends its runs: the same whatever the vocabulary.
+    `previous` (B, T, n - 1) has the tokens before each, the nearest first; None: `tokens` are whole sequences, or their
+    parts that begin at the position 0. What lies before `positions` (B, T) or (T,) 0 is as it were a token of its own.
+    """
+    key, found = tokens, []
+    for k in range(1, longest):
+        before = F.pad(tokens, (k, 0))[:, : tokens.size(1)] if previous is None else previous[..., k - 1]
+        key = (key * 1_000_003 + before.where(positions >= k, -1) + 1) % (2**31 - 1)  # primes; int64 holds the product
+        found.append(key % rows + (k - 1) * rows)
+    return torch.stack(found, dim=-1)
 
 
 class TakeRows(torch.autograd.Function):

@@ -189,15 +189,16 @@ class Decoder(nn.Module):
         rows, slots = self._reserve(live, max(map(len, self.sequences)) + size)
         idle = [[0] * size] * (rows - live)  # rows that nobody reads
         tokens = torch.tensor([*chunks, *idle], device=self._device)
+        previous = self._previous([*chunks, *idle])
         lengths = torch.tensor([*map(len, self.sequences), *repeat(0, rows - live)], device=self._device)
         if size > 1:
             with self._eager():
-                logits = self.forward(tokens, lengths, slots)
+                logits = self.forward(tokens, lengths, slots, previous)
         elif self.compiled == "step":
             torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
-            logits = self.one_step(tokens, lengths, slots).clone()  # the next step writes where they lie
+            logits = self.one_step(tokens, lengths, slots, previous).clone()  # the next step writes where they lie
         else:
-            logits = self.forward(tokens, lengths, slots)
+            logits = self.forward(tokens, lengths, slots, previous)
         for sequence, chunk in zip(self.sequences, chunks):
             sequence.extend(chunk)
         return logits[:live]
@@ -212,10 +213,20 @@ class Decoder(nn.Module):
         if full and kept:
             self._encode(full)
 
-    def forward(self, tokens: Tensor, lengths: Tensor, slots: int) -> Tensor:
+    def _previous(self, chunks: Sequence[Sequence[int]]) -> Tensor | None:
+        """The tokens (B, T, n - 1) before each of those that rows go on by, for a model with n-grams."""
+        count = self.model.config.ngrams - 1
+        if not count:
+            return None
+        ends = [sequence[-count:] for sequence in self.sequences] + [[]] * (len(chunks) - len(self.sequences))
+        rows = [[*repeat(0, count - len(end)), *end, *chunk] for end, chunk in zip(ends, chunks)]
+        return torch.tensor(rows, device=self._device).unfold(1, count, 1)[:, :-1].flip(-1)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, slots: int, previous: Tensor | None) -> Tensor:
         """Logits (B, T, V) of tokens (B, T) that go on after `lengths` (B,) tokens, looking at so many slots."""
         positions = lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
-        hidden = self.model.hidden(tokens, cache=[part.view(len(tokens), slots, positions) for part in self.cache])
+        views = [part.view(len(tokens), slots, positions) for part in self.cache]
+        hidden = self.model.hidden(tokens, cache=views, previous=previous)
         return self.head(hidden).float()
 
     @torch.inference_mode()

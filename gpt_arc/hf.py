@@ -308,6 +308,7 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
+    free |= {"ngram_rows"} if config.ngrams == 1 else set()
     values, wanted = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
     values |= {name: None for name, value in usual.items() if values[name] == value}  # spelled out, not changed

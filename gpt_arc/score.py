@@ -205,32 +205,36 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
         hidden = model.hidden(contexts, cache=cache or None)
         ends = torch.tensor([len(group.context) - 1 for group in batch], device=device)
         each = torch.arange(len(batch), device=device)
-        last, states = contexts[each, ends], hidden[each, ends]
+        back = torch.arange(model.config.ngrams - 1, -1, -1, device=device)
+        tails = contexts.gather(1, (ends[:, None] - back).clamp(min=0))
+        states = hidden[each, ends]
         for part in _batches(rows, lambda row: len(row.tokens) - 1, batch_tokens, device, before=contexts.size(1)):
             owners = torch.tensor([row.context for row in part], device=device)
             found = states[owners].split(1)  # first tokens are predicted from these
             if len(part[0].tokens) > 1:
-                own = _read_on(model, cache, contexts.size(1), part, owners, last[owners], ends[owners])
+                own = _read_on(model, cache, contexts.size(1), part, owners, tails[owners], ends[owners])
                 found = [torch.cat((first, more[: len(row.tokens) - 1])) for first, more, row in zip(found, own, part)]
             yield from _scored(model, part, found)
 
 
 def _read_on(
-    model: GPT, cache: Sequence[KVCache], used: int, rows: Sequence[Row], owners: Tensor, last: Tensor, ends: Tensor
+    model: GPT, cache: Sequence[KVCache], used: int, rows: Sequence[Row], owners: Tensor, tails: Tensor, ends: Tensor
 ) -> Tensor:
     """Hidden states (R, T, C) of the continuations of rows, the longest first, but for the last tokens.
 
     `cache` holds `used` tokens of each context, padding included; of the context of each row `owners` (R,) is the place
-    there, `last` (R,) the last token and `ends` (R,) the place of that.
+    there, `tails` (R, ngrams) its last tokens and `ends` (R,) the place of the very last.
     """
     longest, device = len(rows[0].tokens) - 1, owners.device
-    sequences = torch.cat((last[:, None], _padded([row.tokens for row in rows], device)), dim=1)
+    sequences = torch.cat((tails, _padded([row.tokens for row in rows], device)), dim=1)
     # a shorter row reads its last token again and again, which keeps the same keys and values at the same place
     sizes = torch.tensor([len(row.tokens) for row in rows], device=device)
     steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, T)
     slots, positions = slice(used + longest), ends[:, None] + steps
     branches = [Branches(of.keys[:, :, slots], of.values[:, :, slots], positions, owners) for of in cache]
-    return model.hidden(sequences.gather(1, steps), cache=branches)
+    places, runs = steps + tails.size(1) - 1, range(1, model.config.ngrams)
+    previous = torch.stack([sequences.gather(1, places - k) for k in runs], dim=-1) if runs else None
+    return model.hidden(sequences.gather(1, places), cache=branches, previous=previous)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -217,6 +217,7 @@ VARIANTS = {
     "gpt2": dict(seed=2),
     "gpt1": dict(seed=0, norm_position="post", init="gpt1"),
     "banded": dict(seed=4, attention_band=3, positions="sinusoidal"),
+    "n-grams": dict(seed=3, ngrams=3, ngram_rows=30, positions="rotary"),
     "modern": dict(norm="rmsnorm", positions="rotary", n_kv_head=2, activation="swiglu", qk_norm=True, bias=False),
 }
 

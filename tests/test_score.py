@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "banded": dict(attention_band=5),
     "banded-modern": dict(**MODERN, attention_band=3),
     "sinusoidal": dict(positions="sinusoidal"),
+    "bigrams": dict(ngrams=2, ngram_rows=40),
+    "n-grams": dict(**MODERN, ngrams=4, ngram_rows=40),
     "untied": dict(tied_head=False, head_bias=True),
 }
 
