@@ -177,6 +177,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     stop = StopSignal()
     val_starts = val_tokens.evaluation_starts(block_size, logging.eval_iters * config.data.batch_size)
 
+    @updater.averaged()
     def val_loss_now() -> float | None:
         batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
         return evaluate(model, data.ahead(batches, device), device, dtype, stop)
@@ -204,6 +205,11 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         runs.write_record(run, config, launch)
         log = metrics.MetricsLog(run, progress.step)
 
+    def tired() -> bool:
+        """Whether the last `patience` evaluations were no better than one before them."""
+        waited = progress.evaluated_step - (progress.best_step or 0)
+        return training.patience is not None and waited >= training.patience * logging.eval_interval
+
     def save() -> None:
         state = {
             "progress": dataclasses.asdict(progress),
@@ -214,7 +220,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         }
         whole = sharing.whole(model)
         if IS_MAIN:
-            write, keep_all = partial(checkpoint.save_model, whole, tokenizer), logging.keep_all_checkpoints
+            write = updater.averaged()(partial(checkpoint.save_model, whole, tokenizer))
+            keep_all = logging.keep_all_checkpoints
             checkpoint.save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -233,13 +240,14 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
-        done = progress.step >= training.max_iters
+        done = progress.step >= training.max_iters or tired()
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = val_loss_now() if due and not stopped else None
         if val_loss is not None:
             progress.evaluated_step = progress.step
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
+            done = done or tired()
         if IS_MAIN and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
             train_loss, rate = meter.take()
             line = {

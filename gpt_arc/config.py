@@ -76,8 +76,16 @@ class TrainingConfig:
     """Optimizer steps in all."""
     learning_rate: float = 6e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon (Jordan et al. 2024) for the blocks' matrices, routers and stacked experts excepted; AdamW for the rest."""
+    muon_rate: float = 0.02
+    """Muon's peak learning rate, on the schedule of learning_rate, which is AdamW's."""
+    momentum: float = 0.95
+    """Muon's decay rate of the gradients' mean."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape of the learning rate after the warmup. wsd: constant, then a line over the last steps, see cooldown."""
+    cooldown: float = 0.4
+    """Share of the steps up to lr_decay_iters over which wsd falls to min_lr (arXiv:2405.18392)."""
     warmup_iters: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     lr_decay_iters: int | None = None
@@ -94,6 +102,10 @@ class TrainingConfig:
     """Added to AdamW's denominator."""
     grad_clip: float = 1.0
     """Largest norm of the gradient, over all parameters. 0: no clipping."""
+    ema_decay: float | None = None
+    """Evaluate and save a moving average of the weights, of which an update replaces 1 - this. None: they themselves."""
+    patience: int | None = None
+    """Evaluations in a row without a lower val loss after which the run ends. None: it goes on to max_iters."""
     seed: int = 1337
     """The source of all randomness: weights, data order, dropout."""
     device: str = "auto"
@@ -116,11 +128,15 @@ class TrainingConfig:
         for name in ("warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 <= value < 2**63, "zero or more")
-        for name in ("learning_rate", "adam_eps", "lr_decay_iters"):
+        for name in ("learning_rate", "muon_rate", "adam_eps", "lr_decay_iters", "patience"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 < value < math.inf, "more than zero")
-        for name in ("beta1", "beta2"):
-            _require(self, name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("beta1", "beta2", "momentum", "ema_decay"):
+            value = getattr(self, name)
+            _require(self, name, value is None or 0 <= value < 1, "in [0, 1)")
+        _require(self, "cooldown", 0 <= self.cooldown <= 1, "in [0, 1]")
+        if self.ema_decay is not None and self.expert_processes > 1:
+            raise ValueError("ema_decay averages what one process has: leave it out, or expert_processes")
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 

@@ -32,6 +32,7 @@ from gpt_arc.decoder import Decoder
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.metrics import parameters
+from gpt_arc.optim import follow
 from gpt_arc.preferences import (
     RewardModel,
     ScalarHead,
@@ -320,7 +321,7 @@ def train(options: Options, stage: Stage) -> int:
             rate, norm, means = done
             totals, made = totals + torch.tensor(means), made + 1
             if ema is not None:
-                follow(ema, policy, options.ema_decay)
+                follow(ema.parameters(), policy.parameters(), options.ema_decay)
 
         # what happened
         progress.step += 1
@@ -344,13 +345,6 @@ def train(options: Options, stage: Stage) -> int:
         if progress.step % options.save_interval == 0:
             stage.save(write)
     return stage.finish(write)
-
-
-@torch.no_grad()
-def follow(average: GPT, model: GPT, decay: float) -> None:
-    """Move the moving average of a model's weights on by one update."""
-    for mean, weight in zip(average.parameters(), model.parameters()):
-        mean.lerp_(weight, 1 - decay)
 
 
 def main() -> int:
