@@ -159,7 +159,7 @@ def run_rows(tokens: Tensor, positions: Tensor, previous: Tensor | None, longest
     key, found = tokens, []
     for k in range(1, longest):
         before = F.pad(tokens, (k, 0))[:, : tokens.size(1)] if previous is None else previous[..., k - 1]
-        key = (key * 1_000_003 + before.where(positions >= k, -1) + 1) % (2**31 - 1)  # primes; int64 holds the product
+        key = (key * 1_640_531_527 + before.where(positions >= k, -1) + 1) % (2**31 - 1)  # Knuth's multiplier, a prime
         found.append(key % rows + (k - 1) * rows)
     return torch.stack(found, dim=-1)
 

@@ -77,7 +77,7 @@ class TrainingConfig:
     learning_rate: float = 6e-4
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon (Jordan et al. 2024) for the blocks' matrices, routers and stacked experts excepted; AdamW for the rest."""
+    """muon: Muon (Jordan et al. 2024) for matrices of blocks, but routers and stacked experts; AdamW for the rest."""
     muon_rate: float = 0.02
     """Muon's peak learning rate, on the schedule of learning_rate, which is AdamW's."""
     momentum: float = 0.95
@@ -103,7 +103,7 @@ class TrainingConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient, over all parameters. 0: no clipping."""
     ema_decay: float | None = None
-    """Evaluate and save a moving average of the weights, of which an update replaces 1 - this. None: they themselves."""
+    """Evaluate and save a moving average of the weights, of which an update replaces 1 - this. None: no average."""
     patience: int | None = None
     """Evaluations in a row without a lower val loss after which the run ends. None: it goes on to max_iters."""
     seed: int = 1337

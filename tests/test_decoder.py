@@ -24,7 +24,8 @@ BIASED = {"tied_head": False, "head_bias": True}
 VARIANTS = [
     {}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"norm_position": "post"}, {"norm": "rmsnorm"},
     {"qk_norm": True}, {"n_kv_head": 1}, {"n_kv_head": 2}, {"head_size": 6}, {"activation": "swiglu"},
-    {"ngrams": 2}, {"ngrams": 4, "ngram_rows": 50}, {"attention_band": 1}, {"attention_band": 3}, {"attention_band": 50}, {"bias": False}, BIASED,
+    {"ngrams": 2}, {"ngrams": 4, "ngram_rows": 50},
+    {"attention_band": 1}, {"attention_band": 3}, {"attention_band": 50}, {"bias": False}, BIASED,
     {"n_layer": 4, "attention_band": 2, "n_kv_head": 2, "positions": "sinusoidal", "norm_position": "post"},
     {**GROUPED, "activation": "swiglu", "bias": False, **BIASED},
 ]  # fmt: skip

@@ -207,6 +207,7 @@ def test_keys_are_honoured():
         ({"head_bias": True}, "no head_bias = true"),
         ({"qk_norm": True}, "no qk_norm = true"),
         ({"n_kv_head": 2}, "no n_kv_head = 2"),
+        ({"ngrams": 2}, "no ngrams = 2"),
         ({"head_size": 6}, "no head_size = 6"),
         ({"activation": "swiglu"}, 'no activation = "swiglu"'),
         ({"norm_position": "post", "mlp_size": 7}, 'gpt2, has no norm_position = "post"'),

@@ -203,11 +203,11 @@ def test_initial_loss_is_that_of_guessing():
     assert float(loss.total / loss.count) == pytest.approx(math.log(1000), abs=0.1)
 
 
-@pytest.mark.parametrize("init", ["gpt1", "gpt2"])
+@pytest.mark.parametrize("init", ["gpt1", "gpt2", "zero"])
 def test_initial_standard_deviations(init):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=500, n_layer=8, n_head=4, n_embd=128, init=init, tied_head=False))
-    residual = 0.02 / math.sqrt(2 * 8) if init == "gpt2" else 0.02
+    residual = {"gpt1": 0.02, "gpt2": 0.02 / math.sqrt(2 * 8), "zero": 0.0}[init]
     for name, parameter in model.state_dict().items():
         if name.endswith("bias"):
             assert (parameter == 0).all()
@@ -217,10 +217,14 @@ def test_initial_standard_deviations(init):
             expected = residual if "projection" in name else 0.02
             if name == "position_embedding.weight" and init == "gpt2":
                 expected = 0.01
+            if init == "zero" and name == "head.weight":
+                expected = 0.0
+            elif init == "zero" and ("qkv" in name or "up" in name):
+                expected = 1 / math.sqrt(128)
             # the standard deviation of a sample of n is off by sigma / sqrt(2 n): five of them
             tolerance = 5 * expected / math.sqrt(2 * parameter.numel())
             assert float(parameter.std()) == pytest.approx(expected, abs=tolerance), name
-            assert abs(float(parameter.mean())) < 5 * expected / math.sqrt(parameter.numel()), name
+            assert abs(float(parameter.mean())) <= 5 * expected / math.sqrt(parameter.numel()), name
 
 
 def test_rotary_attention_depends_on_distances_alone():
@@ -348,6 +352,35 @@ def test_any_valid_configuration_runs(
     assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
 
 
+def test_runs_of_tokens_have_embeddings_of_their_own():
+    """What the blocks read, run by run: equal runs the same row of their length's table, whatever the vocabulary."""
+    rows, longest = 997, 4
+    config = dataclasses.replace(TINY, n_layer=1, positions="rotary", ngrams=longest, ngram_rows=rows)
+    model = GPT(config)
+    tokens = torch.randint(6, (5, 12), generator=torch.Generator().manual_seed(0))
+    read = []
+    model.blocks[0].register_forward_pre_hook(lambda block, inputs: read.append(inputs[0].detach()))
+    model(tokens)
+    table = model.ngram_embedding.weight.detach()
+    assert len(table) == (longest - 1) * rows
+    for row, sequence in enumerate(tokens.tolist()):
+        for place, token in enumerate(sequence):
+            expected, key = model.token_embedding.weight[token].detach(), token
+            for k in range(1, longest):  # Horner's rule on the tokens from the last to the first, 0 where none was
+                key = (key * 1_640_531_527 + (sequence[place - k] + 1 if place >= k else 0)) % (2**31 - 1)
+                expected = expected + table[key % rows + (k - 1) * rows]
+            torch.testing.assert_close(read[0][row, place], expected)
+
+
+def test_runs_seldom_share_a_row():
+    """All runs of two of 40 tokens have a row each of 64,000; those of three take at least as many as at random."""
+    every = torch.cartesian_prod(*[torch.arange(40)] * 3)
+    used = ops.run_rows(every[:, 2:], torch.full((1,), 9), every[:, None, :2].flip(-1), 3, 40**3)
+    assert used[..., 0].unique().numel() > 0.95 * 40**2
+    assert used[..., 1].min() >= 40**3 and used[..., 1].max() < 2 * 40**3
+    assert used[..., 1].unique().numel() / 40**3 > 0.98 * (1 - 1 / math.e)
+
+
 def documents_of(rows: int, length: int, seed: int = 2) -> torch.Tensor:
     """Numbers (rows, length) of documents of random lengths, one token long among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -356,11 +389,15 @@ def documents_of(rows: int, length: int, seed: int = 2) -> torch.Tensor:
     return begins.cumsum(1)
 
 
-BANDED = [{}, {"positions": "rotary", "n_kv_head": 2, "qk_norm": True}, {"positions": "sinusoidal", **GPT1}]
+BANDED = [
+    {"ngrams": 3, "ngram_rows": 50},
+    {"positions": "rotary", "n_kv_head": 2, "qk_norm": True},
+    {"positions": "sinusoidal", **GPT1},
+]
 
 
 @pytest.mark.parametrize("band", [None, 1, 3, 5, 11])
-@pytest.mark.parametrize("change", BANDED, ids=["gpt2", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("change", BANDED, ids=["n-grams", "rotary", "sinusoidal"])
 def test_documents_in_one_window_are_as_if_each_were_alone(change, band):
     config = dataclasses.replace(TINY, block_size=29, n_layer=4, attention_band=band, **change)
     model = GPT(config).eval()

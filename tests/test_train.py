@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
 from gpt_arc.checkpoint import load_model, load_state, save_model
 from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
-from gpt_arc.tokenizer import BPETokenizer, load_tokenizer
+from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 
@@ -97,9 +97,13 @@ def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, r
     )
 
 
+MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--init=zero", "--ngrams=3", "--ngram_rows=100")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_forty_steps_equal_twenty_and_twenty_more(workplace, run, dtype):
-    flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40")
+@pytest.mark.parametrize("more", [(), MUON], ids=["adamw", "muon"])
+def test_forty_steps_equal_twenty_and_twenty_more(workplace, run, dtype, more):
+    flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40", *more)
     run(*flags, "--out_dir=whole")
     run(*flags, "--out_dir=halves", "--max_iters=20")
     run(*flags, "--out_dir=halves", "--init_from=resume")
@@ -235,6 +239,52 @@ def test_two_processes_equal_one(workplace, run):
         for name in ("train_loss", "val_loss", "grad_norm", "learning_rate", "tokens"):
             assert (name in alone) == (name in together)
             assert alone.get(name, 0) == pytest.approx(together.get(name, 0), rel=1e-5), (alone["step"], name)
+
+
+def test_two_processes_equal_one_with_muon_and_an_average(workplace, run):
+    flags = (*MUON, "--max_iters=12", "--dtype=float32", "--eval_interval=6", "--gradient_accumulation_steps=2")
+    run(*flags, "--out_dir=one", "--log_interval=1")
+    in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
+    one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
+    assert len(one) == len(two) == 12 and one[-1]["train_loss"] < one[0]["train_loss"] - 0.2
+    for alone, together in zip(one, two):  # Muon multiplies in bfloat16: what is added in another order shows more
+        for name in ("train_loss", "val_loss"):
+            assert alone.get(name, 0) == pytest.approx(together.get(name, 0), rel=2e-3), (alone["step"], name)
+
+
+def test_what_is_evaluated_and_saved_is_the_average_of_the_weights(workplace, run):
+    """Of the checkpoints of the same run without an average: .6^n of the first weights, .4 .6^(n - i) of the i-th."""
+    flags = ("--max_iters=4", "--eval_interval=1", "--keep_all_checkpoints=True", "--dtype=float32")
+    run(*flags, "--out_dir=plain")
+    run(*flags, "--out_dir=averaged", "--ema_decay=0.6")
+    torch.manual_seed(1337)
+    seen = [GPT(load_model("plain")[0].config).state_dict(), *(weights(f"plain/step-0000000{i}") for i in range(1, 5))]
+    shares = [0.6**4, *(0.4 * 0.6 ** (4 - i) for i in range(1, 5))]
+    for name, tensor in weights("averaged/last").items():
+        torch.testing.assert_close(tensor, sum(share * w[name] for share, w in zip(shares, seen)), msg=name)
+    logged = read_metrics(Path("averaged/metrics.jsonl"))[-1]["val_loss"]
+    assert logged != read_metrics(Path("plain/metrics.jsonl"))[-1]["val_loss"]
+    assert f"val loss {logged:.4f}" in run("--init_from=averaged/last", "--eval_only=True", tiny=True)
+    assert f"val loss {logged:.4f}" in run("--init_from=resume", "--out_dir=averaged", "--eval_only=True", tiny=False)
+
+
+def test_a_run_ends_when_its_evaluations_stay_worse_for_long(workplace, run):
+    """It over-fits a hundred tokens."""
+    tokens = np.arange(200) * 7 % 11
+    write_dataset(
+        workplace / "data" / "few",
+        CharTokenizer.from_text("abcdefghijk"),
+        {"train": tokens[:40], "val": tokens[:99:-1]},
+    )
+    flags = ("--dataset=few", "--max_iters=400", "--eval_interval=5", "--learning_rate=3e-2", "--out_dir=few")
+    output = run(*flags, "--patience=3")
+    losses = {line["step"]: line["val_loss"] for line in read_metrics(Path("few/metrics.jsonl")) if "val_loss" in line}
+    best = min(losses, key=losses.get)
+    assert 0 < best and max(losses) == best + 15 < 400 and list(losses.values()).count(losses[best]) == 1
+    assert f"finished step {best + 15}: best val loss {losses[best]:.4f} at step {best}" in output
+    assert Path("few/best").resolve().name == f"step-{best:08d}"
+    assert f"finished step {best + 15}" in run("--init_from=resume", "--out_dir=few", tiny=False)
+    assert f"finished step {best + 20}" in run("--init_from=resume", "--out_dir=few", "--patience=4", tiny=False)
 
 
 def test_two_processes_resume_exactly(workplace):
