@@ -39,6 +39,7 @@ def transfer(model: GPT, blocks: int | None) -> GPT:
         return model
     fresh = type(model)(model.config)
     if blocks is not None:
-        kept = ("token_embedding.", "position_embedding.", *(f"blocks.{i}." for i in range(blocks)))
+        embeddings = "token_embedding.", "position_embedding.", "ngram_embedding."
+        kept = (*embeddings, *(f"blocks.{i}." for i in range(blocks)))
         fresh.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith(kept)}, strict=False)
     return fresh

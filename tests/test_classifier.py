@@ -42,7 +42,9 @@ GENERATIONS = {
     "modern": dict(
         positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, tied_head=False, qk_norm=True, n_kv_head=1
     ),
-    "untied": dict(positions="sinusoidal", tied_head=False, head_bias=True, activation="relu_squared"),
+    "untied": dict(
+        positions="sinusoidal", tied_head=False, head_bias=True, activation="relu_squared", ngrams=3, ngram_rows=30
+    ),
 }
 ARCHITECTURE = GPTConfig(block_size=24, vocab_size=30, n_layer=2, n_head=2, n_embd=16)
 
