@@ -118,9 +118,8 @@ class GPTConfig:
     """Dropout on attention weights. None: dropout."""
     residual_dropout: float | None = None
     """Dropout on each sublayer's output before it joins the residual stream. None: dropout."""
-    init: Literal["gpt1", "gpt2", "zero"] = "gpt2"
-    """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer).
-    zero: residual projections and an untied head 0, embeddings N(0, .02), other matrices N(0, 1 / inputs)."""
+    init: Literal["gpt1", "gpt2"] = "gpt2"
+    """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
         sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "expert_interval", "ngrams", "ngram_rows"
@@ -413,21 +412,18 @@ class GPT(nn.Module):
         """Draw the initial weights; norms start as the identity, biases at 0.
 
         gpt1: openai/finetune-transformer-lm train.py:106. gpt2: openai/gpt-2 src/model.py:50,152, with the
-        residual projections scaled by 1/sqrt(N) as the paper says, N = 2 n_layer being the residual layers. zero: as
-        modded-nanogpt and nanochat have it, so that a model begins with the residual stream alone.
+        residual projections scaled by 1/sqrt(N) as the paper says, N = 2 n_layer being the residual layers.
         """
-        as_gpt2, as_zero = self.config.init == "gpt2", self.config.init == "zero"
-        residual = 0.0 if as_zero else 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02
+        as_gpt2 = self.config.init == "gpt2"
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                std = module.in_features**-0.5 if as_zero else 0.02
-                std = residual if name.endswith("projection") else 0.0 if as_zero and name == "head" else std
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 and name.endswith("projection") else 0.02
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
-                nn.init.normal_(module.up, std=module.up.size(-1) ** -0.5 if as_zero else 0.02)
-                nn.init.normal_(module.projection, std=residual)
+                nn.init.normal_(module.up, std=0.02)
+                nn.init.normal_(module.projection, std=0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
         if self.head_bias is not None:

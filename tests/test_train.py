@@ -97,7 +97,7 @@ def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, r
     )
 
 
-MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--init=zero", "--ngrams=3", "--ngram_rows=100")
+MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--ngrams=3", "--ngram_rows=100")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
