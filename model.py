@@ -26,19 +26,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
-from ops import (
-    IGNORED,
-    HeadLoss,
-    KVCache,
-    attend,
-    causal_mask,
-    grouped_linear,
-    mean_over_processes,
-    rotate,
-    run_rows,
-    sinusoids,
-    take_rows,
-)
+import ops
+from ops import IGNORED, HeadLoss, KVCache
 
 
 @dataclass(frozen=True)
@@ -229,11 +218,11 @@ class Attention(nn.Module):
         query, key, value = qkv.split((heads, kv_heads, kv_heads), dim=1)
         query, key = self.query_norm(query), self.key_norm(key)
         if rotary is not None:
-            query, key = rotate(query, *rotary), rotate(key, *rotary)
+            query, key = ops.rotate(query, *rotary), ops.rotate(key, *rotary)
         if cache is not None:
             key, value = cache.add(key, value)
             query = query.type_as(key)
-        mixed = attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
+        mixed = ops.attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
@@ -331,20 +320,20 @@ class Experts(nn.Module):
         ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
         asked = taken = ends.diff(prepend=ends.new_zeros(1))
         compute = self.compute if self.exchange is None else partial(self.exchange, self.compute)
-        outputs = compute(take_rows(inputs, order, back), ends)
+        outputs = compute(ops.take_rows(inputs, order, back), ends)
         if self.training and config.capacity_factor is not None:  # the first that come are taken
             room = math.ceil(min(config.capacity_factor * len(order) / config.n_experts, len(order)))
             place = torch.arange(len(order), device=x.device) - (ends - asked)[experts]
             gates, taken = gates * (place < room)[back].view_as(gates), asked.clamp(max=room)
-        choices = take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)
+        choices = ops.take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)
         mixed = self.dropout((choices * gates[..., None].type_as(choices)).sum(1)).view(x.shape)
         mixed = mixed if self.shared is None else mixed + self.shared(x)[0]
         return mixed, self.report(asked, taken, logits) if self.training else None
 
     def compute(self, x: Tensor, ends: Tensor) -> Tensor:
         """Of rows x (N, C) as much: those before ends[0] are the first expert's, then up to ends[1] the second's ..."""
-        hidden = activate(grouped_linear(x, self.up, self.up_bias, ends), self.config.activation)
-        return grouped_linear(self.inner_dropout(hidden), self.projection, self.projection_bias, ends)
+        hidden = activate(ops.grouped_linear(x, self.up, self.up_bias, ends), self.config.activation)
+        return ops.grouped_linear(self.inner_dropout(hidden), self.projection, self.projection_bias, ends)
 
     @staticmethod
     def report(asked: Tensor, taken: Tensor, logits: Tensor) -> Routing:
@@ -452,7 +441,7 @@ class GPT(nn.Module):
         if documents is not None:
             begins = documents != F.pad(documents[:, :-1], (1, 0))
             beginnings = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T)
-            mask = banded = causal_mask(beginnings, None, dropout)
+            mask = banded = ops.causal_mask(beginnings, None, dropout)
         if cache is not None and cache[0].positions is not None:
             positions, slots = cache[0].positions, torch.arange(cache[0].keys.size(2), device=tokens.device)
             mask = banded = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
@@ -461,22 +450,22 @@ class GPT(nn.Module):
         elif config.attention_band is not None and config.attention_band < length:
             earliest = (positions - config.attention_band + 1).clamp(min=0).expand(batch, length)
             earliest = earliest if beginnings is None else torch.maximum(earliest, beginnings)
-            banded = causal_mask(earliest, config.attention_band, dropout)
+            banded = ops.causal_mask(earliest, config.attention_band, dropout)
         if beginnings is not None:
             positions = positions - beginnings
 
         x = self.token_embedding(tokens)
         if config.ngrams > 1:
-            rows = run_rows(tokens, positions, previous, config.ngrams, config.ngram_rows)
+            rows = ops.run_rows(tokens, positions, previous, config.ngrams, config.ngram_rows)
             x = x + self.ngram_embedding(rows).sum(-2)
         rotary = None
         if config.positions == "learned":
             x = x + self.position_embedding(positions)
         elif config.positions == "sinusoidal":  # sines in the first half, cosines in the second
-            cosines, sines = sinusoids(positions, config.n_embd, 10_000.0)
+            cosines, sines = ops.sinusoids(positions, config.n_embd, 10_000.0)
             x = x + torch.cat((sines, cosines), dim=-1).type_as(x)
         else:
-            cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
+            cosines, sines = ops.sinusoids(positions, config.head_width, config.rotary_base)
             rotary = cosines.unsqueeze(-3), sines.unsqueeze(-3)  # (..., 1, T, D / 2): alike for every head
         x = self.dropout(x)
         checkpointing, routings = self.activation_checkpointing and torch.is_grad_enabled(), []
@@ -529,7 +518,7 @@ class GPT(nn.Module):
         """
         config, losses = self.config, {}
         if config.balance_loss and self.routings:
-            load = mean_over_processes(torch.stack([r.load for r in self.routings]))
+            load = ops.mean_over_processes(torch.stack([r.load for r in self.routings]))
             balance = (load * torch.stack([r.gates for r in self.routings])).sum()
             losses["balance"] = balance * config.n_experts * config.balance_loss
         if config.router_z_loss and self.routings:

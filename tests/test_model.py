@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ops
 from gpt_arc.hf import hf_tensors
-from model import GPT, Attention, GPTConfig, rotate
-from ops import HeadLoss, attend_by_products, causal_mask, create_block_mask, repeat_heads, sinusoids
+from model import GPT, Attention, GPTConfig
+from ops import HeadLoss, attend_by_products, causal_mask, create_block_mask, repeat_heads, rotate, sinusoids
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GPT1 = dict(norm_position="post", init="gpt1")
