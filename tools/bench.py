@@ -8,6 +8,7 @@
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
     python tools/bench.py eval configs/gpt2.toml --transformers=True
     python tools/bench.py ppo --trl=True
+    python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886 --nanogpt=../nanoGPT
 
 `sample` times greedy continuations of random prompts. Each program has a process of its own with the same weights and
 prompts, and they take turns, round by round, so that whatever else the machine does meets them alike:
@@ -414,6 +415,12 @@ def bench_ppo(args: list[str]) -> None:
     bench_ppo.bench_ppo(args)
 
 
+def bench_speedrun(args: list[str]) -> int:
+    from gpt_arc import bench_speedrun
+
+    return bench_speedrun.bench_speedrun(args)
+
+
 BENCHES = {
     "sample": bench_sample,
     "train": bench_train,
@@ -421,16 +428,17 @@ BENCHES = {
     "finetune": bench_finetune,
     "eval": bench_eval,
     "ppo": bench_ppo,
+    "speedrun": bench_speedrun,
 }
 
 
-def main() -> None:
+def main() -> int | None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         print(f"{__doc__}\nThe settings: " + ", ".join(f"python tools/bench.py {name} --help" for name in BENCHES))
     elif name in BENCHES:
-        BENCHES[name](args)
+        return BENCHES[name](args)
     else:
         raise UserError(f"say what to measure: python tools/bench.py {', '.join(BENCHES)}")
 
