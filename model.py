@@ -3,7 +3,7 @@
 GPT-1, GPT-2, GPT-3 and their modern descendants differ in where the norm stands, how positions are
 encoded, which activation the MLP uses and whether the head is tied. Each difference is one field of
 `GPTConfig`; nothing is forked or subclassed. Read from the top: configuration, the parts of a block,
-the block, the model. How attention and the head's loss are computed fast on the hardware at hand is in ops.py.
+the block, the model. What they are written in, and how the hardware at hand computes it fastest, is in ops.py.
 
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=65))
