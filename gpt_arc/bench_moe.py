@@ -93,10 +93,7 @@ def bench_moe(args: list[str]) -> None:
     with torch.device("meta"):
         model, dense = GPT(config.model), GPT(equal_dense(config.model))
     if not model.experts:
-        raise UserError(
-            f"no block has experts (n_experts = {config.model.n_experts}, expert_interval = "
-            f"{config.model.expert_interval}): name a config that has, as configs/moe.toml"
-        )
+        raise UserError("n_experts = 0 leaves nothing to measure: name a config with experts, as configs/moe.toml")
     if settings.transformers:
         architecture_of(config.model)
     job = prepare(settings, config)

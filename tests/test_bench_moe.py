@@ -177,8 +177,8 @@ def test_a_run_measures_every_program_in_its_own_process(place):
     ("args", "sentence"),
     [
         ([], "name one config file: python tools/bench.py moe configs/moe.toml"),
-        (["tiny.toml", "--n_experts=0"], "no block has experts (n_experts = 0, expert_interval = 1): name a config"),
-        (["tiny.toml", "--expert_interval=3"], "no block has experts (n_experts = 4, expert_interval = 3)"),
+        (["tiny.toml", "--n_experts=0"], "n_experts = 0 leaves nothing to measure: name a config"),
+        (["tiny.toml", "--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),
         (["tiny.toml", "--implementation=eager"], "there is no flag --implementation; did you mean --implementations?"),
         (["tiny.toml", "--implementations=fast"], "--implementations"),
         (["tiny.toml", "--nanogpt=."], "there is no flag --nanogpt"),
