@@ -34,6 +34,7 @@ from gpt_arc.bench_speedrun import (
 )
 from gpt_arc.config import Config, DataConfig, LoggingConfig, TrainingConfig
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.programs import nanogpt_model
 from gpt_arc.token_files import TokenFiles
 from model import GPTConfig
 from tools import bench
@@ -186,7 +187,7 @@ def test_nanogpts_legs_are_a_plain_loop(place):
     tokens = torch.from_numpy(files.read(0, len(files)))
     assert np.array_equal(np.fromfile(place / TRAIN_FILE, dtype="<u2"), tokens.numpy())
     torch.manual_seed(3)
-    model = bench_speedrun_model(its)
+    model = nanogpt_model(its.checkout, its.config.model, 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.5)
     for step in range(8):
         rate = 0.02 * (step + 1) / 4 if step < 3 else 0.002 + 0.009 * (1 + math.cos(math.pi * (step - 3) / 5))
@@ -199,13 +200,6 @@ def test_nanogpts_legs_are_a_plain_loop(place):
         optimizer.step()
     for expected, weight in zip(model.parameters(), program.program.model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
-
-
-def bench_speedrun_model(its):
-    namespace = {"__file__": str(its.checkout / "model.py")}
-    exec(NANOGPT, namespace)
-    sizes = {name: getattr(its.config.model, name) for name in ("block_size", "vocab_size")}
-    return namespace["GPT"](namespace["GPTConfig"](**sizes))
 
 
 # ---- ours
