@@ -82,7 +82,7 @@ def output_of(monkeypatch, capsys):
 
 @pytest.fixture
 def stage_runner(monkeypatch, capsys):
-    """Run a stage's `main` in this process: what it printed, or its exit code, output and message."""
+    """Run the `main` of train.py or a stage in this process: what it printed, or its exit code, output and message."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(module, *flags):
@@ -96,7 +96,7 @@ def stage_runner(monkeypatch, capsys):
         output, errors = capsys.readouterr()
         if stop.value.code:
             assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
+            return SimpleNamespace(code=stop.value.code, output=output, message=errors.strip())
         return output
 
     return call

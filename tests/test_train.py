@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,36 +17,15 @@ from safetensors.torch import load_file
 import train
 from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
 from gpt_arc.checkpoint import load_model, load_state, save_model
-from gpt_arc.errors import entry_point
 from gpt_arc.metrics import read_metrics
 from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from model import GPT, GPTConfig
 
 
 @pytest.fixture
-def run(workplace, monkeypatch, capsys):
+def run(workplace, stage_runner):
     """Run train.py on sums.toml in this process; the result is what it printed."""
-    return in_process(monkeypatch, capsys)
-
-
-def in_process(monkeypatch, capsys):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(*flags, tiny=True):
-        monkeypatch.setattr(sys, "argv", ["train.py", "sums.toml", *(TINY_FLAGS if tiny else ()), *flags])
-        try:
-            with pytest.raises(SystemExit) as stop:
-                entry_point(train.main)()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        output, errors = capsys.readouterr()
-        if stop.value.code:
-            assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors.strip())
-        return output
-
-    return call
+    return lambda *flags, tiny=True: stage_runner(train, "sums.toml", *(TINY_FLAGS if tiny else ()), *flags)
 
 
 def in_processes(*flags, processes=1, **kwargs):
