@@ -96,7 +96,7 @@ def stage_runner(monkeypatch, capsys):
         output, errors = capsys.readouterr()
         if stop.value.code:
             assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors.strip())
+            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
         return output
 
     return call
