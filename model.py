@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 import ops
-from ops import IGNORED, HeadLoss, KVCache
+from ops import IGNORED, Dropout, HeadLoss, KVCache
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Attention(nn.Module):
         self.query_norm = make_norm(config, size) if config.qk_norm else nn.Identity()
         self.key_norm = make_norm(config, size) if config.qk_norm else nn.Identity()
         self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout_of("residual"))
+        self.dropout = Dropout(config.dropout_of("residual"))
 
     def forward(
         self,
@@ -251,7 +251,7 @@ class MLP(nn.Module):
         self.activation = config.activation
         self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout_of("residual"))
+        self.dropout = Dropout(config.dropout_of("residual"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """Of x (..., C) as much; in the place of the `Routing` of `Experts` nothing."""
@@ -286,7 +286,7 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(experts, up)) if config.bias else None
         self.projection_bias = nn.Parameter(torch.zeros(experts, width)) if config.bias else None
         self.shared = MLP(config, config.shared_experts * inner) if config.shared_experts else None
-        self.inner_dropout, self.dropout = nn.Dropout(config.expert_dropout), nn.Dropout(config.dropout_of("residual"))
+        self.inner_dropout, self.dropout = Dropout(config.expert_dropout), Dropout(config.dropout_of("residual"))
         if config.balance_rate:
             self.register_buffer("balance", torch.zeros(experts))
         self.exchange = None  # under expert parallelism what calls `compute` in the processes of the experts
@@ -388,7 +388,7 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         if config.ngrams > 1:
             self.ngram_embedding = nn.Embedding((config.ngrams - 1) * config.ngram_rows, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout_of("embedding"))
+        self.dropout = Dropout(config.dropout_of("embedding"))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
         if not config.tied_head:

@@ -1,5 +1,5 @@
 """What model.py is written in: positions, runs of tokens and, as the hardware at hand computes them fastest,
-attention, its cache, experts and the head's loss.
+attention, its cache, dropout, experts and the head's loss.
 
 Shapes: B batch, T time, S keys, C width, H query heads, K key/value heads, D head size, V vocabulary, N tokens.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -116,7 +117,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
             hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
             hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
-        mixed.append(F.dropout(scores.softmax(-1), dropout) @ value[:, :stop])
+        mixed.append(drop(scores.softmax(-1), dropout) @ value[:, :stop])
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
 
 
@@ -162,6 +163,40 @@ def run_rows(tokens: Tensor, positions: Tensor, previous: Tensor | None, longest
         key = (key * 1_640_531_527 + before.where(positions >= k, -1) + 1) % (2**31 - 1)  # Knuth's multiplier, a prime
         found.append(key % rows + (k - 1) * rows)
     return torch.stack(found, dim=-1)
+
+
+@torch.library.custom_op("gpt_arc::draw_kept", mutates_args=("mask",))
+def draw_kept(mask: Tensor, rate: float) -> None:
+    """Fill a mask of dropout on a CPU: 0 at the rate, else the inverse of the rest, to the nearest of 65,536 rates.
+
+    Four entries are of one number of 64 bits. torch's own draws one for each, in one thread, and when compiled another
+    in the backward pass. An operator of its own since compilers would take two drawings for one computation.
+    """
+    dropped = min(round(rate * 2**16), 2**16 - 1)
+    bits = torch.empty(math.ceil(mask.numel() / 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    torch.ge(bits[: mask.numel()].view(mask.shape), dropped - 2**15, out=mask)
+    mask.mul_(2**16 / (2**16 - dropped))
+
+
+@draw_kept.register_fake
+def _(mask: Tensor, rate: float) -> None:
+    pass
+
+
+def drop(x: Tensor, rate: float) -> Tensor:
+    """x with each value 0 at the rate, and else divided by the rest."""
+    if x.device.type != "cpu" or not rate:
+        return F.dropout(x, rate)
+    mask = torch.empty(x.shape, dtype=x.dtype)
+    draw_kept(mask, rate)
+    return x * mask
+
+
+class Dropout(nn.Dropout):
+    """torch's, by `drop`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop(x, self.p) if self.training else x
 
 
 class TakeRows(torch.autograd.Function):

@@ -675,6 +675,39 @@ def test_dropout_leaves_out_attention_weights_and_scales_the_others():
     assert abs(kept.sum() / (weights != 0).sum() - 0.75) < 0.01
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.98])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_a_cpu_keeps_the_share_that_it_says_and_draws_each_value_by_itself(rate, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(301, 401, dtype=dtype, requires_grad=True)
+    y = ops.drop(x, rate)
+    kept = (y != 0).float()
+    nothing, scale = y.unique().tolist()
+    assert y.dtype == dtype and nothing == 0
+    assert abs(scale * (1 - rate) - 1) < 2**-17 / (1 - rate) + (2**-8 if dtype == torch.bfloat16 else 1e-7)
+    spread = math.sqrt(rate * (1 - rate))
+    assert abs(kept.mean() - (1 - rate)) < 4 * spread / math.sqrt(kept.numel())
+    flat = kept.flatten() - kept.mean()
+    for apart in (1, 2, 3, 4, 401):  # neighbours, those in one number of 64 bits among them, know nothing of each other
+        assert abs((flat[apart:] * flat[:-apart]).mean()) < 4.5 * spread**2 / math.sqrt(len(flat) - apart)
+    y.backward(torch.full_like(y, 3))
+    assert torch.equal(x.grad, 3 * y)
+    torch.manual_seed(0)
+    assert torch.equal(ops.drop(x, rate), y)
+
+
+def test_dropout_compiled_draws_anew_for_each_layer_and_backwards_the_same():
+    torch.manual_seed(0)
+    x = torch.ones(64, 64, requires_grad=True)
+    compiled = torch.compile(lambda x: (ops.drop(x, 0.5), ops.drop(x, 0.5)), fullgraph=True)
+    first, second = compiled(x)
+    again, _ = compiled(x)
+    for a, b in ((first, second), (first, again)):
+        assert abs(((a != 0) & (b != 0)).float().mean() - 0.25) < 0.03
+    (gradient,) = torch.autograd.grad((first + 2 * second).sum(), x)
+    assert torch.equal(gradient, first + 2 * second)
+
+
 def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
     """Float32 on request stays what it was."""
 
