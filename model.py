@@ -115,6 +115,8 @@ class GPTConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.ngrams > self.block_size:
+            raise ValueError(f"ngrams = {self.ngrams} are longer than the context, block_size = {self.block_size}")
         for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")

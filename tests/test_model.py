@@ -312,6 +312,7 @@ def test_ten_training_steps_equal_transformers_gpt2():
         ({"n_layer": 0}, "n_layer = 0 must be at least 1"),
         ({"mlp_size": 0}, "mlp_size = 0"),
         ({"attention_band": 0}, "attention_band = 0"),
+        ({"ngrams": TINY.block_size + 1}, "are longer than the context, block_size = "),
         ({"norm_eps": 0.0}, "norm_eps = 0.0 must be positive"),
         ({"activation": "silu"}, "activation = 'silu' must be one of gelu_tanh"),
         ({"norm_position": "both"}, "norm_position = 'both'"),
