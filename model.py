@@ -122,7 +122,7 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")
         for name in ("n_experts", "shared_experts", "balance_loss", "router_z_loss", "balance_rate"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more, and finite")
         if self.n_experts and self.expert_interval > self.n_layer:
             raise ValueError(f"expert_interval = {self.expert_interval} leaves {self.n_layer} blocks without experts")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
@@ -135,7 +135,7 @@ class GPTConfig:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
         for name in ("norm_eps", "rotary_base", "capacity_factor"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive")
+                raise ValueError(f"{name} = {getattr(self, name)} must be positive, and finite")
         for field in fields(self):
             choices = get_args(field.type) if get_origin(field.type) is Literal else ()
             if choices and getattr(self, field.name) not in choices:

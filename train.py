@@ -32,7 +32,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.expert_parallel import ExpertParallel, check_expert_processes
 from gpt_arc.experts import RouterMeter
 from gpt_arc.metrics import human
-from gpt_arc.optim import Updater, learning_rate_at
+from gpt_arc.optim import Updater, check_same_optimizer, learning_rate_at
 from gpt_arc.signals import StopSignal
 from model import GPT
 
@@ -96,6 +96,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         state = checkpoint.load_state(launch.resumed / "last")
         progress = Progress(**state["progress"])
         runs.check_same_model(config.model, trained, launch.resumed)
+        check_same_optimizer(training.optimizer, state)
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} are not those that the run has seen so far")
         if state["runtime"]["device"] == device.type:

@@ -33,7 +33,7 @@ class Source:
     """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
 
     def __post_init__(self):
-        _require(self, "weight", 0 < self.weight < math.inf, "more than zero")
+        _require(self, "weight", 0 < self.weight < math.inf, "more than zero, and finite")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainingConfig:
     warmup_iters: int = 0
     """Steps over which the learning rate rises linearly to its peak."""
     lr_decay_iters: int | None = None
-    """Step at which the learning rate reaches min_lr. None: max_iters."""
+    """Step, the first being 0, at which the learning rate reaches min_lr. None: max_iters, which is after the last."""
     min_lr: float | None = None
     """Learning rate at the end of the decay. None: a tenth of learning_rate (Chinchilla, arXiv:2203.15556)."""
     weight_decay: float = 0.1
@@ -127,10 +127,10 @@ class TrainingConfig:
         _require(self, "expert_processes", self.expert_processes >= 1, "at least 1")
         for name in ("warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
             value = getattr(self, name)
-            _require(self, name, value is None or 0 <= value < 2**63, "zero or more")
+            _require(self, name, value is None or 0 <= value < 2**63, "zero or more, and less than 2^63")
         for name in ("learning_rate", "muon_rate", "adam_eps", "lr_decay_iters", "patience"):
             value = getattr(self, name)
-            _require(self, name, value is None or 0 < value < math.inf, "more than zero")
+            _require(self, name, value is None or 0 < value < math.inf, "more than zero, and finite")
         for name in ("beta1", "beta2", "momentum", "ema_decay"):
             value = getattr(self, name)
             _require(self, name, value is None or 0 <= value < 1, "in [0, 1)")

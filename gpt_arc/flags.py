@@ -73,4 +73,8 @@ def _unboxed(message: str) -> str:
     end = next((i for i, line in enumerate(lines) if set(line) <= border), len(lines))
     words = re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
     words = words.removeprefix("Error parsing ")
-    return words.rstrip(".") + "; --help lists the flags"
+    if wrong := re.match(
+        r"(--\S+): (?:no type matching|Could not find|invalid literal|could not convert).*?('.*')", words
+    ):
+        words = f"{wrong[1]}: {wrong[2]} is not understood"  # in place of Python's types and functions
+    return words.rstrip(".") + "; --help lists the flags and what they take"

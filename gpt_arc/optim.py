@@ -141,11 +141,8 @@ class Updater:
     def load_state_dict(self, state: dict[str, dict]) -> None:
         """Take up what `state_dict` gave; rates, decay and betas stay those of the present settings.
 
-        The model has the weights of its file: their average, if one was kept. Raises UserError for another optimizer.
+        The model has the weights of its file: their average, if one was kept.
         """
-        if ("muon" in state) != (self.muon is not None):
-            known = "muon" if "muon" in state else "adamw"
-            raise UserError(f'the run has moments of optimizer = "{known}" and can\'t go on with another')
         saved = state["optimizer"]
         if self.sharing:
             saved = {"state": self.sharing.reshaped(self.optimizer, saved["state"], self.sharing.own)}
@@ -158,6 +155,16 @@ class Updater:
             parameter.data.copy_(weight)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+
+
+def check_same_optimizer(asked: str, state: dict[str, dict]) -> None:
+    """Raises UserError where the `Updater` that gave `state` had another optimizer than is `asked` for."""
+    known = "muon" if "muon" in state else "adamw"
+    if asked != known:
+        raise UserError(
+            f'optimizer = "{asked}" can\'t go on from the moments of "{known}", which the run has: leave it as it was '
+            "to resume, or start a new run from its weights, with --init_from and the folder of its checkpoint"
+        )
 
 
 def follow(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:

@@ -105,7 +105,7 @@ class StageOptions:
         for name in ("batch_size", "gradient_accumulation_steps"):
             self.require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("weight_decay", "grad_clip", "seed"):
-            self.require(name, 0 <= getattr(self, name) < 2**63, "zero or more")
+            self.require(name, 0 <= getattr(self, name) < 2**63, "zero or more, and less than 2^63")
         for name in ("learning_rate", "adam_eps"):
             self.require(name, 0 < getattr(self, name) < 1e9, "more than zero, and less than 1e9")
         for name in ("beta1", "beta2", "warmup"):

@@ -42,7 +42,7 @@ class Options(ExampleOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require("beta", 0 < self.beta < float("inf"), "more than zero")
+        self.require("beta", 0 < self.beta < float("inf"), "more than zero, and finite")
 
 
 class ResponseLikelihood(nn.Module):

@@ -169,10 +169,10 @@ class Options:
                 raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
         for name in ("weight_decay", "grad_clip", "language_weight", "seed"):
             if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more")
+                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more, and less than 2^63")
         for name in ("learning_rate", "adam_eps", "lora_alpha"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be more than zero")
+                raise ValueError(f"{name} = {getattr(self, name)} must be more than zero, and finite")
         if not 0 < self.warmup < 1:
             raise ValueError(f"warmup = {self.warmup} is a share of all updates: it must lie between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < LEAST_TOKENS:

@@ -129,12 +129,12 @@ class Options(StageOptions):
         ):  # fmt: skip
             self.require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("kl_coef", "value_coef", "pretraining_coef"):
-            self.require(name, 0 <= getattr(self, name) < math.inf, "zero or more")
+            self.require(name, 0 <= getattr(self, name) < math.inf, "zero or more, and finite")
         for name in ("temperature", "kl_horizon", "clip", "value_clip"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "more than zero")
+            self.require(name, 0 < getattr(self, name) < math.inf, "more than zero, and finite")
         for name in ("gamma", "gae_lambda"):
             self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        self.require("kl_target", self.kl_target is None or 0 < self.kl_target < math.inf, "more than zero")
+        self.require("kl_target", self.kl_target is None or 0 < self.kl_target < math.inf, "more than zero, and finite")
         self.require("kl_coef", self.kl_target is None or self.kl_coef > 0, "more than zero, for kl_target to adapt it")
         self.require("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1)")
 

@@ -130,7 +130,7 @@ def test_flags_come_after_files_and_files_in_their_order(tmp_path, monkeypatch):
         ("reference = ['x']", 'a.toml: reference = ["x"] must be one value'),
         ("model = ['x']", 'a.toml: model = ["x"] must be one value'),
         ("[model]\nname = 'x'", 'a.toml: model = {"name": "x"} must be one value'),
-        ("seed = 'x'", "invalid literal for int() with base 10: 'x'"),
+        ("seed = 'x'", "a.toml: --seed: 'x' is not understood"),
         ("seed", "a.toml is not valid TOML"),
     ],
 )

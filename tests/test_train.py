@@ -343,7 +343,7 @@ def test_dry_run_writes_nothing_and_needs_no_data(workplace):
     ("flags", "sentence"),
     [
         (["--learing_rate=1"], "did you mean --learning_rate"),
-        (["--n_layer=six"], "six"),
+        (["--n_layer=six"], "--n_layer: 'six' is not understood"),
         (["--n_head=3"], "n_head = 3 does not divide n_embd = 16"),
         (["--dataset=nothing"], "there is no dataset nothing"),
         (["--dataset=openwebtext"], "there is no dataset openwebtext"),
@@ -357,6 +357,10 @@ def test_dry_run_writes_nothing_and_needs_no_data(workplace):
         (["--ema_decay=1"], "ema_decay = 1.0 must be in [0, 1)"),
         (["--optimizer=adam"], "adam"),
         (["--patience=0"], "patience = 0 must be more than zero"),
+        (["--patience=1.5"], "--patience: '1.5' is not understood"),
+        (["--learning_rate=fast"], "--learning_rate: 'fast' is not understood"),
+        (["--learning_rate=inf"], "learning_rate = inf must be more than zero, and finite"),
+        ([f"--seed={2**63}"], f"seed = {2**63} must be zero or more, and less than 2^63"),
         (["--cooldown=2"], "cooldown = 2.0 must be in [0, 1]"),
         (["--ngrams=0"], "ngrams = 0 must be at least 1"),
         (["--init_from=resume"], "there is no run of sums"),
@@ -377,6 +381,9 @@ def test_what_contradicts_the_run_is_refused_on_resume(workplace, run):
     assert "n_layer = 3 contradicts the run" in run("--init_from=resume", "--n_layer=3", tiny=False).message
     Path("sums.toml").write_text('[data]\ndataset = "sums"\n[model]\nqk_norm = true\n')
     assert "qk_norm = True contradicts the run" in run("--init_from=resume", tiny=False).message
+    Path("sums.toml").write_text('[data]\ndataset = "sums"\n[training]\noptimizer = "muon"\n')
+    result = run("--init_from=resume", tiny=False)
+    assert 'optimizer = "muon" can\'t go on from the moments of "adamw"' in result.message
 
 
 def test_a_run_in_use_is_not_overwritten(workplace, run):
