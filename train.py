@@ -235,8 +235,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     batches = data.ahead(batches, device)
     meter, routers = metrics.Meter(), RouterMeter(model)
     learning_rate = grad_norm = None
-    not_finite = 0  # steps in a row
-    saved_step, stopped = progress.step, False
+    saved_step, stopped, not_finite = progress.step, False, 0  # not_finite: steps in a row
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
     while True:
@@ -328,8 +327,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
         say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
         return 128 + stop.anywhere()
-    say(f"finished step {progress.step}: best val loss {progress.best_val_loss:.4f} at step {progress.best_step}; "
-        f"{run}/best, {run}/last")  # fmt: skip
+    early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
+    best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+    say(f"finished step {progress.step}{early}: {best}; {run}/best, {run}/last")
     return 0
 
 

@@ -395,7 +395,7 @@ def show(results: dict[str, Any]) -> None:
     for name, rows in results["programs"].items():
         there = [row["reached"]["seconds"] for row in rows if row["reached"]]
         if there:
-            print(f"{name:12} takes {median(there):.2f} s of training, {len(there)} of {len(rows)} runs")
+            print(f"{name:12} takes {median(there):.2f} s of training, the median of {len(there)} of {len(rows)} runs")
         for row in rows:
             if row["reached"] is None:
                 best = row["best"]
@@ -464,32 +464,39 @@ def bench_speedrun(args: list[str]) -> int:
     print(f"model        {metrics.parameters(sketch, ' parameters')}, {config.training.max_iters:,} steps")
     print(f"data         {', '.join(corpus.names)}, {vocab_size} different tokens", flush=True)
 
-    runs: dict[str, list[Run]] = {"ours": []} | ({} if settings.nanogpt is None else {"nanoGPT": []})
-    rates = []
+    runs: dict[int, dict[str, Run]] = {}  # by seed and program
+    rates, interrupted = [], None
     with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as name:
         if settings.nanogpt is not None:
             write_raw(corpus.split("train", 1, vocab_size, document_mask=False), Path(name) / TRAIN_FILE)
-        for seed in settings.seeds:
-            if settings.nanogpt is not None:
-                recipe = nanogpt_recipe(vocab_size, seed)
-                job = Job(settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name))
-                with shown("nanoGPT", seed, recipe.training.max_iters) as advance:
-                    runs["nanoGPT"].append(train_nanogpt(job, advance))
-                say_end("nanoGPT", seed, runs["nanoGPT"][-1])
-            with shown("ours", seed, config.training.max_iters) as advance:
-                runs["ours"].append(train_ours(for_train, seed, advance))
-            say_end("ours", seed, runs["ours"][-1])
-            rates.append(metrics.peak_flops(device, runtime.device_name(device), runs["ours"][-1].dtype))
+        try:
+            for seed in settings.seeds:
+                done: dict[str, Run] = {}
+                if settings.nanogpt is not None:
+                    recipe = nanogpt_recipe(vocab_size, seed)
+                    job = Job(settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name))
+                    with shown("nanoGPT", seed, recipe.training.max_iters) as advance:
+                        done["nanoGPT"] = train_nanogpt(job, advance)
+                    say_end("nanoGPT", seed, done["nanoGPT"])
+                with shown("ours", seed, config.training.max_iters) as advance:
+                    done["ours"] = train_ours(for_train, seed, advance)
+                say_end("ours", seed, done["ours"])
+                rates.append(metrics.peak_flops(device, runtime.device_name(device), done["ours"].dtype))
+                runs[seed] = done
+        except KeyboardInterrupt:
+            if not runs:
+                raise
+            interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {len(settings.seeds)} seeds")
 
     target, target_is = settings.loss, "as asked for"
     if target is None:
-        target = median(run.evaluations[-1].val_loss for run in runs["nanoGPT"])
-        target_is = "where nanoGPT ends" + ", the median" * (len(settings.seeds) > 1)
+        target = median(done["nanoGPT"].evaluations[-1].val_loss for done in runs.values())
+        target_is = "where nanoGPT ends" + ", the median" * (len(runs) > 1)
     results: dict[str, Any] = {"machine": machine, "settings": plain(settings), "config": asdict(config)}
     results |= {"arguments": for_train, "target": target, "target_is": target_is}
     results["programs"] = programs = {
-        name: [figures(run, seed, target) for seed, run in zip(settings.seeds, of_program)]
-        for name, of_program in runs.items()
+        name: [figures(done[name], seed, target) for seed, done in runs.items()]
+        for name in ("ours",) + ("nanoGPT",) * (settings.nanogpt is not None)
     }
     ratios = [ratio(ours, its) for ours, its in zip(programs["ours"], programs.get("nanoGPT", []))]
     results["ratios"] = ratios = [one for one in ratios if one is not None]
@@ -499,4 +506,6 @@ def bench_speedrun(args: list[str]) -> int:
     show(results)
     if settings.json is not None:
         write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    if interrupted:
+        raise interrupted
     return int(not all(row["reached"] for row in programs["ours"]))

@@ -27,7 +27,7 @@ LESS_MEMORY = "out of memory: a smaller batch, context or model takes less"
 
 def is_of_memory(error: Exception) -> bool:
     """Whether there was not enough memory, as Python says it, torch of a GPU, torch of a CPU, or C++."""
-    words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc"
+    words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "Storage size calculation overflowed"
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

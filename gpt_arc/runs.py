@@ -143,7 +143,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if wanted.init_from == "resume":
         resumed = newest_run(name or None) if wanted.out_dir is None else Path(wanted.out_dir)
         if not (resumed / "last" / "config.json").exists():
-            raise UserError(f"there is no checkpoint to resume from in {resumed}: it has no last/")
+            raise UserError(f"there is no checkpoint to resume from in {resumed}: leave init_from out to begin anew")
         recorded = read_record(resumed)[1]
         if not files:
             files = [str(resumed / "config.toml")]

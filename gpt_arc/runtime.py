@@ -65,7 +65,7 @@ def resolve_dtype(setting: str, device: torch.device) -> str:
 def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
     """Whether to compile, and why. `flops` is what is left of the run to compute."""
     if setting != "auto":
-        return bool(setting), "as set"
+        return bool(setting), "as set or begun"
     if device.type == "cuda":
         try:
             import triton  # noqa: F401  torch's wheels for GPUs bring it, on the platforms it supports

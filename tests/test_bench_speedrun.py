@@ -315,6 +315,22 @@ def test_the_table_follows_from_the_runs(place, monkeypatch, output_of):
     assert results["floor"]["share"] == pytest.approx((seconds / 2 + seconds / 4) / 2)
 
 
+def test_an_interruption_keeps_the_seeds_that_are_done(place, monkeypatch, stage_runner):
+    def train_ours(args, seed, _):
+        if seed == 3:
+            raise KeyboardInterrupt
+        return a_run(2.0, 1.9 - seed / 10, seconds=2.0)
+
+    monkeypatch.setattr(bench_speedrun, "train_ours", train_ours)
+    monkeypatch.setattr(bench_speedrun, "train_nanogpt", lambda job, _: a_run(2.0, 1.8, seconds=8.0))
+    flags = ["sums.toml", *FLAGS, "--target=1.75", "--nanogpt=nanoGPT", "--json=r.json", "--seeds", "1", "2", "3", "4"]
+    result = stage_runner(bench, "speedrun", *flags)
+    assert result.code == 130 and "interrupted after 2 of 4 seeds" in result.message
+    assert "the median of 1 of 2 runs" in result.output
+    rows = json.loads(Path("r.json").read_text())["programs"]
+    assert {name: [row["seed"] for row in rows[name]] for name in rows} == {"ours": [1, 2], "nanoGPT": [1, 2]}
+
+
 def test_flags_are_parted_from_those_of_train():
     args = "--seeds 1 2 a.toml --n_layer 2 --json=r.json --device cpu --nanogpt .. b.toml --target 1.5 --seed=3".split()
     own, others = parted(args)

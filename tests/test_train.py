@@ -259,9 +259,13 @@ def test_a_run_ends_when_its_evaluations_stay_worse_for_long(workplace, run):
     losses = {line["step"]: line["val_loss"] for line in read_metrics(Path("few/metrics.jsonl")) if "val_loss" in line}
     best = min(losses, key=losses.get)
     assert 0 < best and max(losses) == best + 15 < 400 and list(losses.values()).count(losses[best]) == 1
-    assert f"finished step {best + 15}: best val loss {losses[best]:.4f} at step {best}" in output
+    assert (
+        f"finished step {best + 15} of 400, by patience = 3: best val loss {losses[best]:.4f} at step {best}" in output
+    )
     assert Path("few/best").resolve().name == f"step-{best:08d}"
-    assert f"finished step {best + 15}" in run("--init_from=resume", "--out_dir=few", tiny=False)
+    assert f"finished step {best + 15} of 400, by patience = 3" in run(
+        "--init_from=resume", "--out_dir=few", tiny=False
+    )
     assert f"finished step {best + 20}" in run("--init_from=resume", "--out_dir=few", "--patience=4", tiny=False)
 
 
@@ -363,6 +367,7 @@ def test_dry_run_writes_nothing_and_needs_no_data(workplace):
         ([f"--seed={2**63}"], f"seed = {2**63} must be zero or more, and less than 2^63"),
         (["--cooldown=2"], "cooldown = 2.0 must be in [0, 1]"),
         (["--ngrams=0"], "ngrams = 0 must be at least 1"),
+        (["--ngrams=2", "--ngram_rows=99999999999999999"], "out of memory: a smaller batch, context or model"),
         (["--init_from=resume"], "there is no run of sums"),
         (["--init_from=resume", "--out_dir=data"], "there is no checkpoint to resume from in data"),
     ],
