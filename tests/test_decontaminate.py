@@ -92,7 +92,10 @@ def test_a_run_that_is_interrupted_leaves_nothing(folder):
     before = sorted(folder.iterdir())
     args = "clean --input many.jsonl --items items.jsonl --output clean.jsonl --workers=2".split()
     with subprocess.Popen(
-        [sys.executable, ROOT / SCRIPT, *args], stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, ROOT / SCRIPT, *args],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     ) as run:
         deadline = time.monotonic() + 60
         while not list(folder.glob(".clean.jsonl.*")) and time.monotonic() < deadline:
