@@ -20,16 +20,16 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.screen import Continuation, Screen
+from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
-from gpt_arc.sampling import SampleConfig
-from gpt_arc.text_stream import Continuation, Screen
-from gpt_arc.tokenizer import Tokenizer
 
 
 def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
     """The prompts, in lists of those that may be continued together."""
-    from gpt_arc.documents import read_text
+    from gpt_arc.data.documents import read_text
 
     if config.typed:
         return typed_prompts()
@@ -68,12 +68,15 @@ def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
 def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
 
-    from gpt_arc import runs  # these import torch: not before the settings are known to be right
-    from gpt_arc.chat import load_chat
-    from gpt_arc.checkpoint import model_directory
-    from gpt_arc.decoder import load_decoder
-    from gpt_arc.dialogue import Dialogue
-    from gpt_arc.generate import Acceptance, Step, beam_search, generate, row_generators, speculative
+    from gpt_arc.chat.format import load_chat
+    from gpt_arc.decoding.beam import beam_search
+    from gpt_arc.decoding.dialogue import Dialogue
+    from gpt_arc.decoding.generate import Step, generate
+    from gpt_arc.decoding.load import load_decoder
+    from gpt_arc.decoding.probabilities import row_generators
+    from gpt_arc.decoding.speculative import Acceptance, speculative
+    from gpt_arc.training import runs  # these import torch: not before the settings are known to be right
+    from gpt_arc.weights.directory import model_directory
 
     asked = asked_prompts(config)
     # how many continuations are made together: by beam search those of a prompt, with a draft one

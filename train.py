@@ -25,15 +25,34 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from gpt_arc import checkpoint, data, distributed, metrics, runs, runtime
-from gpt_arc.config import settings_of
+from gpt_arc import distributed
+from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
+from gpt_arc.data.datasets import data_plan, open_corpus, prepare_missing
+from gpt_arc.device import (
+    autocast,
+    device_name,
+    resolve_device,
+    resolve_dtype,
+    rng_state,
+    set_rng_state,
+    set_up_device,
+    to_device,
+)
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.expert_parallel import ExpertParallel, check_expert_processes
-from gpt_arc.experts import RouterMeter
-from gpt_arc.metrics import human
-from gpt_arc.optim import Updater, check_same_optimizer, learning_rate_at
-from gpt_arc.signals import StopSignal
+from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
+from gpt_arc.tables import human
+from gpt_arc.training import checkpoints, runs
+from gpt_arc.training.command_line import Launch, check_same_model, read_command_line
+from gpt_arc.training.compile import compile_in_place, resolve_compile
+from gpt_arc.training.config import settings_of
+from gpt_arc.training.expert_parallel import ExpertParallel, check_expert_processes
+from gpt_arc.training.log import Meter, MetricsLog
+from gpt_arc.training.optim import Updater, check_same_optimizer
+from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import learning_rate_at
+from gpt_arc.training.signals import StopSignal
+from gpt_arc.weights.directory import load_config, load_model, save_model
 from model import GPT
 
 
@@ -58,8 +77,8 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     model.eval()
     for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
-        with runtime.autocast(device, dtype):
-            loss = model(*runtime.to_device(batch, device))
+        with autocast(device, dtype):
+            loss = model(*to_device(batch, device))
         sums += torch.stack((loss.total, loss.count))
         if stop.anywhere():
             break
@@ -68,18 +87,18 @@ def evaluate(
     return None if stop.anywhere() else total / count
 
 
-def train(launch: runs.Launch, device: torch.device) -> int:
+def train(launch: Launch, device: torch.device) -> int:
     config = launch.config
     training, logging = config.training, config.logging
 
     # ---- data: what is missing and small is prepared; a dataset's vocabulary replaces a preset's
     if IS_MAIN and not config.run.dry_run:
-        data.prepare_missing(config.data.sources)
+        prepare_missing(config.data.sources)
     distributed.from_main(None)  # others wait for it
-    corpus = data.open_corpus(config.data.sources)
+    corpus = open_corpus(config.data.sources)
     tokenizer = corpus and corpus.tokenizer
     vocab_size, block_size = config.model.vocab_size, config.model.block_size
-    trained = checkpoint.load_config(launch.resumed / "last") if launch.resumed else None
+    trained = load_config(launch.resumed / "last") if launch.resumed else None
     if tokenizer and not launch.imported:
         vocab_size = trained.vocab_size if trained else tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:
@@ -93,37 +112,39 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     state, progress = None, Progress()
     dtype_setting, compile_setting = training.dtype, training.compile
     if launch.resumed:
-        state = checkpoint.load_state(launch.resumed / "last")
+        state = checkpoints.load_state(launch.resumed / "last")
         progress = Progress(**state["progress"])
-        runs.check_same_model(config.model, trained, launch.resumed)
+        check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} are not those that the run has seen so far")
         if state["runtime"]["device"] == device.type:
             dtype_setting = state["runtime"]["dtype"] if dtype_setting == "auto" else dtype_setting
             compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
-    dtype = runtime.resolve_dtype(dtype_setting, device)
+    dtype = resolve_dtype(dtype_setting, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     tokens_per_step = config.sequences_per_step * block_size
     with torch.device("meta"):
         sketch = GPT(config.model)
-    flops_per_step = metrics.flops_per_token(sketch) * tokens_per_step
+    flops_per_step = flops_per_token(sketch) * tokens_per_step
     steps_left = training.max_iters - progress.step
-    compiled, why = runtime.resolve_compile(compile_setting, device, flops_per_step * steps_left)
-    name = runtime.device_name(device)
-    peak = metrics.peak_flops(device, name, dtype)
+    compiled, why = resolve_compile(compile_setting, device, flops_per_step * steps_left)
+    name = device_name(device)
+    peak = peak_flops(device, name, dtype)
 
     # ---- the plan in figures
     if launch.adopted:
         say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
-    say(f"parameters     {metrics.parameters(sketch)} ({sketch.num_parameters(embeddings=False):,} without embeddings)")
+    say(
+        f"parameters     {describe_parameters(sketch)} ({sketch.num_parameters(embeddings=False):,} without embeddings)"
+    )
     say(f"operations     {human(flops_per_step / tokens_per_step, 'FLOP')} a token, forward and backward")
     say(f"tokens a step  {tokens_per_step:,} = {WORLD_SIZE} x {micro_steps} batches of {micro_batch} x {block_size}")
     say(f"steps          {training.max_iters:,}")
-    for line in data.plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
+    for line in data_plan(config.data.sources, train_tokens, training.max_iters * tokens_per_step):
         say(f"data           {line}")
-    memory = metrics.memory_estimate(
+    memory = memory_estimate(
         sketch, micro_batch, dtype, device.type, training.activation_checkpointing, training.expert_processes
     )
     say(f"memory         about {human(memory, 'B')} on each device")
@@ -135,7 +156,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     torch.manual_seed(training.seed)
     origin = launch.resumed / "last" if state else launch.imported
     if origin:
-        model, its_tokenizer = checkpoint.load_model(origin, config.model)
+        model, its_tokenizer = load_model(origin, config.model)
         if tokenizer and its_tokenizer and tokenizer != its_tokenizer:
             raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
         tokenizer = tokenizer or its_tokenizer
@@ -146,21 +167,21 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     run = launch.resumed
     if IS_MAIN and not config.run.eval_only:
         if run:
-            checkpoint.clean_run(run, progress.step, progress.best_step)
+            checkpoints.clean_run(run, progress.step, progress.best_step)
         else:
             run, lock = runs.claim_new(config.run.out_dir, launch.name, config.run.overwrite)  # noqa: F841  by name
         say(f"run            {run}" + (f", from step {progress.step}" if state else ""))
     run = distributed.from_main(run)
 
     # ---- where and how it runs, optimizer, random generators
-    runtime.set_up(device, dtype)
+    set_up_device(device, dtype)
     sharing = ExpertParallel(model, training.expert_processes, device)
     model.to(device).activation_checkpointing = training.activation_checkpointing
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     if compiled:
         say("compiling      takes a minute or so")
         example = [torch.zeros(micro_batch, block_size, dtype=torch.int64)] * (3 if masked else 2)
-        failure = runtime.compile_in_place(model, replica, example, device, dtype)
+        failure = compile_in_place(model, replica, example, device, dtype)
         if failure and training.compile is True:
             raise UserError(f"compile = true can't work here; --compile=False goes without it: {failure}")
         if failure:
@@ -171,7 +192,7 @@ def train(launch: runs.Launch, device: torch.device) -> int:
     if state:
         updater.load_state_dict(state)
         if RANK < len(state["generators"]):
-            runtime.set_rng_state(state["generators"][RANK], device)
+            set_rng_state(state["generators"][RANK], device)
         del state  # as large as the model, twice
 
     # ---- evaluation: the same windows every time
@@ -180,8 +201,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
     @updater.averaged()
     def val_loss_now() -> float | None:
-        batches = data.batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
-        return evaluate(model, data.ahead(batches, device), device, dtype, stop)
+        batches = evaluation_batches(val_tokens, val_starts, micro_batch, block_size, RANK, WORLD_SIZE)
+        return evaluate(model, prefetch(batches, device), device, dtype, stop)
 
     if config.run.eval_only:
         val_loss = val_loss_now()
@@ -203,8 +224,9 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         except wandb.errors.Error as error:
             raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None
     if IS_MAIN:
-        runs.write_record(run, config, launch)
-        log = metrics.MetricsLog(run, progress.step)
+        name = runs.read_record(run)[0] if launch.resumed else launch.name
+        runs.write_record(run, config, name, launch.overrides)
+        log = MetricsLog(run, progress.step)
 
     def tired() -> bool:
         """Whether the last `patience` evaluations were no better than one before them."""
@@ -215,25 +237,25 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         state = {
             "progress": dataclasses.asdict(progress),
             **updater.state_dict(),
-            "generators": distributed.gather(runtime.rng_state(device)),
+            "generators": distributed.gather(rng_state(device)),
             "runtime": {"device": device.type, "dtype": dtype, "compile": compiled},
             "data": corpus.fingerprint,
         }
         whole = sharing.whole(model)
         if IS_MAIN:
-            write = updater.averaged()(partial(checkpoint.save_model, whole, tokenizer))
+            write = updater.averaged()(partial(save_model, whole, tokenizer))
             keep_all = logging.keep_all_checkpoints
-            checkpoint.save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all)
+            checkpoints.save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies
     # by the number of processes, since DistributedDataParallel averages their gradients.
     sequences = config.sequences_per_step
-    batches = data.training_batches(
+    batches = training_batches(
         train_tokens, order, progress.consumed, sequences, micro_batch, block_size, RANK, WORLD_SIZE
     )
-    batches = data.ahead(batches, device)
-    meter, routers = metrics.Meter(), RouterMeter(model)
+    batches = prefetch(batches, device)
+    meter, routers = Meter(), RouterMeter(model)
     learning_rate = grad_norm = None
     saved_step, stopped, not_finite = progress.step, False, 0  # not_finite: steps in a row
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
@@ -286,8 +308,8 @@ def train(launch: runs.Launch, device: torch.device) -> int:
         for i, batch in enumerate(itertools.islice(batches, micro_steps), start=1):
             more_to_come = WORLD_SIZE > 1 and i < micro_steps
             with replica.no_sync() if more_to_come else contextlib.nullcontext():
-                with runtime.autocast(device, dtype):
-                    loss = replica(*runtime.to_device(batch, device))
+                with autocast(device, dtype):
+                    loss = replica(*to_device(batch, device))
                 routing = sum(loss.auxiliary.values()) / micro_steps  # of routers: a mean over batches and processes
                 updater.backward(loss.total * (WORLD_SIZE / tokens_per_step) + routing)
             step_loss += loss.total.detach()
@@ -334,13 +356,13 @@ def train(launch: runs.Launch, device: torch.device) -> int:
 
 
 def main() -> int:
-    launch = runs.read_command_line(sys.argv[1:], __doc__)
+    launch = read_command_line(sys.argv[1:], __doc__)
     began_on = None
     if launch.resumed:
         if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
             lock = runs.Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        began_on = checkpoint.load_state(launch.resumed / "last", peek=True)["runtime"]["device"]
-    device = runtime.resolve_device(launch.config.training.device, LOCAL_RANK, prefer=began_on)
+        began_on = checkpoints.load_state(launch.resumed / "last", peek=True)["runtime"]["device"]
+    device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=began_on)
     with distributed.process_group(launch.config.training.backend, device):
         return train(launch, device)
 

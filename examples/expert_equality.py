@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.checkpoint import load_model
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
-from model import Experts, GPTConfig
+from gpt_arc.nn.experts import Experts
+from gpt_arc.weights.directory import load_model
+from model import GPTConfig, make_experts
 
 LIMIT, ROUNDINGS = 1e-5, 4.0  # of float32, and of bfloat16 in terms of the loop's own
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,7 +95,7 @@ def make_case(variant: dict[str, Any], shape: tuple[int, int, int, int], seed: i
     if settings.get("experts_per_token", 2) is None:
         settings["experts_per_token"] = number
     chance = torch.Generator().manual_seed(seed)
-    experts = Experts(GPTConfig(**settings)).train()
+    experts = make_experts(GPTConfig(**settings)).train()
     with torch.no_grad():
         for tensor in (*experts.parameters(), *experts.buffers()):
             tensor.copy_(0.3 * torch.randn(tensor.shape, generator=chance))

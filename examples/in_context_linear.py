@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpt_arc.config import TrainingConfig
 from gpt_arc.errors import entry_point
 from gpt_arc.files import write_file
-from gpt_arc.finetuning import table
 from gpt_arc.flags import parse_flags
-from gpt_arc.optim import Updater, learning_rate_at
-from gpt_arc.signals import StopSignal
+from gpt_arc.tables import table
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.optim import Updater
+from gpt_arc.training.schedule import learning_rate_at
+from gpt_arc.training.signals import StopSignal
 from model import GPT, GPTConfig
 
 

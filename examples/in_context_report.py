@@ -15,10 +15,12 @@ from math import prod
 from pathlib import Path
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.evaluation.items import demonstrations, load_items
+from gpt_arc.evaluation.statistics import paired_p_value, standard_error
+from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.files import DATA_ROOT, write_file
-from gpt_arc.finetuning import table
 from gpt_arc.flags import parse_flags
-from gpt_arc.tasks import demonstrations, load_items, load_task, paired_p_value, standard_error
+from gpt_arc.tables import table
 
 LETTERS = 10
 

@@ -94,11 +94,11 @@ def written(options: Options, rows: Sequence[dict[str, Any]], each: int) -> list
     """Responses of the model, `each` to every prompt; one that does not end has MOST letters."""
     import torch
 
-    from gpt_arc.chat import Turn
-    from gpt_arc.decoder import Decoder
-    from gpt_arc.generate import generate, row_generators
-    from gpt_arc.preferences import load_chat_model
-    from gpt_arc.sampling import Sampling
+    from gpt_arc.chat.format import Turn, load_chat_model
+    from gpt_arc.decoding.decoder import Decoder
+    from gpt_arc.decoding.generate import generate
+    from gpt_arc.decoding.probabilities import row_generators
+    from gpt_arc.decoding.settings import Sampling
 
     if options.model is None:
         raise UserError("name the model that writes the responses")

@@ -33,7 +33,8 @@ from gpt_arc.flags import parse_flags
 if TYPE_CHECKING:  # slow to import: at run time not before the flags are read
     import torch
 
-    from model import GPT, Experts
+    from gpt_arc.nn.experts import Experts
+    from model import GPT
 
 EXACT = 1e-10  # relative, for sums of thousands of float64
 
@@ -129,7 +130,7 @@ def draw_from_mixture(
 def show_likelihood(seed: int, updates: int = 300) -> None:
     import torch
 
-    from gpt_arc.finetuning import table
+    from gpt_arc.tables import table
 
     random, vocab_size, length, count = np.random.default_rng(seed), 8, 17, 3
     languages = Languages(random.dirichlet(np.full(vocab_size, 0.5), size=(count, vocab_size)))
@@ -213,12 +214,12 @@ def decomposed(gates: np.ndarray, outputs: np.ndarray, y: np.ndarray) -> Errors:
 def show_identity(seed: int) -> None:
     import torch
 
-    from gpt_arc.finetuning import table
-    from model import Experts, GPTConfig
+    from gpt_arc.tables import table
+    from model import GPTConfig, make_experts
 
     generator = torch.Generator().manual_seed(seed)
     config = GPTConfig(n_head=1, n_embd=16, mlp_size=32, n_experts=4, experts_per_token=4)
-    experts = Experts(config).double().eval()
+    experts = make_experts(config).double().eval()
     for parameter in experts.parameters():
         parameter.data.normal_(std=0.5, generator=generator)
     x, y = (torch.randn(1000, 16, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -422,7 +423,7 @@ class Fitted(NamedTuple):
 
 
 def show_em(seed: int, count: int = 2000, restarts: int = 10, updates: int = 1000) -> Fitted:
-    from gpt_arc.finetuning import table
+    from gpt_arc.tables import table
 
     random = np.random.default_rng(seed)
     x = np.stack((np.ones(count), random.uniform(-3, 3, count)), axis=1)
@@ -512,11 +513,11 @@ def as_experts(router: np.ndarray, weights: np.ndarray, experts_per_token: int |
     """
     import torch
 
-    from model import Experts, GPTConfig
+    from model import GPTConfig, make_experts
 
     width, count = weights.shape
     sizes = dict(n_head=1, n_embd=width, mlp_size=2, n_experts=count, experts_per_token=experts_per_token or count)
-    experts = Experts(GPTConfig(**sizes, activation="relu", bias=False)).double().eval()
+    experts = make_experts(GPTConfig(**sizes, activation="relu", bias=False)).double().eval()
     with torch.no_grad():
         experts.router.weight.copy_(torch.from_numpy(router.T))
         experts.up.copy_(torch.from_numpy(np.stack((weights.T, -weights.T), axis=1)))  # (M, 2, D)
@@ -575,7 +576,7 @@ def first_output(experts: "Experts", x: np.ndarray) -> np.ndarray:
 
 
 def show_fixed_gates(seed: int, repeats: int = 20, count: int = 300) -> None:
-    from gpt_arc.finetuning import table
+    from gpt_arc.tables import table
 
     columns = {}
     for function in (pieces, smooth):
@@ -618,7 +619,7 @@ class Diversity(NamedTuple):
 
 
 def show_diversity(seed: int, repeats: int = 10, count: int = 300, members: int = 20) -> Diversity:
-    from gpt_arc.finetuning import table
+    from gpt_arc.tables import table
 
     random, by_share, by_depth = np.random.default_rng(seed), [], []
     for _ in range(repeats):

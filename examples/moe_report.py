@@ -21,7 +21,7 @@ from typing import Any
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.metrics import read_metrics
+from gpt_arc.training.log import read_metrics
 
 TITLES = {
     "mixture": "mixture, 2 of 8 experts",

@@ -40,7 +40,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from gpt_arc.checkpoint import load_model
+from gpt_arc.weights import load_model
 
 model, tokenizer = load_model(sys.argv[1])
 sentences = ["the cat sat", "the film was great", "the film was terrible", "the cat was great", "the cat sat sat"]

@@ -43,8 +43,8 @@ from typing import Any, Literal
 
 import tyro
 
-from gpt_arc.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
-from gpt_arc.documents import InputSettings, find_files, gathered
+from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
+from gpt_arc.data.documents import InputSettings, find_files, gathered
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags

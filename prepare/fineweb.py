@@ -11,8 +11,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt_arc.corpus import CorpusSettings, prepare_documents
-from gpt_arc.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 

@@ -9,8 +9,8 @@ A run that was stopped goes on by the same command. It takes `pip install -e '.[
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.corpus import CorpusSettings, prepare_documents
-from gpt_arc.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 

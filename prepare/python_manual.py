@@ -9,8 +9,8 @@ Python that runs this. Nothing is downloaded.
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.corpus import CorpusSettings, prepare_documents
-from gpt_arc.documents import Text
+from gpt_arc.data.documents import Text
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 

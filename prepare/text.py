@@ -12,8 +12,8 @@ Then: python train.py CONFIG --dataset=NAME
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.corpus import CorpusSettings, prepare_documents
-from gpt_arc.documents import InputSettings, gathered
+from gpt_arc.data.documents import InputSettings, gathered
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 

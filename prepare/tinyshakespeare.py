@@ -11,8 +11,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_arc.corpus import CorpusSettings, prepare_documents
-from gpt_arc.documents import Text, read_text
+from gpt_arc.data.documents import Text, read_text
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpt_arc.corpus import dataset_directory
-from gpt_arc.documents import Files, InputSettings, gathered
+from gpt_arc.data.documents import Files, InputSettings, gathered
+from gpt_arc.data.prepare import dataset_directory
+from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
-from gpt_arc.tokenizer import BPETokenizer, holds_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

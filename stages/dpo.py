@@ -18,15 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from gpt_arc import distributed
-from gpt_arc.chat import read_rankings
-from gpt_arc.checkpoint import save_model
+from gpt_arc.alignment.losses import dpo_loss, log_probabilities, response_states
+from gpt_arc.alignment.rankings import EncodedRanking, described_rankings, padded, pairs_of
+from gpt_arc.alignment.reward_model import fingerprint
+from gpt_arc.alignment.rollouts import load_policy
+from gpt_arc.chat.files import read_rankings
+from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.metrics import parameters
-from gpt_arc.preferences import EncodedRanking, described_rankings, fingerprint, load_policy, padded, pairs_of
-from gpt_arc.rl import dpo_loss, log_probabilities, response_states
-from gpt_arc.runtime import autocast
-from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.weights.directory import save_model
 from model import GPT
 
 
@@ -68,7 +72,9 @@ def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[
 
 
 @torch.no_grad()
-def likelihoods(model: ResponseLikelihood, examples: Sequence[EncodedRanking], size: int, stage: Stage) -> list[Tensor]:
+def likelihoods(
+    model: ResponseLikelihood, examples: Sequence[EncodedRanking], size: int, stage: StageRun
+) -> list[Tensor]:
     """Of each ranking the log-probabilities (K,) of its responses, shared out to the processes."""
     found = [torch.zeros(len(example.responses), device=stage.device) for example in examples]
     for rows, counts in micro_batches(range(len(examples)), size):
@@ -82,13 +88,13 @@ def likelihoods(model: ResponseLikelihood, examples: Sequence[EncodedRanking], s
     return found
 
 
-def train(options: Options, stage: Stage) -> int:
+def train(options: Options, stage: StageRun) -> int:
     # ---- the rankings, and what the reference says of them
     reference, tokenizer, chat = load_policy(options.model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     splits = options.splits(read_rankings)
-    say(f"parameters     {parameters(reference)}")
+    say(f"parameters     {describe_parameters(reference)}")
     context = reference.config.block_size
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]

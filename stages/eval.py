@@ -35,34 +35,29 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gpt_arc import contamination, data, runtime
-from gpt_arc.checkpoint import load_model, model_directory
-from gpt_arc.config import Source
-from gpt_arc.detokenize import DETOKENIZERS
-from gpt_arc.documents import Files, find_files, read_text
+from gpt_arc.data import contamination
+from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.documents import Files, find_files, read_text
+from gpt_arc.data.text_stream import TextStream
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.beam import beam_search
+from gpt_arc.decoding.generate import generate
+from gpt_arc.decoding.probabilities import row_generators
+from gpt_arc.decoding.settings import Sampling
+from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.evaluation.detokenize import DETOKENIZERS
+from gpt_arc.evaluation.items import demonstrations, load_items, prepared_items
+from gpt_arc.evaluation.score import Request, Score, encode_pair, rolling_windows, score_continuations
+from gpt_arc.evaluation.statistics import paired_p_value, standard_error
+from gpt_arc.evaluation.tasks import Question, Task, filled, load_task
+from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, eval_extra, first_sentences, rouge
+from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
 from gpt_arc.files import write_file
-from gpt_arc.finetuning import table
 from gpt_arc.flags import parse_flags
-from gpt_arc.generate import beam_search, generate, row_generators
-from gpt_arc.metrics import parameters
-from gpt_arc.sampling import Sampling
-from gpt_arc.score import Request, Score, encode_pair, rolling_windows, score_continuations
-from gpt_arc.tasks import (
-    Question,
-    Task,
-    demonstrations,
-    filled,
-    load_items,
-    load_task,
-    paired_p_value,
-    prepared_items,
-    standard_error,
-)
-from gpt_arc.text_metrics import bleu, bleu_counts, eval_extra, first_sentences, rouge
-from gpt_arc.text_stream import TextStream
-from gpt_arc.tokenizer import Tokenizer
-from gpt_arc.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.tables import table
+from gpt_arc.weights.directory import load_model, model_directory
 from model import GPT
 
 
@@ -368,7 +363,7 @@ def read(text_or_dataset: str, reader: Reader, options: Options) -> dict[str, fl
         text = DETOKENIZERS[options.detokenizer](original)
         tokens = tokenizer.encode(text)
     else:
-        corpus = data.open_corpus((Source(text_or_dataset, 1.0),))
+        corpus = open_corpus((Source(text_or_dataset, 1.0),))
         if corpus is None:
             raise UserError(f"there is neither a file {text_or_dataset} nor a prepared dataset of that name")
         if corpus.tokenizer != tokenizer:
@@ -489,9 +484,9 @@ def main() -> None:
         raise UserError("there is nothing to do: name --tasks or --perplexity")
     tasks = [load_task(name) for name in options.tasks]
     check(options, tasks)
-    device = runtime.resolve_device(options.device)
-    dtype = runtime.DTYPES[runtime.resolve_dtype(options.dtype, device)]
-    runtime.set_up(device, options.dtype)
+    device = resolve_device(options.device)
+    dtype = DTYPES[resolve_dtype(options.dtype, device)]
+    set_up_device(device, options.dtype)
     directories = model_directories(options)
     materials = [gather(task, options) for task in tasks]
     if options.training_text:
@@ -503,7 +498,7 @@ def main() -> None:
         if tokenizer is None:
             raise UserError(f"{directory} has no tokenizer: it can't read texts")
         reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens)
-        print(f"{directory}: {parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
+        print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
         one: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
         results: list[Result] = []
         for material in materials:

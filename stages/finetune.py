@@ -27,9 +27,23 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from gpt_arc import data, distributed, runs, runtime
-from gpt_arc.checkpoint import clean_run, load_model, load_state, save_checkpoint
-from gpt_arc.classifier import (
+from gpt_arc import distributed
+from gpt_arc.data.batches import training_batches
+from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.device import (
+    autocast,
+    device_name,
+    resolve_device,
+    resolve_dtype,
+    rng_state,
+    set_rng_state,
+    set_up_device,
+    to_device,
+)
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import write_file
+from gpt_arc.finetuning.classifier import (
     Classifier,
     ClassifierConfig,
     combined_loss,
@@ -38,31 +52,33 @@ from gpt_arc.classifier import (
     save_classifier,
     with_special_tokens,
 )
-from gpt_arc.config import Source, TrainingConfig
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import write_file
-from gpt_arc.finetuning import (
-    Encoded,
+from gpt_arc.finetuning.examples import Columns, Example, TaskKind, classes_of, label_value, read_examples
+from gpt_arc.finetuning.lora import add_adapters
+from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.finetuning.predictions import (
+    EncodedExamples,
     Predictions,
     confusion_matrix,
     confusion_table,
     encode_examples,
-    epoch_batches,
     metrics_of,
     predict,
     prediction_lines,
-    table,
 )
 from gpt_arc.flags import parse_flags
-from gpt_arc.labelled import Columns, Example, Task, classes_of, label_value, read_examples
-from gpt_arc.lora import add_adapters
-from gpt_arc.lstm import LSTM
-from gpt_arc.metrics import MetricsLog, parameters
-from gpt_arc.optim import Updater, learning_rate_at, warmup_linear
-from gpt_arc.signals import StopSignal
-from gpt_arc.stage import held_out, recorded_options, refuse_others, write_record
-from gpt_arc.surgery import transfer, with_settings
-from gpt_arc.tokenizer import Tokenizer
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.tables import table
+from gpt_arc.training import runs
+from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.epochs import epoch_batches, held_out
+from gpt_arc.training.log import MetricsLog
+from gpt_arc.training.optim import Updater
+from gpt_arc.training.options import record_options, recorded_options, refuse_others
+from gpt_arc.training.schedule import learning_rate_at, warmup_linear
+from gpt_arc.training.signals import StopSignal
+from gpt_arc.weights.directory import load_model
+from gpt_arc.weights.edit import transfer, with_settings
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
 
@@ -86,7 +102,7 @@ class Options:
     """The file of the predictions. None: NAME.predictions.jsonl in the current folder, NAME being that of predict."""
     classify: tuple[str, ...] = ()
     """The texts of one example, to print its prediction: a text; two texts; or a context and its options."""
-    task: Task = "classification"
+    task: TaskKind = "classification"
     """classification: a text has a class. entailment: a pair of texts, in this order, has one. similarity: a pair in
     either order. multiple_choice: one of the options goes with the context."""
     text_a: str | None = None
@@ -273,8 +289,8 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
 def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
     """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's."""
     config, sequences = model.config, 32
-    device = runtime.resolve_device(options.device)
-    corpus = data.open_corpus((Source(options.lstm_dataset, 1.0),))
+    device = resolve_device(options.device)
+    corpus = open_corpus((Source(options.lstm_dataset, 1.0),))
     if corpus is None or corpus.tokenizer != tokenizer:
         what = "there is no prepared dataset of that name" if corpus is None else "its tokenizer is not the model's"
         raise UserError(f"lstm_dataset = {options.lstm_dataset}: {what}")
@@ -282,10 +298,10 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
     updater = Updater(model.to(device), training, device, "float32")
     tokens = corpus.split("train", config.block_size, config.vocab_size, False)
     order = tokens.training_order(config.block_size, options.seed)
-    batches = data.training_batches(tokens, order, 0, sequences, sequences, config.block_size)
+    batches = training_batches(tokens, order, 0, sequences, sequences, config.block_size)
     bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=None)
     for step in bar:
-        loss = model(*runtime.to_device(next(batches), device)).total / (sequences * config.block_size)
+        loss = model(*to_device(next(batches), device)).total / (sequences * config.block_size)
         updater.backward(loss)
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
@@ -297,8 +313,8 @@ def train(options: Options, resumed: Path | None) -> int:
     """Fine-tune, choose the best epoch, measure it."""
     # ---- the examples, the model and the plan in figures
     torch.manual_seed(options.seed)
-    device = runtime.resolve_device(options.device)
-    dtype = runtime.resolve_dtype(options.dtype, device)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
     examples = read_splits(options)
     if options.predict:
         read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
@@ -312,14 +328,14 @@ def train(options: Options, resumed: Path | None) -> int:
     updates_per_epoch = math.ceil(len(training) / per_update)
     updates = updates_per_epoch * options.epochs
     learning = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    print(f"parameters     {parameters(classifier)}; {learning:,} learn")
+    print(f"parameters     {describe_parameters(classifier)}; {learning:,} learn")
     for name, split in splits.items():
         cut = f", {split.cut:,} of them cut to {config.max_tokens} tokens" if split.cut else ""
         print(f"{name:<15}{len(split):,} examples{cut}")
     if config.classes:
         print(f"classes        {len(config.classes)}: {', '.join(config.classes[:20])}")
     print(f"updates        {updates:,} of {per_update} examples in {options.epochs} epochs")
-    print(f"device         {device} ({runtime.device_name(device)}), {dtype}")
+    print(f"device         {device} ({device_name(device)}), {dtype}")
 
     # ---- the run's folder, held from here on
     if resumed:
@@ -329,11 +345,11 @@ def train(options: Options, resumed: Path | None) -> int:
             raise UserError(f"out_dir = {options.out_dir} holds the model to start from: name another")
         where = options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True"
         run, lock = runs.claim_new(*where)  # noqa: F841  by name
-        write_record(run, "finetune", options)
+        record_options(run, "finetune", options)
     print(f"run            {run}", flush=True)
 
     # ---- optimizer, random generators, where a stopped run stood
-    runtime.set_up(device, dtype)
+    set_up_device(device, dtype)
     classifier.to(device)
     settings = ("learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
     adam = TrainingConfig(max_iters=updates, **{name: getattr(options, name) for name in settings})
@@ -348,7 +364,7 @@ def train(options: Options, resumed: Path | None) -> int:
         clean_run(run, progress.step, progress.best_step)
         updater.load_state_dict(state)
         classifier.load_state_dict(state["learned"], strict=False)
-        runtime.set_rng_state(state["generators"], device)
+        set_rng_state(state["generators"], device)
         del state
     log, stop = MetricsLog(run, progress.step), StopSignal()
     main_metric = "pearson" if config.is_regression else "accuracy"
@@ -358,14 +374,14 @@ def train(options: Options, resumed: Path | None) -> int:
             "progress": dataclasses.asdict(progress),
             **updater.state_dict(),
             "learned": {name: p.detach() for name, p in classifier.named_parameters() if p.requires_grad},
-            "generators": runtime.rng_state(device),
+            "generators": rng_state(device),
             "runtime": {"device": device.type, "dtype": dtype},
             "data": fingerprint,
         }
         write = partial(save_classifier, classifier, tokenizer)
         save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all=False)
 
-    def measured(split: Encoded) -> tuple[Predictions, dict[str, float | None]]:
+    def measured(split: EncodedExamples) -> tuple[Predictions, dict[str, float | None]]:
         predictions = predict(classifier, split, options.batch_size, device, dtype)
         return predictions, {**metrics_of(predictions, config), **predictions.losses}
 
@@ -386,8 +402,8 @@ def train(options: Options, resumed: Path | None) -> int:
             own = batches[first : first + options.gradient_accumulation_steps]
             count, sums = sum(map(len, own)), torch.zeros(2, device=device)
             for rows in own:
-                batch = runtime.to_device(training.batch(rows), device)
-                with runtime.autocast(device, dtype):
+                batch = to_device(training.batch(rows), device)
+                with autocast(device, dtype):
                     outcome = classifier(*batch, with_language=language)
                 losses = torch.stack((outcome.task_loss, outcome.language_loss))
                 updater.backward(combined_loss(*losses, options.language_weight) / count)
@@ -476,14 +492,14 @@ def predictions_file(options: Options) -> Path:
 
 def use(options: Options) -> None:
     """Measure, predict and classify with a fine-tuned model."""
-    device = runtime.resolve_device(options.device)
-    dtype = runtime.resolve_dtype(options.dtype, device)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
     classifier, tokenizer = load_classifier(options.model)
     classifier.to(device)
     config = classifier.config
     columns = options.columns(config.columns)
 
-    def predicted(examples: list[Example]) -> tuple[Encoded, Predictions]:
+    def predicted(examples: list[Example]) -> tuple[EncodedExamples, Predictions]:
         encoded = encode_examples(examples, config, tokenizer)
         if encoded.cut:
             print(f"{encoded.cut:,} examples were cut to {config.max_tokens} tokens", file=sys.stderr)

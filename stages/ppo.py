@@ -25,35 +25,32 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt_arc import data, rl
-from gpt_arc.checkpoint import save_model
-from gpt_arc.config import Source
-from gpt_arc.decoder import Decoder
-from gpt_arc.distributed import RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.metrics import parameters
-from gpt_arc.optim import follow
-from gpt_arc.preferences import (
-    RewardModel,
-    ScalarHead,
-    fingerprint,
-    is_reward_model,
-    load_policy,
-    load_reward_model,
-    padded,
-)
-from gpt_arc.rollouts import (
+from gpt_arc.alignment import losses
+from gpt_arc.alignment.rankings import padded
+from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, fingerprint, is_reward_model, load_reward_model
+from gpt_arc.alignment.rewards import load_reward
+from gpt_arc.alignment.rollouts import (
     ActorCritic,
     Rollouts,
     assess,
     gather_rollouts,
-    load_reward,
+    load_policy,
     read_and_encode_prompts,
     write_responses,
 )
-from gpt_arc.runtime import autocast, to_device
-from gpt_arc.stage import EpochOrder, Stage, StageOptions, digest, micro_batches, run_stage
-from gpt_arc.tokenizer import Tokenizer
+from gpt_arc.data.batches import windows
+from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.device import autocast, to_device
+from gpt_arc.distributed import RANK, WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.optim import follow
+from gpt_arc.training.options import StageOptions
+from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.weights.directory import save_model
 from model import GPT
 
 
@@ -161,7 +158,7 @@ class PretrainingText:
     """Windows of a prepared dataset, whose language-model loss is mixed into the updates."""
 
     def __init__(self, options: Options, tokenizer: Tokenizer, context: int, vocab_size: int):
-        corpus = data.open_corpus((Source(options.pretraining_dataset, 1.0),))
+        corpus = open_corpus((Source(options.pretraining_dataset, 1.0),))
         if corpus is None or corpus.tokenizer != tokenizer:
             what = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
             raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {what}")
@@ -174,12 +171,12 @@ class PretrainingText:
         """Tokens and targets (B, T) of this process in the i-th of the parts of an update, from 0; None for none."""
         starts = self.order.starts(update * self.windows, self.windows)
         starts = starts[i * WORLD_SIZE + RANK :: parts * WORLD_SIZE]
-        return to_device(data.windows(self.split, starts, self.context), device) if len(starts) else None
+        return to_device(windows(self.split, starts, self.context), device) if len(starts) else None
 
 
 def losses_of(
     replica: nn.Module, found: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
-    text: Sequence[Tensor] | None, options: Options, stage: Stage,
+    text: Sequence[Tensor] | None, options: Options, stage: StageRun,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of some responses the sums (4,), over tokens, of policy loss, value loss, clipped ratios and clipped values.
 
@@ -193,8 +190,8 @@ def losses_of(
     tokens, _ = padded([found.sequences[row][:-1] for row in rows], stage.device)
     with autocast(stage.device, stage.dtype):
         logs, _, values, text_loss = replica(tokens, found.prompt_lengths[rows].to(stage.device), wanted, text)
-    policy, clipped = rl.policy_losses(logs, old_logs, advantages, options.clip)
-    value, value_clipped = rl.value_losses(values, old_values, returns, options.value_clip)
+    policy, clipped = losses.policy_losses(logs, old_logs, advantages, options.clip)
+    value, value_clipped = losses.value_losses(values, old_values, returns, options.value_clip)
     sums = torch.stack([torch.where(mask, each, 0.0).sum() for each in (policy, value, clipped, value_clipped)])
     return sums, logs.new_zeros(()) if text_loss is None else text_loss
 
@@ -203,7 +200,7 @@ def figures(found: Rollouts, returns: Tensor, kl_coef: float, monitored: bool) -
     """What is told of the responses of an iteration."""
     mask, known = found.mask, found.known
     log_ratio = known.logs - known.reference
-    kl = {f"kl_{name}": each.sum(1).mean().item() for name, each in rl.kl_estimates(log_ratio).items()}
+    kl = {f"kl_{name}": each.sum(1).mean().item() for name, each in losses.kl_estimates(log_ratio).items()}
     return {
         "score": found.scores.mean().item(),
         "score_std": found.scores.std(correction=0).item(),
@@ -214,11 +211,11 @@ def figures(found: Rollouts, returns: Tensor, kl_coef: float, monitored: bool) -
         "entropy": known.entropies[mask].mean().item(),
         "response_tokens": mask.sum(1).float().mean().item(),
         "ended": found.ended.float().mean().item(),
-        "explained_variance": rl.explained_variance(known.values[mask], returns[mask]),
+        "explained_variance": losses.explained_variance(known.values[mask], returns[mask]),
     }
 
 
-def train(options: Options, stage: Stage) -> int:
+def train(options: Options, stage: StageRun) -> int:
     # ---- policy, reference, critic, reward
     for name in ("prompts", "reward"):
         if getattr(options, name) is None:
@@ -244,7 +241,7 @@ def train(options: Options, stage: Stage) -> int:
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
     updates = options.inner_epochs * options.minibatches  # of an iteration
-    say(f"parameters     {parameters(policy)}; critic {parameters(critic)}")
+    say(f"parameters     {describe_parameters(policy)}; critic {describe_parameters(critic)}")
     say(f"iterations     {iterations:,} of {size:,} episodes, {updates} updates each")
 
     # ---- the run, where a stopped one stood
@@ -291,12 +288,12 @@ def train(options: Options, stage: Stage) -> int:
 
         # score: the reward of each token, and how much better than expected it was
         mask, known = found.mask, found.known
-        rewards = rl.penalised_rewards(found.scores, known.logs - known.reference, mask, kl_coef)
+        rewards = losses.penalised_rewards(found.scores, known.logs - known.reference, mask, kl_coef)
         if options.whiten_rewards:
-            rewards = rl.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = rl.advantages(rewards, known.values, mask, options.gamma, options.gae_lambda)
+            rewards = losses.whiten(rewards, mask, shift_mean=False)
+        advantages, returns = losses.advantages(rewards, known.values, mask, options.gamma, options.gae_lambda)
         if options.whiten_advantages:
-            advantages = rl.whiten(advantages, mask)
+            advantages = losses.whiten(advantages, mask)
 
         # step: updates on minibatches; a loss is a mean over the tokens of the minibatch
         totals, made, rate, norm = torch.zeros(5), 0, math.nan, math.nan
@@ -340,7 +337,7 @@ def train(options: Options, stage: Stage) -> int:
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
         stage.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
         if options.kl_target:
-            kl_coef = rl.adapted(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
+            kl_coef = losses.adapted(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
         progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
             stage.save(write)

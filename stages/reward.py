@@ -18,29 +18,29 @@ from typing import Any
 
 import torch
 
-from gpt_arc.chat import encode_conversations, read_conversations, read_rankings
-from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import write_file
-from gpt_arc.finetuning import table
-from gpt_arc.metrics import parameters
-from gpt_arc.preferences import (
-    EncodedRanking,
+from gpt_arc.alignment.losses import ranking_loss
+from gpt_arc.alignment.rankings import EncodedRanking, described_rankings, padded, pairs_of
+from gpt_arc.alignment.reward_model import (
     RewardModel,
-    described_rankings,
     is_reward_model,
-    load_chat_model,
     load_reward_model,
-    padded,
-    pairs_of,
     preference_report,
     save_reward_model,
     score_sequences,
 )
-from gpt_arc.rl import ranking_loss
-from gpt_arc.runtime import autocast
-from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
-from gpt_arc.surgery import with_settings
+from gpt_arc.chat.batches import encode_conversations
+from gpt_arc.chat.files import read_conversations, read_rankings
+from gpt_arc.chat.format import load_chat_model
+from gpt_arc.device import autocast
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import write_file
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.tables import table
+from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.weights.edit import with_settings
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Options(ExampleOptions):
         self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
 
 
-def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, stage: Stage) -> dict[str, Any]:
+def measure(
+    model: RewardModel, examples: Sequence[EncodedRanking], options: Options, stage: StageRun
+) -> dict[str, Any]:
     """Loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
     sequences = [sequence for example in examples for sequence in example.sequences]
     size = 4 * options.batch_size
@@ -78,7 +80,7 @@ def show(report: dict[str, Any]) -> None:
     say(table(rows))
 
 
-def train(options: Options, stage: Stage) -> int:
+def train(options: Options, stage: StageRun) -> int:
     # ---- the model; a reward model is gone on with, or only measured
     if is_reward_model(stage.origin):
         model, tokenizer, chat = load_reward_model(stage.origin)
@@ -103,7 +105,7 @@ def train(options: Options, stage: Stage) -> int:
 
     # ---- the rankings, and the plan in figures
     splits = options.splits(read_rankings)
-    say(f"parameters     {parameters(model)}")
+    say(f"parameters     {describe_parameters(model)}")
     encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]
     demonstrations = []
@@ -167,7 +169,7 @@ def train(options: Options, stage: Stage) -> int:
 
 
 @torch.no_grad()
-def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, stage: Stage) -> None:
+def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, stage: StageRun) -> None:
     """Set the bias so that demonstrations score 0 on average; the loss of pairs doesn't depend on it."""
     if demonstrations:
         size = 4 * options.batch_size

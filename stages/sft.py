@@ -17,23 +17,19 @@ from pathlib import Path
 
 import torch
 
-from gpt_arc import distributed, runtime
-from gpt_arc.chat import (
-    ChatFormat,
-    Encoded,
-    EncodedConversations,
-    conversation_batch,
-    encode_conversations,
-    load_chat,
-    load_template,
-    read_conversations,
-)
-from gpt_arc.checkpoint import load_model, model_directory, save_model
+from gpt_arc import distributed
+from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
+from gpt_arc.chat.files import read_conversations
+from gpt_arc.chat.format import ChatFormat, load_chat, load_template
+from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.metrics import parameters
-from gpt_arc.stage import EpochOrder, ExampleOptions, Stage, digest, micro_batches, run_stage
-from gpt_arc.surgery import with_more_tokens, with_settings
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.weights.directory import load_model, model_directory, save_model
+from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
 
@@ -56,12 +52,12 @@ class Options(ExampleOptions):
 
 
 @torch.no_grad()
-def val_loss(model: GPT, examples: Sequence[Encoded], options: Options, stage: Stage) -> float:
+def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Options, stage: StageRun) -> float:
     """Mean cross-entropy in nats over the tokens of responses, of all processes."""
     sums = torch.zeros(2, dtype=torch.float32 if stage.device.type == "mps" else torch.float64, device=stage.device)
     model.eval()
     for rows, counts in micro_batches(range(len(examples)), options.batch_size):
-        with runtime.autocast(stage.device, stage.dtype):
+        with autocast(stage.device, stage.dtype):
             loss = model(*batch_of(examples, rows, model, options, stage))
         sums += counts * torch.stack((loss.total, loss.count))
     model.train()
@@ -70,13 +66,13 @@ def val_loss(model: GPT, examples: Sequence[Encoded], options: Options, stage: S
 
 
 def batch_of(
-    examples: Sequence[Encoded], rows: Sequence[int], model: GPT, options: Options, stage: Stage
+    examples: Sequence[EncodedConversation], rows: Sequence[int], model: GPT, options: Options, stage: StageRun
 ) -> list[torch.Tensor]:
     context = model.config.block_size if options.packing else None
-    return runtime.to_device(conversation_batch([examples[row] for row in rows], context), stage.device)
+    return to_device(conversation_batch([examples[row] for row in rows], context), stage.device)
 
 
-def train(options: Options, stage: Stage) -> int:
+def train(options: Options, stage: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
 
@@ -98,7 +94,7 @@ def train(options: Options, stage: Stage) -> int:
     # ---- the conversations, and the plan in figures
     splits = options.splits(read_conversations)
     encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
-    say(f"parameters     {parameters(model)}")
+    say(f"parameters     {describe_parameters(model)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))
     for name, split in encoded.items():
         say(f"{name:<15}{described(split)}")
@@ -131,7 +127,7 @@ def train(options: Options, stage: Stage) -> int:
         total = torch.zeros((), device=stage.device)
         for i, (own, counts) in enumerate(micros, start=1):
             with stage.last_sync(replica, i == len(micros)):
-                with runtime.autocast(stage.device, stage.dtype):
+                with autocast(stage.device, stage.dtype):
                     loss = replica(*batch_of(examples, own, model, options, stage))
                 routing = sum(loss.auxiliary.values()) / len(micros)  # of a mixture's routers
                 updater.backward(counts * (loss.total * (WORLD_SIZE / tokens) + routing))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 
 NOUNS = sorted((ROOT / "gpt_arc").glob("*.py"))
 FOLDERS = ("prepare", "stages", "tools")

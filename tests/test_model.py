@@ -12,10 +12,12 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import ops
-from gpt_arc.hf import hf_tensors
+from gpt_arc.nn import attention, head_loss
+from gpt_arc.nn.attention import attend_by_products, causal_mask, create_block_mask, repeat_heads
+from gpt_arc.nn.functional import dropout, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.head_loss import HeadLoss
+from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
-from ops import HeadLoss, attend_by_products, causal_mask, create_block_mask, repeat_heads, rotate, sinusoids
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GPT1 = dict(norm_position="post", init="gpt1")
@@ -372,7 +374,7 @@ def test_runs_of_tokens_have_embeddings_of_their_own():
 def test_runs_seldom_share_a_row():
     """All runs of two of 40 tokens have a row each of 64,000; those of three take at least as many as at random."""
     every = torch.cartesian_prod(*[torch.arange(40)] * 3)
-    used = ops.run_rows(every[:, 2:], torch.full((1,), 9), every[:, None, :2].flip(-1), 3, 40**3)
+    used = ngram_ids(every[:, 2:], torch.full((1,), 9), every[:, None, :2].flip(-1), 3, 40**3)
     assert used[..., 0].unique().numel() > 0.95 * 40**2
     assert used[..., 1].min() >= 40**3 and used[..., 1].max() < 2 * 40**3
     assert used[..., 1].unique().numel() / 40**3 > 0.98 * (1 - 1 / math.e)
@@ -432,7 +434,7 @@ def test_a_band_is_a_mask_over_the_scores(length, band):
     mixed = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     expected = attention.projection(mixed.transpose(1, 2).flatten(2))
     earliest = (torch.arange(length) - band + 1).clamp(min=0).expand(2, length)
-    mask = causal_mask(earliest, band, dropout=0.0)
+    mask = causal_mask(earliest, band, 0.0)
     torch.testing.assert_close(attention(x, None, mask), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -515,9 +517,11 @@ def test_flex_attention_as_compiled_for_gpus_gives_the_same(band, monkeypatch):
     cases = ({"documents": documents}, {}) if band else ({"documents": documents},)
     with torch.no_grad():
         expected = [model(tokens, **case) for case in cases]
-        monkeypatch.setattr("ops.FLEX_DEVICES", ("cpu",))
+        monkeypatch.setattr("gpt_arc.nn.attention.FLEX_DEVICES", ("cpu",))
         used = []
-        monkeypatch.setattr("ops.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k))
+        monkeypatch.setattr(
+            "gpt_arc.nn.attention.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k)
+        )
         model.compile(backend="aot_eager")
         for case, logits in zip(cases, expected):
             torch.testing.assert_close(model(tokens, **case), logits, atol=1e-5, rtol=1e-5)
@@ -552,7 +556,7 @@ def gradients_of(loss_of, *inputs):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("at_once", [1, 3 * 11, 1 << 20])
 def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypatch):
-    monkeypatch.setattr(ops, "logits_at_once", lambda device: at_once)
+    monkeypatch.setattr(head_loss, "logits_at_once", lambda device: at_once)
     hidden, head, bias, targets = head_inputs(rows)
     inputs = hidden, head, bias if with_bias else None, targets
     ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
@@ -575,7 +579,7 @@ def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
 
 
 def test_each_cross_entropy_is_multiplied_by_its_weight(monkeypatch):
-    monkeypatch.setattr(ops, "logits_at_once", lambda device: 7 * 11)
+    monkeypatch.setattr(head_loss, "logits_at_once", lambda device: 7 * 11)
     inputs, weights = head_inputs(50), torch.rand(50, generator=torch.Generator().manual_seed(1))
 
     def weighted(hidden, head, bias, targets):
@@ -615,7 +619,7 @@ def test_the_chunks_of_the_loss_are_of_one_size(monkeypatch):
     sizes = []
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(size) or split(x, size))
-    monkeypatch.setattr(ops, "logits_at_once", lambda device: 100 * 11)
+    monkeypatch.setattr(head_loss, "logits_at_once", lambda device: 100 * 11)
     HeadLoss.apply(*head_inputs(401), None, True)
     assert set(sizes) == {81}  # five, and not four of 100 and one of 1
 
@@ -681,7 +685,7 @@ def test_dropout_leaves_out_attention_weights_and_scales_the_others():
 def test_dropout_on_a_cpu_keeps_the_share_that_it_says_and_draws_each_value_by_itself(rate, dtype):
     torch.manual_seed(0)
     x = torch.ones(301, 401, dtype=dtype, requires_grad=True)
-    y = ops.drop(x, rate)
+    y = dropout(x, rate)
     kept = (y != 0).float()
     nothing, scale = y.unique().tolist()
     assert y.dtype == dtype and nothing == 0
@@ -694,13 +698,13 @@ def test_dropout_on_a_cpu_keeps_the_share_that_it_says_and_draws_each_value_by_i
     y.backward(torch.full_like(y, 3))
     assert torch.equal(x.grad, 3 * y)
     torch.manual_seed(0)
-    assert torch.equal(ops.drop(x, rate), y)
+    assert torch.equal(dropout(x, rate), y)
 
 
 def test_dropout_compiled_draws_anew_for_each_layer_and_backwards_the_same():
     torch.manual_seed(0)
     x = torch.ones(64, 64, requires_grad=True)
-    compiled = torch.compile(lambda x: (ops.drop(x, 0.5), ops.drop(x, 0.5)), fullgraph=True)
+    compiled = torch.compile(lambda x: (dropout(x, 0.5), dropout(x, 0.5)), fullgraph=True)
     first, second = compiled(x)
     again, _ = compiled(x)
     for a, b in ((first, second), (first, again)):
@@ -715,13 +719,13 @@ def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
     def refused(*args):
         raise AssertionError("by products")
 
-    monkeypatch.setattr(ops, "attend_by_products", refused)
+    monkeypatch.setattr(attention, "attend_by_products", refused)
     model, tokens = GPT(TINY), torch.zeros(2, 12, dtype=torch.int64)
     model(tokens)
     with torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(AssertionError, match="by products"):
             model(tokens)
-        monkeypatch.setattr(ops, "SCORES_KEPT", 2 * 4 * 12 * 12 - 1)
+        monkeypatch.setattr(attention, "SCORES_KEPT", 2 * 4 * 12 * 12 - 1)
         model(tokens)
 
 

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 import sample
-from conftest import ROOT, command
-from gpt_arc import generate, runtime
-from gpt_arc.chat import ChatFormat, Template, Turn
-from gpt_arc.checkpoint import load_model, save_model
+from gpt_arc.chat.format import ChatFormat, Template, Turn
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
+from gpt_arc.decoding import generate as generate_module
+from gpt_arc.decoding.generate import generate
+from gpt_arc.decoding.load import resolve_decoding_compile, resolve_decoding_dtype
 from gpt_arc.errors import entry_point
-from gpt_arc.tokenizer import BPETokenizer, CharTokenizer
+from gpt_arc.training import compile as compile_module
+from gpt_arc.weights.directory import load_model, save_model
+from helpers import ROOT, command
 from model import GPT, GPTConfig
 
 LETTERS = "\nabcdefgh"
@@ -364,9 +367,11 @@ def talker(letters, tmp_path):
 @pytest.fixture
 def talk(talker, say, monkeypatch):
     """Type lines and the end of input: what was printed, and what the model was asked to continue each time."""
-    read, called = [], generate.generate
+    read, called = [], generate
     monkeypatch.setattr(
-        generate, "generate", lambda model, prompts, *a, **k: read.extend(prompts) or called(model, prompts, *a, **k)
+        generate_module,
+        "generate",
+        lambda model, prompts, *a, **k: read.extend(prompts) or called(model, prompts, *a, **k),
     )
 
     def call(typed, *args):
@@ -472,27 +477,27 @@ def test_the_first_character_does_not_wait_for_a_compiler(letters):
 def test_automatic_precision_of_decoding(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert runtime.resolve_decoding_dtype("auto", cpu, 1000) == torch.float32
-    assert runtime.resolve_decoding_dtype("auto", cpu, 10**9) == torch.bfloat16
-    assert runtime.resolve_decoding_dtype("bfloat16", cpu, 1000) == torch.bfloat16
-    assert runtime.resolve_decoding_dtype("float16", cpu, 10**9) == torch.float16
+    assert resolve_decoding_dtype("auto", cpu, 1000) == torch.float32
+    assert resolve_decoding_dtype("auto", cpu, 10**9) == torch.bfloat16
+    assert resolve_decoding_dtype("bfloat16", cpu, 1000) == torch.bfloat16
+    assert resolve_decoding_dtype("float16", cpu, 10**9) == torch.float16
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
-    assert runtime.resolve_decoding_dtype("auto", cpu, 10**9) == torch.float32
+    assert resolve_decoding_dtype("auto", cpu, 10**9) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert runtime.resolve_decoding_dtype("auto", torch.device("cuda"), 1000) == torch.bfloat16
+    assert resolve_decoding_dtype("auto", torch.device("cuda"), 1000) == torch.bfloat16
 
 
 def test_automatic_compilation_of_decoding(monkeypatch):
     cpu, model = torch.device("cpu"), counting_model(9, 4)
     monkeypatch.setenv("CXX", "c++")
-    assert runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
-    assert not runtime.resolve_decoding_compile("auto", cpu, model, 500)
-    assert not runtime.resolve_decoding_compile("auto", torch.device("mps"), model, 10**6)
-    assert runtime.resolve_decoding_compile(True, cpu, model, 1)
-    assert not runtime.resolve_decoding_compile(False, cpu, model, 10**6)
+    assert resolve_decoding_compile("auto", cpu, model, 10**6)
+    assert not resolve_decoding_compile("auto", cpu, model, 500)
+    assert not resolve_decoding_compile("auto", torch.device("mps"), model, 10**6)
+    assert resolve_decoding_compile(True, cpu, model, 1)
+    assert not resolve_decoding_compile(False, cpu, model, 10**6)
     monkeypatch.delenv("CXX")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not runtime.resolve_decoding_compile("auto", cpu, model, 10**6)
+    assert not resolve_decoding_compile("auto", cpu, model, 10**6)
     for works in (True, False):  # as Triton and the GPU allow
-        monkeypatch.setattr(runtime, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
-        assert runtime.resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works
+        monkeypatch.setattr(compile_module, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
+        assert resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works

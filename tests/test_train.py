@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
-from gpt_arc.checkpoint import load_model, load_state, save_model
-from gpt_arc.metrics import read_metrics
-from gpt_arc.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.log import read_metrics
+from gpt_arc.weights.directory import load_model, save_model
+from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
 from model import GPT, GPTConfig
 
 
@@ -501,7 +502,7 @@ def test_where_compiling_fails_auto_goes_on_and_true_refuses(workplace, run, mon
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr("model.GPT.compile", broken)
-    monkeypatch.setattr("gpt_arc.runtime.COMPILE_PAYS_AFTER", 0)
+    monkeypatch.setattr("gpt_arc.training.compile.COMPILE_PAYS_AFTER", 0)
     monkeypatch.setenv("CXX", "c++")
     output = run()
     assert "not compiled   RuntimeError: no compiler here" in output and "finished step 8" in output

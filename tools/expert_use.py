@@ -21,8 +21,8 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 
 if TYPE_CHECKING:
-    from gpt_arc.expert_use import Use, Window
-    from gpt_arc.tokenizer import Tokenizer
+    from gpt_arc.data.tokenizer import Tokenizer
+    from gpt_arc.evaluation.expert_use import Use, Window
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,16 @@ def check(options: Options) -> None:
 
 def windows_of(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_size: int) -> "list[Window]":
     """What is to be read. Raises UserError."""
-    from gpt_arc import data
-    from gpt_arc.config import Source
-    from gpt_arc.documents import read_text
-    from gpt_arc.expert_use import windows
+    from gpt_arc.data.datasets import Source, open_corpus
+    from gpt_arc.data.documents import read_text
+    from gpt_arc.evaluation.expert_use import windows
 
     if options.text:
         tokens = tokenizer.encode(read_text(options.text))
         if not tokens:
             raise UserError(f"{options.text} is empty")
         return windows(tokenizer, lambda start, n: tokens[start : start + n], len(tokens), block_size, options.tokens)
-    corpus = data.open_corpus((Source(options.dataset, 1.0),))
+    corpus = open_corpus((Source(options.dataset, 1.0),))
     if corpus is None:
         raise UserError(
             f"there is no prepared dataset {options.dataset}, neither below data/ nor a folder of that path"
@@ -107,15 +106,15 @@ def windows_of(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_
 
 def class_shares(use: "Use") -> dict[str, list[float]]:
     """For each class of which there are tokens, the shares (E,) of its choices."""
-    from gpt_arc.expert_use import CLASSES
+    from gpt_arc.evaluation.expert_use import CLASSES
 
     return {name: (row / row.sum()).tolist() for name, row in zip(CLASSES, use.by_class.double()) if row.sum()}
 
 
 def tables(use: "Use", tokenizer: "Tokenizer", top: int) -> str:
     """What is printed of a block."""
-    from gpt_arc.expert_use import CLASSES
-    from gpt_arc.finetuning import table
+    from gpt_arc.evaluation.expert_use import CLASSES
+    from gpt_arc.tables import table
 
     known = "" if use.explained is None else f", {use.explained:.1%} of what could be"
     lines = [
@@ -162,7 +161,7 @@ def draw(uses: "list[Use]", path: Path) -> None:
 
 
 def report(uses: "list[Use]", options: Options) -> dict[str, Any]:
-    from gpt_arc.expert_use import CLASSES
+    from gpt_arc.evaluation.expert_use import CLASSES
 
     names = ("block", "cv", "max_over_mean", "router_entropy", "mutual_information", "explained")
     blocks = [
@@ -179,14 +178,14 @@ def main() -> None:
 
     import json  # what follows is slow to import: not before the settings are known to be right
 
-    from gpt_arc import runtime
-    from gpt_arc.checkpoint import load_model
-    from gpt_arc.expert_use import expert_use
+    from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
+    from gpt_arc.evaluation.expert_use import expert_use
     from gpt_arc.files import write_file
+    from gpt_arc.weights.directory import load_model
 
-    device = runtime.resolve_device(options.device)
-    dtype = runtime.DTYPES[runtime.resolve_dtype(options.dtype, device)]
-    runtime.set_up(device, options.dtype)
+    device = resolve_device(options.device)
+    dtype = DTYPES[resolve_dtype(options.dtype, device)]
+    set_up_device(device, options.dtype)
     model, tokenizer = load_model(options.model, dtype=dtype)
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; tools/upcycle.py makes a mixture of it")

@@ -18,11 +18,11 @@ from typing import Literal
 
 import tyro
 
+from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 from gpt_arc.errors import UserError, entry_point, first_line
 from gpt_arc.files import new_directory, replacing, write_file
+from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
-from gpt_arc.labelled import SpecialTokens
-from gpt_arc.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 
 MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -127,11 +127,11 @@ def main() -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from gpt_arc.chat import load_chat
-    from gpt_arc.checkpoint import load_model, model_directory
-    from gpt_arc.classifier import is_classifier, load_classifier
-    from gpt_arc.hf import WEIGHTS, hf_classifier_config, hf_classifier_tensors, hf_config, hf_tensors
-    from gpt_arc.preferences import is_reward_model
+    from gpt_arc.alignment.reward_model import is_reward_model
+    from gpt_arc.chat.format import load_chat
+    from gpt_arc.finetuning.classifier import is_classifier, load_classifier
+    from gpt_arc.weights.directory import load_model, model_directory
+    from gpt_arc.weights.huggingface import WEIGHTS, hf_classifier_config, hf_classifier_tensors, hf_config, hf_tensors
 
     classifier = chat = None
     if is_classifier(options.model):

@@ -56,12 +56,12 @@ def main() -> None:
     import torch  # slow to import: not before the settings are known to be right
     from safetensors import SafetensorError
 
-    from gpt_arc.chat import load_chat
-    from gpt_arc.checkpoint import load_model, model_directory, save_model
-    from gpt_arc.classifier import is_classifier
-    from gpt_arc.experts import upcycled
-    from gpt_arc.metrics import parameters
-    from gpt_arc.preferences import is_reward_model
+    from gpt_arc.alignment.reward_model import is_reward_model
+    from gpt_arc.chat.format import load_chat
+    from gpt_arc.finetuning.classifier import is_classifier
+    from gpt_arc.planning.cost import describe_parameters
+    from gpt_arc.weights.directory import load_model, model_directory, save_model
+    from gpt_arc.weights.upcycle import upcycled
 
     if is_classifier(options.model) or is_reward_model(options.model):
         raise UserError(
@@ -84,7 +84,7 @@ def main() -> None:
                 chat.save(temporary)
         except SafetensorError as error:  # as of a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
-    print(f"{options.output}: {parameters(mixture, ' parameters')}, made of {model.num_parameters():,}")
+    print(f"{options.output}: {describe_parameters(mixture, ' parameters')}, made of {model.num_parameters():,}")
 
 
 if __name__ == "__main__":

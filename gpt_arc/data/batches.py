@@ -1,0 +1,70 @@
+"""Batches of windows of tokens, read ahead in a thread."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_arc.data.datasets import Split
+from gpt_arc.data.order import MixtureOrder, TrainingOrder
+from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.nn.head_loss import IGNORED
+
+
+def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets, each (B, length) int64, of the windows at `starts`; past the end, targets are -1."""
+    rows = np.full((len(starts), length + 1), IGNORED, dtype=np.int64)
+    for row, start in zip(rows, starts.tolist()):
+        tokens = split.read(start, length + 1)
+        row[: len(tokens)] = tokens
+    both = torch.from_numpy(rows)
+    return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
+
+
+def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """The same batches, each read in a thread of its own while the one before is computed with; pinned for a GPU."""
+    pin = device.type == "cuda"
+
+    def read() -> tuple[Tensor, ...] | None:
+        batch = next(evaluation_batches, None)
+        return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
+
+    # which GPU a thread means is its own affair
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if pin else None, initargs=[device] * pin) as thread:
+        reading = thread.submit(read)
+        while (batch := reading.result()) is not None:
+            reading = thread.submit(read)
+            yield batch
+
+
+def training_batches(
+    split: Split, order: "TrainingOrder | MixtureOrder", consumed: int, sequences: int, size: int, block_size: int,
+    rank: int = 0, ranks: int = 1,
+) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+    """Batches of `size` for process `rank`, without end: of each global batch of `sequences` its own slice.
+
+    The first global batch begins after `consumed` sequences.
+    """
+    own = sequences // ranks
+    while True:
+        yield from evaluation_batches(split, order.starts(consumed + rank * own, own), size, block_size)
+        consumed += sequences
+
+
+def evaluation_batches(
+    split: Split, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, ...]]:
+    """What the model is called with, each (size, block_size) int64, of the windows that fall to process `rank`.
+
+    Tokens and targets, and if the split has a separator, the number of the document that each token belongs to; the
+    separator begins its document. What is missing at the end is filled up with rows that are not scored, so every batch
+    has the same shape and every process gets as many.
+    """
+    for first in range(rank * size, len(starts) + rank * size, size * ranks):
+        tokens, targets = windows(split, starts[first : first + size], block_size)
+        missing = (0, 0, 0, size - len(tokens))
+        tokens, targets = F.pad(tokens, missing), F.pad(targets, missing, value=IGNORED)
+        yield (tokens, targets) if split.separator is None else (tokens, targets, (tokens == split.separator).cumsum(1))

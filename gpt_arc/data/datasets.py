@@ -1,0 +1,188 @@
+"""What training reads: prepared datasets, the order of their windows, and the fixed windows of an evaluation."""
+
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
+from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.files import DATA_ROOT
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "prepare"
+SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # those that train.py prepares by itself
+
+
+@dataclass(frozen=True)
+class Source:
+    """One table of [[data.mixture]]."""
+
+    name: str
+    """A prepared dataset, as for the setting dataset."""
+    weight: float
+    """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weight = {self.weight} must be more than zero, and finite")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run trains on: prepared datasets, folders of token files, each with its share of the windows.
+
+    Bare shards, as others publish them, come without a tokenizer.
+    """
+
+    names: tuple[str, ...]
+    directories: tuple[Path, ...]
+    weights: tuple[float, ...]  # their sum is 1
+    tokenizer: Tokenizer | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells this data from other data of the same name, as far as meta.json knows of it."""
+        metas = [directory / "meta.json" for directory in self.directories]
+        content = [meta.read_bytes() for meta in metas if meta.exists()]
+        if len(self.names) > 1:
+            content.append(repr((self.names, self.weights)).encode())
+        return hashlib.sha256(b"".join(content)).hexdigest() if content else ""
+
+    def separator(self) -> int:
+        """The token that begins a document, for attention confined to documents. Raises UserError if there is none."""
+        if self.tokenizer is None or self.tokenizer.end_of_text is None:
+            raise UserError(
+                f"document_mask = true needs documents that an end-of-text token parts, and {self.directories[0]} has "
+                "no tokenizer with one: prepare the text with a BPE tokenizer, or leave document_mask out"
+            )
+        return self.tokenizer.end_of_text
+
+    def split(self, name: str, block_size: int, vocab_size: int, document_mask: bool) -> "Split":
+        """One split of every dataset. Raises UserError if one doesn't hold a window."""
+        parts = []
+        for directory in self.directories:
+            files = TokenFiles(directory, name, vocab_size)
+            if len(files) <= block_size:
+                raise UserError(
+                    f"block_size = {block_size} is longer than the {name} split of {directory}: a window and its "
+                    f"last target take {block_size + 1} tokens and it has {len(files)}; lower --block_size"
+                )
+            counted = _tokens_of(directory, name)
+            if counted not in (None, len(files)):
+                raise UserError(
+                    f"{directory} has {len(files):,} tokens in its {name} split, its meta.json counts {counted:,}: a "
+                    "token file is missing or surplus; prepare the dataset again"
+                )
+            parts.append(files)
+        return Split(parts, self.weights, self.separator() if document_mask else None)
+
+
+def _tokens_of(directory: Path, split: str) -> int | None:
+    """The number of tokens that meta.json counts, None where there is none, as beside others' shards."""
+    try:
+        return int(json.loads((directory / "meta.json").read_text())["tokens"][split])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def prepare_missing(sources: Sequence[Source]) -> None:
+    """Prepare the small datasets that come with a script. Raises UserError, saying what to run, for any other."""
+    for source in sources:
+        if find_dataset(source.name) is None:
+            prepare_dataset(source.name)
+
+
+def open_corpus(sources: Sequence[Source]) -> Corpus | None:
+    """The datasets of a run, None if one is not prepared. Raises UserError for tokenizers that differ."""
+    directories = [find_dataset(source.name) for source in sources]
+    if None in directories:
+        return None
+    tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
+    for directory, tokenizer in zip(directories, tokenizers):
+        if tokenizer != tokenizers[0]:
+            raise UserError(
+                f"{directory} has another tokenizer than {directories[0]}: the datasets of a mixture must share one"
+            )
+    return Corpus(tuple(source.name for source in sources), tuple(directories), mixture_shares(sources), tokenizers[0])
+
+
+def mixture_shares(sources: Sequence[Source]) -> tuple[float, ...]:
+    """The weights of a mixture, divided by their sum."""
+    total = sum(source.weight for source in sources)
+    return tuple(source.weight / total for source in sources)
+
+
+def data_plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> list[str]:
+    """For each dataset its share of `tokens`, and how many epochs that is of it, where it is prepared."""
+    lines = []
+    for source, share, part in zip(sources, mixture_shares(sources), split.parts if split else [None] * len(sources)):
+        epochs = f"{tokens * share / len(part):.3g} epochs of {len(part):,} tokens" if part else "not prepared yet"
+        lines.append(f"{share:.1%} {source.name}: {epochs}")
+    return lines
+
+
+class Split:
+    """One split of a corpus: the token files of its datasets one after another, which no window crosses."""
+
+    def __init__(self, parts: Sequence[TokenFiles], weights: Sequence[float], separator: int | None = None):
+        self.parts, self.weights, self.separator = parts, weights, separator
+        self.bounds = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.bounds[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start + count as int64, fewer at the end of the dataset that `start` lies in."""
+        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        return self.parts[part].read(start - int(self.bounds[part]), count)
+
+    def training_order(self, block_size: int, seed: int) -> "TrainingOrder | MixtureOrder":
+        if len(self.parts) == 1:
+            return TrainingOrder(len(self), block_size, seed)
+        seeds = np.random.SeedSequence((seed, len(self.parts))).generate_state(len(self.parts), np.uint64)
+        orders = [TrainingOrder(len(part), block_size, int(own)) for part, own in zip(self.parts, seeds)]
+        return MixtureOrder(orders, self.bounds[:-1], self.weights, seed)
+
+    def evaluation_starts(self, block_size: int, windows: int) -> np.ndarray:
+        """First tokens of the windows to evaluate: every dataset's share of them, as far as its split has so many.
+
+        0 means the whole of every split.
+        """
+        counts = [windows and max(1, round(windows * weight)) for weight in self.weights]
+        starts = [evaluation_starts(len(part), block_size, count) for part, count in zip(self.parts, counts)]
+        return np.concatenate([bound + own for bound, own in zip(self.bounds, starts)])
+
+
+def find_dataset(name: str) -> Path | None:
+    """The folder of a prepared dataset, `name` being one below data/ or a path. None if it is not there."""
+    for directory in (DATA_ROOT / name, Path(name)):
+        if next(directory.glob("*.bin"), None):
+            return directory
+    return None
+
+
+def prepare_dataset(name: str) -> Path:
+    """Prepare a small corpus that comes with a script. Raises UserError, saying what to run, for any other."""
+    script = SCRIPTS / f"{name}.py"
+    if name not in SMALL_CORPORA:
+        command = (
+            f"`python prepare/{name}.py`"
+            if script.exists()
+            else f"`python prepare/text.py --input FILE_OR_FOLDER --name {name} --tokenizer gpt2` on your own text"
+        )
+        raise UserError(
+            f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it by "
+            f"{command}, or name a prepared one by --dataset"
+        )
+    print(f"preparing the dataset {name}", flush=True)
+    if subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
+        raise UserError(f"the dataset {name} could not be prepared, as said above")
+    return DATA_ROOT / name

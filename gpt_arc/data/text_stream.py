@@ -1,0 +1,79 @@
+"""Text from tokens that come one at a time."""
+
+from collections.abc import Sequence
+
+from gpt_arc.data.tokenizer import Tokenizer
+
+UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not one yet
+CONTEXT = 8  # tokens
+
+
+class TextStream:
+    """The text of a continuation as it grows, of which no part of a character or of the stop text counts as certain.
+
+    A continuation ends at the token between documents, at the token `end` or where the text `stop` begins; none of
+    them belongs to its text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: str | None = None, end: int | None = None
+    ):
+        self.tokenizer, self.stop = tokenizer, stop
+        self._ends = {tokenizer.end_of_text, end}
+        self.text = ""
+        self.ended = False  # by a token or the stop text
+        self.complete = False  # ended, or because there are no more tokens
+        self._held = 0  # characters of `text` that may turn out to be the beginning of the stop text
+        # Tokens are decoded after the last few before them: some tokenizers drop the space before a text's first word.
+        self._before = self._last([token for token in prompt[-2 * CONTEXT :] if token != tokenizer.end_of_text])
+        self._tokens: list[int] = []  # those after them, which end within a character
+        self._taken = 0  # characters of these that are in `text`
+
+    @property
+    def certain(self) -> str:
+        """The text that no further token changes."""
+        return self.text[: len(self.text) - self._held]
+
+    def push(self, token: int) -> None:
+        """Append a token, unless the continuation is complete; sets `ended` if it ends with it."""
+        if self.complete:
+            return
+        if token in self._ends:
+            self.end()
+            self.ended = True
+            return
+        self._tokens.append(token)
+        decoded = self._decode()
+        whole = decoded.rstrip(UNFINISHED)
+        self._add(whole[self._taken :])
+        self._taken = len(whole)
+        if whole == decoded:
+            self._before, self._tokens, self._taken = self._last(self._before + self._tokens), [], 0
+
+    def end(self) -> None:
+        """There are no more tokens: the rest of the text is what it is."""
+        if not self.complete:
+            self._add(self._decode()[self._taken :])
+        self.complete, self._held = True, 0
+
+    def _last(self, tokens: list[int]) -> list[int]:
+        """The last few tokens, a few more where they would begin within a character."""
+        start = max(len(tokens) - CONTEXT, 0)
+        least = max(start - CONTEXT, 0)
+        while start > least and self.tokenizer.decode(tokens[start:]).startswith(UNFINISHED):
+            start -= 1
+        return tokens[start:]
+
+    def _decode(self) -> str:
+        return self.tokenizer.decode(self._before + self._tokens)[len(self.tokenizer.decode(self._before)) :]
+
+    def _add(self, piece: str) -> None:
+        self.text += piece
+        if self.stop is None:
+            return
+        place = self.text.find(self.stop, max(len(self.text) - len(piece) - len(self.stop) + 1, 0))
+        if place >= 0:
+            self.text, self.ended, self.complete, self._held = self.text[:place], True, True, 0
+        else:
+            beginnings = range(min(len(self.stop) - 1, len(self.text)), 0, -1)
+            self._held = next((n for n in beginnings if self.stop.startswith(self.text[-n:])), 0)

@@ -1,0 +1,74 @@
+"""Beam search."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.errors import UserError
+from model import GPT
+
+
+class Hypothesis(NamedTuple):
+    """A continuation that beam search found."""
+
+    tokens: list[int]
+    log_probabilities: list[float]  # of its tokens, in nats
+    score: float  # their sum / len(tokens)^length_penalty
+
+
+def beam_search(
+    model: GPT | Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    num_beams: int,
+    length_penalty: float = 1.0,
+    stop_tokens: Sequence[int] = (),
+) -> list[Hypothesis]:
+    """The `num_beams` best continuations found by following the `num_beams` likeliest beginnings, the best first.
+
+    A continuation ends with a stop token, which counts for its length, or at max_new_tokens. Its score is the sum of
+    its tokens' log-probabilities over length^length_penalty, so 0 compares sums and 1 means; positive values favour
+    long ones.
+    """
+    if num_beams < 1 or max_new_tokens < 1:
+        raise UserError(f"num_beams = {num_beams} and max_new_tokens = {max_new_tokens} must be at least 1")
+    if not 0 <= length_penalty <= 100:
+        raise UserError(f"length_penalty = {length_penalty} must lie in [0, 100]")
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    stop_tokens = sorted(set(stop_tokens))
+    logits = decoder.read([prompt], room=max_new_tokens)
+    beams: list[tuple[list[int], list[float]]] = [([], [])]
+    totals = torch.zeros(1, dtype=torch.float64)
+    finished: list[Hypothesis] = []
+    for length in range(1, max_new_tokens + 1):
+        logs = logits.cpu().double().log_softmax(-1)  # (beams, V)
+        sums = totals[:, None] + logs
+        ends = stop_tokens if length < max_new_tokens else list(range(sums.size(-1)))
+        scores = sums[:, ends] / length**length_penalty
+        if ends:
+            for score, i in zip(*(x.tolist() for x in scores.flatten().topk(min(num_beams, scores.numel())))):
+                origin, token = i // len(ends), ends[i % len(ends)]
+                (tokens, own), last = beams[origin], logs[origin, token].item()
+                finished.append(Hypothesis([*tokens, token], [*own, last], score))
+            finished = sorted(finished, key=lambda found: -found.score)[:num_beams]
+        if length == max_new_tokens:
+            break
+        sums[:, stop_tokens] = -math.inf
+        totals, chosen = sums.flatten().topk(min(num_beams, sums.numel()))
+        chosen = chosen[totals > -math.inf]
+        totals = totals[: len(chosen)]
+        # a sum only falls from here, and no length divides it by more than the greatest
+        possible = totals[0].item() / max_new_tokens**length_penalty if len(chosen) else -math.inf
+        if not len(chosen) or (len(finished) == num_beams and finished[-1].score >= possible):
+            break
+        origins, tokens = (chosen // sums.size(-1)).tolist(), (chosen % sums.size(-1)).tolist()
+        beams = [
+            ([*beams[origin][0], token], [*beams[origin][1], logs[origin, token].item()])
+            for origin, token in zip(origins, tokens)
+        ]
+        decoder.keep(origins)
+        logits = decoder.step(tokens)
+    return finished

@@ -1,0 +1,70 @@
+"""From logits to tokens: filtered distributions, and three ways to go on with them, each on a `Decoder`.
+
+`generate` draws for many rows at once, `speculative` draws from the same distribution with the help of a smaller model,
+`beam_search` looks for the likeliest continuation. The first two yield tokens as they are made.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.settings import Sampling
+from model import GPT
+
+
+class Step(NamedTuple):
+    """What one step of decoding made: for each row that still goes on, its next token."""
+
+    rows: list[int]
+    tokens: list[int]
+    log_probabilities: list[float]  # of the tokens, by the model itself: before temperature and filters, in nats
+
+
+def generate(
+    model: GPT | Decoder,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    *,
+    generators: Sequence[torch.Generator] | None = None,
+    stopped: Callable[[int, int], bool] = lambda row, token: False,
+) -> Iterator[Step]:
+    """Continue each prompt, yielding every step as it is made; for several samples name a prompt several times.
+
+    Prompts may differ in length: each row gets what it would get alone. Equal ones are read once. Each row draws
+    from its own of `generators`, by default `row_generators` of seed 0. A row ends after max_new_tokens, or with the
+    first token for which `stopped(row, token)` is true, and then costs nothing more. Beyond the context see `Decoder`.
+    The model should be in eval mode.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
+    rows = list(range(len(prompts)))
+    generators = row_generators(0, rows) if generators is None else generators
+    if max_new_tokens < 1:
+        return
+    distinct = {tuple(prompt): None for prompt in prompts}
+    logits = decoder.read(list(distinct), room=max_new_tokens)
+    if len(distinct) < len(prompts):
+        place = {prompt: i for i, prompt in enumerate(distinct)}
+        origins = [place[tuple(prompt)] for prompt in prompts]
+        decoder.keep(origins)
+        logits = logits[origins]
+    seen = tokens_seen(sampling, prompts, logits)
+    for length in range(1, max_new_tokens + 1):
+        probabilities = sampling_probabilities(sampling, logits, seen)
+        tokens = draw(probabilities, [generators[row] for row in rows])
+        yield Step(rows, tokens, _log_probabilities(logits, tokens))
+        going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
+        if not going or length == max_new_tokens:
+            return
+        if seen is not None:
+            seen[list(range(len(rows))), tokens] = True
+        if len(going) < len(rows):
+            decoder.keep(going)
+            rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
+            seen = None if seen is None else seen[going]
+        logits = decoder.step(tokens)

@@ -1,0 +1,78 @@
+"""From logits to a drawn token: temperature, top-k, top-p, min-p and penalties."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt_arc.decoding.settings import Sampling
+
+
+def sampling_probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+    """The distribution to draw from, (..., V) float32; `seen` (..., V) says which tokens were there before."""
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return filtered_probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+
+
+def tokens_seen(sampling: Sampling, sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor | None:
+    """Which tokens occur in each sequence, (B, V) like the logits; None where no setting asks."""
+    if sampling.repetition_penalty == 1:
+        return None
+    seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
+    for row, sequence in enumerate(sequences):
+        seen[row, list(sequence)] = True
+    return seen
+
+
+def filtered_probabilities(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+) -> Tensor:
+    """Softmax after temperature, then top-k, top-p and min-p, each as `Sampling` says: (..., V) float32."""
+    logits = logits.float()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    if top_k is not None:  # temperature keeps the order, so it may as well come after
+        smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    temperature = max(temperature, 1e-37)  # float32 takes a divisor below this for 0
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
+    probabilities = logits.softmax(-1)
+    if top_p is not None:
+        size = probabilities.size(-1)
+        ordered, order = probabilities.topk(min(size, 1024), dim=-1)
+        if (ordered.sum(-1) < top_p).any():  # seldom: so that the whole vocabulary need not be sorted each time
+            ordered, order = probabilities.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # those more likely reach p already
+        beyond[..., 0] = False
+        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(beyond, 0.0))
+    if min_p is not None:
+        least = min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def row_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
+    """A generator for each row number, so that what a row draws depends on no other row."""
+    states = (np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0] for row in rows)
+    return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
+
+
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+    """A token for each row of probabilities (B, V), by one uniform number from each row's own generator."""
+    uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
+    probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # it has no float64
+    cumulative = probabilities.double().cumsum(-1)
+    reached = cumulative[:, -1:] * uniform.to(cumulative)
+    return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1).tolist()
+
+
+def _log_probabilities(logits: Tensor, tokens: list[int]) -> list[float]:
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()

@@ -1,0 +1,113 @@
+"""Speculative decoding."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.decoding.generate import Step
+from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.settings import Sampling
+from gpt_arc.errors import UserError
+from model import GPT
+
+
+@dataclass
+class Acceptance:
+    """How many of the draft's tokens the model has taken."""
+
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        return self.accepted / self.proposed if self.proposed else math.nan
+
+
+def speculative(
+    model: GPT | Decoder,
+    draft: GPT | Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    *,
+    draft_tokens: int = 4,
+    generator: torch.Generator | None = None,
+    stopped: Callable[[int, int], bool] = lambda row, token: False,
+    acceptance: Acceptance | None = None,
+) -> Iterator[Step]:
+    """`generate` for one prompt, whose tokens a smaller model of the same vocabulary proposes, several at a time.
+
+    The model reads a proposal in one pass and accepts its tokens one after the other with probability min(1, p / q);
+    the first that it doesn't accept it draws anew from max(0, p - q). So the text has exactly the distribution that
+    `generate` draws from (arXiv:2211.17192). `acceptance` is counted on.
+    """
+    decoder = model if isinstance(model, Decoder) else Decoder(model)
+    drafter = draft if isinstance(draft, Decoder) else Decoder(draft)
+    vocabularies = [d.model.config.vocab_size for d in (decoder, drafter)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must be the same"
+        )
+    if draft_tokens < 1:
+        raise UserError(f"draft_tokens = {draft_tokens} must be at least 1")
+    generator = row_generators(0, [0])[0] if generator is None else generator
+    acceptance = Acceptance() if acceptance is None else acceptance
+    for reader in (decoder, drafter):  # neither has read the last token yet
+        before, room = prompt[-reader.model.config.block_size : -1], max_new_tokens + draft_tokens + 1
+        if before:
+            reader.read([before], room)
+        else:
+            reader.clear(1, room)
+    tokens, unread, made = list(prompt), list(prompt[-1:]), 0  # `unread` by the draft
+
+    def distributions(logits: Tensor, proposed: Sequence[int]) -> Tensor:
+        """Those after the last `len(logits)` beginnings of the text with what is proposed, (len(logits), V)."""
+        if sampling.repetition_penalty == 1:
+            return sampling_probabilities(sampling, logits)
+        ends = range(len(proposed) + 1 - len(logits), len(proposed) + 1)
+        return sampling_probabilities(
+            sampling, logits, tokens_seen(sampling, [[*tokens, *proposed[:end]] for end in ends], logits)
+        )
+
+    while made < max_new_tokens:
+        # no more than fit the rest of the text and of the context, which then slides just as in `generate`
+        room = max(decoder.model.config.block_size - len(decoder.sequences[0]) - 1, 0)
+        count = min(draft_tokens, max_new_tokens - made - 1, room)
+        proposal: list[int] = []
+        q = []
+        for _ in range(count):
+            q.append(distributions(drafter.extend([unread])[:, -1], proposal)[0])
+            unread = draw(q[-1][None], [generator])
+            proposal += unread
+        logits = decoder.extend([[tokens[-1], *proposal]])[0]  # (count + 1, V)
+        p = distributions(logits, proposal)
+        accepted = 0
+        if proposal:
+            index = torch.tensor(proposal)[:, None].to(p.device)
+            ratios = (p[:count].gather(1, index) / torch.stack(q).gather(1, index))[:, 0].tolist()
+            while accepted < count and torch.rand((), generator=generator) < ratios[accepted]:
+                accepted += 1
+        acceptance.proposed += count
+        acceptance.accepted += accepted
+        rest = p[accepted]
+        if accepted < count:
+            rest = (p[accepted] - q[accepted]).clamp(min=0)
+            rest = rest if rest.sum() > 0 else p[accepted]
+        new = [*proposal[:accepted], *draw(rest[None], [generator])]
+        decoder.rewind([count - accepted])
+        if proposal:  # of which the draft has read all but the last
+            drafter.rewind([max(count - 1 - accepted, 0)])
+            unread = new[-1 if accepted < count else -2 :]
+        else:
+            unread = unread + new
+        unread = unread[-drafter.model.config.block_size :]
+        for token, log_probability in zip(new, _log_probabilities(logits[: len(new)], new)):
+            yield Step([0], [token], [log_probability])
+            made += 1
+            if stopped(0, token):
+                return
+        tokens += new

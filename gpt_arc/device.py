@@ -1,0 +1,106 @@
+"""Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
+
+import ctypes
+import gc
+import platform
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gpt_arc.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
+    """The device for a setting; auto is `prefer` where that is there, else cuda, else mps, else cpu.
+
+    Raises UserError for a device that is not there.
+    """
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if setting == "auto":
+        setting = prefer if count.get(prefer) else next(kind for kind, number in count.items() if number)
+    try:
+        device = torch.device(setting)
+    except RuntimeError:
+        raise UserError(f'device = "{setting}" is not a device: say auto, cpu, cuda, cuda:1 or mps') from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
+    elif device.type == "cuda" and local_rank != 0:
+        raise UserError(f'device = "{setting}" would put several processes on one GPU: say cuda')
+    if (device.index or 0) >= count.get(device.type, 0):
+        there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
+        raise UserError(f'device = "{setting}" is not available here; there is {there}')
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what torch means by "the current device" from here on
+    return device
+
+
+def resolve_dtype(setting: str, device: torch.device) -> str:
+    """The precision of matrix products; auto is the fastest that the hardware multiplies natively."""
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()  # Intel AMX, AVX-512 BF16 and the Arm extension
+        return "bfloat16" if any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16")) else "float32"
+    return "float32"
+
+
+def set_up_device(device: torch.device, dtype: str) -> None:
+    """What makes training faster on the device, for the whole process.
+
+    On a GPU TF32 for what autocast leaves in float32. On a CPU, with glibc, freed memory is kept: by default it returns
+    what is larger than 32 MiB, and each time it is wanted again the system fills it with zeros, page by page.
+    Everywhere what the imports made is left out of garbage collection, which a step would wait for.
+    """
+    gc.collect()
+    gc.freeze()
+    if device.type == "cuda" and dtype != "float32":
+        torch.set_float32_matmul_precision("high")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """The context in which a forward pass multiplies in `dtype`."""
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+
+def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors of `batch` on the device; to a GPU the copies of pinned ones run while the host goes on."""
+    return [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+        return f"{name}, {torch.get_num_threads()} threads"
+    return device.type
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of every generator that training draws from in this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `rng_state` returned, as far as this device has the same generators."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    elif device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])

@@ -1,0 +1,214 @@
+"""GPT-1's second stage: a trained GPT under a linear head that reads the hidden state of the last token.
+
+    classifier, tokenizer = load_classifier("out/finetune")     # trained by stages/finetune.py
+    outcome = classifier(*make_batch(sequences, labels))        # logits; the sums of both losses
+
+A classifier's directory is a model directory, which `load_model` reads too, with classifier.json and
+classifier.safetensors.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gpt_arc.data.tokenizer import Tokenizer, load_tokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.files import replacing, write_file
+from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
+from gpt_arc.finetuning.lora import with_merged_adapters
+from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.nn.head_loss import IGNORED
+from gpt_arc.weights.directory import load_config, load_model, model_directory, save_model
+from gpt_arc.weights.edit import with_more_tokens
+from model import GPT
+
+CONFIG, WEIGHTS, FORMAT_VERSION = "classifier.json", "classifier.safetensors", 1
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """What makes a classifier of a model."""
+
+    task: TaskKind
+    classes: tuple[str, ...] | None  # their names; None: the label is a number, or which option
+    special: SpecialTokens
+    columns: Columns  # of the files it was trained on
+    max_tokens: int  # that a sequence is cut to
+    dropout: float = 0.1  # of what the head reads
+    lstm: bool = False  # whether the trunk is an LSTM
+
+    @property
+    def outputs(self) -> int:
+        """Logits per sequence: one for an option, or for a label that is a number."""
+        return 1 if self.classes is None else len(self.classes)
+
+    @property
+    def is_regression(self) -> bool:
+        return self.classes is None and self.task != "multiple_choice"
+
+
+class Batch(NamedTuple):
+    """B examples of up to O sequences of up to T tokens."""
+
+    tokens: Tensor  # (B, O, T) int64, padded at the end with anything
+    lengths: Tensor  # (B, O) int64; 0 where an example has fewer sequences
+    labels: Tensor  # (B,) int64, -1 where unknown; float32 for regression
+
+
+class Outcome(NamedTuple):
+    """What a classifier makes of a batch."""
+
+    logits: Tensor  # (B, classes), (B, O) for multiple choice, -inf where there is no option, or (B, 1) for regression
+    task_loss: Tensor  # () sum over examples: cross-entropy in nats, or squared error; in training with the routers'
+    language_loss: Tensor  # () sum over examples of the mean, over an example's sequences, of nats a token
+
+
+def make_batch(examples: Sequence[Sequence[list[int]]], labels: Sequence[float]) -> Batch:
+    """A batch of the examples' sequences; labels that are integers are classes."""
+    options = max(len(sequences) for sequences in examples)
+    length = max(len(sequence) for sequences in examples for sequence in sequences)
+    tokens = torch.zeros(len(examples), options, length, dtype=torch.int64)
+    lengths = torch.zeros(len(examples), options, dtype=torch.int64)
+    for b, sequences in enumerate(examples):
+        for o, sequence in enumerate(sequences):
+            tokens[b, o, : len(sequence)] = torch.tensor(sequence)
+            lengths[b, o] = len(sequence)
+    return Batch(tokens, lengths, torch.tensor(labels))
+
+
+def combined_loss(task_loss: Tensor, language_loss: Tensor, weight: float) -> Tensor:
+    """GPT-1's objective for its second stage, L3 = L2 + weight L1 (Radford et al. 2018, equation 5)."""
+    return task_loss + weight * language_loss
+
+
+class Classifier(nn.Module):
+    """A trunk with a linear head on the hidden state of each sequence's last token, [extract].
+
+    The trunk's states of an example's two orders are added for similarity; for multiple choice each option has one
+    logit, and softmax runs over options. The head has no bias (Radford et al. 2018, equation 3).
+    """
+
+    def __init__(self, trunk: GPT, config: ClassifierConfig):
+        super().__init__()
+        self.config = config
+        self.trunk = trunk
+        self.head = nn.Linear(trunk.config.n_embd, config.outputs, bias=False)
+        nn.init.normal_(self.head.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, with_language: bool = True) -> Outcome:
+        """Logits and losses of a `Batch`; without `with_language` the language-model loss is 0 and not computed."""
+        (batch, options), config = lengths.shape, self.config
+        present = lengths > 0
+        hidden = self.trunk.hidden(tokens.flatten(0, 1))  # (B O, T, C)
+        last = (lengths.flatten() - 1).clamp(min=0)
+        extracted = hidden[torch.arange(len(last), device=last.device), last].unflatten(0, (batch, options))
+        if config.task == "similarity":
+            extracted = extracted.float().sum(1, keepdim=True)
+        dropped = F.dropout(torch.ones_like(extracted[:, :1]), config.dropout, self.training)  # alike for all options
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = self.head(
+                extracted.type_as(self.head.weight) * dropped.type_as(self.head.weight)
+            )  # (B, O or 1, K)
+            logits = logits.squeeze(-1).masked_fill(~present, -math.inf) if self.by_option else logits.squeeze(1)
+            if config.is_regression:
+                task_loss = (logits.squeeze(1) - labels).square().sum()
+            else:
+                task_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        if self.training:  # of a mixture of experts, means over the batch
+            task_loss = task_loss + batch * sum(self.trunk.router_losses().values())
+        language_loss = task_loss.new_zeros(())
+        if with_language:
+            language_loss = self.trunk.loss(hidden, *self.language_targets(tokens, lengths))
+        return Outcome(logits, task_loss, language_loss)
+
+    @property
+    def by_option(self) -> bool:
+        return self.config.task == "multiple_choice"
+
+    @staticmethod
+    def language_targets(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Next tokens and their weights, both (B O, T): a sequence's weights add up to 1, an example's sequences too.
+
+        As openai/finetune-transformer-lm train.py:176-178 takes the mean over a sequence before that over sequences.
+        """
+        length = tokens.size(-1)
+        scored = torch.arange(1, length + 1, device=tokens.device) < lengths[..., None]  # (B, O, T)
+        targets = torch.where(scored, F.pad(tokens[..., 1:], (0, 1)), IGNORED)
+        sequences = (lengths > 0).sum(1)[:, None, None]
+        weights = scored / ((lengths[..., None] - 1).clamp(min=1) * sequences)
+        return targets.flatten(0, 1), weights.flatten(0, 1)
+
+
+def with_special_tokens(model: GPT) -> tuple[GPT, SpecialTokens]:
+    """The model with GPT-1's three further tokens."""
+    return with_more_tokens(model, 3), SpecialTokens.after(model.config.vocab_size)
+
+
+def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Path | str) -> None:
+    """Write a classifier's directory, adapters merged; files that are there already are replaced one by one."""
+    save_model(with_merged_adapters(classifier.trunk), tokenizer, directory)
+    with replacing(Path(directory) / WEIGHTS) as temporary:
+        save_file({"head.weight": classifier.head.weight.detach().cpu().contiguous()}, temporary, {"format": "pt"})
+    content = {"format_version": FORMAT_VERSION, **asdict(classifier.config)}
+    content["special"] = classifier.config.special._asdict()
+    write_file(Path(directory) / CONFIG, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def is_classifier(path: Path | str) -> bool:
+    """Whether `path` is a classifier's directory or a run folder of one."""
+    return any((Path(path) / place / CONFIG).is_file() for place in (".", "best", "last"))
+
+
+def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Classifier, Tokenizer]:
+    """The classifier, on the CPU and in training mode, and its tokenizer, from its directory or run folder.
+
+    Raises UserError naming the file if something is missing or damaged.
+    """
+    directory = model_directory(path)
+    config = _read_config(directory / CONFIG)
+    if config.lstm:
+        trunk, tokenizer = LSTM(load_config(directory)).to(dtype), load_tokenizer(directory)
+    else:
+        trunk, tokenizer = load_model(directory, dtype=dtype)
+    if tokenizer is None:
+        raise UserError(f"{directory} has no tokenizer")
+    classifier = Classifier(trunk, config)
+    if config.lstm:
+        _load_weights(trunk, directory / "model.safetensors", "")
+    _load_weights(classifier.head.to(dtype), directory / WEIGHTS, "head.")
+    return classifier, tokenizer
+
+
+def _load_weights(module: nn.Module, path: Path, prefix: str) -> None:
+    try:
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        what = str(error).strip().splitlines()[-1].strip()  # torch says first that there is an error
+        raise UserError(f"{path} is missing or damaged: {what}") from None
+
+
+def _read_config(path: Path) -> ClassifierConfig:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        version = content.pop("format_version")
+        columns = {**content["columns"], "options": tuple(content["columns"]["options"])}
+        special, classes = SpecialTokens(**content["special"]), content["classes"]
+        content |= {"special": special, "columns": Columns(**columns), "classes": classes and tuple(classes)}
+        config = ClassifierConfig(**content)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is a model without a classifier's head: train one by --train FILE") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} is of the version {version}; this program reads the version {FORMAT_VERSION}")
+    return config

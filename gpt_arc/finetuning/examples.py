@@ -1,0 +1,201 @@
+"""Labelled examples, and GPT-1's input transformations: each becomes one or more sequences of tokens.
+
+    examples = read_examples(Path("train.jsonl"), "entailment", Columns(text_a="premise", text_b="hypothesis"))
+    sequences, cut = sequences_of(examples[0], "entailment", tokenizer, SpecialTokens.after(50257), max_tokens=512)
+
+What stands between the special tokens (Radford et al. 2018, figure 1):
+
+    classification    [start] text [extract]
+    entailment        [start] premise [delimiter] hypothesis [extract]
+    similarity        both orders of text [delimiter] text, two sequences
+    multiple_choice   [start] context [delimiter] option [extract], a sequence per option
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from gpt_arc.data.rows import _absent, _json_list, _shown, parsed_rows, text_of
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.errors import UserError
+
+TaskKind = Literal["classification", "entailment", "similarity", "multiple_choice"]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a file hold what; None where there is none."""
+
+    text_a: str
+    text_b: str | None = None
+    options: tuple[str, ...] = ()  # several columns, or one that holds a list
+    label: str = "label"
+
+    @classmethod
+    def usual(cls, task: TaskKind) -> "Columns":
+        """The names that are looked for unless others are declared."""
+        return {
+            "classification": cls("text"),
+            "entailment": cls("premise", "hypothesis"),
+            "similarity": cls("text_a", "text_b"),
+            "multiple_choice": cls("context", options=("options",)),
+        }[task]
+
+
+class Example(NamedTuple):
+    """One row: its texts as the task has them, and its label as it was written, None where the file has none."""
+
+    texts: tuple[str, ...]  # text; premise, hypothesis; the two texts; context, first option, second option ...
+    label: str | None
+    place: str  # file and line, for messages
+
+
+class SpecialTokens(NamedTuple):
+    """Ids of GPT-1's three further tokens."""
+
+    start: int
+    delimiter: int
+    extract: int
+
+    @classmethod
+    def after(cls, vocab_size: int) -> "SpecialTokens":
+        return cls(vocab_size, vocab_size + 1, vocab_size + 2)
+
+
+def read_examples(path: Path, task: TaskKind, columns: Columns, labelled: bool = True) -> list[Example]:
+    """The examples of a .jsonl, .csv or .tsv file, whose first line names the columns of the latter two.
+
+    Without `labelled` labels are not looked at, and None. Raises UserError naming file and line of the first row that
+    isn't one, and how many more there are.
+    """
+    return parsed_rows(path, lambda row, place: _example(row, task, columns, labelled, place))
+
+
+def _example(row: dict[str, Any], task: TaskKind, columns: Columns, labelled: bool, place: str) -> Example:
+    """Raises ValueError saying what is wrong with the row."""
+    first = text_of(row, columns.text_a)
+    if task == "multiple_choice":
+        context = first if columns.text_b is None else f"{first} {text_of(row, columns.text_b)}"
+        texts = (context, *_options(row, columns.options))
+    else:
+        texts = (first,) if task == "classification" else (first, text_of(row, columns.text_b))
+    if not labelled:
+        return Example(texts, None, place)
+    value = row.get(columns.label)
+    if value is None or isinstance(value, str) and not value.strip():
+        raise ValueError(_absent(row, columns.label))
+    if isinstance(value, bool):
+        value = json.dumps(value)
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{columns.label} = {_shown(value)} is neither a text nor a number")
+    whole = isinstance(value, float) and value.is_integer()
+    label = str(int(value) if whole else value).strip()
+    if task == "multiple_choice":
+        label = str(_option_number(label, texts[1:], columns.options))
+    return Example(texts, label, place)
+
+
+def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
+    if len(columns) > 1:
+        return [text_of(row, column) for column in columns]
+    value = row.get(columns[0])
+    if isinstance(value, str):  # of a .csv
+        with_list = _json_list(value)
+        value = value if with_list is None else with_list
+    if value is None:
+        raise ValueError(_absent(row, columns[0]))
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
+        raise ValueError(f"{columns[0]} = {_shown(value)} is not a list of two texts or more")
+    return value
+
+
+def _option_number(label: str, options: Sequence[str], columns: tuple[str, ...]) -> int:
+    """Which option, from 0, a label means: its number from 0, its letter from A, its column or its text."""
+    if re.fullmatch(r"\d+", label):
+        number = int(label)
+    elif len(label) == 1 and label.isascii() and label.isalpha():
+        number = ord(label.upper()) - ord("A")
+    elif len(columns) > 1 and label in columns:
+        number = columns.index(label)
+    else:
+        number = options.index(label) if label in options else len(options)
+    if number >= len(options):
+        raise ValueError(
+            f"the label {label!r} means none of the {len(options)} options: it is a number from 0, a letter from A, a "
+            "column's name or the text of an option"
+        )
+    return number
+
+
+def classes_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The labels that occur, numbers in order of size and texts in that of the alphabet."""
+    labels = {example.label for example in examples}
+    try:
+        return tuple(sorted(labels, key=lambda label: (float(label), label)))
+    except ValueError:
+        return tuple(sorted(labels))
+
+
+def label_number(example: Example, classes: Sequence[str]) -> int:
+    """The number of an example's class, -1 where it has no label. Raises UserError for a label that is no class."""
+    if example.label is None:
+        return -1
+    if example.label not in classes:
+        shown = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
+        raise UserError(f"{example.place}: the label {example.label!r} is none of the classes trained on: {shown}")
+    return classes.index(example.label)
+
+
+def label_value(example: Example) -> float:
+    """The label as a number, not a number where it has none. Raises UserError."""
+    try:
+        value = math.nan if example.label is None else float(example.label)
+    except ValueError:
+        value = math.inf
+    if math.isinf(value) or math.isnan(value) and example.label is not None:
+        raise UserError(f"{example.place}: the label {example.label!r} is not a number")
+    return value
+
+
+def fitted(segments: Sequence[list[int]], room: int) -> list[list[int]]:
+    """The segments less tokens from the end of whichever is longest, the last of equals, so that `room` holds them."""
+    lengths = [len(segment) for segment in segments]
+    while sum(lengths) > room:
+        longest = max(range(len(lengths)), key=lambda i: (lengths[i], i))
+        lengths[longest] -= 1
+    return [segment[:length] for segment, length in zip(segments, lengths)]
+
+
+def sequences_of(
+    example: Example, task: TaskKind, tokenizer: Tokenizer, special: SpecialTokens, max_tokens: int
+) -> tuple[list[list[int]], bool]:
+    """An example's sequences of at most `max_tokens` ids, and whether they were cut to that.
+
+    Raises UserError where the vocabulary lacks a character.
+    """
+    try:
+        encoded = [tokenizer.encode(text) for text in example.texts]
+    except UserError as error:
+        raise UserError(f"{example.place}: {error}") from None
+    match task:
+        case "classification":
+            layouts = [encoded]
+        case "entailment":
+            layouts = [encoded]
+        case "similarity":
+            layouts = [encoded, encoded[::-1]]
+        case "multiple_choice":
+            layouts = [[encoded[0], option] for option in encoded[1:]]
+    sequences, cut = [], False
+    for segments in layouts:
+        kept = fitted(segments, max_tokens - 1 - len(segments))
+        cut |= kept != segments
+        sequence = [special.start]
+        for i, segment in enumerate(kept):
+            sequence += segment if i == 0 else [special.delimiter, *segment]
+        sequences.append([*sequence, special.extract])
+    return sequences, cut

@@ -1,0 +1,163 @@
+"""Causal self-attention: the cache of keys and values, which keys a query sees, and the fastest kernel for the device.
+
+Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from gpt_arc.nn.functional import dropout
+
+FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
+SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
+
+
+class KVCache(NamedTuple):
+    """The keys and values of one block for the tokens read so far. Token i of row b has slot i."""
+
+    keys: Tensor  # (B, K, S, D), after norm and rotation
+    values: Tensor  # (B, K, S, D)
+    positions: Tensor | None  # (B, T) slots of the tokens being read now; None: these are the first, 0 .. T - 1
+
+    def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value (B, K, T, D); returns the keys and values to attend to."""
+        if self.positions is None:
+            self.keys[:, :, : key.size(2)] = key
+            self.values[:, :, : value.size(2)] = value
+            return key, value
+        rows = torch.arange(key.size(0), device=key.device)[:, None]
+        self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
+        self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
+        return self.keys, self.values
+
+
+Mask = Tensor | BlockMask | None  # None: every query sees the keys up to its own place
+
+
+def positions_and_masks(
+    tokens: Tensor, documents: Tensor | None, cache: Sequence[KVCache] | None, band: int | None, dropout_rate: float
+) -> tuple[Tensor, tuple[Mask, Mask]]:
+    """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
+
+    Odd blocks see the last `band` positions only, their own included, if there is a band. `documents` (B, T) restarts
+    positions and attention at each document. `cache`, one per block, continues the tokens that were read before.
+    """
+    (batch, length), device = tokens.shape, tokens.device
+    positions = torch.arange(length, device=device)
+    if cache is not None and cache[0].positions is not None:
+        positions, slots = cache[0].positions, torch.arange(cache[0].keys.size(2), device=device)
+        mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
+        recent = mask if band is None else mask & (slots > positions[..., None] - band)[:, None]
+        return positions, (mask, recent)
+    mask, first = None, None
+    if documents is not None:
+        begins = documents != F.pad(documents[:, :-1], (1, 0))
+        first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
+        mask = causal_mask(first, None, dropout_rate)
+    recent = mask
+    if band is not None and band < length:
+        earliest = (positions - band + 1).clamp(min=0).expand(batch, length)
+        earliest = earliest if first is None else torch.maximum(earliest, first)
+        recent = causal_mask(earliest, band, dropout_rate)
+    return positions if first is None else positions - first, (mask, recent)
+
+
+def causal_mask(earliest: Tensor, band: int | None, dropout_rate: float) -> Tensor | BlockMask:
+    """The mask in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
+
+    Returns booleans (B, 1, T, T). Where a query sees at most W = `band` keys and 2W < T, queries go in n chunks of W,
+    each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W, not T T.
+    In compiled CUDA code it is the tiles that `flex_attention` visits, which has no dropout, and no backward on CPUs.
+    """
+    (batch, length), device = earliest.shape, earliest.device
+    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout_rate:
+        earliest = earliest.contiguous()
+        return create_block_mask(
+            lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
+            batch, None, length, length, device=device,
+        )  # fmt: skip
+    queries = keys = torch.arange(length, device=device)
+    if band is not None and 2 * band < length:
+        chunks = math.ceil(length / band)
+        queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
+        keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
+        earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
+    allowed = (keys[..., None, :] <= queries[..., None]) & (keys[..., None, :] >= earliest[..., None])
+    return allowed.flatten(0, -3)[:, None]
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats each head of x (B, K, S, D) for the query heads it serves: (B, heads, S, D)."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float) -> Tensor:
+    """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
+
+    `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place.
+    """
+    if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
+        return attend_once(query, key, value, mask)
+    if isinstance(mask, Tensor) and query.device.type == "cuda":
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
+    settings = {"dropout_p": dropout_rate, "enable_gqa": query.size(1) != key.size(1)}
+    dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
+    if dense and query.device.type == "cpu" and value.dtype != torch.float32:
+        if query.shape[:3].numel() * key.size(2) <= SCORES_KEPT:
+            return attend_by_products(query, key, value, mask, dropout_rate)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, **settings)
+    if isinstance(mask, BlockMask):
+        query, key = query.type_as(value), key.type_as(value)  # autocast leaves normed heads in float32
+        return flex_attention(query, key, value, block_mask=mask, enable_gqa=settings["enable_gqa"])
+    batch, length, band = query.size(0), query.size(2), mask.size(-2)
+    if band == length:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    chunks = math.ceil(length / band)
+    beyond = chunks * band - length
+    query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
+    key, value = (
+        F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (key, value)
+    )  # (B n, K, 2W, D)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
+    return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_rate: float) -> Tensor:
+    """Causal `attend` by batched matrix products, for CPUs, whose fused kernel takes up to five times as long.
+
+    The queries go in up to four chunks, each with the keys up to its end, so little of the square is wasted.
+    """
+    batch, heads, length, size = query.shape
+    query, key, value = (repeat_heads(x, heads).flatten(0, 1) for x in (query, key, value))  # (B H, T, D)
+    width, mixed = max(128, math.ceil(length / 4)), []
+    for start in range(0, length, width):
+        stop = min(start + width, length)
+        if mask is None:
+            hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
+        else:
+            seen = mask[:, :, start:stop, :stop]
+            hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
+            hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
+        scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
+        mixed.append(dropout(scores.softmax(-1), dropout_rate) @ value[:, :stop])
+    return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
+
+
+def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """`attend` for one query (B, H, 1, D) as two sums, which a compiler fuses into one pass over keys and values."""
+    torch._check(value.size(-1) == query.size(-1))  # so that a compiler that takes sizes as variable knows this one
+    query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
+    scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
+    return mixed.flatten(1, 2)[:, :, None]

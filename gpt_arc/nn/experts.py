@@ -1,0 +1,188 @@
+"""A mixture of experts in place of an MLP: router, experts, and what the routers' losses need.
+
+Shapes: N tokens, C width, M hidden width, E experts, k experts per token.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_arc.nn.functional import Dropout, activate
+
+
+class ExpertsConfig(Protocol):
+    """The settings of `model.GPTConfig` that experts read."""
+
+    n_embd: int
+    mlp_width: int
+    activation: str
+    bias: bool
+    n_experts: int
+    experts_per_token: int
+    expert_selection: str
+    capacity_factor: float | None
+    router_jitter: float
+    expert_dropout: float
+    balance_rate: float
+
+    def dropout_of(self, place: str) -> float: ...
+
+
+class Routing(NamedTuple):
+    """What one block's router did with a training batch."""
+
+    load: Tensor  # (E,) share of the choices that fell on each expert, overflow included; sums to 1
+    gates: Tensor  # (E,) mean probability of each expert
+    z: Tensor  # () mean squared logsumexp of the router's logits
+    entropy: Tensor  # () mean entropy of the probabilities, in nats
+    dropped: Tensor  # () share of the choices that exceeded an expert's capacity
+
+
+class Experts(nn.Module):
+    """MLPs of which each token uses k, chosen and weighted by a router (Mixtral, arXiv:2401.04088).
+
+    Tokens are sorted by expert, so each expert multiplies all of its tokens at once. With k = 1 the gate is the
+    router's probability (Switch, arXiv:2101.03961); with more, the k gates are scaled to sum to 1. The router always
+    computes in float32. `shared` is a further MLP that sees every token (arXiv:2401.06066).
+    """
+
+    def __init__(self, config: ExpertsConfig, shared: nn.Module | None = None):
+        super().__init__()
+        self.config = config
+        experts, width, inner = config.n_experts, config.n_embd, config.mlp_width
+        up = 2 * inner if config.activation == "swiglu" else inner
+        self.router = nn.Linear(width, experts, bias=False)
+        self.up = nn.Parameter(torch.empty(experts, up, width))
+        self.projection = nn.Parameter(torch.empty(experts, width, inner))
+        self.up_bias = nn.Parameter(torch.zeros(experts, up)) if config.bias else None
+        self.projection_bias = nn.Parameter(torch.zeros(experts, width)) if config.bias else None
+        self.shared = shared
+        self.inner_dropout, self.dropout = Dropout(config.expert_dropout), Dropout(config.dropout_of("residual"))
+        if config.balance_rate:
+            self.register_buffer("balance", torch.zeros(experts))
+        self.exchange: Callable | None = None  # under expert parallelism, runs `compute` where the experts are
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts (N, k) that tokens x (N, C) use, their gates (N, k), and the router's logits (N, E)."""
+        config, drawn = self.config, self.training and self.config.expert_selection == "drawn"
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            if self.training and config.router_jitter:
+                x = x * torch.empty_like(x).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+            logits = F.linear(x, self.router.weight.type_as(x))
+            probabilities = logits.softmax(-1)
+            scores = probabilities.detach()
+            if drawn:  # the largest logits with Gumbel noise are a draw without replacement
+                scores = logits.detach() - torch.empty_like(logits).exponential_().log()
+            elif config.balance_rate:
+                scores = scores + self.balance
+            chosen = scores.topk(config.experts_per_token, dim=-1).indices
+            gates = probabilities.gather(-1, chosen)
+            if config.experts_per_token > 1:
+                gates = gates / gates.sum(-1, keepdim=True)
+        return chosen, gates, logits
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Routing]:
+        """Returns a tensor shaped like x (..., C); in training also the `Routing`."""
+        config, inputs = self.config, x.flatten(0, -2)  # (N, C)
+        chosen, gates, logits = self.route(inputs)
+        experts, order = chosen.flatten().sort(stable=True)  # the choices of all tokens, expert by expert
+        back = order.argsort()
+        ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
+        counts = accepted = ends.diff(prepend=ends.new_zeros(1))
+        compute = self.compute if self.exchange is None else partial(self.exchange, self.compute)
+        outputs = compute(take_rows(inputs, order, back), ends)
+        if self.training and config.capacity_factor is not None:  # first come, first served
+            capacity = math.ceil(min(config.capacity_factor * len(order) / config.n_experts, len(order)))
+            place = torch.arange(len(order), device=x.device) - (ends - counts)[experts]
+            gates, accepted = gates * (place < capacity)[back].view_as(gates), counts.clamp(max=capacity)
+        choices = take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)
+        mixed = self.dropout((choices * gates[..., None].type_as(choices)).sum(1)).view(x.shape)
+        mixed = mixed if self.shared is None else mixed + self.shared(x)
+        return (mixed, self.report(counts, accepted, logits)) if self.training else mixed
+
+    def compute(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Runs rows x (N, C) through their experts: the first expert has the rows before ends[0], and so on."""
+        hidden = activate(grouped_linear(x, self.up, self.up_bias, ends), self.config.activation)
+        return grouped_linear(self.inner_dropout(hidden), self.projection, self.projection_bias, ends)
+
+    @staticmethod
+    def report(counts: Tensor, accepted: Tensor, logits: Tensor) -> Routing:
+        """The `Routing` of a batch: choices per expert (E,), those within capacity (E,), router logits (N, E)."""
+        with torch.autocast(logits.device.type, enabled=False):
+            logs, total = logits.log_softmax(-1), counts.sum()
+            entropy = -(logs.detach().exp() * logs.detach()).sum(-1).mean()
+            z = logits.logsumexp(-1).square().mean()
+            return Routing(counts / total, logs.exp().mean(0), z, entropy, 1 - accepted.sum() / total)
+
+
+def router_losses(routings: Sequence[Routing], balance_weight: float, z_weight: float) -> dict[str, Tensor]:
+    """The routers' losses (), summed over blocks and weighted; {} without routings.
+
+    balance: E sum_e load_e gates_e, which is 1 when all experts are used equally (Switch, equation 4); the load is
+    that of all processes together. router_z: the mean squared logsumexp (ST-MoE, arXiv:2202.08906).
+    """
+    losses = {}
+    if balance_weight and routings:
+        load = mean_over_processes(torch.stack([routing.load for routing in routings]))
+        balance = (load * torch.stack([routing.gates for routing in routings])).sum()
+        losses["balance"] = balance * load.size(1) * balance_weight
+    if z_weight and routings:
+        losses["router_z"] = sum(routing.z for routing in routings) * z_weight
+    return losses
+
+
+class TakeRows(torch.autograd.Function):
+    """`take_rows`. Plain indexing would add up the rows' gradients one by one, on a GPU in any order."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.times = len(order) // max(len(x), 1) or 1
+        return x[order // ctx.times]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        rows = gradient[ctx.saved_tensors[0]]
+        return rows if ctx.times == 1 else rows.unflatten(0, (-1, ctx.times)).sum(1), None, None
+
+
+def take_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """Returns rows of x (N, C), each k times, in the given order: (N k, C).
+
+    `order` (N k,) is a permutation in which i k + j stands for copy j of row i; `back` is its inverse.
+    """
+    return TakeRows.apply(x, order, back)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
+    """A linear layer per group of rows of x (N, C): rows before ends[0] use weight[0] (M, C), and so on: (N, M).
+
+    `weight` is (E, M, C), `bias` (E, M) and `ends` (E,) int64, where each group's rows end; a group may be empty.
+    """
+    device, counts = x.device.type, ends.diff(prepend=ends.new_zeros(1))
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    aligned = all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
+    if aligned and dtype == torch.bfloat16 and device in ("cpu", "cuda"):  # no transfer of the counts from a GPU
+        product = F.grouped_mm(x, weight.mT, offs=ends.int())
+        return product if bias is None else product + bias.repeat_interleave(counts, dim=0, output_size=len(x))
+    groups = zip(x.split(counts.tolist()), weight, [None] * len(weight) if bias is None else bias)
+    return torch.cat([F.linear(*group) for group in groups])
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of x over all training processes, without a gradient. Every process has to call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

@@ -1,0 +1,66 @@
+"""The language-model head and its loss in one pass, without ever holding all logits."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -1  # a target that isn't scored: padding, prompts, the masked part of a sequence
+
+
+def logits_at_once(device: str) -> int:
+    """How many logits `HeadLoss` computes at a time: a GPU likes large products, a CPU what its caches hold."""
+    return 1 << 28 if device == "cuda" else 1 << 25
+
+
+class HeadLoss(torch.autograd.Function):
+    """Sum () of the cross-entropies in nats at targets (N,) of logits hidden (N, C) times head (V, C), plus bias (V,).
+
+    A target of -1 isn't scored; `weights` (N,), if given, multiply the others. The logits and their gradients would be
+    the largest tensors of all, so they exist for some rows at a time: the gradients of `hidden`, `head` and `bias` are
+    computed along with the loss, and multiplied by the loss's own gradient in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, head: Tensor, bias: Tensor | None, targets: Tensor, weights: Tensor | None,
+        with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
+        device, vocabulary = hidden.device.type, len(head)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        matrix, offset = head.to(dtype), None if bias is None else bias.to(dtype)
+        scored, targets = (targets != IGNORED).to(exact)[:, None], targets.clamp(min=0)[:, None]
+        scored = scored if weights is None else scored * weights[:, None]
+        total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
+        head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
+        bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
+        # in float16 a sum over many rows overflows before the loss scale adapts, so it is computed at 1/64
+        shrunk = 2**-6 if dtype == torch.float16 else 1.0
+        chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
+        rows = (
+            math.ceil(len(hidden) / max(chunks, 1)) or 1
+        )  # chunks of equal size, so that one compiled kernel fits all
+        for x, target, weight in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
+            x = x.to(dtype)
+            logs = F.linear(x, matrix, offset).to(exact).log_softmax(-1)  # (rows, V)
+            chosen = logs.gather(1, target)
+            total -= chosen.mul(weight).sum()
+            if with_gradients:
+                weight = weight.to(dtype)
+                # the gradient of the logits: softmax, minus 1 at the target; the weights are applied afterwards
+                gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
+                gradients.append((gradient @ matrix).mul(weight).type_as(hidden))
+                if head_gradient is not None:
+                    head_gradient.add_(gradient.mT @ (x * (weight * shrunk)), alpha=1 / shrunk)
+                if bias is not None:
+                    bias_gradient += gradient.mul(weight).sum(0, dtype=exact)
+        if with_gradients:
+            ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if x is None else x * gradient for x in ctx.saved_tensors), None, None, None

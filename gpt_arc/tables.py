@@ -1,0 +1,27 @@
+"""Figures as aligned text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def human(value: float, unit: str = "") -> str:
+    """1234567 as 1.23M."""
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{prefix}{unit}"
+    return f"{value:.3g}{unit}"
+
+
+def cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Sequence[Any]], widths: Sequence[int] | None = None) -> str:
+    """Rows of cells as text, the first column to the left and the others to the right; None is left empty.
+
+    Columns are as wide as their widest cell, unless `widths` tells.
+    """
+    cells = [[cell(value) for value in row] for row in rows]
+    widths = widths or [max(map(len, column)) for column in zip(*cells)]
+    aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)

@@ -1,0 +1,77 @@
+"""Checkpoints of a run: folders `step-00002000` that are whole or not there, to which `last` and `best` point."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.files import new_directory, point
+
+STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    best_step: int | None,
+    save: Callable[[Path], None],
+    state: dict[str, Any],
+    keep_all: bool,
+) -> None:
+    """Write the checkpoint of `step` into a run folder, point `last` to it and `best` to `best_step`'s, drop others.
+
+    `save` writes the model into a folder. A kill at any moment leaves `last` pointing to a whole checkpoint. Raises
+    UserError if the disk refuses.
+    """
+    directory = run / step_name(step)
+    try:
+        with new_directory(directory) as temporary:
+            save(temporary)
+            torch.save(state, temporary / "training_state.pt")
+    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk is each of them, by who writes
+        free = shutil.disk_usage(run).free / 1e6
+        raise UserError(
+            f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "
+            "those written before stay"
+        ) from None
+    kept = {directory.name}
+    point(run / "last", directory.name)
+    if best_step is not None:
+        point(run / "best", step_name(best_step))
+        kept.add(step_name(best_step))
+    for other in run.glob("step-*"):
+        if not keep_all and other.name not in kept:
+            shutil.rmtree(other)
+
+
+def clean_run(run: Path, step: int, best_step: int | None) -> None:
+    """Before going on from `step`: remove what a killed run left unfinished or wrote after it, and set `best` right."""
+    for leftover in (*run.glob(".step-*"), *(d for d in run.glob("step-*") if d.name > step_name(step))):
+        shutil.rmtree(leftover)
+    if best_step is not None:
+        point(run / "best", step_name(best_step))
+
+
+def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
+    """The training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
+
+    With `peek` its tensors are left on the disk until they are used.
+    """
+    path = directory / "training_state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        if not STATE <= state.keys():
+            raise ValueError(f"it lacks {min(STATE - state.keys())}")
+        return state
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to go on from") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged, use another checkpoint: {first_line(error)}") from None

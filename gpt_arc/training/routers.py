@@ -1,0 +1,56 @@
+"""Around mixtures of experts: what their routers do, balance without a loss, and one made of a dense model."""
+
+import torch
+from torch import Tensor
+
+from gpt_arc import distributed
+from model import GPT
+
+
+class RouterMeter:
+    """What the routers did since it was last asked, and the biases that balance them; of a dense model nothing."""
+
+    def __init__(self, model: GPT):
+        self.model, self.blocks = model, model.experts
+        self._loads: list[Tensor] = []  # (blocks, E) of each batch of this step
+        self._sums = torch.zeros(0)
+        self._steps = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Count the batch that the model has just been trained on."""
+        if self.blocks:
+            figures = [torch.cat((r.load, torch.stack((r.entropy, r.dropped)))) for r in self.model.routings]
+            self._loads.append(torch.stack(figures))
+
+    @torch.no_grad()
+    def step(self, made: bool) -> None:
+        """The batches counted were those of a step: if its update was made, take their mean over the processes too, and
+        move the biases; else forget them."""
+        loads, self._loads = self._loads, []
+        if not (loads and made):
+            return
+        means = distributed.sum_over_ranks(torch.stack(loads).mean(0)) / distributed.WORLD_SIZE
+        self._sums = means.cpu() + (self._sums if self._steps else 0.0)
+        self._steps += 1
+        rate, experts = self.model.config.balance_rate, self.model.config.n_experts
+        for block, load in zip(self.blocks, means[:, :experts]):
+            if rate:
+                block.balance += rate * (1 / experts - load).sign()
+
+    def take(self) -> dict[str, float]:
+        """Means over the updates since the last call, over blocks too; {} for a dense model.
+
+        expert_cv: the standard deviation of the experts' loads over their mean. expert_max: the largest load over the
+        mean, of all blocks. router_entropy in nats. dropped: share of choices beyond the capacity.
+        """
+        if not self._steps:
+            return {}
+        figures, self._steps = self._sums / self._steps, 0
+        loads = figures[:, :-2] * self.model.config.n_experts
+        return {
+            "expert_cv": loads.std(dim=1, correction=0).mean().item(),
+            "expert_max": loads.max().item(),
+            "router_entropy": figures[:, -2].mean().item(),
+            "dropped": figures[:, -1].mean().item(),
+        }

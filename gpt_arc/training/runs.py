@@ -1,0 +1,121 @@
+"""Run folders: their names, who holds them, and the settings that they were started with."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gpt_arc.errors import UserError
+from gpt_arc.files import write_file
+from gpt_arc.training.config import SETTINGS, Config, check_setting, settings_of, write_settings
+
+OUT_ROOT = Path("out")
+# What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
+CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "report.json", "last", "best", "step-*", ".step-*", "wandb")
+
+
+def newest_run(name: str | None = None) -> Path:
+    """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
+    found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
+    found = [link for link in found if stage_of(link.parent) == "train"]
+    for link in sorted(found, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):  # a damaged run is none to go on with
+            if name is None or read_record(link.parent)[0] == name:
+                return link.parent
+    what = f"run of {name}" if name else "run"
+    raise UserError(
+        f"there is no {what} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
+        "`python train.py configs/quickstart.toml`, or say where it lies"
+    )
+
+
+class Lock:
+    """Holds a run folder until the process ends, however it ends, or forgets this object."""
+
+    _descriptor: int | None = None
+
+    def __init__(self, directory: Path):
+        """Raises UserError if another process holds the folder."""
+        self._descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = f"another process is training in {directory}: wait for it, or name another --out_dir"
+            raise UserError(message) from None
+
+    def __del__(self):
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def claim_new(
+    out_dir: str | None, name: str, overwrite: bool, stage: str = "train", resume: str = "--init_from=resume"
+) -> tuple[Path, Lock]:
+    """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
+
+    Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run of the same `stage` it holds.
+    """
+    if out_dir is not None:
+        directory = _made(Path(out_dir))
+        lock = Lock(directory)
+        if any(directory.iterdir()):
+            if not (directory / "run.json").exists():
+                raise UserError(f"out_dir = {out_dir} is in use, and not by a run: name another")
+            if stage_of(directory) != stage:
+                raise UserError(f"out_dir = {out_dir} holds a run of {stage_of(directory)}.py: name another")
+            if not overwrite:
+                raise UserError(
+                    f"out_dir = {out_dir} is in use: go on with it by {resume}, delete the run it holds by "
+                    "--overwrite=True, or name another"
+                )
+        for pattern in CONTENTS:
+            for path in directory.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        return directory, lock
+    for number in itertools.count(1):
+        directory = OUT_ROOT / (name if number == 1 else f"{name}-{number}")
+        if directory.is_file() or any(directory.glob("*")):
+            continue
+        _made(directory)
+        with contextlib.suppress(UserError):  # held by a run that has written nothing yet
+            return directory, Lock(directory)
+    raise AssertionError("unreachable")
+
+
+def stage_of(run: Path) -> str:
+    """The name of the script that a run folder is of."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((run / "run.json").read_text()).get("stage", "train")
+    return "train"
+
+
+def _made(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"out_dir = {directory} can't be made: a file is in its way") from None
+    return directory
+
+
+def write_record(directory: Path, config: Config, name: str, overrides: dict[str, Any]) -> None:
+    """Write config.toml, with all settings, and run.json: the config's name and the settings that came from flags."""
+    settings = {name: value for name, value in settings_of(config).items() if SETTINGS[name][0] != "run"}
+    write_file(directory / "config.toml", write_settings(settings))
+    write_file(directory / "run.json", json.dumps({"config": name, "overrides": overrides}, indent=1) + "\n")
+
+
+def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
+    """The name of a run's config and the settings that its files don't say. Raises UserError if they are not there."""
+    path = directory / "run.json"
+    try:
+        content = json.loads(path.read_text())
+        name, overrides = str(content["config"]), dict(content["overrides"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is missing or damaged, so the run's settings are not known: {error}") from None
+    for setting, value in overrides.items():
+        check_setting(setting, value, f"{path}: ")
+    return name, overrides

@@ -1,0 +1,29 @@
+"""The learning rate over time."""
+
+import math
+
+from gpt_arc.training.config import TrainingConfig
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Learning rate of update `step` (0 is the first): a linear warmup, then the schedule down to `final_lr`."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if config.schedule == "constant":
+        return config.learning_rate
+    if step >= config.decay_end:
+        return config.final_lr
+    if config.schedule == "wsd":
+        left = (config.decay_end - step) / (config.cooldown * config.decay_end) if config.cooldown else 1.0
+        return config.final_lr + min(left, 1.0) * (config.learning_rate - config.final_lr)
+    progress = (step - config.warmup_iters) / (config.decay_end - config.warmup_iters)
+    height = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_lr + height * (config.learning_rate - config.final_lr)
+
+
+def warmup_linear(progress: float, warmup: float) -> float:
+    """Factor of the learning rate after a share `progress` of all updates: up to 1 at `warmup`, times a line down to 0.
+
+    As GPT-1 was fine-tuned (openai/finetune-transformer-lm opt.py).
+    """
+    return min(progress / warmup, 1.0) * (1 - progress)

@@ -1,0 +1,45 @@
+"""Models made of trained ones: under other settings, with more tokens, or with some of their blocks alone."""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpt_arc.weights.directory import NothingDrawn
+from model import GPT
+
+
+def with_settings(model: GPT, tensors: dict[str, Tensor] | None = None, **settings: Any) -> GPT:
+    """The model, or one of the `tensors`, under a configuration changed by `settings`."""
+    with torch.device("meta"), NothingDrawn():
+        changed = type(model)(dataclasses.replace(model.config, **settings))
+    changed.load_state_dict(tensors or model.state_dict(), assign=True)
+    return changed
+
+
+def with_more_tokens(model: GPT, count: int) -> GPT:
+    """The model with `count` more tokens, their embeddings drawn from N(0, .02), as finetune-transformer-lm does."""
+    tensors, config = model.state_dict(), model.config
+    for name in ("token_embedding.weight",) if config.tied_head else ("token_embedding.weight", "head.weight"):
+        new = torch.randn(count, config.n_embd) * 0.02
+        tensors[name] = torch.cat((tensors[name], new.type_as(tensors[name])))
+    if model.head_bias is not None:
+        tensors["head_bias"] = F.pad(tensors["head_bias"], (0, count))
+    return with_settings(model, tensors, vocab_size=config.vocab_size + count)
+
+
+def transfer(model: GPT, blocks: int | None) -> GPT:
+    """The model with its embeddings and first `blocks` blocks alone, all else drawn anew; None: nothing of it.
+
+    With GPT-1's last block goes all that follows it, so that its number of blocks transfers the model as it is.
+    """
+    if blocks == model.config.n_layer:
+        return model
+    fresh = type(model)(model.config)
+    if blocks is not None:
+        embeddings = "token_embedding.", "position_embedding.", "ngram_embedding."
+        kept = (*embeddings, *(f"blocks.{i}." for i in range(blocks)))
+        fresh.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith(kept)}, strict=False)
+    return fresh

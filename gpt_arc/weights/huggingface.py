@@ -1,0 +1,497 @@
+"""Models in the form of Hugging Face's transformers, read and written without that library.
+
+Each architecture is a table: what its config.json means in settings of ours, and what its tensors are called. An
+architecture that is a matter of settings and names alone is one more table.
+
+    config = config_from_hf(json.loads(...))                  # of a gpt2, openai-gpt (GPT-1), qwen3 or mixtral
+    tensors = read_tensors(directory, "gpt2", config, shapes) # by our names, in float32
+    content, tensors = hf_config(config), hf_tensors(model)   # and back
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.finetuning.examples import TaskKind
+from model import GPT, GPTConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F32", "BF16", "F16", "F64")
+TRANSFORMERS_VERSION = "5.0.0"  # the oldest whose files are those written here
+# what some files hold beside the weights: masks and tables that follow from the configuration
+BUFFER = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|position_ids|.*rotary_emb\.inv_freq)$")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One of transformers' architectures in terms of ours. Keys are those of its config.json."""
+
+    class_name: str
+    classifier: str  # its class with a linear head on the last token that isn't padding
+    multiple_choice: str | None  # its class with one logit an option beside the language model, where it has one
+    ours: dict[str, Any]  # settings that it always has; those named nowhere in the table have GPTConfig's defaults
+    sizes: dict[str, tuple[str, Any]]  # key: our setting, and transformers' default
+    dropouts: dict[str, tuple[str, float]]  # likewise
+    activations: tuple[str, dict[str, str]]  # key, and {its value: ours}; the first is the default
+    fixed: dict[str, tuple]  # key: the values under which the model computes what ours does; the first is the default
+    inert: dict[str, Any]  # keys that don't touch the computation, with transformers' defaults
+    prefix: str  # of every tensor but the head's; files of the bare trunk lack it
+    layers: str
+    outside: dict[str, str]  # our modules outside the blocks: its
+    block: dict[str, tuple[str, ...]]  # our modules in a block: its, stacked in this order; {} is an expert's number
+    transposed: bool = False  # Conv1D keeps the matrices of blocks as (in, out)
+    aliases: dict[str, str] = field(default_factory=dict)  # other names of keys
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of `block` in files with all experts in a tensor
+
+    def full_name(self, name: str) -> str:
+        return name if name == "lm_head.weight" else self.prefix + name
+
+    def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["Part"]:
+        """The tensors of this architecture that our tensor `name` of `shape` stacks, in the order of its rows."""
+        if len(shape) == 3:  # the matrices of all experts
+            matrices = self.parts_of(f"{name}.weight", shape[1:], config)
+            if "{}" in matrices[0].name:
+                return [part._replace(name=part.name.format(expert)) for expert in range(shape[0]) for part in matrices]
+            return [Part(matrices[0].name.removesuffix(".weight"), shape[0] * shape[1], tuple(shape), False)]
+        module, kind = name.rsplit(".", 1)
+        if not module.startswith("blocks."):
+            return [Part(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
+        _, layer, module = module.split(".", 2)
+        query, key = config.n_head * config.head_width, config.kv_heads * config.head_width
+        # one tensor, gate and value of an MLP, or query, key and value of attention
+        counts = {1: (shape[0],), 2: (shape[0] // 2,) * 2, 3: (query, key, key)}[len(self.block[module])]
+        transposed = self.transposed and len(shape) == 2
+        return [
+            Part(
+                f"{self.layers}.{layer}.{part}.{kind}", rows, (rows, *shape[1:])[:: -1 if transposed else 1], transposed
+            )
+            for part, rows in zip(self.block[module], counts)
+        ]
+
+
+class Part(NamedTuple):
+    """A tensor of transformers' that is some rows of ours."""
+
+    name: str  # without the architecture's prefix
+    rows: int
+    shape: tuple[int, ...]  # as it is stored
+    transposed: bool  # stored as (in, out)
+
+
+GPT_SIZES = {
+    "vocab_size": ("vocab_size", 50257), "n_positions": ("block_size", 1024), "n_embd": ("n_embd", 768),
+    "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "layer_norm_epsilon": ("norm_eps", 1e-5),
+    "tie_word_embeddings": ("tied_head", True),
+}  # fmt: skip
+GPT_INERT = {
+    "initializer_range": 0.02, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+    "summary_type": "cls_index", "summary_use_proj": True,
+}  # fmt: skip
+GPT_BASE = {  # what GPT-1 and GPT-2 share
+    "dropouts": {
+        "embd_pdrop": ("embedding_dropout", 0.1), "attn_pdrop": ("attention_dropout", 0.1),
+        "resid_pdrop": ("residual_dropout", 0.1),
+    },
+    "prefix": "transformer.", "layers": "h", "transposed": True,
+    "block": {
+        "attention_norm": ("ln_1",), "attention.qkv": ("attn.c_attn",), "attention.projection": ("attn.c_proj",),
+        "mlp_norm": ("ln_2",), "mlp.up": ("mlp.c_fc",), "mlp.projection": ("mlp.c_proj",),
+    },
+    "aliases": {
+        "max_position_embeddings": "n_positions", "hidden_size": "n_embd", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    },
+}  # fmt: skip
+ARCHITECTURES = {
+    "gpt2": Architecture(
+        class_name="GPT2LMHeadModel",
+        classifier="GPT2ForSequenceClassification",
+        multiple_choice="GPT2DoubleHeadsModel",
+        ours={},
+        sizes={**GPT_SIZES, "n_inner": ("mlp_size", None)},
+        activations=("activation_function", {
+            "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+            "gelu": "gelu", "relu": "relu", "relu2": "relu_squared",
+        }),
+        fixed={
+            "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+            "reorder_and_upcast_attn": (False, True),  # a matter of rounding in half precision alone
+        },
+        inert={**GPT_INERT, "use_cache": True},
+        outside={"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f", "head": "lm_head"},
+        **GPT_BASE,
+    ),
+    "openai-gpt": Architecture(
+        class_name="OpenAIGPTLMHeadModel",
+        classifier="OpenAIGPTForSequenceClassification",
+        multiple_choice="OpenAIGPTDoubleHeadsModel",
+        ours={"norm_position": "post", "init": "gpt1"},
+        sizes={**GPT_SIZES, "vocab_size": ("vocab_size", 40478), "n_positions": ("block_size", 512)},
+        activations=("afn", {"gelu": "gelu_tanh", "relu": "relu"}),  # this gelu is the tanh form
+        fixed={},
+        inert=GPT_INERT,
+        outside={"token_embedding": "tokens_embed", "position_embedding": "positions_embed", "head": "lm_head"},
+        **GPT_BASE,
+    ),
+    "qwen3": Architecture(
+        class_name="Qwen3ForCausalLM",
+        classifier="Qwen3ForSequenceClassification",
+        multiple_choice=None,
+        ours={"norm": "rmsnorm", "positions": "rotary", "bias": False, "qk_norm": True},
+        sizes={
+            "vocab_size": ("vocab_size", 151936), "max_position_embeddings": ("block_size", 32768),
+            "hidden_size": ("n_embd", 4096), "intermediate_size": ("mlp_size", 22016),
+            "num_hidden_layers": ("n_layer", 32), "num_attention_heads": ("n_head", 32),
+            "num_key_value_heads": ("n_kv_head", 32), "head_dim": ("head_size", 128),
+            "rms_norm_eps": ("norm_eps", 1e-6), "rope_theta": ("rotary_base", 10_000.0),
+            "tie_word_embeddings": ("tied_head", False),
+        },
+        dropouts={"attention_dropout": ("attention_dropout", 0.0)},
+        activations=("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
+        fixed={"attention_bias": (False,), "use_sliding_window": (False,)},
+        inert={"initializer_range": 0.02, "max_window_layers": 28, "sliding_window": None, "use_cache": True},
+        prefix="model.", layers="layers",
+        outside={"token_embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"},
+        block={
+            "attention_norm": ("input_layernorm",),
+            "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attention.query_norm": ("self_attn.q_norm",), "attention.key_norm": ("self_attn.k_norm",),
+            "attention.projection": ("self_attn.o_proj",),
+            "mlp_norm": ("post_attention_layernorm",),
+            "mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.projection": ("mlp.down_proj",),
+        },
+    ),
+    "mixtral": Architecture(
+        class_name="MixtralForCausalLM",
+        classifier="MixtralForSequenceClassification",
+        multiple_choice=None,
+        ours={"norm": "rmsnorm", "positions": "rotary", "bias": False, "router_z_loss": 0.0},
+        sizes={
+            "vocab_size": ("vocab_size", 32000), "max_position_embeddings": ("block_size", 131_072),
+            "hidden_size": ("n_embd", 4096), "intermediate_size": ("mlp_size", 14336),
+            "num_hidden_layers": ("n_layer", 32), "num_attention_heads": ("n_head", 32),
+            "num_key_value_heads": ("n_kv_head", 8), "head_dim": ("head_size", None),
+            "rms_norm_eps": ("norm_eps", 1e-5), "rope_theta": ("rotary_base", 1e6),
+            "tie_word_embeddings": ("tied_head", False), "num_local_experts": ("n_experts", 8),
+            "num_experts_per_tok": ("experts_per_token", 2),
+            "router_aux_loss_coef": ("balance_loss", 0.001),  # in another unit: see _balance_unit
+            "router_jitter_noise": ("router_jitter", 0.0),  # of what the experts read, too
+        },
+        dropouts={"attention_dropout": ("attention_dropout", 0.0)},
+        activations=("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
+        fixed={"sliding_window": (None,)},
+        inert={"initializer_range": 0.02, "output_router_logits": False, "use_cache": True},
+        prefix="model.", layers="layers",
+        outside={"token_embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"},
+        block={
+            "attention_norm": ("input_layernorm",),
+            "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attention.projection": ("self_attn.o_proj",),
+            "mlp_norm": ("post_attention_layernorm",), "mlp.router": ("block_sparse_moe.gate",),
+            "mlp.up": ("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+            "mlp.projection": ("block_sparse_moe.experts.{}.w2",),
+        },
+        aliases={"num_experts": "num_local_experts"},
+        fused={
+            "mlp.router": ("mlp.gate",), "mlp.up": ("mlp.experts.gate_up_proj",),
+            "mlp.projection": ("mlp.experts.down_proj",),
+        },
+    ),
+}  # fmt: skip
+PLACES = ("embedding_dropout", "attention_dropout", "residual_dropout")
+# what changes training alone, and what says nothing where there are no experts
+TRAINING = {"dropout", *PLACES, "init", "expert_dropout", "expert_selection", "router_jitter"}
+TRAINING |= {"balance_loss", "router_z_loss"}
+OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
+
+
+def config_from_hf(content: dict[str, Any]) -> GPTConfig:
+    """The architecture that a config.json of transformers' describes, absent keys meaning what they mean there.
+
+    Raises UserError naming the key and its value where this program computes something else.
+    """
+    kind = content.get("model_type")
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f'model_type = "{kind}" is not an architecture that can be read: those are {known}')
+    content = {architecture.aliases.get(key, key): value for key, value in content.items()}
+    if "rope_theta" in architecture.sizes:
+        content["rope_theta"] = _rope_theta(content, architecture.sizes["rope_theta"][1])
+    for key, allowed in {**architecture.fixed, "quantization_config": (None,)}.items():
+        if content.get(key, allowed[0]) not in allowed:
+            raise _unknown(key, content[key], kind, f"{json.dumps(allowed[0])} is computed")
+    if set(content.get("layer_types") or ()) - {"full_attention"}:
+        raise _unknown("layer_types", content["layer_types"], kind, '"full_attention" is computed')
+    key, activations = architecture.activations
+    activation = content.get(key, next(iter(activations)))
+    if activation not in activations:
+        raise _unknown(key, activation, kind, f"{', '.join(activations)} are known")
+    settings = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
+    dropouts = dict.fromkeys(PLACES, 0.0)
+    dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
+    if len(set(dropouts.values())) == 1:  # said once, so that the one setting still changes them all
+        dropouts = {"dropout": dropouts[PLACES[0]]}
+    for key, least in (("num_local_experts", 1), ("num_experts_per_tok", 2)) if _has_experts(architecture) else ():
+        if content.get(key, least) in range(least):  # an only expert's gate is a probability here, and 1 there
+            raise _unknown(key, content[key], kind, f"{least} or more are computed")
+    try:
+        if "balance_loss" in settings:
+            settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
+        return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"it describes no model: {error}") from None
+
+
+def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:
+    return UserError(f"{key} = {json.dumps(value)} can't be computed for a {kind}: only {instead}")
+
+
+def _balance_unit(config: GPTConfig) -> float:
+    """What our weight of the balance loss is multiplied by to be transformers'.
+
+    There it is k for an even use of the experts, of which a token takes k, in all layers as if they were one; here it
+    is 1 in each layer, and the layers are added up. The loss and its gradient are equal where the layers' loads are.
+    """
+    return config.n_layer / config.experts_per_token
+
+
+def _rounded(value: float) -> float:
+    """A short decimal number where one is that close, as there and back may change a last digit."""
+    short = float(f"{value:.6g}")
+    return short if math.isclose(short, value, rel_tol=1e-12) else value
+
+
+def _rope_theta(content: dict[str, Any], default: float) -> float:
+    """The base of rotary positions, whether told as rope_theta or in rope_parameters (transformers 5)."""
+    key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
+    rope = {name: content[name] for name in ("rope_theta", "partial_rotary_factor") if content.get(name) is not None}
+    rope |= content.get(key) or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
+        raise _unknown(key, rope, content["model_type"], 'the rope_type "default", over all of a head, is computed')
+    return rope.get("rope_theta", default)
+
+
+def architecture_of(config: GPTConfig) -> str:
+    """The model_type that `config` is a case of. Raises UserError naming the settings that none has.
+
+    Dropouts, the initialisation and losses of routers don't count: a trained model computes the same without them.
+    """
+    foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
+    alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
+    nearest = min(alike, key=lambda kind: len(foreign[kind]))
+    if foreign[nearest]:
+        raise UserError(
+            f"no architecture of transformers that is known here ({', '.join(foreign)}) is this model's: the nearest, "
+            f"{nearest}, has no {' and no '.join(foreign[nearest])}"
+        )
+    return nearest
+
+
+def _has_experts(architecture: Architecture) -> bool:
+    return "mlp.router" in architecture.block
+
+
+def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str]:
+    """The settings of `config` that the architecture can't express, as name = value."""
+    free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation"}
+    free |= set() if config.positions == "rotary" else {"rotary_base"}
+    free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
+    free |= {"bias"} if _lacks_biases(architecture, config) else set()
+    free |= {"ngram_rows"} if config.ngrams == 1 else set()
+    values, wanted = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
+    usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
+    values |= {name: None for name, value in usual.items() if values[name] == value}  # spelled out, not changed
+    foreign = [name for name in values if name not in free and values[name] != wanted[name]]
+    if config.activation not in architecture.activations[1].values():
+        foreign.append("activation")
+    if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
+        foreign.append("experts_per_token")  # there the only gate is made 1, here it is a probability
+    return [f"{name} = {json.dumps(values[name])}" for name in foreign]
+
+
+def _lacks_biases(architecture: Architecture, config: GPTConfig) -> bool:
+    """Whether the model has no biases where the architecture has some: zeros, then, compute the same."""
+    return not config.bias and architecture.ours.get("bias", True)
+
+
+def hf_config(
+    config: GPTConfig, dtype="float32", start_token: int | None = None, end_of_text: int | None = None
+) -> dict:
+    """What transformers' save_pretrained writes as config.json for the model. Raises UserError where it has no such."""
+    kind = architecture_of(config)
+    architecture = ARCHITECTURES[kind]
+    key, activations = architecture.activations
+    ours = {**asdict(config), "n_kv_head": config.kv_heads, "head_size": config.head_width}
+    ours["mlp_size"] = None if kind == "gpt2" and config.mlp_width == 4 * config.n_embd else config.mlp_width
+    if _has_experts(architecture):
+        ours["head_size"] = config.head_size
+        ours["balance_loss"] = _rounded(config.balance_loss * _balance_unit(config))
+    ours |= {place: config.dropout_of(place.removesuffix("_dropout")) for place in PLACES}
+    content = {
+        "architectures": [architecture.class_name],
+        "model_type": kind,
+        "dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
+        "bos_token_id": start_token,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+        key: next(theirs for theirs, activation in activations.items() if activation == config.activation),
+        **{key: ours[name] for key, (name, _) in (architecture.sizes | architecture.dropouts).items()},
+        **{key: allowed[0] for key, allowed in architecture.fixed.items()},
+        **architecture.inert,
+    }
+    if "rope_theta" in content:
+        content["rope_parameters"] = {"rope_theta": content.pop("rope_theta"), "rope_type": "default"}
+    if kind == "qwen3":
+        content["layer_types"] = ["full_attention"] * config.n_layer
+    return dict(sorted(content.items()))
+
+
+def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors as transformers names and shapes them, on the CPU, each in memory of its own."""
+    architecture = ARCHITECTURES[architecture_of(model.config)]
+    for name, tensor in model.state_dict().items():
+        parts = architecture.parts_of(name, tensor.shape, model.config)
+        tensor = tensor.detach().flatten(0, -2) if tensor.dim() == 3 else tensor.detach()  # (E, M, C): rows of experts
+        for part, rows in zip(parts, tensor.split([part.rows for part in parts])):
+            rows = rows.T if part.transposed else rows
+            yield architecture.full_name(part.name), torch.empty(part.shape, dtype=dtype).copy_(rows)
+            if _lacks_biases(architecture, model.config) and name.startswith(("blocks.", "final_norm.")):
+                bias = part.name.removesuffix("weight") + "bias"
+                yield architecture.full_name(bias), torch.zeros(part.rows, dtype=dtype)
+
+
+def hf_classifier_config(
+    content: dict[str, Any], task: TaskKind, classes: Sequence[str] | None, start: int, dropout: float
+) -> dict[str, Any]:
+    """`hf_config`'s `content` for the class that computes a classifier's logits: those of a head on the model.
+
+    `classes` are its outputs' names, None where it has one, for a number or an option; `start` is the id of [start].
+    Raises UserError where transformers has no such class.
+    """
+    kind, by_option = content["model_type"], task == "multiple_choice"
+    class_name = ARCHITECTURES[kind].multiple_choice if by_option else ARCHITECTURES[kind].classifier
+    if task == "similarity":
+        raise UserError(
+            "no class of transformers adds the hidden states of both orders of a pair, which the head reads for "
+            "task = similarity"
+        )
+    if class_name is None:
+        raise UserError(f"transformers has no class of {kind} with one logit an option, for task = multiple_choice")
+    labels = classes or ("LABEL_0",)  # as transformers calls an only one
+    content = content | {"architectures": [class_name], "id2label": dict(enumerate(labels))}  # which tells num_labels
+    content["label2id"] = {label: number for number, label in enumerate(labels)}
+    # the class reads the rightmost token that isn't padding: [extract], since [start] is at the first position alone
+    content["pad_token_id"] = start
+    if by_option:
+        content["summary_first_dropout"] = dropout
+    else:
+        content["problem_type"] = "single_label_classification" if classes else "regression"
+    return dict(sorted(content.items()))
+
+
+def hf_classifier_tensors(
+    model: GPT, head: Tensor, task: TaskKind, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """`hf_tensors` with a classifier's head; the language model's is there for multiple choice alone."""
+    head = torch.empty(head.shape, dtype=dtype).copy_(head.detach())
+    if task == "multiple_choice":
+        yield from hf_tensors(model, dtype)
+        yield "multiple_choice_head.summary.weight", head
+        yield "multiple_choice_head.summary.bias", torch.zeros(len(head), dtype=dtype)
+    else:
+        yield from ((name, tensor) for name, tensor in hf_tensors(model, dtype) if name != "lm_head.weight")
+        yield "score.weight", head
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    name: str
+    path: Path
+    file: Any  # safetensors' open file
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.name).float()
+
+
+def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of our names and `shapes`, in float32, from a directory's safetensors of the architecture `kind`.
+
+    Raises UserError naming the file and the tensor if one is missing, surplus, of another shape or type, or damaged.
+    """
+    architecture = ARCHITECTURES[kind]
+    stored = {}
+    for tensor in _stored_tensors(directory):
+        other = stored.setdefault(tensor.name.removeprefix(architecture.prefix), tensor)
+        if other is not tensor:
+            raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: one is surplus")
+    if any(".mlp.experts." in name for name in stored):
+        architecture = replace(architecture, block=architecture.block | architecture.fused)
+    parts_of = {name: architecture.parts_of(name, shape, config) for name, shape in shapes.items()}
+    expected = {part.name: part for parts in parts_of.values() for part in parts}
+    missing = expected.keys() - stored
+    if missing:
+        paths = {tensor.path for tensor in stored.values()}
+        place = paths.pop() if len(paths) == 1 else directory
+        raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{_and_more(missing)}")
+    tied_copy = stored.pop("lm_head.weight", None) if config.tied_head else None
+    surplus = {name for name in stored.keys() - expected if not BUFFER.match(name)}
+    if surplus:
+        extra = stored[min(surplus)]
+        raise UserError(f"{extra.path} has beyond the model the tensor {extra.name}{_and_more(surplus)}")
+    for part in expected.values():
+        tensor = stored[part.name]
+        header = tensor.file.get_slice(tensor.name)
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if shape != part.shape:
+            raise UserError(f"{tensor.path}: {tensor.name} has the shape {shape}, not {part.shape}")
+        if dtype not in FLOATS:
+            raise UserError(f"{tensor.path}: {tensor.name} has the type {dtype}, not one of {', '.join(FLOATS)}")
+    tensors = {}
+    for name, parts in parts_of.items():  # one at a time, so that little is held twice
+        rows = [stored[part.name].read().T if part.transposed else stored[part.name].read() for part in parts]
+        tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
+    if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
+        raise UserError(
+            f"{tied_copy.path}: {tied_copy.name} differs from the embedding, which it is by tie_word_embeddings = true "
+            "in config.json: set that to false"
+        )
+    return tensors
+
+
+def _and_more(names: set[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _stored_tensors(directory: Path) -> Iterator[Stored]:
+    """What the safetensors of `directory` hold: one file, or the shards that an index names."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    paths = [single]
+    if not single.exists() and index.exists():
+        try:
+            paths = sorted({directory / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is damaged: {type(error).__name__}: {error}") from None
+    elif not single.exists():
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        other = (
+            f", only {pickles[0]}, a pickle, which can run any code: save it again by transformers" if pickles else ""
+        )
+        raise UserError(f"{directory} has no {WEIGHTS}{other}")
+    for path in paths:
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is missing or damaged: {first_line(error)}") from None
+        yield from (Stored(name, path, file) for name in file.keys())

@@ -1,0 +1,275 @@
+"""Responses that a policy writes, what the models say of them, and what scores them."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_arc.alignment import rollouts as rollouts_module
+from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
+from gpt_arc.alignment.rewards import load_reward
+from gpt_arc.alignment.rollouts import (
+    ActorCritic,
+    Assessment,
+    Prompt,
+    assess,
+    distributed,
+    gather_rollouts,
+    read_and_encode_prompts,
+    write_responses,
+)
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.errors import UserError
+from helpers import randomised
+from model import GPT, GPTConfig
+
+LETTERS = CharTokenizer("abcdefgh")
+CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
+CPU = torch.device("cpu")
+PROMPTS = [Prompt(CHAT.prompt([Turn("user", text)]), {"prompt": text}) for text in ("a", "abcab", "bb", "hg", "a")]
+ARCHITECTURES = {
+    "gpt2": {},
+    "gpt1": {"norm_position": "post", "activation": "gelu"},
+    "sinusoidal": {"positions": "sinusoidal", "activation": "relu"},
+    "rotary": {"positions": "rotary", "norm": "rmsnorm", "bias": False, "activation": "swiglu", "qk_norm": True},
+    "banded": {"attention_band": 4},
+    "grouped": {"n_kv_head": 1, "tied_head": False, "head_bias": True},
+}
+
+
+def model_of(seed=0, **settings):
+    torch.manual_seed(seed)
+    usual = {"block_size": 24, "vocab_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    return randomised(GPT(GPTConfig(**usual | settings)), seed)
+
+
+def written(model, prompts=PROMPTS, at_once=8, seed=1, numbers=None, most=9, temperature=1.0, end=CHAT.end):
+    numbers = range(len(prompts)) if numbers is None else numbers
+    return write_responses(Decoder(model), prompts, end, most, temperature, seed, numbers, at_once)
+
+
+# ---- responses
+
+
+def test_a_response_goes_up_to_its_end_or_to_the_most():
+    model = model_of()
+    responses = written(model, PROMPTS * 20, most=4)
+    assert {len(response) for response in responses} == {1, 2, 3, 4}
+    assert all(CHAT.end not in response[:-1] for response in responses)
+    assert all(len(response) == 4 or response[-1] == CHAT.end for response in responses)
+
+
+def test_a_response_depends_on_its_number_alone():
+    model = model_of()
+    prompts, numbers = PROMPTS * 4, range(100, 120)
+    whole = written(model, prompts, numbers=numbers)
+    for at_once in (1, 3, 7):
+        assert written(model, prompts, at_once, numbers=numbers) == whole
+    assert written(model, prompts[1::2], numbers=numbers[1::2]) == whole[1::2]
+    assert written(model, prompts, seed=2, numbers=numbers) != whole
+    same = written(model, PROMPTS[:1] * 20, numbers=range(20))
+    assert len({tuple(response) for response in same}) > 10
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_responses_have_the_distribution_of_the_policy(temperature):
+    """4,000 first tokens against the softmax: each share within 5 standard errors."""
+    model, count = model_of(), 4000
+    responses = written(model, PROMPTS[:1] * count, count, most=1, temperature=temperature)
+    logits = model(torch.tensor([PROMPTS[0].tokens]))[0, -1].detach().double()
+    for token, p in enumerate((logits / temperature).softmax(-1).tolist()):
+        share = sum(response == [token] for response in responses) / count
+        assert abs(share - p) <= 5 * (p * (1 - p) / count) ** 0.5 + 1e-9
+
+
+# ---- what the models say
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probabilities_are_those_of_a_full_forward_and_of_the_decoder(name, temperature):
+    policy, reference = model_of(1, **ARCHITECTURES[name]), model_of(2, **ARCHITECTURES[name])
+    critic = RewardModel(model_of(3))
+    actor = ActorCritic(policy, critic, temperature).eval()
+    responses = written(policy, temperature=temperature)
+    found = {size: assess(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
+    decoder = Decoder(policy)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+        step = decoder.read([prompt.tokens], room=len(response))
+        for t, token in enumerate(response):
+            before = torch.tensor([prompt.tokens + response[:t]])
+            by_decoder = (step[0] / temperature).log_softmax(-1)[token].item()
+            step = decoder.step([token])
+            distribution = (policy(before)[0, -1] / temperature).log_softmax(-1)
+            by_reference = (reference(before)[0, -1] / temperature).log_softmax(-1)[token].item()
+            value = critic.head(critic.trunk.hidden(before))[0, -1].item()
+            entropy = -(distribution.exp() * distribution).sum().item()
+            for known in found.values():
+                assert known.logs[i, t].item() == pytest.approx(distribution[token].item(), abs=1e-4)
+                assert known.logs[i, t].item() == pytest.approx(by_decoder, abs=1e-4)
+                assert known.reference[i, t].item() == pytest.approx(by_reference, abs=1e-4)
+                assert known.values[i, t].item() == pytest.approx(value, abs=1e-4)
+                assert known.entropies[i, t].item() == pytest.approx(entropy, abs=1e-4)
+    assert not found[1].logs.requires_grad
+
+
+def test_a_shared_critic_and_the_loss_of_text():
+    policy = model_of(1)
+    actor = ActorCritic(policy, head := ScalarHead(16, 1.0), 1.0).eval()
+    tokens, lengths, wanted = torch.randint(12, (2, 7)), torch.tensor([2, 4]), torch.randint(12, (2, 3))
+    text = torch.randint(12, (2, 8)), torch.randint(12, (2, 8))
+    _, _, values, none = actor(tokens, lengths, wanted)
+    assert none is None
+    torch.testing.assert_close(values[1], head(policy.hidden(tokens[1:])[0, 3:6]), rtol=1e-4, atol=1e-5)
+    *same, loss = actor(tokens, lengths, wanted, text)
+    torch.testing.assert_close(same[2], values)
+    expected = nn.functional.cross_entropy(policy(text[0]).flatten(0, 1), text[1].flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_process_knows_all_rollouts_in_the_order_of_the_prompts(monkeypatch, world):
+    policy, reference = model_of(1), model_of(2)
+    actor = ActorCritic(policy, ScalarHead(16, 1.0), 1.0).eval()
+    responses = written(policy)
+
+    def share(rank, of):
+        prompts, own = PROMPTS[rank::of], responses[rank::of]
+        known = assess(actor, reference, prompts, own, 8, CPU, "float32")
+        return own, known, torch.arange(10.0)[rank : len(PROMPTS) : of], torch.arange(20.0)[rank : len(PROMPTS) : of]
+
+    monkeypatch.setattr(rollouts_module, "WORLD_SIZE", world)
+    shares = [share(rank, world) for rank in range(world)]
+    monkeypatch.setattr(
+        distributed, "gather", lambda value: [(own, torch.stack(known), *rest) for own, known, *rest in shares]
+    )
+    found = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
+    _, known, scores, monitored = share(0, 1)
+    torch.testing.assert_close(found.known, Assessment(*(torch.where(found.mask, each, 0.0) for each in known)))
+    assert found.scores.tolist() == scores.tolist() == [0, 1, 2, 3, 4] and torch.equal(found.monitored, monitored)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
+        assert found.sequences[i] == prompt.tokens + response and found.prompt_lengths[i] == len(prompt.tokens)
+        assert found.responses[i, found.mask[i]].tolist() == response and not found.responses[i, ~found.mask[i]].any()
+        assert found.ended[i].item() == (response[-1] == CHAT.end)
+
+
+def test_a_process_without_responses():
+    actor = ActorCritic(model_of(1), ScalarHead(16, 1.0), 1.0).eval()
+    assert written(actor.policy, []) == []
+    assert assess(actor, model_of(2), [], [], 8, CPU, "float32").logs.shape == (0, 0)
+
+
+# ---- prompts
+
+
+def test_prompts_that_are_too_long(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    turns = [
+        {"role": "user", "content": "aaaa"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    rows = [{"prompt": "ab", "key": 1}, {"prompt": "a" * 9}, {"messages": turns}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_and_encode_prompts(path, CHAT, 6)
+    assert [prompt.tokens for prompt in found] == [[9, 0, 1, 10], [9, 2, 10]] and found[0].row == rows[0]
+    assert "prompts        2; 1 too long left out" in capsys.readouterr().out
+    for room in (2, -5):
+        with pytest.raises(UserError, match=f"no prompt of .* fits: max_new_tokens leaves {max(room, 0)} tokens"):
+            read_and_encode_prompts(path, CHAT, room)
+    path.write_text('{"prompt": "X"}\n')
+    with pytest.raises(UserError, match="p.jsonl, line 1: the character 'X'"):
+        read_and_encode_prompts(path, CHAT, 6)
+
+
+# ---- rewards
+
+RULES = """
+import numpy, torch
+def length(rows, responses): return [len(text) + row.get("more", 0) for row, text in zip(rows, responses)]
+def array(rows, responses): return numpy.array([len(text) for text in responses])
+def tensor(rows, responses): return torch.tensor([len(text) for text in responses])
+def generated(rows, responses): return (len(text) > 1 for text in responses)
+def short(rows, responses): return [1.0]
+def nan(rows, responses): return [0.0] * (len(responses) - 1) + [float("nan")]
+def none(rows, responses): return None
+def words(rows, responses): return list(responses)
+def broken(rows, responses): return helper(rows)
+def helper(rows): return rows[0]["no such column"]
+constant = 3
+class Judge:
+    def __call__(self, rows, responses): return [1.0] * len(rows)
+judge = Judge()
+"""
+
+
+@pytest.fixture
+def rules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rules_of_test.py").write_text(RULES)
+    Path("broken_rules.py").write_text("import json\njson.loads('{')\n")
+    Path("unreadable_rules.py").write_text("def length(rows:\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in ("rules_of_test", "broken_rules", "unreadable_rules"):
+        sys.modules.pop(name, None)
+
+
+def rewards(name):
+    prompts = [Prompt([9, 0, 10], {"prompt": "a"}), Prompt([9, 1, 10], {"prompt": "b", "more": 5})]
+    return load_reward(name, CHAT, CPU, "float32", 8)(prompts, [[0, 1, 10, 11], [2]])  # a mark has no text
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [("length", [2, 6]), ("array", [2, 1]), ("tensor", [2, 1]), ("generated", [1, 0]), ("judge", [1, 1])],
+)
+def test_functions_that_score(rules, function, expected):
+    assert rewards(f"rules_of_test:{function}").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("rules_of_test:short", "must return a number for each response: 1 for 2"),
+        ("rules_of_test:nan", "must return finite numbers, not nan, as for 'c'"),
+        ("rules_of_test:none", "must return a list of numbers, one for each response, not None"),
+        ("rules_of_test:words", "must return a list of numbers, one for each response, not ['ab', 'c']"),
+        ("rules_of_test:broken", "rules_of_test:broken fails, rules_of_test.py, line 12: KeyError: 'no such column'"),
+        ("rules_of_test:absent", "can't be imported, AttributeError: module 'rules_of_test' has no attribute 'absent'"),
+        ("rules_of_test:constant", "reward = rules_of_test:constant is no function"),
+        ("no_such_rules:length", "can't be imported, ModuleNotFoundError: No module named 'no_such_rules'"),
+        ("broken_rules:length", "can't be imported, broken_rules.py, line 2: JSONDecodeError: Expecting property name"),
+        ("unreadable_rules:length", "can't be imported, SyntaxError"),
+        ("rules_of_test", "is neither a reward model's directory nor a function, module:function"),
+        (":length", "is neither a reward model's directory nor a function, module:function"),
+    ],
+)
+def test_functions_that_fail(rules, name, message):
+    with pytest.raises(UserError) as refused:
+        rewards(name)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_reward_models_score_whole_sequences_of_their_own_tokens(tmp_path):
+    model = RewardModel(model_of(block_size=8))
+    save_reward_model(model, LETTERS, CHAT, tmp_path / "reward")
+    score = load_reward(str(tmp_path / "reward"), CHAT, CPU, "float32", 8)
+    responses = [[1, 11], [2, 3, 4]]
+    found = score(PROMPTS[:1] * 2, responses)
+    for number, response in zip(found.tolist(), responses):
+        whole = torch.tensor([PROMPTS[0].tokens + response])
+        assert number == pytest.approx(model(whole, torch.tensor([whole.size(1)])).item(), abs=1e-5)
+    with pytest.raises(UserError, match="reads 8 tokens, and there is a response up to 9"):
+        score(PROMPTS[:1], [[1] * 6])
+    asking = dataclasses.replace(TEMPLATES["markers"], user="<|user|>a{content}")
+    others = ChatFormat.new(TEMPLATES["markers"], CharTokenizer("abcdefgi"), 8), ChatFormat.new(asking, LETTERS, 8)
+    for other in others:
+        with pytest.raises(UserError, match="reads conversations otherwise than the policy writes them"):
+            load_reward(str(tmp_path / "reward"), other, CPU, "float32", 8)

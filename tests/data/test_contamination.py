@@ -1,0 +1,611 @@
+"""What a corpus and a benchmark share: every rule of the three papers by hand, and all against slow references."""
+
+import json
+import os
+import pickle
+import random
+import re
+import string
+import tempfile
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_arc.data import contamination
+from gpt_arc.data import contamination as contamination_module
+from gpt_arc.data.contamination import (
+    SEPARATOR,
+    BloomFilter,
+    FilterSettings,
+    Items,
+    Vocabulary,
+    WindowIndex,
+    decontaminate,
+    filter_keys,
+    letters_of,
+    measure,
+    pieces_of,
+    read_items,
+    substrings_of,
+    word_of,
+    words_compared,
+    words_of,
+)
+from gpt_arc.data.documents import Files
+from gpt_arc.errors import UserError
+
+ITEM = "the quick brown fox jumps over the lazy dog near an old mill"  # 13 words
+PUBLISHED = FilterSettings()
+SMALL = FilterSettings(words=3, window=4, shortest_piece=6, most_pieces=2, most_documents=2)
+
+
+# The rules, character by character
+
+
+def slow_words(text):
+    """Words, and where each begins and ends with the punctuation that touches it."""
+    found, start = [], 0
+    for end in range(len(text) + 1):
+        if end == len(text) or text[end].isspace():
+            kept = [c for c in text[start:end] if unicodedata.category(c)[0] != "P" and c not in "$+<=>^`|~"]
+            if kept:
+                found.append(("".join(kept).lower(), start, end))
+            start = end + 1
+    return found
+
+
+def slow_clean(documents, items, rules):
+    """The documents that are left, and the counts of documents."""
+    size = rules.words
+
+    def grams(words):
+        return [tuple(word for word, _, _ in words[at : at + size]) for at in range(len(words) - size + 1)]
+
+    wanted = {gram for item in items for gram in grams(slow_words(item))}
+    words = [slow_words(text) for text in documents]
+    having = Counter(gram for part in words for gram in set(grams(part)) & wanted)
+    wanted = {gram for gram in wanted if having[gram] <= rules.most_documents}
+    left, counts = [], dict.fromkeys(("read", "unchanged", "cut", "dropped", "left_without_pieces"), 0)
+    for text, part in zip(documents, words):
+        counts["read"] += 1
+        cut = set()
+        for at, gram in enumerate(grams(part)):
+            if gram in wanted:
+                cut |= set(range(part[at][1] - rules.window, part[at + size - 1][2] + rules.window))
+        if not cut:
+            left.append(text)
+            counts["unchanged"] += 1
+            continue
+        stays = "".join("\0" if n in cut else "x" for n in range(len(text)))
+        spans = [match.span() for match in re.finditer("x+", stays)]
+        long = [text[a:b] for a, b in spans if b - a >= rules.shortest_piece]
+        if len(spans) > rules.most_pieces:
+            counts["dropped"] += 1
+        else:
+            left += long
+            counts["cut" if long else "left_without_pieces"] += 1
+    return left, counts
+
+
+def slow_letters(text):
+    return "".join(c for c in text if c.isalnum())
+
+
+def slow_eights(text):
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return [tuple(words[at : at + 8]) for at in range(len(words) - 7)]
+
+
+def corpus_of(folder, texts):
+    path = Path(folder) / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Files([path], "text")
+
+
+def items_of(*texts, files=None):
+    files = files or [0] * len(texts)
+    return Items(
+        list(texts), [*range(1, len(texts) + 1)], np.array(files), [f"{n}.jsonl" for n in range(max(files) + 1)]
+    )
+
+
+def written(path, key="text"):
+    return [json.loads(line)[key] for line in path.read_text().split("\n")[:-1]]
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """Documents without what they share with items, and the report."""
+
+    def call(documents, items=(ITEM,), workers=1):
+        output = tmp_path / "clean.jsonl"
+        report = decontaminate(corpus_of(tmp_path, documents), items_of(*items), PUBLISHED, output, workers)
+        return written(output), report
+
+    return call
+
+
+@pytest.fixture
+def overlap(tmp_path):
+    """Lines of the report on items, and the counts."""
+
+    def call(documents, *items, files=None, **kwargs):
+        output = tmp_path / "overlap.jsonl"
+        kwargs = {"workers": 1} | kwargs
+        report = measure(corpus_of(tmp_path, documents), items_of(*items, files=files), output, **kwargs)
+        return [json.loads(line) for line in output.read_text().splitlines()], report
+
+    return call
+
+
+def filler(size, seed=0):
+    """Text of `size` characters that no item has."""
+    rng = random.Random(seed)
+    text = " ".join("".join(rng.choices("bcdfg", k=rng.randint(3, 9))) for _ in range(size))[:size]
+    return text[:-1] + "b"
+
+
+# The filter
+
+
+def test_a_shared_ngram_goes_with_200_characters_on_each_side(clean):
+    before, after = filler(1000, 1), filler(700, 2)
+    kept, report = clean([f"{before} {ITEM} {after}", "short, and stays"])
+    assert kept == [before[:-199], after[199:], "short, and stays"]
+    assert report["documents"] == {"read": 2, "unchanged": 1, "cut": 1, "dropped": 0, "left_without_pieces": 0}
+    assert report["pieces"] == {"kept": 2, "too_short": 0}
+    assert report["characters"]["removed"] == len(ITEM) + 400
+    assert report["ngrams"] == {"words": 13, "different": 1, "found": 1, "ignored": 0}
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        ITEM.upper(),
+        ITEM.replace(" ", "\n"),
+        ITEM.replace(" ", " \r\n\t\u3000"),
+        ITEM.replace("fox", "«fox»").replace("dog", "„dog“…"),
+        ITEM.replace("quick", "qu-ick").replace("lazy", "la’zy"),
+        ITEM.replace(" over", " — & ! over"),
+        "“" + ITEM.title().replace(" ", ", ") + "?!”",
+    ],
+)
+def test_case_punctuation_and_white_space_make_no_difference(clean, spelled):
+    before, after = filler(500, 1), filler(500, 2)
+    kept, _ = clean([f"{before} {spelled} {after}"])
+    assert kept == [before[:-199], after[199:]]
+
+
+@pytest.mark.parametrize("spelled", [ITEM.replace("quick", "qu ick"), ITEM.replace("fox", "f€x"), ITEM[4:], ITEM[:-5]])
+def test_other_words_and_twelve_of_them_make_one(clean, spelled):
+    text = f"{filler(500)} {spelled} {filler(500)}"
+    assert clean([text])[0] == [text]
+
+
+def test_a_longer_overlap_is_one_cut(clean):
+    item = " ".join(f"w{n}" for n in range(40))
+    before, after = filler(500, 1), filler(500, 2)
+    kept, report = clean([f"{before} {item} {after}"], [item])
+    assert kept == [before[:-199], after[199:]] and report["ngrams"]["found"] == 28
+
+
+@pytest.mark.parametrize("between", [1, 399, 400, 401, 599, 600, 601])
+def test_neighbouring_cuts_overlap_touch_or_leave_a_piece(clean, between):
+    before, middle, after = filler(500, 1), " " + filler(between, 3)[1:-1] + " ", filler(500, 2)
+    middle = middle if between > 1 else " "
+    assert len(middle) == between
+    kept, report = clean([f"{before} {ITEM}{middle}{ITEM} {after}"])
+    expected = [before[:-199], after[199:]]
+    if between >= 600:
+        expected.insert(1, middle[200:-200])
+    assert kept == expected
+    assert report["pieces"] == {"kept": len(expected), "too_short": int(400 < between < 600)}
+
+
+def test_overlaps_at_the_ends_of_a_document_leave_one_piece_or_none(clean):
+    text = filler(500)
+    kept, report = clean([f"{ITEM} {text}", f"{text} {ITEM}", ITEM, f"a {ITEM} b"])
+    assert kept == [text[199:], text[:-199]]
+    assert report["documents"]["left_without_pieces"] == 2 and report["pieces"]["too_short"] == 0
+
+
+@pytest.mark.parametrize(("size", "stays"), [(199, False), (200, True)])
+def test_pieces_shorter_than_200_characters_go(clean, size, stays):
+    kept, report = clean([filler(size + 199) + " " + ITEM])
+    assert [len(text) for text in kept] == [size] * stays
+    assert report["pieces"] == {"kept": int(stays), "too_short": int(not stays)}
+
+
+@pytest.mark.parametrize("pieces", [9, 10, 11])
+@pytest.mark.parametrize("size", [401, 700])  # between overlaps: pieces of one character, and of 300
+def test_documents_in_more_than_ten_pieces_go_short_pieces_counted(clean, pieces, size):
+    middle = f" {filler(size - 2)} "
+    text = filler(500) + " " + (ITEM + middle) * (pieces - 2) + ITEM + " " + filler(500)
+    kept, report = clean([text])
+    assert report["documents"]["dropped"] == int(pieces > 10)
+    assert len(kept) == (0 if pieces > 10 else 2 if size == 401 else pieces)
+
+
+@pytest.mark.parametrize("documents", [10, 11])
+def test_ngrams_of_more_than_ten_documents_stay(clean, documents):
+    texts = [f"{filler(500, n)} {ITEM} {ITEM} {filler(500, n + 100)}" for n in range(documents)]
+    kept, report = clean(texts)
+    assert report["ngrams"]["ignored"] == int(documents > 10)
+    assert kept == texts if documents > 10 else len(kept) == 20
+    assert report["files"][0]["documents"] == (0 if documents > 10 else 10)
+
+
+def test_a_common_ngram_beside_a_rare_one_goes_only_where_they_overlap(clean):
+    item = ITEM + " hill"  # two n-grams; the first is common
+    texts = [f"{filler(300, n)} {ITEM} {filler(300, n + 50)}" for n in range(10)]
+    kept, report = clean([*texts, f"{filler(500, 98)} {item} {filler(500, 99)}"], [item])
+    assert kept == [*texts, filler(500, 98)[: -199 + 4], filler(500, 99)[199:]]
+    assert report["ngrams"] == {"words": 13, "different": 2, "found": 2, "ignored": 1}
+
+
+def test_the_report_counts_by_file(tmp_path):
+    items = items_of(ITEM, "too short", f"{ITEM} hill", "a b", files=[0, 0, 1, 2])
+    documents = corpus_of(tmp_path, [f"{filler(500)} {ITEM}", f"{filler(500)} {ITEM[4:]} hill", f"{ITEM} hill"])
+    report = decontaminate(documents, items, FilterSettings(), tmp_path / "clean.jsonl", 1)
+    columns = ("items", "items_too_short", "ngrams", "ngrams_found", "ngrams_ignored", "documents")
+    assert [[entry[column] for column in columns] for entry in report["files"]] == [
+        [2, 1, 1, 1, 0, 2],
+        [1, 0, 2, 2, 0, 3],
+        [1, 1, 0, 0, 0, 0],
+    ]
+    assert [entry["file"] for entry in report["files"]] == ["0.jsonl", "1.jsonl", "2.jsonl"]
+
+
+def test_without_an_item_long_enough_there_is_nothing_to_look_for(clean):
+    with pytest.raises(UserError, match="no item has 13 words"):
+        clean(["a"], ["one two three"])
+
+
+texts = st.lists(st.text("ab,.A’ \n", max_size=60) | st.text(max_size=20), max_size=6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(texts, texts.map(lambda more: [*more, "a b a"]))
+def test_the_filter_does_what_a_slow_one_does(documents, items):
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "clean.jsonl"
+        report = decontaminate(corpus_of(folder, documents), items_of(*items), SMALL, output, 1)
+        expected, counts = slow_clean(documents, items, SMALL)
+        assert written(output) == expected
+        assert report["documents"] == counts
+        assert report["characters"]["written"] == sum(map(len, expected))
+
+
+@given(st.integers(0, 60), st.sets(st.integers(0, 59)), st.integers(1, 9), st.integers(0, 9))
+def test_pieces_are_what_no_cut_covers(length, starts, size, window):
+    hits = [(start, start + size) for start in sorted(starts) if start + size <= length]
+    left = set(range(length)) - {n for a, b in hits for n in range(a - window, b + window)}
+    pieces = pieces_of(length, hits, window)
+    assert [n for a, b in pieces for n in range(a, b)] == sorted(left)
+    assert all(a < b for a, b in pieces) and all(b < c for (_, b), (c, _) in zip(pieces, pieces[1:]))
+
+
+def test_processes_blocks_and_forgotten_words_change_nothing(tmp_path, monkeypatch):
+    rng = random.Random(3)
+    documents = [" ".join(rng.choices("abc,", k=rng.randint(0, 300))) for _ in range(60)]
+    items = items_of(*(" ".join(rng.choices("abc", k=14)) for _ in range(300)), files=[0] * 100 + [1] * 200)
+    corpus = corpus_of(tmp_path, documents)
+    sets = FilterSettings(words=7, window=3, shortest_piece=5, most_documents=20)
+    results = []
+    for workers, batch, block, cached in ((1, 2**20, 2**16, 2**18), (2, 500, 7, 3), (3, 64, 64, 1)):
+        for name, value in (("BATCH", batch), ("BLOCK", block), ("CACHED", cached)):
+            monkeypatch.setattr(contamination_module, name, value)
+        monkeypatch.setattr(contamination, "_word_keys", contamination._WordKeys())
+        paths = tmp_path / f"{workers}c.jsonl", tmp_path / f"{workers}m.jsonl"
+        reports = (
+            decontaminate(corpus, items, sets, paths[0], workers),
+            measure(corpus, items, paths[1], workers=workers),
+        )
+        results.append((reports, [path.read_bytes() for path in paths]))
+    assert results[0] == results[1] == results[2] and results[0][0][0]["documents"]["cut"]
+
+
+def test_a_killed_process_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="memory runs out: --workers=1"):
+        list(contamination._each_batch(corpus_of(tmp_path, ["a"]), lambda texts: os._exit(9), 2, "ending"))
+
+
+def test_what_stops_a_run_leaves_no_file(tmp_path, monkeypatch):
+    corpus, items = corpus_of(tmp_path, [filler(300), ITEM]), items_of(ITEM)
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(contamination.json, "dumps", stop)  # where a line is written
+    output = tmp_path / "new.jsonl"
+    for make in (decontaminate, corpus, items, PUBLISHED, output), (measure, corpus, items, output):
+        with pytest.raises(KeyboardInterrupt):
+            make[0](*make[1:])
+        assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
+
+
+def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe is no file that can be read twice"):
+        decontaminate(Files([tmp_path / "pipe"], "text"), items_of(ITEM), FilterSettings(), tmp_path / "a.jsonl")
+
+
+# Words, characters and windows of them
+
+
+def test_a_word_is_lowercase_and_without_punctuation():
+    spelled = ["Don't", "«ÉTÉ»!", "3.5%", "$5", "a_b", "—", "...", "¿Qué?", "x²", "日本。", "€", "e\u0301"]
+    assert [word_of(token) for token in spelled] == [
+        *("dont", "été", "35", "5", "ab", "", "", "qué", "x²", "日本", "€", "e\u0301")
+    ]
+
+
+@given(st.text())
+def test_words_are_those_of_a_slow_reading(text):
+    vocabulary = Vocabulary()
+    sequences = words_of([text, "", text], vocabulary)
+    names = {number: word for word, number in vocabulary.words.items()}
+    words = [word for word, _, _ in slow_words(text)]
+    assert [names.get(number) for number in sequences.numbers] == [*words, None, None, *words, None]
+    assert sequences.lengths.tolist() == [len(words), 0, len(words)] and SEPARATOR not in names
+    vocabulary.growing = False
+    assert words_of(["hitherto-unheard"], vocabulary).numbers.tolist() == [SEPARATOR, SEPARATOR]
+    assert vocabulary == pickle.loads(pickle.dumps(vocabulary))
+
+
+def test_long_strings_of_data_are_compared_and_not_remembered(clean):
+    vocabulary, data = Vocabulary(), "0123456789abcdef" * 1000
+    assert words_of([f"a {data} a {data}", "b"], vocabulary).numbers.tolist() == [1, 2, 1, 2, 0, 3, 0]
+    assert list(vocabulary) == ["a", "b"]
+    assert len(filter_keys([f"{data} " * 9])[0]) == 2 and data not in contamination._word_keys
+    item = ITEM.replace("fox", data)
+    assert clean([f"{filler(500)} {item}"], [item])[0] == [filler(500)[:-199]]
+
+
+def test_batches_are_bounded_even_of_empty_documents(tmp_path, monkeypatch):
+    monkeypatch.setattr(contamination, "BATCH", 640)
+    corpus = corpus_of(tmp_path, [""] * 25 + ["x" * 5000, "y"])
+    assert [(len(texts), size) for texts, size in contamination._batches(corpus)] == [(10, 640)] * 2 + [
+        (6, 5384),
+        (1, 65),
+    ]
+
+
+def test_every_mark_of_punctuation_goes():
+    marks = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)).startswith("P")]
+    assert word_of("".join(marks) + string.punctuation) == "" and len(marks) > 800
+
+
+@given(st.text())
+def test_letters_are_those_of_a_slow_reading(text):
+    assert "".join(map(chr, letters_of(text))) == slow_letters(text)
+
+
+@pytest.mark.parametrize("block", [1, 5, 2**16])
+@pytest.mark.parametrize("length", [1, 2, 13, 50])
+def test_windows_are_found_where_they_are(monkeypatch, block, length):
+    monkeypatch.setattr(contamination, "BLOCK", block)
+    rng = np.random.default_rng(length)
+    held = rng.integers(1, 3, 300).astype(np.int32)
+    other = np.concatenate((rng.integers(0, 3, 200), held[100:180], rng.integers(1, 3, 50), held[-60:])).astype(
+        np.int32
+    )
+    starts = np.sort(rng.choice(300 - length + 1, 60, replace=False))
+    index = WindowIndex(held, starts, length)
+    windows = [tuple(held[start : start + length]) for start in starts]
+    assert index.count == len(set(windows))
+    number_of = dict(zip(windows, index.numbers.tolist()))
+    assert len(set(number_of.values())) == index.count and len(set(zip(windows, index.numbers))) == index.count
+    found = [(at, number_of.get(tuple(other[at : at + length]))) for at in range(len(other) - length + 1)]
+    places, numbers = index.find(other)
+    assert list(zip(places.tolist(), numbers.tolist())) == [pair for pair in found if pair[1] is not None] != []
+
+
+def test_an_accident_of_hashes_counts_for_nothing(monkeypatch):
+    mixed = contamination._mixed
+    monkeypatch.setattr(contamination, "_mixed", lambda numbers, seed: mixed(numbers, seed) * np.uint64(seed > 0))
+    one = WindowIndex(np.array([1, 2, 3], np.int32), np.array([0]), 3)
+    assert one.seed == 0 and one.find(np.array([3, 2, 1, 2, 3, 3], np.int32))[0].tolist() == [2]
+    two = WindowIndex(np.array([1, 2, 3, 4], np.int32), np.array([0, 1]), 3)
+    assert two.seed == 1 and two.count == 2 and two.find(np.array([1, 2, 3, 4], np.int32))[0].tolist() == [0, 1]
+
+
+# GPT-3's clean and dirty items
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=300))
+def test_n_is_the_fifth_percentile_between_8_and_13(lengths):
+    exact = np.percentile(np.array(lengths), 5)
+    assert words_compared(lengths) == min(max(int(exact + 1e-9), 8), 13)
+
+
+def test_n_by_hand():
+    assert words_compared([3] * 100) == 8 and words_compared([100]) == 13
+    assert words_compared([9] + [12] * 20) == 12 and words_compared([9] * 2 + [12] * 19) == 9
+    assert words_compared([9, 12]) == 9 and words_compared([8, *[28] * 10]) == 13  # 8 + half of 20, cut to 13
+    assert words_compared([8, *[14] * 10]) == 11
+
+
+def test_an_item_is_dirty_if_the_corpus_has_n_words_of_it(overlap):
+    ten = [" ".join(f"{name}{n}" for n in range(10)) for name in "abcdef"]
+    corpus = [
+        f"X {ten[0]} y".upper(),
+        " ".join(ten[1].split()[1:]),
+        " ".join(ten[2].split()[:5]) + "\n" + ", ".join(ten[2].split()[5:9]),
+        " ".join(ten[3].split()[:5]),
+        " ".join(ten[3].split()[5:]),
+        " ".join(ten[4].split()[:5]) + " x " + " ".join(ten[4].split()[5:]),
+        "q w",
+    ]
+    lines, report = overlap(corpus, *ten, methods=["gpt3"])
+    assert [line["gpt3_dirty"] for line in lines] == [True, False, False, False, False, False]
+    assert report["files"][0]["gpt3"] == {"words": 10, "dirty": 1, "clean": 5}
+    lines, report = overlap(corpus, "W!", "Q w", "w q", "", "—", *ten, methods=["gpt3"])
+    assert [line["gpt3_dirty"] for line in lines] == [True, True, False, False, False, True, True, True, *[False] * 3]
+    assert report["files"][0]["gpt3"]["words"] == 8
+
+
+def test_every_file_has_its_own_n(overlap):
+    twelve = " ".join(f"t{n}" for n in range(12))
+    items = [f"{twelve} end of it", f"{twelve[:-4]} and"]
+    lines, report = overlap([twelve], *items, items[0], files=[0, 1, 1], methods=["gpt3"])
+    assert [entry["gpt3"]["words"] for entry in report["files"]] == [13, 12]
+    assert [line["gpt3_dirty"] for line in lines] == [False, False, True]
+    assert [(line["file"], line["item"]) for line in lines] == [("0.jsonl", 1), ("1.jsonl", 2), ("1.jsonl", 3)]
+
+
+# GPT-2's filter
+
+
+@pytest.mark.parametrize("rate", [1e-2, 1e-4])
+def test_the_filter_has_all_that_was_added_and_little_else(rate):
+    size = int(2**25 / (-np.log(rate / 2) / np.log(2) ** 2))  # full, at the smallest size
+    keys = np.random.default_rng(0).integers(0, 2**63, 2 * size + 2**20, dtype=np.uint64)
+    bloom = BloomFilter(size, rate)
+    assert bloom.size == 2**25
+    bloom.add(keys[:100_000])
+    assert bloom.contains(keys[:100_000]).all()
+    for at in range(100_000, size, 2**19):
+        bloom.add(keys[at : min(at + 2**19, size)])
+    wrong = int(bloom.contains(keys[size : size + 2**20]).sum())
+    assert wrong <= rate * 2**20 and wrong >= rate * 2**20 / 8
+
+
+def test_one_in_a_hundred_million_is_none_in_a_million():
+    keys = np.random.default_rng(2).integers(0, 2**63, 1_300_000, dtype=np.uint64)
+    bloom = BloomFilter(300_000)
+    bloom.add(keys[:300_000])
+    assert bloom.contains(keys[:300_000]).all() and not bloom.contains(keys[300_000:]).any()
+    assert BloomFilter(10**6).size / 10**6 == pytest.approx(39.8, abs=0.1) and BloomFilter(10**6).probes == 28
+    assert BloomFilter(0).contains(keys[:10]).tolist() == [False] * 10
+
+
+def test_the_percentage_counts_every_8_gram_of_letters_and_digits(overlap):
+    corpus = ["A b c_d e-f g... H i j", "k l m n", "o p q r s t u v"]
+    items = ["a-b; c d E f'g h I", "k l m n o p q r", "a b c d e f", "o p q r s t u v o p q r s t u v"]
+    lines, report = overlap(corpus, *items, methods=["gpt2"])
+    assert [(line["gpt2_ngrams"], line["gpt2_found"]) for line in lines] == [(2, 2), (1, 0), (0, 0), (9, 2)]
+    assert report["files"][0]["gpt2"] == {"ngrams": 12, "found": 4, "percent": 100 * 4 / 12}
+    assert overlap(corpus, "a b", methods=["gpt2"])[1]["files"][0]["gpt2"]["percent"] is None
+
+
+@given(st.lists(st.text("ab1_.A é\n", max_size=60), max_size=5))
+def test_keys_are_equal_where_8_grams_are(texts):
+    keys, owners = filter_keys(texts)
+    expected = [(number, gram) for number, text in enumerate(texts) for gram in slow_eights(text)]
+    assert owners.tolist() == [number for number, _ in expected]
+    grams = [gram for _, gram in expected]
+    assert len(set(zip(keys.tolist(), grams))) == len(set(keys.tolist())) == len(set(grams))
+
+
+# GPT-4's substrings
+
+
+def test_substrings_are_three_of_50_characters_from_different_places():
+    letters = np.arange(1, 301)
+    for seed in map(str, range(100)):
+        chosen = substrings_of(letters, seed)
+        begins = [part[0] for part in chosen]
+        assert len(set(begins)) == 3 and begins == sorted(begins)
+        assert all(part.tolist() == list(range(part[0], part[0] + 50)) for part in chosen)
+    begins = [part[0] for seed in range(3000) for part in substrings_of(letters, str(seed))]
+    assert min(begins) == 1 and max(begins) == 251 and np.mean(begins) == pytest.approx(126, abs=4)
+    assert [len(substrings_of(letters[:size], "")) for size in (0, 1, 49, 50, 51, 52, 53)] == [0, 1, 1, 1, 2, 3, 3]
+    assert [part.tolist() for part in substrings_of(letters[:49], "")] == [letters[:49].tolist()]
+
+
+def test_spaces_and_symbols_make_no_difference_but_case_and_letters_do(overlap):
+    item = "It was a bright cold day in April, and the clocks were striking thirteen (13)."
+    whole = f"He wrote: “{item}”"
+    for corpus, expected in (
+        ([whole], True),
+        ([item.replace(" ", "\n\t— ")], True),
+        (["Itwasabright…colddayinApril|andtheclocksWERE".replace("WERE", "were") + "strikingthirteen13"], True),
+        ([whole.upper()], False),
+        ([whole.replace("c", "k")], False),
+        ([whole[:45], whole[45:]], False),  # two documents
+    ):
+        lines, report = overlap(corpus, item, methods=["gpt4"])
+        assert [line["gpt4_contaminated"] for line in lines] == [expected]
+        assert report["files"][0]["gpt4"] == {"contaminated": int(expected), "clean": int(not expected)}
+
+
+def test_a_short_item_is_compared_whole_and_one_without_letters_is_clean(overlap):
+    lines, _ = overlap(["the cat\nsat.", "on"], "cats", "Cats", "at", "onthe", "", "?!", "saton", methods=["gpt4"])
+    assert [line["gpt4_contaminated"] for line in lines] == [True, False, True, False, False, False, False]
+
+
+def test_what_is_drawn_depends_on_the_item_and_the_seed_alone(overlap):
+    rng = random.Random(0)
+    items = ["".join(rng.choices("abcdefgh", k=150)) for _ in range(40)]
+    corpus = [item[:75] for item in items]  # some substrings lie in it
+    first = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"])[0]]
+    again = [line["gpt4_contaminated"] for line in overlap(corpus, *items[::-1], methods=["gpt4"])[0]][::-1]
+    other = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"], seed=1)[0]]
+    assert first == again != other and 5 < sum(first) < 39
+
+
+@settings(max_examples=40, deadline=None)
+@given(texts, texts.map(lambda more: [*more, "a"]))
+def test_the_report_says_what_a_slow_one_does(documents, items):
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "overlap.jsonl"
+        report = measure(corpus_of(folder, documents), items_of(*items), output, workers=1)
+        lines = [json.loads(line) for line in output.read_text().splitlines()]
+    held = [[word for word, _, _ in slow_words(text)] for text in documents]
+    words = [[word for word, _, _ in slow_words(text)] for text in items]
+    letters = [slow_letters(text) for text in documents]
+    eights = {gram for text in documents for gram in slow_eights(text)}
+    n = words_compared([len(part) for part in words])
+    assert report["files"][0]["gpt3"]["words"] == n and len(lines) == len(items)
+    for item, line, mine in zip(items, lines, words):
+        size = min(n, len(mine))
+        grams = {tuple(mine[at : at + size]) for at in range(len(mine) - size + 1)} if mine else set()
+        dirty = any(tuple(part[at : at + size]) in grams for part in held for at in range(len(part) - size + 1))
+        assert line["gpt3_dirty"] == (dirty and bool(mine))
+        assert line["gpt2_ngrams"] == len(slow_eights(item))
+        assert line["gpt2_found"] == sum(gram in eights for gram in slow_eights(item))
+        chosen = ["".join(map(chr, part)) for part in substrings_of(letters_of(item), f"0 {item}")]
+        assert line["gpt4_contaminated"] == any(part in text for part in chosen for text in letters)
+
+
+# Items
+
+
+def test_items_are_lines_of_json_or_whole_texts(tmp_path):
+    rows = [
+        {"id": 7, "question": "Why?", "choices": ["a", {"text": "b"}], "more": None},
+        {"question": "\ud83d"},
+        "bare",
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.txt").write_text("\ufeffa text\nof two lines\n")
+    items = read_items([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    assert items.texts == ["Why?\na\nb", "\ufffd", "bare", "a text\nof two lines\n"]
+    assert items.numbers == [1, 3, 5, 1] and items.file_of.tolist() == [0, 0, 0, 1]
+    assert items.files == [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    assert read_items([tmp_path / "a.jsonl"], ["choices", "id"]).texts == ["a\nb"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fields", "sentence"),
+    [
+        ("a.jsonl", '{"a": "b"}\nno json\n', [], "a.jsonl:2 is not a line of JSON: Expecting value"),
+        ("a.jsonl", '{"a": "b", "c": 1}\n', ["d"], "a.jsonl:1 has no field 'd': there are 'a', 'c'; --item_fields"),
+        ("a.jsonl", '["a"]', ["d"], "a.jsonl:1 is not an object with fields"),
+        ("a.jsonl", "\n", [], "a.jsonl holds no items"),
+        ("a.txt", " \n", [], "a.txt holds no items"),
+        ("a.parquet", "", [], "a.parquet: items are read of lines of JSON"),
+    ],
+)
+def test_items_that_are_none_are_named(tmp_path, name, content, fields, sentence):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as error:
+        read_items([tmp_path / name], fields)
+    assert sentence in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,355 @@
+"""Token files, the training order and the windows of an evaluation."""
+
+import itertools
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches, windows
+from gpt_arc.data.datasets import Source, Split, open_corpus
+from gpt_arc.data.order import TrainingOrder, evaluation_starts, permute
+from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
+from helpers import write_dataset, write_tokens
+
+
+def test_header_and_width_are_llm_c_s(tmp_path):
+    for name, vocab, magic, version, dtype in (
+        ("a", 65_536, 20240520, 1, "<u2"),
+        ("b", 65_537, 20240801, 7, "<u4"),
+    ):
+        tokens = np.array([0, 5, vocab - 1])
+        write_tokens(tmp_path / f"{name}.bin", tokens, vocab)
+        content = (tmp_path / f"{name}.bin").read_bytes()
+        header = np.frombuffer(content[:1024], dtype="<i4")
+        assert header[:3].tolist() == [magic, version, 3] and not header[3:].any()
+        assert np.frombuffer(content[1024:], dtype=dtype).tolist() == tokens.tolist()
+
+
+def test_ids_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path):
+    for wrong in (-1, 10, 70_000):
+        with pytest.raises(UserError, match=f"the token id {wrong} lies outside the vocabulary of 10"):
+            write_tokens(tmp_path / "x.bin", np.array([1, wrong, 2]), 10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_read_as_one_sequence(tmp_path):
+    tokens = np.arange(100)
+    for i, (start, end, vocab) in enumerate([(0, 40, 1000), (40, 41, 100_000), (41, 100, 1000)]):
+        write_tokens(tmp_path / f"corpus_train_{i:06}.bin", tokens[start:end], vocab)
+    files = TokenFiles(tmp_path, "train")
+    assert len(files) == 100
+    for start, count in itertools.product(range(0, 100, 7), (1, 13, 60)):
+        count = min(count, 100 - start)
+        assert files.read(start, count).tolist() == tokens[start : start + count].tolist()
+
+
+def test_a_split_is_a_word_of_the_name(tmp_path):
+    for name in ("medieval_train_0", "medieval_val_0", "val", "fineweb_val_000001", "val2"):
+        write_tokens(tmp_path / f"{name}.bin", np.zeros(3, int), 10)
+    names = [path.stem for path in TokenFiles(tmp_path, "val").paths]
+    assert names == ["fineweb_val_000001", "medieval_val_0", "val", "val2"]
+    assert [path.stem for path in TokenFiles(tmp_path, "train").paths] == ["medieval_train_0"]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_when_read(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(10), 10)
+    assert len(TokenFiles(tmp_path, "train", 10).read(0, 10)) == 10
+    with pytest.raises(UserError, match="has the token id 9, beyond vocab_size = 9"):
+        TokenFiles(tmp_path, "train", 9).read(0, 10)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no token file for its train split"):
+        TokenFiles(tmp_path, "train")
+    write_tokens(tmp_path / "train.bin", np.arange(50), 100)
+    whole = (tmp_path / "train.bin").read_bytes()
+    for content, sentence in (
+        (whole[:-2], "is damaged, 1122 bytes instead of 1124"),
+        (b"x" * 2000, "not a token file"),
+    ):
+        (tmp_path / "train.bin").write_bytes(content)
+        with pytest.raises(UserError, match=sentence):
+            TokenFiles(tmp_path, "train")
+    (tmp_path / "train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="not a token file"):
+        TokenFiles(tmp_path, "train")
+
+
+def test_a_split_shorter_than_a_window_is_refused(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(9, int), "val": np.zeros(8, int)})
+    corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
+    assert len(corpus.split("train", 8, 2, False)) == 9
+    with pytest.raises(UserError, match="block_size = 8 is longer than the val split"):
+        corpus.split("val", 8, 2, False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_permute_is_a_permutation(size, key):
+    assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [5, 12, 100])
+def test_permute_shuffles(size):
+    """Every element goes everywhere equally often, and neighbours part: chi-square over 6,000 keys."""
+    from scipy.stats import chisquare
+
+    keys = 6000
+    where = np.zeros((size, size))
+    steps = np.zeros(size)
+    for key in range(keys):
+        order = permute(np.arange(size), size, key)
+        where[np.arange(size), order] += 1
+        steps[(order[1] - order[0]) % size] += 1
+    assert chisquare(where.ravel()).pvalue > 1e-4
+    assert steps[0] == 0 and chisquare(steps[1:]).pvalue > 1e-4
+
+
+@settings(max_examples=40, deadline=None)
+@given(tokens=st.integers(2, 400), block=st.integers(1, 50), seed=st.integers(0, 1000))
+def test_an_epoch_visits_separate_windows_once(tokens, block, seed):
+    if tokens <= block:
+        return
+    order = TrainingOrder(tokens, block, seed)
+    for epoch in range(3):
+        starts = np.sort(order.starts(epoch * order.per_epoch, order.per_epoch))
+        assert starts[0] >= 0 and starts[-1] + block + 1 <= tokens
+        assert (np.diff(starts) == block).all()
+        assert order.per_epoch * block > tokens - 1 - 2 * block  # hardly anything is left out
+
+
+def test_the_order_is_a_function_of_seed_and_count():
+    order = TrainingOrder(10_000, 16, seed=3)
+    whole = order.starts(0, 2000)
+    pieces = np.concatenate([order.starts(0, 700), order.starts(700, 1), order.starts(701, 1299)])
+    assert np.array_equal(whole, pieces)
+    assert not np.array_equal(whole, TrainingOrder(10_000, 16, seed=4).starts(0, 2000))
+    first, second = whole[: order.per_epoch], whole[order.per_epoch : 2 * order.per_epoch]
+    assert not np.array_equal(first - first.min(), second - second.min())  # another order
+    offsets = {order.starts(e * order.per_epoch, 1)[0] % 16 for e in range(50)}
+    assert len(offsets) > 10  # and other offsets
+
+
+def sums_files(tmp_path, count):
+    write_tokens(tmp_path / "val.bin", np.arange(count) % 251, 251)
+    return Split([TokenFiles(tmp_path, "val")], [1.0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(2, 300), block=st.integers(1, 40), size=st.integers(1, 7), ranks=st.integers(1, 3))
+def test_the_whole_split_predicts_every_token_but_the_first_once(tmp_path_factory, count, block, size, ranks):
+    files = sums_files(tmp_path_factory.mktemp("val"), count)
+    starts = evaluation_starts(count, block, 0)
+    seen, lengths = [], []
+    for rank in range(ranks):
+        own = list(evaluation_batches(files, starts, size, block, rank, ranks))
+        lengths.append(len(own))
+        for tokens, targets in own:
+            assert tokens.shape == targets.shape == (size, block)
+            scored = targets >= 0
+            assert ((tokens + 1) % 251)[scored].tolist() == targets[scored].tolist()
+            seen += targets[scored].tolist()
+    assert len(set(lengths)) == 1  # or processes would wait for each other for ever
+    assert sorted(seen) == sorted(i % 251 for i in range(1, count))
+
+
+def test_few_windows_are_fixed_and_evenly_spread():
+    starts = evaluation_starts(10_001, 100, 21)
+    assert starts[0] == 0 and starts[-1] == 9_900 and set(np.diff(starts)) == {495}
+    assert np.array_equal(evaluation_starts(1000, 100, 50), np.arange(0, 999, 100))
+
+
+def test_windows_hold_tokens_and_their_successors(tmp_path):
+    files = sums_files(tmp_path, 100)
+    tokens, targets = windows(files, np.array([0, 90]), 8)
+    assert tokens.tolist() == [list(range(8)), list(range(90, 98))]
+    assert torch.equal(targets, tokens + 1)
+    assert tokens.dtype == targets.dtype == torch.int64
+
+
+def resident_anonymous() -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
+def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.arange(4_000_000) % 50_000, 50_000)
+    files = Split([TokenFiles(tmp_path, "train")], [1.0])
+    order = files.training_order(64, 0)
+
+    def run(steps):
+        for step in steps:
+            for _ in evaluation_batches(files, order.starts(4 * step, 4), 4, 64):
+                pass
+
+    run(range(500))
+    before = resident_anonymous()
+    run(range(500, 10_500))
+    assert resident_anonymous() <= 1.02 * before
+
+
+def mixture(tmp_path, sizes, weights):
+    """A split of several datasets of distinct tokens, each number being the dataset's."""
+    for i, size in enumerate(sizes):
+        (tmp_path / str(i)).mkdir(exist_ok=True)
+        write_tokens(tmp_path / str(i) / "train.bin", np.full(size, i), 100)
+    total = sum(weights)
+    return Split([TokenFiles(tmp_path / str(i), "train") for i in range(len(sizes))], [w / total for w in weights])
+
+
+def test_a_mixture_gives_every_dataset_its_share(tmp_path):
+    """GPT-3's five weights, which sum to 101, over 100,000 windows; and over any stretch of some length."""
+    weights = [60, 22, 8, 8, 3]
+    split = mixture(tmp_path, [40_000, 3000, 1200, 700, 300], weights)
+    starts = split.training_order(16, seed=5).starts(0, 100_000)
+    sources = np.searchsorted(split.bounds, starts, side="right") - 1
+    share = np.bincount(sources) / 100_000
+    assert abs(share - np.array(weights) / 101).max() < 0.0005  # a twentieth of a percentage point
+    for first in (0, 1000, 54_321):
+        near = np.bincount(sources[first : first + 10_000]) / 10_000
+        assert abs(near - np.array(weights) / 101).max() < 0.02
+    tokens, targets = windows(split, starts[:3000], 16)
+    assert (tokens == torch.from_numpy(sources[:3000])[:, None]).all() and torch.equal(tokens, targets)
+
+
+def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_through_evenly(tmp_path):
+    split = mixture(tmp_path, [5000, 900, 333], [2, 1, 1])
+    order = split.training_order(16, seed=5)
+    whole = order.starts(0, 20_000)
+    pieces = np.concatenate([order.starts(0, 4095), order.starts(4095, 2), order.starts(4097, 15_903)])
+    assert np.array_equal(whole, pieces)
+    assert not np.array_equal(whole, split.training_order(16, seed=6).starts(0, 20_000))
+    sources = np.searchsorted(split.bounds, whole, side="right") - 1
+    assert not np.array_equal(sources[: order.CYCLE], sources[order.CYCLE : 2 * order.CYCLE])  # another order
+    for source, own in enumerate(order.orders):
+        seen = whole[sources == source] - split.bounds[source]
+        assert seen.min() >= 0 and seen.max() + 17 <= len(split.parts[source])
+        # after any number of cycles the windows given are those of so many consecutive places in the dataset's order
+        cycles = 4 * order.CYCLE
+        given = np.sort(whole[:cycles][sources[:cycles] == source]) - split.bounds[source]
+        assert np.array_equal(given, np.sort(own.starts(0, len(given))))
+
+
+def test_datasets_of_a_mixture_have_orders_of_their_own(tmp_path):
+    first, second = mixture(tmp_path, [5000, 5000], [1, 1]).training_order(16, seed=5).orders
+    assert not np.array_equal(first.starts(0, 100), second.starts(0, 100))
+
+
+def test_evaluation_of_a_mixture_stays_within_each_dataset(tmp_path):
+    split = mixture(tmp_path, [503, 307, 99], [6, 3, 1])
+    starts = split.evaluation_starts(16, 20)
+    assert np.bincount(np.searchsorted(split.bounds, starts, side="right") - 1).tolist() == [12, 6, 2]
+    scored = 0
+    for tokens, targets in evaluation_batches(split, split.evaluation_starts(16, 0), 4, 16):
+        counts = targets >= 0
+        assert torch.equal(tokens[counts], targets[counts])  # no window runs on into the next dataset
+        scored += int(counts.sum())
+    assert scored == 503 + 307 + 99 - 3
+
+
+def test_a_share_too_small_to_be_given_is_refused(tmp_path):
+    with pytest.raises(UserError, match="less than a 4096th"):
+        mixture(tmp_path, [100, 100], [1, 100_000]).training_order(16, 0)
+
+
+def test_a_separator_begins_its_document(tmp_path):
+    write_tokens(tmp_path / "train.bin", np.array([5, 6, 9, 7, 9, 9, 8, 1, 2]), 10)
+    split = Split([TokenFiles(tmp_path, "train")], [1.0], separator=9)
+    ((tokens, targets, documents),) = evaluation_batches(split, np.array([0]), 1, 8)
+    assert tokens.tolist() == [[5, 6, 9, 7, 9, 9, 8, 1]] and targets.tolist() == [[6, 9, 7, 9, 9, 8, 1, 2]]
+    assert documents.tolist() == [[0, 0, 1, 1, 2, 3, 3, 3]]
+
+
+def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separator(tmp_path):
+    for name, characters in (("a", "xy"), ("b", "xy"), ("c", "xz")):
+        write_dataset(tmp_path / name, CharTokenizer(characters), {"train": np.zeros(9, int)})
+
+    def corpus(*names):
+        return open_corpus([Source(str(tmp_path / name), 2.0) for name in names])
+
+    assert corpus("a", "b").weights == (0.5, 0.5)
+    assert corpus("a", "nowhere") is None
+    with pytest.raises(UserError, match="c has another tokenizer than .*a: the datasets of a mixture must share one"):
+        corpus("a", "b", "c")
+    with pytest.raises(UserError, match="document_mask = true needs documents that an end-of-text token parts"):
+        corpus("a").split("train", 4, 2, document_mask=True)
+
+
+def test_a_missing_shard_is_noticed(tmp_path):
+    tokenizer = CharTokenizer("ab")
+    write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(90, int), "val": np.zeros(80, int)})
+    write_tokens(tmp_path / "d" / "train_000001.bin", np.zeros(50, int), 2)
+    corpus = open_corpus([Source(str(tmp_path / "d"), 1.0)])
+    with pytest.raises(
+        UserError, match="140 tokens in its train split, its meta.json counts 90: a token file is missing"
+    ):
+        corpus.split("train", 8, 2, False)
+    assert len(corpus.split("val", 8, 2, False)) == 80
+
+
+class Counting:
+    """A split whose token i is i."""
+
+    separator = None
+
+    def read(self, start, count):
+        return np.arange(start, start + count)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_training_batches_are_slices_of_one_order(ranks):
+    order = TrainingOrder(10_000, 8, seed=3)
+    of_ranks = [training_batches(Counting(), order, 24, 8, 2, 8, rank, ranks) for rank in range(ranks)]
+    steps = 2
+    micro_batches = [[next(own)[0][:, 0] for _ in range(8 // 2 // ranks)] for _ in range(steps) for own in of_ranks]
+    seen = torch.cat([starts for own in micro_batches for starts in own])
+    assert seen.tolist() == order.starts(24, 8 * steps).tolist()
+
+
+def test_batches_are_read_ahead_by_one_in_another_thread():
+    read, threads = [], set()
+
+    def numbers():
+        for number in range(4):
+            read.append(number)
+            threads.add(threading.get_ident())
+            yield (torch.tensor(number),)
+
+    taken = []
+    for (number,) in prefetch(numbers(), torch.device("cpu")):
+        taken.append(number.item())
+    assert taken == read == [0, 1, 2, 3] and threads and threading.get_ident() not in threads
+    one = prefetch(numbers(), torch.device("cpu"))
+    read.clear()
+    next(one)
+    one.close()
+    assert len(read) <= 2
+
+
+def test_the_thread_that_pins_batches_uses_its_own_process_s_gpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: seen.append((threading.get_ident(), "pinned")) or x)
+    device = torch.device("cuda", 3)
+    (batch,) = prefetch(iter([(torch.ones(2), torch.ones(2))]), device)
+    assert len(batch) == 2
+    (chose, chosen), *pinned = seen
+    assert chosen == device and pinned == [(chose, "pinned")] * 2 and chose != threading.get_ident()
+
+
+def test_what_goes_wrong_while_reading_ahead_is_raised():
+    def failing():
+        yield (torch.zeros(1),)
+        raise OSError("the disk is gone")
+
+    evaluation_batches = prefetch(failing(), torch.device("cpu"))
+    next(evaluation_batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(evaluation_batches)

@@ -1,0 +1,269 @@
+"""Documents out of files and of the hub: the same in every format, from any position on; and what is damaged."""
+
+import gzip
+import hashlib
+import json
+import os
+import sys
+import threading
+import types
+
+import pytest
+
+from gpt_arc.data import documents
+from gpt_arc.data.documents import Files, HubDocuments, Text, find_files, gathered, read_text
+from gpt_arc.errors import UserError
+
+TEXTS = [
+    "The first.\n",
+    "Zweitens: größer, schöner 🌧 und <|endoftext|>\r\n\twith tabs",
+    "  third \n\n with    spaces   \n",
+    "x" * 500,
+    *(f"{n} more of them, " * n for n in range(1, 200)),
+]
+FORMATS = ["txt", "txt.gz", "txt.zst", "jsonl", "json.gz", "jsonl.zst", "parquet"]
+
+
+def pack(name, content):
+    if name.endswith(".gz"):
+        return gzip.compress(content)
+    if name.endswith(".zst"):
+        zstandard = pytest.importorskip("zstandard")
+        half = len(content) // 2  # two frames, as parallel compressors write them
+        return b"".join(zstandard.compress(part) for part in (content[:half], content[half:]))
+    return content
+
+
+def write(folder, texts, form):
+    """`texts` as files of a format: in one file, or with txt in one each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if form == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = arrow.table({"id": range(len(texts)), "text": texts})
+        parquet.write_table(table, folder / "a.parquet", row_group_size=50)
+    elif form.startswith("txt"):
+        for i, text in enumerate(texts):
+            (folder / f"{i:06}.{form}").write_bytes(pack(form, text.encode()))
+    else:
+        lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
+        (folder / f"a.{form}").write_bytes(pack(form, lines.encode()))
+    return folder
+
+
+def read(source, cut="space", position=None):
+    """Whole documents, and the number of pieces that they came in."""
+    found, pieces = [""], 0
+    for text, ends in source.pieces(cut, position):
+        found[-1] += text
+        pieces += 1
+        if ends:
+            found.append("")
+    return found[:-1], pieces
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_gives_the_same_documents_from_any_position_on(tmp_path, form):
+    source = Files(find_files([f"{write(tmp_path, TEXTS, form)}/*"]), "text")
+    assert read(source)[0] == TEXTS and source.bytes_read == source.total_bytes
+    positions = [json.dumps(source.position()) for _ in source.pieces("space")]
+    for done in (1, 17, 50, 51, 128, len(TEXTS) - 1, len(TEXTS)):
+        again = Files(find_files([f"{tmp_path}/*"]), "text")
+        assert read(again, position=json.loads(positions[done - 1]))[0] == TEXTS[done:]
+        assert again.position() == source.position()
+        assert again.identity() == source.identity() and source.bytes_read == source.total_bytes
+
+
+@pytest.mark.parametrize("form", ["txt", "txt.gz", "txt.zst"])
+@pytest.mark.parametrize("cut", ["anywhere", "space", "never"])
+def test_a_long_text_comes_in_pieces_cut_before_white_space(tmp_path, monkeypatch, form, cut):
+    monkeypatch.setattr(documents, "PIECE", 64)
+    monkeypatch.setattr(documents, "BEGINNING", 1)
+    text = " ".join(TEXTS[:40]) + "\u3000\n ö" * 40 + "y" * 300 + "\n\n"
+    (tmp_path / f"a.{form}").write_bytes(pack(form, b"\xef\xbb\xbf" + text.encode()))  # a byte-order mark first
+    source = Files([tmp_path / f"a.{form}"], "text")
+    pieces, positions = [], []
+    for piece, ends in source.pieces(cut):
+        pieces.append(piece)
+        positions.append(source.position())
+        assert ends == (sum(map(len, pieces)) == len(text))
+    assert "".join(pieces) == text and all(pieces) and source.is_one
+    assert len(pieces) == 1 if cut == "never" else len(pieces) > 100
+    if cut == "space":
+        assert all(after[0] in " \n" and not before[-1].isspace() for before, after in zip(pieces, pieces[1:]))
+    for k in range(0, len(pieces), 13):
+        assert "".join(piece for piece, _ in source.pieces(cut, positions[k])) == "".join(pieces[k + 1 :])
+
+
+def test_a_character_or_line_end_may_lie_across_two_reads(tmp_path, monkeypatch):
+    text = "añ🌧\r\n" * 20
+    monkeypatch.setattr(documents, "BEGINNING", 1)
+    (tmp_path / "a.txt").write_text(text, newline="")
+    for size in range(1, 12):
+        monkeypatch.setattr(documents, "PIECE", size)
+        assert read(Files([tmp_path / "a.txt"], "text"))[0] == [text]
+
+
+def test_blank_lines_are_no_documents_and_lone_surrogates_are_mended(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a\\ud83dz"}\n\n  \n{"text": "\\ud83c\\udf27"}')
+    assert read(Files([tmp_path / "a.jsonl"], "text"))[0] == ["a\ufffdz", "🌧"]
+
+
+def test_null_is_an_empty_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": null}\n{"text": ""}\n')
+    assert read(Files([tmp_path / "a.jsonl"], "text"))[0] == ["a", "", ""]
+    write(tmp_path, ["a", None, ""], "parquet")
+    assert read(Files([tmp_path / "a.parquet"], "text"))[0] == ["a", "", ""]
+
+
+def test_a_text_in_memory_is_one_document():
+    text = Text("a\r\nb", "it")
+    assert list(text.pieces("space")) == [("a\r\nb", True)] and text.is_one
+    assert list(text.pieces("space", text.position())) == []
+    assert text.identity() == {"sha256": hashlib.sha256(b"a\r\nb").hexdigest()}
+
+
+def damaged(content, how):
+    return {"cut": content[: len(content) * 2 // 3], "changed": content[:40] + b"\0\0\0\0" + content[44:]}[how]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.txt", b"good " * 300_000 + b"caf\xe9 ", "a.txt is not UTF-8 text: byte 0xE9 at offset 1500003"),
+        ("a.txt", "größ".encode()[:3], "byte 0xC3 at offset 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2 is not a line of JSON: Expecting"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl:2 is not UTF-8 text: byte 0xE9 at offset 27"),
+        ("a.jsonl", b'{"title": "a", "id": 3}\n', "a.jsonl:1 has no field 'text': there are 'title', 'id'; --field"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "a.jsonl:1: the field 'text' is no text but of the type list"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1 is not an object"),
+        ("a.parquet", b"PAR1 no parquet PAR1", "a.parquet can't be read as parquet"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz can't be read: Not a gzipped file"),
+        ("a.txt.gz", "cut", "a.txt.gz can't be read: Compressed file ended before"),
+        ("a.jsonl.gz", "changed", "a.jsonl.gz can't be read"),
+        ("a.txt.zst", b"no zstd", "a.txt.zst can't be read"),
+        ("a.txt.zst", "cut", "a.txt.zst can't be read: Truncated"),
+        ("a.parquet", "cut", "a.parquet can't be read as parquet"),
+    ],
+)
+def test_what_is_damaged_is_named(tmp_path, name, content, sentence):
+    path = tmp_path / name
+    if isinstance(content, str):
+        write(
+            tmp_path,
+            [hashlib.sha256(bytes([i % 251])).hexdigest() + str(i) for i in range(1000)],
+            name.partition(".")[2],
+        )
+        path = next(tmp_path.iterdir())
+        path.rename(tmp_path / name)
+        content = damaged((tmp_path / name).read_bytes(), content)
+    if not name.endswith(".txt"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read(Files([tmp_path / name], "text"))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_column_of_parquet_must_be_there_and_be_text(tmp_path):
+    write(tmp_path, ["a"], "parquet")
+    for field, sentence in (
+        ("txt", "has no field 'txt': there are 'id', 'text'"),
+        ("id", "row 1: the field 'id' is no"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            read(Files([tmp_path / "a.parquet"], field))
+
+
+def test_a_missing_library_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"pyarrow is not installed: `pip install -e '.\[data\]'`"):
+        read(Files([tmp_path / "a.txt.zst"], "text"))
+
+
+def test_files_are_found_once_and_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b/2.txt", "b/below/1.jsonl.gz", "b/10.parquet", "b/no.md", "b/TEXT.TXT", "a.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def found(*inputs, **kwargs):
+        return [str(path) for path in find_files(list(inputs), **kwargs)]
+
+    of_b = ["b/10.parquet", "b/2.txt", "b/TEXT.TXT", "b/below/1.jsonl.gz"]
+    assert found("b") == found("b/", "b/2.txt") == of_b
+    assert found("?.txt", "b") == ["a.txt", "c.txt", *of_b]
+    assert found("b/**/*.gz", "c.txt") == ["b/below/1.jsonl.gz", "c.txt"]
+    assert found("b", pattern="*.md") == found("b/no.md") == ["b/no.md"]
+    for wrong in ("nowhere", "*.csv"):
+        with pytest.raises(UserError, match="can't be read: there is no such file or folder"):
+            find_files([wrong])
+    with pytest.raises(UserError, match="no file below b matches --pattern"):
+        find_files(["b"], "*.csv")
+
+
+def test_inputs_may_be_given_by_one_flag_or_several():
+    together = ["--name=x", "--input", "a", "b", "c=d"]
+    assert gathered(["--input", "a", "b", "--name=x", "--input=c=d"]) == together
+    assert gathered(["--input=a", "--name=x", "--input", "b", "c=d"]) == together
+    assert gathered(["--name", "x"]) == ["--name", "x"] and gathered(["--inputs=a"]) == ["--inputs=a"]
+
+
+def test_a_dataset_of_the_hub_is_read_on_from_any_position(tmp_path, monkeypatch):
+    """A local folder stands for the hub: the stream is the library's own."""
+    datasets = pytest.importorskip("datasets")
+    write(tmp_path / "1", TEXTS, "parquet")
+    write(tmp_path / "2", TEXTS[::-1], "parquet")
+    branches = {"main": "m1", "refs/convert/parquet": "p1"}
+    kept, asked = {"p1": "12"}, []  # the files of each commit that can be loaded
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.dataset_info",
+        lambda self, name, revision: types.SimpleNamespace(sha=branches[revision]),
+    )
+
+    def local(path, load=datasets.load_dataset, **kwargs):
+        asked.append((path, kwargs.pop("name"), kwargs.pop("revision")))
+        if asked[-1][2] not in kept:
+            raise RuntimeError("Dataset scripts are no longer supported")
+        files = [str(tmp_path / number / "a.parquet") for number in kept[asked[-1][2]]]
+        return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    source = HubDocuments("owner/pages", name="sample")
+    expected = TEXTS + TEXTS[::-1]
+    seen, positions = [], []
+    for text, ends in source.pieces("space"):
+        assert ends
+        seen.append(text)
+        positions.append(json.dumps(source.position()))
+    assert seen == expected and asked == [("owner/pages", "sample", commit) for commit in ("m1", "p1")]
+    assert source.revision == "p1"
+    branches |= {"main": "m2", "refs/convert/parquet": "p2"}  # its owner changes it
+    kept |= {"m2": "2", "p2": "2"}
+    for done in (1, 49, 50, 100, len(TEXTS), len(TEXTS) + 60, len(expected)):
+        again = HubDocuments("owner/pages", name="sample")
+        again.revision = source.revision
+        assert read(again, position=json.loads(positions[done - 1]))[0] == expected[done:]
+    assert read(source)[0] == expected  # from the beginning, too
+    assert read(HubDocuments("owner/pages", name="sample"))[0] == TEXTS[::-1] and asked[-1][2] == "m2"
+    assert source.identity() == {"dataset": "owner/pages", "field": "text", "name": "sample"}
+
+
+def test_without_a_network_the_hub_is_one_sentence(monkeypatch):
+    pytest.importorskip("datasets")
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub\nat all")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
+    with pytest.raises(UserError, match=r"^owner/pages can't be had .*Couldn't reach the hub\): .*--input FOLDER$"):
+        next(HubDocuments("owner/pages").pieces("space"))
+
+
+def test_a_pipe_is_read_whole(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes("\ufeffün\n".encode()), daemon=True)
+    writer.start()
+    assert read_text(pipe) == "ün\n"
+    writer.join()

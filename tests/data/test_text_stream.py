@@ -1,0 +1,379 @@
+"""Streamed text against the whole text's decoding: what was shown is never taken back, and nothing is held for long."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Reference
+
+from gpt_arc.data.text_stream import TextStream
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer, SentencePieceTokenizer
+from gpt_arc.decoding.screen import Continuation, Screen
+from gpt_arc.errors import UserError
+
+CORPUS = [
+    "The cat sat on the mat, didn't it? ",
+    "naïve Ünïcödé 漢字 🙂🙃 e\u0301 ",
+    "👩\u200d👩\u200d👧 안녕 こんにちは\n",
+] * 20
+SAMPLES = [
+    "🙂",
+    "👩\u200d👧",
+    "e\u0301",
+    "漢字",
+    "안녕",
+    "\ufffd",
+    "é",
+    " ",
+    "\n",
+    "  ",
+    "cat",
+    " the",
+    "x",
+    "0",
+    "\u2028",
+]
+TEXT = st.lists(st.sampled_from(SAMPLES) | st.text(st.characters(exclude_categories=("Cs",)), max_size=3), max_size=12)
+TEXT = TEXT.map("".join)
+UNFINISHED = "\ufffd"
+
+
+def library(model, trainer, *, before, after, **settings):
+    """A tokenizer of the library's, trained on the corpus."""
+    made = Reference(model)
+    made.pre_tokenizer, made.decoder = before, after
+    for name, value in settings.items():
+        setattr(made, name, value)
+    made.train_from_iterator(CORPUS, trainer)
+    return LibraryTokenizer(made.to_str().encode())
+
+
+@pytest.fixture(scope="module")
+def tokenizers(sentencepiece_model):
+    """Every kind of tokenizer, by name."""
+    import io
+
+    import sentencepiece
+
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=written, vocab_size=300, byte_fallback=True, minloglevel=2,
+        hard_vocab_limit=False, character_coverage=0.98,
+    )  # fmt: skip
+    bytes_of_llama = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "▁": 257, "a": 258, "▁a": 259}
+    llama = Reference(models.BPE(bytes_of_llama, [("▁", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    llama.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    llama.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made = {
+        "characters": CharTokenizer.from_text("".join([*CORPUS, *SAMPLES])),
+        "bpe": BPETokenizer.train(CORPUS, 300),
+        "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
+        "sentencepiece with bytes": SentencePieceTokenizer(written.getvalue()),
+        "words as gpt1's": library(
+            models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"),
+            trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>"),
+            before=pre_tokenizers.BertPreTokenizer(),
+            after=decoders.BPEDecoder(suffix="</w>"),
+        ),
+        "bytes as qwen's": library(
+            models.BPE(),
+            trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
+            before=pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(Regex(r"\p{N}|\s*\p{L}+|\s+"), "isolated"),
+                    pre_tokenizers.ByteLevel(False, use_regex=False),
+                ]
+            ),
+            after=decoders.ByteLevel(),
+        ),
+        "bytes as llama's": LibraryTokenizer(llama.to_str().encode()),
+    }
+    try:
+        made["gpt2"] = BPETokenizer.gpt2()
+    except UserError:  # its merges can be downloaded, and are not shipped
+        pass
+    return made
+
+
+KINDS = [
+    "characters", "bpe", "gpt2", "sentencepiece", "sentencepiece with bytes", "words as gpt1's", "bytes as qwen's",
+    "bytes as llama's",
+]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the sentencepiece library's own
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request, tokenizers):
+    if request.param not in tokenizers:
+        pytest.skip("GPT-2's merges are not at hand")
+    return tokenizers[request.param]
+
+
+def encoded(tokenizer, text):
+    if isinstance(tokenizer, CharTokenizer):
+        text = "".join(character for character in text if character in tokenizer.characters)
+    return tokenizer.encode(text)
+
+
+def check_stream(tokenizer, prompt, tokens):
+    """Push the tokens one by one: what is certain only grows, is never late, and becomes the text of them all."""
+    before = tokenizer.decode(prompt)
+
+    def text_of(count):
+        whole = tokenizer.decode([*prompt, *tokens[:count]])
+        assert whole.startswith(before)
+        return whole[len(before) :]
+
+    stream = TextStream(tokenizer, prompt)
+    shown = [""]
+    for count, token in enumerate(tokens, 1):
+        stream.push(token)
+        assert not stream.ended and not stream.complete
+        shown.append(stream.certain)
+        assert stream.certain.startswith(text_of(count).rstrip(UNFINISHED))
+    stream.end()
+    assert stream.text == stream.certain == text_of(len(tokens)) and stream.complete and not stream.ended
+    for earlier, later in zip(shown, [*shown[1:], stream.text]):
+        assert later.startswith(earlier)
+
+
+@FUZZ
+@given(prompt=TEXT, text=TEXT)
+@example(prompt="the", text=" cat 漢字🙂\ufffd\ufffd e\u0301👩\u200d👧")
+@example(prompt="漢字漢字", text="漢字漢字漢字 cat")
+def test_the_text_of_a_text_comes_back_piece_by_piece(tokenizer, prompt, text):
+    check_stream(tokenizer, encoded(tokenizer, prompt), encoded(tokenizer, text))
+
+
+@FUZZ
+@given(prompt=TEXT, data=st.data())
+def test_any_tokens_stream_as_they_decode(request, tokenizer, prompt, data):
+    if "llama" in request.node.name:
+        return  # the library decodes a run of bytes as a whole: one that is no character spoils those before it
+    ids = st.integers(0, tokenizer.vocab_size - 1).filter(lambda token: token != tokenizer.end_of_text)
+    if isinstance(tokenizer, SentencePieceTokenizer):  # control tokens have no text, and a first word's space depends
+        ids = ids.filter(lambda token: token > 2)
+    check_stream(tokenizer, encoded(tokenizer, prompt), data.draw(st.lists(ids, max_size=30)))
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece with bytes", "bytes as llama's", "bytes as qwen's"])
+def test_no_half_of_a_character_is_certain(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    tokens = tokenizer.encode("a\U0001f9ff\U0001f9ffa")
+    stream, seen = TextStream(tokenizer, tokenizer.encode("a")), []
+    for token in tokens:
+        stream.push(token)
+        seen.append(stream.certain)
+    assert len(tokens) >= 8 and not any(UNFINISHED in text for text in seen)
+    assert {text.strip().removeprefix("a") for text in seen} == {
+        "",
+        "\U0001f9ff",
+        "\U0001f9ff" * 2,
+        "\U0001f9ff" * 2 + "a",
+    }
+
+
+def test_a_character_that_is_never_finished_is_told_at_the_end(tokenizers):
+    tokenizer = tokenizers["bpe"]
+    stream = TextStream(tokenizer)
+    for token in tokenizer.encode("a\U0001f9ff")[:-1]:
+        stream.push(token)
+    assert stream.certain == "a"
+    stream.end()
+    stream.end()
+    assert stream.certain == stream.text == "a\ufffd"
+
+
+def test_the_space_before_a_word_is_kept_after_a_prompt(tokenizers):
+    words = {
+        "sentencepiece": "is",
+        "sentencepiece with bytes": "the",
+        "words as gpt1's": "the",
+        "bytes as llama's": "a",
+    }
+    for kind, word in words.items():
+        tokenizer = tokenizers[kind]
+        prompt, both = tokenizer.encode(word), tokenizer.encode(f"{word} {word} {word}")
+        assert both[: len(prompt)] == prompt
+        stream = TextStream(tokenizer, prompt)
+        for token in both[len(prompt) :]:
+            stream.push(token)
+        assert stream.certain == f" {word} {word}"
+
+
+# ---- ends
+
+
+@FUZZ
+@given(prompt=TEXT, text=TEXT, data=st.data())
+def test_text_ends_where_the_stop_text_begins_and_none_of_that_is_shown(tokenizer, prompt, text, data):
+    prompt, tokens = encoded(tokenizer, prompt), encoded(tokenizer, text)
+    before = tokenizer.decode(prompt)
+    whole = tokenizer.decode([*prompt, *tokens])[len(before) :]
+    start = data.draw(st.integers(0, max(len(whole) - 1, 0)))
+    stop = data.draw(st.sampled_from([whole[start : start + n] for n in (1, 2, 3, 5)]) | st.text("ab\n🙂", max_size=3))
+    if not stop or UNFINISHED in stop:
+        return
+    expected = whole.split(stop)[0]
+    stream, used = TextStream(tokenizer, prompt, stop), 0
+    while used < len(tokens) and not stream.ended:
+        stream.push(tokens[used])
+        used += 1
+        assert expected.startswith(stream.certain)
+        possible = tokenizer.decode([*prompt, *tokens[:used]])[len(before) :].rstrip(UNFINISHED)
+        if not stream.ended:  # as much is shown as can be
+            assert len(stream.certain) > len(possible) - len(stop)
+    assert stream.ended == stream.complete == (stop in tokenizer.decode([*prompt, *tokens[:used]])[len(before) :])
+    assert stream.ended == (stop in whole)
+    stream.end()
+    assert stream.text == stream.certain == expected
+
+
+def characters(text, stop, prompt=""):
+    """What is certain after each character of a text."""
+    tokenizer = CharTokenizer.from_text(text + prompt + "?")
+    stream, seen = TextStream(tokenizer, tokenizer.encode(prompt), stop), []
+    for token in tokenizer.encode(text):
+        stream.push(token)
+        seen.append(stream.certain)
+        if stream.ended:
+            break
+    return seen, stream
+
+
+def test_a_beginning_of_the_stop_text_waits_until_it_is_none():
+    seen, stream = characters("xaaaby", "aab")
+    assert seen == ["x", "x", "x", "xa", "xa"] and stream.ended and stream.text == "xa"
+    seen, stream = characters("aaca", "aab")
+    assert seen == ["", "", "aac", "aac"] and not stream.ended and not stream.complete
+    stream.end()
+    assert stream.certain == "aaca" and stream.complete and not stream.ended
+    seen, stream = characters("bb", "ab", prompt="a")  # the prompt is no part of it
+    assert seen == ["b", "bb"] and not stream.ended
+
+
+def test_a_stop_text_within_one_token_and_over_several():
+    tokenizer = BPETokenizer.train(["abcabcabcabc" * 9], 300)
+    token = tokenizer.encode("abcabc")
+    assert len(token) == 1
+    for stop, expected in (("c", "ab"), ("ca", "ab"), ("cabcabca", "ab"), ("abc", ""), ("bcabcab", "a")):
+        stream = TextStream(tokenizer, [], stop)
+        while not stream.ended:
+            stream.push(token[0])
+            assert expected.startswith(stream.certain)
+        assert stream.text == stream.certain == expected
+
+
+def test_a_stop_text_that_a_cut_character_completes_at_the_end(tokenizers):
+    tokenizer = tokenizers["bpe"]
+    stream = TextStream(tokenizer, [], "\ufffd")
+    for token in tokenizer.encode("a\U0001f9ff")[:-1]:
+        stream.push(token)
+    stream.end()
+    assert stream.text == "a" and stream.ended
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_the_token_between_documents_ends_a_text_and_is_none_of_it(tokenizers, kind):
+    tokenizer = tokenizers[kind]
+    stream = TextStream(tokenizer, [tokenizer.start_token], stop="1x")
+    for token in [*tokenizer.encode("29 times 11"), tokenizer.end_of_text]:
+        assert not stream.ended
+        stream.push(token)
+    assert stream.ended and stream.complete and stream.text == stream.certain == "29 times 11"
+
+
+# ---- the screen
+
+LETTERS = CharTokenizer("abcdefgh")
+
+
+def continuations(*prompts, stop=None):
+    return [Continuation(prompt, LETTERS.encode(prompt), LETTERS, stop) for prompt in prompts]
+
+
+def steps(text_of):
+    """Steps in which row i gets the letters of its text, until they are at an end."""
+    for i in range(max(map(len, text_of))):
+        rows = [row for row, text in enumerate(text_of) if len(text) > i]
+        yield rows, LETTERS.encode("".join(text_of[row][i] for row in rows)), [-0.5 - i] * len(rows)
+
+
+def test_several_continuations_are_shown_in_their_order_as_they_grow(capsys):
+    batch, seen = continuations("a", "b", "c"), []
+
+    def told():
+        for step in steps(["abcd", "g", "hh"]):
+            seen.append(capsys.readouterr().out)
+            yield step
+
+    Screen(batch, as_json=False).follow(batch, told())
+    line = "\n" + "-" * 15 + "\n"
+    assert seen == ["a", "a", "b", "c"]
+    assert capsys.readouterr().out == f"d{line}bg{line}chh\n"
+
+
+def test_a_continuation_that_ends_makes_room_for_the_next_at_once(capsys):
+    batch = continuations("a", "b", stop="h")
+    screen, seen = Screen(batch, as_json=False), []
+
+    def told():
+        for step in steps(["abh", "cdefg"]):
+            yield step
+            seen.append(capsys.readouterr().out)
+
+    screen.follow(batch, told())
+    assert seen == ["aa", "b", "\n" + "-" * 15 + "\nbcde", "f", "g"]
+    assert capsys.readouterr().out == "\n"
+
+
+def test_batches_follow_one_another(capsys):
+    first, second = continuations("a"), continuations("b", "c")
+    screen = Screen([*first, *second], as_json=False)
+    screen.follow(first, steps(["b"]))
+    screen.follow(second, steps(["c", "d"]))
+    line = "\n" + "-" * 15 + "\n"
+    assert capsys.readouterr().out == f"ab{line}bc{line}cd\n"
+
+
+def test_json_is_a_valid_line_for_each(capsys):
+    batch = continuations("a", "", "c", stop="gh")
+    Screen(batch, as_json=True).follow(batch, steps(["bcd", "aghb"[:3], "f"]))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["prompt"], line["text"], line["ended"]) for line in lines] == [
+        ("a", "bcd", False), ("", "a", True), ("c", "f", False),
+    ]  # fmt: skip
+    assert lines[0]["tokens"] == [1, 2, 3] and lines[0]["log_probabilities"] == [-0.5, -1.5, -2.5]
+    assert lines[1]["tokens"] == [0, 6, 7]
+    assert 0 <= lines[0]["first_token_seconds"] <= lines[0]["seconds"] and lines[0]["tokens_per_second"] > 0
+    assert lines[2]["tokens_per_second"] == 1 / lines[2]["seconds"]
+
+
+def test_a_continuation_without_tokens_is_told_too(capsys):
+    for as_json in (False, True):
+        batch = continuations("ab")
+        Screen(batch, as_json).follow(batch, [])
+    text, line, _ = capsys.readouterr().out.split("\n")
+    told = json.loads(line)
+    assert text == "ab" and told["text"] == "" and told["tokens"] == [] and told["seconds"] is None
+
+
+def test_json_of_any_text_is_one_line(capsys):
+    tokenizer = CharTokenizer("\n\u2028🙂\"\\'")
+    batch = [Continuation("\n", [0], tokenizer, None)]
+    tokens = list(range(tokenizer.vocab_size))
+    Screen(batch, as_json=True).follow(batch, [([0], [token], [0.0]) for token in tokens])
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1 and json.loads(output)["text"] == tokenizer.decode(tokens)
+
+
+def test_nothing_follows_what_is_complete(capsys):
+    batch = continuations("a", "b", stop="g")
+    Screen(batch, as_json=False).follow(batch, steps(["bcd", "agh"]))
+    assert batch[1].text == "a" and batch[1].tokens == [0, 6]
+    assert capsys.readouterr().out == f"abcd{chr(10)}{'-' * 15}{chr(10)}ba{chr(10)}"

@@ -1,0 +1,535 @@
+"""Tokenizers against the libraries that read the same files: `tokenizers`, transformers, `sentencepiece`."""
+
+import contextlib
+import json
+import pickle
+import random
+import re
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Reference
+
+from gpt_arc.data.tokenizer import (
+    END_OF_TEXT,
+    WHITE_SPACE,
+    BPETokenizer,
+    CharTokenizer,
+    LibraryTokenizer,
+    SentencePieceTokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
+from gpt_arc.errors import UserError
+
+CORPUS = [
+    "The cat sat on the mat, didn't it? " * 3,
+    "1234 + 5678 = 6912\n\n  indented\ttext",
+    "naïve Ünïcödé 漢字 🙂🙃",
+] * 20
+ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A byte-level BPE that the `tokenizers` library trained: its folder, and the library's own tokenizer."""
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    reference.train_from_iterator(CORPUS, trainer)
+    folder = tmp_path_factory.mktemp("trained")
+    reference.save(str(folder / "tokenizer.json"))
+    return folder, reference
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=ANY_TEXT)
+def test_bpe_encodes_as_the_tokenizers_library_and_comes_back(trained, text):
+    folder, reference = trained
+    tokenizer = load_tokenizer(folder)
+    tokens = tokenizer.encode(text)
+    assert tokens == reference.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokens) == text
+
+
+def test_saved_bpe_is_read_by_the_tokenizers_library(trained, tmp_path):
+    folder, reference = trained
+    load_tokenizer(folder).save(tmp_path)
+    ours = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.get_vocab() == reference.get_vocab()
+    for text in CORPUS:
+        assert ours.encode(text).ids == reference.encode(text).ids
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    trained_file = json.loads((folder / "tokenizer.json").read_text())
+    assert written["model"]["merges"] == trained_file["model"]["merges"]
+
+
+def test_text_that_spells_a_special_token_is_text(trained):
+    tokenizer = load_tokenizer(trained[0])
+    tokens = tokenizer.encode(END_OF_TEXT)
+    assert tokenizer.end_of_text not in tokens and len(tokens) > 1
+    assert tokenizer.decode(tokens) == END_OF_TEXT
+    assert tokenizer.start_token == tokenizer.end_of_text
+
+
+def test_cut_characters_decode_to_the_replacement_character(trained):
+    tokenizer = load_tokenizer(trained[0])
+    assert tokenizer.decode(tokenizer.encode("\U0001f9ff")[:-1]).endswith("\ufffd")
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    try:
+        return BPETokenizer.gpt2()
+    except UserError as error:
+        pytest.skip(f"GPT-2's merges are not at hand: {error}")  # they can be downloaded, and are not shipped
+
+
+def test_gpt2_has_its_published_tokens(gpt2):
+    assert gpt2.vocab_size == 50_257 and gpt2.end_of_text == 50_256
+    assert gpt2.encode("Hello world") == [15496, 995]
+    assert gpt2.encode("\n\n") == [628]
+
+
+def test_gpt2_saves_and_comes_back_and_equals_the_tokenizers_library(gpt2, tmp_path):
+    gpt2.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.ranks == gpt2.ranks and again.special == gpt2.special
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    for text in [*CORPUS, " \t\n\r\u00a0x  y", "\u2028 I'll we've 'LL", "١٢٣ ½ ²", "a\u0301\u0300"]:
+        assert again.encode(text) == gpt2.encode(text) == reference.encode(text).ids
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT.filter(bool))
+def test_characters_equal_the_tokenizers_library_and_come_back(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("characters")
+    tokenizer = CharTokenizer.from_text(text)
+    tokenizer.save(folder)
+    again = load_tokenizer(folder)
+    assert again.characters == sorted(set(text))
+    tokens = again.encode(text)
+    assert tokens == Reference.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert again.decode(tokens) == text
+
+
+def test_an_unknown_character_is_named_with_its_position():
+    tokenizer = CharTokenizer.from_text("abc\n")
+    for text, expected in (("abxc", r"'x' \(U\+0078\) at position 2"), ("€", r"'€' \(U\+20AC\) at position 0")):
+        with pytest.raises(UserError, match=expected):
+            tokenizer.encode(text)
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.start_token == tokenizer.encode("\n")[0]
+    assert CharTokenizer.from_text("abc").start_token == 0
+
+
+# ---- any text there is
+
+SPACES = [
+    " ",
+    "  ",
+    "\n",
+    "\n\n",
+    "\r\n",
+    "\t",
+    "\v",
+    "\x85",
+    "\u00a0",
+    "\u1680",
+    "\u2003",
+    "\u2028",
+    "\u202f",
+    "\u3000",
+]
+RANGES = [
+    (0, 0x20), (0x20, 0x7F), (0x80, 0x250), (0x300, 0x370), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2070),
+    (0x20D0, 0x2100), (0x3000, 0x9FFF), (0xAC00, 0xD7A4), (0xE000, 0xF900), (0xFE00, 0xFE10), (0x1F300, 0x1FB00),
+    (0xE0000, 0xE01F0), (0, 0x110000),
+]  # fmt: skip
+
+
+def fuzz(size: int, seed: int) -> str:
+    """At least `size` bytes of every plane: unassigned and private code points, marks, emoji, controls, white space."""
+    draw, parts = random.Random(seed), []
+    while size > 0:
+        first, last = draw.choice(RANGES)
+        codes = (draw.randrange(first, last) for _ in range(draw.randrange(1, 7)))
+        parts += [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
+        if draw.random() < 0.6:
+            parts.append(
+                draw.choice([*SPACES, "'s", "'ll", "'T", " '", "\u200b", "\u180e", "\ufeff", "\x1c", "\u200d"])
+            )
+        size -= 10  # less than it is on average
+    return "".join(parts)
+
+
+def pairs_of_spaces():
+    """Every pair of kinds of white space, between letters and at the end."""
+    return "".join(f"{a}x{a}{b}y" for a in SPACES for b in SPACES) + " \n"
+
+
+@pytest.fixture(scope="module")
+def own():
+    return BPETokenizer.train([*CORPUS, fuzz(200_000, seed=1)], 1500)
+
+
+def test_a_trained_tokenizer_has_bytes_merges_and_end_of_text(own):
+    assert own.vocab_size == 1500 and own.end_of_text == own.start_token == 1499
+    assert sorted(map(len, own.ranks))[:256] == [1] * 256 and min(own.ranks.values()) == 0
+    assert own.decode([1499]) == END_OF_TEXT
+    assert len(own.encode("The cat sat on the mat")) < 15
+    assert BPETokenizer.train(iter([*CORPUS, fuzz(200_000, seed=1)]), 1500) == own
+
+
+def test_a_small_corpus_makes_a_smaller_vocabulary():
+    tokenizer = BPETokenizer.train(["aaaa", "aa b"], 1000)
+    assert tokenizer.vocab_size < 265 and tokenizer.end_of_text == tokenizer.vocab_size - 1
+    assert tokenizer.encode("aaaa") == [tokenizer.ranks[b"aaaa"]]
+    assert BPETokenizer.train([], 257).vocab_size == 257
+    with pytest.raises(UserError, match="a vocabulary of 256 is too small"):
+        BPETokenizer.train(CORPUS, 256)
+
+
+def test_very_long_texts_and_words_are_trained_on():
+    text = "x" * 200_000 + " y" * 100_000
+    tokenizer = BPETokenizer.train([text], 300)
+    assert 64 <= max(map(len, tokenizer.ranks)) <= 128
+    assert tokenizer.encode(text) == Reference.from_buffer(tokenizer.files()["tokenizer.json"]).encode(text).ids
+
+
+def test_a_megabyte_of_any_unicode_encodes_as_the_tokenizers_library_and_comes_back(own):
+    text = fuzz(1_000_000, seed=2) + pairs_of_spaces()
+    assert len(text.encode()) > 1_000_000
+    tokens = own.encode_array(text)
+    reference = Reference.from_buffer(own.files()["tokenizer.json"])
+    assert tokens.tolist() == reference.encode(text, add_special_tokens=False).ids
+    assert own.decode(tokens) == text
+
+
+@pytest.mark.parametrize("kind", [r"\p{L}", r"\p{N}", r"\s"])
+def test_both_regex_engines_know_the_same_characters(kind):
+    """tiktoken's engine and that of `tokenizers` carry tables of Unicode, of a version each."""
+    codes = (*range(0xD800), *range(0xE000, 0x33500), *range(0xE0000, 0xE0200))  # nothing is assigned beyond
+    every = "".join(map(chr, codes))
+    bytes_alone = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("kind", pat_str=kind, mergeable_ranks=bytes_alone, special_tokens={})
+    found = bytes(encoding.encode_ordinary(every)).decode()
+    others = pre_tokenizers.Split(Regex(kind), "removed").pre_tokenize_str(every)
+    assert set(found) == set(every) - set("".join(part for part, _ in others))
+    if kind == r"\s":
+        assert found == "".join(re.findall(f"[{WHITE_SPACE}]", every))
+
+
+@settings(max_examples=300, deadline=None)
+@given(before=ANY_TEXT, after=ANY_TEXT, space=st.sampled_from(SPACES), kind=st.sampled_from(["bpe", "characters"]))
+def test_text_may_be_cut_before_white_space(own, before, after, space, kind):
+    if before and before[-1] in "".join(SPACES):
+        before += "."
+    after = space + after
+    tokenizer = own if kind == "bpe" else CharTokenizer.from_text(before + after)
+    assert tokenizer.cuts_at_space
+    assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(before + after)
+
+
+def test_a_million_spaces(own):
+    """More than tiktoken's regex engine can step back through."""
+    reference = Reference.from_buffer(own.files()["tokenizer.json"])
+    for text in ("x" + " " * 1_200_000 + "y z", "\n" * 1_100_000, " " * 600_000 + "a" + "\t" * 1_100_000 + "!"):
+        tokens = own.encode_array(text)
+        assert own.decode(tokens) == text
+        if len(text) < 1_150_000:
+            assert tokens.tolist() == reference.encode(text).ids
+
+
+def test_surrogates_that_stand_alone_become_the_replacement_character(own):
+    text, mended = "a\ud800b \udfff", "a\ufffdb \ufffd"
+    library = LibraryTokenizer(own.files()["tokenizer.json"])
+    for tokenizer in (own, library, CharTokenizer.from_text(mended)):
+        assert tokenizer.encode(text) == tokenizer.encode(mended) == tokenizer.encode_array(text).tolist()
+        assert tokenizer.decode(tokenizer.encode(text)) == mended
+    assert CharTokenizer.from_text(text).characters == sorted(set(mended))
+    assert BPETokenizer.train([text], 300).decode(own.encode(text)) is not None
+
+
+@pytest.mark.parametrize("make", ["own", "characters", "library", "sentencepiece"])
+def test_every_tokenizer_encodes_arrays_and_survives_a_file_and_another_process(
+    make, own, sentencepiece_model, tmp_path
+):
+    tokenizer = {
+        "own": own,
+        "characters": CharTokenizer.from_text("The cat.\n"),
+        "library": LibraryTokenizer(own.files()["tokenizer.json"], b'{"eos_token": "<|endoftext|>"}'),
+        "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
+    }[make]
+    array = tokenizer.encode_array("The cat.")
+    assert array.dtype == np.uint32 and array.tolist() == tokenizer.encode("The cat.")
+    assert len(tokenizer.encode_array("")) == 0 and tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    tokenizer.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == tokenizer.files()
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert again == tokenizer and again.encode("The cat.") == array.tolist()
+    if make != "characters":
+        assert again.encode(f"a{END_OF_TEXT}</s>") == tokenizer.encode(f"a{END_OF_TEXT}</s>")
+        assert tokenizer.end_of_text not in again.encode(f"a{END_OF_TEXT}</s>")
+    if make != "library":  # which is one of ours, in truth
+        assert load_tokenizer(tmp_path) == tokenizer
+    assert tokenizer != CharTokenizer("xyz") and tokenizer != "xyz"
+
+
+# ---- tokenizers that models bring along
+
+
+def library_bpe(pre_tokenizer, *, normalizer=None, vocab=None, **settings):
+    """A small byte-level BPE of the library's with settings of its own."""
+    made = Reference(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer:
+        made.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[]))
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    table = json.loads(made.to_str())
+    table["model"] |= settings
+    return table
+
+
+QWEN = (  # the pattern of Qwen's tokenizers
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    byte_level = pre_tokenizers.ByteLevel
+    qwen = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN), "isolated"), byte_level(False, use_regex=False)])
+    tables = {
+        "qwen": library_bpe(qwen, normalizer=normalizers.NFC()),
+        "no pattern": library_bpe(byte_level(False, use_regex=False)),
+        "prefix space": library_bpe(byte_level(True)),
+        "normalized": library_bpe(byte_level(False), normalizer=normalizers.Lowercase()),
+        "whole words first": library_bpe(byte_level(False), ignore_merges=True),
+        "another order": library_bpe(byte_level(False)),
+        "unreachable": library_bpe(byte_level(False)),
+    }
+    vocab = tables["another order"]["model"]["vocab"]
+    last = sorted(vocab, key=vocab.get)[-2:]
+    vocab[last[0]], vocab[last[1]] = vocab[last[1]], vocab[last[0]]
+    tables["unreachable"]["model"]["merges"].pop()
+    return tables
+
+
+def test_byte_level_bpe_of_gpt2s_pattern_is_taken_as_such(tmp_path):
+    table = library_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    table["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    # as the file that GPT-2 has on the hub
+    table["model"]["merges"] = [" ".join(pair) for pair in table["model"]["merges"]]
+    table["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    table["added_tokens"][0]["normalized"] = True
+    del table["pre_tokenizer"]["use_regex"], table["model"]["type"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, BPETokenizer) and tokenizer.end_of_text is None
+    text = fuzz(20_000, seed=5)
+    assert tokenizer.encode(text) == Reference.from_file(str(tmp_path / "tokenizer.json")).encode(text).ids
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen", "no pattern", "prefix space", "normalized", "whole words first", "another order", "unreachable"],
+)
+def test_other_tokenizers_are_the_librarys_own(foreign, name, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(foreign[name]))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert isinstance(tokenizer, LibraryTokenizer) and not tokenizer.cuts_at_space
+    reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    text = fuzz(20_000, seed=6) + CORPUS[0]
+    tokens = tokenizer.encode(text)
+    assert tokens == reference.encode(text).ids
+    assert tokenizer.decode(tokens) == reference.decode(tokens, skip_special_tokens=False)
+    assert tokenizer.vocab_size == reference.get_vocab_size() and tokenizer.end_of_text is None
+    special = reference.token_to_id("<|im_end|>")
+    spelled = tokenizer.encode("a<|im_end|>")
+    assert special not in spelled and tokenizer.decode([special, 9999]) == "<|im_end|>"
+    tokenizer.save(tmp_path / ".")
+    assert load_tokenizer(tmp_path) == tokenizer
+
+
+def test_truncation_padding_and_templates_of_a_file_do_not_act(foreign, tmp_path):
+    reference = Reference.from_str(json.dumps(foreign["qwen"]))
+    plain = reference.encode("The cat sat on the mat").ids
+    reference.enable_truncation(3)
+    reference.enable_padding(length=50)
+    reference.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 400)])
+    assert LibraryTokenizer(reference.to_str().encode()).encode("The cat sat on the mat") == plain
+
+
+def test_what_transformers_saves_is_still_the_same_tokenizer(own, foreign, tmp_path):
+    """It adds templates that add nothing, and settings; the ids stay, and so the datasets made with them fit."""
+    from transformers import PreTrainedTokenizerFast
+
+    library = LibraryTokenizer(json.dumps(foreign["qwen"]).encode())
+    for i, tokenizer in enumerate((own, library)):
+        (tmp_path / f"{i}").mkdir()
+        tokenizer.save(tmp_path / f"{i}")
+        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / f"{i}" / "tokenizer.json"))
+        theirs.save_pretrained(tmp_path / f"{i}-saved")
+        again = load_tokenizer(tmp_path / f"{i}-saved")
+        assert again == tokenizer
+    other = json.loads(json.dumps(foreign["qwen"]))
+    other["normalizer"] = {"type": "Lowercase"}
+    assert LibraryTokenizer(json.dumps(other).encode()) != library
+
+
+@pytest.mark.parametrize(
+    ("declared", "end"),
+    [
+        ({}, None),
+        ({"eos_token": "<|im_end|>"}, "<|im_end|>"),
+        ({"eos_token": {"content": "<|im_start|>", "lstrip": False}}, "<|im_start|>"),
+        ({"eos_token": None, "bos_token": "<|im_start|>"}, None),
+        ({"eos_token": "unheard of"}, None),
+    ],
+)
+def test_the_end_of_text_is_declared_and_never_guessed(foreign, tmp_path, declared, end):
+    for name in ("qwen", "plain"):
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        table = foreign["qwen"] if name == "qwen" else library_bpe(byte_level)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(declared | {"chat_template": "kept"}))
+        tokenizer = load_tokenizer(tmp_path)
+        expected = {token["content"]: token["id"] for token in table["added_tokens"]}.get(end)
+        assert tokenizer.end_of_text == expected
+        if end is not None:
+            assert tokenizer.start_token == expected
+            (tmp_path / "copy").mkdir(exist_ok=True)
+            tokenizer.save(tmp_path / "copy")
+            again = load_tokenizer(tmp_path / "copy")
+            assert again == tokenizer and again.end_of_text == expected
+            assert "kept" in (tmp_path / "copy" / "tokenizer_config.json").read_text()
+
+
+def write_vocab_and_merges(folder, vocab, merges):
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), "utf-8")
+    return folder
+
+
+def test_gpt1s_files_load_as_transformers_loads_them(tmp_path):
+    from transformers import OpenAIGPTTokenizer
+
+    made = Reference(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>")
+    made.train_from_iterator(CORPUS, trainer)
+    model = json.loads(made.to_str())["model"]
+    write_vocab_and_merges(tmp_path / "gpt1", model["vocab"], model["merges"])
+    tokenizer = load_tokenizer(tmp_path / "gpt1")
+    theirs = OpenAIGPTTokenizer.from_pretrained(tmp_path / "gpt1")
+    for text in (*CORPUS[:3], "The CAT's naïve unk <unk> \u4e00z", fuzz(20_000, seed=7)):
+        tokens = tokenizer.encode(text)
+        assert tokens == theirs(text, split_special_tokens=True)["input_ids"]
+    tokens = tokenizer.encode("The cat sat on the mat")
+    assert tokenizer.decode(tokens) == theirs.decode(tokens) == "the cat sat on the mat"
+    assert tokenizer.end_of_text is None and tokenizer.vocab_size == len(model["vocab"])
+    assert tokenizer.encode("\n") == [] and tokenizer.start_token == 0
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path) == tokenizer
+
+
+def test_gpt2s_files_load_as_transformers_loads_them(own, tmp_path):
+    from transformers import GPT2Tokenizer
+
+    model = json.loads(own.files()["tokenizer.json"])["model"]
+    folder = write_vocab_and_merges(tmp_path / "gpt2", model["vocab"], model["merges"])
+    assert load_tokenizer(folder) == own
+    text = fuzz(20_000, seed=8) + pairs_of_spaces()
+    assert own.encode(text) == GPT2Tokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert find_tokenizer(str(folder / "vocab.json")) == own
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(UserError, match="don't describe a Qwen2Tokenizer: save it as tokenizer.json"):
+        load_tokenizer(folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "merges.txt").unlink()
+    with pytest.raises(UserError, match="gpt2 has no merges.txt"):
+        load_tokenizer(folder)
+
+
+def test_sentencepiece_models_are_read_as_they_are(sentencepiece_model, tmp_path):
+    from sentencepiece import SentencePieceProcessor
+
+    (tmp_path / "my.model").write_bytes(sentencepiece_model)
+    tokenizer = find_tokenizer(str(tmp_path / "my.model"))
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "my.model"))
+    assert tokenizer.vocab_size == reference.vocab_size()
+    assert (tokenizer.end_of_text, tokenizer.start_token) == (reference.eos_id(), reference.bos_id()) == (2, 1)
+    assert not tokenizer.cuts_at_space
+    for text in ("3 times 4 is 12.", "naïve 漢字 🙂 </s> <s>", fuzz(20_000, seed=9)):
+        assert tokenizer.encode(text) == reference.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == reference.decode(reference.encode(text))
+    assert tokenizer.decode([999]) == "" and tokenizer.encode("\ud800") == tokenizer.encode("\ufffd")
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path) == tokenizer and (tmp_path / "tokenizer.model").read_bytes() == sentencepiece_model
+
+
+def test_a_missing_library_says_how_to_install_it(sentencepiece_model, monkeypatch, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[sentencepiece\]'"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizers_are_found_by_name(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine").mkdir(parents=True)
+    own.save(tmp_path / "data" / "mine")
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tmp_path / "data" / "mine")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("mine", "data/mine", "data/mine/tokenizer.json", str(tmp_path / "data" / "mine"), "hf:a/b"):
+        assert find_tokenizer(name) == own
+    assert find_tokenizer("openai-gpt") == own
+    own.save((tmp_path / "data" / "mine").rename(tmp_path / "data" / "gpt2"))  # nothing of one's own takes that name
+    with contextlib.suppress(UserError):  # the merges may not be at hand
+        assert find_tokenizer("gpt2") != own
+    assert [repository for repository, _ in asked] == ["a/b", "openai-community/openai-gpt"]
+    assert "tokenizer.json" in asked[0][1] and not any("safetensors" in pattern for pattern in asked[0][1])
+    with pytest.raises(
+        UserError, match="no tokenizer theirs: it may be gpt2 .or char, for prepare/text.py., the name of a dataset"
+    ):
+        find_tokenizer("theirs")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "BPE"}}', '{"model": 3, "added_tokens": []}'])
+def test_a_damaged_file_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_missing_or_unknown_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no tokenizer.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(
+        '{"model": {"type": "Unheard"}, "added_tokens": [], "pre_tokenizer": null}'
+    )
+    with pytest.raises(UserError, match="tokenizer.json is damaged"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match="tokenizer.model is damaged"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,143 @@
+"""The likeliest word, against every word there is, on models whose probabilities are known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_eval import bigrams
+
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
+
+
+class Pieces(Tokenizer):
+    """Tokens that are what they spell; of a text each time the longest."""
+
+    end_of_text = None
+
+    def __init__(self, *pieces):
+        self.pieces, self.vocab_size = pieces, len(pieces)
+
+    def encode(self, text):
+        if not text:
+            return []
+        longest = max((piece for piece in self.pieces if piece and text.startswith(piece)), key=len)
+        return [self.pieces.index(longest), *self.encode(text[len(longest) :])]
+
+    def decode(self, tokens):
+        return "".join(self.pieces[token] for token in tokens)
+
+    def files(self):
+        return {}
+
+
+PIECES = Pieces(".", " the", "atre", " dog", "s", " don", "'t", "a", " a", "\n", "\ufffd", "")
+
+
+def table_of(told):
+    """Probabilities (from, to); what isn't told of a row goes to the full stop."""
+    table = torch.full((PIECES.vocab_size,) * 2, 1e-6, dtype=torch.float64)
+    for one, row in told.items():
+        for other, chance in row.items():
+            table[PIECES.pieces.index(one), PIECES.pieces.index(other)] = chance
+    table[:, 0] += 1 - table.sum(1)
+    return table
+
+
+def right_words(told, words, left_out=STOP_WORDS, before="."):
+    model = bigrams(table_of(told))
+    pairs = [(PIECES.encode(before), PIECES.encode(word)) for word in words]
+    return [word for word, right in zip(words, likeliest_words(Vocabulary(PIECES), model, pairs, left_out)) if right]
+
+
+WORDS = [" the", " theatre", " dog", " dogs", " don", " don't", " a"]
+
+
+@pytest.mark.parametrize(
+    ("told", "right"),
+    [
+        # the: 0.5 * 0.3, a stop word; theatre: 0.5 * 0.7; dog: 0.3 * 0.9
+        ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.7}, " dog": {"s": 0.1}}, " theatre"),
+        # theatre: 0.5 * 0.4; dog: 0.3 * 0.9
+        ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.4}, " dog": {"s": 0.1}}, " dog"),
+        # dog: 0.3 * 0.2; dogs: 0.3 * 0.8; theatre: 0.5 * 0.4
+        ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.4}, " dog": {"s": 0.8}}, " dogs"),
+        # don't is a stop word, as are what it begins with, the and a: dog's 0.05 is the rest
+        ({".": {" don": 0.5, " the": 0.2, " a": 0.2, " dog": 0.05}, " don": {"'t": 0.9}}, " dog"),
+        # a part of a character ends a word: dog 0.2; dogs 0.1
+        ({".": {" dog": 0.3}, " dog": {"\ufffd": 0.6, "s": 0.3}}, " dog"),
+        # what begins without a space goes on with the word before, and is none
+        ({".": {"s": 0.5, "a": 0.3, " dog": 0.1}}, " dog"),
+    ],
+)
+def test_the_likeliest_word_that_is_no_stop_word(told, right):
+    assert right_words(told, WORDS) == [right]
+
+
+def test_without_stop_words_the_likeliest_word_is_right():
+    told = {".": {" don": 0.5, " the": 0.3}, " don": {"'t": 0.7}}
+    assert right_words(told, WORDS, ()) == [" don't"]
+    assert right_words(told, WORDS, {"don't"}) == [" the"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("before", ["b", " "])
+def test_the_search_finds_what_looking_at_all_words_finds(seed, before):
+    """Words of up to 7 letters of a random chain of characters; longer ones have no chance."""
+    tokenizer = CharTokenizer(" .;abc")
+    table = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.05
+    table[:, :3] += 0.4  # words end
+    table /= table.sum(1, keepdim=True)
+    place = {character: i for i, character in enumerate(tokenizer.characters)}
+
+    def chance(text, start=before):
+        ends = table[place[text[-1]]][:3].sum().item()
+        return math.prod(table[place[a], place[b]].item() for a, b in zip(start + text, text)) * ends
+
+    space = " " if before == "b" else ""
+    words = [space + "".join(part) for size in range(1, 8) for part in itertools.product("abc", repeat=size)]
+    left_out = {"a", "b", "c", "ab", "ba"} if seed else {"c"}
+    chances = {word: chance(word) for word in words if word.strip() not in left_out}
+    ordered = sorted(chances, key=chances.get, reverse=True)
+    asked = [*ordered[:20], f"{space}a", f"{space}c"]
+    assert max(chances[word] for word in ordered if len(word.strip()) == 7) < chances[ordered[19]] / 4
+    pairs = [(tokenizer.encode(before), tokenizer.encode(word)) for word in asked]
+    model = bigrams(table, 64)
+    for batch_tokens in (1, 1000):
+        found = likeliest_words(Vocabulary(tokenizer), model, pairs, left_out, batch_tokens)
+        assert found == [word == ordered[0] for word in asked]
+
+
+def test_gpt2_s_tokens_are_words_and_parts():
+    try:
+        tokenizer = BPETokenizer.gpt2()
+    except UserError as error:
+        pytest.skip(str(error))
+    vocabulary = Vocabulary(tokenizer)
+    kinds = {name: set(getattr(vocabulary, name).tolist()) for name in ("bare", "spaced", "more")}
+    number = {
+        text: tokenizer.encode(text)[0] for text in (" the", "the", "'t", "'", ".", " ", "\n", " ...", " 12", '"')
+    }
+    assert {text for text, token in number.items() if token in kinds["spaced"]} == {" the", " ", " 12"}
+    assert {text for text, token in number.items() if token in kinds["bare"]} == {"the"}
+    assert {text for text, token in number.items() if token in kinds["more"]} == {"the", "'t"}
+    assert {text for text, token in number.items() if vocabulary.ends[token]} == number.keys() - {"the", "'t"}
+    assert vocabulary.ends[tokenizer.end_of_text]
+
+
+def test_tokens_without_their_spaces_are_refused():
+    class Spaceless(Pieces):
+        def decode(self, tokens):
+            return " ".join(self.pieces[token].strip() for token in tokens)
+
+    with pytest.raises(UserError, match="stop_word_filter tells words by the spaces in their tokens"):
+        Vocabulary(Spaceless("a", " a", "."))
+
+
+def test_batches_come_to_no_more_tokens_than_asked():
+    lengths = [3, 9, 1, 4, 4, 20, 2]
+    batches = list(length_batches(lengths, 12))
+    assert sorted(i for batch in batches for i in batch) == list(range(7)) and batches[0] == [5]
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 12 for batch in batches[1:]) and len(batches) == 4

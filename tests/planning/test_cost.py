@@ -1,0 +1,87 @@
+"""What a run costs, against counts made another way."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
+from gpt_arc.tables import human
+from gpt_arc.training.log import Meter, MetricsLog
+from model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}, {"attention_band": 4}],
+)
+def test_flops_equal_those_that_torch_counts(settings):
+    """torch counts the products of a step; biases and norms, which only add, are the difference."""
+    config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **settings)
+    model = GPT(config)
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(tokens, tokens).total.backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    assert flops_per_token(model) * 32 == pytest.approx(counter.get_total_flops() + 6 * vectors * 32, rel=1e-3)
+
+
+def test_gpt2_takes_about_six_flops_a_parameter_and_attention():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert flops_per_token(model) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
+
+
+def test_memory_of_weights_gradients_and_moments():
+    with torch.device("meta"):
+        model = GPT(GPTConfig())
+    assert memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
+    assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
+
+
+def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
+    assert 1e8 < peak_flops(torch.device("cpu"), "any", "float32") < 1e14
+    cuda = torch.device("cuda", 0)
+    assert peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
+    assert peak_flops(cuda, "NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops(cuda, "NVIDIA H100 80GB HBM3", "float16") == 989e12
+    assert peak_flops(cuda, "NVIDIA L40", "bfloat16") == 181e12
+    assert peak_flops(cuda, "NVIDIA RTX A1000", "bfloat16") is None
+    assert peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
+    assert peak_flops(torch.device("mps"), "mps", "float32") is None
+
+
+def test_the_log_goes_on_where_the_run_does(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    for step in (1, 2, 3):
+        log.write({"step": step, "train_loss": 1.5})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "train')  # killed in the middle of a line
+    MetricsLog(tmp_path, 2).write({"step": 3, "val_loss": 2.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "train_loss": 1.5}, {"step": 2, "train_loss": 1.5}, {"step": 3, "val_loss": 2.0}]
+
+
+def test_the_meter_takes_means_since_it_was_last_taken():
+    meter = Meter()
+    meter.add(10.0, 4, 0.5)
+    meter.add(20.0, 6, 1.5)
+    assert meter.take() == (3.0, 5.0)
+    meter.add(1.0, 1, 1.0)
+    assert meter.take() == (1.0, 1.0) and meter.take() == (None, None)
+
+
+def test_figures_for_people():
+    assert [human(x, "B") for x in (12, 63_300_000, 2.5e9, 1e12)] == ["12B", "63.3MB", "2.5GB", "1TB"]
+
+
+def test_a_plan_tells_what_a_mixture_has_and_what_a_token_takes():
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 9, "block_size": 8, "mlp_size": 24, "bias": False}
+    dense, mixture = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, n_experts=4, experts_per_token=1))
+    expert, rest = 2 * 16 * 24, 9 * 16 + 8 * 16 + 3 * 16 + 4 * 16 * 16
+    assert describe_parameters(dense) == f"{rest + expert:,}"
+    counts = f"{rest + 4 * 16 + 4 * expert:,} parameters, {rest + 4 * 16 + expert:,} active"
+    assert describe_parameters(mixture, " parameters") == counts
+    with_head = torch.nn.ModuleDict({"trunk": mixture, "head": torch.nn.Linear(16, 1)})
+    assert describe_parameters(with_head).endswith(f", {rest + 4 * 16 + expert + 17:,} active")

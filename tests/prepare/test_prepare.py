@@ -1,0 +1,660 @@
+"""The preparation scripts as a user runs them."""
+
+import fcntl
+import hashlib
+import json
+import os
+import random
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from gpt_arc.data import prepare as prepare_module
+from gpt_arc.data.datasets import prepare_dataset
+from gpt_arc.data.documents import Documents
+from gpt_arc.data.prepare import CorpusSettings, _encode, prepare_documents
+from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.data.tokenizer import BPETokenizer, load_tokenizer
+from gpt_arc.errors import UserError
+from helpers import ROOT
+from prepare import tinyshakespeare
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, output_of):
+    """Run a script of prepare/ in an empty folder; the result is its output, or the sentence that refuses."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(script, *args):
+        return output_of(lambda: runpy.run_path(str(ROOT / "prepare" / script), run_name="__main__"), script, *args)
+
+    return call
+
+
+def tokens_of(folder, split):
+    files = TokenFiles(folder, split)
+    return files.read(0, len(files))
+
+
+def decoded(folder, split):
+    return load_tokenizer(folder).decode(tokens_of(folder, split).tolist())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A byte-level BPE that the `tokenizers` library trained, saved and encodes with, on its own; and its folder."""
+    from pydoc_data.topics import topics
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(list(topics.values())[:20], trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True  # spelled in a text it is text
+    return tokenizer, folder
+
+
+def pages(count, seed=0):
+    """Documents like web pages, of the manual's paragraphs: short and long, with other alphabets here and there."""
+    from pydoc_data.topics import topics
+
+    rng = random.Random(seed)
+    paragraphs = [paragraph for text in topics.values() for paragraph in text.split("\n\n")]
+    extras = ["größer 🌧", "漢字かな交じり文", "a <|endoftext|> within", "  \n\n\n   \t x", "1234567 _ __init__ ’s"]
+    chosen = [rng.choices(paragraphs + extras * 20, k=rng.choice((1, 2, 5, 20))) for _ in range(count)]
+    return [f"{number}\n\n" + "\n\n".join(parts) for number, parts in enumerate(chosen)]
+
+
+def write_lines(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def in_val(text, fraction):
+    return int.from_bytes(hashlib.sha256(text[: 2**16].encode()).digest()[:8], "big") / 2**64 < fraction
+
+
+def encoded(library, texts):
+    end = library.token_to_id("<|endoftext|>")
+    return [token for text in texts for token in [*library.encode(text).ids, end]]
+
+
+def test_the_python_manual_is_the_text_that_python_carries(prepare):
+    from pydoc_data.topics import topics
+
+    output = prepare("python_manual.py")
+    text = "\n".join(topics.values())
+    folder = Path("data/python_manual")
+    assert f"{len(text):,} characters" in output
+    assert decoded(folder, "train") + decoded(folder, "val") == text
+    assert len(decoded(folder, "train")) == len(text) * 9 // 10
+    assert sorted(contents(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    assert "is prepared already" in prepare("python_manual.py")
+    assert "is prepared already" not in prepare("python_manual.py", "--overwrite=True")
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes("Whan that Aprille\r\nwith his shoures soote 🌧\n".encode() * 20)
+    return path
+
+
+def test_a_text_by_characters(prepare, book):
+    output = prepare("text.py", f"--input={book}", "--name=book", "--tokenizer=char")
+    assert "val: the last 0.1 of the characters" in output
+    text = book.read_bytes().decode()  # line ends as they are
+    folder = Path("data/book")
+    assert decoded(folder, "train") == text[: len(text) * 9 // 10]
+    assert decoded(folder, "val") == text[len(text) * 9 // 10 :]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["vocab_size"] == len(set(text)) == load_tokenizer(folder).vocab_size
+    assert meta["tokens"] == {"train": len(decoded(folder, "train")), "val": len(decoded(folder, "val"))}
+
+
+def test_documents_go_to_a_split_by_a_hash_of_their_text(prepare, library, tmp_path):
+    tokenizer, folder = library
+    texts = pages(400)
+    write_lines(tmp_path / "a.jsonl", texts[:200])
+    flags = ("--input=a.jsonl", f"--tokenizer={folder}", "--val_fraction=0.2")
+    output = prepare("text.py", *flags, "--name=x")
+    assert "val: 0.2 of the documents, by a hash" in output
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(tokenizer, [text for text in texts[:200] if in_val(text, 0.2) == side])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+    assert 20 < sum(in_val(text, 0.2) for text in texts[:200]) < 60
+    write_lines(tmp_path / "0.jsonl", texts[200:])  # more documents, before the others: none of those moves
+    prepare("text.py", "--input=0.jsonl", *flags, "--name=y")
+    before, after = (decoded(Path("data") / name, "val") for name in "xy")
+    assert after.endswith(before) and len(after) > len(before)
+    meta = json.loads(Path("data/y/meta.json").read_text())
+    assert meta["documents"] == 400 and meta["tokens"]["val"] == len(tokens_of(Path("data/y"), "val"))
+
+
+def test_a_folder_split_by_its_tail_ends_every_document(prepare, library, tmp_path):
+    (tmp_path / "texts" / "below").mkdir(parents=True)
+    (tmp_path / "texts" / "b.txt").write_text("the second <|endoftext|>")
+    (tmp_path / "texts" / "below" / "c.txt").write_text("third")
+    (tmp_path / "texts" / "a.txt").write_text("the first")
+    (tmp_path / "texts" / "empty.txt").write_text("")
+    (tmp_path / "texts" / "ignored.md").write_text("not this")
+    flags = ("--input", "texts", "--name", "texts", f"--tokenizer={library[1]}")
+    prepare("text.py", *flags, "--split=tail")
+    folder = Path("data/texts")
+    expected = ["the first", "the second <|endoftext|>", "t"]
+    assert tokens_of(folder, "train").tolist() == encoded(library[0], expected)
+    assert tokens_of(folder, "val").tolist() == encoded(library[0], ["hird"])
+
+
+def test_a_long_text_is_the_same_in_pieces_and_shards(prepare, library, tmp_path, monkeypatch):
+    monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
+    monkeypatch.setattr("gpt_arc.data.documents.BEGINNING", 1)
+    monkeypatch.setattr(prepare_module, "BATCH", 3000)
+    text = "\n".join(pages(60))
+    (tmp_path / "a.txt").write_text(text)
+    prepare("text.py", "--input=a.txt", "--name=x", f"--tokenizer={library[1]}", "--shard_tokens=7000")
+    cut = len(text) * 9 // 10
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        expected = encoded(library[0], [part])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+        shards = sorted(Path("data/x").glob(f"{split}_*.bin"))
+        assert [path.name for path in shards] == [f"{split}_{i:06}.bin" for i in range(-(-len(expected) // 7000))]
+        assert [int(np.fromfile(path, "<i4", 3)[2]) for path in shards[:-1]] == [7000] * (len(shards) - 1)
+
+
+def test_a_long_document_goes_to_one_split_whole_in_every_format(prepare, library, tmp_path, monkeypatch):
+    """Its beginning decides, whatever the pieces that it is read in: the first space may be far."""
+    monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
+    texts = [f"{seed} " + "x" * (2**16 - seed) + "\n".join(pages(40, seed)) for seed in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    write_lines(tmp_path / "a.jsonl", texts)
+    val = [text for text in texts if in_val(text, 0.4)]
+    assert 0 < len(val) < 12
+    for inputs in ("*.txt", "a.jsonl"):
+        flags = (f"--input={inputs}", "--name=x", "--overwrite=True", "--val_fraction=0.4")
+        prepare("text.py", *flags, f"--tokenizer={library[1]}")
+        assert tokens_of(Path("data/x"), "val").tolist() == encoded(library[0], val)
+        assert tokens_of(Path("data/x"), "train").tolist() == encoded(library[0], [t for t in texts if t not in val])
+        prepare("text.py", *flags, "--tokenizer=char")
+        assert decoded(Path("data/x"), "val") == "".join(val)
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_workers_make_no_difference(prepare, library, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(prepare_module, "BATCH", 2000)
+    write_lines(tmp_path / "a.jsonl", pages(100))
+    flags = ("--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=5000")
+    prepare("text.py", *flags, "--name=x")
+    prepare("text.py", *flags, "--name=y", f"--workers={workers}")
+    assert contents("data/x") == contents("data/y") and len(contents("data/x")) > 8
+
+
+SLOWED = f"""
+import runpy, signal, sys, time
+from gpt_arc import corpus
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+corpus.BATCH = 4000
+encode = corpus._encode
+pause = float(sys.argv.pop(1))
+def slowly(*args):
+    time.sleep(pause)
+    return encode(*args)
+corpus._encode = slowly
+sys.argv[0] = {str(ROOT / "prepare" / "text.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*flags, pause=0.02):
+    """prepare/text.py in a process of its own, whose workers take `pause` seconds more for every 4,000 characters."""
+    args = [sys.executable, "-c", SLOWED, str(pause), *flags]
+    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def saved_tokens(name):
+    try:
+        progress = json.loads(Path(f"data/.{name}.partial/progress.json").read_text())
+        return progress["train"] + progress["val"]
+    except FileNotFoundError:
+        return 0
+
+
+def kill_and_go_on(prepare, library, tmp_path, kills, size):
+    """Prepare texts undisturbed, and again through kills: one early, `kills` at random after something was saved."""
+    rng = random.Random(0)
+    write_lines(tmp_path / "a.jsonl", pages(size))
+    (tmp_path / "b.txt").write_text("\n".join(pages(size, 1)))
+    flags = ["--input", "b.txt", "a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--split=tail"]
+    prepare("text.py", *flags, "--name=undisturbed")
+    process = start(*flags, "--name=killed")
+    while not any(Path("data/.killed.partial/dataset").glob("*")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    for _ in range(kills):
+        before = saved_tokens("killed")
+        process = start(*flags, "--name=killed", "--workers=1")
+        while saved_tokens("killed") == before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not Path("data/killed").exists()
+    assert "going on after" in prepare("text.py", *flags, "--name=killed", "--workers=2")
+    assert contents("data/killed") == contents("data/undisturbed")
+    assert sorted(path.name for path in Path("data").iterdir()) == ["killed", "undisturbed"]  # nothing hidden beside
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_go_on(prepare, library, tmp_path, kills=2, size=150)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_goes_on_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_go_on(prepare, library, tmp_path, kills=10, size=600)
+
+
+def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unasked(prepare, library, tmp_path):
+    write_lines(tmp_path / "a.jsonl", pages(150))
+    flags = ["--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--name=x"]
+    process = start(*flags, pause=0.2)  # half a minute in all: it won't end before the signal comes
+    while not saved_tokens("x"):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate()
+    assert process.returncode == 130 and b"text.py: interrupted: the same command goes on" in output
+    assert b"Traceback" not in output
+    refused = prepare("text.py", *flags, "--val_fraction=0.3")
+    assert "with other settings or texts (val_fraction): its command goes on there" in refused and saved_tokens("x")
+    assert "going on" not in prepare("text.py", *flags, "--val_fraction=0.3", "--overwrite=True")
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(library[0], [text for text in pages(150) if in_val(text, 0.3) == side])
+        assert tokens_of(Path("data/x"), split).tolist() == expected
+
+
+class Changing(Documents):
+    """Documents whose owner may change them: `states` of them by revision, the last of which is the latest."""
+
+    name, states = "changing", {}
+
+    def identity(self):
+        return {"dataset": "changing"}
+
+    def pieces(self, cut, position=None):
+        self.revision = self.revision or list(self.states)[-1]
+        self.read = position or 0
+        for text in self.states[self.revision][self.read :]:
+            self.read += 1
+            yield text, True
+
+    def position(self):
+        return self.read
+
+
+@pytest.mark.parametrize("rule", ["hash", "tail"])
+def test_what_was_begun_is_gone_on_with_whatever_has_changed_since(tmp_path, monkeypatch, library, rule):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_module, "BATCH", 1000)
+    settings = CorpusSettings(tokenizer=str(library[1]), split=rule, shard_tokens=1000, workers=1)
+    monkeypatch.setattr(Changing, "states", {"first": pages(100)})
+    prepare_documents(Changing(), settings, "undisturbed")
+    encode, calls = _encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) in (20, 40):
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(prepare_module, "_encode", stopped)
+    for number in range(2):
+        with pytest.raises(KeyboardInterrupt, match="goes on where this one stopped"):
+            prepare_documents(Changing(), settings, "x")
+        Changing.states[f"later {number}"] = pages(10 * number + 5, seed=number + 1)
+    prepare_documents(Changing(), settings, "x")
+    assert contents("data/x") == contents("data/undisturbed")
+    assert json.loads(Path("data/x/meta.json").read_text())["revision"] == "first"
+
+
+def test_two_runs_do_not_share_a_folder(prepare, book):
+    Path("data").mkdir()
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    with open("data/.x.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "data/x is being prepared by another process" in prepare("text.py", *flags)
+    assert "data/x:" in prepare("text.py", *flags)  # once it has ended
+    assert [path.name for path in Path("data").iterdir()] == ["x"]
+
+
+def test_a_run_that_comes_second_finds_what_the_first_has_prepared(prepare, book, monkeypatch):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    Path("data/x").rename("elsewhere")
+
+    def first_ends(*args):  # just before the second has the lock
+        Path("elsewhere").rename("data/x")
+
+    monkeypatch.setattr(fcntl, "flock", first_ends)
+    assert "is prepared already" in prepare("text.py", *flags)
+
+
+def test_a_dataset_is_of_the_tokenizer_itself_whatever_its_name(prepare, library, tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", pages(30))
+    flags = ("--input=a.jsonl", "--name=x", "--tokenizer=gpt2")
+    named = [load_tokenizer(library[1])]
+    monkeypatch.setattr(prepare_module, "find_tokenizer", lambda name: named[-1])
+    prepare("text.py", *flags)
+    assert "is prepared already" in prepare("text.py", *flags)
+    named.append(BPETokenizer(named[0].ranks, {"<|end|>": named[0].vocab_size - 1}))
+    assert "holds something else" in prepare("text.py", *flags)
+    named.append(BPETokenizer.train(pages(10), 300))
+    assert "holds something else" in prepare("text.py", *flags)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("split", ["hash", "tail"])
+def test_documents_without_text_are_left_out_and_told(prepare, library, tmp_path, monkeypatch, form, split):
+    monkeypatch.setattr(prepare_module, "BATCH", 1)  # so that the last of them comes alone
+    texts = [*pages(20), None, "", "the last", None]
+    if form == "parquet":
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet")
+    else:
+        write_lines(tmp_path / "a.jsonl", texts)
+    flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
+    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents left out\n")
+    assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
+    write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
+    assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
+    for kind in ("train", "val"):
+        assert tokens_of(Path("data/x"), kind).tolist() == tokens_of(Path("data/y"), kind).tolist()
+
+
+def peak_memory(*flags):
+    """The largest resident memory in MB of a run of prepare/text.py, of that program alone."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print(*open('/proc/self/status')))\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "prepare" / "text.py"), *flags]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"VmHWM:\s+(\d+) kB", output)[1]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a program alone")
+@pytest.mark.parametrize("tokenizer", ["char", pytest.param("bpe", marks=pytest.mark.slow)])
+def test_memory_stays_flat_where_the_tokenizer_lets_a_text_be_cut(tmp_path, monkeypatch, library, tokenizer):
+    assert load_tokenizer(library[1]).cuts_at_space
+    monkeypatch.chdir(tmp_path)
+    page = " ".join(pages(100))
+    peaks = {}
+    for megabytes in (12, 48):
+        Path("a.txt").write_text((page * (megabytes * 10**6 // len(page) + 1)).replace("\n", " "))  # one line
+        flags = (f"--name={megabytes}", f"--tokenizer={library[1] if tokenizer == 'bpe' else 'char'}")
+        peaks[megabytes] = peak_memory("--input=a.txt", "--shard_tokens=1000000", "--workers=1", *flags)
+    assert peaks[48] < peaks[12] + 15 and peaks[48] < 250
+
+
+def test_a_tokenizer_that_may_not_be_cut_encodes_documents_whole(prepare, tmp_path, monkeypatch, library):
+    monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
+    monkeypatch.setattr("gpt_arc.data.documents.BEGINNING", 1)
+    other = tokenizers.Tokenizer.from_str(library[0].to_str())
+    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)  # a space before each text
+    (tmp_path / "other").mkdir()
+    other.save("other/tokenizer.json")
+    other.encode_special_tokens = True
+    texts = ["\n".join(pages(40, seed)) for seed in range(12)]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number:02}.txt").write_text(text)
+    prepare("text.py", "--input=*.txt", "--name=x", "--tokenizer=other", "--val_fraction=0.4")
+    expected = encoded(other, [text for text in texts if not in_val(text, 0.4)])
+    assert tokens_of(Path("data/x"), "train").tolist() == expected
+
+
+def test_progress_tells_only_of_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
+    """The disk: each file and folder as it was when it was last flushed."""
+    monkeypatch.setattr(prepare_module, "BATCH", 4000)
+    write_lines(tmp_path / "a.jsonl", pages(100))
+    disk, flush, rename, checked = {}, os.fsync, os.replace, []
+
+    def recorded(descriptor):
+        flush(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        disk[path] = os.listdir(path) if os.path.isdir(path) else Path(path).read_bytes()
+
+    def replaced(old, new):
+        if Path(new).name == "progress.json":
+            dataset = Path(new).parent.resolve() / "dataset"
+            for split in ("train", "val"):
+                shards = sorted(name for name in disk.get(str(dataset), []) if name.startswith(split))
+                contents = [disk[str(dataset / name)] for name in shards]
+                counts = [int(np.frombuffer(content, "<i4", 3)[2]) for content in contents]
+                assert [len(content) for content in contents] == [1024 + 2 * count for count in counts]
+                assert sum(counts) == json.loads(disk[str(Path(old).resolve())])[split]
+            checked.append(len(shards))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    monkeypatch.setattr(os, "replace", replaced)
+    prepare("text.py", "--input=a.jsonl", "--name=x", f"--tokenizer={library[1]}", "--shard_tokens=3000")
+    assert len(checked) > 5
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite=True",)])
+def test_a_run_killed_after_all_is_in_place_hinders_nobody(prepare, book, monkeypatch, overwrite):
+    """What it leaves is a work folder without a dataset."""
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char", "--shard_tokens=200")
+    monkeypatch.setattr(prepare_module, "BATCH", 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_remove", lambda folder: None)
+        prepare("text.py", *flags)
+    before = contents("data/x")
+    assert sorted(os.listdir("data/.x.partial")) == ["plan.json", "progress.json"]
+    output = prepare("text.py", *flags, *overwrite)
+    assert "going on" not in output and ("is prepared already" in output) == (not overwrite)
+    assert contents("data/x") == before and os.listdir("data") == ["x"]
+
+
+def test_a_dataset_at_hand_does_not_cost_the_progress_of_another_run(prepare, book, tmp_path):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    Path("data/.x.partial").mkdir()
+    Path("data/.x.partial/plan.json").write_text('{"of": "others"}')
+    assert "is prepared already" in prepare("text.py", *flags)
+    assert Path("data/.x.partial/plan.json").exists()
+
+
+def test_a_work_folder_whose_removal_was_killed_is_not_gone_on_in(prepare, book, monkeypatch):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    work = Path("data/.x.partial")
+    (work / "dataset").mkdir(parents=True)
+    for name in ("plan.json", "progress.json"):
+        (work / name).write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **kwargs: None)  # as if killed before it began
+        prepare("text.py", *flags, "--overwrite=True")
+    assert not (work / "progress.json").exists() and not (work / "plan.json").exists()
+    assert "going on" not in prepare("text.py", *flags) and os.listdir("data") == ["x"]
+
+
+def test_nothing_is_overwritten_unasked(prepare, book):
+    flags = (f"--input={book}", "--name=book", "--tokenizer=char")
+    prepare("text.py", *flags)
+    assert "is prepared already" in prepare("text.py", *flags)
+    book.write_text("another text altogether")
+    before = decoded(Path("data/book"), "train")
+    assert "exists and holds something else" in prepare("text.py", *flags)
+    assert decoded(Path("data/book"), "train") == before
+    prepare("text.py", *flags, "--overwrite=True")
+    assert decoded(Path("data/book"), "train") != before
+    assert [path.name for path in Path("data").iterdir()] == ["book"]
+
+
+def test_a_damaged_dataset_is_prepared_again(prepare, book):
+    flags = (f"--input={book}", "--name=book", "--tokenizer=char")
+    prepare("text.py", *flags)
+    whole = decoded(Path("data/book"), "train")
+    for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-1])):
+        damage(Path("data/book/train_000000.bin"))
+        assert "is prepared already" not in prepare("text.py", *flags)
+        assert decoded(Path("data/book"), "train") == whole
+
+
+GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"text": "a"}\n{"text"\n'}
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--input=nowhere.txt", "--name=x"], "nowhere.txt can't be read"),
+        (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt has 0 characters"),
+        (["--input=empty.jsonl", "--name=x"], "empty.jsonl has no text"),
+        (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
+        (["--name=x", "--input="], "--input names nothing"),
+        (["--input=.", "--name=x", "--pattern=*.docx"], "no file below . matches --pattern *.docx"),
+        (["--input=.", "--name=x", "--pattern=/etc/*"], "no file below . matches"),
+        (["--input=bad.jsonl", "--name=x"], "bad.jsonl:2 is not a line of JSON"),
+        (["--input=one.jsonl", "--field=body", "--name=x"], "one.jsonl:1 has no field 'body': there are 'text'"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or cut the text by --split"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or cut the text by --split"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=1"], "val_fraction = 1.0 must lie between 0 and 1"),
+        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be at least 1"),
+        (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),
+        (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
+        (["--input=good.txt", "--name="], "must be a plain folder name"),
+        (["--input=good.txt"], "--name"),
+        (["--input=good.txt", "--name=x", "--tokenizer=words"], "words"),
+        (["--input=good.txt", "--nam=x"], "--nam"),
+    ],
+)
+def test_mistakes_are_one_sentence(prepare, library, tmp_path, args, sentence):
+    for name, content in GOOD.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    default = [] if any("--tokenizer" in arg for arg in args) else [f"--tokenizer={library[1]}"]
+    assert sentence in prepare("text.py", *args, *default)
+    assert not Path("data").exists()
+
+
+def test_a_full_disk_is_one_sentence(prepare, book, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gpt_arc.data.token_files.ShardWriter.append", full)
+    message = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
+    assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
+
+
+def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
+    texts = pages(100)
+    write_lines(tmp_path / "a.jsonl", texts)
+    flags = ("--input=a.jsonl", "--name=x", "--vocab_size=400")
+    assert "data/x/tokenizer.json: 400 tokens" in prepare("tokenizer.py", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(BPETokenizer, "train", None)  # it is refused before
+        assert "holds a tokenizer already: --overwrite=True trains it anew" in prepare("tokenizer.py", *flags)
+    assert "300 tokens" in prepare("tokenizer.py", *flags[:2], "--vocab_size=300", "--overwrite=True")
+    assert "400 tokens" in prepare("tokenizer.py", *flags, "--overwrite=True")
+    prepared = prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
+    assert "vocabulary 400" in prepared
+    library = tokenizers.Tokenizer.from_file("data/x/tokenizer.json")
+    library.encode_special_tokens = True
+    assert library.get_vocab_size() == 400 and library.token_to_id("<|endoftext|>") == 399
+    expected = encoded(library, [text for text in texts if not in_val(text, 0.1)])
+    assert tokens_of(Path("data/x"), "train").tolist() == expected
+    assert "is prepared already" in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
+    monkeypatch.setattr(BPETokenizer, "train", None)
+    for overwrite in ((), ("--overwrite=True",)):
+        assert "data/x holds a dataset already" in prepare("tokenizer.py", *flags, *overwrite)
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--vocab_size=256"], "a vocabulary of 256 is too small"),
+        (["--vocab_size=300", "--name=gpt2"], "--tokenizer gpt2 means another one already"),
+        (["--vocab_size=5000"], "few.txt has no more pairs to merge, so they are fewer than 5,000"),
+        (["--vocab_size=300", "--input=empty.txt"], "empty.txt has no text"),
+        ([], "--vocab_size"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_told(prepare, tmp_path, args, sentence):
+    (tmp_path / "few.txt").write_text("few words, few pairs")
+    (tmp_path / "empty.txt").write_text("")
+    inputs = [] if any("--input" in arg for arg in args) else ["--input=few.txt"]
+    assert sentence in prepare("tokenizer.py", *inputs, "--name=x", *args)
+
+
+@pytest.mark.parametrize("script", ["openwebtext.py", "fineweb.py"])
+def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = pages(200)
+    (tmp_path / "files").mkdir()
+    for number in range(2):
+        rows = texts[number * 100 : number * 100 + 100]
+        table = arrow.table({"text": rows, "url": ["x"] * 100})
+        parquet.write_table(table, tmp_path / "files" / f"{number}.parquet")
+    flags = ("--input=files", f"--tokenizer={library[1]}", "--val_fraction=0.1")
+    prepare(script, *flags)
+    folder = Path("data") / script.removesuffix(".py")
+    for split, side in (("train", False), ("val", True)):
+        expected = encoded(library[0], [text for text in texts if in_val(text, 0.1) == side])
+        assert tokens_of(folder, split).tolist() == expected
+    assert "is prepared already" in prepare(script, *flags)
+
+
+def test_a_sample_of_fineweb_is_streamed_and_local_files_are_not(prepare, tmp_path):
+    write_lines(tmp_path / "a.jsonl", pages(3))
+    message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
+    assert "--sample=sample-100BT says what to stream, but --input names files" in message
+
+
+def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, monkeypatch):
+    assert "is not TinyShakespeare" in prepare("tinyshakespeare.py", "--input", str(book))
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    message = prepare("tinyshakespeare.py")
+    assert "no network" in message and "--input FILE" in message and "configs/quickstart.toml" in message
+
+
+def test_tinyshakespeare_from_a_file(tmp_path, monkeypatch):
+    """The real text isn't shipped: any other stands for it, once the checksum is that text's."""
+    monkeypatch.chdir(tmp_path)
+    text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5
+    (tmp_path / "input.txt").write_text(text)
+    monkeypatch.setattr(tinyshakespeare, "SHA256", hashlib.sha256(text.encode()).hexdigest())
+    monkeypatch.setattr(sys, "argv", ["tinyshakespeare.py", "--input", "input.txt"])
+    tinyshakespeare.main()
+    assert decoded(Path("data/tinyshakespeare"), "train") + decoded(Path("data/tinyshakespeare"), "val") == text
+
+
+def test_training_prepares_a_small_corpus_and_names_the_command_for_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert prepare_dataset("python_manual") == Path("data/python_manual")
+    assert len(TokenFiles(Path("data/python_manual"), "val")) > 10_000
+    with pytest.raises(UserError, match="prepare/text.py --input FILE_OR_FOLDER --name novels"):
+        prepare_dataset("novels")

@@ -1,0 +1,553 @@
+"""stages/ppo.py as a user runs it: the optimum it reaches, its updates written out, how it goes on, what it refuses."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt_arc.alignment import losses
+from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.log import read_metrics
+from gpt_arc.training.optim import Updater
+from gpt_arc.weights.directory import save_model
+from helpers import command, interrupt_at, kill_at, randomised, write_dataset
+from model import GPT, GPTConfig
+from stages import ppo
+
+LETTERS = CharTokenizer("abcdefgh")
+CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
+QUICK = (
+    "--device=cpu --dtype=float32 --episodes=32 --batch_size=4 --gradient_accumulation_steps=2 --minibatches=2 "
+    "--max_new_tokens=5 --learning_rate=1e-3 --adam_eps=1e-4 --rollout_batch_size=16"
+).split()
+TRAIN = ("base", "--prompts=prompts.jsonl", "--reward=rules_of_ppo:letters", *QUICK)
+STILL = ("--learning_rate=1e-30",)  # so that the policy stays what it was
+RULES = """
+def letters(rows, responses): return [text.count("b") - 0.5 * text.count("c") for text in responses]
+def constant(rows, responses): return [2.0] * len(rows)
+def lengths(rows, responses): return [float(len(text)) for text in responses]
+def bandit(rows, responses): return [float(text[:1] == row["answer"]) for row, text in zip(rows, responses)]
+def broken(rows, responses): return [1 / (len(text) - len(text)) for text in responses]
+def short(rows, responses): return [1.0]
+def nan(rows, responses): return [float("nan")] * len(rows)
+"""
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_chat_model(model, chat, directory):
+    save_model(model, chat.tokenizer, directory)
+    chat.save(directory)
+
+
+def config_of(**settings):
+    return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16} | settings)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.manual_seed(0)
+    save_chat_model(randomised(GPT(config_of(dropout=0.1))), CHAT, "base")
+    save_reward_model(RewardModel(randomised(GPT(config_of()), 1)), LETTERS, CHAT, "reward")
+    write("prompts.jsonl", [{"prompt": text, "answer": text[0]} for text in ("a", "bcd", "ef", "aab", "h", "gg", "c")])
+    Path("rules_of_ppo.py").write_text(RULES)
+    yield tmp_path
+    sys.modules.pop("rules_of_ppo", None)
+
+
+@pytest.fixture
+def run(workplace, stage_runner):
+    return partial(stage_runner, ppo)
+
+
+def lines_of(folder):
+    """The lines of metrics.jsonl without what a stopwatch said."""
+    lines = read_metrics(Path(folder) / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def record(monkeypatch, name):
+    """What a function that ppo.py calls returned, each time."""
+    found, function = [], getattr(ppo, name)
+
+    def recorded(*args, **kwargs):
+        found.append(function(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(ppo, name, recorded)
+    return found
+
+
+def record_gradients(monkeypatch):
+    """The gradients of each update before it is made, clipped or not, and the weights after it."""
+    gradients, weights, update = [], [], Updater.update
+
+    def recorded(self, *args):
+        gradients.append([p.grad.clone() for p in self.parameters])
+        result = update(self, *args)
+        weights.append([p.detach().clone() for p in self.parameters])
+        return result
+
+    monkeypatch.setattr(Updater, "update", recorded)
+    return gradients, weights
+
+
+# ---- the optimum: of E[r] - beta KL it is pi_ref exp(r / beta) / Z
+
+TREE = CharTokenizer("\nab")
+PLAIN = ChatFormat.new(TEMPLATES["plain"], TREE, 3)  # vocabulary: newline, a, b, and the end of a response
+DEPTH = 3  # tokens of a response at most: 1 + 3 + 9 + 27 outcomes
+UTILITY = '''
+import hashlib
+def utility(rows, responses):
+    """A number in [-1, 1) for each text, drawn by its hash."""
+    numbers = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in responses]
+    return [2 * number / 2**32 - 1 for number in numbers]
+'''
+
+
+def utility(text):
+    return 2 * int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32 - 1
+
+
+@torch.no_grad()
+def distribution(directory):
+    """Log-probabilities of all outcomes, enumerated, float64."""
+    model, _, chat = load_chat_model(directory)
+    prompt, found, beginnings = chat.prompt([Turn("user", "a")]), {}, {(): 0.0}
+    for _ in range(DEPTH):
+        logits = model.eval()(torch.tensor([[*prompt, *tokens] for tokens in beginnings]))[:, -1]
+        following = {}
+        for (tokens, log), row in zip(beginnings.items(), logits.double().log_softmax(-1).tolist()):
+            for token, more in enumerate(row):
+                (found if token == chat.end else following)[*tokens, token] = log + more
+        beginnings = following
+    return found | beginnings
+
+
+def total_variation(p, q):
+    return 0.5 * sum(abs(math.exp(p[outcome]) - math.exp(q[outcome])) for outcome in p)
+
+
+def optimum(reference, beta):
+    better = {outcome: log + utility(PLAIN.decode(outcome)) / beta for outcome, log in reference.items()}
+    z = math.log(sum(map(math.exp, better.values())))
+    return {outcome: log - z for outcome, log in better.items()}
+
+
+def make_tree():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(8, len(PLAIN.ids) + 3, 1, 2, 32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn_like(parameter))
+    save_chat_model(model, PLAIN, "tree")
+    write("tree.jsonl", [{"prompt": "a"}] * 512)
+    Path("utility_of_tree.py").write_text(UTILITY)
+
+
+# At the optimum r - beta log(pi / pi_ref) is the same for every response: advantages vanish, and their noise with them,
+# if they are not divided by their deviation.
+SETTINGS = (
+    "--max_new_tokens=3 --dtype=float32 --device=cpu --episodes=76800 --batch_size=128 --gradient_accumulation_steps=1 "
+    "--minibatches=4 --inner_epochs=4 --rollout_batch_size=512 --learning_rate=3e-3 --schedule=cosine "
+    "--final_learning_rate=0 --beta2=0.99 --gae_lambda=1 --value_coef=1 --value_clip=100 "
+    "--whiten_advantages=False"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("beta", "most"), [(1.0, 0.01), (0.5, 0.01), (0.2, 0.05)])
+def test_the_policy_reaches_the_optimum(workplace, beta, most):
+    make_tree()
+    reference = distribution("tree")
+    assert len(reference) == 40
+    best = optimum(reference, beta)
+    assert total_variation(reference, best) > 0.2
+    result = command(
+        "stages/ppo.py", "tree", "--prompts=tree.jsonl", "--reward=utility_of_tree:utility", f"--kl_coef={beta}",
+        *SETTINGS, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert total_variation(distribution("out/ppo"), best) <= most
+
+
+def test_a_bandit_learns_what_pays(run):
+    """Begin the response with the letter that the prompt begins with."""
+    write("prompts.jsonl", [{"prompt": a * n, "answer": a} for a in "abcd" for n in (1, 2)])
+    torch.manual_seed(0)
+    save_chat_model(GPT(config_of(n_layer=1, n_embd=32)), CHAT, "base")
+    flags = (
+        "--max_new_tokens=1 --batch_size=32 --gradient_accumulation_steps=1 --minibatches=4 --inner_epochs=4 "
+        "--learning_rate=1e-2 --schedule=linear --final_learning_rate=0 --episodes=3072 --rollout_batch_size=128 "
+        "--save_interval=100 --beta2=0.99"
+    ).split()
+    run(*TRAIN, "--reward=rules_of_ppo:bandit", *flags)
+    lines = lines_of("out/ppo")
+    assert len(lines) == 24 and lines[0]["score"] < 0.3
+    assert sum(line["score"] for line in lines[-5:]) / 5 > 0.95
+    assert lines[-1]["kl_k1"] > 1 and lines[-1]["entropy"] < 0.5 and lines[-1]["response_tokens"] == 1
+
+
+# ---- an update, written out
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("network", ["policy", "shared"])
+def test_the_first_update_is_that_of_its_definition(run, monkeypatch, temperature, network):
+    found, (gradients, _) = record(monkeypatch, "gather_rollouts"), record_gradients(monkeypatch)
+    flags = ("--minibatches=1", "--episodes=8", "--whiten_rewards=False", "--whiten_advantages=False", "--kl_coef=0.3")
+    more = ("--gae_lambda=0.9", "--gamma=0.8", "--grad_clip=0", "--value_coef=0.4", f"--value_network={network}")
+    monkeypatch.setattr(
+        ppo, "ScalarHead", lambda width, std: ScalarHead(width, 0.5)
+    )  # values that are not all 0, so that they show
+    run(*TRAIN, *STILL, *flags, *more, f"--temperature={temperature}")
+    (rollouts,) = found
+    policy, _, chat = load_chat_model("base")
+    state = load_state(Path("out/ppo/last"))["parts"]["critic"]
+    if network == "shared":
+        head = ScalarHead(16, 0.0)
+        head.load_state_dict(state)
+        parameters = [*policy.parameters(), *head.parameters()]
+    else:
+        critic = RewardModel(load_chat_model("base")[0])
+        critic.load_state_dict(state)
+        critic.eval()
+        parameters = [*policy.parameters(), *critic.parameters()]
+    policy.eval()
+    loss, tokens = 0.0, 0
+    for i, sequence in enumerate(rollouts.sequences):
+        length = int(rollouts.prompt_lengths[i])
+        prompt, response = sequence[:length], sequence[length:]
+        hidden = policy.hidden(torch.tensor([sequence[:-1]]))[0, length - 1 :]
+        logs = (policy.logits(hidden) / temperature).log_softmax(-1)
+        logs = logs[torch.arange(len(response)), response]
+        values = head(hidden) if network == "shared" else critic.head(
+            critic.trunk.hidden(torch.tensor([sequence[:-1]]))[0, length - 1 :]
+        )  # fmt: skip
+        text = chat.decode(response)
+        score = text.count("b") - 0.5 * text.count("c")
+        value = [*values.tolist(), 0.0]
+        rewards = [0.0] * (len(response) - 1) + [score]  # the policy is still the reference: nothing to pay
+        delta = [rewards[t] + 0.8 * value[t + 1] - value[t] for t in range(len(response))]
+        for t in range(len(response)):
+            gain = sum((0.8 * 0.9) ** (k - t) * delta[k] for k in range(t, len(response)))
+            loss = loss - gain * (logs[t] - logs[t].item()).exp() + 0.4 * 0.5 * (values[t] - value[t] - gain) ** 2
+            tokens += 1
+        assert prompt == chat.prompt([Turn("user", sequence_text(prompt))])
+    expected = torch.autograd.grad(loss / tokens, [p for p in parameters if p.requires_grad], allow_unused=True)
+    for mine, other in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if other is None else other, rtol=1e-3, atol=1e-5)
+    (line,) = lines_of("out/ppo")
+    assert line["clip_fraction"] == line["value_clip_fraction"] == 0 and abs(line["kl_k1"]) < 1e-4
+
+
+def sequence_text(prompt):
+    return LETTERS.decode(prompt)
+
+
+def test_ratios_begin_at_one_and_rewards_pay_for_the_distance(run, monkeypatch):
+    ratios, rewards = [], []
+    policy_losses, penalised = losses.policy_losses, losses.penalised_rewards
+
+    def watched(logs, old, *rest):
+        ratios.append((logs - old).exp().detach())
+        return policy_losses(logs, old, *rest)
+
+    monkeypatch.setattr(losses, "policy_losses", watched)
+    monkeypatch.setattr(
+        losses, "penalised_rewards", lambda *args: rewards.append((args, penalised(*args))) or rewards[-1][1]
+    )
+    found = record(monkeypatch, "gather_rollouts")
+    run(*TRAIN, "--learning_rate=1e-2", "--kl_coef=0.5")
+    assert len(ratios) == 2 * 4 and len(rewards) == 2  # iterations, micro-batches
+    for first in (0, 1, 4, 5):  # of the first minibatch of each iteration
+        torch.testing.assert_close(ratios[first], torch.ones_like(ratios[first]), rtol=0, atol=1e-4)
+    assert (ratios[2] - 1).abs().max() > 0.01
+    rollouts = found[1]
+    log_ratio = rollouts.known.logs - rollouts.known.reference
+    assert log_ratio.abs().max() > 0.01
+    for i, length in enumerate(rollouts.mask.sum(1).tolist()):
+        expected = (-0.5 * log_ratio[i, :length]).tolist()
+        text = CHAT.decode(rollouts.sequences[i][rollouts.prompt_lengths[i] :])
+        expected[-1] += text.count("b") - 0.5 * text.count("c")
+        assert rewards[1][1][i, :length].tolist() == pytest.approx(expected, abs=1e-5)
+        assert not rewards[1][1][i, length:].any()
+
+
+def test_responses_that_do_not_end_get_a_score_of_their_own(run):
+    run(*TRAIN, *STILL, "--reward=rules_of_ppo:constant", "--no_end_reward=-1", "--monitor=rules_of_ppo:lengths")
+    for line in lines_of("out/ppo"):
+        assert 0 < line["ended"] < 1 and line["score"] == pytest.approx(2 * line["ended"] - (1 - line["ended"]))
+        assert line["monitored"] == pytest.approx(line["response_tokens"] - line["ended"], abs=0.5)
+    run(*TRAIN, *STILL, "--reward=rules_of_ppo:constant")
+    assert all(line["score"] == 2 and line["score_std"] == 0 for line in lines_of("out/ppo-2"))
+
+
+def test_a_monitor_is_not_learned_from(run):
+    run(*TRAIN)
+    run(*TRAIN, "--monitor=reward")
+    assert_same_weights("out/ppo/last", "out/ppo-2/last")
+    lines = lines_of("out/ppo-2")
+    assert all(math.isfinite(line.pop("monitored")) for line in lines) and lines == lines_of("out/ppo")
+
+
+def test_the_value_network(run):
+    reward, base = load_file("reward/model.safetensors"), weights_of("base")
+    for name, reward_of_run in (("None", "reward"), ("reward", "reward"), ("policy", "reward"), ("None", None)):
+        flags = ["--reward=reward"] if reward_of_run else []
+        run(*TRAIN, *STILL, *flags, f"--value_network={name}", "--out_dir=run", "--overwrite=True")
+        critic = load_state(Path("run/last"))["parts"]["critic"]
+        copied = reward if reward_of_run and name != "policy" else base
+        assert all(torch.equal(critic[f"trunk.{key}"], tensor) for key, tensor in copied.items())
+        assert critic["head.weight"].abs().max() < 1e-20 or copied is reward
+    run(*TRAIN, *STILL, "--value_network=shared", "--out_dir=run", "--overwrite=True")
+    assert set(load_state(Path("run/last"))["parts"]["critic"]) == {"weight", "bias"}
+    assert_same_weights("run/last", "base")
+    refused = run(*TRAIN, "--value_network=reward")
+    assert (
+        refused.code == 2
+        and "value_network = reward, but reward = rules_of_ppo:letters is no reward" in refused.message
+    )
+
+
+def test_text_adds_the_gradient_of_its_own_loss(run, workplace, monkeypatch):
+    """Every window of the dataset reads the same, so that it is known which ones are read."""
+    write_dataset(workplace / "data" / "same", LETTERS, {"train": [3] * 500, "val": [3] * 100})
+    found = []
+    flags = ("--episodes=8", "--minibatches=1", "--grad_clip=0", "--pretraining_batch_size=5")
+    for more in ((), ("--pretraining_dataset=same", "--pretraining_coef=2.5")):
+        with monkeypatch.context() as patched:
+            gradients, _ = record_gradients(patched)
+            run(*TRAIN, *STILL, *flags, *more, "--out_dir=run", "--overwrite=True")
+            found.append(gradients[0])
+    policy = load_chat_model("base")[0].eval()
+    window = torch.full((1, 16), 3)
+    loss = policy(window, window).total / 16
+    assert lines_of("run")[0]["pretraining_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = torch.autograd.grad(2.5 * loss, list(policy.parameters()))
+    for without, with_text, gradient in zip(*found, expected):
+        torch.testing.assert_close(with_text - without, gradient, rtol=1e-3, atol=1e-4)
+    for without, with_text in list(zip(*found))[len(expected) :]:
+        torch.testing.assert_close(with_text, without)  # the critic's
+
+
+def test_the_average_of_weights(run, monkeypatch):
+    _, weights = record_gradients(monkeypatch)
+    run(*TRAIN, "--ema_decay=0.7")
+    average = [tensor.double() for tensor in load_chat_model("base")[0].parameters()]
+    for after in weights:
+        average = [0.7 * mean + 0.3 * weight.double() for mean, weight in zip(average, after)]
+    saved, state = load_chat_model("out/ppo")[0], load_state(Path("out/ppo/last"))["parts"]["policy"]
+    for (name, mine), mean, last in zip(saved.named_parameters(), average, weights[-1]):
+        torch.testing.assert_close(mine.detach().double(), mean, rtol=1e-5, atol=1e-6)
+        assert torch.equal(state[name], last)
+    run(*TRAIN)
+    assert torch.equal(next(load_chat_model("out/ppo-2")[0].parameters()), weights[-1][0])
+
+
+def test_the_coefficient_follows_the_kl(run):
+    run(*TRAIN, "--kl_target=0.05", "--kl_horizon=100", "--kl_coef=0.1", "--episodes=96", "--learning_rate=1e-2")
+    lines = lines_of("out/ppo")
+    assert lines[0]["kl_coef"] == 0.1 and len(lines) == 6
+    for before, after in zip(lines, lines[1:]):
+        error = min(max(before["kl_k1"] / 0.05 - 1, -0.2), 0.2)
+        assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 16 / 100))
+    assert len({line["kl_coef"] for line in lines}) > 3
+
+
+# ---- whatever the batches, the processes, the architecture
+
+
+def test_batches_and_processes_change_nothing_but_rounding(run, workplace):
+    write_dataset(workplace / "data" / "letters", LETTERS, {"train": list(range(8)) * 60, "val": list(range(8)) * 10})
+    flags = (*TRAIN, "--pretraining_dataset=letters", "--pretraining_batch_size=3", "--ema_decay=0.5",
+             "--inner_epochs=2", "--kl_target=0.1", "--monitor=reward", "--no_end_reward=-1")  # fmt: skip
+    run(*flags, "--out_dir=whole")
+    ways = {
+        "parts": ("--batch_size=8", "--gradient_accumulation_steps=1", "--rollout_batch_size=3"),
+        "checkpointing": ("--activation_checkpointing=True", "--rollout_batch_size=1"),
+    }
+    for name, way in ways.items():
+        run(*flags, *way, f"--out_dir={name}")
+    Path("ppo.toml").write_text('monitor = "reward"\n')  # which torchrun would take for a flag of its own
+    flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo", "--out_dir=two")
+    result = command("stages/ppo.py", *flags, processes=2, OMP_NUM_THREADS="1")
+    assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
+    for name in (*ways, "two"):
+        torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)
+        critics = [load_state(Path(folder) / "last")["parts"]["critic"] for folder in ("whole", name)]
+        torch.testing.assert_close(*critics, rtol=1e-3, atol=1e-5)
+        for line, other in zip(lines_of("whole"), lines_of(name), strict=True):
+            for key in ("score", "response_tokens", "ended"):
+                assert line[key] == pytest.approx(other[key], abs=1e-6)
+            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+    moved = weights_of("whole/last")["blocks.0.mlp.up.weight"] - weights_of("base")["blocks.0.mlp.up.weight"]
+    assert moved.abs().max() > 1e-3
+
+
+ARCHITECTURES = {
+    "gpt1": {"norm_position": "post", "activation": "gelu"},
+    "sinusoidal": {"positions": "sinusoidal"},
+    "rotary": {"positions": "rotary", "norm": "rmsnorm", "bias": False, "activation": "swiglu", "qk_norm": True},
+    "banded": {"attention_band": 3},
+    "grouped": {"n_kv_head": 1, "tied_head": False, "head_bias": True},
+    "experts": {"n_experts": 3, "experts_per_token": 2},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(run, name):
+    save_chat_model(GPT(config_of(**ARCHITECTURES[name])), CHAT, "base")
+    run(*TRAIN, "--episodes=16", "--ema_decay=0.9")
+    (line,) = lines_of("out/ppo")
+    assert abs(line["kl_k1"]) < 1e-4 and line["grad_norm"] > 0
+    before, after = weights_of("base"), weights_of("out/ppo/last")
+    assert all(not torch.equal(before[key], after[key]) for key in before if not key.startswith("position"))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits(run, dtype):
+    for flag in ("float32", dtype):
+        run(*TRAIN, f"--dtype={flag}", f"--out_dir={flag}", "--learning_rate=1e-4")
+    for line, other in zip(lines_of("float32"), lines_of(dtype), strict=True):
+        assert line["score"] == pytest.approx(other["score"], abs=0.2)
+        assert line["value_loss"] == pytest.approx(other["value_loss"], rel=0.2)
+
+
+# ---- runs that stop
+
+STOPPABLE = (*TRAIN, "--episodes=96", "--ema_decay=0.9", "--kl_target=0.05", "--save_interval=2", "--reward=reward",
+             "--learning_rate=1e-2")  # fmt: skip
+
+
+def assert_same_runs(a, b):
+    assert_same_weights(f"{a}/last", f"{b}/last")
+    assert lines_of(a) == lines_of(b)
+    first, second = (load_state(Path(folder) / "last") for folder in (a, b))
+    assert first["progress"] == second["progress"] and first["progress"]["numbers"]["kl_coef"] != 0.02
+    for part in ("critic", "policy"):
+        assert all(torch.equal(first["parts"][part][key], value) for key, value in second["parts"][part].items())
+
+
+@pytest.mark.parametrize("updates", [3, 8])  # within an iteration, and at its end
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+    run(*STOPPABLE, "--out_dir=whole")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, updates)
+        stopped = run(*STOPPABLE, "--out_dir=halves")
+    step = math.ceil((updates + 1) / 2)
+    assert stopped.code == 130
+    assert f"stopped after step {step}, saved; go on by: python ppo.py halves --resume" in stopped.output
+    assert f"halves, from step {step}" in run("halves", "--resume=True")
+    assert_same_runs("whole", "halves")
+    assert "finished step 6" in run("halves", "--resume=True")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(run):
+    kill_at(10, "stages/ppo.py", *STOPPABLE, "--out_dir=killed")
+    assert len(lines_of("killed")) == 4
+    run(*STOPPABLE, "--out_dir=whole")
+    assert "killed, from step 4" in run("killed", "--resume=True")
+    assert_same_runs("whole", "killed")
+
+
+def test_a_run_goes_on_with_its_own_prompts_and_reference_alone(run):
+    run(*TRAIN)
+    refused = run("out/ppo", "--resume=True", "--episodes=64")
+    assert refused.code == 2 and "--episodes can't be changed" in refused.message
+    rows = Path("prompts.jsonl").read_text()
+    write("prompts.jsonl", [{"prompt": "a"}])
+    refused = run("out/ppo", "--resume=True")
+    assert refused.code == 2 and "was started on other data or another model" in refused.message
+    Path("prompts.jsonl").write_text(rows)
+    assert "finished step 2" in run("out/ppo", "--resume=True")
+    save_chat_model(randomised(GPT(config_of()), 7), CHAT, "base")
+    refused = run("out/ppo", "--resume=True")
+    assert refused.code == 2 and "was started on other data or another model" in refused.message
+
+
+# ---- what is published, and what is refused
+
+
+def test_the_published_settings():
+    """InstructGPT's (arXiv:2203.02155, section 3.5 and appendix C.4); lm-human-preferences' where it states none."""
+    options = ppo.Options()
+    assert (options.episodes, options.episodes_per_iteration, options.examples_per_update) == (256_000, 512, 64)
+    assert (options.kl_coef, options.clip, options.value_clip, options.inner_epochs) == (0.02, 0.2, 0.2, 1)
+    assert (options.gamma, options.gae_lambda, options.value_coef, options.adam_eps) == (1, 0.95, 0.1, 1e-5)
+    assert (options.temperature, options.pretraining_coef, options.kl_horizon) == (1, 27.8, 10_000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("base",), "name the prompts by --prompts"),
+        (("base", "--prompts=prompts.jsonl"), "name the reward by --reward"),
+        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        ((*TRAIN, "--prompts=none.jsonl"), "there is no file none.jsonl"),
+        ((*TRAIN, "--prompts=odd.jsonl"), "odd.jsonl, line 1: there is no column prompt"),
+        ((*TRAIN, "--max_new_tokens=16"), "no prompt of prompts.jsonl fits: max_new_tokens leaves 0 tokens"),
+        ((*TRAIN, "--reward=base"), "base is neither a reward model's directory nor a function"),
+        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported, ModuleNotFoundError"),
+        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported, AttributeError"),
+        ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken fails, rules_of_ppo.py, line 6: ZeroDivisionError: "),
+        ((*TRAIN, "--reward=rules_of_ppo:short"), "must return a number for each response: 1 for 16"),
+        ((*TRAIN, "--monitor=rules_of_ppo:nan"), "rules_of_ppo:nan must return finite numbers, not nan"),
+        ((*TRAIN, "--reward=other"), "other reads conversations otherwise than the policy"),
+        ((*TRAIN, "--reward=narrow"), "the value network reads 8 tokens, the policy 16"),
+        ((*TRAIN, "--reward=narrow", "--value_network=policy"), "narrow reads 8 tokens, and there is a response up to"),
+        ((*TRAIN, "--pretraining_dataset=none"), "pretraining_dataset = none: there is no prepared dataset"),
+        ((*TRAIN, "--pretraining_dataset=foreign"), "pretraining_dataset = foreign: it has another tokenizer"),
+        ((*TRAIN, "--out_dir=reward", "--reward=reward"), "out_dir = reward holds the model that reward names"),
+        ((*TRAIN, "--clip=0"), "clip = 0.0 must be more than zero"),
+        ((*TRAIN, "--temperature=0"), "temperature = 0.0 must be more than zero"),
+        ((*TRAIN, "--gae_lambda=1.5"), "gae_lambda = 1.5 must be from 0 to 1"),
+        ((*TRAIN, "--kl_target=1", "--kl_coef=0"), "kl_coef = 0.0 must be more than zero, for kl_target to adapt it"),
+        ((*TRAIN, "--value_network=none"), "value_network"),
+        (("base", "--resume=True"), "base is not a run of ppo.py that could go on"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run, workplace, flags, message):
+    write("odd.jsonl", [{"text": "a"}])
+    other = CharTokenizer("abcdefgi")
+    save_model(GPT(config_of()), LETTERS, "mute")
+    save_reward_model(RewardModel(GPT(config_of())), other, ChatFormat.new(TEMPLATES["markers"], other, 8), "other")
+    save_reward_model(RewardModel(GPT(config_of(block_size=8))), LETTERS, CHAT, "narrow")
+    write_dataset(workplace / "data" / "foreign", other, {"train": [1] * 200, "val": [1] * 100})
+    refused = run(*flags)
+    assert refused.code == 2 and message in refused.message and refused.message.count("\n") == 1, refused.message
+    assert refused.message.startswith("ppo.py: ")
+
+
+def test_settings_are_each_checked():
+    for name, value in {
+        "minibatches": 0, "inner_epochs": 0, "max_new_tokens": 0, "rollout_batch_size": 0, "save_interval": 0,
+        "episodes": 0, "kl_coef": -1.0, "pretraining_coef": float("inf"), "kl_horizon": 0.0, "gamma": 2.0,
+        "kl_target": 0.0, "ema_decay": 1.0, "value_clip": float("nan"),
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} = .* must be"):
+            dataclasses.replace(ppo.Options(), **{name: value})

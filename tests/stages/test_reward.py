@@ -1,0 +1,305 @@
+"""stages/reward.py as a user runs it: what it learns of rankings, its updates written out, how it goes on."""
+
+import itertools
+import json
+import math
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gpt_arc.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.log import read_metrics
+from gpt_arc.training.optim import Updater
+from gpt_arc.weights.directory import save_model
+from helpers import command, interrupt_at, kill_at, randomised
+from model import GPT, GPTConfig
+from stages import reward
+
+LETTERS = CharTokenizer("abcdefgh")
+CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
+TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=3)]
+QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=2", "--gradient_accumulation_steps=2")
+TRAIN = ("base", "--train=train.jsonl", *QUICK)
+
+
+def write(name, rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def utility(text):
+    return text.count("a") - text.count("b")
+
+
+def rankings(count, seed=0, responses=(2, 4)):
+    """Responses of three letters, ranked as Bradley and Terry's model does: by utility and Gumbel noise."""
+    draw, rows = random.Random(seed), []
+    for _ in range(count):
+        texts = draw.sample(TEXTS, draw.randint(*responses))
+        noisy = [utility(text) - math.log(-math.log(draw.random())) for text in texts]
+        ranks = [1 + sum(other > own for other in noisy) for own in noisy]
+        rows.append({"prompt": "h" * draw.randint(1, 3), "responses": texts, "ranks": ranks})
+    return rows
+
+
+def config_of(**settings):
+    return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 16} | settings)
+
+
+def save_base(model):
+    save_model(model, LETTERS, "base")
+    CHAT.save("base")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_base(GPT(config_of()))
+    write("train.jsonl", rankings(13))
+    write("val.jsonl", rankings(6, seed=1))
+    write("chats.jsonl", [{"prompt": "h" * n, "response": text} for n in (1, 2) for text in ("aab", "b", "")])
+    return tmp_path
+
+
+@pytest.fixture
+def run(workplace, stage_runner):
+    return partial(stage_runner, reward)
+
+
+def lines_of(folder):
+    return read_metrics(Path(folder) / "metrics.jsonl")
+
+
+def score_one(model, prompt, response):
+    """A response's score, its tokens put together by hand."""
+    tokens = [9, *LETTERS.encode(prompt), 10, *LETTERS.encode(response), 11]
+    return model.head(model.trunk.hidden(torch.tensor([tokens]))[0, -1])
+
+
+def losses_one_by_one(model, rows):
+    """Of each ranking the mean over its pairs, and the gaps of scores."""
+    for row in rows:
+        scores = [score_one(model, row["prompt"], text) for text in row["responses"]]
+        ranks = row.get("ranks", range(len(scores)))
+        gaps = [
+            scores[i] - scores[j] if ranks[i] < ranks[j] else scores[j] - scores[i]
+            for i, j in itertools.combinations(range(len(scores)), 2)
+            if ranks[i] != ranks[j]
+        ]
+        yield sum((1 + (-gap).exp()).log() for gap in gaps) / len(gaps), [gap.item() for gap in gaps]
+
+
+# ---- updates, and what they lead to
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied_head": False, "head_bias": True, "norm_position": "post"}])
+def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monkeypatch, settings):
+    save_base(randomised(GPT(config_of(**settings))))
+    rows = [*rankings(9, responses=(2, 6)), {"prompt": "hh", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]}]
+    write("train.jsonl", rows)
+    gradients, update = [], Updater.update
+
+    def recorded(self, *args):
+        gradients.append({id(p): p.grad.clone() for p in self.parameters})
+        return update(self, *args)
+
+    monkeypatch.setattr(Updater, "update", recorded)
+    models = []
+    monkeypatch.setattr(reward, "RewardModel", lambda trunk: models.append(RewardModel(trunk)) or models[-1])
+    run(*TRAIN, "--learning_rate=1e-30", "--val=val.jsonl", "--batch_size=4", "--gradient_accumulation_steps=3",
+        "--grad_clip=0")  # fmt: skip
+    (line,), (model,) = lines_of("out/reward"), models
+    losses, gaps = zip(*losses_one_by_one(model, rows))
+    loss = sum(losses) / len(rows)
+    assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    right = [sum(gap > 0 for gap in own) / len(own) for own in gaps]
+    assert line["accuracy"] == pytest.approx(sum(right) / len(right))
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert ("trunk.head.weight" in named, "head.bias" in named) == (False, False)
+    expected = torch.autograd.grad(loss, list(named.values()))
+    for (name, parameter), gradient in zip(named.items(), expected):
+        torch.testing.assert_close(gradients[0][id(parameter)], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    losses, gaps = zip(*losses_one_by_one(model, map(json.loads, Path("val.jsonl").read_text().splitlines())))
+    gaps = [gap for own in gaps for gap in own]
+    report = json.loads(Path("out/reward/report.json").read_text())
+    assert report["loss"] == pytest.approx(sum(losses).item() / 6, rel=1e-5) == line["val_loss"]
+    assert report["pairs"] == len(gaps) and report["accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / len(gaps))
+
+
+def test_a_utility_is_learned_and_demonstrations_score_0(run):
+    write("train.jsonl", rankings(2000, seed=2, responses=(4, 4)))
+    write("val.jsonl", rankings(300, seed=3))
+    flags = ("--learning_rate=1e-2", "--batch_size=32", "--gradient_accumulation_steps=1", "--val=val.jsonl")
+    output = run(*TRAIN, *flags, "--demonstrations=chats.jsonl")
+    (report,) = (json.loads(Path("out/reward/report.json").read_text()),)
+    assert "gap of scores" in output and report["calibration_error"] < 0.06
+    for place in ("last", "best"):
+        model = load_reward_model(f"out/reward/{place}")[0].eval()
+        scores = torch.tensor([score_one(model, "hh", text).item() for text in TEXTS])
+        known = torch.tensor([float(utility(text)) for text in TEXTS])
+        assert torch.corrcoef(torch.stack((scores, known)))[0, 1] > 0.97
+        slope = ((scores - scores.mean()) * (known - known.mean())).sum() / (known - known.mean()).square().sum()
+        assert 0.8 < slope < 1.2  # in the units of the model that the rankings were drawn from
+        rows = map(json.loads, Path("chats.jsonl").read_text().splitlines())
+        demonstrated = [score_one(model, row["prompt"], row["response"]).item() for row in rows]
+        assert abs(sum(demonstrated) / len(demonstrated)) < 1e-5 < max(map(abs, demonstrated))
+
+
+def test_without_demonstrations_the_bias_stays_0(run):
+    run(*TRAIN, "--epochs=3")
+    assert load_reward_model("out/reward")[0].head.bias.item() == 0
+
+
+def test_measuring(run):
+    run(*TRAIN, "--val=val.jsonl")
+    report = json.loads(Path("out/reward/report.json").read_text())
+    output = run("out/reward", "--val=val.jsonl", "--device=cpu", "--dtype=float32")
+    assert f"pairs {report['pairs']}: loss {report['loss']:.4f}, accuracy {report['accuracy']:.4f} ±" in output
+    assert not Path("out/reward-2").exists()
+
+
+def test_a_reward_model_goes_on_to_other_rankings(run):
+    run(*TRAIN)
+    before = load_reward_model("out/reward")[0]
+    run("out/reward", "--train=val.jsonl", *QUICK, "--learning_rate=1e-30", "--val_fraction=0")
+    after = load_reward_model("out/reward-2")[0]
+    torch.testing.assert_close(before.state_dict(), after.state_dict())
+    assert load_chat_model("out/reward-2")[2] == CHAT
+
+
+# ---- one process, several, all at once, in parts
+
+
+def test_batches_and_processes_change_nothing_but_rounding(run):
+    """13 rankings in updates of 4, the last of 1: of two processes one then has nothing to do."""
+    flags = (*TRAIN, "--val=val.jsonl", "--demonstrations=chats.jsonl", "--adam_eps=1e-4", "--epochs=2")
+    run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
+    run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
+        "--activation_checkpointing=True")  # fmt: skip
+    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, OMP_NUM_THREADS="1")
+    assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
+    whole = load_reward_model("whole/last")[0]
+    for name in ("parts", "two"):
+        torch.testing.assert_close(
+            whole.state_dict(), load_reward_model(f"{name}/last")[0].state_dict(), rtol=1e-4, atol=1e-5
+        )
+        for line, other in zip(lines_of("whole"), lines_of(name), strict=True):
+            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+    moved = whole.trunk.blocks[0].mlp.up.weight - load_chat_model("base")[0].blocks[0].mlp.up.weight
+    assert moved.abs().max() > 1e-3
+
+
+# ---- runs that stop
+
+STOPPABLE = (*TRAIN, "--val=val.jsonl", "--demonstrations=chats.jsonl", "--epochs=2")
+
+
+def assert_same_runs(a, b):
+    for place, name in itertools.product(("last", "best"), ("model", "reward")):
+        first, second = (load_file(f"{folder}/{place}/{name}.safetensors") for folder in (a, b))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    assert lines_of(a) == lines_of(b)
+    assert json.loads(Path(a, "report.json").read_text()) == json.loads(Path(b, "report.json").read_text())
+    first, second = (load_state(Path(folder, "last")) for folder in (a, b))
+    assert first["progress"] == second["progress"]
+
+
+@pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+    run(*STOPPABLE, "--out_dir=whole")
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, updates - 1)  # at which the next one looks
+        stopped = run(*STOPPABLE, "--out_dir=halves")
+    assert stopped.code == 130
+    assert f"stopped after step {updates}, saved; go on by: python reward.py halves --resume" in stopped.output
+    assert f"halves, from step {updates}" in run("halves", "--resume=True")
+    assert_same_runs("whole", "halves")
+    write("chats.jsonl", [{"prompt": "h", "response": "c"}])
+    refused = run("halves", "--resume=True")
+    assert refused.code == 2 and "was started on other data" in refused.message
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(run):
+    kill_at(6, "stages/reward.py", *STOPPABLE, "--out_dir=killed")
+    assert len(lines_of("killed")) == 5
+    assert "killed, from step 4" in run("killed", "--resume=True")
+    run(*STOPPABLE, "--out_dir=whole")
+    assert_same_runs("whole", "killed")
+
+
+# ---- what is published, and what is refused
+
+
+def test_the_published_settings():
+    """InstructGPT's: one epoch, 64 prompts an update, 9e-6, a cosine down to a tenth (arXiv:2203.02155, C.2)."""
+    options = reward.Options()
+    assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
+    assert (options.schedule, options.final_learning_rate) == ("cosine", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("base",), "name the rankings to learn from by --train, or a reward model and what to measure by --val"),
+        (("base", "--val=val.jsonl"), "name the rankings to learn from by --train, or a reward model"),
+        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
+        (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: "),
+        (("base", "--train=ties.jsonl"), "no ranking of the train split tells responses apart and fits into 16 tokens"),
+        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split tells responses apart"),
+        ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
+        ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
+        ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
+        ((*TRAIN, "--val_fraction=1"), "val_fraction = 1.0 must be in [0, 1)"),
+        ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
+        (("base", "--resume=True"), "base is not a run of reward.py that could go on"),
+    ],
+)
+def test_a_mistake_is_one_sentence(run, flags, message):
+    write("odd.jsonl", [{"prompt": "a"}])
+    write("ties.jsonl", [{"prompt": "a", "responses": ["a", "b"], "ranks": [1, 1]}])
+    write("long.jsonl", [{"prompt": "a" * 20, "response": "b"}])
+    save_model(GPT(config_of()), LETTERS, "mute")
+    refused = run(*flags)
+    assert refused.code == 2 and message in refused.message and refused.message.count("\n") == 1, refused.message
+    assert refused.message.startswith("reward.py: ") and not Path("out").exists()
+
+
+def test_reading_turns(run):
+    """A conversation's last response is what is ranked, after all that stands before it."""
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    write("train.jsonl", [{"messages": messages, "chosen": "d", "rejected": "e"}] * 2)
+    run(*TRAIN, "--learning_rate=1e-30", "--val_fraction=0")
+    model = load_reward_model("out/reward")[0].eval()
+    scores = [
+        model(torch.tensor([tokens]), torch.tensor([len(tokens)]))
+        for tokens in ([*CHAT.prompt([Turn(*turn) for turn in turns]), *CHAT.response(text)] for text in "de")
+    ]
+    assert lines_of("out/reward")[0]["loss"] == pytest.approx(
+        (1 + (scores[1] - scores[0]).exp()).log().item(), rel=1e-5
+    )
+    save_reward_model(model, LETTERS, CHAT, "again")
+    assert load_file("again/reward.safetensors").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--residual_dropout=0"], ["--residual_dropout=0.5"]])
+def test_dropout_is_the_model_s_unless_it_is_asked_for(run, flags):
+    """Without dropout the first loss is that of the head as it was drawn, computed in evaluation mode."""
+    save_base(randomised(GPT(config_of(residual_dropout=0.3))))
+    run(*TRAIN, "--val_fraction=0", "--batch_size=13", "--gradient_accumulation_steps=1", *flags)
+    torch.manual_seed(1337)  # the run's seed, from which the head is drawn
+    model = RewardModel(load_chat_model("base")[0]).eval()
+    rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    first = sum(loss.item() for loss, _ in losses_one_by_one(model, rows)) / 13
+    asked = float(flags[0].split("=")[1]) if flags else 0.3
+    equal = math.isclose(lines_of("out/reward")[0]["loss"], first, rel_tol=1e-5)
+    assert equal == (asked == 0)
+    assert load_reward_model("out/reward")[0].trunk.config.residual_dropout == asked

@@ -1,0 +1,126 @@
+"""Devices, precision and compilation: what auto means, by the hardware that is there or pretended."""
+
+import platform
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+from gpt_arc.device import resolve_device, resolve_dtype, rng_state, set_rng_state
+from gpt_arc.errors import UserError
+from gpt_arc.training.compile import compile_in_place, resolve_compile
+from model import GPT, GPTConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_devices():
+    assert resolve_device("cpu") == CPU
+    for setting, sentence in (
+        ("cuda:99", "is not available here"),
+        ("gpu", "is not a device"),
+        ("meta", "not available"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            resolve_device(setting)
+
+
+def test_auto_takes_the_best_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert resolve_device("auto", local_rank=1) == torch.device("cuda", 1)
+    assert resolve_device("cuda", local_rank=0) == CUDA
+    assert resolve_device("auto", prefer="cpu") == CPU
+    with pytest.raises(UserError, match="several processes on one GPU"):
+        resolve_device("cuda:0", local_rank=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert resolve_device("auto", prefer="cuda") == CPU
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto").type == "mps"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"amx_bf16": True}, "bfloat16"), ({"avx512_bf16": True}, "bfloat16"), ({"bf16": True}, "bfloat16"),
+        ({"avx2": True, "amx_bf16": False}, "float32"), ({}, "float32"),
+    ],
+)  # fmt: skip
+def test_auto_precision_of_a_cpu(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert resolve_dtype("auto", CPU) == expected
+    assert resolve_dtype("float16", CPU) == "float16"
+
+
+def test_auto_precision_of_a_gpu(monkeypatch):
+    for native, expected in ((True, "bfloat16"), (False, "float16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert resolve_dtype("auto", CUDA) == expected
+    assert resolve_dtype("auto", torch.device("mps")) == "float32"
+
+
+def test_when_compiling_pays(monkeypatch):
+    assert resolve_compile(True, CPU, 1.0) == (True, "as set or begun")
+    assert resolve_compile(False, CPU, 1e9) == (False, "as set or begun")
+    assert resolve_compile("auto", CPU, 1e12) == (False, "the run is too short to pay it back")
+    monkeypatch.setenv("CXX", "c++")
+    assert resolve_compile("auto", CPU, 1e18)[0]
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert resolve_compile("auto", CPU, 1e18) == (False, "there is no C++ compiler")
+    assert not resolve_compile("auto", torch.device("mps"), 1e18)[0]
+
+
+def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model = GPT(GPTConfig(8, 11, 1, 2, 16))
+    expected = model(torch.zeros(1, 8, dtype=torch.int64))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nsecond line")
+
+    monkeypatch.setattr(model, "compile", broken)
+    reason = compile_in_place(model, model, (1, 8), CPU, "float32")
+    assert reason == "RuntimeError: no compiler"
+    assert torch.equal(model(torch.zeros(1, 8, dtype=torch.int64)), expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_was_compiled_on_trial_serves_the_first_step(monkeypatch):
+    """Also where one tensor was given for tokens and targets, which in training are two."""
+    model, frames = GPT(GPTConfig(8, 11, 1, 2, 16)), []
+    monkeypatch.setattr(model, "compile", partial(model.compile, backend=lambda graph, _: frames.append(1) or graph))
+    assert compile_in_place(model, model, [torch.zeros(2, 8, dtype=torch.int64)] * 2, CPU, "float32") is None
+    compiled = len(frames)
+    tokens = torch.randint(11, (2, 9))
+    model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).total.backward()
+    assert len(frames) == compiled > 0
+    torch.use_deterministic_algorithms(False)
+
+
+def test_generators_are_put_back():
+    states = rng_state(CPU)
+    drawn = torch.rand(3)
+    set_rng_state(states, CPU)
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+def test_freed_memory_is_kept():
+    """In a process of its own: without it a block of 64 MB is new memory, full of zeros, every time."""
+    code = (
+        "import resource, sys, torch\n"
+        "from gpt_arc import runtime\n"
+        "if sys.argv[1] == 'True': runtime.set_up(torch.device('cpu'), 'bfloat16')\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(8): torch.ones(1 << 24)\n"
+        "before = faults()\n"
+        "for _ in range(8): torch.ones(1 << 24)\n"
+        "print(faults() - before)"
+    )
+    kept, not_kept = (
+        int(subprocess.run([sys.executable, "-c", code, str(way)], capture_output=True, check=True).stdout)
+        for way in (True, False)
+    )
+    assert kept < 100 < not_kept

@@ -1,0 +1,206 @@
+"""Exports as transformers reads them, and as it would have written them."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
+from gpt_arc.errors import entry_point
+from gpt_arc.weights.directory import load_model, save_model
+from helpers import randomised
+from model import GPT, GPTConfig
+from tools import export
+
+TEXT = "The cat sat on the mat, didn't it? 1234 naïve 漢字 🙂🙃\n\n  indented\ttext . , !"
+QWEN3 = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False, qk_norm=True)
+MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
+CONFIGS = {
+    "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
+    "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
+    "gpt2-unbiased": GPTConfig(9, 300, 2, 2, 16, bias=False),  # written with biases of zero
+    "openai-gpt": GPTConfig(17, 300, 3, 2, 20, norm_position="post", attention_dropout=0.2),
+    "qwen3": GPTConfig(19, 300, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
+    "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
+    "mixtral": GPTConfig(19, 300, 2, 6, 32, 2, 10, 20, **MIXTRAL, n_experts=5, experts_per_token=3, rotary_base=5e3),
+    "mixtral-untied": GPTConfig(19, 300, 1, 4, 24, 1, **MIXTRAL, n_experts=4, tied_head=False),
+    "mixtral-ungrouped": GPTConfig(19, 300, 3, 4, 24, **MIXTRAL, n_experts=2, balance_loss=0.03, router_jitter=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.train([TEXT] * 20, 300)
+
+
+@pytest.fixture
+def run(output_of):
+    return lambda *argv: output_of(entry_point(export.main), "tools/export.py", *map(str, argv))
+
+
+def described(folder):
+    """Names, shapes and types of the tensors, and the file's metadata."""
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}, file.metadata()
+
+
+def with_version(path):
+    return json.loads(path.read_text()) | {"transformers_version": transformers.__version__}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run, tmp_path):
+    ours = randomised(GPT(CONFIGS[name]), scale=0.15 if "mixtral" in name else 0.3)
+    save_model(ours, tokenizer, tmp_path / "ours")
+    kind = name if name == "openai-gpt" else name.split("-")[0]
+    assert f"export: {kind}, " in run(tmp_path / "ours", tmp_path / "export", "--to=hf")
+    export = tmp_path / "export"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    # config.json as the class makes it of its own, not as from_pretrained carries it along
+    config = type(theirs.config)(**{k: v for k, v in theirs.config.to_dict().items() if k != "transformers_version"})
+    type(theirs)(config).save_pretrained(tmp_path / "fresh")
+    assert described(export) == described(tmp_path / "theirs") == described(tmp_path / "fresh")
+    for reference in ("theirs", "fresh"):
+        for file in ("config.json", "generation_config.json"):
+            assert with_version(export / file) == json.loads((tmp_path / reference / file).read_text())
+    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.end_of_text
+    tokens = torch.randint(300, (2, ours.config.block_size))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
+    again, same_tokenizer = load_model(export)
+    assert same_tokenizer == tokenizer
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
+def test_a_model_of_transformers_goes_through_bit_for_bit(name, run, tmp_path):
+    size = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9)
+    if name != "gpt2":
+        size |= dict(num_key_value_heads=1, head_dim=4, intermediate_size=20, dtype="bfloat16")
+    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **size))
+    randomised(theirs).save_pretrained(tmp_path / "theirs")
+    output = run(tmp_path / "theirs", tmp_path / "export", f"--dtype={str(theirs.dtype).removeprefix('torch.')}")
+    assert "it has no tokenizer" in output
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert again.dtype == theirs.dtype
+    state = again.state_dict()
+    assert state.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, tokenizer, run, tmp_path):
+    ours = randomised(GPT(CONFIGS["gpt2"]))
+    save_model(ours, None, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "export", f"--dtype={dtype}")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert theirs.dtype == getattr(torch, dtype) and theirs.config.eos_token_id is None
+    expected = ours.blocks[1].mlp.up.weight.T.to(theirs.dtype)
+    assert torch.equal(theirs.transformer.h[1].mlp.c_fc.weight, expected)
+
+
+@pytest.mark.parametrize("kind", ["characters", "trained"])
+def test_auto_tokenizer_gives_the_same_ids(kind, tokenizer, run, tmp_path):
+    tokenizer = CharTokenizer.from_text(TEXT) if kind == "characters" else tokenizer
+    save_model(GPT(GPTConfig(8, 300, 1, 1, 4)), tokenizer, tmp_path / "ours")
+    run(tmp_path / "ours", tmp_path / "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.end_of_text
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(
+            draw.choice(TEXT if kind == "characters" else TEXT + "\u00a0\u3000é\U0001f9ff\r") for _ in range(40)
+        )
+        tokens = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == tokens
+        assert theirs.decode(tokens) == text
+    assert load_tokenizer(tmp_path / "export") == tokenizer
+
+
+def test_a_sentencepiece_model_is_copied(sentencepiece_model, run, tmp_path):
+    tokenizer = SentencePieceTokenizer(sentencepiece_model)
+    save_model(GPT(GPTConfig(8, tokenizer.vocab_size, 1, 1, 4)), tokenizer, tmp_path / "ours")
+    assert "otherwise than SentencePiece" in run(tmp_path / "ours", tmp_path / "export")
+    assert (tmp_path / "export" / "tokenizer.model").read_bytes() == sentencepiece_model
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.start_token, tokenizer.end_of_text)
+
+
+def test_what_is_there_is_not_overwritten(run, tmp_path):
+    save_model(GPT(CONFIGS["gpt2"]), None, tmp_path / "ours")
+    (tmp_path / "empty").mkdir()
+    run(tmp_path / "ours", tmp_path / "empty")
+    assert "holds an export already" in run(tmp_path / "ours", tmp_path / "empty")
+    (tmp_path / "empty" / "notes.txt").touch()
+    refused = run(tmp_path / "ours", tmp_path / "empty", "--overwrite=True")
+    assert "holds more than an export, notes.txt for one" in refused
+    (tmp_path / "empty" / "notes.txt").rename(tmp_path / "notes.txt")
+    (tmp_path / "empty" / "tokenizer.json").touch()  # an older export's
+    (tmp_path / "link").symlink_to("empty")
+    run(tmp_path / "ours", tmp_path / "link", "--overwrite=True")
+    assert not (tmp_path / "empty" / "tokenizer.json").exists()
+    modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
+    assert len(modes) == 1, modes  # as the umask has it
+    for place in ("ours", "file"):
+        (tmp_path / "file").touch()
+        refused = run(tmp_path / "ours", tmp_path / place, "--overwrite=True")
+        assert "holds something else than an export" in refused
+    assert (tmp_path / "ours" / "model.safetensors").exists()
+
+
+def test_what_has_no_counterpart_is_refused_and_nothing_is_written(run, tmp_path):
+    config = dataclasses.replace(CONFIGS["gpt2"], positions="sinusoidal", head_bias=True)
+    save_model(GPT(config), None, tmp_path / "ours")
+    refused = run(tmp_path / "ours", tmp_path / "export")
+    assert 'the nearest, gpt2, has no positions = "sinusoidal" and no head_bias = true' in refused
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+    assert "there is no model directory" in run(tmp_path / "nowhere", tmp_path / "export")
+
+
+def test_a_mixture_that_mixtral_is_not_is_refused(run, tmp_path):
+    config = dataclasses.replace(CONFIGS["mixtral"], shared_experts=1)
+    save_model(GPT(config), None, tmp_path / "ours")
+    assert "the nearest, mixtral, has no shared_experts = 1\n" in run(tmp_path / "ours", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
+    save_model(GPT(CONFIGS["gpt2"]), None, tmp_path / "ours")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "write_file", full)
+    assert "No space left" in run(tmp_path / "ours", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.parametrize("template", ["markers", "plain"])
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_model_that_chats_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
+    """transformers' tokenizer makes of a conversation the ids that ours does, and its model ends at the same token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat
+
+    text = "Name a colour.\nRed, or blue."
+    tokenizer = CharTokenizer.from_text(text) if kind == "char" else BPETokenizer.train([text * 9], 270)
+    chat = ChatFormat.new(TEMPLATES[template], tokenizer, tokenizer.vocab_size)
+    model = GPT(GPTConfig(32, tokenizer.vocab_size + len(chat.added), n_layer=1, n_head=2, n_embd=16))
+    save_model(model, tokenizer, tmp_path / "model")
+    chat.save(tmp_path / "model")
+    output_of(entry_point(export.main), "export.py", str(tmp_path / "model"), str(tmp_path / "exported"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    turns = [Turn("system", "or blue"), Turn("user", "Name a colour."), Turn("assistant", "Red"), Turn("user", "a")]
+    messages = [turn._asdict() for turn in turns]
+    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == chat.prompt(turns)
+    assert theirs.apply_chat_template(messages)["input_ids"] == chat.encode(turns)[0]
+    generation = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config
+    assert generation.eos_token_id == theirs.eos_token_id == chat.end
+    assert load_chat(tmp_path / "exported", tokenizer) == chat

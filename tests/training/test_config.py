@@ -1,0 +1,224 @@
+"""Settings from files and flags: every form that works, every mistake and its sentence."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_arc.errors import UserError
+from gpt_arc.training.command_line import read_command_line
+from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, settings_of, write_settings
+from helpers import ROOT
+from model import GPT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+def test_names_are_unique_over_all_tables():
+    names = [field.name for table in TABLES.values() for field in dataclasses.fields(table)]
+    assert len(names) == len(set(names)) == len(SETTINGS)
+
+
+def undocumented(cls: type) -> list[str]:
+    """Names of the fields of `cls`, and of the dataclasses that it is made of, without a text on the next line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    documented = {
+        here.target.id
+        for here, after in zip(body, body[1:])
+        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
+    missing = []
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            missing += undocumented(field.type)
+        elif field.name not in documented:
+            missing.append(f"{cls.__name__}.{field.name}")
+    return missing
+
+
+def test_every_setting_says_what_it_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        read_command_line(["--help"], "description")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for name in SETTINGS.keys() - {"mixture"}:  # lists of tables live in files
+        assert f"--{name} " in shown
+    assert undocumented(Config) == []
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_comes_along_builds(path):
+    config = build_config(read_settings(path), str(path))
+    with torch.device("meta"):
+        model = GPT(config.model)
+    expected = {
+        "char_tiny": 208_961, "gpt1": 116_534_784, "gpt2": 124_439_808, "gpt2_medium": 354_823_168,
+        "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "gpt3_small": 125_226_240, "gpt3_medium": 355_871_744,
+        "gpt3_large": 760_300_032, "gpt3_xl": 1_315_723_264, "gpt3_2.7b": 2_651_553_280, "gpt3_6.7b": 6_658_404_352,
+        "gpt3_13b": 12_853_386_240, "gpt3_175b": 174_604_259_328, "modern": 114_115_584, "gpt2_modern": 123_552_768,
+    }  # fmt: skip
+    assert model.num_parameters() == expected.get(path.stem, model.num_parameters())
+    assert config.sequences_per_step % config.data.batch_size == 0
+
+
+def test_the_configs_that_the_readme_promises_are_there():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"quickstart", "char_tiny", "tinyshakespeare", "tinyshakespeare_cpu"}
+    assert names >= {"gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "modern", "gpt3_mixture"}
+    sizes = ("small", "medium", "large", "xl", "2.7b", "6.7b", "13b", "175b")
+    assert names >= {f"gpt3_{size}" for size in sizes}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_setting_of_a_config_has_a_comment_near(path):
+    """A setting's line ends in a comment, or stands in a run of settings of which one does."""
+    block, undocumented = [], []
+    for line in [*path.read_text().splitlines(), ""]:
+        if "=" in line and not line.startswith("#"):
+            block.append(line)
+        elif block:
+            if not any("#" in setting for setting in block):
+                undocumented += block
+            block = []
+    assert not [line for line in undocumented if "eval" not in line and "log_" not in line]
+
+
+def launch(*args):
+    return read_command_line(list(args), None)
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+def test_later_files_win_and_flags_win_over_files(workplace):
+    one = write(workplace / "one.toml", "[model]\nn_layer = 1\nn_head = 2\n[training]\nlearning_rate = 1\n")
+    two = write(workplace / "two.toml", "n_layer = 2\n[model]\nn_embd = 8\n")
+    config = launch(one, two, "--n_embd=16").config
+    assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (2, 2, 16)
+    assert config.training.learning_rate == 1
+
+
+def test_every_form_of_a_flag(workplace):
+    config = launch(
+        "sums.toml", "--n_layer=6", "--n-head", "4", "--n_embd", "32", "--compile=False", "--bias", "False", "--dtype",
+        "float32", "--min-lr=1e-5", "--wandb_log=True", "--n_kv_head=2",
+    ).config  # fmt: skip
+    assert (config.model.n_layer, config.model.n_head, config.model.n_kv_head) == (6, 4, 2)
+    assert config.training.compile is False and config.model.bias is False and config.logging.wandb_log is True
+    assert launch("sums.toml", "--compile=auto").config.training.compile == "auto"
+    assert launch("sums.toml", "--compile=True").config.training.compile is True
+
+
+def test_overrides_are_what_the_files_do_not_say(workplace):
+    launched = launch("sums.toml", "--n_layer=3", "--dataset=sums", "--out_dir=x", "--min_lr=None")
+    assert launched.overrides == {"n_layer": 3}
+    assert launched.name == "sums" and launched.resumed is None
+
+
+def test_settings_written_are_read_back(workplace):
+    config = launch(
+        "sums.toml", "--n_layer=3", "--learning_rate=3e-4", '--wandb_run_name=a "b" ü', "--compile=False"
+    ).config
+    path = write(workplace / "again.toml", write_settings(settings_of(config)))
+    assert set(tomllib.loads((workplace / "again.toml").read_text())) == set(TABLES)
+    assert build_config(read_settings(workplace / "again.toml"), path) == config
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("learing_rate = 1", "there is no setting learing_rate; did you mean learning_rate"),
+        ("[training]\nlearing_rate = 1", "there is no setting learing_rate; did you mean learning_rate"),
+        ("[model]\nqwertyuiop = 1", "there is no setting qwertyuiop; python train.py --help lists them all"),
+        ('[model]\nn_layer = "six"', 'n_layer = "six": n_layer must be a whole number'),
+        ("[model]\nn_layer = 6.5", "n_layer = 6.5: n_layer must be a whole number"),
+        ("[model]\nn_layer = true", "n_layer = true: n_layer must be a whole number"),
+        ("[model]\nbias = 1", "bias = 1: bias must be true or false"),
+        ('[model]\nnorm = "batchnorm"', 'norm must be one of "layernorm", "rmsnorm"'),
+        ('[training]\ncompile = "yes"', 'compile must be true or false or one of "auto"'),
+        ("[training]\nlearning_rate = true", "learning_rate must be a number"),
+        ("[model]\nlearning_rate = 1.0", r"learning_rate stands in \[model\] and belongs in \[training\]"),
+        ("n_layer = 1\n[model]\nn_layer = 2", "n_layer is set twice"),
+        ("[modell]\nn_layer = 2", r"there is no table \[modell\]; the tables are \[model\]"),
+        ("n_layer = ", "is not valid TOML"),
+        ("[model]\nn_head = 5\nn_embd = 16", "n_head = 5 does not divide n_embd = 16"),
+        ("[training]\nmin_lr = 1.0\nlearning_rate = 0.1", "min_lr = 1.0 lies above learning_rate = 0.1"),
+        ("[training]\nbeta2 = 1.0", r"beta2 = 1.0 must be in \[0, 1\)"),
+        ("[data]\nbatch_size = 0", "batch_size = 0 must be at least 1"),
+        ("[data]\ntokens_per_step = 1000\nbatch_size = 4\n[model]\nblock_size = 16", "the nearest is 1024"),
+        (
+            "[data]\ntokens_per_step = 128\nbatch_size = 4\ngradient_accumulation_steps = 3\n[model]\nblock_size = 16",
+            "contradicts gradient_accumulation_steps = 3",
+        ),
+        ("[data]\nmixture = 3", "mixture must be a list of tables"),
+        ('[[data.mixture]]\nname = "a"', 'number 1 of the mixture, {"name": "a"}, is not understood'),
+        ('[[data.mixture]]\nname = "a"\nweight = "b"', "number 1 of the mixture"),
+        ('[[data.mixture]]\nname = "a"\nweight = -1', "weight = -1 must be more than zero"),
+        ('[[data.mixture]]\nname = "a"\nweight = 1\n[[data.mixture]]\nname = "a"\nweight = 2', "names a twice"),
+        ('[data]\ndataset = "a"\n[[data.mixture]]\nname = "b"\nweight = 1', "dataset = a contradicts the mixture of b"),
+    ],
+)
+def test_mistakes_in_files(workplace, content, sentence):
+    path = write(workplace / "bad.toml", content + "\n")
+    with pytest.raises(UserError, match=sentence) as error:
+        launch(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--init_from=nowhere"], "there is no model directory nowhere"),
+        (["--learing_rate=1"], "there is no flag --learing_rate; did you mean --learning_rate"),
+        (["--n-layers", "3"], "there is no flag --n-layers; did you mean --n_layer"),
+        (["--n_layer=six"], "--n_layer: 'six' is not understood"),
+        (["--n_layer"], "Missing value for argument '--n_layer'"),
+        (["--compile=maybe"], "invalid choice 'maybe'"),
+        (["--n_head=5"], "n_head = 5 does not divide n_embd = 768"),
+        (["--overwrite=True", "--init_from=resume"], "choose one"),
+        (["--overwrite=True"], "overwrite needs out_dir"),
+        (["--max_iters=0"], "max_iters = 0 must be at least 1"),
+        (["stray"], "stray is not a config file"),
+    ],
+)
+def test_mistakes_in_flags(workplace, flags, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        launch("sums.toml", *flags)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_config_is_named_with_the_nearest_that_is_there(workplace):
+    with pytest.raises(UserError, match="there is no config file sumz.toml; did you mean sums.toml"):
+        launch("sumz.toml")
+    with pytest.raises(UserError, match="name a config file"):
+        launch("--n_layer=2")
+
+
+def test_derived_settings():
+    config = build_config({"tokens_per_step": 4096, "batch_size": 4, "block_size": 128, "learning_rate": 0.01}, "")
+    assert config.sequences_per_step == 32
+    assert config.training.final_lr == pytest.approx(0.001) and config.training.decay_end == 600_000
+    assert build_config({"batch_size": 4, "gradient_accumulation_steps": 3}, "").sequences_per_step == 12
+    assert config.model.mlp_width == 4 * 768 and config.model.kv_heads == 12 and config.model.head_width == 64
+
+
+def test_one_dataset_and_a_mixture_take_each_other_s_place_and_come_back_from_a_file(workplace):
+    one = write(workplace / "one.toml", '[data]\ndataset = "a"\nbatch_size = 3\n')
+    two = write(
+        workplace / "two.toml", '[[data.mixture]]\nname = "b"\nweight = 2\n[[data.mixture]]\nname = "c"\nweight = 1\n'
+    )
+    mixed = read_command_line([str(one), str(two)], None).config
+    assert [(s.name, s.weight) for s in mixed.data.sources] == [("b", 2), ("c", 1)] and mixed.data.batch_size == 3
+    alone = read_command_line([str(two), str(one)], None).config
+    assert [(s.name, s.weight) for s in alone.data.sources] == [("a", 1)]
+    again = Path(write(workplace / "again.toml", write_settings(settings_of(mixed))))
+    assert build_config(read_settings(again), "again") == mixed
+    flagged = read_command_line([str(two), "--dataset=python_manual"], None).config
+    assert [source.name for source in flagged.data.sources] == ["python_manual"]

@@ -1,0 +1,155 @@
+"""Experts shared out among processes against all of them in one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.planning.cost import memory_estimate
+from gpt_arc.training.expert_parallel import check_expert_processes
+from gpt_arc.training.log import read_metrics
+from helpers import TINY_FLAGS, command, refusal
+from model import GPT, GPTConfig
+
+FLAGS = (*TINY_FLAGS, "--n_experts=4", "--mlp_size=16", "--compile=False", "--dtype=float32", "--learning_rate=1e-3")
+FLAGS += ("--max_iters=20", "--lr_decay_iters=20", "--eval_interval=10", "--log_interval=1", "--grad_clip=0.5")
+SWIGLU = ("--activation=swiglu", "--shared_experts=1", "--expert_interval=2", "--bias=True", "--experts_per_token=3")
+
+
+@pytest.fixture
+def run(workplace, output_of):
+    """A function that trains into a folder, in so many processes, and returns the metrics and the final tensors."""
+
+    def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
+        if processes == 1:
+            output_of(entry_point(train.main), *args)
+        else:
+            result = command(*args, processes=processes)
+            assert result.returncode == 0, result.stdout + result.stderr
+        return read_metrics(Path(folder) / "metrics.jsonl"), load_file(Path(folder) / "last/model.safetensors")
+
+    return train_into
+
+
+def assert_same_run(ours: tuple[list[dict], dict], theirs: tuple[list[dict], dict]) -> None:
+    assert len(ours[0]) == len(theirs[0]) == 20
+    for our, their in zip(ours[0], theirs[0]):
+        for name in ("train_loss", "val_loss", "grad_norm", "expert_cv", "expert_max", "router_entropy"):
+            assert our.get(name) == pytest.approx(their.get(name), abs=1e-5), (name, our["step"])
+    assert ours[1].keys() == theirs[1].keys()
+    for name, tensor in ours[1].items():
+        torch.testing.assert_close(tensor, theirs[1][name], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("processes", "sharing", "flags"),
+    [(2, 2, ("--experts_per_token=1", "--bias=True")), (2, 2, (*SWIGLU, "--balance_rate=0.01")), (4, 2, SWIGLU)],
+)
+def test_experts_in_several_processes_learn_what_they_learn_in_one(run, processes, sharing, flags):
+    """Twenty losses, gradient norms and routers' figures, clipping and the routers' losses included."""
+    several = run("several", *flags, f"--expert_processes={sharing}", processes=processes)
+    assert_same_run(run("one", *flags), several)
+    clipped = [line["grad_norm"] > 0.5 for line in several[0]]
+    assert any(clipped)
+
+
+def test_a_run_goes_on_with_its_experts_in_other_processes(run):
+    """The moments of each expert come along, to one process and from one."""
+    whole = run("one")
+    for first, then in ((2, 1), (1, 2)):
+        folder = f"from-{first}"
+        run(folder, "--max_iters=10", f"--expert_processes={first}", processes=first)
+        assert_same_run(whole, run(folder, "--init_from=resume", f"--expert_processes={then}", processes=then))
+
+
+EXCHANGE = """
+import copy, sys
+import torch
+import torch.distributed as dist
+from gpt_arc import distributed
+from gpt_arc.expert_parallel import ExpertParallel
+from model import GPT, GPTConfig
+
+def outputs_and_gradients(model, x, experts):
+    x = x.clone().requires_grad_()
+    mixed, routing = experts(x)
+    mixed.square().sum().backward()
+    return mixed.detach(), x.grad, experts.router.weight.grad
+
+cpu = torch.device("cpu")
+with distributed.process_group("gloo", cpu):
+    rank = distributed.RANK
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for k, tokens, favoured in ((1, (7, 1), None), (2, (5, 3), 0), (4, (1, 6), None), (1, (1, 1), 3)):
+            torch.manual_seed(k)
+            sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 9, "mlp_size": 24, "n_experts": 4}
+            model = GPT(GPTConfig(**sizes, experts_per_token=k)).to(dtype)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.normal_(std=0.3)
+                if favoured is not None:  # one expert gets all, and its process every token
+                    model.experts[0].router.weight.zero_()
+                    model.experts[0].router.weight[favoured] = 10
+            whole = copy.deepcopy(model)
+            inputs = [torch.randn(n, 16).abs().to(dtype) for n in tokens]
+            sharing = ExpertParallel(model, 2, cpu)
+            seen = outputs_and_gradients(model, inputs[rank], model.experts[0])
+            sharing.reduce_gradients()
+            mine = {name: p.grad for name, p in model.experts[0].named_parameters(recurse=False)}
+            for i, x in enumerate(inputs):
+                expected = outputs_and_gradients(whole, x, whole.experts[0])
+                if i == rank:
+                    for ours, theirs in zip(seen, expected):
+                        assert (ours - theirs).abs().max() <= bound * theirs.abs().max(), (dtype, k, tokens)
+                whole.experts[0].router.weight.grad = None
+            for name, p in whole.experts[0].named_parameters(recurse=False):  # of both batches; a mean over processes
+                theirs = sharing.own(p.grad) / 2
+                assert (mine[name] - theirs).abs().max() <= bound * p.grad.abs().max(), (dtype, k, tokens, name)
+            kept = sharing.whole(model)
+            if distributed.IS_MAIN:
+                for (name, ours), theirs in zip(kept.state_dict().items(), whole.state_dict().values()):
+                    assert torch.equal(ours, theirs), name
+            print("equal", dtype, k)
+"""
+
+
+def test_rows_find_their_experts_and_come_back_whoever_has_them(tmp_path):
+    """Also where a process has no token to compute, or one alone, and in 16 bits."""
+    script = tmp_path / "exchange.py"
+    script.write_text(EXCHANGE)
+    result = command(str(script), processes=2)
+    assert result.returncode == 0 and result.stdout.count("equal") == 16, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ((2, 0, "float32"), "the model has none"),
+        ((3, 8, "float32"), "does not divide n_experts = 8"),
+        ((2, 8, "float32"), "torchrun --nproc_per_node=2"),
+        ((1, 8, "float16"), None),
+        ((2, 8, "float16"), "use dtype = bfloat16"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(asked, sentence):
+    if sentence is None:
+        return check_expert_processes(*asked)
+    with pytest.raises(UserError, match=sentence):
+        check_expert_processes(*asked)
+
+
+def test_the_command_line_refuses_with_a_sentence(workplace):
+    assert "expert_processes = 2" in refusal("train.py", "sums.toml", *FLAGS, "--expert_processes=2")
+
+
+def test_the_memory_of_a_process_has_its_share_of_the_experts():
+    with torch.device("meta"):
+        model = GPT(
+            GPTConfig(n_layer=2, n_embd=16, mlp_size=24, n_head=2, n_experts=4, bias=False, activation="swiglu")
+        )
+    whole, share = (memory_estimate(model, 3, "float32", expert_processes=n) for n in (1, 4))
+    assert whole - share == 16 * 2 * 3 * (3 * 16 * 24)  # bytes, layers, experts elsewhere, the weights of each

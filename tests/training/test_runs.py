@@ -1,0 +1,87 @@
+"""Run folders: names, the newest one, and who may use them."""
+
+import json
+import time
+
+import pytest
+
+from gpt_arc.errors import UserError
+from gpt_arc.training import runs
+
+
+def finished(path, name, config=None):
+    step = path / "out" / name / "step-00000001"
+    step.mkdir(parents=True)
+    (step / "config.json").touch()
+    (step.parent / "run.json").write_text(json.dumps({"config": config or name, "overrides": {}}))
+    time.sleep(0.02)
+    (step.parent / "last").symlink_to(step.name)
+
+
+def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path, "a")
+    finished(tmp_path, "a-10", config="a")
+    finished(tmp_path, "renamed", config="a")
+    finished(tmp_path, "a-2")  # a config of this name, not the second run of a
+    (tmp_path / "out" / "a-4").mkdir()  # without a checkpoint
+    assert runs.newest_run("a").name == "renamed"
+    assert runs.newest_run("a-2").name == "a-2"
+    finished(tmp_path, "z")
+    assert runs.newest_run().name == "z"
+    finished(tmp_path, "finetune")
+    (tmp_path / "out" / "finetune" / "run.json").write_text(json.dumps({"stage": "finetune"}))
+    with pytest.raises(UserError, match="holds a run of finetune.py"):
+        runs.claim_new("out/finetune", "a", overwrite=True)
+    assert runs.newest_run().name == "z"
+    with pytest.raises(UserError, match="there is no run of b"):
+        runs.newest_run("b")
+
+
+def test_names_count_on_from_what_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path, "a")
+    second, lock = runs.claim_new(None, "a", overwrite=False)
+    third, other_lock = runs.claim_new(None, "a", overwrite=False)  # a-2 is empty still, but held
+    assert (second.name, third.name) == ("a-2", "a-3")
+    del lock
+    assert runs.claim_new(None, "a", overwrite=False)[0].name == "a-2"
+    with pytest.raises(UserError, match="another process is training"):
+        runs.Lock(third)
+
+
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path, "a")
+    folder = tmp_path / "out" / "a"
+    for name in ("config.toml", "metrics.jsonl", "notes.txt"):
+        (folder / name).touch()
+    runs.claim_new("out/a", "a", overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "config.toml").touch()  # somebody else's, for this is no run now
+    with pytest.raises(UserError, match="not by a run"):
+        runs.claim_new("out/a", "a", overwrite=True)
+    assert (folder / "config.toml").exists()
+
+
+def test_a_file_in_the_way_of_all_runs_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").touch()
+    with pytest.raises(UserError, match="a file is in its way"):
+        runs.claim_new(None, "a", overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "missing or damaged"),
+        ("[]", "missing or damaged"),
+        ('{"config": "a", "overrides": [1]}', "missing or damaged"),
+        ('{"config": "a", "overrides": {"n_layerz": 1}}', "there is no setting n_layerz"),
+        ('{"config": "a", "overrides": {"n_layer": null}}', "n_layer must be a whole number"),
+    ],
+)
+def test_damaged_records_are_refused(tmp_path, content, sentence):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        runs.read_record(tmp_path)

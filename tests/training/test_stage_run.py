@@ -1,0 +1,246 @@
+"""What the training stages share: orders, splits, parts of a batch, settings, records."""
+
+import dataclasses
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_arc.errors import UserError
+from gpt_arc.training import stage_run as stage_run_module
+from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
+from gpt_arc.training.options import StageOptions, read_options, record_options, recorded_options
+from gpt_arc.training.schedule import learning_rate_at
+from gpt_arc.training.stage_run import StageRun, run_stage
+from helpers import refusal
+
+
+@dataclass(frozen=True)
+class Options(StageOptions):
+    train: Path | None = None
+    """A file."""
+    words: tuple[str, ...] = ()
+    """Several texts."""
+    reference: str | None = None
+    """Another model."""
+    share: float | None = 0.5
+    """A number, or none."""
+
+    PATHS = ("model", "reference")
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (9, 3), (5, 8), (64, 7)])
+def test_an_epoch_has_each_row_once(count, size):
+    order = EpochOrder(count, size, seed=3)
+    per_epoch = -(-count // size)
+    assert order.updates(4) == 4 * per_epoch
+    epochs = []
+    for epoch in range(4):
+        updates = [order.rows(update) for update in range(epoch * per_epoch, (epoch + 1) * per_epoch)]
+        assert all(len(rows) == size for rows in updates[:-1]) and 1 <= len(updates[-1]) <= size
+        rows = [row for update in updates for row in update]
+        assert sorted(rows) == list(range(count))
+        epochs.append(rows)
+    if count > 5:
+        assert len({tuple(rows) for rows in epochs}) == 4  # another order each time
+    together = [row for rows in epochs for row in rows]
+    for first in range(3 * count):
+        assert order.take(first, count) == together[first : first + count]
+    again, other = EpochOrder(count, size, seed=3), EpochOrder(count, size, seed=4)
+    assert [again.rows(u) for u in range(order.updates(1))] == [order.rows(u) for u in range(order.updates(1))]
+    if count > 5:
+        assert [other.rows(u) for u in range(order.updates(1))] != [order.rows(u) for u in range(order.updates(1))]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_processes_share_the_rows_of_an_update(monkeypatch, world):
+    draw = random.Random(world)
+    monkeypatch.setattr(stage_run_module, "WORLD_SIZE", world)
+    for _ in range(100):
+        rows, size = draw.sample(range(100), draw.randrange(1, 30)), draw.randrange(1, 6)
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr(stage_run_module, "RANK", rank)
+            parts.append(list(micro_batches(rows, size)))
+        assert len({len(own) for own in parts}) == 1  # or one would wait for gradients that never come
+        counted = Counter(row for own in parts for batch, counts in own for row in batch if counts)
+        assert counted == Counter(rows)
+        for batch, counts in (part for own in parts for part in own):
+            assert 1 <= len(batch) <= size and set(batch) <= set(rows) and counts in (0.0, 1.0)
+        for turn in zip(*parts):
+            sizes = [len(batch) * bool(counts) for batch, counts in turn]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_is_held_out():
+    texts = [f"text {i}" for i in range(40)]
+    splits = held_out(texts, 0.25, seed=5)
+    assert len(splits["val"]) == 10 and sorted(splits["train"] + splits["val"]) == sorted(texts)
+    assert held_out(texts, 0.25, seed=5) == splits != held_out(texts, 0.25, seed=6)
+    assert held_out(texts, 0.01, seed=5) == held_out(texts, 0.0, seed=5) == {"train": texts}
+
+
+def test_a_digest_tells_contents_apart():
+    assert digest([[1, 2], [3]]) == digest(((1, 2), (3,))) != digest([[1], [2, 3]])
+
+
+# ---- settings
+
+
+def test_the_learning_rate_has_a_warmup_a_shape_and_an_end():
+    options = Options(learning_rate=2.0, warmup=0.1, final_learning_rate=0.25, schedule="linear", beta2=0.5)
+    training = options.training(40)
+    rates = [learning_rate_at(step, training) for step in range(41)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[22] == pytest.approx(1.25)
+    assert rates[40] == pytest.approx(0.5) and training.beta2 == 0.5
+    assert learning_rate_at(39, Options(schedule="constant", learning_rate=2.0).training(40)) == 2.0
+
+
+def test_flags_come_after_files_and_files_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text('model = "one"\nwords = ["x", "y z"]\nbatch_size = 3\nseed = 5\nreference = "r"\n')
+    Path("b.toml").write_text("batch_size = 4\nshare = 0.25\noverwrite = true\n")
+    options = read_options(Options, None, ["a.toml", "b.toml", "--seed=6", "--reference=None"])
+    assert options == Options(
+        model="one", words=("x", "y z"), batch_size=4, seed=6, share=0.25, reference=None, overwrite=True
+    )
+    assert read_options(Options, None, ["a.toml", "two"]).model == "two"
+    assert read_options(Options, None, ["three", "--train", "f.jsonl"]) == Options(model="three", train=Path("f.jsonl"))
+    Path("c.toml").write_text("words = []\n")
+    assert read_options(Options, None, ["a.toml", "c.toml"]).words == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("wrods = ['x']", "a.toml: there is no setting wrods; did you mean words?"),
+        ("zzzzzzz = 1", "a.toml: there is no setting zzzzzzz"),
+        ("words = 'x'", 'a.toml: words = "x" must be a list'),
+        ("reference = ['x']", 'a.toml: reference = ["x"] must be one value'),
+        ("model = ['x']", 'a.toml: model = ["x"] must be one value'),
+        ("[model]\nname = 'x'", 'a.toml: model = {"name": "x"} must be one value'),
+        ("seed = 'x'", "a.toml: --seed: 'x' is not understood"),
+        ("seed", "a.toml is not valid TOML"),
+    ],
+)
+def test_a_file_of_settings_that_is_wrong(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.toml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        read_options(Options, None, ["a.toml"])
+    assert message in str(refused.value) and "a.toml" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_size": 0}, "batch_size = 0 must be 1 or more"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0 must be 1 or more"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0 must be zero or more"),
+        ({"grad_clip": float("nan")}, "grad_clip = nan must be zero or more"),
+        ({"seed": -1}, "seed = -1 must be zero or more"),
+        ({"adam_eps": float("inf")}, "adam_eps = inf must be more than zero"),
+        ({"beta1": 1.0}, r"beta1 = 1.0 must be in \[0, 1\)"),
+        ({"warmup": 1.0}, r"warmup = 1.0 must be in \[0, 1\)"),
+        ({"final_learning_rate": 1.5}, "final_learning_rate = 1.5 must be a share"),
+    ],
+)
+def test_impossible_settings(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Options(**setting)
+
+
+def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    for options in (
+        Options("base", train=Path("not there yet.jsonl"), words=("a", "b"), share=None, reference="gpt2", seed=2**62),
+        Options("gpt2", reference="base", learning_rate=1e-30, resume=True),
+    ):
+        record_options(tmp_path, "sft", options)
+        monkeypatch.chdir("base")
+        found = recorded_options(tmp_path, Options, "sft")
+        monkeypatch.chdir(tmp_path)
+        whole = {name: str(tmp_path / "base") for name in ("model", "reference") if getattr(options, name) == "base"}
+        train = options.train and tmp_path / options.train
+        assert found == dataclasses.replace(options, train=train, **whole)
+    for change, message in (
+        ({"stage": "ppo"}, "it is a run of ppo.py"),
+        ({"options": {"epochs": 1}}, "epochs"),
+        ({"options": []}, "no attribute"),
+        ({"options": {"batch_size": 0}}, "batch_size = 0"),
+    ):
+        content = json.loads(Path("run.json").read_text())
+        (tmp_path / "base" / "run.json").write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match="base is not a run of sft.py that could go on") as refused:
+            recorded_options(Path("base"), Options, "sft")
+        assert message in str(refused.value)
+    with pytest.raises(UserError, match="nowhere is not a run of sft.py"):
+        recorded_options(Path("nowhere"), Options, "sft")
+
+
+def test_a_run_has_the_same_options_when_it_goes_on(tmp_path, monkeypatch):
+    """Or what is told of its data by them would differ."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
+    Path("base").mkdir()
+    seen = []
+
+    def train(options, run):
+        run.open("data")
+        run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
+        run.save(lambda directory: None)
+        seen.append(options)
+        return 0
+
+    for args in (["base", "--reference=gpt2", "--train=f.jsonl", "--out_dir=run"], ["run", "--resume=True"]):
+        monkeypatch.setattr("sys.argv", ["sft.py", "--device=cpu", *args])
+        assert run_stage(Options, None, "sft", train) == 0
+    first, second = seen
+    assert first.model == second.model == str(tmp_path / "base") and first.reference == second.reference == "gpt2"
+    with pytest.raises(UserError, match="--reference can't be changed"):
+        monkeypatch.setattr("sys.argv", ["sft.py", "run", "--resume=True", "--reference=base"])
+        run_stage(Options, None, "sft", train)
+
+
+def test_a_refusal_is_one_sentence_and_the_exit_code_2(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = refusal("stages/sft.py", "nowhere", "--train=a.jsonl")
+    assert message.startswith("sft.py: there is no model directory nowhere; ")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- a run
+
+
+def test_only_the_lowest_loss_becomes_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # which would take this process's signals
+    options = Options("base", out_dir="run", device="cpu", dtype="float32")
+    run = StageRun("sft", options, torch.device("cpu"), None, None)
+    run.open("data")
+    module = run.place(torch.nn.Linear(2, 2))
+    run.restore(run.updater(module, 10), {"part": torch.nn.Linear(1, 1)})
+    written = []
+
+    def write(directory):
+        directory.mkdir(exist_ok=True)
+        written.append(directory.name)
+
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 1.0), (4, None), (5, 3.0)):
+        run.progress.step = step
+        run.save(write, loss)
+    assert (run.progress.best, run.progress.best_step, len(written)) == (1.0, 2, 5)
+    assert Path("run/best").readlink() == Path("step-00000002") and Path("run/last").readlink() == Path("step-00000005")
+    assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-00000002", "step-00000005"]
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["stage"] == "sft" and record["options"]["model"] == "base"
+    del run  # which holds the folder
+    again = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
+    assert again.progress.step == 5 and again.progress.best == 1.0 and again.origin == "run/last"
+    with pytest.raises(UserError, match="run was started on other data or another model"):
+        again.open("others")

@@ -1,0 +1,384 @@
+"""The fine-tuning part of tools/bench.py: updates of stages/finetune.py's own parts, beside transformers' Trainer.
+
+    python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
+    python tools/bench.py finetune out/gpt1 --batch_size=8 --transformers=True --json=finetune.json
+
+The architecture gets random weights and learns classes of random sequences, whose lengths are uniform between
+min_tokens and max_tokens. An update is one batch: padding it, forward, backward, update. Each program has a process of
+its own, and they take turns, round by round; a round is an epoch unless `steps` says otherwise:
+
+- ours: model, batches of like length, precision and update as stages/finetune.py puts them together, without the
+  language-model loss, which the Trainer doesn't compute.
+- ours + LM: the same with the language-model loss, as stages/finetune.py has it by default.
+- transformers: its Trainer as it comes, in float32 and with batches at random, training its own classifier of the
+  architecture; evaluation, checkpoints and logs are off.
+- transformers 16 bit: the same with bf16=True (fp16=True where ours is float16), if ours is not float32.
+
+The sequences and the vocabulary are the same for all, the three special tokens included.
+"""
+
+import contextlib
+import json
+import queue
+import tempfile
+import threading
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from benchmarks.processes import (
+    check_places,
+    now,
+    peak_memory,
+    plain,
+    read_model_arguments,
+    running,
+    show_ratios,
+    spread,
+    take_turns,
+)
+from gpt_arc.errors import UserError
+from gpt_arc.files import write_file
+
+LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # as stages/finetune.py has them by default
+
+
+@dataclass(frozen=True)
+class FinetuneBench:
+    model: tyro.conf.Positional[str]
+    """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
+    alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    batch_size: int = 32
+    """Examples of an update."""
+    examples: int = 256
+    """Examples of an epoch, a multiple of batch_size."""
+    min_tokens: int = 16
+    """The shortest sequence, of which two tokens are special."""
+    max_tokens: int = 128
+    """The longest sequence."""
+    classes: int = 2
+    """Classes to tell apart."""
+    language_weight: float = 0.5
+    """Weight of the language-model loss in the second row of ours. 0: no such row."""
+    rounds: int = 3
+    """Rounds that are measured, after one that warms up."""
+    steps: int | None = None
+    """Updates of a program in a round. None: an epoch, so that every round sees the same examples."""
+    transformers: bool = False
+    """Measure transformers' Trainer too."""
+    group_trainer: bool = False
+    """Let the Trainer put examples of like length into a batch too, which by default it doesn't."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of our products, and of the Trainer's second row. auto: what the hardware multiplies fastest."""
+    seed: int = 1337
+    """The source of random weights, examples and their order."""
+    json: Path | None = None
+    """A file for the results."""
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "examples": 1, "min_tokens": 3, "classes": 2, "rounds": 1, "seed": 0}
+        least |= {"language_weight": 0} | ({} if self.steps is None else {"steps": 1})
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
+        if self.seed >= 2**32:  # numpy's, which the Trainer sets
+            raise ValueError(f"seed = {self.seed} must be less than 2**32")
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens = {self.max_tokens} is less than min_tokens = {self.min_tokens}")
+        if self.examples % self.batch_size:
+            multiple = f"a multiple of batch_size = {self.batch_size}"
+            raise ValueError(f"examples = {self.examples} must be {multiple}: then all batches are of one size")
+
+    @property
+    def steps_per_round(self) -> int:
+        return self.steps or self.examples // self.batch_size
+
+    @property
+    def all_steps(self) -> int:
+        return (1 + self.rounds) * self.steps_per_round
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know."""
+
+    settings: FinetuneBench
+    config: Any  # GPTConfig, whose import takes torch; with room for the special tokens
+    device: str
+    dtype: str
+    folder: Path  # that may be written to
+
+
+class Round(NamedTuple):
+    seconds: float
+    peak: int  # bytes of memory, so far
+
+
+class Program:
+    """Updates of a classifier; what is its own is in `setup` and `work`."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        self.job, self.settings, self.device = job, job.settings, torch.device(job.device)
+        torch.manual_seed(job.settings.seed)
+        self.setup()
+
+    def round(self) -> Round:
+        start = now(self.device)
+        self.work()
+        return Round(now(self.device) - start, peak_memory(self.job.device))
+
+
+def draw_examples(settings: FinetuneBench, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Sequences, [start] ... [extract], and their classes. `vocab_size` counts the special tokens."""
+    from gpt_arc.finetuning.examples import SpecialTokens
+
+    generator, special = (
+        np.random.default_rng(settings.seed),
+        SpecialTokens.after(vocab_size - len(SpecialTokens._fields)),
+    )
+    lengths = generator.integers(settings.min_tokens, settings.max_tokens, size=settings.examples, endpoint=True)
+    texts = (generator.integers(special.start, size=length - 2).tolist() for length in lengths)
+    sequences = [[special.start, *text, special.extract] for text in texts]
+    return sequences, generator.integers(settings.classes, size=settings.examples).tolist()
+
+
+class Ours(Program):
+    language_weight = 0.0
+
+    def setup(self) -> None:
+        from gpt_arc.device import set_up_device
+        from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig
+        from gpt_arc.finetuning.examples import Columns, SpecialTokens
+        from gpt_arc.finetuning.predictions import EncodedExamples
+        from gpt_arc.training.config import TrainingConfig
+        from gpt_arc.training.optim import Updater
+        from model import GPT
+
+        settings, config, task = self.settings, self.job.config, "classification"
+        set_up_device(self.device, self.job.dtype)
+        special = SpecialTokens.after(config.vocab_size - len(SpecialTokens._fields))
+        names = tuple(map(str, range(settings.classes)))
+        head = ClassifierConfig(task, names, special, Columns.usual(task), settings.max_tokens)
+        self.model = Classifier(GPT(config), head).to(self.device)
+        adam = TrainingConfig(max_iters=settings.all_steps, learning_rate=LEARNING_RATE, weight_decay=0.01, beta2=0.999)
+        self.updater = Updater(self.model, adam, self.device, self.job.dtype)
+        sequences, labels = draw_examples(settings, config.vocab_size)
+        self.examples = EncodedExamples([[sequence] for sequence in sequences], labels, 0, ())
+        self.step = 0
+
+    def work(self) -> None:
+        import torch
+
+        from gpt_arc.device import autocast, to_device
+        from gpt_arc.finetuning.classifier import combined_loss
+        from gpt_arc.training.epochs import epoch_batches
+        from gpt_arc.training.schedule import warmup_linear
+
+        settings, weight, lengths = self.settings, self.language_weight, self.examples.lengths
+        size, per_epoch = settings.batch_size, settings.examples // settings.batch_size
+        for _ in range(settings.steps_per_round):
+            epoch, i = divmod(self.step, per_epoch)
+            if i == 0:
+                self.batches = epoch_batches(lengths, size, settings.seed, epoch, group_by_length=True)
+            batch = to_device(self.examples.batch(self.batches[i]), self.device)
+            with autocast(self.device, self.job.dtype):
+                outcome = self.model(*batch, with_language=weight > 0)
+            losses = torch.stack((outcome.task_loss, outcome.language_loss))
+            self.updater.backward(combined_loss(*losses, weight) / size)
+            factor = warmup_linear((self.step + 1) / settings.all_steps, WARMUP)
+            self.updater.update(LEARNING_RATE * factor, *losses.detach())
+            self.step += 1
+
+
+class OursWithLanguage(Ours):
+    def setup(self) -> None:
+        super().setup()
+        self.language_weight = self.settings.language_weight
+
+
+class Trainer(Program):
+    """One run of transformers' Trainer, which waits between rounds.
+
+    It has a thread of its own, and all of torch's work is done there: OpenMP's threads for two would share the cores.
+    """
+
+    sixteen_bit = False
+
+    def setup(self) -> None:
+        self.asked: queue.Queue[None] = queue.Queue()
+        self.done: queue.Queue[BaseException | None] = queue.Queue()
+        threading.Thread(target=self.run, daemon=True).start()
+        self.wait()
+
+    def work(self) -> None:
+        self.asked.put(None)
+        self.wait()
+
+    def wait(self) -> None:
+        error = self.done.get()
+        if error is not None:
+            raise error
+
+    def run(self) -> None:
+        """The thread's life."""
+        try:
+            self.build()
+            self.pause()
+            self.trainer.train()
+        except BaseException as error:
+            self.done.put(error)
+
+    def pause(self) -> None:
+        self.done.put(None)
+        self.asked.get()
+
+    def build(self) -> None:
+        import transformers
+
+        from gpt_arc.weights.huggingface import hf_config
+
+        settings, vocab_size = self.settings, self.job.config.vocab_size
+        transformers.logging.set_verbosity_error()
+        pad = {"pad_token_id": vocab_size - 2}  # [delimiter], which no sequence has
+        config = transformers.AutoConfig.for_model(
+            **hf_config(self.job.config, "float32") | pad, num_labels=settings.classes
+        )
+        self.model = transformers.AutoModelForSequenceClassification.from_config(config)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(self.job.folder),
+            per_device_train_batch_size=settings.batch_size,
+            max_steps=settings.all_steps,
+            learning_rate=LEARNING_RATE,
+            train_sampling_strategy="group_by_length" if settings.group_trainer else "random",
+            bf16=self.sixteen_bit and self.job.dtype == "bfloat16",
+            fp16=self.sixteen_bit and self.job.dtype == "float16",
+            use_cpu=self.device.type == "cpu",
+            seed=settings.seed,
+            eval_strategy="no",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        if arguments.device.type == "cuda":
+            arguments._n_gpu = 1  # or it would spread a batch over all there are
+        sequences, labels = draw_examples(settings, vocab_size)
+        examples = [{"input_ids": sequence, "labels": label} for sequence, label in zip(sequences, labels)]
+        self.trainer = transformers.Trainer(self.model, arguments, self.padded, examples)
+
+        class Pauses(transformers.TrainerCallback):
+            def on_step_end(_, args, state, control, **kwargs):
+                if state.global_step % settings.steps_per_round == 0:
+                    self.pause()
+
+        self.trainer.add_callback(Pauses())
+
+    def padded(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch as DataCollatorWithPadding makes it, which takes a tokenizer."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        sequences = [torch.tensor(example["input_ids"]) for example in examples]
+        pad = self.model.config.pad_token_id
+        return {
+            "input_ids": pad_sequence(sequences, batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True),
+            "labels": torch.tensor([example["labels"] for example in examples]),
+        }
+
+
+class Trainer16Bit(Trainer):
+    sixteen_bit = True
+
+
+def figures(examples: int, steps: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
+    """What the rounds of one program, of so many examples and steps each, come to."""
+    seconds = spread([round.seconds for round in rounds])
+    return {
+        "examples_per_second": examples / seconds["median"],
+        "round_seconds": seconds,
+        "step_ms": {name: 1000 * value / steps for name, value in seconds.items()},
+        "peak_memory_gb": max(round.peak for round in rounds) / 1e9,
+        "warmup_seconds": warmup.seconds,
+        "rounds": [round.seconds for round in rounds],
+    }
+
+
+def ratio(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, float]:
+    """How much longer a program's rounds take: the quotient of the medians, and the least and most of a round."""
+    over_rounds = spread([b / a for a, b in zip(ours["rounds"], its["rounds"])])
+    return over_rounds | {"median": its["round_seconds"]["median"] / ours["round_seconds"]["median"]}
+
+
+def show(results: dict[str, Any]) -> None:
+    columns = ["examples/s", "update ms", "least ms", "most ms", "round s", "memory GB"]
+    print("\n" + f"{'':20}" + "".join(f"{column:>12}" for column in columns))
+    for name, row in results["programs"].items():
+        milliseconds = "".join(f"{row['step_ms'][key]:12,.1f}" for key in ("median", "min", "max"))
+        print(f"{name:20}{row['examples_per_second']:12,.2f}{milliseconds}", end="")
+        print(f"{row['round_seconds']['median']:12,.2f}{row['peak_memory_gb']:12.2f}")
+    print()
+    show_ratios(results["ratios"])
+
+
+def bench_finetune(args: list[str]) -> None:
+    settings, config = read_model_arguments(FinetuneBench, __doc__, args)
+    check_places(settings, ("transformers", "accelerate"))
+
+    import torch  # slow to import: not before the settings are known to be right
+
+    from gpt_arc.device import device_name, resolve_device, resolve_dtype
+    from gpt_arc.finetuning.examples import SpecialTokens
+    from gpt_arc.weights.directory import load_config
+    from gpt_arc.weights.huggingface import architecture_of
+    from model import GPT
+
+    config = load_config(settings.model) if config is None else config
+    if settings.max_tokens > config.block_size:
+        raise UserError(
+            f"max_tokens = {settings.max_tokens} is more than the context, block_size = {config.block_size}"
+        )
+    if settings.transformers:
+        architecture_of(config)
+    device = resolve_device(settings.device)
+    if settings.transformers and device.index:
+        raise UserError("the Trainer takes the first GPU: choose it by CUDA_VISIBLE_DEVICES, and say --device=cuda")
+    dtype = resolve_dtype(settings.dtype, device)
+    config = replace(config, vocab_size=config.vocab_size + len(SpecialTokens._fields))
+    with torch.device("meta"):
+        parameters = GPT(config).num_parameters()
+    programs: dict[str, type[Program]] = {"ours": Ours}
+    programs |= {"ours + LM": OursWithLanguage} if settings.language_weight else {}
+    if settings.transformers:
+        programs |= {"transformers": Trainer} | ({} if dtype == "float32" else {"transformers 16 bit": Trainer16Bit})
+    machine = f"{device_name(device)}, torch {torch.__version__}"
+    steps = settings.steps_per_round
+    print(f"machine      {machine}")
+    print(f"model        {settings.model}, {parameters:,} parameters, {dtype}")
+    print(
+        f"work         {settings.batch_size} examples of {settings.min_tokens} to {settings.max_tokens} tokens an",
+        end="",
+    )
+    print(f" update, {settings.rounds} rounds of {steps} updates after one to warm up", flush=True)
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-arc-bench-")))
+        job = Job(settings, config, str(device), dtype, folder)
+        ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
+        rounds, _ = take_turns(ask, settings.rounds)
+
+    results: dict[str, Any] = {"machine": machine, "dtype": dtype, "parameters": parameters}
+    results |= {"architecture": asdict(config), "settings": plain(settings)}
+    results["programs"] = {name: figures(steps * settings.batch_size, steps, *taken) for name, taken in rounds.items()}
+    ours, *others = results["programs"].items()
+    results["ratios"] = {name: ratio(ours[1], row) for name, row in others}
+    show(results)
+    if settings.json is not None:
+        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,498 @@
+"""The speedrun part of tools/bench.py: seconds of training until a loss on held-out text is reached.
+
+    python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886
+    python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886 --nanogpt=../nanoGPT --seeds 1 2 3
+    python tools/bench.py speedrun configs/quickstart.toml --eval_interval=50 --nanogpt=../nanoGPT --json=record.json
+
+Flags besides those below are train.py's. The loss is the mean over the whole val split, its first token aside, in
+windows of the program's own context side by side. A run's time ends at its first evaluation at or below the target:
+
+- ours: `python train.py CONFIG FLAGS --eval_iters=0 --seed=S`, in a temporary folder and with nothing compiled before.
+  The seconds are those of its metrics.jsonl: the optimizer steps, reading included. Start-up, compilation, evaluation
+  with checkpoints and logs (and with the compilation of the evaluation) are shown apart.
+- nanoGPT, from your checkout: its README's training on a CPU, with its model, optimizer, learning rates and random
+  windows, on the same dataset, in float32 and not compiled; 2,000 steps of 12 x 64 tokens. Its loss is taken every 250
+  steps, outside the clock; its own estimates, prints and checkpoints are left out.
+
+The programs take turns, seed by seed. Without --target, or with --target=nanogpt, it is the loss that nanoGPT ends at,
+the median over the seeds. The exit code is 1 if a run of ours doesn't get there. The floor is the FLOPs of training up
+to there, of experts those that a token takes, over the rate of products of two 1024 x 1024 matrices between the runs.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.processes import check_places, now, plain, running, spread
+from gpt_arc.errors import UserError
+from gpt_arc.files import write_file
+from gpt_arc.flags import parse_flags
+
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN_FILE = "train.bin"  # the tokens as nanoGPT has them: 16 bits each and no header
+EVALUATED_AT_ONCE = 64  # windows of nanoGPT's evaluation
+
+
+@dataclass(frozen=True)
+class SpeedrunBench:
+    target: str | None = None
+    """The loss to reach, in nats a token; nanogpt, or None: the one that nanoGPT's training ends at."""
+    nanogpt: Path | None = None
+    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+    seeds: tuple[int, ...] = (1337,)
+    """A run of each program for each of them."""
+    json: Path | None = None
+    """A file for the results."""
+
+    def __post_init__(self):
+        if self.loss is not None and not 0 < self.loss < math.inf:
+            raise ValueError(f"target = {self.target} must be a loss in nats a token, such as 1.886, or nanogpt")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**63 for s in self.seeds):
+            raise ValueError(f"seeds = {self.seeds} must be different whole numbers, zero or more")
+        if self.nanogpt is None and self.target is None:
+            raise ValueError("say which loss to reach: --target=1.886, or --nanogpt=PATH for the one it ends at")
+        if self.nanogpt is None and self.target == "nanogpt":
+            raise ValueError("target = nanogpt takes a checkout: --nanogpt=PATH")
+
+    @property
+    def loss(self) -> float | None:
+        """The target if it is a number, NaN if it is neither that nor nanogpt."""
+        if self.target in (None, "nanogpt"):
+            return None
+        try:
+            return float(self.target)
+        except ValueError:
+            return math.nan
+
+
+class Evaluation(NamedTuple):
+    step: int
+    tokens: int  # trained on so far
+    seconds: float  # of training so far
+    val_loss: float  # nats a token
+
+
+class Run(NamedTuple):
+    """A run of one program; its seconds are parts of `wall`."""
+
+    evaluations: list[Evaluation]
+    start_up: float
+    compilation: float | None  # None: it was not compiled
+    evaluation: float  # of ours, with checkpoints and logs
+    wall: float
+    dtype: str
+
+
+def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -> Run:
+    """Run train.py with `args`; `advance` is told of the steps it has made. Raises UserError if it fails."""
+    with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        out, errors = folder / "run", folder / "errors.txt"
+        flags = ["--eval_iters=0", f"--seed={seed}", f"--out_dir={out}"]
+        scratch = folder / "scratch"  # of compilers too, which leave files when they are killed
+        scratch.mkdir()
+        environment = {**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+        dtype, compiling, compiled, line = "", None, True, ""
+        start = time.time()
+        with process_of([sys.executable, str(TRAIN), *args, *flags], environment, errors) as process:
+            for line in process.stdout:
+                if line.startswith("compiling "):
+                    compiling = time.time()
+                elif line.startswith("not compiled "):
+                    compiled = False
+                elif known := re.match(r"device .*, (\w+), (not )?compiled: ", line):
+                    dtype = known[1]
+                elif step := re.match(r"step (\d+): ", line):
+                    advance(int(step[1]))
+            code = process.wait()
+        end = time.time()
+        if code and not (code == 1 and " has diverged, " in line):
+            said = (errors.read_text().strip() or f"it ended with {code}").splitlines()[-1]
+            raise UserError(f"ours, seed {seed}: {said.removeprefix('train.py: ')}")
+        began = (out / "run.json").stat().st_mtime  # the last that train.py writes before its first step
+        evaluations, training = read_evaluations(out / "metrics.jsonl")
+        return Run(
+            evaluations,
+            start_up=(compiling or began) - start,
+            compilation=began - compiling if compiling and compiled else None,
+            evaluation=end - began - training,
+            wall=end - start,
+            dtype=dtype,
+        )
+
+
+@contextlib.contextmanager
+def process_of(command: list[str], environment: dict[str, str], errors: Path) -> Iterator[subprocess.Popen]:
+    """A process, which a terminal's Ctrl-C doesn't reach; on leaving, it and what it has started are ended."""
+    with open(errors, "w") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
+            process_group=0,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+
+
+def read_evaluations(path: Path) -> tuple[list[Evaluation], float]:
+    """The evaluations of a metrics.jsonl, and the seconds of training by its last line."""
+    from gpt_arc.training.log import read_metrics
+
+    lines = read_metrics(path)
+    found = [Evaluation(**{n: line[n] for n in Evaluation._fields}) for line in lines if "val_loss" in line]
+    return found, lines[-1]["seconds"] if lines else 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the process needs to know."""
+
+    checkout: Path
+    config: Any  # Config, whose import takes torch
+    device: str
+    dataset: Path  # whose val split is evaluated
+    folder: Path  # of TRAIN_FILE
+
+
+def nanogpt_recipe(vocab_size: int, seed: int) -> Any:
+    """What nanoGPT's README trains on a CPU, as our `Config`: with its config/train_shakespeare_char.py and flags."""
+    from gpt_arc.training.config import Config, DataConfig, LoggingConfig, TrainingConfig
+    from model import GPTConfig
+
+    return Config(
+        GPTConfig(block_size=64, vocab_size=vocab_size, n_layer=4, n_head=4, n_embd=128, bias=False, dropout=0.0),
+        DataConfig(batch_size=12),
+        TrainingConfig(
+            max_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, schedule="cosine", weight_decay=0.1,
+            beta1=0.9, beta2=0.99, grad_clip=1.0, seed=seed,
+        ),
+        LoggingConfig(eval_interval=250),
+    )  # fmt: skip
+
+
+class NanoGPT:
+    """A run of nanoGPT, in legs from one evaluation to the next."""
+
+    def __init__(self, job: Job):
+        from benchmarks.train import Job, NanoGPT, TrainBench
+        from gpt_arc.data.datasets import Split
+        from gpt_arc.data.token_files import TokenFiles
+
+        settings = TrainBench(nanogpt=job.checkout)
+        self.program = NanoGPT(Job(settings, job.config, job.device, "float32", compile=False))
+        self.config, self.step, self.seconds = job.config, 0, 0.0
+        self.tokens = job.folder / TRAIN_FILE
+        self.val = Split([TokenFiles(job.dataset, "val", job.config.model.vocab_size)], [1.0])
+
+    def next_batch(self) -> list[Any]:
+        """Windows that begin anywhere, tokens and targets, from a file that is mapped anew, as nanoGPT does."""
+        import torch
+
+        rows, length = self.program.shape
+        tokens = np.memmap(self.tokens, dtype=np.uint16, mode="r")
+        starts = torch.randint(len(tokens) - length, (rows,)).tolist()
+        batch = []
+        for first in (0, 1):
+            windows = [tokens[start + first : start + first + length].astype(np.int64) for start in starts]
+            batch.append(torch.stack([torch.from_numpy(window) for window in windows]).to(self.program.device))
+        return batch
+
+    def leg(self) -> tuple[Evaluation, float]:
+        """Train until the next evaluation is due, and evaluate; also the seconds of the evaluation."""
+        from gpt_arc.training.schedule import learning_rate_at
+
+        program, training = self.program, self.config.training
+        until = min(self.step + self.config.logging.eval_interval, training.max_iters)
+        start = now(program.device)
+        while self.step < until:
+            for group in program.optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, training)
+            loss = program.forward(*self.next_batch())
+            program.backward(loss)
+            program.update(loss)
+            self.step += 1
+        trained = now(program.device)
+        self.seconds += trained - start
+        tokens = self.step * math.prod(program.shape)
+        evaluation = Evaluation(self.step, tokens, self.seconds, self.val_loss())
+        return evaluation, now(program.device) - trained
+
+    def val_loss(self) -> float:
+        """Mean over the whole val split."""
+        import torch
+
+        from gpt_arc.data.batches import evaluation_batches
+        from gpt_arc.nn.head_loss import IGNORED
+
+        model, block_size, total, count = self.program.model, self.config.model.block_size, 0.0, 0
+        model.eval()
+        with torch.no_grad():
+            starts = self.val.evaluation_starts(block_size, 0)
+            for tokens, targets in evaluation_batches(self.val, starts, EVALUATED_AT_ONCE, block_size):
+                scored = int((targets != IGNORED).sum())
+                mean = model(tokens.to(self.program.device), targets.to(self.program.device))[1]
+                total, count = total + mean.item() * scored, count + scored
+        model.train()
+        return total / count
+
+
+def train_nanogpt(job: Job, advance: Callable[[int], None]) -> Run:
+    evaluations, evaluating, start = [], 0.0, time.perf_counter()
+    with running("nanoGPT", NanoGPT, job) as ask:
+        ask(None)
+        loaded = time.perf_counter()
+        while not evaluations or evaluations[-1].step < job.config.training.max_iters:
+            evaluation, seconds = ask("leg")
+            evaluations.append(evaluation)
+            evaluating += seconds
+            advance(evaluation.step)
+    return Run(evaluations, loaded - start, None, evaluating, time.perf_counter() - start, "float32")
+
+
+def write_raw(files: Any, path: Path) -> None:
+    """Token files as one file of bare 16-bit tokens."""
+    with open(path, "wb") as file:
+        for start in range(0, len(files), 1 << 22):
+            file.write(files.read(start, 1 << 22).astype(np.uint16).tobytes())
+
+
+def parted(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own flags with their values, and what is for train.py."""
+    names = {field.name for field in dataclasses.fields(SpeedrunBench)}
+    own, others, ours = [], [], False
+    for arg in args:
+        if arg.startswith("--"):
+            ours = arg[2:].split("=")[0].replace("-", "_") in names
+        elif arg.endswith(".toml"):
+            ours = False
+        (own if ours else others).append(arg)
+    return own, others
+
+
+def read_arguments(args: list[str]) -> tuple[SpeedrunBench, list[str], Any]:
+    """Our settings, train.py's arguments, and its `Config`."""
+    own, others = parted(args)
+    if {"-h", "--help"} & set(others):
+        own.append("--help")
+    settings = parse_flags(SpeedrunBench, __doc__, own)
+    if not any(arg.endswith(".toml") and not arg.startswith("-") for arg in others):
+        raise UserError("name a config file: python tools/bench.py speedrun configs/quickstart.toml --target=1.7")
+    check_places(settings)
+
+    from gpt_arc.training.command_line import read_command_line
+    from gpt_arc.training.config import SETTINGS, RunConfig
+
+    for arg in others:
+        name = arg.removeprefix("--").split("=")[0].replace("-", "_")
+        if arg.startswith("--") and (name in ("seed", "eval_iters") or SETTINGS.get(name, [None])[0] == "run"):
+            hint = "; --seeds names the seeds" * (name == "seed")
+            raise UserError(f"a speedrun is a new run, which sets {name} itself: leave --{name} out{hint}")
+    config = read_command_line(others, None).config
+    if config.run != RunConfig():
+        raise UserError("a speedrun is a new run: leave the table [run] out of the config file")
+    return settings, others, config
+
+
+def check_nanogpt_reads(config: Any, corpus: Any, vocab_size: int) -> None:
+    """Raises UserError for data that nanoGPT can't train on."""
+    if len(corpus.names) > 1:
+        raise UserError(f"nanoGPT trains on one dataset, and this is a mixture of {len(corpus.names)}: name --dataset")
+    if vocab_size > 1 << 16:
+        raise UserError(f"nanoGPT reads tokens of 16 bits, and {corpus.names[0]} has {vocab_size} of them")
+    for name in ("train", "val"):
+        corpus.split(name, config.model.block_size, vocab_size, document_mask=False)
+
+
+def reached(evaluations: Sequence[Evaluation], target: float) -> Evaluation | None:
+    """The first evaluation at or below the target."""
+    return next((evaluation for evaluation in evaluations if evaluation.val_loss <= target), None)
+
+
+def figures(run: Run, seed: int, target: float) -> dict[str, Any]:
+    """What a run comes to: the evaluations that reached the target, was best and was last, None if there is none."""
+    there = reached(run.evaluations, target)
+    best = min(
+        (e for e in run.evaluations if math.isfinite(e.val_loss)),
+        key=lambda evaluation: evaluation.val_loss,
+        default=None,
+    )
+    last = run.evaluations[-1] if run.evaluations else None
+    named = {"reached": there, "best": best, "end": last}
+    row = {"seed": seed} | {name: evaluation and evaluation._asdict() for name, evaluation in named.items()}
+    row |= {"start_up_seconds": run.start_up, "compilation_seconds": run.compilation}
+    row |= {"evaluation_seconds": run.evaluation, "wall_seconds": run.wall, "dtype": run.dtype}
+    return row | {"evaluations": [evaluation._asdict() for evaluation in run.evaluations]}
+
+
+def ratio(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, Any] | None:
+    """Our seconds over its, None if ours didn't get there. Where it didn't, over all it took: at most that."""
+    if ours["reached"] is None:
+        return None
+    seconds = (its["reached"] or its["end"])["seconds"]
+    return {"seed": ours["seed"], "ratio": ours["reached"]["seconds"] / seconds, "at_most": its["reached"] is None}
+
+
+def floor(rows: list[dict[str, Any]], flops_per_token: int, rate: float | None) -> dict[str, Any] | None:
+    """Of the runs that got there: the seconds that the products alone take, and their share of ours, medians."""
+    there = [row["reached"] for row in rows if row["reached"]]
+    if rate is None or not there:
+        return None
+    seconds = [flops_per_token * evaluation["tokens"] / rate for evaluation in there]
+    share = median(least / evaluation["seconds"] for least, evaluation in zip(seconds, there))
+    known = {"flops_per_token": flops_per_token, "flops_per_second": rate}
+    return known | {"seconds": median(seconds), "share": share}
+
+
+def show(results: dict[str, Any]) -> None:
+    target, columns = results["target"], ("steps", "tokens", "train s", "loss", "eval s", "compile s", "start s")
+    print(f"\n{'':10}{'seed':>10}" + "".join(f"{column:>12}" for column in (*columns, "wall s")))
+    for name, rows in results["programs"].items():
+        for row in rows:
+            there, compilation = row["reached"], row["compilation_seconds"]
+            cells = ["-"] * 4
+            if there:
+                cells = [
+                    f"{there['step']:,}",
+                    f"{there['tokens']:,}",
+                    f"{there['seconds']:.2f}",
+                    f"{there['val_loss']:.4f}",
+                ]
+            times = row["evaluation_seconds"], compilation, row["start_up_seconds"], row["wall_seconds"]
+            cells += ["-" if seconds is None else f"{seconds:.2f}" for seconds in times]
+            print(f"{name:10}{row['seed']:>10}" + "".join(f"{cell:>12}" for cell in cells))
+    print(f"\ntarget       {target:.4f}, " + results["target_is"])
+    for name, rows in results["programs"].items():
+        there = [row["reached"]["seconds"] for row in rows if row["reached"]]
+        if there:
+            print(f"{name:12} takes {median(there):.2f} s of training, the median of {len(there)} of {len(rows)} runs")
+        for row in rows:
+            if row["reached"] is None:
+                best = row["best"]
+                said = f"its best is {best['val_loss']:.4f} at step {best['step']:,}" if best else "it diverged"
+                print(f"{'':12} {name}, seed {row['seed']}, does not reach {target:.4f}: {said}")
+    for row in results["programs"].get("nanoGPT", []):
+        end = row["end"]
+        print(f"{'':12} nanoGPT, seed {row['seed']}, ends at {end['val_loss']:.4f} after {end['seconds']:.2f} s")
+    times = [row["compilation_seconds"] for row in results["programs"]["ours"]]
+    compiled = [seconds for seconds in times if seconds is not None]
+    some = f", in {len(compiled)} of {len(times)} runs" * (len(compiled) < len(times))
+    shown = f"ours was, in {median(compiled):.1f} s that don't count{some}" if compiled else "ours was not"
+    print(f"compiled     {shown}")
+    if results["ratios"]:
+        each = ", ".join(
+            f"{'at most ' * one['at_most']}{one['ratio']:.3f} with seed {one['seed']}" for one in results["ratios"]
+        )
+        middle = results["ratio"]["median"]
+        print(f"ratio        ours takes {middle:.3f} of nanoGPT's seconds, {1 / middle:.2f} times as fast: {each}")
+    if results["floor"]:
+        least = results["floor"]
+        rate = f"{least['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['programs']['ours'][0]['dtype']} products"
+        print(f"floor        {least['seconds']:.2f} s at {rate}; it is {least['share']:.0%} of ours")
+
+
+@contextlib.contextmanager
+def shown(name: str, seed: int, steps: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal; yields what tells it of the steps made."""
+    from tqdm import tqdm
+
+    with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step", leave=False, disable=None) as bar:
+        yield lambda step: bar.update(step - bar.n)
+
+
+def say_end(name: str, seed: int, run: Run) -> None:
+    last = run.evaluations[-1] if run.evaluations else None
+    said = f"{last.val_loss:.4f} after {last.seconds:.2f} s of training" if last else "diverged"
+    print(f"{name:12} seed {seed} ends: {said}", flush=True)
+
+
+def bench_speedrun(args: list[str]) -> int:
+    """Returns the exit code: 1 if a run of ours doesn't reach the target."""
+    settings, for_train, config = read_arguments(args)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is for us alone to act on
+
+    import torch  # slow to import: not before the settings are known to be right
+
+    from gpt_arc.data.datasets import open_corpus, prepare_missing
+    from gpt_arc.device import device_name, resolve_device
+    from gpt_arc.planning.cost import describe_parameters, flops_per_token, peak_flops
+    from model import GPT
+
+    device = resolve_device(config.training.device)
+    prepare_missing(config.data.sources)
+    corpus = open_corpus(config.data.sources)
+    vocab_size = corpus.tokenizer.vocab_size if corpus.tokenizer else config.model.vocab_size
+    corpus.split("val", config.model.block_size, vocab_size, config.data.document_mask)
+    with torch.device("meta"):
+        sketch = GPT(dataclasses.replace(config.model, vocab_size=vocab_size))
+    if settings.nanogpt is not None:
+        check_nanogpt_reads(nanogpt_recipe(vocab_size, 0), corpus, vocab_size)
+    machine = f"{device_name(device)}, torch {torch.__version__}"
+    print(f"machine      {machine}")
+    print(f"model        {describe_parameters(sketch, ' parameters')}, {config.training.max_iters:,} steps")
+    print(f"data         {', '.join(corpus.names)}, {vocab_size} different tokens", flush=True)
+
+    runs: dict[int, dict[str, Run]] = {}  # by seed and program
+    rates, interrupted = [], None
+    with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as name:
+        if settings.nanogpt is not None:
+            write_raw(corpus.split("train", 1, vocab_size, document_mask=False), Path(name) / TRAIN_FILE)
+        try:
+            for seed in settings.seeds:
+                done: dict[str, Run] = {}
+                if settings.nanogpt is not None:
+                    recipe = nanogpt_recipe(vocab_size, seed)
+                    job = Job(settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name))
+                    with shown("nanoGPT", seed, recipe.training.max_iters) as advance:
+                        done["nanoGPT"] = train_nanogpt(job, advance)
+                    say_end("nanoGPT", seed, done["nanoGPT"])
+                with shown("ours", seed, config.training.max_iters) as advance:
+                    done["ours"] = train_ours(for_train, seed, advance)
+                say_end("ours", seed, done["ours"])
+                rates.append(peak_flops(device, device_name(device), done["ours"].dtype))
+                runs[seed] = done
+        except KeyboardInterrupt:
+            if not runs:
+                raise
+            interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {len(settings.seeds)} seeds")
+
+    target, target_is = settings.loss, "as asked for"
+    if target is None:
+        target = median(done["nanoGPT"].evaluations[-1].val_loss for done in runs.values())
+        target_is = "where nanoGPT ends" + ", the median" * (len(runs) > 1)
+    results: dict[str, Any] = {"machine": machine, "settings": plain(settings), "config": asdict(config)}
+    results |= {"arguments": for_train, "target": target, "target_is": target_is}
+    results["programs"] = programs = {
+        name: [figures(done[name], seed, target) for seed, done in runs.items()]
+        for name in ("ours",) + ("nanoGPT",) * (settings.nanogpt is not None)
+    }
+    ratios = [ratio(ours, its) for ours, its in zip(programs["ours"], programs.get("nanoGPT", []))]
+    results["ratios"] = ratios = [one for one in ratios if one is not None]
+    results["ratio"] = spread([one["ratio"] for one in ratios]) if ratios else None
+    flops = flops_per_token(sketch)
+    results["floor"] = floor(programs["ours"], flops, None if rates[0] is None else median(rates))
+    show(results)
+    if settings.json is not None:
+        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    if interrupted:
+        raise interrupted
+    return int(not all(row["reached"] for row in programs["ours"]))
