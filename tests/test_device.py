@@ -111,8 +111,8 @@ def test_freed_memory_is_kept():
     """In a process of its own: without it a block of 64 MB is new memory, full of zeros, every time."""
     code = (
         "import resource, sys, torch\n"
-        "from gpt_arc import runtime\n"
-        "if sys.argv[1] == 'True': runtime.set_up(torch.device('cpu'), 'bfloat16')\n"
+        "from gpt_arc.device import set_up_device\n"
+        "if sys.argv[1] == 'True': set_up_device(torch.device('cpu'), 'bfloat16')\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(8): torch.ones(1 << 24)\n"
         "before = faults()\n"

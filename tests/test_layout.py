@@ -1,4 +1,4 @@
-"""What keeps the repository readable: imports point one way, and each script says how to run it."""
+"""The floor plan: which package may import which, and what every script promises."""
 
 import ast
 import subprocess
@@ -8,13 +8,37 @@ import pytest
 
 from helpers import ROOT
 
-NOUNS = sorted((ROOT / "gpt_arc").glob("*.py"))
+# Package -> the packages it may import besides itself. Read top to bottom, this is the architecture: each line
+# stands on the lines above it.
+MAY_IMPORT = {
+    "ground": (),
+    "nn": (),
+    "model": ("nn",),
+    "data": ("ground", "nn"),
+    "weights": ("ground", "nn", "model", "data"),
+    "planning": ("ground", "nn", "model"),
+    "training": ("ground", "nn", "model", "data", "weights"),
+    "chat": ("ground", "nn", "model", "data", "weights"),
+    "finetuning": ("ground", "nn", "model", "data", "weights"),
+    "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat"),
+    "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
+    "evaluation": ("ground", "nn", "model", "data", "weights", "decoding"),
+}
+ENTRY_POINTS = {"gpt_arc/harness.py"}  # `python -m gpt_arc.harness`: above all packages
+READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS
+LIBRARY = [*sorted((ROOT / "gpt_arc").rglob("*.py")), ROOT / "model.py"]
 FOLDERS = ("prepare", "stages", "tools")
-VERBS = [ROOT / "train.py", ROOT / "sample.py", *(path for f in FOLDERS for path in sorted((ROOT / f).glob("*.py")))]
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py", *(path for f in FOLDERS for path in sorted((ROOT / f).glob("*.py")))]
+BENCHMARKS = [path for path in sorted((ROOT / "tools" / "benchmarks").glob("*.py")) if path.stem != "__init__"]
+LONGEST_FUNCTION = 100
+
+
+def place(path):
+    return str(path.relative_to(ROOT))
 
 
 def imported(path):
-    """Names of the modules that a file imports, wherever it does."""
+    """Names of the modules that a file imports, at any depth."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -28,18 +52,36 @@ def top_level(path):
     return {name.split(".")[0] for name in imported(path)}
 
 
-def test_the_model_imports_torch_the_standard_library_and_its_operations_alone():
-    for name, further in (("model", {"ops"}), ("ops", set())):
-        assert top_level(ROOT / f"{name}.py") <= {"torch", *sys.stdlib_module_names} | further
+def package(module):
+    """The line of MAY_IMPORT that a module belongs to; None for other libraries."""
+    first, *rest = module.split(".")
+    if first == "model":
+        return "model"
+    if first != "gpt_arc" or not rest:
+        return None
+    return rest[0] if (ROOT / "gpt_arc" / rest[0]).is_dir() else "ground"
 
 
-@pytest.mark.parametrize("path", NOUNS + VERBS, ids=lambda path: path.stem)
-def test_nothing_imports_a_verb(path):
-    assert not top_level(path) & {"train", "sample", *FOLDERS}
+@pytest.mark.parametrize("path", LIBRARY, ids=place)
+def test_imports_point_one_way(path):
+    if place(path) in ENTRY_POINTS:
+        return
+    name = package(".".join(path.relative_to(ROOT).with_suffix("").parts)) or "ground"
+    others = {package(module) for module in imported(path)} - {None, name}
+    assert others <= set(MAY_IMPORT[name]), f"{place(path)} imports {sorted(others - set(MAY_IMPORT[name]))}"
 
 
-def test_nouns_do_not_import_in_a_circle():
-    needs = {f"gpt_arc.{path.stem}": {n for n in imported(path) if n.startswith("gpt_arc.")} for path in NOUNS}
+def test_the_table_has_every_package_and_no_line_looks_down():
+    folders = {path.name for path in (ROOT / "gpt_arc").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders | {"ground", "model"} == set(MAY_IMPORT)
+    lines = list(MAY_IMPORT)
+    for number, line in enumerate(lines):
+        assert set(MAY_IMPORT[line]) <= set(lines[:number])
+
+
+def test_modules_do_not_import_in_a_circle():
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY}
+    needs = {name: imported(path) & names.keys() - {name} for name, path in names.items() if name.count(".")}
     done = set()
     while len(done) < len(needs):
         ready = {name for name in needs.keys() - done if not (needs[name] & needs.keys()) - done}
@@ -47,28 +89,44 @@ def test_nouns_do_not_import_in_a_circle():
         done |= ready
 
 
-@pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "gpt_arc" / "nn").glob("*.py")), ids=lambda path: path.stem)
+def test_the_parts_of_the_model_need_torch_alone(path):
+    assert top_level(path) <= {"torch", "gpt_arc", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS + BENCHMARKS, ids=place)
+def test_no_script_is_imported(path):
+    assert not top_level(path) & {"train", "sample", *FOLDERS}
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=place)
+def test_only_entry_points_read_the_command_line(path):
+    if place(path) not in READS_THE_COMMAND_LINE:
+        text = path.read_text()
+        assert not [word for word in ("sys.argv", "parse_flags", "runpy") if word in text]
+
+
+@pytest.mark.parametrize("path", LIBRARY + SCRIPTS + BENCHMARKS, ids=place)
+def test_a_function_fits_on_two_screens(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{node.name} has over {LONGEST_FUNCTION} lines"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_shadows_no_module(path):
     assert path.stem not in sys.stdlib_module_names
-    assert path.stem not in {
-        "datasets",
-        "evaluate",
-        "tokenizers",
-        "transformers",
-        "torch",
-        "numpy",
-        "tiktoken",
-        "wandb",
-    }
+    libraries = {"datasets", "evaluate", "tokenizers", "transformers", "torch", "numpy", "tiktoken", "wandb"}
+    assert path.stem not in libraries
 
 
-@pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_says_what_it_is_for_and_how_to_run_it(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 
-@pytest.mark.parametrize("script", [str(path.relative_to(ROOT)) for path in VERBS])
+@pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
 def test_help_answers_from_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
     """What is slow to import is imported where it is used; the loops of train.py and stages/ need torch."""
     monkeypatch.chdir(tmp_path)
@@ -84,8 +142,3 @@ def test_help_answers_from_any_folder_and_imports_nothing_slow(script, tmp_path,
     assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
     assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
     assert not list(tmp_path.iterdir())
-
-
-def test_the_three_files_to_read_stay_readable():
-    for name, lines in (("model.py", 550), ("train.py", 350), ("sample.py", 150)):
-        assert len((ROOT / name).read_text().splitlines()) <= lines

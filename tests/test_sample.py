@@ -22,21 +22,9 @@ from gpt_arc.errors import entry_point
 from gpt_arc.training import compile as compile_module
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, command
-from model import GPT, GPTConfig
+from stub_models import counting_model
 
 LETTERS = "\nabcdefgh"
-
-
-def counting_model(vocab: int, block_size: int) -> GPT:
-    """A real GPT that says the token after the last one: embeddings are unit vectors, the head shifts them by one."""
-    model = GPT(GPTConfig(block_size, vocab, 1, 1, vocab, head_size=2, positions="rotary", tied_head=False, bias=False))
-    with torch.no_grad():
-        for parameter in model.blocks.parameters():
-            if parameter.dim() > 1:
-                parameter.zero_()
-        model.token_embedding.weight.copy_(torch.eye(vocab))
-        model.head.weight.copy_(50 * torch.eye(vocab).roll(1, dims=0))
-    return model
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class Task:
     unconditional: str = "Answer:"
     """The context of that."""
     stop_word_filter: bool = False
-    """cloze: right where the answer is the likeliest word that is no stop word, see `gpt_arc.word_search`."""
+    """cloze: right if the answer is the likeliest word that isn't a stop word, see evaluation/word_search.py."""
     description: str = ""
     """Template before all demonstrations, of the item asked."""
     separator: str = "\n\n"
@@ -99,7 +99,7 @@ class Task:
     train: str = ""
     """Its split to draw demonstrations from; empty: from the items to answer, but never the one asked."""
     generator: str = ""
-    """Items made by `gpt_arc.tasks` instead: addition, subtraction or multiplication and a number of digits."""
+    """Generated items: addition, subtraction or multiplication, and a number of digits (evaluation/items.py)."""
     prepare: Literal["", "cbt", "copa", "gsm8k", "winograd"] = ""
     """What makes the columns that the templates name of an item's own, where those don't do: see PREPARATIONS."""
     published: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.finetuning.examples import TaskKind
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -372,7 +371,7 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
 
 
 def hf_classifier_config(
-    content: dict[str, Any], task: TaskKind, classes: Sequence[str] | None, start: int, dropout: float
+    content: dict[str, Any], task: str, classes: Sequence[str] | None, start: int, dropout: float
 ) -> dict[str, Any]:
     """`hf_config`'s `content` for the class that computes a classifier's logits: those of a head on the model.
 
@@ -401,7 +400,7 @@ def hf_classifier_config(
 
 
 def hf_classifier_tensors(
-    model: GPT, head: Tensor, task: TaskKind, dtype: torch.dtype = torch.float32
+    model: GPT, head: Tensor, task: str, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
     """`hf_tensors` with a classifier's head; the language model's is there for multiple choice alone."""
     head = torch.empty(head.shape, dtype=dtype).copy_(head.detach())

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-import gpt_arc.rl as rl
+from gpt_arc.alignment import losses as rl
 from helpers import randomised
 from model import GPT, GPTConfig
 

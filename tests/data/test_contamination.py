@@ -4,11 +4,9 @@ import json
 import os
 import pickle
 import random
-import re
 import string
 import tempfile
 import unicodedata
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +36,7 @@ from gpt_arc.data.contamination import (
 )
 from gpt_arc.data.documents import Files
 from gpt_arc.errors import UserError
+from slow_contamination import slow_clean, slow_words
 
 ITEM = "the quick brown fox jumps over the lazy dog near an old mill"  # 13 words
 PUBLISHED = FilterSettings()
@@ -45,51 +44,6 @@ SMALL = FilterSettings(words=3, window=4, shortest_piece=6, most_pieces=2, most_
 
 
 # The rules, character by character
-
-
-def slow_words(text):
-    """Words, and where each begins and ends with the punctuation that touches it."""
-    found, start = [], 0
-    for end in range(len(text) + 1):
-        if end == len(text) or text[end].isspace():
-            kept = [c for c in text[start:end] if unicodedata.category(c)[0] != "P" and c not in "$+<=>^`|~"]
-            if kept:
-                found.append(("".join(kept).lower(), start, end))
-            start = end + 1
-    return found
-
-
-def slow_clean(documents, items, rules):
-    """The documents that are left, and the counts of documents."""
-    size = rules.words
-
-    def grams(words):
-        return [tuple(word for word, _, _ in words[at : at + size]) for at in range(len(words) - size + 1)]
-
-    wanted = {gram for item in items for gram in grams(slow_words(item))}
-    words = [slow_words(text) for text in documents]
-    having = Counter(gram for part in words for gram in set(grams(part)) & wanted)
-    wanted = {gram for gram in wanted if having[gram] <= rules.most_documents}
-    left, counts = [], dict.fromkeys(("read", "unchanged", "cut", "dropped", "left_without_pieces"), 0)
-    for text, part in zip(documents, words):
-        counts["read"] += 1
-        cut = set()
-        for at, gram in enumerate(grams(part)):
-            if gram in wanted:
-                cut |= set(range(part[at][1] - rules.window, part[at + size - 1][2] + rules.window))
-        if not cut:
-            left.append(text)
-            counts["unchanged"] += 1
-            continue
-        stays = "".join("\0" if n in cut else "x" for n in range(len(text)))
-        spans = [match.span() for match in re.finditer("x+", stays)]
-        long = [text[a:b] for a, b in spans if b - a >= rules.shortest_piece]
-        if len(spans) > rules.most_pieces:
-            counts["dropped"] += 1
-        else:
-            left += long
-            counts["cut" if long else "left_without_pieces"] += 1
-    return left, counts
 
 
 def slow_letters(text):

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sample import counting_model
 
 from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.decoder import Decoder
@@ -20,6 +19,7 @@ from gpt_arc.decoding.settings import Sampling
 from gpt_arc.decoding.speculative import Acceptance, speculative
 from gpt_arc.errors import UserError
 from model import GPT, GPTConfig
+from stub_models import counting_model
 
 LOGITS = [2.0, 1.5, 1.0, 1.0, 0.2, -0.3, -1.0, -4.0]
 GREEDY = Sampling(temperature=0)
@@ -228,7 +228,7 @@ def small_gpt(seed=0, vocab=13, context=12, n_layer=2, **settings):
 
 
 def window(model, text, prompt_length):
-    """What of a text the model sees before the next token: see `gpt_arc.decoder` on texts beyond the context."""
+    """What the model sees of a text before the next token: see decoding/decoder.py on texts beyond the context."""
     context = model.config.block_size
     seen = list(text[:prompt_length][-context:])
     for token in text[prompt_length:]:

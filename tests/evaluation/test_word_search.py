@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from test_eval import bigrams
 
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
+from stub_models import bigrams
 
 
 class Pieces(Tokenizer):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_contamination import slow_clean
 
 from gpt_arc.data.contamination import FilterSettings
 from helpers import ROOT, command
+from slow_contamination import slow_clean
 
 SCRIPT = "prepare/decontaminate.py"
 ITEM = "one two three four five six seven eight nine ten eleven twelve thirteen"

@@ -209,7 +209,7 @@ def test_workers_make_no_difference(prepare, library, tmp_path, monkeypatch, wor
 
 SLOWED = f"""
 import runpy, signal, sys, time
-from gpt_arc import corpus
+from gpt_arc.data import prepare as corpus
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 corpus.BATCH = 4000
 encode = corpus._encode

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ppo import PLAIN, distribution, make_tree, optimum, save_chat_model, total_variation, utility, weights_of
-from test_reward import rankings, write
 
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, load_chat_model
 from gpt_arc.data.tokenizer import CharTokenizer
@@ -21,6 +19,18 @@ from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
 from helpers import command, interrupt_at, randomised
 from model import GPT, GPTConfig
+from policy_tree import (
+    PLAIN,
+    distribution,
+    make_tree,
+    optimum,
+    rankings,
+    save_chat_model,
+    total_variation,
+    utility,
+    weights_of,
+    write,
+)
 from stages import dpo
 
 LETTERS = CharTokenizer("abcdefgh")

@@ -29,6 +29,7 @@ from gpt_arc.weights.directory import save_model
 from helpers import randomised, write_dataset
 from model import GPT, GPTConfig
 from stages import eval as stage
+from stub_models import bigrams
 
 LETTERS = "\n abcéqr"  # the first is what an empty context begins with
 TOKENIZER = CharTokenizer(sorted(LETTERS))
@@ -58,25 +59,6 @@ def table_of(told):
 
 
 TABLE = table_of(TOLD)
-
-
-def bigrams(table, block_size=16):
-    """A GPT that predicts by the last token alone, with the probabilities of a table.
-
-    Its block adds nothing, its tokens are embedded as unit vectors e, and its norm makes of them e / rms(e).
-    """
-    size = len(table)
-    config = GPTConfig(
-        block_size=block_size, vocab_size=size, n_layer=1, n_head=1, n_embd=size, positions="rotary", norm="rmsnorm",
-        bias=False, tied_head=False,
-    )  # fmt: skip
-    model = GPT(config).eval()
-    with torch.no_grad():
-        model.blocks[0].attention.projection.weight.zero_()
-        model.blocks[0].mlp.projection.weight.zero_()
-        model.token_embedding.weight.copy_(torch.eye(size))
-        model.head.weight.copy_(table.log().T * math.sqrt(1 / size + config.norm_eps))
-    return model
 
 
 def log_chance(before, text, table=TABLE):

@@ -1,8 +1,6 @@
 """stages/ppo.py as a user runs it: the optimum it reaches, its updates written out, how it goes on, what it refuses."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 from functools import partial
@@ -22,6 +20,15 @@ from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
 from helpers import command, interrupt_at, kill_at, randomised, write_dataset
 from model import GPT, GPTConfig
+from policy_tree import (
+    distribution,
+    make_tree,
+    optimum,
+    save_chat_model,
+    total_variation,
+    weights_of,
+    write,
+)
 from stages import ppo
 
 LETTERS = CharTokenizer("abcdefgh")
@@ -41,15 +48,6 @@ def broken(rows, responses): return [1 / (len(text) - len(text)) for text in res
 def short(rows, responses): return [1.0]
 def nan(rows, responses): return [float("nan")] * len(rows)
 """
-
-
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def save_chat_model(model, chat, directory):
-    save_model(model, chat.tokenizer, directory)
-    chat.save(directory)
 
 
 def config_of(**settings):
@@ -78,10 +76,6 @@ def lines_of(folder):
     """The lines of metrics.jsonl without what a stopwatch said."""
     lines = read_metrics(Path(folder) / "metrics.jsonl")
     return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
-
-
-def weights_of(folder):
-    return load_file(Path(folder) / "model.safetensors")
 
 
 def assert_same_weights(a, b):
@@ -116,57 +110,6 @@ def record_gradients(monkeypatch):
 
 
 # ---- the optimum: of E[r] - beta KL it is pi_ref exp(r / beta) / Z
-
-TREE = CharTokenizer("\nab")
-PLAIN = ChatFormat.new(TEMPLATES["plain"], TREE, 3)  # vocabulary: newline, a, b, and the end of a response
-DEPTH = 3  # tokens of a response at most: 1 + 3 + 9 + 27 outcomes
-UTILITY = '''
-import hashlib
-def utility(rows, responses):
-    """A number in [-1, 1) for each text, drawn by its hash."""
-    numbers = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in responses]
-    return [2 * number / 2**32 - 1 for number in numbers]
-'''
-
-
-def utility(text):
-    return 2 * int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32 - 1
-
-
-@torch.no_grad()
-def distribution(directory):
-    """Log-probabilities of all outcomes, enumerated, float64."""
-    model, _, chat = load_chat_model(directory)
-    prompt, found, beginnings = chat.prompt([Turn("user", "a")]), {}, {(): 0.0}
-    for _ in range(DEPTH):
-        logits = model.eval()(torch.tensor([[*prompt, *tokens] for tokens in beginnings]))[:, -1]
-        following = {}
-        for (tokens, log), row in zip(beginnings.items(), logits.double().log_softmax(-1).tolist()):
-            for token, more in enumerate(row):
-                (found if token == chat.end else following)[*tokens, token] = log + more
-        beginnings = following
-    return found | beginnings
-
-
-def total_variation(p, q):
-    return 0.5 * sum(abs(math.exp(p[outcome]) - math.exp(q[outcome])) for outcome in p)
-
-
-def optimum(reference, beta):
-    better = {outcome: log + utility(PLAIN.decode(outcome)) / beta for outcome, log in reference.items()}
-    z = math.log(sum(map(math.exp, better.values())))
-    return {outcome: log - z for outcome, log in better.items()}
-
-
-def make_tree():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(8, len(PLAIN.ids) + 3, 1, 2, 32))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn_like(parameter))
-    save_chat_model(model, PLAIN, "tree")
-    write("tree.jsonl", [{"prompt": "a"}] * 512)
-    Path("utility_of_tree.py").write_text(UTILITY)
 
 
 # At the optimum r - beta log(pi / pi_ref) is the same for every response: advantages vanish, and their noise with them,

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import random
 from functools import partial
 from pathlib import Path
 
@@ -20,32 +19,13 @@ from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
 from helpers import command, interrupt_at, kill_at, randomised
 from model import GPT, GPTConfig
+from ranked_texts import TEXTS, rankings, utility, write
 from stages import reward
 
 LETTERS = CharTokenizer("abcdefgh")
 CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
-TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=3)]
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=2", "--gradient_accumulation_steps=2")
 TRAIN = ("base", "--train=train.jsonl", *QUICK)
-
-
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def utility(text):
-    return text.count("a") - text.count("b")
-
-
-def rankings(count, seed=0, responses=(2, 4)):
-    """Responses of three letters, ranked as Bradley and Terry's model does: by utility and Gumbel noise."""
-    draw, rows = random.Random(seed), []
-    for _ in range(count):
-        texts = draw.sample(TEXTS, draw.randint(*responses))
-        noisy = [utility(text) - math.log(-math.log(draw.random())) for text in texts]
-        ranks = [1 + sum(other > own for other in noisy) for own in noisy]
-        rows.append({"prompt": "h" * draw.randint(1, 3), "responses": texts, "ranks": ranks})
-    return rows
 
 
 def config_of(**settings):

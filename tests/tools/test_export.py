@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
 
+from exports import described, with_version
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import load_model, save_model
@@ -40,17 +40,6 @@ def tokenizer():
 @pytest.fixture
 def run(output_of):
     return lambda *argv: output_of(entry_point(export.main), "tools/export.py", *map(str, argv))
-
-
-def described(folder):
-    """Names, shapes and types of the tensors, and the file's metadata."""
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}
-        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}, file.metadata()
-
-
-def with_version(path):
-    return json.loads(path.read_text()) | {"transformers_version": transformers.__version__}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 import transformers
-from test_export import described, with_version
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
+from exports import described, with_version
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer, SentencePieceTokenizer, load_tokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_batch, save_classifier

@@ -71,7 +71,7 @@ import copy, sys
 import torch
 import torch.distributed as dist
 from gpt_arc import distributed
-from gpt_arc.expert_parallel import ExpertParallel
+from gpt_arc.training.expert_parallel import ExpertParallel
 from model import GPT, GPTConfig
 
 def outputs_and_gradients(model, x, experts):
