@@ -102,7 +102,7 @@ class Regressor(nn.Module):
         inputs = torch.cat((xs, F.pad(pairs[:, :-1], (0, 0, 1, 0))), dim=-1)  # (B, N, 2d + 1)
         x = self.read_in(inputs) + self.trunk.position_embedding.weight[: xs.size(1)]  # (B, N, C)
         for block in self.trunk.blocks:
-            x, _ = block(x, None, None)  # no rotary positions; without a mask attention is causal
+            x = block(x, None, None)  # no rotary positions; without a mask attention is causal
         return self.read_out(self.trunk.final_norm(x))[..., 0]
 
 

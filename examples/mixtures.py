@@ -229,7 +229,7 @@ def show_identity(seed: int) -> None:
         experts.router.weight.data.copy_(scale * drawn)
         with torch.no_grad():
             gates, outputs = expert_gates(experts, x)[..., None].numpy(), expert_outputs(experts, x).numpy()
-            mixed = experts(x)[0].numpy()
+            mixed = experts(x).numpy()
         found = decomposed(gates, outputs, y.numpy())
         np.testing.assert_allclose((y.numpy() - mixed) ** 2, found.error, rtol=1e-8, atol=EXACT)
         np.testing.assert_allclose(found.mean_error, found.error + found.ambiguity, rtol=EXACT)
@@ -572,7 +572,7 @@ def first_output(experts: "Experts", x: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return experts(torch.from_numpy(x))[0][:, 0].numpy()
+        return experts(torch.from_numpy(x))[:, 0].numpy()
 
 
 def show_fixed_gates(seed: int, repeats: int = 20, count: int = 300) -> None:

@@ -16,10 +16,10 @@ import sample
 from gpt_arc.chat.format import ChatFormat, Template, Turn
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.decoding import generate as generate_module
+from gpt_arc.decoding import load as load_module
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.load import resolve_decoding_compile, resolve_decoding_dtype
 from gpt_arc.errors import entry_point
-from gpt_arc.training import compile as compile_module
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, command
 from stub_models import counting_model
@@ -487,5 +487,5 @@ def test_automatic_compilation_of_decoding(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not resolve_decoding_compile("auto", cpu, model, 10**6)
     for works in (True, False):  # as Triton and the GPU allow
-        monkeypatch.setattr(compile_module, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
+        monkeypatch.setattr(load_module, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
         assert resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works

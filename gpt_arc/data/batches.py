@@ -29,7 +29,7 @@ def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Ite
     pin = device.type == "cuda"
 
     def read() -> tuple[Tensor, ...] | None:
-        batch = next(evaluation_batches, None)
+        batch = next(batches, None)
         return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
 
     # which GPU a thread means is its own affair

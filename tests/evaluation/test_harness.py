@@ -18,7 +18,8 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.evaluation.harness import HarnessModel, main
+from gpt_arc.evaluation.harness import HarnessModel
+from gpt_arc.harness import main
 from gpt_arc.weights.directory import save_model
 from helpers import TEXT, randomised
 from model import GPT, GPTConfig

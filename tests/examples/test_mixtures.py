@@ -122,7 +122,7 @@ def test_gates_and_outputs_make_up_what_experts_return(chosen, random):
         for e in range(4):
             hidden = torch.nn.functional.gelu(x @ experts.up[e].T + experts.up_bias[e])
             torch.testing.assert_close(outputs[e], hidden @ experts.projection[e].T + experts.projection_bias[e])
-        torch.testing.assert_close((gates[..., None] * outputs).sum(0), experts(x)[0])
+        torch.testing.assert_close((gates[..., None] * outputs).sum(0), experts(x))
     assert ((gates > 0).sum(0) == chosen).all()
 
 
@@ -133,7 +133,7 @@ def test_error_and_ambiguity_make_up_the_mean_error_of_experts(random):
     with torch.no_grad():
         outputs, gates = mixtures.expert_outputs(experts, x).numpy(), mixtures.expert_gates(experts, x).numpy()
         found = mixtures.decomposed(gates[..., None], outputs, y)
-        np.testing.assert_allclose(found.error, (y - experts(x)[0].numpy()) ** 2, **EXACT)
+        np.testing.assert_allclose(found.error, (y - experts(x).numpy()) ** 2, **EXACT)
     np.testing.assert_allclose(found.mean_error, found.error + found.ambiguity, **EXACT)
     for n, c in np.ndindex(y.shape):
         own, weights = outputs[:, n, c], gates[:, n]

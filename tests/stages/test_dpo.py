@@ -24,13 +24,12 @@ from policy_tree import (
     distribution,
     make_tree,
     optimum,
-    rankings,
     save_chat_model,
     total_variation,
     utility,
     weights_of,
-    write,
 )
+from ranked_texts import rankings, write
 from stages import dpo
 
 LETTERS = CharTokenizer("abcdefgh")

@@ -14,6 +14,7 @@ from statistics import median
 import pytest
 import torch
 
+from benchmarks import sample
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.weights.directory import save_model
 from helpers import ROOT, command, randomised
@@ -164,7 +165,7 @@ def test_the_floor_of_grouped_banded_gated_layers_in_8_bits():
     )
     # 8 x (2 + 2) x 4, 2 x 4 x 8 and 3 x 8 x 10 a layer; the second layer sees 4 of 10 tokens
     expected = {"weight_bytes": 3 * (128 + 64 + 240) + 88, "cache_bytes": 2 * (10 + 4 + 10) * 2 * 4 * 2}
-    assert bench.step_bytes(config, 2, 10, {"weight": 1, "cache": 2}) == expected
+    assert sample.step_bytes(config, 2, 10, {"weight": 1, "cache": 2}) == expected
 
 
 def test_the_table_has_a_row_for_each_program(measured):
@@ -210,23 +211,23 @@ def test_nothing_but_the_results_is_left(measured):
 )
 def test_ours_and_transformers_continue_alike(config, tmp_path):
     model = randomised(GPT(config))
-    bench.write_weights(model, tmp_path, peers=True)
+    sample.write_weights(model, tmp_path, peers=True)
     prompts = torch.randint(50, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
-    settings = bench.SampleBench("", ROWS, PROMPT, NEW, compile=False)
-    job = bench.Job(settings, config, "cpu", "float32", prompts.tolist(), tmp_path)
+    settings = sample.SampleBench("", ROWS, PROMPT, NEW, compile=False)
+    job = sample.Job(settings, config, "cpu", "float32", prompts.tolist(), tmp_path)
     expected = greedy(model, prompts, NEW)
-    assert [list(row) for row in zip(*bench.Ours(job).generate())] == [row[PROMPT:] for row in expected]
-    assert bench.Transformers(job).generate(NEW).tolist() == expected
+    assert [list(row) for row in zip(*sample.Ours(job).generate())] == [row[PROMPT:] for row in expected]
+    assert sample.Transformers(job).generate(NEW).tolist() == expected
 
 
 def test_flags_of_the_architecture_go_with_a_config_file(tmp_path):
     file = tmp_path / "tiny.toml"
     file.write_text(TOML + "[data]\nbatch_size = 9\n")
-    settings, config = bench.read_arguments(["--n_layer=3", str(file), "--rounds=7", "--batch_size", "2"])
+    settings, config = sample.read_arguments(["--n_layer=3", str(file), "--rounds=7", "--batch_size", "2"])
     assert config == GPTConfig(32, 50, 3, 2, 16) and (settings.rounds, settings.batch_size) == (7, 2)
     assert settings.model == str(file)
     with pytest.raises(UserError, match="no flag --n_layer"):
-        bench.read_arguments(["out/quickstart", "--n_layer=3"])
+        sample.read_arguments(["out/quickstart", "--n_layer=3"])
 
 
 @pytest.mark.parametrize(
@@ -266,8 +267,8 @@ def test_mistakes_are_told_in_one_sentence(flags, sentence, output_of, tmp_path,
 
 def test_mistakes_without_a_config_file(output_of, tmp_path, monkeypatch):
     run = lambda *args: output_of(entry_point(bench.main), "tools/bench.py", *args)  # noqa: E731
-    assert "say what to measure: python tools/bench.py sample" in run()
-    assert "say what to measure" in run("simple")
+    assert "name what to measure: python tools/bench.py sample" in run()
+    assert "name what to measure" in run("simple")
     assert "there is no config file" in run("sample", str(tmp_path / "tiny.toml"))
     assert "there is no model directory" in run("sample", str(tmp_path / "nowhere"))
     assert "python tools/bench.py sample --help" in run("--help")

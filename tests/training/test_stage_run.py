@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.training import epochs as epochs_module
 from gpt_arc.training import stage_run as stage_run_module
 from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
 from gpt_arc.training.options import StageOptions, read_options, record_options, recorded_options
@@ -59,12 +60,12 @@ def test_an_epoch_has_each_row_once(count, size):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_processes_share_the_rows_of_an_update(monkeypatch, world):
     draw = random.Random(world)
-    monkeypatch.setattr(stage_run_module, "WORLD_SIZE", world)
+    monkeypatch.setattr(epochs_module, "WORLD_SIZE", world)
     for _ in range(100):
         rows, size = draw.sample(range(100), draw.randrange(1, 30)), draw.randrange(1, 6)
         parts = []
         for rank in range(world):
-            monkeypatch.setattr(stage_run_module, "RANK", rank)
+            monkeypatch.setattr(epochs_module, "RANK", rank)
             parts.append(list(micro_batches(rows, size)))
         assert len({len(own) for own in parts}) == 1  # or one would wait for gradients that never come
         counted = Counter(row for own in parts for batch, counts in own for row in batch if counts)
