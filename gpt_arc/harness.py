@@ -1,13 +1,13 @@
-"""The tasks of EleutherAI's lm-evaluation-harness, run on a model of this repository.
+"""Runs the tasks of EleutherAI's lm-evaluation-harness on a model of this repository.
 
     pip install -e ".[eval]"
     python -m gpt_arc.harness --model gpt-arc --model_args pretrained=out/gpt2 --tasks lambada_openai,hellaswag
     python -m gpt_arc.harness --model gpt-arc --model_args pretrained=gpt2,dtype=bfloat16 --tasks wikitext --limit 20
     python -m gpt_arc.harness ls tasks
 
-This is the harness's own command line, which also knows the model type `gpt-arc`. `--model_args` are the arguments of
-`HarnessModel`; `--device` is auto, cpu, cuda, cuda:1 or mps. `--batch_size` has no effect: batch_tokens sets how much
-is read at once. From Python: `import gpt_arc.harness`, then
+This is the harness's own command line with the model type `gpt-arc` added. `--model_args` are the arguments of
+`HarnessModel`; `--device` is auto, cpu, cuda, cuda:1 or mps. `--batch_size` has no effect: batch_tokens sets the size
+of a batch. From Python: `import gpt_arc.harness`, then
 `lm_eval.simple_evaluate("gpt-arc", {"pretrained": "out/gpt2"}, ...)`.
 """
 

@@ -1,6 +1,6 @@
-"""Running text from that of old benchmarks, whose words are separated by spaces: what GPT-2 was measured on.
+"""Turns the space-separated tokens of old benchmarks back into running text, which GPT-2 was measured on.
 
-Perplexity by word is counted over the words as they stood (Radford et al. 2019, section 3.1).
+Perplexity by word still counts the words of the original text (Radford et al. 2019, section 3.1).
 """
 
 import re
@@ -15,24 +15,24 @@ def _heading(match: re.Match) -> str:
 
 
 def wikitext(text: str) -> str:
-    """WikiText-2 and -103: `@-@`, `@,@` and `@.@`, headings, and spaces before punctuation."""
+    """Detokenizes WikiText-2 and -103: `@-@`, `@,@` and `@.@`, headings, and spaces before punctuation."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r"(?m)^( ?)((?:= )+=) (.+) \2( ?)$", _heading, text)
-    for pattern, spelled in (
+    for pattern, replacement in (
         *PAIRS,
         (r" ([,.;:!?%])", r"\1"),
         (r" ('(?:s|t|m|d|re|ve|ll)\b)", r"\1"),
         (r"s ' ", "s' "),
     ):
-        text = re.sub(pattern, spelled, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
 def penn_treebank(text: str) -> str:
-    """Mikolov's Penn Treebank: split contractions, dollars, and spaces before punctuation; <unk> and N stay."""
+    """Detokenizes Mikolov's Penn Treebank: contractions, dollars, spaces before punctuation; <unk> and N stay."""
     text = re.sub(r" n't\b", "n't", text)
-    for pattern, spelled in ((r" ('(?:s|t|m|d|re|ve|ll)?(?= ))", r"\1"), (r"\$ ", "$"), (r" ([,.;:!?%])", r"\1")):
-        text = re.sub(pattern, spelled, text)
+    for pattern, replacement in ((r" ('(?:s|t|m|d|re|ve|ll)?(?= ))", r"\1"), (r"\$ ", "$"), (r" ([,.;:!?%])", r"\1")):
+        text = re.sub(pattern, replacement, text)
     return text
 
 

@@ -1,7 +1,7 @@
-"""Which experts of a mixture the tokens of a text go to, and how far their kind of text tells it.
+"""Which experts of a mixture the tokens of a text are routed to, and how far the class of a token predicts it.
 
     use = expert_use(model.eval(), windows(tokenizer, split.read, len(split), model.config.block_size))
-    use[0].load, use[0].explained       # of the first block with experts
+    use[0].load, use[0].explained       # for the first block with experts
 
 Shapes: E experts, N tokens, each with k experts, G classes of tokens, V vocabulary.
 """
@@ -24,18 +24,19 @@ CLASSES = ("newline", "space", "capital", "word begins", "in a word", "digit", "
 
 
 def token_class(text: str, before: str) -> str:
-    """The kind of a token's text that stands after the text `before`: one of CLASSES.
+    """Returns the class, one of CLASSES, of a token with this text after the text `before`.
 
-    White space alone is a newline if it holds one, else space. Else the first character that is not white space tells:
-    a capital letter is one anywhere; any other letter is in a word if it follows a letter, else it begins one; what is
-    neither letter nor digit is punctuation. Other are tokens without a text, such as a part of a character's bytes.
+    White space is a newline if it contains one, else a space. Any other token is classed by its first character that
+    isn't white space: a capital letter anywhere is "capital"; another letter is "in a word" after a letter, else "word
+    begins"; what is neither letter nor digit is punctuation. Tokens without text, such as part of a character's bytes,
+    are "other".
     """
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
         return "other"
-    bare = text.lstrip()
-    if not bare:
+    stripped = text.lstrip()
+    if not stripped:
         return "newline" if "\n" in text else "space"
-    first, previous = bare[0], text[: -len(bare)][-1:] or before[-1:]
+    first, previous = stripped[0], text[: -len(stripped)][-1:] or before[-1:]
     if first.isalpha():
         if first.isupper():
             return "capital"
@@ -44,7 +45,7 @@ def token_class(text: str, before: str) -> str:
 
 
 def token_classes(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
-    """For each token, read after the one before it, the place of its class in CLASSES."""
+    """Returns the index in CLASSES of each token's class, judged after the token before it."""
     known: dict[tuple[int | None, int], int] = {}
     classes, before = [], None
     for token in tokens:
@@ -61,28 +62,28 @@ def _class_of_pair(tokenizer: Tokenizer, before: int | None, token: int) -> str:
     alone = tokenizer.decode([token])
     if before is None:
         return token_class(alone, "")
-    first, both = tokenizer.decode([before]), tokenizer.decode([before, token])  # where spaces are told in context
-    return token_class(both.removeprefix(first) if both.startswith(first) else alone, first)
+    first, pair = tokenizer.decode([before]), tokenizer.decode([before, token])  # some spaces only show in context
+    return token_class(pair.removeprefix(first) if pair.startswith(first) else alone, first)
 
 
 class Use(NamedTuple):
-    """What one block's router did."""
+    """The choices of one block's router."""
 
-    block: int  # the first of the model's is 1
-    by_class: Tensor  # (G, E) int64 choices; a token makes k of them
-    by_token: Tensor  # (V, E) likewise, by the token's id
+    block: int  # from 1
+    by_class: Tensor  # (G, E) int64 counts of choices; a token makes k of them
+    by_token: Tensor  # (V, E) likewise, by token id
     experts_per_token: int  # k
     router_entropy: float  # mean over tokens of the entropy of the router's probabilities, in nats
 
     @property
     def load(self) -> Tensor:
-        """Share (E,) of all choices that each expert got, in float64."""
+        """Each expert's share (E,) of all choices, in float64."""
         counts = self.by_class.sum(0).double()
         return counts / counts.sum()
 
     @property
     def cv(self) -> float:
-        """The standard deviation of the loads over their mean: 0 of equal use."""
+        """Coefficient of variation: the standard deviation of the loads over their mean. 0 if use is equal."""
         return (self.load.std(correction=0) / self.load.mean()).item()
 
     @property
@@ -91,54 +92,63 @@ class Use(NamedTuple):
 
     @property
     def mutual_information(self) -> float:
-        """Of a token's class and one of its k experts, in nats. Of n choices chance alone gives about G E / 2n."""
+        """Mutual information of a token's class and one of its k experts, in nats.
+
+        With n choices, chance alone gives about G E / 2n.
+        """
         joint = self.by_class.double() / self.by_class.sum()
         return entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
 
     @property
     def explained(self) -> float | None:
-        """The mutual information over the largest possible, which is that of classes that settle all k experts:
-        the entropy of the loads, less the log k by which a token's own experts differ. None if all take the same."""
+        """The mutual information over its maximum, which it reaches if the class determines all k experts.
+
+        The maximum is the entropy of the loads minus log k, since the k experts of one token differ. None if all
+        tokens use the same experts.
+        """
         largest = entropy(self.load) - math.log(self.experts_per_token)
         return None if largest < 1e-9 else self.mutual_information / largest
 
     def typical(self, expert: int, count: int) -> list[tuple[int, int]]:
-        """The tokens that the expert gets most beyond its share of all choices, with how often it gets them."""
-        own = self.by_token[:, expert]
-        surplus = own - self.by_token.sum(1) * self.load[expert]
-        best = surplus.topk(min(count, len(own))).indices.tolist()
-        return [(token, int(own[token])) for token in best if surplus[token] > 0]
+        """Returns the tokens that most exceed the expert's share of all choices, and how often it got each."""
+        choices = self.by_token[:, expert]
+        surplus = choices - self.by_token.sum(1) * self.load[expert]
+        best = surplus.topk(min(count, len(choices))).indices.tolist()
+        return [(token, int(choices[token])) for token in best if surplus[token] > 0]
 
 
 def entropy(probabilities: Tensor) -> float:
-    """In nats, of probabilities of any shape that add up to 1."""
+    """Returns the entropy in nats of probabilities of any shape that add up to 1."""
     return torch.special.entr(probabilities).sum().item()
 
 
 @contextlib.contextmanager
 def watched(model: GPT) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
-    """For each block with experts what it chooses from here on: of each batch the experts (N, k) and logits (N, E)."""
-    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.experts]
+    """Runs the block with the routers recorded: for each block with experts, the (N, k) choices and (N, E) logits.
 
-    def watching(route, own: list[tuple[Tensor, Tensor]]):
-        def watched_route(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    Each forward pass appends one pair.
+    """
+    records: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.experts]
+
+    def recording(route, record: list[tuple[Tensor, Tensor]]):
+        def recorded_route(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             chosen, gates, logits = route(x)
-            own.append((chosen, logits))
+            record.append((chosen, logits))
             return chosen, gates, logits
 
-        return watched_route
+        return recorded_route
 
     try:
-        for experts, own in zip(model.experts, seen):
-            experts.route = watching(experts.route, own)  # of this module alone, before its class's
-        yield seen
+        for experts, record in zip(model.experts, records):
+            experts.route = recording(experts.route, record)  # an attribute of this module hides its class's method
+        yield records
     finally:
         for experts in model.experts:
             vars(experts).pop("route", None)
 
 
 class Window(NamedTuple):
-    """Tokens that the model reads at once, and the places of their classes in CLASSES."""
+    """One sequence for the model, and the index in CLASSES of each token's class."""
 
     tokens: list[int]
     classes: list[int]
@@ -147,22 +157,22 @@ class Window(NamedTuple):
 def windows(
     tokenizer: Tokenizer, read: Callable[[int, int], Sequence[int]], length: int, size: int, most: int = 0
 ) -> list[Window]:
-    """Windows of `size` tokens side by side, as many as hold `most` tokens, spread evenly over all; 0: all of them.
+    """Returns adjacent windows of `size` tokens; if `most` > 0, evenly spaced ones with up to `most` tokens in all.
 
-    `read(start, count)` gives the tokens of a text of `length` tokens, fewer at its end.
+    `read(start, count)` returns tokens of a text of `length` tokens, fewer at its end.
     """
     every = range(0, length, size)
     count = min(len(every), max(1, most // size)) if most else len(every)
-    found = []
+    selected = []
     for start in (every[i * len(every) // count] for i in range(count)):
-        before = min(start, 1)  # the token before the window has a say in the first one's class
+        before = min(start, 1)  # the class of the window's first token depends on the token before it
         tokens = [int(token) for token in read(start - before, size + before)]
-        found.append(Window(tokens[before:], token_classes(tokenizer, tokens)[before:]))
-    return found
+        selected.append(Window(tokens[before:], token_classes(tokenizer, tokens)[before:]))
+    return selected
 
 
 def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) -> list[Use]:
-    """The use of experts in each block that has some, by a model in evaluation mode, on any device."""
+    """Returns the use of experts in each block with experts, for a model in evaluation mode on any device."""
     config, device = model.config, model.head_weight.device
     blocks = [number for number, block in enumerate(model.blocks, start=1) if isinstance(block.mlp, Experts)]
     sizes = len(CLASSES), config.vocab_size
@@ -171,20 +181,20 @@ def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) 
     for first in tqdm(range(0, len(windows), rows), "reading", leave=False, disable=None):
         batch = windows[first : first + rows]
         tokens, classes = (
-            pad_sequence([torch.tensor(own) for own in column], batch_first=True, padding_value=-1)
+            pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=-1)
             for column in zip(*batch)
         )
-        there = (tokens >= 0).flatten()  # a window may be short; its tokens don't see what comes after them
-        groups = [ids.flatten()[there] for ids in (classes, tokens)]
-        with torch.inference_mode(), watched(model) as seen:
+        real = (tokens >= 0).flatten()  # not padding, which comes last and so doesn't affect the tokens before it
+        groups = [ids.flatten()[real] for ids in (classes, tokens)]
+        with torch.inference_mode(), watched(model) as records:
             model.hidden(tokens.clamp(min=0).to(device))
-        for i, [(chosen, logits)] in enumerate(seen):
-            chosen, logits = chosen.cpu()[there], logits.cpu()[there]
+        for i, [(chosen, logits)] in enumerate(records):
+            chosen, logits = chosen.cpu()[real], logits.cpu()[real]
             entropies[i] += torch.special.entr(logits.softmax(-1)).sum().item()
-            for ids, own in zip(groups, counts[i]):
-                own += torch.bincount((ids[:, None] * config.n_experts + chosen).flatten(), minlength=len(own))
-    read = sum(len(window.tokens) for window in windows)
+            for ids, count in zip(groups, counts[i]):
+                count += torch.bincount((ids[:, None] * config.n_experts + chosen).flatten(), minlength=len(count))
+    total = sum(len(window.tokens) for window in windows)
     return [
-        Use(block, *(c.view(-1, config.n_experts) for c in own), config.experts_per_token, total / read)
-        for block, own, total in zip(blocks, counts, entropies)
+        Use(block, *(c.view(-1, config.n_experts) for c in pair), config.experts_per_token, entropy_sum / total)
+        for block, pair, entropy_sum in zip(blocks, counts, entropies)
     ]

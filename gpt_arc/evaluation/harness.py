@@ -1,4 +1,4 @@
-"""gpt-arc models as EleutherAI's lm-evaluation-harness runs them: the model type `gpt-arc`."""
+"""The adapter to EleutherAI's lm-evaluation-harness: the model type `gpt-arc`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 
-WITHOUT_EFFECT = {"num_beams": 1}  # what tasks set besides what `_generation` takes, to a value that changes nothing
+WITHOUT_EFFECT = {"num_beams": 1}  # settings that `_generation` ignores, at values that change nothing
 
 
 @register_model("gpt-arc")
 class HarnessModel(TemplateLM):
     """The model that the harness calls `gpt-arc`.
 
-    `pretrained` is what sample.py takes: a run folder, a model directory, or the name of a published model. `dtype` is
-    the type of the weights, auto the fastest there is; `batch_tokens` bounds what is read at once; `seed` is the source
-    of chance where a task draws. A text is read after the tokenizer's start_token, and one that merely spells a special
-    token is encoded as text. Raises UserError for a model that can't be loaded or has no tokenizer.
+    `pretrained` is a run folder, a model directory or the name of a published model, as for sample.py. `dtype` is the
+    type of the weights; auto is the fastest that the device has. `batch_tokens` bounds the tokens of a batch; `seed` is
+    for tasks that sample. Each text is read after the tokenizer's start_token, and text that spells a special token is
+    encoded as text. Raises UserError if the model can't be loaded or has no tokenizer.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HarnessModel(TemplateLM):
         weights = DTYPES[resolve_dtype(dtype, self._device)]
         model, tokenizer = load_model(str(pretrained), dtype=weights)
         if tokenizer is None:
-            raise UserError(f"{pretrained} has no tokenizer, so that no task's text can be encoded for it")
+            raise UserError(f"{pretrained} has no tokenizer, so it can't read the tasks' text")
         self.model, self.text_tokenizer = model.to(self._device).eval(), tokenizer
         self.batch_tokens, self.seed = batch_tokens, seed
 
@@ -73,7 +73,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def max_gen_toks(self) -> int:
-        """How many tokens to make where a task doesn't say."""
+        """Tokens to generate if the task doesn't set a number."""
         return 256
 
     @property
@@ -82,39 +82,38 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context stands for, and the token before the first of a text."""
+        """The token before the first of a text, which also stands for an empty context."""
         return self.text_tokenizer.start_token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Ids of the text alone: `add_special_tokens` has no effect. Raises UserError, see `Tokenizer.encode`."""
+        """Returns the ids of the text; `add_special_tokens` has no effect. Raises UserError, see `Tokenizer.encode`."""
         return self.text_tokenizer.encode(string)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """The log-probability in nats of each continuation, and whether greedy decoding makes it.
+        """Returns each continuation's log-probability in nats, and whether greedy decoding would produce it.
 
-        A request is the texts, the context's tokens and the continuation's. A context that is too long loses its
-        beginning; raises ValueError for a continuation that is longer than the model's context.
+        A request has the two texts, the context's tokens and the continuation's tokens. A context that is too long is
+        cut at the start. Raises ValueError for a continuation that is longer than the model's context.
         """
         progress = None if disable_tqdm else "scoring"
-        asked = [Request(context, continuation) for _, context, continuation in requests]
+        pairs = [Request(context, continuation) for _, context, continuation in requests]
+        scores = score_continuations(self.model, pairs, self.batch_tokens, progress=progress)
         answers = []
-        for (texts, _, _), score in zip(
-            requests, score_continuations(self.model, asked, self.batch_tokens, progress=progress)
-        ):
+        for (texts, _, _), score in zip(requests, scores):
             answers.append((score.log_probability, score.is_greedy))
             self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability in nats of each text of any length, its windows being `rolling_windows`."""
+        """Returns the log-probability in nats of each text of any length, read in `rolling_windows`."""
         windows, owners = [], []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
-            own = list(rolling_windows(tokens, self.prefix_token_id, self.max_length))
-            windows += own
-            owners += [number] * len(own)
+            text_windows = list(rolling_windows(tokens, self.prefix_token_id, self.max_length))
+            windows += text_windows
+            owners += [number] * len(text_windows)
         progress = None if disable_tqdm else "scoring"
         totals = [0.0] * len(requests)
         for owner, score in zip(owners, score_continuations(self.model, windows, self.batch_tokens, progress=progress)):
@@ -124,26 +123,26 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, up to one of the texts `until`, the end of the text or max_gen_toks.
+        """Returns the continuation of each context, up to an `until` text, end-of-text or max_gen_toks.
 
-        Greedy unless the task says do_sample or a temperature. As in the harness, of a long context what leaves room
-        for max_gen_toks is read; where nothing would, what the model's context holds. Raises UserError for settings
-        that have no counterpart here.
+        Decoding is greedy unless the task sets do_sample or a temperature. As in the harness, a long context is cut at
+        the start to leave room for max_gen_toks; if that leaves nothing, to the model's context. Raises UserError for
+        settings that have no counterpart here.
         """
-        alike: dict[tuple[Sampling, tuple[str, ...], int], list[tuple[int, list[int]]]] = defaultdict(list)
+        by_settings: dict[tuple[Sampling, tuple[str, ...], int], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, request in enumerate(requests):
             context, settings = request.args
-            sampling, until, length = how = self._generation(settings)
+            sampling, until, length = key = self._generation(settings)
             room = self.max_length - length if length < self.max_length else self.max_length
-            alike[how].append((number, (self.tok_encode(context) or [self.prefix_token_id])[-room:]))
+            by_settings[key].append((number, (self.tok_encode(context) or [self.prefix_token_id])[-room:]))
         texts = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="generating", unit="request", leave=False, disable=disable_tqdm or None)
-        for (sampling, until, length), asked in alike.items():
-            asked.sort(key=lambda item: len(item[1]), reverse=True)
+        for (sampling, until, length), prompts in by_settings.items():
+            prompts.sort(key=lambda item: len(item[1]), reverse=True)
             start = 0
-            while start < len(asked):
-                longest = min(len(asked[start][1]) + length, self.max_length)
-                batch = asked[start : start + max(self.batch_tokens // longest, 1)]
+            while start < len(prompts):
+                longest = min(len(prompts[start][1]) + length, self.max_length)
+                batch = prompts[start : start + max(self.batch_tokens // longest, 1)]
                 for (number, _), text in zip(batch, self._generate(batch, sampling, until, length)):
                     texts[number] = text
                     self.cache_hook.add_partial("generate_until", requests[number].args, text)
@@ -153,15 +152,17 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generation(self, settings: dict[str, Any]) -> tuple[Sampling, tuple[str, ...], int]:
-        """How to draw, where to stop and after how many tokens, from a task's generation_kwargs. Raises UserError."""
-        left = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
-        until = tuple(text for text in left.pop("until") if text)
-        length, temperature = left.pop("max_gen_toks"), left.pop("temperature", 1.0)
-        filters = {name: left.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in left}
-        for name in ("top_k", "min_p"):  # where transformers takes 0 as none
+        """Returns sampling, stop texts and length from a task's generation_kwargs. Raises UserError."""
+        remaining = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        until = tuple(text for text in remaining.pop("until") if text)
+        length, temperature = remaining.pop("max_gen_toks"), remaining.pop("temperature", 1.0)
+        filters = {
+            name: remaining.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in remaining
+        }
+        for name in ("top_k", "min_p"):  # 0 means "off" in transformers
             filters[name] = filters.get(name) or None
-        sampling = Sampling(temperature if left.pop("do_sample") else 0.0, **filters)
-        for name, value in left.items():
+        sampling = Sampling(temperature if remaining.pop("do_sample") else 0.0, **filters)
+        for name, value in remaining.items():
             if name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]:
                 raise UserError(f"the task generates with {name} = {value}, which has no counterpart here")
         return sampling, until, length
@@ -169,7 +170,7 @@ class HarnessModel(TemplateLM):
     def _generate(
         self, batch: Sequence[tuple[int, list[int]]], sampling: Sampling, until: Sequence[str], length: int
     ) -> list[str]:
-        """Continuations of the prompts of a batch, each with its request's number, which decides what it draws."""
+        """Returns the continuations of a batch of (request number, prompt); the number decides what is sampled."""
         prompts = [tokens for _, tokens in batch]
         streams = [TextStream(self.text_tokenizer, tokens) for tokens in prompts]
 

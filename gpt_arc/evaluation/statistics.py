@@ -1,4 +1,4 @@
-"""Standard errors, and tests of differences."""
+"""Standard errors and significance tests."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ import numpy as np
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of a mean: the sample's standard deviation over the root of its size; 0 for a single value."""
+    """Returns the standard error of the mean; 0 for a single value."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
 def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
-    """That two settings are right (1) equally often, by the items on which they differ: McNemar's exact test."""
+    """Returns the p-value of McNemar's exact test: are two settings right (1) equally often on the same items?"""
     from scipy.stats import binomtest
 
     better = sum(b > a for a, b in zip(first, second))

@@ -1,8 +1,8 @@
-"""How near a generated text comes to the right one: BLEU by sacrebleu, ROUGE by rouge-score, libraries of [eval].
+"""Compares generated texts with references: BLEU by sacrebleu, ROUGE by rouge-score, both in the extra [eval].
 
-counts = [bleu_counts(said, right) for said, right in pairs]
-value, error = bleu(counts)                  # of the corpus, 0 to 1, with its standard error
-rouge([(said, right), ...])["ROUGE-L"]       # F1 of each text
+counts = [bleu_counts(text, reference) for text, reference in pairs]
+value, error = bleu(counts)                  # corpus BLEU from 0 to 1, with its standard error
+rouge([(text, reference), ...])["ROUGE-L"]   # F1 of each text
 """
 
 import importlib
@@ -16,63 +16,64 @@ import numpy as np
 from gpt_arc.errors import UserError
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\s*\n\s*")
-ORDERS = 4  # n-grams of BLEU
+ORDERS = 4  # longest n-grams of BLEU
 
 
 def eval_extra(module: str) -> Any:
-    """A module that only the extra [eval] installs. Raises UserError where it is missing."""
+    """Imports a module that only the extra [eval] installs. Raises UserError if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
         name = module.split(".")[0].replace("_", "-")
-        raise UserError(f"{name} is not installed: `pip install -e '.[eval]'` brings it") from None
+        raise UserError(f"{name} is not installed: `pip install -e '.[eval]'` installs it") from None
 
 
 def first_sentences(text: str, count: int) -> str:
-    """The first sentences of a text, a line each.
+    """Returns the first sentences of a text, one a line.
 
-    One ends with a full stop, question or exclamation mark before white space, quotes and brackets that close included,
-    or with its line.
+    A sentence ends with its line, or with a full stop, question or exclamation mark before white space; closing quotes
+    and brackets belong to it.
     """
     sentences, start = [], 0
     text = text.strip()
     for match in SENTENCE_END.finditer(text):
         sentences.append(text[start : match.end()].rstrip())
         start = match.end()
-    return "\n".join([one for one in (*sentences, text[start:]) if one][:count])
+    return "\n".join([sentence for sentence in (*sentences, text[start:]) if sentence][:count])
 
 
-def bleu_counts(said: str, right: str) -> list[int]:
-    """What BLEU is computed of: 1- to 4-grams that agree, all 1- to 4-grams, words of the text, words of the right one.
+def bleu_counts(text: str, reference: str) -> list[int]:
+    """Returns BLEU's counts: matching 1- to 4-grams, all 1- to 4-grams, words of the text, words of the reference.
 
-    Words are sacrebleu's own ("13a", with case), so that figures can be compared.
+    Words are split as sacrebleu does by default ("13a", with case), so that figures can be compared.
     """
-    score = eval_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([said], [[right]])
+    score = eval_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([text], [[reference]])
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
 def bleu(counts: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Corpus BLEU (0 to 1; Papineni et al. 2002) of `bleu_counts`, and its standard error, by the jackknife."""
+    """Returns corpus BLEU (0 to 1; Papineni et al. 2002) from `bleu_counts`, and its jackknife standard error."""
     compute = eval_extra("sacrebleu.metrics").BLEU.compute_bleu
 
     def score(total: np.ndarray) -> float:
-        *grams, said, right = total.tolist()
-        return compute(grams[:ORDERS], grams[ORDERS:], said, right, smooth_method="exp").score / 100
+        *grams, text_words, reference_words = total.tolist()
+        matching, all_grams = grams[:ORDERS], grams[ORDERS:]
+        return compute(matching, all_grams, text_words, reference_words, smooth_method="exp").score / 100
 
     table = np.array(counts)
     whole, size = table.sum(0), len(table)
     if size < 2:
         return score(whole), 0.0
-    without = [score(whole - one) for one in table]
-    return score(whole), math.sqrt((size - 1) * np.var(without))
+    leave_one_out = [score(whole - row) for row in table]
+    return score(whole), math.sqrt((size - 1) * np.var(leave_one_out))
 
 
 def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
-    """F1 of words, of pairs of words and of the longest common subsequence, for each text and the right one (Lin 2004).
+    """Returns each text's F1 by words, by word pairs and by longest common subsequence with its reference (Lin 2004).
 
-    Words are stemmed. The subsequence is that of summaries of several sentences, a line each (`rougeLsum`).
+    Words are stemmed. The subsequence is the summary-level one, with one sentence a line (`rougeLsum`).
     """
     kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeLsum"}
     scorer = eval_extra("rouge_score.rouge_scorer").RougeScorer(list(kinds.values()), use_stemmer=True)
-    found = [scorer.score(right, said) for said, right in pairs]
-    return {name: [one[kind].fmeasure for one in found] for name, kind in kinds.items()}
+    scores = [scorer.score(reference, text) for text, reference in pairs]
+    return {name: [score[kind].fmeasure for score in scores] for name, kind in kinds.items()}

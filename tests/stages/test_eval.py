@@ -22,8 +22,12 @@ from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.evaluation import reader as evaluation_reader
 from gpt_arc.evaluation.harness import HarnessModel
 from gpt_arc.evaluation.items import demonstrations
+from gpt_arc.evaluation.measure import TaskItems, gather, measure_task, with_overlap
+from gpt_arc.evaluation.metrics import choice_accuracy, item_values
+from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.weights.directory import save_model
 from helpers import randomised, write_dataset
@@ -33,8 +37,8 @@ from stub_models import bigrams
 
 LETTERS = "\n abcéqr"  # the first is what an empty context begins with
 TOKENIZER = CharTokenizer(sorted(LETTERS))
-# P(next | letter), in the order of sorted LETTERS; what is not told of a row is divided evenly among the others
-TOLD = {
+# P(next | letter); the letters that a row doesn't name share the remaining probability evenly
+CHANCES = {
     "q": {"b": 0.25, "a": 0.3, "é": 0.2, "c": 0.05},
     "a": {"a": 0.5, "b": 0.2},
     "b": {"c": 0.6},
@@ -48,17 +52,17 @@ LINES = ["qab", "rb", "qaé", "éa", "qbc"]
 TEXT = "".join(f"{line} " + "\n" * (number % 3) for number, line in enumerate(LINES * 4))
 
 
-def table_of(told):
-    """Probabilities (from, to)."""
+def table_of(chances):
+    """Returns the transition probabilities (from, to), in the order of TOKENIZER.characters."""
     rows = []
     for letter in TOKENIZER.characters:
-        own = told[letter]
-        rest = (1 - sum(own.values())) / (len(LETTERS) - len(own))
-        rows.append([own.get(other, rest) for other in TOKENIZER.characters])
+        row = chances[letter]
+        remainder = (1 - sum(row.values())) / (len(LETTERS) - len(row))
+        rows.append([row.get(other, remainder) for other in TOKENIZER.characters])
     return torch.tensor(rows, dtype=torch.float64)
 
 
-TABLE = table_of(TOLD)
+TABLE = table_of(CHANCES)
 
 
 def log_chance(before, text, table=TABLE):
@@ -68,7 +72,7 @@ def log_chance(before, text, table=TABLE):
 
 
 def reader_of(model, batch_tokens=100):
-    return stage.Reader(model, TOKENIZER, batch_tokens)
+    return Reader(model, TOKENIZER, batch_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -147,18 +151,18 @@ def test_each_normalisation_has_its_own_winner(reader, normalise):
     chances = [0.25, 0.15, 0.08, 0.05]
     for option, value in zip(OPTIONS, chances):
         assert log_chance("q", option) == pytest.approx(math.log(value))
-    merits = {
+    values = {
         "sum": [math.log(value) for value in chances],
         "token": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
         "character": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
         "byte": [math.log(value) / size for value, size in zip(chances, (1, 2, 4, 1))],
         "unconditional": [math.log(value / alone) for value, alone in zip(chances, (0.5, 0.2, 0.02, 0.01))],
     }[normalise]
-    assert merits.index(max(merits)) == LIKELIEST[normalise]
+    assert values.index(max(values)) == LIKELIEST[normalise]
     task = choice(normalise=normalise)
     questions = [(task.question({"options": OPTIONS, "answer": answer}), "bac ") for answer in range(4)]
     for batch_tokens in (1, 1000):
-        right = stage.choose(task, reader._replace(batch_tokens=batch_tokens), questions)
+        right = choice_accuracy(task, reader._replace(batch_tokens=batch_tokens), questions)
         assert right == [float(answer == LIKELIEST[normalise]) for answer in range(4)]
 
 
@@ -185,12 +189,12 @@ def test_normalisation_is_that_of_the_harness(workplace):
     right = {}
     for normalise, metric in (("character", "acc_norm"), ("byte", "acc_bytes")):
         mine = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
-        right[normalise] = stage.choose(mine, reader_of(model.model), [(mine.question(item), "") for item in items])
+        right[normalise] = choice_accuracy(mine, reader_of(model.model), [(mine.question(item), "") for item in items])
         assert right[normalise] == [sample[metric] for sample in samples]
     spaced = []
     for item in items:
-        merits = [log_chance(item["q"][-1], f" {option}") / len(f" {option}") for option in item["options"]]
-        spaced.append(float(merits.index(max(merits)) == item["gold"]))
+        values = [log_chance(item["q"][-1], f" {option}") / len(f" {option}") for option in item["options"]]
+        spaced.append(float(values.index(max(values)) == item["gold"]))
     assert right["character"] != right["byte"] and right["character"] != spaced
 
 
@@ -199,7 +203,7 @@ def test_of_equal_options_the_first_counts(reader, normalise):
     task = choice(normalise=normalise)
     options = ["b", "c", "c"] if normalise == "unconditional" else ["c", "b", "b"]
     questions = [(Question(["q"] * 3, options, answer), "") for answer in range(3)]
-    assert stage.choose(task, reader, questions) == [0.0, 1.0, 0.0]
+    assert choice_accuracy(task, reader, questions) == [0.0, 1.0, 0.0]
 
 
 def test_questions_may_differ_in_their_number_of_options_and_in_contexts(reader):
@@ -209,7 +213,7 @@ def test_questions_may_differ_in_their_number_of_options_and_in_contexts(reader)
         (Question(["q", "r", "b", "a"], ["c"] * 4, 2), ""),  # 0.05, 0.01, 0.6, 0.05: what WinoGrande asks
         (Question(["q", "r", "é"], ["b"] * 3, 0), ""),
     ]
-    assert stage.choose(task, reader, questions) == [1.0, 1.0, 0.0]
+    assert choice_accuracy(task, reader, questions) == [1.0, 1.0, 0.0]
 
 
 def test_a_long_prompt_loses_its_beginning():
@@ -285,7 +289,7 @@ def test_cloze_is_right_where_greedy_decoding_says_it(run):
 
 
 def test_answers_of_any_length_have_a_perplexity(run):
-    save_model(bigrams(table_of(TOLD | {"c": {"c": 1e-30}}), block_size=64), TOKENIZER, "sure")
+    save_model(bigrams(table_of(CHANCES | {"c": {"c": 1e-30}}), block_size=64), TOKENIZER, "sure")
     write("items.jsonl", [{"q": "c", "a": "c" * 30}])
     _, perplexity = one_model(run("sure", "--tasks", "cloze.toml", "--data=items.jsonl"))["tasks"]
     assert perplexity["value"] == pytest.approx(math.exp(700)) and perplexity["values"][0] > 2000
@@ -319,8 +323,8 @@ def test_stops_and_extraction_make_the_answer(run, settings, answer, right):
 
 def test_a_filter_of_stop_words_asks_for_another_word(run):
     """After c come a space and a (0.6), which is a stop word, or b (0.3), each followed by a newline."""
-    told = {"c": {" ": 0.9}, " ": {"a": 0.6, "b": 0.3}, "a": {"\n": 0.9}, "b": {"\n": 0.9}}
-    save_model(bigrams(table_of(TOLD | told)), TOKENIZER, "base")
+    chances = {"c": {" ": 0.9}, " ": {"a": 0.6, "b": 0.3}, "a": {"\n": 0.9}, "b": {"\n": 0.9}}
+    save_model(bigrams(table_of(CHANCES | chances)), TOKENIZER, "base")
     write("items.jsonl", [{"q": "c", "a": " b"}, {"q": "c", "a": " a"}, {"q": "c", "a": " c"}])
     right = {}
     for settings in ("", "stop_word_filter = true\n"):
@@ -352,7 +356,7 @@ def test_only_the_first_sentences_count(reader):
     assert reader.answers(["r"], task, 0) == ["bc\nqaaa"]
     questions = [(Question(["r"], [right], 0), "") for right in ("bc", "bc qaaa")]
     for count, figures in ((1, [1, 2 / 3]), (2, [2 / 3, 1]), (0, [2 / 3, 1])):
-        found = stage.figures_of(replace(task, sentences=count), reader, questions, 0)
+        found = item_values(replace(task, sentences=count), reader, questions, 0)
         assert found["ROUGE-1"] == pytest.approx(figures)
 
 
@@ -363,11 +367,10 @@ def test_demonstrations_stand_between_the_description_and_the_question(reader, m
         read.extend(texts)
         return [SimpleNamespace(is_greedy=True, log_probability=-1.0) for _ in texts]
 
-    monkeypatch.setattr(stage.Reader, "score", score)
+    monkeypatch.setattr(Reader, "score", score)
     task = Task("mine", "mine", "cloze", "{q}:", answer="{a}", description="[{q}]", separator=";")
     items = [{"q": f"q{n}", "a": f"a{n}"} for n in range(5)]
-    material = stage.Material(task, items, items, items, [0, 1, 2, 3, 4])
-    stage.measure(material, reader, stage.Options("base", tasks=("mine",), shots=(0, 2), seed=3))
+    measure_task(TaskItems(task, items, items, items, [0, 1, 2, 3, 4]), reader, shots=(0, 2), seed=3)
     expected = [
         (f"[q{n}]" + demonstrations(task, items, n, shots, 3, False) + f"q{n}:", f"a{n}")
         for shots in (0, 2)
@@ -494,7 +497,7 @@ def test_the_report_says_what_it_rests_on(run):
     assert other["weights"] == one["weights"]
     assert other["tasks"][0]["items_hash"] != one["tasks"][0]["items_hash"]
     assert other["texts"] == one["texts"]
-    save_model(bigrams(table_of(TOLD | {"a": {"a": 0.4}})), TOKENIZER, "base")
+    save_model(bigrams(table_of(CHANCES | {"a": {"a": 0.4}})), TOKENIZER, "base")
     (changed,) = run("base", *flags).report["models"]
     assert changed["weights"] != other["weights"]
     assert changed["tasks"][0]["items_hash"] == other["tasks"][0]["items_hash"]
@@ -507,7 +510,7 @@ def test_published_figures_stand_beside_accuracy(run):
 
 
 def test_each_checkpoint_is_measured(run):
-    tables = [TABLE, table_of(TOLD | {"q": {"b": 0.6}})]
+    tables = [TABLE, table_of(CHANCES | {"q": {"b": 0.6}})]
     for step, table in zip((1000, 2000), tables):
         save_model(bigrams(table), TOKENIZER, f"out/run/step-{step:08}")
     Path("out/run/best").symlink_to("step-00001000")
@@ -524,7 +527,7 @@ def test_each_checkpoint_is_measured(run):
 def test_checkpoints_are_drawn_against_their_updates(run, monkeypatch):
     drawn = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **how: drawn.append((self, file, how)))
-    tables = {500: TABLE, 2000: table_of(TOLD | {"q": {"b": 0.6}})}
+    tables = {500: TABLE, 2000: table_of(CHANCES | {"q": {"b": 0.6}})}
     for step, table in tables.items():
         save_model(bigrams(table), TOKENIZER, f"out/run/step-{step:08}")
     flags = ("--tasks", "cloze.toml", "--data=items.jsonl", "--perplexity", "text.txt", "--checkpoints=True")
@@ -584,9 +587,8 @@ def test_an_item_s_own_strings_are_looked_for(workplace):
     task = Task("mine", "mine", "cloze", "{question}", answer="{result}", prepare="gsm8k")
     write("items.jsonl", [{"question": "How many", "answer": "One and two are three\n#### 3"}])
     Path("other.txt").write_text("how many? One and two are three #### 3")
-    options = stage.Options("base", tasks=("mine",), data=Path("items.jsonl"), training_text=("other.txt",))
-    (material,) = stage.with_overlap([stage.gather(task, options)], options)
-    assert material.overlap == (8, [True])  # 8 words: neither the reasoning once more nor the result
+    (task_items,) = with_overlap([gather(task, (0,), 0, data=Path("items.jsonl"))], ["other.txt"])
+    assert task_items.overlap == (8, [True])  # 8 words: neither the reasoning once more nor the result
 
 
 def test_items_that_are_all_clean_leave_no_dirty_figure(run):
@@ -617,7 +619,7 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
         (("--tasks", "sst2", "--checkpoints=True", "--plot=a.pdf"), "plot = a.pdf must end in .png"),
         (("--tasks", "sst2", "--checkpoints=True", "--plot=no/a.png"), "there is no folder no for the results"),
         (("--perplexity", "text.txt", "--training_text", "text.txt"), "training_text is looked through for the items"),
-        (("--tasks", "addition_2", "--training_text", "text.txt"), "which are made anew: leave it out"),
+        (("--tasks", "addition_2", "--training_text", "text.txt"), "which are generated: leave it out"),
         (("--tasks", "choice.toml", "--data=items.jsonl", "--training_text", "no.txt"), "no.txt can't be read"),
         (("--tasks", "sst2", "--data=none.jsonl"), "there is no file none.jsonl"),
         (("--tasks", "sst2", "--shots=-1"), "shots = (-1,) must be numbers of 0 or more"),
@@ -628,7 +630,7 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
         (("--perplexity", "text.txt", "--batch_tokens=0"), "batch_tokens = 0 must be at least 1"),
         (("--perplexity", "text.txt", "--detokenizer=wiki"), "wiki"),
         (("--perplexity", "empty.txt"), "empty.txt is empty"),
-        (("--perplexity", "nowhere"), "there is neither a file nowhere nor a prepared dataset of that name"),
+        (("--perplexity", "nowhere"), "nowhere is neither a file nor a prepared dataset"),
         (("--perplexity", "strange.txt"), "the character 'z' (U+007A) at position 1"),
         (("--perplexity", "others"), "others was prepared with another tokenizer than the model's"),
         (("--tasks", "cloze.toml"), "cloze has no data of its own: name a file of items by --data"),
@@ -640,7 +642,10 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
             "cloze: a continuation of 17 tokens exceeds the context of 16",
         ),
         (("--tasks", "cloze.toml", "--data=items.jsonl", "--shots", "6"), "6 demonstrations can't be drawn from 6"),
-        (("--tasks", "cloze.toml", "--data=items.jsonl", "--checkpoints=True"), "base is no run folder with checkpoi"),
+        (
+            ("--tasks", "cloze.toml", "--data=items.jsonl", "--checkpoints=True"),
+            "base is not a run folder with check",
+        ),
         (("--tasks", "sst2", "--json=no/report.json"), "there is no folder no for the results"),
         (("--taks", "sst2"), "did you mean --tasks?"),
     ],
@@ -657,11 +662,11 @@ def test_mistakes_are_one_sentence(run, flags, words):
 
 def test_a_model_without_a_tokenizer_or_no_model_is_refused(run):
     save_model(bigrams(TABLE), None, "bare")
-    assert "bare has no tokenizer: it can't read texts" in run("bare", "--perplexity", "text.txt").message
+    assert "bare has no tokenizer, so it can't read text" in run("bare", "--perplexity", "text.txt").message
     assert "there is no model directory nothing" in run("nothing", "--perplexity", "text.txt").message
 
 
 def test_an_option_that_merges_into_its_context_is_refused(reader, monkeypatch):
-    monkeypatch.setattr(stage, "encode_pair", lambda *rest: ([1], []))
+    monkeypatch.setattr(evaluation_reader, "encode_pair", lambda *rest: ([1], []))
     with pytest.raises(UserError, match="mine: a request needs a token of context and one of continuation"):
         reader.score([("a", "b")], "mine")

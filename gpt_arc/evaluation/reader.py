@@ -1,0 +1,107 @@
+"""A model as an evaluation uses it: it scores pairs of texts and answers prompts.
+
+reader = Reader(model.eval(), tokenizer, batch_tokens=8192)
+scores = reader.score([("The cat", " sat"), ...], "my task")
+texts = reader.answers(["Q: What is 1 plus 1?\\nA:", ...], task, seed=0)
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from gpt_arc.data.text_stream import TextStream
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.beam import beam_search
+from gpt_arc.decoding.generate import generate
+from gpt_arc.decoding.probabilities import row_generators
+from gpt_arc.decoding.settings import Sampling
+from gpt_arc.errors import UserError
+from gpt_arc.evaluation.score import Request, Score, encode_pair, score_continuations
+from gpt_arc.evaluation.tasks import Task
+from gpt_arc.evaluation.word_search import length_batches
+from model import GPT
+
+
+class Reader(NamedTuple):
+    """A model with its tokenizer, which scores texts and answers prompts."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    batch_tokens: int
+
+    def score(self, pairs: Sequence[tuple[str, str]], label: str) -> list[Score]:
+        """Scores the second text of each pair after the first. Raises UserError if one is empty or too long.
+
+        `label` names the texts in the progress bar and in messages.
+        """
+        requests = []
+        for number, pair in enumerate(pairs, start=1):
+            try:
+                requests.append(Request(*encode_pair(self.tokenizer, *pair)))
+            except UserError as error:
+                raise UserError(f"{label}, text {number} of {len(pairs)}: {error}") from None
+        try:
+            scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
+        except ValueError as error:
+            raise UserError(f"{label}: {error}") from None
+        room = self.model.config.block_size + 1
+        cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
+        if cut:
+            print(
+                f"{label}: {cut:,} of {len(requests):,} texts were cut at the start to fit the context", file=sys.stderr
+            )
+        return scores
+
+    def answers(self, prompts: Sequence[str], task: Task, seed: int) -> list[str]:
+        """Returns the model's continuation of each prompt, up to one of the task's stop texts.
+
+        A sampled answer depends only on the seed and on its prompt's index. A prompt that is too long is cut at the
+        start, so that the answer fits into the context.
+        """
+        room = max(self.model.config.block_size - task.max_new_tokens, 1)
+        tokens = [(self.tokenizer.encode(prompt) or [self.tokenizer.start_token])[-room:] for prompt in prompts]
+        streams = [TextStream(self.tokenizer, prompt) for prompt in tokens]
+        bar = tqdm(total=len(prompts), desc=task.name, unit="answer", leave=False, disable=None)
+        if task.num_beams > 1:
+            ends = self._stop_tokens(task)
+            for prompt, stream in zip(tokens, streams):
+                best = beam_search(self.model, prompt, task.max_new_tokens, task.num_beams, task.length_penalty, ends)[
+                    0
+                ]
+                for token in best.tokens:
+                    stream.push(token)
+                bar.update()
+        else:
+            lengths = [len(prompt) + task.max_new_tokens for prompt in tokens]
+            for batch in length_batches(lengths, self.batch_tokens):
+                rows = [tokens[i] for i in batch]
+                self._generate(rows, [streams[i] for i in batch], task, row_generators(seed, batch))
+                bar.update(len(batch))
+        bar.close()
+        for stream in streams:
+            stream.end()
+        stop = "|".join(map(re.escape, task.stop))
+        return [re.split(stop, stream.text)[0] if stop else stream.text for stream in streams]
+
+    def _generate(
+        self, prompts: list[list[int]], streams: list[TextStream], task: Task, generators: list[torch.Generator]
+    ) -> None:
+        """Pushes the tokens that follow each prompt into its stream."""
+        sampling = Sampling(temperature=0) if task.top_k == 1 else Sampling(top_k=task.top_k)
+
+        def stopped(row: int, token: int) -> bool:
+            streams[row].push(token)
+            return streams[row].ended or any(stop in streams[row].text for stop in task.stop)
+
+        for _ in generate(self.model, prompts, task.max_new_tokens, sampling, generators=generators, stopped=stopped):
+            pass
+
+    def _stop_tokens(self, task: Task) -> list[int]:
+        """Returns the tokens that end a beam: end-of-text, and every token that contains a stop text."""
+        pieces = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocab_size))
+        tokens = [token for token, piece in pieces if any(stop in piece for stop in task.stop)]
+        return tokens if self.tokenizer.end_of_text is None else [*tokens, self.tokenizer.end_of_text]
