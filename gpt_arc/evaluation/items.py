@@ -1,4 +1,4 @@
-"""The items of a task: read, prepared or generated, and demonstrations among them."""
+"""The items of a task: reading, preparing and generating them, and drawing demonstrations."""
 
 import hashlib
 import json
@@ -20,38 +20,38 @@ NOT_NAMES = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "T
 
 
 def _cbt(item: dict[str, Any]) -> dict[str, Any]:
-    """`before` and `after` the blank, XXXXX, of the last sentence: running text, as GPT-2's authors made it."""
+    """Adds the running text `before` and `after` the blank, XXXXX, detokenized as by GPT-2's authors."""
 
-    def running(text: str) -> str:
+    def detokenized(text: str) -> str:
         for token, sign in (("`` ", '"'), (" ''", '"'), ("` ", "'"), ("-LRB- ", "("), (" -RRB-", ")")):
             text = text.replace(token, sign)
         return penn_treebank(text)
 
-    before, blank, after = running(item["question"]).partition("XXXXX")
+    before, blank, after = detokenized(item["question"]).partition("XXXXX")
     if not blank:
         raise UserError("its question has no blank, XXXXX")
-    return item | {"before": f"{running(' '.join(item['sentences']))} {before}", "after": after}
+    return item | {"before": f"{detokenized(' '.join(item['sentences']))} {before}", "after": after}
 
 
 def _copa(item: dict[str, Any]) -> dict[str, Any]:
-    """The premise with because or therefore in its full stop's place, and the choices as the rest of the sentence."""
+    """Replaces the premise's full stop by "because" or "therefore", and lower-cases the choices that follow it."""
     word = {"cause": "because", "effect": "therefore"}[item["question"]]
     choices = {name: item[name][:1].lower() + item[name][1:] for name in ("choice1", "choice2")}
     return item | choices | {"premise": f"{item['premise'].strip().removesuffix('.')} {word}"}
 
 
 def _gsm8k(item: dict[str, Any]) -> dict[str, Any]:
-    """The `reasoning` in a line, without the calculator's notes <<...>>, and the `result`, without commas."""
+    """Adds the `reasoning` on one line without the calculator annotations <<...>>, and the `result` without commas."""
     reasoning, _, result = item["answer"].rpartition("####")
     reasoning = " ".join(re.sub(r"<<[^>]*>>", "", reasoning).split())
     return item | {"reasoning": reasoning, "result": result.strip().replace(",", "")}
 
 
 def _winograd(item: dict[str, Any]) -> dict[str, Any]:
-    """`before` and `after` the pronoun, and options that fit into its place.
+    """Adds the text `before` and `after` the pronoun, and fits the options into its place.
 
-    As in EleutherAI's lm-evaluation-harness: 's for a possessive, an article or pronoun in lower case but where a
-    sentence begins, single spaces.
+    As in EleutherAI's lm-evaluation-harness: 's replaces a possessive, an article or pronoun is in lower case except at
+    the start of a sentence, and spaces are single.
     """
     at = item["pronoun_loc"]
     before, after = (
@@ -70,42 +70,44 @@ PREPARATIONS = {"cbt": _cbt, "copa": _copa, "gsm8k": _gsm8k, "winograd": _winogr
 
 
 def prepared_items(task: Task, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items as the task's `prepare` makes them. Raises UserError naming one that isn't of the schema."""
-    found = []
+    """Returns the items with the columns that the task's `prepare` adds. Raises UserError naming a malformed item."""
+    prepared = []
     for number, item in enumerate(items, start=1):
         try:
-            found.append(PREPARATIONS[task.prepare](item) if task.prepare else item)
+            prepared.append(PREPARATIONS[task.prepare](item) if task.prepare else item)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            lacks = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
-            raise UserError(f"{task.name}, item {number} is none that {task.prepare} knows: {lacks}") from None
+            lacks = f"there is no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise UserError(
+                f"{task.name}, item {number} does not have the columns of {task.prepare}: {lacks}"
+            ) from None
         except UserError as error:
             raise UserError(f"{task.name}, item {number}: {error}") from None
-    return found
+    return prepared
 
 
 def load_items(task: Task, split: str, local: Path | None, seed: int, count: int | None = None) -> list[dict[str, Any]]:
-    """The items of a task's split, "test" or "train": of the file `local`, made by its generator, or of the hub.
+    """Returns the items of a task's split, "test" or "train": from the file `local`, its generator or the hub.
 
-    Raises UserError where they can't be had.
+    Raises UserError if they are not available.
     """
     if local is not None:
         return _local_items(local)
     if task.generator:
         return arithmetic(task.generator, count or 2000, seed, split)
     if not task.hub:
-        raise UserError(f"{task.name} has no data of its own: name a file of items by --data")
+        raise UserError(f"{task.name} names no data set: give a file of items with --data")
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            "data sets of the hub take a library: pip install -e '.[data]', or name a file by --data"
+            "data sets from the hub need a library: pip install -e '.[data]', or give a file with --data"
         ) from None
     name = task.test if split == "test" else task.train
     try:
         return list(load_dataset(task.hub, task.subset or None, split=name))
     except Exception as error:  # every library between here and the network raises its own
         raise UserError(
-            f"{task.name}: {task.hub} can't be had of the Hugging Face hub: connect once, or name a file by --data "
+            f"{task.name}: can't load {task.hub} from the Hugging Face hub: connect once, or give a file with --data "
             f"({type(error).__name__}: {first_line(error)})"
         ) from None
 
@@ -130,7 +132,7 @@ def _local_items(path: Path) -> list[dict[str, Any]]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     items = []
     try:
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):  # noqa: B007  told below
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):  # noqa: B007  used in the message below
             if line.strip():
                 item = json.loads(line)
                 if not isinstance(item, dict):
@@ -147,9 +149,9 @@ WORDS = {"addition": "plus", "subtraction": "minus", "multiplication": "times"}
 
 
 def arithmetic(kind: str, count: int, seed: int, split: str) -> list[dict[str, Any]]:
-    """Questions of GPT-3's arithmetic (Brown et al. 2020, 3.9.1): both numbers uniform in [0, 10^D), D the digits.
+    """Generates GPT-3's arithmetic questions (Brown et al. 2020, 3.9.1): numbers uniform in [0, 10^D) for D digits.
 
-    Of the pairs of numbers a hash makes tenths; those of one are for demonstrations, so that none is ever asked.
+    A hash assigns a tenth of all pairs of numbers to the demonstrations, so that none of these is ever a question.
     """
     operation, _, digits = kind.partition(" ")
     if operation not in WORDS or not digits.isdigit() or not 1 <= int(digits) <= 9:
@@ -168,33 +170,33 @@ def arithmetic(kind: str, count: int, seed: int, split: str) -> list[dict[str, A
 
 def demonstrations(
     task: Task, pool: Sequence[dict[str, Any]], number: int, shots: int, seed: int, shuffled: bool,
-    asked: dict[str, Any] | None = None,
+    target: dict[str, Any] | None = None,
 ) -> str:  # fmt: skip
-    """`shots` items of the pool as text, drawn by the seed for the item `number`, which is never among them.
+    """Returns `shots` items of the pool as text, drawn by the seed for item `number`, which is never among them.
 
-    Where the task has a group they are of that of the item `asked`.
+    If the task has a group, they come from the group of that item, `target`.
 
     `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches
-    (Min et al., arXiv:2202.12837). Raises UserError where there are too few, or naming one that lacks something. A pool
-    of other items than those asked has numbers of its own, so there the item of this number is left out in vain.
+    (Min et al., arXiv:2202.12837). Raises UserError if there are too few items, or for one that lacks a column. A pool
+    that is not the items to answer also leaves out its item `number`, which is harmless.
     """
-    places, among = range(len(pool)), ""
-    if task.group and asked is not None and shots:
-        group = looked_up(task.group, asked)
+    places, condition = range(len(pool)), ""
+    if task.group and target is not None and shots:
+        group = looked_up(task.group, target)
         places = [i for i, item in enumerate(pool) if looked_up(task.group, item) == group]
-        among = f" of {task.group} = {json.dumps(group)}"
+        condition = f" with {task.group} = {json.dumps(group)}"
     if shots >= len(places):
-        raise UserError(f"{shots} demonstrations can't be drawn from {len(places)} items{among}, one left out")
-    chance = random.Random(f"{seed} {number}")
+        raise UserError(f"can't draw {shots} demonstrations from {len(places)} items{condition}, one of them left out")
+    rng = random.Random(f"{seed} {number}")
     texts = []
-    for i in [i for i in chance.sample(places, shots + 1) if i != number][:shots]:
+    for i in [i for i in rng.sample(places, shots + 1) if i != number][:shots]:
         try:
-            answer = chance.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
-            of = None
+            option = rng.choice(task.options_of(pool[i])) if shuffled and task.kind == "choice" else None
+            answer_item = None
             if shuffled and task.kind != "choice":
                 others = [place for place in places if place != i]
-                of = pool[others[chance.randrange(len(others))]]
-            texts.append(task.demonstrated(pool[i], answer, of))
+                answer_item = pool[others[rng.randrange(len(others))]]
+            texts.append(task.demonstrated(pool[i], option, answer_item))
         except UserError as error:
             raise UserError(f"item {i + 1} as a demonstration: {error}") from None
     return "".join(texts)

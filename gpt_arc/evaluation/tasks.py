@@ -1,14 +1,13 @@
-"""Tasks as files: how an item of a data set becomes a question, and what counts as its answer.
+"""Task files: how an item of a data set becomes a question, and what counts as its answer.
 
     task = load_task("hellaswag")                      # tasks/hellaswag.toml, or the path of a file
-    items = load_items(task, "test", local=None)       # of the hub, or of a local .jsonl or .parquet
+    items = load_items(task, "test", None, seed=0)     # from the hub, or from a local .jsonl or .parquet
     items = prepared_items(task, items)                # with the columns that its templates name
     question = task.question(items[0])                 # contexts and continuations to score
 
-A template is text in which {column} stands for a column of the item, {a.b} for the entry b of what column a holds, and
-{text.beginning} and {text.last_word}, {text.before} and {text.after} for the parts of a text beside its last space
-or its blank, written as _. In those of a choice {option} is the option in question. A task's file has the settings of
-`Task`.
+In a template {column} stands for a column of the item, and {a.b} for the entry b of column a. {text.beginning} and
+{text.last_word} are the parts of a text around its last space, {text.before} and {text.after} those around its blank,
+written as _. In the templates of a choice {option} is one of the options. A task file has the settings of `Task`.
 """
 
 import dataclasses
@@ -30,178 +29,192 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 
 
 class Question(NamedTuple):
-    """An item as a model meets it."""
+    """An item as the model sees it."""
 
-    contexts: list[str]  # of each option; one where there is nothing to choose
-    continuations: list[str]  # likewise; the answer, where there is nothing to choose
-    answer: int  # which of them is right
+    contexts: list[str]  # one for each option; a single one if there are no options
+    continuations: list[str]  # likewise; the answer if there are no options
+    answer: int  # index of the right one
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task's file. Raises UserError for settings that don't go together."""
+    """The settings of a task file. Raises UserError for settings that contradict each other."""
 
     name: str
     title: str
-    """What it is, and whose."""
+    """What the task is, with its source."""
     kind: Literal["choice", "cloze", "generate"]
-    """choice: the likeliest option. cloze: is the answer what greedy decoding says? generate: the same, by a metric."""
+    """choice: pick the likeliest option. cloze: is the answer what greedy decoding gives? generate: compare a generated
+    text with the answer by `metric`."""
     context: str = ""
-    """Template of what the model reads."""
+    """Template of the text before the answer."""
     continuation: str = "{option}"
-    """choice: template of what is scored after it."""
+    """choice: template of the text that is scored after the context."""
     options: str | list[str] = ""
-    """choice: the path of a column with a list of options, or a list of templates."""
+    """choice: path of a column with a list of options, or a list of templates."""
     answer: str = ""
-    """Template of the right option; of the answer, where there are no options."""
+    """Template of the right option, or of the answer if there are no options."""
     answer_as: Literal["place", "text"] = "place"
-    """choice: what `answer` is: the option's number or letter, or its text."""
+    """choice: whether `answer` is the option's number or letter (place), or its text."""
     answer_from: int = 0
-    """Which number the first option has in the data."""
+    """choice: the number of the first option in the data."""
     normalise: Literal["sum", "token", "character", "byte", "unconditional"] = "sum"
-    """choice: what options are compared by: log-probability, that over its tokens, over its characters or bytes but a
-    space at its beginning (acc_norm and acc_bytes of lm-evaluation-harness), or less its own after `unconditional`."""
+    """choice: how options are compared. sum: by log-probability. token, character, byte: by log-probability over length
+    without a leading space (the last two are acc_norm and acc_bytes of lm-evaluation-harness). unconditional: by
+    log-probability minus that after the context `unconditional`."""
     unconditional: str = "Answer:"
-    """The context of that."""
+    """choice: the context for normalise = "unconditional"."""
     stop_word_filter: bool = False
     """cloze: right if the answer is the likeliest word that isn't a stop word, see evaluation/word_search.py."""
     description: str = ""
-    """Template before all demonstrations, of the item asked."""
+    """Template of a text before all demonstrations, filled from the item to answer."""
     separator: str = "\n\n"
-    """What stands after a demonstration."""
+    """Text after each demonstration."""
     stop: list[str] = field(default_factory=lambda: ["\n"])
-    """generate: what ends an answer."""
+    """generate: texts that end an answer."""
     extract: str = ""
-    """generate: a regular expression whose last match, or its group, in the text is the answer; empty: the text."""
+    """generate: a regular expression; the answer is its last match in the text, or that match's group. Empty: the whole
+    text."""
     max_new_tokens: int = 32
-    """generate: the longest answer."""
+    """generate: longest answer in tokens."""
     sentences: int = 0
-    """generate: so many first sentences of the text count; 0: all."""
+    """generate: number of sentences at the start of the text that count. 0: all."""
     top_k: int = 1
-    """generate: each token is drawn among the so many likeliest; 1: greedy decoding."""
+    """generate: draw each token from the top_k likeliest. 1: greedy decoding."""
     num_beams: int = 1
-    """generate: the likeliest text that a search with so many beams finds; 1: none. One at a time, and a beam ends with
-    a token that holds one of `stop`."""
+    """generate: beams of a search for the likeliest text; a beam ends with a token that contains a `stop` text. 1: no
+    search."""
     length_penalty: float = 1.0
-    """Beams are ranked by log-probability / length^this."""
+    """generate: beams are ranked by log-probability / length^length_penalty."""
     metric: Literal["exact match", "bleu", "rouge"] = "exact match"
-    """generate: what a text is compared with the answer by."""
+    """generate: how a text is compared with the answer."""
     group: str = ""
-    """Path of a column: an item's demonstrations are items that have the same there, such as a subject."""
+    """Path of a column, such as a subject: demonstrations have the same value there as the item to answer."""
     demonstration: str = ""
-    """Template of what follows the context in a demonstration, such as a chain of thought; empty: the answer."""
+    """Template of the text after the context in a demonstration, such as a chain of thought. Empty: the answer."""
     hub: str = ""
     """The data set on the Hugging Face hub."""
     subset: str = ""
-    """The part of it that it calls a configuration."""
+    """The data set's configuration on the hub."""
     test: str = "test"
-    """Its split of the items to answer."""
+    """Split of the items to answer."""
     train: str = ""
-    """Its split to draw demonstrations from; empty: from the items to answer, but never the one asked."""
+    """Split to draw demonstrations from. Empty: the other items to answer."""
     generator: str = ""
     """Generated items: addition, subtraction or multiplication, and a number of digits (evaluation/items.py)."""
     prepare: Literal["", "cbt", "copa", "gsm8k", "winograd"] = ""
-    """What makes the columns that the templates name of an item's own, where those don't do: see PREPARATIONS."""
+    """Derives the columns that the templates name from the data set's: see PREPARATIONS in evaluation/items.py."""
     published: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Published figures of this task: a table for each metric, by model."""
+    """Published figures of this task: a table of figures by model for each metric."""
 
     def __post_init__(self):
-        for one in dataclasses.fields(self):
-            value, allowed = getattr(self, one.name), TYPES[one.name]
+        self._check_types()
+        self._check_values()
+        for setting in dataclasses.fields(self):
+            factory = setting.default_factory
+            default = setting.default if factory is dataclasses.MISSING else factory()
+            kind = KIND_OF.get(setting.name, self.kind)
+            if kind != self.kind and getattr(self, setting.name) != default:
+                raise UserError(f"{setting.name} belongs to the kind {kind}, not to {self.kind}")
+
+    def _check_types(self) -> None:
+        for setting in dataclasses.fields(self):
+            value, allowed = getattr(self, setting.name), TYPES[setting.name]
             if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
-                raise UserError(f"{one.name} = {value!r} has the wrong type")
-            choices = typing.get_args(one.type) if typing.get_origin(one.type) is Literal else ()
+                raise UserError(f"{setting.name} = {value!r} has the wrong type")
+            choices = typing.get_args(setting.type) if typing.get_origin(setting.type) is Literal else ()
             if choices and value not in choices:
-                raise UserError(f"{one.name} = {value!r} must be one of {', '.join(choices)}")
+                raise UserError(f"{setting.name} = {value!r} must be one of {', '.join(choices)}")
+
+    def _check_values(self) -> None:
         if self.kind == "choice" and not self.options:
             raise UserError("a choice needs options")
         if isinstance(self.options, list) and (len(self.options) == 1 or not all_texts(self.options)):
-            raise UserError(f"options = {self.options!r} must be two texts or more, or a column's path")
+            raise UserError(f"options = {self.options!r} must be two or more texts, or the path of a column")
         if not all_texts(self.stop) or "" in self.stop:
             raise UserError(f"stop = {self.stop!r} must be texts, none of them empty")
         for name, least in (("max_new_tokens", 1), ("top_k", 1), ("num_beams", 1), ("sentences", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
         if self.num_beams > 1 and self.top_k > 1:
-            raise UserError("num_beams draws nothing, so top_k has no meaning: leave one of them out")
+            raise UserError("num_beams does not sample, so top_k has no effect: leave one of them out")
         if not 0 <= self.length_penalty <= 100:
             raise UserError(f"length_penalty = {self.length_penalty} must lie in [0, 100]")
         if self.num_beams == 1 and self.length_penalty != 1:
             raise UserError("length_penalty ranks beams: it needs num_beams")
         if self.extract and self.metric != "exact match":
-            raise UserError(f"extract finds what is matched exactly: it has no meaning for {self.metric}")
+            raise UserError(f"extract has no effect with metric = {self.metric}: it is for exact matches")
         for metric, figures in self.published.items():
             if not isinstance(figures, dict):
-                raise UserError(f"published: {metric} = {figures!r} is no table of a metric's figures")
+                raise UserError(f"published: {metric} = {figures!r} is not a table of figures")
             for model, figure in figures.items():
                 if not isinstance(figure, (int, float)):
                     raise UserError(f"published: {model} = {figure!r} is not a number")
         try:
             re.compile(self.extract)
         except re.error as error:
-            raise UserError(f"extract = {self.extract!r} is no regular expression: {error}") from None
-        for one in dataclasses.fields(self):
-            default = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-            kind = KIND_OF.get(one.name, self.kind)
-            if kind != self.kind and getattr(self, one.name) != default:
-                raise UserError(f"{one.name} belongs to the kind {kind}, not to {self.kind}")
+            raise UserError(f"extract = {self.extract!r} is not a regular expression: {error}") from None
 
     def question(self, item: dict[str, Any]) -> Question:
-        """The item's contexts, continuations and answer. Raises UserError naming what it lacks."""
+        """Returns the item's contexts, continuations and answer. Raises UserError naming a missing column."""
         if self.kind != "choice":
             return Question([filled(self.context, item)], [filled(self.answer, item)], 0)
         options = self.options_of(item)
-        asked = [item | {"option": option} for option in options]
-        contexts = [filled(self.context, one) for one in asked]
-        return Question(contexts, [filled(self.continuation, one) for one in asked], self.answer_of(item, options))
+        variants = [item | {"option": option} for option in options]
+        contexts = [filled(self.context, variant) for variant in variants]
+        continuations = [filled(self.continuation, variant) for variant in variants]
+        return Question(contexts, continuations, self.answer_of(item, options))
 
     def options_of(self, item: dict[str, Any]) -> list[str]:
         if isinstance(self.options, list):
             return [filled(option, item) for option in self.options]
         options = looked_up(self.options, item)
         if not isinstance(options, list) or len(options) < 2 or not all_texts(options):
-            raise UserError(f"{self.options} = {json.dumps(options)[:60]} is not a list of two texts or more")
+            raise UserError(f"{self.options} = {json.dumps(options)[:60]} is not a list of two or more texts")
         return options
 
     def answer_of(self, item: dict[str, Any], options: Sequence[str]) -> int:
-        """The number, from 0, of the right option."""
-        said = filled(self.answer, item).strip()
+        """Returns the index of the right option."""
+        answer = filled(self.answer, item).strip()
         if self.answer_as == "text":
-            if said not in options:
-                raise UserError(f"the answer {said!r} is none of the {len(options)} options' texts")
-            return options.index(said)
-        number = ord(said.upper()) - ord("A") if re.fullmatch("[A-Za-z]", said) else -1
-        if re.fullmatch(r"\d+", said):
-            number = int(said) - self.answer_from
+            if answer not in options:
+                raise UserError(f"the answer {answer!r} is not the text of any of the {len(options)} options")
+            return options.index(answer)
+        number = ord(answer.upper()) - ord("A") if re.fullmatch("[A-Za-z]", answer) else -1
+        if re.fullmatch(r"\d+", answer):
+            number = int(answer) - self.answer_from
         if not 0 <= number < len(options):
             raise UserError(
-                f"the answer {said!r} is none of the {len(options)} options, by number or letter; where it is one's "
-                'text, answer_as = "text" says so'
+                f"the answer {answer!r} is not the number or letter of any of the {len(options)} options; if it is the "
+                'text of one, set answer_as = "text"'
             )
         return number
 
-    def demonstrated(self, item: dict[str, Any], option: str | None = None, of: dict[str, Any] | None = None) -> str:
-        """An item with its answer, with another `option`, or with the answer `of` another item, as a demonstration."""
+    def demonstrated(
+        self, item: dict[str, Any], option: str | None = None, answer_item: dict[str, Any] | None = None
+    ) -> str:
+        """Returns a demonstration: an item with its answer, another `option`, or the answer of `answer_item`."""
         if self.kind == "choice":
             options = self.options_of(item)
-            asked = item | {"option": options[self.answer_of(item, options)] if option is None else option}
-            return filled(self.context, asked) + filled(self.continuation, asked) + self.separator
-        return filled(self.context, item) + filled(self.demonstration or self.answer, of or item) + self.separator
+            variant = item | {"option": options[self.answer_of(item, options)] if option is None else option}
+            return filled(self.context, variant) + filled(self.continuation, variant) + self.separator
+        answer = filled(self.demonstration or self.answer, answer_item or item)
+        return filled(self.context, item) + answer + self.separator
 
-    def is_right(self, said: str, question: Question) -> bool:
-        """Whether a generated text is the question's answer.
+    def is_right(self, text: str, question: Question) -> bool:
+        """Returns whether a generated text is the question's answer.
 
-        Case, white space, a last full stop and commas between thousands do not matter.
+        Case, white space, a final full stop and commas between thousands are ignored.
         """
         if self.extract:
-            found = list(re.finditer(self.extract, said))
-            said = found[-1][found[-1].lastindex or 0] if found else ""
-        texts = [THOUSANDS.sub("", text.lower()) for text in (said, question.continuations[0])]
-        plain = [" ".join(text.split()).rstrip(" .") for text in texts]
+            matches = list(re.finditer(self.extract, text))
+            text = matches[-1][matches[-1].lastindex or 0] if matches else ""
+        texts = [THOUSANDS.sub("", each.lower()) for each in (text, question.continuations[0])]
+        plain = [" ".join(each.split()).rstrip(" .") for each in texts]
         return plain[0] == plain[1]
 
 
-TYPES = {one.name: str for one in dataclasses.fields(Task)} | {
+TYPES = {setting.name: str for setting in dataclasses.fields(Task)} | {
     "options": (str, list), "answer_from": int, "stop_word_filter": bool, "stop": list, "max_new_tokens": int,
     "sentences": int, "top_k": int, "num_beams": int, "length_penalty": (int, float), "published": dict,
 }  # fmt: skip
@@ -216,7 +229,7 @@ def all_texts(values: Sequence[Any]) -> bool:
 
 
 def looked_up(path: str, item: dict[str, Any]) -> Any:
-    """The entry of `item` at a dotted path. Raises UserError saying what there is."""
+    """Returns the entry of `item` at a dotted path. Raises UserError listing the entries if it is missing."""
     value: Any = item
     for part in path.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
@@ -229,12 +242,14 @@ def looked_up(path: str, item: dict[str, Any]) -> Any:
             value = value.split("_", 1)[part == "after"]
         else:
             hint = "; write its name without braces" if path.startswith("{") else ""
-            there = hint or f": it has {', '.join(value)}" if isinstance(value, dict) else ""
-            raise UserError(f"an item has no {path}{there}")
+            entries = hint or f": it has {', '.join(value)}" if isinstance(value, dict) else ""
+            raise UserError(f"an item has no {path}{entries}")
     return value
 
 
 def filled(template: str, item: dict[str, Any]) -> str:
+    """Returns the template with its placeholders replaced by entries of the item. Raises UserError."""
+
     def entry(match: re.Match) -> str:
         value = looked_up(match[1], item)
         if isinstance(value, (dict, list)) or value is None:
@@ -249,11 +264,11 @@ def known_tasks() -> list[str]:
 
 
 def load_task(name: str) -> Task:
-    """The task of tasks/NAME.toml, or of a file. Raises UserError for an unknown or damaged one."""
+    """Returns the task of tasks/NAME.toml or of the file NAME. Raises UserError for an unknown or invalid one."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.exists():
         near = difflib.get_close_matches(name, known_tasks(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"those there are: {', '.join(known_tasks())}"
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_tasks())}"
         raise UserError(f"there is no task {name}; {hint}")
     try:
         content = tomllib.loads(path.read_text("utf-8"))

@@ -1,4 +1,4 @@
-"""Tasks: their files, the questions they make of items, demonstrations, arithmetic, and two statistics."""
+"""Task files, the questions made from items, demonstrations, arithmetic, and two statistics."""
 
 import json
 import math
@@ -38,7 +38,7 @@ WINOGRAD = {
     "label": 0,
     "source": "(Winograd 1972)",
 }
-# an item of each task with the columns of its data set: the right context, continuation and how many options there are
+# for each task: an item with its data set's columns, the right context and continuation, the number of options
 SHIPPED = {
     "addition_2": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
     "addition_3": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
@@ -175,7 +175,7 @@ SHIPPED = {
         2,
     ),
 }
-# what a chain of thought shows isn't what is compared
+# its demonstrations show a chain of thought, but only the result is compared
 GSM8K = {
     "question": "48 clips in April, half as many in May. How many?",
     "answer": "In May 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 1,072",
@@ -196,7 +196,7 @@ def test_every_shipped_task_has_an_item_here():
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_task_asks_the_right_question(name):
+def test_a_shipped_task_builds_the_right_question(name):
     item, context, continuation, options = SHIPPED[name]
     task = load_task(name)
     (item,) = prepared_items(task, [item])
@@ -207,22 +207,22 @@ def test_a_shipped_task_asks_the_right_question(name):
     assert bool(task.hub) != bool(task.generator)
 
 
-def test_a_chain_of_thought_is_shown_and_its_result_compared():
+def test_demonstrations_show_the_chain_of_thought_and_answers_are_compared_by_result():
     task = load_task("gsm8k")
     (item,) = prepared_items(task, [GSM8K])
     assert task.question(item) == Question(["Q: 48 clips in April, half as many in May. How many?\nA:"], ["1072"], 0)
     shown = " In May 48/2 = 24. In all 48+24 = 72 clips. The answer is 1072."
     assert task.demonstrated(item) == task.question(item).contexts[0] + shown + "\n\n"
     question = task.question(item)
-    for said in (
+    for text in (
         shown,
         "The answer is $1,072.",
         "The answer is 1072 clips",
         "The answer is 3. No: The answer is 1,072",
     ):
-        assert task.is_right(said, question)
-    for said in ("The answer is 10,72.", "1072", "The answer is 1072.5", "The answer is -1072", "The answer is 11,072"):
-        assert not task.is_right(said, question)
+        assert task.is_right(text, question)
+    for text in ("The answer is 10,72.", "1072", "The answer is 1072.5", "The answer is -1072", "The answer is 11,072"):
+        assert not task.is_right(text, question)
 
 
 @pytest.mark.parametrize(
@@ -252,23 +252,27 @@ def test_an_effect_follows_its_cause():
 @pytest.mark.parametrize(
     ("name", "item", "words"),
     [
-        ("wsc273", WINOGRAD | {"options": 3}, "wsc273, item 2 is none that winograd knows: 'int' object is not"),
-        ("copa", {"premise": "a"}, "copa, item 2 is none that copa knows: it lacks 'question'"),
-        ("copa", SHIPPED["copa"][0] | {"question": "why"}, "it lacks 'why'"),
+        (
+            "wsc273",
+            WINOGRAD | {"options": 3},
+            "wsc273, item 2 does not have the columns of winograd: 'int' object is not",
+        ),
+        ("copa", {"premise": "a"}, "copa, item 2 does not have the columns of copa: there is no 'question'"),
+        ("copa", SHIPPED["copa"][0] | {"question": "why"}, "there is no 'why'"),
         ("cbt_cn", CBT | {"question": "no blank"}, "cbt_cn, item 2: its question has no blank, XXXXX"),
-        ("gsm8k", {"answer": None}, "gsm8k, item 2 is none that gsm8k knows: 'NoneType' object has no"),
+        ("gsm8k", {"answer": None}, "gsm8k, item 2 does not have the columns of gsm8k: 'NoneType' object has no"),
     ],
 )
-def test_an_item_of_another_schema_is_named(name, item, words):
+def test_an_item_with_other_columns_is_named(name, item, words):
     right = GSM8K if name == "gsm8k" else SHIPPED[name][0]
     with pytest.raises(UserError, match=words):
         prepared_items(load_task(name), [right, item])
 
 
-def test_other_numberings_of_the_same_options():
+def test_answers_may_number_the_options_in_other_ways():
     item, _, _, _ = SHIPPED["arc_easy"]
-    assert load_task("arc_easy").question(item | {"answerKey": "2"}).answer == 1  # as some of its items have it
-    choices = {"text": ["2", "D", "A", "1"], "label": ["A", "B", "C", "D"]}  # which are no names of options
+    assert load_task("arc_easy").question(item | {"answerKey": "2"}).answer == 1  # as in some items of the data set
+    choices = {"text": ["2", "D", "A", "1"], "label": ["A", "B", "C", "D"]}  # texts that look like option names
     for key, number in (("A", 0), ("2", 1), ("D", 3)):
         assert load_task("arc_easy").question(item | {"choices": choices, "answerKey": key}).answer == number
     item, _, _, _ = SHIPPED["winogrande"]
@@ -294,19 +298,19 @@ GENERATE = BASE.replace("cloze", "generate")
         (BASE + 'stop = ["a", ""]', ["stop = ['a', '']"]),
         (BASE + "stop = [1]", ["stop = [1]"]),
         (BASE + 'normalise = "bytes"', ["normalise = 'bytes' must be one of sum, token, character, byte, "]),
-        (BASE + 'extract = "("', ["extract = '('", "no regular expression"]),
+        (BASE + 'extract = "("', ["extract = '('", "not a regular expression"]),
         (BASE + '[published.accuracy]\na = "b"', ["published: a = 'b' is not a number"]),
-        (BASE + "[published]\na = 1.5", ["published: a = 1.5 is no table"]),
+        (BASE + "[published]\na = 1.5", ["published: a = 1.5 is not a table"]),
         (BASE + 'options = ["a", "b"]', ["options belongs to the kind choice, not to cloze"]),
         (BASE + 'metric = "bleu"', ["metric belongs to the kind generate, not to cloze"]),
         (GENERATE + "stop_word_filter = true", ["stop_word_filter belongs to the kind cloze, not to generate"]),
         (BASE + "stop_word_filter = 1", ["stop_word_filter = 1 has the wrong type"]),
         (BASE + 'prepare = "cb"', ["prepare = 'cb' must be one of"]),
         (GENERATE + "top_k = 0", ["top_k = 0 must be at least 1"]),
-        (GENERATE + "top_k = 2\nnum_beams = 2", ["num_beams draws nothing, so top_k has no meaning"]),
+        (GENERATE + "top_k = 2\nnum_beams = 2", ["num_beams does not sample, so top_k has no effect"]),
         (GENERATE + "length_penalty = 0.6", ["length_penalty ranks beams: it needs num_beams"]),
         (GENERATE + "num_beams = 2\nlength_penalty = -1", ["length_penalty = -1 must lie in [0, 100]"]),
-        (GENERATE + 'metric = "rouge"\nextract = "a"', ["extract finds what is matched exactly"]),
+        (GENERATE + 'metric = "rouge"\nextract = "a"', ["extract has no effect with metric = rouge"]),
         (BASE.replace("cloze", "choice"), ["a choice needs options"]),
         (BASE.replace("cloze", "choice") + 'options = ["a"]', ["options = ['a']"]),
         (BASE.replace("cloze", "choice") + "options = [1, 2]", ["options = [1, 2]"]),
@@ -317,7 +321,7 @@ GENERATE = BASE.replace("cloze", "generate")
         ("title = ", ["not valid TOML"]),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path, content, words):
+def test_a_bad_file_is_refused_with_the_reason(tmp_path, content, words):
     path = write_task(tmp_path, content)
     with pytest.raises(UserError) as refused:
         load_task(path)
@@ -325,16 +329,16 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, content, words):
     assert all(word in str(refused.value) for word in words)
 
 
-def test_an_unknown_task_is_told_the_nearest():
+def test_an_unknown_task_gets_a_suggestion():
     with pytest.raises(UserError, match="there is no task helaswag; did you mean hellaswag?"):
         load_task("helaswag")
-    with pytest.raises(UserError, match="there is no task qqqq; those there are: addition_2, .*, winogrande"):
+    with pytest.raises(UserError, match="there is no task qqqq; choose one of addition_2, .*, winogrande"):
         load_task("qqqq")
     with pytest.raises(UserError, match="there is no task nowhere.toml"):
         load_task("nowhere.toml")
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_utf8_is_refused(tmp_path):
     Path(tmp_path / "mine.toml").write_bytes(b"title = '\xff'")
     with pytest.raises(UserError, match="mine.toml is not valid TOML"):
         load_task(str(tmp_path / "mine.toml"))
@@ -357,7 +361,7 @@ def test_templates_are_filled(template, text):
     assert filled(template, ITEM) == text
 
 
-def test_what_is_filled_in_is_no_template():
+def test_filled_in_text_is_not_filled_again():
     assert filled("{a}", {"a": "{b}", "b": 1}) == "{b}"
 
 
@@ -373,7 +377,7 @@ def test_what_is_filled_in_is_no_template():
         ("{deep}", "{deep} = "),
     ],
 )
-def test_what_an_item_lacks_is_said(template, words):
+def test_a_missing_column_is_named(template, words):
     with pytest.raises(UserError) as refused:
         filled(template, ITEM)
     assert words in str(refused.value)
@@ -402,7 +406,7 @@ def test_answers_by_number_and_letter(answer, first, right):
 def test_answers_by_text(answer, right):
     task = replace(CHOICE, answer_as="text")
     assert task.question({"q": "", "options": ["A", "two", "0"], "answer": answer}).answer == right
-    with pytest.raises(UserError, match="the answer '1' is none of the 3 options' texts"):
+    with pytest.raises(UserError, match="the answer '1' is not the text of any of the 3 options"):
         task.question({"q": "", "options": ["A", "two", "0"], "answer": 1})
 
 
@@ -412,19 +416,19 @@ def test_an_answer_may_be_a_truth_value():
 
 
 @pytest.mark.parametrize(("answer", "first"), [(3, 0), (0, 1), (-1, 0), ("D", 0), ("four", 0), ("", 0), (1.0, 0)])
-def test_answers_that_are_none_of_the_options_are_refused(answer, first):
+def test_answers_that_match_no_option_are_refused(answer, first):
     task = replace(CHOICE, answer_from=first)
-    with pytest.raises(UserError, match="is none of the 3 options, by number or letter"):
+    with pytest.raises(UserError, match="is not the number or letter of any of the 3 options"):
         task.question({"q": "", "options": ["one", "two", "three"], "answer": answer})
 
 
 @pytest.mark.parametrize("options", ["ab", ["a"], [1, 2], None, {"a": "b"}])
-def test_options_that_are_no_texts_are_refused(options):
-    with pytest.raises(UserError, match="options = .* is not a list of two texts or more"):
+def test_options_that_are_not_texts_are_refused(options):
+    with pytest.raises(UserError, match="options = .* is not a list of two or more texts"):
         CHOICE.question({"q": "", "options": options, "answer": 0})
 
 
-def test_a_template_of_the_context_may_have_the_option():
+def test_the_context_template_may_contain_the_option():
     question = replace(CHOICE, context="{q}{option}", continuation="!").question(POOL[0])
     assert question == Question(["q0right0", "q0wrong0"], ["!", "!"], 0)
 
@@ -433,7 +437,7 @@ SOLVED = Question([""], ["18"], 0)
 
 
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("text", "right"),
     [
         (" 3 times 6 is 18. The answer is 18.", True),
         (" The answer is 12. No, The answer is 18", True),
@@ -442,32 +446,34 @@ SOLVED = Question([""], ["18"], 0)
         ("", False),
     ],
 )
-def test_the_last_match_in_a_chain_of_thought_is_the_answer(said, right):
+def test_the_last_match_in_a_chain_of_thought_is_the_answer(text, right):
     task = Task("mine", "mine", "generate", "{q}", answer="{a}", extract=r"The answer is (\d+)")
-    assert task.is_right(said, SOLVED) == right
-    assert replace(task, extract=r"\d+(?!.*\d)").is_right(said, SOLVED) == (right or said == " 18")  # without a group
+    assert task.is_right(text, SOLVED) == right
+    assert replace(task, extract=r"\d+(?!.*\d)").is_right(text, SOLVED) == (right or text == " 18")  # without a group
 
 
 @pytest.mark.parametrize(
-    ("said", "right"), [("new  york.\n", True), (" New York .", True), ("York", False), ("New. York", False)]
+    ("text", "right"), [("new  york.\n", True), (" New York .", True), ("York", False), ("New. York", False)]
 )
-def test_case_white_space_and_a_full_stop_do_not_matter(said, right):
+def test_case_white_space_and_a_full_stop_are_ignored(text, right):
     task = Task("mine", "mine", "generate", "{q}", answer="{a}")
-    assert task.is_right(said, Question([""], ["New York"], 0)) == right
+    assert task.is_right(text, Question([""], ["New York"], 0)) == right
 
 
 def numbers_shown(text):
     return [int(part.split(":")[0][1:]) for part in text.split(";")[:-1]]
 
 
-def test_demonstrations_of_a_group_are_of_the_group_of_the_item_asked():
+def test_demonstrations_come_from_the_group_of_the_item_to_answer():
     task = replace(replace(CLOZE, answer="{options.0}"), group="subject.name")
     pool = [item | {"subject": {"name": n % 2}} for n, item in enumerate(POOL)]
     for number, item in enumerate(pool):
         for shuffled in (False, True):
             shown = numbers_shown(demonstrations(task, pool, number, 3, 0, shuffled, item))
             assert len(set(shown)) == 3 and number not in shown and {n % 2 for n in shown} == {number % 2}
-    with pytest.raises(UserError, match="4 demonstrations can't be drawn from 4 items of subject.name = 1, one left"):
+    with pytest.raises(
+        UserError, match="can't draw 4 demonstrations from 4 items with subject.name = 1, one of them left"
+    ):
         demonstrations(task, pool, 1, 4, 0, False, pool[1])
 
 
@@ -486,9 +492,9 @@ def test_demonstrations_are_drawn_by_seed_and_item(task):
     assert demonstrations(task, POOL, 0, 0, 0, False) == ""
 
 
-def test_all_other_items_can_be_demonstrated_and_no_more():
+def test_at_most_all_other_items_are_demonstrated():
     assert sorted(numbers_shown(demonstrations(CHOICE, POOL, 3, 7, 0, False))) == [0, 1, 2, 4, 5, 6, 7]
-    with pytest.raises(UserError, match="8 demonstrations can't be drawn from 8 items"):
+    with pytest.raises(UserError, match="can't draw 8 demonstrations from 8 items"):
         demonstrations(CHOICE, POOL, 3, 8, 0, False)
 
 
@@ -498,14 +504,14 @@ def test_a_demonstration_that_lacks_a_column_is_named():
         demonstrations(CHOICE, pool, 0, 1, 0, False)
 
 
-def test_a_demonstration_may_say_more_than_the_answer():
+def test_a_demonstration_may_contain_more_than_the_answer():
     task = replace(CLOZE, demonstration=" think, so {answer}")
     assert demonstrations(task, [{"q": "a", "answer": 1}, {"q": "b", "answer": 2}], 0, 1, 0, False) == (
         "b: think, so 2;"
     )
 
 
-def test_shuffled_answers_are_options_half_of_them_wrong():
+def test_shuffled_answers_of_a_choice_are_random_options():
     answers = Counter()
     for number in range(100):
         text = demonstrations(CHOICE, POOL, number % 8, 4, number, True)
@@ -517,11 +523,13 @@ def test_shuffled_answers_are_options_half_of_them_wrong():
     assert abs(answers["r"] - 200) < 4 * math.sqrt(400 / 4)
 
 
-def test_shuffled_answers_without_options_are_those_of_other_items():
+def test_shuffled_answers_without_options_come_from_other_items():
     pool = [{"q": f"q{n}", "answer": f"a{n}"} for n in range(8)]
     texts = [demonstrations(CLOZE, pool, number, 4, seed, True) for number in range(8) for seed in range(20)]
     drawn = {tuple(part.split(":")) for text in texts for part in text.split(";")[:-1]}
-    assert drawn == {(f"q{n}", f"a{m}") for n in range(8) for m in range(8) if n != m}  # of 640: never its own
+    assert drawn == {
+        (f"q{n}", f"a{m}") for n in range(8) for m in range(8) if n != m
+    }  # 640 draws, never the item's answer
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
@@ -533,7 +541,7 @@ def test_shuffled_answers_without_options_are_those_of_other_items():
         ("multiplication", "times", lambda a, b: a * b),
     ],
 )
-def test_arithmetic_is_right_and_its_demonstrations_are_never_asked(operation, word, right, digits):
+def test_arithmetic_is_right_and_its_demonstrations_are_never_questions(operation, word, right, digits):
     pairs = {}
     for split in ("test", "train"):
         items = arithmetic(f"{operation} {digits}", 300, 0, split)
@@ -548,7 +556,7 @@ def test_arithmetic_is_right_and_its_demonstrations_are_never_asked(operation, w
 
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_numbers_and_results_of_arithmetic_are_uniform(split):
-    """Their last and first digits, and the last digit of their sum: each of ten as often, within four deviations."""
+    """All ten values of the first and last digits, and of the sum's last, are equally frequent within four deviations."""
     items = arithmetic("addition 3", 2000, 0, split)
     for digit in (
         [item["a"] % 10 for item in items],
@@ -562,12 +570,12 @@ def test_numbers_and_results_of_arithmetic_are_uniform(split):
 
 
 @pytest.mark.parametrize("kind", ["addition", "addition two", "addition 0", "division 2", "", "addition 10"])
-def test_other_arithmetic_is_refused(kind):
+def test_an_unknown_generator_is_refused(kind):
     with pytest.raises(UserError, match='generator = ".*": write addition, subtraction, multiplication'):
         arithmetic(kind, 1, 0, "test")
 
 
-def test_items_of_files_are_those_written(tmp_path):
+def test_items_are_read_from_files_as_written(tmp_path):
     items = [{"a": 1, "b": ["x", "é"], "c": {"d": "e\u2028f"}}, {"a": 2, "b": [], "c": {"d": "g"}}]
     lines = tmp_path / "items.jsonl"
     lines.write_text("\ufeff" + "\n\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\n", "utf-8")
@@ -602,16 +610,16 @@ def test_an_empty_parquet_file_is_refused(tmp_path):
         load_items(CHOICE, "test", tmp_path / "a.parquet", 0)
 
 
-def test_a_task_without_data_asks_for_a_file():
-    with pytest.raises(UserError, match="mine has no data of its own: name a file of items by --data"):
+def test_a_task_without_a_data_set_needs_a_file():
+    with pytest.raises(UserError, match="mine names no data set: give a file of items with --data"):
         load_items(CHOICE, "test", None, 0)
 
 
-def test_the_hub_is_asked_for_the_task_s_data_set_and_split(monkeypatch):
-    asked = []
+def test_the_task_s_data_set_and_split_are_loaded_from_the_hub(monkeypatch):
+    calls = []
 
     def load(*where, split):
-        asked.append((*where, split))
+        calls.append((*where, split))
         return datasets.Dataset.from_list([{"a": 1}, {"a": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -620,22 +628,22 @@ def test_the_hub_is_asked_for_the_task_s_data_set_and_split(monkeypatch):
         load_items(load_task(name), "test", None, 0)
     load_items(load_task("hellaswag"), "train", None, 0)
     load_items(load_task("hellaswag"), "test", None, 0)
-    assert asked[0] == ("allenai/ai2_arc", "ARC-Easy", "test")
-    assert asked[1:4] == [
+    assert calls[0] == ("allenai/ai2_arc", "ARC-Easy", "test")
+    assert calls[1:4] == [
         ("lighteval/winograd_wsc", "wsc273", "test"),
         ("openai/gsm8k", "main", "test"),
         ("abisee/cnn_dailymail", "3.0.0", "test"),
     ]
-    assert asked[4:] == [("Rowan/hellaswag", None, "train"), ("Rowan/hellaswag", None, "validation")]
+    assert calls[4:] == [("Rowan/hellaswag", None, "train"), ("Rowan/hellaswag", None, "validation")]
 
 
-def test_generated_items_are_as_many_as_asked():
+def test_the_requested_number_of_items_is_generated():
     task = load_task("addition_2")
     assert len(load_items(task, "test", None, 0, 17)) == 17
     assert load_items(task, "test", None, 0, 17) == load_items(task, "test", None, 0)[:17]
 
 
-def test_the_standard_error_is_the_closed_form():
+def test_the_standard_error_equals_the_closed_form():
     for right, count in ((3, 10), (0, 5), (50, 100)):
         share = right / count
         values = [1.0] * right + [0.0] * (count - right)
@@ -645,7 +653,7 @@ def test_the_standard_error_is_the_closed_form():
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (5, 0), (7, 2), (4, 4), (3, 10), (30, 12)])
-def test_the_p_value_is_the_sign_test_s(better, worse):
+def test_the_p_value_equals_the_sign_test(better, worse):
     first = [0.0] * better + [1.0] * worse + [1.0] * 20 + [0.0] * 5
     second = [1.0] * better + [0.0] * worse + [1.0] * 20 + [0.0] * 5
     order = random.Random(0).sample(range(len(first)), len(first))

@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 from stages import eval as stage
 from stub_models import bigrams
 
-LETTERS = "\n abcéqr"  # the first is what an empty context begins with
+LETTERS = "\n abcéqr"  # an empty context starts with the first
 TOKENIZER = CharTokenizer(sorted(LETTERS))
 # P(next | letter); the letters that a row doesn't name share the remaining probability evenly
 CHANCES = {
@@ -66,7 +66,7 @@ TABLE = table_of(CHANCES)
 
 
 def log_chance(before, text, table=TABLE):
-    """The log-probability of a text after the letter `before`."""
+    """Returns the log-probability of a text after the letter `before`."""
     places = [TOKENIZER.characters.index(letter) for letter in before + text]
     return sum(math.log(table[a, b]) for a, b in zip(places, places[1:]))
 
@@ -81,7 +81,7 @@ def reader():
 
 
 def slow_log_probability(model, context, continuation):
-    """By one pass, of the end of the context that goes before the continuation's last token."""
+    """Returns the log-probability of the continuation by one pass over the tokens that fit into the context."""
     tokens = TOKENIZER.encode(context + continuation)[-(model.config.block_size + 1) :]
     size = len(TOKENIZER.encode(continuation))
     with torch.no_grad():
@@ -113,7 +113,7 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(workplace, monkeypatch, capsys):
-    """Run the stage in this process: what it printed, with the report; or its exit code and message."""
+    """Runs the stage in this process; returns its output and report, or the error message."""
 
     def call(*flags):
         Path("report.json").unlink(missing_ok=True)
@@ -132,6 +132,7 @@ def run(workplace, monkeypatch, capsys):
 
 
 def one_model(done):
+    """Returns the only model of the report."""
     (model,) = done.report["models"]
     return model
 
@@ -147,7 +148,7 @@ def choice(**settings):
 
 
 @pytest.mark.parametrize("normalise", LIKELIEST)
-def test_each_normalisation_has_its_own_winner(reader, normalise):
+def test_each_normalisation_picks_another_option(reader, normalise):
     chances = [0.25, 0.15, 0.08, 0.05]
     for option, value in zip(OPTIONS, chances):
         assert log_chance("q", option) == pytest.approx(math.log(value))
@@ -166,8 +167,8 @@ def test_each_normalisation_has_its_own_winner(reader, normalise):
         assert right == [float(answer == LIKELIEST[normalise]) for answer in range(4)]
 
 
-def test_normalisation_is_that_of_the_harness(workplace):
-    """Of options after a space: acc_norm divides by their characters, acc_bytes by their bytes, without the space."""
+def test_normalisation_equals_the_harness(workplace):
+    """acc_norm divides by the characters of an option, acc_bytes by its bytes, both without the space before it."""
     chance = random.Random(0)
     items = [
         {"q": "qab"[: 1 + n % 3], "gold": n % 3, "options": ["".join(chance.choices("abcéqr", k=k)) for k in (1, 2, 4)]}
@@ -199,7 +200,7 @@ def test_normalisation_is_that_of_the_harness(workplace):
 
 
 @pytest.mark.parametrize("normalise", LIKELIEST)
-def test_of_equal_options_the_first_counts(reader, normalise):
+def test_the_first_of_equal_options_wins(reader, normalise):
     task = choice(normalise=normalise)
     options = ["b", "c", "c"] if normalise == "unconditional" else ["c", "b", "b"]
     questions = [(Question(["q"] * 3, options, answer), "") for answer in range(3)]
@@ -210,7 +211,7 @@ def test_questions_may_differ_in_their_number_of_options_and_in_contexts(reader)
     task = choice()
     questions = [
         (Question(["q"] * 2, ["c", "b"], 1), ""),
-        (Question(["q", "r", "b", "a"], ["c"] * 4, 2), ""),  # 0.05, 0.01, 0.6, 0.05: what WinoGrande asks
+        (Question(["q", "r", "b", "a"], ["c"] * 4, 2), ""),  # 0.05, 0.01, 0.6, 0.05, as in WinoGrande
         (Question(["q", "r", "é"], ["b"] * 3, 0), ""),
     ]
     assert choice_accuracy(task, reader, questions) == [1.0, 1.0, 0.0]
@@ -234,7 +235,7 @@ def test_a_long_prompt_loses_its_beginning():
     assert len(text) == 20
 
 
-def test_answers_of_a_batch_are_those_of_each_prompt():
+def test_batching_does_not_change_answers():
     model = randomised(GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=2, n_head=2, n_embd=16)))
     task = Task("mine", "mine", "generate", stop=["bb", "aq", "qqq"], max_new_tokens=9)
     prompts = ["qab", "", "éqr abc", "r", "qab", "abcéqr abcéqr abcéqr", "b", "éé"]
@@ -244,7 +245,7 @@ def test_answers_of_a_batch_are_those_of_each_prompt():
         assert reader_of(model, batch_tokens).answers(prompts, task, 0) == alone
 
 
-def test_drawn_answers_are_among_the_likeliest_and_decided_by_the_seed(reader):
+def test_sampled_answers_are_among_the_likeliest_and_depend_on_the_seed(reader):
     task = Task("mine", "mine", "generate", stop=["\n"], max_new_tokens=12, top_k=2)
     drawn = {}
     for seed in range(20):
@@ -255,12 +256,12 @@ def test_drawn_answers_are_among_the_likeliest_and_decided_by_the_seed(reader):
                 row = TABLE[TOKENIZER.characters.index(a)]
                 assert row[TOKENIZER.characters.index(b)] >= row.topk(2).values[1]
     assert len({text for texts in drawn.values() for text in texts}) > 10
-    assert any(texts[0] != texts[2] for texts in drawn.values())  # equal prompts, draws of their own
+    assert any(texts[0] != texts[2] for texts in drawn.values())  # equal prompts are sampled independently
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 def test_beams_find_the_likeliest_answer(reader, penalty):
-    """Among all texts of up to 4 letters that end with a newline or at 4, by log-probability / length^penalty."""
+    """By brute force over all texts that end with a newline or at 4 letters, by log-probability / length^penalty."""
     task = Task("a", "a", "generate", stop=["\n"], max_new_tokens=4, num_beams=512, length_penalty=penalty)
     letters = [letter for letter in TOKENIZER.characters if letter != "\n"]
     for prompt in "qaé":
@@ -272,7 +273,7 @@ def test_beams_find_the_likeliest_answer(reader, penalty):
     assert penalty != 0.6 or greedy != reader.answers(list("qaé"), task, 0)
 
 
-def test_cloze_is_right_where_greedy_decoding_says_it(run):
+def test_cloze_is_right_if_greedy_decoding_gives_the_answer(run):
     done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl")
     accuracy, perplexity = one_model(done)["tasks"]
     # likeliest: a after q; a, not b, after a; c after b; é after é; b after r
@@ -288,7 +289,7 @@ def test_cloze_is_right_where_greedy_decoding_says_it(run):
     assert "66.67" in done.output and f"{math.exp(mean):.4g}" in done.output
 
 
-def test_answers_of_any_length_have_a_perplexity(run):
+def test_the_perplexity_of_very_unlikely_answers_is_finite(run):
     save_model(bigrams(table_of(CHANCES | {"c": {"c": 1e-30}}), block_size=64), TOKENIZER, "sure")
     write("items.jsonl", [{"q": "c", "a": "c" * 30}])
     _, perplexity = one_model(run("sure", "--tasks", "cloze.toml", "--data=items.jsonl"))["tasks"]
@@ -314,14 +315,14 @@ def test_generated_answers_are_compared_with_the_right_ones(run):
         ('extract = "q"', "bc", False),
     ],
 )
-def test_stops_and_extraction_make_the_answer(run, settings, answer, right):
+def test_stops_and_extraction_determine_the_answer(run, settings, answer, right):
     Path("generate.toml").write_text(GENERATE + settings + "\n")
     write("items.jsonl", [{"q": "r", "a": answer}])
     (result,) = one_model(run("base", "--tasks", "generate.toml", "--data=items.jsonl"))["tasks"]
     assert result["values"] == [right]
 
 
-def test_a_filter_of_stop_words_asks_for_another_word(run):
+def test_the_stop_word_filter_changes_the_expected_word(run):
     """After c come a space and a (0.6), which is a stop word, or b (0.3), each followed by a newline."""
     chances = {"c": {" ": 0.9}, " ": {"a": 0.6, "b": 0.3}, "a": {"\n": 0.9}, "b": {"\n": 0.9}}
     save_model(bigrams(table_of(CHANCES | chances)), TOKENIZER, "base")
@@ -360,10 +361,10 @@ def test_only_the_first_sentences_count(reader):
         assert found["ROUGE-1"] == pytest.approx(figures)
 
 
-def test_demonstrations_stand_between_the_description_and_the_question(reader, monkeypatch):
+def test_demonstrations_come_between_the_description_and_the_question(reader, monkeypatch):
     read = []
 
-    def score(self, texts, what):
+    def score(self, texts, label):
         read.extend(texts)
         return [SimpleNamespace(is_greedy=True, log_probability=-1.0) for _ in texts]
 
@@ -380,7 +381,7 @@ def test_demonstrations_stand_between_the_description_and_the_question(reader, m
 
 
 def test_shots_are_compared_item_by_item(run):
-    """After an r, which ends demonstrations, the model says b; the empty question has nothing else before it."""
+    """Demonstrations end with an r, after which the model predicts b; nothing else comes before the empty question."""
     Path("cloze.toml").write_text(CLOZE.replace('" "', '"r"'))
     write("items.jsonl", [{"q": "", "a": "b"}] * 9 + [{"q": "", "a": "q"}])
     done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 0, 1, 2)
@@ -390,10 +391,10 @@ def test_shots_are_compared_item_by_item(run):
     assert [result["p_value"] for result in results] == [None, *[pytest.approx(2 * 11 / 2**10)] * 2]
 
 
-def test_demonstrations_come_from_other_items_where_they_are_given(run):
+def test_demonstrations_come_from_train_data_if_given(run):
     Path("cloze.toml").write_text(CLOZE.replace('" "', '"r"'))
     write("items.jsonl", [{"q": "", "a": "b"}])
-    assert "1 demonstrations can't be drawn from 1 items" in (
+    assert "can't draw 1 demonstrations from 1 items" in (
         run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 1).message
     )
     write("train.jsonl", [{"q": "q", "a": "a"}] * 3)
@@ -402,7 +403,7 @@ def test_demonstrations_come_from_other_items_where_they_are_given(run):
 
 
 def test_a_limit_draws_the_same_items_each_time(run):
-    items = [{"q": "q" * n, "a": "qab" * n} for n in range(1, 11)]  # each has a probability of its own
+    items = [{"q": "q" * n, "a": "qab" * n} for n in range(1, 11)]  # with different probabilities
     write("items.jsonl", items)
     nats = [-log_chance("q", item["a"]) for item in items]
 
@@ -440,7 +441,7 @@ def figures_of(text, original=None, table=TABLE):
 
 
 @pytest.mark.parametrize("flags", [(), ("--stride=1",), ("--stride=5", "--batch_tokens=1"), ("--stride=16",)])
-def test_the_figures_of_a_text_are_the_closed_forms(run, flags):
+def test_the_figures_of_a_text_equal_the_closed_forms(run, flags):
     done = run("base", "--perplexity", "text.txt", *flags)
     assert one_model(done)["texts"]["text.txt"] == pytest.approx(figures_of(TEXT), rel=1e-5)
     assert "é" in TEXT and f"{figures_of(TEXT)['perplexity']:.4g}" in done.output
@@ -458,7 +459,7 @@ def test_words_and_bytes_are_counted_before_detokenization(run):
     assert figures["bits a byte"] == pytest.approx(14 * math.log2(10) / 18, rel=1e-4)
 
 
-def test_a_stride_of_1_gives_each_token_all_the_context_there_is(run):
+def test_a_stride_of_1_gives_each_token_the_longest_context(run):
     model = randomised(GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=2, n_head=2, n_embd=16)))
     save_model(model, TOKENIZER, "deep")
     whole = "\n" + TEXT
@@ -470,7 +471,7 @@ def test_a_stride_of_1_gives_each_token_all_the_context_there_is(run):
 
 
 @pytest.mark.parametrize("val", [TEXT, "qab"], ids=["long", "shorter than the context"])
-def test_of_a_prepared_dataset_the_val_split_is_read(run, val):
+def test_the_val_split_of_a_prepared_dataset_is_read(run, val):
     splits = {"train": TOKENIZER.encode("abc" * 20), "val": TOKENIZER.encode(val)}
     write_dataset(Path("data/letters"), TOKENIZER, splits)
     done = run("base", "--perplexity", "letters", "text.txt")
@@ -478,7 +479,7 @@ def test_of_a_prepared_dataset_the_val_split_is_read(run, val):
     assert texts["letters"] == pytest.approx(figures_of(val), rel=1e-5) and set(texts) == {"letters", "text.txt"}
 
 
-def test_the_report_says_what_it_rests_on(run):
+def test_the_report_identifies_model_items_and_versions(run):
     flags = ("--tasks", "cloze.toml", "--data=items.jsonl", "--perplexity", "text.txt", "--seed=3")
     report = run("base", *flags).report
     assert report["options"]["seed"] == 3 and report["options"]["data"] == "items.jsonl"
@@ -503,7 +504,7 @@ def test_the_report_says_what_it_rests_on(run):
     assert changed["tasks"][0]["items_hash"] == other["tasks"][0]["items_hash"]
 
 
-def test_published_figures_stand_beside_accuracy(run):
+def test_published_figures_are_printed_beside_accuracy(run):
     Path("cloze.toml").write_text(CLOZE + "[published.accuracy]\nother = 12.5\n")
     lines = run("base", "--tasks", "cloze.toml", "--data=items.jsonl").output.splitlines()
     assert [line.endswith("other 12.5") for line in lines if line.startswith("cloze")] == [True, False]
@@ -524,16 +525,18 @@ def test_each_checkpoint_is_measured(run):
     assert one_model(run("out/run", *flags))["model"] == "out/run/best"
 
 
-def test_checkpoints_are_drawn_against_their_updates(run, monkeypatch):
+def test_checkpoints_are_plotted_against_updates(run, monkeypatch):
     drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, file, **how: drawn.append((self, file, how)))
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, file, **options: drawn.append((self, file, options))
+    )
     tables = {500: TABLE, 2000: table_of(CHANCES | {"q": {"b": 0.6}})}
     for step, table in tables.items():
         save_model(bigrams(table), TOKENIZER, f"out/run/step-{step:08}")
     flags = ("--tasks", "cloze.toml", "--data=items.jsonl", "--perplexity", "text.txt", "--checkpoints=True")
     models = run("out/run", *flags, "--plot=scores.png").report["models"]
-    ((figure, _, how),) = drawn
-    assert how == {"format": "png"} and Path("scores.png").exists()
+    ((figure, _, options),) = drawn
+    assert options == {"format": "png"} and Path("scores.png").exists()
     shares, perplexities = figure.axes
     assert [axes.get_ylabel() for axes in figure.axes] == ["per cent", "perplexity"]
     assert perplexities.get_yscale() == "log" and shares.get_xlabel() == "updates"
@@ -549,16 +552,18 @@ def test_checkpoints_are_drawn_against_their_updates(run, monkeypatch):
     assert text.lines[0].get_xydata().ravel() == pytest.approx([x for point in expected for x in point], rel=1e-5)
 
 
-def test_a_drawing_is_a_png(run):
+def test_the_plot_is_a_png(run):
     save_model(bigrams(TABLE), TOKENIZER, "out/run/step-00000100")
     run("out/run", "--perplexity", "text.txt", "--checkpoints=True", "--plot=scores.png")
     assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_items_of_the_training_text_are_told_apart(run):
-    """By the strings of an item, also those that no template names: here of 9 words, and q and a of one each."""
+def test_items_in_the_training_text_are_reported_apart(run):
+    """All strings of an item count, even those that no template names: here one of 9 words, and q and a of one each."""
     pages = [" ".join(f"{sign}{n}" for n in range(9)) for sign in "uvwxyz"]
-    items = [item | {"page": page} for item, page in zip(ITEMS, pages)]  # right is all but the second and the last
+    items = [
+        item | {"page": page} for item, page in zip(ITEMS, pages)
+    ]  # all but the second and the last are answered right
     write("items.jsonl", items)
     Path("train").mkdir()
     Path("train/a.txt").write_text(f"Before: Q a; {pages[0].upper()}, and after.")
@@ -576,35 +581,35 @@ def test_items_of_the_training_text_are_told_apart(run):
     assert perplexity["overlap"]["dirty"]["value"] == pytest.approx(math.exp((nats[0] + nats[1]) / 2))
     (line,) = [line for line in done.output.splitlines() if line.startswith("cloze") and line.endswith("11")][:1]
     assert line.split() == ["cloze", "0", "accuracy", "66.67", "75", "25", "4", "50", "50", "2", "11"]
-    for seed in range(3):  # N is that of all items, whatever is asked
+    for seed in range(3):  # the word count comes from all items, whatever the limit
         limited = one_model(run("base", *flags, "--training_text", "train", "--limit=3", f"--seed={seed}"))["tasks"][0]
         asked = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]
         assert limited["overlap"]["words"] == 11 and limited["overlap"]["dirty"]["items"] == (asked < 2).sum()
     assert one_model(run("base", *flags))["tasks"][0]["overlap"] is None
 
 
-def test_an_item_s_own_strings_are_looked_for(workplace):
+def test_only_the_raw_strings_of_an_item_are_searched_for(workplace):
     task = Task("mine", "mine", "cloze", "{question}", answer="{result}", prepare="gsm8k")
     write("items.jsonl", [{"question": "How many", "answer": "One and two are three\n#### 3"}])
     Path("other.txt").write_text("how many? One and two are three #### 3")
     (task_items,) = with_overlap([gather(task, (0,), 0, data=Path("items.jsonl"))], ["other.txt"])
-    assert task_items.overlap == (8, [True])  # 8 words: neither the reasoning once more nor the result
+    assert task_items.overlap == (8, [True])  # 8 words: not the columns that `prepare` adds
 
 
-def test_items_that_are_all_clean_leave_no_dirty_figure(run):
+def test_without_dirty_items_there_is_no_dirty_figure(run):
     Path("other.txt").write_text("nothing of it")
     done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--training_text", "other.txt")
     overlap = one_model(done)["tasks"][0]["overlap"]
     assert overlap["dirty"] == {"value": None, "standard_error": None, "items": 0} and overlap["clean"]["items"] == 6
 
 
-def test_what_the_hub_refuses_is_told(run, monkeypatch):
+def test_an_error_of_the_hub_is_reported(run, monkeypatch):
     def unreachable(*where, **more):
         raise ConnectionError("no route\nto the host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = run("base", "--tasks", "lambada").message
-    assert "lambada: EleutherAI/lambada_openai can't be had of the Hugging Face hub" in message
+    assert "lambada: can't load EleutherAI/lambada_openai from the Hugging Face hub" in message
     assert "--data (ConnectionError: no route)" in message
 
 
@@ -633,7 +638,7 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
         (("--perplexity", "nowhere"), "nowhere is neither a file nor a prepared dataset"),
         (("--perplexity", "strange.txt"), "the character 'z' (U+007A) at position 1"),
         (("--perplexity", "others"), "others was prepared with another tokenizer than the model's"),
-        (("--tasks", "cloze.toml"), "cloze has no data of its own: name a file of items by --data"),
+        (("--tasks", "cloze.toml"), "cloze names no data set: give a file of items with --data"),
         (("--tasks", "cloze.toml", "--data=lacking.jsonl"), "cloze, item 2: an item has no a: it has q, b"),
         (("--tasks", "choice.toml", "--data=lacking.jsonl"), "choice, item 1: an item has no options: it has q, a"),
         (("--tasks", "cloze.toml", "--data=blank.jsonl"), "cloze, item 1: the answer or an option is empty"),
@@ -641,7 +646,7 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
             ("--tasks", "cloze.toml", "--data=long.jsonl"),
             "cloze: a continuation of 17 tokens exceeds the context of 16",
         ),
-        (("--tasks", "cloze.toml", "--data=items.jsonl", "--shots", "6"), "6 demonstrations can't be drawn from 6"),
+        (("--tasks", "cloze.toml", "--data=items.jsonl", "--shots", "6"), "can't draw 6 demonstrations from 6 items"),
         (
             ("--tasks", "cloze.toml", "--data=items.jsonl", "--checkpoints=True"),
             "base is not a run folder with check",
@@ -650,7 +655,7 @@ def test_what_the_hub_refuses_is_told(run, monkeypatch):
         (("--taks", "sst2"), "did you mean --tasks?"),
     ],
 )
-def test_mistakes_are_one_sentence(run, flags, words):
+def test_mistakes_are_reported_in_one_sentence(run, flags, words):
     Path("empty.txt").write_text("")
     Path("strange.txt").write_text("az")
     write("lacking.jsonl", [{"q": "q", "a": "a"}, {"q": "q", "b": "a"}])
@@ -660,7 +665,7 @@ def test_mistakes_are_one_sentence(run, flags, words):
     assert words in run("base", *flags).message
 
 
-def test_a_model_without_a_tokenizer_or_no_model_is_refused(run):
+def test_a_missing_model_or_tokenizer_is_refused(run):
     save_model(bigrams(TABLE), None, "bare")
     assert "bare has no tokenizer, so it can't read text" in run("bare", "--perplexity", "text.txt").message
     assert "there is no model directory nothing" in run("nothing", "--perplexity", "text.txt").message
