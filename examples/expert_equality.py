@@ -1,20 +1,20 @@
-"""How nearly a mixture of experts is what it says: model.py's experts beside a loop over experts, as a markdown table.
+"""Checks the mixture of experts: gpt_arc/nn/experts.py against a loop over experts, as a markdown table.
 
     python examples/expert_equality.py
     python examples/expert_equality.py --seed=1
 
-model.py sorts tokens by expert and multiplies each expert's at once. The loop here visits the experts in turn, picks
-the choices that fell on each, and computes in float64 with nothing of model.py's but the weights; autograd has its
-gradients. Of drawn experts alone it is told which they were. A figure is the largest difference of any number of the
-output, or of a gradient, of the input or any parameter, over the largest number of that tensor.
+The model sorts tokens by expert and multiplies the tokens of each expert at once. The loop here visits the experts one
+by one, selects the tokens that chose each, and computes in float64 from the same weights; autograd computes its
+gradients. Only if experts are drawn at random does it take the choice from the model. Each figure is the largest
+difference in a tensor (the output, or a gradient of the input or a parameter) over that tensor's largest number.
 
-- float32: refused above 1e-5.
-- bfloat16: under autocast, as in training. "loop's" is the difference of the same loop with its products in bfloat16,
-  hence what rounding makes; refused above four times as much.
+- float32: a row fails above 1e-5.
+- bfloat16: under autocast, as in training. "loop's" is the difference of the same loop with products in bfloat16, which
+  is due to rounding alone; a row fails above four times that.
 
-A shape is tokens x width, so many experts of which width. Where sizes are multiples of 8, products in 16 bits are
-grouped ones, else expert by expert. The last row is transformers' Mixtral if that is installed: logits, and gradients
-of all weights. The exit code is 1 if a row is refused.
+A shape is tokens x width, then the number of experts and their width. If sizes are multiples of 8, 16-bit products are
+grouped, otherwise they run expert by expert. The last row compares transformers' Mixtral, if installed: logits, and the
+gradients of all weights. The exit code is 1 if a row fails.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from gpt_arc.nn.experts import Experts
 from gpt_arc.weights.directory import load_model
 from model import GPTConfig, make_experts
 
-LIMIT, ROUNDINGS = 1e-5, 4.0  # of float32, and of bfloat16 in terms of the loop's own
+LIMIT, ROUNDINGS = 1e-5, 4.0  # for float32; for bfloat16 in multiples of the loop's difference
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
@@ -44,11 +44,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": lambda x: (x * (x > 0)) ** 2,
     "swiglu": lambda x: x.chunk(2, -1)[0] * torch.sigmoid(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
 }
-SHAPES = [  # tokens, width, experts, their width
+SHAPES = [  # tokens, width, experts, width of an expert
     (96, 64, 8, 48),
     (29, 20, 5, 12),
 ]
-VARIANTS: dict[str, dict[str, Any]] = {  # settings of GPTConfig, and of a case
+VARIANTS: dict[str, dict[str, Any]] = {  # settings of GPTConfig, and `starved` and `alone` of a case
     "top 2, gates that add up to 1": {},
     "top 1, its gate the probability": dict(experts_per_token=1),
     "all experts": dict(experts_per_token=None),
@@ -73,15 +73,15 @@ class Options:
 
 @dataclass
 class Case:
-    """Experts in training mode whose weights and biases all show, and what they are to read."""
+    """Experts in training mode with weights and biases that all matter, and their input."""
 
     experts: Experts
     x: Tensor  # (N, C)
-    alone: bool  # a token at a time
-    seed: int  # of what is drawn
+    alone: bool  # whether tokens are read one at a time
+    seed: int  # for random routing
 
     def drawn(self) -> Tensor | None:
-        """The numbers (N, k) of experts that the next forward pass will draw."""
+        """Returns the experts (N, k) that the next forward pass will draw; None if it draws none."""
         if self.experts.config.expert_selection != "drawn":
             return None
         torch.manual_seed(self.seed)
@@ -94,12 +94,12 @@ def make_case(variant: dict[str, Any], shape: tuple[int, int, int, int], seed: i
     starved, alone = settings.pop("starved", None), settings.pop("alone", False)
     if settings.get("experts_per_token", 2) is None:
         settings["experts_per_token"] = number
-    chance = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     experts = make_experts(GPTConfig(**settings)).train()
     with torch.no_grad():
         for tensor in (*experts.parameters(), *experts.buffers()):
-            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=chance))
-        x = torch.randn(tokens, width, generator=chance)
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+        x = torch.randn(tokens, width, generator=generator)
         x[:, 0] = 1
         if starved is not None:
             experts.router.weight[starved, 0] -= 40
@@ -107,9 +107,9 @@ def make_case(variant: dict[str, Any], shape: tuple[int, int, int, int], seed: i
 
 
 def by_loop(experts: Experts, weights: dict[str, Tensor], x: Tensor, drawn: Tensor | None, dtype: Any) -> Tensor:
-    """What `experts` in training make of x (N, C), one after the other, with `weights` of their names: (N, C).
+    """Returns the output (N, C) of `experts` in training mode for x (N, C), computed expert by expert from `weights`.
 
-    `drawn` (N, k) are the numbers of experts, where they were drawn. Products are in `dtype`, the router in x's.
+    `drawn` (N, k) are the experts if they were drawn at random. Products are in `dtype`, the router in that of x.
     """
     config, k = experts.config, experts.config.experts_per_token
 
@@ -118,18 +118,18 @@ def by_loop(experts: Experts, weights: dict[str, Tensor], x: Tensor, drawn: Tens
         return F.linear(ACTIVATIONS[config.activation](F.linear(x.to(dtype), up, up_bias)), projection, projection_bias)
 
     probabilities = (x @ weights["router.weight"].T).softmax(-1)  # (N, E)
-    merits = probabilities + experts.balance if config.balance_rate else probabilities
-    chosen = merits.argsort(-1, descending=True)[:, :k] if drawn is None else drawn  # (N, k)
+    biased = probabilities + experts.balance if config.balance_rate else probabilities
+    chosen = biased.argsort(-1, descending=True)[:, :k] if drawn is None else drawn  # (N, k)
     gates = probabilities.gather(1, chosen)
     gates = gates / gates.sum(-1, keepdim=True) if k > 1 else gates
-    own = [weights.get(name) for name in ("up", "up_bias", "projection", "projection_bias")]
+    stacked = [weights.get(name) for name in ("up", "up_bias", "projection", "projection_bias")]
     mixed = torch.zeros_like(x, dtype=dtype)
     for e in range(config.n_experts):
-        rows, places = (chosen == e).nonzero(as_tuple=True)  # in the order of tokens
+        rows, places = (chosen == e).nonzero(as_tuple=True)  # in token order
         if config.capacity_factor is not None:
             room = math.ceil(config.capacity_factor * chosen.numel() / config.n_experts)
             rows, places = rows[:room], places[:room]
-        outputs = mlp(x[rows], [None if tensor is None else tensor[e] for tensor in own])
+        outputs = mlp(x[rows], [None if tensor is None else tensor[e] for tensor in stacked])
         mixed = mixed.index_add(0, rows, outputs * gates[rows, places, None].to(dtype))
     if config.shared_experts:
         names = ("up.weight", "up.bias", "projection.weight", "projection.bias")
@@ -138,18 +138,20 @@ def by_loop(experts: Experts, weights: dict[str, Tensor], x: Tensor, drawn: Tens
 
 
 def results(y: Tensor, x: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
-    """y, and the gradients of x and the weights by a random cotangent of y's."""
+    """Returns y, and the gradients of x and the weights for a random gradient of y."""
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
     return [y.detach(), *torch.autograd.grad(y, [x, *weights.values()], cotangent.to(y.dtype))]
 
 
-def of_loop(case: Case, type_of_weights: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
-    weights = {n: p.detach().to(type_of_weights).requires_grad_() for n, p in case.experts.named_parameters()}
-    x = case.x.to(type_of_weights).requires_grad_()
+def of_loop(case: Case, weight_dtype: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+    """Returns the loop's output and gradients."""
+    weights = {n: p.detach().to(weight_dtype).requires_grad_() for n, p in case.experts.named_parameters()}
+    x = case.x.to(weight_dtype).requires_grad_()
     return results(by_loop(case.experts, weights, x, case.drawn(), dtype), x, weights)
 
 
 def of_model(case: Case, autocast: bool) -> list[Tensor]:
+    """Returns the output and gradients of gpt_arc/nn/experts.py."""
     x = case.x.clone().requires_grad_()
     torch.manual_seed(case.seed)
     with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
@@ -157,20 +159,20 @@ def of_model(case: Case, autocast: bool) -> list[Tensor]:
     return results(y, x, dict(case.experts.named_parameters()))
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest one, over the largest number expected."""
-    largest = (found.double() - expected.double()).abs().max().item()
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference over the largest expected number."""
+    largest = (actual.double() - expected.double()).abs().max().item()
     return largest / expected.abs().max().item() if largest else 0.0
 
 
-def differences(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
-    """Of the first tensors, and the largest of the others."""
-    first, *others = (difference(one, other) for one, other in zip(found, expected, strict=True))
+def differences(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, float]:
+    """Returns the difference of the first tensors, and the largest of the others."""
+    first, *others = (difference(a, e) for a, e in zip(actual, expected, strict=True))
     return first, max(others)
 
 
 def measure(case: Case) -> list[float]:
-    """The figures of a row, those after its shape."""
+    """Returns the figures of a row."""
     exact = of_loop(case, torch.float64, torch.float64)
     single = differences(of_model(case, autocast=False), exact)
     half = differences(of_model(case, autocast=True), exact)
@@ -179,13 +181,14 @@ def measure(case: Case) -> list[float]:
 
 
 def refused(figures: Sequence[float]) -> bool:
+    """Returns whether the figures of a row exceed the limits."""
     output, gradients, *pairs = figures
     halves = zip(pairs[::2], pairs[1::2])
-    return not max(output, gradients) <= LIMIT or any(not own <= ROUNDINGS * loop for own, loop in halves)
+    return not max(output, gradients) <= LIMIT or any(not model <= ROUNDINGS * loop for model, loop in halves)
 
 
 def measure_mixtral(seed: int) -> tuple[float, float]:
-    """Largest differences of logits and of gradients from transformers' Mixtral, both in float32."""
+    """Returns the differences of logits and gradients from transformers' Mixtral, both in float32."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -194,11 +197,11 @@ def measure_mixtral(seed: int) -> tuple[float, float]:
     config = transformers.MixtralConfig(
         **sizes, num_key_value_heads=2, vocab_size=61, max_position_embeddings=24, bos_token_id=None, eos_token_id=None
     )
-    theirs, chance = transformers.MixtralForCausalLM(config).train(), torch.Generator().manual_seed(seed)
+    theirs, generator = transformers.MixtralForCausalLM(config).train(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=chance) + (parameter.dim() == 1))
-    tokens, targets = torch.randint(61, (2, 3, 24), generator=chance).unbind()
+            parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
+    tokens, targets = torch.randint(61, (2, 3, 24), generator=generator).unbind()
     with tempfile.TemporaryDirectory(prefix="gpt-arc-") as folder:
         theirs.save_pretrained(folder)
         ours = load_model(folder)[0].train()
@@ -206,11 +209,11 @@ def measure_mixtral(seed: int) -> tuple[float, float]:
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
         for parameter in theirs.parameters():
             parameter.data = parameter.grad
-        theirs.save_pretrained(folder)  # so that they come by our names
+        theirs.save_pretrained(folder)  # to load the gradients under our names
         gradients = dict(load_model(folder)[0].named_parameters())
     ours(tokens, targets).total.backward()
-    found = [ours(tokens), *(parameter.grad for parameter in ours.parameters())]
-    return differences(found, [logits, *(gradients[name] for name, _ in ours.named_parameters())])
+    actual = [ours(tokens), *(parameter.grad for parameter in ours.parameters())]
+    return differences(actual, [logits, *(gradients[name] for name, _ in ours.named_parameters())])
 
 
 def main() -> int:
@@ -232,12 +235,12 @@ def main() -> int:
             show(name, size, *figures)
             wrong += [f"{name}, {size}"] if refused(figures) else []
     if importlib.util.find_spec("transformers") is None:
-        print("\ntransformers is not installed, so there is no row of its Mixtral.")
+        print("\ntransformers is not installed, so there is no row for its Mixtral.")
     else:
         figures = measure_mixtral(options.seed)
         show("transformers' Mixtral", "72 x 32, 8 of 48", *figures, *[""] * 4)
         wrong += ["transformers' Mixtral"] if max(figures) > LIMIT else []
-    limits = f"{LIMIT:g} in float32, {ROUNDINGS:g} times the loop's own in bfloat16"
+    limits = f"{LIMIT:g} in float32, {ROUNDINGS:g} times the loop's difference in bfloat16"
     print(f"\nBeyond {limits}: {'; '.join(wrong) or 'nothing'}.")
     return 1 if wrong else 0
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# GPT-1's arc on one machine without a network: pre-train a small GPT on documentation, fine-tune it on four tasks of 500
-# labels each, and take away what the paper's ablations take away. An hour or so on two CPU cores, ten minutes of it
-# pre-training; the table is written to out/gpt1_arc/table.md. Run again, it goes on where it stopped.
+# GPT-1's recipe on one machine without a network: pre-train a small GPT on documentation, fine-tune it on four tasks of
+# 500 labels each, and repeat the paper's ablations. This takes about an hour on two CPU cores, ten minutes of it for
+# pre-training; the table goes to out/gpt1_arc/table.md. A second run continues where the first stopped.
 #
 #   bash examples/gpt1_arc.sh
 #   SEEDS="1 2" TASKS=package JOBS=1 bash examples/gpt1_arc.sh
@@ -37,7 +37,7 @@ finetune() {  # seed, task, variant
     esac
     case $3 in
         without_language_loss) changed=(--language_weight=0) ;;
-        frozen_trunk) changed=(--freeze_trunk=True --learning_rate=1e-2) ;;  # a head alone learns at a higher rate
+        frozen_trunk) changed=(--freeze_trunk=True --learning_rate=1e-2) ;;  # a head alone needs a higher rate
         2_blocks) changed=(--transfer_blocks=2) ;;
         embeddings_alone) changed=(--transfer_blocks=0) ;;
         from_scratch) changed=(--from_scratch=True) ;;
@@ -51,12 +51,12 @@ finetune() {  # seed, task, variant
         return 1
     fi
     echo "$2, $3, seed $1: $(grep '^test:' "$folder.log")"
-    rm -rf "$folder"/step-* "$folder"/last "$folder"/best  # the report stays
+    rm -rf "$folder"/step-* "$folder"/last "$folder"/best  # keep the report only
 }
 export -f finetune
 
 jobs=${JOBS:-$(nproc)}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # each job has a core of its own
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one core for each job
 for variant in $variants; do
     for seed in $seeds; do
         for task in $tasks; do echo "$seed $task $variant"; done

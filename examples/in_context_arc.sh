@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Learning in context, shown twice without a network: a small GPT reads text in which every document has a mapping of
-# letters of its own, and is asked about mappings that no document had, with 0 to 16 demonstrations in the prompt; and a
-# transformer on vectors predicts linear functions from examples as well as least squares does. docs/in_context.md tells
-# what to see. Run again, it goes on where it stopped.
+# In-context learning, shown twice without a network. A small GPT trains on documents that each use another mapping of
+# letters, then applies mappings it has never seen, with 0 to 16 demonstrations in the prompt. A transformer on vectors
+# predicts linear functions from examples as well as least squares does. docs/in_context.md discusses the results. A
+# second run continues where the first stopped.
 #
 #   bash examples/in_context_arc.sh
-#   PARTS=mappings bash examples/in_context_arc.sh            one of the two; the other is linear
+#   PARTS=mappings bash examples/in_context_arc.sh            one part only; the other is linear
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # so small models gain little by a second thread
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # models this small gain little from a second thread
 parts=${PARTS:-mappings linear}
 out=out/in_context_arc
 
@@ -26,7 +26,7 @@ if [[ $parts == *mappings* ]]; then
         python "$repository/train.py" --init_from=resume --out_dir=out/in_context
     fi
 
-    # demonstrations have to be of the mapping asked, so each held-out mapping is one evaluation
+    # demonstrations must use the mapping in question, so each held-out mapping is a separate evaluation
     mkdir -p $out/results
     for folder in data/in_context/*/; do
         number=$(basename "$folder")

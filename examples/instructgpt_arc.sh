@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# InstructGPT's three steps on one machine without a network: pre-train a small GPT on prose, teach it instructions by
-# careless demonstrations, let a simulated judge rank its responses, train a reward model on the rankings and the policy
-# on that; and what becomes of a policy that learns from a reward with a flaw. Two CPU cores that do nothing else take
-# about a quarter of an hour; out/instructgpt/ has the table and the plot. Run again, it goes on where it stopped.
+# InstructGPT's three steps on one machine without a network: pre-train a small GPT on prose, teach it instructions with
+# careless demonstrations, let a simulated judge rank its responses, train a reward model on the rankings, and train the
+# policy on that reward. A second experiment trains policies on a flawed reward. This takes about a quarter of an hour on
+# two idle CPU cores; the table and the plot go to out/instructgpt/. A second run continues where the first stopped.
 #
 #   bash examples/instructgpt_arc.sh
 #   SEEDS=1 JOBS=1 bash examples/instructgpt_arc.sh
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export repository
-export PYTHONPATH=$repository/examples${PYTHONPATH:+:$PYTHONPATH}  # where stages/ppo.py finds instruction_judge
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                       # each job has a core of its own
+export PYTHONPATH=$repository/examples${PYTHONPATH:+:$PYTHONPATH}  # for stages/ppo.py --monitor=instruction_judge
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}                       # one core for each job
 seeds=${SEEDS:-1 2 3}
 jobs=${JOBS:-$(nproc)}
-kl_coefs="0 0.3 1 3"  # of the runs that learn from a reward with a flaw
+kl_coefs="0 0.3 1 3"  # for the runs on the flawed reward
 export data=data/instructgpt out=out/instructgpt
 
 if [ ! -d $data ]; then
@@ -30,7 +30,7 @@ elif ! grep -q '"step": 3000' out/instructgpt_mini/metrics.jsonl; then
     OMP_NUM_THREADS=$jobs python "$repository/train.py" --init_from=resume --out_dir=out/instructgpt_mini
 fi
 
-run() {  # file that says it is done, then a command whose output goes to a log beside it
+run() {  # file that marks the command as done, then the command; its output goes to a log beside that file
     local done=$1
     shift
     if [ -e "$done" ]; then return; fi
@@ -42,24 +42,24 @@ run() {  # file that says it is done, then a command whose output goes to a log 
     fi
 }
 
-stage() {  # stage, folder of the run, model, flags: a run that was stopped begins anew
+stage() {  # stage, run folder, model, flags; an interrupted run starts over
     run "$2.done" python "$repository/stages/$1.py" "$3" --out_dir="$2" --overwrite=True "${@:4}"
     touch "$2.done"
 }
 
 judge() { run "$1" python "$repository/examples/instruction_judge.py" "$2" --output="$1" "${@:3}"; }
 
-measure() {  # model, name of the results: true utility, and the loss on the text of the pre-training
+measure() {  # model, name of the results: true utility, and loss on the pre-training text
     judge "$2.utility.json" "$1" --measure=$data/test.jsonl --seed=100
     run "$2.text.json" python "$repository/stages/eval.py" "$1" --perplexity instructgpt_text --json "$2.text.json"
 }
 
-reward() {  # folder of the run, model, rankings, flags
+reward() {  # run folder, model, rankings, flags
     stage reward "$1" "$2" --train="$3" --demonstrations=$data/demonstrations.jsonl --batch_size=16 \
         --gradient_accumulation_steps=1 --learning_rate=1e-3 --warmup=0.1 "${@:4}"
 }
 
-ppo() {  # folder of the run, model, reward model, flags
+ppo() {  # run folder, model, reward model, flags
     stage ppo "$1" "$2" --reward="$3" --prompts=$data/train.jsonl --monitor=instruction_judge:utility \
         --batch_size=64 --gradient_accumulation_steps=1 --minibatches=4 --inner_epochs=2 \
         --max_new_tokens=18 --rollout_batch_size=256 --save_interval=1000 "${@:4}"
@@ -79,7 +79,7 @@ align() {  # seed: the first two steps
     echo "seed $1: supervised fine-tuning and reward model"
 }
 
-learn() {  # seed, what: the third step, or direct preference optimisation
+learn() {  # seed, method: the third step, or direct preference optimisation
     local here=$out/$1 aligned=(--episodes=3072 --learning_rate=3e-4 --kl_coef=0.5 --seed="$1")
     case $2 in
         ppo) ppo "$here/ppo" "$here/sft" "$here/reward" "${aligned[@]}" ;;
@@ -92,7 +92,7 @@ learn() {  # seed, what: the third step, or direct preference optimisation
     echo "seed $1: $2"
 }
 
-flawed() {  # the reward model of a judge who likes long responses
+flawed() {  # the reward model of a judge who prefers long responses
     judge $out/flawed/rankings.jsonl $out/1/sft --rank=$data/train.jsonl --limit=3000 --seed=1 --flaw=1.5
     reward $out/flawed/reward $out/1/sft $out/flawed/rankings.jsonl
     echo "flawed reward model"
@@ -104,13 +104,13 @@ hack() {  # kl_coef
 }
 
 export -f run stage judge measure reward ppo align learn flawed hack
-run_all() { xargs -P "$jobs" -L 1 bash -euo pipefail -c '"$@"' _; }  # standard input has a function's call on each line
+run_all() { xargs -P "$jobs" -L 1 bash -euo pipefail -c '"$@"' _; }  # each line of standard input is a function call
 
 for seed in $seeds; do echo "align $seed"; done | run_all
 {
     echo flawed
-    for what in ppo ppo_ptx; do
-        for seed in $seeds; do echo "learn $seed $what"; done
+    for method in ppo ppo_ptx; do
+        for seed in $seeds; do echo "learn $seed $method"; done
     done
 } | run_all
 {

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GPT-1's two stages on ten words: five sentences to learn a language from, four reviews to learn a judgement from.
-# What examples/numpy_gpt.py does by hand, by the scripts that serve every size; a quarter of a minute.
+# GPT-1's two stages on ten words: pre-training on five sentences, then fine-tuning on four reviews. It does with the
+# scripts for models of every size what examples/numpy_gpt.py does by hand, in a quarter of a minute.
 #
 #   bash examples/toy_sentiment.sh
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # so small a model is slower on two cores
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # a model this small is slower on two cores
 
 mkdir -p data/toy_words
 python - <<'PYTHON'
@@ -33,14 +33,14 @@ python "$repository/prepare/text.py" --input data/toy_sentences.jsonl --name toy
 python "$repository/train.py" "$repository/configs/gpt1.toml" --dataset=toy --n_layer=2 --n_head=2 --n_embd=16 \
     --block_size=16 --dropout=0 --batch_size=32 --tokens_per_step=512 --max_iters=1000 --learning_rate=1e-2 --warmup_iters=20 \
     --eval_interval=1000 --log_interval=200 --document_mask=True --dtype=float32 --out_dir=out/toy
-loss() {  # of a model on the sentences: a word, given that one follows, and those before it
+loss() {  # of a model on the sentences: a word given the words before it and that one follows
     python - "$1" <<'PYTHON'
 import sys
 
 import torch
 import torch.nn.functional as F
 
-from gpt_arc.weights import load_model
+from gpt_arc.weights.directory import load_model
 
 model, tokenizer = load_model(sys.argv[1])
 sentences = ["the cat sat", "the film was great", "the film was terrible", "the cat was great", "the cat sat sat"]
@@ -49,7 +49,7 @@ for sentence in sentences:
     tokens = torch.tensor(tokenizer.encode("<|endoftext|> " + sentence))
     logits = model.eval()(tokens[None])[0, 1:-1, 1:]  # without the token that would end the sentence
     losses.append(F.cross_entropy(logits, tokens[2:] - 1, reduction="none"))
-print(f"{sys.argv[1]}: {torch.cat(losses).mean():.4f} nats a word of the five sentences; no model comes below .4758")
+print(f"{sys.argv[1]}: {torch.cat(losses).mean():.4f} nats per word of the five sentences; the lowest possible loss is .4758")
 PYTHON
 }
 

@@ -9,7 +9,7 @@ from gpt_arc.evaluation.score import encode_pair
 from gpt_arc.evaluation.statistics import standard_error
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, first_sentences, rouge
-from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, likeliest_words
+from gpt_arc.evaluation.word_search import STOP_WORDS, WordTokens, likeliest_words
 
 
 def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, str]]) -> list[float]:
@@ -51,7 +51,7 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
         right = [score.is_greedy for score in scores]
         if task.stop_word_filter:
             tokens = [encode_pair(reader.tokenizer, *pair) for pair in pairs]
-            words = Vocabulary(reader.tokenizer)
+            words = WordTokens(reader.tokenizer)
             right = likeliest_words(words, reader.model, tokens, STOP_WORDS, reader.batch_tokens, task.name)
         return {
             "accuracy": [float(correct) for correct in right],

@@ -1,10 +1,10 @@
-"""Log-probabilities of continuations: what perplexity, multiple choice and cloze tasks rest on.
+"""Log-probabilities of continuations, the basis of perplexity, multiple choice and cloze tasks.
 
     scores = score_continuations(model.eval(), [Request(context, continuation), ...])
     scores = score_continuations(model.eval(), rolling_windows(tokens, prefix, 1024, 512))    # a text of any length
 
-Requests of equal context read it once: its keys and values serve all of their continuations. What is read together is
-of like length, so that little of it is padding, and logits are computed only of what is scored.
+Requests with equal contexts share one pass over the context, whose keys and values serve all continuations. A batch
+holds sequences of similar length, so that little of it is padding, and logits are computed only for scored tokens.
 """
 
 from collections import defaultdict
@@ -23,55 +23,55 @@ from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.head_loss import logits_at_once
 from model import GPT
 
-FULL_SPEED = 256  # rows of a product that a CPU computes at nine tenths of its best rate: more may wait for like length
+FULL_SPEED = 256  # rows at which a CPU multiplies at nine tenths of its best rate; a larger batch may end early
 Item = TypeVar("Item")
 
 
 class Request(NamedTuple):
-    """Score `continuation` after `context`, both token ids and neither empty."""
+    """A `continuation` to score after a `context`; both are token ids and neither is empty."""
 
     context: Sequence[int]
     continuation: Sequence[int]
 
 
 class Score(NamedTuple):
-    log_probability: float  # of the whole continuation, in nats: the sum over its tokens
-    is_greedy: bool  # whether each of its tokens is the likeliest, the first of equals counting
+    log_probability: float  # in nats, summed over the continuation's tokens
+    is_greedy: bool  # whether each token is the likeliest; the first of equals wins
     tokens: int
 
 
 class Group(NamedTuple):
-    """A context, and the continuations that are asked of it, each with the number of its request."""
+    """A context and its continuations, each with the number of its request."""
 
     context: tuple[int, ...]
     continuations: list[tuple[int, Sequence[int]]]
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence that is read: the last token of a continuation isn't."""
+        """Length of the longest input, which doesn't include a continuation's last token."""
         return len(self.context) + max(len(tokens) for _, tokens in self.continuations) - 1
 
     @property
     def worth_sharing(self) -> bool:
-        """Whether reading the context once saves more than a second pass for the continuations costs."""
-        own = sum(len(tokens) - 1 for _, tokens in self.continuations)
-        return len(self.context) + own < 0.9 * (len(self.context) * len(self.continuations) + own)
+        """Whether reading the context once saves more than the second pass, for the continuations, costs."""
+        after = sum(len(tokens) - 1 for _, tokens in self.continuations)
+        return len(self.context) + after < 0.9 * (len(self.context) * len(self.continuations) + after)
 
 
 class Row(NamedTuple):
-    """A continuation that is read after one of several contexts."""
+    """A continuation of one of several contexts."""
 
-    context: int  # its place among them
+    context: int  # index of the context
     number: int  # of the request
     tokens: Sequence[int]
 
 
 class Branches(NamedTuple):
-    """A block's `KVCache` of rows that go on from contexts, several from each; copied when it is the block's turn."""
+    """A block's `KVCache` for rows that continue shared contexts; a context is copied only when the block runs."""
 
-    keys: Tensor  # (G, K, S, D) of the contexts, with room for what follows
+    keys: Tensor  # (G, K, S, D) of the contexts, with room for the continuations
     values: Tensor  # (G, K, S, D)
-    positions: Tensor  # (R, T) slots of the tokens now being read
+    positions: Tensor  # (R, T) slots of the tokens being read
     contexts: Tensor  # (R,) the context of each row
 
     def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,23 +79,24 @@ class Branches(NamedTuple):
 
 
 def truncated(request: Request, block_size: int) -> tuple[int, ...]:
-    """The end of a request's context that goes before its continuation: as much as the model can read with it.
+    """Returns the end of a request's context that fits into the model's context with the continuation.
 
-    The continuation's last token isn't read, so that block_size + 1 tokens are kept in all. Raises ValueError where the
-    continuation alone is longer than block_size, or something is empty.
+    The continuation's last token isn't an input, so block_size + 1 tokens are kept in all. Raises ValueError if the
+    continuation alone is longer than block_size, or either is empty.
     """
     if not len(request.context) or not len(request.continuation):
-        raise ValueError("a request needs a token of context and one of continuation at least")
+        raise ValueError("a request needs at least one token of context and one of continuation")
     if len(request.continuation) > block_size:
         raise ValueError(f"a continuation of {len(request.continuation)} tokens exceeds the context of {block_size}")
     return tuple(request.context[-(block_size + 1 - len(request.continuation)) :])
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Tokens of a context and of what follows it, cut where the tokens of the whole are those of the context.
+    """Encodes a context and its continuation together, and splits the tokens after as many as the context alone has.
 
-    White space at the context's end belongs to the continuation, whose first token has it in most tokenizers, and an
-    empty context is the tokenizer's start_token: as in EleutherAI's lm-evaluation-harness. Raises UserError.
+    As in EleutherAI's lm-evaluation-harness, white space at the context's end moves to the continuation, since most
+    tokenizers put it into the first token there, and an empty context becomes the tokenizer's start_token. Raises
+    UserError.
     """
     end = len(context.rstrip())
     context, continuation = context[:end], context[end:] + continuation
@@ -107,11 +108,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 def rolling_windows(
     tokens: Sequence[int], prefix: int, block_size: int, stride: int | None = None
 ) -> Iterator[Request]:
-    """Requests that score each token of a text once, the first one after the token `prefix`.
+    """Yields requests that score each token of a text once, the first after the token `prefix`.
 
-    The first window scores block_size tokens, each further one the next `stride` (None: block_size) with the block_size
-    - stride tokens before them and more as context: always the block_size tokens up to the last one scored. With
-    stride = block_size these are the windows of EleutherAI's lm-evaluation-harness.
+    The first window scores block_size tokens; each later one scores the next `stride` (None: block_size) tokens. Its
+    input is the block_size tokens before its last one. With stride = block_size these are the windows of EleutherAI's
+    lm-evaluation-harness.
     """
     stride = block_size if stride is None else stride
     if not 1 <= stride <= block_size:
@@ -131,11 +132,11 @@ def score_continuations(
     dtype: str = "float32",
     progress: str | None = None,
 ) -> list[Score]:
-    """The score of each request, in their order, by `model` in eval mode.
+    """Returns the scores of the requests, in order, by `model` in eval mode.
 
-    `batch_tokens` bounds what is read at once, a context counted with each continuation and padding included, where a
-    single sequence isn't longer; `dtype` is that of matrix products. A context too long to be read with its
-    continuation loses its beginning, see `truncated`.
+    `batch_tokens` bounds the tokens of a batch, padding included and a shared context counted for each continuation; a
+    longer sequence is a batch by itself. `dtype` is the type of matrix products. A context that is too long is cut at
+    the start, see `truncated`.
     """
     by_context: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = defaultdict(list)
     count = 0
@@ -150,9 +151,9 @@ def score_continuations(
             alone += [Group(group.context, [item]) for item in group.continuations]
     scores: list[Score | None] = [None] * count
     bar = tqdm(total=count, desc=progress, unit="request", leave=False, disable=None if progress else True)
-    found = chain(_score_alone(model, alone, batch_tokens), _score_shared(model, shared, batch_tokens))
+    numbered = chain(_score_alone(model, alone, batch_tokens), _score_shared(model, shared, batch_tokens))
     with autocast(_device(model), dtype):
-        for number, score in found:
+        for number, score in numbered:
             scores[number] = score
             bar.update()
     bar.close()
@@ -166,10 +167,10 @@ def _device(model: GPT) -> torch.device:
 def _batches(
     items: Sequence[Item], length: Callable[[Item], int], batch_tokens: int, device: torch.device, before: int = 0
 ) -> Iterator[list[Item]]:
-    """Items in batches, the longest first, of which `length` tokens are read and `before` were read of each before.
+    """Yields batches of items, the longest first; an item has `length` tokens after `before` cached ones.
 
-    Padded to the longest, they come to `batch_tokens` at most. On a CPU a batch ends where an eighth of the next item
-    would be padding, if it is large enough; what a GPU reads at once costs it less than reading twice.
+    A batch has at most `batch_tokens` tokens when padded to its longest. On a CPU a large enough batch also ends before
+    an item that would be padded by more than an eighth; on a GPU a second pass costs more than the padding.
     """
     batch: list[Item] = []
     for item in sorted(items, key=length, reverse=True):
@@ -186,21 +187,21 @@ def _batches(
 
 
 def _score_alone(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iterator[tuple[int, Score]]:
-    """Read each context with its only continuation, in one pass and without masks."""
+    """Scores each context with its only continuation, in one pass and without masks."""
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
         rows = [Row(g, *group.continuations[0]) for g, group in enumerate(batch)]
         hidden = model.hidden(_padded([[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)], device))
         ends = [len(group.context) - 1 for group in batch]
-        yield from _scored(model, rows, [own[e : e + len(row.tokens)] for own, e, row in zip(hidden, ends, rows)])
+        yield from _scored(model, rows, [h[end : end + len(row.tokens)] for h, end, row in zip(hidden, ends, rows)])
 
 
 def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iterator[tuple[int, Score]]:
-    """Read each context once, and then, from its keys and values, each of its continuations."""
+    """Reads each context once, then scores its continuations from its keys and values."""
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
         rows = [Row(g, *item) for g, group in enumerate(batch) for item in group.continuations]
-        longest = max(len(row.tokens) for row in rows) - 1  # tokens that are read of a continuation
+        longest = max(len(row.tokens) for row in rows) - 1  # input tokens of a continuation
         contexts = _padded([group.context for group in batch], device)
         cache = _empty_cache(model, len(batch), contexts.size(1) + longest) if longest else []
         hidden = model.hidden(contexts, cache=cache or None)
@@ -211,31 +212,33 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
         states = hidden[each, ends]
         for part in _batches(rows, lambda row: len(row.tokens) - 1, batch_tokens, device, before=contexts.size(1)):
             owners = torch.tensor([row.context for row in part], device=device)
-            found = states[owners].split(1)  # first tokens are predicted from these
+            row_states = states[owners].split(1)  # (1, C) each: these predict the first tokens
             if len(part[0].tokens) > 1:
-                own = _read_on(model, cache, contexts.size(1), part, owners, tails[owners], ends[owners])
-                found = [torch.cat((first, more[: len(row.tokens) - 1])) for first, more, row in zip(found, own, part)]
-            yield from _scored(model, part, found)
+                later = _read_on(model, cache, contexts.size(1), part, owners, tails[owners], ends[owners])
+                row_states = [
+                    torch.cat((first, more[: len(row.tokens) - 1])) for first, more, row in zip(row_states, later, part)
+                ]
+            yield from _scored(model, part, row_states)
 
 
 def _read_on(
     model: GPT, cache: Sequence[KVCache], used: int, rows: Sequence[Row], owners: Tensor, tails: Tensor, ends: Tensor
 ) -> Tensor:
-    """Hidden states (R, T, C) of the continuations of rows, the longest first, but for the last tokens.
+    """Returns hidden states (R, T, C) of the rows' continuations, the longest first, without their last tokens.
 
-    `cache` holds `used` tokens of each context, padding included; of the context of each row `owners` (R,) is the place
-    there, `tails` (R, ngrams) its last tokens and `ends` (R,) the place of the very last.
+    `cache` holds `used` tokens of each context, padding included. For each row, `owners` (R,) is the index of its
+    context there, `tails` (R, ngrams) that context's last tokens, and `ends` (R,) the position of the very last.
     """
     longest, device = len(rows[0].tokens) - 1, owners.device
     sequences = torch.cat((tails, _padded([row.tokens for row in rows], device)), dim=1)
-    # a shorter row reads its last token again and again, which keeps the same keys and values at the same place
+    # a shorter row repeats its last token, which writes the same keys and values to the same slot
     sizes = torch.tensor([len(row.tokens) for row in rows], device=device)
     steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, T)
     slots, positions = slice(used + longest), ends[:, None] + steps
-    branches = [Branches(of.keys[:, :, slots], of.values[:, :, slots], positions, owners) for of in cache]
-    places, runs = steps + tails.size(1) - 1, range(1, model.config.ngrams)
-    previous = torch.stack([sequences.gather(1, places - k) for k in runs], dim=-1) if runs else None
-    return model.hidden(sequences.gather(1, places), cache=branches, previous=previous)
+    branches = [Branches(c.keys[:, :, slots], c.values[:, :, slots], positions, owners) for c in cache]
+    columns, offsets = steps + tails.size(1) - 1, range(1, model.config.ngrams)
+    previous = torch.stack([sequences.gather(1, columns - k) for k in offsets], dim=-1) if offsets else None
+    return model.hidden(sequences.gather(1, columns), cache=branches, previous=previous)
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -253,15 +256,15 @@ def _empty_cache(model: GPT, rows: int, slots: int) -> list[KVCache]:
 
 
 def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
-    """The score of each row, from the hidden states (tokens, C) that its tokens are predicted from."""
+    """Yields the score of each row, from the hidden states (tokens, C) that predict its tokens."""
     hidden = torch.cat(list(hidden))
-    wanted = torch.tensor([token for row in rows for token in row.tokens], device=hidden.device)
+    targets = torch.tensor([token for row in rows for token in row.tokens], device=hidden.device)
     at_once = max(logits_at_once(hidden.device.type) // model.config.vocab_size, 1)
     logs, greedy = [], []
-    for states, own in zip(hidden.split(at_once), wanted.split(at_once)):
+    for states, tokens in zip(hidden.split(at_once), targets.split(at_once)):
         logits = model.logits(states).float()
-        logs.append(logits.log_softmax(-1).gather(1, own[:, None])[:, 0])
-        greedy.append(logits.argmax(-1) == own)
+        logs.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        greedy.append(logits.argmax(-1) == tokens)
     sizes = [len(row.tokens) for row in rows]
     for row, log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
         yield row.number, Score(log.sum().item(), bool(right.all()), len(log))

@@ -1,14 +1,14 @@
-"""Is a word the likeliest one to come next, those of a list left out? GPT-2's LAMBADA has its stop words left out so.
+"""Is a word the likeliest to come next, stop words excluded? This is how GPT-2's authors filtered LAMBADA.
 
-    right = likeliest_words(Vocabulary(tokenizer), model.eval(), [(context, answer), ...], STOP_WORDS)    # token ids
+    right = likeliest_words(WordTokens(tokenizer), model.eval(), [(context, answer), ...], STOP_WORDS)    # token ids
 
-A word is made of letters and digits, with apostrophes among them, and after a space if the answer is. It begins with
-the token that has its first letter (a space may be a token before that) and ends where the next token doesn't go on
-with it: with white space, with punctuation, at the end of the text, or with a part of a character. So the probability
-of a word is that of its tokens, times the sum of those of all tokens that end it: `the` has none of `theatre`.
+A word consists of letters and digits, with apostrophes inside, and follows a space if the answer does. It begins with
+the token that has its first letter (the space may be a token before that). It ends before a token that doesn't continue
+it: white space, punctuation, end-of-text, or part of a character. So the probability of a word is the product of its
+tokens' probabilities, times the total probability of the tokens that end it: `the` gets nothing from `theatre`.
 
-The search is exact. A word can't be likelier than the first of its tokens are, so only beginnings likelier than the
-answer are looked at, the likeliest first, until another word is found to be likelier or no beginning is left.
+The search is exact. A word is never likelier than a prefix of its tokens, so only prefixes likelier than the answer are
+expanded, the likeliest first, until a likelier word turns up or no prefix is left.
 """
 
 import heapq
@@ -24,7 +24,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
 from model import GPT
 
-# Words of grammar, and what stands before an apostrophe that is a token of its own; GPT-2's own list isn't known.
+# Function words, and the parts of contractions before an apostrophe token; GPT-2's list was not published.
 STOP_WORDS = frozenset(
     """
     a an the this that these those some any each every either neither no none such other another both all few more most
@@ -42,20 +42,20 @@ STOP_WORDS = frozenset(
     haven't hasn't hadn't won't wouldn't shouldn't couldn't mustn't
     """.split()
 )
-BARE = re.compile(r"\w+(?:['’]\w+)*")  # what a word may begin with
-SPACED = re.compile(rf" (?:{BARE.pattern})?")  # after a space
-MORE = re.compile(rf"['’]?{BARE.pattern}")  # and go on with
+BARE = re.compile(r"\w+(?:['’]\w+)*")  # tokens that a word may begin with
+SPACED = re.compile(rf" (?:{BARE.pattern})?")  # the same, after a space
+MORE = re.compile(rf"['’]?{BARE.pattern}")  # tokens that continue a word
 
 
-class Vocabulary:
-    """A tokenizer's tokens as beginnings and parts of words. Raises UserError where tokens don't have their spaces."""
+class WordTokens:
+    """A tokenizer's tokens as beginnings and parts of words. Raises UserError if tokens don't contain their spaces."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.pieces = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
         if "".join(self.pieces[token] for token in tokenizer.encode("a a")) != "a a":
             raise UserError(
-                "stop_word_filter tells words by the spaces in their tokens, which this model's tokenizer, unlike "
-                "GPT-2's, leaves out"
+                "stop_word_filter separates words by the spaces in their tokens, but this model's tokenizer, unlike "
+                "GPT-2's, drops them"
             )
         self.bare, self.spaced, self.more = (self._numbers(pattern) for pattern in (BARE, SPACED, MORE))
         self.ends = torch.ones(len(self.pieces), dtype=torch.bool)
@@ -65,34 +65,35 @@ class Vocabulary:
         return torch.tensor([i for i, piece in enumerate(self.pieces) if pattern.fullmatch(piece)], dtype=torch.long)
 
     def first(self, answer: Sequence[int]) -> Tensor:
-        """The tokens that a rival of the answer may begin with."""
+        """Returns the tokens that a word competing with the answer may begin with."""
         return self.spaced if self.pieces[answer[0]].startswith(" ") else self.bare
 
     def word(self, tokens: Sequence[int]) -> str:
+        """Returns the word that tokens spell, in lower case."""
         return "".join(self.pieces[token] for token in tokens).strip().lower()
 
 
 class _Search:
-    """The question of one answer, and the beginnings of words that may be likelier, the likeliest first.
+    """The search for a word likelier than one answer, with a heap of prefixes that could become one.
 
-    Of the tokens that may follow a beginning only the next in order lies on the heap: a model that knows little finds
-    tens of thousands likelier than the answer.
+    Of the tokens that may follow a prefix, only the next in order is on the heap: with a weak model tens of thousands
+    are likelier than the answer.
     """
 
     def __init__(self, context: Sequence[int], answer: Sequence[int]):
         self.context, self.answer = list(context), list(answer)
-        self.least = 0.0  # log-probability of the answer, once all of it is known
+        self.least = 0.0  # log-probability of the answer, summed as its parts are read
         self.right: bool | None = None
         self._open: list[tuple[float, list[int], tuple]] = [(0.0, [], ())]  # negative log-probabilities, and siblings
 
     def push(self, tokens: list[int], chances: Tensor, after: Tensor, at: int = 0) -> None:
-        """Consider `tokens` with each token of `after`, from place `at` on: their log-probabilities, in order."""
+        """Adds the prefixes `tokens` + one token of `after`, from index `at` on; `chances` are their sorted logs."""
         if at < len(after):
             siblings = tokens, chances, after, at + 1
             heapq.heappush(self._open, (-chances[at].item(), [*tokens, after[at].item()], siblings))
 
     def pop(self) -> tuple[float, list[int]]:
-        """The likeliest beginning: its log-probability and tokens. Without one the answer is right."""
+        """Returns the likeliest prefix's log-probability and tokens. If none is left, the answer is right."""
         if not self._open:
             self.right = True
             return 0.0, []
@@ -103,9 +104,9 @@ class _Search:
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """The numbers of sequences, the longest first, in batches that come to `batch_tokens` at most, padding included.
+    """Yields batches of sequence indices, the longest first, of at most `batch_tokens` tokens, padding included.
 
-    A sequence that is longer is a batch of its own.
+    A longer sequence is a batch by itself.
     """
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     start = 0
@@ -118,32 +119,32 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
 def _next_tokens(
     decoder: Decoder, sequences: Sequence[list[int]], batch_tokens: int, tokens: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Number of each sequence, in any order, and the log-probabilities of the first `tokens` to follow its end."""
+    """Yields the index of each sequence, in any order, with the next-token log-probabilities of ids below `tokens`."""
     sequences = [sequence[-decoder.model.config.block_size :] for sequence in sequences]
     for batch in length_batches([len(sequence) for sequence in sequences], batch_tokens):
         yield from zip(batch, decoder.read([sequences[i] for i in batch], room=0).log_softmax(-1)[:, :tokens].cpu())
 
 
 def likeliest_words(
-    vocabulary: Vocabulary,
+    vocabulary: WordTokens,
     model: GPT,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    left_out: Collection[str],
+    excluded: Collection[str],
     batch_tokens: int = 8192,
     progress: str | None = None,
 ) -> list[bool]:
-    """Whether each answer is the likeliest word after its context (token ids, neither empty), in their order.
+    """Returns whether each answer is the likeliest word after its context (token ids, neither empty), in order.
 
-    Words of `left_out` (in lower case) don't count; an answer that is one of them is wrong. Of words that are equally
-    likely the answer counts as the first. It may have any tokens, the last of which must be followed by the end of a
-    word; another spelling of it in tokens is no rival. Of a long text the model sees the last block_size tokens.
+    Words in `excluded` (lower case) don't compete, and an answer that is one of them is wrong. The answer wins against
+    equally likely words. It may have any tokens, but a word must end after it; the same word in other tokens does not
+    compete. The model sees the last block_size tokens of a long text.
     """
     decoder = Decoder(model)
     right = [False] * len(pairs)
     bar = tqdm(total=len(pairs), desc=progress, unit="answer", leave=False, disable=None if progress else True)
     for batch in length_batches([len(context) + len(answer) for context, answer in pairs], batch_tokens):
         searches = [_Search(*pairs[number]) for number in batch]
-        _search(vocabulary, decoder, searches, left_out, batch_tokens)
+        _search(vocabulary, decoder, searches, excluded, batch_tokens)
         for number, search in zip(batch, searches):
             right[number] = bool(search.right)
         bar.update(len(batch))
@@ -152,10 +153,10 @@ def likeliest_words(
 
 
 def _search(
-    vocabulary: Vocabulary, decoder: Decoder, searches: Sequence[_Search], left_out: Collection[str], batch_tokens: int
+    vocabulary: WordTokens, decoder: Decoder, searches: Sequence[_Search], excluded: Collection[str], batch_tokens: int
 ) -> None:
-    """Settle whether the answers are right."""
-    size = len(vocabulary.pieces)  # the model may have more tokens, which mean nothing
+    """Decides for each search whether the answer is right."""
+    size = len(vocabulary.pieces)  # the model's vocabulary may be padded
     parts = [(search, end) for search in searches for end in range(len(search.answer) + 1)]
     read = _next_tokens(decoder, [search.context + search.answer[:end] for search, end in parts], batch_tokens, size)
     for number, logs in read:
@@ -163,16 +164,16 @@ def _search(
         whole = end == len(search.answer)
         search.least += (logs[vocabulary.ends].logsumexp(-1) if whole else logs[search.answer[end]]).item()
     for search in searches:
-        if vocabulary.word(search.answer) in left_out:
+        if vocabulary.word(search.answer) in excluded:
             search.right = False
-    while going := [search for search in searches if search.right is None]:
-        tops = [(search, *search.pop()) for search in going]
+    while undecided := [search for search in searches if search.right is None]:
+        tops = [(search, *search.pop()) for search in undecided]
         tops = [top for top in tops if top[0].right is None]
         sequences = [search.context + tokens for search, _, tokens in tops]
         for number, logs in _next_tokens(decoder, sequences, batch_tokens, size):
             search, chance, tokens = tops[number]
             word = vocabulary.word(tokens)
-            rival = word and word not in left_out and word != vocabulary.word(search.answer)
+            rival = word and word not in excluded and word != vocabulary.word(search.answer)
             if rival and chance + logs[vocabulary.ends].logsumexp(-1).item() > search.least:
                 search.right = False
                 continue

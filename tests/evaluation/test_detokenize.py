@@ -1,4 +1,4 @@
-"""Detokenizers against running text written by hand."""
+"""Detokenizers against hand-written running text."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_the_penn_treebank_becomes_running_text(line):
 
 
 @pytest.mark.parametrize(("name", "lines"), [("wikitext", WIKITEXT), ("ptb", PENN_TREEBANK)])
-def test_lines_do_not_touch_each_other(name, lines):
+def test_lines_are_independent(name, lines):
     assert DETOKENIZERS[name]("\n".join(lines)) == "\n".join(lines.values())
 
 
@@ -47,6 +47,6 @@ def test_running_text_stays_as_it_is(name):
     assert DETOKENIZERS[name](text) == text and DETOKENIZERS[name]("") == ""
 
 
-def test_none_leaves_the_separated_words():
+def test_none_keeps_the_separated_words():
     text = "\n".join([*WIKITEXT, *PENN_TREEBANK])
     assert DETOKENIZERS["none"](text) == text

@@ -1,4 +1,4 @@
-"""The use of experts against single tokens one by one, routers whose choice is known, and entropies by hand."""
+"""The use of experts against a token-by-token count, routers with known choices, and entropies by hand."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def read_all(tokenizer, text, size, most=0):
 
 
 def use_of(model, tokenizer, text, **settings):
-    """The last window, which may be a short one, read first."""
+    """Returns the use over all windows; the last, which may be short, comes first."""
     return expert_use(model.eval(), read_all(tokenizer, text, model.config.block_size)[::-1], **settings)
 
 
@@ -67,13 +67,13 @@ def use_of(model, tokenizer, text, **settings):
         ("\N{REPLACEMENT CHARACTER}", "a", "other"),
     ],
 )
-def test_the_class_of_a_token(text, before, expected):
+def test_token_classes_by_text(text, before, expected):
     assert token_class(text, before) == expected
 
 
 @pytest.mark.parametrize("kind", ["characters", "BPE"])
 def test_classes_of_a_text(kind):
-    """By where each token lies in the text, of which all tokenizers are a partition."""
+    """The expected classes follow from each token's position in the text."""
     tokenizer = CharTokenizer.from_text(PROSE) if kind == "characters" else BPETokenizer.train([PROSE] * 9, 290)
     tokens = tokenizer.encode(PROSE)
     expected, start = [], 0
@@ -96,7 +96,7 @@ def test_classes_of_a_text(kind):
     assert set(expected) == {*CLASSES} - {"other"}
 
 
-def test_pieces_of_characters_and_tokens_between_documents_have_no_class():
+def test_parts_of_characters_and_end_of_text_are_other():
     tokenizer = BPETokenizer.train(["abc"], 300)
     tokens = [*tokenizer.encode("a"), tokenizer.end_of_text, *tokenizer.encode("bé")]
     assert len(tokens) == 5
@@ -104,8 +104,8 @@ def test_pieces_of_characters_and_tokens_between_documents_have_no_class():
     assert classes == ["word begins", "other", "word begins", "other", "other"]
 
 
-def test_a_space_that_shows_after_another_token_alone_begins_a_word():
-    """SentencePiece's tokenizers tell no space at a text's beginning."""
+def test_a_space_that_only_shows_after_another_token_begins_a_word():
+    """SentencePiece tokenizers drop the space at the start of a text."""
 
     class Spaceless(CharTokenizer):
         def decode(self, tokens):
@@ -116,7 +116,7 @@ def test_a_space_that_shows_after_another_token_alone_begins_a_word():
     assert classes == [begins, within, begins, within, begins, "punctuation", begins]
 
 
-def test_windows_are_spread_over_the_text_and_begin_within_words():
+def test_windows_are_spread_over_the_text():
     tokenizer = CharTokenizer.from_text(TEXT)
     whole = token_classes(tokenizer, tokenizer.encode(TEXT))
     found = read_all(tokenizer, TEXT, 7)
@@ -126,12 +126,12 @@ def test_windows_are_spread_over_the_text_and_begin_within_words():
     assert len(some) == 10 and all(window in found for window in some)
     places = [found.index(window) for window in some]
     assert places[0] == 0 and places[-1] >= len(found) * 0.89
-    assert len(read_all(tokenizer, TEXT, 7, 3)) == 1  # one window is the least
+    assert len(read_all(tokenizer, TEXT, 7, 3)) == 1  # at least one window
     assert [len(w.tokens) for w in read_all(tokenizer, TEXT[:20], 7, 500)] == [7, 7, 6]
 
 
 @pytest.mark.parametrize("settings", [{}, {"experts_per_token": 1, "balance_rate": 0.1}, {"expert_interval": 2}])
-def test_counts_are_those_of_single_tokens(settings):
+def test_counts_equal_a_token_by_token_count(settings):
     tokenizer = CharTokenizer.from_text(PROSE)
     model = randomised(GPT(GPTConfig(vocab_size=tokenizer.vocab_size, **(TINY | settings))))
     for experts in model.experts:
@@ -176,10 +176,10 @@ def test_counts_are_those_of_single_tokens(settings):
             assert use.max_over_mean == pytest.approx(max(loads) / mean)
 
 
-def sorting_model(characters: str, wanted: dict[str, list[float]], per_token: int = 1) -> tuple[GPT, CharTokenizer]:
-    """A mixture whose router has the logits wanted of each character, up to a positive factor, wherever it stands."""
+def sorting_model(characters: str, logits: dict[str, list[float]], per_token: int = 1) -> tuple[GPT, CharTokenizer]:
+    """Returns a mixture whose router gives each character these logits, up to a positive factor, at every position."""
     tokenizer = CharTokenizer(characters)
-    size, experts = len(characters), len(next(iter(wanted.values())))
+    size, experts = len(characters), len(next(iter(logits.values())))
     config = GPTConfig(
         8, size, 2, 1, 16, norm="rmsnorm", positions="rotary", bias=False, mlp_size=4, n_experts=experts,
         experts_per_token=per_token,
@@ -191,7 +191,7 @@ def sorting_model(characters: str, wanted: dict[str, list[float]], per_token: in
             block.attention.projection.weight.zero_()
             block.mlp.projection.zero_()
             block.mlp.router.weight.zero_()
-            block.mlp.router.weight[:, :size] = torch.tensor([wanted[c] for c in characters]).T
+            block.mlp.router.weight[:, :size] = torch.tensor([logits[c] for c in characters]).T
     return model, tokenizer
 
 
@@ -199,11 +199,11 @@ def entropy_of(counts) -> float:
     return -math.fsum(n / sum(counts) * math.log(n / sum(counts)) for n in counts)
 
 
-MARKS = "A1.\n "  # a character of each class that the character alone settles
+MARKS = "A1.\n "  # a character of each class that doesn't depend on context
 MARKED = "A1 . A\n111. AA A\n  .1A  "
 
 
-def test_a_router_by_class_shares_the_classes_entropy():
+def test_a_router_by_class_has_the_classes_entropy():
     one_each = {c: [5.0 * (e == (i + 2) % 5) for e in range(5)] for i, c in enumerate(MARKS)}
     for use in use_of(*sorting_model(MARKS, one_each), MARKED):
         assert use.mutual_information == pytest.approx(entropy_of(Counter(MARKED).values()))
@@ -217,7 +217,7 @@ def test_a_router_by_class_shares_the_classes_entropy():
         assert use.explained == pytest.approx(1)
 
 
-def test_a_router_that_goes_by_something_else_shares_nothing():
+def test_a_router_independent_of_class_has_no_mutual_information():
     halves = {"A": [1.0, 0.0], "B": [0.0, 1.0], "1": [1.0, 0.0], "2": [0.0, 1.0]}
     for use in use_of(*sorting_model("AB12", halves), "AB1221BAAB11AB22"):
         assert use.mutual_information == pytest.approx(0, abs=1e-12) and use.explained == pytest.approx(0, abs=1e-12)
@@ -229,15 +229,15 @@ def test_a_collapsed_router_leaves_nothing_to_explain():
     for use in use_of(*sorting_model(MARKS, collapsed, per_token=2), MARKED):
         assert use.explained is None and use.mutual_information == pytest.approx(0, abs=1e-12)
         assert use.load.tolist() == [0.5, 0, 0.5, 0] and use.cv == 1 and use.max_over_mean == 2
-        assert use.typical(0, 3) == []  # no token more than others
+        assert use.typical(0, 3) == []  # no token exceeds the share
 
 
-def test_even_probabilities_have_the_largest_entropy():
+def test_uniform_probabilities_have_the_largest_entropy():
     for use in use_of(*sorting_model(MARKS, {c: [0.0] * 4 for c in MARKS}), MARKED):
         assert use.router_entropy == pytest.approx(math.log(4))
 
 
-def test_watching_leaves_no_trace():
+def test_watching_restores_the_model():
     model = randomised(GPT(GPTConfig(vocab_size=9, **TINY)))
     tokens = torch.arange(9)[None]
     with torch.no_grad():
@@ -245,9 +245,9 @@ def test_watching_leaves_no_trace():
         with pytest.raises(KeyError), watched(model) as seen:
             assert torch.equal(model(tokens), before)
             raise KeyError
-        assert [len(own) for own in seen] == [1, 1, 1]
+        assert [len(record) for record in seen] == [1, 1, 1]
         model(tokens)
-    assert [len(own) for own in seen] == [1, 1, 1]
+    assert [len(record) for record in seen] == [1, 1, 1]
     assert not any("route" in vars(experts) for experts in model.experts)
 
 
@@ -306,7 +306,7 @@ def test_the_command_line(run, workplace):
         (["--datset=sums"], "there is no flag --datset; did you mean --dataset"),
     ],
 )
-def test_what_can_not_be_read_is_refused(flags, sentence, run, workplace):
+def test_unreadable_input_is_refused(flags, sentence, run, workplace):
     save_mixture(workplace / "mixture")
     (workplace / "data" / "other").mkdir()
     for path in (workplace / "data" / "sums").iterdir():
@@ -317,7 +317,7 @@ def test_what_can_not_be_read_is_refused(flags, sentence, run, workplace):
     assert sentence in run("mixture", *flags)
 
 
-def test_what_has_no_experts_or_no_tokenizer_is_refused(run, workplace, monkeypatch):
+def test_a_model_without_experts_or_tokenizer_is_refused(run, workplace, monkeypatch):
     save_mixture(workplace / "dense", n_experts=0)
     assert "dense is a dense model: it has no experts" in run("dense", "--dataset=sums")
     model, _ = save_mixture(workplace / "mixture")
@@ -338,7 +338,7 @@ def test_the_report_compares_seed_by_seed(tmp_path, output_of):
             for step in (70, 95, 100):
                 routers = {"expert_cv": step / 100, "expert_max": 2.0 * seed, "router_entropy": 1.0}
                 lines.append({"step": step, "train_loss": 1.0} | ({} if variant == "dense" else routers))
-            lines[-1]["val_loss"] = lowest + 0.2  # over-fitted: the lowest counts
+            lines[-1]["val_loss"] = lowest + 0.2  # over-fitted; the lowest loss counts
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     unfinished = tmp_path / "mixture" / "3"
     unfinished.mkdir()
@@ -361,7 +361,7 @@ def test_the_report_compares_seed_by_seed(tmp_path, output_of):
 
 
 def test_the_arc_compares_equal_active_parameters():
-    """But for the routers, the dense model has as many as a token of the mixture meets."""
+    """The dense model has as many parameters as a token of the mixture uses, except the routers."""
     import tomllib
 
     settings = tomllib.loads((ROOT / "configs" / "moe_mini.toml").read_text())["model"]

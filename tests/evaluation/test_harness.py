@@ -1,4 +1,4 @@
-"""The lm-evaluation-harness on our models, against its own adapter of transformers on their exports."""
+"""The lm-evaluation-harness on our models against its own transformers adapter on their exports."""
 
 import functools
 import json
@@ -35,11 +35,11 @@ def words(start, count):
     return " ".join(WORDS[(start + i) % len(WORDS)] for i in range(count))
 
 
-CHOICES = [  # contexts up to several times the model's, one with white space at its end, options of unequal lengths
+CHOICES = [  # contexts up to several times the model's, some ending in white space; options of unequal lengths
     {
         "query": words(7 * n, 1 + n * 4) + (" " if n % 5 == 0 else ""),
         "options": [words(11 * n + 1 + 9 * k, 1 + (n + k) % 4) for k in range(4)],
-        "gold": 0,  # which is what follows
+        "gold": 0,  # the true continuation
     }
     for n in range(24)
 ]
@@ -72,8 +72,8 @@ TASKS = {
 }  # fmt: skip
 
 
-def taught(tokenizer, steps=100):
-    """A GPT-2 that half knows PROSE, so that some of its answers are right."""
+def trained(tokenizer, steps=100):
+    """Returns a GPT-2 trained on PROSE just enough that some of its answers are right."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=CONTEXT, vocab_size=tokenizer.vocab_size, n_layer=2, n_head=2, n_embd=32)
     model, tokens = GPT(config), torch.tensor(tokenizer.encode(PROSE))
@@ -90,10 +90,10 @@ def taught(tokenizer, steps=100):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Folders: a GPT-2 of ours, its export for transformers, and the tasks as files of the harness's."""
+    """A folder with our GPT-2, its export for transformers, and the tasks as harness files."""
     root = tmp_path_factory.mktemp("harness")
     tokenizer = BPETokenizer.train([PROSE], 300)
-    save_model(taught(tokenizer), tokenizer, root / "ours")
+    save_model(trained(tokenizer), tokenizer, root / "ours")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["tools/export.py", str(root / "ours"), str(root / "theirs"), "--to=hf"])
         export.main()
@@ -103,16 +103,18 @@ def places(tmp_path_factory):
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         files = {"data_files": {"test": str(data)}, "cache_dir": str(root / "cache")}
         content = {"task": name, "dataset_kwargs": files, **COMMON, **task}
-        (root / "tasks" / f"{name}.yaml").write_text(json.dumps(content))  # which is YAML too
+        (root / "tasks" / f"{name}.yaml").write_text(json.dumps(content))  # JSON is YAML
     return root
 
 
 def evaluated(model, root):
-    """What the harness makes of a model: for each task its metrics, and what the model answered to each request."""
+    """Returns the harness's results for a model: each task's metrics, and the answer to each request."""
     manager = TaskManager(include_path=str(root / "tasks"), include_defaults=False)
-    found = lm_eval.simple_evaluate(model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True)
-    answers = {name: [sample["resps"] for sample in found["samples"][name]] for name in TASKS}
-    return found["results"], answers
+    output = lm_eval.simple_evaluate(
+        model, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True
+    )
+    answers = {name: [sample["resps"] for sample in output["samples"][name]] for name in TASKS}
+    return output["results"], answers
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +124,19 @@ def theirs(places):
 
 
 def flat(answers):
-    """Every answer of a task, however deep the harness nests it."""
+    """Returns the answers of a task as a flat list, however deep the harness nests them."""
     if isinstance(answers, (list, tuple)) and not (len(answers) == 2 and isinstance(answers[1], bool)):
-        return [one for answer in answers for one in flat(answer)]
+        return [leaf for answer in answers for leaf in flat(answer)]
     return [answers]
 
 
 def logs_of(answers):
-    """The log-probabilities in nats among the answers of a task."""
+    """Returns the log-probabilities in nats of a task's answers."""
     return [float(answer[0] if isinstance(answer, (list, tuple)) else answer) for answer in flat(answers)]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300])
-def test_every_kind_of_task_has_the_result_of_the_harness_s_own_adapter(places, theirs, batch_tokens):
+def test_every_kind_of_task_equals_the_harness_s_own_adapter(places, theirs, batch_tokens):
     model = HarnessModel(places / "ours", device="cpu", batch_tokens=batch_tokens)
     results, answers = evaluated(model, places)
     expected, right = theirs
@@ -155,8 +157,8 @@ def test_every_kind_of_task_has_the_result_of_the_harness_s_own_adapter(places, 
     assert 0.25 < results["options"]["acc,none"] < 1
 
 
-def asked(kind, *arguments):
-    """Requests as the harness makes them."""
+def instances(kind, *arguments):
+    """Returns requests in the harness's form."""
     return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
 
 
@@ -165,31 +167,32 @@ def adapter(places):
     return HarnessModel(str(places / "ours"), device="cpu")
 
 
-def test_an_empty_context_is_the_token_between_documents(adapter):
+def test_an_empty_context_becomes_the_end_of_text_token(adapter):
     end, text = adapter.text_tokenizer.end_of_text, "The cat"
-    (log, _), (same, _) = adapter.loglikelihood(
-        asked("loglikelihood", ("", text)), disable_tqdm=True
+    (log, _), (expected, _) = adapter.loglikelihood(
+        instances("loglikelihood", ("", text)), disable_tqdm=True
     ) + adapter._loglikelihood_tokens([(("", ""), [end], adapter.tok_encode(text))], disable_tqdm=True)
-    [rolling] = adapter.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)), disable_tqdm=True)
-    assert log == same == pytest.approx(rolling, abs=1e-5)
-    assert adapter.loglikelihood_rolling(asked("loglikelihood_rolling", ("",)), disable_tqdm=True) == [0.0]
+    [rolling] = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)), disable_tqdm=True)
+    assert log == expected == pytest.approx(rolling, abs=1e-5)
+    assert adapter.loglikelihood_rolling(instances("loglikelihood_rolling", ("",)), disable_tqdm=True) == [0.0]
 
 
 def test_a_continuation_longer_than_the_context_is_refused(adapter):
     with pytest.raises(ValueError, match=f"exceeds the context of {CONTEXT}"):
-        adapter.loglikelihood(asked("loglikelihood", ("The", words(0, 100))), disable_tqdm=True)
+        adapter.loglikelihood(instances("loglikelihood", ("The", words(0, 100))), disable_tqdm=True)
 
 
 def drawn(adapter, contexts, **settings):
     requests = [(context, settings) for context in contexts]
-    return adapter.generate_until(asked("generate_until", *requests), disable_tqdm=True)
+    return adapter.generate_until(instances("generate_until", *requests), disable_tqdm=True)
 
 
 def plain(adapter, context, length, sampling):
-    """The text that `generate` makes of one context."""
+    """Returns the text that `generate` produces after one context."""
     prompt = adapter.tok_encode(context) or [adapter.prefix_token_id]
-    made = [step.tokens[0] for step in generate(adapter.model, [prompt], length, sampling)]
-    tokens = made[: made.index(adapter.eot_token_id)] if adapter.eot_token_id in made else made
+    generated = [step.tokens[0] for step in generate(adapter.model, [prompt], length, sampling)]
+    end = adapter.eot_token_id
+    tokens = generated[: generated.index(end)] if end in generated else generated
     return adapter.text_tokenizer.decode(tokens)
 
 
@@ -203,7 +206,7 @@ def test_greedy_continuations_end_before_the_first_stop(adapter):
     assert drawn(adapter, contexts, until=stop, max_new_tokens=20)[0] == whole[0].split(stop)[0]
 
 
-def test_a_long_context_leaves_room_for_the_continuation_and_a_long_continuation_slides(adapter):
+def test_a_long_context_leaves_room_and_a_long_continuation_slides(adapter):
     long = words(0, 200)
     kept = adapter.text_tokenizer.decode(adapter.tok_encode(long)[-(CONTEXT - 10) :])
     assert adapter.tok_encode(kept) == adapter.tok_encode(long)[-(CONTEXT - 10) :]
@@ -213,14 +216,14 @@ def test_a_long_context_leaves_room_for_the_continuation_and_a_long_continuation
     ]
 
 
-def test_what_is_drawn_depends_on_the_seed_and_the_request_s_number_alone(places, adapter):
+def test_samples_depend_only_on_the_seed_and_the_request_s_number(places, adapter):
     contexts = ["The cat"] * 4 + ["A", "on the mat, and"]
-    how = dict(until=[], max_gen_toks=12, do_sample=True, temperature=0.9, top_k=40, top_p=0.95)
-    texts = drawn(adapter, contexts, **how)
+    settings = dict(until=[], max_gen_toks=12, do_sample=True, temperature=0.9, top_k=40, top_p=0.95)
+    texts = drawn(adapter, contexts, **settings)
     assert len(set(texts[:4])) > 1
     narrow = HarnessModel(places / "ours", device="cpu", batch_tokens=1)
-    assert drawn(narrow, contexts, **how) == texts
-    assert drawn(HarnessModel(places / "ours", device="cpu", seed=2), contexts, **how) != texts
+    assert drawn(narrow, contexts, **settings) == texts
+    assert drawn(HarnessModel(places / "ours", device="cpu", seed=2), contexts, **settings) != texts
     assert drawn(adapter, ["The cat"], until=[], max_gen_toks=12, do_sample=True, top_k=1) == [
         plain(adapter, "The cat", 12, Sampling(temperature=0))
     ]
@@ -233,8 +236,8 @@ def test_settings_without_a_counterpart_are_refused(adapter, settings):
     assert drawn(adapter, ["A"], until=[], max_gen_toks=2, num_beams=1, top_k=0) != [""]
 
 
-def test_16_bit_weights_give_nearly_the_same(places, adapter):
-    request = asked("loglikelihood", ("The cat", " sat"))
+def test_16_bit_weights_give_nearly_equal_scores(places, adapter):
+    request = instances("loglikelihood", ("The cat", " sat"))
     [(log, _)] = adapter.loglikelihood(request, disable_tqdm=True)
     half = HarnessModel(places / "ours", device="cpu", dtype="bfloat16")
     assert half.model.token_embedding.weight.dtype == torch.bfloat16
@@ -251,32 +254,32 @@ def test_models_that_cannot_be_evaluated_are_refused(places, tmp_path):
             HarnessModel(places / "ours", device="cpu", **settings)
 
 
-def test_characters_serve_as_well(tmp_path):
+def test_character_tokenizers_work(tmp_path):
     tokenizer = CharTokenizer.from_text(PROSE)
     shape = dict(block_size=CONTEXT, vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16)
     save_model(randomised(GPT(GPTConfig(**shape))), tokenizer, tmp_path)
     model = HarnessModel(tmp_path, device="cpu")
     assert model.eot_token_id is None and model.prefix_token_id == tokenizer.encode("\n")[0]
-    [(log, _)] = model.loglikelihood(asked("loglikelihood", ("The ", "cat")), disable_tqdm=True)
-    [(moved, _)] = model.loglikelihood(asked("loglikelihood", ("The", " cat")), disable_tqdm=True)
-    assert log == moved  # white space belongs to the continuation
+    [(log, _)] = model.loglikelihood(instances("loglikelihood", ("The ", "cat")), disable_tqdm=True)
+    [(moved, _)] = model.loglikelihood(instances("loglikelihood", ("The", " cat")), disable_tqdm=True)
+    assert log == moved  # white space moves to the continuation
     assert len(drawn(model, ["The cat"], until=[], max_gen_toks=5)[0]) == 5
 
 
 @pytest.fixture
 def command_line(places, output_of, monkeypatch):
-    """`python -m gpt_arc.harness ARGS` in this process, without the tasks that the harness brings, slow to list."""
+    """Runs `python -m gpt_arc.harness ARGS` in this process, without the harness's own tasks (slow to list)."""
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", functools.partial(TaskManager, include_defaults=False))
-    monkeypatch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # which lasts as long as the process
+    monkeypatch.setattr(lm_eval.__main__, "setup_logging", lambda: None)  # it would last for the whole process
     monkeypatch.chdir(places)
     return lambda *args: output_of(entry_point(main), "harness.py", *map(str, args), "--include_path", "tasks")
 
 
-ASKED = ("--model", "gpt-arc", "--tasks", "options,pages", "--model_args")
+FLAGS = ("--model", "gpt-arc", "--tasks", "options,pages", "--model_args")
 
 
-def test_the_command_line_is_the_harness_s_own(command_line, theirs, tmp_path):
-    shown = command_line(*ASKED, "pretrained=ours,batch_tokens=500", "--output_path", tmp_path / "results.json")
+def test_the_command_line_gives_the_adapter_s_results(command_line, theirs, tmp_path):
+    shown = command_line(*FLAGS, "pretrained=ours,batch_tokens=500", "--output_path", tmp_path / "results.json")
     assert "|options|" in shown and "bits_per_byte" in shown
     [written] = tmp_path.glob("results*.json")
     results, expected = json.loads(written.read_text())["results"], theirs[0]
@@ -284,19 +287,19 @@ def test_the_command_line_is_the_harness_s_own(command_line, theirs, tmp_path):
     assert results["pages"]["bits_per_byte,none"] == pytest.approx(expected["pages"]["bits_per_byte,none"], rel=1e-5)
 
 
-def test_the_command_line_refuses_a_model_that_is_not_there(command_line):
-    assert "there is no model directory nowhere" in command_line(*ASKED, "pretrained=nowhere")
+def test_the_command_line_refuses_a_missing_model(command_line):
+    assert "there is no model directory nowhere" in command_line(*FLAGS, "pretrained=nowhere")
 
 
 @pytest.mark.slow
 def test_the_module_runs_as_a_program(places):
-    run = [sys.executable, "-m", "gpt_arc.harness", *ASKED, "pretrained=ours", "--include_path", "tasks"]
+    run = [sys.executable, "-m", "gpt_arc.harness", *FLAGS, "pretrained=ours", "--include_path", "tasks"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     result = subprocess.run(run, cwd=places, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0 and "|options|" in result.stdout, result.stderr
 
 
-def test_without_the_harness_its_package_is_named():
+def test_without_the_harness_the_extra_is_named():
     code = "import sys; sys.modules['lm_eval.api.model'] = None; import gpt_arc.harness"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "UserError: EleutherAI's lm-evaluation-harness is not installed" in result.stderr

@@ -1,4 +1,4 @@
-"""Scores of continuations against one forward pass for each, exact probabilities, and the harness's windows."""
+"""Scores against one forward pass for each request, exact probabilities, and the harness's windows."""
 
 import math
 import random
@@ -37,18 +37,18 @@ def model():
 
 @torch.no_grad()
 def slow(model, request):
-    """The score by one pass over the whole of what the model can read."""
+    """Returns the score by one pass over all tokens that fit into the context."""
     size = len(request.continuation)
     kept = [*request.context, *request.continuation][-(model.config.block_size + 1) :]
     logits = model(torch.tensor([kept[:-1]]))[0, -size:]
-    wanted = torch.tensor(kept[-size:])
-    logs = logits.double().log_softmax(-1)[torch.arange(size), wanted]
-    return Score(logs.sum().item(), bool((logits.argmax(-1) == wanted).all()), size)
+    targets = torch.tensor(kept[-size:])
+    logs = logits.double().log_softmax(-1)[torch.arange(size), targets]
+    return Score(logs.sum().item(), bool((logits.argmax(-1) == targets).all()), size)
 
 
 @torch.no_grad()
 def likeliest(model, context, length):
-    """The greedy continuation, as far as the context allows."""
+    """Returns the greedy continuation."""
     tokens = list(context)
     for _ in range(length):
         tokens.append(model(torch.tensor([tokens[-model.config.block_size :]]))[0, -1].argmax().item())
@@ -56,52 +56,52 @@ def likeliest(model, context, length):
 
 
 def some_requests(model, seed=0, count=8):
-    """Contexts of 1 token to twice the model's context, alone or with several options, of 1 token to all it reads."""
-    draw, block = random.Random(seed), model.config.block_size
-    made = []
+    """Returns contexts of 1 token to twice block_size, with one or several options of 1 to block_size tokens."""
+    rng, block = random.Random(seed), model.config.block_size
+    requests = []
 
     def some(length):
-        return [draw.randrange(model.config.vocab_size) for _ in range(length)]
+        return [rng.randrange(model.config.vocab_size) for _ in range(length)]
 
     for number in range(count):
-        context = some(draw.choice([1, 2, 7, block - 3, block, block + 1, 2 * block]))
-        sizes = [draw.choice([1, 1, 2, 3, 6, block]) for _ in range(draw.choice([1, 1, 2, 4]))]
-        made += [Request(context, some(size)) for size in sizes]
+        context = some(rng.choice([1, 2, 7, block - 3, block, block + 1, 2 * block]))
+        sizes = [rng.choice([1, 1, 2, 3, 6, block]) for _ in range(rng.choice([1, 1, 2, 4]))]
+        requests += [Request(context, some(size)) for size in sizes]
         if number % 3 == 0:
             greedy = likeliest(model, context[-block:], min(3, block + 1 - min(len(context), block)))
-            made.append(Request(context, greedy))
-    draw.shuffle(made)
-    return made
+            requests.append(Request(context, greedy))
+    rng.shuffle(requests)
+    return requests
 
 
-def same(scores, expected, tolerance=1e-5):
-    """Equal up to rounding: `tolerance` absolute and, for log-probabilities of hundreds of nats, relative."""
+def assert_close(scores, expected, tolerance=1e-5):
+    """Asserts equality within an absolute and a relative `tolerance`."""
     assert [score[1:] for score in scores] == [score[1:] for score in expected]
     logs = [score.log_probability for score in scores]
     assert logs == pytest.approx([score.log_probability for score in expected], abs=tolerance, rel=tolerance)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_scores_equal_a_pass_for_each_request_however_they_are_batched(name):
+def test_scores_equal_one_pass_for_each_request_in_any_batches(name):
     model = make(**ARCHITECTURES[name])
     requests = some_requests(model)
     expected = [slow(model, request) for request in requests]
     assert any(score.is_greedy for score in expected) and not all(score.is_greedy for score in expected)
     for batch_tokens in (1, 60, 10**6):
-        same(score_continuations(model, requests, batch_tokens), expected)
+        assert_close(score_continuations(model, requests, batch_tokens), expected)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_scores_in_16_bits_are_near(name, dtype):
-    model = GPT(GPTConfig(**SMALL | ARCHITECTURES[name])).eval()  # as initialised: nothing near a tie decides
+def test_scores_in_16_bits_are_close(name, dtype):
+    model = GPT(GPTConfig(**SMALL | ARCHITECTURES[name])).eval()  # as initialised
     requests = some_requests(model, count=6)
     scores, expected = score_continuations(model, requests, 100, dtype), [slow(model, request) for request in requests]
     for score, right in zip(scores, expected):
         assert score.log_probability == pytest.approx(right.log_probability, abs=0.02 * right.tokens)
 
 
-def test_a_model_whose_weights_have_16_bits_is_scored_as_it_is():
+def test_a_model_with_16_bit_weights_is_scored():
     model = GPT(GPTConfig(**SMALL)).eval().bfloat16()
     requests = some_requests(model, count=6)
     for score, request in zip(score_continuations(model, requests, 100), requests):
@@ -109,26 +109,26 @@ def test_a_model_whose_weights_have_16_bits_is_scored_as_it_is():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_mixture_of_requests(model, seed):
+def test_random_mixtures_of_requests(model, seed):
     requests = some_requests(model, 100 + seed)
-    requests += random.Random(seed).sample(requests, 5)  # some are asked twice
+    requests += random.Random(seed).sample(requests, 5)  # some occur twice
     expected = [slow(model, request) for request in requests]
     for batch_tokens in (1, 200):
-        same(score_continuations(model, iter(requests), batch_tokens), expected)
+        assert_close(score_continuations(model, iter(requests), batch_tokens), expected)
 
 
-def test_nothing_asked_nothing_scored(model):
+def test_no_requests_give_no_scores(model):
     assert score_continuations(model, []) == []
 
 
-def test_equal_requests_get_equal_scores_in_their_places(model):
+def test_equal_requests_get_equal_scores_in_order(model):
     first, second = Request([1, 2, 3], [4, 5]), Request((1, 2, 3), (6,))
     scores = score_continuations(model, [first, second, first, second, first])
     assert scores[0] == scores[2] == scores[4] and scores[1] == scores[3] and scores[0] != scores[1]
-    same(scores[:2], [slow(model, first), slow(model, second)])
+    assert_close(scores[:2], [slow(model, first), slow(model, second)])
 
 
-def test_a_context_keeps_the_end_that_the_model_can_read_with_the_continuation(model):
+def test_a_long_context_is_cut_at_the_start(model):
     block = model.config.block_size
     context = [n % 37 for n in range(2 * block)]
     assert truncated(Request(context, [1]), block) == tuple(context[-block:])
@@ -140,17 +140,17 @@ def test_a_context_keeps_the_end_that_the_model_can_read_with_the_continuation(m
         short = Request(truncated(request, block), request.continuation)
         assert len(short.context) + size == block + 1
         assert score_continuations(model, [request]) == score_continuations(model, [short])
-        same(score_continuations(model, [request]), [slow(model, short)])
+        assert_close(score_continuations(model, [request]), [slow(model, short)])
 
 
 @pytest.mark.parametrize("context, continuation", [([1], [1] * 25), ([], [1]), ([1], [])])
-def test_what_cannot_be_scored_is_refused(model, context, continuation):
-    with pytest.raises(ValueError, match="exceeds the context of 24|needs a token"):
+def test_bad_requests_are_refused(model, context, continuation):
+    with pytest.raises(ValueError, match="exceeds the context of 24|needs at least one token"):
         score_continuations(model, [Request([1], [2]), Request(context, continuation)])
 
 
 def count_tokens(model, monkeypatch):
-    """A list to which every call of `model.hidden` appends its rows and its tokens a row, padding included."""
+    """Returns a list to which every call of `model.hidden` appends its shape (rows, tokens), padding included."""
     calls, hidden = [], model.hidden
 
     def counted(tokens, *rest, **more):
@@ -174,23 +174,23 @@ def test_a_shared_context_is_read_once(model, monkeypatch):
     assert calls == [(1, 19)]
 
 
-def test_a_batch_is_bounded_even_where_all_ask_of_one_context(model, monkeypatch):
-    """As a task does whose contexts are empty, or texts that begin after the same token."""
+def test_a_batch_is_bounded_even_if_all_requests_share_a_context(model, monkeypatch):
+    """As with empty contexts, or texts that begin after the same token."""
     calls = count_tokens(model, monkeypatch)
     requests = [Request([0], [n % 37] * (1 + n % 12)) for n in range(100)]
     scores = score_continuations(model, requests, batch_tokens=60)
     assert max(rows * length for rows, length in calls) <= 60
     assert sum(rows * length for rows, length in calls) < 1.3 * sum(len(request.continuation) for request in requests)
-    same(scores, [slow(model, request) for request in requests])
+    assert_close(scores, [slow(model, request) for request in requests])
 
 
-def test_little_is_padding_where_lengths_differ(monkeypatch):
+def test_little_is_padding_when_lengths_differ(monkeypatch):
     model = make(block_size=128, n_layer=1, n_head=1, n_embd=4)
-    calls, draw = count_tokens(model, monkeypatch), random.Random(0)
+    calls, rng = count_tokens(model, monkeypatch), random.Random(0)
     requests, needed = [], 0
     for _ in range(400):
-        context = [draw.randrange(37) for _ in range(draw.randint(60, 100))]
-        options = [[draw.randrange(37)] * draw.randint(5, 20) for _ in range(4)]
+        context = [rng.randrange(37) for _ in range(rng.randint(60, 100))]
+        options = [[rng.randrange(37)] * rng.randint(5, 20) for _ in range(4)]
         requests += [Request(context, option) for option in options]
         needed += len(context) + sum(len(option) - 1 for option in options)
     score_continuations(model, requests)
@@ -198,7 +198,7 @@ def test_little_is_padding_where_lengths_differ(monkeypatch):
     assert needed < sum(rows * length for rows, length in calls) < 1.12 * needed
 
 
-# P(next token | token): halves down to 1/8, an even choice of the first three, a certainty but for 2^-10, all alike
+# P(next token | token): halving, a tie of the first three, near certainty, uniform
 BIGRAMS = torch.tensor(
     [
         [1 / 2, 1 / 4, 1 / 8, 1 / 8],
@@ -212,9 +212,9 @@ BIGRAMS = torch.tensor(
 
 @pytest.fixture(scope="module")
 def bigrams():
-    """A GPT of context 8 that predicts by the last token alone, with the probabilities of BIGRAMS.
+    """A GPT with context 8 that predicts from the last token alone, with the probabilities of BIGRAMS.
 
-    Its block adds nothing, its tokens are embedded as unit vectors e, and its norm makes of them e / rms(e).
+    Its block adds nothing, its token embeddings are unit vectors e, and its norm turns them into e / rms(e).
     """
     size = len(BIGRAMS)
     config = GPTConfig(
@@ -231,7 +231,7 @@ def bigrams():
 
 
 def chance(before, tokens):
-    """The log-probability of tokens after the token `before`, by BIGRAMS."""
+    """Returns the log-probability by BIGRAMS of tokens after the token `before`."""
     return sum(BIGRAMS[a, b].log().item() for a, b in zip([before, *tokens], tokens))
 
 
@@ -245,7 +245,7 @@ def test_exact_probabilities(bigrams):
     assert [score.tokens for score in scores] == [3, 1, 3, 8]
 
 
-def test_greedy_is_the_likeliest_and_of_equals_the_first(bigrams):
+def test_greedy_means_the_likeliest_and_the_first_of_equals(bigrams):
     greedy = {(0, 0): True, (0, 1): False, (1, 0): True, (1, 1): False, (1, 2): False, (2, 2): True, (3, 0): True}
     greedy |= {(3, 1): False, (3, 2): False, (3, 3): False}
     for batch_tokens in (1, 1000):
@@ -256,7 +256,7 @@ def test_greedy_is_the_likeliest_and_of_equals_the_first(bigrams):
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 8])
-def test_windows_score_each_token_once_with_as_much_context_as_they_can(block):
+def test_windows_score_each_token_once_with_full_context(block):
     for length in range(3 * block + 3):
         tokens = [100 + place for place in range(length)]
         for stride in (None, *range(1, block + 1)):
@@ -271,7 +271,7 @@ def test_windows_score_each_token_once_with_as_much_context_as_they_can(block):
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 8])
-def test_windows_are_the_harness_ones(block):
+def test_windows_equal_the_harness_ones(block):
     for length in range(4 * block + 2):
         tokens = list(range(length))
         theirs = [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, 99, block, 1)]
@@ -286,7 +286,7 @@ def test_a_stride_beyond_the_context_is_refused(stride):
 
 @pytest.mark.parametrize("stride", [None, 1, 3, 8])
 @pytest.mark.parametrize("length", [1, 8, 9, 50])
-def test_perplexity_of_bigrams_needs_no_more_than_a_token_of_context(bigrams, stride, length):
+def test_perplexity_of_bigrams_depends_on_one_token_of_context(bigrams, stride, length):
     tokens = torch.randint(4, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     scores = score_continuations(bigrams, rolling_windows(tokens, 3, 8, stride), batch_tokens=20)
     assert sum(score.tokens for score in scores) == length

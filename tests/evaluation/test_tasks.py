@@ -556,7 +556,7 @@ def test_arithmetic_is_right_and_its_demonstrations_are_never_questions(operatio
 
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_numbers_and_results_of_arithmetic_are_uniform(split):
-    """All ten values of the first and last digits, and of the sum's last, are equally frequent within four deviations."""
+    """First and last digits, and the sum's last digit, are uniform within four standard deviations."""
     items = arithmetic("addition 3", 2000, 0, split)
     for digit in (
         [item["a"] % 10 for item in items],

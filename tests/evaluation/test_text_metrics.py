@@ -1,4 +1,4 @@
-"""BLEU, ROUGE and sentences, by hand and by the libraries on whole corpora."""
+"""BLEU, ROUGE and sentence splitting against hand calculations and the libraries' corpus scores."""
 
 import math
 import statistics
@@ -18,20 +18,20 @@ PAIRS = [
 ]
 
 
-def test_bleu_is_that_of_the_corpus():
+def test_bleu_equals_the_corpus_score():
     counts = [bleu_counts(*pair) for pair in PAIRS]
-    said, right = zip(*PAIRS)
+    texts, references = zip(*PAIRS)
     value, error = bleu(counts)
-    assert 0.3 < value < 0.6 and value == pytest.approx(sacrebleu.corpus_bleu(said, [right]).score / 100)
-    without = [bleu(counts[:i] + counts[i + 1 :])[0] for i in range(4)]
+    assert 0.3 < value < 0.6 and value == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score / 100)
+    leave_one_out = [bleu(counts[:i] + counts[i + 1 :])[0] for i in range(4)]
     assert error == pytest.approx(
-        math.sqrt(9 / 4) * statistics.stdev(without)
-    )  # 3/4 of squares, of which stdev has 1/3
+        math.sqrt(9 / 4) * statistics.stdev(leave_one_out)
+    )  # the jackknife sums 3/4 of the squares, stdev 1/3
     assert bleu(counts[:1]) == (pytest.approx(1), 0) and bleu(counts[2:3]) == (0, 0)
 
 
 def test_bleu_by_hand():
-    """5, 4, 3 and 2 of 6, 5, 4 and 3 n-grams agree; 6 words against 7."""
+    """5 of 6, 4 of 5, 3 of 4 and 2 of 3 n-grams match; 6 words against 7."""
     counts = bleu_counts("a b c d e x", "a b c d e f g")
     assert counts == [5, 4, 3, 2, 6, 5, 4, 3, 6, 7]
     expected = math.exp(1 - 7 / 6) * (5 / 6 * 4 / 5 * 3 / 4 * 2 / 3) ** 0.25
@@ -39,11 +39,11 @@ def test_bleu_by_hand():
 
 
 def test_rouge_by_hand():
-    """Words the, cat(s), sit: 3 of 4 against 3 of 5; of pairs 1 of 3 against 1 of 4; each line for itself."""
-    found = rouge([("the cats sit down", "the cat often sits there"), ("one two\nthree four", "three four\none two")])
-    assert found["ROUGE-1"] == pytest.approx([2 * 3 / 9, 1])
-    assert found["ROUGE-2"] == pytest.approx([2 * 1 / 7, 2 * 2 / 6])
-    assert found["ROUGE-L"] == pytest.approx([2 * 3 / 9, 1])
+    """The words the, cat(s), sit match: 3 of 4 and 3 of 5; pairs: 1 of 3 and 1 of 4. Lines are compared one by one."""
+    scores = rouge([("the cats sit down", "the cat often sits there"), ("one two\nthree four", "three four\none two")])
+    assert scores["ROUGE-1"] == pytest.approx([2 * 3 / 9, 1])
+    assert scores["ROUGE-2"] == pytest.approx([2 * 1 / 7, 2 * 2 / 6])
+    assert scores["ROUGE-L"] == pytest.approx([2 * 3 / 9, 1])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The likeliest word, against every word there is, on models whose probabilities are known."""
+"""The likeliest word against a search over all words, on models with known probabilities."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ import torch
 
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
+from gpt_arc.evaluation.word_search import STOP_WORDS, WordTokens, length_batches, likeliest_words
 from stub_models import bigrams
 
 
 class Pieces(Tokenizer):
-    """Tokens that are what they spell; of a text each time the longest."""
+    """A tokenizer whose tokens are these texts; encoding takes the longest match each time."""
 
     end_of_text = None
 
@@ -36,27 +36,27 @@ class Pieces(Tokenizer):
 PIECES = Pieces(".", " the", "atre", " dog", "s", " don", "'t", "a", " a", "\n", "\ufffd", "")
 
 
-def table_of(told):
-    """Probabilities (from, to); what isn't told of a row goes to the full stop."""
+def table_of(chances):
+    """Returns the transition probabilities (from, to); the rest of each row goes to the full stop."""
     table = torch.full((PIECES.vocab_size,) * 2, 1e-6, dtype=torch.float64)
-    for one, row in told.items():
-        for other, chance in row.items():
-            table[PIECES.pieces.index(one), PIECES.pieces.index(other)] = chance
+    for first, row in chances.items():
+        for second, chance in row.items():
+            table[PIECES.pieces.index(first), PIECES.pieces.index(second)] = chance
     table[:, 0] += 1 - table.sum(1)
     return table
 
 
-def right_words(told, words, left_out=STOP_WORDS, before="."):
-    model = bigrams(table_of(told))
+def right_words(chances, words, excluded=STOP_WORDS, before="."):
+    model = bigrams(table_of(chances))
     pairs = [(PIECES.encode(before), PIECES.encode(word)) for word in words]
-    return [word for word, right in zip(words, likeliest_words(Vocabulary(PIECES), model, pairs, left_out)) if right]
+    return [word for word, right in zip(words, likeliest_words(WordTokens(PIECES), model, pairs, excluded)) if right]
 
 
 WORDS = [" the", " theatre", " dog", " dogs", " don", " don't", " a"]
 
 
 @pytest.mark.parametrize(
-    ("told", "right"),
+    ("chances", "right"),
     [
         # the: 0.5 * 0.3, a stop word; theatre: 0.5 * 0.7; dog: 0.3 * 0.9
         ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.7}, " dog": {"s": 0.1}}, " theatre"),
@@ -64,28 +64,28 @@ WORDS = [" the", " theatre", " dog", " dogs", " don", " don't", " a"]
         ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.4}, " dog": {"s": 0.1}}, " dog"),
         # dog: 0.3 * 0.2; dogs: 0.3 * 0.8; theatre: 0.5 * 0.4
         ({".": {" the": 0.5, " dog": 0.3}, " the": {"atre": 0.4}, " dog": {"s": 0.8}}, " dogs"),
-        # don't is a stop word, as are what it begins with, the and a: dog's 0.05 is the rest
+        # don't, its beginning don, the and a are stop words: dog with 0.05 is left
         ({".": {" don": 0.5, " the": 0.2, " a": 0.2, " dog": 0.05}, " don": {"'t": 0.9}}, " dog"),
-        # a part of a character ends a word: dog 0.2; dogs 0.1
+        # part of a character ends a word: dog 0.2; dogs 0.1
         ({".": {" dog": 0.3}, " dog": {"\ufffd": 0.6, "s": 0.3}}, " dog"),
-        # what begins without a space goes on with the word before, and is none
+        # a token without a space continues the word before, so it is not a word
         ({".": {"s": 0.5, "a": 0.3, " dog": 0.1}}, " dog"),
     ],
 )
-def test_the_likeliest_word_that_is_no_stop_word(told, right):
-    assert right_words(told, WORDS) == [right]
+def test_the_likeliest_word_that_is_not_a_stop_word(chances, right):
+    assert right_words(chances, WORDS) == [right]
 
 
 def test_without_stop_words_the_likeliest_word_is_right():
-    told = {".": {" don": 0.5, " the": 0.3}, " don": {"'t": 0.7}}
-    assert right_words(told, WORDS, ()) == [" don't"]
-    assert right_words(told, WORDS, {"don't"}) == [" the"]
+    chances = {".": {" don": 0.5, " the": 0.3}, " don": {"'t": 0.7}}
+    assert right_words(chances, WORDS, ()) == [" don't"]
+    assert right_words(chances, WORDS, {"don't"}) == [" the"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("before", ["b", " "])
-def test_the_search_finds_what_looking_at_all_words_finds(seed, before):
-    """Words of up to 7 letters of a random chain of characters; longer ones have no chance."""
+def test_the_search_equals_a_search_over_all_words(seed, before):
+    """All words of up to 7 letters under random transition probabilities; longer words are too unlikely to matter."""
     tokenizer = CharTokenizer(" .;abc")
     table = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.05
     table[:, :3] += 0.4  # words end
@@ -98,24 +98,24 @@ def test_the_search_finds_what_looking_at_all_words_finds(seed, before):
 
     space = " " if before == "b" else ""
     words = [space + "".join(part) for size in range(1, 8) for part in itertools.product("abc", repeat=size)]
-    left_out = {"a", "b", "c", "ab", "ba"} if seed else {"c"}
-    chances = {word: chance(word) for word in words if word.strip() not in left_out}
+    excluded = {"a", "b", "c", "ab", "ba"} if seed else {"c"}
+    chances = {word: chance(word) for word in words if word.strip() not in excluded}
     ordered = sorted(chances, key=chances.get, reverse=True)
-    asked = [*ordered[:20], f"{space}a", f"{space}c"]
+    answers = [*ordered[:20], f"{space}a", f"{space}c"]
     assert max(chances[word] for word in ordered if len(word.strip()) == 7) < chances[ordered[19]] / 4
-    pairs = [(tokenizer.encode(before), tokenizer.encode(word)) for word in asked]
+    pairs = [(tokenizer.encode(before), tokenizer.encode(word)) for word in answers]
     model = bigrams(table, 64)
     for batch_tokens in (1, 1000):
-        found = likeliest_words(Vocabulary(tokenizer), model, pairs, left_out, batch_tokens)
-        assert found == [word == ordered[0] for word in asked]
+        right = likeliest_words(WordTokens(tokenizer), model, pairs, excluded, batch_tokens)
+        assert right == [word == ordered[0] for word in answers]
 
 
-def test_gpt2_s_tokens_are_words_and_parts():
+def test_gpt2_s_tokens_are_classified():
     try:
         tokenizer = BPETokenizer.gpt2()
     except UserError as error:
         pytest.skip(str(error))
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = WordTokens(tokenizer)
     kinds = {name: set(getattr(vocabulary, name).tolist()) for name in ("bare", "spaced", "more")}
     number = {
         text: tokenizer.encode(text)[0] for text in (" the", "the", "'t", "'", ".", " ", "\n", " ...", " 12", '"')
@@ -132,11 +132,11 @@ def test_tokens_without_their_spaces_are_refused():
         def decode(self, tokens):
             return " ".join(self.pieces[token].strip() for token in tokens)
 
-    with pytest.raises(UserError, match="stop_word_filter tells words by the spaces in their tokens"):
-        Vocabulary(Spaceless("a", " a", "."))
+    with pytest.raises(UserError, match="stop_word_filter separates words by the spaces in their tokens"):
+        WordTokens(Spaceless("a", " a", "."))
 
 
-def test_batches_come_to_no_more_tokens_than_asked():
+def test_batches_are_bounded_in_tokens():
     lengths = [3, 9, 1, 4, 4, 20, 2]
     batches = list(length_batches(lengths, 12))
     assert sorted(i for batch in batches for i in batch) == list(range(7)) and batches[0] == [5]

@@ -1,4 +1,4 @@
-"""examples/expert_equality.py: its cases are what they are called, its loop is right, and it finds what is wrong."""
+"""examples/expert_equality.py: its cases match their names, its loop is right, and it detects errors."""
 
 import sys
 
@@ -18,7 +18,7 @@ from expert_equality import SHAPES, VARIANTS, by_loop, make_case, measure, of_mo
 SMALL = (13, 16, 4, 8)
 
 
-def test_every_case_is_what_it_is_called():
+def test_every_case_matches_its_name():
     def routing(name):
         case = make_case(VARIANTS[name], SMALL, 0)
         torch.manual_seed(case.seed)
@@ -39,16 +39,19 @@ def test_every_case_is_what_it_is_called():
     case.experts.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     of_model(case, autocast=False)
     assert seen == [1] * 13
-    assert {shape[1] * 2 % 16 == shape[3] * 2 % 16 == 0 for shape in SHAPES} == {False, True}  # of the grouped product
+    assert {shape[1] * 2 % 16 == shape[3] * 2 % 16 == 0 for shape in SHAPES} == {
+        False,
+        True,
+    }  # both kinds of 16-bit products
 
 
 @pytest.mark.parametrize("shared", [0, 1])
 def test_the_loop_is_the_sum_of_a_token_s_experts_by_their_gates(shared):
-    """Token by token, by the softmax of the chosen logits alone, as Mixtral has it."""
+    """Token by token, with the softmax over the chosen logits only, as in Mixtral."""
     case = make_case(dict(activation="relu", shared_experts=shared), SMALL, 3)
     weights = {name: parameter.detach().double() for name, parameter in case.experts.named_parameters()}
-    found = by_loop(case.experts, weights, case.x.double(), None, torch.float64)
-    for token, y in zip(case.x.double(), found, strict=True):
+    outputs_by_loop = by_loop(case.experts, weights, case.x.double(), None, torch.float64)
+    for token, y in zip(case.x.double(), outputs_by_loop, strict=True):
         best = (weights["router.weight"] @ token).topk(2)
         outputs = []
         for e in best.indices:
@@ -61,7 +64,7 @@ def test_the_loop_is_the_sum_of_a_token_s_experts_by_their_gates(shared):
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_the_table_has_every_case_and_nothing_is_refused(output_of, monkeypatch):
+def test_the_table_has_every_case_and_all_pass(output_of, monkeypatch):
     monkeypatch.setattr(expert_equality, "SHAPES", [SMALL])
     output = output_of(entry_point(expert_equality.main), "examples/expert_equality.py")
     *rows, mixtral, _, verdict = output.splitlines()[2:]
@@ -90,7 +93,7 @@ def wrong_half(x, weight, bias, ends, right=experts.grouped_linear):
 
 
 @pytest.mark.parametrize("place", ["gates", "backward", "half"])
-def test_what_is_wrong_is_refused(place, monkeypatch, capsys):
+def test_errors_are_detected(place, monkeypatch, capsys):
     case = make_case({}, SMALL, 0)
     assert not refused(measure(case))
     if place == "gates":
@@ -110,11 +113,11 @@ def test_what_is_wrong_is_refused(place, monkeypatch, capsys):
     assert "in bfloat16: top 2, 13 x 16, 4 of 8; transformers' Mixtral." in capsys.readouterr().out
 
 
-def test_without_transformers_there_is_a_sentence(output_of, monkeypatch):
+def test_without_transformers_a_message_replaces_the_row(output_of, monkeypatch):
     monkeypatch.setattr(expert_equality, "VARIANTS", {"top 2": {}})
     monkeypatch.setattr(expert_equality.importlib.util, "find_spec", lambda name: None)
     output = output_of(entry_point(expert_equality.main), "examples/expert_equality.py", "--seed=3")
-    assert "there is no row of its Mixtral" in output and output.count("\n| top 2") == 2
+    assert "there is no row for its Mixtral" in output and output.count("\n| top 2") == 2
 
 
 def test_a_wrong_flag_is_refused(output_of):

@@ -409,15 +409,15 @@ def test_a_limit_draws_the_same_items_each_time(run):
 
     def places(*flags):
         _, result = one_model(run("base", "--tasks", "cloze.toml", "--data=items.jsonl", *flags))["tasks"]
-        found = [min(range(10), key=lambda n: abs(nats[n] - value)) for value in result["values"]]
-        assert result["values"] == pytest.approx([nats[n] for n in found], rel=1e-4)
-        return found
+        chosen = [min(range(10), key=lambda n: abs(nats[n] - value)) for value in result["values"]]
+        assert result["values"] == pytest.approx([nats[n] for n in chosen], rel=1e-4)
+        return chosen
 
     save_model(bigrams(TABLE, 64), TOKENIZER, "base")
     assert places() == places("--limit=100") == list(range(10))
     drawn = [places("--limit=4", f"--seed={seed}") for seed in range(4)]
-    assert drawn[0] == places("--limit=4") and len({tuple(own) for own in drawn}) > 1
-    assert all(len(set(own)) == 4 and own == sorted(own) for own in drawn)
+    assert drawn[0] == places("--limit=4") and len({tuple(numbers) for numbers in drawn}) > 1
+    assert all(len(set(numbers)) == 4 and numbers == sorted(numbers) for numbers in drawn)
 
 
 def test_arithmetic_needs_no_data(run):
@@ -544,10 +544,10 @@ def test_checkpoints_are_plotted_against_updates(run, monkeypatch):
     assert accuracy.get_label() == "cloze, 0 shots, accuracy" and text.get_label() == "text.txt"
     for curve, which, scale in ((accuracy, 0, 100), (answers, 1, 1)):
         line, _, (bars,) = curve.lines
-        own = [model["tasks"][which] for model in models]
-        assert line.get_xydata().tolist() == [[500, own[0]["value"] * scale], [2000, own[1]["value"] * scale]]
+        results = [model["tasks"][which] for model in models]
+        assert line.get_xydata().tolist() == [[500, results[0]["value"] * scale], [2000, results[1]["value"] * scale]]
         heights = [bar[1][1] - bar[0][1] for bar in bars.get_segments()]
-        assert heights == pytest.approx([2 * one["standard_error"] * scale for one in own])
+        assert heights == pytest.approx([2 * result["standard_error"] * scale for result in results])
     expected = [[step, figures_of(TEXT, table=table)["perplexity"]] for step, table in tables.items()]
     assert text.lines[0].get_xydata().ravel() == pytest.approx([x for point in expected for x in point], rel=1e-5)
 
@@ -583,8 +583,8 @@ def test_items_in_the_training_text_are_reported_apart(run):
     assert line.split() == ["cloze", "0", "accuracy", "66.67", "75", "25", "4", "50", "50", "2", "11"]
     for seed in range(3):  # the word count comes from all items, whatever the limit
         limited = one_model(run("base", *flags, "--training_text", "train", "--limit=3", f"--seed={seed}"))["tasks"][0]
-        asked = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]
-        assert limited["overlap"]["words"] == 11 and limited["overlap"]["dirty"]["items"] == (asked < 2).sum()
+        selected = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]
+        assert limited["overlap"]["words"] == 11 and limited["overlap"]["dirty"]["items"] == (selected < 2).sum()
     assert one_model(run("base", *flags))["tasks"][0]["overlap"] is None
 
 
