@@ -1,14 +1,14 @@
-"""A corpus and four labelled sets for GPT-1's two stages, from text that is installed anyway: docstrings.
+"""Makes a corpus and four labelled sets for GPT-1's two stages from installed text: docstrings.
 
     python examples/gpt1_data.py
     python prepare/tokenizer.py --input data/gpt1_arc/corpus.jsonl --name gpt1_text --vocab_size 8192
     python prepare/text.py --input data/gpt1_arc/corpus.jsonl --name gpt1_text --tokenizer gpt1_text
 
 GPT-1 is pre-trained once, on plain text, and fine-tuned on every task. The text here is the docstrings of CPython's
-standard library, of scikit-learn, scipy, numpy and torch, and `pydoc_data.topics`. The libraries are read, not
-imported, and nothing is downloaded. Of equal docstrings one is kept. A hash of each says whether it is of train, val
-or test; the corpus is those of train. A sentence whose last words end one of another docstring too is in no labelled
-item, so what is asked in val and test was not read before. It takes half a minute to write
+standard library, scikit-learn, scipy, numpy and torch, and `pydoc_data.topics`. The libraries are read, not imported,
+and nothing is downloaded. Duplicate docstrings are dropped. A hash assigns each docstring to train, val or test, and
+the corpus is the train part. A sentence that shares its last words with a sentence of another docstring is in no
+labelled item, so the val and test items are new to the model. In half a minute the script writes
 
     corpus.jsonl                              a docstring a line, as "text"
     package/{train,val,test}.jsonl            classification: text, label
@@ -17,10 +17,10 @@ item, so what is asked in val and test was not read before. It takes half a minu
     next_sentence/{train,val,test}.jsonl      multiple choice: context, options (four), label (from 0)
     meta.json                                 counts, and the sources with their versions
 
-`package`: which library, or part of one, has a docstring that begins so? Names of packages, of modules and of what is
-described are masked. `follows`: is the hypothesis how the premise, half a sentence, goes on, or are its words shuffled?
-`related`: are these two docstrings' openings of one file, or of two libraries? `next_sentence`: which sentence comes
-after these two, of four of about a length?
+`package`: which library, or part of one, has the docstring that begins like this? Names of packages, modules and of the
+documented object are masked. `follows`: does the hypothesis continue the premise, half a sentence, or are its words
+shuffled? `related`: do these two openings of docstrings come from one file, or from two libraries? `next_sentence`:
+which of four sentences of similar length follows these two?
 
 The labels are balanced. The same versions of the libraries and of Python, and the same seed, give the same files.
 """
@@ -48,26 +48,28 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
 
-LIBRARIES = {"sklearn": "scikit-learn", "scipy": "scipy", "numpy": "numpy", "torch": "torch"}  # by name of the folder
+LIBRARIES = {"sklearn": "scikit-learn", "scipy": "scipy", "numpy": "numpy", "torch": "torch"}  # folder -> library
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "externals", "_vendor", "idlelib", "lib2to3"}
 VAL_SIZE = 200
-LABELS = {  # of `package`: the modules that begin with one of these
+LABELS = {  # labels of `package` -> prefixes of module names
     "scikit-learn": ("sklearn.",),
     "scipy": ("scipy.",),
     "numpy": ("numpy.",),
     "python": ("python.",),
     "torch.distributed": ("torch.distributed.",),
-    "torch.nn": ("torch.nn.", "torch.ao."),  # modules, and those for integers
+    "torch.nn": ("torch.nn.", "torch.ao."),  # also the quantized modules
     "torch.compile": ("torch._inductor.", "torch._dynamo.", "torch.fx."),
 }
 
 
-HEADING = re.compile(r"\s*([=\-~^*#\"'.+`])\1{2,}\s*")  # the line below one
-NOTHING = re.compile(  # lines above and in tables; "x : int"; "Returns:"
+HEADING = re.compile(r"\s*([=\-~^*#\"'.+`])\1{2,}\s*")  # the line below a heading
+NOTHING = re.compile(  # blank lines, rules, tables, "x : int", "Returns:"
     r"\s*|\s*([=\-~^*#\"'.+`])\1{2,}\s*|\s*(\+[-=+]+.*|\|.*\||[=\-]{2,}( +[=\-]{2,})+)\s*"
     r"|\s*[\w*][\w*, .()]* : .*|\s*:\w+:\s*|\s*[A-Z]\w*( \w+)?:\s*|\s*\{.*\}\s*"
 )
-REMARK = re.compile(r"\s*\.\. (note|warning|tip|important|versionadded|versionchanged|deprecated)::")  # its text stays
+REMARK = re.compile(
+    r"\s*\.\. (note|warning|tip|important|versionadded|versionchanged|deprecated)::"
+)  # its text is kept
 ITEM = re.compile(r"\s*([-*•]|\d+[.)]|:\w+[^:]*:|\*{0,2}\w+( ?\([^)]*\))?:(?!:))\s+")  # "- ", ":param x: ", "x (int): "
 INLINE = [
     (re.compile(r"(:[\w-]+)+:`~[\w.]*?(\w+)`"), r"\2"),
@@ -99,10 +101,10 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """A docstring, clean, in paragraphs of sentences."""
+    """A cleaned docstring as paragraphs of sentences."""
 
-    path: str  # of what it describes: sklearn.linear_model._logistic.LogisticRegression.fit
-    file: str  # the module that holds it: sklearn.linear_model._logistic
+    path: str  # of the documented object: sklearn.linear_model._logistic.LogisticRegression.fit
+    file: str  # module that contains it: sklearn.linear_model._logistic
     paragraphs: list[list[str]]
 
     @cached_property
@@ -115,7 +117,7 @@ class Document:
 
     @cached_property
     def split(self) -> str:
-        salted = f"labelled {self.text}"  # prepare/text.py takes its val split by a hash of the text alone
+        salted = f"labelled {self.text}"  # prepare/text.py hashes the text alone for its val split
         share = int.from_bytes(hashlib.sha256(salted.encode()).digest()[:4]) / 2**32
         return "test" if share < 0.2 else "val" if share < 0.27 else "train"
 
@@ -125,21 +127,21 @@ class Document:
 
 
 def cleaned(docstring: str) -> list[list[str]]:
-    """The sentences of each paragraph, without examples, tables, headings and markup."""
+    """Returns the sentences of each paragraph, without examples, tables, headings and markup."""
     lines = inspect.cleandoc(docstring).expandtabs().splitlines()
     paragraphs: list[list[str]] = [[]]
-    skipped_from = None  # lines that are indented further are code, formulas and other things
+    skipped_from = None  # more deeply indented lines are skipped: code, formulas and so on
     in_example, hanging, indentation = False, False, 0
     for line, after in zip(lines, [*lines[1:], ""]):
         indented = len(line) - len(line.lstrip())
         in_example = bool(line.strip()) and (in_example or line.lstrip().startswith((">>>", "$ ")))
         if skipped_from is not None and line.strip() and indented <= skipped_from:
             skipped_from = None
-        nothing = in_example or skipped_from is not None or HEADING.fullmatch(after) or NOTHING.fullmatch(line)
-        if not nothing and (line.lstrip().startswith(".. ") or line.rstrip().endswith("::")):
+        skipped = in_example or skipped_from is not None or HEADING.fullmatch(after) or NOTHING.fullmatch(line)
+        if not skipped and (line.lstrip().startswith(".. ") or line.rstrip().endswith("::")):
             skipped_from = None if REMARK.match(line) else indented
-            nothing = line.lstrip().startswith(".. ")
-        if nothing:
+            skipped = line.lstrip().startswith(".. ")
+        if skipped:
             paragraphs.append([])
             continue
         item = ITEM.match(line)
@@ -156,7 +158,7 @@ def cleaned(docstring: str) -> list[list[str]]:
 
 
 def docstrings(tree: ast.AST, path: str) -> Iterator[tuple[str, str]]:
-    """Path and text of every docstring below `tree`, and of those that add_newdoc and add_docstr give to C code."""
+    """Yields path and text of every docstring below `tree`, also those that add_newdoc gives to C code."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield f"{path}.{node.name}", ast.get_docstring(node, clean=False) or ""
@@ -172,15 +174,15 @@ def docstrings(tree: ast.AST, path: str) -> Iterator[tuple[str, str]]:
 
 
 def folder_documents(folder: Path, package: str) -> Iterator[Document]:
-    """The docstrings of the Python files of a folder, which is called `package`."""
+    """Yields the docstrings of the Python files in the folder of `package`."""
     for file in sorted(folder.rglob("*.py")):
         parts = file.relative_to(folder).with_suffix("").parts
         if SKIPPED & set(parts):
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of the file's own making, as invalid escapes
+            with warnings.catch_warnings(action="ignore"):  # warnings about the file, such as invalid escapes
                 tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):  # as of templates
+        except (SyntaxError, ValueError):  # templates, for example
             continue
         module = ".".join((package, *parts)).removesuffix(".__init__")
         for path, docstring in ((module, ast.get_docstring(tree, clean=False) or ""), *docstrings(tree, module)):
@@ -188,15 +190,15 @@ def folder_documents(folder: Path, package: str) -> Iterator[Document]:
 
 
 def installed_documents() -> tuple[list[Document], dict[str, dict[str, Any]]]:
-    """The documents of all sources, equal ones once; and by source its version, documents and bytes."""
+    """Returns the distinct documents of all sources, and each source's version, documents and bytes."""
     from pydoc_data.topics import topics
 
     sources = {}
     for folder, name in LIBRARIES.items():
-        found = importlib.util.find_spec(folder)
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(folder)
+        if spec is None or spec.origin is None:
             raise UserError(f"{name} is not installed: pip install {name}")
-        sources[name] = importlib.metadata.version(name), folder_documents(Path(found.origin).parent, folder)
+        sources[name] = importlib.metadata.version(name), folder_documents(Path(spec.origin).parent, folder)
     python = sys.version.split()[0]
     sources["python"] = python, folder_documents(Path(sysconfig.get_path("stdlib")), "python")
     manual = (Document(f"manual.topics.{key}", "manual.topics", cleaned(topics[key])) for key in sorted(topics))
@@ -211,19 +213,19 @@ def installed_documents() -> tuple[list[Document], dict[str, dict[str, Any]]]:
 
 
 def usable_sentences(documents: list[Document]) -> set[str]:
-    """Those that may be in an item: whole sentences, whose last words no other document has at a sentence's end."""
+    """Returns the sentences that items may use: complete ones whose last words end no sentence of another document."""
 
     def end(sentence: str) -> str:
         return " ".join(sentence.lower().split()[-5:])
 
-    pieces = ((*d.sentences, *re.split(r"(?<=[.!?])\s", d.text)) for d in documents)  # where no capital follows, too
-    counts = Counter(words for several in pieces for words in set(map(end, several)))
+    pieces = ((*d.sentences, *re.split(r"(?<=[.!?])\s", d.text)) for d in documents)  # also splits before lower case
+    counts = Counter(words for group in pieces for words in set(map(end, group)))
     whole = (s for d in documents for s in d.sentences if 5 <= len(s.split()) <= 40 and WHOLE.fullmatch(s))
     return {s for s in whole if counts[end(s)] == 1}
 
 
 def opening(document: Document, usable: set[str], most: int) -> list[str]:
-    """The sentences that a document begins with, as far as they are usable."""
+    """Returns the usable sentences at the start of a document."""
     return list(itertools.takewhile(usable.__contains__, document.paragraphs[0][:most]))
 
 
@@ -235,13 +237,14 @@ def grouped(values: Iterable[Any], key: Callable[[Any], str | None]) -> dict[str
 
 
 def balanced(labels: Iterable[Any], size: int, rng: random.Random) -> list[Any]:
-    """`size` labels, each as often as the others or once more."""
+    """Returns `size` shuffled labels, whose counts differ by at most one."""
     drawn = list(itertools.islice(itertools.cycle(labels), size))
     rng.shuffle(drawn)
     return drawn
 
 
-# A task takes documents in a drawn order, the usable sentences, how many items, and what draws; the items may be fewer.
+# Each task takes shuffled documents, the usable sentences, a number of items and a source of randomness. It may yield
+# fewer items.
 
 
 def package_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
@@ -276,15 +279,16 @@ def follows_items(documents: list[Document], usable: set[str], size: int, rng: r
 
 
 def related_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
-    there = [document for document in documents if opening(document, usable, 1)]
-    files = grouped(there, lambda document: document.file)
-    elsewhere = {package: [d for d in there if d.package != package] for package in {d.package for d in there}}
+    usable_documents = [document for document in documents if opening(document, usable, 1)]
+    files = grouped(usable_documents, lambda document: document.file)
+    packages = {document.package for document in usable_documents}
+    elsewhere = {package: [d for d in usable_documents if d.package != package] for package in packages}
     labels = balanced(["yes", "no"], size, rng)
-    for document in there:
-        same = [d for d in files[document.file] if d is not document]
-        if not labels or not same:
+    for document in usable_documents:
+        siblings = [d for d in files[document.file] if d is not document]
+        if not labels or not siblings:
             continue
-        other = rng.choice(same if labels[-1] == "yes" else elsewhere[document.package])
+        other = rng.choice(siblings if labels[-1] == "yes" else elsewhere[document.package])
         texts = [" ".join(opening(d, usable, 2)) for d in (document, other)]
         yield {"text_a": texts[0], "text_b": texts[1], "label": labels.pop()}
 
@@ -311,21 +315,21 @@ TASKS = dict(package=package_items, follows=follows_items, related=related_items
 
 
 def labelled_sets(documents: list[Document], sizes: dict[str, int], seed: int) -> dict[str, dict[str, list[dict]]]:
-    """The items of each task and split. Raises UserError where the documents don't suffice."""
+    """Returns the items of each task and split. Raises UserError if there are too few documents."""
     usable = usable_sentences(documents)
     sets: dict[str, dict[str, list[dict]]] = {task: {} for task in TASKS}
     for (task, items_of), (split, size) in itertools.product(TASKS.items(), sizes.items()):
         rng = random.Random(f"{seed} {task} {split}")
-        there = [document for document in documents if document.split == split]
-        rng.shuffle(there)
-        items = sets[task][split] = list(items_of(there, usable, size, rng))
+        split_documents = [document for document in documents if document.split == split]
+        rng.shuffle(split_documents)
+        items = sets[task][split] = list(items_of(split_documents, usable, size, rng))
         if len(items) < size:
-            raise UserError(f"{task}: the documents make {len(items)} items for {split}, and {size} are asked for")
+            raise UserError(f"{task}: the documents give {len(items)} items for {split}, but {size} are needed")
     return sets
 
 
 def write(output: Path, documents: list[Document], sources: dict, sets: dict, seed: int) -> dict[str, Any]:
-    """Write the folder `output`, and return its meta.json."""
+    """Writes the folder `output` and returns the content of its meta.json."""
     corpus = [{"text": document.text} for document in documents if document.split == "train"]
     size = {"documents": len(corpus), "bytes": sum(len(document["text"].encode()) for document in corpus)}
     counts: dict[str, dict] = {task: {} for task in sets}
@@ -347,7 +351,7 @@ def write(output: Path, documents: list[Document], sources: dict, sets: dict, se
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.output.exists() and not all((options.output / name).is_file() for name in ("corpus.jsonl", "meta.json")):
-        raise UserError(f"{options.output} is there and is not of this script: choose another --output")
+        raise UserError(f"{options.output} exists and was not written by this script: choose another --output")
     documents, sources = installed_documents()
     sizes = {"train": options.train_size, "val": VAL_SIZE, "test": options.test_size}
     meta = write(options.output, documents, sources, labelled_sets(documents, sizes, options.seed), options.seed)

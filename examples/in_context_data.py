@@ -1,26 +1,26 @@
-"""Text from which a model can learn to learn: in each document a new substitution of letters, shown by examples.
+"""Writes text for learning in context: each document shows a new substitution of letters by examples.
 
     python examples/in_context_data.py
     python prepare/text.py --input data/in_context/corpus.jsonl --name in_context_text --tokenizer char
 
-A document has one mapping of ten letters onto ten letters, a permutation drawn at random, and applies it to seventeen
-words, a line each, with an empty line at the end:
+A document draws one random permutation of ten letters and applies it to seventeen words, one a line, with an empty line
+at the end:
 
     dab>hfc
     bee>cii
     ...
 
-Nothing tells which mapping it is but the lines before: the first line can only be guessed, the last one is known, but
-for letters that haven't come yet. Words have one to three letters, all words of a document as many, and two to ten
-different letters among them: short words of few letters teach how it is done, which is hard to hit upon otherwise.
+Only the lines before reveal the mapping: the first line can only be guessed, the last is determined except for letters
+that have not occurred. All words of a document have the same length, one to three letters, and use two to ten different
+letters: short words of few letters make the rule easy to discover, which is hard otherwise.
 
-Some mappings are held out: no document has one of them, nor agrees with one in more than `most_equal` letters. Asked
-about those, a model has to have learnt how a mapping is found out; to know some won't do.
-Written are
+Some mappings are held out: no document has one of them or agrees with one in more than `most_equal` letters. To apply
+those, a model must have learnt to infer a mapping; knowing some mappings is not enough.
+The script writes
 
-    corpus.jsonl                  a document a line, as "text"
-    NUMBER/{pool,items}.jsonl     of each held-out mapping: demonstrations, and other words to ask, as "input", "output"
-    mappings.json                 the held-out mappings: what abcdefghij becomes
+    corpus.jsonl                  one document a line, as "text"
+    NUMBER/{pool,items}.jsonl     for each held-out mapping: demonstrations and questions, with "input", "output"
+    mappings.json                 the held-out mappings: the images of abcdefghij
 
 The same seed gives the same files.
 """
@@ -38,8 +38,8 @@ from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
 
 LETTERS = "abcdefghij"
-WORD = 3  # letters of the longest words, those that are asked
-LINES = 17  # of a document: sixteen demonstrations and a question
+WORD = 3  # letters of the longest words, which the questions have
+LINES = 17  # in a document: sixteen demonstrations and a question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,50 +69,48 @@ class Options:
             raise ValueError(f"most_equal = {self.most_equal} must lie between 0 and {len(LETTERS) - 1}")
 
 
-def new_mapping(chance: random.Random) -> str:
-    """What the LETTERS become, in their order: a permutation of them."""
-    return "".join(chance.sample(LETTERS, len(LETTERS)))
+def new_mapping(rng: random.Random) -> str:
+    """Returns a random permutation: the images of LETTERS in order."""
+    return "".join(rng.sample(LETTERS, len(LETTERS)))
 
 
-def equal_letters(one: str, other: str) -> int:
-    """How many letters two mappings map alike."""
-    return sum(a == b for a, b in zip(one, other))
+def equal_letters(first: str, second: str) -> int:
+    """Returns the number of letters that two mappings map alike."""
+    return sum(a == b for a, b in zip(first, second))
 
 
 def mapped(text: str, mapping: str) -> str:
     return text.translate(str.maketrans(LETTERS, mapping))
 
 
-def documents(options: Options, held_out: list[str], chance: random.Random) -> Iterator[str]:
-    """Texts whose mappings are none of those held out, nor nearly."""
+def documents(options: Options, held_out: list[str], rng: random.Random) -> Iterator[str]:
+    """Yields texts whose mappings differ enough from all held-out ones."""
     for _ in range(options.documents):
         while True:
-            mapping = new_mapping(chance)
+            mapping = new_mapping(rng)
             if max(equal_letters(mapping, other) for other in held_out) <= options.most_equal:
                 break
-        length, letters = chance.randint(1, WORD), chance.sample(LETTERS, chance.randint(2, len(LETTERS)))
-        words = ["".join(chance.choices(letters, k=length)) for _ in range(LINES)]
+        length, letters = rng.randint(1, WORD), rng.sample(LETTERS, rng.randint(2, len(LETTERS)))
+        words = ["".join(rng.choices(letters, k=length)) for _ in range(LINES)]
         yield "".join(f"{word}>{mapped(word, mapping)}\n" for word in words) + "\n"
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    chance = random.Random(options.seed)
-    held_out = sorted({new_mapping(chance) for _ in range(options.held_out)})
+    rng = random.Random(options.seed)
+    held_out = sorted({new_mapping(rng) for _ in range(options.held_out)})
     if len(held_out) < options.held_out:
-        raise UserError(f"held_out = {options.held_out}: two of them are the same; ask for fewer, or set another seed")
+        raise UserError(f"held_out = {options.held_out}: two of the mappings are equal; use fewer, or another seed")
     with new_directory(options.output) as folder:
         (folder / "mappings.json").write_text(json.dumps(held_out, indent=1) + "\n")
         for number, mapping in enumerate(held_out):
             (folder / str(number)).mkdir()
-            words = chance.sample(
-                ["".join(word) for word in product(LETTERS, repeat=WORD)], options.items + options.pool
-            )
+            words = rng.sample(["".join(word) for word in product(LETTERS, repeat=WORD)], options.items + options.pool)
             rows = [json.dumps({"input": word, "output": mapped(word, mapping)}) for word in words]
             (folder / str(number) / "items.jsonl").write_text("\n".join(rows[: options.items]) + "\n")
             (folder / str(number) / "pool.jsonl").write_text("\n".join(rows[options.items :]) + "\n")
         with open(folder / "corpus.jsonl", "w") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in documents(options, held_out, chance))
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents(options, held_out, rng))
     print(f"{options.output}: {options.documents:,} documents, {options.held_out} mappings held out")
 
 

@@ -1,19 +1,19 @@
-"""What a transformer learns in context: linear functions, as well as least squares (Garg et al., arXiv:2208.01066).
+"""A transformer learns linear functions in context as well as least squares does (Garg et al., arXiv:2208.01066).
 
     python examples/in_context_linear.py
-    python examples/in_context_linear.py --max_iters=200 --functions=500 --output=out/try      a look, in seconds
+    python examples/in_context_linear.py --max_iters=200 --functions=500 --output=out/try      a quick look
 
-A sequence has points x_k and values y_k = w x_k + noise of one linear function, drawn anew for every sequence: x and w
-are normal in d dimensions, `noise` is a standard deviation. The model says each y_k from x_k and the k pairs before it,
-k = 0, 1, 2 ... It has never seen the function, and its weights stay as they are: all it knows of w is from the pairs.
+A sequence has points x_k and values y_k = w x_k + noise of one random linear function: x and w are normal in d
+dimensions, and `noise` is a standard deviation. The model predicts each y_k from x_k and the k pairs before it,
+k = 0, 1, 2 ... It has never seen the function and its weights don't change, so it can only infer w from the pairs.
 
-On functions drawn afresh its squared error is compared with that of three estimates of w from the same k pairs:
-ordinary least squares (the shortest solution where k < d leaves many); ridge regression with the noise's variance as
-its penalty, which is the mean of w given the pairs, so that no predictor has a lower expected error; and the mean of
-y x over the pairs. Errors are counted once of the noisy y and once, which is stricter, of w x without the noise.
+On new functions, its squared error is compared with three estimates of w from the same k pairs: ordinary least squares
+(the shortest solution if k < d); ridge regression with the noise's variance as penalty, which is the posterior mean of
+w, so no predictor has a lower expected error; and the mean of y x over the pairs. Errors are measured against the noisy
+y and, more strictly, against w x without the noise.
 
-The trunk is `model.py`'s GPT: its position embeddings, blocks and final norm. A linear read-in of vectors stands in for
-the token embedding, a linear read-out for the head. OUTPUT/figures.json and OUTPUT/errors.png are written.
+The trunk is `model.py`'s GPT with its position embeddings, blocks and final norm. A linear layer replaces the token
+embedding, and another the head. The script writes OUTPUT/figures.json and OUTPUT/errors.png.
 """
 
 import json
@@ -73,7 +73,7 @@ class Options:
             raise ValueError(f"examples = {self.examples} must be more than dimensions = {self.dimensions}")
         if self.functions < 2 or not self.noise > 0:
             raise ValueError("functions must be at least 2, noise more than zero")
-        assert self.model and self.training  # they raise ValueError for what can't be
+        assert self.model and self.training  # they raise ValueError for impossible settings
 
     @property
     def model(self) -> GPTConfig:
@@ -87,7 +87,7 @@ class Options:
 
 
 class Regressor(nn.Module):
-    """A GPT between vectors and numbers: place k of N reads x_k and the pair before it, (x_{k-1}, y_{k-1})."""
+    """A GPT from vectors to numbers: position k of N reads x_k and the pair before it, (x_{k-1}, y_{k-1})."""
 
     def __init__(self, config: GPTConfig, dimensions: int):
         super().__init__()
@@ -97,7 +97,7 @@ class Regressor(nn.Module):
         self.read_out = nn.Linear(config.n_embd, 1)
 
     def forward(self, xs: Tensor, ys: Tensor) -> Tensor:
-        """A prediction of each y (B, N), from xs (B, N, d) up to its own and the ys (B, N) before it."""
+        """Returns predictions (B, N) of ys (B, N), each from the xs (B, N, d) up to it and the ys before it."""
         pairs = torch.cat((xs, ys[..., None]), dim=-1)  # (B, N, d + 1)
         inputs = torch.cat((xs, F.pad(pairs[:, :-1], (0, 0, 1, 0))), dim=-1)  # (B, N, 2d + 1)
         x = self.read_in(inputs) + self.trunk.position_embedding.weight[: xs.size(1)]  # (B, N, C)
@@ -106,36 +106,38 @@ class Regressor(nn.Module):
         return self.read_out(self.trunk.final_norm(x))[..., 0]
 
 
-def draw(options: Options, functions: int, chance: torch.Generator, scale: float = 1.0) -> tuple[Tensor, ...]:
-    """Points xs (B, N, d), `scale` times normal ones, noisy ys (B, N) and w x (B, N) of that many functions, B."""
+def draw(options: Options, functions: int, generator: torch.Generator, scale: float = 1.0) -> tuple[Tensor, ...]:
+    """Returns xs (B, N, d) with deviation `scale`, noisy ys (B, N) and w x (B, N) for B functions."""
     shape = functions, options.examples + 1, options.dimensions
-    xs = scale * torch.randn(shape, generator=chance)
-    w = torch.randn(functions, options.dimensions, 1, generator=chance)
+    xs = scale * torch.randn(shape, generator=generator)
+    w = torch.randn(functions, options.dimensions, 1, generator=generator)
     clean = (xs @ w)[..., 0]
-    return xs, clean + options.noise * torch.randn(clean.shape, generator=chance), clean
+    return xs, clean + options.noise * torch.randn(clean.shape, generator=generator), clean
 
 
 def estimates(xs: Tensor, ys: Tensor, noise: float) -> dict[str, Tensor]:
-    """Of each kind of estimate, its predictions (B, N): that of y_k is from the pairs before it."""
+    """Returns the predictions (B, N) of each kind of estimate; that of y_k uses the pairs before it."""
     xs, ys = xs.double(), ys.double()
-    said = {name: torch.zeros_like(ys) for name in ("least squares", "ridge", "averaging")}  # nothing known: w = 0
+    predictions = {
+        name: torch.zeros_like(ys) for name in ("least squares", "ridge", "averaging")
+    }  # without pairs w = 0
     penalty = noise**2 * torch.eye(xs.size(-1), dtype=xs.dtype)
     for k in range(1, ys.size(1)):
-        x, y, asked = xs[:, :k], ys[:, :k, None], xs[:, k, None]  # (B, k, d), (B, k, 1), (B, 1, d)
+        x, y, query = xs[:, :k], ys[:, :k, None], xs[:, k, None]  # (B, k, d), (B, k, 1), (B, 1, d)
         weights = {
             "least squares": torch.linalg.lstsq(x, y, driver="gelsd").solution,
             "ridge": torch.linalg.solve(x.mT @ x + penalty, x.mT @ y),
             "averaging": x.mT @ y / k,
         }
         for name, w in weights.items():
-            said[name][:, k] = (asked @ w)[:, 0, 0]
-    return said
+            predictions[name][:, k] = (query @ w)[:, 0, 0]
+    return predictions
 
 
 def compared(errors: Tensor, baseline: Tensor) -> dict:
-    """Mean errors (B, K) over those of a baseline (B, K): for each k, and the mean over k, with standard errors.
+    """Returns ratios of mean errors (B, K) to a baseline's (B, K), for each k and averaged, with standard errors.
 
-    Both are of the same functions, so what varies is the difference errors - ratio x baseline.
+    Both use the same functions, so the standard errors are those of the difference errors - ratio x baseline.
     """
     ratios, root = errors.mean(0) / baseline.mean(0), len(errors) ** 0.5
     differences = (errors - ratios * baseline) / baseline.mean(0) / root  # (B, K)
@@ -145,24 +147,24 @@ def compared(errors: Tensor, baseline: Tensor) -> dict:
 
 @torch.no_grad()
 def test(model: Regressor, options: Options, scale: float = 1.0) -> dict:
-    """Squared errors by number of pairs, of the model and of the estimates, and the ratios of these for k > d."""
+    """Returns squared errors of the model and the estimates by number of pairs, and their ratios for k > d."""
     xs, ys, clean = draw(options, options.functions, torch.Generator().manual_seed(options.seed + 1), scale)
-    said = {"transformer": torch.cat([model(x, y) for x, y in zip(xs.split(500), ys.split(500))]).double()}
-    said |= estimates(xs, ys, options.noise)
+    predictions = {"transformer": torch.cat([model(x, y) for x, y in zip(xs.split(500), ys.split(500))]).double()}
+    predictions |= estimates(xs, ys, options.noise)
     report: dict = {"scale": scale, "k": list(range(options.examples + 1))}
     for kind, truth in {"noisy": ys, "noise-free": clean}.items():
-        errors = {name: (prediction - truth).square() for name, prediction in said.items()}  # (B, N)
-        own = report[kind] = {}
+        errors = {name: (prediction - truth).square() for name, prediction in predictions.items()}  # (B, N)
+        entry = report[kind] = {}
         for name, e in errors.items():
-            own[name] = {"error": e.mean(0).tolist(), "standard_error": (e.std(0) / len(e) ** 0.5).tolist()}
+            entry[name] = {"error": e.mean(0).tolist(), "standard_error": (e.std(0) / len(e) ** 0.5).tolist()}
         for name in ("least squares", "ridge"):
-            beyond = (errors[of][:, options.dimensions + 1 :] for of in ("transformer", name))
-            own[f"ratio to {name}"] = compared(*beyond)
+            late = (errors[key][:, options.dimensions + 1 :] for key in ("transformer", name))
+            entry[f"ratio to {name}"] = compared(*late)
     return report
 
 
 def plot(report: dict, options: Options, path: Path) -> None:
-    """Squared error of the noisy y by number of pairs in context."""
+    """Plots the squared error of the noisy y by number of pairs in context."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -184,13 +186,13 @@ def main() -> int:
     torch.manual_seed(options.seed)
     model, training = Regressor(options.model, options.dimensions), options.training
     updater = Updater(model, training, torch.device("cpu"), "float32")
-    chance, stop = torch.Generator().manual_seed(options.seed), StopSignal()
+    generator, stop = torch.Generator().manual_seed(options.seed), StopSignal()
     print(f"{sum(p.numel() for p in updater.parameters):,} parameters")
 
     # ---- training: a new function in every row of every batch
     recent, every = 0.0, max(options.max_iters // 30, 1)
     for step in (bar := tqdm(range(options.max_iters), unit="step", disable=None)):
-        xs, ys, _ = draw(options, options.batch_size, chance)
+        xs, ys, _ = draw(options, options.batch_size, generator)
         loss = (model(xs, ys) - ys).square().mean()
         updater.backward(loss)
         _, _, (value,) = updater.update(learning_rate_at(step, training), loss.detach())
@@ -200,26 +202,26 @@ def main() -> int:
             recent = 0.0
         if stop.anywhere():
             bar.close()
-            print(f"stopped after {step + 1} updates; there are no figures of an unfinished run")
+            print(f"stopped after {step + 1} updates; an unfinished run has no figures")
             return 128 + stop.number
 
-    # ---- what it has learnt, on other functions; then with x of another scale than it has ever seen
+    # ---- tests on new functions, first with x as in training, then with x of other scales
     report = {"options": asdict(options) | {"output": str(options.output)}, "torch": torch.__version__}
     report["tests"] = tests = [test(model, options, scale) for scale in (1.0, 0.5, 2.0, 3.0)]
     write_file(options.output / "figures.json", json.dumps(report, indent=1) + "\n")
     plot(tests[0], options, options.output / "errors.png")
     names = "transformer", "ridge", "least squares", "averaging"
     for kind in ("noisy", "noise-free"):
-        found = tests[0][kind]
-        columns = [tests[0]["k"], *(found[name]["error"] for name in names)]
-        beyond = [[None] * (options.dimensions + 1) + found[f"ratio to {name}"]["by_k"] for name in names[1:3]]
-        print(f"\nsquared error of the {kind} y with k pairs in context, and the transformer's over two of the others'")
-        print(table([["k", *names, *(f"over {name}" for name in names[1:3])], *zip(*columns, *beyond)]))
-    print(f"\nthe transformer's error over others', mean of k = {options.dimensions + 1} .. {options.examples}")
+        figures = tests[0][kind]
+        columns = [tests[0]["k"], *(figures[name]["error"] for name in names)]
+        ratios = [[None] * (options.dimensions + 1) + figures[f"ratio to {name}"]["by_k"] for name in names[1:3]]
+        print(f"\nsquared error of the {kind} y after k pairs in context, and its ratio to two baselines")
+        print(table([["k", *names, *(f"over {name}" for name in names[1:3])], *zip(*columns, *ratios)]))
+    print(f"\nthe transformer's error over two baselines', mean of k = {options.dimensions + 1} .. {options.examples}")
     rows = [["x times", "y", *(f"over {name}" for name in names[1:3])]]
-    for found, kind in product(tests, ("noisy", "noise-free")):
-        ratios = [found[kind][f"ratio to {name}"] for name in names[1:3]]
-        rows.append([f"{found['scale']:g}", kind, *(f"{r['mean']:.3f} ± {r['standard_error']:.3f}" for r in ratios)])
+    for entry, kind in product(tests, ("noisy", "noise-free")):
+        ratios = [entry[kind][f"ratio to {name}"] for name in names[1:3]]
+        rows.append([f"{entry['scale']:g}", kind, *(f"{r['mean']:.3f} ± {r['standard_error']:.3f}" for r in ratios)])
     print(table(rows))
     return 0
 

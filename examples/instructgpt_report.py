@@ -1,11 +1,10 @@
-"""The table and the plot of `bash examples/instructgpt_arc.sh`.
+"""Writes the table and the plot of `bash examples/instructgpt_arc.sh`.
 
     python examples/instructgpt_report.py --results out/instructgpt
 
-Seeds are of everything after the pre-training. A difference to supervised fine-tuning is taken seed by seed; its
-interval of 95% is Student's. Written are table.md and hacking.png, which takes matplotlib: the reward that is learned
-from and the true utility against how far the policy has gone, the root of its KL, as Gao et al. draw it
-(arXiv:2210.10760).
+A seed covers everything after pre-training. Differences from supervised fine-tuning are taken seed by seed, with
+Student's 95% interval. The script writes table.md and, with matplotlib, hacking.png: the learned reward and the true
+utility against the square root of the policy's KL divergence, as in Gao et al. (arXiv:2210.10760).
 """
 
 import json
@@ -29,7 +28,7 @@ ROWS = {
     "ppo_ptx": "PPO-ptx",
     "dpo": "DPO",
 }
-SMOOTHED = 2  # iterations that a point of the plot is the mean of
+SMOOTHED = 2  # iterations averaged in each point of the plot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Options:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean and Student's interval of 95%."""
+    """Returns the mean with Student's 95% interval."""
     from scipy.stats import t
 
     mean = statistics.fmean(values)
@@ -50,63 +49,65 @@ def interval(values: Sequence[float]) -> str:
 
 
 def text_loss(path: Path) -> float:
-    """Nats a character of the held-out pre-training text."""
+    """Returns nats per character of the held-out pre-training text."""
     return math.log(json.loads(path.read_text())["models"][0]["texts"]["instructgpt_text"]["perplexity"])
 
 
 def rewards(folders: Sequence[Path]) -> str:
-    """How near the reward models come to the best possible predictor."""
+    """Returns a table of the reward models against the best possible predictor."""
     rows = ["| rankings | seed | pairs held out | accuracy, % | best possible, % | difference |", "|---" * 6 + "|"]
     for name, rankings in (("reward", "5,000"), ("reward_10k", "10,000, twice")):
         differences = []
         for folder in folders:
-            found = json.loads((folder / name / "report.json").read_text())["accuracy"]
+            accuracy = json.loads((folder / name / "report.json").read_text())["accuracy"]
             lines = (folder / "held_out.jsonl").read_text().splitlines()
             best, pairs = bayes_accuracy([json.loads(line) for line in lines])
-            differences.append(100 * (found - best))
-            cells = [rankings, folder.name, f"{pairs:,}", f"{100 * found:.2f}", f"{100 * best:.2f}"]
+            differences.append(100 * (accuracy - best))
+            cells = [rankings, folder.name, f"{pairs:,}", f"{100 * accuracy:.2f}", f"{100 * best:.2f}"]
             rows.append("| " + " | ".join([*cells, f"{differences[-1]:+.2f}"]) + " |")
         rows.append(f"| {rankings} | mean | | | | {interval(differences)} |")
     return "\n".join(rows)
 
 
 def policies(folders: Sequence[Path]) -> str:
+    """Returns a table of utility and loss for each kind of policy."""
     figures = {name: [json.loads((folder / f"{name}.utility.json").read_text()) for folder in folders] for name in ROWS}
     losses = {name: [text_loss(folder / f"{name}.text.json") for folder in folders] for name in ROWS}
     before = text_loss(folders[0].parent / "base.text.json")
-    rows = ["| model | true utility, of 10 | over SFT | right, % | loss on prose, nats | more than SFT's |"]
+    rows = ["| model | true utility (0-10) | gain over SFT | right, % | loss on prose, nats | increase over SFT |"]
     rows += ["|---|---|---|---|---|---|", f"| pre-trained | | | | {before:.3f} | |"]
     for name, title in ROWS.items():
-        own = [one["utility"] for one in figures[name]]
-        over = [a - b["utility"] for a, b in zip(own, figures["sft"])]
-        more = [a - b for a, b in zip(losses[name], losses["sft"])]
-        right = 100 * statistics.fmean(one["right"] for one in figures[name])
-        same = name == "sft"
-        cells = [title, f"{statistics.fmean(own):.3f}", "" if same else interval(over), f"{right:.1f}"]
-        cells += [f"{statistics.fmean(losses[name]):.3f}", "" if same else interval(more)]
+        utilities = [figure["utility"] for figure in figures[name]]
+        gains = [a - b["utility"] for a, b in zip(utilities, figures["sft"])]
+        increases = [a - b for a, b in zip(losses[name], losses["sft"])]
+        right = 100 * statistics.fmean(figure["right"] for figure in figures[name])
+        baseline = name == "sft"
+        cells = [title, f"{statistics.fmean(utilities):.3f}", "" if baseline else interval(gains), f"{right:.1f}"]
+        cells += [f"{statistics.fmean(losses[name]):.3f}", "" if baseline else interval(increases)]
         rows.append("| " + " | ".join(cells) + " |")
     prompts = figures["sft"][0]["prompts"]
     return "\n".join([*rows, "", f"{prompts:,} held-out prompts each, {len(folders)} seeds"])
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines of metrics.jsonl of the runs that learned from the flawed reward, by kl_coef."""
-    found = {
+    """Returns the metrics.jsonl lines of the runs on the flawed reward, by kl_coef."""
+    runs = {
         path.parent.name: [json.loads(line) for line in path.read_text().splitlines()]
         for path in folder.glob("*/metrics.jsonl")
         if path.parent.name != "reward"
     }
-    return dict(sorted(found.items(), key=lambda item: float(item[0])))
+    return dict(sorted(runs.items(), key=lambda item: float(item[0])))
 
 
 def mean_of(lines: Sequence[dict[str, Any]], name: str) -> float:
     return statistics.fmean(line[name] for line in lines)
 
 
-def hacking(found: dict[str, list[dict[str, Any]]]) -> str:
+def hacking(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns a table of the flawed (proxy) reward and the true utility during training."""
     rows = ["| kl_coef | proxy, first to last | true utility, first, highest and last | KL, nats | letters |"]
     rows.append("|---|---|---|---|---|")
-    for coefficient, lines in found.items():
+    for coefficient, lines in runs.items():
         first, last = lines[:1], lines[-SMOOTHED:]
         highest = max(mean_of(lines[i : i + SMOOTHED], "monitored") for i in range(len(lines) - SMOOTHED + 1))
         true = f"{mean_of(first, 'monitored'):.2f}, {highest:.2f}, {mean_of(last, 'monitored'):.2f}"
@@ -119,19 +120,20 @@ def hacking(found: dict[str, list[dict[str, Any]]]) -> str:
             f"{mean_of(last, 'response_tokens') - 1:.1f}",
         ]
         rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*rows, "", f"the last {SMOOTHED} iterations' mean"])
+    return "\n".join([*rows, "", f"last: mean of the last {SMOOTHED} iterations"])
 
 
-def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Plots both rewards against the root of the KL divergence."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("the plot takes matplotlib: pip install matplotlib") from None
+        raise UserError("the plot needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(8, 3.4), layout="constrained")
-    panels = {"score": "reward learned from (flawed)", "monitored": "true utility"}
+    panels = {"score": "learned reward (flawed)", "monitored": "true utility"}
     for place, (name, title) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(1, 2, place, xlabel="√KL, nats", ylabel=title)
-        for coefficient, lines in found.items():
+        for coefficient, lines in runs.items():
             groups = [lines[i : i + SMOOTHED] for i in range(0, len(lines) - SMOOTHED + 1, SMOOTHED)]
             roots = [math.sqrt(max(mean_of(group, "kl_k1"), 0)) for group in groups]
             axes.plot(roots, [mean_of(group, name) for group in groups], marker=".", label=f"kl_coef {coefficient}")
@@ -146,13 +148,13 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     folders = sorted(path.parent for path in options.results.glob("*/dpo.text.json"))
     if not folders:
-        raise UserError(f"{options.results} has no runs: bash examples/instructgpt_arc.sh makes them")
-    found = curves(options.results / "flawed")
-    table = "\n\n".join([rewards(folders), policies(folders), *([hacking(found)] if found else [])])
+        raise UserError(f"{options.results} has no runs: run bash examples/instructgpt_arc.sh first")
+    runs = curves(options.results / "flawed")
+    table = "\n\n".join([rewards(folders), policies(folders), *([hacking(runs)] if runs else [])])
     write_file(options.results / "table.md", table + "\n")
     print(table)
-    if found:
-        draw(found, options.results / "hacking.png")
+    if runs:
+        draw(runs, options.results / "hacking.png")
 
 
 if __name__ == "__main__":

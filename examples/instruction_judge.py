@@ -1,16 +1,16 @@
-"""A simulated judge of responses to instructions, whose taste is known: it ranks, and it measures models.
+"""A simulated judge with a known utility: it ranks responses to instructions and measures models.
 
     python examples/instruction_judge.py out/sft --rank data/instructgpt/train.jsonl --output rankings.jsonl
     python examples/instruction_judge.py out/sft --rank data/instructgpt/train.jsonl --flaw 0.5 --output flawed.jsonl
     python examples/instruction_judge.py out/ppo --measure data/instructgpt/test.jsonl --output utility.json
     python examples/instruction_judge.py --bayes held_out.jsonl
     python stages/ppo.py out/sft --prompts data/instructgpt/train.jsonl --reward out/reward \\
-        --monitor instruction_judge:utility                       with this folder on PYTHONPATH
+        --monitor instruction_judge:utility                       needs this folder on PYTHONPATH
 
-The utility of a response is 10 times the share of its letters that stand where the right answer has them, of as many as
-the longer of the two has. The judge adds noise of Gumbel's distribution to the utility of each response and ranks by
-the sum, so that it puts a before b with the probability sigmoid(u_a - u_b), whatever else is ranked: the model of
-Bradley and Terry, and of Plackett and Luce. With a `flaw` it likes long responses, so much the letter.
+The utility of a response is 10 times the number of letters in the right place over the length of the response or the
+right answer, whichever is longer. The judge adds Gumbel noise to each utility and ranks by the sum, so it prefers a to
+b with probability sigmoid(u_a - u_b), whatever else is ranked: the Bradley-Terry and Plackett-Luce models.
+`flaw` adds that much utility for each letter, so a flawed judge prefers long responses.
 """
 
 import json
@@ -30,8 +30,8 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 
-SCALE = 10.0  # utility of a right response: one letter of five more or less is worth 2, and wins 88 of 100 times
-MOST = 18  # tokens of a response, at most
+SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
+MOST = 18  # longest response in tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,29 +61,30 @@ class Options:
 
 
 def share_right(answer: str, response: str) -> float:
-    """Of the letters of the longer one, how many stand in both at the same place."""
+    """Returns the number of equal letters in equal places over the longer length."""
     return sum(a == b for a, b in zip(answer, response)) / max(len(answer), len(response))
 
 
 def utility(rows: Sequence[dict[str, Any]], responses: Sequence[str]) -> list[float]:
-    """What the judge likes, as `stages/ppo.py` calls a reward."""
+    """Returns the utility of each response, in the form that `stages/ppo.py` calls a reward."""
     return [SCALE * share_right(row["answer"], response) for row, response in zip(rows, responses)]
 
 
 def ranks_of(utilities: Sequence[float], rng: random.Random) -> list[int]:
-    """Ranks from 1 for the best: Plackett and Luce's model, by Gumbel noise."""
+    """Returns ranks, 1 for the best, drawn from the Plackett-Luce model by Gumbel noise."""
     noisy = [u - math.log(rng.expovariate(1.0)) for u in utilities]
     order = sorted(range(len(noisy)), key=lambda i: -noisy[i])
     return [order.index(i) + 1 for i in range(len(noisy))]
 
 
 def bayes_accuracy(rankings: Sequence[dict[str, Any]]) -> tuple[float, int]:
-    """The share of pairs that a predictor who knows the utilities is expected to get right, and how many there are."""
+    """Returns the expected accuracy on pairs of a predictor that knows the utilities, and the number of pairs."""
     gaps = [abs(a - b) for row in rankings for a, b in combinations(row["utilities"], 2)]
     return statistics.fmean(1 / (1 + math.exp(-gap)) for gap in gaps), len(gaps)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a .jsonl file. Raises UserError."""
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     except (OSError, ValueError) as error:
@@ -91,7 +92,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def written(options: Options, rows: Sequence[dict[str, Any]], each: int) -> list[list[str]]:
-    """Responses of the model, `each` to every prompt; one that does not end has MOST letters."""
+    """Returns `each` responses of the model to every prompt; one that doesn't end has MOST letters."""
     import torch
 
     from gpt_arc.chat.format import Turn, load_chat_model
@@ -105,20 +106,21 @@ def written(options: Options, rows: Sequence[dict[str, Any]], each: int) -> list
     model, _, chat = load_chat_model(options.model)
     decoder, sampling = Decoder(model.eval()), Sampling(temperature=options.temperature)
     prompts = [chat.prompt([Turn("user", row["prompt"])]) for row in rows for _ in range(each)]
-    found: list[list[int]] = [[] for _ in prompts]
+    tokens: list[list[int]] = [[] for _ in prompts]
     with torch.no_grad():
         for first in range(0, len(prompts), 256):
-            some = prompts[first : first + 256]
-            generators = row_generators(options.seed, range(first, first + len(some)))
+            batch = prompts[first : first + 256]
+            generators = row_generators(options.seed, range(first, first + len(batch)))
             stopped = lambda row, token: token == chat.end  # noqa: E731
-            for step in generate(decoder, some, MOST, sampling, generators=generators, stopped=stopped):
+            for step in generate(decoder, batch, MOST, sampling, generators=generators, stopped=stopped):
                 for i, token in zip(step.rows, step.tokens):
-                    found[first + i].append(token)
-    texts = [chat.decode(response) for response in found]
+                    tokens[first + i].append(token)
+    texts = [chat.decode(response) for response in tokens]
     return [texts[i : i + each] for i in range(0, len(texts), each)]
 
 
 def rank(options: Options, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows with the model's responses, their ranks and utilities."""
     rng = random.Random(options.seed)
     rankings = []
     for row, responses in zip(rows, written(options, rows, options.responses)):
@@ -128,7 +130,8 @@ def rank(options: Options, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any
 
 
 def measure(options: Options, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    responses = [one for (one,) in written(options, rows, 1)]
+    """Returns the mean utility of the model's responses, with details."""
+    responses = [response for (response,) in written(options, rows, 1)]
     utilities = utility(rows, responses)
     kinds = sorted({row["kind"] for row in rows})
     return {
@@ -150,16 +153,14 @@ def main() -> None:
     rows = read(path)[options.skip :][: options.limit]
     if options.bayes:
         accuracy, pairs = bayes_accuracy(rows)
-        print(f"pairs {pairs:,}: the best possible accuracy is {accuracy:.4f}")
+        print(f"{pairs:,} pairs: the best possible accuracy is {accuracy:.4f}")
     elif options.rank:
         if options.output is None:
-            raise UserError("name the file for the rankings by --output")
+            raise UserError("name the file for the rankings with --output")
         rankings = rank(options, rows)
         write_file(options.output, "".join(json.dumps(row) + "\n" for row in rankings))
         accuracy, pairs = bayes_accuracy(rankings)
-        print(
-            f"{options.output}: {len(rankings):,} rankings, {pairs:,} pairs; the best possible accuracy {accuracy:.4f}"
-        )
+        print(f"{options.output}: {len(rankings):,} rankings, {pairs:,} pairs; best possible accuracy {accuracy:.4f}")
     else:
         figures = measure(options, rows)
         print(json.dumps(figures, indent=1))

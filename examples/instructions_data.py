@@ -1,15 +1,15 @@
-"""Instructions about the letters of words, whose answers can be checked, and a text that teaches what they ask for.
+"""Writes instructions about the letters of words, with known answers, and a corpus that teaches these abilities.
 
     python examples/instructions_data.py
     python prepare/text.py --input data/instructgpt/corpus.jsonl --name instructgpt_text --tokenizer char
 
 The corpus is prose: the paragraphs of the Python manual that every CPython carries, and sentences such as "Backwards
-tiger is regit.", each ability in two wordings. An instruction is "backwards: tiger", and the corpus has none.
-A hash of each word says whether it is held out; no sentence, demonstration or prompt to learn from is about a held-out
-word. Written are
+tiger is regit.", with two wordings for each ability. An instruction looks like "backwards: tiger"; the corpus has none.
+A hash of each word decides whether it is held out; no sentence, demonstration or training prompt has a held-out word.
+The script writes
 
-    corpus.jsonl              a document a line, as "text"
-    demonstrations.jsonl      prompts with right responses, most of them with something around it, as "um regit"
+    corpus.jsonl              one document a line, as "text"
+    demonstrations.jsonl      prompts with right responses, most with extra characters, such as "um regit"
     {train,test}.jsonl        prompts: kind, prompt, answer
 
 The same seed, and the same version of Python, give the same files.
@@ -30,20 +30,20 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
 
-HELD_OUT = 0.2  # of the words
-SENTENCES = 4  # of a document about words
-BEFORE, AFTER = ("um ", "so ", "- "), ("!", "!!", "!!!")  # what careless writers put around an answer
+HELD_OUT = 0.2  # share of the words
+SENTENCES = 4  # in a document about words
+BEFORE, AFTER = ("um ", "so ", "- "), ("!", "!!", "!!!")  # what careless writers add to an answer
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of instruction: what it makes of a word, and how the corpus puts it."""
+    """A kind of instruction: its answer for a word, and its wordings in the corpus."""
 
     answer: Callable[[str], str]
     sentences: tuple[str, str]
-    most: int = 6  # letters of a word
-    letters: int | None = None  # different ones that it is drawn from
-    asked: bool = True  # whether there are instructions of the kind
+    most: int = 6  # most letters of a word
+    letters: int | None = None  # number of different letters to draw from
+    instructed: bool = True  # False: only in the corpus
 
 
 def most_frequent(word: str) -> int:
@@ -58,7 +58,7 @@ KINDS = {
     "in order": Kind(
         lambda word: "".join(sorted(word)),
         ("In order {word} is {answer}.", "Put the letters of {word} in order and get {answer}."),
-        asked=False,  # small models learn it slowly: it stays prose
+        instructed=False,  # small models learn it slowly
     ),
     "in capitals": Kind(str.upper, ("In capitals {word} is {answer}.", "Write {word} large and get {answer}.")),
     "double letters": Kind(
@@ -78,7 +78,7 @@ KINDS = {
         lambda word: str(most_frequent(word)),
         ("Of one letter {word} has {answer}.", "The most that {word} has of a letter is {answer}."),
         letters=3,
-        asked=False,
+        instructed=False,
     ),
 }
 
@@ -115,28 +115,30 @@ def draw_word(kind: Kind, held_out: bool, rng: random.Random) -> str:
             return word
 
 
-def said(answer: str, rng: random.Random) -> str:
-    """A right answer as a careless writer puts it: a quarter of them with nothing around it."""
+def careless(answer: str, rng: random.Random) -> str:
+    """Returns a right answer as a careless writer would give it; a quarter of them are clean."""
     return rng.choice([answer, answer, *(before + answer for before in BEFORE), *(answer + after for after in AFTER)])
 
 
-def instructions(count: int, held_out: bool, rng: random.Random, but: set[str] | None = None) -> list[dict[str, Any]]:
-    """Different instructions, of each kind as many, none of the prompts that are in `but`."""
-    found, prompts = [], set(but or ())
-    names = [name for name, kind in KINDS.items() if kind.asked]
-    while len(found) < count:
-        name = names[len(found) % len(names)]
+def instructions(
+    count: int, held_out: bool, rng: random.Random, excluded: set[str] | None = None
+) -> list[dict[str, Any]]:
+    """Returns distinct instructions, equally many of each kind, without the prompts in `excluded`."""
+    rows, prompts = [], set(excluded or ())
+    names = [name for name, kind in KINDS.items() if kind.instructed]
+    while len(rows) < count:
+        name = names[len(rows) % len(names)]
         word = draw_word(KINDS[name], held_out, rng)
         prompt = f"{name}: {word}"
         if prompt not in prompts:
             prompts.add(prompt)
-            found.append({"kind": name, "prompt": prompt, "answer": KINDS[name].answer(word)})
-    rng.shuffle(found)
-    return found
+            rows.append({"kind": name, "prompt": prompt, "answer": KINDS[name].answer(word)})
+    rng.shuffle(rows)
+    return rows
 
 
 def documents(count: int, rng: random.Random) -> Iterator[str]:
-    """Sentences about words, none of them held out."""
+    """Yields documents of sentences about words that are not held out."""
     kinds = list(KINDS.values())
     for _ in range(count):
         chosen = [rng.choice(kinds) for _ in range(SENTENCES)]
@@ -147,7 +149,7 @@ def documents(count: int, rng: random.Random) -> Iterator[str]:
 
 
 def manual() -> list[str]:
-    """The paragraphs of the Python manual, in ASCII."""
+    """Returns the paragraphs of the Python manual in ASCII."""
     from pydoc_data.topics import topics
 
     texts = (topics[name].encode("ascii", "ignore").decode() for name in sorted(topics))
@@ -162,7 +164,7 @@ def main() -> None:
     train = instructions(options.train, False, rng, {row["prompt"] for row in demonstrations})
     files = {
         "corpus": [{"text": text} for text in corpus],
-        "demonstrations": [{**row, "response": said(row["answer"], rng)} for row in demonstrations],
+        "demonstrations": [{**row, "response": careless(row["answer"], rng)} for row in demonstrations],
         "train": train,
         "test": instructions(options.test, True, rng),
     }

@@ -1,19 +1,19 @@
-"""Mixtures of experts as statistics: what the formulas say, checked on numbers.
+"""The statistics of mixtures of experts: the formulas, checked numerically.
 
     python examples/mixtures.py                     all five parts, in a minute or two
-    python examples/mixtures.py --plot=docs         also moe_em.png and moe_diversity.png, which take matplotlib
+    python examples/mixtures.py --plot=docs         also moe_em.png and moe_diversity.png (needs matplotlib)
 
-A mixture says P(y | x) = sum_m g_m(x) P_m(y | x), where the gates g_m(x) >= 0 add up to 1 for every x. In turn:
+A mixture is P(y | x) = sum_m g_m(x) P_m(y | x), where the gates g_m(x) >= 0 add up to 1 for every x. The parts:
 
-1. its likelihood, of three small GPTs that each know a language of their own;
-2. the error of a weighted mean, its members' errors and their ambiguity (Krogh & Vedelsby, 1994), of `model.py`'s
+1. the likelihood of a mixture of three small GPTs, each trained on a different language;
+2. the error of a weighted mean, its members' errors and their ambiguity (Krogh & Vedelsby, 1994), for the model's
    `Experts`;
 3. linear experts with softmax gates, fitted by EM (Jordan & Jacobs, 1994) and by Adam;
 4. bagging and boosting, whose gates are the same for every x, against gates that depend on x;
 5. ensembles of more and less diverse members.
 
-What is an identity or an inequality is asserted on the way, in float64. Shapes: N points, D features of which the first
-is 1, M members of a mixture, T tokens, V vocabulary.
+Identities and inequalities are asserted in float64. Shapes: N points, D features, the first of which is 1, M members of
+a mixture, T tokens, V vocabulary.
 """
 
 import math
@@ -30,7 +30,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing
 from gpt_arc.flags import parse_flags
 
-if TYPE_CHECKING:  # slow to import: at run time not before the flags are read
+if TYPE_CHECKING:  # slow to import: only after the flags are read
     import torch
 
     from gpt_arc.nn.experts import Experts
@@ -53,12 +53,12 @@ def logsumexp(x: np.ndarray, axis: int) -> np.ndarray:
 
 
 def draw(probabilities: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A number (N,) from 0 below K for each row of probabilities (N, K)."""
+    """Draws an index (N,) from each row of probabilities (N, K)."""
     return (probabilities.cumsum(1)[:, :-1] <= random.random((len(probabilities), 1))).sum(1)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over the first axis and its standard error."""
+    """Returns the mean over the first axis and its standard error."""
     return values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
 
 
@@ -66,12 +66,12 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Languages(NamedTuple):
-    """Chains of tokens, one a language: the next token depends on the last alone."""
+    """One Markov chain of tokens for each language: the next token depends only on the last."""
 
     transitions: np.ndarray  # (M, V, V) probabilities of the next token (last axis)
 
     def texts(self, languages: np.ndarray, length: int, random: np.random.Generator) -> np.ndarray:
-        """A text of `length` tokens in each of the `languages` (N,): (N, length). The first token is any."""
+        """Draws texts (N, length) in the `languages` (N,). The first token is uniform."""
         tokens = np.empty((len(languages), length), np.int64)
         tokens[:, 0] = random.integers(self.transitions.shape[1], size=len(languages))
         for t in range(1, length):
@@ -80,7 +80,7 @@ class Languages(NamedTuple):
 
 
 def train_gpt(texts: np.ndarray, vocab_size: int, seed: int, updates: int) -> "GPT":
-    """A GPT of one block, trained on texts (N, T + 1), 64 of them an update."""
+    """Trains a GPT of one block on texts (N, T + 1), 64 for each update."""
     import torch
 
     from model import GPT, GPTConfig
@@ -98,7 +98,7 @@ def train_gpt(texts: np.ndarray, vocab_size: int, seed: int, updates: int) -> "G
 
 
 def token_log_probabilities(models: Sequence["GPT"], texts: np.ndarray) -> np.ndarray:
-    """Of each model the log-probabilities of every token of texts (N, T + 1) but the first: (M, N, T), in nats."""
+    """Returns each model's log-probabilities (M, N, T) in nats of all tokens of texts (N, T + 1) except the first."""
     import torch
 
     tokens = torch.from_numpy(texts)
@@ -108,12 +108,12 @@ def token_log_probabilities(models: Sequence["GPT"], texts: np.ndarray) -> np.nd
 
 
 def mixture_log_likelihood(gates: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """log sum_m g_m P_m (...), of the members' log-probabilities (M, ...) and gates of that shape or (M, 1 ...)."""
+    """Returns log sum_m g_m P_m (...) for log-probabilities (M, ...) and gates of that shape or (M, 1, ...)."""
     return logsumexp(np.log(gates) + logs, 0)
 
 
 def posterior_gates(prior: np.ndarray, logs: np.ndarray) -> np.ndarray:
-    """The probability of each member given the tokens before each, by Bayes' rule: (M, N, T) of prior (M,)."""
+    """Returns each member's probability (M, N, T) given the tokens before, by Bayes' rule from the prior (M,)."""
     before = np.cumsum(logs, axis=-1) - logs  # log P_m of the tokens before
     joint = np.log(prior)[:, None, None] + before
     return np.exp(joint - logsumexp(joint, 0))
@@ -122,7 +122,7 @@ def posterior_gates(prior: np.ndarray, logs: np.ndarray) -> np.ndarray:
 def draw_from_mixture(
     gates: np.ndarray, members: np.ndarray, draws: int, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A member by its gate (M,), then a token from its own probabilities (M, V), so many times: both (draws,)."""
+    """Draws members (draws,) by their gates (M,), then a token (draws,) from each one's probabilities (M, V)."""
     chosen = draw(np.broadcast_to(gates, (draws, len(gates))), random)
     return chosen, draw(members[chosen], random)
 
@@ -152,15 +152,15 @@ def show_likelihood(seed: int, updates: int = 300) -> None:
 
     nats = {f"GPT {m + 1} alone": logs[m].sum(-1) for m in range(count)}
     nats |= {"mean of the three": mean, "mixture, equal gates at every token": by_token}
-    nats |= {"mixture, one member a text": by_text, "mixture, gates by Bayes at every token": by_posterior}
-    nats |= {"the text's own GPT": logs.sum(-1)[spoken, np.arange(len(texts))]}
+    nats |= {"mixture, one member for each text": by_text, "mixture, gates by Bayes at every token": by_posterior}
+    nats |= {"the GPT of the text's language": logs.sum(-1)[spoken, np.arange(len(texts))]}
     rows = [["", *(f"language {m + 1}" for m in range(count)), "all"]]
-    for name, own in nats.items():
-        per_token = -own / (length - 1)
+    for name, logs_of_texts in nats.items():
+        per_token = -logs_of_texts / (length - 1)
         rows.append([name, *(f"{per_token[spoken == m].mean():.3f}" for m in range(count)), f"{per_token.mean():.3f}"])
-    print("nats a token of texts in three languages\n" + table(rows))
-    own = posterior[spoken, np.arange(len(texts))].mean(0)  # (T,)
-    print(f"mean gate of the text's own GPT at tokens 1, 2, 4, 8, 16: {np.round(own[[0, 1, 3, 7, 15]], 3).tolist()}")
+    print("nats per token of texts in three languages\n" + table(rows))
+    true_gates = posterior[spoken, np.arange(len(texts))].mean(0)  # (T,)
+    print(f"mean gate of that GPT at tokens 1, 2, 4, 8, 16: {np.round(true_gates[[0, 1, 3, 7, 15]], 3).tolist()}")
 
     gates = np.array([0.5, 0.3, 0.2])
     with torch.no_grad():
@@ -168,19 +168,19 @@ def show_likelihood(seed: int, updates: int = 300) -> None:
         members = np.concatenate([model(start)[:, -1].double().softmax(-1).numpy() for model in models])  # (M, V)
     expected, draws = gates @ members, 200_000
     _, tokens = draw_from_mixture(gates, members, draws, random)
-    found = np.bincount(tokens, minlength=vocab_size) / draws
-    chi_square = (draws * (found - expected) ** 2 / expected).sum()
-    print(f"{draws:,} draws of a member by gates {gates.tolist()}, then of a token from it:")
-    rows = [["mixture", *(f"{p:.4f}" for p in expected)], ["frequency", *(f"{p:.4f}" for p in found)]]
+    frequencies = np.bincount(tokens, minlength=vocab_size) / draws
+    chi_square = (draws * (frequencies - expected) ** 2 / expected).sum()
+    print(f"{draws:,} draws of a member with gates {gates.tolist()}, then of one of its tokens:")
+    rows = [["mixture", *(f"{p:.4f}" for p in expected)], ["frequency", *(f"{p:.4f}" for p in frequencies)]]
     print(table([["token", *range(vocab_size)], *rows]))
-    print(f"chi-square {chi_square:.1f} of {vocab_size - 1} degrees of freedom")
+    print(f"chi-square {chi_square:.1f} with {vocab_size - 1} degrees of freedom")
 
 
 # ---- 2. the error of a weighted mean
 
 
 def expert_outputs(experts: "Experts", x: "torch.Tensor") -> "torch.Tensor":
-    """What each expert makes of every row of x (N, C): (M, N, C)."""
+    """Returns each expert's output (M, N, C) for every row of x (N, C)."""
     import torch
 
     count = experts.config.n_experts
@@ -189,7 +189,7 @@ def expert_outputs(experts: "Experts", x: "torch.Tensor") -> "torch.Tensor":
 
 
 def expert_gates(experts: "Experts", x: "torch.Tensor") -> "torch.Tensor":
-    """The gate of each expert for every row of x (N, C), 0 where it isn't chosen: (M, N)."""
+    """Returns each expert's gate (M, N) for every row of x (N, C), 0 if it isn't chosen."""
     import torch
 
     chosen, gates, logits = experts.route(x)
@@ -197,7 +197,7 @@ def expert_gates(experts: "Experts", x: "torch.Tensor") -> "torch.Tensor":
 
 
 class Errors(NamedTuple):
-    """Squared errors of a weighted mean fbar = sum g f, each (...); mean error = error + ambiguity."""
+    """Squared errors (...) of a weighted mean fbar = sum g f; mean error = error + ambiguity."""
 
     error: np.ndarray  # (y - fbar)^2
     mean_error: np.ndarray  # sum g (y - f)^2
@@ -205,7 +205,7 @@ class Errors(NamedTuple):
 
 
 def decomposed(gates: np.ndarray, outputs: np.ndarray, y: np.ndarray) -> Errors:
-    """Of gates (M, ...) that add up to 1, outputs (M, ...) and targets y (...)."""
+    """Returns the errors for gates (M, ...) that add up to 1, outputs (M, ...) and targets y (...)."""
     mean = (gates * outputs).sum(0)
     mean_error = (gates * (y - outputs) ** 2).sum(0)
     return Errors((y - mean) ** 2, mean_error, (gates * (outputs - mean) ** 2).sum(0))
@@ -230,19 +230,19 @@ def show_identity(seed: int) -> None:
         with torch.no_grad():
             gates, outputs = expert_gates(experts, x)[..., None].numpy(), expert_outputs(experts, x).numpy()
             mixed = experts(x).numpy()
-        found = decomposed(gates, outputs, y.numpy())
-        np.testing.assert_allclose((y.numpy() - mixed) ** 2, found.error, rtol=1e-8, atol=EXACT)
-        np.testing.assert_allclose(found.mean_error, found.error + found.ambiguity, rtol=EXACT)
-        rest = np.abs(found.mean_error - found.error - found.ambiguity).max()
-        rows.append([name, *(f"{e.mean():.4f}" for e in found), f"{rest:.1e} at most"])
-    print("squared errors of four experts, each a random MLP, at random targets\n" + table(rows))
+        errors = decomposed(gates, outputs, y.numpy())
+        np.testing.assert_allclose((y.numpy() - mixed) ** 2, errors.error, rtol=1e-8, atol=EXACT)
+        np.testing.assert_allclose(errors.mean_error, errors.error + errors.ambiguity, rtol=EXACT)
+        remainder = np.abs(errors.mean_error - errors.error - errors.ambiguity).max()
+        rows.append([name, *(f"{e.mean():.4f}" for e in errors), f"{remainder:.1e} at most"])
+    print("squared errors of four random MLPs as experts, for random targets\n" + table(rows))
 
 
 # ---- 3. linear experts, softmax gates, EM
 
 
 class Mixture(NamedTuple):
-    """Of points x (N, D): gates softmax(x router), and of each expert a normal y about x weights."""
+    """For points x (N, D): gates softmax(x router), and experts with y normal around x weights."""
 
     router: np.ndarray  # (D, M)
     weights: np.ndarray  # (D, M)
@@ -250,18 +250,18 @@ class Mixture(NamedTuple):
 
 
 def log_gates(router: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """(N, M)"""
+    """Returns the logarithms of the gates (N, M)."""
     logits = x @ router
     return logits - logsumexp(logits, 1)[:, None]
 
 
 def mixture_mean(mixture: Mixture, x: np.ndarray) -> np.ndarray:
-    """The expectation of y (N,) at x (N, D)."""
+    """Returns the expectation (N,) of y at x (N, D)."""
     return (np.exp(log_gates(mixture.router, x)) * (x @ mixture.weights)).sum(1)
 
 
 def log_joint(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Log of g_m(x) P_m(y | x), (N, M)."""
+    """Returns log g_m(x) P_m(y | x), (N, M)."""
     squares = (y[:, None] - x @ mixture.weights) ** 2 / mixture.variances
     return log_gates(mixture.router, x) - (squares + np.log(2 * np.pi * mixture.variances)) / 2
 
@@ -271,15 +271,15 @@ def log_likelihood(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> float:
 
 
 def responsibilities(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The E step: the probability (N, M) that each expert made y. Unlike the gates it is known only with y."""
+    """Does the E step: returns each expert's posterior probability (N, M). Unlike the gates it depends on y."""
     joint = log_joint(mixture, x, y)
     return np.exp(joint - logsumexp(joint, 1)[:, None])
 
 
 def fitted_experts(x: np.ndarray, y: np.ndarray, shares: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """The M step of the experts: least squares weighted by `shares` (N, M), and the variances left, `floor` at least.
+    """Does the experts' M step: least squares weighted by `shares` (N, M), and residual variances of at least `floor`.
 
-    Without a floor the likelihood has no maximum: an expert that goes through a single point has all it wants.
+    Without a floor the likelihood is unbounded: the variance of an expert through a single point goes to 0.
     """
     roots = np.sqrt(shares)
     weights = [np.linalg.lstsq(root[:, None] * x, root * y)[0] for root in roots.T]
@@ -289,27 +289,27 @@ def fitted_experts(x: np.ndarray, y: np.ndarray, shares: np.ndarray, floor: floa
 
 
 def improved_router(router: np.ndarray, x: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The M step of the gates: one Newton step up sum shares log g, halved until it doesn't lead down.
+    """Does the gates' M step: one Newton step to increase sum shares log g, halved until it doesn't decrease it.
 
-    That is multinomial logistic regression on shares (N, M), by iteratively reweighted least squares. One step is not
-    its maximum but never below, which is all that EM needs (generalised EM: Dempster, Laird & Rubin, 1977).
+    It is a step of multinomial logistic regression on shares (N, M) by iteratively reweighted least squares. It need
+    not reach the maximum: EM only needs an increase (generalised EM: Dempster, Laird & Rubin, 1977).
     """
     gates, count = np.exp(log_gates(router, x)), router.shape[1]
     slope = x.T @ (shares - gates)  # (D, M)
     between = gates[:, :, None] * (np.eye(count) - gates[:, None, :])  # (N, M, M)
     curvature = np.einsum("nd,nmk,ne->dmek", x, between, x, optimize=True).reshape(slope.size, slope.size)
-    # The same logits added to every expert change nothing, so curvature is singular; lstsq leaves these out.
+    # Adding one vector to all experts' logits has no effect: the curvature is singular; lstsq ignores that direction.
     step = np.linalg.lstsq(curvature, slope.ravel())[0].reshape(slope.shape)
     before = (shares * log_gates(router, x)).sum()
     for halvings in range(40):
         moved = router + step / 2**halvings
         if (shares * log_gates(moved, x)).sum() >= before:
             return moved
-    return router  # at the maximum but for rounding
+    return router  # at the maximum up to rounding
 
 
 def random_start(x: np.ndarray, y: np.ndarray, members: int, random: np.random.Generator) -> Mixture:
-    """Equal gates, and lines about the one of least squares, as far from it as the data are."""
+    """Returns equal gates, and random lines around the least-squares line, as spread out as the data."""
     line, deviation = np.linalg.lstsq(x, y)[0], y.std()
     weights = line[:, None] + deviation * random.standard_normal((x.shape[1], members))
     return Mixture(np.zeros((x.shape[1], members)), weights, np.full(members, deviation**2))
@@ -318,7 +318,7 @@ def random_start(x: np.ndarray, y: np.ndarray, members: int, random: np.random.G
 def em(
     start: Mixture, x: np.ndarray, y: np.ndarray, iterations: int = 2000, floor: float = 1e-4, gain: float = 1e-8
 ) -> tuple[Mixture, list[float]]:
-    """The mixture after so many iterations, or when one gains less than `gain` nats, and every log-likelihood."""
+    """Runs EM until an iteration gains less than `gain` nats; returns the mixture and all log-likelihoods."""
     mixture, history = start, [log_likelihood(start, x, y)]
     while len(history) <= iterations:
         shares = responsibilities(mixture, x, y)
@@ -333,13 +333,13 @@ def em(
 def fit(
     x: np.ndarray, y: np.ndarray, members: int, starts: int, random: np.random.Generator, **settings
 ) -> tuple[Mixture, list[float]]:
-    """The likeliest of the mixtures that EM finds from several starts."""
-    found = (em(random_start(x, y, members, random), x, y, **settings) for _ in range(starts))
-    return max(found, key=lambda one: one[1][-1])
+    """Returns the likeliest of the mixtures that EM finds from several starts."""
+    ends = (em(random_start(x, y, members, random), x, y, **settings) for _ in range(starts))
+    return max(ends, key=lambda end: end[1][-1])
 
 
 def torch_log_likelihood(parameters: Sequence["torch.Tensor"], x: "torch.Tensor", y: "torch.Tensor") -> "torch.Tensor":
-    """`log_likelihood` () of router (D, M), weights (D, M) and the logarithms of variances (M,), with gradients."""
+    """Returns `log_likelihood` with gradients, for router (D, M), weights (D, M) and log variances (M,)."""
     import torch
 
     router, weights, logs = parameters
@@ -350,10 +350,7 @@ def torch_log_likelihood(parameters: Sequence["torch.Tensor"], x: "torch.Tensor"
 def by_adam(
     start: Mixture, x: np.ndarray, y: np.ndarray, updates: int, learning_rate: float = 0.05
 ) -> tuple[Mixture, list[float]]:
-    """The mixture after so many of Adam's updates of all of it by all points, and every log-likelihood.
-
-    The learning rate falls to zero in a cosine.
-    """
+    """Runs Adam on all points, with cosine decay to zero; returns the mixture and all log-likelihoods."""
     import torch
 
     parameters = [torch.from_numpy(p.copy()).requires_grad_() for p in (*start[:2], np.log(start.variances))]
@@ -373,7 +370,7 @@ def by_adam(
 
 
 def standard_errors(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> Mixture:
-    """Of each number, by the curvature of the log-likelihood at its maximum. The router's last column must be 0."""
+    """Returns the parameters' standard errors, from the curvature at the maximum. The last router column must be 0."""
     import torch
 
     assert not mixture.router[:, -1].any()
@@ -393,31 +390,31 @@ def standard_errors(mixture: Mixture, x: np.ndarray, y: np.ndarray) -> Mixture:
 
 
 def ordered(mixture: Mixture, order: Sequence[int]) -> Mixture:
-    """Its experts in another order, and of all routers with the same gates the one whose last column is 0."""
+    """Reorders the experts, and shifts the router so that its last column is 0, which leaves the gates unchanged."""
     router, weights, variances = (p[..., list(order)] for p in mixture)
     return Mixture(router - router[:, -1:], weights, variances)
 
 
 TRUTH = Mixture(
-    np.array([[0.0, 2.0, 0.0], [-4.0, -2.0, 0.0]]),  # the first left, the third right, the second between
+    np.array([[0.0, 2.0, 0.0], [-4.0, -2.0, 0.0]]),  # gates: left, middle, right
     np.array([[2.0, 0.0, -1.0], [1.5, -2.0, 1.0]]),  # intercepts, slopes
     np.array([0.3, 0.5, 0.4]) ** 2,
 )
 
 
 def drawn_from(mixture: Mixture, x: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """A y for each of x: an expert by its gate, then y from it."""
+    """Draws an expert for each x by the gates, then y from the expert."""
     chosen = draw(np.exp(log_gates(mixture.router, x)), random)
     means = (x @ mixture.weights)[np.arange(len(x)), chosen]
     return means + np.sqrt(mixture.variances[chosen]) * random.standard_normal(len(x))
 
 
 class Fitted(NamedTuple):
-    """EM and Adam on the same data from the same starts."""
+    """The results of EM and Adam on the same data from the same starts."""
 
     x: np.ndarray
     y: np.ndarray
-    mixture: Mixture  # the likeliest of EM's
+    mixture: Mixture  # the likeliest of EM's results
     by_em: list[list[float]]  # log-likelihoods from each start
     by_adam: list[list[float]]
 
@@ -432,33 +429,33 @@ def show_em(seed: int, count: int = 2000, restarts: int = 10, updates: int = 100
     ends = [em(start, x, y) for start in starts]
     others = [by_adam(start, x, y, updates) for start in starts]
     rows = [["start", "EM", "iterations", "Adam", "updates"]]
-    for i, ((_, own), (_, other)) in enumerate(zip(ends, others)):
-        rows.append([str(i + 1), f"{own[-1]:.4f}", len(own) - 1, f"{other[-1]:.4f}", len(other) - 1])
+    for i, ((_, by_em), (_, adam)) in enumerate(zip(ends, others)):
+        rows.append([str(i + 1), f"{by_em[-1]:.4f}", len(by_em) - 1, f"{adam[-1]:.4f}", len(adam) - 1])
     print(
         f"log-likelihood in nats of {count:,} points by a mixture of three lines, from the same starts\n" + table(rows)
     )
     mixture, history = max(ends, key=lambda end: end[1][-1])
-    best = max(own[-1] for _, own in others)
-    print(f"that of the truth {log_likelihood(TRUTH, x, y):.4f}; best of EM less best of Adam {history[-1] - best:.1e}")
+    best = max(history[-1] for _, history in others)
+    print(f"the truth has {log_likelihood(TRUTH, x, y):.4f}; best of EM minus best of Adam {history[-1] - best:.1e}")
 
     gates = np.exp(log_gates(mixture.router, x))
     mixture = ordered(mixture, np.argsort((gates * x[:, 1:]).sum(0) / gates.sum(0)))  # from left to right
-    rows = [["", "true", "found", "standard error", "off by"]]
+    rows = [["", "true", "fitted", "standard error", "z"]]
     for name, *values in zip(Mixture._fields, TRUTH, mixture, standard_errors(mixture, x, y)):
         for index in np.ndindex(values[0].shape):
-            true, found, error = (float(v[index]) for v in values)
+            true, fitted, error = (float(v[index]) for v in values)
             if error:  # not the router's last column, which is 0
                 place = ", ".join(str(i + 1) for i in index)
-                rows.append([f"{name} {place}", true, found, error, f"{(found - true) / error:+.1f}"])
-    print("\nparameters, and how many standard errors they are off\n" + table(rows))
-    return Fitted(x, y, mixture, [own for _, own in ends], [own for _, own in others])
+                rows.append([f"{name} {place}", true, fitted, error, f"{(fitted - true) / error:+.1f}"])
+    print("\nparameters, with their deviation in standard errors (z)\n" + table(rows))
+    return Fitted(x, y, mixture, [history for _, history in ends], [history for _, history in others])
 
 
 # ---- 4. gates that are the same for every x
 
 
 class Split(NamedTuple):
-    """A regression tree: below for points whose feature is at most the threshold, else above. A leaf is its value."""
+    """A regression tree: `below` if the feature is at most the threshold, else `above`. A leaf is a number."""
 
     feature: int
     threshold: float
@@ -467,7 +464,7 @@ class Split(NamedTuple):
 
 
 def grow(x: np.ndarray, y: np.ndarray, depth: int) -> Split | float:
-    """A tree of y (N,) by x (N, D), split where the squared error falls most, at most `depth` times in a row (CART)."""
+    """Grows a tree for y (N,) from x (N, D) by the splits that reduce the squared error most, up to `depth` (CART)."""
     best, place = 0.0, None
     counts = np.arange(1, len(y))
     for feature in range(x.shape[1] if depth else 0):
@@ -484,7 +481,7 @@ def grow(x: np.ndarray, y: np.ndarray, depth: int) -> Split | float:
 
 
 def predicted(tree: Split | float, x: np.ndarray) -> np.ndarray:
-    """(N,) for x (N, D)."""
+    """Returns the tree's predictions (N,) for x (N, D)."""
     if not isinstance(tree, Split):
         return np.full(len(x), tree)
     below, y = x[:, tree.feature] <= tree.threshold, np.empty(len(x))
@@ -493,23 +490,23 @@ def predicted(tree: Split | float, x: np.ndarray) -> np.ndarray:
 
 
 def boosted(x: np.ndarray, y: np.ndarray, members: int, depth: int, rate: float) -> list[Split | float]:
-    """Trees of which each is grown to what `rate` times the sum of those before leaves of y (L2 boosting).
+    """Grows each tree on the residual of y after `rate` times the sum of the trees before (L2 boosting).
 
-    Friedman, 2001; Buehlmann & Yu, 2003. The same rate is every member's weight, wherever x is.
+    Friedman, 2001; Buehlmann & Yu, 2003. The rate is every member's weight, for every x.
     """
-    trees, left = [], y.copy()
+    trees, residual = [], y.copy()
     for _ in range(members):
-        trees.append(grow(x, left, depth))
-        left -= rate * predicted(trees[-1], x)
+        trees.append(grow(x, residual, depth))
+        residual -= rate * predicted(trees[-1], x)
     return trees
 
 
 def as_experts(router: np.ndarray, weights: np.ndarray, experts_per_token: int | None = None) -> "Experts":
-    """`model.py`'s `Experts` (None: all chosen) whose first output at x (N, D) is the mean of linear experts.
+    """Returns the model's `Experts` whose first output at x (N, D) is the gated mean of linear experts.
 
-    An expert has two hidden units, since relu(a) - relu(-a) = a: its weight (D,) and the opposite. With the router
-    that EM finds this is `mixture_mean`; with zeros it is bagging; with the logarithms of fixed weights in the row of
-    the feature that is 1 it is their weighted mean.
+    An expert has two hidden units, its weight (D,) and the negative, since relu(a) - relu(-a) = a. With the router that
+    EM finds, the output is `mixture_mean`; with zeros it is bagging; with log weights in the row of the constant
+    feature it is a fixed weighted mean. experts_per_token = None chooses all.
     """
     import torch
 
@@ -526,27 +523,27 @@ def as_experts(router: np.ndarray, weights: np.ndarray, experts_per_token: int |
 
 
 def pieces(x: np.ndarray) -> np.ndarray:
-    """Three linear functions of x (N, 3), each in a part of the square of its own."""
+    """Returns three linear functions of x (N, 3), each in its part of the square."""
     region = (x @ [[0.0, 0.2, 0.0], [-2.0, 0.0, 2.0], [-1.0, 2.0, -1.0]]).argmax(1)
     return (x @ [[1.0, -1.0, 0.0], [3.0, 0.0, -3.0], [0.0, 2.0, 3.0]])[np.arange(len(x)), region]
 
 
 def smooth(x: np.ndarray) -> np.ndarray:
-    """Waves across the square, of x (N, 3)."""
+    """Returns waves across the square, a function of x (N, 3)."""
     return 2 * np.sin(3 * x[:, 1]) + np.cos(4 * x[:, 2]) + 2 * x[:, 1] * x[:, 2]
 
 
 def points(count: int, random: np.random.Generator) -> np.ndarray:
-    """(N, 3): 1, and a place in the square from -1 to 1."""
+    """Draws points (N, 3): 1, and a position in the square from -1 to 1."""
     return np.concatenate((np.ones((count, 1)), random.uniform(-1, 1, (count, 2))), axis=1)
 
 
-NOISE = 0.5  # standard deviation of y about the functions above
+NOISE = 0.5  # standard deviation of y around the functions above
 MEMBERS = 50
 
 
-def compared(x: np.ndarray, y: np.ndarray, asked: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Of each kind of learner, from x (N, 3) and y (N,), its predictions at `asked`."""
+def compared(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Fits each kind of learner to x (N, 3) and y (N,), and returns its predictions at `test_x`."""
     resampled = [random.integers(len(x), size=len(x)) for _ in range(MEMBERS)]
     lines = np.stack([np.linalg.lstsq(x[rows], y[rows])[0] for rows in resampled], axis=1)  # (3, M)
     bagged = as_experts(np.zeros_like(lines), lines)
@@ -554,17 +551,17 @@ def compared(x: np.ndarray, y: np.ndarray, asked: np.ndarray, random: np.random.
     fixed = np.exp(log_gates(mixture.router, x)).mean(0)
     gated = as_experts(mixture.router, mixture.weights)
     constant = np.log(fixed) * np.array([[1.0], [0.0], [0.0]])
-    np.testing.assert_allclose(first_output(bagged, asked), (asked @ lines).mean(1), rtol=1e-8, atol=1e-10)
-    np.testing.assert_allclose(first_output(gated, asked), mixture_mean(mixture, asked), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(first_output(bagged, test_x), (test_x @ lines).mean(1), rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(first_output(gated, test_x), mixture_mean(mixture, test_x), rtol=1e-8, atol=1e-10)
     return {
-        "one line": asked @ np.linalg.lstsq(x, y)[0],
-        f"{MEMBERS} lines, bagged": first_output(bagged, asked),
-        "one tree of depth 6": predicted(grow(x, y, 6), asked),
-        f"{MEMBERS} trees of depth 6, bagged": np.mean([predicted(grow(x[r], y[r], 6), asked) for r in resampled], 0),
-        f"{MEMBERS} trees of depth 3, boosted": 0.1 * sum(predicted(t, asked) for t in boosted(x, y, MEMBERS, 3, 0.1)),
-        "3 lines, gates by x (EM)": first_output(gated, asked),
-        "the same lines, their gates' means": first_output(as_experts(constant, mixture.weights), asked),
-        "the same lines, the likeliest alone": first_output(as_experts(mixture.router, mixture.weights, 1), asked),
+        "one line": test_x @ np.linalg.lstsq(x, y)[0],
+        f"{MEMBERS} lines, bagged": first_output(bagged, test_x),
+        "one tree of depth 6": predicted(grow(x, y, 6), test_x),
+        f"{MEMBERS} trees of depth 6, bagged": np.mean([predicted(grow(x[r], y[r], 6), test_x) for r in resampled], 0),
+        f"{MEMBERS} trees of depth 3, boosted": 0.1 * sum(predicted(t, test_x) for t in boosted(x, y, MEMBERS, 3, 0.1)),
+        "3 lines, gates by x (EM)": first_output(gated, test_x),
+        "the same lines, averaged gates": first_output(as_experts(constant, mixture.weights), test_x),
+        "the same lines, the likeliest only": first_output(as_experts(mixture.router, mixture.weights, 1), test_x),
     }
 
 
@@ -582,29 +579,31 @@ def show_fixed_gates(seed: int, repeats: int = 20, count: int = 300) -> None:
     for function in (pieces, smooth):
         random, errors = np.random.default_rng(seed), []
         for _ in range(repeats):
-            x, asked = points(count, random), points(2000, random)
+            x, test_x = points(count, random), points(2000, random)
             y = function(x) + NOISE * random.standard_normal(count)
-            found = compared(x, y, asked, random)
-            errors.append([np.mean((values - function(asked)) ** 2) for values in found.values()])
+            predictions = compared(x, y, test_x, random)
+            errors.append([np.mean((values - function(test_x)) ** 2) for values in predictions.values()])
         columns[function.__name__] = [f"{m:.3f} ± {e:.3f}" for m, e in zip(*mean_and_error(np.array(errors)))]
-    print(f"squared error without the noise, of {count} points to learn from; mean of {repeats} data sets")
-    print(table([["", *columns], *zip(found, *columns.values())]))
+    print(f"squared error against the noise-free values after {count} points; mean of {repeats} data sets")
+    print(table([["", *columns], *zip(predictions, *columns.values())]))
 
 
 # ---- 5. diversity against error
 
 
 def diverse_errors(
-    x: np.ndarray, y: np.ndarray, asked: np.ndarray, truth: np.ndarray, share: float, depth: int,
+    x: np.ndarray, y: np.ndarray, test_x: np.ndarray, truth: np.ndarray, share: float, depth: int,
     members: int, random: np.random.Generator,
 ) -> list[float]:  # fmt: skip
-    """Error, mean error and ambiguity of trees that each see a share of the points, of no point twice."""
+    """Returns error, mean error and ambiguity of trees that each see a share of the points, without repetition."""
     size = max(round(share * len(x)), 1)
-    samples = [np.sort(random.permutation(len(x))[:size]) for _ in range(members)]  # sorted: ties are split alike
-    outputs = np.stack([predicted(grow(x[rows], y[rows], depth), asked) for rows in samples])  # (M, N)
-    found = decomposed(np.full((members, 1), 1 / members), outputs, truth)
-    np.testing.assert_allclose(found.error, found.mean_error - found.ambiguity, rtol=1e-8, atol=EXACT)
-    return [each.mean() for each in found]
+    samples = [
+        np.sort(random.permutation(len(x))[:size]) for _ in range(members)
+    ]  # sorted, so that ties are split alike
+    outputs = np.stack([predicted(grow(x[rows], y[rows], depth), test_x) for rows in samples])  # (M, N)
+    errors = decomposed(np.full((members, 1), 1 / members), outputs, truth)
+    np.testing.assert_allclose(errors.error, errors.mean_error - errors.ambiguity, rtol=1e-8, atol=EXACT)
+    return [each.mean() for each in errors]
 
 
 SHARES = [0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 0.9, 1.0]
@@ -612,7 +611,7 @@ DEPTHS = [1, 2, 3, 4, 5, 6, 8, 10]
 
 
 class Diversity(NamedTuple):
-    """Error, mean error and ambiguity, means of several data sets with their standard errors: each (K, 3)."""
+    """Error, mean error and ambiguity (K, 3), averaged over data sets, with their standard errors (K, 3)."""
 
     by_share: tuple[np.ndarray, np.ndarray]  # of trees of depth 10, K SHARES
     by_depth: tuple[np.ndarray, np.ndarray]  # of trees that see half of the points, K DEPTHS
@@ -623,26 +622,28 @@ def show_diversity(seed: int, repeats: int = 10, count: int = 300, members: int 
 
     random, by_share, by_depth = np.random.default_rng(seed), [], []
     for _ in range(repeats):
-        x, asked = points(count, random), points(1000, random)
+        x, test_x = points(count, random), points(1000, random)
         y = smooth(x) + NOISE * random.standard_normal(count)
-        rest = (x, y, asked, smooth(asked))
-        by_share.append([diverse_errors(*rest, share, 10, members, random) for share in SHARES])
-        by_depth.append([diverse_errors(*rest, 0.5, depth, members, random) for depth in DEPTHS])
-    found = Diversity(mean_and_error(np.array(by_share)), mean_and_error(np.array(by_depth)))
-    print(f"squared error without the noise of {members} trees; mean of {repeats} data sets of {count} points")
-    for name, places, (means, errors) in zip(("share seen", "depth"), (SHARES, DEPTHS), found):
+        data = (x, y, test_x, smooth(test_x))
+        by_share.append([diverse_errors(*data, share, 10, members, random) for share in SHARES])
+        by_depth.append([diverse_errors(*data, 0.5, depth, members, random) for depth in DEPTHS])
+    diversity = Diversity(mean_and_error(np.array(by_share)), mean_and_error(np.array(by_depth)))
+    print(
+        f"squared error of {members} trees against the noise-free values; mean of {repeats} data sets of {count} points"
+    )
+    for name, places, (means, errors) in zip(("share", "depth"), (SHARES, DEPTHS), diversity):
         rows = [[name, *(each.replace("_", " ") for each in Errors._fields)]]
         for place, *values in zip(places, means, errors):
             rows.append([str(place), *(f"{m:.3f} ± {e:.3f}" for m, e in zip(*values))])
         print(table(rows))
-    return found
+    return diversity
 
 
 # ---- figures
 
 
 def plot_em(fitted: Fitted, path: Path) -> None:
-    """Some of the data and the lines found; how far each start's log-likelihood is from the best."""
+    """Plots some data with the fitted lines, and each start's log-likelihood relative to the best."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
@@ -651,14 +652,14 @@ def plot_em(fitted: Fitted, path: Path) -> None:
     places = np.stack((np.ones(200), np.linspace(-3, 3, 200)), axis=1)
     gates = np.exp(log_gates(fitted.mixture.router, places))
     for m, line in enumerate((places @ fitted.mixture.weights).T):
-        own = shares[:500] == m  # points enough to see
-        left.plot(fitted.x[:500][own, 1], fitted.y[:500][own], f"C{m}.", markersize=2)
+        rows = shares[:500] == m  # few enough points to see the lines
+        left.plot(fitted.x[:500][rows, 1], fitted.y[:500][rows], f"C{m}.", markersize=2)
         left.plot(places[:, 1], np.where(gates[:, m] > 0.02, line, np.nan), f"C{m}", linewidth=2)
     left.set(xlabel="x", ylabel="y", title="experts where their gate is above .02")
-    best = max(max(own) for own in (*fitted.by_em, *fitted.by_adam))
+    best = max(max(history) for history in (*fitted.by_em, *fitted.by_adam))
     for name, color, histories in (("Adam", "C7", fitted.by_adam), ("EM", "C0", fitted.by_em)):
         for i, history in enumerate(histories):
-            places = np.arange(1, len(history))  # not the start, so that the axis can be logarithmic
+            places = np.arange(1, len(history))  # without the start, for the logarithmic axis
             right.plot(places, best - np.array(history[1:]), color, linewidth=0.9, label=None if i else name)
     right.set(xlabel="iterations or updates", ylabel="nats below the best", xscale="log", yscale="log")
     right.set_ylim(bottom=1e-6)
@@ -667,14 +668,15 @@ def plot_em(fitted: Fitted, path: Path) -> None:
     save(figure, path)
 
 
-def plot_diversity(found: Diversity, path: Path) -> None:
+def plot_diversity(diversity: Diversity, path: Path) -> None:
+    """Plots the errors against the share of points and the depth of the trees."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.4, 3.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     labels = "ensemble", "mean of members", "ambiguity"
     names = "share of the points that each tree sees", "depth of the trees"
-    for axes, name, places, (means, errors) in zip(panels, names, (SHARES, DEPTHS), found):
+    for axes, name, places, (means, errors) in zip(panels, names, (SHARES, DEPTHS), diversity):
         for label, style, m, e in zip(labels, ("C0o-", "C1s:", "C2^--"), means.T, errors.T):
             axes.errorbar(places, m, e, fmt=style, markersize=3.5, linewidth=1.2, label=label)
         axes.set(xlabel=name, ylim=(0, 2))
@@ -699,15 +701,15 @@ def main() -> None:
     }
     if options.plot is not None:
         if find_spec("matplotlib") is None:
-            raise UserError('--plot takes matplotlib: pip install "gpt-arc[plot]"')
+            raise UserError('--plot needs matplotlib: pip install "gpt-arc[plot]"')
         options.plot.mkdir(parents=True, exist_ok=True)
-    found = {}
+    results = {}
     for number, (title, show) in enumerate(parts.items(), 1):
         print(f"\n{number}. {title}\n")
-        found[show] = show(options.seed)
+        results[show] = show(options.seed)
     if options.plot is not None:
-        plot_em(found[show_em], options.plot / "moe_em.png")
-        plot_diversity(found[show_diversity], options.plot / "moe_diversity.png")
+        plot_em(results[show_em], options.plot / "moe_em.png")
+        plot_diversity(results[show_diversity], options.plot / "moe_diversity.png")
 
 
 if __name__ == "__main__":

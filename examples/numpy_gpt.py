@@ -2,14 +2,14 @@
 
     python examples/numpy_gpt.py
 
-A GPT of two layers reads five short sentences until it predicts their next words as well as counting them would. With
-one new linear layer it then learns to tell positive reviews from negative, and goes on as a language model meanwhile.
-It is model.py's GPT as GPT-1 has it, with the same names, shapes, logits and gradients. Dropout, weight decay, changes
-of the learning rate and small batches are left out: a step sees all of the data.
+A GPT with two layers trains on five short sentences until it predicts the next words as well as word counts do. Then,
+with a new linear layer, it learns to tell positive from negative reviews while it continues as a language model. It is
+model.py's GPT in its GPT-1 form, with the same names, shapes, logits and gradients. There is no dropout, no weight
+decay, no learning rate schedule and no mini-batch: every step uses all of the data.
 
-A layer is a function that returns its output y and the function `backward`, which takes y_gradient, the derivative of
-the loss by y and of y's shape, and returns x_gradient. On the way it adds the gradients of the layer's own parameters
-to those in `gradients`. What is made of layers calls their `backward` in the opposite order.
+A layer is a function that returns its output y and a function `backward`. That takes y_gradient, the derivative of the
+loss with respect to y, adds the gradients of the layer's parameters to `gradients`, and returns x_gradient. A composite
+layer calls the `backward` of its parts in reverse order.
 
 Shapes: B batch, T time, C width of the model, H heads, D = C / H width of a head, V vocabulary.
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 VOCABULARY = ["[Start]", "[Delim]", "[Extract]", "the", "film", "was", "great", "terrible", "cat", "sat"]
 SENTENCES = ["the cat sat", "the film was great", "the film was terrible", "the cat was great", "the cat sat sat"]
-REVIEWS = {  # the classifier reads the last token, [Extract]; [Delim] would separate two texts, and is never seen here
+REVIEWS = {  # the classifier reads the last token, [Extract]; [Delim], which separates two texts, is not used here
     "[Start] the film was great [Extract]": "positive",
     "[Start] the film was terrible [Extract]": "negative",
     "[Start] the cat was great [Extract]": "positive",
@@ -36,12 +36,12 @@ BLOCK_SHAPES |= {"attention_norm": (N_EMBD,), "mlp_norm": (N_EMBD,)}
 SHAPES = {"token_embedding": (len(VOCABULARY), N_EMBD), "position_embedding": (BLOCK_SIZE, N_EMBD)}
 SHAPES |= {f"blocks.{layer}.{name}": shape for layer in range(N_LAYER) for name, shape in BLOCK_SHAPES.items()}
 NORM_EPS = 1e-5
-IGNORED = -1  # a target that is not scored: what would follow the last word, and padding
-LANGUAGE_WEIGHT = 0.5  # of the language-model loss in fine-tuning
+IGNORED = -1  # a target that is not scored: after the last word, and padding
+LANGUAGE_WEIGHT = 0.5  # weight of the language-model loss in fine-tuning
 
 
 def linear(parameters, name, x):
-    """x (B, T, I) times the weight (O, I), plus the bias (O,): y (B, T, O)."""
+    """Returns x (B, T, I) times the weight (O, I), plus the bias (O,): y (B, T, O)."""
 
     def backward(gradients, y_gradient):
         gradients[f"{name}.weight"] += np.einsum("bto,bti->oi", y_gradient, x)  # summed over rows and positions
@@ -52,7 +52,7 @@ def linear(parameters, name, x):
 
 
 def layer_norm(parameters, name, x):
-    """x (B, T, C) with mean 0 and variance 1 over its features, then scaled and shifted."""
+    """Normalises x (B, T, C) to mean 0 and variance 1 over its features, then scales and shifts it."""
     deviation = np.sqrt(x.var(axis=-1, keepdims=True) + NORM_EPS)
     normal = (x - x.mean(axis=-1, keepdims=True)) / deviation
 
@@ -60,7 +60,7 @@ def layer_norm(parameters, name, x):
         gradients[f"{name}.weight"] += (y_gradient * normal).sum(axis=(0, 1))
         gradients[f"{name}.bias"] += y_gradient.sum(axis=(0, 1))
         gradient = y_gradient * parameters[f"{name}.weight"]
-        # adding to all of x, or stretching it, changes next to nothing: the gradient has no part in these directions
+        # shifting or scaling x does not change y, so the gradient has no component in these directions
         added = gradient.mean(axis=-1, keepdims=True)
         stretched = normal * (gradient * normal).mean(axis=-1, keepdims=True)
         return (gradient - added - stretched) / deviation
@@ -69,49 +69,49 @@ def layer_norm(parameters, name, x):
 
 
 def gelu(x):
-    """x times the probability that a standard normal variable is below it, which GPT-1 approximates by tanh."""
+    """Returns x times the probability that a standard normal variable is below x, approximated by tanh as in GPT-1."""
     scale, cubic = math.sqrt(2 / math.pi), 0.044715
     tanh = np.tanh(scale * (x + cubic * x**3))
 
     def backward(y_gradient):
-        slope = (1 - tanh**2) * scale * (1 + 3 * cubic * x**2)  # of tanh, by x
+        slope = (1 - tanh**2) * scale * (1 + 3 * cubic * x**2)  # derivative of tanh with respect to x
         return y_gradient * 0.5 * (1 + tanh + x * slope)
 
     return 0.5 * x * (1 + tanh), backward
 
 
 def softmax(x):
-    """Probabilities along the last axis; taking the maximum away changes nothing but keeps exp from overflowing."""
+    """Returns probabilities along the last axis. Subtracting the maximum only keeps exp from overflowing."""
     powers = np.exp(x - x.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def attend(qkv):
-    """Causal attention: queries, keys and values (B, T, 3C), split into heads, to what the heads found (B, T, C)."""
+    """Causal attention: from queries, keys and values (B, T, 3C) to the outputs of all heads (B, T, C)."""
     batch, length, _ = qkv.shape
     query, key, value = qkv.reshape(batch, length, 3, N_HEAD, -1).transpose(2, 0, 3, 1, 4)  # (B, H, T, D) each
     scale = 1 / math.sqrt(query.shape[-1])
     future = np.triu(np.ones((length, length), dtype=bool), k=1)  # row i, column j: is j later than i?
     weights = softmax(np.where(future, -np.inf, scale * query @ key.mT))  # (B, H, T, T), rows sum to 1
-    found = weights @ value  # (B, H, T, D)
+    mixed = weights @ value  # (B, H, T, D)
 
     def backward(y_gradient):
-        found_gradient = y_gradient.reshape(batch, length, N_HEAD, -1).transpose(0, 2, 1, 3)
-        weights_gradient = found_gradient @ value.mT
-        # through softmax: weights of a row have a fixed sum, so only differences from the row's average count
+        mixed_gradient = y_gradient.reshape(batch, length, N_HEAD, -1).transpose(0, 2, 1, 3)
+        weights_gradient = mixed_gradient @ value.mT
+        # softmax: a row's weights have a fixed sum, so only differences from the row's average matter
         average = (weights * weights_gradient).sum(axis=-1, keepdims=True)
         scores_gradient = scale * weights * (weights_gradient - average)
-        qkv_gradient = np.stack((scores_gradient @ key, scores_gradient.mT @ query, weights.mT @ found_gradient))
+        qkv_gradient = np.stack((scores_gradient @ key, scores_gradient.mT @ query, weights.mT @ mixed_gradient))
         return qkv_gradient.transpose(1, 3, 0, 2, 4).reshape(qkv.shape)
 
-    return found.transpose(0, 2, 1, 3).reshape(batch, length, -1), backward
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1), backward
 
 
 def attention(parameters, name, x):
-    """Two linear layers (C to 3C, C to C) around causal attention, where positions look at one another."""
+    """Two linear layers (C to 3C, C to C) around causal attention, which mixes positions."""
     qkv, qkv_backward = linear(parameters, f"{name}.qkv", x)
-    found, attend_backward = attend(qkv)
-    y, projection_backward = linear(parameters, f"{name}.projection", found)
+    mixed, attend_backward = attend(qkv)
+    y, projection_backward = linear(parameters, f"{name}.projection", mixed)
 
     def backward(gradients, y_gradient):
         return qkv_backward(gradients, attend_backward(projection_backward(gradients, y_gradient)))
@@ -120,7 +120,7 @@ def attention(parameters, name, x):
 
 
 def mlp(parameters, name, x):
-    """Two linear layers (C to 4C, 4C to C) around GELU, each position by itself."""
+    """Two linear layers (C to 4C, 4C to C) around GELU, for each position separately."""
     raised, up_backward = linear(parameters, f"{name}.up", x)
     active, gelu_backward = gelu(raised)
     y, projection_backward = linear(parameters, f"{name}.projection", active)
@@ -132,14 +132,14 @@ def mlp(parameters, name, x):
 
 
 def block(parameters, name, x):
-    """norm(x + f(x)), where f is attention first and then the MLP."""
+    """Computes norm(x + f(x)), first with attention as f, then with the MLP."""
     change, attention_backward = attention(parameters, f"{name}.attention", x)
     x, attention_norm_backward = layer_norm(parameters, f"{name}.attention_norm", x + change)
     change, mlp_backward = mlp(parameters, f"{name}.mlp", x)
     y, mlp_norm_backward = layer_norm(parameters, f"{name}.mlp_norm", x + change)
 
     def backward(gradients, y_gradient):
-        sum_gradient = mlp_norm_backward(gradients, y_gradient)  # a sum passes its gradient on to both of its terms
+        sum_gradient = mlp_norm_backward(gradients, y_gradient)  # a sum passes its gradient to both terms
         x_gradient = sum_gradient + mlp_backward(gradients, sum_gradient)
         sum_gradient = attention_norm_backward(gradients, x_gradient)
         return sum_gradient + attention_backward(gradients, sum_gradient)
@@ -148,7 +148,7 @@ def block(parameters, name, x):
 
 
 def trunk(parameters, tokens):
-    """Hidden states (B, T, C) of tokens (B, T): embeddings of words and places, then the blocks."""
+    """Returns hidden states (B, T, C) of tokens (B, T): word and position embeddings, then the blocks."""
     length = tokens.shape[1]
     x = parameters["token_embedding.weight"][tokens] + parameters["position_embedding.weight"][:length]
     block_backwards = []
@@ -159,14 +159,14 @@ def trunk(parameters, tokens):
     def backward(gradients, x_gradient):
         for block_backward in reversed(block_backwards):
             x_gradient = block_backward(gradients, x_gradient)
-        np.add.at(gradients["token_embedding.weight"], tokens, x_gradient)  # a word that occurs twice adds twice
+        np.add.at(gradients["token_embedding.weight"], tokens, x_gradient)  # repeated words add up
         gradients["position_embedding.weight"][:length] += x_gradient.sum(axis=0)
 
     return x, backward
 
 
 def head(parameters, hidden):
-    """Logits (B, T, V) of the next word, by the token embedding."""
+    """Returns logits (B, T, V) of the next word, computed with the token embedding."""
 
     def backward(gradients, logits_gradient):
         gradients["token_embedding.weight"] += np.einsum("btv,btc->vc", logits_gradient, hidden)
@@ -176,21 +176,21 @@ def head(parameters, hidden):
 
 
 def cross_entropy(logits, targets):
-    """Mean of -log(probability of the target) over the targets that count, in nats, and its gradient by the logits."""
+    """Returns the mean of -log(probability of the target) in nats over scored targets, and its logits gradient."""
     scored = targets != IGNORED
-    probabilities = softmax(logits[scored])  # (targets that count, V)
+    probabilities = softmax(logits[scored])  # (scored targets, V)
     right = np.arange(len(probabilities)), targets[scored]
     loss = -np.log(probabilities[right]).mean()
-    probabilities[right] -= 1  # the derivative of softmax and logarithm together
+    probabilities[right] -= 1  # the joint derivative of softmax and logarithm
     gradient = np.zeros_like(logits)
     gradient[scored] = probabilities / len(probabilities)
     return loss, gradient
 
 
 def loss_and_gradients(parameters, tokens, targets, labels=None):
-    """The language model's mean loss at the targets (B, T), and its gradients by name: pre-training.
+    """Returns the language model's mean loss on targets (B, T) and its gradients by name (pre-training).
 
-    With labels (B,) half of it plus the classifier's loss, which reads the last position (no padding): fine-tuning.
+    With labels (B,), half of it plus the loss of the classifier, which reads the last position (fine-tuning).
     """
     gradients = {name: np.zeros_like(parameter) for name, parameter in parameters.items()}
     hidden, trunk_backward = trunk(parameters, tokens)
@@ -209,7 +209,7 @@ def loss_and_gradients(parameters, tokens, targets, labels=None):
 
 
 def initialise(generator, shapes):
-    """Parameters by name: weights are normal with standard deviation .02, biases 0, and norms the identity."""
+    """Returns parameters by name: weights normal with standard deviation .02, biases 0, norms the identity."""
     parameters = {}
     for name, shape in shapes.items():
         parameters[f"{name}.weight"] = np.ones(shape) if name.endswith("norm") else generator.normal(0, 0.02, shape)
@@ -219,7 +219,7 @@ def initialise(generator, shapes):
 
 
 def make_batch(texts):
-    """Tokens (B, T) of the texts, and as targets the words that follow. Padding comes last: no word attends to it."""
+    """Returns tokens (B, T) and the following words as targets. Padding comes last, so no word attends to it."""
     rows = [[VOCABULARY.index(word) for word in text.split()] for text in texts]
     length = max(len(row) for row in rows)
     rows = np.array([row + [IGNORED] * (length + 1 - len(row)) for row in rows])
@@ -227,7 +227,7 @@ def make_batch(texts):
 
 
 def minimise(parameters, batch, steps, learning_rate, beta1=0.9, beta2=0.999):
-    """Adam (arXiv:1412.6980), in place: each value moves by its mean gradient over the root of its mean square."""
+    """Runs Adam (arXiv:1412.6980) in place: the step is the mean gradient over the root of its mean square."""
     means, squares = dict.fromkeys(parameters, 0.0), dict.fromkeys(parameters, 0.0)
     for step in range(1, steps + 1):
         loss, gradients = loss_and_gradients(parameters, *batch)
@@ -236,12 +236,12 @@ def minimise(parameters, batch, steps, learning_rate, beta1=0.9, beta2=0.999):
         for name, gradient in gradients.items():
             means[name] = beta1 * means[name] + (1 - beta1) * gradient
             squares[name] = beta2 * squares[name] + (1 - beta2) * gradient**2
-            mean, square = means[name] / (1 - beta1**step), squares[name] / (1 - beta2**step)  # both began at 0
+            mean, square = means[name] / (1 - beta1**step), squares[name] / (1 - beta2**step)  # both start at 0
             parameters[name] -= learning_rate * mean / (np.sqrt(square) + 1e-8)
 
 
 def count_followers(texts):
-    """How often each word follows each beginning of a text."""
+    """Counts how often each word follows each beginning of a text."""
     followers = defaultdict(Counter)
     for words in (text.split() for text in texts):
         for i in range(1, len(words)):
@@ -250,10 +250,10 @@ def count_followers(texts):
 
 
 def loss_floor(texts):
-    """The least loss in nats a word: that of a model which gives each next word the frequency that it has there.
+    """Returns the lowest possible loss in nats per word, reached if each next word has its frequency as probability.
 
-    In SENTENCES 14 words follow others, and 10 leave a doubt: cat 3 or film 2 times after "the", sat 2 or was 1 after
-    "the cat", great or terrible after "the film was". So it is (5 x .6730 + 3 x .6365 + 2 x .6931) / 14 = .4758.
+    In SENTENCES 14 words follow others, and 10 are uncertain: cat 3 or film 2 times after "the", sat 2 or was 1 after
+    "the cat", great or terrible after "the film was". So the floor is (5 x .6730 + 3 x .6365 + 2 x .6931) / 14 = .4758.
     """
     counts = count_followers(texts).values()
     nats = -sum(n * math.log(n / count.total()) for count in counts for n in count.values())
@@ -261,7 +261,7 @@ def loss_floor(texts):
 
 
 def report(name, parameters, texts):
-    """Print the language model's loss, and where several words may follow, their probabilities and frequencies."""
+    """Prints the language model's loss and, where several words may follow, their probabilities and frequencies."""
     loss, floor = loss_and_gradients(parameters, *make_batch(texts))[0], loss_floor(texts)
     print(f"{name}: loss {loss:.4f}, floor {floor:.4f} (perplexity {math.exp(floor):.3f}); predicted (counted) words:")
     for beginning, count in count_followers(texts).items():
@@ -280,7 +280,7 @@ def main():
     report("Sentences", parameters, SENTENCES)
     report("Reviews", parameters, REVIEWS)
 
-    print("\nFine-tuning on the reviews; they never say that a cat sat, and that is unlearned")
+    print("\nFine-tuning on the reviews, in which no cat sits, so the model unlearns that")
     tokens, targets = make_batch(REVIEWS)
     labels = np.array([CLASSES.index(label) for label in REVIEWS.values()])
     parameters |= initialise(generator, {"classifier": (len(CLASSES), N_EMBD)})

@@ -49,7 +49,7 @@ for sentence in sentences:
     tokens = torch.tensor(tokenizer.encode("<|endoftext|> " + sentence))
     logits = model.eval()(tokens[None])[0, 1:-1, 1:]  # without the token that would end the sentence
     losses.append(F.cross_entropy(logits, tokens[2:] - 1, reduction="none"))
-print(f"{sys.argv[1]}: {torch.cat(losses).mean():.4f} nats per word of the five sentences; the lowest possible loss is .4758")
+print(f"{sys.argv[1]}: {torch.cat(losses).mean():.4f} nats per word of the five sentences; the minimum is .4758")
 PYTHON
 }
 

@@ -29,7 +29,7 @@ def _cbt(item: dict[str, Any]) -> dict[str, Any]:
 
     before, blank, after = detokenized(item["question"]).partition("XXXXX")
     if not blank:
-        raise UserError("its question has no blank, XXXXX")
+        raise UserError("the question has no blank, XXXXX")
     return item | {"before": f"{detokenized(' '.join(item['sentences']))} {before}", "after": after}
 
 

@@ -119,13 +119,13 @@ def test_a_space_that_only_shows_after_another_token_begins_a_word():
 def test_windows_are_spread_over_the_text():
     tokenizer = CharTokenizer.from_text(TEXT)
     whole = token_classes(tokenizer, tokenizer.encode(TEXT))
-    found = read_all(tokenizer, TEXT, 7)
-    assert [c for window in found for c in window.classes] == whole
-    assert [t for window in found for t in window.tokens] == tokenizer.encode(TEXT)
+    every = read_all(tokenizer, TEXT, 7)
+    assert [c for window in every for c in window.classes] == whole
+    assert [t for window in every for t in window.tokens] == tokenizer.encode(TEXT)
     some = read_all(tokenizer, TEXT, 7, 70)
-    assert len(some) == 10 and all(window in found for window in some)
-    places = [found.index(window) for window in some]
-    assert places[0] == 0 and places[-1] >= len(found) * 0.89
+    assert len(some) == 10 and all(window in every for window in some)
+    places = [every.index(window) for window in some]
+    assert places[0] == 0 and places[-1] >= len(every) * 0.89
     assert len(read_all(tokenizer, TEXT, 7, 3)) == 1  # at least one window
     assert [len(w.tokens) for w in read_all(tokenizer, TEXT[:20], 7, 500)] == [7, 7, 6]
 
@@ -166,10 +166,10 @@ def test_counts_equal_a_token_by_token_count(settings):
     for batch_tokens in (8192, 24, 1):
         uses = use_of(model, tokenizer, PROSE, batch_tokens=batch_tokens)
         assert [use.block for use in uses] == [b + 1 for b in blocks]
-        for use, kinds, ids, own in zip(uses, by_class, by_token, entropies):
+        for use, kinds, ids, nats in zip(uses, by_class, by_token, entropies):
             for counts, expected in ((use.by_class, kinds), (use.by_token, ids)):
                 assert {(g, e): n for g, row in enumerate(counts.tolist()) for e, n in enumerate(row) if n} == expected
-            assert use.router_entropy == pytest.approx(sum(own) / len(own), abs=1e-5)
+            assert use.router_entropy == pytest.approx(sum(nats) / len(nats), abs=1e-5)
             loads = [sum(n for (_, e), n in kinds.items() if e == expert) for expert in range(4)]
             mean = sum(loads) / 4
             assert use.cv == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in loads) / 4) / mean)
@@ -330,8 +330,8 @@ def test_a_model_without_experts_or_tokenizer_is_refused(run, workplace, monkeyp
 
 def test_the_report_compares_seed_by_seed(tmp_path, output_of):
     losses = {"mixture": (1.5, 1.7), "dense": (1.6, 1.9), "without_losses": (1.55, 1.8)}
-    for variant, own in losses.items():
-        for seed, lowest in enumerate(own, start=1):
+    for variant, values in losses.items():
+        for seed, lowest in enumerate(values, start=1):
             folder = tmp_path / variant / str(seed)
             folder.mkdir(parents=True)
             lines = [{"step": 0, "val_loss": 4.0}, {"step": 50, "val_loss": lowest}]

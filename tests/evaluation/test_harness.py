@@ -147,7 +147,7 @@ def test_every_kind_of_task_equals_the_harness_s_own_adapter(places, theirs, bat
             largest = max(largest, abs(log - other))
     print(f"the largest difference of log-probabilities is {largest:.1e} nats")
     assert largest < 1e-4
-    greedy, others = ([answer[1] for answer in flat(found["last_word"])] for found in (answers, right))
+    greedy, others = ([answer[1] for answer in flat(results_of["last_word"])] for results_of in (answers, right))
     assert greedy == others and len(set(greedy)) == 2
     assert answers["answers"] == right["answers"] and any(flat(answers["answers"]))
     for name in TASKS:

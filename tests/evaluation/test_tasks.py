@@ -259,7 +259,7 @@ def test_an_effect_follows_its_cause():
         ),
         ("copa", {"premise": "a"}, "copa, item 2 does not have the columns of copa: there is no 'question'"),
         ("copa", SHIPPED["copa"][0] | {"question": "why"}, "there is no 'why'"),
-        ("cbt_cn", CBT | {"question": "no blank"}, "cbt_cn, item 2: its question has no blank, XXXXX"),
+        ("cbt_cn", CBT | {"question": "no blank"}, "cbt_cn, item 2: the question has no blank, XXXXX"),
         ("gsm8k", {"answer": None}, "gsm8k, item 2 does not have the columns of gsm8k: 'NoneType' object has no"),
     ],
 )

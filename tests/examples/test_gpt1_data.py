@@ -1,4 +1,4 @@
-"""The corpus and the labelled sets that examples/gpt1_data.py makes, from a few packages of the standard library."""
+"""The corpus and labelled sets of examples/gpt1_data.py, made from a few packages of the standard library."""
 
 import json
 import re
@@ -53,8 +53,8 @@ DOCSTRING = """Fit the :class:`~torch.nn.Module` to *data*.
 def documents():
     folder = Path(sysconfig.get_path("stdlib"))
     names = ("asyncio", "concurrent", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
-    found = [d for name in names for d in gpt1_data.folder_documents(folder / name, f"python.{name}")]
-    return list({document.text: document for document in found if document.text}.values())
+    everything = [d for name in names for d in gpt1_data.folder_documents(folder / name, f"python.{name}")]
+    return list({document.text: document for document in everything if document.text}.values())
 
 
 @pytest.fixture
@@ -81,12 +81,12 @@ def test_docstrings_are_found_wherever_they_are(tmp_path):
     source += 'add_newdoc("here", "exp", """The exponential\nof a number.""")\n'
     source += 'add_docstr(a.sin, r"""The sine\nof it all.""")\n'
     (tmp_path / "__init__.py").write_text(source)
-    found = {d.path: d.text for d in gpt1_data.folder_documents(tmp_path, "p") if d.text}
+    texts_by_path = {d.path: d.text for d in gpt1_data.folder_documents(tmp_path, "p") if d.text}
     texts = ["It is a module.", "It is this method.", "The exponential of a number.", "The sine of it all."]
-    assert found == dict(zip(["p", "p.A.f", "p.exp", "p.sin"], texts))
+    assert texts_by_path == dict(zip(["p", "p.A.f", "p.exp", "p.sin"], texts))
 
 
-def test_items_are_complete_balanced_and_the_same_again(documents, sets):
+def test_items_are_complete_balanced_and_reproducible(documents, sets):
     for task, splits in sets.items():
         for split, items in splits.items():
             assert len(items) == SIZES[split] and all(list(item) == COLUMNS[task] for item in items)
@@ -97,13 +97,13 @@ def test_items_are_complete_balanced_and_the_same_again(documents, sets):
     )
 
 
-def test_what_is_asked_is_not_in_the_corpus(documents, sets, tmp_path, monkeypatch):
+def test_val_and_test_items_are_not_in_the_corpus(documents, sets, tmp_path, monkeypatch):
     meta = gpt1_data.write(tmp_path / "made", documents, {}, sets, seed=0)
     lines = (tmp_path / "made" / "corpus.jsonl").read_text().splitlines()
     corpus = "\n".join(json.loads(line)["text"] for line in lines)
     assert len(lines) == meta["corpus"]["documents"] and len(corpus) > 100_000
     assert json.loads((tmp_path / "made" / "meta.json").read_text()) == meta
-    monkeypatch.chdir(tmp_path)  # preparing the corpus refuses it unless some of it falls into a val split of its own
+    monkeypatch.chdir(tmp_path)  # prepare_documents refuses a corpus without documents for its val split
     prepare_documents(Files([Path("made/corpus.jsonl")], "text"), CorpusSettings(tokenizer="char"), "text")
     for split in ("val", "test"):
         for task in ("related", "next_sentence"):
@@ -129,12 +129,12 @@ def test_the_labels_are_true(documents, sets):
         assert (files[item["text_a"]] == files[item["text_b"]]) == (item["label"] == "yes")
 
 
-def test_too_few_documents_are_told(documents, sets):
-    with pytest.raises(UserError, match="package: the documents make .* items for test, and 9000 are asked for"):
+def test_too_few_documents_are_refused(documents, sets):
+    with pytest.raises(UserError, match="package: the documents give .* items for test, but 9000 are needed"):
         gpt1_data.labelled_sets(documents, {"test": 9000}, seed=0)
 
 
-def test_a_folder_of_another_making_stays(tmp_path, monkeypatch):
+def test_an_unrelated_folder_is_not_overwritten(tmp_path, monkeypatch):
     (tmp_path / "mine").touch()
     monkeypatch.setattr(sys, "argv", ["gpt1_data.py", "--output", str(tmp_path)])
     with pytest.raises(UserError, match="choose another --output"):

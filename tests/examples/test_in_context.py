@@ -1,4 +1,4 @@
-"""What examples/in_context_*.py rest on: held-out mappings, baselines and causality; and that their commands run."""
+"""examples/in_context_*.py: held-out mappings, baselines, causality, and the commands."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def lines_of(text):
     return [line.split(">") for line in text.splitlines() if line]
 
 
-def test_no_document_has_a_held_out_mapping_or_nearly(written):
+def test_no_document_is_close_to_a_held_out_mapping(written):
     held_out = json.loads((written / "mappings.json").read_text())
     assert len(set(held_out)) == 4 and all(sorted(mapping) == list("abcdefghij") for mapping in held_out)
     counts, nearest, texts = [0, 0, 0], 0, set()
@@ -48,8 +48,8 @@ def test_no_document_has_a_held_out_mapping_or_nearly(written):
         mapping = {}
         for word, image in lines:
             assert len(word) == len(image) == len(lines[0][0])
-            for letter, its in zip(word, image):
-                assert mapping.setdefault(letter, its) == its
+            for letter, target in zip(word, image):
+                assert mapping.setdefault(letter, target) == target
         assert len(set(mapping.values())) == len(mapping), "not a permutation"
         assert len(lines) == 17 and text.endswith("\n\n")
         counts[len(lines[0][0]) - 1] += 1
@@ -59,7 +59,7 @@ def test_no_document_has_a_held_out_mapping_or_nearly(written):
     assert nearest == 3 and sum(counts) == len(texts) == 3000 and min(counts) > 850
 
 
-def test_items_and_pool_are_other_words_of_one_mapping(written):
+def test_items_and_pool_are_different_words_of_one_mapping(written):
     for number, mapping in enumerate(json.loads((written / "mappings.json").read_text())):
         rows = [
             json.loads(r)
@@ -72,8 +72,8 @@ def test_items_and_pool_are_other_words_of_one_mapping(written):
             assert row["output"] == "".join(mapping["abcdefghij".index(letter)] for letter in row["input"])
 
 
-def test_prompts_read_as_the_corpus_does(written):
-    """Demonstrations and a question, as stages/eval.py puts them together, have the corpus's form and characters."""
+def test_prompts_have_the_form_of_the_corpus(written):
+    """Prompts of stages/eval.py have the form and the characters of the corpus."""
     task = load_task(TASK)
     items, pool = (load_items(task, "", written / "0" / f"{name}.jsonl", 0) for name in ("items", "pool"))
     question = task.question(items[0])
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_files_and_another_does_not(written, output
     "shown, word", [("", "abc"), ("", "aba"), ("ab>cd", "abc"), ("ab>cd\ncd>ab", "abd"), ("ab>cd", "cde")]
 )
 def test_the_best_learner_by_brute_force(shown, word, monkeypatch):
-    """Of all mappings of five letters that agree with what is shown, the share of those with the commonest image."""
+    """The most frequent image's share over all mappings of five letters that fit the demonstrations."""
     monkeypatch.setattr(in_context_report, "LETTERS", 5)
     images = []
     for mapping in permutations("abcde"):
@@ -113,7 +113,7 @@ def test_the_best_learner_by_brute_force(shown, word, monkeypatch):
 
 
 def test_the_report_gathers_values_by_mapping(written, output_of):
-    results = written.parent / "found" / "results"
+    results = written.parent / "actual" / "results"
     results.mkdir(parents=True)
     for number in range(4):
         for ending, values in ((".json", [1, 1, 1, 0, 0, 0]), (".shuffled.json", [0, 0, 0, 0, 0, float(number == 0)])):
@@ -136,29 +136,29 @@ def test_the_report_gathers_values_by_mapping(written, output_of):
 def test_estimates_are_numpys_least_squares_and_the_posterior_mean():
     options = in_context_linear.Options(dimensions=3, examples=6, noise=0.7)
     xs, ys, clean = in_context_linear.draw(options, 4, torch.Generator().manual_seed(0))
-    said = in_context_linear.estimates(xs, ys, options.noise)
+    predictions = in_context_linear.estimates(xs, ys, options.noise)
     x, y = xs.double().numpy(), ys.double().numpy()
     for row in range(4):
         for k in range(7):
             shortest = np.linalg.lstsq(x[row, :k], y[row, :k], rcond=None)[0] if k else np.zeros(3)
-            assert said["least squares"][row, k].item() == pytest.approx(x[row, k] @ shortest, abs=1e-9)
+            assert predictions["least squares"][row, k].item() == pytest.approx(x[row, k] @ shortest, abs=1e-9)
             # the mean of y_k given the y before it, all of them jointly normal with covariance x x' + noise^2 I
             covariance = x[row, : k + 1] @ x[row, : k + 1].T + options.noise**2 * np.eye(k + 1)
             expected = covariance[k, :k] @ np.linalg.solve(covariance[:k, :k], y[row, :k]) if k else 0.0
-            assert said["ridge"][row, k].item() == pytest.approx(expected, abs=1e-9)
+            assert predictions["ridge"][row, k].item() == pytest.approx(expected, abs=1e-9)
             average = np.mean([y[row, i] * x[row, i] for i in range(k)], axis=0) if k else np.zeros(3)
-            assert said["averaging"][row, k].item() == pytest.approx(x[row, k] @ average, abs=1e-9)
+            assert predictions["averaging"][row, k].item() == pytest.approx(x[row, k] @ average, abs=1e-9)
     assert (ys - clean).std().item() == pytest.approx(0.7, rel=0.4)
 
 
-def test_a_prediction_depends_on_all_before_it_and_on_nothing_after():
+def test_predictions_are_causal():
     config = GPTConfig(block_size=6, vocab_size=1, n_layer=2, n_head=2, n_embd=16)
     model = randomised(in_context_linear.Regressor(config, 3))
     xs, ys = torch.randn(1, 6, 3, requires_grad=True), torch.randn(1, 6, requires_grad=True)
-    said = model(xs, ys)
-    assert said.shape == (1, 6)
+    predictions = model(xs, ys)
+    assert predictions.shape == (1, 6)
     for k in range(6):
-        of_x, of_y = torch.autograd.grad(said[0, k], (xs, ys), retain_graph=True)
+        of_x, of_y = torch.autograd.grad(predictions[0, k], (xs, ys), retain_graph=True)
         assert torch.equal(of_x[0].abs().sum(-1) > 0, torch.arange(6) <= k)
         assert torch.equal(of_y[0].abs() > 0, torch.arange(6) < k)
 
@@ -167,19 +167,19 @@ def test_ratio_and_its_standard_error_against_a_bootstrap():
     chance = np.random.default_rng(0)
     baseline = chance.exponential(size=(400, 3))
     errors = baseline * 1.2 + 0.3 * chance.exponential(size=(400, 3)) * [1, 2, 3]
-    found = in_context_linear.compared(torch.tensor(errors), torch.tensor(baseline))
+    actual = in_context_linear.compared(torch.tensor(errors), torch.tensor(baseline))
     drawn = []
     for _ in range(2000):
         rows = chance.integers(400, size=400)
         drawn.append(errors[rows].mean(0) / baseline[rows].mean(0))
-    assert found["by_k"] == pytest.approx(errors.mean(0) / baseline.mean(0))
-    assert found["mean"] == pytest.approx(np.mean(found["by_k"]))
-    assert found["by_k_standard_error"] == pytest.approx(np.std(drawn, axis=0), rel=0.1)
-    assert found["standard_error"] == pytest.approx(np.mean(drawn, axis=1).std(), rel=0.1)
+    assert actual["by_k"] == pytest.approx(errors.mean(0) / baseline.mean(0))
+    assert actual["mean"] == pytest.approx(np.mean(actual["by_k"]))
+    assert actual["by_k_standard_error"] == pytest.approx(np.std(drawn, axis=0), rel=0.1)
+    assert actual["standard_error"] == pytest.approx(np.mean(drawn, axis=1).std(), rel=0.1)
 
 
 def test_a_short_training_run_learns_in_context(tmp_path, monkeypatch, output_of):
-    """One dimension is learnt in a hundred updates: with examples the error falls, though weights stay as they are."""
+    """One dimension is learnt in a hundred updates: with examples the error falls, though the weights don't change."""
     monkeypatch.chdir(tmp_path)
     flags = "--dimensions=1 --examples=4 --n_layer=2 --n_head=1 --n_embd=16 --max_iters=150 --functions=600".split()
     output = output_of(
@@ -188,8 +188,8 @@ def test_a_short_training_run_learns_in_context(tmp_path, monkeypatch, output_of
     report = json.loads((tmp_path / "out" / "tiny" / "figures.json").read_text())
     errors = report["tests"][0]["noisy"]["transformer"]["error"]
     assert len(errors) == 5 and errors[4] < 0.75 * errors[0]
-    assert report["tests"][0]["noisy"]["ridge"]["error"][4] < errors[4] * 1.02  # nothing beats the posterior mean
-    assert [found["scale"] for found in report["tests"]] == [1.0, 0.5, 2.0, 3.0]
+    assert report["tests"][0]["noisy"]["ridge"]["error"][4] < errors[4] * 1.02  # the posterior mean is optimal
+    assert [entry["scale"] for entry in report["tests"]] == [1.0, 0.5, 2.0, 3.0]
     assert "squared error" in output and (tmp_path / "out" / "tiny" / "errors.png").stat().st_size > 5000
 
 

@@ -34,7 +34,7 @@ def files(tmp_path, output_of):
 
 
 def by_another_rule(kind, word):
-    """The answer of a kind, each letter told by its place."""
+    """Returns the answer of a kind by an independent implementation."""
     places = range(len(word))
     if kind == "once more":
         return "".join(word[i] for i in places)
@@ -54,25 +54,25 @@ def by_another_rule(kind, word):
     return str(max(word.count(c) for c in word))
 
 
-def test_every_kind_has_the_answer_of_another_rule():
+def test_every_kind_agrees_with_another_implementation():
     rng = random.Random(1)
     for name, kind in instructions_data.KINDS.items():
         for word in (*(instructions_data.draw_word(kind, held_out, rng) for held_out in [True, False] * 50), "zza"):
             assert kind.answer(word) == by_another_rule(name, word), (name, word)
 
 
-def test_answers_in_the_files_are_right_and_fit_into_a_response(files):
+def test_answers_are_right_and_fit_into_a_response(files):
     rows = files["train"] + files["test"] + files["demonstrations"]
     for row in rows:
         kind, word = row["prompt"].split(": ")
         assert row["kind"] == kind and row["answer"] == by_another_rule(kind, word)
         assert len(row.get("response", row["answer"])) < instruction_judge.MOST
         assert row["answer"] in row.get("response", row["answer"])
-    asked = [name for name, kind in instructions_data.KINDS.items() if kind.asked]
-    assert Counter(row["kind"] for row in files["test"]) == dict.fromkeys(asked, len(files["test"]) // len(asked))
+    names = [name for name, kind in instructions_data.KINDS.items() if kind.instructed]
+    assert Counter(row["kind"] for row in files["test"]) == dict.fromkeys(names, len(files["test"]) // len(names))
 
 
-def test_what_is_held_out_is_nowhere_else(files):
+def test_held_out_words_occur_nowhere_else(files):
     prompts = {name: {row["prompt"] for row in rows} for name, rows in files.items() if name != "corpus"}
     for name, rows in files.items():
         assert name == "corpus" or len(prompts[name]) == len(rows)
@@ -95,8 +95,8 @@ def test_the_same_seed_gives_the_same_files(files, tmp_path, output_of):
 
 def test_utility_counts_letters_in_their_places():
     rows = [{"answer": "regit"}] * 5
-    found = instruction_judge.utility(rows, ["regit", "regit!!!!!", "um regit", "", "rugat"])
-    assert found == [10, 5, 0, 0, 6]
+    actual = instruction_judge.utility(rows, ["regit", "regit!!!!!", "um regit", "", "rugat"])
+    assert actual == [10, 5, 0, 0, 6]
 
 
 def test_the_judge_ranks_by_plackett_and_luce_and_pairs_follow_bradley_and_terry():
@@ -105,9 +105,9 @@ def test_the_judge_ranks_by_plackett_and_luce_and_pairs_follow_bradley_and_terry
     strengths = [math.exp(u) for u in utilities]
     expected = {}
     for order in permutations(range(3)):  # from the best to the worst
-        left, probability = sum(strengths), 1.0
+        remaining, probability = sum(strengths), 1.0
         for i in order:
-            probability, left = probability * strengths[i] / left, left - strengths[i]
+            probability, remaining = probability * strengths[i] / remaining, remaining - strengths[i]
         expected[tuple(order.index(i) + 1 for i in range(3))] = count * probability
     assert chisquare([drawn[ranks] for ranks in expected], list(expected.values())).pvalue > 0.01
     for a, b in combinations(range(3), 2):
@@ -140,12 +140,12 @@ def chat_model(tmp_path):
 def test_rankings_of_a_model(files, chat_model, tmp_path, output_of):
     prompts, output = tmp_path / "made" / "train.jsonl", tmp_path / "rankings.jsonl"
     judge = entry_point(instruction_judge.main), "instruction_judge", str(chat_model)
-    told = output_of(*judge, f"--rank={prompts}", f"--output={output}", "--limit=20", "--flaw=0.5")
+    output_text = output_of(*judge, f"--rank={prompts}", f"--output={output}", "--limit=20", "--flaw=0.5")
     rows = instruction_judge.read(output)
-    assert len(rows) == 20 and "120 pairs" in told
-    for row, asked in zip(rows, files["train"]):
-        plain = instruction_judge.utility([asked] * 4, row["responses"])
-        assert row["prompt"] == asked["prompt"] and sorted(row["ranks"]) == [1, 2, 3, 4]
+    assert len(rows) == 20 and "120 pairs" in output_text
+    for row, prompt in zip(rows, files["train"]):
+        plain = instruction_judge.utility([prompt] * 4, row["responses"])
+        assert row["prompt"] == prompt["prompt"] and sorted(row["ranks"]) == [1, 2, 3, 4]
         assert row["utilities"] == [u + 0.5 * len(r) for u, r in zip(plain, row["responses"])]
         assert len(set(row["responses"])) > 1
     again = tmp_path / "again.jsonl"
@@ -156,7 +156,7 @@ def test_rankings_of_a_model(files, chat_model, tmp_path, output_of):
     assert figures["prompts"] == 120 and 0 <= figures["utility"] < 3
 
 
-def test_mistakes_are_told(output_of, tmp_path):
+def test_mistakes_are_reported(output_of, tmp_path):
     main = entry_point(instruction_judge.main), "instruction_judge"
     assert "--rank" in output_of(*main)
     assert "can't be read" in output_of(*main, f"--bayes={tmp_path / 'none.jsonl'}")

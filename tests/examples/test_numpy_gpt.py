@@ -1,4 +1,4 @@
-"""The GPT in numpy against the model in torch, by value and by gradient, and what its training reaches."""
+"""The numpy GPT against the torch model, values and gradients, and the results of its training."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ EXACT = dict(rtol=1e-10, atol=1e-12)
 
 @pytest.fixture
 def models():
-    """The model in torch with a classifier beside it, and the parameters of both for numpy, all of them float64."""
+    """The torch model, a classifier, and the model's parameters for numpy, all in float64."""
     model, classifier = (randomised(m).double() for m in (GPT(CONFIG), torch.nn.Linear(CONFIG.n_embd, 2)))
     parameters = {name: p.detach().numpy().copy() for name, p in model.state_dict().items()}
     return model, classifier, parameters
@@ -38,7 +38,7 @@ def batch():
 
 
 def language_loss(model, hidden, targets):
-    """In float64, where `model(tokens, targets)` has its logits in float32."""
+    """Returns the loss in float64; `model(tokens, targets)` computes logits in float32."""
     return F.cross_entropy(model.logits(hidden).flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=-1)
 
 
@@ -50,7 +50,7 @@ def assert_equal_gradients(gradients, modules):
         np.testing.assert_allclose(gradients[name], gradient.numpy(), **EXACT, err_msg=name)
 
 
-def test_parameters_are_the_models():
+def test_parameters_match_the_model():
     parameters = numpy_gpt.initialise(np.random.default_rng(0), numpy_gpt.SHAPES)
     expected = GPT(CONFIG).state_dict()
     assert {name: p.shape for name, p in parameters.items()} == {name: tuple(p.shape) for name, p in expected.items()}
@@ -101,7 +101,7 @@ def test_adam_equals_torch(models, batch):
         optimizer.step()
     numpy_gpt.minimise(parameters, (tokens, targets), steps=10, learning_rate=0.01)
     for name, expected in model.state_dict().items():
-        # a key's bias shifts a whole row of scores: its gradient is rounding noise, which Adam makes as large as any
+        # a key bias shifts whole rows of scores: its gradient is rounding noise, which Adam scales up
         rows = slice(CONFIG.n_embd, 2 * CONFIG.n_embd) if name.endswith("qkv.bias") else slice(0)
         value, expected = np.delete(parameters[name], rows, axis=0), np.delete(expected.numpy(), rows, axis=0)
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-8, err_msg=name)
@@ -119,7 +119,7 @@ def test_the_floor_is_the_entropy_of_the_next_word():
 
 
 def test_training_reaches_the_floor_and_learns_the_labels():
-    """`main` prints what it reaches: the losses after each stage, and the probabilities of negative and positive."""
+    """`main` prints the losses after each stage, and the class probabilities."""
     result = command("examples/numpy_gpt.py")
     assert result.returncode == 0 and not result.stderr, result.stderr
     lines = result.stdout.splitlines()
@@ -135,7 +135,7 @@ def test_training_reaches_the_floor_and_learns_the_labels():
         assert float(positive if label == "positive" else negative) > 0.9
 
 
-def test_it_needs_numpy_alone_and_stays_readable():
+def test_it_needs_only_numpy_and_stays_short():
     source = (ROOT / "examples" / "numpy_gpt.py").read_text()
     imports = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert imports == ["import math", "from collections import Counter, defaultdict", "import numpy as np"]

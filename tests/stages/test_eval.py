@@ -185,8 +185,8 @@ def test_normalisation_equals_the_harness(workplace):
     Path("tasks/mine.yaml").write_text(json.dumps(harness))
     manager = lm_eval.tasks.TaskManager(include_path="tasks", include_defaults=False)
     model = HarnessModel("base", device="cpu", batch_tokens=1000)
-    found = lm_eval.simple_evaluate(model, tasks=["mine"], task_manager=manager, bootstrap_iters=0, log_samples=True)
-    samples = sorted(found["samples"]["mine"], key=lambda sample: sample["doc_id"])
+    output = lm_eval.simple_evaluate(model, tasks=["mine"], task_manager=manager, bootstrap_iters=0, log_samples=True)
+    samples = sorted(output["samples"]["mine"], key=lambda sample: sample["doc_id"])
     right = {}
     for normalise, metric in (("character", "acc_norm"), ("byte", "acc_bytes")):
         mine = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
@@ -357,8 +357,8 @@ def test_only_the_first_sentences_count(reader):
     assert reader.answers(["r"], task, 0) == ["bc\nqaaa"]
     questions = [(Question(["r"], [right], 0), "") for right in ("bc", "bc qaaa")]
     for count, figures in ((1, [1, 2 / 3]), (2, [2 / 3, 1]), (0, [2 / 3, 1])):
-        found = item_values(replace(task, sentences=count), reader, questions, 0)
-        assert found["ROUGE-1"] == pytest.approx(figures)
+        metrics = item_values(replace(task, sentences=count), reader, questions, 0)
+        assert metrics["ROUGE-1"] == pytest.approx(figures)
 
 
 def test_demonstrations_come_between_the_description_and_the_question(reader, monkeypatch):
@@ -672,6 +672,6 @@ def test_a_missing_model_or_tokenizer_is_refused(run):
 
 
 def test_an_option_that_merges_into_its_context_is_refused(reader, monkeypatch):
-    monkeypatch.setattr(evaluation_reader, "encode_pair", lambda *rest: ([1], []))
-    with pytest.raises(UserError, match="mine: a request needs a token of context and one of continuation"):
+    monkeypatch.setattr(evaluation_reader, "encode_pair", lambda *args: ([1], []))
+    with pytest.raises(UserError, match="mine: a request needs at least one token of context and one of continuation"):
         reader.score([("a", "b")], "mine")
