@@ -454,16 +454,16 @@ def show_em(seed: int, count: int = 2000, restarts: int = 10, updates: int = 100
 # ---- 4. gates that are the same for every x
 
 
-class Split(NamedTuple):
+class TreeSplit(NamedTuple):
     """A regression tree: `below` if the feature is at most the threshold, else `above`. A leaf is a number."""
 
     feature: int
     threshold: float
-    below: "Split | float"
-    above: "Split | float"
+    below: "TreeSplit | float"
+    above: "TreeSplit | float"
 
 
-def grow(x: np.ndarray, y: np.ndarray, depth: int) -> Split | float:
+def grow(x: np.ndarray, y: np.ndarray, depth: int) -> TreeSplit | float:
     """Grows a tree for y (N,) from x (N, D) by the splits that reduce the squared error most, up to `depth` (CART)."""
     best, place = 0.0, None
     counts = np.arange(1, len(y))
@@ -477,19 +477,19 @@ def grow(x: np.ndarray, y: np.ndarray, depth: int) -> Split | float:
     if place is None:
         return float(y.mean())
     below = x[:, place[0]] <= place[1]
-    return Split(*place, grow(x[below], y[below], depth - 1), grow(x[~below], y[~below], depth - 1))
+    return TreeSplit(*place, grow(x[below], y[below], depth - 1), grow(x[~below], y[~below], depth - 1))
 
 
-def predicted(tree: Split | float, x: np.ndarray) -> np.ndarray:
+def predicted(tree: TreeSplit | float, x: np.ndarray) -> np.ndarray:
     """Returns the tree's predictions (N,) for x (N, D)."""
-    if not isinstance(tree, Split):
+    if not isinstance(tree, TreeSplit):
         return np.full(len(x), tree)
     below, y = x[:, tree.feature] <= tree.threshold, np.empty(len(x))
     y[below], y[~below] = predicted(tree.below, x[below]), predicted(tree.above, x[~below])
     return y
 
 
-def boosted(x: np.ndarray, y: np.ndarray, members: int, depth: int, rate: float) -> list[Split | float]:
+def boosted(x: np.ndarray, y: np.ndarray, members: int, depth: int, rate: float) -> list[TreeSplit | float]:
     """Grows each tree on the residual of y after `rate` times the sum of the trees before (L2 boosting).
 
     Friedman, 2001; Buehlmann & Yu, 2003. The rate is every member's weight, for every x.
