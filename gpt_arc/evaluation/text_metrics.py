@@ -1,8 +1,8 @@
 """Compares generated texts with references: BLEU by sacrebleu, ROUGE by rouge-score, both in the extra [eval].
 
-    counts = [bleu_counts(text, reference) for text, reference in pairs]
-    value, error = bleu(counts)                  # corpus BLEU from 0 to 1, with its standard error
-    rouge([(text, reference), ...])["ROUGE-L"]   # F1 of each text
+counts = [bleu_counts(text, reference) for text, reference in pairs]
+value, error = bleu(counts)                  # corpus BLEU from 0 to 1, with its standard error
+rouge([(text, reference), ...])["ROUGE-L"]   # F1 of each text
 """
 
 import importlib
