@@ -42,7 +42,7 @@ def response_states(hidden: Tensor, prompt_lengths: Tensor, tokens: int) -> Tens
 
 
 def log_probabilities(model: GPT, states: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Returns the log-probabilities of tokens (...) given hidden states (..., C), and the entropies, both (...) float32.
+    """Returns log-probabilities of tokens (...) given hidden states (..., C), and entropies, both (...) float32.
 
     In nats, of the softmax of logits / temperature. To save memory, logits are computed for a chunk of states at a
     time and recomputed in the backward pass.
@@ -131,14 +131,14 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> t
 
 
 def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 no better than a constant, nan if returns are constant."""
+    """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is a constant's; nan if the returns are constant."""
     values, returns = torch.as_tensor(values).double(), torch.as_tensor(returns).double()
     variance = returns.var(correction=0).item()
     return 1 - (returns - values).var(correction=0).item() / variance if variance > 0 else math.nan
 
 
 def adapted_kl_coefficient(coefficient: float, kl: float, target: float, horizon: float, episodes: int) -> float:
-    """Returns the KL coefficient, moved to bring the mean KL from `kl` nats to `target`, after `episodes` more episodes.
+    """Returns the KL coefficient after `episodes` more episodes of mean KL `kl`, moved to bring the KL to `target`.
 
     As openai/lm-human-preferences train_policy.py:120-124; Ziegler et al., arXiv:1909.08593, section 2.2.
     """

@@ -62,7 +62,9 @@ def encode_split(split: str, rankings: Sequence[Ranking], chat: ChatFormat, cont
     parts += [f"{dropped:,} rankings dropped: all ties, or too long"] * (dropped > 0)
     say(f"{split:<15}{'; '.join(parts)}")
     if not examples:
-        raise UserError(f"no ranking of the {split} split fits into {context} tokens and prefers one response to another")
+        raise UserError(
+            f"no ranking of the {split} split fits into {context} tokens and prefers one response to another"
+        )
     return examples
 
 

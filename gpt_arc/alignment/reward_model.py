@@ -1,7 +1,7 @@
 """Reward models: a GPT whose head returns one number, with their files and their agreement with preferences.
 
-    model, tokenizer, chat = load_reward_model("out/reward")      # trained by stages/reward.py
-    scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8, device, "float32")
+model, tokenizer, chat = load_reward_model("out/reward")      # trained by stages/reward.py
+scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8, device, "float32")
 """
 
 import json

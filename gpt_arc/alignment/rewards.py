@@ -1,8 +1,8 @@
 """What scores responses: a reward model or any Python function.
 
-    score = load_reward("out/reward", chat, device, "float32", 128)                # a reward model's directory
-    score = load_reward("examples.judge:utility", chat, device, "float32", 128)    # module:function
-    scores = score(prompts, responses)                                             # (N,)
+score = load_reward("out/reward", chat, device, "float32", 128)                # a reward model's directory
+score = load_reward("examples.judge:utility", chat, device, "float32", 128)    # module:function
+scores = score(prompts, responses)                                             # (N,)
 """
 
 import importlib
@@ -50,7 +50,7 @@ def _model_scorer(name: str, chat: ChatFormat, device: torch.device, dtype: str,
         sequences = [prompt.tokens + response for prompt, response in zip(prompts, responses)]
         longest = max(map(len, sequences), default=0)
         if longest > context:
-            raise UserError(f"the reward model {name} reads at most {context} tokens; a prompt and its response have {longest}")
+            raise UserError(f"the reward model {name} reads at most {context} tokens; a response ends at {longest}")
         return score_sequences(model, sequences, batch_size, device, dtype)
 
     return score

@@ -1,8 +1,8 @@
 """Rollouts: responses that a policy writes to prompts, with the models' outputs and the scores for them.
 
-    responses = write_responses(decoder, prompts, chat.end, 64, 1.0, seed, numbers, 128)
-    outputs = model_outputs(actor, reference, prompts, responses, 8, device, "float32")
-    rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.end)
+responses = write_responses(decoder, prompts, chat.end, 64, 1.0, seed, numbers, 128)
+outputs = model_outputs(actor, reference, prompts, responses, 8, device, "float32")
+rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.end)
 """
 
 from collections.abc import Sequence

@@ -272,7 +272,7 @@ def test_a_broken_run_goes_on_from_its_last_epoch(run, monkeypatch):
         (("base",), "name the rankings to learn from by --train"),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         ((*TRAIN, "--train=none.jsonl"), "there is no file none.jsonl"),
-        ((*TRAIN, "--train=ties.jsonl"), "no ranking of the train split tells responses apart and fits into 16 tokens"),
+        ((*TRAIN, "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
         ((*TRAIN, "--beta=0"), "beta = 0.0 must be more than zero"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),

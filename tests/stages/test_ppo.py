@@ -231,7 +231,7 @@ def test_ratios_begin_at_one_and_rewards_pay_for_the_distance(run, monkeypatch):
         torch.testing.assert_close(ratios[first], torch.ones_like(ratios[first]), rtol=0, atol=1e-4)
     assert (ratios[2] - 1).abs().max() > 0.01
     rollouts = found[1]
-    log_ratio = rollouts.known.logs - rollouts.known.reference
+    log_ratio = rollouts.outputs.log_probs - rollouts.outputs.reference_log_probs
     assert log_ratio.abs().max() > 0.01
     for i, length in enumerate(rollouts.mask.sum(1).tolist()):
         expected = (-0.5 * log_ratio[i, :length]).tolist()
@@ -273,7 +273,7 @@ def test_the_value_network(run):
     refused = run(*TRAIN, "--value_network=reward")
     assert (
         refused.code == 2
-        and "value_network = reward, but reward = rules_of_ppo:letters is no reward" in refused.message
+        and "value_network = reward, but reward = rules_of_ppo:letters is not a reward model" in refused.message
     )
 
 
@@ -455,14 +455,17 @@ def test_the_published_settings():
         ((*TRAIN, "--prompts=odd.jsonl"), "odd.jsonl, line 1: there is no column prompt"),
         ((*TRAIN, "--max_new_tokens=16"), "no prompt of prompts.jsonl fits: max_new_tokens leaves 0 tokens"),
         ((*TRAIN, "--reward=base"), "base is neither a reward model's directory nor a function"),
-        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported, ModuleNotFoundError"),
-        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported, AttributeError"),
-        ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken fails, rules_of_ppo.py, line 6: ZeroDivisionError: "),
-        ((*TRAIN, "--reward=rules_of_ppo:short"), "must return a number for each response: 1 for 16"),
+        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported: ModuleNotFoundError"),
+        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported: AttributeError"),
+        ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken failed: rules_of_ppo.py, line 6: ZeroDivisionError: "),
+        ((*TRAIN, "--reward=rules_of_ppo:short"), "must return one number per response, not 1 for 16"),
         ((*TRAIN, "--monitor=rules_of_ppo:nan"), "rules_of_ppo:nan must return finite numbers, not nan"),
-        ((*TRAIN, "--reward=other"), "other reads conversations otherwise than the policy"),
+        ((*TRAIN, "--reward=other"), "the reward model other has another chat format or tokenizer"),
         ((*TRAIN, "--reward=narrow"), "the value network reads 8 tokens, the policy 16"),
-        ((*TRAIN, "--reward=narrow", "--value_network=policy"), "narrow reads 8 tokens, and there is a response up to"),
+        (
+            (*TRAIN, "--reward=narrow", "--value_network=policy"),
+            "narrow reads at most 8 tokens; a response ends at",
+        ),
         ((*TRAIN, "--pretraining_dataset=none"), "pretraining_dataset = none: there is no prepared dataset"),
         ((*TRAIN, "--pretraining_dataset=foreign"), "pretraining_dataset = foreign: it has another tokenizer"),
         ((*TRAIN, "--out_dir=reward", "--reward=reward"), "out_dir = reward holds the model that reward names"),

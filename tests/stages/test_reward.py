@@ -119,7 +119,7 @@ def test_a_utility_is_learned_and_demonstrations_score_0(run):
     flags = ("--learning_rate=1e-2", "--batch_size=32", "--gradient_accumulation_steps=1", "--val=val.jsonl")
     output = run(*TRAIN, *flags, "--demonstrations=chats.jsonl")
     (report,) = (json.loads(Path("out/reward/report.json").read_text()),)
-    assert "gap of scores" in output and report["calibration_error"] < 0.06
+    assert "score gap" in output and report["calibration_error"] < 0.06
     for place in ("last", "best"):
         model = load_reward_model(f"out/reward/{place}")[0].eval()
         scores = torch.tensor([score_one(model, "hh", text).item() for text in TEXTS])
@@ -227,13 +227,16 @@ def test_the_published_settings():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("base",), "name the rankings to learn from by --train, or a reward model and what to measure by --val"),
+        (
+            ("base",),
+            "name the rankings to learn from by --train, or a reward model and its test rankings by --val",
+        ),
         (("base", "--val=val.jsonl"), "name the rankings to learn from by --train, or a reward model"),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: "),
-        (("base", "--train=ties.jsonl"), "no ranking of the train split tells responses apart and fits into 16 tokens"),
-        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split tells responses apart"),
+        (("base", "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
+        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split fits into 16 tokens"),
         ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),

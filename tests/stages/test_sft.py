@@ -356,7 +356,7 @@ def test_long_conversations_are_cut_or_left_out_and_that_is_told(run):
     turns = [{"role": role, "content": "a" * 7} for role in ("user", "assistant")]
     write("train.jsonl", [{"messages": turns * 2}, {"prompt": "a" * 30, "response": "b"}, *toy(3)])
     output = run(*TRAIN, "--epochs=1", "--val_fraction=0")
-    assert "4 conversations" in output and "; 1 cut at a turn to fit the context; 1 too long for it left out" in output
+    assert "4 conversations" in output and "; 1 cut at a turn to fit the context; 1 dropped: too long" in output
 
 
 # ---- settings from files, and mistakes
