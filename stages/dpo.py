@@ -2,11 +2,11 @@
 
     python stages/dpo.py out/sft --train rankings.jsonl
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
-    python stages/dpo.py out/dpo --resume=True                              go on with a run that was stopped
+    python stages/dpo.py out/dpo --resume=True                              continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
 
-The reference is the model that the run starts from. Rankings are those of stages/reward.py. A run writes out/dpo/ (or
--2, -3 ...): run.json, metrics.jsonl and checkpoints, the model of the lowest val loss as `best` (arXiv:2305.18290).
+The reference is the model that the run starts from (arXiv:2305.18290). Files of rankings are as for stages/reward.py. A
+run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from gpt_arc import distributed
 from gpt_arc.alignment.losses import dpo_loss, log_probabilities, response_states
-from gpt_arc.alignment.rankings import EncodedRanking, described_rankings, padded, pairs_of
-from gpt_arc.alignment.reward_model import fingerprint
-from gpt_arc.alignment.rollouts import load_policy
+from gpt_arc.alignment.policy import fingerprint, load_policy
+from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
 from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
@@ -50,21 +49,21 @@ class Options(ExampleOptions):
 
 
 class ResponseLikelihood(nn.Module):
-    """The log-probability of each response of rankings, in one forward pass."""
+    """Computes the log-probability of each response of a batch of rankings in one forward pass."""
 
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
-        """Log-probabilities (N,) in nats; `prompts` (N,) are lengths, responses and mask (N, R)."""
+        """Returns log-probabilities (N,) in nats. `prompts` (N,) are lengths; responses and mask are (N, R)."""
         states = response_states(self.model.hidden(tokens), prompts, responses.size(1))
         logs, _ = log_probabilities(self.model, states, responses)
         return torch.where(mask, logs, 0.0).sum(1)
 
 
 def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[Tensor, ...]:
-    """What `ResponseLikelihood` is called with."""
+    """The arguments of `ResponseLikelihood.forward`."""
     tokens, _ = padded([sequence[:-1] for ranking in rankings for sequence in ranking.sequences], device)
     responses, lengths = padded([response for ranking in rankings for response in ranking.responses], device)
     prompts = torch.tensor([len(r.prompt) for r in rankings for _ in r.responses], device=device)
@@ -73,92 +72,92 @@ def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[
 
 @torch.no_grad()
 def likelihoods(
-    model: ResponseLikelihood, examples: Sequence[EncodedRanking], size: int, stage: StageRun
+    model: ResponseLikelihood, examples: Sequence[EncodedRanking], size: int, run: StageRun
 ) -> list[Tensor]:
-    """Of each ranking the log-probabilities (K,) of its responses, shared out to the processes."""
-    found = [torch.zeros(len(example.responses), device=stage.device) for example in examples]
-    for rows, counts in micro_batches(range(len(examples)), size):
-        with autocast(stage.device, stage.dtype):
-            logs = model(*batch_of([examples[row] for row in rows], stage.device)).float()
-        for row, own in zip(rows, logs.split([len(examples[row].responses) for row in rows])):
-            found[row] += own * counts
+    """Returns the log-probabilities (K,) of each ranking's K responses, computed by all processes together."""
+    totals = [torch.zeros(len(example.responses), device=run.device) for example in examples]
+    for rows, weight in micro_batches(range(len(examples)), size):
+        with autocast(run.device, run.dtype):
+            logs = model(*batch_of([examples[row] for row in rows], run.device)).float()
+        for row, responses in zip(rows, logs.split([len(examples[row].responses) for row in rows])):
+            totals[row] += responses * weight
     if examples:
-        sizes = [len(each) for each in found]
-        found = list(distributed.sum_over_ranks(torch.cat(found)).split(sizes))
-    return found
+        sizes = [len(each) for each in totals]
+        totals = list(distributed.sum_over_ranks(torch.cat(totals)).split(sizes))
+    return totals
 
 
-def train(options: Options, stage: StageRun) -> int:
-    # ---- the rankings, and what the reference says of them
+def train(options: Options, run: StageRun) -> int:
+    # ---- the rankings, and the reference's log-probabilities of them
     reference, tokenizer, chat = load_policy(options.model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     splits = options.splits(read_rankings)
     say(f"parameters     {describe_parameters(reference)}")
     context = reference.config.block_size
-    encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
+    encoded = {name: encode_split(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} rankings")
-    stage.open(digest([fingerprint(reference), examples]))
-    judge = ResponseLikelihood(reference.to(stage.device)).eval()
-    base = {name: likelihoods(judge, split, options.batch_size, stage) for name, split in encoded.items()}
-    del reference, judge
+    run.open(digest([fingerprint(reference), examples]))
+    scorer = ResponseLikelihood(reference.to(run.device)).eval()
+    base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}
+    del reference, scorer
 
-    # ---- the run, where a stopped one stood
-    model, _, _ = load_policy(stage.origin)
+    # ---- the run: a new one, or a stopped one from its last checkpoint
+    model, _, _ = load_policy(run.origin)
     model.activation_checkpointing = options.activation_checkpointing
-    policy = ResponseLikelihood(model).eval()  # as the reference: dropout would be noise in their ratio
-    replica = stage.place(policy)
-    updater = stage.updater(policy, updates)
-    stage.restore(updater, {})
+    policy = ResponseLikelihood(model).eval()  # like the reference: dropout would add noise to their ratio
+    replica = run.place(policy)
+    updater = run.updater(policy, updates)
+    run.restore(updater, {})
 
     def write(directory: Path) -> None:
         save_model(model, tokenizer, directory)
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. The loss is the mean over the pairs of a prompt, then over the prompts of the update.
-    progress = stage.progress
-    while stage.goes_on(updates):
+    # The training loop. The loss is the mean over a prompt's pairs, then over the update's prompts.
+    progress = run.progress
+    while run.goes_on(updates):
         rows = order.rows(progress.step)
         micros = list(micro_batches(rows, options.batch_size))
-        sums = torch.zeros(3, device=stage.device)
-        for i, (own, counts) in enumerate(micros, start=1):
-            batch = [examples[row] for row in own]
-            pairs = pairs_of(batch, stage.device)
-            with stage.last_sync(replica, i == len(micros)):
-                with autocast(stage.device, stage.dtype):
-                    logs = replica(*batch_of(batch, stage.device))
-                ratios = logs - torch.cat([base["train"][row] for row in own])
+        sums = torch.zeros(3, device=run.device)
+        for i, (micro, weight) in enumerate(micros, start=1):
+            batch = [examples[row] for row in micro]
+            pairs = pairs_of(batch, run.device)
+            with run.last_sync(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    logs = replica(*batch_of(batch, run.device))
+                ratios = logs - torch.cat([base["train"][row] for row in micro])
                 loss = dpo_loss(ratios, *pairs, options.beta)
-                updater.backward(loss * (counts * WORLD_SIZE / len(rows)))
+                updater.backward(loss * (weight * WORLD_SIZE / len(rows)))
             margins = options.beta * (ratios[pairs.better] - ratios[pairs.worse]).detach()
             means = [((margins > 0) * pairs.weights).sum(), (margins * pairs.weights).sum()]
-            sums += counts * torch.stack((loss.detach(), *means))
-        done = stage.update(updater, progress.step, *sums)
-        if done is None:
+            sums += weight * torch.stack((loss.detach(), *means))
+        result = run.update(updater, progress.step, *sums)
+        if result is None:
             continue
-        rate, norm, sums = done
+        rate, norm, sums = result
         progress.step += 1
         line = dict(zip(("loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
         line |= {"learning_rate": rate, "grad_norm": norm}
-        ended = progress.step % order.per_epoch == 0
-        if ended and "val" in encoded:
-            found = likelihoods(policy, encoded["val"], options.batch_size, stage)
-            ratios, pairs = torch.cat(found) - torch.cat(base["val"]), pairs_of(encoded["val"], stage.device)
+        epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended and "val" in encoded:
+            after = likelihoods(policy, encoded["val"], options.batch_size, run)
+            ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = (ratios[pairs.better] > ratios[pairs.worse]) * pairs.weights
-            line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(found)
-            line["val_accuracy"] = right.sum().item() / len(found)
-        stage.tell(line, f"loss {line['loss']:.4f}", updates)
-        if ended:
+            line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)
+            line["val_accuracy"] = right.sum().item() / len(after)
+        run.tell(line, f"loss {line['loss']:.4f}", updates)
+        if epoch_ended:
             say(
                 f"epoch {progress.step // order.per_epoch}: "
                 + ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "val_loss", "val_accuracy") if name in line)
             )
-            stage.save(write, line.get("val_loss"))
-    return stage.finish(write)
+            run.save(write, line.get("val_loss"))
+    return run.finish(write)
 
 
 def main() -> int:

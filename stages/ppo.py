@@ -3,41 +3,42 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward
     python stages/ppo.py out/sft --prompts sums.jsonl --reward rules:correct          a Python function, rules.py
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
-    python stages/ppo.py out/ppo --resume=True                              go on with a run that was stopped
+    python stages/ppo.py out/ppo --resume=True                              continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
-The policy writes responses to prompts; each gets a score for the whole and pays for leaving the model it began as
-(Ziegler et al., arXiv:1909.08593; Ouyang et al., arXiv:2203.02155). A function of a reward is called with the prompts'
-rows and the responses as texts and returns numbers. A run writes out/ppo/ (or -2, -3 ...): run.json, metrics.jsonl and
-checkpoints.
+The policy writes responses to prompts. Each response is scored as a whole, less a penalty for its KL from the model
+that the run starts from (Ziegler et al., arXiv:1909.08593; Ouyang et al., arXiv:2203.02155). A reward function is
+called with the prompts' rows and the responses as texts and returns a number for each. A run writes out/ppo/ (or
+out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 """
 
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gpt_arc.alignment import losses
+from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
-from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, fingerprint, is_reward_model, load_reward_model
-from gpt_arc.alignment.rewards import load_reward
+from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
+from gpt_arc.alignment.rewards import Scorer, load_reward
 from gpt_arc.alignment.rollouts import (
-    ActorCritic,
+    Prompt,
     Rollouts,
-    assess,
     gather_rollouts,
-    load_policy,
+    model_outputs,
     read_and_encode_prompts,
     write_responses,
 )
+from gpt_arc.chat.format import ChatFormat
 from gpt_arc.data.batches import windows
 from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
@@ -47,7 +48,7 @@ from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.optim import follow
+from gpt_arc.training.optim import Updater, follow
 from gpt_arc.training.options import StageOptions
 from gpt_arc.training.stage_run import StageRun, run_stage
 from gpt_arc.weights.directory import save_model
@@ -141,7 +142,7 @@ class Options(StageOptions):
 
 
 def build_critic(options: Options, policy: GPT) -> RewardModel | ScalarHead:
-    """The value network. Raises UserError where it is to be a reward model and there is none."""
+    """Builds the value network. Raises UserError if it should be a reward model and there is none."""
     from_reward = is_reward_model(options.reward)
     if options.value_network == "shared":
         return ScalarHead(policy.config.n_embd, 0.0)
@@ -149,185 +150,244 @@ def build_critic(options: Options, policy: GPT) -> RewardModel | ScalarHead:
         return RewardModel(copy.deepcopy(policy), std=0.0)
     if not from_reward:
         raise UserError(
-            f"value_network = reward, but reward = {options.reward} is no reward model: say policy or shared"
+            f"value_network = reward, but reward = {options.reward} is not a reward model: use policy or shared"
         )
     return load_reward_model(options.reward)[0]
 
 
 class PretrainingText:
-    """Windows of a prepared dataset, whose language-model loss is mixed into the updates."""
+    """Windows of a prepared dataset; the policy's language-model loss on them is mixed into the updates."""
 
     def __init__(self, options: Options, tokenizer: Tokenizer, context: int, vocab_size: int):
         corpus = open_corpus((Source(options.pretraining_dataset, 1.0),))
         if corpus is None or corpus.tokenizer != tokenizer:
-            what = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
-            raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {what}")
+            problem = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
+            raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {problem}")
         self.split = corpus.split("train", context, vocab_size, False)
         self.order = self.split.training_order(context, options.seed)
         self.context, self.windows = context, options.pretraining_batch_size
-        self.tokens = self.windows * context  # of an update
+        self.tokens = self.windows * context  # per update
 
     def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
-        """Tokens and targets (B, T) of this process in the i-th of the parts of an update, from 0; None for none."""
+        """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if it has none."""
         starts = self.order.starts(update * self.windows, self.windows)
         starts = starts[i * WORLD_SIZE + RANK :: parts * WORLD_SIZE]
         return to_device(windows(self.split, starts, self.context), device) if len(starts) else None
 
 
-def losses_of(
-    replica: nn.Module, found: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
-    text: Sequence[Tensor] | None, options: Options, stage: StageRun,
+def minibatch_losses(
+    replica: nn.Module, rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
+    text: Sequence[Tensor] | None, options: Options, run: StageRun,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of some responses the sums (4,), over tokens, of policy loss, value loss, clipped ratios and clipped values.
+    """Returns sums (4,) over the tokens of `rows`: policy loss, value loss, clipped ratios and clipped values.
 
-    And the sum () of the language-model loss of `text`.
+    Also returns the summed language-model loss () of `text`.
     """
-    width = int(found.mask[rows].sum(1).max())
-    tensors = (found.responses, found.known.logs, found.known.values, advantages, returns, found.mask)
-    wanted, old_logs, old_values, advantages, returns, mask = to_device(
-        [tensor[rows, :width] for tensor in tensors], stage.device
+    width = int(rollouts.mask[rows].sum(1).max())
+    outputs = rollouts.outputs
+    tensors = (rollouts.responses, outputs.log_probs, outputs.values, advantages, returns, rollouts.mask)
+    responses, old_logs, old_values, advantages, returns, mask = to_device(
+        [tensor[rows, :width] for tensor in tensors], run.device
     )
-    tokens, _ = padded([found.sequences[row][:-1] for row in rows], stage.device)
-    with autocast(stage.device, stage.dtype):
-        logs, _, values, text_loss = replica(tokens, found.prompt_lengths[rows].to(stage.device), wanted, text)
+    tokens, _ = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
+    with autocast(run.device, run.dtype):
+        logs, _, values, text_loss = replica(tokens, rollouts.prompt_lengths[rows].to(run.device), responses, text)
     policy, clipped = losses.policy_losses(logs, old_logs, advantages, options.clip)
     value, value_clipped = losses.value_losses(values, old_values, returns, options.value_clip)
     sums = torch.stack([torch.where(mask, each, 0.0).sum() for each in (policy, value, clipped, value_clipped)])
     return sums, logs.new_zeros(()) if text_loss is None else text_loss
 
 
-def figures(found: Rollouts, returns: Tensor, kl_coef: float, monitored: bool) -> dict[str, float | None]:
-    """What is told of the responses of an iteration."""
-    mask, known = found.mask, found.known
-    log_ratio = known.logs - known.reference
+def rollout_metrics(rollouts: Rollouts, returns: Tensor, kl_coef: float, monitored: bool) -> dict[str, float | None]:
+    """Metrics of the responses of an iteration."""
+    mask, outputs = rollouts.mask, rollouts.outputs
+    log_ratio = outputs.log_probs - outputs.reference_log_probs
     kl = {f"kl_{name}": each.sum(1).mean().item() for name, each in losses.kl_estimates(log_ratio).items()}
     return {
-        "score": found.scores.mean().item(),
-        "score_std": found.scores.std(correction=0).item(),
-        "monitored": found.monitored.mean().item() if monitored else None,
-        "reward": found.scores.mean().item() - kl_coef * kl["kl_k1"],
+        "score": rollouts.scores.mean().item(),
+        "score_std": rollouts.scores.std(correction=0).item(),
+        "monitored": rollouts.monitored.mean().item() if monitored else None,
+        "reward": rollouts.scores.mean().item() - kl_coef * kl["kl_k1"],
         **kl,
         "kl_coef": kl_coef,
-        "entropy": known.entropies[mask].mean().item(),
+        "entropy": outputs.entropies[mask].mean().item(),
         "response_tokens": mask.sum(1).float().mean().item(),
-        "ended": found.ended.float().mean().item(),
-        "explained_variance": losses.explained_variance(known.values[mask], returns[mask]),
+        "ended": rollouts.ended.float().mean().item(),
+        "explained_variance": losses.explained_variance(outputs.values[mask], returns[mask]),
     }
 
 
-def train(options: Options, stage: StageRun) -> int:
-    # ---- policy, reference, critic, reward
+class Setup(NamedTuple):
+    """What a run of PPO starts from."""
+
+    policy: GPT
+    reference: GPT
+    critic: RewardModel | ScalarHead
+    average: GPT | None  # moving average of the policy's weights
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    score: Scorer
+    monitor: Scorer | None
+    prompts: list[Prompt]
+    text: PretrainingText | None
+
+
+def load_setup(options: Options, run: StageRun) -> Setup:
+    """Loads models, rewards, prompts and pre-training text. Raises UserError."""
     for name in ("prompts", "reward"):
         if getattr(options, name) is None:
             raise UserError(f"name the {name} by --{name}")
-    policy, tokenizer, chat = load_policy(stage.origin)
-    reference = load_policy(options.model)[0].to(stage.device).eval().requires_grad_(False)
+    policy, tokenizer, chat = load_policy(run.origin)
+    reference = load_policy(options.model)[0].to(run.device).eval().requires_grad_(False)
     critic = build_critic(options, policy)
     context = policy.config.block_size
-    if isinstance(critic, RewardModel) and critic.trunk.config.block_size < context:
-        raise UserError(f"the value network reads {critic.trunk.config.block_size} tokens, the policy {context}")
-    score = load_reward(options.reward, chat, stage.device, stage.dtype, options.rollout_batch_size)
-    monitor = None
-    if options.monitor is not None:
-        monitor = load_reward(options.monitor, chat, stage.device, stage.dtype, options.rollout_batch_size)
-    ema = None if options.ema_decay is None else copy.deepcopy(policy).to(stage.device).requires_grad_(False)
+    if isinstance(critic, RewardModel):
+        if critic.trunk.config.block_size < context:
+            raise UserError(f"the value network reads {critic.trunk.config.block_size} tokens, the policy {context}")
+        critic.trunk.activation_checkpointing = options.activation_checkpointing
+    policy.activation_checkpointing = options.activation_checkpointing
 
-    # ---- prompts, pre-training text, and the plan in figures
+    def scorer(name: str) -> Scorer:
+        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size)
+
+    score = scorer(options.reward)
+    monitor = None if options.monitor is None else scorer(options.monitor)
+    average = None
+    if options.ema_decay is not None:
+        average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
     prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens)
     text = None
     if options.pretraining_dataset:
         text = PretrainingText(options, tokenizer, context, policy.config.vocab_size)
+    return Setup(policy, reference, critic, average, tokenizer, chat, score, monitor, prompts, text)
+
+
+def roll_out(
+    setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
+    run: StageRun, write: Callable[[Path], None],
+) -> Rollouts:  # fmt: skip
+    """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
+    share = prompts[RANK::WORLD_SIZE]
+    responses = write_responses(
+        decoder, share, setup.chat.end, options.max_new_tokens, options.temperature, options.seed,
+        range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
+    )  # fmt: skip
+    outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
+    with run.keeping(write):
+        scores = setup.score(share, responses)
+        monitored = setup.monitor(share, responses) if setup.monitor else scores
+    if options.no_end_reward is not None:
+        ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
+        scores = torch.where(ended, scores, options.no_end_reward)
+    return gather_rollouts(prompts, responses, outputs, scores, monitored, setup.chat.end)
+
+
+def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) -> tuple[Tensor, Tensor]:
+    """Returns advantages and returns (N, R) from the scores and the KL penalty."""
+    mask, outputs = rollouts.mask, rollouts.outputs
+    log_ratio = outputs.log_probs - outputs.reference_log_probs
+    rewards = losses.penalised_rewards(rollouts.scores, log_ratio, mask, kl_coef)
+    if options.whiten_rewards:
+        rewards = losses.whiten(rewards, mask, shift_mean=False)
+    advantages, returns = losses.advantages(rewards, outputs.values, mask, options.gamma, options.gae_lambda)
+    if options.whiten_advantages:
+        advantages = losses.whiten(advantages, mask)
+    return advantages, returns
+
+
+def minibatch_rows(step: int, update: int, options: Options) -> list[int]:
+    """The responses of an iteration's minibatch; every inner epoch shuffles them anew."""
+    epoch, minibatch = divmod(update, options.minibatches)
+    generator = np.random.default_rng((options.seed, step, epoch))
+    shuffled = generator.permutation(options.episodes_per_iteration).tolist()
+    return shuffled[minibatch * options.examples_per_update :][: options.examples_per_update]
+
+
+def accumulate_gradients(
+    replica: nn.Module, updater: Updater, rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
+    update: int, text: PretrainingText | None, options: Options, run: StageRun,
+) -> Tensor:  # fmt: skip
+    """Runs the backward passes of an update.
+
+    Returns this process's share of the means (5,) over the minibatch's tokens: the sums of `minibatch_losses`, and the
+    loss of the pre-training text.
+    """
+    tokens = int(rollouts.mask[rows].sum())
+    micros = list(micro_batches(rows, options.batch_size))
+    totals = torch.zeros(5, device=run.device)
+    for i, (micro, weight) in enumerate(micros):
+        windows = text.part(update, i, len(micros), run.device) if text else None
+        with run.last_sync(replica, i + 1 == len(micros)):
+            sums, text_sum = minibatch_losses(replica, rollouts, advantages, returns, micro, windows, options, run)
+            means = torch.stack((*sums * (weight / tokens), text_sum / (text.tokens if text else 1)))
+            loss = means[0] + options.value_coef * means[1] + options.pretraining_coef * means[4]
+            updater.backward(loss * WORLD_SIZE)
+        totals += means.detach()
+    return totals
+
+
+def train(options: Options, run: StageRun) -> int:
+    # ---- models, rewards, prompts and the plan
+    setup = load_setup(options, run)
+    policy, critic, average, prompts, text = setup.policy, setup.critic, setup.average, setup.prompts, setup.text
     order = EpochOrder(len(prompts), 1, options.seed)
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
-    updates = options.inner_epochs * options.minibatches  # of an iteration
+    updates = options.inner_epochs * options.minibatches  # per iteration
     say(f"parameters     {describe_parameters(policy)}; critic {describe_parameters(critic)}")
     say(f"iterations     {iterations:,} of {size:,} episodes, {updates} updates each")
 
-    # ---- the run, where a stopped one stood
-    stage.open(digest([fingerprint(reference), [prompt.tokens for prompt in prompts]]))
-    actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would be taken for a change of policy
-    for module in (policy, *([critic.trunk] if isinstance(critic, RewardModel) else [])):
-        module.activation_checkpointing = options.activation_checkpointing
-    replica = stage.place(actor)
-    updater = stage.updater(actor, iterations * updates)
-    stage.restore(updater, {"critic": critic} | ({} if ema is None else {"policy": policy}))
+    # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
+    actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
+    replica = run.place(actor)
+    updater = run.updater(actor, iterations * updates)
+    run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
     decoder = Decoder(policy)
-    progress = stage.progress
+    progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
     def write(directory: Path) -> None:
-        save_model(policy if ema is None else ema, tokenizer, directory)
-        chat.save(directory)
+        save_model(policy if average is None else average, setup.tokenizer, directory)
+        setup.chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The loop: policy, reward, score, step. Each process has every n-th of an iteration's responses written and scored;
-    # then all of them know all, and share out each update.
-    while stage.goes_on(iterations, "iteration"):
+    # The loop: rollout and score, advantages, updates, report. Each process writes and scores its share of an
+    # iteration's responses; then every process gets all of them, and each update is shared out again.
+    while run.goes_on(iterations, "iteration"):
         started = time.perf_counter()
         first = progress.step * size
 
-        # policy: responses, and what the models say of them
-        asked = [prompts[row] for row in order.take(first, size)]
-        own = asked[RANK::WORLD_SIZE]
-        responses = write_responses(
-            decoder, own, chat.end, options.max_new_tokens, options.temperature, options.seed,
-            range(first + RANK, first + size, WORLD_SIZE), options.rollout_batch_size,
-        )  # fmt: skip
-        known = assess(actor, reference, own, responses, options.batch_size, stage.device, stage.dtype)
-
-        # reward: a number for each response
-        with stage.keeping(write):
-            scores = score(own, responses)
-            monitored = monitor(own, responses) if monitor else scores
-        if options.no_end_reward is not None:
-            ended = torch.tensor([response[-1] == chat.end for response in responses], dtype=torch.bool)
-            scores = torch.where(ended, scores, options.no_end_reward)
-        found = gather_rollouts(asked, responses, known, scores, monitored, chat.end)
+        # rollout and score
+        iteration_prompts = [prompts[row] for row in order.take(first, size)]
+        rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run, write)
         rollout_seconds = time.perf_counter() - started
 
-        # score: the reward of each token, and how much better than expected it was
-        mask, known = found.mask, found.known
-        rewards = losses.penalised_rewards(found.scores, known.logs - known.reference, mask, kl_coef)
-        if options.whiten_rewards:
-            rewards = losses.whiten(rewards, mask, shift_mean=False)
-        advantages, returns = losses.advantages(rewards, known.values, mask, options.gamma, options.gae_lambda)
-        if options.whiten_advantages:
-            advantages = losses.whiten(advantages, mask)
+        # advantages
+        advantages, returns = estimate_advantages(rollouts, kl_coef, options)
 
-        # step: updates on minibatches; a loss is a mean over the tokens of the minibatch
-        totals, made, rate, norm = torch.zeros(5), 0, math.nan, math.nan
+        # updates
+        totals, finite_updates, rate, norm = torch.zeros(5), 0, math.nan, math.nan
         for j in range(updates):
-            epoch, place = divmod(j, options.minibatches)
-            shuffled = np.random.default_rng((options.seed, progress.step, epoch)).permutation(size).tolist()
-            rows = shuffled[place * options.examples_per_update :][: options.examples_per_update]
-            tokens, update = int(mask[rows].sum()), progress.step * updates + j
-            micros = list(micro_batches(rows, options.batch_size))
-            means = torch.zeros(5, device=stage.device)
-            for i, (part, counts) in enumerate(micros):
-                windows = text.part(update, i, len(micros), stage.device) if text else None
-                with stage.last_sync(replica, i + 1 == len(micros)):
-                    sums, text_sum = losses_of(replica, found, advantages, returns, part, windows, options, stage)
-                    own_means = torch.stack((*sums * (counts / tokens), text_sum / (text.tokens if text else 1)))
-                    loss = own_means[0] + options.value_coef * own_means[1] + options.pretraining_coef * own_means[4]
-                    updater.backward(loss * WORLD_SIZE)
-                means += own_means.detach()
-            done = stage.update(updater, update, *means)
-            if done is None:
+            rows, update = minibatch_rows(progress.step, j, options), progress.step * updates + j
+            means = accumulate_gradients(
+                replica, updater, rollouts, advantages, returns, rows, update, text, options, run
+            )
+            result = run.update(updater, update, *means)
+            if result is None:
                 continue
-            rate, norm, means = done
-            totals, made = totals + torch.tensor(means), made + 1
-            if ema is not None:
-                follow(ema.parameters(), policy.parameters(), options.ema_decay)
+            rate, norm, means = result
+            totals, finite_updates = totals + torch.tensor(means), finite_updates + 1
+            if average is not None:
+                follow(average.parameters(), policy.parameters(), options.ema_decay)
 
-        # what happened
+        # report
         progress.step += 1
-        names = ("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction")
-        means = (totals / max(made, 1)).tolist()
+        means = (totals / max(finite_updates, 1)).tolist()
         line = {
             "episodes": progress.step * size,
-            **figures(found, returns, kl_coef, monitor is not None),
-            **dict(zip(names, means)),
+            **rollout_metrics(rollouts, returns, kl_coef, setup.monitor is not None),
+            **dict(zip(("policy_loss", "value_loss", "clip_fraction", "value_clip_fraction"), means)),
             "pretraining_loss": means[4] if text else None,
             "learning_rate": rate,
             "grad_norm": norm,
@@ -335,13 +395,13 @@ def train(options: Options, stage: StageRun) -> int:
             "seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
-        stage.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
+        run.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
         if options.kl_target:
-            kl_coef = losses.adapted(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
+            kl_coef = losses.adapted_kl_coefficient(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
         progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
-            stage.save(write)
-    return stage.finish(write)
+            run.save(write)
+    return run.finish(write)
 
 
 def main() -> int:

@@ -3,11 +3,12 @@
     python stages/reward.py out/sft --train rankings.jsonl
     python stages/reward.py out/sft --train rankings.jsonl --val held_out.jsonl --demonstrations chats.jsonl
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
-    python stages/reward.py out/reward --resume=True                        go on with a run that was stopped
+    python stages/reward.py out/reward --resume=True                        continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
-see `gpt_arc/chat.py`. A run writes out/reward/ (or -2, -3 ...): run.json, metrics.jsonl, report.json and checkpoints.
+see `gpt_arc/chat/format.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
+and checkpoints.
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from gpt_arc.alignment.losses import ranking_loss
-from gpt_arc.alignment.rankings import EncodedRanking, described_rankings, padded, pairs_of
+from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
 from gpt_arc.alignment.reward_model import (
     RewardModel,
     is_reward_model,
@@ -59,13 +60,11 @@ class Options(ExampleOptions):
         self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
 
 
-def measure(
-    model: RewardModel, examples: Sequence[EncodedRanking], options: Options, stage: StageRun
-) -> dict[str, Any]:
-    """Loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
+def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, run: StageRun) -> dict[str, Any]:
+    """Reports loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
     sequences = [sequence for example in examples for sequence in example.sequences]
     size = 4 * options.batch_size
-    scores = score_sequences(model, sequences, size, stage.device, stage.dtype)
+    scores = score_sequences(model, sequences, size, run.device, run.dtype)
     pairs = pairs_of(examples, torch.device("cpu"))
     report = preference_report((scores[pairs.better] - scores[pairs.worse]).tolist())
     loss = ranking_loss(scores, *pairs).item() / len(examples)
@@ -75,38 +74,38 @@ def measure(
 def show(report: dict[str, Any]) -> None:
     say(f"pairs {report['pairs']:,}: loss {report['loss']:.4f}, accuracy {report['accuracy']:.4f} ± "
         f"{report['standard_error']:.4f}, calibration error {report['calibration_error']:.4f}")  # fmt: skip
-    rows = [["gap of scores", "pairs", "predicted", "agreed"]]
+    rows = [["score gap", "pairs", "predicted", "agreed"]]
     rows += [[f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], b["predicted"], b["agreed"]] for b in report["by_gap"]]
     say(table(rows))
 
 
-def train(options: Options, stage: StageRun) -> int:
-    # ---- the model; a reward model is gone on with, or only measured
-    if is_reward_model(stage.origin):
-        model, tokenizer, chat = load_reward_model(stage.origin)
+def train(options: Options, run: StageRun) -> int:
+    # ---- the model; a reward model is trained further, or only measured
+    if is_reward_model(run.origin):
+        model, tokenizer, chat = load_reward_model(run.origin)
     else:
-        trunk, tokenizer, chat = load_chat_model(stage.origin)
+        trunk, tokenizer, chat = load_chat_model(run.origin)
         model = RewardModel(trunk)
     if options.residual_dropout is not None:
         head, trunk = model.head, with_settings(model.trunk, residual_dropout=options.residual_dropout)
         model = RewardModel(trunk)
         model.head = head
-    model.head.bias.requires_grad_(False)  # the loss of pairs doesn't depend on it
+    model.head.bias.requires_grad_(False)  # the pairwise loss doesn't depend on it
     context = model.trunk.config.block_size
     model.trunk.activation_checkpointing = options.activation_checkpointing
     if options.train is None:
-        if options.val is None or not is_reward_model(stage.origin):
+        if options.val is None or not is_reward_model(run.origin):
             raise UserError(
-                "name the rankings to learn from by --train, or a reward model and what to measure by --val"
+                "name the rankings to learn from by --train, or a reward model and its test rankings by --val"
             )
-        examples = described_rankings("val", read_rankings(options.val), chat, context)
-        show(measure(model.to(stage.device), examples, options, stage))
+        examples = encode_split("val", read_rankings(options.val), chat, context)
+        show(measure(model.to(run.device), examples, options, run))
         return 0
 
     # ---- the rankings, and the plan in figures
     splits = options.splits(read_rankings)
     say(f"parameters     {describe_parameters(model)}")
-    encoded = {name: described_rankings(name, split, chat, context) for name, split in splits.items()}
+    encoded = {name: encode_split(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]
     demonstrations = []
     if options.demonstrations:
@@ -118,62 +117,62 @@ def train(options: Options, stage: StageRun) -> int:
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} rankings")
 
-    # ---- the run, where a stopped one stood
-    stage.open(digest([examples, demonstrations]))
-    replica = stage.place(model)
-    updater = stage.updater(model, updates)
-    stage.restore(updater, {})
+    # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.open(digest([examples, demonstrations]))
+    replica = run.place(model)
+    updater = run.updater(model, updates)
+    run.restore(updater, {})
 
     def write(directory: Path) -> None:
         save_reward_model(model, tokenizer, chat, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. All responses to a prompt are in one batch element; the loss is the mean over the pairs of a
-    # prompt, then over the prompts of the update.
-    progress, report = stage.progress, None
+    # The training loop. All responses to a prompt share a micro-batch. The loss is the mean over a prompt's pairs, then
+    # over the update's prompts.
+    progress, report = run.progress, None
     model.train()
-    while stage.goes_on(updates):
+    while run.goes_on(updates):
         rows = order.rows(progress.step)
         micros = list(micro_batches(rows, options.batch_size))
-        sums = torch.zeros(2, device=stage.device)
-        for i, (own, counts) in enumerate(micros, start=1):
-            batch = [examples[row] for row in own]
-            pairs = pairs_of(batch, stage.device)
-            with stage.last_sync(replica, i == len(micros)):
-                with autocast(stage.device, stage.dtype):
-                    scores = replica(*padded([s for example in batch for s in example.sequences], stage.device))
+        sums = torch.zeros(2, device=run.device)
+        for i, (micro, weight) in enumerate(micros, start=1):
+            batch = [examples[row] for row in micro]
+            pairs = pairs_of(batch, run.device)
+            with run.last_sync(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    scores = replica(*padded([s for example in batch for s in example.sequences], run.device))
                 loss = ranking_loss(scores, *pairs)
-                routing = sum(model.trunk.router_losses().values()) / len(micros)  # of a mixture's routers
-                updater.backward(counts * (loss * (WORLD_SIZE / len(rows)) + routing))
+                routing = sum(model.trunk.router_losses().values()) / len(micros)  # a mixture of experts' router losses
+                updater.backward(weight * (loss * (WORLD_SIZE / len(rows)) + routing))
             right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
-            sums += counts * torch.stack((loss.detach(), right))
-        done = stage.update(updater, progress.step, *sums)
-        if done is None:
+            sums += weight * torch.stack((loss.detach(), right))
+        result = run.update(updater, progress.step, *sums)
+        if result is None:
             continue
-        rate, norm, (loss, right) = done
+        rate, norm, (loss, right) = result
         progress.step += 1
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
-        ended = progress.step % order.per_epoch == 0
-        if ended and "val" in encoded:
-            report = measure(model, encoded["val"], options, stage)
+        epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended and "val" in encoded:
+            report = measure(model, encoded["val"], options, run)
             line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
-        stage.tell(line, f"loss {loss / len(rows):.4f}", updates)
-        if ended:
+        run.tell(line, f"loss {loss / len(rows):.4f}", updates)
+        if epoch_ended:
             if report:
                 show(report)
-            centre(model, demonstrations, options, stage)
-            stage.save(write, report and report["loss"])
+            centre(model, demonstrations, options, run)
+            run.save(write, report and report["loss"])
     if report and IS_MAIN:
-        write_file(stage.run / "report.json", json.dumps(report, indent=1) + "\n")
-    return stage.finish(write)
+        write_file(run.run / "report.json", json.dumps(report, indent=1) + "\n")
+    return run.finish(write)
 
 
 @torch.no_grad()
-def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, stage: StageRun) -> None:
-    """Set the bias so that demonstrations score 0 on average; the loss of pairs doesn't depend on it."""
+def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, run: StageRun) -> None:
+    """Sets the head's bias so that demonstrations score 0 on average; the pairwise loss doesn't depend on it."""
     if demonstrations:
         size = 4 * options.batch_size
-        model.head.bias -= score_sequences(model, demonstrations, size, stage.device, stage.dtype).mean().item()
+        model.head.bias -= score_sequences(model, demonstrations, size, run.device, run.dtype).mean().item()
 
 
 def main() -> int:

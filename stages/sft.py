@@ -1,14 +1,14 @@
-"""Supervised fine-tuning on conversations: InstructGPT's first step. Only what the assistant says is learned.
+"""Supervised fine-tuning on conversations: InstructGPT's first step. Only the assistant's turns are learned.
 
     python stages/sft.py out/gpt2 --train chats.jsonl
     python stages/sft.py gpt2 --train chats.jsonl --val held_out.jsonl --template chatml --packing=False
-    python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file, flags win
-    python stages/sft.py out/sft --resume=True                              go on with a run that was stopped
+    python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file; flags win
+    python stages/sft.py out/sft --resume=True                              continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
-A row has a prompt and a response, or messages: `gpt_arc/chat.py` tells of files and templates. A run writes out/sft/
-(or -2, -3 ...): run.json, metrics.jsonl and checkpoints, the model of the lowest val loss as `best`.
+A row has a prompt and a response, or messages; `gpt_arc/chat/format.py` describes files and templates. A run writes
+out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
 from collections.abc import Sequence
@@ -52,38 +52,38 @@ class Options(ExampleOptions):
 
 
 @torch.no_grad()
-def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Options, stage: StageRun) -> float:
-    """Mean cross-entropy in nats over the tokens of responses, of all processes."""
-    sums = torch.zeros(2, dtype=torch.float32 if stage.device.type == "mps" else torch.float64, device=stage.device)
+def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Options, run: StageRun) -> float:
+    """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
+    sums = torch.zeros(2, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
     model.eval()
-    for rows, counts in micro_batches(range(len(examples)), options.batch_size):
-        with autocast(stage.device, stage.dtype):
-            loss = model(*batch_of(examples, rows, model, options, stage))
-        sums += counts * torch.stack((loss.total, loss.count))
+    for rows, weight in micro_batches(range(len(examples)), options.batch_size):
+        with autocast(run.device, run.dtype):
+            loss = model(*batch_of(examples, rows, model, options, run))
+        sums += weight * torch.stack((loss.total, loss.count))
     model.train()
     total, count = distributed.sum_over_ranks(sums).tolist()
     return total / count
 
 
 def batch_of(
-    examples: Sequence[EncodedConversation], rows: Sequence[int], model: GPT, options: Options, stage: StageRun
+    examples: Sequence[EncodedConversation], rows: Sequence[int], model: GPT, options: Options, run: StageRun
 ) -> list[torch.Tensor]:
     context = model.config.block_size if options.packing else None
-    return to_device(conversation_batch([examples[row] for row in rows], context), stage.device)
+    return to_device(conversation_batch([examples[row] for row in rows], context), run.device)
 
 
-def train(options: Options, stage: StageRun) -> int:
+def train(options: Options, run: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
 
-    # ---- the model, with a token for each new mark of the template
-    model, tokenizer = load_model(stage.origin)
+    # ---- the model, with a token for each mark that the template adds
+    model, tokenizer = load_model(run.origin)
     if tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: it can't read texts")
-    chat = load_chat(model_directory(stage.origin), tokenizer)
-    if chat is not None and options.template != Options.template and not stage.run:
+    chat = load_chat(model_directory(run.origin), tokenizer)
+    if chat is not None and options.template != Options.template and not run.run:
         if load_template(options.template) != chat.template:
-            raise UserError(f"{options.model} keeps the template it has (chat.json): leave --template out")
+            raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
         model = with_more_tokens(model, len(chat.added))
@@ -97,7 +97,7 @@ def train(options: Options, stage: StageRun) -> int:
     say(f"parameters     {describe_parameters(model)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))
     for name, split in encoded.items():
-        say(f"{name:<15}{described(split)}")
+        say(f"{name:<15}{describe(split)}")
         if not split.examples:
             reason = f"fits into the context of {model.config.block_size} tokens" if split.dropped else "is left"
             raise UserError(f"no conversation of the {name} split {reason}")
@@ -106,54 +106,54 @@ def train(options: Options, stage: StageRun) -> int:
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {options.examples_per_update} conversations in {options.epochs} epochs")
 
-    # ---- the run, where a stopped one stood
-    stage.open(digest([split.examples for split in encoded.values()]))
-    replica = stage.place(model)
-    updater = stage.updater(model, updates)
-    stage.restore(updater, {})
+    # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.open(digest([split.examples for split in encoded.values()]))
+    replica = run.place(model)
+    updater = run.updater(model, updates)
+    run.restore(updater, {})
 
     def write(directory: Path) -> None:
         save_model(model, tokenizer, directory)
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. A loss is a sum over the tokens of responses, divided by how many these are in the update.
-    progress = stage.progress
+    # The training loop. The loss is the mean over the update's response tokens.
+    progress = run.progress
     model.train()
-    while stage.goes_on(updates):
+    while run.goes_on(updates):
         rows = order.rows(progress.step)
-        tokens = sum(examples[row].count for row in rows)  # of an empty response the one that ends it
+        tokens = sum(examples[row].count for row in rows)  # an empty response has one, its end
         micros = list(micro_batches(rows, options.batch_size))
-        total = torch.zeros((), device=stage.device)
-        for i, (own, counts) in enumerate(micros, start=1):
-            with stage.last_sync(replica, i == len(micros)):
-                with autocast(stage.device, stage.dtype):
-                    loss = replica(*batch_of(examples, own, model, options, stage))
-                routing = sum(loss.auxiliary.values()) / len(micros)  # of a mixture's routers
-                updater.backward(counts * (loss.total * (WORLD_SIZE / tokens) + routing))
-            total += loss.total.detach() * counts
-        done = stage.update(updater, progress.step, total)
-        if done is None:
+        total = torch.zeros((), device=run.device)
+        for i, (micro, weight) in enumerate(micros, start=1):
+            with run.last_sync(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    loss = replica(*batch_of(examples, micro, model, options, run))
+                routing = sum(loss.auxiliary.values()) / len(micros)  # a mixture of experts' router losses
+                updater.backward(weight * (loss.total * (WORLD_SIZE / tokens) + routing))
+            total += loss.total.detach() * weight
+        result = run.update(updater, progress.step, total)
+        if result is None:
             continue
-        rate, norm, (total,) = done
+        rate, norm, (total,) = result
         progress.step += 1
         line = {"loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
-        ended = progress.step % order.per_epoch == 0
-        if ended and "val" in encoded:
-            line["val_loss"] = val_loss(model, encoded["val"].examples, options, stage)
+        epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended and "val" in encoded:
+            line["val_loss"] = val_loss(model, encoded["val"].examples, options, run)
         shown = f"loss {total / tokens:.4f}" + (f", val {line['val_loss']:.4f}" if "val_loss" in line else "")
-        stage.tell(line, shown, updates)
-        if ended:
+        run.tell(line, shown, updates)
+        if epoch_ended:
             say(f"epoch {progress.step // order.per_epoch}: {shown}")
-            stage.save(write, line.get("val_loss"))
-    return stage.finish(write)
+            run.save(write, line.get("val_loss"))
+    return run.finish(write)
 
 
-def described(split: EncodedConversations) -> str:
+def describe(split: EncodedConversations) -> str:
     tokens = sum(example.count for example in split.examples)
     parts = [f"{len(split.examples):,} conversations, {tokens:,} tokens of responses"]
     parts += [f"{split.cut:,} cut at a turn to fit the context"] * (split.cut > 0)
-    parts += [f"{split.dropped:,} too long for it left out"] * (split.dropped > 0)
+    parts += [f"{split.dropped:,} dropped: too long"] * (split.dropped > 0)
     return "; ".join(parts)
 
 

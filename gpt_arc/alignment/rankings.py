@@ -1,4 +1,4 @@
-"""Rankings as tokens, and their pairs."""
+"""Rankings encoded as tokens, and the pairs of responses that a loss compares."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from gpt_arc.errors import UserError
 
 
 class EncodedRanking(NamedTuple):
-    """The responses to one prompt, and which is better than which."""
+    """The responses to one prompt, and which response of each pair is better."""
 
     prompt: list[int]
     responses: list[list[int]]
-    pairs: list[tuple[int, int]]  # numbers of the better and the worse of each pair that isn't tied
+    pairs: list[tuple[int, int]]  # indices of the better and the worse response of each pair that isn't tied
 
     @property
     def sequences(self) -> list[list[int]]:
@@ -29,14 +29,14 @@ class EncodedRanking(NamedTuple):
 class EncodedRankings(NamedTuple):
     examples: list[EncodedRanking]
     pairs: int
-    ties: int  # pairs that say nothing
-    dropped: int  # rankings too long for the context, or all of whose pairs are ties
+    ties: int  # pairs of equal rank, not in `pairs`
+    dropped: int  # rankings too long for the context, or with nothing but ties
 
 
 def encode_rankings(rankings: Sequence[Ranking], chat: ChatFormat, context: int) -> EncodedRankings:
-    """Rankings whose prompt and longest response take `context` tokens at most, old turns being left out for that.
+    """Encodes rankings, dropping old turns until the prompt and the longest response fit into `context` tokens.
 
-    Raises UserError naming the row for text that has no tokens.
+    Raises UserError naming the row if its text can't be encoded.
     """
     examples, ties, dropped = [], 0, 0
     for ranking in rankings:
@@ -54,20 +54,22 @@ def encode_rankings(rankings: Sequence[Ranking], chat: ChatFormat, context: int)
     return EncodedRankings(examples, sum(len(example.pairs) for example in examples), ties, dropped)
 
 
-def described_rankings(split: str, rankings: Sequence[Ranking], chat: ChatFormat, context: int) -> list[EncodedRanking]:
-    """The rankings of a split that say something, their figures printed. Raises UserError if there are none."""
+def encode_split(split: str, rankings: Sequence[Ranking], chat: ChatFormat, context: int) -> list[EncodedRanking]:
+    """Encodes the rankings of a split and prints how many were kept. Raises UserError if none was."""
     examples, pairs, ties, dropped = encode_rankings(rankings, chat, context)
     parts = [f"{len(examples):,} rankings, {pairs:,} pairs"]
     parts += [f"{ties:,} ties dropped"] * (ties > 0)
-    parts += [f"{dropped:,} rankings without a pair or too long left out"] * (dropped > 0)
+    parts += [f"{dropped:,} rankings dropped: all ties, or too long"] * (dropped > 0)
     say(f"{split:<15}{'; '.join(parts)}")
     if not examples:
-        raise UserError(f"no ranking of the {split} split tells responses apart and fits into {context} tokens")
+        raise UserError(
+            f"no ranking of the {split} split fits into {context} tokens and prefers one response to another"
+        )
     return examples
 
 
 def fitting_prompt(chat: ChatFormat, turns: Sequence[Turn], room: int) -> list[int] | None:
-    """The prompt of the latest turns that take `room` tokens at most; None where the last turn alone takes more."""
+    """Encodes the latest turns that fit into `room` tokens. Returns None if the last turn alone is too long."""
     prompt = chat.prompt(turns)
     if len(prompt) <= room:
         return prompt
@@ -78,24 +80,24 @@ def fitting_prompt(chat: ChatFormat, turns: Sequence[Turn], room: int) -> list[i
 
 
 class Pairs(NamedTuple):
-    """The pairs of several rankings, whose responses are numbered one after another."""
+    """The pairs of several rankings, as indices into the concatenation of their responses."""
 
     better: Tensor  # (P,) int64
     worse: Tensor  # (P,) int64
-    weights: Tensor  # (P,) float32, 1 over the number of pairs of the ranking
+    weights: Tensor  # (P,) float32, 1 / (pairs of the ranking)
 
 
 def pairs_of(rankings: Sequence[EncodedRanking], device: torch.device) -> Pairs:
-    first, found = 0, []
+    first, weighted_pairs = 0, []
     for ranking in rankings:
-        found += [(first + i, first + j, 1 / len(ranking.pairs)) for i, j in ranking.pairs]
+        weighted_pairs += [(first + i, first + j, 1 / len(ranking.pairs)) for i, j in ranking.pairs]
         first += len(ranking.responses)
-    better, worse, weights = zip(*found)
+    better, worse, weights = zip(*weighted_pairs)
     return Pairs(*(torch.tensor(x, device=device) for x in (better, worse, weights)))
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens (N, T) int64, 0 after the end of a sequence, and lengths (N,)."""
+    """Returns tokens (N, T) int64, padded with 0, and lengths (N,)."""
     lengths = [len(sequence) for sequence in sequences]
     longest = max(lengths)
     rows = [[*sequence, *repeat(0, longest - len(sequence))] for sequence in sequences]

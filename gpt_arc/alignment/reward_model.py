@@ -1,10 +1,9 @@
-"""Rankings as tokens, and the reward model that learns from them: a GPT with a number for a head.
+"""Reward models: a GPT whose head returns one number, with their files and their agreement with preferences.
 
 model, tokenizer, chat = load_reward_model("out/reward")      # trained by stages/reward.py
 scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8, device, "float32")
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -30,9 +29,10 @@ HEAD = "reward.safetensors"
 
 
 class ScalarHead(nn.Linear):
-    """A number for each hidden state, always in float32.
+    """Maps each hidden state to a number, always in float32.
 
-    Drawn from N(0, 1/(C + 1)) for rewards, 0 for values, as openai/lm-human-preferences lm_human_preferences does.
+    Its weights are drawn from N(0, std^2), or 0 if std is 0. As in openai/lm-human-preferences, rewards start from
+    N(0, 1/(C + 1)) and values from 0.
     """
 
     def __init__(self, width: int, std: float):
@@ -41,13 +41,13 @@ class ScalarHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Numbers (...) of hidden states (..., C)."""
+        """Returns one number (...) for each hidden state (..., C)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return super().forward(hidden.type_as(self.weight)).squeeze(-1)
 
 
 class RewardModel(nn.Module):
-    """A trunk under a scalar head: the number at a sequence's last token is its score."""
+    """A GPT with a scalar head: a sequence's score is the head's output at its last token."""
 
     def __init__(self, trunk: GPT, std: float | None = None):
         super().__init__()
@@ -59,7 +59,7 @@ class RewardModel(nn.Module):
                 unused.requires_grad_(False)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Scores (N,) of tokens (N, T) that are `lengths` (N,) long."""
+        """Returns scores (N,) of tokens (N, T) padded after `lengths` (N,)."""
         hidden = self.trunk.hidden(tokens)
         return self.head(hidden[torch.arange(len(lengths), device=tokens.device), lengths - 1])
 
@@ -68,7 +68,7 @@ class RewardModel(nn.Module):
 def score_sequences(
     model: RewardModel, sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device, dtype: str
 ) -> Tensor:
-    """Scores (N,) float32, on the CPU, of sequences of tokens."""
+    """Returns scores (N,) float32, on the CPU, of N sequences of tokens."""
     training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -82,11 +82,12 @@ def score_sequences(
 
 
 def preference_report(gaps: Sequence[float], groups: int = 5) -> dict[str, Any]:
-    """How well scores agree with preferences, from each pair's score of the better response less that of the worse.
+    """Reports how well scores agree with preferences. A gap is the better response's score minus the worse one's.
 
-    accuracy: the share of pairs in the right order, an equal pair counting half, with its standard error. `by_gap`: of
-    groups of equal size by the absolute gap, the share that agrees and the one that Bradley and Terry's model predicts,
-    sigmoid of the gap; calibration_error: their mean absolute difference (arXiv:1706.04599, equation 3).
+    `accuracy` is the share of pairs in the right order, with its standard error; equal scores count half. `by_gap`
+    splits the pairs into groups of equal size by absolute gap, each with the share in the right order and the share
+    that the Bradley-Terry model predicts, sigmoid(gap). `calibration_error` is the mean absolute difference of the two
+    (arXiv:1706.04599, equation 3).
     """
     gaps = np.asarray(gaps, dtype=np.float64)
     gaps = gaps[np.argsort(np.abs(gaps), kind="stable")]
@@ -95,13 +96,13 @@ def preference_report(gaps: Sequence[float], groups: int = 5) -> dict[str, Any]:
     report["standard_error"] = float(agreed.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else 0.0
     report["by_gap"] = [
         {
-            "from": float(abs(gaps[own[0]])),
-            "to": float(abs(gaps[own[-1]])),
-            "pairs": len(own),
-            "predicted": float(predicted[own].mean()),
-            "agreed": float(agreed[own].mean()),
+            "from": float(abs(gaps[group[0]])),
+            "to": float(abs(gaps[group[-1]])),
+            "pairs": len(group),
+            "predicted": float(predicted[group].mean()),
+            "agreed": float(agreed[group].mean()),
         }
-        for own in np.array_split(np.arange(len(gaps)), min(groups, len(gaps)))
+        for group in np.array_split(np.arange(len(gaps)), min(groups, len(gaps)))
     ]
     errors = (group["pairs"] * abs(group["predicted"] - group["agreed"]) for group in report["by_gap"])
     report["calibration_error"] = sum(errors) / len(gaps)
@@ -109,7 +110,7 @@ def preference_report(gaps: Sequence[float], groups: int = 5) -> dict[str, Any]:
 
 
 def save_reward_model(model: RewardModel, tokenizer: Tokenizer, chat: ChatFormat, directory: Path | str) -> None:
-    """Write a reward model's directory: a model directory with chat.json and the head."""
+    """Writes a model directory with chat.json and the head's weights."""
     save_model(model.trunk, tokenizer, directory)
     chat.save(directory)
     with replacing(Path(directory) / HEAD) as temporary:
@@ -118,28 +119,19 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, chat: ChatFormat
 
 
 def is_reward_model(path: Path | str) -> bool:
-    """Whether `path` is a reward model's directory or a run folder of one."""
-    return any((Path(path) / place / HEAD).is_file() for place in (".", "best", "last"))
+    """Whether `path` is a reward model's directory or the folder of a run that trained one."""
+    return any((Path(path) / checkpoint / HEAD).is_file() for checkpoint in (".", "best", "last"))
 
 
 def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFormat]:
-    """The reward model, on the CPU, its tokenizer and how it reads conversations. Raises UserError."""
+    """Loads a reward model on the CPU, its tokenizer and its chat format. Raises UserError."""
     directory = model_directory(path)
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
     try:
         model.head.load_state_dict(load_file(directory / HEAD))
     except FileNotFoundError:
-        raise UserError(f"{directory} is a model without a head for rewards: train one by stages/reward.py") from None
+        raise UserError(f"{directory} has no reward head ({HEAD}): train one with stages/reward.py") from None
     except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
         raise UserError(f"{directory / HEAD} is damaged: {str(error).strip().splitlines()[-1].strip()}") from None
     return model, tokenizer, chat
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash of a model's weights, of at most a thousand of each tensor."""
-    found = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        flat = tensor.detach().flatten()
-        found.update(flat[:: max(len(flat) // 1000, 1)].float().cpu().numpy().tobytes())
-    return found.hexdigest()

@@ -1,24 +1,23 @@
-"""Responses that a policy writes, what is known of them, and the rewards they are given.
+"""Rollouts: responses that a policy writes to prompts, with the models' outputs and the scores for them.
 
-reward = load_reward("out/reward", ...)            # a reward model's directory
-reward = load_reward("examples.judge:utility", ...)       # or any Python function
-responses = write_responses(decoder, prompts, end, 64, 1.0, seed, numbers, 128)
+responses = write_responses(decoder, prompts, chat.end, 64, 1.0, seed, numbers, 128)
+outputs = model_outputs(actor, reference, prompts, responses, 8, device, "float32")
+rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.end)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpt_arc import distributed
 from gpt_arc.alignment.losses import log_probabilities, response_states
+from gpt_arc.alignment.policy import ActorCritic
 from gpt_arc.alignment.rankings import fitting_prompt, padded
-from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model
 from gpt_arc.chat.files import read_prompts
-from gpt_arc.chat.format import ChatFormat, load_chat_model
-from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.chat.format import ChatFormat
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
@@ -29,21 +28,14 @@ from gpt_arc.errors import UserError
 from model import GPT
 
 
-def load_policy(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
-    """`load_chat_model`, but for a reward model, which no longer writes. Raises UserError."""
-    if is_reward_model(path):
-        raise UserError(f"{path} is a reward model: name the model that it was made of")
-    return load_chat_model(path)
-
-
 class Prompt(NamedTuple):
     tokens: list[int]
-    row: dict[str, Any]  # of the file that it was read from
+    row: dict[str, Any]  # as read from the file
 
 
 def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int) -> list[Prompt]:
-    """Prompts of at most `room` tokens, longer ones less their oldest turns. Raises UserError if none is left."""
-    found, dropped = [], 0
+    """Reads prompts, dropping old turns until each fits into `room` tokens. Raises UserError if none fits."""
+    prompts, dropped = [], 0
     for conversation in read_prompts(path):
         try:
             tokens = fitting_prompt(chat, conversation.turns, room)
@@ -52,30 +44,30 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int) -> list[Pro
         if tokens is None:
             dropped += 1
         else:
-            found.append(Prompt(tokens, conversation.row))
-    say(f"prompts        {len(found):,}" + (f"; {dropped:,} too long left out" if dropped else ""))
-    if not found:
+            prompts.append(Prompt(tokens, conversation.row))
+    say(f"prompts        {len(prompts):,}" + (f"; {dropped:,} dropped: too long" if dropped else ""))
+    if not prompts:
         raise UserError(
-            f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context to it; lower it"
+            f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context for it; lower it"
         )
-    return found
+    return prompts
 
 
 def write_responses(
-    decoder: Decoder, prompts: Sequence[Prompt], end: int, most: int, temperature: float, seed: int,
-    numbers: Sequence[int], at_once: int,
+    decoder: Decoder, prompts: Sequence[Prompt], end: int, max_new_tokens: int, temperature: float, seed: int,
+    numbers: Sequence[int], batch_size: int,
 ) -> list[list[int]]:  # fmt: skip
-    """A response of at most `most` tokens to each prompt, `at_once` at a time, drawn at a temperature.
+    """Samples a response to each prompt, `batch_size` at a time.
 
-    What a response draws depends on the seed and its own of the `numbers` alone. Its last token is `end` if it got so
-    far.
+    A response ends with the token `end`, or after `max_new_tokens`. Its random draws depend only on the seed and on its
+    number in `numbers`.
     """
     responses: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # of like length are read together
-    for first in range(0, len(order), at_once):
-        rows = order[first : first + at_once]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # similar lengths share a batch
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
         steps = generate(
-            decoder, [prompts[row].tokens for row in rows], most, Sampling(temperature=temperature),
+            decoder, [prompts[row].tokens for row in rows], max_new_tokens, Sampling(temperature=temperature),
             generators=row_generators(seed, [numbers[row] for row in rows]),
             stopped=lambda row, token: token == end,
         )  # fmt: skip
@@ -85,97 +77,72 @@ def write_responses(
     return responses
 
 
-class ActorCritic(nn.Module):
-    """A policy and what predicts its returns: a network of its own, or a head on the policy."""
+class ModelOutputs(NamedTuple):
+    """The models' outputs for each token of N responses, given the tokens before it: (N, R) each, on the CPU."""
 
-    def __init__(self, policy: GPT, critic: RewardModel | ScalarHead, temperature: float):
-        super().__init__()
-        self.policy, self.critic, self.temperature = policy, critic, temperature
-
-    def forward(
-        self, tokens: Tensor, prompt_lengths: Tensor, responses: Tensor, text: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Log-probabilities, entropies and values, (N, R) each, of responses (N, R) within tokens (N, T).
-
-        With `text`, tokens and targets (B, T), also the policy's language-model loss on it, a sum. All in one pass, as
-        DistributedDataParallel has it.
-        """
-        hidden, length = self.policy.hidden(tokens), responses.size(1)
-        states = response_states(hidden, prompt_lengths, length)
-        logs, entropies = log_probabilities(self.policy, states, responses, self.temperature)
-        if isinstance(self.critic, RewardModel):
-            states = response_states(self.critic.trunk.hidden(tokens), prompt_lengths, length)
-            values = self.critic.head(states)
-        else:
-            values = self.critic(states)
-        return logs, entropies, values, None if text is None else self.policy(*text).total
-
-
-class Assessment(NamedTuple):
-    """What the models say of each token of N responses, before it: (N, R) each, on the CPU."""
-
-    logs: Tensor  # log-probabilities by the policy that wrote it
-    reference: Tensor  # by the reference
+    log_probs: Tensor  # by the policy that wrote the response
+    reference_log_probs: Tensor
     entropies: Tensor  # of the policy
     values: Tensor  # of the critic
 
 
 @torch.no_grad()
-def assess(
+def model_outputs(
     actor: ActorCritic, reference: GPT, prompts: Sequence[Prompt], responses: Sequence[list[int]], batch_size: int,
     device: torch.device, dtype: str,
-) -> Assessment:  # fmt: skip
-    """What policy, reference and critic say of responses, `batch_size` at a time."""
-    known = torch.zeros(4, len(responses), max(map(len, responses), default=0))
+) -> ModelOutputs:  # fmt: skip
+    """Runs policy, reference and critic on responses, `batch_size` at a time."""
+    outputs = torch.zeros(4, len(responses), max(map(len, responses), default=0))
     for start in range(0, len(responses), batch_size):
         rows = slice(start, start + batch_size)
         tokens, _ = padded([p.tokens + r[:-1] for p, r in zip(prompts[rows], responses[rows])], device)
-        wanted, _ = padded(responses[rows], device)
+        targets, _ = padded(responses[rows], device)
         prompt_lengths = torch.tensor([len(p.tokens) for p in prompts[rows]], device=device)
         with autocast(device, dtype):
-            logs, entropies, values, _ = actor(tokens, prompt_lengths, wanted)
-            states = response_states(reference.hidden(tokens), prompt_lengths, wanted.size(1))
-            by_reference, _ = log_probabilities(reference, states, wanted, actor.temperature)
-        known[:, rows, : wanted.size(1)] = torch.stack((logs, by_reference, entropies, values)).cpu()
-    return Assessment(*known)
+            logs, entropies, values, _ = actor(tokens, prompt_lengths, targets)
+            states = response_states(reference.hidden(tokens), prompt_lengths, targets.size(1))
+            reference_logs, _ = log_probabilities(reference, states, targets, actor.temperature)
+        outputs[:, rows, : targets.size(1)] = torch.stack((logs, reference_logs, entropies, values)).cpu()
+    return ModelOutputs(*outputs)
 
 
 class Rollouts(NamedTuple):
-    """The N responses of all processes and what is known of them, on the CPU."""
+    """The N responses of all processes with their outputs and scores, on the CPU."""
 
     sequences: list[list[int]]  # prompt and response
     prompt_lengths: Tensor  # (N,) int64
-    responses: Tensor  # (N, R) int64, 0 after the end
-    mask: Tensor  # (N, R) bool: which tokens are there
-    ended: Tensor  # (N,) bool: whether by the end token
-    known: Assessment  # (N, R) each, 0 after the end
+    responses: Tensor  # (N, R) int64, padded with 0
+    mask: Tensor  # (N, R) bool, False for padding
+    ended: Tensor  # (N,) bool: whether the response ends with the end token
+    outputs: ModelOutputs  # (N, R) each, 0 for padding
     scores: Tensor  # (N,)
-    monitored: Tensor  # (N,)
+    monitored: Tensor  # (N,) scores of the reward that is only logged
 
 
 def gather_rollouts(
-    prompts: Sequence[Prompt], responses: Sequence[list[int]], known: Assessment, scores: Tensor, monitored: Tensor,
+    prompts: Sequence[Prompt], responses: Sequence[list[int]], outputs: ModelOutputs, scores: Tensor, monitored: Tensor,
     end: int,
 ) -> Rollouts:  # fmt: skip
-    """The rollouts of every process, in every process: `prompts` are all, the rest those of this one, every n-th."""
-    shares = distributed.gather((responses, torch.stack(known), scores, monitored))
+    """Gives every process the rollouts of all processes.
+
+    `prompts` are those of all processes, in order. The other arguments are this process's share: prompts RANK,
+    RANK + WORLD_SIZE, and so on.
+    """
+    shares = distributed.gather((responses, torch.stack(outputs), scores, monitored))
     responses = [shares[i % WORLD_SIZE][0][i // WORLD_SIZE] for i in range(len(prompts))]
     tokens, lengths = padded(responses, torch.device("cpu"))
     mask = torch.arange(tokens.size(1)) < lengths[:, None]
-    all_known, all_scores = torch.zeros(4, *tokens.shape), torch.zeros(2, len(prompts))
-    for rank, (_, own_known, *own_scores) in enumerate(shares):
+    all_outputs, all_scores = torch.zeros(4, *tokens.shape), torch.zeros(2, len(prompts))
+    for rank, (_, rank_outputs, *rank_scores) in enumerate(shares):
         rows = slice(rank, None, WORLD_SIZE)
-        all_known[:, rows, : own_known.size(2)] = own_known
-        all_scores[:, rows] = torch.stack(own_scores)
+        all_outputs[:, rows, : rank_outputs.size(2)] = rank_outputs
+        all_scores[:, rows] = torch.stack(rank_scores)
     return Rollouts(
         [prompt.tokens + response for prompt, response in zip(prompts, responses)],
         torch.tensor([len(prompt.tokens) for prompt in prompts]),
         tokens,
         mask,
         torch.tensor([response[-1] == end for response in responses]),
-        Assessment(*torch.where(mask, all_known, 0.0)),
+        ModelOutputs(*torch.where(mask, all_outputs, 0.0)),
         *all_scores,
     )
-
-
-Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]

@@ -198,4 +198,4 @@ def test_explained_variance():
 )
 def test_the_adaptive_coefficient(kl, factor):
     """clip(kl / 6 - 1, -.2, .2) * 64 / 10,000, worked out by hand."""
-    assert rl.adapted(0.15, kl, 6.0, 10_000, 64) == pytest.approx(0.15 * factor, rel=1e-9)
+    assert rl.adapted_kl_coefficient(0.15, kl, 6.0, 10_000, 64) == pytest.approx(0.15 * factor, rel=1e-9)

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gpt_arc.alignment.losses import ranking_loss
-from gpt_arc.alignment.rankings import described_rankings, encode_rankings, fitting_prompt, padded, pairs_of
+from gpt_arc.alignment.policy import fingerprint
+from gpt_arc.alignment.rankings import encode_rankings, encode_split, fitting_prompt, padded, pairs_of
 from gpt_arc.alignment.reward_model import (
     HEAD,
     RewardModel,
     ScalarHead,
-    fingerprint,
     is_reward_model,
     load_reward_model,
     preference_report,
@@ -82,8 +82,8 @@ def test_old_turns_are_left_out_where_the_longest_response_takes_their_room():
 def test_rankings_that_fail_are_named():
     with pytest.raises(UserError, match="a file, line 1: the character 'X'"):
         encode_rankings([ranking("a", ["X", "b"])], CHAT, 16)
-    with pytest.raises(UserError, match="no ranking of the train split tells responses apart and fits into 16 tokens"):
-        described_rankings("train", [ranking("a", ["b", "b"], [1, 1])], CHAT, 16)
+    with pytest.raises(UserError, match="no ranking of the train split fits into 16 tokens"):
+        encode_split("train", [ranking("a", ["b", "b"], [1, 1])], CHAT, 16)
 
 
 def test_files_of_pairs_and_of_rankings_give_the_same(tmp_path):
@@ -170,7 +170,7 @@ def test_a_reward_model_is_kept_and_read(tmp_path):
     with pytest.raises(UserError, match="reward.safetensors is damaged"):
         load_reward_model(tmp_path / "run")
     head.unlink()
-    with pytest.raises(UserError, match="is a model without a head for rewards"):
+    with pytest.raises(UserError, match="has no reward head"):
         load_reward_model(tmp_path / "run")
     Path(tmp_path / "run" / "last" / "chat.json").unlink()
     with pytest.raises(UserError, match="doesn't know how turns are marked"):

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 
 from gpt_arc.alignment import rollouts as rollouts_module
+from gpt_arc.alignment.policy import ActorCritic
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
 from gpt_arc.alignment.rewards import load_reward
 from gpt_arc.alignment.rollouts import (
-    ActorCritic,
-    Assessment,
+    ModelOutputs,
     Prompt,
-    assess,
     distributed,
     gather_rollouts,
+    model_outputs,
     read_and_encode_prompts,
     write_responses,
 )
@@ -98,7 +98,7 @@ def test_log_probabilities_are_those_of_a_full_forward_and_of_the_decoder(name, 
     critic = RewardModel(model_of(3))
     actor = ActorCritic(policy, critic, temperature).eval()
     responses = written(policy, temperature=temperature)
-    found = {size: assess(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
+    found = {size: model_outputs(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
     decoder = Decoder(policy)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
         step = decoder.read([prompt.tokens], room=len(response))
@@ -111,12 +111,12 @@ def test_log_probabilities_are_those_of_a_full_forward_and_of_the_decoder(name, 
             value = critic.head(critic.trunk.hidden(before))[0, -1].item()
             entropy = -(distribution.exp() * distribution).sum().item()
             for known in found.values():
-                assert known.logs[i, t].item() == pytest.approx(distribution[token].item(), abs=1e-4)
-                assert known.logs[i, t].item() == pytest.approx(by_decoder, abs=1e-4)
-                assert known.reference[i, t].item() == pytest.approx(by_reference, abs=1e-4)
+                assert known.log_probs[i, t].item() == pytest.approx(distribution[token].item(), abs=1e-4)
+                assert known.log_probs[i, t].item() == pytest.approx(by_decoder, abs=1e-4)
+                assert known.reference_log_probs[i, t].item() == pytest.approx(by_reference, abs=1e-4)
                 assert known.values[i, t].item() == pytest.approx(value, abs=1e-4)
                 assert known.entropies[i, t].item() == pytest.approx(entropy, abs=1e-4)
-    assert not found[1].logs.requires_grad
+    assert not found[1].log_probs.requires_grad
 
 
 def test_a_shared_critic_and_the_loss_of_text():
@@ -141,7 +141,7 @@ def test_every_process_knows_all_rollouts_in_the_order_of_the_prompts(monkeypatc
 
     def share(rank, of):
         prompts, own = PROMPTS[rank::of], responses[rank::of]
-        known = assess(actor, reference, prompts, own, 8, CPU, "float32")
+        known = model_outputs(actor, reference, prompts, own, 8, CPU, "float32")
         return own, known, torch.arange(10.0)[rank : len(PROMPTS) : of], torch.arange(20.0)[rank : len(PROMPTS) : of]
 
     monkeypatch.setattr(rollouts_module, "WORLD_SIZE", world)
@@ -151,7 +151,7 @@ def test_every_process_knows_all_rollouts_in_the_order_of_the_prompts(monkeypatc
     )
     found = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
     _, known, scores, monitored = share(0, 1)
-    torch.testing.assert_close(found.known, Assessment(*(torch.where(found.mask, each, 0.0) for each in known)))
+    torch.testing.assert_close(found.outputs, ModelOutputs(*(torch.where(found.mask, each, 0.0) for each in known)))
     assert found.scores.tolist() == scores.tolist() == [0, 1, 2, 3, 4] and torch.equal(found.monitored, monitored)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
         assert found.sequences[i] == prompt.tokens + response and found.prompt_lengths[i] == len(prompt.tokens)
@@ -162,7 +162,7 @@ def test_every_process_knows_all_rollouts_in_the_order_of_the_prompts(monkeypatc
 def test_a_process_without_responses():
     actor = ActorCritic(model_of(1), ScalarHead(16, 1.0), 1.0).eval()
     assert written(actor.policy, []) == []
-    assert assess(actor, model_of(2), [], [], 8, CPU, "float32").logs.shape == (0, 0)
+    assert model_outputs(actor, model_of(2), [], [], 8, CPU, "float32").log_probs.shape == (0, 0)
 
 
 # ---- prompts
@@ -179,7 +179,7 @@ def test_prompts_that_are_too_long(tmp_path, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_and_encode_prompts(path, CHAT, 6)
     assert [prompt.tokens for prompt in found] == [[9, 0, 1, 10], [9, 2, 10]] and found[0].row == rows[0]
-    assert "prompts        2; 1 too long left out" in capsys.readouterr().out
+    assert "prompts        2; 1 dropped: too long" in capsys.readouterr().out
     for room in (2, -5):
         with pytest.raises(UserError, match=f"no prompt of .* fits: max_new_tokens leaves {max(room, 0)} tokens"):
             read_and_encode_prompts(path, CHAT, room)
@@ -237,18 +237,18 @@ def test_functions_that_score(rules, function, expected):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rules_of_test:short", "must return a number for each response: 1 for 2"),
-        ("rules_of_test:nan", "must return finite numbers, not nan, as for 'c'"),
-        ("rules_of_test:none", "must return a list of numbers, one for each response, not None"),
-        ("rules_of_test:words", "must return a list of numbers, one for each response, not ['ab', 'c']"),
-        ("rules_of_test:broken", "rules_of_test:broken fails, rules_of_test.py, line 12: KeyError: 'no such column'"),
-        ("rules_of_test:absent", "can't be imported, AttributeError: module 'rules_of_test' has no attribute 'absent'"),
-        ("rules_of_test:constant", "reward = rules_of_test:constant is no function"),
-        ("no_such_rules:length", "can't be imported, ModuleNotFoundError: No module named 'no_such_rules'"),
-        ("broken_rules:length", "can't be imported, broken_rules.py, line 2: JSONDecodeError: Expecting property name"),
-        ("unreadable_rules:length", "can't be imported, SyntaxError"),
-        ("rules_of_test", "is neither a reward model's directory nor a function, module:function"),
-        (":length", "is neither a reward model's directory nor a function, module:function"),
+        ("rules_of_test:short", "must return one number per response, not 1 for 2"),
+        ("rules_of_test:nan", "must return finite numbers, not nan for 'c'"),
+        ("rules_of_test:none", "must return a list of numbers, one per response, not None"),
+        ("rules_of_test:words", "must return a list of numbers, one per response, not ['ab', 'c']"),
+        ("rules_of_test:broken", "rules_of_test:broken failed: rules_of_test.py, line 12: KeyError: 'no such column'"),
+        ("rules_of_test:absent", "can't be imported: AttributeError: module 'rules_of_test' has no attribute 'absent'"),
+        ("rules_of_test:constant", "reward = rules_of_test:constant is not a function"),
+        ("no_such_rules:length", "can't be imported: ModuleNotFoundError: No module named 'no_such_rules'"),
+        ("broken_rules:length", "can't be imported: broken_rules.py, line 2: JSONDecodeError: Expecting property name"),
+        ("unreadable_rules:length", "can't be imported: SyntaxError"),
+        ("rules_of_test", "is neither a reward model's directory nor a function (module:function)"),
+        (":length", "is neither a reward model's directory nor a function (module:function)"),
     ],
 )
 def test_functions_that_fail(rules, name, message):
@@ -266,10 +266,10 @@ def test_reward_models_score_whole_sequences_of_their_own_tokens(tmp_path):
     for number, response in zip(found.tolist(), responses):
         whole = torch.tensor([PROMPTS[0].tokens + response])
         assert number == pytest.approx(model(whole, torch.tensor([whole.size(1)])).item(), abs=1e-5)
-    with pytest.raises(UserError, match="reads 8 tokens, and there is a response up to 9"):
+    with pytest.raises(UserError, match="reads at most 8 tokens; a response ends at 9"):
         score(PROMPTS[:1], [[1] * 6])
     asking = dataclasses.replace(TEMPLATES["markers"], user="<|user|>a{content}")
     others = ChatFormat.new(TEMPLATES["markers"], CharTokenizer("abcdefgi"), 8), ChatFormat.new(asking, LETTERS, 8)
     for other in others:
-        with pytest.raises(UserError, match="reads conversations otherwise than the policy writes them"):
+        with pytest.raises(UserError, match="has another chat format or tokenizer than the policy"):
             load_reward(str(tmp_path / "reward"), other, CPU, "float32", 8)

@@ -1,4 +1,4 @@
-"""stages/dpo.py as a user runs it: the optimum it approaches, its updates written out, how it goes on."""
+"""stages/dpo.py as a user runs it: the optimum it approaches, its updates written out, resuming."""
 
 import itertools
 import json
@@ -126,7 +126,7 @@ def test_preferences_of_a_known_utility_lead_to_its_optimum(workplace):
 
 
 def log_probability(model, prompt, response):
-    """Of a response, token by token, its tokens put together by hand."""
+    """Of a response, computed token by token from hand-built tokens."""
     asked, answered = [9, *LETTERS.encode(prompt), 10], [*LETTERS.encode(response), 11]
     return sum(
         model(torch.tensor([asked + answered[:i]]))[0, -1].log_softmax(-1)[token] for i, token in enumerate(answered)
@@ -201,8 +201,8 @@ def test_architectures(run, settings):
 # ---- one process, several, all at once, in parts
 
 
-def test_batches_and_processes_change_nothing_but_rounding(run):
-    """13 rankings in updates of 4, the last of 1: of two processes one then has nothing to do."""
+def test_batching_and_processes_change_only_rounding(run):
+    """13 rankings in updates of 4, the last of 1: then one of two processes has nothing to do."""
     flags = (*TRAIN, "--val=val.jsonl", "--adam_eps=1e-4", "--epochs=2")
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
@@ -231,7 +231,7 @@ def assert_same_runs(a, b):
 
 
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
     with monkeypatch.context() as patched:
         interrupt_at(patched, updates - 1)  # at which the next one looks
@@ -245,7 +245,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert refused.code == 2 and "was started on other data or another model" in refused.message
 
 
-def test_a_broken_run_goes_on_from_its_last_epoch(run, monkeypatch):
+def test_a_crashed_run_resumes_from_its_last_epoch(run, monkeypatch):
     """Nothing is written where it breaks, as where it is killed."""
     update, made = Updater.update, []
 
@@ -272,14 +272,14 @@ def test_a_broken_run_goes_on_from_its_last_epoch(run, monkeypatch):
         (("base",), "name the rankings to learn from by --train"),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         ((*TRAIN, "--train=none.jsonl"), "there is no file none.jsonl"),
-        ((*TRAIN, "--train=ties.jsonl"), "no ranking of the train split tells responses apart and fits into 16 tokens"),
+        ((*TRAIN, "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
         ((*TRAIN, "--beta=0"), "beta = 0.0 must be more than zero"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
         (("base", "--resume=True"), "base is not a run of dpo.py that could go on"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, flags, message):
+def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     write("ties.jsonl", [{"prompt": "a", "responses": ["a", "b"], "ranks": [1, 1]}])
     save_model(GPT(config_of()), LETTERS, "mute")
     refused = run(*flags)

@@ -1,4 +1,4 @@
-"""stages/ppo.py as a user runs it: the optimum it reaches, its updates written out, how it goes on, what it refuses."""
+"""stages/ppo.py as a user runs it: the optimum it reaches, its updates written out, resuming, refusals."""
 
 import dataclasses
 import math
@@ -231,7 +231,7 @@ def test_ratios_begin_at_one_and_rewards_pay_for_the_distance(run, monkeypatch):
         torch.testing.assert_close(ratios[first], torch.ones_like(ratios[first]), rtol=0, atol=1e-4)
     assert (ratios[2] - 1).abs().max() > 0.01
     rollouts = found[1]
-    log_ratio = rollouts.known.logs - rollouts.known.reference
+    log_ratio = rollouts.outputs.log_probs - rollouts.outputs.reference_log_probs
     assert log_ratio.abs().max() > 0.01
     for i, length in enumerate(rollouts.mask.sum(1).tolist()):
         expected = (-0.5 * log_ratio[i, :length]).tolist()
@@ -273,7 +273,7 @@ def test_the_value_network(run):
     refused = run(*TRAIN, "--value_network=reward")
     assert (
         refused.code == 2
-        and "value_network = reward, but reward = rules_of_ppo:letters is no reward" in refused.message
+        and "value_network = reward, but reward = rules_of_ppo:letters is not a reward model" in refused.message
     )
 
 
@@ -325,7 +325,7 @@ def test_the_coefficient_follows_the_kl(run):
 # ---- whatever the batches, the processes, the architecture
 
 
-def test_batches_and_processes_change_nothing_but_rounding(run, workplace):
+def test_batching_and_processes_change_only_rounding(run, workplace):
     write_dataset(workplace / "data" / "letters", LETTERS, {"train": list(range(8)) * 60, "val": list(range(8)) * 10})
     flags = (*TRAIN, "--pretraining_dataset=letters", "--pretraining_batch_size=3", "--ema_decay=0.5",
              "--inner_epochs=2", "--kl_target=0.1", "--monitor=reward", "--no_end_reward=-1")  # fmt: skip
@@ -397,7 +397,7 @@ def assert_same_runs(a, b):
 
 
 @pytest.mark.parametrize("updates", [3, 8])  # within an iteration, and at its end
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
     with monkeypatch.context() as patched:
         interrupt_at(patched, updates)
@@ -410,7 +410,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert "finished step 6" in run("halves", "--resume=True")
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(run):
+def test_a_killed_run_resumes_from_its_last_checkpoint(run):
     kill_at(10, "stages/ppo.py", *STOPPABLE, "--out_dir=killed")
     assert len(lines_of("killed")) == 4
     run(*STOPPABLE, "--out_dir=whole")
@@ -455,14 +455,17 @@ def test_the_published_settings():
         ((*TRAIN, "--prompts=odd.jsonl"), "odd.jsonl, line 1: there is no column prompt"),
         ((*TRAIN, "--max_new_tokens=16"), "no prompt of prompts.jsonl fits: max_new_tokens leaves 0 tokens"),
         ((*TRAIN, "--reward=base"), "base is neither a reward model's directory nor a function"),
-        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported, ModuleNotFoundError"),
-        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported, AttributeError"),
-        ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken fails, rules_of_ppo.py, line 6: ZeroDivisionError: "),
-        ((*TRAIN, "--reward=rules_of_ppo:short"), "must return a number for each response: 1 for 16"),
+        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported: ModuleNotFoundError"),
+        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported: AttributeError"),
+        ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken failed: rules_of_ppo.py, line 6: ZeroDivisionError: "),
+        ((*TRAIN, "--reward=rules_of_ppo:short"), "must return one number per response, not 1 for 16"),
         ((*TRAIN, "--monitor=rules_of_ppo:nan"), "rules_of_ppo:nan must return finite numbers, not nan"),
-        ((*TRAIN, "--reward=other"), "other reads conversations otherwise than the policy"),
+        ((*TRAIN, "--reward=other"), "other has another chat format or tokenizer than the policy"),
         ((*TRAIN, "--reward=narrow"), "the value network reads 8 tokens, the policy 16"),
-        ((*TRAIN, "--reward=narrow", "--value_network=policy"), "narrow reads 8 tokens, and there is a response up to"),
+        (
+            (*TRAIN, "--reward=narrow", "--value_network=policy"),
+            "narrow reads at most 8 tokens; a response ends at",
+        ),
         ((*TRAIN, "--pretraining_dataset=none"), "pretraining_dataset = none: there is no prepared dataset"),
         ((*TRAIN, "--pretraining_dataset=foreign"), "pretraining_dataset = foreign: it has another tokenizer"),
         ((*TRAIN, "--out_dir=reward", "--reward=reward"), "out_dir = reward holds the model that reward names"),
@@ -474,7 +477,7 @@ def test_the_published_settings():
         (("base", "--resume=True"), "base is not a run of ppo.py that could go on"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, workplace, flags, message):
+def test_a_mistake_is_reported_in_one_sentence(run, workplace, flags, message):
     write("odd.jsonl", [{"text": "a"}])
     other = CharTokenizer("abcdefgi")
     save_model(GPT(config_of()), LETTERS, "mute")

@@ -1,4 +1,4 @@
-"""stages/reward.py as a user runs it: what it learns of rankings, its updates written out, how it goes on."""
+"""stages/reward.py as a user runs it: what it learns of rankings, its updates written out, resuming."""
 
 import itertools
 import json
@@ -119,7 +119,7 @@ def test_a_utility_is_learned_and_demonstrations_score_0(run):
     flags = ("--learning_rate=1e-2", "--batch_size=32", "--gradient_accumulation_steps=1", "--val=val.jsonl")
     output = run(*TRAIN, *flags, "--demonstrations=chats.jsonl")
     (report,) = (json.loads(Path("out/reward/report.json").read_text()),)
-    assert "gap of scores" in output and report["calibration_error"] < 0.06
+    assert "score gap" in output and report["calibration_error"] < 0.06
     for place in ("last", "best"):
         model = load_reward_model(f"out/reward/{place}")[0].eval()
         scores = torch.tensor([score_one(model, "hh", text).item() for text in TEXTS])
@@ -157,8 +157,8 @@ def test_a_reward_model_goes_on_to_other_rankings(run):
 # ---- one process, several, all at once, in parts
 
 
-def test_batches_and_processes_change_nothing_but_rounding(run):
-    """13 rankings in updates of 4, the last of 1: of two processes one then has nothing to do."""
+def test_batching_and_processes_change_only_rounding(run):
+    """13 rankings in updates of 4, the last of 1: then one of two processes has nothing to do."""
     flags = (*TRAIN, "--val=val.jsonl", "--demonstrations=chats.jsonl", "--adam_eps=1e-4", "--epochs=2")
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
@@ -192,7 +192,7 @@ def assert_same_runs(a, b):
 
 
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
     with monkeypatch.context() as patched:
         interrupt_at(patched, updates - 1)  # at which the next one looks
@@ -206,7 +206,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert refused.code == 2 and "was started on other data" in refused.message
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(run):
+def test_a_killed_run_resumes_from_its_last_epoch(run):
     kill_at(6, "stages/reward.py", *STOPPABLE, "--out_dir=killed")
     assert len(lines_of("killed")) == 5
     assert "killed, from step 4" in run("killed", "--resume=True")
@@ -227,13 +227,16 @@ def test_the_published_settings():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("base",), "name the rankings to learn from by --train, or a reward model and what to measure by --val"),
+        (
+            ("base",),
+            "name the rankings to learn from by --train, or a reward model and its test rankings by --val",
+        ),
         (("base", "--val=val.jsonl"), "name the rankings to learn from by --train, or a reward model"),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: "),
-        (("base", "--train=ties.jsonl"), "no ranking of the train split tells responses apart and fits into 16 tokens"),
-        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split tells responses apart"),
+        (("base", "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
+        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split fits into 16 tokens"),
         ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
@@ -242,7 +245,7 @@ def test_the_published_settings():
         (("base", "--resume=True"), "base is not a run of reward.py that could go on"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, flags, message):
+def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     write("odd.jsonl", [{"prompt": "a"}])
     write("ties.jsonl", [{"prompt": "a", "responses": ["a", "b"], "ranks": [1, 1]}])
     write("long.jsonl", [{"prompt": "a" * 20, "response": "b"}])

@@ -1,4 +1,4 @@
-"""stages/sft.py as a user runs it: what it learns of conversations, how it goes on, what it refuses."""
+"""stages/sft.py as a user runs it: what it learns of conversations, resuming, refusals."""
 
 import json
 import math
@@ -153,8 +153,8 @@ def test_a_conversation_that_the_assistant_begins_and_plain_ones(run):
 # ---- one process, several, all at once, in parts
 
 
-def test_batches_and_processes_change_nothing_but_rounding(run):
-    """13 conversations in updates of 4, the last of 1: of two processes one then has nothing to do."""
+def test_batching_and_processes_change_only_rounding(run):
+    """13 conversations in updates of 4, the last of 1: then one of two processes has nothing to do."""
     flags = (*TRAIN, "--residual_dropout=0", "--val=val.jsonl", "--learning_rate=1e-3", "--adam_eps=1e-4")
     run(*flags, "--out_dir=whole")
     ways = {
@@ -186,7 +186,7 @@ def test_batches_and_processes_change_nothing_but_rounding(run):
 
 
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, updates):
+def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     flags = (*TRAIN, "--val=val.jsonl")
     run(*flags, "--out_dir=whole")
     with monkeypatch.context() as patched:
@@ -203,7 +203,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
     assert whole["progress"] == halves["progress"]
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(run, monkeypatch):
+def test_a_killed_run_resumes_from_its_last_epoch(run, monkeypatch):
     flags = (*TRAIN, "--val=val.jsonl")
     kill_at(7, "stages/sft.py", *flags, "--out_dir=killed")
     assert len(updates_of("killed")) == 6
@@ -356,7 +356,7 @@ def test_long_conversations_are_cut_or_left_out_and_that_is_told(run):
     turns = [{"role": role, "content": "a" * 7} for role in ("user", "assistant")]
     write("train.jsonl", [{"messages": turns * 2}, {"prompt": "a" * 30, "response": "b"}, *toy(3)])
     output = run(*TRAIN, "--epochs=1", "--val_fraction=0")
-    assert "4 conversations" in output and "; 1 cut at a turn to fit the context; 1 too long for it left out" in output
+    assert "4 conversations" in output and "; 1 cut at a turn to fit the context; 1 dropped: too long" in output
 
 
 # ---- settings from files, and mistakes
@@ -426,7 +426,7 @@ def test_a_mistake_in_a_settings_file(run, content, message):
         (("run", "--resume=True"), "run is not a run of sft.py that could go on"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, flags, message):
+def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     write("odd.jsonl", [{"prompt": "a"}])
     write("capital.jsonl", [*toy(1), {"prompt": "X", "response": "a"}])
     write("long.jsonl", [{"prompt": "a" * 30, "response": "b"}])
