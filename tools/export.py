@@ -107,8 +107,8 @@ def usage(task: str, special: SpecialTokens, max_tokens: int, named: bool) -> st
     """README.md's text on a classifier's input; `named`: the tokenizer's files have the SPECIAL_NAMES."""
     names = f", which AutoTokenizer reads as {', '.join(SPECIAL_NAMES)}" if named else ""
     return (
-        f"\nIts input is {LAYOUTS[task]} with the ids {describe_ids(special)}{names}; at most {max_tokens} tokens in all, "
-        "shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
+        f"\nIts input is {LAYOUTS[task]} with the ids {describe_ids(special)}{names}; at most {max_tokens} tokens in "
+        "all, shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
     )
 
 
