@@ -272,7 +272,7 @@ class HFTrainer(FinetuneWorker):
             arguments._n_gpu = 1  # otherwise it spreads a batch over all GPUs
         sequences, labels = draw_examples(settings, vocab_size)
         examples = [{"input_ids": sequence, "labels": label} for sequence, label in zip(sequences, labels)]
-        self.trainer = transformers.Trainer(self.model, arguments, self.padded, examples)
+        self.trainer = transformers.Trainer(self.model, arguments, self.pad_batch, examples)
 
         class Pauses(transformers.TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):

@@ -293,7 +293,7 @@ def show(results: dict[str, Any]) -> None:
         print(f"{name:12} {row['prefill_tokens_per_second']:11,.0f} {row['decode_tokens_per_second']:11,.1f}", end="")
         print("".join(f" {row['step_ms'][key]:11.2f}" for key in ("median", "min", "max")), end="")
         print(f" {row['first_token_ms']:11.1f} {row['whole_seconds']['median']:11.3f} {row['peak_memory_gb']:11.2f}")
-    print(f"\nwarm-up      {results['workers']['ours']['warmup_seconds']:.1f} s for ours, including compilation")
+    print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s for ours, including compilation")
     show_ratios(results["ratios"])
     floor = results["floor"]
     print(f"memory       read at {floor['bytes_per_second'] / 1e9:.1f} GB/s; a step must read", end="")
