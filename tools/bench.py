@@ -1,4 +1,4 @@
-"""Measure how fast this machine samples, trains and evaluates, beside other programs and beside its hardware's limits.
+"""Benchmark sampling, training and evaluation on this machine, against other libraries and the hardware's limits.
 
     python tools/bench.py sample configs/gpt2.toml --batch_size=16 --max_new_tokens=128
     python tools/bench.py sample configs/gpt2.toml --n_layer=6 --nanogpt=../nanoGPT --transformers=True
@@ -10,7 +10,7 @@
     python tools/bench.py ppo --trl=True
     python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886 --nanogpt=../nanoGPT
 
-Each measurement is a module of tools/benchmarks, whose docstring says what is compared and how.
+Each benchmark is a module of tools/benchmarks. Its docstring says what is compared and how.
 """
 
 import importlib
@@ -23,13 +23,13 @@ BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "speedrun")
 
 
 def main() -> int | None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidy up, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nTheir settings: " + ", ".join(f"python tools/bench.py {name} --help" for name in BENCHMARKS))
+        print(f"{__doc__}\nSettings: " + ", ".join(f"python tools/bench.py {name} --help" for name in BENCHMARKS))
         return None
     if name not in BENCHMARKS:
-        raise UserError(f"name what to measure: python tools/bench.py {', '.join(BENCHMARKS)}")
+        raise UserError(f"name a benchmark: python tools/bench.py {', '.join(BENCHMARKS)}")
     benchmark = importlib.import_module(f"benchmarks.{name}")
     return getattr(benchmark, f"bench_{name}")(args)
 

@@ -1,13 +1,14 @@
-"""Tell which experts of a trained mixture the tokens of a text go to, block by block and by the tokens' kind.
+"""Show which experts of a trained mixture a text's tokens go to, by block and by class of token.
 
     python tools/expert_use.py out/moe --dataset tinyshakespeare             the val split of a prepared dataset
     python tools/expert_use.py out/moe --text book.txt --top 5               and each expert's most typical tokens
     python tools/expert_use.py out/moe --text book.txt --plot use.png --json use.json
 
-For each block are told the experts' load, the share of the choices that each gets; its CV, the standard deviation over
-the mean; the largest load over the mean; and the entropy of the router's probabilities. Classes of tokens follow with
-the shares of their choices that go to each expert, in per cent. How far the classes explain the choices is their mutual
-information, in nats, and as a share of what it would be if a token's class settled its experts.
+Prints for each block: the load of each expert, i.e. its share of all choices; the load's CV (standard deviation over
+mean); the largest load over the mean; and the entropy of the router's probabilities. Then, for each class of tokens,
+the percentage of its choices that goes to each expert. The mutual information of class and expert, in nats, says how
+far the classes explain the choices; it is also given as a share of its value if a token's class determined its
+experts.
 """
 
 import sys
@@ -68,8 +69,8 @@ def figure_class() -> Any:
 
 
 def check(options: Options) -> None:
-    """Raises UserError for what would fail, part of it after the work is done."""
-    if (options.text is None) == (options.dataset is None):  # told here: a misspelled flag comes first
+    """Raises UserError early for settings that would fail later, some only after the work is done."""
+    if (options.text is None) == (options.dataset is None):  # checked here so that misspelled flags are reported first
         raise UserError("name what to read, either --text FILE or --dataset NAME")
     for path, flag in ((options.json, "json"), (options.plot, "plot")):
         if path and not path.parent.is_dir():
@@ -80,8 +81,8 @@ def check(options: Options) -> None:
         figure_class()
 
 
-def windows_of(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_size: int) -> "list[Window]":
-    """What is to be read. Raises UserError."""
+def read_windows(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_size: int) -> "list[Window]":
+    """Returns the windows of tokens to read. Raises UserError if there are none."""
     from gpt_arc.data.datasets import Source, open_corpus
     from gpt_arc.data.documents import read_text
     from gpt_arc.evaluation.expert_use import windows
@@ -93,26 +94,24 @@ def windows_of(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_
         return windows(tokenizer, lambda start, n: tokens[start : start + n], len(tokens), block_size, options.tokens)
     corpus = open_corpus((Source(options.dataset, 1.0),))
     if corpus is None:
-        raise UserError(
-            f"there is no prepared dataset {options.dataset}, neither below data/ nor a folder of that path"
-        )
+        raise UserError(f"there is no prepared dataset {options.dataset}, neither below data/ nor at that path")
     if corpus.tokenizer != tokenizer:
         raise UserError(
-            f"{options.dataset} was prepared with another tokenizer than the model's: give its text by --text"
+            f"{options.dataset} was prepared with another tokenizer than the model's: pass its text with --text"
         )
     split = corpus.split(options.split, 1, vocab_size, False)  # shorter than the context is fine
     return windows(tokenizer, split.read, len(split), block_size, options.tokens)
 
 
 def class_shares(use: "Use") -> dict[str, list[float]]:
-    """For each class of which there are tokens, the shares (E,) of its choices."""
+    """For each class with tokens, the share of its choices per expert (E,)."""
     from gpt_arc.evaluation.expert_use import CLASSES
 
     return {name: (row / row.sum()).tolist() for name, row in zip(CLASSES, use.by_class.double()) if row.sum()}
 
 
 def tables(use: "Use", tokenizer: "Tokenizer", top: int) -> str:
-    """What is printed of a block."""
+    """The text printed for a block."""
     from gpt_arc.evaluation.expert_use import CLASSES
     from gpt_arc.tables import table
 
@@ -137,19 +136,19 @@ def tables(use: "Use", tokenizer: "Tokenizer", top: int) -> str:
 
 
 def draw(uses: "list[Use]", path: Path) -> None:
-    """A heat map a block: rows are classes, columns experts, and colours the shares of a class's choices."""
+    """Draws a heat map per block: rows are classes, columns experts, colors the shares of a class's choices."""
     from gpt_arc.files import replacing
 
     shares = [class_shares(use) for use in uses]
-    highest = max(max(row) for own in shares for row in own.values())
+    highest = max(max(row) for block in shares for row in block.values())
     across = min(len(uses), 4)
     down = -(-len(uses) // across)
     figure = figure_class()(figsize=(1.6 + 3 * across, 0.6 + 2.6 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
-    for axes, use, own in zip(panels, uses, shares):
-        image = axes.imshow(list(own.values()), vmin=0, vmax=highest, aspect="auto")
+    for axes, use, block in zip(panels, uses, shares):
+        image = axes.imshow(list(block.values()), vmin=0, vmax=highest, aspect="auto")
         axes.set_title(f"block {use.block}", fontsize="medium")
-        axes.set_yticks(range(len(own)), list(own))
+        axes.set_yticks(range(len(block)), list(block))
         if len(use.load) <= 16:
             axes.set_xticks(range(len(use.load)), range(1, len(use.load) + 1))
         axes.set_xlabel("expert")
@@ -176,7 +175,7 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check(options)
 
-    import json  # what follows is slow to import: not before the settings are known to be right
+    import json  # slow (the imports below): once the settings are valid
 
     from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
     from gpt_arc.evaluation.expert_use import expert_use
@@ -188,10 +187,10 @@ def main() -> None:
     set_up_device(device, options.dtype)
     model, tokenizer = load_model(options.model, dtype=dtype)
     if not model.experts:
-        raise UserError(f"{options.model} is a dense model: it has no experts; tools/upcycle.py makes a mixture of it")
+        raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
     if tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: it can't read texts")
-    windows = windows_of(options, tokenizer, model.config.vocab_size, model.config.block_size)
+    windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
     uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
     if options.plot:

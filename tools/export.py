@@ -1,13 +1,14 @@
-"""Write a model in the form of another library.
+"""Export a model to another library's format.
 
     python tools/export.py out/gpt2 exported --to hf                      transformers, vLLM, llama.cpp's converter
     python tools/export.py out/gpt2 exported --to hf --dtype bfloat16     in half the space
-    python tools/export.py out/finetune exported --to hf                  what stages/finetune.py trained, with its head
-    python tools/export.py out/ppo exported --to hf                       a model that chats, with its template
+    python tools/export.py out/finetune exported --to hf                  a model from stages/finetune.py, with its head
+    python tools/export.py out/ppo exported --to hf                       a chat model, with its template
 
-MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Then, elsewhere:
-transformers.AutoModelForCausalLM.from_pretrained("exported"); of a fine-tuned model AutoModelForSequenceClassification,
-for multiple choice GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. What the other library can't compute is refused.
+MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
+transformers.AutoModelForCausalLM.from_pretrained("exported"), a fine-tuned model with
+AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A
+model that the other library can't compute is refused.
 """
 
 import json
@@ -24,9 +25,9 @@ from gpt_arc.files import new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 
-MARK = "Written by gpt-arc's tools/export.py"  # what README.md begins with: a folder without it isn't replaced
+MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor one that holds more than an export's files
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -50,21 +51,21 @@ class Options:
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Raises UserError if `folder` holds something, unless it is an export that may be replaced."""
+    """Raises UserError if `folder` isn't empty, unless it holds an export that may be replaced."""
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return
     readme = folder / "README.md"
     if not readme.is_file() or not readme.read_text("utf-8", errors="replace").startswith(MARK):
-        raise UserError(f"{folder} holds something else than an export: name another folder")
+        raise UserError(f"{folder} holds something other than an export: name another folder")
     others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES)
     if others:
-        raise UserError(f"{folder} holds more than an export, {others[0]} for one: name another folder")
+        raise UserError(f"{folder} holds more than an export, such as {others[0]}: name another folder")
     if not overwrite:
         raise UserError(f"{folder} holds an export already: name another folder, or add --overwrite=True")
 
 
 def generation_config(config: dict) -> dict:
-    """What transformers' generate starts from, as it derives it from config.json itself."""
+    """The default generation settings, as transformers derives them from config.json."""
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
     cache = {"use_cache": config["use_cache"]} if "use_cache" in config else {}
     outputs = {"output_attentions": False, "output_hidden_states": False}
@@ -73,19 +74,19 @@ def generation_config(config: dict) -> dict:
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
-    """The tokenizer's files, with the settings by which transformers' AutoTokenizer reads them as they are."""
+    """The tokenizer's files, with settings that make transformers' AutoTokenizer read them unchanged."""
     files = tokenizer.files()
     if SETTINGS_FILE in files or FILE_NAME not in files:
         return files
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
-    settings["clean_up_tokenization_spaces"] = False  # decode would take spaces out
+    settings["clean_up_tokenization_spaces"] = False  # otherwise decode removes spaces
     if tokenizer.end_of_text is not None:
         settings["bos_token"] = settings["eos_token"] = tokenizer.decode([tokenizer.end_of_text])
     return files | {SETTINGS_FILE: as_json(settings)}
 
 
 def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: dict) -> dict[str, bytes] | None:
-    """The tokenizer's files with further special tokens and settings; None where the tokens can't have those ids."""
+    """The tokenizer's files with more special tokens and settings; None if the tokens can't get those ids."""
     from tokenizers import Tokenizer as Library
 
     if FILE_NAME not in files:
@@ -94,7 +95,7 @@ def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: di
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     new = [{"id": id, "content": name, **flags} for name, id in named.items()]
     table["added_tokens"] = [*(table.get("added_tokens") or ()), *new]
-    if isinstance(table["model"]["vocab"], dict):  # by which ids may leave a gap, as where the model has further rows
+    if isinstance(table["model"]["vocab"], dict):  # ids in it may have gaps, as when the model has extra rows
         table["model"]["vocab"] |= {token["content"]: token["id"] for token in table["added_tokens"]}
     content = json.dumps(table, ensure_ascii=False, indent=1).encode()
     if named.keys() & known.keys() or Library.from_buffer(content).get_vocab() != known | named:
@@ -102,16 +103,16 @@ def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: di
     return files | {FILE_NAME: content, SETTINGS_FILE: as_json(json.loads(files[SETTINGS_FILE]) | more)}
 
 
-def usage(task: str, special: SpecialTokens, max_tokens: int, spelled: bool) -> str:
-    """What README.md says of a classifier's input; `spelled` where the tokenizer's files have the SPECIAL_NAMES."""
-    names = f", which AutoTokenizer reads as {', '.join(SPECIAL_NAMES)}" if spelled else ""
+def usage(task: str, special: SpecialTokens, max_tokens: int, named: bool) -> str:
+    """README.md's text on a classifier's input; `named`: the tokenizer's files have the SPECIAL_NAMES."""
+    names = f", which AutoTokenizer reads as {', '.join(SPECIAL_NAMES)}" if named else ""
     return (
-        f"\nIts input is {LAYOUTS[task]} with the ids {shown(special)}{names}; at most {max_tokens} tokens in all, "
-        "shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
+        f"\nIts input is {LAYOUTS[task]} with the ids {describe_ids(special)}{names}; at most {max_tokens} tokens in "
+        "all, shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
     )
 
 
-def shown(special: SpecialTokens) -> str:
+def describe_ids(special: SpecialTokens) -> str:
     return ", ".join(f"[{name}] = {id}" for name, id in special._asdict().items())
 
 
@@ -123,7 +124,7 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check_output(options.output, options.overwrite)
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -138,9 +139,9 @@ def main() -> None:
         classifier, tokenizer = load_classifier(options.model)
         model, trained = classifier.trunk, classifier.config
         if trained.lstm:
-            raise UserError("the model is an LSTM, which no architecture of transformers computes")
+            raise UserError("the model is an LSTM, and transformers has no architecture for it")
     elif is_reward_model(options.model):
-        raise UserError(f"{options.model} is a reward model, for whose head transformers has no class of its own")
+        raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
     else:
         model, tokenizer = load_model(options.model)
         chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
@@ -162,11 +163,11 @@ def main() -> None:
     if tokenizer is not None:
         files |= tokenizer_files(tokenizer, model.config.block_size)
     if classifier is not None:
-        # padding has to be what config.json says it is
+        # padding must match config.json
         padding = {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
         extended = with_special_tokens(files, dict(zip(SPECIAL_NAMES, special)), padding)
         files = extended or files
-        readme += usage(trained.task, special, trained.max_tokens, spelled=extended is not None)
+        readme += usage(trained.task, special, trained.max_tokens, named=extended is not None)
     if chat:
         mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
         extended = with_special_tokens(files, chat.added, {"chat_template": chat.template.jinja, "eos_token": mark})
@@ -176,7 +177,7 @@ def main() -> None:
         try:
             with replacing(temporary / WEIGHTS) as path:
                 save_file(tensors, path, {"format": "pt"})
-        except SafetensorError as error:  # as of a full disk
+        except SafetensorError as error:  # such as a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
         for name, content in files.items():
             write_file(temporary / name, content)
@@ -185,11 +186,11 @@ def main() -> None:
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:
-        print(f"AutoTokenizer doesn't know {shown(special)}: put these ids around those of a text")
+        print(f"AutoTokenizer doesn't know {describe_ids(special)}: put these ids around those of a text")
     if chat and not extended:
         print(f"AutoTokenizer doesn't know the ids of the chat's marks: {chat.added}")
     if tokenizer is None:
-        print("it has no tokenizer: the model came without one")
+        print("it has no tokenizer, because the model has none")
     elif SENTENCEPIECE_FILE in files:
         print(f"AutoTokenizer may read {SENTENCEPIECE_FILE} otherwise than SentencePiece: encode with that library")
 

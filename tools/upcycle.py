@@ -1,11 +1,11 @@
-"""Make a mixture of experts of a trained dense model, to be trained on (sparse upcycling, arXiv:2212.05055).
+"""Turn a trained dense model into a mixture of experts, for further training (sparse upcycling, arXiv:2212.05055).
 
     python tools/upcycle.py out/modern upcycled --n_experts 8
     python train.py configs/modern.toml --init_from=upcycled --learning_rate=1e-4
 
-MODEL is what sample.py takes: a run folder, a model directory, or the name of a published model. Each expert begins as
-a copy of the block's MLP, and the gates of a token's experts add up to 1: the mixture computes what the model did. What
-is new beside them, routers and shared experts, changes nothing at first: the latter's projections begin as zeros.
+MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Each expert starts as a
+copy of the block's MLP, and the gates of a token's experts add up to 1, so the mixture computes what the model did.
+The new routers and shared experts change nothing at first: the projections of shared experts start at zero.
 """
 
 import sys
@@ -53,7 +53,7 @@ def main() -> None:
     if options.output.is_file() or options.output.is_dir() and any(options.output.iterdir()):
         raise UserError(f"{options.output} holds something already: name another folder")
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
     from safetensors import SafetensorError
 
     from gpt_arc.alignment.reward_model import is_reward_model
@@ -65,7 +65,7 @@ def main() -> None:
 
     if is_classifier(options.model) or is_reward_model(options.model):
         raise UserError(
-            f"{options.model} has a head of its own, which the mixture would lose: name what it was made of"
+            f"{options.model} has its own head, which the mixture would lose: name the model it was trained from"
         )
     model, tokenizer = load_model(options.model)
     chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
@@ -75,16 +75,16 @@ def main() -> None:
     names = ("experts_per_token", "expert_interval", "shared_experts", "balance_rate")
     try:
         mixture = upcycled(model, options.n_experts, **{name: getattr(options, name) for name in names})
-    except ValueError as error:  # of settings that don't go together
+    except ValueError as error:  # settings that don't fit together
         raise UserError(str(error)) from None
     with new_directory(options.output.resolve()) as temporary:
         try:
             save_model(mixture, tokenizer, temporary)
             if chat:
                 chat.save(temporary)
-        except SafetensorError as error:  # as of a full disk
+        except SafetensorError as error:  # such as a full disk
             raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
-    print(f"{options.output}: {describe_parameters(mixture, ' parameters')}, made of {model.num_parameters():,}")
+    print(f"{options.output}: {describe_parameters(mixture, ' parameters')}, made from {model.num_parameters():,}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The evaluation benchmark scores the same with every program, and its figures follow from their times."""
+"""The evaluation benchmark: all competitors compute the same scores, and the figures follow from their times."""
 
 import contextlib
 import json
@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import eval as eval_module
-from benchmarks.eval import EvalBench, Harness, Harness16Bit, Job, Ours, Ours16Bit, draw_items, figures, least_flops
+from benchmarks.eval import (
+    EvalBench,
+    EvalJob,
+    HarnessScorer,
+    HarnessScorer16Bit,
+    OurScorer,
+    OurScorer16Bit,
+    draw_items,
+    minimum_flops,
+    summarize,
+)
 from gpt_arc.errors import entry_point
 from model import GPTConfig
 from tools import bench
@@ -19,21 +29,21 @@ SMALL = {"items": 6, "min_context": 4, "max_context": 9, "min_option": 1, "max_o
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, with tiny.toml."""
+    """The working directory, with tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TOML)
     return tmp_path
 
 
 @contextlib.contextmanager
-def in_this_process(name, program, job):
-    loaded = program(job)
-    yield lambda method: method and getattr(loaded, method)()
+def in_this_process(name, worker_class, job):
+    worker = worker_class(job)
+    yield lambda method: method and getattr(worker, method)()
 
 
 def test_a_run_measures_ours_and_the_harness(place, monkeypatch, output_of):
     pytest.importorskip("lm_eval")
-    monkeypatch.setattr(eval_module, "running", in_this_process)
+    monkeypatch.setattr(eval_module, "child_process", in_this_process)
     flags = "--dtype=bfloat16 --n_layer=2 --transformers=True --batch_sizes 1 5 --json=results.json".split()
     output = output_of(entry_point(bench.main), "bench.py", "eval", "tiny.toml", *FLAGS, *flags)
     results = json.loads(Path("results.json").read_text())
@@ -55,12 +65,12 @@ def test_a_run_measures_ours_and_the_harness(place, monkeypatch, output_of):
     assert sorted(path.name for path in place.iterdir()) == ["results.json", "tiny.toml"]
 
 
-def test_every_program_scores_the_same_options():
+def test_all_competitors_compute_the_same_scores():
     pytest.importorskip("lm_eval")
-    job = Job(EvalBench("tiny.toml", **SMALL, batch_sizes=(4,)), GPTConfig(16, 50, 2, 2, 16), "cpu", "bfloat16")
+    job = EvalJob(EvalBench("tiny.toml", **SMALL, batch_sizes=(4,)), GPTConfig(16, 50, 2, 2, 16), "cpu", "bfloat16")
     scores = []
-    for program in (Ours, Harness, Ours16Bit, Harness16Bit):
-        measured = program(job)
+    for worker in (OurScorer, HarnessScorer, OurScorer16Bit, HarnessScorer16Bit):
+        measured = worker(job)
         assert measured.round() > 0
         scores.append(measured.log_probabilities())
         assert {parameter.dtype for parameter in measured.model.parameters()} == {measured.dtype}
@@ -68,7 +78,7 @@ def test_every_program_scores_the_same_options():
     assert scores[2] == pytest.approx(scores[0], rel=0.03) and scores[3] == pytest.approx(scores[0], rel=0.03)
 
 
-def test_items_are_drawn_as_asked():
+def test_items_follow_the_settings():
     pairs = draw_items(EvalBench("", options=3), 50)
     assert len(pairs) == 3000 and pairs == draw_items(EvalBench("", options=3), 50)
     assert pairs != draw_items(EvalBench("", options=3, seed=2), 50)
@@ -79,7 +89,7 @@ def test_items_are_drawn_as_asked():
 
 
 def test_figures_follow_from_the_times():
-    assert figures(60, 9, 2, 4, 3) == {
+    assert summarize(60, 9, 2, 4, 3) == {
         "items_per_second": 20,
         "round_seconds": {"median": 3, "min": 2, "max": 4},
         "warmup_seconds": 9,
@@ -87,9 +97,9 @@ def test_figures_follow_from_the_times():
     }
 
 
-def test_the_floor_reads_a_context_once_and_no_last_token():
+def test_the_floor_reads_each_context_once_and_skips_last_tokens():
     settings = EvalBench("", items=2, options=3, min_context=7, max_context=7, min_option=4, max_option=4)
-    assert least_flops(settings, GPTConfig(16, 50, 1, 2, 16), 1000) == 2 * 1000 * 2 * (7 + 3 * 3) + 2 * 50 * 16 * 24
+    assert minimum_flops(settings, GPTConfig(16, 50, 1, 2, 16), 1000) == 2 * 1000 * 2 * (7 + 3 * 3) + 2 * 50 * 16 * 24
 
 
 @pytest.mark.parametrize(
@@ -105,5 +115,5 @@ def test_the_floor_reads_a_context_once_and_no_last_token():
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(flags, sentence, place, output_of):
+def test_mistakes_are_reported_in_one_sentence(flags, sentence, place, output_of):
     assert sentence in output_of(entry_point(bench.main), "tools/bench.py", "eval", *FLAGS, *flags)

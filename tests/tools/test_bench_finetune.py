@@ -1,4 +1,4 @@
-"""The fine-tuning benchmark measures updates that train, and its figures follow from their times."""
+"""The fine-tuning benchmark: its updates train the model, and the figures follow from their times."""
 
 import contextlib
 import json
@@ -10,15 +10,15 @@ import torch
 from benchmarks import finetune as finetune_module
 from benchmarks.finetune import (
     FinetuneBench,
-    Job,
-    Ours,
-    OursWithLanguage,
-    Round,
-    Trainer,
+    FinetuneJob,
+    FinetuneRound,
+    HFTrainer,
+    OurFinetuner,
+    OurFinetunerWithLanguage,
     draw_examples,
-    figures,
-    ratio,
+    summarize,
 )
+from benchmarks.processes import ratio_of_medians
 from gpt_arc.errors import entry_point
 from model import GPTConfig
 from tools import bench
@@ -29,7 +29,7 @@ FLAGS = "--batch_size=4 --examples=8 --min_tokens=4 --max_tokens=16 --device=cpu
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, with tiny.toml."""
+    """The working directory, with tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TOML)
     return tmp_path
@@ -37,17 +37,17 @@ def place(tmp_path, monkeypatch):
 
 def job(folder, **settings):
     settings = {"batch_size": 4, "examples": 8, "min_tokens": 4, "max_tokens": 16, "rounds": 1, **settings}
-    return Job(FinetuneBench("tiny.toml", **settings), GPTConfig(16, 53, 1, 2, 16), "cpu", "float32", folder)
+    return FinetuneJob(FinetuneBench("tiny.toml", **settings), GPTConfig(16, 53, 1, 2, 16), "cpu", "float32", folder)
 
 
 @contextlib.contextmanager
-def in_this_process(name, program, job):
-    loaded = program(job)
-    yield lambda method: method and getattr(loaded, method)()
+def in_this_process(name, worker_class, job):
+    worker = worker_class(job)
+    yield lambda method: method and getattr(worker, method)()
 
 
 def test_a_run_measures_ours_and_the_trainer(place, monkeypatch, output_of):
-    monkeypatch.setattr(finetune_module, "running", in_this_process)
+    monkeypatch.setattr(finetune_module, "child_process", in_this_process)
     flags = "--rounds=1 --steps=2 --classes=3 --dtype=bfloat16 --n_layer=2 --transformers=True --json=results.json"
     output = output_of(entry_point(bench.main), "bench.py", "finetune", "tiny.toml", *FLAGS, *flags.split())
     results = json.loads(Path("results.json").read_text())
@@ -69,7 +69,7 @@ def test_a_run_measures_ours_and_the_trainer(place, monkeypatch, output_of):
 
 
 def test_figures_and_ratios_follow_from_the_times():
-    ours = figures(60, 2, *[Round(seconds, 10**9) for seconds in (9, 2, 4, 3)])
+    ours = summarize(60, 2, *[FinetuneRound(seconds, 10**9) for seconds in (9, 2, 4, 3)])
     assert ours == {
         "examples_per_second": 20,
         "round_seconds": {"median": 3, "min": 2, "max": 4},
@@ -78,20 +78,20 @@ def test_figures_and_ratios_follow_from_the_times():
         "warmup_seconds": 9,
         "rounds": [2, 4, 3],
     }
-    its = figures(60, 2, *[Round(seconds, 10**9) for seconds in (9, 6, 4, 9)])
-    assert ratio(ours, its) == {"median": 2, "min": 1, "max": 3}
+    other = summarize(60, 2, *[FinetuneRound(seconds, 10**9) for seconds in (9, 6, 4, 9)])
+    assert ratio_of_medians(ours, other) == {"median": 2, "min": 1, "max": 3}
 
 
-@pytest.mark.parametrize("program", [Ours, OursWithLanguage, Trainer])
-def test_every_program_trains_on_whole_epochs_of_the_same_examples(program, tmp_path):
-    measured, seen = program(job(tmp_path, steps=4)), []  # two epochs a round
+@pytest.mark.parametrize("worker", [OurFinetuner, OurFinetunerWithLanguage, HFTrainer])
+def test_all_competitors_train_on_whole_epochs_of_the_same_examples(worker, tmp_path):
+    measured, seen = worker(job(tmp_path, steps=4)), []  # two epochs a round
 
-    def look(module, args, kwargs):
-        tokens = kwargs["input_ids"] if program is Trainer else args[0].squeeze(1)
-        lengths = kwargs["attention_mask"].sum(1) if program is Trainer else args[1].squeeze(1)
+    def record(module, args, kwargs):
+        tokens = kwargs["input_ids"] if worker is HFTrainer else args[0].squeeze(1)
+        lengths = kwargs["attention_mask"].sum(1) if worker is HFTrainer else args[1].squeeze(1)
         seen.append([row[:length].tolist() for row, length in zip(tokens, lengths)])
 
-    measured.model.register_forward_pre_hook(look, with_kwargs=True)
+    measured.model.register_forward_pre_hook(record, with_kwargs=True)
     before = [parameter.detach().clone() for parameter in measured.model.parameters()]
     for batches in (4, 8):
         assert measured.round().seconds > 0 and len(seen) == batches
@@ -119,5 +119,5 @@ def test_every_program_trains_on_whole_epochs_of_the_same_examples(program, tmp_
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(flags, sentence, place, output_of):
+def test_mistakes_are_reported_in_one_sentence(flags, sentence, place, output_of):
     assert sentence in output_of(entry_point(bench.main), "tools/bench.py", "finetune", *FLAGS, *flags)

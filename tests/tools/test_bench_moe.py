@@ -1,4 +1,4 @@
-"""The mixtures' benchmark: its dense model costs as much, its programs do the same work, its figures follow."""
+"""The mixture benchmark: the dense model costs the same, all competitors do the same work, figures follow."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import train as train_module
 from benchmarks.moe import IMPLEMENTATIONS, MoeBench, equal_dense
-from benchmarks.train import Job, Ours, Round
+from benchmarks.train import OurTrainer, TrainJob, TrainRound
 from gpt_arc.errors import entry_point
 from gpt_arc.planning import cost as cost_module
 from gpt_arc.planning.cost import flops_per_token
@@ -36,14 +36,14 @@ def changed(**settings):
 
 def job(model=MODEL, **training):
     training = dict(learning_rate=1e-2, warmup_iters=0) | training
-    return Job(
+    return TrainJob(
         MoeBench(steps=3), Config(model, DataConfig(batch_size=4), TrainingConfig(**training)), "cpu", "float32", False
     )
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, with tiny.toml."""
+    """The working directory, with tiny.toml."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TOML)
     return tmp_path
@@ -57,7 +57,7 @@ def place(tmp_path, monkeypatch):
         ({"n_layer": 6, "expert_interval": 3}, 32), ({"n_layer": 6, "expert_interval": 2, "shared_experts": 1}, 48),
     ],
 )  # fmt: skip
-def test_the_dense_model_takes_the_mixture_s_flops_but_for_the_router(settings, width):
+def test_the_dense_model_takes_the_mixtures_flops_except_the_routers(settings, width):
     config = changed(**settings)
     mixture, dense = GPT(config), GPT(equal_dense(config))
     assert dense.config == dataclasses.replace(config, n_experts=0, mlp_size=width) and not dense.experts
@@ -65,16 +65,16 @@ def test_the_dense_model_takes_the_mixture_s_flops_but_for_the_router(settings, 
     assert flops_per_token(mixture) - flops_per_token(dense) == routers > 0
 
 
-def test_a_width_that_is_no_whole_number_is_rounded():
+def test_a_fractional_width_is_rounded():
     config = changed(n_layer=3, expert_interval=2)  # widths 24, 48 and 24
     assert equal_dense(config).mlp_size == 32
     assert equal_dense(dataclasses.replace(config, mlp_size=25)).mlp_size == 33  # of 33 1/3
 
 
-def test_a_step_of_a_mixture_is_that_of_a_plain_loop():
-    """With the routers' losses, and the biases of choice moving as in training."""
+def test_a_mixtures_step_matches_a_plain_loop():
+    """Including the router losses and the update of the balancing biases."""
     config = changed(balance_rate=0.1, router_z_loss=0.1)
-    ours, batches = Ours(job(config)), []
+    ours, batches = OurTrainer(job(config)), []
     draw = ours.next_batch
     ours.next_batch = lambda: batches.append(draw()) or batches[-1]
     torch.manual_seed(TrainingConfig().seed)
@@ -101,7 +101,7 @@ def test_a_step_of_a_mixture_is_that_of_a_plain_loop():
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_each_of_transformers_ways_learns_with_the_same_weights_and_losses(name):
+def test_each_transformers_implementation_learns_with_the_same_weights_and_losses(name):
     measured = IMPLEMENTATIONS[name](job())
     assert measured.model.config._experts_implementation == name
     assert type(measured.model).__name__ == "MixtralForCausalLM" and measured.model.training
@@ -120,25 +120,25 @@ def test_each_of_transformers_ways_learns_with_the_same_weights_and_losses(name)
 
 
 def rounds_of(seconds):
-    return [Round([[0.25 * seconds] * 4] * 2, [4.0, 3.9], 5 * 10**9) for _ in range(3)]
+    return [TrainRound([[0.25 * seconds] * 4] * 2, [4.0, 3.9], 5 * 10**9) for _ in range(3)]
 
 
 def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, output_of):
     jobs, programs = {}, {}
     taken = {"ours": 2, "dense": 1, "transformers grouped_mm": 6, "transformers eager": 5, "transformers batched_mm": 7}
 
-    def running(name, program, job):
+    def child_process(name, program, job):
         jobs[name], programs[name], left = job, program, iter(rounds_of(taken[name]))
         return contextlib.nullcontext(lambda method: method and next(left))
 
-    monkeypatch.setattr(train_module, "running", running)
+    monkeypatch.setattr(train_module, "child_process", child_process)
     monkeypatch.setattr(cost_module, "peak_flops", lambda *args: 1e9)
     flags = "--transformers=True --rounds=2 --dtype=float32 --device=cpu --compile=False --json=results.json".split()
     flags += "--shared_experts=0 --implementations grouped_mm eager batched_mm".split()
     output = output_of(entry_point(bench.main), "bench.py", "moe", "tiny.toml", *flags)
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == list(programs) == list(taken)
-    assert programs["ours"] is programs["dense"] is Ours and jobs["ours"].config.model.n_experts == 4
+    assert programs["ours"] is programs["dense"] is OurTrainer and jobs["ours"].config.model.n_experts == 4
     assert [programs[f"transformers {name}"] for name in IMPLEMENTATIONS] == list(IMPLEMENTATIONS.values())
     dense = jobs["dense"].config
     assert dense == dataclasses.replace(jobs["ours"].config, model=equal_dense(jobs["ours"].config.model))
@@ -146,14 +146,14 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
         {"dense": 0.5, "transformers grouped_mm": 3, "transformers eager": 2.5, "transformers batched_mm": 3.5}
     )
     assert results["fastest"] == "transformers eager"
-    assert "fastest      of transformers' is transformers eager: 2.50 times as long as ours" in output
+    assert "fastest      implementation of transformers: transformers eager, 2.50 times as long as ours" in output
     ours = GPT(jobs["ours"].config.model)
     active = ours.num_parameters(active=True)
     assert active < ours.num_parameters() and results["floor"]["flops_per_token"] == 6 * active
     assert results["floor"]["share"] == pytest.approx((4 * 16 / 2) / (1e9 / (6 * active)))
     flops = results["flops_per_token"]
     assert flops["ours"] - flops["dense"] == 6 * 2 * 4 * 16
-    assert f"mlp_size = 48: {flops['dense'] / flops['ours']:.1%} of the mixture's FLOPs a token" in output
+    assert f"mlp_size = 48: {flops['dense'] / flops['ours']:.1%} of the mixture's FLOPs per token" in output
     lines = output.splitlines()
     start = next(i for i, line in enumerate(lines) if "tokens/s" in line)
     header, *rows = lines[start : start + 6]
@@ -161,7 +161,7 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
     assert {len(row) for row in rows} == {len(header)}
 
 
-def test_a_run_measures_every_program_in_its_own_process(place):
+def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --dtype=bfloat16 --rounds=1 --steps=2 --device=cpu --json=results.json"
     theirs = "--transformers=True", "--implementations=eager"
     done = command("tools/bench.py", "moe", "tiny.toml", *theirs, *flags.split())
@@ -190,11 +190,11 @@ def test_a_run_measures_every_program_in_its_own_process(place):
         (["tiny.toml", "--transformers=True", "--experts_per_token=1"], "mixtral, has no experts_per_token = 1"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(args, sentence, place, output_of):
+def test_mistakes_are_reported_in_one_sentence(args, sentence, place, output_of):
     assert sentence in output_of(entry_point(bench.main), "tools/bench.py", "moe", *args)
 
 
-def test_training_s_benchmark_refuses_transformers_for_what_is_no_mixtral(place, output_of):
+def test_the_training_benchmark_refuses_transformers_for_non_mixtral_experts(place, output_of):
     args = ["tiny.toml", "--transformers=True", "--shared_experts=1"]
     sentence = output_of(entry_point(bench.main), "tools/bench.py", "train", *args)
     assert "mixtral, has no shared_experts = 1" in sentence
@@ -202,4 +202,4 @@ def test_training_s_benchmark_refuses_transformers_for_what_is_no_mixtral(place,
     assert "there is no nanoGPT checkout" in sentence
     Path("model.py").touch()
     sentence = output_of(entry_point(bench.main), "tools/bench.py", "train", "tiny.toml", "--nanogpt=.")
-    assert "nanoGPT is GPT-2 alone and has no" in sentence
+    assert "nanoGPT only computes GPT-2 and has no" in sentence

@@ -1,4 +1,4 @@
-"""The reinforcement learning benchmark: both programs learn the same task from the same weights, and what follows."""
+"""The reinforcement learning benchmark: competitors learn one task from the same weights; figures follow."""
 
 import importlib.metadata
 import json
@@ -11,16 +11,16 @@ from benchmarks import ppo as ppo_module
 from benchmarks.ppo import (
     COPIED,
     TRL,
-    Ended,
+    Iteration,
     PPOBench,
-    Run,
-    Scored,
-    compared,
+    PPORun,
+    RunEnd,
+    compare,
     draw_response,
-    figures,
     has_ppo_trainer,
     overlap,
     prepare,
+    summarize,
 )
 from gpt_arc.chat.files import read_prompts
 from gpt_arc.chat.format import Turn, load_chat_model
@@ -69,7 +69,7 @@ def test_a_run_compares_ours_with_trl(tmp_path, monkeypatch, output_of):
     assert found["speed"]["median"] == pytest.approx(ratio) and f"ours: {ratio:.2f} times trl" in output
 
 
-def test_what_they_start_from(tmp_path):
+def test_the_prepared_policy_and_prompts(tmp_path):
     settings = PPOBench(1, 2, 16, 20, prompts=8, episodes_per_iteration=8, supervised_updates=1, max_new_tokens=4)
     config = prepare(settings, tmp_path)
     model, tokenizer, chat = load_chat_model(tmp_path / "policy")
@@ -79,7 +79,7 @@ def test_what_they_start_from(tmp_path):
     assert all(chat.prompt([Turn("user", p)])[1:-1] == tokenizer.encode(p) for p in prompts)
 
 
-def test_examples_copy_about_as_often_as_they_say():
+def test_examples_copy_the_stated_share_of_letters():
     generator, shared, letters = np.random.default_rng(0), 0, 0
     for _ in range(2000):
         response = draw_response(generator, "abcd", 16)
@@ -95,15 +95,15 @@ def test_the_reward_counts_letters_of_the_prompt():
 
 
 def a_run(rewards, seconds):
-    return Run([Scored(s, [r - 0.1, r + 0.1], 3.0) for r, s in zip(rewards, seconds)], Ended([0.0] * 5, 10**9))
+    return PPORun([Iteration(s, [r - 0.1, r + 0.1], 3.0) for r, s in zip(rewards, seconds)], RunEnd([0.0] * 5, 10**9))
 
 
 def test_figures_and_comparisons_follow_from_the_runs():
-    ours = figures([a_run([0, 0, 0, 0, r], [9, 9, 1, 2, 3]) for r in (0.5, 0.6, 0.7)])
-    its = figures([a_run([0, 0, 0, 0, r], [9, 9, 4, 4, 4]) for r in (0.4, 0.5, 0.6)])
+    ours = summarize([a_run([0, 0, 0, 0, r], [9, 9, 1, 2, 3]) for r in (0.5, 0.6, 0.7)])
+    its = summarize([a_run([0, 0, 0, 0, r], [9, 9, 4, 4, 4]) for r in (0.4, 0.5, 0.6)])
     assert ours["rewards"] == pytest.approx([0.5, 0.6, 0.7]) and ours["peak_memory_gb"] == 1
     assert (ours["episodes_per_second"], its["episodes_per_second"]) == (1.0, 0.5)
-    found = compared(ours, its)
+    found = compare(ours, its)
     assert found["speed"] == {"median": 2, "min": 2, "max": 2} and found["reward"] == pytest.approx(0.2)
     margin = 2.776445 * 0.1 * (2 / 3) ** 0.5  # Student's, of four degrees of freedom: both vary alike
     assert found["interval"] == pytest.approx([(0.1 - margin) / 0.5, (0.1 + margin) / 0.5], abs=1e-5)
@@ -122,12 +122,12 @@ def test_figures_and_comparisons_follow_from_the_runs():
         (["--json=nowhere/results.json"], "nowhere/results.json can't be written"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(flags, sentence, tmp_path, monkeypatch, output_of):
+def test_mistakes_are_reported_in_one_sentence(flags, sentence, tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
     assert sentence in output_of(entry_point(bench.main), "tools/bench.py", "ppo", *flags)
 
 
-def test_without_a_trainer_the_release_that_has_one_is_told(monkeypatch, output_of):
+def test_without_a_trainer_the_message_names_the_release_that_has_one(monkeypatch, output_of):
     monkeypatch.setattr(ppo_module, "has_ppo_trainer", lambda: False)
-    said = output_of(entry_point(bench.main), "tools/bench.py", "ppo", "--trl=True")
-    assert f"pip install trl=={TRL}" in said
+    message = output_of(entry_point(bench.main), "tools/bench.py", "ppo", "--trl=True")
+    assert f"pip install trl=={TRL}" in message

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, of models that are the same one, and leaves nothing behind."""
+"""The sampling benchmark: competitors run the same model, figures follow from times, and nothing is left behind."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ ROWS, PROMPT, NEW, ROUNDS = 3, 5, 8, 2
 SIZES = [f"--batch_size={ROWS}", f"--prompt_tokens={PROMPT}", f"--max_new_tokens={NEW}", f"--rounds={ROUNDS}"]
 EAGER = ["--device=cpu", "--dtype=float32", "--compile=False"]
 
-# the interface of nanoGPT's model.py, greedy, which keeps a record of what it was asked
+# the interface of nanoGPT's model.py, greedy, which records its calls
 NANOGPT = """
 import json, pathlib
 from dataclasses import dataclass
@@ -101,7 +101,7 @@ class GPT(nn.Module):
 
 
 def greedy(model, tokens, count):
-    """The definition: everything is read anew for each token."""
+    """Greedy decoding by definition: recomputes everything for each token."""
     with torch.no_grad():
         for _ in range(count):
             tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), dim=1)
@@ -146,7 +146,7 @@ def test_figures_follow_from_the_times(measured):
         assert f"{name} takes {ratio['median']:.2f} times as long as ours" in output
 
 
-def test_the_floor_is_what_a_step_has_to_read(measured):
+def test_the_floor_is_what_a_step_must_read(measured):
     _, output, results = measured
     floor = results["floor"]
     # two layers of 16 x 48 + 16 x 16 + 2 x 16 x 64, a head of 50 x 16, four bytes each
@@ -156,7 +156,9 @@ def test_the_floor_is_what_a_step_has_to_read(measured):
     assert floor["ms"] == pytest.approx(1000 * 34_688 / floor["bytes_per_second"])
     assert floor["share"] == pytest.approx(floor["ms"] / results["programs"]["ours"]["step_ms"]["median"])
     assert 1e8 < floor["bytes_per_second"] < 1e12
-    assert f"read at {floor['bytes_per_second'] / 1e9:.1f} GB/s" in output and f"{floor['ms']:.2f} ms a step" in output
+    assert (
+        f"read at {floor['bytes_per_second'] / 1e9:.1f} GB/s" in output and f"{floor['ms']:.2f} ms per step" in output
+    )
 
 
 def test_the_floor_of_grouped_banded_gated_layers_in_8_bits():
@@ -168,7 +170,7 @@ def test_the_floor_of_grouped_banded_gated_layers_in_8_bits():
     assert sample.step_bytes(config, 2, 10, {"weight": 1, "cache": 2}) == expected
 
 
-def test_the_table_has_a_row_for_each_program(measured):
+def test_the_table_has_a_row_for_each_competitor(measured):
     _, output, results = measured
     lines = output.splitlines()
     assert lines[0] == f"machine      {results['machine']}" and f"torch {torch.__version__}" in lines[0]
@@ -182,7 +184,7 @@ def test_the_table_has_a_row_for_each_program(measured):
     assert "number of parameters" not in output
 
 
-def test_nanogpt_runs_as_it_is_with_our_weights_and_prompts(measured):
+def test_nanogpt_runs_unchanged_with_our_weights_and_prompts(measured):
     folder, _, _ = measured
     calls = [json.loads(line) for line in (folder / "nanoGPT" / "calls.jsonl").read_text().splitlines()]
     counts = [len(call["tokens"][0]) - PROMPT for call in calls]
@@ -194,9 +196,9 @@ def test_nanogpt_runs_as_it_is_with_our_weights_and_prompts(measured):
         assert call["tokens"] == greedy(model, torch.tensor(call["prompt"]), count)
 
 
-def test_nothing_but_the_results_is_left(measured):
+def test_only_the_results_are_left(measured):
     folder, _, _ = measured
-    assert not list((folder / "tmp").glob("gpt-arc-*"))  # torch has folders of its own there
+    assert not list((folder / "tmp").glob("gpt-arc-*"))  # torch keeps other folders there
     assert {path.name for path in folder.iterdir()} == {"model", "nanoGPT", "tmp", "results.json"}
 
 
@@ -209,18 +211,18 @@ def test_nothing_but_the_results_is_left(measured):
     ],
     ids=["gpt2", "openai-gpt", "qwen3"],
 )
-def test_ours_and_transformers_continue_alike(config, tmp_path):
+def test_ours_and_transformers_give_the_same_continuations(config, tmp_path):
     model = randomised(GPT(config))
     sample.write_weights(model, tmp_path, peers=True)
     prompts = torch.randint(50, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
     settings = sample.SampleBench("", ROWS, PROMPT, NEW, compile=False)
-    job = sample.Job(settings, config, "cpu", "float32", prompts.tolist(), tmp_path)
+    job = sample.SampleJob(settings, config, "cpu", "float32", prompts.tolist(), tmp_path)
     expected = greedy(model, prompts, NEW)
-    assert [list(row) for row in zip(*sample.Ours(job).generate())] == [row[PROMPT:] for row in expected]
-    assert sample.Transformers(job).generate(NEW).tolist() == expected
+    assert [list(row) for row in zip(*sample.OurSampler(job).generate())] == [row[PROMPT:] for row in expected]
+    assert sample.TransformersSampler(job).generate(NEW).tolist() == expected
 
 
-def test_flags_of_the_architecture_go_with_a_config_file(tmp_path):
+def test_architecture_flags_need_a_config_file(tmp_path):
     file = tmp_path / "tiny.toml"
     file.write_text(TOML + "[data]\nbatch_size = 9\n")
     settings, config = sample.read_arguments(["--n_layer=3", str(file), "--rounds=7", "--batch_size", "2"])
@@ -248,27 +250,27 @@ def test_flags_of_the_architecture_go_with_a_config_file(tmp_path):
         (["--transformers=True", "--max_new_tokens=9", "--positions=sinusoidal"], "no architecture of transformers"),
         (
             ["--nanogpt=.", "--max_new_tokens=9", "--norm_eps=1e-3"],
-            "nanoGPT is GPT-2 alone and has no norm_eps = 0.001",
+            "nanoGPT only computes GPT-2 and has no norm_eps = 0.001",
         ),
         (
             ["--nanogpt=.", "--max_new_tokens=9", "--activation=relu"],
-            'nanoGPT is GPT-2 alone and has no activation = "',
+            'nanoGPT only computes GPT-2 and has no activation = "',
         ),
         (["--device=cuda"], "is not available here"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(flags, sentence, output_of, tmp_path, monkeypatch):
+def test_mistakes_are_reported_in_one_sentence(flags, sentence, output_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TOML)
     Path("model.py").touch()
-    told = output_of(entry_point(bench.main), "tools/bench.py", "sample", "tiny.toml", *flags)
-    assert sentence in told
+    message = output_of(entry_point(bench.main), "tools/bench.py", "sample", "tiny.toml", *flags)
+    assert sentence in message
 
 
 def test_mistakes_without_a_config_file(output_of, tmp_path, monkeypatch):
     run = lambda *args: output_of(entry_point(bench.main), "tools/bench.py", *args)  # noqa: E731
-    assert "name what to measure: python tools/bench.py sample" in run()
-    assert "name what to measure" in run("simple")
+    assert "name a benchmark: python tools/bench.py sample" in run()
+    assert "name a benchmark" in run("simple")
     assert "there is no config file" in run("sample", str(tmp_path / "tiny.toml"))
     assert "there is no model directory" in run("sample", str(tmp_path / "nowhere"))
     assert "python tools/bench.py sample --help" in run("--help")
@@ -276,18 +278,18 @@ def test_mistakes_without_a_config_file(output_of, tmp_path, monkeypatch):
     assert 'pip install -e ".[dev]"' in run("sample", str(tmp_path), "--transformers=True")
 
 
-def test_an_error_in_a_process_is_told_in_one_sentence(output_of, tmp_path, monkeypatch):
+def test_an_error_in_a_child_process_is_reported_in_one_sentence(output_of, tmp_path, monkeypatch):
     (tmp_path / "tiny.toml").write_text(TOML)
     (tmp_path / "model.py").write_text("raise OSError('no\\nluck')")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     flags = [*SIZES, *EAGER, f"--nanogpt={tmp_path}"]
-    told = output_of(entry_point(bench.main), "bench.py", "sample", str(tmp_path / "tiny.toml"), *flags)
-    assert told == "bench.py: nanoGPT: OSError: no\n"
+    message = output_of(entry_point(bench.main), "bench.py", "sample", str(tmp_path / "tiny.toml"), *flags)
+    assert message == "bench.py: nanoGPT: OSError: no\n"
     assert not list(tmp_path.glob("gpt-arc-*")) and not multiprocessing.active_children()
 
 
 def session(number):
-    """The processes that a process has started, itself included."""
+    """Processes of a session, including its leader."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -320,7 +322,7 @@ def test_an_interruption_leaves_no_process_and_no_folder(number, code, tmp_path)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
-        wait_until(lambda: len(session(running.pid)) == 3)  # with multiprocessing's tracker and ours
+        wait_until(lambda: len(session(running.pid)) == 3)  # the script, multiprocessing's tracker, and our worker
         if number == "SIGINT":
             os.killpg(running.pid, signal.SIGINT)  # as a terminal does, while ours is starting
         else:

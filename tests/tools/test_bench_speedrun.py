@@ -1,4 +1,4 @@
-"""A speedrun's seconds are those of the run's own metrics.jsonl, and nanoGPT's those of its recipe."""
+"""The speedrun benchmark: our seconds come from the run's metrics.jsonl, nanoGPT's from its recipe."""
 
 import json
 import math
@@ -20,15 +20,15 @@ from benchmarks.processes import nanogpt_model
 from benchmarks.speedrun import (
     TRAIN_FILE,
     Evaluation,
-    Job,
-    NanoGPT,
-    Run,
-    figures,
-    floor,
-    parted,
+    NanoGPTSpeedrun,
+    SpeedrunJob,
+    SpeedrunRun,
+    compute_floor,
     ratio,
     reached,
     read_evaluations,
+    split_arguments,
+    summarize,
     train_ours,
     write_raw,
 )
@@ -100,19 +100,19 @@ def job(folder):
     vocabulary = json.loads((dataset / "meta.json").read_text())["vocab_size"]
     model = GPTConfig(16, vocabulary, 1, 1, 8, bias=False)
     config = Config(model, DataConfig(batch_size=4), training, LoggingConfig(eval_interval=3))
-    return Job(folder / "nanoGPT", config, "cpu", dataset, folder)
+    return SpeedrunJob(folder / "nanoGPT", config, "cpu", dataset, folder)
 
 
 def a_run(*losses, seconds=1.0, compilation=None):
     """Evaluated every 10 steps of 5 tokens, each 10 taking so many seconds."""
     evaluations = [Evaluation(10 * i, 50 * i, seconds * i, loss) for i, loss in enumerate(losses, start=1)]
-    return Run(evaluations, 2.0, compilation, 3.0, 4.0, "float32")
+    return SpeedrunRun(evaluations, 2.0, compilation, 3.0, 4.0, "float32")
 
 
-# ---- the time and the step that are picked
+# ---- which evaluation counts
 
 
-def test_the_time_is_that_of_the_first_evaluation_at_the_target(tmp_path):
+def test_the_time_counts_to_the_first_evaluation_at_the_target(tmp_path):
     lines = [
         {"step": 5, "tokens": 500, "seconds": 1.0, "train_loss": 1.0},
         {"step": 10, "tokens": 1000, "seconds": 2.5, "val_loss": 2.0, "train_loss": 1.9},
@@ -132,53 +132,53 @@ def test_the_time_is_that_of_the_first_evaluation_at_the_target(tmp_path):
     assert reached(evaluations, 1.2) is None and reached([], 1.2) is None
 
 
-def test_figures_tell_the_best_where_the_target_is_never_reached():
-    row = figures(a_run(3.0, math.nan, 2.0, 2.5, compilation=6.0), seed=7, target=1.9)
+def test_figures_have_the_best_if_the_target_is_never_reached():
+    row = summarize(a_run(3.0, math.nan, 2.0, 2.5, compilation=6.0), seed=7, target=1.9)
     assert row["reached"] is None and row["seed"] == 7
     assert row["best"] == {"step": 30, "tokens": 150, "seconds": 3.0, "val_loss": 2.0}
     assert row["end"]["step"] == 40 and len(row["evaluations"]) == 4
     assert (row["start_up_seconds"], row["compilation_seconds"]) == (2.0, 6.0)
     assert (row["evaluation_seconds"], row["wall_seconds"]) == (3.0, 4.0)
-    assert figures(a_run(math.nan), 7, 1.9)["best"] is None and figures(a_run(), 7, 1.9)["end"] is None
+    assert summarize(a_run(math.nan), 7, 1.9)["best"] is None and summarize(a_run(), 7, 1.9)["end"] is None
 
 
-def test_a_ratio_is_of_the_seconds_to_the_target():
-    ours, its = figures(a_run(3.0, 2.0, 1.0, seconds=0.5), 7, 2.0), figures(a_run(4.0, 3.0, 2.5, 2.0, 1.0), 7, 2.0)
+def test_the_ratio_compares_seconds_to_the_target():
+    ours, its = summarize(a_run(3.0, 2.0, 1.0, seconds=0.5), 7, 2.0), summarize(a_run(4.0, 3.0, 2.5, 2.0, 1.0), 7, 2.0)
     assert ratio(ours, its) == {"seed": 7, "ratio": 1 / 4, "at_most": False}
-    short = figures(a_run(4.0, 3.0, 2.5), 7, 2.0)  # it would have taken longer
+    short = summarize(a_run(4.0, 3.0, 2.5), 7, 2.0)  # it would have taken longer
     assert ratio(ours, short) == {"seed": 7, "ratio": 1 / 3, "at_most": True}
     assert ratio(short, its) is None
 
 
-def test_the_floor_is_of_the_runs_that_reached_the_target():
-    rows = [figures(a_run(3.0, 2.0, seconds=s), 0, 2.0) for s in (1.0, 2.0, 4.0)] + [figures(a_run(3.0), 0, 2.0)]
-    found = floor(rows, 300, rate=1e5)  # 100 tokens of 300 FLOPs in 2, 4 and 8 seconds
+def test_the_floor_covers_the_runs_that_reached_the_target():
+    rows = [summarize(a_run(3.0, 2.0, seconds=s), 0, 2.0) for s in (1.0, 2.0, 4.0)] + [summarize(a_run(3.0), 0, 2.0)]
+    found = compute_floor(rows, 300, rate=1e5)  # 100 tokens of 300 FLOPs in 2, 4 and 8 seconds
     assert found["seconds"] == pytest.approx(0.3) and found["share"] == pytest.approx(0.3 / 4)
-    assert floor(rows, 300, None) is None and floor(rows[3:], 300, 1e5) is None
+    assert compute_floor(rows, 300, None) is None and compute_floor(rows[3:], 300, 1e5) is None
 
 
 # ---- nanoGPT
 
 
 def test_nanogpts_loss_is_the_mean_over_the_whole_split(place):
-    program = NanoGPT(job(place))
-    tokens = torch.from_numpy(program.val.read(0, len(program.val)))
+    speedrun = NanoGPTSpeedrun(job(place))
+    tokens = torch.from_numpy(speedrun.val.read(0, len(speedrun.val)))
     assert len(tokens) % 16 != 1  # a last window that is short
-    program.leg()
-    total, model = 0.0, program.program.model
+    speedrun.segment()
+    total, model = 0.0, speedrun.trainer.model
     for start in range(0, len(tokens) - 1, 16):
         for end in range(start + 1, min(start + 17, len(tokens))):
             with torch.no_grad():
                 logits = model(tokens[start:end][None], tokens[start:end][None])[0]
             total -= logits[0, -1].log_softmax(-1)[tokens[end]].item()
-    assert program.val_loss() == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
+    assert speedrun.val_loss() == pytest.approx(total / (len(tokens) - 1), abs=1e-5)
     assert model.training
 
 
-def test_nanogpts_legs_are_a_plain_loop(place):
+def test_nanogpts_segments_match_a_plain_loop(place):
     its = job(place)
-    program = NanoGPT(its)
-    evaluations = [program.leg()[0] for _ in range(3)]
+    speedrun = NanoGPTSpeedrun(its)
+    evaluations = [speedrun.segment()[0] for _ in range(3)]
     assert [evaluation[:2] for evaluation in evaluations] == [(3, 3 * 64), (6, 6 * 64), (8, 8 * 64)]
     seconds = [evaluation.seconds for evaluation in evaluations]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
@@ -198,7 +198,7 @@ def test_nanogpts_legs_are_a_plain_loop(place):
         F.cross_entropy(model(rows[:, :-1], rows[:, 1:])[0].flatten(0, 1), rows[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
-    for expected, weight in zip(model.parameters(), program.program.model.parameters(), strict=True):
+    for expected, weight in zip(model.parameters(), speedrun.trainer.model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, atol=1e-6, rtol=0)
 
 
@@ -252,7 +252,7 @@ def test_a_run_that_diverged_counts_and_one_that_failed_does_not(stand_in):
 # ---- the whole
 
 
-def test_a_speedrun_measures_both_programs(place, stage_runner):
+def test_a_speedrun_measures_both_competitors(place, stage_runner):
     (place / "tmp").mkdir()
     flags = ["--nanogpt=nanoGPT", "--seeds", "5", "sums.toml", *FLAGS, "--target", "1", "--json=record.json"]
     done = command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
@@ -331,11 +331,11 @@ def test_an_interruption_keeps_the_seeds_that_are_done(place, monkeypatch, stage
     assert {name: [row["seed"] for row in rows[name]] for name in rows} == {"ours": [1, 2], "nanoGPT": [1, 2]}
 
 
-def test_flags_are_parted_from_those_of_train():
+def test_flags_are_split_from_those_of_train():
     args = "--seeds 1 2 a.toml --n_layer 2 --json=r.json --device cpu --nanogpt .. b.toml --target 1.5 --seed=3".split()
-    own, others = parted(args)
-    assert own == ["--seeds", "1", "2", "--json=r.json", "--nanogpt", "..", "--target", "1.5"]
-    assert others == ["a.toml", "--n_layer", "2", "--device", "cpu", "b.toml", "--seed=3"]
+    benchmark_args, train_args = split_arguments(args)
+    assert benchmark_args == ["--seeds", "1", "2", "--json=r.json", "--nanogpt", "..", "--target", "1.5"]
+    assert train_args == ["a.toml", "--n_layer", "2", "--device", "cpu", "b.toml", "--seed=3"]
 
 
 def children(number):
@@ -404,13 +404,13 @@ def test_an_interruption_leaves_no_process_and_no_folder(flags, started, number,
         (["sums.toml", "--target=1", "--block_size=1024"], "block_size = 1024 is longer than the val split"),
         (
             ["mixed.toml", "--target=1", "--nanogpt=nanoGPT"],
-            "nanoGPT trains on one dataset, and this is a mixture of 2",
+            "nanoGPT trains on one dataset, but this is a mixture of 2",
         ),
         (["sums.toml", "--target=1", "--json=nowhere/r.json"], "nowhere/r.json can't be written"),
         (["sums.toml", "--target=1", "--device=cuda"], "is not available here"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(args, sentence, place, output_of):
+def test_mistakes_are_reported_in_one_sentence(args, sentence, place, output_of):
     Path("run.toml").write_text('[data]\ndataset = "sums"\n[run]\neval_only = true\n')
     tables = "".join(f'[[data.mixture]]\nname = "{name}"\nweight = 1.0\n' for name in ("sums", "./data/sums"))
     Path("mixed.toml").write_text(tables + "[model]\nblock_size = 16\n")

@@ -1,4 +1,4 @@
-"""The training benchmark measures real optimizer steps, and its figures follow from their times."""
+"""The training benchmark: it measures real optimizer steps, and the figures follow from their times."""
 
 import contextlib
 import json
@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import train as train_module
-from benchmarks.train import Job, NanoGPT, Ours, Round, TrainBench, Transformers, figures
+from benchmarks.train import (
+    NanoGPTTrainer,
+    OurTrainer,
+    TrainBench,
+    TrainJob,
+    TrainRound,
+    TransformersTrainer,
+    summarize,
+)
 from gpt_arc.errors import entry_point
 from gpt_arc.planning import cost as cost_module
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig
@@ -25,12 +33,12 @@ MODEL = GPTConfig(16, 50, 2, 2, 16, bias=False)
 TRAINING = TrainingConfig(learning_rate=1e-2, warmup_iters=1, weight_decay=0.5, beta1=0.8, grad_clip=0.1, adam_eps=1e-4)
 # of 2 x 2 steps of 4 phases: data, forward, backward, update
 ROUNDS = [
-    Round([[9, 9, 9, 9], [1, 1, 1, 1]], [4.0, 3.9], 5 * 10**9),
-    Round([[0.25, 1, 2, 0.75], [0.5, 1, 2, 1]], [3.8, 3.7], 6 * 10**9),
-    Round([[0, 1.5, 3, 0.5], [0, 2, 5, 1]], [3.6, 3.5], 7 * 10**9),
+    TrainRound([[9, 9, 9, 9], [1, 1, 1, 1]], [4.0, 3.9], 5 * 10**9),
+    TrainRound([[0.25, 1, 2, 0.75], [0.5, 1, 2, 1]], [3.8, 3.7], 6 * 10**9),
+    TrainRound([[0, 1.5, 3, 0.5], [0, 2, 5, 1]], [3.6, 3.5], 7 * 10**9),
 ]
 
-# the interface of nanoGPT's model.py for training, which keeps a record of what it was asked
+# the interface of nanoGPT's model.py for training, which records its calls
 NANOGPT = """
 import json, pathlib
 from types import SimpleNamespace as GPTConfig
@@ -55,8 +63,8 @@ class GPT(nn.Module):
 
     def forward(self, idx, targets=None):
         logits = self.lm_head(self.wte(idx) + self.wpe.weight[: idx.size(1)])
-        next_ones = torch.equal(idx[:, 1:], targets[:, :-1]) and self.training
-        keep(dtype=str(logits.dtype), shape=idx.shape, next_ones=next_ones)
+        shifted_targets = torch.equal(idx[:, 1:], targets[:, :-1]) and self.training
+        keep(dtype=str(logits.dtype), shape=idx.shape, shifted_targets=shifted_targets)
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 """
 
@@ -64,12 +72,12 @@ class GPT(nn.Module):
 def job(folder=None, **training):
     settings = TrainBench(steps=3, nanogpt=folder)
     config = Config(MODEL, DataConfig(batch_size=4), TrainingConfig(**{**vars(TRAINING), **training}))
-    return Job(settings, config, "cpu", "float32", compile=False)
+    return TrainJob(settings, config, "cpu", "float32", compile=False)
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder to work in, with tiny.toml and a checkout nanoGPT."""
+    """The working directory, with tiny.toml and a nanoGPT checkout."""
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TOML)
     Path("nanoGPT").mkdir()
@@ -78,7 +86,7 @@ def place(tmp_path, monkeypatch):
 
 
 def test_figures_follow_from_the_times():
-    assert figures(24, *ROUNDS) == {
+    assert summarize(24, *ROUNDS) == {
         "tokens_per_second": 24 / 4.75,  # steps of 4, 4.5, 5 and 8 seconds
         "step_ms": {"median": 4750, "min": 4000, "max": 8000},
         "phases_ms": {"data": 125, "forward": 1250, "backward": 2500, "update": 875},
@@ -94,11 +102,11 @@ def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output
     first = ROUNDS[1]._replace(steps=[[2 * phase for phase in step] for step in ROUNDS[1].steps])
     rounds = {"ours": ROUNDS, "nanoGPT": [ROUNDS[0], first, ROUNDS[2]], "transformers": ROUNDS}
 
-    def running(name, program, job):
+    def child_process(name, program, job):
         jobs[name], left = job, iter(rounds[name])
         return contextlib.nullcontext(lambda method: method and next(left))
 
-    monkeypatch.setattr(train_module, "running", running)
+    monkeypatch.setattr(train_module, "child_process", child_process)
     monkeypatch.setattr(cost_module, "peak_flops", lambda *args: next(rates))
     flags = "--transformers=True --nanogpt=nanoGPT --rounds=2 --batch_size=3 --block_size=8 --dtype=float32".split()
     more = "--json=results.json --activation_checkpointing=True --device=cpu --compile=False".split()
@@ -106,7 +114,7 @@ def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output
     results, config = json.loads(Path("results.json").read_text()), jobs["ours"].config
     assert (config.data.batch_size, config.model.block_size, config.model.n_embd) == (3, 8, 16)
     assert config.training.activation_checkpointing and jobs["ours"].dtype == "float32"
-    assert results["programs"] == {name: figures(24, *taken) for name, taken in rounds.items()}
+    assert results["programs"] == {name: summarize(24, *taken) for name, taken in rounds.items()}
     assert results["ratios"]["nanoGPT"] == {"median": 1.5, "min": 1, "max": 2}
     assert results["ratios"]["transformers"] == {"median": 1, "min": 1, "max": 1} and len(results["ratios"]) == 2
     parameters = GPT(config.model).num_parameters()
@@ -115,10 +123,10 @@ def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output
     (row,) = [line.split() for line in output.splitlines() if line.startswith("ours ")]
     assert row[1:] == ["5", "4,750.0", "4,000.0", "8,000.0", "125.0", "1,250.0", "2,500.0", "875.0", "7.00"]
     assert "nanoGPT takes 1.50 times as long as ours (1.00 to 2.00 over the rounds)" in output
-    assert "at 2 GFLOP/s of float32 products" in output and "first step   36.0 s of ours" in output
+    assert "at 2 GFLOP/s of float32 products" in output and "first step   36.0 s for ours" in output
 
 
-def test_a_run_measures_every_program_in_its_own_process(place):
+def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --block_size=8 --dtype=bfloat16 --rounds=2 --steps=3 --device=cpu --learning_rate=1e-3"
     peers = "--nanogpt=nanoGPT --transformers=True --json=results.json --beta2=0.9"
     done = command("tools/bench.py", "train", "tiny.toml", *flags.split(), *peers.split())
@@ -138,19 +146,19 @@ def test_a_run_measures_every_program_in_its_own_process(place):
     sizes = {"block_size": 8, "vocab_size": 50, "n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0, "bias": False}
     assert built == [{"optimizer": [0.1, 1e-3, 0.9, 0.9, "cpu"], "config": sizes}] * 2
     for dtype in ("torch.float32", "torch.bfloat16"):
-        assert calls.count({"dtype": dtype, "shape": [3, 8], "next_ones": True}) == 3 * 3
+        assert calls.count({"dtype": dtype, "shape": [3, 8], "shifted_targets": True}) == 3 * 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_of_ours_is_that_of_a_plain_loop(checkpointing):
-    ours, batches, visits = Ours(job(activation_checkpointing=checkpointing)), [], []
+def test_our_steps_match_a_plain_loop(checkpointing):
+    ours, batches, visits = OurTrainer(job(activation_checkpointing=checkpointing)), [], []
     draw = ours.next_batch
     ours.next_batch = lambda: batches.append(draw()) or batches[-1]
     ours.model.blocks[0].register_forward_pre_hook(lambda *args: visits.append(1))
     torch.manual_seed(TRAINING.seed)
     model = GPT(MODEL)
     losses = ours.round().losses + ours.round().losses
-    assert len(visits) == 6 * (1 + checkpointing)  # each block is computed anew in the backward pass
+    assert len(visits) == 6 * (1 + checkpointing)  # checkpointing recomputes each block in the backward pass
 
     parameters = list(model.parameters())
     groups = [
@@ -172,9 +180,9 @@ def test_a_step_of_ours_is_that_of_a_plain_loop(checkpointing):
     assert min(norms) > 0.1 and len({str(tokens.tolist()) for tokens, _ in batches}) == 6
 
 
-@pytest.mark.parametrize("program", [Ours, NanoGPT, Transformers])
-def test_every_program_learns_a_batch_that_it_is_given_again(program, place):
-    measured = program(job(Path("nanoGPT"), grad_clip=1.0))
+@pytest.mark.parametrize("worker", [OurTrainer, NanoGPTTrainer, TransformersTrainer])
+def test_all_competitors_learn_a_repeated_batch(worker, place):
+    measured = worker(job(Path("nanoGPT"), grad_clip=1.0))
     batch = measured.next_batch()
     measured.next_batch = lambda: batch
     losses = [loss for _ in range(3) for loss in measured.round().losses]
@@ -190,11 +198,14 @@ def test_every_program_learns_a_batch_that_it_is_given_again(program, place):
         (["tiny.toml", "--round=3"], "there is no flag --round; did you mean --rounds?"),
         (["tiny.toml", "--rounds=0"], "rounds = 0 must be 1 or more"),
         (["tiny.toml", "--nanogpt=."], "there is no nanoGPT checkout at .: it has no model.py"),
-        (["tiny.toml", "--nanogpt=nanoGPT", "--norm=rmsnorm"], 'nanoGPT is GPT-2 alone and has no norm = "rmsnorm"'),
+        (
+            ["tiny.toml", "--nanogpt=nanoGPT", "--norm=rmsnorm"],
+            'only computes GPT-2 and has no norm = "rmsnorm"',
+        ),
         (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no architecture of transformers"),
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
         (["tiny.toml", "--vocab_size=65537"], "vocab_size = 65537 is more than the random tokens of 16 bits"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(args, sentence, place, output_of):
+def test_mistakes_are_reported_in_one_sentence(args, sentence, place, output_of):
     assert sentence in output_of(entry_point(bench.main), "tools/bench.py", "train", *args)

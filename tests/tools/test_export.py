@@ -1,4 +1,4 @@
-"""Exports as transformers reads them, and as it would have written them."""
+"""Exports: transformers reads them, and would have written the same files."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run,
     export = tmp_path / "export"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    # config.json as the class makes it of its own, not as from_pretrained carries it along
+    # a config.json that the class writes itself, not one that from_pretrained passes through
     config = type(theirs.config)(**{k: v for k, v in theirs.config.to_dict().items() if k != "transformers_version"})
     type(theirs)(config).save_pretrained(tmp_path / "fresh")
     assert described(export) == described(tmp_path / "theirs") == described(tmp_path / "fresh")
@@ -62,13 +62,13 @@ def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run,
     tokens = torch.randint(300, (2, ours.config.block_size))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
-    again, same_tokenizer = load_model(export)
-    assert same_tokenizer == tokenizer
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    reloaded, reloaded_tokenizer = load_model(export)
+    assert reloaded_tokenizer == tokenizer
+    assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
-def test_a_model_of_transformers_goes_through_bit_for_bit(name, run, tmp_path):
+def test_a_transformers_model_survives_the_round_trip_bit_for_bit(name, run, tmp_path):
     size = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9)
     if name != "gpt2":
         size |= dict(num_key_value_heads=1, head_dim=4, intermediate_size=20, dtype="bfloat16")
@@ -121,29 +121,29 @@ def test_a_sentencepiece_model_is_copied(sentencepiece_model, run, tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (tokenizer.start_token, tokenizer.end_of_text)
 
 
-def test_what_is_there_is_not_overwritten(run, tmp_path):
+def test_existing_files_are_not_overwritten(run, tmp_path):
     save_model(GPT(CONFIGS["gpt2"]), None, tmp_path / "ours")
     (tmp_path / "empty").mkdir()
     run(tmp_path / "ours", tmp_path / "empty")
     assert "holds an export already" in run(tmp_path / "ours", tmp_path / "empty")
     (tmp_path / "empty" / "notes.txt").touch()
     refused = run(tmp_path / "ours", tmp_path / "empty", "--overwrite=True")
-    assert "holds more than an export, notes.txt for one" in refused
+    assert "holds more than an export, such as notes.txt" in refused
     (tmp_path / "empty" / "notes.txt").rename(tmp_path / "notes.txt")
     (tmp_path / "empty" / "tokenizer.json").touch()  # an older export's
     (tmp_path / "link").symlink_to("empty")
     run(tmp_path / "ours", tmp_path / "link", "--overwrite=True")
     assert not (tmp_path / "empty" / "tokenizer.json").exists()
     modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
-    assert len(modes) == 1, modes  # as the umask has it
+    assert len(modes) == 1, modes  # as set by the umask
     for place in ("ours", "file"):
         (tmp_path / "file").touch()
         refused = run(tmp_path / "ours", tmp_path / place, "--overwrite=True")
-        assert "holds something else than an export" in refused
+        assert "holds something other than an export" in refused
     assert (tmp_path / "ours" / "model.safetensors").exists()
 
 
-def test_what_has_no_counterpart_is_refused_and_nothing_is_written(run, tmp_path):
+def test_a_model_without_counterpart_is_refused_and_nothing_is_written(run, tmp_path):
     config = dataclasses.replace(CONFIGS["gpt2"], positions="sinusoidal", head_bias=True)
     save_model(GPT(config), None, tmp_path / "ours")
     refused = run(tmp_path / "ours", tmp_path / "export")
@@ -152,7 +152,7 @@ def test_what_has_no_counterpart_is_refused_and_nothing_is_written(run, tmp_path
     assert "there is no model directory" in run(tmp_path / "nowhere", tmp_path / "export")
 
 
-def test_a_mixture_that_mixtral_is_not_is_refused(run, tmp_path):
+def test_a_mixture_that_is_no_mixtral_is_refused(run, tmp_path):
     config = dataclasses.replace(CONFIGS["mixtral"], shared_experts=1)
     save_model(GPT(config), None, tmp_path / "ours")
     assert "the nearest, mixtral, has no shared_experts = 1\n" in run(tmp_path / "ours", tmp_path / "export")
@@ -172,8 +172,8 @@ def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("template", ["markers", "plain"])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_a_model_that_chats_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
-    """transformers' tokenizer makes of a conversation the ids that ours does, and its model ends at the same token."""
+def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
+    """transformers' tokenizer encodes a conversation as ours does, and its model ends at the same token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat

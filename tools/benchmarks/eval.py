@@ -1,25 +1,24 @@
-"""The evaluation part of tools/bench.py: multiple choice scored by us, beside EleutherAI's lm-evaluation-harness.
+"""`bench.py eval`: scoring multiple choice, against EleutherAI's lm-evaluation-harness.
 
     python tools/bench.py eval configs/gpt2.toml --transformers=True
     python tools/bench.py eval configs/gpt2.toml --n_layer=4 --items=100 --transformers=True --json=eval.json
 
-An item is a context and some options, all of random tokens and lengths; the architecture gets random weights. Scored is
-each option's log-probability after its context. Each program has a process of its own with the same weights and items,
-and they take turns, round by round; a round is all items:
+An item is a context and several options, with random tokens and lengths; the architecture gets random weights. The
+score is each option's log-probability after its context. Each competitor has its own process with the same weights and
+items, and they take turns, round by round; a round scores all items:
 
-- ours: `score_continuations`, as stages/eval.py and our adapter to the harness call it.
-- harness: the harness's own adapter to transformers (HFLM), given the tokens, in the fastest of --batch_sizes, which it
-  finds while it warms up, by options of like length. With "auto" it would take the largest that fits, up to 64.
-- both again with weights in 16 bits, if --dtype is not float32.
+- ours: `score_continuations`, as stages/eval.py and our harness adapter call it.
+- harness: the harness's own adapter to transformers (HFLM), given tokens, with the fastest of --batch_sizes. It is
+  chosen during the warm-up, on options of similar length. "auto" would take the largest that fits, up to 64.
+- both a second time with 16-bit weights, if --dtype is not float32.
 
-The largest difference of log-probabilities is that of the two in float32. The floor is what the scores take at least,
-each context read once and each option after it, 2 FLOPs a parameter and token with attention not counted, over the rate
-of products of two 1024 x 1024 matrices between the rounds.
+The largest difference of log-probabilities compares the two in float32. The floor reads each context once and each
+option after it, at 2 FLOPs per parameter and token, attention not counted, at the rate measured between the rounds for
+products of two 1024 x 1024 matrices.
 """
 
 import contextlib
 import itertools
-import json
 import logging
 import random
 from dataclasses import asdict, dataclass
@@ -29,11 +28,21 @@ from typing import Any, Literal
 
 import tyro
 
-from benchmarks.processes import check_places, now, plain, read_model_arguments, running, spread, take_turns
+from benchmarks.processes import (
+    check_requirements,
+    child_process,
+    json_settings,
+    machine_name,
+    ratio_of_medians,
+    read_model_arguments,
+    spread,
+    synchronized_time,
+    take_turns,
+    write_results,
+)
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
 
-TRIALS = 2  # batches of each size by which the harness's is chosen
+TRIALS = 2  # batches per candidate size when choosing the harness's batch size
 
 
 @dataclass(frozen=True)
@@ -86,35 +95,35 @@ class EvalBench:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know."""
+class EvalJob:
+    """Input of a child process."""
 
     settings: EvalBench
-    config: Any  # GPTConfig, whose import takes torch
+    config: Any  # GPTConfig; importing it would import torch
     device: str
-    dtype: str  # of the programs in 16 bits
+    dtype: str  # of the 16-bit workers
 
 
 def draw_items(settings: EvalBench, vocab_size: int) -> list[tuple[list[int], list[int]]]:
-    """A context and an option for each option of each item, those of an item one after the other."""
+    """Returns (context, option) for every option of every item, grouped by item."""
     draw = random.Random(settings.seed)
 
-    def some(least: int, most: int) -> list[int]:
+    def random_tokens(least: int, most: int) -> list[int]:
         return draw.choices(range(vocab_size), k=draw.randint(least, most))
 
     pairs = []
     for _ in range(settings.items):
-        context = some(settings.min_context, settings.max_context)
-        pairs += [(context, some(settings.min_option, settings.max_option)) for _ in range(settings.options)]
+        context = random_tokens(settings.min_context, settings.max_context)
+        pairs += [(context, random_tokens(settings.min_option, settings.max_option)) for _ in range(settings.options)]
     return pairs
 
 
-class Program:
-    """Scores of all options; what is its own is in `setup` and `work`."""
+class EvalWorker:
+    """Scores all options; subclasses define `setup` and `score`."""
 
     sixteen_bit = False
 
-    def __init__(self, job: Job):
+    def __init__(self, job: EvalJob):
         import torch
 
         from model import GPT
@@ -126,21 +135,21 @@ class Program:
         self.setup(GPT(job.config).eval())
 
     def round(self) -> float:
-        """The seconds that the scores take."""
-        start = now(self.device)
-        self.scores = self.work(self.pairs)
-        return now(self.device) - start
+        """Seconds it takes to score all options."""
+        start = synchronized_time(self.device)
+        self.scores = self.score(self.pairs)
+        return synchronized_time(self.device) - start
 
     def log_probabilities(self) -> list[float]:
-        """Those of the last round."""
+        """Scores of the last round."""
         return self.scores
 
 
-class Ours(Program):
+class OurScorer(EvalWorker):
     def setup(self, model: Any) -> None:
         self.model = model.to(self.device, self.dtype)
 
-    def work(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         from gpt_arc.evaluation.score import Request, score_continuations
 
         requests = list(itertools.starmap(Request, pairs))
@@ -148,7 +157,7 @@ class Ours(Program):
         return [score.log_probability for score in scores]
 
 
-class Harness(Program):
+class HarnessScorer(EvalWorker):
     def setup(self, model: Any) -> None:
         import transformers
         from lm_eval.models.huggingface import HFLM
@@ -159,22 +168,24 @@ class Harness(Program):
         transformers.logging.set_verbosity_error()
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         config = transformers.AutoConfig.for_model(**hf_config(self.job.config, "float32"))
-        theirs = transformers.AutoModelForCausalLM.from_config(config)
-        theirs.load_state_dict(dict(hf_tensors(model)), strict=False)
-        theirs.tie_weights()
-        numbers = {str(token): token for token in range(self.job.config.vocab_size)}  # one to hold, none to use
+        peer = transformers.AutoModelForCausalLM.from_config(config)
+        peer.load_state_dict(dict(hf_tensors(model)), strict=False)
+        peer.tie_weights()
+        numbers = {
+            str(token): token for token in range(self.job.config.vocab_size)
+        }  # HFLM needs a tokenizer and never uses it
         words = Tokenizer(models.WordLevel(numbers, unk_token="0"))
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
-        self.model = theirs.to(self.device, self.dtype).eval()
+        self.model = peer.to(self.device, self.dtype).eval()
         self.harness, self.chosen = HFLM(self.model, tokenizer=tokenizer, backend="causal"), False
 
     def round(self) -> float:
-        if not self.chosen:  # in the round that warms up, while the other programs wait
+        if not self.chosen:  # in the warm-up round, while the other workers wait
             self.harness.batch_size_per_gpu, self.chosen = self.fastest(), True
         return super().round()
 
     def fastest(self) -> int:
-        """The batch size with which options next to each other in the harness's order take least."""
+        """The fastest batch size for options that are neighbors in the harness's order."""
         sizes = [size for size in self.job.settings.batch_sizes if size <= len(self.pairs)] or [len(self.pairs)]
         count = min(TRIALS * max(sizes), len(self.pairs))
         first = (len(self.pairs) - count) // 2
@@ -182,13 +193,13 @@ class Harness(Program):
         seconds = {}
         for size in sizes:
             self.harness.batch_size_per_gpu = size
-            self.work(sample[:size])
-            start = now(self.device)
-            self.work(sample)
-            seconds[size] = now(self.device) - start
+            self.score(sample[:size])
+            start = synchronized_time(self.device)
+            self.score(sample)
+            seconds[size] = synchronized_time(self.device) - start
         return min(seconds, key=seconds.__getitem__)
 
-    def work(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
         requests = [(("", ""), *pair) for pair in pairs]
         return [log for log, _ in self.harness._loglikelihood_tokens(requests, disable_tqdm=True)]
 
@@ -196,25 +207,25 @@ class Harness(Program):
         return self.harness.batch_size_per_gpu
 
 
-class Ours16Bit(Ours):
+class OurScorer16Bit(OurScorer):
     sixteen_bit = True
 
 
-class Harness16Bit(Harness):
+class HarnessScorer16Bit(HarnessScorer):
     sixteen_bit = True
 
 
-def least_flops(settings: EvalBench, config: Any, weights: int) -> int:
-    """2 FLOPs for each of the blocks' `weights` and each token that is read, and those of the logits."""
+def minimum_flops(settings: EvalBench, config: Any, weights: int) -> int:
+    """2 FLOPs per token read and weight of the blocks (`weights`), plus the FLOPs of the logits."""
     pairs = draw_items(settings, config.vocab_size)
     contexts = sum(len(context) for context, _ in pairs[:: settings.options])
     options = sum(len(option) for _, option in pairs)
-    read = contexts + options - len(pairs)  # an option's last token is scored and not read
+    read = contexts + options - len(pairs)  # an option's last token is scored, not read
     return 2 * weights * read + 2 * config.n_embd * config.vocab_size * options
 
 
-def figures(items: int, warmup: float, *rounds: float) -> dict[str, Any]:
-    """What the rounds of one program come to, each given by its seconds."""
+def summarize(items: int, warmup: float, *rounds: float) -> dict[str, Any]:
+    """Figures of one competitor from the seconds of its rounds."""
     seconds = spread(rounds)
     return {
         "items_per_second": items / seconds["median"],
@@ -225,7 +236,7 @@ def figures(items: int, warmup: float, *rounds: float) -> dict[str, Any]:
 
 
 def show(results: dict[str, Any]) -> None:
-    columns = ["items/s", "round s", "least s", "most s", "floor s", "of it"]
+    columns = ["items/s", "round s", "min s", "max s", "floor s", "of floor"]
     print("\n" + f"{'':16}" + "".join(f"{column:>11}" for column in columns))
     for name, row in results["programs"].items():
         seconds = "".join(f"{row['round_seconds'][key]:11,.2f}" for key in ("median", "min", "max"))
@@ -236,15 +247,15 @@ def show(results: dict[str, Any]) -> None:
         print(f"ratio        {name} takes {ratio['median']:.2f} times as long as {ratio['as']}", end="")
         print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds), in batches of {ratio['batch_size']}")
     if "largest_difference" in results:
-        print(f"difference   {results['largest_difference']:.1e} nats at most, in float32", end="")
+        print(f"difference   {results['largest_difference']:.1e} nats at most in float32", end="")
         print(f", of log-probabilities down to {results['least_log_probability']:.0f}")
 
 
 def bench_eval(args: list[str]) -> None:
     settings, config = read_model_arguments(EvalBench, __doc__, args)
-    check_places(settings, ("lm_eval", "transformers"))
+    check_requirements(settings, ("lm_eval", "transformers"))
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
     from gpt_arc.device import device_name, resolve_device, resolve_dtype
     from gpt_arc.planning.cost import describe_parameters, peak_flops
@@ -264,13 +275,13 @@ def bench_eval(args: list[str]) -> None:
     dtype = resolve_dtype(settings.dtype, device)
     with torch.device("meta"):
         model = GPT(config)
-    programs: dict[str, type[Program]] = {"ours": Ours}
-    programs |= {"harness": Harness} if settings.transformers else {}
+    workers: dict[str, type[EvalWorker]] = {"ours": OurScorer}
+    workers |= {"harness": HarnessScorer} if settings.transformers else {}
     if dtype != "float32":
-        programs |= {"ours 16 bit": Ours16Bit}
-        programs |= {"harness 16 bit": Harness16Bit} if settings.transformers else {}
-    dtype_of = {name: dtype if program.sixteen_bit else "float32" for name, program in programs.items()}
-    machine = f"{device_name(device)}, torch {torch.__version__}"
+        workers |= {"ours 16 bit": OurScorer16Bit}
+        workers |= {"harness 16 bit": HarnessScorer16Bit} if settings.transformers else {}
+    dtype_of = {name: dtype if program.sixteen_bit else "float32" for name, program in workers.items()}
+    machine = machine_name(device)
     dtypes = list(dict.fromkeys(dtype_of.values()))
     print(f"machine      {machine}")
     print(f"model        {settings.model}, {describe_parameters(model, ' parameters')}, {' and '.join(dtypes)}")
@@ -279,38 +290,35 @@ def bench_eval(args: list[str]) -> None:
         end="",
     )
     print(f" to {settings.max_context} tokens, options of {settings.min_option} to {settings.max_option}", end="")
-    print(f", {settings.rounds} rounds after one to warm up", flush=True)
+    print(f", {settings.rounds} rounds after a warm-up round", flush=True)
 
     def rates() -> dict[str, float | None]:
         name = device_name(device)
         return {dtype: peak_flops(device, name, dtype) for dtype in dtypes}
 
     with contextlib.ExitStack() as stack:
-        job = Job(settings, config, str(device), dtype)
-        ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
-        rounds, seen = take_turns(ask, settings.rounds, rates)
-        logs = {name: ask[name]("log_probabilities") for name in programs if not programs[name].sixteen_bit}
-        batch_sizes = {name: ask[name]("batch_size") for name in programs if issubclass(programs[name], Harness)}
+        job = EvalJob(settings, config, str(device), dtype)
+        calls = {name: stack.enter_context(child_process(name, program, job)) for name, program in workers.items()}
+        rounds, measured_rates = take_turns(calls, settings.rounds, rates)
+        logs = {name: calls[name]("log_probabilities") for name in workers if not workers[name].sixteen_bit}
+        batch_sizes = {name: calls[name]("batch_size") for name in workers if issubclass(workers[name], HarnessScorer)}
 
     results: dict[str, Any] = {"machine": machine, "dtype": dtype, "parameters": model.num_parameters()}
-    results |= {"architecture": asdict(config), "settings": plain(settings)}
-    results["programs"] = {name: figures(settings.items, *taken) for name, taken in rounds.items()}
-    flops = least_flops(settings, config, model.num_parameters(embeddings=False))
+    results |= {"architecture": asdict(config), "settings": json_settings(settings)}
+    results["programs"] = {name: summarize(settings.items, *seconds) for name, seconds in rounds.items()}
+    flops = minimum_flops(settings, config, model.num_parameters(embeddings=False))
     results["floor_flops"] = flops
     for name, row in results["programs"].items():
-        if seen[0][dtype_of[name]] is not None:
-            floor = flops / median(each[dtype_of[name]] for each in seen)
+        if measured_rates[0][dtype_of[name]] is not None:
+            floor = flops / median(rates[dtype_of[name]] for rates in measured_rates)
             row |= {"floor_seconds": floor, "floor_share": floor / row["round_seconds"]["median"]}
     results["ratios"] = {}
     for name, size in batch_sizes.items():
-        mine = name.replace("harness", "ours")
-        ours, its = results["programs"][mine], results["programs"][name]
-        over_rounds = spread([b / a for a, b in zip(ours["rounds"], its["rounds"])])
-        both = {"median": its["round_seconds"]["median"] / ours["round_seconds"]["median"]}
-        results["ratios"][name] = over_rounds | both | {"as": mine, "batch_size": size}
+        our_name = name.replace("harness", "ours")
+        ours, other = results["programs"][our_name], results["programs"][name]
+        results["ratios"][name] = ratio_of_medians(ours, other) | {"as": our_name, "batch_size": size}
     if "harness" in logs:
         results["largest_difference"] = max(abs(a - b) for a, b in zip(logs["ours"], logs["harness"]))
         results["least_log_probability"] = min(logs["ours"])
     show(results)
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    write_results(settings.json, results)

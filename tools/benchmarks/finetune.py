@@ -1,24 +1,23 @@
-"""The fine-tuning part of tools/bench.py: updates of stages/finetune.py's own parts, beside transformers' Trainer.
+"""`bench.py finetune`: updates built from stages/finetune.py's parts, against transformers' Trainer.
 
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
     python tools/bench.py finetune out/gpt1 --batch_size=8 --transformers=True --json=finetune.json
 
 The architecture gets random weights and learns classes of random sequences, whose lengths are uniform between
-min_tokens and max_tokens. An update is one batch: padding it, forward, backward, update. Each program has a process of
-its own, and they take turns, round by round; a round is an epoch unless `steps` says otherwise:
+min_tokens and max_tokens. An update is one batch: padding it, forward, backward, update. Each competitor has its own
+process, and they take turns, round by round; a round is an epoch unless `steps` says otherwise:
 
-- ours: model, batches of like length, precision and update as stages/finetune.py puts them together, without the
+- ours: model, batches of similar lengths, precision and update, put together as in stages/finetune.py, without the
   language-model loss, which the Trainer doesn't compute.
-- ours + LM: the same with the language-model loss, as stages/finetune.py has it by default.
-- transformers: its Trainer as it comes, in float32 and with batches at random, training its own classifier of the
-  architecture; evaluation, checkpoints and logs are off.
+- ours + LM: the same with the language-model loss, the default of stages/finetune.py.
+- transformers: its Trainer with default settings, in float32 and with random batches, training its own classifier of
+  the architecture; evaluation, checkpoints and logs are off.
 - transformers 16 bit: the same with bf16=True (fp16=True where ours is float16), if ours is not float32.
 
-The sequences and the vocabulary are the same for all, the three special tokens included.
+All use the same sequences and vocabulary, including the three special tokens.
 """
 
 import contextlib
-import json
 import queue
 import tempfile
 import threading
@@ -30,20 +29,22 @@ import numpy as np
 import tyro
 
 from benchmarks.processes import (
-    check_places,
-    now,
+    check_requirements,
+    child_process,
+    json_settings,
+    machine_name,
     peak_memory,
-    plain,
+    ratio_of_medians,
     read_model_arguments,
-    running,
     show_ratios,
     spread,
+    synchronized_time,
     take_turns,
+    write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
 
-LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # as stages/finetune.py has them by default
+LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
 
 
 @dataclass(frozen=True)
@@ -104,39 +105,39 @@ class FinetuneBench:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know."""
+class FinetuneJob:
+    """Input of a child process."""
 
     settings: FinetuneBench
-    config: Any  # GPTConfig, whose import takes torch; with room for the special tokens
+    config: Any  # GPTConfig; importing it would import torch; vocab_size includes the special tokens
     device: str
     dtype: str
-    folder: Path  # that may be written to
+    folder: Path  # for temporary files
 
 
-class Round(NamedTuple):
+class FinetuneRound(NamedTuple):
     seconds: float
-    peak: int  # bytes of memory, so far
+    peak: int  # peak memory so far, in bytes
 
 
-class Program:
-    """Updates of a classifier; what is its own is in `setup` and `work`."""
+class FinetuneWorker:
+    """Trains a classifier; subclasses define `setup` and `train`."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: FinetuneJob):
         import torch
 
         self.job, self.settings, self.device = job, job.settings, torch.device(job.device)
         torch.manual_seed(job.settings.seed)
         self.setup()
 
-    def round(self) -> Round:
-        start = now(self.device)
-        self.work()
-        return Round(now(self.device) - start, peak_memory(self.job.device))
+    def round(self) -> FinetuneRound:
+        start = synchronized_time(self.device)
+        self.train()
+        return FinetuneRound(synchronized_time(self.device) - start, peak_memory(self.job.device))
 
 
 def draw_examples(settings: FinetuneBench, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-    """Sequences, [start] ... [extract], and their classes. `vocab_size` counts the special tokens."""
+    """Returns sequences, [start] ... [extract], and their classes. `vocab_size` includes the special tokens."""
     from gpt_arc.finetuning.examples import SpecialTokens
 
     generator, special = (
@@ -149,7 +150,7 @@ def draw_examples(settings: FinetuneBench, vocab_size: int) -> tuple[list[list[i
     return sequences, generator.integers(settings.classes, size=settings.examples).tolist()
 
 
-class Ours(Program):
+class OurFinetuner(FinetuneWorker):
     language_weight = 0.0
 
     def setup(self) -> None:
@@ -173,7 +174,7 @@ class Ours(Program):
         self.examples = EncodedExamples([[sequence] for sequence in sequences], labels, 0, ())
         self.step = 0
 
-    def work(self) -> None:
+    def train(self) -> None:
         import torch
 
         from gpt_arc.device import autocast, to_device
@@ -197,28 +198,28 @@ class Ours(Program):
             self.step += 1
 
 
-class OursWithLanguage(Ours):
+class OurFinetunerWithLanguage(OurFinetuner):
     def setup(self) -> None:
         super().setup()
         self.language_weight = self.settings.language_weight
 
 
-class Trainer(Program):
-    """One run of transformers' Trainer, which waits between rounds.
+class HFTrainer(FinetuneWorker):
+    """One run of transformers' Trainer, paused between rounds.
 
-    It has a thread of its own, and all of torch's work is done there: OpenMP's threads for two would share the cores.
+    It runs in a separate thread that does all of torch's work: with two, OpenMP's threads would share the cores.
     """
 
     sixteen_bit = False
 
     def setup(self) -> None:
-        self.asked: queue.Queue[None] = queue.Queue()
+        self.resume: queue.Queue[None] = queue.Queue()
         self.done: queue.Queue[BaseException | None] = queue.Queue()
         threading.Thread(target=self.run, daemon=True).start()
         self.wait()
 
-    def work(self) -> None:
-        self.asked.put(None)
+    def train(self) -> None:
+        self.resume.put(None)
         self.wait()
 
     def wait(self) -> None:
@@ -227,7 +228,7 @@ class Trainer(Program):
             raise error
 
     def run(self) -> None:
-        """The thread's life."""
+        """Main function of the thread."""
         try:
             self.build()
             self.pause()
@@ -237,7 +238,7 @@ class Trainer(Program):
 
     def pause(self) -> None:
         self.done.put(None)
-        self.asked.get()
+        self.resume.get()
 
     def build(self) -> None:
         import transformers
@@ -246,7 +247,7 @@ class Trainer(Program):
 
         settings, vocab_size = self.settings, self.job.config.vocab_size
         transformers.logging.set_verbosity_error()
-        pad = {"pad_token_id": vocab_size - 2}  # [delimiter], which no sequence has
+        pad = {"pad_token_id": vocab_size - 2}  # [delimiter]: no sequence contains it
         config = transformers.AutoConfig.for_model(
             **hf_config(self.job.config, "float32") | pad, num_labels=settings.classes
         )
@@ -268,10 +269,10 @@ class Trainer(Program):
             disable_tqdm=True,
         )
         if arguments.device.type == "cuda":
-            arguments._n_gpu = 1  # or it would spread a batch over all there are
+            arguments._n_gpu = 1  # otherwise it spreads a batch over all GPUs
         sequences, labels = draw_examples(settings, vocab_size)
         examples = [{"input_ids": sequence, "labels": label} for sequence, label in zip(sequences, labels)]
-        self.trainer = transformers.Trainer(self.model, arguments, self.padded, examples)
+        self.trainer = transformers.Trainer(self.model, arguments, self.pad_batch, examples)
 
         class Pauses(transformers.TrainerCallback):
             def on_step_end(_, args, state, control, **kwargs):
@@ -280,8 +281,8 @@ class Trainer(Program):
 
         self.trainer.add_callback(Pauses())
 
-    def padded(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch as DataCollatorWithPadding makes it, which takes a tokenizer."""
+    def pad_batch(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns the batch that DataCollatorWithPadding would make; that needs a tokenizer."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -294,12 +295,12 @@ class Trainer(Program):
         }
 
 
-class Trainer16Bit(Trainer):
+class HFTrainer16Bit(HFTrainer):
     sixteen_bit = True
 
 
-def figures(examples: int, steps: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
-    """What the rounds of one program, of so many examples and steps each, come to."""
+def summarize(examples: int, steps: int, warmup: FinetuneRound, *rounds: FinetuneRound) -> dict[str, Any]:
+    """Figures of one competitor, from rounds of `examples` examples and `steps` steps."""
     seconds = spread([round.seconds for round in rounds])
     return {
         "examples_per_second": examples / seconds["median"],
@@ -311,14 +312,8 @@ def figures(examples: int, steps: int, warmup: Round, *rounds: Round) -> dict[st
     }
 
 
-def ratio(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, float]:
-    """How much longer a program's rounds take: the quotient of the medians, and the least and most of a round."""
-    over_rounds = spread([b / a for a, b in zip(ours["rounds"], its["rounds"])])
-    return over_rounds | {"median": its["round_seconds"]["median"] / ours["round_seconds"]["median"]}
-
-
 def show(results: dict[str, Any]) -> None:
-    columns = ["examples/s", "update ms", "least ms", "most ms", "round s", "memory GB"]
+    columns = ["examples/s", "update ms", "min ms", "max ms", "round s", "memory GB"]
     print("\n" + f"{'':20}" + "".join(f"{column:>12}" for column in columns))
     for name, row in results["programs"].items():
         milliseconds = "".join(f"{row['step_ms'][key]:12,.1f}" for key in ("median", "min", "max"))
@@ -330,11 +325,11 @@ def show(results: dict[str, Any]) -> None:
 
 def bench_finetune(args: list[str]) -> None:
     settings, config = read_model_arguments(FinetuneBench, __doc__, args)
-    check_places(settings, ("transformers", "accelerate"))
+    check_requirements(settings, ("transformers", "accelerate"))
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
-    from gpt_arc.device import device_name, resolve_device, resolve_dtype
+    from gpt_arc.device import resolve_device, resolve_dtype
     from gpt_arc.finetuning.examples import SpecialTokens
     from gpt_arc.weights.directory import load_config
     from gpt_arc.weights.huggingface import architecture_of
@@ -349,36 +344,37 @@ def bench_finetune(args: list[str]) -> None:
         architecture_of(config)
     device = resolve_device(settings.device)
     if settings.transformers and device.index:
-        raise UserError("the Trainer takes the first GPU: choose it by CUDA_VISIBLE_DEVICES, and say --device=cuda")
+        raise UserError("the Trainer uses the first GPU: choose it with CUDA_VISIBLE_DEVICES and set --device=cuda")
     dtype = resolve_dtype(settings.dtype, device)
     config = replace(config, vocab_size=config.vocab_size + len(SpecialTokens._fields))
     with torch.device("meta"):
         parameters = GPT(config).num_parameters()
-    programs: dict[str, type[Program]] = {"ours": Ours}
-    programs |= {"ours + LM": OursWithLanguage} if settings.language_weight else {}
+    workers: dict[str, type[FinetuneWorker]] = {"ours": OurFinetuner}
+    workers |= {"ours + LM": OurFinetunerWithLanguage} if settings.language_weight else {}
     if settings.transformers:
-        programs |= {"transformers": Trainer} | ({} if dtype == "float32" else {"transformers 16 bit": Trainer16Bit})
-    machine = f"{device_name(device)}, torch {torch.__version__}"
+        workers |= {"transformers": HFTrainer} | ({} if dtype == "float32" else {"transformers 16 bit": HFTrainer16Bit})
+    machine = machine_name(device)
     steps = settings.steps_per_round
     print(f"machine      {machine}")
     print(f"model        {settings.model}, {parameters:,} parameters, {dtype}")
     print(
-        f"work         {settings.batch_size} examples of {settings.min_tokens} to {settings.max_tokens} tokens an",
+        f"work         {settings.batch_size} examples of {settings.min_tokens} to {settings.max_tokens} tokens per",
         end="",
     )
-    print(f" update, {settings.rounds} rounds of {steps} updates after one to warm up", flush=True)
+    print(f" update, {settings.rounds} rounds of {steps} updates after a warm-up round", flush=True)
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-arc-bench-")))
-        job = Job(settings, config, str(device), dtype, folder)
-        ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
-        rounds, _ = take_turns(ask, settings.rounds)
+        job = FinetuneJob(settings, config, str(device), dtype, folder)
+        calls = {name: stack.enter_context(child_process(name, worker, job)) for name, worker in workers.items()}
+        rounds, _ = take_turns(calls, settings.rounds)
 
     results: dict[str, Any] = {"machine": machine, "dtype": dtype, "parameters": parameters}
-    results |= {"architecture": asdict(config), "settings": plain(settings)}
-    results["programs"] = {name: figures(steps * settings.batch_size, steps, *taken) for name, taken in rounds.items()}
+    results |= {"architecture": asdict(config), "settings": json_settings(settings)}
+    results["programs"] = {
+        name: summarize(steps * settings.batch_size, steps, *its_rounds) for name, its_rounds in rounds.items()
+    }
     ours, *others = results["programs"].items()
-    results["ratios"] = {name: ratio(ours[1], row) for name, row in others}
+    results["ratios"] = {name: ratio_of_medians(ours[1], row) for name, row in others}
     show(results)
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    write_results(settings.json, results)

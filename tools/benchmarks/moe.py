@@ -1,38 +1,28 @@
-"""The mixtures' part of tools/bench.py: optimizer steps of experts, beside the dense model of as many operations.
+"""`bench.py moe`: optimizer steps of a mixture of experts, against a dense model with the same FLOPs per token.
 
     python tools/bench.py moe configs/moe.toml --batch_size=1 --transformers=True
     python tools/bench.py moe configs/moe.toml --n_layer=4 --batch_size=2 --block_size=512 --rounds=3 --steps=3
 
-It takes what `python tools/bench.py train` takes, and measures in the same way: steps of one random batch each, by
-programs that take turns, each in a process of its own:
+Accepts the settings of `python tools/bench.py train` and measures the same way: steps of one random batch, by
+competitors that take turns, each in its own process:
 
-- ours: the mixture, with its routers' losses and loads, as train.py trains it.
-- dense: ours too, the config without experts and with an MLP as wide as what a token takes of them all: equal active
-  FLOPs but for the router's.
-- transformers, where the architecture is its Mixtral: weights of the same sizes, autocast as ours, torch's fused AdamW,
-  its loss of routers if balance_loss is set. Once for each of --implementations, its ways of computing experts;
-  grouped_mm is its default, which autocast leaves in float32. What counts is the fastest, which is named.
+- ours: the mixture, with its router losses and loads, as train.py trains it.
+- dense: our model too, without experts; its MLP is as wide as all the experts that a token uses, so its active FLOPs
+  are the same except for the router's.
+- transformers, if the architecture is its Mixtral: weights of the same sizes, the same autocast, torch's fused AdamW,
+  its router loss if balance_loss is set. Measured once for each of --implementations, its ways to compute experts;
+  grouped_mm is its default, which autocast leaves in float32. The fastest one counts, and is named.
 
-Weights are new and tokens random, so the experts are used about alike. The floor is 6 FLOPs an active parameter and
-token, attention not counted, over the rate of products of two 1024 x 1024 matrices between the rounds.
+Weights are new and tokens random, so the experts are used about equally. The floor is 6 FLOPs per active parameter and
+token, attention not counted, at the rate measured between the rounds for products of two 1024 x 1024 matrices.
 """
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.processes import check_places
-from benchmarks.train import (
-    Ours,
-    Program,
-    StepBench,
-    Transformers,
-    compare,
-    prepare,
-    read_arguments,
-    show,
-    write_results,
-)
+from benchmarks.processes import check_requirements, write_results
+from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare, prepare, read_arguments, show
 from gpt_arc.errors import UserError
 
 
@@ -48,8 +38,8 @@ class MoeBench(StepBench):
             raise ValueError("implementations must name one or more")
 
 
-class Grouped(Transformers):
-    """transformers' model with its experts computed in one of its ways."""
+class GroupedMixtral(TransformersTrainer):
+    """transformers' model, whose experts are computed in the way that `implementation` names."""
 
     implementation = "grouped_mm"
 
@@ -58,33 +48,35 @@ class Grouped(Transformers):
         self.model.set_experts_implementation(self.implementation)
 
 
-class Eager(Grouped):
+class EagerMixtral(GroupedMixtral):
     implementation = "eager"
 
 
-class Batched(Grouped):
+class BatchedMixtral(GroupedMixtral):
     implementation = "batched_mm"
 
 
-IMPLEMENTATIONS: dict[str, type[Program]] = {program.implementation: program for program in (Grouped, Eager, Batched)}
+IMPLEMENTATIONS: dict[str, type[GroupedMixtral]] = {
+    worker.implementation: worker for worker in (GroupedMixtral, EagerMixtral, BatchedMixtral)
+}
 
 
 def equal_dense(config: Any) -> Any:
-    """A `GPTConfig` without experts, whose MLPs together are as wide as what a token takes of `config`'s.
+    """Returns a `GPTConfig` without experts, with as much total MLP width as a token uses in `config`.
 
-    Its blocks are alike, so where only every so many-th has experts all get the mean, to the nearest whole number.
+    Its blocks are all alike: where only every nth block of `config` has experts, each gets the mean width, rounded.
     """
-    taken = config.experts_per_token + config.shared_experts
+    active = config.experts_per_token + config.shared_experts
     blocks = sum(config.has_experts(i) for i in range(config.n_layer))
-    width = config.mlp_width * (blocks * taken + config.n_layer - blocks) / config.n_layer
+    width = config.mlp_width * (blocks * active + config.n_layer - blocks) / config.n_layer
     return dataclasses.replace(config, n_experts=0, mlp_size=round(width))
 
 
 def bench_moe(args: list[str]) -> None:
     settings, config = read_arguments(args, MoeBench, __doc__, "moe configs/moe.toml")
-    check_places(settings)
+    check_requirements(settings)
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
     from gpt_arc.planning.cost import flops_per_token
     from gpt_arc.weights.huggingface import architecture_of
@@ -93,22 +85,22 @@ def bench_moe(args: list[str]) -> None:
     with torch.device("meta"):
         model, dense = GPT(config.model), GPT(equal_dense(config.model))
     if not model.experts:
-        raise UserError("n_experts = 0 leaves nothing to measure: name a config with experts, as configs/moe.toml")
+        raise UserError("n_experts = 0 leaves nothing to measure: name a config with experts, such as configs/moe.toml")
     if settings.transformers:
         architecture_of(config.model)
     job = prepare(settings, config)
     flops = {"ours": flops_per_token(model), "dense": flops_per_token(dense)}
     print(f"dense        {dense.num_parameters():,} parameters, mlp_size = {dense.config.mlp_size}:", end="")
-    print(f" {flops['dense'] / flops['ours']:.1%} of the mixture's FLOPs a token", flush=True)
+    print(f" {flops['dense'] / flops['ours']:.1%} of the mixture's FLOPs per token", flush=True)
 
-    theirs = {f"transformers {name}": IMPLEMENTATIONS[name] for name in settings.implementations}
-    programs = {"ours": (Ours, job)}
-    programs |= {"dense": (Ours, dataclasses.replace(job, config=dataclasses.replace(config, model=dense.config)))}
-    programs |= {name: (program, job) for name, program in theirs.items()} if settings.transformers else {}
-    results = compare(job, programs) | {"flops_per_token": flops}
+    peers = {f"transformers {name}": IMPLEMENTATIONS[name] for name in settings.implementations}
+    dense_job = dataclasses.replace(job, config=dataclasses.replace(config, model=dense.config))
+    workers = {"ours": (OurTrainer, job), "dense": (OurTrainer, dense_job)}
+    workers |= {name: (worker, job) for name, worker in peers.items()} if settings.transformers else {}
+    results = compare(job, workers) | {"flops_per_token": flops}
     show(results)
     if settings.transformers:
-        results["fastest"] = min(theirs, key=lambda name: results["ratios"][name]["median"])
+        results["fastest"] = min(peers, key=lambda name: results["ratios"][name]["median"])
         ratio = results["ratios"][results["fastest"]]["median"]
-        print(f"fastest      of transformers' is {results['fastest']}: {ratio:.2f} times as long as ours")
-    write_results(settings, results)
+        print(f"fastest      implementation of transformers: {results['fastest']}, {ratio:.2f} times as long as ours")
+    write_results(settings.json, results)

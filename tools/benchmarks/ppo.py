@@ -1,24 +1,25 @@
-"""The reinforcement learning part of tools/bench.py: stages/ppo.py beside trl's PPOTrainer.
+"""`bench.py ppo`: reinforcement learning with stages/ppo.py, against trl's PPOTrainer.
 
     python tools/bench.py ppo --trl=True
     python tools/bench.py ppo --n_layer=4 --episodes=8192 --trl=True --json=ppo.json
 
-The task has a true reward, a rule: how many letters of a response its prompt has, as a share of max_new_tokens. A small
-GPT-2 of 26 letters first learns from examples, half as long, in which three letters in five are copied. From there both
-programs go on, with the same weights, prompts, reward, batches, passes, rates and limits. Each seed is a run of each
-program, in a process of its own, and they take turns after every iteration, so that whatever else the machine does
-meets them alike:
+The task has a true reward, a rule: the number of a response's letters that occur in its prompt, over max_new_tokens. A
+small GPT-2 with 26 letters first learns from examples of half that length, which copy three letters in five. Both
+competitors start from it, with the same weights, prompts, reward, batches, passes, rates and limits. For each seed
+every competitor does a run in its own process, and they take turns after every iteration, so that other load on the
+machine affects them all equally:
 
-- ours: stages/ppo.py by its command line, in float32.
+- ours: stages/ppo.py, run from its command line, in float32.
 - ours 16 bit, with --sixteen_bit=True: the same in bfloat16.
 - trl: its experimental PPOTrainer in float32, with a value network from the same weights (pip install trl==1.12.0).
 
-What is not set alike is as it comes: ours shortens gradients to norm 1, divides rewards by their deviation and has
-Adam's beta2 .95 and epsilon 1e-5; trl does neither, and has .999 and 1e-8. trl gives the score, and a value, to the
-state after a response's end. They draw responses and the order of prompts from generators of their own.
+Everything else keeps its default: ours clips gradients to norm 1, divides rewards by their deviation and has Adam's
+beta2 .95 and epsilon 1e-5; trl does neither, and has .999 and 1e-8. trl assigns the score, and a value, to the state
+after a response's end. Each draws responses and the order of prompts from its own generators.
 
-An iteration is timed from one scoring of responses to the next: updates, writing, values, reference. The first ones,
-loading and saving aren't counted. The reward is compared over the last fifth of the episodes, by Welch's interval.
+An iteration is timed from one scoring of responses to the next: updates, writing, values, reference. The first
+iterations, loading and saving aren't counted. Rewards are compared over the last fifth of the episodes, with Welch's
+interval.
 """
 
 import contextlib
@@ -40,7 +41,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.processes import check_places, peak_memory, plain, reporting, running, spread
+from benchmarks.processes import (
+    Call,
+    check_requirements,
+    child_process,
+    json_settings,
+    machine_name,
+    peak_memory,
+    reporting,
+    spread,
+    write_results,
+)
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
@@ -48,9 +59,9 @@ from gpt_arc.flags import parse_flags
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
 UNCOUNTED = 2  # iterations at the start whose time doesn't count
 LETTERS, PROMPT_LETTERS, COPIED = string.ascii_lowercase, (4, 8), 0.6
-EXAMPLES, EXAMPLE_BATCH, EXAMPLE_RATE = 4096, 32, 1e-3  # of the supervised start
+EXAMPLES, EXAMPLE_BATCH, EXAMPLE_RATE = 4096, 32, 1e-3  # of the supervised training
 POLICY, PROMPTS = "policy", "prompts.jsonl"
-SAME = (  # settings of stages/ppo.py that have the same names here
+SHARED_SETTINGS = (  # settings of stages/ppo.py that have the same names here
     "episodes", "minibatches", "inner_epochs", "max_new_tokens", "temperature", "learning_rate", "kl_coef", "gamma",
     "gae_lambda", "clip", "value_clip", "value_coef",
 )  # fmt: skip
@@ -133,7 +144,7 @@ class PPOBench:
 
 
 def overlap(prompt: str, response: str, most: int) -> float:
-    """The true reward: how many letters of the response its prompt has, as a share of the `most` there may be."""
+    """The true reward: the number of the response's letters that occur in the prompt, over `most`."""
     return sum(letter in prompt for letter in response) / most
 
 
@@ -142,14 +153,14 @@ def draw_prompt(generator: np.random.Generator) -> str:
 
 
 def draw_response(generator: np.random.Generator, prompt: str, most: int) -> str:
-    """Half of `most` letters on average, of which the share COPIED or a little more is the prompt's."""
+    """Draws half of `most` letters on average; a share of COPIED or slightly more occur in the prompt."""
     length = generator.integers(1, most)
     copied = generator.random(length) < COPIED
-    return "".join(generator.choice(list(prompt if own else LETTERS)) for own in copied)
+    return "".join(generator.choice(list(prompt if copy else LETTERS)) for copy in copied)
 
 
 def prepare(settings: PPOBench, folder: Path) -> Any:
-    """Write the policy that the programs start from, and the prompts. Returns its GPTConfig."""
+    """Writes the prompts and the policy that all competitors start from. Returns the policy's GPTConfig."""
     import torch
 
     from gpt_arc.chat.batches import conversation_batch, encode_conversations
@@ -188,11 +199,11 @@ def prepare(settings: PPOBench, folder: Path) -> Any:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know."""
+class PPOJob:
+    """Input of a child process."""
 
     settings: PPOBench
-    folder: Path  # with policy and prompts; that may be written to
+    folder: Path  # with policy and prompts; output goes here too
     name: str
     seed: int
     device: str
@@ -203,70 +214,70 @@ class Job:
         return self.folder / f"{self.name} {self.seed}"
 
 
-class Scored(NamedTuple):
-    """The responses of an iteration."""
+class Iteration(NamedTuple):
+    """An iteration's responses, once they are scored."""
 
-    seconds: float  # of work, since the ones before
+    seconds: float  # of work since the previous iteration's scores
     rewards: list[float]
-    tokens: float  # of a response, on average, without its end
+    tokens: float  # mean length of a response without its end token
 
 
-class Ended(NamedTuple):
-    """What a program says once its run is over."""
+class RunEnd(NamedTuple):
+    """Sent by a child process when its run has ended."""
 
-    kl: list[float]  # nats a response, of each iteration
-    peak: int  # bytes of memory
+    kl: list[float]  # nats per response, for each iteration
+    peak: int  # peak memory in bytes
 
 
-class Watch:
-    """Tells the parent of what is scored, and waits for its word to go on."""
+class RewardMonitor:
+    """Scores responses, reports each iteration to the parent and waits for the signal to continue."""
 
     def __init__(self, pipe: Any, most: int):
         self.pipe, self.most, self.resumed = pipe, most, time.perf_counter()
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         rewards = [overlap(prompt, response, self.most) for prompt, response in zip(prompts, responses)]
-        self.pipe.send(Scored(time.perf_counter() - self.resumed, rewards, fmean(map(len, responses))))
+        self.pipe.send(Iteration(time.perf_counter() - self.resumed, rewards, fmean(map(len, responses))))
         self.pipe.recv()
         self.resumed = time.perf_counter()
         return rewards
 
 
-watch: Watch | None = None  # of this process
+monitor: RewardMonitor | None = None  # of this child process
 
 
 def reward(rows: Sequence[dict[str, str]], responses: Sequence[str]) -> list[float]:
-    """What stages/ppo.py calls for rewards."""
-    return watch.score([row["prompt"] for row in rows], responses)
+    """The reward function that stages/ppo.py calls."""
+    return monitor.score([row["prompt"] for row in rows], responses)
 
 
-def serve_run(pipe: Any, program: Any, job: Job) -> None:
-    """The life of a process: a whole run, whose KL and memory are told at its end."""
-    global watch
+def serve_run(pipe: Any, train: Any, job: PPOJob) -> None:
+    """Main loop of a child process: a whole run, which reports its KL and memory at the end."""
+    global monitor
     with reporting(pipe):
-        watch = Watch(pipe, job.settings.max_new_tokens)
-        kl = program(job)
-        pipe.send(Ended(kl, peak_memory(job.device)))
+        monitor = RewardMonitor(pipe, job.settings.max_new_tokens)
+        kl = train(job)
+        pipe.send(RunEnd(kl, peak_memory(job.device)))
 
 
-def run_ours(job: Job) -> list[float]:
-    """stages/ppo.py, from its command line on."""
+def run_ours(job: PPOJob) -> list[float]:
+    """Runs stages/ppo.py through its command line; returns the KL of each iteration."""
     settings = job.settings
-    flags = {name: getattr(settings, name) for name in SAME}
+    flags = {name: getattr(settings, name) for name in SHARED_SETTINGS}
     flags |= {"prompts": job.folder / PROMPTS, "reward": f"{__name__}:reward", "out_dir": job.out}
     flags |= {"batch_size": settings.episodes_per_iteration // settings.minibatches, "gradient_accumulation_steps": 1}
     flags |= {"rollout_batch_size": settings.episodes_per_iteration, "save_interval": settings.iterations}
     flags |= {"dtype": job.dtype, "device": job.device, "seed": job.seed}
     sys.argv = ["ppo.py", str(job.folder / POLICY), *(f"--{name}={value}" for name, value in flags.items())]
-    runpy.run_path(str(Path(__file__).resolve().parents[2] / "stages" / "ppo.py"))["main"]()  # as the command does
+    runpy.run_path(str(Path(__file__).resolve().parents[2] / "stages" / "ppo.py"))["main"]()
     lines = (job.out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["kl_k1"] for line in lines]
 
 
-def run_trl(job: Job) -> list[float]:
-    """trl's PPOTrainer."""
+def run_trl(job: PPOJob) -> list[float]:
+    """Runs trl's PPOTrainer; returns the KL of each iteration."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what trl says of gradient checkpointing
+    warnings.simplefilter("ignore", FutureWarning)  # transformers warns about trl's gradient checkpointing argument
     import datasets
     import torch
     import transformers
@@ -281,10 +292,10 @@ def run_trl(job: Job) -> list[float]:
     settings, size = job.settings, job.settings.episodes_per_iteration
     ours, tokenizer, chat = load_chat_model(job.folder / POLICY)
 
-    # trl tells padding by a token, which then counts as none: one that the policy never learned to write
+    # trl recognizes padding by a token, which then can't count as text: use one the policy never learned to write
     pad, end, answer = (chat.ids[mark] for mark in ("<|system|>", "<|end|>", "<|assistant|>"))
-    described = hf_config(ours.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
-    config = transformers.AutoConfig.for_model(**described, num_labels=1)
+    config_dict = hf_config(ours.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
+    config = transformers.AutoConfig.for_model(**config_dict, num_labels=1)
     weights = dict(hf_tensors(ours))
     policy, reference = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
     value_network = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -292,10 +303,10 @@ def run_trl(job: Job) -> list[float]:
         missing = model.load_state_dict(weights, strict=False).missing_keys
         assert set(missing) <= {"lm_head.weight", "score.weight"}, missing
         model.tie_weights()
-    torch.nn.init.zeros_(value_network.score.weight)  # as ours
+    torch.nn.init.zeros_(value_network.score.weight)  # as in ours
 
     class Rule(torch.nn.Module):
-        """The true reward in the form of a trunk of transformers', whose states are the rewards themselves."""
+        """The true reward in the shape of a transformers trunk, whose hidden states are the rewards."""
 
         base_model_prefix = "rule"
 
@@ -305,14 +316,14 @@ def run_trl(job: Job) -> list[float]:
 
         def rule(self, input_ids, attention_mask, **_):
             prompts, responses = [], []
-            for row, there in zip(input_ids.tolist(), attention_mask.tolist()):
-                row = [token for token, is_there in zip(row, there) if is_there]
+            for row, mask in zip(input_ids.tolist(), attention_mask.tolist()):
+                row = [token for token, keep in zip(row, mask) if keep]
                 start = row.index(answer) + 1
                 prompts.append(tokenizer.decode(row[:start]))
                 responses.append(chat.decode(row[start:]))
-            found = torch.tensor(watch.score(prompts, responses), device=input_ids.device)
+            rewards = torch.tensor(monitor.score(prompts, responses), device=input_ids.device)
             return transformers.modeling_outputs.BaseModelOutput(
-                hidden_states=(found[:, None, None].expand(*input_ids.shape, 1),)
+                hidden_states=(rewards[:, None, None].expand(*input_ids.shape, 1),)
             )
 
     vocabulary = dict(zip([*LETTERS, *chat.added], range(ours.config.vocab_size)))
@@ -326,7 +337,7 @@ def run_trl(job: Job) -> list[float]:
         output_dir=str(job.out),
         total_episodes=settings.episodes,
         per_device_train_batch_size=size,
-        gradient_accumulation_steps=1,  # of the batch of an iteration: with more there would be fewer updates
+        gradient_accumulation_steps=1,  # more steps would mean fewer updates per iteration
         num_mini_batches=settings.minibatches,
         num_ppo_epochs=settings.inner_epochs,
         local_rollout_forward_batch_size=size,
@@ -353,38 +364,38 @@ def run_trl(job: Job) -> list[float]:
     )
     kl = []
 
-    class Notes(transformers.TrainerCallback):
+    class KLRecorder(transformers.TrainerCallback):
         def on_log(self, args, state, control, logs=None, **_):
             kl.append(logs["objective/kl"])
 
     trainer = PPOTrainer(
         arguments, processing, policy, reference, Rule(), datasets.Dataset.from_list(prompts), value_network,
-        callbacks=[Notes()],
+        callbacks=[KLRecorder()],
     )  # fmt: skip
     trainer.train()
     return kl
 
 
-class Run(NamedTuple):
-    """A run of a program."""
+class PPORun(NamedTuple):
+    """A competitor's run with one seed."""
 
-    iterations: list[Scored]
-    ended: Ended
+    iterations: list[Iteration]
+    ended: RunEnd
 
 
-def take_turns(ask: dict[str, Any], iterations: int) -> dict[str, Run]:
-    """Let the programs have an iteration in turn until their runs are over."""
+def take_iterations(calls: dict[str, Call], iterations: int) -> dict[str, PPORun]:
+    """Runs all competitors to the end, one iteration at a time in turn."""
     from tqdm import tqdm
 
-    found = {name: [load(None)] for name, load in ask.items()}
+    answers = {name: [call(None)] for name, call in calls.items()}
     for _ in tqdm(range(iterations), "iterations", leave=False, disable=None):
-        for name in ask:
-            found[name].append(ask[name]("go on"))
-    return {name: Run(answers[:-1], answers[-1]) for name, answers in found.items()}
+        for name, call in calls.items():
+            answers[name].append(call("continue"))
+    return {name: PPORun(iterations, end) for name, (*iterations, end) in answers.items()}
 
 
-def figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """What the runs of one program, a seed each, come to."""
+def summarize(runs: Sequence[PPORun]) -> dict[str, Any]:
+    """Figures of one competitor from its runs, one per seed."""
     seconds = [scored.seconds for run in runs for scored in run.iterations[UNCOUNTED:]]
     size, last = len(runs[0].iterations[0].rewards), -(-len(runs[0].iterations) // 5)
     each = spread(seconds)
@@ -403,23 +414,23 @@ def figures(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def compared(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, Any]:
-    """Our speed over trl's, and what our reward has beyond its own, as a share, with Welch's 95% interval."""
+def compare(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Our speed over trl's, and our relative gain in reward with Welch's 95% interval."""
     from scipy.stats import ttest_ind
 
-    pairs = zip(ours["seconds"], its["seconds"])
-    ratios = [median(theirs[UNCOUNTED:]) / median(own[UNCOUNTED:]) for own, theirs in pairs]
-    mean = fmean(its["rewards"])
-    found: dict[str, Any] = {"reward": fmean(ours["rewards"]) / mean - 1, "interval": None}
+    pairs = zip(ours["seconds"], other["seconds"])
+    ratios = [median(b[UNCOUNTED:]) / median(a[UNCOUNTED:]) for a, b in pairs]
+    mean = fmean(other["rewards"])
+    comparison: dict[str, Any] = {"reward": fmean(ours["rewards"]) / mean - 1, "interval": None}
     if len(ours["rewards"]) > 1:
-        interval = ttest_ind(ours["rewards"], its["rewards"], equal_var=False).confidence_interval(0.95)
-        found["interval"] = [interval.low / mean, interval.high / mean]
-    speed = spread(ratios) | {"median": ours["episodes_per_second"] / its["episodes_per_second"]}
-    return found | {"speed": speed}
+        interval = ttest_ind(ours["rewards"], other["rewards"], equal_var=False).confidence_interval(0.95)
+        comparison["interval"] = [interval.low / mean, interval.high / mean]
+    speed = spread(ratios) | {"median": ours["episodes_per_second"] / other["episodes_per_second"]}
+    return comparison | {"speed": speed}
 
 
 def show(results: dict[str, Any]) -> None:
-    columns = ["episodes/s", "iteration s", "reward", "least", "most", "KL", "tokens", "memory GB"]
+    columns = ["episodes/s", "iteration s", "reward", "min", "max", "KL", "tokens", "memory GB"]
     print("\n" + f"{'':14}" + "".join(f"{column:>12}" for column in columns))
     for name, row in results["programs"].items():
         rewards = spread(row["rewards"]) | {"mean": fmean(row["rewards"])}
@@ -430,39 +441,41 @@ def show(results: dict[str, Any]) -> None:
     for name, each in results["comparisons"].items():
         speed, interval = each["speed"], each["interval"]
         within = "" if interval is None else f", 95% interval {interval[0]:+.1%} to {interval[1]:+.1%}"
-        print(f"reward       {name}: {each['reward']:+.1%} beside trl{within}")
+        print(f"reward       {name}: {each['reward']:+.1%} against trl{within}")
         print(f"speed        {name}: {speed['median']:.2f} times trl's episodes/s", end="")
         print(f" ({speed['min']:.2f} to {speed['max']:.2f} over the seeds)")
 
 
 def has_ppo_trainer() -> bool:
-    found = importlib.util.find_spec("trl")
-    return found is not None and any(
-        (Path(p) / "experimental" / "ppo").is_dir() for p in found.submodule_search_locations
+    spec = importlib.util.find_spec("trl")
+    return spec is not None and any(
+        (Path(p) / "experimental" / "ppo").is_dir() for p in spec.submodule_search_locations
     )
 
 
 def bench_ppo(args: list[str]) -> None:
     settings = parse_flags(PPOBench, __doc__, args)
-    check_places(settings)
+    check_requirements(settings)
     if settings.trl and not has_ppo_trainer():
-        raise UserError(f"no trl with a PPOTrainer is installed, and the latest have none: pip install trl=={TRL}")
+        raise UserError(
+            f"trl with a PPOTrainer is not installed; the latest versions have none: pip install trl=={TRL}"
+        )
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
-    from gpt_arc.device import device_name, resolve_device
+    from gpt_arc.device import resolve_device
     from model import GPT
 
     device = resolve_device(settings.device)
     if settings.trl and device.index:
-        raise UserError("the PPOTrainer takes the first GPU: choose it by CUDA_VISIBLE_DEVICES, and say --device=cuda")
-    programs = {"ours": (run_ours, "float32")}
-    programs |= {"ours 16 bit": (run_ours, "bfloat16")} if settings.sixteen_bit else {}
-    programs |= {"trl": (run_trl, "float32")} if settings.trl else {}
-    machine = f"{device_name(device)}, torch {torch.__version__}"
-    runs: dict[str, list[Run]] = {name: [] for name in programs}
-    with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as place:
-        config = prepare(settings, Path(place))
+        raise UserError("the PPOTrainer uses the first GPU: choose it with CUDA_VISIBLE_DEVICES and set --device=cuda")
+    workers = {"ours": (run_ours, "float32")}
+    workers |= {"ours 16 bit": (run_ours, "bfloat16")} if settings.sixteen_bit else {}
+    workers |= {"trl": (run_trl, "float32")} if settings.trl else {}
+    machine = machine_name(device)
+    runs: dict[str, list[PPORun]] = {name: [] for name in workers}
+    with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as folder:
+        config = prepare(settings, Path(folder))
         with torch.device("meta"):
             parameters = GPT(config).num_parameters()
         least, most = PROMPT_LETTERS
@@ -475,19 +488,18 @@ def bench_ppo(args: list[str]) -> None:
         sys.stdout.flush()
         for seed in range(settings.seed, settings.seed + settings.seeds):
             with contextlib.ExitStack() as stack:
-                ask = {}
-                for name, (program, dtype) in programs.items():
-                    job = Job(settings, Path(place), name, seed, str(device), dtype)
-                    ask[name] = stack.enter_context(running(name, program, job, serve_run))
-                for name, run in take_turns(ask, settings.iterations).items():
+                calls = {}
+                for name, (train, dtype) in workers.items():
+                    job = PPOJob(settings, Path(folder), name, seed, str(device), dtype)
+                    calls[name] = stack.enter_context(child_process(name, train, job, serve_run))
+                for name, run in take_iterations(calls, settings.iterations).items():
                     runs[name].append(run)
 
-    results: dict[str, Any] = {"machine": machine, "parameters": parameters, "settings": plain(settings)}
+    results: dict[str, Any] = {"machine": machine, "parameters": parameters, "settings": json_settings(settings)}
     results["trl"] = importlib.metadata.version("trl") if settings.trl else None
-    results["programs"] = {name: figures(each) for name, each in runs.items()}
+    results["programs"] = {name: summarize(each) for name, each in runs.items()}
     ours, theirs = dict(results["programs"]), results["programs"].get("trl")
     ours.pop("trl", None)
-    results["comparisons"] = {name: compared(row, theirs) for name, row in ours.items()} if theirs else {}
+    results["comparisons"] = {name: compare(row, theirs) for name, row in ours.items()} if theirs else {}
     show(results)
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    write_results(settings.json, results)

@@ -1,4 +1,4 @@
-"""Programs that are measured against each other, each in a process of its own."""
+"""Shared parts of the benchmarks: child processes that take turns, checks of the command line, and figures."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,59 @@ from statistics import median
 from typing import Any
 
 from gpt_arc.errors import LESS_MEMORY, UserError, first_line, is_of_memory
+from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
+# Calls a method of the worker in a child process and returns its result; None: waits until the worker is loaded.
+Call = Callable[[str | None], Any]
+
+
+# ---- settings and checks
+
+
+def config_files(args: Sequence[str]) -> list[str]:
+    """The config files among command-line arguments."""
+    return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+
+
+def read_model_arguments(cls: type, description: str, args: list[str]) -> tuple[Any, Any]:
+    """Returns settings of the dataclass `cls` and the config file's architecture, both with the flags applied.
+
+    The first field of `cls` is a positional `model`, which names a config file or a model. For a model the architecture
+    is None.
+    """
+    files = config_files(args)
+    if not files:
+        return parse_flags(cls, description, args), None
+    from gpt_arc.training.config import build_config, read_settings
+    from model import GPTConfig  # imports torch
+
+    default = build_config(read_settings(Path(files[0])), files[0]).model
+    arguments = dataclasses.make_dataclass("Arguments", [("settings", cls), ("architecture", GPTConfig)])
+    parsed = parse_flags(arguments, description, args, arguments(cls(files[0]), default))
+    return parsed.settings, parsed.architecture
+
+
+def check_requirements(settings: Any, packages: Sequence[str] = ("transformers",)) -> None:
+    """Raises UserError if the nanoGPT checkout, a package or the folder of the --json file is missing.
+
+    `packages` are those that the setting `transformers` needs.
+    """
+    nanogpt = getattr(settings, "nanogpt", None)
+    if nanogpt is not None and not (nanogpt / "model.py").is_file():
+        raise UserError(f"there is no nanoGPT checkout at {nanogpt}: it has no model.py")
+    for package in packages if getattr(settings, "transformers", False) else ():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is not installed: pip install -e ".[dev]"')
+    path = settings.json
+    if path is not None and (path.exists() and not path.is_file() or not path.parent.is_dir()):
+        raise UserError(f"{path} can't be written: name a file in an existing folder")
+
 
 def nanogpt_model(checkout: Path, config: Any, dropout: float) -> Any:
-    """The model of a nanoGPT checkout, of the sizes of a `GPTConfig`."""
+    """Returns the model of a nanoGPT checkout, with the sizes of a `GPTConfig`."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -35,53 +81,18 @@ def check_nanogpt_fits(config: Any) -> None:
     """Raises UserError for a `GPTConfig` that nanoGPT can't compute."""
     free = {*NANOGPT_SETTINGS, "rotary_base", "init", "dropout"}
     free |= {"embedding_dropout", "attention_dropout", "residual_dropout"}
-    also = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
-    also |= {"activation": "gelu"}
+    equivalent = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "activation": "gelu"}
+    equivalent |= {"mlp_size": 4 * config.n_embd}
     for name, value in asdict(config).items():
-        if name not in free and value not in (getattr(type(config)(), name), also.get(name)):
-            raise UserError(f"nanoGPT is GPT-2 alone and has no {name} = {json.dumps(value)}: leave --nanogpt out")
+        if name not in free and value not in (getattr(type(config)(), name), equivalent.get(name)):
+            raise UserError(f"nanoGPT only computes GPT-2 and has no {name} = {json.dumps(value)}: leave --nanogpt out")
 
 
-def read_model_arguments(cls: type, description: str, args: list[str]) -> tuple[Any, Any]:
-    """The settings, of the dataclass `cls`, and for a config file its architecture, with the flags over it.
-
-    `cls` has a positional `model` first, which names the config file or a model.
-    """
-    files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
-    if not files:
-        return parse_flags(cls, description, args), None
-    from gpt_arc.training.config import build_config, read_settings
-    from model import GPTConfig  # whose import takes torch
-
-    default = build_config(read_settings(Path(files[0])), files[0]).model
-    both = dataclasses.make_dataclass("Both", [("settings", cls), ("architecture", GPTConfig)])
-    parsed = parse_flags(both, description, args, both(cls(files[0]), default))
-    return parsed.settings, parsed.architecture
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """The settings as JSON has them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
-
-
-def check_places(settings: Any, packages: Sequence[str] = ("transformers",)) -> None:
-    """Raises UserError where one of the settings nanogpt, transformers and json names what is not there.
-
-    `packages` are what the setting transformers takes.
-    """
-    nanogpt = getattr(settings, "nanogpt", None)
-    if nanogpt is not None and not (nanogpt / "model.py").is_file():
-        raise UserError(f"there is no nanoGPT checkout at {nanogpt}: it has no model.py")
-    for package in packages if getattr(settings, "transformers", False) else ():
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is not installed: pip install -e ".[dev]"')
-    refused = settings.json is not None and settings.json.exists() and not settings.json.is_file()
-    if settings.json is not None and (refused or not settings.json.parent.is_dir()):
-        raise UserError(f"{settings.json} can't be written: name a file in a folder that is there")
+# ---- measurements inside a process
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes that this process has held: of the GPU's memory where it has one, else of the machine's."""
+    """Peak memory of this process in bytes: GPU memory on a GPU, else resident memory."""
     if device.startswith("cuda"):
         import torch
 
@@ -91,11 +102,11 @@ def peak_memory(device: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes, on a Mac
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
 
 
-def now(device: Any) -> float:
-    """Seconds on a clock, once the device has done what it was given."""
+def synchronized_time(device: Any) -> float:
+    """Waits until the device has finished its work; returns the time in seconds."""
     import torch
 
     if device.type == "cuda":
@@ -105,102 +116,136 @@ def now(device: Any) -> float:
     return time.perf_counter()
 
 
+# ---- child processes
+
+
 @contextlib.contextmanager
 def reporting(pipe: Any) -> Iterator[None]:
-    """In which a process ends when the parent hangs up or dies, and tells it of what goes wrong."""
+    """Runs the block in a child process: sends errors to the parent, and ends when the parent hangs up or dies."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    sys.stdout = open(os.devnull, "w")  # nanoGPT counts its parameters there
+    sys.stdout = open(os.devnull, "w")  # nanoGPT prints its parameter count
     from tqdm import tqdm
 
-    tqdm.set_lock(threading.RLock())  # compilers use its own, which a process that is killed is said to leak
+    # Compilers use tqdm, whose default lock is a semaphore, reported as leaked when the process is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         yield
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
-    except Exception as error:  # whatever another program, a compiler or a driver may raise
+    except Exception as error:  # another library, a compiler or a driver may raise anything
         known = isinstance(error, UserError) or is_of_memory(error)
-        said = LESS_MEMORY if is_of_memory(error) else first_line(error)
-        pipe.send(UserError(said if known else f"{type(error).__name__}: {said}"))
+        message = LESS_MEMORY if is_of_memory(error) else first_line(error)
+        pipe.send(UserError(message if known else f"{type(error).__name__}: {message}"))
 
 
-def serve(pipe: Any, program: type, job: Any) -> None:
-    """The life of a process: load, then call the methods it is asked for."""
+def serve(pipe: Any, worker_class: type, job: Any) -> None:
+    """Main loop of a child process: builds the worker, then calls its methods as the parent names them."""
     with reporting(pipe):
-        loaded = program(job)
+        worker = worker_class(job)
         pipe.send(None)
         while True:
-            pipe.send(getattr(loaded, pipe.recv())())
+            pipe.send(getattr(worker, pipe.recv())())
 
 
 @contextlib.contextmanager
-def running(name: str, program: Any, job: Any, live: Callable = serve) -> Iterator[Callable[[str | None], Any]]:
-    """A process with `program`; yields what asks it for the result of one of its methods, first None: to be loaded.
+def child_process(name: str, worker: Any, job: Any, main_loop: Callable = serve) -> Iterator[Call]:
+    """Runs `worker`, by default a class built with `job`, in a child process; yields the function that calls it.
 
-    `live` is another life that answers as often as it is asked.
+    `main_loop`: the child process's main loop. It receives the pipe, `worker` and `job`.
     """
     context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=live, args=(theirs, program, job), daemon=True)
+    pipe, child_end = context.Pipe()
+    process = context.Process(target=main_loop, args=(child_end, worker, job), daemon=True)
 
-    def ask(method: str | None) -> Any:
+    def call(method: str | None) -> Any:
         try:
             if method is not None:
                 pipe.send(method)
             answer = pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             process.join()
-            why = ", for want of memory perhaps" if process.exitcode == -signal.SIGKILL else ""
-            raise UserError(f"{name}: its process ended ({process.exitcode}){why}") from None
+            why = ", perhaps out of memory" if process.exitcode == -signal.SIGKILL else ""
+            raise UserError(f"{name}: its process ended with exit code {process.exitcode}{why}") from None
         if isinstance(answer, UserError):
             raise UserError(f"{name}: {answer}")
         return answer
 
-    # A terminal's Ctrl-C comes to all processes and is for the parent to act on. The tracker is multiprocessing's own;
-    # started only now, it would let the signal through again.
+    # A terminal sends Ctrl-C to all processes, and only the parent should act on it. Start multiprocessing's resource
+    # tracker before the signal is blocked: starting it later would unblock the signal.
     resource_tracker.ensure_running()
-    allowed = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     grace = 0
     try:
         process.start()
-        theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-        yield ask
+        child_end.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        yield call
         grace = 5
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, allowed)
-        pipe.close()  # upon which an idle one ends
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
+        pipe.close()  # an idle child ends on this
         if process.pid is not None:
             process.join(grace)
             process.kill()
             process.join()
 
 
-def take_turns(
-    ask: dict[str, Callable[[str | None], Any]], rounds: int, between: Callable[[], Any] = lambda: None
-) -> tuple:
-    """Load the programs, then let them take turns in one round that warms up and `rounds` more.
+def take_turns(calls: dict[str, Call], rounds: int, between: Callable[[], Any] = lambda: None) -> tuple:
+    """Runs one warm-up round and `rounds` measured ones; in each round every worker takes a turn.
 
-    Returns what the rounds of each program gave, and what `between` did, which is called after every round.
+    Returns the results of each worker's rounds by name, and the results of `between`, called after every round.
     """
     from tqdm import tqdm
 
-    for load in ask.values():
-        load(None)
-    taken: dict[str, list] = {name: [] for name in ask}
-    found = []
+    for call in calls.values():
+        call(None)
+    results: dict[str, list] = {name: [] for name in calls}
+    between_results = []
     for _ in tqdm(range(1 + rounds), "rounds", leave=False, disable=None):
-        for name in ask:
-            taken[name].append(ask[name]("round"))
-        found.append(between())
-    return taken, found
+        for name, call in calls.items():
+            results[name].append(call("round"))
+        between_results.append(between())
+    return results, between_results
+
+
+# ---- figures
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
+def round_ratios(rounds: dict[str, list], seconds: Callable[[Any], float]) -> dict[str, dict[str, float]]:
+    """Spread of each competitor's time over ours, round by round without the warm-up; `seconds` is a round's time."""
+    pairs = {name: list(zip(rounds["ours"], others))[1:] for name, others in rounds.items() if name != "ours"}
+    return {name: spread([seconds(b) / seconds(a) for a, b in pair]) for name, pair in pairs.items()}
+
+
+def ratio_of_medians(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
+    """Time of `other` over ours: the ratio of their median rounds, and the extremes over the rounds."""
+    extremes = spread([b / a for a, b in zip(ours["rounds"], other["rounds"])])
+    return extremes | {"median": other["round_seconds"]["median"] / ours["round_seconds"]["median"]}
+
+
 def show_ratios(ratios: dict[str, dict[str, float]]) -> None:
-    """How much longer each other program takes: the `spread` over the rounds."""
     for name, ratio in ratios.items():
         print(f"ratio        {name} takes {ratio['median']:.2f} times as long as ours", end="")
         print(f" ({ratio['min']:.2f} to {ratio['max']:.2f} over the rounds)")
+
+
+def machine_name(device: Any) -> str:
+    import torch
+
+    from gpt_arc.device import device_name
+
+    return f"{device_name(device)}, torch {torch.__version__}"
+
+
+def json_settings(settings: Any) -> dict[str, Any]:
+    """Settings as JSON can hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+
+
+def write_results(path: Path | None, results: dict[str, Any]) -> None:
+    if path is not None:
+        write_file(path.resolve(), json.dumps(results, indent=2) + "\n")

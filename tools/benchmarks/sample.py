@@ -1,20 +1,19 @@
-"""`bench.py sample`: greedy continuations of random prompts, beside nanoGPT and transformers.
+"""`bench.py sample`: greedy continuations of random prompts, against nanoGPT and transformers.
 
-Each program has a process of its own with the same weights and prompts, and they take turns, round by round, so that
-whatever else the machine does affects them alike:
+Each competitor has its own process with the same weights and prompts, and they take turns, round by round, so that
+other load on the machine affects them all equally:
 
 - ours: the decoder, in --dtype and compiled unless --compile=False.
 - nanoGPT as it ships, from your checkout: float32, its own `generate`, which samples and recomputes everything for each
-  token. Its GELU is the erf form; where a model has the tanh form its tokens differ a little, its time doesn't.
+  token. Its GELU is the erf form: for a model with the tanh form a few tokens differ, but the time doesn't.
 - transformers' `generate`: eager, greedy, with its cache where the architecture has one, in our --dtype.
 
-The prefill of the others is timed as the generation of one token, their decoding as the time for the rest. Memory is
-the peak of the process, on a GPU that of its tensors. The floor is the time to read the matrices, and the keys and
-values of the tokens held, at the rate at which memory was read between the rounds.
+For the others, prefill time is the time to generate one token, and decoding time is the remainder. Memory is the peak
+of the process, or of its tensors on a GPU. The floor is the time to read the matrices and the cached keys and values,
+at the rate measured between the rounds for reading memory.
 """
 
 import contextlib
-import json
 import math
 import tempfile
 import time
@@ -29,21 +28,23 @@ import tyro
 
 from benchmarks.processes import (
     check_nanogpt_fits,
-    check_places,
+    check_requirements,
+    child_process,
+    json_settings,
+    machine_name,
     nanogpt_model,
     peak_memory,
-    plain,
     read_model_arguments,
-    running,
+    round_ratios,
     show_ratios,
     spread,
     take_turns,
+    write_results,
 )
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import write_file
 
-OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
-PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
+OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
+PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
 
 
 @dataclass(frozen=True)
@@ -85,30 +86,30 @@ class SampleBench:
             raise ValueError(f"seed = {self.seed} must be less than 2**63")
 
 
-# ---- the programs, each in a process of its own; what they compute is fetched, so that clocks wait for a GPU
+# ---- workers: tokens are copied to the CPU, so the clock includes the GPU's work
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know."""
+class SampleJob:
+    """Input of a child process."""
 
     settings: SampleBench
-    config: Any  # GPTConfig, whose import takes torch
+    config: Any  # GPTConfig; importing it would import torch
     device: str
     dtype: str
     prompts: list[list[int]]
-    folder: Path  # of OURS and PEERS
+    folder: Path  # with OURS and PEERS
 
 
-class Round(NamedTuple):
+class SampleRound(NamedTuple):
     first: float  # seconds until the first token of every row
-    whole: float  # seconds until the last
-    peak: int  # bytes of memory, so far
-    held: float = math.nan  # tokens of a row that a step of ours attended to, on average
+    whole: float  # seconds until the last token
+    peak: int  # peak memory so far, in bytes
+    held: float = math.nan  # ours only: mean number of tokens per row that a step attended to
 
 
-class Ours:
-    def __init__(self, job: Job):
+class OurSampler:
+    def __init__(self, job: SampleJob):
         import torch
 
         from gpt_arc.decoding.decoder import Decoder
@@ -118,12 +119,12 @@ class Ours:
         with torch.device("meta"):
             model = GPT(job.config).to(getattr(torch, job.dtype))
         model = model.to_empty(device=job.device).eval()
-        fill(model, job.folder / OURS)
+        load_tensors(model, job.folder / OURS)
         self.decoder = Decoder(model)
         self.decoder.prepare(job.settings.batch_size, job.settings.compile, job.settings.int8)
 
     def generate(self) -> Iterator[list[int]]:
-        """The next token of each row, max_new_tokens times."""
+        """Yields the next token of each row, max_new_tokens times."""
         logits = self.decoder.read(self.job.prompts, room=self.job.settings.max_new_tokens)
         for _ in range(self.job.settings.max_new_tokens - 1):
             column = logits.argmax(-1).tolist()
@@ -131,16 +132,16 @@ class Ours:
             logits = self.decoder.step(column)
         yield logits.argmax(-1).tolist()
 
-    def round(self) -> Round:
+    def round(self) -> SampleRound:
         start = time.perf_counter()
         columns = self.generate()
         next(columns)
         first = time.perf_counter() - start
         held = [len(self.decoder.sequences[0]) for _ in columns]
-        return Round(first, time.perf_counter() - start, peak_memory(self.job.device), mean(held))
+        return SampleRound(first, time.perf_counter() - start, peak_memory(self.job.device), mean(held))
 
     def sizes(self) -> dict[str, Any]:
-        """How the weights are laid out, and the bytes of one of them and of a number in a key or value."""
+        """Layout of the weights, and bytes per weight and per number in the cache."""
         layout = getattr(self.decoder.head, "layout", "plain")
         weight = 1 if layout == "int8" else self.decoder.model.token_embedding.weight.itemsize
         return {"layout": layout, "weight": weight, "cache": self.decoder.cache[0].keys.itemsize}
@@ -149,21 +150,21 @@ class Ours:
         return memory_rate(self.job.device)
 
 
-class Peer:
-    """Another program, with the weights of PEERS; `generate` continues the prompts by so many tokens."""
+class PeerSampler:
+    """Another library's model with the weights in PEERS; `generate(count)` continues the prompts by `count` tokens."""
 
-    def __init__(self, job: Job, model: Any, transposed: tuple[str, ...] = ()):
+    def __init__(self, job: SampleJob, model: Any, transposed: tuple[str, ...] = ()):
         import torch
 
-        fill(model, job.folder / PEERS, transposed)
+        load_tensors(model, job.folder / PEERS, transposed)
         self.job, self.model = job, model.to(job.device).eval()
         self.prompts = torch.tensor(job.prompts, device=job.device)
 
-    def round(self) -> Round:
+    def round(self) -> SampleRound:
         first, whole = (self.seconds(count) for count in (1, self.job.settings.max_new_tokens))
-        if whole <= first:  # something else on a busy machine held up the shorter work
+        if whole <= first:  # other load on the machine delayed the shorter run: repeat
             return self.round()
-        return Round(first, whole, peak_memory(self.job.device))
+        return SampleRound(first, whole, peak_memory(self.job.device))
 
     def seconds(self, count: int) -> float:
         start = time.perf_counter()
@@ -171,8 +172,8 @@ class Peer:
         return time.perf_counter() - start
 
 
-class NanoGPT(Peer):
-    def __init__(self, job: Job):
+class NanoGPTSampler(PeerSampler):
+    def __init__(self, job: SampleJob):
         model = nanogpt_model(job.settings.nanogpt, job.config, dropout=0.0)
         super().__init__(job, model, ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
@@ -180,8 +181,8 @@ class NanoGPT(Peer):
         return self.model.generate(self.prompts, count)
 
 
-class Transformers(Peer):
-    def __init__(self, job: Job):
+class TransformersSampler(PeerSampler):
+    def __init__(self, job: SampleJob):
         import torch
         import transformers
 
@@ -197,10 +198,10 @@ class Transformers(Peer):
         return self.model.generate(self.prompts, attention_mask=self.prompts.new_ones(self.prompts.shape), **exactly)
 
 
-def fill(model: Any, path: Path, transposed: tuple[str, ...] = ()) -> None:
-    """Copy a file's tensors into the parameters of their names, one at a time: what stays open counts as memory.
+def load_tensors(model: Any, path: Path, transposed: tuple[str, ...] = ()) -> None:
+    """Copies a file's tensors into the parameters of the same names, one at a time: an open file counts as memory.
 
-    Those whose names end in one of `transposed` lie in the file the other way round.
+    Tensors whose names end in one of `transposed` are stored transposed.
     """
     import torch
     from safetensors import safe_open
@@ -213,7 +214,7 @@ def fill(model: Any, path: Path, transposed: tuple[str, ...] = ()) -> None:
 
 
 def memory_rate(device: str) -> float:
-    """Bytes a second at which the device reads its memory. It takes memory, which counts for the process it runs in."""
+    """Bytes per second that the device reads from memory. Allocates memory, which counts toward this process's peak."""
     import torch
 
     numbers, seconds = torch.ones(PROBE_BYTES // 4, device=device), []
@@ -227,7 +228,7 @@ def memory_rate(device: str) -> float:
     return PROBE_BYTES / median(seconds)
 
 
-# ---- what is asked
+# ---- settings
 
 
 def read_arguments(args: list[str]) -> tuple[SampleBench, Any]:
@@ -235,14 +236,14 @@ def read_arguments(args: list[str]) -> tuple[SampleBench, Any]:
 
 
 def check_fits(settings: SampleBench, config: Any) -> None:
-    """Raises UserError for what a program can't compute."""
-    names, beyond = ["prompt_tokens"], ""
+    """Raises UserError for settings or an architecture that a competitor can't compute."""
+    names, reason = ["prompt_tokens"], ""
     if settings.nanogpt is not None or settings.transformers:
-        names, beyond = ["prompt_tokens", "max_new_tokens"], ", beyond which the others don't do the same work"
+        names, reason = ["prompt_tokens", "max_new_tokens"], "; beyond it the others do different work"
     tokens = sum(getattr(settings, name) for name in names)
     if tokens > config.block_size:
         context = f"the context, block_size = {config.block_size}"
-        raise UserError(f"{' + '.join(names)} = {tokens} is more than {context}{beyond}")
+        raise UserError(f"{' + '.join(names)} = {tokens} is more than {context}{reason}")
     if settings.transformers:
         from gpt_arc.weights.huggingface import architecture_of
 
@@ -251,11 +252,11 @@ def check_fits(settings: SampleBench, config: Any) -> None:
         check_nanogpt_fits(config)
 
 
-# ---- figures
+# ---- summarize
 
 
-def figures(settings: SampleBench, warmup: Round, *rounds: Round) -> dict[str, Any]:
-    """What the rounds of one program come to."""
+def summarize(settings: SampleBench, warmup: SampleRound, *rounds: SampleRound) -> dict[str, Any]:
+    """Figures of one competitor."""
     rows, steps = settings.batch_size, settings.max_new_tokens - 1
     step = spread([(round.whole - round.first) / steps for round in rounds])
     first = median(round.first for round in rounds)
@@ -272,20 +273,19 @@ def figures(settings: SampleBench, warmup: Round, *rounds: Round) -> dict[str, A
 
 
 def step_bytes(config: Any, rows: int, held: float, sizes: dict[str, Any]) -> dict[str, float]:
-    """What a decode step has to read: each matrix once, and the keys and values of `held` tokens a row."""
+    """Bytes that a decoding step must read: each matrix once, and the keys and values of `held` tokens per row."""
     width, heads, size = config.n_embd, config.n_head, config.head_width
     attention = (heads + 2 * config.kv_heads) * size * width + heads * size * width
     mlp = (3 if config.activation == "swiglu" else 2) * config.mlp_width * width
     weights = config.n_layer * (attention + mlp) + config.vocab_size * width
-    band = min(held, config.attention_band or held)  # what every second block sees
+    band = min(held, config.attention_band or held)  # every second block sees a band
     tokens = (config.n_layer + 1) // 2 * held + config.n_layer // 2 * band
     cache = rows * tokens * 2 * config.kv_heads * size
     return {"weight_bytes": weights * sizes["weight"], "cache_bytes": cache * sizes["cache"]}
 
 
 def show(results: dict[str, Any]) -> None:
-    """The table, and what follows from it."""
-    columns = "prefill tokens/s|decode tokens/s|step ms|least ms|most ms|first token ms|whole s|memory GB"
+    columns = "prefill tokens/s|decode tokens/s|step ms|min ms|max ms|first token ms|whole s|memory GB"
     print()
     for line in zip(*(column.rsplit(" ", 1) for column in columns.split("|"))):
         print(f"{'':12}" + "".join(f"{word:>12}" for word in line))
@@ -293,18 +293,18 @@ def show(results: dict[str, Any]) -> None:
         print(f"{name:12} {row['prefill_tokens_per_second']:11,.0f} {row['decode_tokens_per_second']:11,.1f}", end="")
         print("".join(f" {row['step_ms'][key]:11.2f}" for key in ("median", "min", "max")), end="")
         print(f" {row['first_token_ms']:11.1f} {row['whole_seconds']['median']:11.3f} {row['peak_memory_gb']:11.2f}")
-    print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s of ours, compilation included")
+    print(f"\nwarm-up      {results['programs']['ours']['warmup_seconds']:.1f} s for ours, including compilation")
     show_ratios(results["ratios"])
     floor = results["floor"]
-    print(f"memory       read at {floor['bytes_per_second'] / 1e9:.1f} GB/s; a step has to read", end="")
+    print(f"memory       read at {floor['bytes_per_second'] / 1e9:.1f} GB/s; a step must read", end="")
     print(
         f" {floor['weight_bytes'] / 1e6:,.1f} MB of weights and {floor['cache_bytes'] / 1e6:,.1f} MB of keys and values"
     )
-    print(f"floor        {floor['ms']:.2f} ms a step, {floor['share']:.0%} of the {results['layout']} decoder's step")
+    print(f"floor        {floor['ms']:.2f} ms per step, {floor['share']:.0%} of the {results['layout']} decoder's step")
 
 
 def write_weights(model: Any, folder: Path, peers: bool) -> None:
-    """OURS and, if there are any, PEERS, in float32."""
+    """Writes OURS and, with `peers`, PEERS, in float32."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -314,18 +314,18 @@ def write_weights(model: Any, folder: Path, peers: bool) -> None:
         save_file({name: tensor.detach() for name, tensor in model.named_parameters()}, folder / OURS)
         if peers:
             save_file(dict(hf_tensors(model)), folder / PEERS)
-    except SafetensorError as error:  # as of a full disk
+    except SafetensorError as error:  # such as a full disk
         raise UserError(f"the weights can't be written to {folder}: {first_line(error)}") from None
 
 
 def bench_sample(args: list[str]) -> None:
     settings, config = read_arguments(args)
-    check_places(settings)
+    check_requirements(settings)
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
     from gpt_arc.decoding.load import resolve_decoding_dtype
-    from gpt_arc.device import device_name, resolve_device
+    from gpt_arc.device import resolve_device
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.weights.directory import load_config, load_model
     from model import GPT
@@ -336,10 +336,10 @@ def bench_sample(args: list[str]) -> None:
     device = resolve_device(settings.device)
     torch.manual_seed(settings.seed)
     prompts = torch.randint(config.vocab_size, (settings.batch_size, settings.prompt_tokens)).tolist()
-    programs = {"ours": Ours}
-    programs |= {"nanoGPT": NanoGPT} if settings.nanogpt is not None else {}
-    programs |= {"transformers": Transformers} if settings.transformers else {}
-    machine = f"{device_name(device)}, torch {torch.__version__}"
+    workers = {"ours": OurSampler}
+    workers |= {"nanoGPT": NanoGPTSampler} if settings.nanogpt is not None else {}
+    workers |= {"transformers": TransformersSampler} if settings.transformers else {}
+    machine = machine_name(device)
     print(f"machine      {machine}", flush=True)
 
     with contextlib.ExitStack() as stack:
@@ -353,23 +353,21 @@ def bench_sample(args: list[str]) -> None:
             end="",
         )
         print(f", {settings.rounds} rounds after a warm-up", flush=True)
-        write_weights(model, folder, peers=len(programs) > 1)
+        write_weights(model, folder, peers=len(workers) > 1)
         del model
-        job = Job(settings, config, str(device), dtype, prompts, folder)
-        ask = {name: stack.enter_context(running(name, program, job)) for name, program in programs.items()}
-        on_cpu = device.type == "cpu"  # elsewhere it is a process's own memory that is measured
-        rate_of_memory = partial(memory_rate, "cpu") if on_cpu else partial(ask["ours"], "memory_rate")
-        rounds, rates = take_turns(ask, settings.rounds, rate_of_memory)
-        sizes = ask["ours"]("sizes")
+        job = SampleJob(settings, config, str(device), dtype, prompts, folder)
+        calls = {name: stack.enter_context(child_process(name, worker, job)) for name, worker in workers.items()}
+        on_cpu = device.type == "cpu"  # elsewhere the process measures its own memory
+        read_rate = partial(memory_rate, "cpu") if on_cpu else partial(calls["ours"], "memory_rate")
+        rounds, rates = take_turns(calls, settings.rounds, read_rate)
+        sizes = calls["ours"]("sizes")
 
     results = {"machine": machine, "dtype": dtype, "layout": sizes["layout"], "architecture": asdict(config)}
-    results["settings"] = plain(settings)
-    results["programs"] = {name: figures(settings, *taken) for name, taken in rounds.items()}
-    pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
-    results["ratios"] = {name: spread([its.whole / ours.whole for ours, its in pair]) for name, pair in pairs.items()}
+    results["settings"] = json_settings(settings)
+    results["programs"] = {name: summarize(settings, *its_rounds) for name, its_rounds in rounds.items()}
+    results["ratios"] = round_ratios(rounds, lambda round: round.whole)
     floor = step_bytes(config, settings.batch_size, rounds["ours"][-1].held, sizes)
     floor |= {"bytes_per_second": median(rates), "ms": 1000 * sum(floor.values()) / median(rates)}
     results["floor"] = floor | {"share": floor["ms"] / results["programs"]["ours"]["step_ms"]["median"]}
     show(results)
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    write_results(settings.json, results)

@@ -1,27 +1,27 @@
-"""The speedrun part of tools/bench.py: seconds of training until a loss on held-out text is reached.
+"""`bench.py speedrun`: seconds of training until a loss on held-out text is reached.
 
     python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886
     python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886 --nanogpt=../nanoGPT --seeds 1 2 3
     python tools/bench.py speedrun configs/quickstart.toml --eval_interval=50 --nanogpt=../nanoGPT --json=record.json
 
-Flags besides those below are train.py's. The loss is the mean over the whole val split, its first token aside, in
-windows of the program's own context side by side. A run's time ends at its first evaluation at or below the target:
+All other flags are train.py's. The loss is the mean over the whole val split except its first token, in adjacent
+windows as long as the competitor's context. A run's time ends at its first evaluation at or below the target:
 
-- ours: `python train.py CONFIG FLAGS --eval_iters=0 --seed=S`, in a temporary folder and with nothing compiled before.
-  The seconds are those of its metrics.jsonl: the optimizer steps, reading included. Start-up, compilation, evaluation
-  with checkpoints and logs (and with the compilation of the evaluation) are shown apart.
+- ours: `python train.py CONFIG FLAGS --eval_iters=0 --seed=S`, in a temporary folder and with an empty compile cache.
+  The seconds come from its metrics.jsonl: the optimizer steps, including reading data. Start-up, compilation, and
+  evaluation with checkpoints and logs (and the compilation of the evaluation) are shown separately.
 - nanoGPT, from your checkout: its README's training on a CPU, with its model, optimizer, learning rates and random
-  windows, on the same dataset, in float32 and not compiled; 2,000 steps of 12 x 64 tokens. Its loss is taken every 250
-  steps, outside the clock; its own estimates, prints and checkpoints are left out.
+  windows, on the same dataset, in float32 and not compiled; 2,000 steps of 12 x 64 tokens. Its loss is measured every
+  250 steps and not timed; its own estimates, prints and checkpoints are omitted.
 
-The programs take turns, seed by seed. Without --target, or with --target=nanogpt, it is the loss that nanoGPT ends at,
-the median over the seeds. The exit code is 1 if a run of ours doesn't get there. The floor is the FLOPs of training up
-to there, of experts those that a token takes, over the rate of products of two 1024 x 1024 matrices between the runs.
+The competitors take turns, seed by seed. Without --target, or with --target=nanogpt, the target is the loss at which
+nanoGPT ends, the median over the seeds. The exit code is 1 if one of our runs doesn't reach it. The floor is the
+(active) FLOPs of training up to the target, at the rate measured between the runs for products of two 1024 x 1024
+matrices.
 """
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -38,14 +38,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.processes import check_places, now, plain, running, spread
+from benchmarks.processes import (
+    check_requirements,
+    child_process,
+    config_files,
+    json_settings,
+    machine_name,
+    spread,
+    synchronized_time,
+    write_results,
+)
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-TRAIN_FILE = "train.bin"  # the tokens as nanoGPT has them: 16 bits each and no header
-EVALUATED_AT_ONCE = 64  # windows of nanoGPT's evaluation
+TRAIN_FILE = "train.bin"  # tokens in nanoGPT's format: 16 bits each, no header
+EVALUATED_AT_ONCE = 64  # windows per batch in nanoGPT's evaluation
 
 
 @dataclass(frozen=True)
@@ -84,32 +92,32 @@ class Evaluation(NamedTuple):
     step: int
     tokens: int  # trained on so far
     seconds: float  # of training so far
-    val_loss: float  # nats a token
+    val_loss: float  # nats per token
 
 
-class Run(NamedTuple):
-    """A run of one program; its seconds are parts of `wall`."""
+class SpeedrunRun(NamedTuple):
+    """A competitor's run; its times are parts of `wall`, in seconds."""
 
     evaluations: list[Evaluation]
     start_up: float
-    compilation: float | None  # None: it was not compiled
-    evaluation: float  # of ours, with checkpoints and logs
+    compilation: float | None  # None: not compiled
+    evaluation: float  # for ours, includes checkpoints and logs
     wall: float
     dtype: str
 
 
-def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -> Run:
-    """Run train.py with `args`; `advance` is told of the steps it has made. Raises UserError if it fails."""
+def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -> SpeedrunRun:
+    """Runs train.py with `args`; calls `advance` with the number of steps done. Raises UserError if it fails."""
     with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         out, errors = folder / "run", folder / "errors.txt"
         flags = ["--eval_iters=0", f"--seed={seed}", f"--out_dir={out}"]
-        scratch = folder / "scratch"  # of compilers too, which leave files when they are killed
+        scratch = folder / "scratch"  # compilers leave files there when they are killed
         scratch.mkdir()
         environment = {**os.environ, "TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
         dtype, compiling, compiled, line = "", None, True, ""
         start = time.time()
-        with process_of([sys.executable, str(TRAIN), *args, *flags], environment, errors) as process:
+        with subprocess_group([sys.executable, str(TRAIN), *args, *flags], environment, errors) as process:
             for line in process.stdout:
                 if line.startswith("compiling "):
                     compiling = time.time()
@@ -122,23 +130,23 @@ def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -
             code = process.wait()
         end = time.time()
         if code and not (code == 1 and " has diverged, " in line):
-            said = (errors.read_text().strip() or f"it ended with {code}").splitlines()[-1]
-            raise UserError(f"ours, seed {seed}: {said.removeprefix('train.py: ')}")
-        began = (out / "run.json").stat().st_mtime  # the last that train.py writes before its first step
+            message = (errors.read_text().strip() or f"it ended with {code}").splitlines()[-1]
+            raise UserError(f"ours, seed {seed}: {message.removeprefix('train.py: ')}")
+        first_step = (out / "run.json").stat().st_mtime  # train.py writes it last before its first step
         evaluations, training = read_evaluations(out / "metrics.jsonl")
-        return Run(
+        return SpeedrunRun(
             evaluations,
-            start_up=(compiling or began) - start,
-            compilation=began - compiling if compiling and compiled else None,
-            evaluation=end - began - training,
+            start_up=(compiling or first_step) - start,
+            compilation=first_step - compiling if compiling and compiled else None,
+            evaluation=end - first_step - training,
             wall=end - start,
             dtype=dtype,
         )
 
 
 @contextlib.contextmanager
-def process_of(command: list[str], environment: dict[str, str], errors: Path) -> Iterator[subprocess.Popen]:
-    """A process, which a terminal's Ctrl-C doesn't reach; on leaving, it and what it has started are ended."""
+def subprocess_group(command: list[str], environment: dict[str, str], errors: Path) -> Iterator[subprocess.Popen]:
+    """Runs the block with a subprocess that a terminal's Ctrl-C doesn't reach; kills it and its children at the end."""
     with open(errors, "w") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
@@ -154,27 +162,27 @@ def process_of(command: list[str], environment: dict[str, str], errors: Path) ->
 
 
 def read_evaluations(path: Path) -> tuple[list[Evaluation], float]:
-    """The evaluations of a metrics.jsonl, and the seconds of training by its last line."""
+    """Returns the evaluations in a metrics.jsonl, and its last line's seconds of training."""
     from gpt_arc.training.log import read_metrics
 
     lines = read_metrics(path)
-    found = [Evaluation(**{n: line[n] for n in Evaluation._fields}) for line in lines if "val_loss" in line]
-    return found, lines[-1]["seconds"] if lines else 0.0
+    evaluations = [Evaluation(**{n: line[n] for n in Evaluation._fields}) for line in lines if "val_loss" in line]
+    return evaluations, lines[-1]["seconds"] if lines else 0.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the process needs to know."""
+class SpeedrunJob:
+    """Input of the child process."""
 
     checkout: Path
-    config: Any  # Config, whose import takes torch
+    config: Any  # Config; importing it would import torch
     device: str
-    dataset: Path  # whose val split is evaluated
-    folder: Path  # of TRAIN_FILE
+    dataset: Path  # its val split is evaluated
+    folder: Path  # contains TRAIN_FILE
 
 
 def nanogpt_recipe(vocab_size: int, seed: int) -> Any:
-    """What nanoGPT's README trains on a CPU, as our `Config`: with its config/train_shakespeare_char.py and flags."""
+    """nanoGPT's CPU recipe as our `Config`: its config/train_shakespeare_char.py with the flags of its README."""
     from gpt_arc.training.config import Config, DataConfig, LoggingConfig, TrainingConfig
     from model import GPTConfig
 
@@ -189,52 +197,52 @@ def nanogpt_recipe(vocab_size: int, seed: int) -> Any:
     )  # fmt: skip
 
 
-class NanoGPT:
-    """A run of nanoGPT, in legs from one evaluation to the next."""
+class NanoGPTSpeedrun:
+    """A nanoGPT run, in segments from one evaluation to the next."""
 
-    def __init__(self, job: Job):
-        from benchmarks.train import Job, NanoGPT, TrainBench
+    def __init__(self, job: SpeedrunJob):
+        from benchmarks.train import NanoGPTTrainer, TrainBench, TrainJob
         from gpt_arc.data.datasets import Split
         from gpt_arc.data.token_files import TokenFiles
 
         settings = TrainBench(nanogpt=job.checkout)
-        self.program = NanoGPT(Job(settings, job.config, job.device, "float32", compile=False))
+        self.trainer = NanoGPTTrainer(TrainJob(settings, job.config, job.device, "float32", compile=False))
         self.config, self.step, self.seconds = job.config, 0, 0.0
         self.tokens = job.folder / TRAIN_FILE
         self.val = Split([TokenFiles(job.dataset, "val", job.config.model.vocab_size)], [1.0])
 
     def next_batch(self) -> list[Any]:
-        """Windows that begin anywhere, tokens and targets, from a file that is mapped anew, as nanoGPT does."""
+        """Returns tokens and targets of random windows; maps the file again for each batch, as nanoGPT does."""
         import torch
 
-        rows, length = self.program.shape
+        rows, length = self.trainer.shape
         tokens = np.memmap(self.tokens, dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - length, (rows,)).tolist()
         batch = []
         for first in (0, 1):
             windows = [tokens[start + first : start + first + length].astype(np.int64) for start in starts]
-            batch.append(torch.stack([torch.from_numpy(window) for window in windows]).to(self.program.device))
+            batch.append(torch.stack([torch.from_numpy(window) for window in windows]).to(self.trainer.device))
         return batch
 
-    def leg(self) -> tuple[Evaluation, float]:
-        """Train until the next evaluation is due, and evaluate; also the seconds of the evaluation."""
+    def segment(self) -> tuple[Evaluation, float]:
+        """Trains until the next evaluation; returns it and the seconds that evaluating took."""
         from gpt_arc.training.schedule import learning_rate_at
 
-        program, training = self.program, self.config.training
+        trainer, training = self.trainer, self.config.training
         until = min(self.step + self.config.logging.eval_interval, training.max_iters)
-        start = now(program.device)
+        start = synchronized_time(trainer.device)
         while self.step < until:
-            for group in program.optimizer.param_groups:
+            for group in trainer.optimizer.param_groups:
                 group["lr"] = learning_rate_at(self.step, training)
-            loss = program.forward(*self.next_batch())
-            program.backward(loss)
-            program.update(loss)
+            loss = trainer.forward(*self.next_batch())
+            trainer.backward(loss)
+            trainer.update(loss)
             self.step += 1
-        trained = now(program.device)
+        trained = synchronized_time(trainer.device)
         self.seconds += trained - start
-        tokens = self.step * math.prod(program.shape)
+        tokens = self.step * math.prod(trainer.shape)
         evaluation = Evaluation(self.step, tokens, self.seconds, self.val_loss())
-        return evaluation, now(program.device) - trained
+        return evaluation, synchronized_time(trainer.device) - trained
 
     def val_loss(self) -> float:
         """Mean over the whole val split."""
@@ -243,81 +251,81 @@ class NanoGPT:
         from gpt_arc.data.batches import evaluation_batches
         from gpt_arc.nn.head_loss import IGNORED
 
-        model, block_size, total, count = self.program.model, self.config.model.block_size, 0.0, 0
+        model, block_size, total, count = self.trainer.model, self.config.model.block_size, 0.0, 0
         model.eval()
         with torch.no_grad():
             starts = self.val.evaluation_starts(block_size, 0)
             for tokens, targets in evaluation_batches(self.val, starts, EVALUATED_AT_ONCE, block_size):
                 scored = int((targets != IGNORED).sum())
-                mean = model(tokens.to(self.program.device), targets.to(self.program.device))[1]
+                mean = model(tokens.to(self.trainer.device), targets.to(self.trainer.device))[1]
                 total, count = total + mean.item() * scored, count + scored
         model.train()
         return total / count
 
 
-def train_nanogpt(job: Job, advance: Callable[[int], None]) -> Run:
+def train_nanogpt(job: SpeedrunJob, advance: Callable[[int], None]) -> SpeedrunRun:
     evaluations, evaluating, start = [], 0.0, time.perf_counter()
-    with running("nanoGPT", NanoGPT, job) as ask:
+    with child_process("nanoGPT", NanoGPTSpeedrun, job) as ask:
         ask(None)
         loaded = time.perf_counter()
         while not evaluations or evaluations[-1].step < job.config.training.max_iters:
-            evaluation, seconds = ask("leg")
+            evaluation, seconds = ask("segment")
             evaluations.append(evaluation)
             evaluating += seconds
             advance(evaluation.step)
-    return Run(evaluations, loaded - start, None, evaluating, time.perf_counter() - start, "float32")
+    return SpeedrunRun(evaluations, loaded - start, None, evaluating, time.perf_counter() - start, "float32")
 
 
 def write_raw(files: Any, path: Path) -> None:
-    """Token files as one file of bare 16-bit tokens."""
+    """Writes token files as one file of 16-bit tokens without a header."""
     with open(path, "wb") as file:
         for start in range(0, len(files), 1 << 22):
             file.write(files.read(start, 1 << 22).astype(np.uint16).tobytes())
 
 
-def parted(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own flags with their values, and what is for train.py."""
+def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the benchmark's flags with their values, and the arguments for train.py."""
     names = {field.name for field in dataclasses.fields(SpeedrunBench)}
-    own, others, ours = [], [], False
+    benchmark_args, train_args, is_ours = [], [], False
     for arg in args:
         if arg.startswith("--"):
-            ours = arg[2:].split("=")[0].replace("-", "_") in names
+            is_ours = arg[2:].split("=")[0].replace("-", "_") in names
         elif arg.endswith(".toml"):
-            ours = False
-        (own if ours else others).append(arg)
-    return own, others
+            is_ours = False
+        (benchmark_args if is_ours else train_args).append(arg)
+    return benchmark_args, train_args
 
 
 def read_arguments(args: list[str]) -> tuple[SpeedrunBench, list[str], Any]:
-    """Our settings, train.py's arguments, and its `Config`."""
-    own, others = parted(args)
-    if {"-h", "--help"} & set(others):
-        own.append("--help")
-    settings = parse_flags(SpeedrunBench, __doc__, own)
-    if not any(arg.endswith(".toml") and not arg.startswith("-") for arg in others):
+    """Returns the benchmark's settings, train.py's arguments and its `Config`."""
+    benchmark_args, train_args = split_arguments(args)
+    if {"-h", "--help"} & set(train_args):
+        benchmark_args.append("--help")
+    settings = parse_flags(SpeedrunBench, __doc__, benchmark_args)
+    if not config_files(train_args):
         raise UserError("name a config file: python tools/bench.py speedrun configs/quickstart.toml --target=1.7")
-    check_places(settings)
+    check_requirements(settings)
 
     from gpt_arc.training.command_line import read_command_line
     from gpt_arc.training.config import SETTINGS, RunConfig
 
-    for arg in others:
+    for arg in train_args:
         name = arg.removeprefix("--").split("=")[0].replace("-", "_")
         if arg.startswith("--") and (name in ("seed", "eval_iters") or SETTINGS.get(name, [None])[0] == "run"):
             hint = "; --seeds names the seeds" * (name == "seed")
             raise UserError(f"a speedrun is a new run, which sets {name} itself: leave --{name} out{hint}")
-    config = read_command_line(others, None).config
+    config = read_command_line(train_args, None).config
     if config.run != RunConfig():
         raise UserError("a speedrun is a new run: leave the table [run] out of the config file")
-    return settings, others, config
+    return settings, train_args, config
 
 
 def check_nanogpt_reads(config: Any, corpus: Any, vocab_size: int) -> None:
     """Raises UserError for data that nanoGPT can't train on."""
     if len(corpus.names) > 1:
-        raise UserError(f"nanoGPT trains on one dataset, and this is a mixture of {len(corpus.names)}: name --dataset")
+        raise UserError(f"nanoGPT trains on one dataset, but this is a mixture of {len(corpus.names)}: name --dataset")
     if vocab_size > 1 << 16:
-        raise UserError(f"nanoGPT reads tokens of 16 bits, and {corpus.names[0]} has {vocab_size} of them")
+        raise UserError(f"nanoGPT reads 16-bit tokens, but {corpus.names[0]} has {vocab_size} different ones")
     for name in ("train", "val"):
         corpus.split(name, config.model.block_size, vocab_size, document_mask=False)
 
@@ -327,16 +335,16 @@ def reached(evaluations: Sequence[Evaluation], target: float) -> Evaluation | No
     return next((evaluation for evaluation in evaluations if evaluation.val_loss <= target), None)
 
 
-def figures(run: Run, seed: int, target: float) -> dict[str, Any]:
-    """What a run comes to: the evaluations that reached the target, was best and was last, None if there is none."""
-    there = reached(run.evaluations, target)
+def summarize(run: SpeedrunRun, seed: int, target: float) -> dict[str, Any]:
+    """Figures of a run: the evaluations that first reached the target, was best and was last; None if missing."""
+    first = reached(run.evaluations, target)
     best = min(
         (e for e in run.evaluations if math.isfinite(e.val_loss)),
         key=lambda evaluation: evaluation.val_loss,
         default=None,
     )
     last = run.evaluations[-1] if run.evaluations else None
-    named = {"reached": there, "best": best, "end": last}
+    named = {"reached": first, "best": best, "end": last}
     row = {"seed": seed} | {name: evaluation and evaluation._asdict() for name, evaluation in named.items()}
     row |= {"start_up_seconds": run.start_up, "compilation_seconds": run.compilation}
     row |= {"evaluation_seconds": run.evaluation, "wall_seconds": run.wall, "dtype": run.dtype}
@@ -344,15 +352,18 @@ def figures(run: Run, seed: int, target: float) -> dict[str, Any]:
 
 
 def ratio(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, Any] | None:
-    """Our seconds over its, None if ours didn't get there. Where it didn't, over all it took: at most that."""
+    """Our seconds to the target over nanoGPT's; None if ours didn't reach it.
+
+    If nanoGPT didn't reach it, its whole run counts and the ratio is an upper bound (`at_most`).
+    """
     if ours["reached"] is None:
         return None
     seconds = (its["reached"] or its["end"])["seconds"]
     return {"seed": ours["seed"], "ratio": ours["reached"]["seconds"] / seconds, "at_most": its["reached"] is None}
 
 
-def floor(rows: list[dict[str, Any]], flops_per_token: int, rate: float | None) -> dict[str, Any] | None:
-    """Of the runs that got there: the seconds that the products alone take, and their share of ours, medians."""
+def compute_floor(rows: list[dict[str, Any]], flops_per_token: int, rate: float | None) -> dict[str, Any] | None:
+    """Medians over our runs that reached the target: the seconds that matrix products take, and their share of ours."""
     there = [row["reached"] for row in rows if row["reached"]]
     if rate is None or not there:
         return None
@@ -410,15 +421,15 @@ def show(results: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def shown(name: str, seed: int, steps: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; yields what tells it of the steps made."""
+def progress_bar(name: str, seed: int, steps: int) -> Iterator[Callable[[int], None]]:
+    """Shows a progress bar on a terminal; yields the function that sets the number of steps done."""
     from tqdm import tqdm
 
     with tqdm(total=steps, desc=f"{name}, seed {seed}", unit="step", leave=False, disable=None) as bar:
         yield lambda step: bar.update(step - bar.n)
 
 
-def say_end(name: str, seed: int, run: Run) -> None:
+def print_end(name: str, seed: int, run: SpeedrunRun) -> None:
     last = run.evaluations[-1] if run.evaluations else None
     said = f"{last.val_loss:.4f} after {last.seconds:.2f} s of training" if last else "diverged"
     print(f"{name:12} seed {seed} ends: {said}", flush=True)
@@ -427,10 +438,10 @@ def say_end(name: str, seed: int, run: Run) -> None:
 def bench_speedrun(args: list[str]) -> int:
     """Returns the exit code: 1 if a run of ours doesn't reach the target."""
     settings, for_train, config = read_arguments(args)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-        signal.signal(signal.SIGHUP, signal.default_int_handler)  # a closed terminal is for us alone to act on
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # only this process acts on a closed terminal
 
-    import torch  # slow to import: not before the settings are known to be right
+    import torch  # slow: import once the settings are valid
 
     from gpt_arc.data.datasets import open_corpus, prepare_missing
     from gpt_arc.device import device_name, resolve_device
@@ -446,28 +457,30 @@ def bench_speedrun(args: list[str]) -> int:
         sketch = GPT(dataclasses.replace(config.model, vocab_size=vocab_size))
     if settings.nanogpt is not None:
         check_nanogpt_reads(nanogpt_recipe(vocab_size, 0), corpus, vocab_size)
-    machine = f"{device_name(device)}, torch {torch.__version__}"
+    machine = machine_name(device)
     print(f"machine      {machine}")
     print(f"model        {describe_parameters(sketch, ' parameters')}, {config.training.max_iters:,} steps")
     print(f"data         {', '.join(corpus.names)}, {vocab_size} different tokens", flush=True)
 
-    runs: dict[int, dict[str, Run]] = {}  # by seed and program
+    runs: dict[int, dict[str, SpeedrunRun]] = {}  # by seed and program
     rates, interrupted = [], None
     with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as name:
         if settings.nanogpt is not None:
             write_raw(corpus.split("train", 1, vocab_size, document_mask=False), Path(name) / TRAIN_FILE)
         try:
             for seed in settings.seeds:
-                done: dict[str, Run] = {}
+                done: dict[str, SpeedrunRun] = {}
                 if settings.nanogpt is not None:
                     recipe = nanogpt_recipe(vocab_size, seed)
-                    job = Job(settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name))
-                    with shown("nanoGPT", seed, recipe.training.max_iters) as advance:
+                    job = SpeedrunJob(
+                        settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name)
+                    )
+                    with progress_bar("nanoGPT", seed, recipe.training.max_iters) as advance:
                         done["nanoGPT"] = train_nanogpt(job, advance)
-                    say_end("nanoGPT", seed, done["nanoGPT"])
-                with shown("ours", seed, config.training.max_iters) as advance:
+                    print_end("nanoGPT", seed, done["nanoGPT"])
+                with progress_bar("ours", seed, config.training.max_iters) as advance:
                     done["ours"] = train_ours(for_train, seed, advance)
-                say_end("ours", seed, done["ours"])
+                print_end("ours", seed, done["ours"])
                 rates.append(peak_flops(device, device_name(device), done["ours"].dtype))
                 runs[seed] = done
         except KeyboardInterrupt:
@@ -475,24 +488,23 @@ def bench_speedrun(args: list[str]) -> int:
                 raise
             interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {len(settings.seeds)} seeds")
 
-    target, target_is = settings.loss, "as asked for"
+    target, target_is = settings.loss, "as given"
     if target is None:
         target = median(done["nanoGPT"].evaluations[-1].val_loss for done in runs.values())
         target_is = "where nanoGPT ends" + ", the median" * (len(runs) > 1)
-    results: dict[str, Any] = {"machine": machine, "settings": plain(settings), "config": asdict(config)}
+    results: dict[str, Any] = {"machine": machine, "settings": json_settings(settings), "config": asdict(config)}
     results |= {"arguments": for_train, "target": target, "target_is": target_is}
     results["programs"] = programs = {
-        name: [figures(done[name], seed, target) for seed, done in runs.items()]
+        name: [summarize(done[name], seed, target) for seed, done in runs.items()]
         for name in ("ours",) + ("nanoGPT",) * (settings.nanogpt is not None)
     }
     ratios = [ratio(ours, its) for ours, its in zip(programs["ours"], programs.get("nanoGPT", []))]
     results["ratios"] = ratios = [one for one in ratios if one is not None]
     results["ratio"] = spread([one["ratio"] for one in ratios]) if ratios else None
     flops = flops_per_token(sketch)
-    results["floor"] = floor(programs["ours"], flops, None if rates[0] is None else median(rates))
+    results["floor"] = compute_floor(programs["ours"], flops, None if rates[0] is None else median(rates))
     show(results)
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+    write_results(settings.json, results)
     if interrupted:
         raise interrupted
     return int(not all(row["reached"] for row in programs["ours"]))

@@ -1,25 +1,24 @@
-"""The training part of tools/bench.py: optimizer steps of train.py's own parts, beside other programs'.
+"""`bench.py train`: optimizer steps built from train.py's parts, against other libraries.
 
     python tools/bench.py train configs/gpt2.toml --batch_size=1 --nanogpt=../nanoGPT --transformers=True
     python tools/bench.py train configs/tinyshakespeare.toml --batch_size=16 --dropout=0 --compile=True
 
-It takes train.py's settings of the model, the batch and the training. A step is one batch of batch_size random
-sequences: reading them, forward, backward, update. Each program has a process of its own, and they take turns, round by
+Accepts train.py's settings for the model, the batch and the training. A step is one batch of batch_size random
+sequences: reading it, forward, backward, update. Each competitor has its own process, and they take turns, round by
 round:
 
-- ours: model, data, loss scaling and update as train.py puts them together.
-- nanoGPT, from your checkout, as its train.py does on a CPU: float32; and once more under autocast, if ours is.
-- transformers: its model of the architecture, autocast as ours, with torch's fused AdamW, its Trainer's default.
+- ours: model, data, loss scaling and update, put together as in train.py.
+- nanoGPT, from your checkout, as its train.py does on a CPU: float32; and a second time under autocast if ours uses it.
+- transformers: its model of the architecture under the same autocast, with its Trainer's default, torch's fused AdamW.
 
-The others are handed random batches and read nothing. The floor is 6 FLOPs a parameter and token, of experts those that
-a token takes, attention not counted, over the rate of products of two 1024 x 1024 matrices between the rounds.
+The competitors get random batches and read no data. The floor is 6 FLOPs per (active) parameter and token, attention
+not counted, at the rate measured between the rounds for products of two 1024 x 1024 matrices.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -29,18 +28,21 @@ import numpy as np
 
 from benchmarks.processes import (
     check_nanogpt_fits,
-    check_places,
+    check_requirements,
+    child_process,
+    config_files,
+    json_settings,
+    machine_name,
     nanogpt_model,
-    now,
     peak_memory,
-    plain,
-    running,
+    round_ratios,
     show_ratios,
     spread,
+    synchronized_time,
     take_turns,
+    write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 
@@ -76,8 +78,8 @@ class TrainBench(StepBench):
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a process needs to know."""
+class TrainJob:
+    """Input of a child process."""
 
     settings: StepBench
     config: Config
@@ -86,16 +88,16 @@ class Job:
     compile: bool
 
 
-class Round(NamedTuple):
+class TrainRound(NamedTuple):
     steps: list[list[float]]  # seconds of each step's PHASES
-    losses: list[float]  # in nats a token, with those of routers
-    peak: int  # bytes of memory, so far
+    losses: list[float]  # in nats per token, router losses included
+    peak: int  # peak memory so far, in bytes
 
 
-class Program:
-    """Steps of a model; what is its own is in `setup`, `forward`, `backward` and `update`."""
+class TrainWorker:
+    """Optimizer steps of a model; subclasses define `setup`, `forward`, `backward` and `update`."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: TrainJob):
         import torch
 
         self.job, self.device = job, torch.device(job.device)
@@ -109,39 +111,39 @@ class Program:
         tokens = torch.randint(self.job.config.model.vocab_size, (self.shape[0], self.shape[1] + 1))
         return tokens[:, :-1].contiguous().to(self.device), tokens[:, 1:].contiguous().to(self.device)
 
-    def round(self) -> Round:
+    def round(self) -> TrainRound:
         seconds, losses = [], []
         for _ in range(self.job.settings.steps):
-            times = [now(self.device)]
+            times = [synchronized_time(self.device)]
             batch = self.next_batch()
-            times.append(now(self.device))
+            times.append(synchronized_time(self.device))
             loss = self.forward(*batch)  # mean, in nats
-            times.append(now(self.device))
+            times.append(synchronized_time(self.device))
             self.backward(loss)
-            times.append(now(self.device))
+            times.append(synchronized_time(self.device))
             self.update(loss)
             losses.append(loss.item())
-            times.append(now(self.device))
-            seconds.append([b - a for a, b in zip(times, times[1:])])
-        return Round(seconds, losses, peak_memory(self.job.device))
+            times.append(synchronized_time(self.device))
+            seconds.append([end - start for start, end in zip(times, times[1:])])
+        return TrainRound(seconds, losses, peak_memory(self.job.device))
 
     def operators(self) -> list[dict[str, Any]]:
-        """Where the time of a round goes, the most expensive operators first; on a GPU the time of its kernels."""
+        """Profiles a round: the most expensive operators first, by the time of their kernels on a GPU."""
         from torch.profiler import profile
 
         with profile() as profiled:
             self.round()
-        time_of = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        found = [(event.key, getattr(event, time_of), event.count) for event in profiled.key_averages()]
-        whole, steps = sum(time for _, time, _ in found), self.job.settings.steps
-        found = sorted(found, key=lambda operator: -operator[1])[:TOP_OPERATORS]
+        attribute = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        operators = [(event.key, getattr(event, attribute), event.count) for event in profiled.key_averages()]
+        total, steps = sum(time for _, time, _ in operators), self.job.settings.steps
+        operators = sorted(operators, key=lambda operator: -operator[1])[:TOP_OPERATORS]
         return [
-            {"name": name, "share": time / whole, "ms": time / steps / 1000, "calls": calls / steps}
-            for name, time, calls in found
+            {"name": name, "share": time / total, "ms": time / steps / 1000, "calls": calls / steps}
+            for name, time, calls in operators
         ]
 
 
-class Ours(Program):
+class OurTrainer(TrainWorker):
     def setup(self) -> None:
         import torch
 
@@ -187,8 +189,8 @@ class Ours(Program):
         self.routers.add()
 
     def update(self, loss: Any) -> None:
-        made, *_ = self.updater.update(self.learning_rate, loss.detach())
-        self.routers.step(made)
+        updated, *_ = self.updater.update(self.learning_rate, loss.detach())
+        self.routers.step(updated)
 
 
 class RandomTokens:
@@ -203,8 +205,8 @@ class RandomTokens:
         return self.tokens[start : start + count]
 
 
-class Peer(Program):
-    """Another program's model and optimizer, in a plain loop."""
+class PeerTrainer(TrainWorker):
+    """Another library's model and optimizer in a plain loop."""
 
     dtype = "float32"
 
@@ -226,7 +228,7 @@ class Peer(Program):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class NanoGPT(Peer):
+class NanoGPTTrainer(PeerTrainer):
     def setup(self) -> None:
         training, config = self.job.config.training, self.job.config.model
         self.model = nanogpt_model(self.job.settings.nanogpt, config, config.dropout).to(self.device)
@@ -239,13 +241,13 @@ class NanoGPT(Peer):
         return self.model(tokens, targets)[1]
 
 
-class NanoGPTAutocast(NanoGPT):
+class NanoGPTAutocastTrainer(NanoGPTTrainer):
     def setup(self) -> None:
         super().setup()
         self.dtype = self.job.dtype
 
 
-class Transformers(Peer):
+class TransformersTrainer(PeerTrainer):
     def setup(self) -> None:
         import torch
         import transformers
@@ -253,9 +255,9 @@ class Transformers(Peer):
         from gpt_arc.weights.huggingface import hf_config
 
         self.dtype = self.job.dtype
-        transformers.logging.set_verbosity_error()  # or it tells of its own default loss
+        transformers.logging.set_verbosity_error()  # hides a warning about its default loss
         content = hf_config(self.job.config.model, "float32")
-        if "output_router_logits" in content:  # without them it leaves its loss of routers out
+        if "output_router_logits" in content:  # without router logits it omits the router loss
             content["output_router_logits"] = content["router_aux_loss_coef"] > 0
         config = transformers.AutoConfig.for_model(**content)
         self.model = transformers.AutoModelForCausalLM.from_config(config).to(self.device).train()
@@ -267,24 +269,56 @@ class Transformers(Peer):
 
 
 def read_arguments(args: list[str], cls: type, description: str, example: str) -> tuple[Any, Config]:
-    """The settings, of the dataclass `cls`, and train.py's of the config file, with the flags over both."""
-    files = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    """Returns settings of the dataclass `cls` and the config file's `Config`, both with the flags applied."""
+    files = config_files(args)
     if len(files) != 1 and not {"-h", "--help"} & set(args):
         raise UserError(f"name one config file: python tools/bench.py {example}")
-    from model import GPTConfig  # whose import takes torch
+    from model import GPTConfig  # imports torch
 
     default = build_config(read_settings(Path(files[0])), files[0]) if files else Config()
-    both = dataclasses.make_dataclass(
-        "Both", [("settings", cls), ("model", GPTConfig), ("data", DataConfig), ("training", TrainingConfig)]
+    arguments = dataclasses.make_dataclass(
+        "Arguments", [("settings", cls), ("model", GPTConfig), ("data", DataConfig), ("training", TrainingConfig)]
     )
     data = dataclasses.replace(default.data, tokens_per_step=None, gradient_accumulation_steps=None)
-    defaults = both(cls(), default.model, data, default.training)
-    parsed = parse_flags(both, description, [arg for arg in args if arg not in files], defaults)
+    defaults = arguments(cls(), default.model, data, default.training)
+    parsed = parse_flags(arguments, description, [arg for arg in args if arg not in files], defaults)
     return parsed.settings, Config(parsed.model, parsed.data, parsed.training)
 
 
-def figures(tokens: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
-    """What the rounds of one program come to; medians are over all steps of all of them."""
+def prepare(settings: StepBench, config: Config) -> TrainJob:
+    """Returns our job on this machine and prints it. Raises UserError for a config that can't be measured."""
+    import torch
+
+    from gpt_arc.device import resolve_device, resolve_dtype
+    from gpt_arc.planning.cost import describe_parameters
+    from gpt_arc.training.compile import resolve_compile
+    from model import GPT
+
+    if config.data.document_mask:
+        raise UserError("random tokens have no documents: leave document_mask out")
+    if config.sequences_per_step != config.data.batch_size:
+        raise UserError("a measured step is one batch: leave tokens_per_step and gradient_accumulation_steps out")
+    if config.model.vocab_size > 1 << 16:
+        raise UserError(f"vocab_size = {config.model.vocab_size} is too large: the random tokens have 16 bits")
+    device = resolve_device(config.training.device)
+    dtype = resolve_dtype(config.training.dtype, device)
+    compile = resolve_compile(config.training.compile, device, 0)[0]
+    with torch.device("meta"):
+        model = GPT(config.model)
+    print(f"machine      {machine_name(device)}")
+    print(f"model        {describe_parameters(model, ' parameters')}, {dtype}", end="")
+    print(f", {'compiled' if compile else 'not compiled'}")
+    print(f"work         {config.data.batch_size} x {config.model.block_size} tokens per step,", end="")
+    print(f" {settings.rounds} rounds of {settings.steps} steps after a warm-up round", flush=True)
+    return TrainJob(settings, config, str(device), dtype, compile)
+
+
+def median_step(round: TrainRound) -> float:
+    return median(map(sum, round.steps))
+
+
+def summarize(tokens: int, warmup: TrainRound, *rounds: TrainRound) -> dict[str, Any]:
+    """Figures of one competitor, with `tokens` per step; medians are over the steps of all rounds."""
     steps = [step for round in rounds for step in round.steps]
     seconds = spread([sum(step) for step in steps])
     return {
@@ -298,73 +332,8 @@ def figures(tokens: int, warmup: Round, *rounds: Round) -> dict[str, Any]:
     }
 
 
-def show(results: dict[str, Any]) -> None:
-    columns = ["tokens/s", "step ms", "least ms", "most ms", *(f"{name} ms" for name in PHASES), "memory GB"]
-    width = max(14, *(len(name) + 1 for name in results["programs"]))
-    print("\n" + " " * width + "".join(f"{column:>12}" for column in columns))
-    for name, row in results["programs"].items():
-        step, phases = row["step_ms"], row["phases_ms"]
-        numbers = [step["median"], step["min"], step["max"], *(phases[phase] for phase in PHASES)]
-        print(
-            f"{name:{width}}{row['tokens_per_second']:12,.0f}" + "".join(f"{number:12,.1f}" for number in numbers),
-            end="",
-        )
-        print(f"{row['peak_memory_gb']:12.2f}")
-    print(f"\nfirst step   {results['programs']['ours']['first_step_seconds']:.1f} s of ours, compilation included")
-    show_ratios(results["ratios"])
-    floor = results["floor"]
-    if floor["flops_per_second"] is not None:
-        rate = f"{floor['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['dtype']} products"
-        print(f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {rate}", end="")
-        print(f"; ours reaches {floor['share']:.0%} of it")
-    if results["operators"]:
-        print("\noperators of ours, a step:    share          ms       calls")
-    for row in results["operators"]:
-        print(f"{row['name'][:28]:28}{row['share']:7.1%}{row['ms']:12,.2f}{row['calls']:12,.0f}")
-
-
-def median_step(round: Round) -> float:
-    return median(map(sum, round.steps))
-
-
-def prepare(settings: StepBench, config: Config) -> Job:
-    """Our job on this machine, told on the screen. Raises UserError for a config whose steps can't be measured."""
-    import torch
-
-    from gpt_arc.device import resolve_device, resolve_dtype
-    from gpt_arc.planning.cost import describe_parameters
-    from gpt_arc.training.compile import resolve_compile
-    from model import GPT
-
-    if config.data.document_mask:
-        raise UserError("random tokens have no documents: leave document_mask out")
-    if config.sequences_per_step != config.data.batch_size:
-        raise UserError("a step is measured with one batch: leave tokens_per_step and gradient_accumulation_steps out")
-    if config.model.vocab_size > 1 << 16:
-        raise UserError(f"vocab_size = {config.model.vocab_size} is more than the random tokens of 16 bits")
-    device = resolve_device(config.training.device)
-    dtype = resolve_dtype(config.training.dtype, device)
-    compile = resolve_compile(config.training.compile, device, 0)[0]
-    with torch.device("meta"):
-        model = GPT(config.model)
-    print(f"machine      {machine(device)}")
-    print(f"model        {describe_parameters(model, ' parameters')}, {dtype}", end="")
-    print(f", {'compiled' if compile else 'not compiled'}")
-    print(f"work         {config.data.batch_size} x {config.model.block_size} tokens a step,", end="")
-    print(f" {settings.rounds} rounds of {settings.steps} steps after one to warm up", flush=True)
-    return Job(settings, config, str(device), dtype, compile)
-
-
-def machine(device: Any) -> str:
-    import torch
-
-    from gpt_arc.device import device_name
-
-    return f"{device_name(device)}, torch {torch.__version__}"
-
-
-def compare(job: Job, programs: dict[str, tuple[type[Program], Job]]) -> dict[str, Any]:
-    """What comes of the programs taking turns, each with its own job; `job` is that of "ours", which is one of them."""
+def compare(job: TrainJob, workers: dict[str, tuple[type[TrainWorker], TrainJob]]) -> dict[str, Any]:
+    """Measures the workers, each with its job, and returns the results. `job` is the one of "ours"."""
     import torch
 
     from gpt_arc.device import device_name
@@ -373,21 +342,16 @@ def compare(job: Job, programs: dict[str, tuple[type[Program], Job]]) -> dict[st
 
     settings, config, device = job.settings, job.config, torch.device(job.device)
     with contextlib.ExitStack() as stack:
-        ask: dict[str, Callable[[str | None], Any]] = {
-            name: stack.enter_context(running(name, program, its)) for name, (program, its) in programs.items()
-        }
-        rate_of_products = functools.partial(peak_flops, device, device_name(device), job.dtype)
-        rounds, rates = take_turns(ask, settings.rounds, rate_of_products)
-        operators = ask["ours"]("operators") if settings.profile else []
+        calls = {name: stack.enter_context(child_process(name, *worker)) for name, worker in workers.items()}
+        product_rate = functools.partial(peak_flops, device, device_name(device), job.dtype)
+        rounds, rates = take_turns(calls, settings.rounds, product_rate)
+        operators = calls["ours"]("operators") if settings.profile else []
 
-    results: dict[str, Any] = {"machine": machine(device), "dtype": job.dtype, "compiled": job.compile}
-    results |= {"config": asdict(config), "settings": plain(settings)}
+    results: dict[str, Any] = {"machine": machine_name(device), "dtype": job.dtype, "compiled": job.compile}
+    results |= {"config": asdict(config), "settings": json_settings(settings)}
     tokens = config.data.batch_size * config.model.block_size
-    results["programs"] = {name: figures(tokens, *taken) for name, taken in rounds.items()}
-    pairs = {name: list(zip(rounds["ours"], taken))[1:] for name, taken in rounds.items() if name != "ours"}
-    results["ratios"] = {
-        name: spread([median_step(its) / median_step(ours) for ours, its in pair]) for name, pair in pairs.items()
-    }
+    results["programs"] = {name: summarize(tokens, *its_rounds) for name, its_rounds in rounds.items()}
+    results["ratios"] = round_ratios(rounds, median_step)
     with torch.device("meta"):
         flops = 6 * GPT(config.model).num_parameters(active=True)
     rate = None if rates[0] is None else median(rates)
@@ -399,28 +363,45 @@ def compare(job: Job, programs: dict[str, tuple[type[Program], Job]]) -> dict[st
     return results
 
 
-def write_results(settings: StepBench, results: dict[str, Any]) -> None:
-    if settings.json is not None:
-        write_file(settings.json.resolve(), json.dumps(results, indent=2) + "\n")
+def show(results: dict[str, Any]) -> None:
+    columns = ["tokens/s", "step ms", "min ms", "max ms", *(f"{name} ms" for name in PHASES), "memory GB"]
+    width = max(14, *(len(name) + 1 for name in results["programs"]))
+    print("\n" + " " * width + "".join(f"{column:>12}" for column in columns))
+    for name, row in results["programs"].items():
+        step, phases = row["step_ms"], row["phases_ms"]
+        numbers = [step["median"], step["min"], step["max"], *(phases[phase] for phase in PHASES)]
+        print(f"{name:{width}}{row['tokens_per_second']:12,.0f}", end="")
+        print("".join(f"{number:12,.1f}" for number in numbers) + f"{row['peak_memory_gb']:12.2f}")
+    first = results["programs"]["ours"]["first_step_seconds"]
+    print(f"\nfirst step   {first:.1f} s for ours, including compilation")
+    show_ratios(results["ratios"])
+    floor = results["floor"]
+    if floor["flops_per_second"] is not None:
+        rate = f"{floor['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['dtype']} products"
+        print(f"floor        {floor['tokens_per_second']:,.0f} tokens/s at {rate}", end="")
+        print(f"; ours reaches {floor['share']:.0%} of it")
+    if results["operators"]:
+        print("\nour operators, per step:      share          ms       calls")
+    for row in results["operators"]:
+        print(f"{row['name'][:28]:28}{row['share']:7.1%}{row['ms']:12,.2f}{row['calls']:12,.0f}")
 
 
 def bench_train(args: list[str]) -> None:
     settings, config = read_arguments(args, TrainBench, __doc__, "train configs/gpt2.toml")
-    check_places(settings)
+    check_requirements(settings)
     if settings.nanogpt is not None:
         check_nanogpt_fits(config.model)
 
-    from gpt_arc.weights.huggingface import (
-        architecture_of,  # takes torch, slow to import: not before the settings are known to be right
-    )
+    from gpt_arc.weights.huggingface import architecture_of  # slow (torch): import once the settings are valid
 
     if settings.transformers:
         architecture_of(config.model)
     job = prepare(settings, config)
-    programs: dict[str, type[Program]] = {"ours": Ours}
+    workers: dict[str, type[TrainWorker]] = {"ours": OurTrainer}
     if settings.nanogpt is not None:
-        programs |= {"nanoGPT": NanoGPT} | ({} if job.dtype == "float32" else {"nanoGPT 16 bit": NanoGPTAutocast})
-    programs |= {"transformers": Transformers} if settings.transformers else {}
-    results = compare(job, {name: (program, job) for name, program in programs.items()})
+        workers |= {"nanoGPT": NanoGPTTrainer}
+        workers |= {} if job.dtype == "float32" else {"nanoGPT 16 bit": NanoGPTAutocastTrainer}
+    workers |= {"transformers": TransformersTrainer} if settings.transformers else {}
+    results = compare(job, {name: (worker, job) for name, worker in workers.items()})
     show(results)
-    write_results(settings, results)
+    write_results(settings.json, results)
