@@ -51,8 +51,9 @@ from gpt_arc.evaluation.items import demonstrations, load_items, prepared_items
 from gpt_arc.evaluation.score import Request, Score, encode_pair, rolling_windows, score_continuations
 from gpt_arc.evaluation.statistics import paired_p_value, standard_error
 from gpt_arc.evaluation.tasks import Question, Task, filled, load_task
-from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, eval_extra, first_sentences, rouge
+from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, first_sentences, rouge
 from gpt_arc.evaluation.word_search import STOP_WORDS, Vocabulary, length_batches, likeliest_words
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
@@ -453,7 +454,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis = curves["perplexity" if metric == "perplexity" else "per cent"]
             axis.setdefault(name, []).append((update, printed(value, metric), printed(error, metric)))
     kinds = [kind for kind in curves if curves[kind]]
-    figure = eval_extra("matplotlib.figure").Figure(figsize=(7 * len(kinds), 5), layout="constrained")
+    figure = import_extra("matplotlib.figure").Figure(figsize=(7 * len(kinds), 5), layout="constrained")
     for place, kind in enumerate(kinds):
         axes = figure.add_subplot(1, len(kinds), place + 1, xlabel="updates", ylabel=kind)
         if kind == "perplexity":
@@ -475,7 +476,7 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
     needed = {"matplotlib.figure"} if options.plot else set()
     libraries = {"bleu": "sacrebleu.metrics", "rouge": "rouge_score.rouge_scorer"}
     for module in sorted(needed | {libraries[task.metric] for task in tasks if task.metric in libraries}):
-        eval_extra(module)
+        import_extra(module)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from typing import Literal
 import tyro
 
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
-from gpt_arc.errors import UserError, entry_point, first_line
-from gpt_arc.files import new_directory, replacing, write_file
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 
@@ -124,7 +124,6 @@ def main() -> None:
     check_output(options.output, options.overwrite)
 
     import torch  # slow to import: not before the settings are known to be right
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from gpt_arc.alignment.reward_model import is_reward_model
@@ -173,11 +172,8 @@ def main() -> None:
         files = extended or files
     files["README.md"] = readme.encode()
     with new_directory(options.output.resolve()) as temporary:
-        try:
-            with replacing(temporary / WEIGHTS) as path:
-                save_file(tensors, path, {"format": "pt"})
-        except SafetensorError as error:  # as of a full disk
-            raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
+        with name_failed_writes(options.output), replacing(temporary / WEIGHTS) as path:
+            save_file(tensors, path, {"format": "pt"})
         for name, content in files.items():
             write_file(temporary / name, content)
         if chat:

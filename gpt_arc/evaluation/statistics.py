@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpt_arc.extras import import_extra
+
 
 def standard_error(values: Sequence[float]) -> float:
     """Of a mean: the sample's standard deviation over the root of its size; 0 for a single value."""
@@ -13,8 +15,6 @@ def standard_error(values: Sequence[float]) -> float:
 
 def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     """That two settings are right (1) equally often, by the items on which they differ: McNemar's exact test."""
-    from scipy.stats import binomtest
-
     better = sum(b > a for a, b in zip(first, second))
     worse = sum(a > b for a, b in zip(first, second))
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return float(import_extra("scipy.stats").binomtest(better, better + worse).pvalue) if better + worse else 1.0

@@ -5,27 +5,16 @@ value, error = bleu(counts)                  # of the corpus, 0 to 1, with its s
 rouge([(said, right), ...])["ROUGE-L"]       # F1 of each text
 """
 
-import importlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from gpt_arc.errors import UserError
+from gpt_arc.extras import import_extra
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\s*\n\s*")
 ORDERS = 4  # n-grams of BLEU
-
-
-def eval_extra(module: str) -> Any:
-    """A module that only the extra [eval] installs. Raises UserError where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = module.split(".")[0].replace("_", "-")
-        raise UserError(f"{name} is not installed: `pip install -e '.[eval]'` brings it") from None
 
 
 def first_sentences(text: str, count: int) -> str:
@@ -47,13 +36,13 @@ def bleu_counts(said: str, right: str) -> list[int]:
 
     Words are sacrebleu's own ("13a", with case), so that figures can be compared.
     """
-    score = eval_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([said], [[right]])
+    score = import_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([said], [[right]])
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
 def bleu(counts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Corpus BLEU (0 to 1; Papineni et al. 2002) of `bleu_counts`, and its standard error, by the jackknife."""
-    compute = eval_extra("sacrebleu.metrics").BLEU.compute_bleu
+    compute = import_extra("sacrebleu.metrics").BLEU.compute_bleu
 
     def score(total: np.ndarray) -> float:
         *grams, said, right = total.tolist()
@@ -73,6 +62,6 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
     Words are stemmed. The subsequence is that of summaries of several sentences, a line each (`rougeLsum`).
     """
     kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeLsum"}
-    scorer = eval_extra("rouge_score.rouge_scorer").RougeScorer(list(kinds.values()), use_stemmer=True)
+    scorer = import_extra("rouge_score.rouge_scorer").RougeScorer(list(kinds.values()), use_stemmer=True)
     found = [scorer.score(right, said) for said, right in pairs]
     return {name: [one[kind].fmeasure for one in found] for name, kind in kinds.items()}

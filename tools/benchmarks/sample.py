@@ -39,8 +39,8 @@ from benchmarks.processes import (
     spread,
     take_turns,
 )
-from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import write_file
+from gpt_arc.errors import UserError
+from gpt_arc.files import name_failed_writes, write_file
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
@@ -305,17 +305,14 @@ def show(results: dict[str, Any]) -> None:
 
 def write_weights(model: Any, folder: Path, peers: bool) -> None:
     """OURS and, if there are any, PEERS, in float32."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from gpt_arc.weights.huggingface import hf_tensors
 
-    try:
+    with name_failed_writes(folder):
         save_file({name: tensor.detach() for name, tensor in model.named_parameters()}, folder / OURS)
         if peers:
             save_file(dict(hf_tensors(model)), folder / PEERS)
-    except SafetensorError as error:  # as of a full disk
-        raise UserError(f"the weights can't be written to {folder}: {first_line(error)}") from None
 
 
 def bench_sample(args: list[str]) -> None:
