@@ -283,9 +283,7 @@ def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unaske
     assert process.returncode == 130 and b"text.py: interrupted: repeat the command to resume" in output
     assert b"Traceback" not in output
     refused = prepare("text.py", *flags, "--val_fraction=0.3")
-    assert "with other settings or texts (val_fraction): repeat its command to resume it" in refused and saved_tokens(
-        "x"
-    )
+    assert "with other settings or texts (val_fraction): repeat its command" in refused and saved_tokens("x")
     assert "resuming" not in prepare("text.py", *flags, "--val_fraction=0.3", "--overwrite=True")
     for split, side in (("train", False), ("val", True)):
         expected = encoded(library[0], [text for text in pages(150) if in_val(text, 0.3) == side])
