@@ -1,4 +1,4 @@
-"""Where and how a model runs: device, precision, compilation. `auto` is resolved here, from the hardware alone."""
+"""Devices and precision. `auto` is resolved here, from the hardware alone."""
 
 import ctypes
 import gc
@@ -14,9 +14,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
-    """The device for a setting; auto is `prefer` where that is there, else cuda, else mps, else cpu.
+    """The device for a setting. auto means `prefer` if available, else cuda, mps or cpu, in this order.
 
-    Raises UserError for a device that is not there.
+    Raises UserError for a device that is not available.
     """
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if setting == "auto":
@@ -24,21 +24,21 @@ def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None)
     try:
         device = torch.device(setting)
     except RuntimeError:
-        raise UserError(f'device = "{setting}" is not a device: say auto, cpu, cuda, cuda:1 or mps') from None
+        raise UserError(f'device = "{setting}" is not a device: use auto, cpu, cuda, cuda:1 or mps') from None
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank)
     elif device.type == "cuda" and local_rank != 0:
-        raise UserError(f'device = "{setting}" would put several processes on one GPU: say cuda')
+        raise UserError(f'device = "{setting}" would put several processes on one GPU: use cuda')
     if (device.index or 0) >= count.get(device.type, 0):
-        there = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
-        raise UserError(f'device = "{setting}" is not available here; there is {there}')
+        available = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
+        raise UserError(f'device = "{setting}" is not available here, only {available}')
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # what torch means by "the current device" from here on
+        torch.cuda.set_device(device)  # make it torch's current device
     return device
 
 
 def resolve_dtype(setting: str, device: torch.device) -> str:
-    """The precision of matrix products; auto is the fastest that the hardware multiplies natively."""
+    """The precision of matrix products. auto means the fastest type that the hardware multiplies natively."""
     if setting != "auto":
         return setting
     if device.type == "cuda":
@@ -50,11 +50,11 @@ def resolve_dtype(setting: str, device: torch.device) -> str:
 
 
 def set_up_device(device: torch.device, dtype: str) -> None:
-    """What makes training faster on the device, for the whole process.
+    """Make training faster on the device, for the whole process.
 
-    On a GPU TF32 for what autocast leaves in float32. On a CPU, with glibc, freed memory is kept: by default it returns
-    what is larger than 32 MiB, and each time it is wanted again the system fills it with zeros, page by page.
-    Everywhere what the imports made is left out of garbage collection, which a step would wait for.
+    On a GPU, products that autocast leaves in float32 use TF32. On a CPU with glibc, freed memory is kept: by default
+    blocks over 32 MiB go back to the system, which zeroes them page by page each time they are allocated again.
+    Everywhere, objects created by imports are exempt from garbage collection, which would delay training steps.
     """
     gc.collect()
     gc.freeze()
@@ -68,17 +68,17 @@ def set_up_device(device: torch.device, dtype: str) -> None:
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """The context in which a forward pass multiplies in `dtype`."""
+    """Context in which a forward pass multiplies in `dtype`."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """The tensors of `batch` on the device; to a GPU the copies of pinned ones run while the host goes on."""
+    """Move the tensors of `batch` to the device. Copies of pinned tensors to a GPU are asynchronous."""
     return [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """The name of the hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -88,7 +88,7 @@ def device_name(device: torch.device) -> str:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of every generator that training draws from in this process."""
+    """The state of every random generator that training uses in this process."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -98,7 +98,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `rng_state` returned, as far as this device has the same generators."""
+    """Restore the states returned by `rng_state`, for the generators that this device has."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

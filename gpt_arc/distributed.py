@@ -1,6 +1,6 @@
-"""Processes: who this one is among those that torchrun started, and what they tell each other.
+"""Distributed processes: this one's rank among those started by torchrun, and communication between them.
 
-Every function also serves a single process that torchrun did not start.
+Every function also works in a single process started without torchrun.
 """
 
 import contextlib
@@ -19,24 +19,24 @@ from gpt_arc.errors import UserError, mute
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-IS_MAIN = RANK == 0  # the one process that writes and prints
+IS_MAIN = RANK == 0  # only this process writes files and prints
 
 
 def say(text: str) -> None:
-    """Print a line, above a progress bar if there is one: the main process does, for all."""
+    """Print a line from the main process, above the progress bar if there is one."""
     if IS_MAIN:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read along has gone: the run goes on
+        except BrokenPipeError:  # the reader has gone: the run continues
             mute()
 
 
 @contextlib.contextmanager
 def process_group(backend: str, device: torch.device) -> Iterator[None]:
-    """Join the processes for the duration of the block. Raises UserError for a backend that can't serve the device.
+    """Runs the block in a process group. Raises UserError for a backend that doesn't support the device.
 
-    After an error the group is left to the end of the process: to dissolve it would wait for the others for ever.
+    After an error the group is not destroyed, because destroying it could wait for the other processes forever.
     """
     if WORLD_SIZE == 1:
         yield
@@ -46,36 +46,36 @@ def process_group(backend: str, device: torch.device) -> Iterator[None]:
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
-        raise UserError(f"backend = nccl serves GPUs, not {device.type}: use gloo or auto")
+        raise UserError(f"backend = nccl needs GPUs, but the device is {device.type}: use gloo or auto")
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     yield
     dist.destroy_process_group()
 
 
 def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
-    """Micro-batches of each process in one step, and the sequences of each: equal, and batch_size at most.
+    """Returns the number of micro-batches per process in one step, and their equal size, at most `batch_size`.
 
-    Raises UserError if the processes can't share the sequences of a step equally.
+    Raises UserError if the sequences of a step can't be divided equally among the processes.
     """
     if sequences % WORLD_SIZE:
         raise UserError(
-            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be shared equally "
-            f"by {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
+            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be divided equally "
+            f"among {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
         )
-    own = sequences // WORLD_SIZE
-    size = max(n for n in range(1, min(batch_size, own) + 1) if own % n == 0)
-    return own // size, size
+    share = sequences // WORLD_SIZE
+    size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
+    return share // size, size
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The element-wise sum of every process's `values`, in place."""
+    """Sum `values` over all processes, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(values)
     return values
 
 
 def from_main(value: Any) -> Any:
-    """The main process's value of a picklable object, in every process."""
+    """Broadcast the main process's `value`, a picklable object, to every process."""
     if WORLD_SIZE == 1:
         return value
     box = [value]
@@ -84,7 +84,7 @@ def from_main(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value of a picklable object, by rank, in every process."""
+    """Collect the `value`, a picklable object, of every process, ordered by rank, in every process."""
     if WORLD_SIZE == 1:
         return [value]
     values: list[Any] = [None] * WORLD_SIZE

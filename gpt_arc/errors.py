@@ -1,4 +1,4 @@
-"""A user's mistake is one paragraph and exit code 2; a bug of ours keeps its traceback."""
+"""How scripts end: a user's mistake prints one paragraph and exits with code 2, a bug keeps its traceback."""
 
 import functools
 import os
@@ -9,24 +9,24 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """What the user asked for can't be done. The message says what, where and how to mend it."""
+    """The user asked for something impossible. The message says what is wrong, where, and how to fix it."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, which may be nothing."""
+    """The first line of an error's message, which may be empty."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
 def mute() -> None:
-    """Send standard output nowhere from here on, once nobody reads it."""
+    """Redirect standard output to /dev/null, once its reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-LESS_MEMORY = "out of memory: a smaller batch, context or model takes less"
+OUT_OF_MEMORY = "out of memory: a smaller batch, context or model takes less"
 
 
-def is_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, as Python says it, torch of a GPU, torch of a CPU, or C++."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: Python, torch on a GPU, torch on a CPU and C++ each report it in their own way."""
     words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "Storage size calculation overflowed"
     return (
         isinstance(error, MemoryError)
@@ -36,17 +36,17 @@ def is_of_memory(error: Exception) -> bool:
 
 
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Wrap a script's `main`: exit with its return value, 2 on a mistake of the user's or the disk's, 130 on Ctrl-C."""
+    """Wrap a script's `main`: exit with its return value, 2 after a UserError or OSError, 130 after Ctrl-C."""
 
     @functools.wraps(main)
     def wrapped() -> None:
-        among_several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         message = None
-        sys.stdout = sys.stdout or open(os.devnull, "w")  # where it was closed
-        sys.stderr = sys.stderr or open(os.devnull, "w")  # or what is printed there would go to standard output
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # if it was closed
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # otherwise a newly opened file could become its target
         try:
             code = main() or 0
-        except BrokenPipeError:  # the reader of our output (head, less) has gone: end as SIGPIPE would, quietly
+        except BrokenPipeError:  # the reader of our output (head, less) has gone: exit quietly, as SIGPIPE would
             mute()
             sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
@@ -57,17 +57,17 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
         except KeyboardInterrupt as interrupt:
             message, code = str(interrupt) or "interrupted", 130
         except Exception as error:
-            if is_of_memory(error):
-                message, code = f"{LESS_MEMORY} ({first_line(error) or 'Python has none left'})", 2
-            elif not among_several:
+            if is_out_of_memory(error):
+                message, code = f"{OUT_OF_MEMORY} ({first_line(error) or 'Python has none left'})", 2
+            elif not is_distributed:
                 raise
             else:
                 message, code = traceback.format_exc(), 1
         if message is not None:
             print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
-        # An orderly exit would, after an error, wait for processes that wait for this one; and after a run, gloo's
-        # threads may let go of their last tensors only when Python can no longer take them, which aborts the process.
-        if among_several:
+        # After an error, an orderly exit would wait for processes that are waiting for this one. After a run, gloo's
+        # threads may release their last tensors when the interpreter is already gone, which aborts the process.
+        if is_distributed:
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: short names of published models, and the files of theirs that are used."""
+"""The Hugging Face hub: short names of published models, and downloads of the files that we read."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` means a model on the hub: a short name of NAMES, or hf:OWNER/NAME."""
+    """Whether `name` is a model on the hub: one of NAMES, or hf:OWNER/NAME."""
     return name in NAMES or name.startswith(PREFIX)
 
 
 def download(name: str, files: tuple[str, ...]) -> Path:
-    """The folder that holds those of `files` (patterns) that the hub's model has, downloaded once, then kept.
+    """Download the model's files that match the patterns `files`, unless cached, and return their folder.
 
-    Raises UserError if the hub doesn't know the model or can't be reached.
+    Raises UserError if the hub has no such model or can't be reached.
     """
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -28,14 +28,14 @@ def download(name: str, files: tuple[str, ...]) -> Path:
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(files)))
     except GatedRepoError:
-        raise UserError(f"{repository} asks for its licence to be accepted: at huggingface.co/{repository}") from None
+        raise UserError(f"{repository} requires you to accept its licence: visit huggingface.co/{repository}") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"the Hugging Face hub has no public model {repository}") from None
-    except Exception as error:  # every library between here and the network raises its own
+    except Exception as error:  # each library between here and the network raises its own type
         raise UserError(
             f"{repository} can't be downloaded: connect once, or name a folder that holds its files "
             f"({type(error).__name__}: {first_line(error)})"
         ) from None
-    if set(WEIGHTS) <= set(files) and not any(folder.glob("*.safetensors")):  # offline, it may be a part
-        raise UserError(f"no safetensors of {repository} are here: connect once, if it has its weights in that form")
+    if set(WEIGHTS) <= set(files) and not any(folder.glob("*.safetensors")):  # offline, a part
+        raise UserError(f"no safetensors of {repository} are cached: connect once to download them, if there are any")
     return folder

@@ -1,11 +1,11 @@
-"""Figures as aligned text."""
+"""Numbers as aligned text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def human(value: float, unit: str = "") -> str:
-    """1234567 as 1.23M."""
+    """Format a number with a metric prefix: 1234567 becomes 1.23M."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g}{prefix}{unit}"
@@ -17,9 +17,9 @@ def cell(value: Any) -> str:
 
 
 def table(rows: Sequence[Sequence[Any]], widths: Sequence[int] | None = None) -> str:
-    """Rows of cells as text, the first column to the left and the others to the right; None is left empty.
+    """Format rows as text, the first column aligned left and the others right. None becomes an empty cell.
 
-    Columns are as wide as their widest cell, unless `widths` tells.
+    `widths` overrides the column widths, by default those of the widest cells.
     """
     cells = [[cell(value) for value in row] for row in rows]
     widths = widths or [max(map(len, column)) for column in zip(*cells)]

@@ -44,7 +44,7 @@ from typing import Any, Literal
 import tyro
 
 from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
-from gpt_arc.data.documents import InputSettings, find_files, gathered
+from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
@@ -126,7 +126,7 @@ def lines(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     documents, paths = options.files(), find_files(options.items)
     check_output(options.output, [*documents.paths, *paths], options.overwrite)
     items = read_items(paths, options.item_fields)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from gpt_arc.data.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
@@ -30,7 +30,7 @@ class Options(CorpusSettings):
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     if options.input and options.sample:
         raise UserError(f"--sample={options.sample} says what to stream, but --input names files: give one of the two")
     local = options.input and Files(find_files(options.input), "text")

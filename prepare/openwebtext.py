@@ -9,7 +9,7 @@ A run that was stopped goes on by the same command. It takes `pip install -e '.[
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.data.documents import Files, HubDocuments, find_files, gathered
+from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
@@ -24,7 +24,7 @@ class Options(CorpusSettings):
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     local = options.input and Files(find_files(options.input), "text")
     prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
 

@@ -12,7 +12,7 @@ Then: python train.py CONFIG --dataset=NAME
 import sys
 from dataclasses import dataclass
 
-from gpt_arc.data.documents import InputSettings, gathered
+from gpt_arc.data.documents import InputSettings, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
@@ -25,7 +25,7 @@ class Options(CorpusSettings, InputSettings):
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     prepare_documents(options.files(), options, options.name)
 
 

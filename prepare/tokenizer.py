@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpt_arc.data.documents import Files, InputSettings, gathered
+from gpt_arc.data.documents import Files, InputSettings, merge_inputs
 from gpt_arc.data.prepare import dataset_directory
 from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
@@ -37,7 +37,7 @@ def texts_of(files: Files) -> Iterator[str]:
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, gathered(sys.argv[1:]))
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     directory = dataset_directory(options.name)
     if options.name in ("char", "gpt2"):
         raise UserError(f"--tokenizer {options.name} means another one already: choose another name")

@@ -34,7 +34,7 @@ from gpt_arc.evaluation.measure import Result, gather, measure_task, measure_tex
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.report import plot_checkpoints, result_tables, weight_hash
 from gpt_arc.evaluation.tasks import Task, load_task
-from gpt_arc.evaluation.text_metrics import eval_extra
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
@@ -108,7 +108,7 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
     needed = {"matplotlib.figure"} if options.plot else set()
     libraries = {"bleu": "sacrebleu.metrics", "rouge": "rouge_score.rouge_scorer"}
     for module in sorted(needed | {libraries[task.metric] for task in tasks if task.metric in libraries}):
-        eval_extra(module)
+        import_extra(module)
 
 
 def model_directories(options: Options) -> list[Path]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
 
 if TYPE_CHECKING:
@@ -59,15 +60,6 @@ class Options:
             raise ValueError(f"plot = {self.plot} must end in .png")
 
 
-def figure_class() -> Any:
-    """matplotlib's Figure. Raises UserError where it is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is not installed: `pip install -e '.[plot]'` brings it") from None
-    return Figure
-
-
 def check(options: Options) -> None:
     """Raises UserError early for settings that would fail later, some only after the work is done."""
     if (options.text is None) == (options.dataset is None):  # checked here so that misspelled flags are reported first
@@ -78,7 +70,7 @@ def check(options: Options) -> None:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it by --{flag}")
     if options.plot:
-        figure_class()
+        import_extra("matplotlib.figure")
 
 
 def read_windows(options: Options, tokenizer: "Tokenizer", vocab_size: int, block_size: int) -> "list[Window]":
@@ -143,7 +135,9 @@ def draw(uses: "list[Use]", path: Path) -> None:
     highest = max(max(row) for block in shares for row in block.values())
     across = min(len(uses), 4)
     down = -(-len(uses) // across)
-    figure = figure_class()(figsize=(1.6 + 3 * across, 0.6 + 2.6 * down), layout="constrained")
+    figure = import_extra("matplotlib.figure").Figure(
+        figsize=(1.6 + 3 * across, 0.6 + 2.6 * down), layout="constrained"
+    )
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for axes, use, block in zip(panels, uses, shares):
         image = axes.imshow(list(block.values()), vmin=0, vmax=highest, aspect="auto")

@@ -20,8 +20,8 @@ from typing import Literal
 import tyro
 
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
-from gpt_arc.errors import UserError, entry_point, first_line
-from gpt_arc.files import new_directory, replacing, write_file
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 
@@ -125,7 +125,6 @@ def main() -> None:
     check_output(options.output, options.overwrite)
 
     import torch  # slow: import once the settings are valid
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from gpt_arc.alignment.reward_model import is_reward_model
@@ -174,11 +173,8 @@ def main() -> None:
         files = extended or files
     files["README.md"] = readme.encode()
     with new_directory(options.output.resolve()) as temporary:
-        try:
-            with replacing(temporary / WEIGHTS) as path:
-                save_file(tensors, path, {"format": "pt"})
-        except SafetensorError as error:  # such as a full disk
-            raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
+        with name_failed_writes(options.output), replacing(temporary / WEIGHTS) as path:
+            save_file(tensors, path, {"format": "pt"})
         for name, content in files.items():
             write_file(temporary / name, content)
         if chat:

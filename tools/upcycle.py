@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from gpt_arc.errors import UserError, entry_point, first_line
-from gpt_arc.files import new_directory
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
 
 
@@ -54,7 +54,6 @@ def main() -> None:
         raise UserError(f"{options.output} holds something already: name another folder")
 
     import torch  # slow: import once the settings are valid
-    from safetensors import SafetensorError
 
     from gpt_arc.alignment.reward_model import is_reward_model
     from gpt_arc.chat.format import load_chat
@@ -78,12 +77,10 @@ def main() -> None:
     except ValueError as error:  # settings that don't fit together
         raise UserError(str(error)) from None
     with new_directory(options.output.resolve()) as temporary:
-        try:
+        with name_failed_writes(options.output):
             save_model(mixture, tokenizer, temporary)
             if chat:
                 chat.save(temporary)
-        except SafetensorError as error:  # such as a full disk
-            raise UserError(f"{options.output} can't be written: {first_line(error)}") from None
     print(f"{options.output}: {describe_parameters(mixture, ' parameters')}, made from {model.num_parameters():,}")
 
 

@@ -1,4 +1,4 @@
-"""Batches of windows of tokens, read ahead in a thread."""
+"""Batches of windows of tokens, prefetched in a thread."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +15,24 @@ from gpt_arc.nn.head_loss import IGNORED
 
 
 def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
-    """Tokens and targets, each (B, length) int64, of the windows at `starts`; past the end, targets are -1."""
+    """Tokens and targets, each (B, length) int64, of the windows at `starts`. Targets past the end are -1."""
     rows = np.full((len(starts), length + 1), IGNORED, dtype=np.int64)
     for row, start in zip(rows, starts.tolist()):
         tokens = split.read(start, length + 1)
         row[: len(tokens)] = tokens
-    both = torch.from_numpy(rows)
-    return both[:, :-1].clamp(min=0), both[:, 1:].contiguous()
+    padded = torch.from_numpy(rows)
+    return padded[:, :-1].clamp(min=0), padded[:, 1:].contiguous()
 
 
 def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
-    """The same batches, each read in a thread of its own while the one before is computed with; pinned for a GPU."""
+    """Yields the same batches, reading each in a thread while its predecessor is in use. For a GPU they are pinned."""
     pin = device.type == "cuda"
 
     def read() -> tuple[Tensor, ...] | None:
         batch = next(batches, None)
         return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
 
-    # which GPU a thread means is its own affair
+    # torch's current GPU is a property of each thread
     with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if pin else None, initargs=[device] * pin) as thread:
         reading = thread.submit(read)
         while (batch := reading.result()) is not None:
@@ -41,27 +41,27 @@ def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Ite
 
 
 def training_batches(
-    split: Split, order: "TrainingOrder | MixtureOrder", consumed: int, sequences: int, size: int, block_size: int,
+    split: Split, order: TrainingOrder | MixtureOrder, consumed: int, sequences: int, size: int, block_size: int,
     rank: int = 0, ranks: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
-    """Batches of `size` for process `rank`, without end: of each global batch of `sequences` its own slice.
+    """Yields batches of `size` forever: the slice of process `rank` of each global batch of `sequences`.
 
     The first global batch begins after `consumed` sequences.
     """
-    own = sequences // ranks
+    share = sequences // ranks
     while True:
-        yield from evaluation_batches(split, order.starts(consumed + rank * own, own), size, block_size)
+        yield from evaluation_batches(split, order.starts(consumed + rank * share, share), size, block_size)
         consumed += sequences
 
 
 def evaluation_batches(
     split: Split, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1
 ) -> Iterator[tuple[Tensor, ...]]:
-    """What the model is called with, each (size, block_size) int64, of the windows that fall to process `rank`.
+    """Yields the model's arguments for the windows of process `rank`, each (size, block_size) int64.
 
-    Tokens and targets, and if the split has a separator, the number of the document that each token belongs to; the
-    separator begins its document. What is missing at the end is filled up with rows that are not scored, so every batch
-    has the same shape and every process gets as many.
+    They are tokens, targets and, if the split has a separator, the number of each token's document; a document begins
+    with its separator. Rows that are not scored pad the last batch, so every batch has the same shape and every process
+    gets the same number of batches.
     """
     for first in range(rank * size, len(starts) + rank * size, size * ranks):
         tokens, targets = windows(split, starts[first : first + size], block_size)

@@ -35,8 +35,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from gpt_arc.data.documents import Files, read_text
+from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
 
 BATCH = 2**20  # characters that a process is given at a time
@@ -113,10 +114,7 @@ def read_items(paths: Iterable[Path], fields: Sequence[str] = ()) -> Items:
 
 
 def _item_text(line: str, fields: Sequence[str], place: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not a line of JSON: {first_line(error)}") from None
+    row = parse_line(line, place)
     for field in fields:
         if not isinstance(row, dict):
             raise UserError(f"{place} is not an object with fields, as --item_fields wants")

@@ -1,4 +1,4 @@
-"""What training reads: prepared datasets, the order of their windows, and the fixed windows of an evaluation."""
+"""Prepared datasets: finding and opening them, mixtures, and their splits."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "prepare"
-SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # those that train.py prepares by itself
+SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run trains on: prepared datasets, folders of token files, each with its share of the windows.
+    """The prepared datasets of a run, folders of token files, each with its share of the windows.
 
-    Bare shards, as others publish them, come without a tokenizer.
+    `tokenizer` is None for bare shards published by others.
     """
 
     names: tuple[str, ...]
@@ -49,7 +49,7 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Tells this data from other data of the same name, as far as meta.json knows of it."""
+        """A hash of every meta.json, which distinguishes datasets of the same name."""
         metas = [directory / "meta.json" for directory in self.directories]
         content = [meta.read_bytes() for meta in metas if meta.exists()]
         if len(self.names) > 1:
@@ -57,16 +57,16 @@ class Corpus:
         return hashlib.sha256(b"".join(content)).hexdigest() if content else ""
 
     def separator(self) -> int:
-        """The token that begins a document, for attention confined to documents. Raises UserError if there is none."""
+        """The token that begins a document, for document_mask. Raises UserError if there is none."""
         if self.tokenizer is None or self.tokenizer.end_of_text is None:
             raise UserError(
-                f"document_mask = true needs documents that an end-of-text token parts, and {self.directories[0]} has "
-                "no tokenizer with one: prepare the text with a BPE tokenizer, or leave document_mask out"
+                f"document_mask = true needs an end-of-text token between documents, and {self.directories[0]} has "
+                "no tokenizer with one: prepare the text with a BPE tokenizer, or remove document_mask"
             )
         return self.tokenizer.end_of_text
 
     def split(self, name: str, block_size: int, vocab_size: int, document_mask: bool) -> "Split":
-        """One split of every dataset. Raises UserError if one doesn't hold a window."""
+        """The split `name` of every dataset. Raises UserError if one is shorter than a window."""
         parts = []
         for directory in self.directories:
             files = TokenFiles(directory, name, vocab_size)
@@ -86,7 +86,7 @@ class Corpus:
 
 
 def _tokens_of(directory: Path, split: str) -> int | None:
-    """The number of tokens that meta.json counts, None where there is none, as beside others' shards."""
+    """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
     try:
         return int(json.loads((directory / "meta.json").read_text())["tokens"][split])
     except (OSError, ValueError, KeyError, TypeError):
@@ -94,14 +94,14 @@ def _tokens_of(directory: Path, split: str) -> int | None:
 
 
 def prepare_missing(sources: Sequence[Source]) -> None:
-    """Prepare the small datasets that come with a script. Raises UserError, saying what to run, for any other."""
+    """Prepare every missing dataset that is in SMALL_CORPORA. Raises UserError, saying what to run, for any other."""
     for source in sources:
         if find_dataset(source.name) is None:
             prepare_dataset(source.name)
 
 
 def open_corpus(sources: Sequence[Source]) -> Corpus | None:
-    """The datasets of a run, None if one is not prepared. Raises UserError for tokenizers that differ."""
+    """The datasets of a run, or None if one is not prepared. Raises UserError if their tokenizers differ."""
     directories = [find_dataset(source.name) for source in sources]
     if None in directories:
         return None
@@ -109,7 +109,7 @@ def open_corpus(sources: Sequence[Source]) -> Corpus | None:
     for directory, tokenizer in zip(directories, tokenizers):
         if tokenizer != tokenizers[0]:
             raise UserError(
-                f"{directory} has another tokenizer than {directories[0]}: the datasets of a mixture must share one"
+                f"{directory} and {directories[0]} have different tokenizers: the datasets of a mixture must share one"
             )
     return Corpus(tuple(source.name for source in sources), tuple(directories), mixture_shares(sources), tokenizers[0])
 
@@ -121,7 +121,7 @@ def mixture_shares(sources: Sequence[Source]) -> tuple[float, ...]:
 
 
 def data_plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> list[str]:
-    """For each dataset its share of `tokens`, and how many epochs that is of it, where it is prepared."""
+    """One line per dataset: its share of `tokens` and, if it is prepared, the number of epochs."""
     lines = []
     for source, share, part in zip(sources, mixture_shares(sources), split.parts if split else [None] * len(sources)):
         epochs = f"{tokens * share / len(part):.3g} epochs of {len(part):,} tokens" if part else "not prepared yet"
@@ -130,7 +130,7 @@ def data_plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> 
 
 
 class Split:
-    """One split of a corpus: the token files of its datasets one after another, which no window crosses."""
+    """One split of a corpus: the concatenated token files of its datasets. No window crosses from one to the next."""
 
     def __init__(self, parts: Sequence[TokenFiles], weights: Sequence[float], separator: int | None = None):
         self.parts, self.weights, self.separator = parts, weights, separator
@@ -140,29 +140,30 @@ class Split:
         return int(self.bounds[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens start .. start + count as int64, fewer at the end of the dataset that `start` lies in."""
+        """Tokens start .. start + count as int64, fewer at the end of the dataset that contains `start`."""
         part = int(np.searchsorted(self.bounds, start, side="right")) - 1
         return self.parts[part].read(start - int(self.bounds[part]), count)
 
-    def training_order(self, block_size: int, seed: int) -> "TrainingOrder | MixtureOrder":
+    def training_order(self, block_size: int, seed: int) -> TrainingOrder | MixtureOrder:
+        """The order of the training windows."""
         if len(self.parts) == 1:
             return TrainingOrder(len(self), block_size, seed)
         seeds = np.random.SeedSequence((seed, len(self.parts))).generate_state(len(self.parts), np.uint64)
-        orders = [TrainingOrder(len(part), block_size, int(own)) for part, own in zip(self.parts, seeds)]
+        orders = [TrainingOrder(len(part), block_size, int(part_seed)) for part, part_seed in zip(self.parts, seeds)]
         return MixtureOrder(orders, self.bounds[:-1], self.weights, seed)
 
     def evaluation_starts(self, block_size: int, windows: int) -> np.ndarray:
-        """First tokens of the windows to evaluate: every dataset's share of them, as far as its split has so many.
+        """Positions of the first tokens of the windows to evaluate: each dataset's share of `windows`.
 
-        0 means the whole of every split.
+        0 means every split in full.
         """
         counts = [windows and max(1, round(windows * weight)) for weight in self.weights]
         starts = [evaluation_starts(len(part), block_size, count) for part, count in zip(self.parts, counts)]
-        return np.concatenate([bound + own for bound, own in zip(self.bounds, starts)])
+        return np.concatenate([bound + first for bound, first in zip(self.bounds, starts)])
 
 
 def find_dataset(name: str) -> Path | None:
-    """The folder of a prepared dataset, `name` being one below data/ or a path. None if it is not there."""
+    """The folder of the dataset `name`, a name below data/ or a path. Returns None if it doesn't exist."""
     for directory in (DATA_ROOT / name, Path(name)):
         if next(directory.glob("*.bin"), None):
             return directory
@@ -170,7 +171,7 @@ def find_dataset(name: str) -> Path | None:
 
 
 def prepare_dataset(name: str) -> Path:
-    """Prepare a small corpus that comes with a script. Raises UserError, saying what to run, for any other."""
+    """Prepare a dataset in SMALL_CORPORA. Raises UserError, saying what to run, for any other."""
     script = SCRIPTS / f"{name}.py"
     if name not in SMALL_CORPORA:
         command = (
@@ -179,10 +180,10 @@ def prepare_dataset(name: str) -> Path:
             else f"`python prepare/text.py --input FILE_OR_FOLDER --name {name} --tokenizer gpt2` on your own text"
         )
         raise UserError(
-            f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it by "
-            f"{command}, or name a prepared one by --dataset"
+            f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
+            f"{command}, or name a prepared one with --dataset"
         )
     print(f"preparing the dataset {name}", flush=True)
     if subprocess.run([sys.executable, script], stdout=sys.stderr).returncode:
-        raise UserError(f"the dataset {name} could not be prepared, as said above")
+        raise UserError(f"the dataset {name} could not be prepared: see the message above")
     return DATA_ROOT / name

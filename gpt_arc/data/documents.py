@@ -1,10 +1,10 @@
-"""Documents out of files and of the Hugging Face hub: in an order that never changes, and from any point of it on.
+"""Documents from files and the Hugging Face hub, in a fixed order that can be resumed at any position.
 
     documents = Files(find_files(["papers/", "more.jsonl.gz"]), field="text")
-    for text, ends in documents.pieces("space"):      # `ends`: the document ends with this text
-        where = documents.position()                  # JSON-able; documents.pieces("space", where) goes on there
+    for text, ends in documents.pieces("space"):      # `ends`: this text ends its document
+        where = documents.position()                  # JSON; documents.pieces("space", where) resumes there
 
-A text file is one document, a line of JSON or a row of parquet another; one without text (null) is an empty document.
+Each text file, line of JSON and row of parquet is a document; null is an empty document.
 """
 
 import abc
@@ -13,7 +13,6 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import importlib
 import io
 import json
 import logging
@@ -26,39 +25,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.extras import import_extra
 
-PIECE = 2**18  # bytes of a text file that are read at a time
-BEGINNING = 2**16  # characters that the first piece of a document has at least, if the document has
-ROWS = 128  # of parquet that are held at a time
+PIECE = 2**18  # bytes of a text file read at a time
+BEGINNING = 2**16  # minimum characters of a document's first piece, unless the document is shorter
+ROWS = 128  # of parquet held at a time
 PACKED = (".gz", ".zst")
 JSON_LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
-KNOWN = (".txt", ".jsonl", ".parquet")  # what is read of a folder unless a pattern says
+KNOWN = (".txt", ".jsonl", ".parquet")  # the files read from a folder without a pattern
 BOUNDARY = re.compile(r"\S[ \n]")
-Cut = Literal["anywhere", "space", "never"]  # where a document may be cut into pieces: "space" is before white space
+Cut = Literal["anywhere", "space", "never"]  # where a document may be split; "space" means before white space
 
 
 class Documents(abc.ABC):
-    """Texts in a fixed order. Text files come in pieces where they may be cut, every other document whole."""
+    """Texts in a fixed order. Text files come in pieces if they may be split, every other document whole."""
 
-    name: str  # what a message calls them
-    total_bytes: int | None = None  # of what is to be read, None where nobody knows
+    name: str  # for messages
+    total_bytes: int | None = None  # None if unknown
     bytes_read: int = 0
-    is_one: bool = False  # whether they are a single text rather than a collection
-    revision: str | None = None  # which state of what may change is read: given to go on, else set on beginning
+    is_one: bool = False  # a single text rather than a collection
+    revision: str | None = None  # the version of a mutable source: set by the caller to resume, otherwise by `pieces`
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """JSON-able, and found without reading: the same identity means the same documents."""
+        """A JSON value that identifies the documents, without reading them."""
 
     @abc.abstractmethod
     def pieces(self, cut: Cut, position: Any = None) -> Iterator[tuple[str, bool]]:
-        """Texts, each with whether its document ends there, from `position` on. Raises UserError for damaged files."""
+        """Yields texts from `position` on and whether each ends its document. Raises UserError for damaged files."""
 
     @abc.abstractmethod
     def position(self) -> Any:
-        """Where `pieces` goes on after the text that came last."""
+        """The position after the last text yielded."""
 
 
 class Text(Documents):
@@ -81,7 +82,7 @@ class Text(Documents):
 
 
 class Files(Documents):
-    """The documents of files: text, JSON lines or parquet, as their names end; text and JSON lines also packed."""
+    """The documents of text, JSON lines or parquet files, by suffix. Text and JSON lines may be compressed."""
 
     def __init__(self, paths: list[Path], field: str):
         self.paths, self.field = paths, field
@@ -117,9 +118,9 @@ class Files(Documents):
 
 
 class HubDocuments(Documents):
-    """The rows of a dataset on the Hugging Face hub, streamed; `options` are those of `datasets.load_dataset`.
+    """The rows of a dataset on the Hugging Face hub, streamed. `options` are passed to `datasets.load_dataset`.
 
-    `revision` is a commit there: what is read on is what was begun, whatever its owner has changed since.
+    `revision` is a commit, so that resuming reads the same data even if the owner has changed the dataset since.
     """
 
     def __init__(self, dataset: str, field: str = "text", **options: Any):
@@ -136,7 +137,7 @@ class HubDocuments(Documents):
         try:
             try:
                 self._rows = self._load("main")
-            except RuntimeError:  # a dataset that is still a script: the hub keeps a copy of it in parquet
+            except RuntimeError:  # the dataset is a script: the hub keeps a parquet copy
                 self._rows = self._load("refs/convert/parquet")
             if position is not None:
                 self._rows.load_state_dict(position)
@@ -146,15 +147,15 @@ class HubDocuments(Documents):
                 yield text, True
         except UserError:
             raise
-        except Exception as error:  # every library between here and the network raises its own
+        except Exception as error:  # each library between here and the network raises its own type
             raise UserError(
-                f"{self.dataset} can't be had from the Hugging Face hub ({first_line(error)}): connect, and the same "
-                "command goes on from here, or give its parquet files by --input FOLDER"
+                f"{self.dataset} can't be read from the Hugging Face hub ({first_line(error)}): repeat the command "
+                "when connected to resume, or give its parquet files with --input FOLDER"
             ) from None
 
     def _load(self, branch: str) -> Any:
-        datasets, hub = extra("datasets"), extra("huggingface_hub")
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+        datasets, hub = import_extra("datasets"), import_extra("huggingface_hub")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
         commit = self.revision or hub.HfApi().dataset_info(self.dataset, revision=branch).sha
         rows = datasets.load_dataset(self.dataset, split="train", streaming=True, revision=commit, **self.options)
         self.revision = commit
@@ -178,41 +179,41 @@ class InputSettings:
 
 
 def find_files(inputs: Iterable[str], pattern: str | None = None) -> list[Path]:
-    """The files that `inputs` name: files, folders and glob patterns; each once, those of one input sorted.
+    """The files named by `inputs`, which may be files, folders or glob patterns; sorted per input, without duplicates.
 
-    Of a folder come the files below it that match `pattern`, without one those of a known kind. Raises UserError for
-    an input that names none.
+    A folder contributes the files at any depth that match `pattern` or, without a pattern, end in KNOWN. Raises
+    UserError for an input without files.
     """
     files: dict[Path, None] = {}
-    for named in inputs:
-        if not named:
-            raise UserError("--input names nothing: give it files, folders or glob patterns")
-        path = Path(named)
+    for name in inputs:
+        if not name:
+            raise UserError("--input is empty: give it files, folders or glob patterns")
+        path = Path(name)
         if path.is_dir():
             below = (file for file in path.rglob("*") if file.is_file())
-            found = [file for file in below if (file.match(pattern) if pattern else _ends(file, KNOWN))]
-            if not found:
-                wanted = f"matches --pattern {pattern}" if pattern else f"ends in {', '.join(KNOWN)}"
-                raise UserError(f"no file below {named} {wanted}: --pattern chooses others, as --pattern '*.md'")
+            matches = [file for file in below if (file.match(pattern) if pattern else _ends(file, KNOWN))]
+            if not matches:
+                condition = f"matches --pattern {pattern}" if pattern else f"ends in {', '.join(KNOWN)}"
+                raise UserError(f"no file below {name} {condition}: choose others, as with --pattern '*.md'")
         elif path.exists():
-            found = [path]
+            matches = [path]
         else:
-            found = [Path(file) for file in glob.glob(named, recursive=True) if Path(file).is_file()]
-            if not found:
-                raise UserError(f"{named} can't be read: there is no such file or folder, nor files of such names")
-        files |= dict.fromkeys(sorted(found))
+            matches = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
+            if not matches:
+                raise UserError(f"{name} can't be read: there is no such file or folder, and no match as a pattern")
+        files |= dict.fromkeys(sorted(matches))
     return list(files)
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text. Raises UserError if it can't be read, or naming the first byte that is not UTF-8."""
-    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, which can't tell how far it was read
+    """Read a UTF-8 file. Raises UserError if it can't be read or isn't UTF-8, naming the first bad byte."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, which has no position
         return _decode(bytes.decode, path.read_bytes(), path, 0).removeprefix("\ufeff")
     return "".join(text for text, _, _ in _read_text(path, "never", None))
 
 
-def gathered(args: list[str]) -> list[str]:
-    """A command line with its --input flags as one: --input A --input B means what --input A B does."""
+def merge_inputs(args: list[str]) -> list[str]:
+    """Merge the --input flags of a command line: --input A --input B becomes --input A B."""
     inputs: list[str] = []
     others: list[str] = []
     target = others
@@ -222,15 +223,6 @@ def gathered(args: list[str]) -> list[str]:
         if arg != "--input":
             target.append(arg.removeprefix("--input="))
     return others + (["--input", *inputs] if inputs else [])
-
-
-def extra(module: str) -> Any:
-    """A module that only the extra [data] installs. Raises UserError where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = module.split(".")[0]
-        raise UserError(f"{name} is not installed: `pip install -e '.[data]'` brings it") from None
 
 
 def _ends(path: Path, endings: tuple[str, ...]) -> bool:
@@ -246,14 +238,14 @@ def _holds_many(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path, offset: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """A file's content from byte `offset` of it on, unpacked; and the file as it is on the disk."""
+    """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
         with open(path, "rb") as raw:
             file = raw
             if path.suffix.lower() == ".gz":
                 file = gzip.open(raw)
-            elif path.suffix.lower() == ".zst":  # unlike zstandard's own reader, arrow's notices a file cut short
-                file = io.BufferedReader(extra("pyarrow").CompressedInputStream(raw, "zstd"), PIECE)
+            elif path.suffix.lower() == ".zst":  # unlike zstandard's reader, arrow's detects truncation
+                file = io.BufferedReader(import_extra("pyarrow").CompressedInputStream(raw, "zstd"), PIECE)
             if file is raw:
                 raw.seek(offset)
             else:
@@ -266,17 +258,17 @@ def _opened(path: Path, offset: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, int | None, int]]:
-    """Pieces of a text, the byte offset after each (None after the last) and the bytes read of the disk."""
+    """Yields pieces of a text, the byte offset after each (None after the last) and the bytes read from disk."""
     offset = read = start or 0
     decoder = codecs.getincrementaldecoder("utf-8")()
-    waiting: list[str] = []  # what has been read since the last cut
+    waiting: list[str] = []  # text read since the last cut
     with _opened(path, offset) as (file, raw):
         while block := file.read(PIECE):
             read += len(block)
             text = _decode(decoder.decode, block, path, read - len(block) - len(decoder.getstate()[0]))
-            if read == len(block) and text.startswith("\ufeff"):  # a byte-order mark is no text
+            if read == len(block) and text.startswith("\ufeff"):  # skip the byte-order mark
                 text, offset = text[1:], 3
-            at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # fewer bytes are the last
+            at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # a short block is the last
             if at and sum(map(len, waiting)) + at >= BEGINNING:
                 piece = "".join((*waiting, text[:at]))
                 offset += len(piece.encode())
@@ -288,7 +280,7 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
 
 
 def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, offset: int) -> str:
-    """`decode` of bytes at `offset`. Raises UserError naming the first that is not UTF-8."""
+    """Decode bytes at `offset`. Raises UserError naming the first byte that is not UTF-8."""
     try:
         return decode(content)
     except UnicodeDecodeError as error:
@@ -297,18 +289,18 @@ def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, o
 
 
 def _place_to_cut(text: str, cut: Cut) -> int:
-    """The last place where `text` may be cut so that something is left, 0 if there is none."""
+    """The last position where `text` may be cut with a non-empty remainder, or 0 if there is none."""
     if cut != "space":
         return max(0, len(text) - 1) if cut == "anywhere" else 0
     for start in (max(0, len(text) - 4096), 0):
-        found = deque(BOUNDARY.finditer(text, start), maxlen=1)  # the last of them
-        if found:
-            return found[0].start() + 1
+        last = deque(BOUNDARY.finditer(text, start), maxlen=1)
+        if last:
+            return last[0].start() + 1
     return 0
 
 
 def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterator[tuple[str, list[int], int]]:
-    """Texts of the lines, where the next line starts (byte offset, lines before it) and the bytes read of the disk."""
+    """Yields each line's text, the next line's position (byte offset, lines before it) and the bytes read from disk."""
     offset, number = start or (0, 0)
     with _opened(path, offset) as (file, raw):
         for line in file:
@@ -317,16 +309,13 @@ def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterato
             if line.isspace():
                 continue
             text = _decode(bytes.decode, line, f"{path}:{number}", begin)
-            try:
-                row = json.loads(text.removeprefix("\ufeff") if begin == 0 else text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number} is not a line of JSON: {first_line(error)}") from None
+            row = parse_line(text.removeprefix("\ufeff") if begin == 0 else text, f"{path}:{number}")
             yield _text_of(row, field, f"{path}:{number}"), [offset, number], raw.tell()
 
 
 def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[str, int, int]]:
-    """Texts of the rows, the number of rows up to and with each, and the bytes that this is of the file, about."""
-    parquet, arrow = extra("pyarrow.parquet"), extra("pyarrow")
+    """Yields each row's text, the number of rows so far and, approximately, the bytes read from disk."""
+    parquet, arrow = import_extra("pyarrow.parquet"), import_extra("pyarrow")
     skipped, row, size = start or 0, 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path) as file:
@@ -347,7 +336,7 @@ def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[s
 
 
 def _text_of(row: Any, field: str, place: str) -> str:
-    """A row's text, empty where it is null. Raises UserError for no text, saying which fields there are."""
+    """A row's text, empty for null. Raises UserError listing the fields if there is no text."""
     if not isinstance(row, dict):
         raise UserError(f"{place} is not an object with fields, as {{{json.dumps(field)}: ...}} would be")
     if field not in row:
@@ -355,9 +344,9 @@ def _text_of(row: Any, field: str, place: str) -> str:
     text = "" if row[field] is None else row[field]
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise UserError(f"{place}: the field {field!r} is no text but of the type {kind}; --field names another")
+        raise UserError(f"{place}: the field {field!r} is of type {kind}, not text; choose another with --field")
     return well_formed(text)
 
 
 def _fields(names: Iterable[str]) -> str:
-    return f"there are {', '.join(map(repr, names)) or 'none'}; --field names one"
+    return f"there are {', '.join(map(repr, names)) or 'none'}; choose one with --field"

@@ -1,4 +1,4 @@
-"""The order of training windows, a pure function of the seed and of the number of windows read, and an evaluation's."""
+"""The order of training windows, a pure function of the seed and the number of windows consumed; evaluation windows."""
 
 from collections.abc import Sequence
 
@@ -8,11 +8,11 @@ from gpt_arc.errors import UserError
 
 
 def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A pseudo-random permutation of 0 .. size - 1 at `index`, without holding it: a keyed Feistel network.
+    """Elements `index` of a pseudo-random permutation of 0 .. size - 1, computed by a keyed Feistel network.
 
-    Rounds over the smallest even number of bits that covers `size` mix the halves (Luby and Rackoff 1988), eight of
-    them because four are not uniform for a handful of elements; results beyond `size` are sent through again, which
-    keeps it a permutation (Black and Rogaway 2002).
+    It works on the smallest even number of bits that covers `size` (Luby and Rackoff 1988), in eight rounds, because
+    four are not uniform for small sizes. Results beyond `size` pass through it again, which keeps it a permutation
+    (Black and Rogaway 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
@@ -29,7 +29,7 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer: every input bit reaches every output bit."""
+    """SplitMix64's finalizer: every input bit affects every output bit."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -37,10 +37,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class TrainingOrder:
-    """Which window comes when: a pure function of the seed and the number of sequences consumed before it.
+    """The order of one dataset's windows: a pure function of the seed and the number of sequences consumed.
 
-    Epoch e cuts the split of `tokens` tokens into windows of `block_size` from an offset of its own and visits each
-    once, in an order of its own. One window fewer than fit leaves the offset room to move.
+    Each epoch cuts the `tokens` tokens into windows of `block_size` from a different offset and visits each window
+    once, in a different order. It uses one window fewer than fit, which leaves room for the offset.
     """
 
     def __init__(self, tokens: int, block_size: int, seed: int):
@@ -49,27 +49,27 @@ class TrainingOrder:
         self.room = tokens - 1 - self.per_epoch * block_size  # the largest offset
 
     def starts(self, consumed: int, count: int) -> np.ndarray:
-        """First tokens (count,) of the sequences consumed .. consumed + count."""
+        """Positions (count,) of the first tokens of sequences consumed .. consumed + count."""
         return self.at(np.arange(consumed, consumed + count))
 
     def at(self, sequences: np.ndarray) -> np.ndarray:
-        """First tokens of the sequences with these numbers."""
+        """Positions of the first tokens of the sequences with these numbers."""
         starts = np.empty(len(sequences), dtype=np.int64)
         for epoch in np.unique(sequences // self.per_epoch):
-            here = sequences // self.per_epoch == epoch
+            in_epoch = sequences // self.per_epoch == epoch
             offset_seed, order_seed = np.random.SeedSequence((self.seed, int(epoch))).generate_state(2, np.uint64)
             offset = int(offset_seed) % (self.room + 1)
-            starts[here] = offset + self.block_size * permute(
-                sequences[here] % self.per_epoch, self.per_epoch, int(order_seed)
+            starts[in_epoch] = offset + self.block_size * permute(
+                sequences[in_epoch] % self.per_epoch, self.per_epoch, int(order_seed)
             )
         return starts
 
 
 class MixtureOrder:
-    """Which window of which dataset comes when: a pure function of the seed and the sequences consumed before it.
+    """The order of the windows of several datasets: a pure function of the seed and the number consumed.
 
-    Of every CYCLE sequences each dataset gives its share, in an order of the cycle's own: how many it has given before
-    is known without counting.
+    Every CYCLE sequences hold each dataset's share, in an order that differs between cycles. So the number of windows
+    a dataset has contributed before a cycle follows from the cycle's number.
     """
 
     CYCLE = 4096
@@ -78,16 +78,16 @@ class MixtureOrder:
         self.orders, self.bounds, self.seed = orders, bounds, seed
         exact = np.array(weights) * self.CYCLE
         self.quotas = np.floor(exact).astype(np.int64)
-        left_over = np.argsort(self.quotas - exact, kind="stable")[: self.CYCLE - self.quotas.sum()]
-        self.quotas[left_over] += 1  # to the largest remainders
+        largest = np.argsort(self.quotas - exact, kind="stable")[: self.CYCLE - self.quotas.sum()]
+        self.quotas[largest] += 1  # largest-remainder rounding
         if not self.quotas.all():
             raise UserError(
-                f"a weight of the mixture is less than a {self.CYCLE}th of their sum: give it more, or leave it out"
+                f"a weight of the mixture is less than a {self.CYCLE}th of their sum: raise it, or remove the dataset"
             )
         self.firsts = np.cumsum(self.quotas) - self.quotas
 
     def starts(self, consumed: int, count: int) -> np.ndarray:
-        """First tokens (count,) of the sequences consumed .. consumed + count."""
+        """Positions (count,) of the first tokens of sequences consumed .. consumed + count."""
         sequences = np.arange(consumed, consumed + count)
         cycles, slots = np.divmod(sequences, self.CYCLE)
         for cycle in np.unique(cycles):
@@ -97,15 +97,16 @@ class MixtureOrder:
         numbers = cycles * self.quotas[sources] + slots - self.firsts[sources]
         starts = np.empty(count, dtype=np.int64)
         for source in np.unique(sources):
-            here = sources == source
-            starts[here] = self.bounds[source] + self.orders[source].at(numbers[here])
+            rows = sources == source
+            starts[rows] = self.bounds[source] + self.orders[source].at(numbers[rows])
         return starts
 
 
 def evaluation_starts(tokens: int, block_size: int, windows: int) -> np.ndarray:
-    """First tokens of the windows to evaluate: `windows` of them spread evenly, or all of the split if 0 or too many.
+    """Positions of the first tokens of the windows to evaluate: `windows` of them, spread evenly.
 
-    All means side by side: every token but the first is predicted once, the last window being cut short.
+    If `windows` is 0, or more than fit, they cover the split: every token except the first is predicted once, and the
+    last window is cut short.
     """
     every = np.arange(0, tokens - 1, block_size)
     if windows == 0 or windows >= len(every):

@@ -1,9 +1,9 @@
-"""From text to a prepared dataset: what the scripts in prepare/ share.
+"""Preparation of datasets from text, shared by the scripts in prepare/.
 
-A corpus of any size goes through in a stream: the main thread reads, worker threads encode, results are written in
-order. A text file goes in pieces for char and GPT-2's kind of tokenizer; for others it is held whole, as a line of JSON
-or a row of parquet always is. What a run has written lies in data/.NAME.partial until all is; a run that was stopped
-goes on there.
+A corpus of any size is streamed: the main thread reads, worker threads encode, and the results are written in order.
+With char and GPT-2-style tokenizers a text file is read in pieces; with others it is held in memory whole, as lines of
+JSON and rows of parquet always are. Output accumulates in data/.NAME.partial until it is complete, so an interrupted
+preparation can resume from there.
 """
 
 import contextlib
@@ -27,15 +27,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt_arc.data.documents import BEGINNING, Cut, Documents
+from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, put_directory, sync, write_file
+from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, sync, write_file
 
-BATCH = 2**20  # characters that a worker encodes at a time
-SAVE_EVERY = 2**24  # tokens after which a run that is stopped goes on
+BATCH = 2**20  # characters per unit of work
+SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
 SPLITS = ("train", "val")
-Part = tuple[str, str, bool]  # split, text, whether a document ends with it
+Part = tuple[str, str, bool]  # split, text, whether it ends a document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +74,14 @@ def dataset_directory(name: str) -> Path:
 
 @dataclass
 class PreparationProgress:
-    """How far a run has come: what going on takes."""
+    """The state needed to resume."""
 
-    position: Any = None  # in the documents, behind what has been written
+    position: Any = None  # in the documents, after everything written
     revision: str | None = None  # of the documents
-    documents: int = 0  # that ended before it
-    empty: int = 0  # documents without text, which are not among those
-    characters: int = 0  # before it
-    side: str | None = None  # the split of the document that it lies in
+    documents: int = 0  # that end before `position`
+    empty: int = 0  # documents without text, not counted in `documents`
+    characters: int = 0  # before `position`
+    side: str | None = None  # the split of the document that contains `position`
     bytes_read: int = 0
     train: int = 0  # tokens written
     val: int = 0
@@ -89,9 +90,9 @@ class PreparationProgress:
 def prepare_documents(documents: Documents, settings: CorpusSettings, name: str) -> None:
     """Write data/NAME from `documents`: shards of train and val, tokenizer.json and meta.json.
 
-    Where the tokenizer has an end-of-text token it follows every document; empty documents are left out. The bytes
-    written depend on the documents and settings alone, neither on the number of workers nor on interruptions. A dataset
-    of this name stays if it was made of the same in the same way; otherwise this raises UserError, unless `overwrite`.
+    The tokenizer's end-of-text token, if any, follows every document; empty documents are skipped. The bytes written
+    depend only on the documents and settings, not on the number of workers or on interruptions. A dataset of this name
+    is kept if it was made from the same documents and settings; otherwise this raises UserError, unless `overwrite`.
     """
     directory = dataset_directory(name)
     by_characters = settings.tokenizer == "char"
@@ -111,19 +112,19 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
     with _locked(directory):
         if _is_prepared(directory, made_of, tokenizer, settings.overwrite):
             print(f"{directory} is prepared already")
-            if _read_json(work / "plan.json") in (None, made_of):  # of a run that was killed at its end
+            if read_object(work / "plan.json") in (None, made_of):  # left by a process killed at the very end
                 _remove(work)
             return
         print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
-        with _carrying_out(made_of, work, settings.overwrite):
-            documents.revision = (_read_json(work / "progress.json") or {}).get("revision")
+        with _work_folder(made_of, work, settings.overwrite):
+            documents.revision = (read_object(work / "progress.json") or {}).get("revision")
             boundary = None
             if by_characters or rule == "tail":
-                total, found = _survey(documents, "anywhere" if by_characters else "space", by_characters)
-                tokenizer = CharTokenizer(sorted(found)) if by_characters and found else tokenizer
+                total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
+                tokenizer = CharTokenizer(sorted(characters)) if by_characters and characters else tokenizer
                 if total < 2:
-                    raise UserError(f"{documents.name} has {total} characters: two are the least that can be split")
-                if rule == "tail":  # exactly: a tenth in floating point is a little more
+                    raise UserError(f"{documents.name} has {total} characters: at least two are needed for a split")
+                if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
             done = _write_shards(documents, settings, tokenizer, boundary, work)
             _refuse_an_empty_split(done, documents.name, rule)
@@ -137,17 +138,17 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
             put_directory(dataset, directory)
     counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
-    empty = f", {done.empty:,} empty document{'s' if done.empty > 1 else ''} left out" if done.empty else ""
+    empty = f", {done.empty:,} empty document{'s' if done.empty > 1 else ''} skipped" if done.empty else ""
     print(f"{directory}: {done.characters:,} characters, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
 
 def _write_shards(
     documents: Documents, settings: CorpusSettings, tokenizer: Tokenizer, boundary: int | None, work: Path
 ) -> PreparationProgress:
-    """Encode what is left to encode into the token files of `work`; progress.json says from where on."""
-    saved = PreparationProgress(**(_read_json(work / "progress.json") or {}))
+    """Encode into the token files of `work`, from the position saved in progress.json."""
+    saved = PreparationProgress(**(read_object(work / "progress.json") or {}))
     if saved.position is not None:
-        print(f"going on after {saved.train + saved.val:,} tokens", flush=True)
+        print(f"resuming after {saved.train + saved.val:,} tokens", flush=True)
     writers = {
         split: ShardWriter(work / "dataset", split, tokenizer.vocab_size, settings.shard_tokens, getattr(saved, split))
         for split in SPLITS
@@ -180,9 +181,9 @@ def _write_shards(
 def _batches(
     documents: Documents, cut: Cut, boundary: int | None, val_fraction: float, start: PreparationProgress
 ) -> Iterator[tuple[list[Part], PreparationProgress]]:
-    """What a worker encodes at a time, and the progress behind it.
+    """Yields units of work, each with the progress after it.
 
-    The val split starts at character `boundary`; where that is None, hashes choose its documents.
+    The val split starts at character `boundary`; if that is None, hashes choose its documents.
     """
     batch: list[Part] = []
     size = 0
@@ -196,7 +197,7 @@ def _batches(
             parts = [("train", text[:at], ends or seen.characters + at == boundary), ("val", text[at:], ends)]
             batch += [part for part in parts if part[1]]
         seen.documents += bool(text) and ends
-        seen.empty += not text  # a text comes in pieces that have some
+        seen.empty += not text  # pieces of a longer text are never empty
         seen.characters += len(text)
         seen.side = None if ends else seen.side
         size += len(text)
@@ -207,7 +208,7 @@ def _batches(
 
 
 def _side(text: str, val_fraction: float) -> str:
-    """The split of the document that `text` begins, by that beginning alone: other documents don't move it."""
+    """The split of a document, determined by its beginning alone, so that other documents can't move it."""
     digest = hashlib.sha256(text[:BEGINNING].encode()).digest()
     return "val" if int.from_bytes(digest[:8]) < val_fraction * 2**64 else "train"
 
@@ -229,7 +230,7 @@ def _encode(
 def _in_order(
     encode: Callable, batches: Iterator[tuple[list[Part], PreparationProgress]], workers: int
 ) -> Iterator[Any]:
-    """`encode` of the batches on `workers` threads, in their order; the text in flight is bounded."""
+    """Apply `encode` to the batches on `workers` threads, in order, with a bounded amount of text in flight."""
     pool = ThreadPoolExecutor(workers)
     waiting: deque = deque()
     in_flight = 0
@@ -249,16 +250,16 @@ def _in_order(
 
 
 def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, set[str]]:
-    """The number of characters, and which there are if `collect`."""
+    """Count the characters, and collect the distinct ones if `collect`."""
     bar = _ProgressBar("counting characters", documents.total_bytes, 0)
-    total, found = 0, set()
+    total, characters = 0, set()
     for text, _ in documents.pieces(cut):
         total += len(text)
         if collect:
-            found.update(text)
+            characters.update(text)
         bar.at(documents.bytes_read)
     bar.close()
-    return total, found
+    return total, characters
 
 
 def _refuse_an_empty_split(done: PreparationProgress, name: str, rule: str) -> None:
@@ -266,50 +267,49 @@ def _refuse_an_empty_split(done: PreparationProgress, name: str, rule: str) -> N
         raise UserError(f"{name} has no text")
     for split, change in (("train", "lower"), ("val", "raise")):
         if getattr(done, split) == 0:
-            mend = f"{change} --val_fraction" + (", or cut the text by --split=tail" if rule == "hash" else "")
-            raise UserError(f"nothing of the {done.documents:,} documents of {name} falls into {split}: {mend}")
+            remedy = f"{change} --val_fraction" + (", or split with --split=tail" if rule == "hash" else "")
+            raise UserError(f"none of the {done.documents:,} documents of {name} falls into {split}: {remedy}")
 
 
 @contextlib.contextmanager
-def _carrying_out(plan: dict[str, Any], folder: Path, overwrite: bool) -> Iterator[None]:
-    """Make `folder` that of `plan`, with what a stopped run of the same plan left in it; gone afterwards.
+def _work_folder(plan: dict[str, Any], folder: Path, overwrite: bool) -> Iterator[None]:
+    """Runs the block with the work folder of `plan`, keeping what an interrupted process with the same plan saved.
 
-    Raises UserError if a run of another plan left its work there, unless `overwrite`.
+    The folder is deleted afterwards. Raises UserError if it holds the work of another plan, unless `overwrite`.
     """
-    before = _read_json(folder / "plan.json")
-    if before != plan or not (folder / "dataset").is_dir():  # or that run had put it in place already
+    before = read_object(folder / "plan.json")
+    if before != plan or not (folder / "dataset").is_dir():  # or the dataset was moved into place already
         if before not in (None, plan) and (folder / "progress.json").exists() and not overwrite:
             changed = sorted(key for key in {*before, *plan} if before.get(key) != plan.get(key))
             raise UserError(
-                f"{folder} holds what a stopped run has prepared with other settings or texts ({', '.join(changed)}): "
-                "its command goes on there, and --overwrite=True begins anew"
+                f"{folder} holds an interrupted preparation with other settings or texts ({', '.join(changed)}): "
+                "repeat its command to resume it, or start again with --overwrite=True"
             )
         _remove(folder)
         (folder / "dataset").mkdir(parents=True)
         write_file(folder / "plan.json", json.dumps(plan))
     try:
-        yield
+        with name_failed_writes(folder):
+            yield
         _remove(folder)
     except BaseException as error:
         saved = (folder / "progress.json").exists()
         if not saved:
             _remove(folder)
         if isinstance(error, KeyboardInterrupt) and saved:
-            raise KeyboardInterrupt("interrupted: the same command goes on where this one stopped") from None
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(folder)  # as of a full disk: say where
+            raise KeyboardInterrupt("interrupted: repeat the command to resume") from None
         raise
 
 
 def _remove(folder: Path) -> None:
-    for name in ("progress.json", "plan.json"):  # first, so that nobody goes on in what is left after a kill
+    for name in ("progress.json", "plan.json"):  # first, so that nothing resumes from a partly deleted folder
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes from preparing `directory`. Raises UserError while another one does."""
+    """Runs the block with an exclusive lock on `directory`. Raises UserError if another process holds it."""
     path = directory.with_name(f".{directory.name}.lock")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -321,27 +321,27 @@ def _locked(directory: Path) -> Iterator[None]:
             except OSError:
                 pass  # a file system without locks
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                continue  # another process ended meanwhile and removed the file
+                continue  # another process has just finished and removed the file
             try:
                 yield
                 return
             finally:
                 path.unlink()
                 with contextlib.suppress(OSError):
-                    DATA_ROOT.rmdir()  # if it was made for nothing
+                    DATA_ROOT.rmdir()  # if nothing was put there
 
 
 def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, overwrite: bool) -> bool:
-    """Whether the dataset is there and whole. Raises UserError if something else is, unless `overwrite`."""
+    """Whether the dataset exists and is complete. Raises UserError if something else is there, unless `overwrite`."""
     if not directory.exists() or overwrite:
         return False
     if tokenizer is not None and not any(directory.glob("*.bin")):
         files = tokenizer.files()
         if {path.name for path in directory.iterdir()} == set(files) and load_tokenizer(directory) == tokenizer:
-            return False  # the tokenizer alone, as prepare/tokenizer.py leaves it
-    if (_read_json(directory / "meta.json") or {}).get("made_of") != made_of:
+            return False  # only the tokenizer, as written by prepare/tokenizer.py
+    if (read_object(directory / "meta.json") or {}).get("made_of") != made_of:
         raise UserError(
-            f"{directory} exists and holds something else: --overwrite=True replaces it, or choose another name"
+            f"{directory} exists and holds something else: replace it with --overwrite=True, or choose another name"
         )
     try:
         for split in SPLITS:
@@ -354,21 +354,13 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
 
 def _digest(tokenizer: Tokenizer) -> str:
     parts = [tokenizer.files()]
-    if isinstance(tokenizer, BPETokenizer):  # to find GPT-2's merges for its file takes a second
+    if isinstance(tokenizer, BPETokenizer):  # computing GPT-2's merges for its file takes a second
         parts = [tokenizer.ranks, tokenizer.special]
     return hashlib.sha256(repr([sorted(part.items()) for part in parts]).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict | None:
-    try:
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
 class _ProgressBar:
-    """A progress bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal; elsewhere, a line every 30 seconds."""
 
     def __init__(self, what: str, total: int | None, start: int):
         self.what, self.total, self.start = what, total, start

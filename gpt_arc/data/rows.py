@@ -1,4 +1,4 @@
-"""Rows of .jsonl, .csv and .tsv files, each parsed by a caller; a bad row is refused by file and line."""
+"""Rows of .jsonl, .csv and .tsv files, parsed by the caller. Errors name the file and line of a bad row."""
 
 import csv
 import itertools
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_arc.data.documents import read_text
+from gpt_arc.data.json_lines import parse_as
 from gpt_arc.errors import UserError
 
 FORMATS = (".jsonl", ".csv", ".tsv")
@@ -15,30 +16,30 @@ T = TypeVar("T")
 
 
 def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T]:
-    """What `parse` makes of each row of a file and its place, "FILE, line N"; it raises ValueError for a bad one.
+    """Call `parse` with each row and its place, "FILE, line N"; it raises ValueError for a bad row.
 
-    Raises UserError naming file and line of the first bad row, and how many more there are.
+    Returns the results. Raises UserError naming the file and line of the first bad row, and the number of others.
     """
-    found, first, bad = [], None, 0
+    parsed, first, bad = [], None, 0
     for place, row in _rows(path):
         try:
             if row is None:
                 raise ValueError("the line is not a JSON object")
-            if None in row:  # where `_rows` puts what has no column
-                raise ValueError("the row has more columns than the first line names")
-            found.append(parse(row, place))
+            if None in row:  # `_rows` puts surplus cells there
+                raise ValueError("the row has more columns than the first line")
+            parsed.append(parse(row, place))
         except ValueError as error:
             first, bad = first or f"{place}: {error}", bad + 1
     if first:
-        more = f"; {bad - 1} more rows of {len(found) + bad} can't be used" if bad > 1 else ""
+        more = f"; {bad - 1} more rows of {len(parsed) + bad} can't be used" if bad > 1 else ""
         raise UserError(f"{first}{more}")
-    if not found:
+    if not parsed:
         raise UserError(f"{path} holds no examples")
-    return found
+    return parsed
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """Place and content of each row; None for a line of JSON that is no object. Raises UserError."""
+    """Yields the place and content of each row; the content of a JSON line that isn't an object is None."""
     kind = path.suffix.lower()
     if kind not in FORMATS:
         raise UserError(f"{path}: labelled examples are read from {', '.join(FORMATS)} files")
@@ -48,15 +49,15 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
             if kind == ".jsonl":
                 for number, line in enumerate(file, start=1):
                     if line.strip():
-                        yield f"{path}, line {number}", _json_object(line)
+                        yield f"{path}, line {number}", parse_as(dict, line)
                 return
-            # a .tsv has no quotation marks of its own, as GLUE's files have none
+            # quotation marks have no meaning in a .tsv, as in GLUE's files
             style = {"dialect": "excel"} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
             reader = csv.reader(file, **style)
             columns, before = next(reader, []), reader.line_num
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
-                raise UserError(f"{path}: two columns have the name {twice!r}")
+                raise UserError(f"{path}: two columns are named {twice!r}")
             for cells in reader:
                 if cells:
                     row = dict(itertools.zip_longest(columns, cells[: len(columns)]))
@@ -65,44 +66,30 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 before = reader.line_num
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except UnicodeDecodeError:  # which counts bytes from the piece that was read
+    except UnicodeDecodeError:  # its offset counts from the block that was read; read_text gives the file's
         read_text(path)
         raise
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
-def _json_object(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def text_of(row: dict[str, Any], column: str) -> str:
-    """The text or number in a column. Raises ValueError saying what there is instead."""
+    """The text in a column; a number is converted. Raises ValueError saying what the column holds instead."""
     value = row.get(column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise ValueError(_absent(row, column) if value is None else f"{column} = {_shown(value)} is not a text")
+        raise ValueError(missing_column(row, column) if value is None else f"{column} = {shown(value)} is not a text")
     return value
 
 
-def _absent(row: dict[str, Any], column: str) -> str:
+def missing_column(row: dict[str, Any], column: str) -> str:
+    """The message for a column that is empty or missing."""
     if column in row:
         return f"{column} is empty"
-    return f"there is no column {column}; those there are: {', '.join(row) or 'none'}"
+    return f"there is no column {column}; the columns are: {', '.join(row) or 'none'}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """The beginning of a value as JSON, for messages."""
     return json.dumps(value)[:60]
-
-
-def _json_list(text: str) -> list | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None

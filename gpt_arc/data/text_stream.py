@@ -1,18 +1,18 @@
-"""Text from tokens that come one at a time."""
+"""Decoding of tokens that arrive one at a time."""
 
 from collections.abc import Sequence
 
 from gpt_arc.data.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not one yet
+UNFINISHED = "\ufffd"  # what incomplete or invalid bytes decode to
 CONTEXT = 8  # tokens
 
 
 class TextStream:
-    """The text of a continuation as it grows, of which no part of a character or of the stop text counts as certain.
+    """The text of a continuation as it grows. Incomplete characters and beginnings of the stop text are held back.
 
-    A continuation ends at the token between documents, at the token `end` or where the text `stop` begins; none of
-    them belongs to its text.
+    A continuation ends at the end-of-text token, at the token `end` or where the text `stop` begins. The text excludes
+    all three.
     """
 
     def __init__(
@@ -23,19 +23,19 @@ class TextStream:
         self.text = ""
         self.ended = False  # by a token or the stop text
         self.complete = False  # ended, or because there are no more tokens
-        self._held = 0  # characters of `text` that may turn out to be the beginning of the stop text
-        # Tokens are decoded after the last few before them: some tokenizers drop the space before a text's first word.
+        self._held = 0  # characters of `text` that may be the beginning of the stop text
+        # Tokens are decoded with a few before them, because some tokenizers drop the space before a text's first word.
         self._before = self._last([token for token in prompt[-2 * CONTEXT :] if token != tokenizer.end_of_text])
-        self._tokens: list[int] = []  # those after them, which end within a character
-        self._taken = 0  # characters of these that are in `text`
+        self._tokens: list[int] = []  # tokens after those, ending within a character
+        self._decoded = 0  # their characters that are already in `text`
 
     @property
     def certain(self) -> str:
-        """The text that no further token changes."""
+        """The text that no further token can change."""
         return self.text[: len(self.text) - self._held]
 
     def push(self, token: int) -> None:
-        """Append a token, unless the continuation is complete; sets `ended` if it ends with it."""
+        """Append a token, unless the continuation is complete. Sets `ended` if the token ends it."""
         if self.complete:
             return
         if token in self._ends:
@@ -45,19 +45,19 @@ class TextStream:
         self._tokens.append(token)
         decoded = self._decode()
         whole = decoded.rstrip(UNFINISHED)
-        self._add(whole[self._taken :])
-        self._taken = len(whole)
+        self._add(whole[self._decoded :])
+        self._decoded = len(whole)
         if whole == decoded:
-            self._before, self._tokens, self._taken = self._last(self._before + self._tokens), [], 0
+            self._before, self._tokens, self._decoded = self._last(self._before + self._tokens), [], 0
 
     def end(self) -> None:
-        """There are no more tokens: the rest of the text is what it is."""
+        """Finish the text: there are no more tokens."""
         if not self.complete:
-            self._add(self._decode()[self._taken :])
+            self._add(self._decode()[self._decoded :])
         self.complete, self._held = True, 0
 
     def _last(self, tokens: list[int]) -> list[int]:
-        """The last few tokens, a few more where they would begin within a character."""
+        """The last CONTEXT tokens, or a few more if those would begin within a character."""
         start = max(len(tokens) - CONTEXT, 0)
         least = max(start - CONTEXT, 0)
         while start > least and self.tokenizer.decode(tokens[start:]).startswith(UNFINISHED):

@@ -1,7 +1,7 @@
-"""Token files: arrays of token ids on disk, in llm.c's format, so that shards published in it load as they are.
+"""Token files: arrays of token ids on disk, in llm.c's format, so that published shards load unchanged.
 
-A file is 256 int32 (magic, version, number of tokens), then the tokens in 16 or 32 bits. A prepared dataset is a folder
-of token files (`train*.bin`, `val*.bin`) with `tokenizer.json` and `meta.json`.
+A file holds 256 int32 (magic, version, number of tokens), then the tokens in 16 or 32 bits. A prepared dataset is a
+folder of token files (`train*.bin`, `val*.bin`) with `tokenizer.json` and `meta.json`.
 """
 
 import os
@@ -15,24 +15,14 @@ from gpt_arc.errors import UserError
 
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
-MAX_TOKENS = 2**31 - 1  # of a file: its header counts them in an int32
-
-
-def _token_type(vocab_size: int) -> np.dtype:
-    return next(dtype for dtype in FORMATS.values() if vocab_size <= 2 ** (8 * dtype.itemsize))
-
-
-def _header(dtype: np.dtype, count: int) -> bytes:
-    header = np.zeros(HEADER, dtype="<i4")
-    header[:3] = *next(key for key, of in FORMATS.items() if of == dtype), count
-    return header.tobytes()
+MAX_TOKENS = 2**31 - 1  # per file: the header counts them in an int32
 
 
 class ShardWriter:
-    """Appends tokens to the token files of one split, SPLIT_000000.bin and on, of `shard_tokens` each but the last.
+    """Appends tokens to the token files of one split: SPLIT_000000.bin and so on, each of `shard_tokens` tokens.
 
-    A token takes 16 bits if the vocabulary fits. `written` is the number of tokens to keep of what an earlier writer
-    saved; what it wrote after that is cut off. Raises UserError where less is left, and for an unknown token.
+    A token takes 16 bits if the vocabulary fits. `written` is the number of tokens that an earlier writer saved; what
+    it wrote after them is cut off. Raises UserError if the files hold fewer, and for a token outside the vocabulary.
     """
 
     def __init__(self, directory: Path, split: str, vocab_size: int, shard_tokens: int, written: int = 0):
@@ -47,16 +37,16 @@ class ShardWriter:
                 f"{self.directory}: the token id {outside[0]} lies outside the vocabulary of {self.vocab_size}"
             )
         while len(tokens):
-            here = tokens[: self.shard_tokens - self.written % self.shard_tokens]
+            chunk = tokens[: self.shard_tokens - self.written % self.shard_tokens]
             self._file = self._file or self._open()
-            self._file.write(here.astype(self._type).tobytes())
-            self.written += len(here)
-            tokens = tokens[len(here) :]
+            self._file.write(chunk.astype(self._type).tobytes())
+            self.written += len(chunk)
+            tokens = tokens[len(chunk) :]
             if self.written % self.shard_tokens == 0:
                 self.close()
 
     def save(self) -> None:
-        """Put what has been written on the disk, as a token file that is whole so far."""
+        """Flush to disk, with a header that makes the file valid so far."""
         if self._file is not None:
             self._file.flush()
             count = (self.written - 1) % self.shard_tokens + 1
@@ -75,26 +65,17 @@ class ShardWriter:
         file = open(path, "r+b" if before else "wb")
         size = 4 * HEADER + before * self._type.itemsize
         if before and path.stat().st_size < size:
-            raise UserError(f"{path} is cut short: remove {self.directory.parent}, and the same command begins anew")
+            raise UserError(f"{path} is truncated: delete {self.directory.parent} and run the same command again")
         file.truncate(size)
         file.seek(size)
         return file
 
 
-def _read(path: Path, count: int, offset: int) -> bytes:
-    """Bytes of a file that is open for this long only: a corpus may have more files than a process may open."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, count, offset)
-    finally:
-        os.close(descriptor)
-
-
 class TokenFiles:
-    """The token files of one split as one long sequence, read with `os.pread` so that resident memory stays flat.
+    """The token files of one split as one long sequence, read with `os.pread`, which keeps resident memory constant.
 
-    They are those whose name has the split's as a word: val.bin, fineweb_val_000000.bin. Raises UserError for a file
-    that is not a token file or is cut short.
+    A file belongs to the split if its name contains the split's name as a word: val.bin, fineweb_val_000000.bin. Raises
+    UserError for a file that is not a token file or is truncated.
     """
 
     def __init__(self, directory: Path, split: str, vocab_size: int = 2**32):
@@ -125,17 +106,17 @@ class TokenFiles:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count as int64, across files, fewer at the end of the split.
 
-        Raises UserError for one beyond the vocabulary.
+        Raises UserError for a token outside the vocabulary.
         """
         parts = []
         count = min(count, len(self) - start)
         while count > 0:
             file = int(np.searchsorted(self._ends, start, side="right")) - 1
-            here = min(count, int(self._ends[file + 1]) - start)
+            size = min(count, int(self._ends[file + 1]) - start)
             dtype = self._types[file]
             offset = 4 * HEADER + (start - int(self._ends[file])) * dtype.itemsize
-            parts.append(np.frombuffer(_read(self.paths[file], here * dtype.itemsize, offset), dtype=dtype))
-            start, count = start + here, count - here
+            parts.append(np.frombuffer(_read(self.paths[file], size * dtype.itemsize, offset), dtype=dtype))
+            start, count = start + size, count - size
         tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(
@@ -143,3 +124,22 @@ class TokenFiles:
                 "--vocab_size, or give the dataset its own tokenizer.json"
             )
         return tokens
+
+
+def _token_type(vocab_size: int) -> np.dtype:
+    return next(dtype for dtype in FORMATS.values() if vocab_size <= 2 ** (8 * dtype.itemsize))
+
+
+def _header(dtype: np.dtype, count: int) -> bytes:
+    header = np.zeros(HEADER, dtype="<i4")
+    header[:3] = *next(key for key, value in FORMATS.items() if value == dtype), count
+    return header.tobytes()
+
+
+def _read(path: Path, count: int, offset: int) -> bytes:
+    """Read bytes of a file without keeping it open: a corpus may have more files than a process may open."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, count, offset)
+    finally:
+        os.close(descriptor)

@@ -22,6 +22,7 @@ import numpy as np
 
 from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
 
 FILE_NAME = "tokenizer.json"
@@ -304,12 +305,8 @@ class SentencePieceTokenizer(Tokenizer):
     """A model of the `sentencepiece` library's (arXiv:1808.06226), as it is."""
 
     def __init__(self, content: bytes):
-        try:
-            from sentencepiece import SentencePieceProcessor
-        except ImportError:
-            raise UserError("SentencePiece's tokenizers need a library: pip install -e '.[sentencepiece]'") from None
         self._content = content
-        self._library = SentencePieceProcessor(model_proto=content)
+        self._library = import_extra("sentencepiece").SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._library.vocab_size()
         self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: it has none
 

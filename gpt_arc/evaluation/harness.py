@@ -14,6 +14,7 @@ from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
+from gpt_arc.extras import missing_extra
 from gpt_arc.weights.directory import load_model
 
 try:
@@ -21,7 +22,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 except ImportError:
-    raise UserError("EleutherAI's lm-evaluation-harness is not installed: pip install -e '.[eval]'") from None
+    raise missing_extra("lm_eval") from None
 
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from gpt_arc.data.documents import extra
+from gpt_arc.data.json_lines import parse_line
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.evaluation.detokenize import penn_treebank
 from gpt_arc.evaluation.tasks import Task, looked_up
+from gpt_arc.extras import import_extra
 
 POSSESSIVES = {"my", "his", "her", "our", "their"}
 NOT_NAMES = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"}  # lower case within a sentence
@@ -96,12 +97,7 @@ def load_items(task: Task, split: str, local: Path | None, seed: int, count: int
         return arithmetic(task.generator, count or 2000, seed, split)
     if not task.hub:
         raise UserError(f"{task.name} names no data set: give a file of items with --data")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            "data sets from the hub need a library: pip install -e '.[data]', or give a file with --data"
-        ) from None
+    load_dataset = import_extra("datasets").load_dataset
     name = task.test if split == "test" else task.train
     try:
         return list(load_dataset(task.hub, task.subset or None, split=name))
@@ -117,8 +113,8 @@ def _local_items(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"there is no file {path}")
     if path.suffix == ".parquet":
         try:
-            items = extra("pyarrow.parquet").read_table(path).to_pylist()
-        except (OSError, extra("pyarrow").ArrowException) as error:
+            items = import_extra("pyarrow.parquet").read_table(path).to_pylist()
+        except (OSError, import_extra("pyarrow").ArrowException) as error:
             raise UserError(f"{path} is not readable as parquet: {first_line(error)}") from None
     elif path.suffix == ".jsonl":
         items = _json_lines(path)
@@ -132,16 +128,14 @@ def _local_items(path: Path) -> list[dict[str, Any]]:
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     items = []
     try:
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):  # noqa: B007  used in the message below
-            if line.strip():
-                item = json.loads(line)
-                if not isinstance(item, dict):
-                    raise ValueError("not a JSON object")
-                items.append(item)
+        lines = path.read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8") from None
-    except ValueError as error:
-        raise UserError(f"{path}, line {number}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            items.append(parse_line(line, f"{path}, line {number}"))
+            if not isinstance(items[-1], dict):
+                raise UserError(f"{path}, line {number}: not a JSON object")
     return items
 
 

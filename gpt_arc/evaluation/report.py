@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_arc.evaluation.measure import Result, TaskItems
-from gpt_arc.evaluation.text_metrics import eval_extra
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.tables import table
 
@@ -63,7 +63,7 @@ def plot_checkpoints(report: dict[str, Any], path: Path) -> None:
             axis = curves["perplexity" if metric == "perplexity" else "per cent"]
             axis.setdefault(name, []).append((update, display(value, metric), display(error, metric)))
     kinds = [kind for kind in curves if curves[kind]]
-    figure = eval_extra("matplotlib.figure").Figure(figsize=(7 * len(kinds), 5), layout="constrained")
+    figure = import_extra("matplotlib.figure").Figure(figsize=(7 * len(kinds), 5), layout="constrained")
     for panel, kind in enumerate(kinds, start=1):
         axes = figure.add_subplot(1, len(kinds), panel, xlabel="updates", ylabel=kind)
         if kind == "perplexity":

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gpt_arc.extras import import_extra
+
 
 def standard_error(values: Sequence[float]) -> float:
     """Returns the standard error of the mean; 0 for a single value."""
@@ -13,8 +15,6 @@ def standard_error(values: Sequence[float]) -> float:
 
 def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     """Returns the p-value of McNemar's exact test: are two settings right (1) equally often on the same items?"""
-    from scipy.stats import binomtest
-
     better = sum(b > a for a, b in zip(first, second))
     worse = sum(a > b for a, b in zip(first, second))
-    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    return float(import_extra("scipy.stats").binomtest(better, better + worse).pvalue) if better + worse else 1.0

@@ -5,27 +5,16 @@ value, error = bleu(counts)                  # corpus BLEU from 0 to 1, with its
 rouge([(text, reference), ...])["ROUGE-L"]   # F1 of each text
 """
 
-import importlib
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from gpt_arc.errors import UserError
+from gpt_arc.extras import import_extra
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+|\s*\n\s*")
 ORDERS = 4  # longest n-grams of BLEU
-
-
-def eval_extra(module: str) -> Any:
-    """Imports a module that only the extra [eval] installs. Raises UserError if it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        name = module.split(".")[0].replace("_", "-")
-        raise UserError(f"{name} is not installed: `pip install -e '.[eval]'` installs it") from None
 
 
 def first_sentences(text: str, count: int) -> str:
@@ -47,13 +36,13 @@ def bleu_counts(text: str, reference: str) -> list[int]:
 
     Words are split as sacrebleu does by default ("13a", with case), so that figures can be compared.
     """
-    score = eval_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([text], [[reference]])
+    score = import_extra("sacrebleu.metrics").BLEU(max_ngram_order=ORDERS).corpus_score([text], [[reference]])
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
 def bleu(counts: Sequence[Sequence[int]]) -> tuple[float, float]:
     """Returns corpus BLEU (0 to 1; Papineni et al. 2002) from `bleu_counts`, and its jackknife standard error."""
-    compute = eval_extra("sacrebleu.metrics").BLEU.compute_bleu
+    compute = import_extra("sacrebleu.metrics").BLEU.compute_bleu
 
     def score(total: np.ndarray) -> float:
         *grams, text_words, reference_words = total.tolist()
@@ -74,6 +63,6 @@ def rouge(pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
     Words are stemmed. The subsequence is the summary-level one, with one sentence a line (`rougeLsum`).
     """
     kinds = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeLsum"}
-    scorer = eval_extra("rouge_score.rouge_scorer").RougeScorer(list(kinds.values()), use_stemmer=True)
+    scorer = import_extra("rouge_score.rouge_scorer").RougeScorer(list(kinds.values()), use_stemmer=True)
     scores = [scorer.score(reference, text) for text, reference in pairs]
     return {name: [score[kind].fmeasure for score in scores] for name, kind in kinds.items()}

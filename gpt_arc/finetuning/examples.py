@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpt_arc.data.rows import _absent, _json_list, _shown, parsed_rows, text_of
+from gpt_arc.data.json_lines import parse_as
+from gpt_arc.data.rows import missing_column, parsed_rows, shown, text_of
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.errors import UserError
 
@@ -87,11 +88,11 @@ def _example(row: dict[str, Any], task: TaskKind, columns: Columns, labelled: bo
         return Example(texts, None, place)
     value = row.get(columns.label)
     if value is None or isinstance(value, str) and not value.strip():
-        raise ValueError(_absent(row, columns.label))
+        raise ValueError(missing_column(row, columns.label))
     if isinstance(value, bool):
         value = json.dumps(value)
     if not isinstance(value, (str, int, float)):
-        raise ValueError(f"{columns.label} = {_shown(value)} is neither a text nor a number")
+        raise ValueError(f"{columns.label} = {shown(value)} is neither a text nor a number")
     whole = isinstance(value, float) and value.is_integer()
     label = str(int(value) if whole else value).strip()
     if task == "multiple_choice":
@@ -104,12 +105,12 @@ def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
         return [text_of(row, column) for column in columns]
     value = row.get(columns[0])
     if isinstance(value, str):  # of a .csv
-        with_list = _json_list(value)
+        with_list = parse_as(list, value)
         value = value if with_list is None else with_list
     if value is None:
-        raise ValueError(_absent(row, columns[0]))
+        raise ValueError(missing_column(row, columns[0]))
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
-        raise ValueError(f"{columns[0]} = {_shown(value)} is not a list of two texts or more")
+        raise ValueError(f"{columns[0]} = {shown(value)} is not a list of two texts or more")
     return value
 
 

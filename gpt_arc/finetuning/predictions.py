@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, to_device
+from gpt_arc.extras import import_extra
 from gpt_arc.finetuning.classifier import Batch, Classifier, ClassifierConfig, make_batch
 from gpt_arc.finetuning.examples import Example, label_number, label_value, sequences_of
 from gpt_arc.tables import table
@@ -116,24 +117,22 @@ def metrics_of(predictions: Predictions, config: ClassifierConfig) -> dict[str, 
     Of options only accuracy says something. A correlation is None where one side is constant.
     """
     if config.is_regression:
-        from scipy.stats import pearsonr, spearmanr
-
+        stats = import_extra("scipy.stats")
         labels, values = np.array(predictions.labels), np.array(predictions.logits)[:, 0]
         constant = len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(values) == 0
         return {
-            "pearson": None if constant else float(pearsonr(labels, values).statistic),
-            "spearman": None if constant else float(spearmanr(labels, values).statistic),
+            "pearson": None if constant else float(stats.pearsonr(labels, values).statistic),
+            "spearman": None if constant else float(stats.spearmanr(labels, values).statistic),
             "mean_squared_error": float(np.mean((labels - values) ** 2)),
         }
-    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-
+    scores = import_extra("sklearn.metrics")
     labels, classes = predictions.labels, predictions.classes
-    metrics = {"accuracy": float(accuracy_score(labels, classes))}
+    metrics = {"accuracy": float(scores.accuracy_score(labels, classes))}
     if config.classes is not None:
         with warnings.catch_warnings():  # of a class that was never predicted, whose F1 is 0
             warnings.simplefilter("ignore")
-            metrics["macro_f1"] = float(f1_score(labels, classes, average="macro", zero_division=0.0))
-            metrics["matthews"] = float(matthews_corrcoef(labels, classes))
+            metrics["macro_f1"] = float(scores.f1_score(labels, classes, average="macro", zero_division=0.0))
+            metrics["matthews"] = float(scores.matthews_corrcoef(labels, classes))
     return metrics
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import new_directory, point
+from gpt_arc.files import is_failed_write, new_directory, point
 
 STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
 
@@ -36,7 +35,9 @@ def save_checkpoint(
         with new_directory(directory) as temporary:
             save(temporary)
             torch.save(state, temporary / "training_state.pt")
-    except (SafetensorError, RuntimeError, OSError) as error:  # a full disk is each of them, by who writes
+    except Exception as error:
+        if not is_failed_write(error):
+            raise
         free = shutil.disk_usage(run).free / 1e6
         raise UserError(
             f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "

@@ -278,7 +278,7 @@ def test_rankings(tmp_path):
 @pytest.mark.parametrize(
     ("reader", "row", "message"),
     [
-        (read_conversations, {"prompt": "a"}, "there is no column response; those there are: prompt"),
+        (read_conversations, {"prompt": "a"}, "there is no column response; the columns are: prompt"),
         (read_conversations, {"prompt": "a", "response": None}, "response is empty"),
         (read_conversations, {"prompt": ["a"], "response": "b"}, 'prompt = ["a"] is not a text'),
         (read_conversations, {"prompt": "a", "response": "b", "system": 3 == 3}, "system = true is not a text"),
@@ -291,7 +291,7 @@ def test_rankings(tmp_path):
         (read_conversations, "[1]\n", "the line is not a JSON object"),
         (read_prompts, {"messages": MESSAGES[:1]}, "messages must end with a turn of the user's, or a response"),
         (read_prompts, {"messages": MESSAGES[2:]}, "messages must end with a turn of the user's, or a response"),
-        (read_prompts, {"text": "a"}, "there is no column prompt; those there are: text"),
+        (read_prompts, {"text": "a"}, "there is no column prompt; the columns are: text"),
         (read_rankings, {"messages": MESSAGES, "chosen": "c", "rejected": "d"}, "messages must end with a turn of the"),
         (read_rankings, {"prompt": "a", "chosen": "c"}, "there is no column rejected"),
         (read_rankings, {"prompt": "a", "responses": ["c"]}, "1 responses with 1 ranks are no ranking of two or more"),

@@ -276,9 +276,11 @@ def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separ
 
     assert corpus("a", "b").weights == (0.5, 0.5)
     assert corpus("a", "nowhere") is None
-    with pytest.raises(UserError, match="c has another tokenizer than .*a: the datasets of a mixture must share one"):
+    with pytest.raises(
+        UserError, match="c and .*a have different tokenizers: the datasets of a mixture must share one"
+    ):
         corpus("a", "b", "c")
-    with pytest.raises(UserError, match="document_mask = true needs documents that an end-of-text token parts"):
+    with pytest.raises(UserError, match="document_mask = true needs an end-of-text token between documents"):
         corpus("a").split("train", 4, 2, document_mask=True)
 
 

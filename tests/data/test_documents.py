@@ -11,7 +11,7 @@ import types
 import pytest
 
 from gpt_arc.data import documents
-from gpt_arc.data.documents import Files, HubDocuments, Text, find_files, gathered, read_text
+from gpt_arc.data.documents import Files, HubDocuments, Text, find_files, merge_inputs, read_text
 from gpt_arc.errors import UserError
 
 TEXTS = [
@@ -133,8 +133,8 @@ def damaged(content, how):
         ("a.txt", "größ".encode()[:3], "byte 0xC3 at offset 2"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "a.jsonl:2 is not a line of JSON: Expecting"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "a.jsonl:2 is not UTF-8 text: byte 0xE9 at offset 27"),
-        ("a.jsonl", b'{"title": "a", "id": 3}\n', "a.jsonl:1 has no field 'text': there are 'title', 'id'; --field"),
-        ("a.jsonl", b'{"text": ["a"]}\n', "a.jsonl:1: the field 'text' is no text but of the type list"),
+        ("a.jsonl", b'{"title": "a", "id": 3}\n', "a.jsonl:1 has no field 'text': there are 'title', 'id'; choose"),
+        ("a.jsonl", b'{"text": ["a"]}\n', "a.jsonl:1: the field 'text' is of type list, not text"),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1 is not an object"),
         ("a.parquet", b"PAR1 no parquet PAR1", "a.parquet can't be read as parquet"),
         ("a.txt.gz", b"no gzip", "a.txt.gz can't be read: Not a gzipped file"),
@@ -168,7 +168,7 @@ def test_a_column_of_parquet_must_be_there_and_be_text(tmp_path):
     write(tmp_path, ["a"], "parquet")
     for field, sentence in (
         ("txt", "has no field 'txt': there are 'id', 'text'"),
-        ("id", "row 1: the field 'id' is no"),
+        ("id", "row 1: the field 'id' is of type int, not text"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(Files([tmp_path / "a.parquet"], field))
@@ -204,9 +204,9 @@ def test_files_are_found_once_and_in_order(tmp_path, monkeypatch):
 
 def test_inputs_may_be_given_by_one_flag_or_several():
     together = ["--name=x", "--input", "a", "b", "c=d"]
-    assert gathered(["--input", "a", "b", "--name=x", "--input=c=d"]) == together
-    assert gathered(["--input=a", "--name=x", "--input", "b", "c=d"]) == together
-    assert gathered(["--name", "x"]) == ["--name", "x"] and gathered(["--inputs=a"]) == ["--inputs=a"]
+    assert merge_inputs(["--input", "a", "b", "--name=x", "--input=c=d"]) == together
+    assert merge_inputs(["--input=a", "--name=x", "--input", "b", "c=d"]) == together
+    assert merge_inputs(["--name", "x"]) == ["--name", "x"] and merge_inputs(["--inputs=a"]) == ["--inputs=a"]
 
 
 def test_a_dataset_of_the_hub_is_read_on_from_any_position(tmp_path, monkeypatch):
@@ -256,7 +256,7 @@ def test_without_a_network_the_hub_is_one_sentence(monkeypatch):
         raise ConnectionError("Couldn't reach the hub\nat all")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(UserError, match=r"^owner/pages can't be had .*Couldn't reach the hub\): .*--input FOLDER$"):
+    with pytest.raises(UserError, match=r"^owner/pages can't be read .*Couldn't reach the hub\): .*--input FOLDER$"):
         next(HubDocuments("owner/pages").pieces("space"))
 
 

@@ -258,7 +258,7 @@ def kill_and_go_on(prepare, library, tmp_path, kills, size):
         time.sleep(rng.random() * 0.1)
         process.kill()
         assert process.wait() == -signal.SIGKILL and not Path("data/killed").exists()
-    assert "going on after" in prepare("text.py", *flags, "--name=killed", "--workers=2")
+    assert "resuming after" in prepare("text.py", *flags, "--name=killed", "--workers=2")
     assert contents("data/killed") == contents("data/undisturbed")
     assert sorted(path.name for path in Path("data").iterdir()) == ["killed", "undisturbed"]  # nothing hidden beside
 
@@ -280,11 +280,11 @@ def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unaske
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    assert process.returncode == 130 and b"text.py: interrupted: the same command goes on" in output
+    assert process.returncode == 130 and b"text.py: interrupted: repeat the command to resume" in output
     assert b"Traceback" not in output
     refused = prepare("text.py", *flags, "--val_fraction=0.3")
-    assert "with other settings or texts (val_fraction): its command goes on there" in refused and saved_tokens("x")
-    assert "going on" not in prepare("text.py", *flags, "--val_fraction=0.3", "--overwrite=True")
+    assert "with other settings or texts (val_fraction): repeat its command" in refused and saved_tokens("x")
+    assert "resuming" not in prepare("text.py", *flags, "--val_fraction=0.3", "--overwrite=True")
     for split, side in (("train", False), ("val", True)):
         expected = encoded(library[0], [text for text in pages(150) if in_val(text, 0.3) == side])
         assert tokens_of(Path("data/x"), split).tolist() == expected
@@ -326,7 +326,7 @@ def test_what_was_begun_is_gone_on_with_whatever_has_changed_since(tmp_path, mon
 
     monkeypatch.setattr(prepare_module, "_encode", stopped)
     for number in range(2):
-        with pytest.raises(KeyboardInterrupt, match="goes on where this one stopped"):
+        with pytest.raises(KeyboardInterrupt, match="repeat the command to resume"):
             prepare_documents(Changing(), settings, "x")
         Changing.states[f"later {number}"] = pages(10 * number + 5, seed=number + 1)
     prepare_documents(Changing(), settings, "x")
@@ -380,7 +380,7 @@ def test_documents_without_text_are_left_out_and_told(prepare, library, tmp_path
     else:
         write_lines(tmp_path / "a.jsonl", texts)
     flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
-    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents left out\n")
+    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents skipped\n")
     assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
     write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
     assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
@@ -470,7 +470,7 @@ def test_a_run_killed_after_all_is_in_place_hinders_nobody(prepare, book, monkey
     before = contents("data/x")
     assert sorted(os.listdir("data/.x.partial")) == ["plan.json", "progress.json"]
     output = prepare("text.py", *flags, *overwrite)
-    assert "going on" not in output and ("is prepared already" in output) == (not overwrite)
+    assert "resuming" not in output and ("is prepared already" in output) == (not overwrite)
     assert contents("data/x") == before and os.listdir("data") == ["x"]
 
 
@@ -493,7 +493,7 @@ def test_a_work_folder_whose_removal_was_killed_is_not_gone_on_in(prepare, book,
         patch.setattr("shutil.rmtree", lambda path, **kwargs: None)  # as if killed before it began
         prepare("text.py", *flags, "--overwrite=True")
     assert not (work / "progress.json").exists() and not (work / "plan.json").exists()
-    assert "going on" not in prepare("text.py", *flags) and os.listdir("data") == ["x"]
+    assert "resuming" not in prepare("text.py", *flags) and os.listdir("data") == ["x"]
 
 
 def test_nothing_is_overwritten_unasked(prepare, book):
@@ -529,13 +529,13 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt has 0 characters"),
         (["--input=empty.jsonl", "--name=x"], "empty.jsonl has no text"),
         (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
-        (["--name=x", "--input="], "--input names nothing"),
+        (["--name=x", "--input="], "--input is empty"),
         (["--input=.", "--name=x", "--pattern=*.docx"], "no file below . matches --pattern *.docx"),
         (["--input=.", "--name=x", "--pattern=/etc/*"], "no file below . matches"),
         (["--input=bad.jsonl", "--name=x"], "bad.jsonl:2 is not a line of JSON"),
         (["--input=one.jsonl", "--field=body", "--name=x"], "one.jsonl:1 has no field 'body': there are 'text'"),
-        (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or cut the text by --split"),
-        (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or cut the text by --split"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or split with --split=tail"),
+        (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or split with --split=tail"),
         (["--input=one.jsonl", "--name=x", "--val_fraction=1"], "val_fraction = 1.0 must lie between 0 and 1"),
         (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be at least 1"),
         (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),

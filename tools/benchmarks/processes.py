@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from gpt_arc.errors import LESS_MEMORY, UserError, first_line, is_of_memory
+from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 
@@ -133,8 +133,8 @@ def reporting(pipe: Any) -> Iterator[None]:
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:  # another library, a compiler or a driver may raise anything
-        known = isinstance(error, UserError) or is_of_memory(error)
-        message = LESS_MEMORY if is_of_memory(error) else first_line(error)
+        known = isinstance(error, UserError) or is_out_of_memory(error)
+        message = OUT_OF_MEMORY if is_out_of_memory(error) else first_line(error)
         pipe.send(UserError(message if known else f"{type(error).__name__}: {message}"))
 
 

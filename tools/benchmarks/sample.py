@@ -41,7 +41,8 @@ from benchmarks.processes import (
     take_turns,
     write_results,
 )
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError
+from gpt_arc.files import name_failed_writes
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
@@ -305,17 +306,14 @@ def show(results: dict[str, Any]) -> None:
 
 def write_weights(model: Any, folder: Path, peers: bool) -> None:
     """Writes OURS and, with `peers`, PEERS, in float32."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from gpt_arc.weights.huggingface import hf_tensors
 
-    try:
+    with name_failed_writes(folder):
         save_file({name: tensor.detach() for name, tensor in model.named_parameters()}, folder / OURS)
         if peers:
             save_file(dict(hf_tensors(model)), folder / PEERS)
-    except SafetensorError as error:  # such as a full disk
-        raise UserError(f"the weights can't be written to {folder}: {first_line(error)}") from None
 
 
 def bench_sample(args: list[str]) -> None:

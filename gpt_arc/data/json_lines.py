@@ -1,0 +1,34 @@
+"""Lenient and strict parsing of JSON: a line of a .jsonl file, a value of one type, a small file."""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt_arc.errors import UserError, first_line
+
+T = TypeVar("T", dict, list)
+
+
+def parse_line(line: str, place: str) -> Any:
+    """Parse a line of JSON. Raises UserError naming `place` if it isn't valid."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise UserError(f"{place} is not a line of JSON: {first_line(error)}") from None
+
+
+def parse_as(kind: type[T], text: str) -> T | None:
+    """Parse JSON, a dict or a list. Returns None if `text` is anything else."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object from a file. Returns None if the file is missing or holds anything else."""
+    try:
+        return parse_as(dict, path.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,33 @@
+"""Optional dependencies: imported where they are used, with the command that installs what is missing."""
+
+import importlib
+from typing import Any
+
+from gpt_arc.errors import UserError
+
+EXTRAS = {  # module -> the extra of pyproject.toml that installs it
+    "datasets": "data",
+    "lm_eval": "eval",
+    "matplotlib": "plot",
+    "pyarrow": "data",
+    "rouge_score": "eval",
+    "sacrebleu": "eval",
+    "scipy": "metrics",
+    "sentencepiece": "sentencepiece",
+    "sklearn": "metrics",
+}
+PACKAGES = {"lm_eval": "EleutherAI's lm-evaluation-harness", "rouge_score": "rouge-score", "sklearn": "scikit-learn"}
+
+
+def import_extra(module: str) -> Any:
+    """Import an optional module. Raises UserError with the pip command if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise missing_extra(module) from None
+
+
+def missing_extra(module: str) -> UserError:
+    """The error for an optional module that is not installed."""
+    name = module.split(".")[0]
+    return UserError(f"{PACKAGES.get(name, name)} is not installed: `pip install -e '.[{EXTRAS[name]}]'` installs it")
