@@ -12,7 +12,7 @@ import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.training.command_line import read_command_line
-from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, settings_of, write_settings
+from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, values_of, write_settings
 from helpers import ROOT
 from model import GPT
 
@@ -126,7 +126,7 @@ def test_settings_written_are_read_back(workplace):
     config = launch(
         "sums.toml", "--n_layer=3", "--learning_rate=3e-4", '--wandb_run_name=a "b" ü', "--compile=False"
     ).config
-    path = write(workplace / "again.toml", write_settings(settings_of(config)))
+    path = write(workplace / "again.toml", write_settings(values_of(config)))
     assert set(tomllib.loads((workplace / "again.toml").read_text())) == set(TABLES)
     assert build_config(read_settings(workplace / "again.toml"), path) == config
 
@@ -218,7 +218,7 @@ def test_one_dataset_and_a_mixture_take_each_other_s_place_and_come_back_from_a_
     assert [(s.name, s.weight) for s in mixed.data.sources] == [("b", 2), ("c", 1)] and mixed.data.batch_size == 3
     alone = read_command_line([str(two), str(one)], None).config
     assert [(s.name, s.weight) for s in alone.data.sources] == [("a", 1)]
-    again = Path(write(workplace / "again.toml", write_settings(settings_of(mixed))))
+    again = Path(write(workplace / "again.toml", write_settings(values_of(mixed))))
     assert build_config(read_settings(again), "again") == mixed
     flagged = read_command_line([str(two), "--dataset=python_manual"], None).config
     assert [source.name for source in flagged.data.sources] == ["python_manual"]
