@@ -93,6 +93,8 @@ def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | 
         return cls(**arguments)
     except ValidationError as error:
         raise UserError(_refusal(error, cls, sources)) from None
+    except (ValueError, OverflowError) as error:
+        raise UserError(str(error)) from None
 
 
 def mistake(error: Exception, cls: type) -> str:

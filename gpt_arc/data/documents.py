@@ -21,13 +21,15 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from pydantic.dataclasses import dataclass
+
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.settings import STRICT
 
 PIECE = 2**18  # bytes of a text file that are read at a time
 BEGINNING = 2**16  # characters that the first piece of a document has at least, if the document has
@@ -161,7 +163,7 @@ class HubDocuments(Documents):
         return rows.select_columns([self.field])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class InputSettings:
     """Which files hold the documents."""
 

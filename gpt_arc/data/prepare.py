@@ -7,6 +7,7 @@ goes on there.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -17,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.documents import BEGINNING, Cut, Documents
@@ -31,6 +33,7 @@ from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, put_directory, sync, write_file
+from gpt_arc.settings import STRICT
 
 BATCH = 2**20  # characters that a worker encodes at a time
 SAVE_EVERY = 2**24  # tokens after which a run that is stopped goes on
@@ -38,7 +41,7 @@ SPLITS = ("train", "val")
 Part = tuple[str, str, bool]  # split, text, whether a document ends with it
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CorpusSettings:
     """How documents become a dataset."""
 
@@ -71,7 +74,7 @@ def dataset_directory(name: str) -> Path:
     return DATA_ROOT / name
 
 
-@dataclass
+@dataclasses.dataclass
 class PreparationProgress:
     """How far a run has come: what going on takes."""
 

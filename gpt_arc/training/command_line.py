@@ -15,7 +15,7 @@ from gpt_arc.distributed import IS_MAIN, LOCAL_RANK
 from gpt_arc.errors import UserError
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import build, merge, mistake, read_files, values_of
-from gpt_arc.training.config import SETTINGS, Config
+from gpt_arc.training.config import SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, located, recorded_options, refuse_others
 from gpt_arc.training.runs import Lock, newest_run, read_record
 from gpt_arc.training.stage_run import StageRun
@@ -60,10 +60,12 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     name = _name_of(Path(files[-1])) if files else ""
     settings, sources = read_files(Config, files)
     flags = _flags(args, description, files, settings)
-    run = merge(Config, settings, flags)
+    given = merge(Config, settings, flags)
+    run_settings = {setting: value for setting, value in given.items() if SETTINGS[setting].table == "run"}
+    run = build(RunConfig, run_settings, {name: source for name, source in sources.items() if name not in flags})
     resumed, recorded = None, {}
-    if run.get("resume") or run.get("init_from") == "resume":
-        folder = run.get("resume") or run.get("out_dir")
+    if run.resume or run.init_from == "resume":
+        folder = run.resume or run.out_dir
         resumed = newest_run(name or None) if folder is None else Path(folder)
         if not (resumed / "last" / "config.json").exists():
             raise UserError(f"there is no checkpoint to resume from in {resumed}: name another run, or start a new one")

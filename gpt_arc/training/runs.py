@@ -62,6 +62,7 @@ def claim_new(
     Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run of the same `stage` it holds.
     """
     if out_dir is not None:
+        resume = resume or f"--resume={shlex.quote(out_dir)}"
         directory = _made(Path(out_dir))
         lock = Lock(directory)
         if any(directory.iterdir()):
@@ -71,7 +72,7 @@ def claim_new(
                 raise UserError(f"out_dir = {out_dir} holds a run of {stage_of(directory)}.py: name another")
             if not overwrite:
                 raise UserError(
-                    f"out_dir = {out_dir} is in use: resume it by {resume or f'--resume={shlex.quote(out_dir)}'}, delete the run it holds by "
+                    f"out_dir = {out_dir} is in use: resume it by {resume}, delete the run it holds by "
                     "--overwrite=True, or name another"
                 )
         for pattern in CONTENTS:

@@ -18,25 +18,28 @@ of products of two 1024 x 1024 matrices between the rounds.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_places, now, plain, read_model_arguments, running, spread, take_turns
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.settings import STRICT
 
 TRIALS = 2  # batches of each size by which the harness's is chosen
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvalBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
@@ -85,7 +88,7 @@ class EvalBench:
             raise ValueError(f"batch_sizes = {self.batch_sizes} must be some numbers of 1 or more")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a process needs to know."""
 

@@ -18,16 +18,18 @@ The sequences and the vocabulary are the same for all, the three special tokens 
 """
 
 import contextlib
+import dataclasses
 import json
 import queue
 import tempfile
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_places,
@@ -42,11 +44,12 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.settings import STRICT
 
 LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # as stages/finetune.py has them by default
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FinetuneBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
@@ -103,7 +106,7 @@ class FinetuneBench:
         return (1 + self.rounds) * self.steps_per_round
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a process needs to know."""
 

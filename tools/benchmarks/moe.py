@@ -18,8 +18,9 @@ token, attention not counted, over the rate of products of two 1024 x 1024 matri
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_places
 from benchmarks.train import (
@@ -34,9 +35,10 @@ from benchmarks.train import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class MoeBench(StepBench):
     implementations: tuple[Literal["grouped_mm", "eager", "batched_mm"], ...] = ("grouped_mm", "eager")
     """transformers' ways of computing experts. batched_mm copies an expert's matrices for each choice of a token: it

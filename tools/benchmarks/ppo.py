@@ -22,6 +22,7 @@ loading and saving aren't counted. The reward is compared over the last fifth of
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -33,17 +34,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_places, peak_memory, plain, reporting, running, spread
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
 UNCOUNTED = 2  # iterations at the start whose time doesn't count
@@ -56,7 +58,7 @@ SAME = (  # settings of stages/ppo.py that have the same names here
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PPOBench:
     n_layer: int = 2
     """Blocks of the policy."""
@@ -187,7 +189,7 @@ def prepare(settings: PPOBench, folder: Path) -> Any:
     return model.config
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a process needs to know."""
 

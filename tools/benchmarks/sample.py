@@ -14,18 +14,20 @@ values of the tokens held, at the rate at which memory was read between the roun
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_nanogpt_fits,
@@ -41,12 +43,13 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import write_file
+from gpt_arc.settings import STRICT
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # the weights, by our names and by transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # of the memory's rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SampleBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
@@ -88,7 +91,7 @@ class SampleBench:
 # ---- the programs, each in a process of its own; what they compute is fetched, so that clocks wait for a GPU
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What a process needs to know."""
 

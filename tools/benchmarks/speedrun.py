@@ -31,24 +31,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_places, now, plain, running, spread
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 TRAIN_FILE = "train.bin"  # the tokens as nanoGPT has them: 16 bits each and no header
 EVALUATED_AT_ONCE = 64  # windows of nanoGPT's evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SpeedrunBench:
     target: str | None = None
     """The loss to reach, in nats a token; nanogpt, or None: the one that nanoGPT's training ends at."""
@@ -162,7 +164,7 @@ def read_evaluations(path: Path) -> tuple[list[Evaluation], float]:
     return found, lines[-1]["seconds"] if lines else 0.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What the process needs to know."""
 
