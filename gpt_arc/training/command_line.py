@@ -143,7 +143,8 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Options of a stage from files of settings (.toml), which come first, and flags, which win. Raises UserError."""
     count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
-    flags = read_flags(cls, description, args[count:], settings)
+    shown = {name: value for name, value in settings.items() if name not in cls.OLD}
+    flags = read_flags(cls, description, args[count:], shown)
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
 
 
