@@ -78,7 +78,7 @@ def _old_flags(cls: type, args: list[str]) -> tuple[dict[str, Any], list[str]]:
         value = value if given else next(rest, "")
         with contextlib.suppress(ValueError):
             value = json.loads(value)
-        old[name] = read_value(cls, name, value, "flags")
+        old[name] = read_value(cls, name, value, "the command line")
     return old, others
 
 

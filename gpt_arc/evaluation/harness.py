@@ -14,6 +14,7 @@ from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
+from gpt_arc.settings import build
 from gpt_arc.weights.directory import load_model
 
 try:
@@ -160,7 +161,8 @@ class HarnessModel(TemplateLM):
         filters = {name: left.pop(name) for name in ("top_k", "top_p", "min_p", "repetition_penalty") if name in left}
         for name in ("top_k", "min_p"):  # where transformers takes 0 as none
             filters[name] = filters.get(name) or None
-        sampling = Sampling(temperature if left.pop("do_sample") else 0.0, **filters)
+        filters["temperature"] = temperature if left.pop("do_sample") else 0.0
+        sampling = build(Sampling, filters, dict.fromkeys(filters, "generation_kwargs"))
         for name, value in left.items():
             if name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]:
                 raise UserError(f"the task generates with {name} = {value}, which has no counterpart here")
