@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
