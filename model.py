@@ -15,13 +15,13 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -29,39 +29,40 @@ from gpt_arc.nn.attention import KVCache, Mask, attend, positions_and_masks
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class GPTConfig:
     """The architecture. Impossible combinations raise ValueError; None means "derived", see the properties."""
 
-    block_size: int = 1024
+    block_size: Count = 1024
     """Context length in tokens."""
-    vocab_size: int = 50257
+    vocab_size: Count = 50257
     """Number of token ids. A prepared dataset of another size replaces it."""
-    n_layer: int = 12
+    n_layer: Count = 12
     """Number of blocks."""
-    n_head: int = 12
+    n_head: Count = 12
     """Query heads per attention layer."""
-    n_embd: int = 768
+    n_embd: Count = 768
     """Width of the residual stream."""
-    n_kv_head: int | None = None
+    n_kv_head: Count | None = None
     """Key/value heads, each shared by n_head / n_kv_head query heads (grouped-query attention). None: n_head."""
-    head_size: int | None = None
+    head_size: Count | None = None
     """Width of one attention head. None: n_embd / n_head."""
-    mlp_size: int | None = None
+    mlp_size: Count | None = None
     """Hidden width of the MLP. None: 4 n_embd; for swiglu, whose MLP has three matrices, 8/3 n_embd."""
     norm_position: Literal["pre", "post"] = "pre"
     """pre: x + f(norm(x)) and a final norm (GPT-2, GPT-3). post: norm(x + f(x)), no final norm (GPT-1)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Kind of every norm in the model."""
-    norm_eps: float = 1e-5
+    norm_eps: Positive = 1e-5
     """Added to the variance inside every norm."""
     positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
     """How positions are encoded: a trained table, fixed sinusoids, or rotated queries and keys."""
-    rotary_base: float = 10_000.0
+    rotary_base: Positive = 10_000.0
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
-    attention_band: int | None = None
+    attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
     activation: Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"] = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
@@ -71,76 +72,55 @@ class GPTConfig:
     """Use the token embedding as the output matrix."""
     head_bias: bool = False
     """A bias on the output logits."""
-    n_experts: int = 0
+    n_experts: Natural = 0
     """Experts per block, each of which sees some of the tokens (mixture of experts). 0: one MLP for all tokens."""
     experts_per_token: int = 2
     """Experts that each token uses."""
-    expert_interval: int = 1
+    expert_interval: Count = 1
     """Every n-th block has experts, the others a plain MLP (2 in Switch, arXiv:2101.03961)."""
-    shared_experts: int = 0
+    shared_experts: Natural = 0
     """Additional experts that see every token, without a gate (arXiv:2401.06066)."""
     expert_selection: Literal["top", "drawn"] = "top"
     """top: a token uses the experts with the largest gates. drawn: in training, experts drawn in proportion to them."""
-    capacity_factor: float | None = None
+    capacity_factor: Positive | None = None
     """Most tokens an expert accepts from a training batch, as a multiple of an even share; the rest skip it, on the
     residual stream. None: no limit, as always in evaluation."""
-    router_jitter: float = 0.0
+    router_jitter: Share = 0.0
     """In training, the router's inputs are multiplied by random numbers between 1 - this and 1 + this."""
-    expert_dropout: float = 0.0
+    expert_dropout: Share = 0.0
     """Dropout between the two layers of each expert (.4 in Switch's fine-tuning)."""
-    balance_loss: float = 0.01
+    balance_loss: NonNegative = 0.01
     """Weight of the loss that balances the use of experts (Switch's .01)."""
-    router_z_loss: float = 0.001
+    router_z_loss: NonNegative = 0.001
     """Weight of the loss that keeps the router's logits small (ST-MoE's .001, arXiv:2202.08906)."""
-    balance_rate: float = 0.0
+    balance_rate: NonNegative = 0.0
     """Balance by a bias on the choice of experts that moves by this much an update (.001 in arXiv:2408.15664)."""
     qk_norm: bool = False
     """Normalise every query and key head before attention (arXiv:2302.05442, Qwen3)."""
-    ngrams: int = 1
+    ngrams: Count = 1
     """Longest n-gram, ending at the current token, that gets an embedding of its own. 1 turns them off."""
-    ngram_rows: int = 32_768
+    ngram_rows: Count = 32_768
     """Embeddings per length of n-gram; a hash assigns n-grams to them."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Dropout wherever the three settings below are not set."""
-    embedding_dropout: float | None = None
+    embedding_dropout: Share | None = None
     """Dropout on the sum of token and position embeddings. None: dropout."""
-    attention_dropout: float | None = None
+    attention_dropout: Share | None = None
     """Dropout on attention weights. None: dropout."""
-    residual_dropout: float | None = None
+    residual_dropout: Share | None = None
     """Dropout on each sublayer's output before it joins the residual stream. None: dropout."""
     init: Literal["gpt1", "gpt2"] = "gpt2"
     """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
 
     def __post_init__(self):
-        sizes = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "expert_interval", "ngrams", "ngram_rows"
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.ngrams > self.block_size:
             raise ValueError(f"ngrams = {self.ngrams} are longer than the context, block_size = {self.block_size}")
-        for name in ("n_kv_head", "head_size", "mlp_size", "attention_band"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1, or left out")
-        for name in ("n_experts", "shared_experts", "balance_loss", "router_z_loss", "balance_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more, and finite")
         if self.n_experts and self.expert_interval > self.n_layer:
             raise ValueError(f"expert_interval = {self.expert_interval} leaves {self.n_layer} blocks without experts")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
             raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
         if self.balance_rate and self.expert_selection == "drawn":
             raise ValueError("balance_rate moves the choice of the largest gates: it has no say in what is drawn")
-        rates = "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout", "router_jitter"
-        for name in ("dropout", *rates):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
-        for name in ("norm_eps", "rotary_base", "capacity_factor"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive, and finite")
-        for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            if choices and getattr(self, field.name) not in choices:
-                raise ValueError(f"{field.name} = {getattr(self, field.name)!r} must be one of {', '.join(choices)}")
         if self.head_size is None and self.n_embd % self.n_head:
             raise ValueError(
                 f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}: change one, or state head_size"

@@ -2,7 +2,7 @@
 
     python train.py configs/quickstart.toml                        on whatever this machine has
     python train.py configs/gpt2.toml --dataset=mytext --max_iters=2000
-    python train.py configs/quickstart.toml --init_from=resume     go on with its newest run
+    python train.py --resume=out/quickstart                 resume a run
     torchrun --standalone --nproc_per_node=8 train.py configs/gpt2.toml
 
 Settings come from the config files named, later ones winning, and from flags, which win over files. A run writes
@@ -41,11 +41,11 @@ from gpt_arc.device import (
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
+from gpt_arc.settings import values_of
 from gpt_arc.tables import human
 from gpt_arc.training import checkpoints, runs
 from gpt_arc.training.command_line import Launch, check_same_model, read_command_line
 from gpt_arc.training.compile import compile_in_place, resolve_compile
-from gpt_arc.training.config import settings_of
 from gpt_arc.training.expert_parallel import ExpertParallel, check_expert_processes
 from gpt_arc.training.log import Meter, MetricsLog
 from gpt_arc.training.optim import Updater, check_same_optimizer
@@ -220,7 +220,7 @@ def train(launch: Launch, device: torch.device) -> int:
 
         wandb_name = logging.wandb_run_name or run.name
         try:
-            wandb_run = wandb.init(project=logging.wandb_project, name=wandb_name, config=settings_of(config), dir=run)
+            wandb_run = wandb.init(project=logging.wandb_project, name=wandb_name, config=values_of(config), dir=run)
         except wandb.errors.Error as error:
             raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None
     if IS_MAIN:
@@ -345,7 +345,7 @@ def train(launch: Launch, device: torch.device) -> int:
     if wandb_run:
         wandb_run.finish()
     if stopped:
-        resume = shlex.join((sys.argv[0], *launch.files, "--init_from=resume", f"--out_dir={run}"))
+        resume = shlex.join((sys.argv[0], *launch.files, f"--resume={run}"))
         python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
         say(f"stopped at step {progress.step}, saved; go on with: {python} {resume}")
         return 128 + stop.anywhere()

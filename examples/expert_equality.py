@@ -18,21 +18,23 @@ gradients of all weights. The exit code is 1 if a row fails.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.nn.experts import Experts
+from gpt_arc.settings import STRICT
 from gpt_arc.weights.directory import load_model
 from model import GPTConfig, make_experts
 
@@ -65,13 +67,13 @@ VARIANTS: dict[str, dict[str, Any]] = {  # settings of GPTConfig, and `starved` 
 HEADINGS = ("variant", "shape", "float32: output", "gradients", "bfloat16: output", "loop's", "gradients", "loop's")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     seed: int = 0
     """The source of weights and tokens."""
 
 
-@dataclass
+@dataclasses.dataclass
 class Case:
     """Experts in training mode with weights and biases that all matter, and their input."""
 

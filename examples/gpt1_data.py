@@ -26,6 +26,7 @@ The labels are balanced. The same versions of the libraries and of Python, and t
 """
 
 import ast
+import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -39,14 +40,16 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 LIBRARIES = {"sklearn": "scikit-learn", "scipy": "scipy", "numpy": "numpy", "torch": "torch"}  # folder -> library
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "externals", "_vendor", "idlelib", "lib2to3"}
@@ -83,7 +86,7 @@ OTHER_CHARACTERS = re.compile(r"[\W\d_](?<! )")
 WHOLE = re.compile(r"[A-Z][^{}\\|<>]*[.]")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "gpt1_arc"
     """Folder to write; an older one of this script goes."""
@@ -99,7 +102,7 @@ class Options:
             raise UserError("train_size and test_size must be at least 1")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Document:
     """A cleaned docstring as paragraphs of sentences."""
 

@@ -29,20 +29,22 @@ import json
 import random
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 LETTERS = "abcdefghij"
 WORD = 3  # letters of the longest words, which the questions have
 LINES = 17  # in a document: sixteen demonstrations and a question
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "in_context"
     """Folder to write; an older one goes."""

@@ -18,18 +18,20 @@ embedding, and another the head. The script writes OUTPUT/figures.json and OUTPU
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpt_arc.errors import entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 from gpt_arc.tables import table
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
@@ -38,7 +40,7 @@ from gpt_arc.training.signals import StopSignal
 from model import GPT, GPTConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     dimensions: int = 5
     """d, the length of x and of w."""

@@ -10,9 +10,10 @@ figures.json and accuracy.png beside RESULTS.
 
 import json
 import sys
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.items import demonstrations, load_items
@@ -20,12 +21,13 @@ from gpt_arc.evaluation.statistics import paired_p_value, standard_error
 from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.files import DATA_ROOT, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 from gpt_arc.tables import table
 
 LETTERS = 10
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     data: Path = DATA_ROOT / "in_context"
     """Folder that examples/in_context_data.py wrote."""

@@ -12,15 +12,16 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from instruction_judge import bayes_accuracy
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 ROWS = {
     "sft": "supervised fine-tuning",
@@ -31,7 +32,7 @@ ROWS = {
 SMOOTHED = 2  # iterations averaged in each point of the plot
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     results: Path = Path("out/instructgpt")
     """The folder of the runs; table.md and hacking.png are written there."""

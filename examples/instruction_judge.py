@@ -19,22 +19,23 @@ import random
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
 MOST = 18  # longest response in tokens
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str | None] = None
     """A model that stages/sft.py has taught to converse, or one that began as such."""

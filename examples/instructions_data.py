@@ -15,27 +15,30 @@ The script writes
 The same seed, and the same version of Python, give the same files.
 """
 
+import dataclasses
 import hashlib
 import json
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
+from pydantic.dataclasses import dataclass
+
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 HELD_OUT = 0.2  # share of the words
 SENTENCES = 4  # in a document about words
 BEFORE, AFTER = ("um ", "so ", "- "), ("!", "!!", "!!!")  # what careless writers add to an answer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Kind:
     """A kind of instruction: its answer for a word, and its wordings in the corpus."""
 
@@ -83,7 +86,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "instructgpt"
     """Folder to write; an older one goes."""

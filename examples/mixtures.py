@@ -19,16 +19,17 @@ a mixture, T tokens, V vocabulary.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 if TYPE_CHECKING:  # slow to import: only after the flags are read
     import torch
@@ -39,7 +40,7 @@ if TYPE_CHECKING:  # slow to import: only after the flags are read
 EXACT = 1e-10  # relative, for sums of thousands of float64
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     plot: Path | None = None
     """Folder for the figures. None: no figures."""

@@ -14,13 +14,15 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 from gpt_arc.training.log import read_metrics
 
 TITLES = {
@@ -37,7 +39,7 @@ POINTS = 40  # of a curve, approximately
 Run = list[dict[str, Any]]  # lines of metrics.jsonl
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     results: Path = Path("out/moe_arc")
     """The folder of the runs; table.md is written there."""

@@ -37,20 +37,21 @@ report writes a line an item, and the counts by file, each file a benchmark:
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
 from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(FilterSettings, InputSettings):
     task: tyro.conf.Positional[Literal["clean", "report"]]
     """clean: write the corpus without what it shares with the items. report: write what it has of each item."""

@@ -7,15 +7,17 @@ A run that was stopped goes on by the same command. It takes `pip install -e '.[
 """
 
 import sys
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
     """Its parquet files, or folders of them. Without any it is streamed."""

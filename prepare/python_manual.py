@@ -7,15 +7,17 @@ Python that runs this. Nothing is downloaded.
 """
 
 import sys
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Text
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     overwrite: bool = False
     """Prepare data/python_manual anew, whatever it holds, as that of another Python."""

@@ -10,15 +10,17 @@ Then: python train.py CONFIG --dataset=NAME
 """
 
 import sys
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import InputSettings, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(CorpusSettings, InputSettings):
     name: str
     """Name of the dataset: it becomes data/NAME."""

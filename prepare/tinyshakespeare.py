@@ -8,19 +8,21 @@ import hashlib
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Text, read_text
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     input: Path | None = None
     """The text as a file. None: download it."""

@@ -8,16 +8,18 @@ It becomes data/NAME/tokenizer.json. What --input takes is what prepare/text.py 
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Files, InputSettings, merge_inputs
 from gpt_arc.data.prepare import dataset_directory
 from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(InputSettings):
     name: str
     """Name of the tokenizer: it becomes data/NAME/tokenizer.json."""

@@ -2,7 +2,7 @@
 
     python stages/dpo.py out/sft --train rankings.jsonl
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
-    python stages/dpo.py out/dpo --resume=True                              continue a stopped run
+    python stages/dpo.py --resume=out/dpo                                   resume a run that was stopped
     torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
 
 The reference is the model that the run starts from (arXiv:2305.18290). Files of rankings are as for stages/reward.py. A
@@ -10,11 +10,11 @@ run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc import distributed
@@ -26,26 +26,24 @@ from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
+from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Reward is beta times the log-ratio to the reference: the larger, the nearer the model stays to it."""
-    gradient_accumulation_steps: int = 8
-    learning_rate: float = 1e-6
+    gradient_accumulation_steps: Count = 8
+    learning_rate: Positive = 1e-6
     schedule: Literal["cosine", "linear", "constant"] = "linear"
-    final_learning_rate: float = 0.0
-    warmup: float = 0.1
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require("beta", 0 < self.beta < float("inf"), "more than zero, and finite")
+    min_lr: NonNegative | None = 0.0
+    warmup: Share = 0.1
 
 
 class ResponseLikelihood(nn.Module):

@@ -22,11 +22,12 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point
@@ -38,29 +39,30 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, Natural
 from gpt_arc.tables import table
 from gpt_arc.weights.directory import load_model, model_directory
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
     """A run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME."""
     tasks: tuple[str, ...] = ()
     """Tasks by name, or files (.toml) of your own."""
-    shots: tuple[int, ...] = (0,)
+    shots: tuple[Natural, ...] = (0,)
     """Numbers of demonstrations, each measured."""
     data: Path | None = None
     """The items of the task, .jsonl or .parquet, in the place of the hub's."""
     train_data: Path | None = None
     """Items to draw demonstrations from. None: the hub's train split; with data, the other items asked."""
-    limit: int | None = None
+    limit: Count | None = None
     """Ask so many items at most, drawn by the seed."""
     shuffled_answers: bool = False
     """Demonstrations with random answers: what the format alone teaches."""
     perplexity: tuple[str, ...] = ()
     """Texts (files), or prepared datasets, whose val split is taken."""
-    stride: int | None = None
+    stride: Count | None = None
     """New tokens of each window after a text's first; the rest of the window is context. None: the whole window."""
     detokenizer: Literal["none", "wikitext", "ptb"] = "none"
     """What makes running text of a benchmark's separated words; words are counted before."""
@@ -70,23 +72,20 @@ class Options:
     """A .png file to draw the checkpoints' figures in, against their updates."""
     training_text: tuple[str, ...] = ()
     """Text that the model was trained on, before tokens were made of it: files, folders and glob patterns."""
-    batch_tokens: int = 8192
+    batch_tokens: Count = 8192
     """Tokens that are read at once, padding included."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: what the hardware multiplies fastest; figures then depend on the machine."""
-    seed: int = 0
+    seed: Natural = 0
     """Draws items, demonstrations, and answers where the task has them drawn."""
     json: Path | None = None
     """A file for the results."""
 
     def __post_init__(self):
-        if any(shots < 0 for shots in self.shots) or not self.shots:
-            raise ValueError(f"shots = {self.shots} must be numbers of 0 or more")
-        for name in ("limit", "stride", "batch_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not self.shots:
+            raise ValueError("shots is empty: name numbers of demonstrations, each 0 or more")
         for name in ("data", "train_data"):
             if getattr(self, name) and len(self.tasks) != 1:
                 raise ValueError(f"{name} holds the items of one task: name one")
@@ -96,8 +95,6 @@ class Options:
             raise ValueError(f"plot = {self.plot} must end in .png")
         if self.training_text and not self.tasks:
             raise ValueError("training_text is looked through for the items of tasks: name some")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed} must be at least 0")
 
 
 def check(options: Options, tasks: Sequence[Task]) -> None:

@@ -3,7 +3,7 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward
     python stages/ppo.py out/sft --prompts sums.jsonl --reward rules:correct          a Python function, rules.py
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
-    python stages/ppo.py out/ppo --resume=True                              continue a stopped run
+    python stages/ppo.py --resume=out/ppo                                   continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
@@ -17,12 +17,12 @@ import copy
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc.alignment import losses
@@ -47,15 +47,17 @@ from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
+from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, follow
 from gpt_arc.training.options import StageOptions
-from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options(StageOptions):
     prompts: Path | None = None
     """What to respond to (.jsonl, .csv, .tsv): rows with a prompt, or with messages."""
@@ -64,40 +66,40 @@ class Options(StageOptions):
     monitor: str | None = None
     """Another reward that is logged and not learned from. torchrun takes --monitor for its own: name it in a file of
     settings there."""
-    episodes: int = 256_000
+    episodes: Count = 256_000
     """Responses in all (InstructGPT's 256,000)."""
-    gradient_accumulation_steps: int = 8
-    minibatches: int = 8
+    gradient_accumulation_steps: Count = 8
+    minibatches: Count = 8
     """Updates that the responses of an iteration are parted into: an iteration has batch_size x
     gradient_accumulation_steps x minibatches of them (InstructGPT's 512)."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Passes over the responses of an iteration (4 in lm-human-preferences)."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens of a response, at most."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the policy, the reference included."""
-    rollout_batch_size: int = 128
+    rollout_batch_size: Count = 128
     """Responses that a process writes at the same time, at most."""
-    kl_coef: float = 0.02
+    kl_coef: NonNegative = 0.02
     """Reward that a nat of KL to the reference costs (InstructGPT's beta)."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """Adapt kl_coef so that responses come to this KL in nats. None: fixed."""
-    kl_horizon: float = 10_000
+    kl_horizon: Positive = 10_000
     """Episodes in which kl_coef may change by a fifth or so."""
     no_end_reward: float | None = None
     """Score of a response that doesn't end by itself (-1 in lm-human-preferences). None: as it is scored."""
     value_network: Literal["reward", "policy", "shared"] | None = None
     """What predicts returns: a copy of the reward model, a copy of the policy, or a head on the policy itself. None:
     the reward model where there is one, else a copy of the policy."""
-    gamma: float = 1.0
+    gamma: UnitInterval = 1.0
     """Discount of later rewards."""
-    gae_lambda: float = 0.95
+    gae_lambda: UnitInterval = 0.95
     """Weight of longer estimates of an advantage (arXiv:1506.02438)."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """How far the ratio to the policy that wrote a response may move from 1."""
-    value_clip: float = 0.2
+    value_clip: Positive = 0.2
     """How far a value may move from what it was."""
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss."""
     whiten_rewards: bool = True
     """Divide rewards by the root of their mean square over an iteration."""
@@ -105,36 +107,24 @@ class Options(StageOptions):
     """Make advantages of an iteration of mean 0 and standard deviation 1."""
     pretraining_dataset: str | None = None
     """A prepared dataset whose language-model loss is mixed in (PPO-ptx)."""
-    pretraining_coef: float = 27.8
+    pretraining_coef: NonNegative = 27.8
     """Weight of that loss, of nats a token."""
-    pretraining_batch_size: int = 64
+    pretraining_batch_size: Count = 64
     """Windows of it in an update."""
-    ema_decay: float | None = None
+    ema_decay: Share | None = None
     """Keep a moving average of the weights, and save that as the model (InstructGPT's .992). None: the weights."""
-    save_interval: int = 20
+    save_interval: Count = 20
     """Iterations between checkpoints."""
-    learning_rate: float = 9e-6
+    learning_rate: Positive = 9e-6
     schedule: Literal["cosine", "linear", "constant"] = "constant"
-    adam_eps: float = 1e-5
+    adam_eps: Positive = 1e-5
 
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            "minibatches", "inner_epochs", "max_new_tokens", "rollout_batch_size", "pretraining_batch_size",
-            "save_interval", "episodes",
-        ):  # fmt: skip
-            self.require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("kl_coef", "value_coef", "pretraining_coef"):
-            self.require(name, 0 <= getattr(self, name) < math.inf, "zero or more, and finite")
-        for name in ("temperature", "kl_horizon", "clip", "value_clip"):
-            self.require(name, 0 < getattr(self, name) < math.inf, "more than zero, and finite")
-        for name in ("gamma", "gae_lambda"):
-            self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        self.require("kl_target", self.kl_target is None or 0 < self.kl_target < math.inf, "more than zero, and finite")
-        self.require("kl_coef", self.kl_target is None or self.kl_coef > 0, "more than zero, for kl_target to adapt it")
-        self.require("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1)")
+        if self.kl_target is not None and not self.kl_coef:
+            raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
 
     @property
     def episodes_per_iteration(self) -> int:

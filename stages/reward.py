@@ -3,7 +3,7 @@
     python stages/reward.py out/sft --train rankings.jsonl
     python stages/reward.py out/sft --train rankings.jsonl --val held_out.jsonl --demonstrations chats.jsonl
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
-    python stages/reward.py out/reward --resume=True                        continue a stopped run
+    python stages/reward.py --resume=out/reward                             continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
@@ -13,11 +13,11 @@ and checkpoints.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.alignment.losses import ranking_loss
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
@@ -37,27 +37,25 @@ from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import table
+from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.edit import with_settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
     demonstrations: Path | None = None
     """Conversations whose last responses score 0 on average, by the head's bias. None: the bias stays 0."""
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the rankings; a second over-fits soon (InstructGPT's 1)."""
-    residual_dropout: float | None = None
+    residual_dropout: Share | None = None
     """Dropout on each sublayer's output. None: as the model has it."""
-    gradient_accumulation_steps: int = 8
-    learning_rate: float = 9e-6
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
+    gradient_accumulation_steps: Count = 8
+    learning_rate: Positive = 9e-6
 
 
 def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, run: StageRun) -> dict[str, Any]:

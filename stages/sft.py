@@ -3,7 +3,7 @@
     python stages/sft.py out/gpt2 --train chats.jsonl
     python stages/sft.py gpt2 --train chats.jsonl --val held_out.jsonl --template chatml --packing=False
     python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file; flags win
-    python stages/sft.py out/sft --resume=True                              continue a stopped run
+    python stages/sft.py --resume=out/sft                                   continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
@@ -12,10 +12,10 @@ out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic.dataclasses import dataclass
 
 from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
@@ -25,30 +25,28 @@ from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, Positive, Share
+from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import load_model, model_directory, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
     template: str = "markers"
     """How turns are marked: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
     for each role. A model that has a template keeps it."""
-    epochs: int = 16
+    epochs: Count = 16
     """Passes over the conversations (InstructGPT's 16)."""
     packing: bool = True
     """Put several conversations into a row, none seeing another: less padding, equal losses."""
-    residual_dropout: float | None = 0.2
+    residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: as the model has it."""
-    learning_rate: float = 1e-5
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require("residual_dropout", 0 <= (self.residual_dropout or 0) < 1, "in [0, 1)")
+    learning_rate: Positive = 1e-5
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from helpers import ROOT
 MAY_IMPORT = {
     "ground": (),
     "nn": (),
-    "model": ("nn",),
+    "model": ("ground", "nn"),
     "data": ("ground", "nn"),
     "weights": ("ground", "nn", "model", "data"),
     "planning": ("ground", "nn", "model"),

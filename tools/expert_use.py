@@ -12,22 +12,24 @@ experts.
 """
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
     from gpt_arc.evaluation.expert_use import Use, Window
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
     """A run folder, whose best checkpoint is taken, a model directory, or a published mixture: hf:OWNER/NAME."""

@@ -13,17 +13,18 @@ model that the other library can't compute is refused.
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
@@ -36,7 +37,7 @@ LAYOUTS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
     """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""

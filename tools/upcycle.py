@@ -9,17 +9,18 @@ The new routers and shared experts change nothing at first: the projections of s
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT, mistake
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
     """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
@@ -61,6 +62,7 @@ def main() -> None:
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.weights.directory import load_model, model_directory, save_model
     from gpt_arc.weights.upcycle import upcycled
+    from model import GPTConfig
 
     if is_classifier(options.model) or is_reward_model(options.model):
         raise UserError(
@@ -75,7 +77,7 @@ def main() -> None:
     try:
         mixture = upcycled(model, options.n_experts, **{name: getattr(options, name) for name in names})
     except ValueError as error:  # settings that don't fit together
-        raise UserError(str(error)) from None
+        raise UserError(mistake(error, GPTConfig)) from None
     with new_directory(options.output.resolve()) as temporary:
         with name_failed_writes(options.output):
             save_model(mixture, tokenizer, temporary)

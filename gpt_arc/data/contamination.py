@@ -26,12 +26,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.documents import Files, read_text
@@ -39,6 +39,7 @@ from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
+from gpt_arc.settings import STRICT
 
 BATCH = 2**20  # characters that a process is given at a time
 BLOCK = 2**16  # windows that are hashed at a time, which fit a processor's cache
@@ -56,7 +57,7 @@ Method = Literal["gpt2", "gpt3", "gpt4"]
 METHODS: tuple[Method, ...] = ("gpt2", "gpt3", "gpt4")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilterSettings:
     """What is cut out of a corpus; the numbers of the GPT-3 paper unless set."""
 

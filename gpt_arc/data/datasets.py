@@ -1,41 +1,38 @@
 """Prepared datasets: finding and opening them, mixtures, and their splits."""
 
+import dataclasses
 import hashlib
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT
+from gpt_arc.settings import STRICT, Positive
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "prepare"
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Source:
     """One table of [[data.mixture]]."""
 
     name: str
     """A prepared dataset, as for the setting dataset."""
-    weight: float
+    weight: Positive
     """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
 
-    def __post_init__(self):
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight = {self.weight} must be more than zero, and finite")
 
-
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corpus:
     """The prepared datasets of a run, folders of token files, each with its share of the windows.
 

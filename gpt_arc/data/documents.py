@@ -20,15 +20,17 @@ import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
+from gpt_arc.settings import STRICT
 
 PIECE = 2**18  # bytes of a text file read at a time
 BEGINNING = 2**16  # minimum characters of a document's first piece, unless the document is shorter
@@ -162,7 +164,7 @@ class HubDocuments(Documents):
         return rows.select_columns([self.field])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class InputSettings:
     """Which files hold the documents."""
 

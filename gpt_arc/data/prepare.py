@@ -7,6 +7,7 @@ preparation can resume from there.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -17,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.documents import BEGINNING, Cut, Documents
@@ -32,6 +34,7 @@ from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, sync, write_file
+from gpt_arc.settings import STRICT
 
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
@@ -39,7 +42,7 @@ SPLITS = ("train", "val")
 Part = tuple[str, str, bool]  # split, text, whether it ends a document
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CorpusSettings:
     """How documents become a dataset."""
 
@@ -72,7 +75,7 @@ def dataset_directory(name: str) -> Path:
     return DATA_ROOT / name
 
 
-@dataclass
+@dataclasses.dataclass
 class PreparationProgress:
     """The state needed to resume."""
 

@@ -1,47 +1,33 @@
 """The settings of sampling."""
 
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from annotated_types import Ge, Le
+from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, PositiveShare, Seed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn. Raises UserError for settings that no distribution follows from."""
+    """How the next token is drawn. Settings out of bounds raise ValueError."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits; 0 always takes the most likely token (greedy)."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep the k most likely tokens, and all that tie with the last of them."""
-    top_p: float | None = None
+    top_p: PositiveShare | None = None
     """Keep the most likely tokens up to and including the one that makes their sum reach p (arXiv:1904.09751)."""
-    min_p: float | None = None
+    min_p: PositiveShare | None = None
     """Keep the tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.0
     """Positive logits of tokens that were there before are divided by this, negative ones multiplied
     (CTRL, arXiv:1909.05858)."""
 
-    def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature = {self.temperature} must be 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k} must be at least 1, or left out to keep every token")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise UserError(f"{name} = {value} must lie in (0, 1], or be left out to keep every token")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise UserError(
-                f"repetition_penalty = {self.repetition_penalty} must lie in [0.01, 100]; 1 changes nothing"
-            )
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SampleConfig:
     model: tyro.conf.Positional[str | None] = None
     """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
@@ -62,24 +48,24 @@ class SampleConfig:
     """The system's turn, with which a chat begins."""
     json: bool = False
     """Print a JSON object for each continuation: its tokens, their log-probabilities by the model itself, times."""
-    num_samples: int = 1
+    num_samples: Count = 1
     """How many continuations of each prompt."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """How many continuations are made at the same time, at most."""
-    max_new_tokens: int = 500
+    max_new_tokens: Natural = 500
     """Tokens of each continuation, at most."""
     sampling: Sampling = Sampling(temperature=0.8)
-    num_beams: int | None = None
+    num_beams: Count | None = None
     """Search for the likeliest continuations with so many beams, instead of drawing."""
-    length_penalty: float = 1.0
+    length_penalty: NonNegative = 1.0
     """Beams are ranked by log-probability / length^this: 0 favours short ones."""
     draft: str | None = None
     """A smaller model of the same tokenizer that proposes tokens: the same distribution, sooner."""
-    draft_tokens: int = 4
+    draft_tokens: Count = 4
     """How many tokens the draft proposes at a time."""
     stop: str | None = None
     """End a continuation where this text begins."""
-    seed: int = 1337
+    seed: Seed = 1337
     """The source of chance."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
@@ -107,14 +93,6 @@ class SampleConfig:
         return True if self.int8 and self.compile == "auto" else self.compile
 
     def __post_init__(self):
-        least_of = {"num_samples": 1, "batch_size": 1, "max_new_tokens": 0, "seed": 0, "draft_tokens": 1}
-        if self.num_beams is not None:
-            least_of |= {"num_beams": 1, "length_penalty": 0, "max_new_tokens": 1}
-        for name, least in least_of.items():
-            if not least <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {least} or more")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed = {self.seed} must be less than 2**63")
         if len(self.names) > 1:
             raise ValueError(f"the model is named more than once, {' and '.join(self.names)}: leave one out")
         asked = [name for name in ("start", "prompts", "interactive", "chat") if getattr(self, name)]
@@ -132,6 +110,8 @@ class SampleConfig:
         if self.draft is not None and True in (self.compile, self.int8):
             raise ValueError("with a draft the model reads several tokens at a time: leave compile and int8 out")
         if self.num_beams is not None:
+            if not self.max_new_tokens:
+                raise ValueError("max_new_tokens = 0 must be at least 1, for num_beams to search")
             for name in ("top_k", "top_p", "min_p", "repetition_penalty"):
                 if getattr(self.sampling, name) != getattr(Sampling, name):
                     raise ValueError(f"num_beams draws nothing, so {name} has no meaning: leave one of them out")
@@ -139,6 +119,6 @@ class SampleConfig:
                 if getattr(self, name) is not None:
                     raise ValueError(f"beams end at the end of a text alone: leave {name} or num_beams out")
             if self.length_penalty > 100:
-                raise ValueError(f"length_penalty = {self.length_penalty} must lie in [0, 100]")
+                raise ValueError(f"length_penalty = {self.length_penalty} must be between 0 and 100")
             if self.num_samples > self.num_beams:
                 raise ValueError(f"num_samples = {self.num_samples} is more than num_beams = {self.num_beams} find")

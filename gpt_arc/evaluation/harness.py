@@ -15,6 +15,7 @@ from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
+from gpt_arc.settings import build
 from gpt_arc.weights.directory import load_model
 
 try:
@@ -162,7 +163,8 @@ class HarnessModel(TemplateLM):
         }
         for name in ("top_k", "min_p"):  # 0 means "off" in transformers
             filters[name] = filters.get(name) or None
-        sampling = Sampling(temperature if remaining.pop("do_sample") else 0.0, **filters)
+        filters["temperature"] = temperature if remaining.pop("do_sample") else 0.0
+        sampling = build(Sampling, filters, dict.fromkeys(filters, "generation_kwargs"))
         for name, value in remaining.items():
             if name not in WITHOUT_EFFECT or value != WITHOUT_EFFECT[name]:
                 raise UserError(f"the task generates with {name} = {value}, which has no counterpart here")

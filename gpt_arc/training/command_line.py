@@ -1,24 +1,24 @@
-"""The command line of train.py."""
+"""The command lines of train.py and of the stages."""
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from gpt_arc import distributed
+from gpt_arc.device import resolve_device
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK
 from gpt_arc.errors import UserError
-from gpt_arc.flags import parse_flags
-from gpt_arc.training.config import (
-    SETTINGS,
-    Config,
-    RunConfig,
-    build_config,
-    merge,
-    read_files,
-    settings_of,
-)
-from gpt_arc.training.runs import newest_run, read_record
+from gpt_arc.flags import read_flags
+from gpt_arc.settings import build, merge, mistake, read_files, values_of
+from gpt_arc.training.config import SETTINGS, Config, RunConfig
+from gpt_arc.training.options import O, located, recorded_options, refuse_others
+from gpt_arc.training.runs import Lock, newest_run, read_record
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import OF_TRAINING, load_config
 from model import GPTConfig
 
@@ -30,25 +30,6 @@ class Arguments:
     config_files: tyro.conf.Positional[tuple[str, ...]] = ()
     """Config files (.toml), later ones winning; flags win over files."""
     config: Config = field(default_factory=Config)
-
-
-def parse_arguments(args: list[str], description: str | None, settings: dict[str, Any], source: str) -> Config:
-    """`settings`, which came from `source`, with the flags among `args` over them. Raises UserError."""
-    if any(arg.split("=")[0] == "--dataset" for arg in args):
-        settings = {name: value for name, value in settings.items() if name != "mixture"}
-    base = build_config(settings, source)
-    files = config_files(args)
-    args = files + [arg for arg in args if arg not in files]  # tyro wants them side by side
-    parsed = parse_flags(Arguments, description, args, Arguments(config=base))
-    for file in set(parsed.config_files) - set(files):
-        raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
-    return parsed.config
-
-
-def parse_run_flags(args: list[str], settings: dict[str, Any], source: str) -> RunConfig:
-    """[run] alone, from `settings` and `args`: what has to be known before the rest can be read."""
-    default = build_config({name: value for name, value in settings.items() if SETTINGS[name][0] == "run"}, source).run
-    return parse_flags(RunConfig, None, args, default, partly=True)
 
 
 def config_files(args: list[str]) -> list[str]:
@@ -72,39 +53,54 @@ class Launch:
 def read_command_line(args: list[str], description: str | None) -> Launch:
     """Settings from files and flags; on resume also the flags that the run was started with, below the present ones.
 
-    So `--init_from=resume` alone goes on as before, an edited config file and a new flag both take effect, and what
+    So `--resume=RUN` alone goes on as before, an edited config file and a new flag both take effect, and what
     contradicts the model is found by comparing with the checkpoint. Raises UserError.
     """
     files = config_files(args)
     name = _name_of(Path(files[-1])) if files else ""
-    settings = read_files(files)
-    wanted = parse_run_flags(args, settings, ", ".join(files))
+    settings, sources = read_files(Config, files)
+    flags = _flags(args, description, files, settings)
+    given = merge(Config, settings, flags)
+    run_settings = {setting: value for setting, value in given.items() if SETTINGS[setting].table == "run"}
+    run = build(RunConfig, run_settings, {name: source for name, source in sources.items() if name not in flags})
     resumed, recorded = None, {}
-    if wanted.init_from == "resume":
-        resumed = newest_run(name or None) if wanted.out_dir is None else Path(wanted.out_dir)
+    if run.resume or run.init_from == "resume":
+        folder = run.resume or run.out_dir
+        resumed = newest_run(name or None) if folder is None else Path(folder)
         if not (resumed / "last" / "config.json").exists():
-            raise UserError(f"there is no checkpoint to resume from in {resumed}: leave init_from out to begin anew")
+            raise UserError(f"there is no checkpoint to resume from in {resumed}: name another run, or start a new one")
         recorded = read_record(resumed)[1]
         if not files:
             files = [str(resumed / "config.toml")]
-            settings = read_files(files)
-    config = parse_arguments(args, description, merge(settings, recorded), ", ".join(files))
+            settings, sources = read_files(Config, files)
+    sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
+    values = merge(Config, merge(Config, settings, recorded), flags)
+    config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
     if not files:
         raise UserError("name a config file, for instance: python train.py configs/quickstart.toml")
-    of_files = settings_of(Config()) | settings
+    of_files = values_of(Config()) | settings
     overrides = {
         setting: value
-        for setting, value in settings_of(config).items()
-        if SETTINGS[setting][0] != "run"
+        for setting, value in values_of(config).items()
+        if SETTINGS[setting].table != "run"
         and setting != "mixture"
         and (setting in recorded or value != of_files[setting])
     }
     imported, adopted = None, {}
-    if wanted.init_from not in ("scratch", "resume"):
-        imported = wanted.init_from
+    if config.run.init_from not in ("scratch", "resume"):
+        imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, imported, adopted)
+
+
+def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that flags name. Raises UserError."""
+    args = files + [arg for arg in args if arg not in files]  # tyro wants positional arguments side by side
+    flags = read_flags(Arguments, description, args, settings)
+    for file in set(flags.pop("config_files", ())) - set(files):
+        raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
+    return flags
 
 
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
@@ -123,7 +119,7 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(asked, n)}
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
-        raise UserError(f"with the architecture of {name}: {error}") from None
+        raise UserError(f"with the architecture of {name}: {mistake(error, Config)}") from None
 
 
 def _name_of(config_file: Path) -> str:
@@ -141,3 +137,40 @@ def check_same_model(asked: GPTConfig, trained: GPTConfig, run: Path) -> None:
                 f"{setting.name} = {wanted} contradicts the run {run}, whose model has {setting.name} = {has}: "
                 "leave it as it was to resume, or start a new run"
             )
+
+
+def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
+    """Options of a stage from files of settings (.toml), which come first, and flags, which win. Raises UserError."""
+    count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
+    settings, sources = read_files(cls, args[:count])
+    shown = {name: value for name, value in settings.items() if name not in cls.OLD}
+    flags = read_flags(cls, description, args[count:], shown)
+    return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
+
+
+def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
+    """Read the command line and run a stage's `train`, among the processes that torchrun started: the exit code."""
+    options = read_options(cls, description, sys.argv[1:])
+    if options.model is None and not options.resume:
+        raise UserError(f"name a model to start from: python stages/{name}.py MODEL; --help lists the settings")
+    run, lock = None, None
+    if options.resume:
+        named = options.resume == "True"  # the former form: RUN --resume=True
+        if named and options.model is None:
+            raise UserError("name the run to resume: --resume=RUN")
+        allowed = {"resume", "device", "backend"} | ({"model"} if named else set())
+        refuse_others(options, allowed, "can't be changed: --resume goes on as the run was started")
+        run = Path(options.model if named else options.resume)
+        recorded = recorded_options(run, cls, name)
+        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(run))
+        lock = Lock(run) if IS_MAIN else None
+    else:
+        options = located(options)
+    device = resolve_device(options.device, LOCAL_RANK)
+    with distributed.process_group(options.backend, device):
+        stage = StageRun(name, options, device, run, lock, sys.argv[0])
+        try:
+            return train(options, stage)
+        except UserError:
+            stage.abandon()
+            raise

@@ -1,29 +1,36 @@
-"""Settings: frozen dataclasses, filled from TOML files and the command line, later ones winning.
+"""The settings of train.py, filled from TOML files and flags, later ones winning.
 
 A file has one table per dataclass ([model], [data], [training], [logging], [run]); since names are unique, a setting
 may also stand outside any table. Every mistake is refused before anything starts.
 """
 
 import dataclasses
-import difflib
-import json
-import math
-import tomllib
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tomli_w
 import tyro
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
-from gpt_arc.errors import UserError
+from gpt_arc.settings import (
+    STRICT,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    UnitInterval,
+    build,
+    read_file,
+    settings_in,
+)
 from model import GPTConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DataConfig:
     dataset: str | None = None
     """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file may
@@ -32,18 +39,14 @@ class DataConfig:
     """Tables [[data.mixture]]; no flag."""
     document_mask: bool = False
     """Attend within documents alone, which end-of-text tokens begin. False: across them (GPT-2, GPT-3)."""
-    batch_size: int = 12
+    batch_size: Count = 12
     """Sequences in one micro-batch, the most that a device holds at once."""
-    gradient_accumulation_steps: int | None = None
+    gradient_accumulation_steps: Count | None = None
     """Micro-batches in one step, over all processes. None: 1, or what tokens_per_step asks for."""
-    tokens_per_step: int | None = None
+    tokens_per_step: Count | None = None
     """Tokens in one optimizer step; gradient_accumulation_steps is derived from it. None: one derives it."""
 
     def __post_init__(self):
-        _require(self, "batch_size", self.batch_size >= 1, "at least 1")
-        for name in ("gradient_accumulation_steps", "tokens_per_step"):
-            value = getattr(self, name)
-            _require(self, name, value is None or value >= 1, "at least 1, or left out to be derived")
         names = [source.name for source in self.mixture]
         for name in names:
             if names.count(name) > 1:
@@ -57,43 +60,45 @@ class DataConfig:
         return self.mixture or (Source(self.dataset or "python_manual", 1.0),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
-    max_iters: int = 600_000
+    max_iters: Count = 600_000
     """Optimizer steps in all."""
-    learning_rate: float = 6e-4
+    learning_rate: Positive = 6e-4
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: Muon (Jordan et al. 2024) for matrices of blocks, but routers and stacked experts; AdamW for the rest."""
-    muon_rate: float = 0.02
+    muon_rate: Positive = 0.02
     """Muon's peak learning rate, on the schedule of learning_rate, which is AdamW's."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """Muon's decay rate of the gradients' mean."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape of the learning rate after the warmup. wsd: constant, then a line over the last steps, see cooldown."""
-    cooldown: float = 0.4
+    cooldown: UnitInterval = 0.4
     """Share of the steps up to lr_decay_iters over which wsd falls to min_lr (arXiv:2405.18392)."""
-    warmup_iters: int = 0
+    warmup_iters: Natural = 0
     """Steps over which the learning rate rises linearly to its peak."""
-    lr_decay_iters: int | None = None
+    warmup: Share | None = None
+    """Share of max_iters over which the learning rate rises. None: warmup_iters."""
+    lr_decay_iters: Count | None = None
     """Step, the first being 0, at which the learning rate reaches min_lr. None: max_iters, which is after the last."""
-    min_lr: float | None = None
+    min_lr: NonNegative | None = None
     """Learning rate at the end of the decay. None: a tenth of learning_rate (Chinchilla, arXiv:2203.15556)."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegative = 0.1
     """Decoupled weight decay, on tensors of two or more dimensions only."""
-    beta1: float = 0.9
+    beta1: Share = 0.9
     """AdamW's decay rate of the first moment."""
-    beta2: float = 0.95
+    beta2: Share = 0.95
     """AdamW's decay rate of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Positive = 1e-8
     """Added to AdamW's denominator."""
-    grad_clip: float = 1.0
+    grad_clip: NonNegative = 1.0
     """Largest norm of the gradient, over all parameters. 0: no clipping."""
-    ema_decay: float | None = None
+    ema_decay: Share | None = None
     """Evaluate and save a moving average of the weights, of which an update replaces 1 - this. None: no average."""
-    patience: int | None = None
+    patience: Count | None = None
     """Evaluations in a row without a lower val loss after which the run ends. None: it goes on to max_iters."""
-    seed: int = 1337
+    seed: Seed = 1337
     """The source of all randomness: weights, data order, dropout."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's: cpu, cuda, cuda:1, mps."""
@@ -106,26 +111,23 @@ class TrainingConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
 
-    expert_processes: int = 1
+    expert_processes: Count = 1
     """Processes under torchrun among which the experts are shared out (expert parallelism). 1: each has all of them."""
 
     def __post_init__(self):
-        _require(self, "max_iters", self.max_iters >= 1, "at least 1")
-        _require(self, "expert_processes", self.expert_processes >= 1, "at least 1")
-        for name in ("warmup_iters", "weight_decay", "grad_clip", "min_lr", "seed"):
-            value = getattr(self, name)
-            _require(self, name, value is None or 0 <= value < 2**63, "zero or more, and less than 2^63")
-        for name in ("learning_rate", "muon_rate", "adam_eps", "lr_decay_iters", "patience"):
-            value = getattr(self, name)
-            _require(self, name, value is None or 0 < value < math.inf, "more than zero, and finite")
-        for name in ("beta1", "beta2", "momentum", "ema_decay"):
-            value = getattr(self, name)
-            _require(self, name, value is None or 0 <= value < 1, "in [0, 1)")
-        _require(self, "cooldown", 0 <= self.cooldown <= 1, "in [0, 1]")
+        if self.warmup is not None and self.warmup_iters:
+            raise ValueError(
+                f"warmup = {self.warmup} and warmup_iters = {self.warmup_iters} both set the warmup: leave one out, or "
+                "set warmup_iters = 0"
+            )
         if self.ema_decay is not None and self.expert_processes > 1:
             raise ValueError("ema_decay averages what one process has: leave it out, or expert_processes")
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.warmup_iters if self.warmup is None else round(self.warmup * self.max_iters)
 
     @property
     def decay_end(self) -> int:
@@ -136,13 +138,13 @@ class TrainingConfig:
         return self.learning_rate / 10 if self.min_lr is None else self.min_lr
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class LoggingConfig:
-    eval_interval: int = 2000
+    eval_interval: Count = 2000
     """Steps between evaluations; each writes a checkpoint. The last step is always evaluated."""
-    eval_iters: int = 200
+    eval_iters: Natural = 200
     """Batches of an evaluation, of fixed windows spread evenly over the val split. 0: the whole split."""
-    log_interval: int = 1
+    log_interval: Count = 1
     """Steps between lines of metrics.jsonl."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
@@ -153,13 +155,8 @@ class LoggingConfig:
     wandb_run_name: str | None = None
     """Weights & Biases run name. None: the name of the run's folder."""
 
-    def __post_init__(self):
-        _require(self, "eval_interval", self.eval_interval >= 1, "at least 1")
-        _require(self, "eval_iters", self.eval_iters >= 0, "zero (the whole val split) or more")
-        _require(self, "log_interval", self.log_interval >= 1, "at least 1")
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """What this one invocation does; not recorded with the run."""
 
@@ -168,6 +165,8 @@ class RunConfig:
     init_from: str = "scratch"
     """scratch; resume: go on with out_dir, or with the newest run of the config named; or a model to start from: gpt2,
     gpt2-medium, gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME of the Hugging Face hub, or any model directory."""
+    resume: str | None = None
+    """Run folder to resume; the config files, where any are named, and flags may change its settings."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
     eval_only: bool = False
@@ -176,21 +175,27 @@ class RunConfig:
     """Print what would be run and stop."""
 
     def __post_init__(self):
-        if self.overwrite and self.init_from == "resume":
-            raise ValueError("overwrite deletes the run that init_from = resume would go on with: choose one")
+        if self.overwrite and (self.resume or self.init_from == "resume"):
+            raise ValueError("overwrite deletes the run that resume or init_from = resume would go on with: choose one")
+        if self.resume and self.init_from not in ("scratch", "resume"):
+            raise ValueError(f"resume = {self.resume} and init_from = {self.init_from} name two models: choose one")
+        if self.resume and self.out_dir and Path(self.resume).resolve() != Path(self.out_dir).resolve():
+            raise ValueError(f"resume = {self.resume} and out_dir = {self.out_dir} name two runs: leave out_dir out")
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Config:
-    """Everything that train.py is told."""
+    """All settings of train.py."""
 
     model: GPTConfig = field(default_factory=GPTConfig)
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    INSTEAD: ClassVar[dict[str, str]] = {"mixture": "dataset", "dataset": "mixture"}
 
     @property
     def sequences_per_step(self) -> int:
@@ -215,134 +220,26 @@ class Config:
             )
 
 
-def _require(config: Any, name: str, holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} = {getattr(config, name)} must be {what}")
-
-
-TABLES: dict[str, type] = {f.name: f.type for f in dataclasses.fields(Config)}
-SETTINGS: dict[str, tuple[str, Any]] = {  # setting -> its table and type
-    f.name: (table, f.type) for table, cls in TABLES.items() for f in dataclasses.fields(cls)
-}
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Every setting of `config` by its flat name."""
-    return {name: getattr(getattr(config, table), name) for name, (table, _) in SETTINGS.items()}
+TABLES: dict[str, type] = {field.name: field.type for field in dataclasses.fields(Config)}
+SETTINGS = settings_in(Config)  # setting -> its table and type
 
 
 def build_config(settings: dict[str, Any], source: str) -> Config:
     """A `Config` from flat settings, the rest at their defaults. Raises UserError, naming `source`, if it can't be."""
-    try:
-        by_table: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
-        for name, value in settings.items():
-            by_table[SETTINGS[name][0]][name] = value
-        return Config(**{table: TABLES[table](**values) for table, values in by_table.items()})
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{source}: {error}") from None
+    return build(Config, settings, dict.fromkeys(settings, source))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file by their flat names. Raises UserError for a bad file, unknown key or wrong type."""
-    try:
-        content = tomllib.loads(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ", configs/ has those that come with gpt-arc"
-        raise UserError(f"there is no config file {path}{hint}") from None
-    except OSError as error:
-        raise UserError(f"the config file {path} can't be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    settings: dict[str, Any] = {}
-    for key, value in content.items():
-        entries = {key: value}
-        if isinstance(value, dict):
-            if key not in TABLES:
-                raise UserError(f"{path}: there is no table [{key}]; the tables are [{'], ['.join(TABLES)}]")
-            entries = value
-        for name, entry in entries.items():
-            check_setting(name, entry, f"{path}: ")
-            table = SETTINGS[name][0]
-            if entries is value and table != key:
-                raise UserError(f"{path}: {name} stands in [{key}] and belongs in [{table}]")
-            if name in settings:
-                raise UserError(f"{path}: {name} is set twice")
-            settings[name] = _mixture(entry, path) if name == "mixture" else entry
-    return settings
-
-
-def _mixture(tables: Any, path: Path) -> tuple[Source, ...]:
-    """The sources of [[data.mixture]]. Raises UserError naming the first table that is not one."""
-    form = 'write [[data.mixture]], then name = "..." and weight = ...'
-    if not isinstance(tables, list) or not tables:
-        raise UserError(f"{path}: mixture must be a list of tables: {form}")
-    for number, table in enumerate(tables, start=1):
-        fits = isinstance(table, dict) and table.keys() == {"name", "weight"}
-        if not fits or not _conforms(table["name"], str) or not _conforms(table["weight"], float):
-            shown = json.dumps(table, default=str)
-            raise UserError(f"{path}: number {number} of the mixture, {shown}, is not understood: {form}")
-    try:
-        return tuple(Source(**table) for table in tables)
-    except ValueError as error:
-        raise UserError(f"{path}: mixture: {error}") from None
-
-
-def check_setting(name: str, value: Any, where: str) -> None:
-    if name not in SETTINGS:
-        raise UserError(f"{where}there is no setting {name}{_nearest(name)}")
-    expected = SETTINGS[name][1]
-    if name != "mixture" and not _conforms(value, expected):
-        raise UserError(f"{where}{name} = {json.dumps(value, default=str)}: {name} must be {_describe(expected)}")
-
-
-def _nearest(name: str) -> str:
-    near = difflib.get_close_matches(name.replace("-", "_"), SETTINGS, n=1)
-    return f"; did you mean {near[0]}?" if near else "; python train.py --help lists them all"
-
-
-def _conforms(value: Any, expected: Any) -> bool:
-    if typing.get_origin(expected) in (types.UnionType, typing.Union):
-        return any(_conforms(value, option) for option in typing.get_args(expected))
-    if typing.get_origin(expected) is Literal:
-        return value in typing.get_args(expected)
-    if expected is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if expected is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, expected)
-
-
-def _describe(expected: Any) -> str:
-    if typing.get_origin(expected) in (types.UnionType, typing.Union):
-        return " or ".join(_describe(option) for option in typing.get_args(expected) if option is not types.NoneType)
-    if typing.get_origin(expected) is Literal:
-        return "one of " + ", ".join(f'"{option}"' for option in typing.get_args(expected))
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-    return names[expected]
+    """The settings of a TOML file by their flat names. Raises UserError for a bad file, unknown key or bad value."""
+    return read_file(Config, path)
 
 
 def write_settings(settings: dict[str, Any]) -> str:
-    """Settings as TOML, by table; what is None is left out, for that is how TOML says it."""
+    """Settings as TOML, by table. A setting that is None is left out, since TOML has no null."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         if name == "mixture":
             value = [dataclasses.asdict(source) for source in value] or None
         if value is not None:
-            tables.setdefault(SETTINGS[name][0], {})[name] = value
+            tables.setdefault(SETTINGS[name].table, {})[name] = value
     return tomli_w.dumps(tables)
-
-
-def read_files(files: list[str]) -> dict[str, Any]:
-    """The settings of several files, later ones winning."""
-    settings: dict[str, Any] = {}
-    for file in files:
-        settings = merge(settings, read_settings(Path(file)))
-    return settings
-
-
-def merge(settings: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """`settings` with `later` ones over them; one dataset and a mixture take each other's place."""
-    replaced = {"mixture": "dataset", "dataset": "mixture"}
-    gone = {other for name, other in replaced.items() if name in later and other not in later}
-    return {name: value for name, value in settings.items() if name not in gone} | later

@@ -5,13 +5,15 @@ import fcntl
 import itertools
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
-from gpt_arc.training.config import SETTINGS, Config, check_setting, settings_of, write_settings
+from gpt_arc.settings import read_value, values_of
+from gpt_arc.training.config import SETTINGS, Config, write_settings
 
 OUT_ROOT = Path("out")
 # What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
@@ -53,13 +55,14 @@ class Lock:
 
 
 def claim_new(
-    out_dir: str | None, name: str, overwrite: bool, stage: str = "train", resume: str = "--init_from=resume"
+    out_dir: str | None, name: str, overwrite: bool, stage: str = "train", resume: str | None = None
 ) -> tuple[Path, Lock]:
     """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
 
     Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run of the same `stage` it holds.
     """
     if out_dir is not None:
+        resume = resume or f"--resume={shlex.quote(out_dir)}"
         directory = _made(Path(out_dir))
         lock = Lock(directory)
         if any(directory.iterdir()):
@@ -69,7 +72,7 @@ def claim_new(
                 raise UserError(f"out_dir = {out_dir} holds a run of {stage_of(directory)}.py: name another")
             if not overwrite:
                 raise UserError(
-                    f"out_dir = {out_dir} is in use: go on with it by {resume}, delete the run it holds by "
+                    f"out_dir = {out_dir} is in use: resume it by {resume}, delete the run it holds by "
                     "--overwrite=True, or name another"
                 )
         for pattern in CONTENTS:
@@ -103,7 +106,7 @@ def _made(directory: Path) -> Path:
 
 def write_record(directory: Path, config: Config, name: str, overrides: dict[str, Any]) -> None:
     """Write config.toml, with all settings, and run.json: the config's name and the settings that came from flags."""
-    settings = {name: value for name, value in settings_of(config).items() if SETTINGS[name][0] != "run"}
+    settings = {name: value for name, value in values_of(config).items() if SETTINGS[name].table != "run"}
     write_file(directory / "config.toml", write_settings(settings))
     write_file(directory / "run.json", json.dumps({"config": name, "overrides": overrides}, indent=1) + "\n")
 
@@ -116,6 +119,4 @@ def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
         name, overrides = str(content["config"]), dict(content["overrides"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is missing or damaged, so the run's settings are not known: {error}") from None
-    for setting, value in overrides.items():
-        check_setting(setting, value, f"{path}: ")
-    return name, overrides
+    return name, {setting: read_value(Config, setting, value, str(path)) for setting, value in overrides.items()}

@@ -7,8 +7,8 @@ from gpt_arc.training.config import TrainingConfig
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Learning rate of update `step` (0 is the first): a linear warmup, then the schedule down to `final_lr`."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.learning_rate
     if step >= config.decay_end:
@@ -16,7 +16,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     if config.schedule == "wsd":
         left = (config.decay_end - step) / (config.cooldown * config.decay_end) if config.cooldown else 1.0
         return config.final_lr + min(left, 1.0) * (config.learning_rate - config.final_lr)
-    progress = (step - config.warmup_iters) / (config.decay_end - config.warmup_iters)
+    progress = (step - config.warmup_steps) / (config.decay_end - config.warmup_steps)
     height = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_lr + height * (config.learning_rate - config.final_lr)
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import sys
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,22 +30,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc import distributed
-from gpt_arc.device import device_name, resolve_device, resolve_dtype, rng_state, set_rng_state, set_up_device
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
+from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
+from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import (
-    O,
-    StageOptions,
-    located,
-    read_options,
-    record_options,
-    recorded_options,
-    refuse_others,
-)
+from gpt_arc.training.options import StageOptions, record_options
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 
@@ -65,8 +57,15 @@ class StageRun:
     """One run of a training stage."""
 
     def __init__(
-        self, name: str, options: StageOptions, device: torch.device, run: Path | None, lock: runs.Lock | None
+        self,
+        name: str,
+        options: StageOptions,
+        device: torch.device,
+        run: Path | None,
+        lock: runs.Lock | None,
+        script: str | None = None,
     ):
+        self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
         self.run, self._lock = run, lock
@@ -96,7 +95,7 @@ class StageRun:
         if IS_MAIN:
             if self.run is None:
                 self._refuse_own_folder()
-                resume = f"python {sys.argv[0]} {self.options.out_dir} --resume=True"
+                resume = shlex.join(("python", self.script, f"--resume={self.options.out_dir}"))
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.run, self._lock = runs.claim_new(*where)
                 self._new = True
@@ -195,7 +194,7 @@ class StageRun:
     @property
     def _resume(self) -> str:
         python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        return f"{python} {sys.argv[0]} {self.run} --resume=True"
+        return f"{python} {shlex.join((self.script, f'--resume={self.run}'))}"
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
@@ -229,28 +228,3 @@ class StageRun:
         best = "" if self.progress.best_step is None else f"{self.run}/best (step {self.progress.best_step}), "
         say(f"finished step {self.progress.step}: {best}{self.run}/last")
         return 0
-
-
-def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
-    """Read the command line and run a stage's `train`, among the processes that torchrun started: the exit code."""
-    options = read_options(cls, description, sys.argv[1:])
-    if options.model is None:
-        raise UserError(f"name a model to start from: python stages/{name}.py MODEL; --help tells more")
-    run, lock = None, None
-    if options.resume:
-        allowed = {"model", "resume", "device", "backend"}
-        refuse_others(options, allowed, "can't be changed: --resume=True goes on as the run was started")
-        run = Path(options.model)
-        recorded = recorded_options(run, cls, name)
-        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=True)
-        lock = runs.Lock(run) if IS_MAIN else None
-    else:
-        options = located(options)
-    device = resolve_device(options.device, LOCAL_RANK)
-    with distributed.process_group(options.backend, device):
-        stage = StageRun(name, options, device, run, lock)
-        try:
-            return train(options, stage)
-        except UserError:
-            stage.abandon()
-            raise

@@ -18,6 +18,7 @@ from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
+from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import config_from_hf, read_tensors
 from model import GPT, GPTConfig
 
@@ -101,7 +102,7 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} is damaged: {mistake(error, GPTConfig)}") from None
 
 
 def load_model(

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.settings import mistake
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -248,7 +249,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
             settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
         return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
     except (TypeError, ValueError) as error:
-        raise UserError(f"it describes no model: {error}") from None
+        raise UserError(f"it describes no model: {mistake(error, GPTConfig)}") from None
 
 
 def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:

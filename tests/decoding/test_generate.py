@@ -18,6 +18,7 @@ from gpt_arc.decoding.probabilities import draw, filtered_probabilities, row_gen
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.decoding.speculative import Acceptance, speculative
 from gpt_arc.errors import UserError
+from gpt_arc.settings import build
 from model import GPT, GPTConfig
 from stub_models import counting_model
 
@@ -178,7 +179,7 @@ def test_temperature_zero_is_greedy():
 )  # fmt: skip
 def test_impossible_settings_are_refused(settings):
     with pytest.raises(UserError, match=next(iter(settings))):
-        Sampling(**settings)
+        build(Sampling, settings)
 
 
 # ---- drawing

@@ -221,7 +221,7 @@ def test_the_published_settings():
     """InstructGPT's: one epoch, 64 prompts an update, 9e-6, a cosine down to a tenth (arXiv:2203.02155, C.2)."""
     options = reward.Options()
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
-    assert (options.schedule, options.final_learning_rate) == ("cosine", 0.1)
+    assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +239,8 @@ def test_the_published_settings():
         ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split fits into 16 tokens"),
         ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
-        ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
-        ((*TRAIN, "--val_fraction=1"), "val_fraction = 1.0 must be in [0, 1)"),
+        ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
+        ((*TRAIN, "--val_fraction=1"), "val_fraction = 1.0 must be between 0 and 1, 1 excluded"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
         (("base", "--resume=True"), "base is not a run of reward.py that could go on"),
     ],

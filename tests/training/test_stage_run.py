@@ -3,24 +3,27 @@
 import dataclasses
 import json
 import random
+import re
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT, mistake
 from gpt_arc.training import epochs as epochs_module
 from gpt_arc.training import stage_run as stage_run_module
+from gpt_arc.training.command_line import read_options, run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
-from gpt_arc.training.options import StageOptions, read_options, record_options, recorded_options
+from gpt_arc.training.options import StageOptions, record_options, recorded_options
 from gpt_arc.training.schedule import learning_rate_at
-from gpt_arc.training.stage_run import StageRun, run_stage
+from gpt_arc.training.stage_run import StageRun
 from helpers import refusal
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Options(StageOptions):
     train: Path | None = None
     """A file."""
@@ -93,7 +96,7 @@ def test_a_digest_tells_contents_apart():
 
 
 def test_the_learning_rate_has_a_warmup_a_shape_and_an_end():
-    options = Options(learning_rate=2.0, warmup=0.1, final_learning_rate=0.25, schedule="linear", beta2=0.5)
+    options = Options(learning_rate=2.0, warmup=0.1, min_lr=0.5, schedule="linear", beta2=0.5)
     training = options.training(40)
     rates = [learning_rate_at(step, training) for step in range(41)]
     assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0]) and rates[22] == pytest.approx(1.25)
@@ -121,10 +124,10 @@ def test_flags_come_after_files_and_files_in_their_order(tmp_path, monkeypatch):
         ("wrods = ['x']", "a.toml: there is no setting wrods; did you mean words?"),
         ("zzzzzzz = 1", "a.toml: there is no setting zzzzzzz"),
         ("words = 'x'", 'a.toml: words = "x" must be a list'),
-        ("reference = ['x']", 'a.toml: reference = ["x"] must be one value'),
-        ("model = ['x']", 'a.toml: model = ["x"] must be one value'),
-        ("[model]\nname = 'x'", 'a.toml: model = {"name": "x"} must be one value'),
-        ("seed = 'x'", "a.toml: --seed: 'x' is not understood"),
+        ("reference = ['x']", 'a.toml: reference = ["x"] must be a text in quotes'),
+        ("model = ['x']", 'a.toml: model = ["x"] must be a text in quotes'),
+        ("[model]\nname = 'x'", 'a.toml: model = {"name": "x"} must be a text in quotes'),
+        ("seed = 'x'", 'a.toml: seed = "x" must be a whole number'),
         ("seed", "a.toml is not valid TOML"),
     ],
 )
@@ -139,20 +142,54 @@ def test_a_file_of_settings_that_is_wrong(tmp_path, monkeypatch, content, messag
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"batch_size": 0}, "batch_size = 0 must be 1 or more"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0 must be 1 or more"),
-        ({"weight_decay": -1.0}, "weight_decay = -1.0 must be zero or more"),
-        ({"grad_clip": float("nan")}, "grad_clip = nan must be zero or more"),
-        ({"seed": -1}, "seed = -1 must be zero or more"),
-        ({"adam_eps": float("inf")}, "adam_eps = inf must be more than zero"),
-        ({"beta1": 1.0}, r"beta1 = 1.0 must be in \[0, 1\)"),
-        ({"warmup": 1.0}, r"warmup = 1.0 must be in \[0, 1\)"),
-        ({"final_learning_rate": 1.5}, "final_learning_rate = 1.5 must be a share"),
+        ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0 must be at least 1"),
+        ({"weight_decay": -1.0}, "weight_decay = -1.0 must be at least 0"),
+        ({"grad_clip": float("nan")}, "grad_clip = nan must be at least 0, and finite"),
+        ({"seed": -1}, r"seed = -1 must be at least 0 and less than 2\^63"),
+        ({"adam_eps": float("inf")}, "adam_eps = inf must be more than 0, and finite"),
+        ({"beta1": 1.0}, "beta1 = 1.0 must be between 0 and 1, 1 excluded"),
+        ({"warmup": 1.0}, "warmup = 1.0 must be between 0 and 1, 1 excluded"),
+        ({"min_lr": 1.5}, "min_lr = 1.5 lies above learning_rate = 1e-05"),
     ],
 )
 def test_impossible_settings(setting, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as refused:
         Options(**setting)
+    assert re.search(message, mistake(refused.value, Options))
+
+
+def test_the_former_name_of_min_lr_still_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Options().training(10).min_lr == 1e-5 * 0.1 and Options(min_lr=0.0).training(10).min_lr == 0
+    for flags in (["--final_learning_rate=0.3"], ["--final-learning-rate", "0.3"]):
+        assert read_options(Options, None, ["--learning_rate=7e-6", *flags]).min_lr == 7e-6 * 0.3
+    Path("a.toml").write_text("final_learning_rate = 0.3\nlearning_rate = 1e-4\n")
+    assert read_options(Options, None, ["a.toml", "--learning_rate=7e-6"]).min_lr == 7e-6 * 0.3
+    assert read_options(Options, None, ["a.toml", "--min_lr=2e-6"]).min_lr == 2e-6
+    Path("b.toml").write_text("min_lr = 1e-6\n")
+    assert read_options(Options, None, ["b.toml", "--final_learning_rate=0"]).min_lr == 0
+    assert read_options(Options, None, ["a.toml", "b.toml"]).min_lr == 1e-6
+    with pytest.raises(UserError, match="final_learning_rate = 2 must be between 0 and 1"):
+        read_options(Options, None, ["--final_learning_rate=2"])
+
+
+def test_the_record_of_an_older_run_is_read(tmp_path):
+    old = {"model": "gpt2", "learning_rate": 3e-5, "final_learning_rate": 0.7, "resume": False, "train": "/a.jsonl"}
+    content = {"stage": "sft", "config": "sft", "overrides": {}, "options": {**old, "words": ["x"], "share": None}}
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    options = recorded_options(tmp_path, Options, "sft")
+    assert options.min_lr == 3e-5 * 0.7 and options.resume is None and options.train == Path("/a.jsonl")
+    assert options.words == ("x",) and options.share is None
+
+
+def test_both_forms_of_resume_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read_options(Options, None, ["--resume=run"]).resume == "run"
+    assert read_options(Options, None, ["run", "--resume=True"]) == Options("run", resume="True")
+    assert read_options(Options, None, ["gpt2", "--resume=False"]).resume is None
+    Path("a.toml").write_text("resume = true\n")
+    assert read_options(Options, None, ["a.toml", "run"]).resume == "True"
 
 
 def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
@@ -160,7 +197,7 @@ def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
     Path("base").mkdir()
     for options in (
         Options("base", train=Path("not there yet.jsonl"), words=("a", "b"), share=None, reference="gpt2", seed=2**62),
-        Options("gpt2", reference="base", learning_rate=1e-30, resume=True),
+        Options("gpt2", reference="base", learning_rate=1e-30, resume="run"),
     ):
         record_options(tmp_path, "sft", options)
         monkeypatch.chdir("base")
@@ -198,10 +235,15 @@ def test_a_run_has_the_same_options_when_it_goes_on(tmp_path, monkeypatch):
         seen.append(options)
         return 0
 
-    for args in (["base", "--reference=gpt2", "--train=f.jsonl", "--out_dir=run"], ["run", "--resume=True"]):
+    for args in (
+        ["base", "--reference=gpt2", "--train=f.jsonl", "--out_dir=run"],
+        ["run", "--resume=True"],
+        ["--resume=run"],
+    ):
         monkeypatch.setattr("sys.argv", ["sft.py", "--device=cpu", *args])
         assert run_stage(Options, None, "sft", train) == 0
-    first, second = seen
+    first, second, third = seen
+    assert second == third
     assert first.model == second.model == str(tmp_path / "base") and first.reference == second.reference == "gpt2"
     with pytest.raises(UserError, match="--reference can't be changed"):
         monkeypatch.setattr("sys.argv", ["sft.py", "run", "--resume=True", "--reference=base"])

@@ -18,15 +18,17 @@ products of two 1024 x 1024 matrices.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_requirements,
@@ -41,11 +43,12 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT
 
 TRIALS = 2  # batches per candidate size when choosing the harness's batch size
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class EvalBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
@@ -94,7 +97,7 @@ class EvalBench:
             raise ValueError(f"batch_sizes = {self.batch_sizes} must be some numbers of 1 or more")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvalJob:
     """Input of a child process."""
 

@@ -18,15 +18,17 @@ All use the same sequences and vocabulary, including the three special tokens.
 """
 
 import contextlib
+import dataclasses
 import queue
 import tempfile
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_requirements,
@@ -43,11 +45,12 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT
 
 LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class FinetuneBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
@@ -104,7 +107,7 @@ class FinetuneBench:
         return (1 + self.rounds) * self.steps_per_round
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class FinetuneJob:
     """Input of a child process."""
 

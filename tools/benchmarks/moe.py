@@ -18,15 +18,17 @@ token, attention not counted, at the rate measured between the rounds for produc
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_requirements, write_results
 from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare, prepare, read_arguments, show
 from gpt_arc.errors import UserError
+from gpt_arc.settings import STRICT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class MoeBench(StepBench):
     implementations: tuple[Literal["grouped_mm", "eager", "batched_mm"], ...] = ("grouped_mm", "eager")
     """transformers' ways of computing experts. batched_mm copies an expert's matrices for each choice of a token: it

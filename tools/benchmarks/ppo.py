@@ -23,6 +23,7 @@ interval.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -34,12 +35,12 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     Call,
@@ -55,6 +56,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
 UNCOUNTED = 2  # iterations at the start whose time doesn't count
@@ -67,7 +69,7 @@ SHARED_SETTINGS = (  # settings of stages/ppo.py that have the same names here
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class PPOBench:
     n_layer: int = 2
     """Blocks of the policy."""
@@ -198,7 +200,7 @@ def prepare(settings: PPOBench, folder: Path) -> Any:
     return model.config
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PPOJob:
     """Input of a child process."""
 

@@ -14,17 +14,19 @@ at the rate measured between the rounds for reading memory.
 """
 
 import contextlib
+import dataclasses
 import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_nanogpt_fits,
@@ -43,12 +45,13 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
+from gpt_arc.settings import STRICT
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SampleBench:
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
@@ -90,7 +93,7 @@ class SampleBench:
 # ---- workers: tokens are copied to the CPU, so the clock includes the GPU's work
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SampleJob:
     """Input of a child process."""
 

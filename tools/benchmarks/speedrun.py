@@ -31,12 +31,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_requirements,
@@ -50,13 +51,14 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 TRAIN_FILE = "train.bin"  # tokens in nanoGPT's format: 16 bits each, no header
 EVALUATED_AT_ONCE = 64  # windows per batch in nanoGPT's evaluation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class SpeedrunBench:
     target: str | None = None
     """The loss to reach, in nats a token; nanogpt, or None: the one that nanoGPT's training ends at."""
@@ -170,9 +172,9 @@ def read_evaluations(path: Path) -> tuple[list[Evaluation], float]:
     return evaluations, lines[-1]["seconds"] if lines else 0.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SpeedrunJob:
-    """Input of the child process."""
+    """Input of a child process."""
 
     checkout: Path
     config: Any  # Config; importing it would import torch

@@ -19,12 +19,13 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
     check_nanogpt_fits,
@@ -44,13 +45,14 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 
 PHASES = ("data", "forward", "backward", "update")
 TOP_OPERATORS = 14
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class StepBench:
     """What is asked of every measurement of optimizer steps."""
 
@@ -71,13 +73,13 @@ class StepBench:
                 raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class TrainBench(StepBench):
     nanogpt: Path | None = None
     """A checkout of nanoGPT, the folder with its model.py, to measure too."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrainJob:
     """Input of a child process."""
 

@@ -1,0 +1,267 @@
+"""Settings: strict pydantic dataclasses, and the one way to fill them from files and flags.
+
+A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
+unique within a dataclass and the dataclasses nested in it, so a setting is known by its flat name everywhere.
+
+Two class attributes are optional: OLD, the hints of former names by those names, which `translate(values)` turns into
+present ones; and INSTEAD, pairs of settings of which a later one replaces the earlier.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import annotated_types
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gpt_arc.errors import UserError
+
+T = TypeVar("T")
+VALUES = ConfigDict(strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(**VALUES, extra="forbid", use_attribute_docstrings=True)
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Seed = Annotated[int, Ge(0), Lt(2**63)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
+UnitInterval = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+class Setting(NamedTuple):
+    """One setting of a dataclass, or of a dataclass nested in it."""
+
+    table: str | None  # the field that holds the nested dataclass
+    hint: Any
+
+
+@functools.cache
+def settings_in(cls: type) -> dict[str, Setting]:
+    """The settings of `cls` by flat name."""
+    settings: dict[str, Setting] = {}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            settings |= {name: Setting(field.name, inner.hint) for name, inner in settings_in(hint).items()}
+        else:
+            settings[field.name] = Setting(None, hint)
+    return settings
+
+
+def values_of(settings: Any) -> dict[str, Any]:
+    """The values of a settings dataclass by flat name."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        values |= values_of(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return values
+
+
+def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> T:
+    """An instance of `cls` from values by flat name, the others at their defaults.
+
+    `sources` names the file that a value came from; a value without one is a flag's. Raises UserError, one sentence.
+    """
+    sources = sources or {}
+    values = cls.translate(dict(values)) if hasattr(cls, "translate") else values
+    arguments: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if not dataclasses.is_dataclass(hint):
+            arguments |= {field.name: values[field.name]} if field.name in values else {}
+            continue
+        inner = {name: values[name] for name in settings_in(hint) if name in values}
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        known = {one.name: getattr(default, one.name) for one in dataclasses.fields(hint)} if default else {}
+        arguments[field.name] = build(hint, known | inner, sources)
+    try:
+        return cls(**arguments)
+    except ValidationError as error:
+        raise UserError(_refusal(error, cls, sources)) from None
+    except (ValueError, OverflowError) as error:
+        raise UserError(str(error)) from None
+
+
+def mistake(error: Exception, cls: type) -> str:
+    """What an error says: of a ValidationError of `cls`, the first mistake in one sentence."""
+    return _refusal(error, cls, None) if isinstance(error, ValidationError) else str(error)
+
+
+def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | None) -> str:
+    first = error.errors(include_url=False)[0]
+    if not first["loc"]:  # settings that don't go together: the files that set one of those in the sentence
+        sentence = _sentence(error, None, "")
+        words = set(sentence.replace(",", " ").replace(":", " ").split())
+        files = dict.fromkeys(source for name, source in (sources or {}).items() if name in words)
+        return f"{', '.join(files)}: {sentence}" if files else sentence
+    name = str(first["loc"][0])
+    hint = settings_in(cls)[name].hint if name in settings_in(cls) else None
+    prefix = "" if sources is None else f"{sources[name]}: " if name in sources else "--"
+    return prefix + _sentence(error, hint, name)
+
+
+def read_value(cls: type, name: str, value: Any, source: str) -> Any:
+    """The plain `value` of a file as the setting `name` of `cls` has it. Raises UserError naming `source`."""
+    hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
+    if name not in hints:
+        raise UserError(f"{source}: there is no setting {name}{nearest(name, settings_in(cls))}")
+    if value == "None" and types.NoneType in dict(_kinds(hints[name])):
+        return None
+    try:  # a date, which JSON doesn't have, is no value of any setting
+        content = json.dumps(value, default=lambda odd: {type(odd).__name__: str(odd)})
+        return TypeAdapter(hints[name], config=VALUES).validate_json(content)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_sentence(error, hints[name], name, located=False)}") from None
+
+
+def nearest(name: str, names: Any) -> str:
+    """The end of a sentence that refuses `name`: the nearest of the right names."""
+    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
+    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+
+
+def read_file(cls: type, path: Path) -> dict[str, Any]:
+    """The settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
+    try:
+        content = tomllib.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ", configs/ has those that come with gpt-arc"
+        raise UserError(f"there is no config file {path}{hint}") from None
+    except OSError as error:
+        raise UserError(f"the config file {path} can't be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    known, settings = settings_in(cls), {}
+    tables = list(dict.fromkeys(setting.table for setting in known.values() if setting.table))
+    for key, value in content.items():
+        is_table = bool(tables) and isinstance(value, dict)
+        if is_table and key not in tables:
+            raise UserError(f"{path}: there is no table [{key}]; the tables are [{'], ['.join(tables)}]")
+        for name, entry in (value if is_table else {key: value}).items():
+            checked = read_value(cls, name, entry, str(path))
+            if is_table and known[name].table != key:
+                raise UserError(f"{path}: {name} stands in [{key}] and belongs in [{known[name].table}]")
+            if name in settings:
+                raise UserError(f"{path}: {name} is set twice")
+            settings[name] = checked
+    return settings
+
+
+def merge(cls: type, settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `later` ones over them; settings that stand for each other replace each other."""
+    instead = getattr(cls, "INSTEAD", {})
+    dropped = {other for name, other in instead.items() if name in later and other not in later}
+    return {name: value for name, value in settings.items() if name not in dropped} | dict(later)
+
+
+def read_files(cls: type, paths: typing.Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of several files, later ones winning, and the file that each came from."""
+    settings: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for path in paths:
+        later = read_file(cls, Path(path))
+        settings = merge(cls, settings, later)
+        sources |= dict.fromkeys(later, str(path))
+    return settings, {name: source for name, source in sources.items() if name in settings}
+
+
+def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True) -> str:
+    """The first mistake of an error; `hint` is of the setting `name`, which its locations begin with if `located`."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    place = first["loc"][1:] if located else first["loc"]
+    prefix = ""
+    for step in place:
+        kinds = [kind for kind, _ in _kinds(hint)]
+        entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
+        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        if isinstance(step, int) and entries is not None:
+            prefix, hint = f"number {step + 1} of {name}: ", entries
+        elif nested and isinstance(step, str):
+            hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
+    if first["type"] == "value_error":
+        return prefix + str(first["ctx"]["error"])
+    if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{prefix}{name} is missing"
+    if hint is None:
+        return f"{prefix}there is no setting {name}"
+    name = "" if prefix and dataclasses.is_dataclass(hint) else f"{name} = "
+    name = "" if prefix and isinstance(place[-1], int) else name
+    return f"{prefix}{name}{_shown(first['input'])} must be {_expected(hint, {one['type'] for one in errors})}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    return str(value) if isinstance(value, Path) else json.dumps(value, default=str)
+
+
+def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+    """The types that a hint is a union of, each with its bounds."""
+    if typing.get_origin(hint) is Annotated:
+        own = tuple(one for one in hint.__metadata__ if isinstance(one, annotated_types.BaseMetadata))
+        yield from _kinds(hint.__origin__, own or bounds)
+    elif typing.get_origin(hint) in (types.UnionType, typing.Union):
+        for option in typing.get_args(hint):
+            yield from _kinds(option, bounds)
+    else:
+        yield hint, bounds
+
+
+def _expected(hint: Any, broken: set[str]) -> str:
+    """What a value of `hint` must be, where rules of the kinds `broken` (pydantic's error types) were."""
+    kinds = list(_kinds(hint))
+    ranges = [_range(bounds) for _, bounds in kinds if bounds]
+    finite = "finite" if "finite_number" in broken else ""
+    if broken & BOUNDS:
+        what = ", and ".join(filter(None, [*ranges[:1], finite]))
+    else:
+        what = " or ".join(_named(kind) for kind, _ in kinds if kind is not types.NoneType)
+    optional = types.NoneType in dict(kinds) and broken & BOUNDS
+    return f"{what}, or left out" if optional else what
+
+
+def _range(bounds: tuple) -> str:
+    least = next((bound for bound in bounds if isinstance(bound, (Ge, Gt))), None)
+    most = next((bound for bound in bounds if isinstance(bound, (Le, Lt))), None)
+    low = getattr(least, "ge", getattr(least, "gt", None))
+    high = getattr(most, "le", getattr(most, "lt", None))
+    shown = "2^63" if high == 2**63 else high
+    if least and most and high != 2**63:
+        excluded = [str(value) for value, open in ((low, isinstance(least, Gt)), (high, isinstance(most, Lt))) if open]
+        return f"between {low} and {high}" + (f", {' and '.join(excluded)} excluded" if excluded else "")
+    parts = [] if least is None else [f"more than {low}" if isinstance(least, Gt) else f"at least {low}"]
+    parts += [] if most is None else [f"less than {shown}" if isinstance(most, Lt) else f"at most {shown}"]
+    return " and ".join(parts)
+
+
+def _named(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{option}"' for option in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        inner = next(_kinds(typing.get_args(kind)[0]))[0]
+        return f"a list of {_tables(inner)}" if dataclasses.is_dataclass(inner) else "a list"
+    return _tables(kind) if dataclasses.is_dataclass(kind) else names.get(kind, "a path in quotes")
+
+
+def _tables(cls: type) -> str:
+    return f"tables with {' and '.join(settings_in(cls))}"
