@@ -50,7 +50,7 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.optim import Updater, follow
+from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
@@ -369,7 +369,7 @@ def train(options: Options, run: StageRun) -> int:
             rate, norm, means = result
             totals, finite_updates = totals + torch.tensor(means), finite_updates + 1
             if average is not None:
-                follow(average.parameters(), policy.parameters(), options.ema_decay)
+                update_average(average.parameters(), policy.parameters(), options.ema_decay)
 
         # report
         progress.step += 1

@@ -122,14 +122,14 @@ def test_a_run_may_go_on_in_another_precision(workplace, run, dtype):
 
 def test_an_evaluation_cut_short_is_made_up(workplace, run, monkeypatch):
     run("--dropout=0.1", "--out_dir=whole")
-    evaluate, calls = train.evaluate, []
+    evaluate, calls = train.Run.val_loss, []
 
-    def cut_short_every_other_time(model, batches, device, dtype, stop):
+    def cut_short_every_other_time(self):
         calls.append(len(calls) % 2)
-        stop.number = 0 if calls[-1] else signal.SIGINT
-        return evaluate(model, batches, device, dtype, stop)
+        self.stop.number = 0 if calls[-1] else signal.SIGINT
+        return evaluate(self)
 
-    monkeypatch.setattr(train, "evaluate", cut_short_every_other_time)
+    monkeypatch.setattr(train.Run, "val_loss", cut_short_every_other_time)
     assert run("--dropout=0.1", "--out_dir=cut").code == 130
     assert run("--init_from=resume", "--out_dir=cut", tiny=False).code == 130
     assert "finished step 8" in run("--init_from=resume", "--out_dir=cut", tiny=False)
@@ -307,7 +307,7 @@ def test_signals_save_and_say_how_to_resume(workplace, number, code):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
-    resume = output.split("go on with: python ")[1].split()
+    resume = output.split("resume with: python ")[1].split()
     step = load_state(Path("out/sums/last"))["progress"]["step"]
     result = command(*resume, f"--max_iters={step + 3}")
     assert result.returncode == 0 and f"from step {step}" in result.stdout, result.stderr

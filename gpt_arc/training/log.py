@@ -1,15 +1,17 @@
-"""What a run logs: means between lines, and metrics.jsonl."""
+"""What a run logs: means between lines, metrics.jsonl, Weights & Biases."""
 
 import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
+from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.training.config import LoggingConfig
 
 
 class Meter:
-    """Mean loss and rate since they were last taken."""
+    """Mean loss and rate since the last `take`."""
 
     loss_sum, tokens, seconds = 0.0, 0, 0.0
 
@@ -19,17 +21,17 @@ class Meter:
         self.seconds += seconds
 
     def take(self) -> tuple[float, float] | tuple[None, None]:
-        """Mean loss in nats a token, and tokens a second, None if there were none; starts anew."""
+        """Returns the mean loss in nats a token and the tokens a second, None without any, and resets both."""
         loss_sum, tokens, seconds = self.loss_sum, self.tokens, self.seconds
         self.loss_sum, self.tokens, self.seconds = 0.0, 0, 0.0
         return (loss_sum / tokens, tokens / seconds) if tokens else (None, None)
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, in the order of steps."""
+    """metrics.jsonl: one JSON object per line, in the order of steps."""
 
     def __init__(self, directory: Path, keep_until: int):
-        """Append to the run's file, dropping what a killed run logged after step `keep_until`."""
+        """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`."""
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -41,7 +43,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of a metrics.jsonl, without one that a kill cut short."""
     if not path.exists():
         return []
     lines = []
@@ -49,3 +51,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and "step" in line]
+
+
+def start_wandb(logging: LoggingConfig, settings: dict[str, Any], folder: Path) -> Any:
+    """A run of Weights & Biases that keeps its files in `folder`. Raises UserError."""
+    import wandb
+
+    name = logging.wandb_run_name or folder.name
+    try:
+        return wandb.init(project=logging.wandb_project, name=name, config=settings, dir=folder)
+    except wandb.errors.Error as error:
+        raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None

@@ -1,4 +1,4 @@
-"""AdamW and Muon as the GPTs use them, one update of the weights, their average, and the learning rate over time."""
+"""AdamW and Muon as the GPTs use them, one update of the weights, and their moving average."""
 
 import contextlib
 import math
@@ -14,22 +14,23 @@ from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
 
-# what Muon takes: matrices between hidden states, not embeddings, heads, biases, gates of experts
+# Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
 
-def of_muon(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices that Muon updates. Those of all experts, stacked, are none that it could make orthogonal."""
+def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices that Muon updates. It can't orthogonalise the stacked matrices of experts, which are left out."""
     named = model.named_parameters()
     return [p for name, p in named if p.requires_grad and p.dim() == 2 and HIDDEN.fullmatch(name)]
 
 
 def build_muon(model: nn.Module, config: TrainingConfig) -> torch.optim.Muon | None:
-    """Muon on the blocks' matrices, for those settings that ask for it; of a model that has them.
+    """Muon for the blocks' matrices, if the settings ask for it and the model has some.
 
-    An update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)), as in https://github.com/KellerJordan/Muon.
+    The update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)), as in
+    https://github.com/KellerJordan/Muon.
     """
-    matrices = of_muon(model) if config.optimizer == "muon" else []
+    matrices = muon_parameters(model) if config.optimizer == "muon" else []
     if not matrices:
         return None
     rate, decay = config.muon_rate, config.weight_decay
@@ -37,12 +38,12 @@ def build_muon(model: nn.Module, config: TrainingConfig) -> torch.optim.Muon | N
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW on what isn't frozen, with decoupled weight decay on tensors of two or more dimensions, not on biases.
+    """AdamW for everything that isn't frozen and isn't Muon's, with decoupled weight decay on matrices only.
 
-    The biases of several experts are a matrix, and biases all the same. What is `build_muon`'s is left out.
+    The stacked biases of experts form a matrix, but count as biases.
     """
-    theirs = set(of_muon(model)) if config.optimizer == "muon" else set()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in theirs}
+    excluded = set(muon_parameters(model)) if config.optimizer == "muon" else set()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in excluded}
     matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
     vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
     assert len({id(p) for p in matrices + vectors}) == len(parameters) == len(matrices) + len(vectors)
@@ -51,12 +52,21 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
-        fused=True,  # which cpu, cuda and mps have
+        fused=True,  # available on cpu, cuda and mps
     )
 
 
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of a model, by the key under which training_state.pt keeps their moments.
+
+    A further optimizer is one more value of `TrainingConfig.optimizer` and one more branch here.
+    """
+    muon = build_muon(model, config)
+    return {"optimizer": build_optimizer(model, config)} | ({"muon": muon} if muon else {})
+
+
 class Updater:
-    """The optimizer with all that an update takes: loss scaling for float16, the check that all is finite, clipping."""
+    """The optimizers and everything an update takes: loss scaling for float16, the finite check, gradient clipping."""
 
     def __init__(
         self,
@@ -66,24 +76,30 @@ class Updater:
         dtype: str,
         sharing: ExpertParallel | None = None,
     ):
-        """`sharing` is the model's, where its experts are shared out among processes."""
+        """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
         self.config, self.sharing = config, sharing if sharing and sharing.shares else None
-        self.optimizer, self.muon = build_optimizer(model, config), build_muon(model, config)
-        self.optimizers = [self.optimizer] + ([self.muon] if self.muon else [])
+        self.optimizers = build_optimizers(model, config)
+        self.rate_factors = {"muon": config.muon_rate / config.learning_rate}  # of learning_rate; 1 for the others
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self._failures = 0  # updates in a row that were not finite
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training can't recover: float16 finds its loss scale by overflowing, other types don't mend."""
+        return self._failures >= (20 if self.scaler.is_enabled() else 2)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def update(self, learning_rate: float, *sums: Tensor | float) -> tuple[bool, float, list[float]]:
-        """Update the weights with the gradients there are, and clear these; nothing is changed if they aren't finite.
+        """Update the weights with the present gradients, then clear these; non-finite gradients change nothing.
 
-        Returns whether they were, and the first of `sums` too; the gradient's norm; and `sums`, each () and summed over
-        the processes. That is the one wait for the device in a step.
+        Returns whether the gradients and the first of `sums` were finite, the gradient's norm, and `sums`, each () and
+        summed over the processes. This is the only point in a step that waits for the device.
         """
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         shares = self.sharing.shares if self.sharing else {}
         norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
@@ -92,28 +108,28 @@ class Updater:
         if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
             self.sharing.reduce_gradients()
             values.append(get_total_norm([p.grad for p in shares]).square() / self.sharing.n_copies)
-        norm_seen, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
+        total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
         if self.sharing:
-            norm_seen = math.hypot(norm_seen, math.sqrt(summed.pop()))
-        finite = math.isfinite(norm_seen) and math.isfinite(summed[0])
+            total_norm = math.hypot(total_norm, math.sqrt(summed.pop()))
+        finite = math.isfinite(total_norm) and math.isfinite(summed[0])
         if finite:
-            if 0 < self.config.grad_clip < norm_seen:
-                clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, norm_seen))
-            for optimizer in self.optimizers:
-                share = self.config.muon_rate / self.config.learning_rate if optimizer is self.muon else 1.0
+            if 0 < self.config.grad_clip < total_norm:
+                clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, total_norm))
+            for name, optimizer in self.optimizers.items():
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * share
+                    group["lr"] = learning_rate * self.rate_factors.get(name, 1.0)
                 self.scaler.step(optimizer)
             if self.average is not None:
-                follow(self.average, self.parameters, self.config.ema_decay)
+                update_average(self.average, self.parameters, self.config.ema_decay)
+        self._failures = 0 if finite else self._failures + 1
         self.scaler.update()
-        for optimizer in self.optimizers:
+        for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        return finite, norm_seen, summed
+        return finite, total_norm, summed
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """In which the model has the moving average of its weights, if one is kept."""
+        """Runs the block with the moving average of the weights in the model, if one is kept."""
         self._swap()
         try:
             yield
@@ -126,29 +142,29 @@ class Updater:
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
-    def state_dict(self) -> dict[str, dict]:
-        """Complete in the main process, whoever has which experts; every process has to ask."""
-        state = self.optimizer.state_dict()
+    def state_dict(self) -> dict:
+        """The state to save, complete in the main process. Every process has to call it."""
+        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.sharing:
-            state["state"] = self.sharing.reshaped(self.optimizer, state["state"], self.sharing.gathered)
-        state = {"optimizer": state, "scaler": self.scaler.state_dict()}
-        if self.muon:
-            state["muon"] = self.muon.state_dict()
-        if self.average is not None:  # the model's file has that
+            main = self.optimizers["optimizer"]
+            state["optimizer"]["state"] = self.sharing.reshaped(
+                main, state["optimizer"]["state"], self.sharing.gathered
+            )
+        state |= {"optimizer_name": self.config.optimizer, "scaler": self.scaler.state_dict()}
+        if self.average is not None:  # the model's file holds the average
             state["weights"] = [p.detach() for p in self.parameters]
         return state
 
-    def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Take up what `state_dict` gave; rates, decay and betas stay those of the present settings.
+    def load_state_dict(self, state: dict) -> None:
+        """Restore what `state_dict` returned; rates, decay and betas stay those of the present settings.
 
-        The model has the weights of its file: their average, if one was kept.
+        The model holds the weights of its file: their average, if one was kept.
         """
-        saved = state["optimizer"]
-        if self.sharing:
-            saved = {"state": self.sharing.reshaped(self.optimizer, saved["state"], self.sharing.own)}
-        load_optimizer_state(self.optimizer, saved)
-        if self.muon:
-            load_optimizer_state(self.muon, state["muon"])
+        for name, optimizer in self.optimizers.items():
+            saved = state[name]
+            if self.sharing and name == "optimizer":
+                saved = {"state": self.sharing.reshaped(optimizer, saved["state"], self.sharing.own)}
+            load_optimizer_state(optimizer, saved)
         if self.average is not None:
             torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
         for parameter, weight in zip(self.parameters, state.get("weights", ())):
@@ -157,22 +173,22 @@ class Updater:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def check_same_optimizer(asked: str, state: dict[str, dict]) -> None:
-    """Raises UserError where the `Updater` that gave `state` had another optimizer than is `asked` for."""
-    known = "muon" if "muon" in state else "adamw"
-    if asked != known:
+def check_same_optimizer(name: str, state: dict) -> None:
+    """Raises UserError if the `Updater` that returned `state` had another optimizer than `name`."""
+    saved = state.get("optimizer_name", "muon" if "muon" in state else "adamw")  # older states don't name it
+    if name != saved:
         raise UserError(
-            f'optimizer = "{asked}" can\'t go on from the moments of "{known}", which the run has: leave it as it was '
-            "to resume, or start a new run from its weights, with --init_from and the folder of its checkpoint"
+            f'optimizer = "{name}" can\'t continue from the moments of "{saved}", which the run has: leave it '
+            "as it was to resume, or start a new run from its weights, with --init_from and the folder of its checkpoint"
         )
 
 
-def follow(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
     for mean, weight in zip(average, weights):
         mean.lerp_(weight.detach(), 1 - decay)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Take the moments of a saved `state_dict`; rates, decay and betas stay those of the present settings."""
+    """Restore the moments of a saved `state_dict`; rates, decay and betas stay those of the present settings."""
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})

@@ -151,7 +151,7 @@ def test_muon_does_not_see_the_scale_of_a_loss():
         assert updater.update(0.01, torch.tensor(1.0))[0]
     for ours, its in zip(plain.parameters(), scaled.parameters()):
         torch.testing.assert_close(ours, its)
-    moments = [updater.muon.state_dict()["state"] for updater in updaters]
+    moments = [updater.optimizers["muon"].state_dict()["state"] for updater in updaters]
     assert all(torch.allclose(moments[0][i]["momentum_buffer"], moments[1][i]["momentum_buffer"]) for i in moments[0])
 
 
