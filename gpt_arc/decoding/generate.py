@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from gpt_arc.decoding.decoder import Decoder
-from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.probabilities import (
+    draw,
+    log_probabilities_of,
+    row_generators,
+    sampling_probabilities,
+    tokens_seen,
+)
 from gpt_arc.decoding.settings import Sampling
 from model import GPT
 
@@ -57,7 +63,7 @@ def generate(
     for length in range(1, max_new_tokens + 1):
         probabilities = sampling_probabilities(sampling, logits, seen)
         tokens = draw(probabilities, [generators[row] for row in rows])
-        yield Step(rows, tokens, _log_probabilities(logits, tokens))
+        yield Step(rows, tokens, log_probabilities_of(logits, tokens))
         going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
         if not going or length == max_new_tokens:
             return

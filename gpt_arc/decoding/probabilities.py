@@ -73,6 +73,6 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[i
     return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1).tolist()
 
 
-def _log_probabilities(logits: Tensor, tokens: list[int]) -> list[float]:
+def log_probabilities_of(logits: Tensor, tokens: list[int]) -> list[float]:
     index = torch.tensor(tokens, device=logits.device)[:, None]
     return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import Step
-from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.probabilities import (
+    draw,
+    log_probabilities_of,
+    row_generators,
+    sampling_probabilities,
+    tokens_seen,
+)
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
 from model import GPT
@@ -105,7 +111,7 @@ def speculative(
         else:
             unread = unread + new
         unread = unread[-drafter.model.config.block_size :]
-        for token, log_probability in zip(new, _log_probabilities(logits[: len(new)], new)):
+        for token, log_probability in zip(new, log_probabilities_of(logits[: len(new)], new)):
             yield Step([0], [token], [log_probability])
             made += 1
             if stopped(0, token):

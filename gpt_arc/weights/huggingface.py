@@ -443,12 +443,12 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     if missing:
         paths = {tensor.path for tensor in stored.values()}
         place = paths.pop() if len(paths) == 1 else directory
-        raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{_and_more(missing)}")
+        raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{and_more(missing)}")
     tied_copy = stored.pop("lm_head.weight", None) if config.tied_head else None
     surplus = {name for name in stored.keys() - expected if not BUFFER.match(name)}
     if surplus:
         extra = stored[min(surplus)]
-        raise UserError(f"{extra.path} has beyond the model the tensor {extra.name}{_and_more(surplus)}")
+        raise UserError(f"{extra.path} has beyond the model the tensor {extra.name}{and_more(surplus)}")
     for part in expected.values():
         tensor = stored[part.name]
         header = tensor.file.get_slice(tensor.name)
@@ -469,7 +469,7 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     return tensors
 
 
-def _and_more(names: set[str]) -> str:
+def and_more(names: set[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 

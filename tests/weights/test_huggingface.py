@@ -449,7 +449,7 @@ def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, nam
         assert torch.equal(model.eval()(tokens), whole.eval()(tokens))
     assert model.position_embedding.weight.untyped_storage().nbytes() == 9 * 32 * 4  # the rest is let go
     for change, sentence in (
-        ({"block_size": 81}, "block_size = 81 is more than the 80 positions"),
+        ({"block_size": 81}, "block_size = 81 is more than the 80 positions learned"),
         ({"norm_eps": 1e-3}, "norm_eps = 0.001 contradicts the model"),
         ({"n_layer": 3}, "n_layer = 3 contradicts the model .* has 2"),
     ):
@@ -470,7 +470,7 @@ def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(copy):
     assert (model.config.vocab_size, tokenizer.vocab_size) == (23, 3)
     assert tokenizer.decode([0, 22, 1]) == "ab"  # ids of the padding are no text
     CharTokenizer([chr(i) for i in range(24)]).save(folder)
-    with pytest.raises(UserError, match="another model's: 24 tokens for a model of 23"):
+    with pytest.raises(UserError, match="belongs to another model: it has 24 tokens, the model 23"):
         load_model(folder)
 
 
