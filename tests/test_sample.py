@@ -68,7 +68,7 @@ def test_prompts(letters, say, tmp_path):
 
 def test_a_long_prompt_says_so(letters):
     result = command("sample.py", *GREEDY, "--start=hhhhhhhhhha")
-    assert "the prompt's last 4 of 11 tokens are kept" in result.stderr and result.returncode == 0
+    assert "keeping the last 4 of the prompt's 11 tokens" in result.stderr and result.returncode == 0
 
 
 def test_several_samples_and_stops(letters, say):
@@ -424,7 +424,7 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--chat=out/letters"], "has no chat.json: it must learn conversations first, by stages/sft.py"),
+        (["--chat=out/letters"], "has no chat.json: train it on conversations first, by stages/sft.py"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
         (["--chat="], "chat is an empty name"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),
