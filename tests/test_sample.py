@@ -418,7 +418,7 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
     assert lines[0].startswith("sampling from") and len(lines) == 4
     assert "the character 'X' (U+0058) at position 1" in lines[1]
     assert lines[2] == "the 21 tokens of the last turn are more than the 20 that the context leaves"
-    assert lines[3] == "the oldest turns are forgotten: the context is 40 tokens"  # said once
+    assert lines[3] == "dropped the oldest turns: the context is 40 tokens"  # said once
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
         (["--system=a"], "system is what a chat begins with: name the model by --chat"),
         (
             ["--chat=talker", f"--system={'a' * 20}"],
-            "the system's turn take 20 of the 20 tokens that a prompt may have",
+            "the system turn take 20 of the 20 tokens for a prompt",
         ),
         (["--chat=talker", "--system=X"], "the character 'X'"),
         (["--chat=talker", "--temperature=-1"], "temperature = -1.0"),
