@@ -1,24 +1,27 @@
-"""Continue a prompt with a trained model, and print the text as it is made.
+"""Continues a prompt with a trained model and prints the text as it is generated.
 
     python sample.py                                   the newest run under out/
     python sample.py out/quickstart --start="The "     a run folder, or any model directory
-    python sample.py gpt2-xl --start="The "            published weights of the Hugging Face hub
+    python sample.py gpt2-xl --start="The "            published weights from the Hugging Face hub
     python sample.py --start=FILE:prompt.txt --num_samples=3 --temperature=0.8 --top_k=200 --top_p=0.95
     python sample.py --temperature=0                   greedy: always the most likely token
     python sample.py --num_beams=4                     the likeliest text that beam search finds
-    python sample.py gpt2-xl --draft=gpt2              a small model proposes, the large one disposes
+    python sample.py gpt2-xl --draft=gpt2              speculative decoding: a small model proposes tokens
     python sample.py --interactive=True                prompts from the keyboard, one after the other
     python sample.py --chat out/sft                    a conversation; --system="Be brief." sets its tone
-    python sample.py --prompts=FILE --json=True        a prompt a line in, a JSON object a line out
+    python sample.py --prompts=FILE --json=True        one prompt per line in, one JSON object per line out
 
 A model is a run folder, a model directory, or the name of published weights.
 """
 
+# Modules that need torch are imported in functions, so that wrong settings are refused at once.
+
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.screen import Continuation, Screen
@@ -26,9 +29,12 @@ from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 
+if TYPE_CHECKING:
+    from gpt_arc.decoding.generate import Step
 
-def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
-    """The prompts, in lists of those that may be continued together."""
+
+def prompt_batches(config: SampleConfig) -> Iterable[list[str]]:
+    """Returns the prompts, in lists that may be continued together."""
     from gpt_arc.data.documents import read_text
 
     if config.typed:
@@ -44,107 +50,137 @@ def asked_prompts(config: SampleConfig) -> Iterable[list[str]]:
 
 
 def typed_prompts() -> Iterator[list[str]]:
+    """Yields each line of the input."""
     while sys.stdin is not None:
         try:
             if sys.stdin.isatty():
-                print("> ", end="", file=sys.stderr, flush=True)  # what is printed may go to a file
+                print("> ", end="", file=sys.stderr, flush=True)  # stdout may be a file
             yield [input().removesuffix("\r")]
         except EOFError:
             return
 
 
-def encoded(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+    """Returns the prompt's tokens, or the start token of an empty one. Raises UserError for text without tokens."""
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # a terminal's bytes that are no text
+        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
     try:
         tokens = tokenizer.encode(prompt)
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
     if len(tokens) > context:
-        print(f"the prompt's last {context} of {len(tokens)} tokens are kept: that is the context", file=sys.stderr)
+        print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
     return tokens or [tokenizer.start_token]
 
 
-def main() -> None:
-    config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
+class Sampler:
+    """A model that continues prompts as the settings say."""
 
-    from gpt_arc.chat.format import load_chat
-    from gpt_arc.decoding.beam import beam_search
-    from gpt_arc.decoding.dialogue import Dialogue
-    from gpt_arc.decoding.generate import Step, generate
-    from gpt_arc.decoding.load import load_decoder
-    from gpt_arc.decoding.probabilities import row_generators
-    from gpt_arc.decoding.speculative import Acceptance, speculative
-    from gpt_arc.training import runs  # these import torch: not before the settings are known to be right
-    from gpt_arc.weights.directory import model_directory
+    def __init__(self, config: SampleConfig, first_prompts: int):
+        """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
+        from gpt_arc.chat.format import load_chat
+        from gpt_arc.decoding.dialogue import Dialogue
+        from gpt_arc.decoding.load import load_decoder
+        from gpt_arc.decoding.speculative import Acceptance
+        from gpt_arc.training import runs
+        from gpt_arc.weights.directory import model_directory
 
-    asked = asked_prompts(config)
-    # how many continuations are made together: by beam search those of a prompt, with a draft one
-    together = config.num_samples if config.num_beams else 1 if config.draft else config.batch_size
-    count = config.num_samples * (1 if config.typed else len(asked[0]))
-    rows = config.num_beams or min(together, count)
-    steps = config.max_new_tokens * math.ceil(count / together)
+        self.config, self.acceptance = config, Acceptance()
+        # beam search decodes one prompt at a time, speculation one continuation
+        self.batch_size = config.num_samples if config.num_beams else 1 if config.draft else config.batch_size
+        count = config.num_samples * first_prompts
+        rows = config.num_beams or min(self.batch_size, count)
+        steps = config.max_new_tokens * math.ceil(count / self.batch_size)
+        self.directory = model_directory(config.names[0] if config.names else runs.newest_run())
+        self.decoder, self.tokenizer = load_decoder(self.directory, config, rows, steps)
+        self.context, self.dialogue = self.decoder.model.config.block_size, None
+        if config.chat:
+            chat = load_chat(self.directory, self.tokenizer)
+            if chat is None:
+                raise UserError(f"{self.directory} has no chat.json: train it on conversations first, by stages/sft.py")
+            self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)
+        if config.draft:
+            self.draft, draft_tokenizer = load_decoder(model_directory(config.draft), config, rows, steps)
+            if draft_tokenizer != self.tokenizer:
+                raise UserError(
+                    f"the draft {config.draft} has another tokenizer than the model: name one that shares it"
+                )
 
-    directory = model_directory(config.names[0] if config.names else runs.newest_run())
-    decoder, tokenizer = load_decoder(directory, config, rows, steps)
-    context, dialogue = decoder.model.config.block_size, None
-    if config.chat:
-        chat = load_chat(directory, tokenizer)
-        if chat is None:
-            raise UserError(f"{directory} has no chat.json: it must learn conversations first, by stages/sft.py")
-        dialogue = Dialogue(chat, context, config.max_new_tokens, config.system)
-    if config.draft:
-        drafter, same = load_decoder(model_directory(config.draft), config, rows, steps)
-        if same != tokenizer:
-            raise UserError(f"the draft {config.draft} has another tokenizer than the model: its tokens mean others")
-    acceptance = Acceptance()
-
-    def unanswered(prompts: list[str]) -> list[Continuation]:
+    def continuations(self, prompts: Sequence[str]) -> list[Continuation]:
+        """Returns the empty continuations of prompts, or the empty answer of a chat."""
+        config = self.config
+        if self.dialogue:
+            return [self.dialogue.ask(prompts[0], config.stop)]
+        encoded = [(prompt, encode_prompt(prompt, self.tokenizer, self.context)) for prompt in prompts]
         return [
-            Continuation(prompt, tokens, tokenizer, config.stop)
-            for prompt in prompts
-            for tokens in [encoded(prompt, tokenizer, context)] * config.num_samples
+            Continuation(prompt, tokens, self.tokenizer, config.stop)
+            for prompt, tokens in encoded
+            for _ in range(config.num_samples)
         ]
 
-    def steps_of(batch: list[Continuation], first: int) -> Iterator[Step]:
-        """What continues a batch, whose first row has the number `first` of all."""
-        prompts, length = [row.prompt_tokens for row in batch], config.max_new_tokens
-        generators = row_generators(config.seed, range(first, first + len(batch)))
-        how = {"sampling": config.sampling, "stopped": lambda row, token: batch[row].ended}
-        if config.num_beams:
-            ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-            found = beam_search(decoder, prompts[0], length, config.num_beams, config.length_penalty, ends)
-            for i, beam in enumerate(found[: len(batch)]):
-                yield from (Step([i], [token], [log]) for token, log in zip(beam.tokens, beam.log_probabilities))
-        elif config.draft:
-            how |= {"draft_tokens": config.draft_tokens, "generator": generators[0], "acceptance": acceptance}
-            yield from speculative(decoder, drafter, prompts[0], length, **how)
-        else:
-            yield from generate(decoder, prompts, length, generators=generators, **how)
+    def steps(self, batch: Sequence[Continuation], first: int) -> Iterator["Step"]:
+        """Decodes a batch whose first row is number `first` of all, which seeds its generator."""
+        from gpt_arc.decoding.generate import generate
+        from gpt_arc.decoding.probabilities import row_generators
+        from gpt_arc.decoding.speculative import speculative
 
-    made = 0
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
-    for prompts in asked:
+        config, prompts = self.config, [row.prompt_tokens for row in batch]
+        generators = row_generators(config.seed, range(first, first + len(batch)))
+        settings = {"sampling": config.sampling, "stopped": lambda row, token: batch[row].ended}
+        if config.num_beams:
+            yield from self._beam_steps(prompts[0], len(batch))
+        elif config.draft:
+            settings |= {"draft_tokens": config.draft_tokens, "generator": generators[0], "acceptance": self.acceptance}
+            yield from speculative(self.decoder, self.draft, prompts[0], config.max_new_tokens, **settings)
+        else:
+            yield from generate(self.decoder, prompts, config.max_new_tokens, generators=generators, **settings)
+
+    def _beam_steps(self, prompt: list[int], count: int) -> Iterator["Step"]:
+        """Yields the best `count` continuations, one after the other."""
+        from gpt_arc.decoding.beam import beam_search
+        from gpt_arc.decoding.generate import Step
+
+        config, end = self.config, self.tokenizer.end_of_text
+        ends = [] if end is None else [end]
+        beams = beam_search(self.decoder, prompt, config.max_new_tokens, config.num_beams, config.length_penalty, ends)
+        for row, beam in enumerate(beams[:count]):
+            for token, log_probability in zip(beam.tokens, beam.log_probabilities):
+                yield Step([row], [token], [log_probability])
+
+
+def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:
+    """Prints the continuations of all prompts. An error or Ctrl-C ends a typed prompt's answer, not the program."""
+    config, started = sampler.config, 0
+    for prompts in batches:
         try:
-            todo = [dialogue.ask(prompts[0], config.stop)] if dialogue else unanswered(prompts)
-            if not made:
-                print(f"sampling from {directory}", file=sys.stderr)
-            screen = Screen(todo, config.json, with_prompts=dialogue is None)
-            for start in range(0, len(todo), together):
-                batch = todo[start : start + together]
-                made += len(batch)
-                screen.follow(batch, steps_of(batch, made - len(batch)))
+            continuations = sampler.continuations(prompts)
+            if not started:
+                print(f"sampling from {sampler.directory}", file=sys.stderr)
+            screen = Screen(continuations, config.json, with_prompts=sampler.dialogue is None)
+            for start in range(0, len(continuations), sampler.batch_size):
+                batch = continuations[start : start + sampler.batch_size]
+                started += len(batch)
+                screen.follow(batch, sampler.steps(batch, started - len(batch)))
         except UserError as error:
             if not config.typed:
                 raise
-            if config.json:  # a line out for every line in
+            if config.json:  # every input line gets an output line
                 print(json.dumps({"prompt": prompts[0], "error": str(error)}), flush=True)
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
             if not config.typed:
                 raise
             print(file=sys.stderr)
+
+
+def main() -> None:
+    config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
+    batches = prompt_batches(config)
+    sampler = Sampler(config, first_prompts=1 if config.typed else len(batches[0]))
+    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
+    show_all(sampler, batches)
     if config.draft:
+        acceptance = sampler.acceptance
         print(f"{acceptance.accepted} of {acceptance.proposed} proposed tokens were accepted", file=sys.stderr)
 
 

@@ -41,7 +41,7 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural
 from gpt_arc.tables import table
-from gpt_arc.weights.directory import load_model, model_directory
+from gpt_arc.weights.directory import load_text_model, model_directory
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -140,9 +140,7 @@ def main() -> None:
     report["versions"] = {name: importlib.metadata.version(name) for name in ("gpt-arc", "torch", "tokenizers")}
 
     for directory in directories:
-        model, tokenizer = load_model(directory, dtype=dtype)
-        if tokenizer is None:
-            raise UserError(f"{directory} has no tokenizer, so it can't read text")
+        model, tokenizer = load_text_model(directory, dtype=dtype)
         reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens)
         print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
         entry: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}

@@ -77,7 +77,7 @@ from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import record_options, recorded_options, refuse_others
 from gpt_arc.training.schedule import learning_rate_at, warmup_linear
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_model
+from gpt_arc.weights.directory import load_text_model
 from gpt_arc.weights.edit import transfer, with_settings
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
@@ -254,9 +254,7 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
         trained, tokenizer = load_classifier(options.model)
         trunk, special = trained.trunk, trained.config.special
     else:
-        model, tokenizer = load_model(options.model)
-        if tokenizer is None:
-            raise UserError(f"{options.model} has no tokenizer: it can't read texts")
+        model, tokenizer = load_text_model(options.model)
         trunk, special = with_special_tokens(model)
     if options.dropout is not None:
         places = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"))

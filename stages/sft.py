@@ -30,7 +30,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
 from gpt_arc.training.stage_run import StageRun
-from gpt_arc.weights.directory import load_model, model_directory, save_model
+from gpt_arc.weights.directory import load_text_model, model_directory, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -75,9 +75,7 @@ def train(options: Options, run: StageRun) -> int:
         raise UserError("name the conversations to learn from by --train")
 
     # ---- the model, with a token for each mark that the template adds
-    model, tokenizer = load_model(run.origin)
-    if tokenizer is None:
-        raise UserError(f"{options.model} has no tokenizer: it can't read texts")
+    model, tokenizer = load_text_model(run.origin)
     chat = load_chat(model_directory(run.origin), tokenizer)
     if chat is not None and options.template != Options.template and not run.run:
         if load_template(options.template) != chat.template:

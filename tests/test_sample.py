@@ -68,7 +68,7 @@ def test_prompts(letters, say, tmp_path):
 
 def test_a_long_prompt_says_so(letters):
     result = command("sample.py", *GREEDY, "--start=hhhhhhhhhha")
-    assert "the prompt's last 4 of 11 tokens are kept" in result.stderr and result.returncode == 0
+    assert "keeping the last 4 of the prompt's 11 tokens" in result.stderr and result.returncode == 0
 
 
 def test_several_samples_and_stops(letters, say):
@@ -141,7 +141,7 @@ def test_mistakes_are_one_sentence(letters, say, args, sentence):
 
 def test_no_run_and_no_tokenizer(letters, say, tmp_path):
     (letters / "tokenizer.json").unlink()
-    assert "has no tokenizer, so" in say()
+    assert "has no tokenizer: it can't read texts" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()
 
@@ -418,13 +418,13 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
     assert lines[0].startswith("sampling from") and len(lines) == 4
     assert "the character 'X' (U+0058) at position 1" in lines[1]
     assert lines[2] == "the 21 tokens of the last turn are more than the 20 that the context leaves"
-    assert lines[3] == "the oldest turns are forgotten: the context is 40 tokens"  # said once
+    assert lines[3] == "dropped the oldest turns: the context is 40 tokens"  # said once
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--chat=out/letters"], "has no chat.json: it must learn conversations first, by stages/sft.py"),
+        (["--chat=out/letters"], "has no chat.json: train it on conversations first, by stages/sft.py"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
         (["--chat="], "chat is an empty name"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),
@@ -436,7 +436,7 @@ def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker)
         (["--system=a"], "system is what a chat begins with: name the model by --chat"),
         (
             ["--chat=talker", f"--system={'a' * 20}"],
-            "the system's turn take 20 of the 20 tokens that a prompt may have",
+            "the system turn take 20 of the 20 tokens for a prompt",
         ),
         (["--chat=talker", "--system=X"], "the character 'X'"),
         (["--chat=talker", "--temperature=-1"], "temperature = -1.0"),

@@ -176,16 +176,14 @@ def main() -> None:
     from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
     from gpt_arc.evaluation.expert_use import expert_use
     from gpt_arc.files import write_file
-    from gpt_arc.weights.directory import load_model
+    from gpt_arc.weights.directory import load_text_model
 
     device = resolve_device(options.device)
     dtype = DTYPES[resolve_dtype(options.dtype, device)]
     set_up_device(device, options.dtype)
-    model, tokenizer = load_model(options.model, dtype=dtype)
+    model, tokenizer = load_text_model(options.model, dtype=dtype)
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
-    if tokenizer is None:
-        raise UserError(f"{options.model} has no tokenizer: it can't read texts")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
     uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from gpt_arc.chat.files import Ranking
 from gpt_arc.chat.format import ChatFormat, Turn
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 
@@ -98,7 +98,4 @@ def pairs_of(rankings: Sequence[EncodedRanking], device: torch.device) -> Pairs:
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns tokens (N, T) int64, padded with 0, and lengths (N,)."""
-    lengths = [len(sequence) for sequence in sequences]
-    longest = max(lengths)
-    rows = [[*sequence, *repeat(0, longest - len(sequence))] for sequence in sequences]
-    return torch.tensor(rows, dtype=torch.int64, device=device), torch.tensor(lengths, device=device)
+    return pad_rows(sequences, device), torch.tensor([len(sequence) for sequence in sequences], device=device)

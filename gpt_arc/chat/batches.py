@@ -1,4 +1,4 @@
-"""Conversations as tokens, and rows of several of them."""
+"""Encodes conversations and packs them into batches."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpt_arc.chat.files import Conversation
 from gpt_arc.chat.format import ChatFormat
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.errors import UserError
 from gpt_arc.nn.head_loss import IGNORED
 
@@ -16,24 +17,26 @@ class EncodedConversation(NamedTuple):
     """A conversation in tokens."""
 
     tokens: list[int]
-    scored: list[bool]  # which of them the loss counts
+    scored: list[bool]  # whether the loss counts each token
 
     @property
     def count(self) -> int:
-        """Tokens that the loss counts."""
+        """Number of tokens that the loss counts."""
         return sum(self.scored)
 
 
 class EncodedConversations(NamedTuple):
+    """The conversations of a file that fit into the context."""
+
     examples: list[EncodedConversation]
     cut: int  # conversations that lost responses at their end
-    dropped: int  # those whose first response doesn't fit
+    dropped: int  # conversations whose first response doesn't fit
 
 
 def encode_conversations(conversations: Sequence[Conversation], chat: ChatFormat, context: int) -> EncodedConversations:
-    """Conversations of at most `context` + 1 tokens: a longer one keeps its first turns, up to a response that fits.
+    """Encodes conversations; one of more than `context` + 1 tokens is cut after the last response that fits.
 
-    Raises UserError naming the row for text that has no tokens.
+    Raises UserError naming the row whose text can't be encoded.
     """
     examples, cut, dropped = [], 0, 0
     for conversation in conversations:
@@ -51,7 +54,7 @@ def encode_conversations(conversations: Sequence[Conversation], chat: ChatFormat
 
 
 def packed_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Which sequences share a row of `size` tokens: the longest first, each into the first row that has room for it."""
+    """Assigns sequences to rows of `size` tokens: longest first, each to the first row with room."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -65,23 +68,19 @@ def packed_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def conversation_batch(examples: Sequence[EncodedConversation], context: int | None) -> tuple[Tensor, ...]:
-    """Tokens and targets of conversations, (B, T) int64, as `GPT.forward` takes them.
+    """Returns tokens and targets of conversations, (B, T) int64, as `GPT.forward` takes them.
 
-    With `context` several share a row of at most so many tokens, and documents (B, T) tell them apart: the loss is
-    the same. Without, each has a row of its own, padded at its end.
+    With `context`, conversations share rows of at most `context` tokens, and documents (B, T) separates them; the loss
+    is the same. Without, each conversation gets its own padded row.
     """
     lengths = [len(example.tokens) - 1 for example in examples]  # the last token isn't read
     rows = [[i] for i in range(len(examples))] if context is None else packed_rows(lengths, context)
-    width = max(sum(lengths[i] for i in row) for row in rows)
-    tokens, documents = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    targets = torch.full((len(rows), width), IGNORED)
-    for r, row in enumerate(rows):
-        start = 0
-        for number, i in enumerate(row):
-            end, (own, scored) = start + lengths[i], examples[i]
-            tokens[r, start:end] = torch.tensor(own[:-1])
-            targets[r, start:end] = torch.where(torch.tensor(scored[1:]), torch.tensor(own[1:]), IGNORED)
-            documents[r, start:end] = number
-            start = end
-        documents[r, start:] = len(row)
-    return (tokens, targets) if context is None else (tokens, targets, documents)
+    inputs = [example.tokens[:-1] for example in examples]
+    outputs = [[t if scored else IGNORED for t, scored in list(zip(*example))[1:]] for example in examples]
+    tokens = pad_rows([token for i in row for token in inputs[i]] for row in rows)
+    targets = pad_rows(([target for i in row for target in outputs[i]] for row in rows), value=IGNORED)
+    if context is None:
+        return tokens, targets
+    documents = pad_rows(([n for n, i in enumerate(row) for _ in range(lengths[i])] for row in rows), value=-1)
+    padding = torch.tensor([len(row) for row in rows])[:, None]  # a document of its own
+    return tokens, targets, torch.where(documents < 0, padding, documents)

@@ -1,17 +1,24 @@
 """Batches of windows of tokens, prefetched in a thread."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt_arc.data.datasets import Split
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.nn.head_loss import IGNORED
+
+
+def pad_rows(rows: Iterable[Sequence[int]], device: torch.device | str = "cpu", value: int = 0) -> Tensor:
+    """Stacks rows of different lengths: (rows, longest) int64, with `value` after the end of a row."""
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
 
 def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:

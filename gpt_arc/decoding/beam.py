@@ -12,10 +12,10 @@ from model import GPT
 
 
 class Hypothesis(NamedTuple):
-    """A continuation that beam search found."""
+    """A continuation found by beam search."""
 
     tokens: list[int]
-    log_probabilities: list[float]  # of its tokens, in nats
+    log_probabilities: list[float]  # of each token, in nats
     score: float  # their sum / len(tokens)^length_penalty
 
 
@@ -27,11 +27,11 @@ def beam_search(
     length_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
 ) -> list[Hypothesis]:
-    """The `num_beams` best continuations found by following the `num_beams` likeliest beginnings, the best first.
+    """Returns the `num_beams` best continuations, best first, found by extending the `num_beams` likeliest beginnings.
 
-    A continuation ends with a stop token, which counts for its length, or at max_new_tokens. Its score is the sum of
-    its tokens' log-probabilities over length^length_penalty, so 0 compares sums and 1 means; positive values favour
-    long ones.
+    A continuation ends with a stop token, which counts towards its length, or at max_new_tokens. Its score is the sum
+    of its tokens' log-probabilities divided by length^length_penalty: 0 compares sums, 1 compares means. Positive
+    values favour long continuations.
     """
     if num_beams < 1 or max_new_tokens < 1:
         raise UserError(f"num_beams = {num_beams} and max_new_tokens = {max_new_tokens} must be at least 1")
@@ -51,16 +51,16 @@ def beam_search(
         if ends:
             for score, i in zip(*(x.tolist() for x in scores.flatten().topk(min(num_beams, scores.numel())))):
                 origin, token = i // len(ends), ends[i % len(ends)]
-                (tokens, own), last = beams[origin], logs[origin, token].item()
-                finished.append(Hypothesis([*tokens, token], [*own, last], score))
-            finished = sorted(finished, key=lambda found: -found.score)[:num_beams]
+                (tokens, earlier), last = beams[origin], logs[origin, token].item()
+                finished.append(Hypothesis([*tokens, token], [*earlier, last], score))
+            finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:num_beams]
         if length == max_new_tokens:
             break
         sums[:, stop_tokens] = -math.inf
         totals, chosen = sums.flatten().topk(min(num_beams, sums.numel()))
         chosen = chosen[totals > -math.inf]
         totals = totals[: len(chosen)]
-        # a sum only falls from here, and no length divides it by more than the greatest
+        # a sum can only fall, and the greatest length divides it by most
         possible = totals[0].item() / max_new_tokens**length_penalty if len(chosen) else -math.inf
         if not len(chosen) or (len(finished) == num_beams and finished[-1].score >= possible):
             break

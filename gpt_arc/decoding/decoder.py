@@ -1,13 +1,13 @@
-"""Reading and continuing sequences, each token once: every block keeps their keys and values.
+"""Reads and continues sequences with a cache of keys and values, so that each token is read once.
 
     decoder = Decoder(model.eval())
-    logits = decoder.read([[1, 2, 3], [4]])      # (2, V): of the token after each prompt
-    logits = decoder.step([5, 6])                # (2, V): each row goes on by one token
-    logits = decoder.extend([[7, 8], [9, 10]])   # (2, 2, V): by several, with the logits after each
+    logits = decoder.read([[1, 2, 3], [4]])      # (2, V): logits of the token after each prompt
+    logits = decoder.step([5, 6])                # (2, V): appends one token to each row
+    logits = decoder.extend([[7, 8], [9, 10]])   # (2, 2, V): appends several; logits after each
 
-Rows may differ in length: row b's token i lies in slot i of its own, and a row never looks beyond its own tokens. When
-a row has filled the context, its oldest quarter is forgotten and the rest encoded anew from position 0 on, whatever the
-kind of positions; from there on the model sees between three quarters and all of its context.
+Rows may differ in length: token i of row b has slot i, and a row never attends beyond its own tokens. When a row has
+filled the context, its oldest quarter is dropped and the rest is encoded again from position 0, whatever the kind of
+positions. From then on the model sees between three quarters and all of its context.
 """
 
 import contextlib
@@ -20,47 +20,35 @@ import torch.fx.experimental._config
 import torch.nn as nn
 from torch import Tensor
 
+from gpt_arc.data.batches import pad_rows
+from gpt_arc.decoding.cache import empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.errors import UserError
-from gpt_arc.nn.attention import KVCache
 from model import GPT
 
 
-class BlockCache(nn.Module):
-    """The keys and values of one block, (B, K, S, D) each: room for S tokens of B rows."""
-
-    def __init__(self, model: GPT, rows: int, slots: int, dtype: torch.dtype):
-        super().__init__()
-        shape = rows, model.config.kv_heads, slots, model.config.head_width
-        for name in ("keys", "values"):
-            zeros = torch.zeros(shape, dtype=dtype, device=model.token_embedding.weight.device)
-            self.register_buffer(name, zeros, persistent=False)
-
-    def view(self, rows: int, slots: int, positions: Tensor | None) -> KVCache:
-        """The first rows and slots."""
-        return KVCache(self.keys[:rows, :, :slots], self.values[:rows, :, :slots], positions)
-
-
 class Decoder(nn.Module):
-    """The sequences that `model`, in eval mode, is reading. Between two `read`s it may be trained."""
+    """The sequences that a model in eval mode is decoding. The model may be trained between two calls of `read`."""
 
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
-        self.sequences: list[list[int]] = []  # the tokens that each row holds
+        self.sequences: list[list[int]] = []  # tokens of each row
         self.cache = nn.ModuleList()  # a `BlockCache` for each block
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
-        self.one_step = self.forward  # for one token a row
+        self.one_step = self.forward  # used for one token per row
 
     def prepare(self, rows: int, compile: bool, int8: bool = False) -> None:
-        """Lay the model out for decoding `rows` at a time; it can't be trained or saved any more.
+        """Lays out the model for decoding `rows` at a time; it can't be trained or saved any more.
 
-        `compile`: see there. `int8` rounds the weights to 8 bits, for a single row of compiled code on a CPU.
+        `compile` calls `compile`. `int8` rounds the weights to 8 bits, for a single row of compiled code on a CPU.
         """
         on_cpu = self._device.type == "cpu"
         if int8 and not (on_cpu and compile and rows == 1):
-            raise UserError("int8 is for one row at a time of compiled code on a CPU: batch_size 1 and compile True")
+            raise UserError(
+                "int8 is for one row at a time of compiled code on a CPU: set batch_size to 1 and compile to True"
+            )
         if int8:
             self.head = for_inference(self.model, "int8")
         elif on_cpu and compile and rows == 1:
@@ -71,14 +59,14 @@ class Decoder(nn.Module):
             self.compile()
 
     def compile(self) -> None:
-        """Compile what `step` computes, when it is first called.
+        """Compiles the computation of `step` on its first call.
 
-        On a CPU a block, the same code for all of them and for any number of slots. On a GPU the whole step with fixed
-        shapes, which CUDA graphs launch at once: there rows that `keep` leaves out go on costing.
+        On a CPU, compiles a block, with the same code for all blocks and any number of slots. On a GPU, compiles the
+        whole step with fixed shapes, to be launched as one CUDA graph; rows dropped by `keep` still cost time there.
         """
         if self._device.type == "cpu":
             self.compiled = "blocks"
-            # or sizes that are equal when a block is compiled, of rows and heads perhaps, would have to stay so
+            # else sizes that happen to be equal at compilation, such as rows and heads, would have to stay equal
             torch.fx.experimental._config.use_duck_shape = False
             parts = [*self.model.blocks, *([self.head] if isinstance(self.head, InferenceLinear) else [])]
             for part in parts:
@@ -88,7 +76,7 @@ class Decoder(nn.Module):
             self.one_step = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def _eager(self) -> contextlib.AbstractContextManager:
-        """In which the blocks run as they are: compiled ones are for one token a row."""
+        """Context that runs the blocks uncompiled: the compiled code is for one token per row."""
         return contextlib.nullcontext() if self.compiled == "no" else torch.compiler.set_stance("force_eager")
 
     @property
@@ -96,53 +84,55 @@ class Decoder(nn.Module):
         return self.model.token_embedding.weight.device
 
     def clear(self, rows: int, room: int | None = None) -> None:
-        """Forget everything; there are `rows` empty rows, with room for `room` tokens each (more is made as needed).
+        """Starts with `rows` empty rows, each with room for `room` tokens, growing as needed.
 
-        None: the whole context.
+        None reserves the whole context.
         """
         context = self.model.config.block_size
         slots = context if room is None or self.compiled == "step" else min(max(room, 1), context)
         self.sequences = [[] for _ in range(rows)]
         self._reserve(rows, slots, keep=False)
 
-    def _new_cache(self, rows: int, slots: int) -> nn.ModuleList:
+    def _empty_cache(self, rows: int, slots: int) -> nn.ModuleList:
         dtype = self.model.token_embedding.weight.dtype
         if self._device.type == "cpu" and self.compiled == "no":
-            dtype = torch.float32  # attention to one query in 16 bits takes the CPU's library three times as long
-        return nn.ModuleList(BlockCache(self.model, rows, slots, dtype) for _ in self.model.blocks)
+            dtype = torch.float32  # a CPU's library takes three times as long for one query in 16 bits
+        return empty_cache(self.model, rows, slots, dtype)
 
     def _reserve(self, rows: int, slots: int, keep: bool = True) -> tuple[int, int]:
-        """Have room for so many rows and slots, and `keep` what is there: how many of both a step looks at."""
+        """Makes room for `rows` and `slots`; `keep` copies the contents. Returns how many of each a step reads."""
         need_rows, need_slots = rows, slots
-        if self.compiled == "blocks":  # all rows or slots would be another layout than some: compiled apart
+        if (
+            self.compiled == "blocks"
+        ):  # a view of all rows or slots has another layout, which would be compiled separately
             need_rows, need_slots = rows + (rows > 1), slots + 1
         old = self.cache
         have_rows, have_slots = (old[0].keys.size(0), old[0].keys.size(2)) if old else (0, 0)
         if have_rows < need_rows or have_slots < need_slots:
             if keep:
-                if need_slots > have_slots:  # by doubling, so that a long sequence is seldom copied
+                if need_slots > have_slots:  # doubled, so that a long sequence is rarely copied
                     need_slots = max(need_slots, min(2 * have_slots, self.model.config.block_size))
                 need_rows, need_slots = max(need_rows, have_rows), max(need_slots, have_slots)
-            self.cache = self._new_cache(need_rows, need_slots)
+            self.cache = self._empty_cache(need_rows, need_slots)
             for new, kept in zip(self.cache, old if keep else []):
                 new.keys[:have_rows, :, :have_slots] = kept.keys
                 new.values[:have_rows, :, :have_slots] = kept.values
         all_rows, all_slots = self.cache[0].keys.size(0), self.cache[0].keys.size(2)
         if self.compiled == "step":
             return all_rows, all_slots
-        if self.compiled == "blocks" and all_rows > 2:  # the code for one row is apart from that for several
+        if self.compiled == "blocks" and all_rows > 2:  # one row has separate code
             return max(rows, 2), slots
         return rows, slots
 
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]], room: int | None = None) -> Tensor:
-        """Start anew with a row for each prompt, of which the last block_size tokens are read.
+        """Starts over with a row for each prompt, reading its last block_size tokens.
 
-        Returns logits (B, V), float32, of the token that follows each. `room` is for how many tokens beyond the prompts
-        to have space from the start. Raises ValueError for an empty prompt.
+        Returns the logits (B, V), float32, of the next token. `room` is the number of tokens beyond the prompts to
+        reserve space for. Raises ValueError for an empty prompt.
         """
         if not prompts or not all(prompts):
-            raise ValueError("a prompt has no tokens, or there is none: begin with the tokenizer's start_token")
+            raise ValueError("a prompt has no tokens, or there is no prompt: begin with the tokenizer's start_token")
         context = self.model.config.block_size
         longest = max(map(len, prompts))
         self.clear(len(prompts), None if room is None else longest + room)
@@ -151,38 +141,38 @@ class Decoder(nn.Module):
             return self.head(self._encode(list(range(len(prompts))))).float()
 
     def _encode(self, rows: list[int]) -> Tensor:
-        """Read the sequences of some rows from their beginning: hidden states (R, C) of the last token of each."""
+        """Reads some rows from their beginning. Returns the hidden states (R, C) of their last tokens."""
         sequences = [self.sequences[row] for row in rows]
         longest = max(map(len, sequences))
-        tokens = torch.tensor([[*tokens, *repeat(0, longest - len(tokens))] for tokens in sequences])
+        tokens = pad_rows(sequences, self._device)
         whole = len(rows) == len(self.sequences)
-        cache = self.cache if whole else self._new_cache(len(rows), longest)
+        cache = self.cache if whole else self._empty_cache(len(rows), longest)
         with self._eager():
             views = [part.view(len(rows), longest, None) for part in cache]
-            hidden = self.model.hidden(tokens.to(self._device), cache=views)
+            hidden = self.model.hidden(tokens, cache=views)
         for part, new in zip(self.cache, [] if whole else cache):
             part.keys[rows, :, :longest], part.values[rows, :, :longest] = new.keys, new.values
         last = torch.tensor([len(tokens) - 1 for tokens in sequences], device=self._device)
         return hidden[torch.arange(len(rows), device=self._device), last]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to each row: logits (B, V), float32, of the next."""
+        """Appends one token to each row. Returns the logits (B, V), float32, of the next."""
         return self.extend([[token] for token in tokens])[:, -1]
 
     @torch.inference_mode()
     def extend(self, chunks: Sequence[Sequence[int]]) -> Tensor:
-        """Append T tokens to each row: logits (B, T, V), float32, of the token after each of them.
+        """Appends T tokens to each row. Returns the logits (B, T, V), float32, of the token after each.
 
-        Raises ValueError for more than block_size.
+        Raises ValueError for more than block_size tokens.
         """
         size, live, context = len(chunks[0]), len(self.sequences), self.model.config.block_size
         if len(chunks) != live or any(len(chunk) != size for chunk in chunks):
-            raise ValueError(f"{live} rows take as many chunks, all of one length: there are {len(chunks)}")
+            raise ValueError(f"{live} rows need {live} chunks of one length: there are {len(chunks)}")
         if size > context:
             raise ValueError(f"{size} tokens are more than the context, block_size = {context}")
         self._slide(size)
         rows, slots = self._reserve(live, max(map(len, self.sequences)) + size)
-        idle = [[0] * size] * (rows - live)  # rows that nobody reads
+        idle = [[0] * size] * (rows - live)  # unused rows of a fixed-size step
         tokens = torch.tensor([*chunks, *idle], device=self._device)
         previous = self._previous([*chunks, *idle])
         lengths = torch.tensor([*map(len, self.sequences), *repeat(0, rows - live)], device=self._device)
@@ -190,8 +180,8 @@ class Decoder(nn.Module):
             with self._eager():
                 logits = self.forward(tokens, lengths, slots, previous)
         elif self.compiled == "step":
-            torch.compiler.cudagraph_mark_step_begin()  # the logits of the step before are no longer needed
-            logits = self.one_step(tokens, lengths, slots, previous).clone()  # the next step writes where they lie
+            torch.compiler.cudagraph_mark_step_begin()  # the previous step's logits are no longer needed
+            logits = self.one_step(tokens, lengths, slots, previous).clone()  # the next step overwrites them
         else:
             logits = self.forward(tokens, lengths, slots, previous)
         for sequence, chunk in zip(self.sequences, chunks):
@@ -199,7 +189,7 @@ class Decoder(nn.Module):
         return logits[:live]
 
     def _slide(self, size: int) -> None:
-        """Make every row forget what the context has no room for, if `size` tokens follow."""
+        """Drops the oldest tokens of rows whose context has no room for `size` more."""
         context = self.model.config.block_size
         full = [row for row, sequence in enumerate(self.sequences) if len(sequence) + size > context]
         kept = min(context - max(context // 4, 1), context - size)
@@ -209,7 +199,7 @@ class Decoder(nn.Module):
             self._encode(full)
 
     def _previous(self, chunks: Sequence[Sequence[int]]) -> Tensor | None:
-        """The tokens (B, T, n - 1) before each of those that rows go on by, for a model with n-grams."""
+        """Returns the tokens (B, T, n - 1) before each token of `chunks`, for a model with n-grams."""
         count = self.model.config.ngrams - 1
         if not count:
             return None
@@ -218,7 +208,7 @@ class Decoder(nn.Module):
         return torch.tensor(rows, device=self._device).unfold(1, count, 1)[:, :-1].flip(-1)
 
     def forward(self, tokens: Tensor, lengths: Tensor, slots: int, previous: Tensor | None) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T) that go on after `lengths` (B,) tokens, looking at so many slots."""
+        """Returns logits (B, T, V) of tokens (B, T) that follow `lengths` (B,) tokens, attending to `slots` slots."""
         positions = lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
         views = [part.view(len(tokens), slots, positions) for part in self.cache]
         hidden = self.model.hidden(tokens, cache=views, previous=previous)
@@ -226,7 +216,7 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows, in this order; one may come several times, and those left out end."""
+        """Continues with these rows, in this order. A row may occur several times; the others are dropped."""
         slots = max(len(self.sequences[row]) for row in rows)
         self.sequences = [list(self.sequences[row]) for row in rows]
         self._reserve(len(rows), slots)
@@ -239,5 +229,5 @@ class Decoder(nn.Module):
                 kept[places, :, :slots] = kept[origins, :, :slots]
 
     def rewind(self, counts: Sequence[int]) -> None:
-        """Forget the last tokens of each row, so many; all it has, where they are fewer."""
+        """Drops the last `counts[b]` tokens of row b, or all if it has fewer."""
         self.sequences = [tokens[: max(len(tokens) - count, 0)] for tokens, count in zip(self.sequences, counts)]

@@ -1,8 +1,4 @@
-"""From logits to tokens: filtered distributions, and three ways to go on with them, each on a `Decoder`.
-
-`generate` draws for many rows at once, `speculative` draws from the same distribution with the help of a smaller model,
-`beam_search` looks for the likeliest continuation. The first two yield tokens as they are made.
-"""
+"""Sampling for many rows at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -11,17 +7,23 @@ import torch
 from torch import Tensor
 
 from gpt_arc.decoding.decoder import Decoder
-from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.probabilities import (
+    draw,
+    log_probabilities_of,
+    row_generators,
+    sampling_probabilities,
+    tokens_seen,
+)
 from gpt_arc.decoding.settings import Sampling
 from model import GPT
 
 
 class Step(NamedTuple):
-    """What one step of decoding made: for each row that still goes on, its next token."""
+    """The result of one decoding step: the next token of each unfinished row."""
 
     rows: list[int]
     tokens: list[int]
-    log_probabilities: list[float]  # of the tokens, by the model itself: before temperature and filters, in nats
+    log_probabilities: list[float]  # of the tokens, before temperature and filters, in nats
 
 
 def generate(
@@ -33,12 +35,12 @@ def generate(
     generators: Sequence[torch.Generator] | None = None,
     stopped: Callable[[int, int], bool] = lambda row, token: False,
 ) -> Iterator[Step]:
-    """Continue each prompt, yielding every step as it is made; for several samples name a prompt several times.
+    """Continues each prompt, yielding steps as they are computed; repeat a prompt for several samples of it.
 
-    Prompts may differ in length: each row gets what it would get alone. Equal ones are read once. Each row draws
-    from its own of `generators`, by default `row_generators` of seed 0. A row ends after max_new_tokens, or with the
-    first token for which `stopped(row, token)` is true, and then costs nothing more. Beyond the context see `Decoder`.
-    The model should be in eval mode.
+    Prompts may differ in length; no row affects another. Equal prompts are read once. Row i draws from generators[i],
+    by default from `row_generators` with seed 0. A row ends after max_new_tokens or with the first token for which
+    `stopped(row, token)` is true, and then costs nothing more. `Decoder` describes texts longer than the context. The
+    model should be in eval mode.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
@@ -57,14 +59,14 @@ def generate(
     for length in range(1, max_new_tokens + 1):
         probabilities = sampling_probabilities(sampling, logits, seen)
         tokens = draw(probabilities, [generators[row] for row in rows])
-        yield Step(rows, tokens, _log_probabilities(logits, tokens))
-        going = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
-        if not going or length == max_new_tokens:
+        yield Step(rows, tokens, log_probabilities_of(logits, tokens))
+        unfinished = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
+        if not unfinished or length == max_new_tokens:
             return
         if seen is not None:
             seen[list(range(len(rows))), tokens] = True
-        if len(going) < len(rows):
-            decoder.keep(going)
-            rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
-            seen = None if seen is None else seen[going]
+        if len(unfinished) < len(rows):
+            decoder.keep(unfinished)
+            rows, tokens = [rows[i] for i in unfinished], [tokens[i] for i in unfinished]
+            seen = None if seen is None else seen[unfinished]
         logits = decoder.step(tokens)

@@ -1,8 +1,8 @@
-"""Linear layers laid out for decoding, where each weight is read once a token and little else is done.
+"""Linear layers laid out for decoding, which is bound by reading each weight once per token.
 
-Called with few rows, a CPU's matrix product spends more time on laying the weight out anew than on multiplying. So the
-weight is packed once for all calls, or, for a single row in compiled code, summed as it lies in one pass at the rate of
-the memory. Weights rounded to 8 bits halve what such a pass has to read.
+With few rows, a CPU's matrix product spends more time on repacking the weight than on multiplying. So the weight is
+packed once for all calls. For a single row, compiled code instead sums products in one pass over the unpacked weight,
+at memory speed. Rounding weights to 8 bits halves what that pass reads.
 """
 
 import itertools
@@ -17,17 +17,17 @@ from torch import Tensor
 from model import GPT
 
 Layout = Literal["plain", "packed", "int8"]
-PACKED_FROM = 1 << 18  # weights of a layer: a packed layer's call costs 10 us more
-_packed: dict[int, tuple[Tensor, Tensor | None]] = {}  # weights in oneDNN's own layout, and biases
+PACKED_FROM = 1 << 18  # weights of a layer; calling a packed layer costs 10 us more
+_packed: dict[int, tuple[Tensor, Tensor | None]] = {}  # weights in oneDNN's layout, and biases
 _keys = itertools.count()
 
 
 torch.library.define("gpt_arc::packed_linear", "(Tensor x, Tensor key, int width) -> Tensor")
 
 
-@torch.library.impl("gpt_arc::packed_linear", "cpu")  # `custom_op` is shorter, and 15 us slower a call
+@torch.library.impl("gpt_arc::packed_linear", "cpu")  # `custom_op` would be shorter, but 15 us slower per call
 def packed_linear(x: Tensor, key: Tensor, width: int) -> Tensor:
-    """The packed layer `key` (), whose outputs are `width`: compiled code takes no tensor in oneDNN's layout."""
+    """Applies the packed layer `key` (), of `width` outputs: compiled code can't take tensors in oneDNN's layout."""
     weight, bias = _packed[int(key)]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -38,7 +38,7 @@ def _(x: Tensor, key: Tensor, width: int) -> Tensor:
 
 
 class InferenceLinear(nn.Module):
-    """x (..., K) -> (..., N), for weight (N, K) and bias (N,) that don't change any more."""
+    """x (..., K) -> (..., N), for constant weight (N, K) and bias (N,)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout):
         super().__init__()
@@ -52,7 +52,7 @@ class InferenceLinear(nn.Module):
             _packed[key] = torch.ops.mkldnn._reorder_linear_weight(weight, 16), bias
             weakref.finalize(self, _packed.pop, key)
             weight = torch.tensor(key)
-        elif layout == "int8":  # symmetric, one scale for each output
+        elif layout == "int8":  # symmetric, one scale per output
             scale = weight.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
             weight = (weight.float() / scale[:, None]).round().to(torch.int8)
         self.register_buffer("weight", weight, persistent=False)
@@ -66,7 +66,7 @@ class InferenceLinear(nn.Module):
                 return torch.ops.gpt_arc.packed_linear(x, self.weight, self.width)
             return torch.ops.mkldnn._linear_pointwise(x, *_packed[int(self.weight)], "none", [], "")
         if compiling and x.numel() == x.size(-1) and x.device.type == "cpu":
-            # what a strided view is taken of inductor computes once; a norm or activation it would redo for each output
+            # as_strided makes inductor compute x once; it would redo a norm or activation for each output
             row = x.flatten().float().as_strided((x.size(-1),), (1,))
             y = (self.weight.float() * row).sum(-1)
             y = y if self.scale is None else y * self.scale
@@ -77,21 +77,21 @@ class InferenceLinear(nn.Module):
 
 
 def packable(dtype: torch.dtype) -> bool:
-    """Whether this CPU's library packs weights of a type."""
-    library = torch.ops.mkldnn  # torch.compile's own, not promised to others: without it decoding is slower
+    """Whether this CPU's library packs weights of this type."""
+    library = torch.ops.mkldnn  # a private API of torch.compile; without it decoding is slower
     if not (torch.backends.mkldnn.is_available() and hasattr(library, "_reorder_linear_weight")):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def for_inference(model: GPT, layout: Layout) -> InferenceLinear:
-    """Replace the linear layers of the blocks by `InferenceLinear`s, in place, and return the head as another.
+    """Replaces the blocks' linear layers by `InferenceLinear`s, in place, and returns the head as one.
 
-    The model can be neither trained nor saved any more.
+    The model can't be trained or saved any more.
     """
     for module in list(model.blocks.modules()):
         for name, layer in list(module.named_children()):
-            if isinstance(layer, nn.Linear) and name != "router":  # which multiplies in float32
+            if isinstance(layer, nn.Linear) and name != "router":  # the router multiplies in float32
                 setattr(module, name, InferenceLinear(layer.weight, layer.bias, layout))
     weight = model.token_embedding.weight if model.config.tied_head else model.head.weight
     return InferenceLinear(weight, model.head_bias, layout)

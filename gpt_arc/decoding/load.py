@@ -1,29 +1,27 @@
-"""Load a model for decoding: precision and compilation by what the hardware gains."""
+"""Loads a model for decoding, with the precision and compilation that pay off on the hardware."""
 
 import math
 from pathlib import Path
 
 import torch
-import torch.fx.experimental._config
 
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
-from gpt_arc.errors import UserError
 from gpt_arc.training.compile import resolve_compile
-from gpt_arc.weights.directory import load_model
+from gpt_arc.weights.directory import load_text_model
 from model import GPT
 
-# Of decoding, per step: what compiled code saves of the time that reading a byte of the weights takes, and of a block's
-# own; 2 cores with AVX-512 (`python tools/bench.py sample`). Compiling takes up to half a minute the first time.
+# Seconds that compiled code saves per step, for each byte of the weights and for each block, on 2 cores with AVX-512
+# (`python tools/bench.py sample`). Compiling takes up to half a minute the first time.
 DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 30.0
-# Weights that a CPU's caches hold, in bytes of float32: halving them gains nothing, and 16-bit operations cost more.
+# Bytes of float32 weights that fit a CPU's caches: halving them gains nothing, and 16-bit operations are slower.
 DECODING_SMALL = 8e6
 
 
 def resolve_decoding_dtype(setting: str, device: torch.device, weights: int) -> torch.dtype:
-    """The type of the weights for decoding; auto is float32 for a small model on a CPU, else as `resolve_dtype` says.
+    """Returns the type of the weights; auto is float32 for a small model on a CPU, else as in `resolve_dtype`.
 
     `weights` is their size in bytes.
     """
@@ -32,7 +30,7 @@ def resolve_decoding_dtype(setting: str, device: torch.device, weights: int) -> 
 
 
 def resolve_decoding_compile(setting: bool | str, device: torch.device, model: GPT, steps: int) -> bool:
-    """Whether to compile the decoding of `steps` tokens a row; auto: if that saves more time than compiling takes."""
+    """Whether to compile the decoding of `steps` tokens per row; auto: if it saves more time than it takes."""
     if setting != "auto":
         return bool(setting)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -41,16 +39,14 @@ def resolve_decoding_compile(setting: bool | str, device: torch.device, model: G
 
 
 def load_decoder(directory: Path, config: SampleConfig, rows: int, steps: int) -> tuple[Decoder, Tokenizer]:
-    """A model as sampling settings ask for it: laid out for so many rows, and compiled if so many steps are worth it.
+    """Loads a model laid out for `rows` rows, and compiled if `steps` steps make that worthwhile.
 
     Raises UserError for a model directory without a tokenizer.
     """
     device = resolve_device(config.device)
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     dtype = resolve_decoding_dtype(config.dtype, device, size)
-    model, tokenizer = load_model(directory, dtype=dtype)
-    if tokenizer is None:
-        raise UserError(f"{directory} has no tokenizer, so its tokens can't be turned into text")
+    model, tokenizer = load_text_model(directory, dtype=dtype)
     decoder = Decoder(model.to(device).eval())
     compile = config.draft is None and resolve_decoding_compile(config.compiling, device, model, steps)
     decoder.prepare(rows, compile, config.int8)

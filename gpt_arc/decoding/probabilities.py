@@ -1,4 +1,4 @@
-"""From logits to a drawn token: temperature, top-k, top-p, min-p and penalties."""
+"""From logits to a sampled token: temperature, top-k, top-p, min-p and penalties."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,7 +10,7 @@ from gpt_arc.decoding.settings import Sampling
 
 
 def sampling_probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
-    """The distribution to draw from, (..., V) float32; `seen` (..., V) says which tokens were there before."""
+    """The distribution to draw from, (..., V) float32; `seen` (..., V) marks the tokens that occurred before."""
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -18,7 +18,7 @@ def sampling_probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | No
 
 
 def tokens_seen(sampling: Sampling, sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor | None:
-    """Which tokens occur in each sequence, (B, V) like the logits; None where no setting asks."""
+    """Marks the tokens of each sequence, (B, V) like the logits; None if no setting needs them."""
     if sampling.repetition_penalty == 1:
         return None
     seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
@@ -34,22 +34,22 @@ def filtered_probabilities(
     top_p: float | None = None,
     min_p: float | None = None,
 ) -> Tensor:
-    """Softmax after temperature, then top-k, top-p and min-p, each as `Sampling` says: (..., V) float32."""
+    """Returns probabilities (..., V) float32: temperature, then top-k, top-p and min-p, see `Sampling`."""
     logits = logits.float()
     if temperature == 0:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    if top_k is not None:  # temperature keeps the order, so it may as well come after
+    if top_k is not None:  # temperature doesn't change the order, so it may come later
         smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    temperature = max(temperature, 1e-37)  # float32 takes a divisor below this for 0
+    temperature = max(temperature, 1e-37)  # in float32 a smaller divisor counts as 0
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
         size = probabilities.size(-1)
         ordered, order = probabilities.topk(min(size, 1024), dim=-1)
-        if (ordered.sum(-1) < top_p).any():  # seldom: so that the whole vocabulary need not be sorted each time
+        if (ordered.sum(-1) < top_p).any():  # rare, so the whole vocabulary is seldom sorted
             ordered, order = probabilities.sort(dim=-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # those more likely reach p already
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already reach p
         beyond[..., 0] = False
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(beyond, 0.0))
     if min_p is not None:
@@ -59,20 +59,21 @@ def filtered_probabilities(
 
 
 def row_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
-    """A generator for each row number, so that what a row draws depends on no other row."""
+    """Returns a generator for each row number, so that a row's draws don't depend on other rows."""
     states = (np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)[0] for row in rows)
     return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
 def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """A token for each row of probabilities (B, V), by one uniform number from each row's own generator."""
+    """Draws a token for each row of probabilities (B, V), with one uniform number from that row's generator."""
     uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
-    probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # it has no float64
+    probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # mps has no float64
     cumulative = probabilities.double().cumsum(-1)
     reached = cumulative[:, -1:] * uniform.to(cumulative)
     return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1).tolist()
 
 
-def _log_probabilities(logits: Tensor, tokens: list[int]) -> list[float]:
+def log_probabilities_of(logits: Tensor, tokens: list[int]) -> list[float]:
+    """Returns the log-probability of one token for each row of logits (B, V)."""
     index = torch.tensor(tokens, device=logits.device)[:, None]
     return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()

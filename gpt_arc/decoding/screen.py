@@ -1,4 +1,4 @@
-"""Continuations as they are made, on a screen or as JSON lines."""
+"""Shows continuations while they are generated, on a screen or as JSON lines."""
 
 import json
 import time
@@ -11,7 +11,7 @@ from gpt_arc.data.tokenizer import Tokenizer
 
 
 class Continuation(TextStream):
-    """A continuation and how it came about; with a token that ends it, an answer, whose text stands by itself."""
+    """A continuation with its tokens and times; with an `end` token, an answer decoded without its prompt."""
 
     def __init__(
         self, prompt: str, prompt_tokens: Sequence[int], tokenizer: Tokenizer, stop: str | None, end: int | None = None
@@ -20,10 +20,10 @@ class Continuation(TextStream):
         self.prompt, self.prompt_tokens = prompt, list(prompt_tokens)
         self.tokens: list[int] = []
         self.log_probabilities: list[float] = []
-        self.times: list[float] = []  # of each token, in seconds since the beginning
+        self.times: list[float] = []  # of each token, in seconds since decoding began
 
     def add(self, token: int, log_probability: float, seconds: float) -> None:
-        """`push`, and keep what is told of the token; nothing, once it is complete."""
+        """Adds a token, unless the continuation is complete."""
         if self.complete:
             return
         self.tokens.append(token)
@@ -32,7 +32,7 @@ class Continuation(TextStream):
         self.push(token)
 
     def report(self) -> dict[str, Any]:
-        """What there is to say about the continuation, for JSON."""
+        """Returns the continuation for JSON."""
         first, last = (self.times[0], self.times[-1]) if self.times else (None, None)
         return {
             "prompt": self.prompt,
@@ -47,15 +47,15 @@ class Continuation(TextStream):
 
 
 class Screen:
-    """Shows continuations in their order: the first that isn't complete as it grows, or as JSON, a line for each."""
+    """Shows continuations in order: the first incomplete one as it grows, or each complete one as a line of JSON."""
 
     def __init__(self, continuations: Sequence[Continuation], as_json: bool, with_prompts: bool = True):
         self.as_json, self.with_prompts = as_json, with_prompts
-        self._left = deque(continuations)
-        self._shown: int | None = None  # characters of the first one left, None before its prompt
+        self._waiting = deque(continuations)
+        self._shown: int | None = None  # characters of the first waiting one; None before its prompt
 
     def follow(self, batch: Sequence[Continuation], steps: Iterable[tuple[list[int], list[int], list[float]]]) -> None:
-        """Show what is made of a batch, each step being numbers in the batch, their tokens and log-probabilities."""
+        """Shows a batch as it is decoded. A step holds row numbers in the batch, their tokens and log-probabilities."""
         start = time.perf_counter()
         self._show()
         for step in steps:
@@ -68,8 +68,8 @@ class Screen:
         self._show()
 
     def _show(self) -> None:
-        while self._left:
-            current = self._left[0]
+        while self._waiting:
+            current = self._waiting[0]
             if not self.as_json:
                 if self._shown is None:
                     print(current.prompt if self.with_prompts else "", end="")
@@ -78,9 +78,9 @@ class Screen:
                 self._shown = len(current.certain)
             if not current.complete:
                 return
-            self._left.popleft()
+            self._waiting.popleft()
             self._shown = None
             if self.as_json:
                 print(json.dumps(current.report()), flush=True)
             else:
-                print("\n" + "-" * 15 if self._left else "", flush=True)
+                print("\n" + "-" * 15 if self._waiting else "", flush=True)

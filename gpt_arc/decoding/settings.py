@@ -12,84 +12,84 @@ from gpt_arc.settings import STRICT, Count, Natural, NonNegative, PositiveShare,
 
 @dataclass(frozen=True, config=STRICT)
 class Sampling:
-    """How the next token is drawn. Settings out of bounds raise ValueError."""
+    """How to draw the next token. Settings out of bounds raise ValueError."""
 
     temperature: NonNegative = 1.0
     """Divides the logits; 0 always takes the most likely token (greedy)."""
     top_k: Count | None = None
-    """Keep the k most likely tokens, and all that tie with the last of them."""
+    """Keep the k most likely tokens and any that tie with the last of them."""
     top_p: PositiveShare | None = None
     """Keep the most likely tokens up to and including the one that makes their sum reach p (arXiv:1904.09751)."""
     min_p: PositiveShare | None = None
     """Keep the tokens at least p times as likely as the most likely one (arXiv:2407.01082)."""
     repetition_penalty: Annotated[float, Ge(0.01), Le(100)] = 1.0
-    """Positive logits of tokens that were there before are divided by this, negative ones multiplied
+    """Divides positive logits of tokens that occurred before, multiplies negative ones
     (CTRL, arXiv:1909.05858)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class SampleConfig:
     model: tyro.conf.Positional[str | None] = None
-    """A model directory, a run folder, whose best checkpoint is taken, or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+    """A model directory, a run folder (its best checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
     out_dir: str | None = None
     """The same, as a flag."""
     init_from: str = "resume"
-    """The same again, as nanoGPT has it. resume: what the other two say."""
+    """The same again, as in nanoGPT. resume: use the other two."""
     start: str = ""
-    """The prompt; FILE:prompt.txt reads it from a file. Empty: the model begins by itself."""
+    """The prompt; FILE:prompt.txt reads it from a file. Empty: start from nothing."""
     prompts: Path | None = None
-    """A file of prompts, one a line."""
+    """A file of prompts, one per line."""
     interactive: bool = False
-    """Ask for prompts until the input ends (Ctrl-D); Ctrl-C ends a continuation, or where there is none, all."""
+    """Read prompts until the input ends (Ctrl-D). Ctrl-C ends a continuation, or at the prompt the program."""
     chat: str | None = None
-    """Talk with the model named here, one that stages/sft.py has taught to converse: asks as interactive does."""
+    """Chat with this model, trained by stages/sft.py; reads the keyboard like interactive."""
     system: str | None = None
-    """The system's turn, with which a chat begins."""
+    """The system turn that starts a chat."""
     json: bool = False
-    """Print a JSON object for each continuation: its tokens, their log-probabilities by the model itself, times."""
+    """Print a JSON object for each continuation: tokens, the model's log-probabilities, times."""
     num_samples: Count = 1
-    """How many continuations of each prompt."""
+    """Continuations of each prompt."""
     batch_size: Count = 16
-    """How many continuations are made at the same time, at most."""
+    """Most continuations to generate at the same time."""
     max_new_tokens: Natural = 500
-    """Tokens of each continuation, at most."""
+    """Most tokens of a continuation."""
     sampling: Sampling = Sampling(temperature=0.8)
     num_beams: Count | None = None
-    """Search for the likeliest continuations with so many beams, instead of drawing."""
+    """Search for the likeliest continuations with this many beams instead of sampling."""
     length_penalty: NonNegative = 1.0
     """Beams are ranked by log-probability / length^this: 0 favours short ones."""
     draft: str | None = None
-    """A smaller model of the same tokenizer that proposes tokens: the same distribution, sooner."""
+    """A smaller model of the same tokenizer that proposes tokens: the same distribution, faster."""
     draft_tokens: Count = 4
-    """How many tokens the draft proposes at a time."""
+    """Tokens that the draft proposes at a time."""
     stop: str | None = None
-    """End a continuation where this text begins."""
+    """End a continuation before this text."""
     seed: Seed = 1337
-    """The source of chance."""
+    """Seed of the random numbers."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or any torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights. auto: bfloat16 where the hardware multiplies it natively and the model isn't tiny."""
+    """Type of the weights. auto: bfloat16 if the hardware multiplies it natively and the model isn't tiny."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the decoding step. auto: if that saves more time than it takes; with a draft there is no such step."""
+    """Compile the decoding step. auto: if it saves more time than it takes; not available with a draft."""
 
     @property
     def names(self) -> list[str]:
-        """The model's name; nothing where it is left open."""
+        """The names given for the model."""
         names = [self.model, self.out_dir, None if self.init_from == "resume" else self.init_from, self.chat]
         return [name for name in names if name is not None]
 
     @property
     def typed(self) -> bool:
-        """Whether prompts come from the keyboard, one after the other."""
+        """Whether prompts come from the keyboard, one at a time."""
         return self.interactive or self.chat is not None
 
     @property
     def compiling(self) -> bool | str:
-        """`compile`, which int8 asks for."""
+        """`compile`; int8 requires it."""
         return True if self.int8 and self.compile == "auto" else self.compile
 
     def __post_init__(self):

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import Step
-from gpt_arc.decoding.probabilities import _log_probabilities, draw, row_generators, sampling_probabilities, tokens_seen
+from gpt_arc.decoding.probabilities import (
+    draw,
+    log_probabilities_of,
+    row_generators,
+    sampling_probabilities,
+    tokens_seen,
+)
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
 from model import GPT
@@ -17,7 +23,7 @@ from model import GPT
 
 @dataclass
 class Acceptance:
-    """How many of the draft's tokens the model has taken."""
+    """Counts the draft's tokens and those that the model accepted."""
 
     proposed: int = 0
     accepted: int = 0
@@ -39,33 +45,33 @@ def speculative(
     stopped: Callable[[int, int], bool] = lambda row, token: False,
     acceptance: Acceptance | None = None,
 ) -> Iterator[Step]:
-    """`generate` for one prompt, whose tokens a smaller model of the same vocabulary proposes, several at a time.
+    """`generate` for one prompt, faster: a smaller model of the same vocabulary proposes several tokens at a time.
 
-    The model reads a proposal in one pass and accepts its tokens one after the other with probability min(1, p / q);
-    the first that it doesn't accept it draws anew from max(0, p - q). So the text has exactly the distribution that
-    `generate` draws from (arXiv:2211.17192). `acceptance` is counted on.
+    The model reads a proposal in one pass and accepts its tokens in turn, each with probability min(1, p / q). Instead
+    of the first rejected token it draws one from max(0, p - q). So the text has exactly the distribution of `generate`
+    (arXiv:2211.17192). `acceptance` is updated.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     drafter = draft if isinstance(draft, Decoder) else Decoder(draft)
     vocabularies = [d.model.config.vocab_size for d in (decoder, drafter)]
     if vocabularies[0] != vocabularies[1]:
         raise UserError(
-            f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must be the same"
+            f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must share a vocabulary"
         )
     if draft_tokens < 1:
         raise UserError(f"draft_tokens = {draft_tokens} must be at least 1")
     generator = row_generators(0, [0])[0] if generator is None else generator
     acceptance = Acceptance() if acceptance is None else acceptance
-    for reader in (decoder, drafter):  # neither has read the last token yet
+    for reader in (decoder, drafter):  # the last token is read with the first proposal
         before, room = prompt[-reader.model.config.block_size : -1], max_new_tokens + draft_tokens + 1
         if before:
             reader.read([before], room)
         else:
             reader.clear(1, room)
-    tokens, unread, made = list(prompt), list(prompt[-1:]), 0  # `unread` by the draft
+    tokens, unread, produced = list(prompt), list(prompt[-1:]), 0  # `unread`: by the draft
 
     def distributions(logits: Tensor, proposed: Sequence[int]) -> Tensor:
-        """Those after the last `len(logits)` beginnings of the text with what is proposed, (len(logits), V)."""
+        """Next-token probabilities (N, V) for logits (N, V) after the N last prefixes of the text with the proposal."""
         if sampling.repetition_penalty == 1:
             return sampling_probabilities(sampling, logits)
         ends = range(len(proposed) + 1 - len(logits), len(proposed) + 1)
@@ -73,10 +79,10 @@ def speculative(
             sampling, logits, tokens_seen(sampling, [[*tokens, *proposed[:end]] for end in ends], logits)
         )
 
-    while made < max_new_tokens:
-        # no more than fit the rest of the text and of the context, which then slides just as in `generate`
+    while produced < max_new_tokens:
+        # at most what fits the text and the context, so that the context slides exactly as in `generate`
         room = max(decoder.model.config.block_size - len(decoder.sequences[0]) - 1, 0)
-        count = min(draft_tokens, max_new_tokens - made - 1, room)
+        count = min(draft_tokens, max_new_tokens - produced - 1, room)
         proposal: list[int] = []
         q = []
         for _ in range(count):
@@ -93,21 +99,21 @@ def speculative(
                 accepted += 1
         acceptance.proposed += count
         acceptance.accepted += accepted
-        rest = p[accepted]
+        residual = p[accepted]
         if accepted < count:
-            rest = (p[accepted] - q[accepted]).clamp(min=0)
-            rest = rest if rest.sum() > 0 else p[accepted]
-        new = [*proposal[:accepted], *draw(rest[None], [generator])]
+            residual = (p[accepted] - q[accepted]).clamp(min=0)
+            residual = residual if residual.sum() > 0 else p[accepted]
+        new = [*proposal[:accepted], *draw(residual[None], [generator])]
         decoder.rewind([count - accepted])
-        if proposal:  # of which the draft has read all but the last
+        if proposal:  # the draft has read all of it except the last token
             drafter.rewind([max(count - 1 - accepted, 0)])
             unread = new[-1 if accepted < count else -2 :]
         else:
             unread = unread + new
         unread = unread[-drafter.model.config.block_size :]
-        for token, log_probability in zip(new, _log_probabilities(logits[: len(new)], new)):
+        for token, log_probability in zip(new, log_probabilities_of(logits[: len(new)], new)):
             yield Step([0], [token], [log_probability])
-            made += 1
+            produced += 1
             if stopped(0, token):
                 return
         tokens += new

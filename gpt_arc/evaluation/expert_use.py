@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.nn.experts import Experts
 from model import GPT
@@ -180,10 +180,7 @@ def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) 
     entropies, rows = [0.0] * len(blocks), max(1, batch_tokens // config.block_size)
     for first in tqdm(range(0, len(windows), rows), "reading", leave=False, disable=None):
         batch = windows[first : first + rows]
-        tokens, classes = (
-            pad_sequence([torch.tensor(row) for row in column], batch_first=True, padding_value=-1)
-            for column in zip(*batch)
-        )
+        tokens, classes = (pad_rows(column, value=-1) for column in zip(*batch))
         real = (tokens >= 0).flatten()  # not padding, which comes last and so doesn't affect the tokens before it
         groups = [ids.flatten()[real] for ids in (classes, tokens)]
         with torch.inference_mode(), watched(model) as records:

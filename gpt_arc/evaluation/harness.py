@@ -16,7 +16,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
-from gpt_arc.weights.directory import load_model
+from gpt_arc.weights.directory import load_text_model
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -62,9 +62,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"batch_tokens = {batch_tokens} must be at least 1, and seed = {seed} at least 0")
         self._device = resolve_device(device)
         weights = DTYPES[resolve_dtype(dtype, self._device)]
-        model, tokenizer = load_model(str(pretrained), dtype=weights)
-        if tokenizer is None:
-            raise UserError(f"{pretrained} has no tokenizer, so it can't read the tasks' text")
+        model, tokenizer = load_text_model(str(pretrained), dtype=weights)
         self.model, self.text_tokenizer = model.to(self._device).eval(), tokenizer
         self.batch_tokens, self.seed = batch_tokens, seed
 

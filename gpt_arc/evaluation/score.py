@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.device import autocast
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.head_loss import logits_at_once
@@ -191,7 +192,7 @@ def _score_alone(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iter
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
         rows = [Row(g, *group.continuations[0]) for g, group in enumerate(batch)]
-        hidden = model.hidden(_padded([[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)], device))
+        hidden = model.hidden(pad_rows([[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)], device))
         ends = [len(group.context) - 1 for group in batch]
         yield from _scored(model, rows, [h[end : end + len(row.tokens)] for h, end, row in zip(hidden, ends, rows)])
 
@@ -202,9 +203,10 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
         rows = [Row(g, *item) for g, group in enumerate(batch) for item in group.continuations]
         longest = max(len(row.tokens) for row in rows) - 1  # input tokens of a continuation
-        contexts = _padded([group.context for group in batch], device)
-        cache = _empty_cache(model, len(batch), contexts.size(1) + longest) if longest else []
-        hidden = model.hidden(contexts, cache=cache or None)
+        contexts = pad_rows([group.context for group in batch], device)
+        slots = contexts.size(1) + longest if longest else 0  # without a second token nothing is cached
+        cache = empty_cache(model, len(batch), slots, _cache_dtype(model)) if slots else []
+        hidden = model.hidden(contexts, cache=[part.view(len(batch), slots, None) for part in cache] or None)
         ends = torch.tensor([len(group.context) - 1 for group in batch], device=device)
         each = torch.arange(len(batch), device=device)
         back = torch.arange(model.config.ngrams - 1, -1, -1, device=device)
@@ -222,7 +224,7 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
 
 
 def _read_on(
-    model: GPT, cache: Sequence[KVCache], used: int, rows: Sequence[Row], owners: Tensor, tails: Tensor, ends: Tensor
+    model: GPT, cache: Sequence[BlockCache], used: int, rows: Sequence[Row], owners: Tensor, tails: Tensor, ends: Tensor
 ) -> Tensor:
     """Returns hidden states (R, T, C) of the rows' continuations, the longest first, without their last tokens.
 
@@ -230,7 +232,7 @@ def _read_on(
     context there, `tails` (R, ngrams) that context's last tokens, and `ends` (R,) the position of the very last.
     """
     longest, device = len(rows[0].tokens) - 1, owners.device
-    sequences = torch.cat((tails, _padded([row.tokens for row in rows], device)), dim=1)
+    sequences = torch.cat((tails, pad_rows([row.tokens for row in rows], device)), dim=1)
     # a shorter row repeats its last token, which writes the same keys and values to the same slot
     sizes = torch.tensor([len(row.tokens) for row in rows], device=device)
     steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, T)
@@ -241,18 +243,11 @@ def _read_on(
     return model.hidden(sequences.gather(1, columns), cache=branches, previous=previous)
 
 
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Token ids (rows, longest) int64, with 0 where a row has ended."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-
-def _empty_cache(model: GPT, rows: int, slots: int) -> list[KVCache]:
-    device = _device(model)
+def _cache_dtype(model: GPT) -> torch.dtype:
+    """The type in which the model computes keys and values."""
     weight = model.token_embedding.weight
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
-    shape = rows, model.config.kv_heads, slots, model.config.head_width
-    new = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2 * model.config.n_layer))
-    return [KVCache(keys, values, None) for keys, values in zip(new, new)]
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:

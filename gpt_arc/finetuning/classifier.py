@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
@@ -28,7 +29,7 @@ from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.nn.head_loss import IGNORED
-from gpt_arc.weights.directory import load_config, load_model, model_directory, save_model
+from gpt_arc.weights.directory import load_config, load_text_model, model_directory, save_model
 from gpt_arc.weights.edit import with_more_tokens
 from model import GPT
 
@@ -76,14 +77,9 @@ class Outcome(NamedTuple):
 def make_batch(examples: Sequence[Sequence[list[int]]], labels: Sequence[float]) -> Batch:
     """A batch of the examples' sequences; labels that are integers are classes."""
     options = max(len(sequences) for sequences in examples)
-    length = max(len(sequence) for sequences in examples for sequence in sequences)
-    tokens = torch.zeros(len(examples), options, length, dtype=torch.int64)
-    lengths = torch.zeros(len(examples), options, dtype=torch.int64)
-    for b, sequences in enumerate(examples):
-        for o, sequence in enumerate(sequences):
-            tokens[b, o, : len(sequence)] = torch.tensor(sequence)
-            lengths[b, o] = len(sequence)
-    return Batch(tokens, lengths, torch.tensor(labels))
+    lengths = pad_rows([len(sequence) for sequence in sequences] for sequences in examples)
+    rows = (row for sequences in examples for row in [*sequences, *[[]] * (options - len(sequences))])
+    return Batch(pad_rows(rows).unflatten(0, (len(examples), options)), lengths, torch.tensor(labels))
 
 
 def combined_loss(task_loss: Tensor, language_loss: Tensor, weight: float) -> Tensor:
@@ -179,9 +175,7 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     if config.lstm:
         trunk, tokenizer = LSTM(load_config(directory)).to(dtype), load_tokenizer(directory)
     else:
-        trunk, tokenizer = load_model(directory, dtype=dtype)
-    if tokenizer is None:
-        raise UserError(f"{directory} has no tokenizer")
+        trunk, tokenizer = load_text_model(directory, dtype=dtype)
     classifier = Classifier(trunk, config)
     if config.lstm:
         _load_weights(trunk, directory / "model.safetensors", "")

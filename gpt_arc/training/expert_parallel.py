@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.nn.experts import take_rows
-from gpt_arc.weights.directory import NothingDrawn
+from gpt_arc.weights.meta import meta_device
 from model import GPT
 
 
@@ -108,7 +108,7 @@ class ExpertParallel:
             tensors[name] = self.gathered(tensor.data) if tensor in self.shares else tensor.data
         if not IS_MAIN:
             return model
-        with torch.device("meta"), NothingDrawn():
+        with meta_device():
             whole = GPT(model.config)
         whole.load_state_dict(tensors, assign=True)
         return whole

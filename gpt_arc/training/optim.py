@@ -178,8 +178,8 @@ def check_same_optimizer(name: str, state: dict) -> None:
     saved = state.get("optimizer_name", "muon" if "muon" in state else "adamw")  # older states don't name it
     if name != saved:
         raise UserError(
-            f'optimizer = "{name}" can\'t continue from the moments of "{saved}", which the run has: leave it '
-            "as it was to resume, or start a new run from its weights, with --init_from and the folder of its checkpoint"
+            f'optimizer = "{name}" can\'t continue from the moments of "{saved}", which the run has: leave it as it '
+            "was to resume, or start a new run from its weights, with --init_from and the folder of its checkpoint"
         )
 
 

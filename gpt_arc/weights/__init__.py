@@ -1,4 +1,4 @@
-"""Model directories, and the weights of other libraries."""
+"""Model directories, models in the format of transformers, and models derived from others."""
 
 from gpt_arc.weights.directory import load_model, save_model
 

@@ -1,8 +1,8 @@
-"""Model directories and checkpoints: folders that are whole or not there.
+"""Model directories: saving and loading models.
 
-A model directory is config.json, model.safetensors and tokenizer.json: all that using the model takes. A checkpoint is
-a model directory with training_state.pt, one folder `step-00002000` a time; in a run folder `last` and `best` point
-to two of them.
+A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model. A
+checkpoint is a model directory `step-00002000` that also holds training_state.pt. In a run folder, `last` and `best`
+are links to two checkpoints.
 """
 
 import json
@@ -12,35 +12,26 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.overrides import TorchFunctionMode
 
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.settings import mistake
-from gpt_arc.weights.huggingface import config_from_hf, read_tensors
+from gpt_arc.weights.huggingface import and_more, config_from_hf, read_tensors
+from gpt_arc.weights.meta import meta_device
 from model import GPT, GPTConfig
 
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
-# settings of the architecture that training alone reads, and no tensor depends on
+# architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
-# what a loaded model may have otherwise than it was saved with; of learned positions a smaller context cuts the tensor
+# settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "block_size"}
 
 
-class NothingDrawn(TorchFunctionMode):
-    """In which modules draw no initial weights: on the meta device that would import torch._dynamo, for seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
-    """Write a model directory; files that are there already are replaced one by one."""
+    """Writes a model directory, replacing existing files one at a time."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     content = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(model.config)}
@@ -53,15 +44,15 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
 
 
 def model_directory(path: Path | str) -> Path:
-    """The model directory that `path` is, for a run folder its best one, else its last; or a model of the hub, by name.
+    """Returns the model directory for `path`: the path itself, a run folder's `best` or else `last`, or a hub download.
 
-    Raises UserError.
+    Raises UserError if there is none.
     """
     return _directory(path, hub.CONFIG + hub.WEIGHTS + hub.TOKENIZER)
 
 
 def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
-    """`model_directory`, where a model of the hub needs no more than `files`."""
+    """`model_directory`, but downloads only `files` from the hub."""
     path, name = Path(path), str(path)
     for directory in (path, path / "best", path / "last"):
         if (directory / "config.json").is_file():
@@ -70,33 +61,31 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
         return hub.download(name, files)
     if not path.exists():
         raise UserError(
-            f"there is no model directory {path}; of the Hugging Face hub's models, {', '.join(hub.NAMES)} are known, "
-            f"and any other is {hub.PREFIX}OWNER/NAME"
+            f"there is no model directory {path}; known Hugging Face hub models are {', '.join(hub.NAMES)}; name any "
+            f"other as {hub.PREFIX}OWNER/NAME"
         )
-    raise UserError(f"{path} is not a model directory: it has no config.json, and no best or last checkpoint")
+    raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
 
 
 def load_config(path: Path | str) -> GPTConfig:
-    """The architecture of a model, whatever `load_model` takes; of the hub's models config.json alone is downloaded.
+    """Returns the architecture of any model that `load_model` accepts; from the hub, downloads config.json alone.
 
-    Raises UserError if it is damaged or not an architecture of ours.
+    Raises UserError if config.json is damaged or describes an unsupported architecture.
     """
     return _read_config(_directory(path, hub.CONFIG))[1]
 
 
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
-    """The kind of a model directory, MODEL_TYPE or one of transformers', and its architecture."""
+    """Returns a model directory's model_type, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
     try:
         content = json.loads(path.read_text("utf-8"))
         kind = content.pop("model_type")
         version = content.pop("format_version") if kind == MODEL_TYPE else FORMAT_VERSION
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's: {type(error).__name__}: {error}") from None
+        raise UserError(f"{path} is not a model's config: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path} describes a model of the version {version}; this program reads the version {FORMAT_VERSION}"
-        )
+        raise UserError(f"{path} describes a model of version {version}; this program reads version {FORMAT_VERSION}")
     try:
         return kind, GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
     except UserError as error:
@@ -108,29 +97,29 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
 def load_model(
     path: Path | str, config: GPTConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer | None]:
-    """The model, on the CPU, in `dtype` and in training mode, and its tokenizer.
+    """Returns the model, on the CPU, in `dtype` and in training mode, and its tokenizer if it has one.
 
-    `path` is a model directory, a run folder, a directory of transformers' (gpt2, openai-gpt, qwen3 or mixtral) or the
-    name of such a model on the hub; a local folder comes first. `config` replaces the stored one: it may differ in what
-    training alone reads, and have another block_size, a smaller one where positions are
-    learned. The vocabulary may have more rows than the tokenizer has tokens, as Qwen's has.
+    `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
+    the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
+    the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
+    rows than the tokenizer has tokens, as Qwen's does.
 
-    Raises UserError naming the file and the tensor if something is missing, surplus, of another shape or damaged.
+    Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
     directory = model_directory(path)
     kind, stored = _read_config(directory)
     config = config or stored
     for field in fields(GPTConfig):
-        asked, trained = getattr(config, field.name), getattr(stored, field.name)
-        if asked != trained and field.name not in REPLACEABLE:
-            raise UserError(f"{field.name} = {asked} contradicts the model {directory}, which has {trained}")
+        value, trained = getattr(config, field.name), getattr(stored, field.name)
+        if value != trained and field.name not in REPLACEABLE:
+            raise UserError(f"{field.name} = {value} contradicts the model {directory}, which has {trained}")
     if config.block_size > stored.block_size and config.positions == "learned":
         raise UserError(
-            f"block_size = {config.block_size} is more than the {stored.block_size} positions that the model "
-            f"{directory} has learned"
+            f"block_size = {config.block_size} is more than the {stored.block_size} positions learned by the model "
+            f"{directory}"
         )
     try:
-        with torch.device("meta"), NothingDrawn():
+        with meta_device():
             model = GPT(config)
             shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
     except TypeError as error:
@@ -147,28 +136,38 @@ def load_model(
         return model, None
     tokenizer = load_tokenizer(directory)
     if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"{tokenizer.vocab_size} tokens for a model of {config.vocab_size}"
-        raise UserError(f"the tokenizer in {directory} is another model's: {sizes}")
+        sizes = f"it has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+        raise UserError(f"the tokenizer in {directory} belongs to another model: {sizes}")
+    return model, tokenizer
+
+
+def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
+    """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
+    model, tokenizer = load_model(path, dtype=dtype)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer: it can't read texts")
     return model, tokenizer
 
 
 def _read_tensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a file of ours, which has to hold those of `shapes` and no others. Raises UserError."""
+    """Reads the tensors of our own file format. Raises UserError unless it holds exactly those in `shapes`."""
     tensors = {}
     try:
         with safe_open(path, "pt") as file:
             stored = set(file.keys())
-        for what, names in (("lacks", shapes.keys() - stored), ("has beyond the model", stored - shapes.keys())):
+        for problem, names in (
+            ("lacks the tensor", shapes.keys() - stored),
+            ("has the unexpected tensor", stored - shapes.keys()),
+        ):
             if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise UserError(f"{path} {what} the tensor {min(names)}{more}")
+                raise UserError(f"{path} {problem} {min(names)}{and_more(names)}")
         for name, shape in shapes.items():
-            with safe_open(path, "pt") as file:  # anew: as long as it is open, what was read of it stays in memory
+            with safe_open(path, "pt") as file:  # reopened each time: an open file keeps what was read in memory
                 tensor = file.get_tensor(name)
                 if tensor.shape != shape:
                     raise UserError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
                 if not tensor.is_floating_point():
-                    raise UserError(f"{path}: {name} has the type {tensor.dtype}, not one of floating point")
+                    raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
                 tensors[name] = tensor.to(dtype)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged, use another checkpoint: {error}") from None

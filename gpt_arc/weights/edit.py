@@ -1,4 +1,4 @@
-"""Models made of trained ones: under other settings, with more tokens, or with some of their blocks alone."""
+"""Models derived from a trained one: with other settings, more tokens, or only some of its blocks."""
 
 import dataclasses
 from typing import Any
@@ -7,20 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.weights.directory import NothingDrawn
+from gpt_arc.weights.meta import meta_device
 from model import GPT
 
 
 def with_settings(model: GPT, tensors: dict[str, Tensor] | None = None, **settings: Any) -> GPT:
-    """The model, or one of the `tensors`, under a configuration changed by `settings`."""
-    with torch.device("meta"), NothingDrawn():
+    """Returns a model with changed `settings` and with `tensors` as its weights; None: the model's own."""
+    with meta_device():
         changed = type(model)(dataclasses.replace(model.config, **settings))
     changed.load_state_dict(tensors or model.state_dict(), assign=True)
     return changed
 
 
 def with_more_tokens(model: GPT, count: int) -> GPT:
-    """The model with `count` more tokens, their embeddings drawn from N(0, .02), as finetune-transformer-lm does."""
+    """Returns the model with `count` more tokens, embeddings drawn from N(0, .02) as in finetune-transformer-lm."""
     tensors, config = model.state_dict(), model.config
     for name in ("token_embedding.weight",) if config.tied_head else ("token_embedding.weight", "head.weight"):
         new = torch.randn(count, config.n_embd) * 0.02
@@ -31,9 +31,9 @@ def with_more_tokens(model: GPT, count: int) -> GPT:
 
 
 def transfer(model: GPT, blocks: int | None) -> GPT:
-    """The model with its embeddings and first `blocks` blocks alone, all else drawn anew; None: nothing of it.
+    """Returns a model that keeps the embeddings and the first `blocks` blocks; all other weights are new.
 
-    With GPT-1's last block goes all that follows it, so that its number of blocks transfers the model as it is.
+    None keeps nothing. n_layer keeps everything, also what follows the last block.
     """
     if blocks == model.config.n_layer:
         return model

@@ -1,10 +1,10 @@
-"""Models in the form of Hugging Face's transformers, read and written without that library.
+"""Reads and writes models in the format of Hugging Face's transformers, without that library.
 
-Each architecture is a table: what its config.json means in settings of ours, and what its tensors are called. An
-architecture that is a matter of settings and names alone is one more table.
+A table for each architecture maps its config.json and tensor names to ours. An architecture that differs only in
+settings and names takes one more table.
 
-    config = config_from_hf(json.loads(...))                  # of a gpt2, openai-gpt (GPT-1), qwen3 or mixtral
-    tensors = read_tensors(directory, "gpt2", config, shapes) # by our names, in float32
+    config = config_from_hf(json.loads(...))                  # for gpt2, openai-gpt (GPT-1), qwen3 or mixtral
+    tensors = read_tensors(directory, "gpt2", config, shapes) # under our names, in float32
     content, tensors = hf_config(config), hf_tensors(model)   # and back
 """
 
@@ -26,37 +26,37 @@ from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
-TRANSFORMERS_VERSION = "5.0.0"  # the oldest whose files are those written here
-# what some files hold beside the weights: masks and tables that follow from the configuration
+TRANSFORMERS_VERSION = "5.0.0"  # the oldest that writes the same files
+# masks and tables that some files store beside the weights; they follow from the configuration
 BUFFER = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|position_ids|.*rotary_emb\.inv_freq)$")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of transformers' architectures in terms of ours. Keys are those of its config.json."""
+    """One of transformers' architectures in terms of ours. Keys refer to its config.json."""
 
     class_name: str
-    classifier: str  # its class with a linear head on the last token that isn't padding
-    multiple_choice: str | None  # its class with one logit an option beside the language model, where it has one
-    ours: dict[str, Any]  # settings that it always has; those named nowhere in the table have GPTConfig's defaults
-    sizes: dict[str, tuple[str, Any]]  # key: our setting, and transformers' default
-    dropouts: dict[str, tuple[str, float]]  # likewise
-    activations: tuple[str, dict[str, str]]  # key, and {its value: ours}; the first is the default
-    fixed: dict[str, tuple]  # key: the values under which the model computes what ours does; the first is the default
-    inert: dict[str, Any]  # keys that don't touch the computation, with transformers' defaults
-    prefix: str  # of every tensor but the head's; files of the bare trunk lack it
+    classifier: str  # class with a linear head on the last token that isn't padding
+    multiple_choice: str | None  # class with a language model and one logit per option, if any
+    ours: dict[str, Any]  # constant settings; those that the table doesn't name have GPTConfig's defaults
+    sizes: dict[str, tuple[str, Any]]  # key: (our setting, transformers' default)
+    dropouts: dict[str, tuple[str, float]]  # the same
+    activations: tuple[str, dict[str, str]]  # key, {its value: our value}; the first is the default
+    fixed: dict[str, tuple]  # key: supported values; the first is the default
+    inert: dict[str, Any]  # keys that don't affect the computation, with transformers' defaults
+    prefix: str  # of every tensor except the head's; files without a head lack it
     layers: str
-    outside: dict[str, str]  # our modules outside the blocks: its
-    block: dict[str, tuple[str, ...]]  # our modules in a block: its, stacked in this order; {} is an expert's number
-    transposed: bool = False  # Conv1D keeps the matrices of blocks as (in, out)
-    aliases: dict[str, str] = field(default_factory=dict)  # other names of keys
-    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of `block` in files with all experts in a tensor
+    outside: dict[str, str]  # our module outside the blocks: its name
+    block: dict[str, tuple[str, ...]]  # our module in a block: its modules, stacked in order; {} is an expert
+    transposed: bool = False  # Conv1D stores the blocks' matrices as (in, out)
+    aliases: dict[str, str] = field(default_factory=dict)  # other spellings of keys
+    fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # for files with all experts in one tensor
 
     def full_name(self, name: str) -> str:
         return name if name == "lm_head.weight" else self.prefix + name
 
     def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["Part"]:
-        """The tensors of this architecture that our tensor `name` of `shape` stacks, in the order of its rows."""
+        """Returns the tensors of this architecture that our tensor `name` of `shape` stacks, in row order."""
         if len(shape) == 3:  # the matrices of all experts
             matrices = self.parts_of(f"{name}.weight", shape[1:], config)
             if "{}" in matrices[0].name:
@@ -67,7 +67,7 @@ class Architecture:
             return [Part(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
         _, layer, module = module.split(".", 2)
         query, key = config.n_head * config.head_width, config.kv_heads * config.head_width
-        # one tensor, gate and value of an MLP, or query, key and value of attention
+        # one tensor; an MLP's gate and value; or attention's query, key and value
         counts = {1: (shape[0],), 2: (shape[0] // 2,) * 2, 3: (query, key, key)}[len(self.block[module])]
         transposed = self.transposed and len(shape) == 2
         return [
@@ -79,11 +79,11 @@ class Architecture:
 
 
 class Part(NamedTuple):
-    """A tensor of transformers' that is some rows of ours."""
+    """A tensor of transformers that holds some rows of ours."""
 
     name: str  # without the architecture's prefix
     rows: int
-    shape: tuple[int, ...]  # as it is stored
+    shape: tuple[int, ...]  # as stored
     transposed: bool  # stored as (in, out)
 
 
@@ -96,7 +96,7 @@ GPT_INERT = {
     "initializer_range": 0.02, "summary_activation": None, "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
     "summary_type": "cls_index", "summary_use_proj": True,
 }  # fmt: skip
-GPT_BASE = {  # what GPT-1 and GPT-2 share
+GPT_BASE = {  # shared by GPT-1 and GPT-2
     "dropouts": {
         "embd_pdrop": ("embedding_dropout", 0.1), "attn_pdrop": ("attention_dropout", 0.1),
         "resid_pdrop": ("residual_dropout", 0.1),
@@ -124,7 +124,7 @@ ARCHITECTURES = {
         }),
         fixed={
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-            "reorder_and_upcast_attn": (False, True),  # a matter of rounding in half precision alone
+            "reorder_and_upcast_attn": (False, True),  # changes only rounding in half precision
         },
         inert={**GPT_INERT, "use_cache": True},
         outside={"token_embedding": "wte", "position_embedding": "wpe", "final_norm": "ln_f", "head": "lm_head"},
@@ -183,8 +183,8 @@ ARCHITECTURES = {
             "rms_norm_eps": ("norm_eps", 1e-5), "rope_theta": ("rotary_base", 1e6),
             "tie_word_embeddings": ("tied_head", False), "num_local_experts": ("n_experts", 8),
             "num_experts_per_tok": ("experts_per_token", 2),
-            "router_aux_loss_coef": ("balance_loss", 0.001),  # in another unit: see _balance_unit
-            "router_jitter_noise": ("router_jitter", 0.0),  # of what the experts read, too
+            "router_aux_loss_coef": ("balance_loss", 0.001),  # in another unit, see _balance_unit
+            "router_jitter_noise": ("router_jitter", 0.0),  # also on the experts' input
         },
         dropouts={"attention_dropout": ("attention_dropout", 0.0)},
         activations=("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
@@ -208,16 +208,16 @@ ARCHITECTURES = {
     ),
 }  # fmt: skip
 PLACES = ("embedding_dropout", "attention_dropout", "residual_dropout")
-# what changes training alone, and what says nothing where there are no experts
+# settings that affect training only, and settings without meaning in a dense model
 TRAINING = {"dropout", *PLACES, "init", "expert_dropout", "expert_selection", "router_jitter"}
 TRAINING |= {"balance_loss", "router_z_loss"}
 OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
 
 
 def config_from_hf(content: dict[str, Any]) -> GPTConfig:
-    """The architecture that a config.json of transformers' describes, absent keys meaning what they mean there.
+    """Returns the architecture that a config.json of transformers describes; absent keys have transformers' defaults.
 
-    Raises UserError naming the key and its value where this program computes something else.
+    Raises UserError naming the key and its value if our model would compute something else.
     """
     kind = content.get("model_type")
     architecture = ARCHITECTURES.get(kind)
@@ -239,10 +239,10 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     settings = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
     dropouts = dict.fromkeys(PLACES, 0.0)
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
-    if len(set(dropouts.values())) == 1:  # said once, so that the one setting still changes them all
+    if len(set(dropouts.values())) == 1:  # so that the single setting still changes all of them
         dropouts = {"dropout": dropouts[PLACES[0]]}
     for key, least in (("num_local_experts", 1), ("num_experts_per_tok", 2)) if _has_experts(architecture) else ():
-        if content.get(key, least) in range(least):  # an only expert's gate is a probability here, and 1 there
+        if content.get(key, least) in range(least):  # a single expert's gate is a probability here, 1 there
             raise _unknown(key, content[key], kind, f"{least} or more are computed")
     try:
         if "balance_loss" in settings:
@@ -257,22 +257,22 @@ def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:
 
 
 def _balance_unit(config: GPTConfig) -> float:
-    """What our weight of the balance loss is multiplied by to be transformers'.
+    """Returns the factor from our balance-loss weight to transformers'.
 
-    There it is k for an even use of the experts, of which a token takes k, in all layers as if they were one; here it
-    is 1 in each layer, and the layers are added up. The loss and its gradient are equal where the layers' loads are.
+    With k experts per token and an even load, transformers' loss is k over all layers taken together; ours is 1 per
+    layer, summed over layers. Loss and gradient agree if all layers have the same load.
     """
     return config.n_layer / config.experts_per_token
 
 
 def _rounded(value: float) -> float:
-    """A short decimal number where one is that close, as there and back may change a last digit."""
+    """Rounds to six digits if that only removes rounding errors of a conversion there and back."""
     short = float(f"{value:.6g}")
     return short if math.isclose(short, value, rel_tol=1e-12) else value
 
 
 def _rope_theta(content: dict[str, Any], default: float) -> float:
-    """The base of rotary positions, whether told as rope_theta or in rope_parameters (transformers 5)."""
+    """Returns the base of rotary positions, from rope_theta or from rope_parameters (transformers 5)."""
     key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = {name: content[name] for name in ("rope_theta", "partial_rotary_factor") if content.get(name) is not None}
     rope |= content.get(key) or {}
@@ -282,16 +282,16 @@ def _rope_theta(content: dict[str, Any], default: float) -> float:
 
 
 def architecture_of(config: GPTConfig) -> str:
-    """The model_type that `config` is a case of. Raises UserError naming the settings that none has.
+    """Returns the model_type that can express `config`. Raises UserError naming the settings that none can.
 
-    Dropouts, the initialisation and losses of routers don't count: a trained model computes the same without them.
+    Dropouts, initialisation and router losses don't matter: a trained model computes the same without them.
     """
     foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
     alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
     nearest = min(alike, key=lambda kind: len(foreign[kind]))
     if foreign[nearest]:
         raise UserError(
-            f"no architecture of transformers that is known here ({', '.join(foreign)}) is this model's: the nearest, "
+            f"no supported architecture of transformers ({', '.join(foreign)}) matches this model: the nearest, "
             f"{nearest}, has no {' and no '.join(foreign[nearest])}"
         )
     return nearest
@@ -302,32 +302,32 @@ def _has_experts(architecture: Architecture) -> bool:
 
 
 def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str]:
-    """The settings of `config` that the architecture can't express, as name = value."""
+    """Returns the settings of `config` that the architecture can't express, as name = value."""
     free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation"}
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
     free |= {"ngram_rows"} if config.ngrams == 1 else set()
-    values, wanted = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
+    values, fixed = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
-    values |= {name: None for name, value in usual.items() if values[name] == value}  # spelled out, not changed
-    foreign = [name for name in values if name not in free and values[name] != wanted[name]]
+    values |= {name: None for name, value in usual.items() if values[name] == value}  # the default, spelled out
+    foreign = [name for name in values if name not in free and values[name] != fixed[name]]
     if config.activation not in architecture.activations[1].values():
         foreign.append("activation")
     if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
-        foreign.append("experts_per_token")  # there the only gate is made 1, here it is a probability
+        foreign.append("experts_per_token")  # their single gate is 1, ours is a probability
     return [f"{name} = {json.dumps(values[name])}" for name in foreign]
 
 
 def _lacks_biases(architecture: Architecture, config: GPTConfig) -> bool:
-    """Whether the model has no biases where the architecture has some: zeros, then, compute the same."""
+    """Whether the architecture has biases and the model hasn't: zeros then compute the same."""
     return not config.bias and architecture.ours.get("bias", True)
 
 
 def hf_config(
     config: GPTConfig, dtype="float32", start_token: int | None = None, end_of_text: int | None = None
 ) -> dict:
-    """What transformers' save_pretrained writes as config.json for the model. Raises UserError where it has no such."""
+    """Returns the config.json that transformers' save_pretrained writes. Raises UserError if it has none."""
     kind = architecture_of(config)
     architecture = ARCHITECTURES[kind]
     key, activations = architecture.activations
@@ -358,11 +358,11 @@ def hf_config(
 
 
 def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors as transformers names and shapes them, on the CPU, each in memory of its own."""
+    """Yields copies of the model's tensors on the CPU, named and shaped as in transformers."""
     architecture = ARCHITECTURES[architecture_of(model.config)]
     for name, tensor in model.state_dict().items():
         parts = architecture.parts_of(name, tensor.shape, model.config)
-        tensor = tensor.detach().flatten(0, -2) if tensor.dim() == 3 else tensor.detach()  # (E, M, C): rows of experts
+        tensor = tensor.detach().flatten(0, -2) if tensor.dim() == 3 else tensor.detach()  # (E, M, C) to (E M, C)
         for part, rows in zip(parts, tensor.split([part.rows for part in parts])):
             rows = rows.T if part.transposed else rows
             yield architecture.full_name(part.name), torch.empty(part.shape, dtype=dtype).copy_(rows)
@@ -374,10 +374,10 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
 def hf_classifier_config(
     content: dict[str, Any], task: str, classes: Sequence[str] | None, start: int, dropout: float
 ) -> dict[str, Any]:
-    """`hf_config`'s `content` for the class that computes a classifier's logits: those of a head on the model.
+    """Returns `hf_config`'s `content` changed for the transformers class that computes a classifier's logits.
 
-    `classes` are its outputs' names, None where it has one, for a number or an option; `start` is the id of [start].
-    Raises UserError where transformers has no such class.
+    `classes` names the outputs; None: a single output, for a number or an option. `start` is the id of [start].
+    Raises UserError if transformers has no such class.
     """
     kind, by_option = content["model_type"], task == "multiple_choice"
     class_name = ARCHITECTURES[kind].multiple_choice if by_option else ARCHITECTURES[kind].classifier
@@ -388,10 +388,13 @@ def hf_classifier_config(
         )
     if class_name is None:
         raise UserError(f"transformers has no class of {kind} with one logit an option, for task = multiple_choice")
-    labels = classes or ("LABEL_0",)  # as transformers calls an only one
-    content = content | {"architectures": [class_name], "id2label": dict(enumerate(labels))}  # which tells num_labels
+    labels = classes or ("LABEL_0",)  # transformers' name for a single output
+    content = content | {
+        "architectures": [class_name],
+        "id2label": dict(enumerate(labels)),
+    }  # sets num_labels
     content["label2id"] = {label: number for number, label in enumerate(labels)}
-    # the class reads the rightmost token that isn't padding: [extract], since [start] is at the first position alone
+    # the class reads the rightmost token that isn't padding: [extract], as [start] only comes first
     content["pad_token_id"] = start
     if by_option:
         content["summary_first_dropout"] = dropout
@@ -403,7 +406,7 @@ def hf_classifier_config(
 def hf_classifier_tensors(
     model: GPT, head: Tensor, task: str, dtype: torch.dtype = torch.float32
 ) -> Iterator[tuple[str, Tensor]]:
-    """`hf_tensors` with a classifier's head; the language model's is there for multiple choice alone."""
+    """`hf_tensors` with a classifier's head; only multiple choice keeps the language model's head."""
     head = torch.empty(head.shape, dtype=dtype).copy_(head.detach())
     if task == "multiple_choice":
         yield from hf_tensors(model, dtype)
@@ -426,9 +429,9 @@ class Stored(NamedTuple):
 
 
 def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of our names and `shapes`, in float32, from a directory's safetensors of the architecture `kind`.
+    """Reads tensors by our names and `shapes`, in float32, from a directory of the architecture `kind`.
 
-    Raises UserError naming the file and the tensor if one is missing, surplus, of another shape or type, or damaged.
+    Raises UserError naming the file and tensor if one is missing, unexpected, damaged, or has the wrong shape or type.
     """
     architecture = ARCHITECTURES[kind]
     stored = {}
@@ -444,12 +447,12 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     if missing:
         paths = {tensor.path for tensor in stored.values()}
         place = paths.pop() if len(paths) == 1 else directory
-        raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{_and_more(missing)}")
+        raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{and_more(missing)}")
     tied_copy = stored.pop("lm_head.weight", None) if config.tied_head else None
     surplus = {name for name in stored.keys() - expected if not BUFFER.match(name)}
     if surplus:
         extra = stored[min(surplus)]
-        raise UserError(f"{extra.path} has beyond the model the tensor {extra.name}{_and_more(surplus)}")
+        raise UserError(f"{extra.path} has the unexpected tensor {extra.name}{and_more(surplus)}")
     for part in expected.values():
         tensor = stored[part.name]
         header = tensor.file.get_slice(tensor.name)
@@ -459,7 +462,7 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
         if dtype not in FLOATS:
             raise UserError(f"{tensor.path}: {tensor.name} has the type {dtype}, not one of {', '.join(FLOATS)}")
     tensors = {}
-    for name, parts in parts_of.items():  # one at a time, so that little is held twice
+    for name, parts in parts_of.items():  # one at a time, to hold little in memory twice
         rows = [stored[part.name].read().T if part.transposed else stored[part.name].read() for part in parts]
         tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
     if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
@@ -470,12 +473,13 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     return tensors
 
 
-def _and_more(names: set[str]) -> str:
+def and_more(names: set[str]) -> str:
+    """Completes a message that names one of `names`."""
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _stored_tensors(directory: Path) -> Iterator[Stored]:
-    """What the safetensors of `directory` hold: one file, or the shards that an index names."""
+    """Yields the tensors in the safetensors of `directory`: one file, or the shards that an index names."""
     single, index = directory / WEIGHTS, directory / INDEX
     paths = [single]
     if not single.exists() and index.exists():
@@ -486,7 +490,7 @@ def _stored_tensors(directory: Path) -> Iterator[Stored]:
     elif not single.exists():
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         other = (
-            f", only {pickles[0]}, a pickle, which can run any code: save it again by transformers" if pickles else ""
+            f", only {pickles[0]}, a pickle, which can run any code: save it again with transformers" if pickles else ""
         )
         raise UserError(f"{directory} has no {WEIGHTS}{other}")
     for path in paths:

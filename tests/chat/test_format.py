@@ -114,11 +114,11 @@ def test_templates_from_files(tmp_path, monkeypatch):
     cases = {
         "none.toml": "template = none.toml is neither a .toml file nor one of markers, chatml, plain",
         "a = ": "bad.toml is not valid TOML",
-        "user = '{content}'": "bad.toml has user: a template has a text for system, user, assistant",
+        "user = '{content}'": "bad.toml has user: a template needs a text for system, user, assistant",
         "system='{content}'\nuser='{content}'\nassistant='{content}'": "assistant = '{content}' must have a <|token|>",
         "system='{content}'\nuser='x'\nassistant='{content}<|e|>'": "bad.toml: the template's user = 'x' must be a te",
         "system=1\nuser='{content}'\nassistant='{content}<|e|>'": "the template's system = 1 must be a text",
-        "system='{content}{content}'\nuser='{content}'\nassistant='{content}<|e|>'": "in it, once",
+        "system='{content}{content}'\nuser='{content}'\nassistant='{content}<|e|>'": "that contains {content} once",
     }
     for content, message in cases.items():
         Path("bad.toml").write_text(content)
@@ -146,8 +146,8 @@ def test_a_format_is_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "chat.json: it has the version 2; this program reads 1"),
-        ({"added_tokens": {}}, "chat.json: the template's <|system|> is no token of the tokenizer"),
+        ({"format_version": 2}, "chat.json: it has version 2; this program reads 1"),
+        ({"added_tokens": {}}, "chat.json: the template's <|system|> is not a token of the tokenizer"),
         ({"added_tokens": [1]}, "chat.json is damaged: AttributeError"),
         ({"added_tokens": {"<|user|>": "7"}}, "chat.json is damaged: TypeError"),
         ({"added_tokens": {"<|system|>": 3, "<|user|>": 4, "<|assistant|>": 5, "<|end|>": 6}}, "don't follow the tok"),
@@ -284,17 +284,21 @@ def test_rankings(tmp_path):
         (read_conversations, {"prompt": "a", "response": "b", "system": 3 == 3}, "system = true is not a text"),
         (read_conversations, {"messages": []}, "messages is not a list of turns"),
         (read_conversations, {"messages": "hello"}, "messages is not a list of turns"),
-        (read_conversations, QUESTION, "messages has no turn of the assistant to learn from"),
+        (read_conversations, QUESTION, "messages has no assistant turn to learn from"),
         (read_conversations, {"messages": [{"role": "bot", "content": "x"}]}, 'the turn {"role": "bot", "content": "x'),
         (read_conversations, {"messages": [{"role": "user"}]}, 'the turn {"role": "user"} is not {"role": system | us'),
         (read_conversations, {"messages": ["hello"]}, 'the turn "hello" is not'),
         (read_conversations, "[1]\n", "the line is not a JSON object"),
-        (read_prompts, {"messages": MESSAGES[:1]}, "messages must end with a turn of the user's, or a response"),
-        (read_prompts, {"messages": MESSAGES[2:]}, "messages must end with a turn of the user's, or a response"),
+        (read_prompts, {"messages": MESSAGES[:1]}, "messages must end with a user turn or a response"),
+        (read_prompts, {"messages": MESSAGES[2:]}, "messages must end with a user turn or a response"),
         (read_prompts, {"text": "a"}, "there is no column prompt; the columns are: text"),
-        (read_rankings, {"messages": MESSAGES, "chosen": "c", "rejected": "d"}, "messages must end with a turn of the"),
+        (read_rankings, {"messages": MESSAGES, "chosen": "c", "rejected": "d"}, "messages must end with a user turn"),
         (read_rankings, {"prompt": "a", "chosen": "c"}, "there is no column rejected"),
-        (read_rankings, {"prompt": "a", "responses": ["c"]}, "1 responses with 1 ranks are no ranking of two or more"),
+        (
+            read_rankings,
+            {"prompt": "a", "responses": ["c"]},
+            "1 responses with 1 ranks: a ranking needs two or more responses",
+        ),
         (read_rankings, {"prompt": "a", "responses": ["c", 1]}, 'responses = ["c", 1] is not a list of texts'),
         (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1]}, "2 responses with 1 ranks"),
         (
@@ -302,7 +306,7 @@ def test_rankings(tmp_path):
             {"prompt": "a", "responses": ["c", "d"], "ranks": [1, True]},
             "ranks = [1, true] is not a list",
         ),
-        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]}, "ranks has a number th"),
+        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]}, "ranks contains NaN"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, reader, row, message):
@@ -423,9 +427,9 @@ def test_a_dialogue_goes_on_and_forgets(capsys):
     assert third.prompt_tokens == chat.prompt(
         [SYSTEM, Turn("user", "e"), Turn("assistant", "c"), Turn("user", "aaaaaa")]
     )
-    assert capsys.readouterr().err == "the oldest turns are forgotten: the context is 30 tokens\n"
+    assert capsys.readouterr().err == "dropped the oldest turns: the context is 30 tokens\n"
     for text, message in (
-        ("a" * 17, "the 21 tokens of the system's turn and the last are more than the 20 that"),
+        ("a" * 17, "the 21 tokens of the system turn and the last are more than the 20 that"),
         ("X", "the character 'X'"),
     ):
         before = dialogue.turns
@@ -434,7 +438,7 @@ def test_a_dialogue_goes_on_and_forgets(capsys):
         assert dialogue.turns == before
     say(third, chat, "cdecde")
     assert len(dialogue.ask("a" * 16).prompt_tokens) == 20 and not capsys.readouterr().err  # it is told once
-    with pytest.raises(UserError, match="take 20 of the 20 tokens that a prompt may have"):
+    with pytest.raises(UserError, match="take 20 of the 20 tokens for a prompt"):
         Dialogue(chat, 30, 10, system="f" * 17)
     with pytest.raises(UserError, match="the character 'X'"):
         Dialogue(chat, 30, 10, system="X")

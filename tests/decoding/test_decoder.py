@@ -557,6 +557,6 @@ def test_chunks_that_do_not_fit_the_rows_are_refused_before_anything_changes():
     decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3], [4, 5]])
     for chunks in ([[1]], [[1], [2, 3]]):
-        with pytest.raises(ValueError, match="2 rows take as many chunks"):
+        with pytest.raises(ValueError, match="2 rows need 2 chunks of one length"):
             decoder.extend(chunks)
     assert decoder.sequences == [[1, 2, 3], [4, 5]]

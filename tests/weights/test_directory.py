@@ -66,7 +66,7 @@ def damage_tensors(path, change):
     ("change", "sentence"),
     [
         (lambda t: t.pop("blocks.1.mlp.up.weight"), "lacks the tensor blocks.1.mlp.up.weight"),
-        (lambda t: t.update(extra=torch.zeros(2)), "has beyond the model the tensor extra"),
+        (lambda t: t.update(extra=torch.zeros(2)), "has the unexpected tensor extra"),
         (lambda t: t.update({"head_bias": torch.zeros(3)}), r"head_bias has the shape \(3,\), not \(11,\)"),
     ],
 )
@@ -89,9 +89,9 @@ def test_truncated_weights_are_refused(tmp_path, keep):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "is not a model's"),
-        ("[]", "is not a model's"),
-        ('{"model_type": "gpt-arc"}', "is not a model's"),
+        ("", "is not a model's config"),
+        ("[]", "is not a model's config"),
+        ('{"model_type": "gpt-arc"}', "is not a model's config"),
         ('{"model_type": "bert"}', 'model_type = "bert" is not an architecture that can be read'),
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
@@ -170,7 +170,7 @@ def test_a_copy_that_followed_the_links_goes_on(tmp_path):
 
 def test_another_models_tokenizer_is_refused(tmp_path):
     save_model(GPT(CONFIG), CharTokenizer("abcdefghijklm"), tmp_path)
-    with pytest.raises(UserError, match="another model's: 13 tokens for a model of 11"):
+    with pytest.raises(UserError, match="belongs to another model: it has 13 tokens, the model 11"):
         load_model(tmp_path)
 
 

@@ -376,7 +376,7 @@ def test_other_precisions_load_as_float32(theirs, copy, dtype):
         ("gpt2", lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), "the tensor transformer.h.1.mlp.c_fc.weight"),
         ("qwen3-untied", lambda t: t.pop("lm_head.weight"), "lacks the tensor lm_head.weight"),
         ("qwen3-tied", lambda t: t.pop("model.layers.0.self_attn.k_proj.weight"), "model.layers.0.self_attn.k_proj"),
-        ("gpt2", lambda t: t.update(extra=torch.zeros(2)), "model.safetensors has beyond the model the tensor extra"),
+        ("gpt2", lambda t: t.update(extra=torch.zeros(2)), "model.safetensors has the unexpected tensor extra"),
         ("gpt2", lambda t: t.update({"transformer.h.2.ln_1.bias": torch.zeros(2)}), "tensor transformer.h.2.ln_1.bias"),
         ("gpt2", lambda t: t.update({"transformer.h.1.attn.c_attn.weight": torch.zeros(96, 32)}),
          "transformer.h.1.attn.c_attn.weight has the shape (96, 32), not (32, 96)"),
@@ -385,7 +385,7 @@ def test_other_precisions_load_as_float32(theirs, copy, dtype):
         ("mixtral", lambda t: t.pop("model.layers.1.block_sparse_moe.experts.7.w3.weight"),
          "lacks the tensor model.layers.1.block_sparse_moe.experts.7.w3.weight"),
         ("mixtral", lambda t: t.update({"model.layers.1.block_sparse_moe.experts.8.w3.weight": torch.zeros(44, 32)}),
-         "beyond the model the tensor model.layers.1.block_sparse_moe.experts.8.w3.weight"),
+         "unexpected tensor model.layers.1.block_sparse_moe.experts.8.w3.weight"),
         ("gpt2", lambda t: t.update({"wpe.weight": torch.zeros(80, 32)}), "one is surplus"),
         ("gpt2", lambda t: t.update({"lm_head.weight": torch.zeros(23, 32)}), "lm_head.weight differs from the embed"),
         ("gpt2", lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int8)}), "has the type I8"),
@@ -449,7 +449,7 @@ def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, nam
         assert torch.equal(model.eval()(tokens), whole.eval()(tokens))
     assert model.position_embedding.weight.untyped_storage().nbytes() == 9 * 32 * 4  # the rest is let go
     for change, sentence in (
-        ({"block_size": 81}, "block_size = 81 is more than the 80 positions"),
+        ({"block_size": 81}, "block_size = 81 is more than the 80 positions learned"),
         ({"norm_eps": 1e-3}, "norm_eps = 0.001 contradicts the model"),
         ({"n_layer": 3}, "n_layer = 3 contradicts the model .* has 2"),
     ):
@@ -470,7 +470,7 @@ def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(copy):
     assert (model.config.vocab_size, tokenizer.vocab_size) == (23, 3)
     assert tokenizer.decode([0, 22, 1]) == "ab"  # ids of the padding are no text
     CharTokenizer([chr(i) for i in range(24)]).save(folder)
-    with pytest.raises(UserError, match="another model's: 24 tokens for a model of 23"):
+    with pytest.raises(UserError, match="belongs to another model: it has 24 tokens, the model 23"):
         load_model(folder)
 
 
@@ -491,7 +491,7 @@ def test_models_of_the_hub_are_downloaded_by_name(theirs, tmp_path, monkeypatch)
     assert load_model("hf:someone/something")[0].config.n_layer == 2 and asked[3][0] == "someone/something"
     shutil.copytree(theirs["gpt1"][1], tmp_path / "gpt2")
     assert load_model("gpt2")[0].config.norm_position == "post" and len(asked) == 4  # the local folder comes first
-    with pytest.raises(UserError, match="no model directory out/typo.*gpt2-xl are known, and any other is hf:OWNER"):
+    with pytest.raises(UserError, match="no model directory out/typo.*gpt2-xl; name any other as hf:OWNER"):
         load_model("out/typo")
 
 
