@@ -52,15 +52,14 @@ from gpt_arc.finetuning.classifier import (
     save_classifier,
     with_special_tokens,
 )
+from gpt_arc.finetuning.encoding import EncodedExamples, encode_examples
 from gpt_arc.finetuning.examples import Columns, Example, TaskKind, classes_of, label_value, read_examples
 from gpt_arc.finetuning.lora import add_adapters
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.finetuning.predictions import (
-    EncodedExamples,
     Predictions,
     confusion_matrix,
     confusion_table,
-    encode_examples,
     metrics_of,
     predict,
     prediction_lines,
@@ -71,7 +70,7 @@ from gpt_arc.tables import table
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.epochs import epoch_batches, held_out
+from gpt_arc.training.epochs import digest, epoch_batches, held_out
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import record_options, recorded_options, refuse_others
@@ -321,7 +320,7 @@ def train(options: Options, resumed: Path | None) -> int:
     config = classifier.config
     splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
     training, lengths = splits["train"], splits["train"].lengths
-    fingerprint = training.fingerprint
+    fingerprint = digest([training.sequences, training.labels])
     per_update = options.batch_size * options.gradient_accumulation_steps
     updates_per_epoch = math.ceil(len(training) / per_update)
     updates = updates_per_epoch * options.epochs

@@ -1,9 +1,9 @@
-"""GPT-1's second stage: a trained GPT under a linear head that reads the hidden state of the last token.
+"""GPT-1's second stage: a linear head on a trained GPT reads the hidden state of the last token.
 
     classifier, tokenizer = load_classifier("out/finetune")     # trained by stages/finetune.py
-    outcome = classifier(*make_batch(sequences, labels))        # logits; the sums of both losses
+    outcome = classifier(*make_batch(sequences, labels))        # logits, and the summed task and language-model losses
 
-A classifier's directory is a model directory, which `load_model` reads too, with classifier.json and
+A classifier's directory is a model directory, readable by `load_model`, plus classifier.json and
 classifier.safetensors.
 """
 
@@ -38,19 +38,19 @@ CONFIG, WEIGHTS, FORMAT_VERSION = "classifier.json", "classifier.safetensors", 1
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """What makes a classifier of a model."""
+    """What a classifier needs besides its model."""
 
     task: TaskKind
-    classes: tuple[str, ...] | None  # their names; None: the label is a number, or which option
+    classes: tuple[str, ...] | None  # class names; None: labels are values or option numbers
     special: SpecialTokens
-    columns: Columns  # of the files it was trained on
-    max_tokens: int  # that a sequence is cut to
-    dropout: float = 0.1  # of what the head reads
+    columns: Columns  # of the training file
+    max_tokens: int  # longer sequences are cut to this
+    dropout: float = 0.1  # on the head's input
     lstm: bool = False  # whether the trunk is an LSTM
 
     @property
     def outputs(self) -> int:
-        """Logits per sequence: one for an option, or for a label that is a number."""
+        """Logits per sequence: one per class; a single one for multiple choice and regression."""
         return 1 if self.classes is None else len(self.classes)
 
     @property
@@ -61,21 +61,21 @@ class ClassifierConfig:
 class Batch(NamedTuple):
     """B examples of up to O sequences of up to T tokens."""
 
-    tokens: Tensor  # (B, O, T) int64, padded at the end with anything
+    tokens: Tensor  # (B, O, T) int64; padding at the end may hold anything
     lengths: Tensor  # (B, O) int64; 0 where an example has fewer sequences
     labels: Tensor  # (B,) int64, -1 where unknown; float32 for regression
 
 
 class Outcome(NamedTuple):
-    """What a classifier makes of a batch."""
+    """A classifier's logits and losses for a batch."""
 
-    logits: Tensor  # (B, classes), (B, O) for multiple choice, -inf where there is no option, or (B, 1) for regression
-    task_loss: Tensor  # () sum over examples: cross-entropy in nats, or squared error; in training with the routers'
-    language_loss: Tensor  # () sum over examples of the mean, over an example's sequences, of nats a token
+    logits: Tensor  # (B, classes); multiple choice (B, O), -inf for missing options; regression (B, 1)
+    task_loss: Tensor  # () sum over examples: cross-entropy in nats or squared error; in training plus router losses
+    language_loss: Tensor  # () nats per token, averaged over an example's sequences, summed over examples
 
 
 def make_batch(examples: Sequence[Sequence[list[int]]], labels: Sequence[float]) -> Batch:
-    """A batch of the examples' sequences; labels that are integers are classes."""
+    """Pads the examples' sequences into a batch. Integer labels are classes, floats are values."""
     options = max(len(sequences) for sequences in examples)
     lengths = pad_rows([len(sequence) for sequence in sequences] for sequences in examples)
     rows = (row for sequences in examples for row in [*sequences, *[[]] * (options - len(sequences))])
@@ -88,10 +88,10 @@ def combined_loss(task_loss: Tensor, language_loss: Tensor, weight: float) -> Te
 
 
 class Classifier(nn.Module):
-    """A trunk with a linear head on the hidden state of each sequence's last token, [extract].
+    """A trunk, and a linear head on the hidden state of each sequence's last token, [extract].
 
-    The trunk's states of an example's two orders are added for similarity; for multiple choice each option has one
-    logit, and softmax runs over options. The head has no bias (Radford et al. 2018, equation 3).
+    Similarity adds the hidden states of both orders of the texts. Multiple choice has one logit per option and a
+    softmax over options. The head has no bias (Radford et al. 2018, equation 3).
     """
 
     def __init__(self, trunk: GPT, config: ClassifierConfig):
@@ -102,7 +102,7 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, with_language: bool = True) -> Outcome:
-        """Logits and losses of a `Batch`; without `with_language` the language-model loss is 0 and not computed."""
+        """Returns logits and losses of a `Batch`. Without `with_language` the language-model loss is 0."""
         (batch, options), config = lengths.shape, self.config
         present = lengths > 0
         hidden = self.trunk.hidden(tokens.flatten(0, 1))  # (B O, T, C)
@@ -110,7 +110,9 @@ class Classifier(nn.Module):
         extracted = hidden[torch.arange(len(last), device=last.device), last].unflatten(0, (batch, options))
         if config.task == "similarity":
             extracted = extracted.float().sum(1, keepdim=True)
-        dropped = F.dropout(torch.ones_like(extracted[:, :1]), config.dropout, self.training)  # alike for all options
+        dropped = F.dropout(
+            torch.ones_like(extracted[:, :1]), config.dropout, self.training
+        )  # one mask for all options
         with torch.autocast(tokens.device.type, enabled=False):
             logits = self.head(
                 extracted.type_as(self.head.weight) * dropped.type_as(self.head.weight)
@@ -120,7 +122,7 @@ class Classifier(nn.Module):
                 task_loss = (logits.squeeze(1) - labels).square().sum()
             else:
                 task_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        if self.training:  # of a mixture of experts, means over the batch
+        if self.training:  # a mixture of experts has router losses, means over the batch
             task_loss = task_loss + batch * sum(self.trunk.router_losses().values())
         language_loss = task_loss.new_zeros(())
         if with_language:
@@ -133,9 +135,10 @@ class Classifier(nn.Module):
 
     @staticmethod
     def language_targets(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Next tokens and their weights, both (B O, T): a sequence's weights add up to 1, an example's sequences too.
+        """Returns next tokens and their weights, both (B O, T). The weights of each of an example's n sequences
+        add up to 1/n.
 
-        As openai/finetune-transformer-lm train.py:176-178 takes the mean over a sequence before that over sequences.
+        openai/finetune-transformer-lm train.py:176-178 also averages over a sequence first, then over sequences.
         """
         length = tokens.size(-1)
         scored = torch.arange(1, length + 1, device=tokens.device) < lengths[..., None]  # (B, O, T)
@@ -146,12 +149,12 @@ class Classifier(nn.Module):
 
 
 def with_special_tokens(model: GPT) -> tuple[GPT, SpecialTokens]:
-    """The model with GPT-1's three further tokens."""
+    """Returns the model with GPT-1's three special tokens added."""
     return with_more_tokens(model, 3), SpecialTokens.after(model.config.vocab_size)
 
 
 def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Path | str) -> None:
-    """Write a classifier's directory, adapters merged; files that are there already are replaced one by one."""
+    """Writes a classifier's directory with adapters merged. Existing files are replaced one by one."""
     save_model(with_merged_adapters(classifier.trunk), tokenizer, directory)
     with replacing(Path(directory) / WEIGHTS) as temporary:
         save_file({"head.weight": classifier.head.weight.detach().cpu().contiguous()}, temporary, {"format": "pt"})
@@ -161,14 +164,14 @@ def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Pat
 
 
 def is_classifier(path: Path | str) -> bool:
-    """Whether `path` is a classifier's directory or a run folder of one."""
+    """Whether `path` is a classifier's directory or the run folder of a classifier."""
     return any((Path(path) / place / CONFIG).is_file() for place in (".", "best", "last"))
 
 
 def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Classifier, Tokenizer]:
-    """The classifier, on the CPU and in training mode, and its tokenizer, from its directory or run folder.
+    """Returns the classifier, on the CPU and in training mode, and its tokenizer.
 
-    Raises UserError naming the file if something is missing or damaged.
+    `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
     directory = model_directory(path)
     config = _read_config(directory / CONFIG)
@@ -187,8 +190,8 @@ def _load_weights(module: nn.Module, path: Path, prefix: str) -> None:
     try:
         module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
-        what = str(error).strip().splitlines()[-1].strip()  # torch says first that there is an error
-        raise UserError(f"{path} is missing or damaged: {what}") from None
+        reason = str(error).strip().splitlines()[-1].strip()  # torch's first line only says that loading failed
+        raise UserError(f"{path} is missing or damaged: {reason}") from None
 
 
 def _read_config(path: Path) -> ClassifierConfig:
@@ -200,9 +203,9 @@ def _read_config(path: Path) -> ClassifierConfig:
         content |= {"special": special, "columns": Columns(**columns), "classes": classes and tuple(classes)}
         config = ClassifierConfig(**content)
     except FileNotFoundError:
-        raise UserError(f"{path.parent} is a model without a classifier's head: train one by --train FILE") from None
+        raise UserError(f"{path.parent} is a model without a classifier's head: train one with --train FILE") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} is of the version {version}; this program reads the version {FORMAT_VERSION}")
+        raise UserError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
     return config

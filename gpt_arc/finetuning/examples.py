@@ -1,14 +1,14 @@
-"""Labelled examples, and GPT-1's input transformations: each becomes one or more sequences of tokens.
+"""Labelled examples, and GPT-1's input transformations, which turn each into one or more sequences of tokens.
 
     examples = read_examples(Path("train.jsonl"), "entailment", Columns(text_a="premise", text_b="hypothesis"))
     sequences, cut = sequences_of(examples[0], "entailment", tokenizer, SpecialTokens.after(50257), max_tokens=512)
 
-What stands between the special tokens (Radford et al. 2018, figure 1):
+The layouts (Radford et al. 2018, figure 1):
 
     classification    [start] text [extract]
     entailment        [start] premise [delimiter] hypothesis [extract]
-    similarity        both orders of text [delimiter] text, two sequences
-    multiple_choice   [start] context [delimiter] option [extract], a sequence per option
+    similarity        [start] text [delimiter] text [extract], in both orders: two sequences
+    multiple_choice   [start] context [delimiter] option [extract], one sequence per option
 """
 
 import json
@@ -29,16 +29,16 @@ TaskKind = Literal["classification", "entailment", "similarity", "multiple_choic
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a file hold what; None where there is none."""
+    """Names of a file's columns; None where the task has no such column."""
 
     text_a: str
     text_b: str | None = None
-    options: tuple[str, ...] = ()  # several columns, or one that holds a list
+    options: tuple[str, ...] = ()  # several columns, or one column of lists
     label: str = "label"
 
     @classmethod
     def usual(cls, task: TaskKind) -> "Columns":
-        """The names that are looked for unless others are declared."""
+        """Returns the default names."""
         return {
             "classification": cls("text"),
             "entailment": cls("premise", "hypothesis"),
@@ -48,7 +48,7 @@ class Columns:
 
 
 class Example(NamedTuple):
-    """One row: its texts as the task has them, and its label as it was written, None where the file has none."""
+    """One row: the texts of the task, and the label as written in the file, None if it is missing."""
 
     texts: tuple[str, ...]  # text; premise, hypothesis; the two texts; context, first option, second option ...
     label: str | None
@@ -56,7 +56,7 @@ class Example(NamedTuple):
 
 
 class SpecialTokens(NamedTuple):
-    """Ids of GPT-1's three further tokens."""
+    """Ids of GPT-1's three special tokens."""
 
     start: int
     delimiter: int
@@ -68,16 +68,16 @@ class SpecialTokens(NamedTuple):
 
 
 def read_examples(path: Path, task: TaskKind, columns: Columns, labelled: bool = True) -> list[Example]:
-    """The examples of a .jsonl, .csv or .tsv file, whose first line names the columns of the latter two.
+    """Reads the examples of a .jsonl, .csv or .tsv file; the first line of a .csv or .tsv names its columns.
 
-    Without `labelled` labels are not looked at, and None. Raises UserError naming file and line of the first row that
-    isn't one, and how many more there are.
+    Without `labelled`, labels are ignored and None. Raises UserError naming file and line of the first bad row, and the
+    number of further ones.
     """
     return parsed_rows(path, lambda row, place: _example(row, task, columns, labelled, place))
 
 
 def _example(row: dict[str, Any], task: TaskKind, columns: Columns, labelled: bool, place: str) -> Example:
-    """Raises ValueError saying what is wrong with the row."""
+    """Parses a row. Raises ValueError saying what is wrong with it."""
     first = text_of(row, columns.text_a)
     if task == "multiple_choice":
         context = first if columns.text_b is None else f"{first} {text_of(row, columns.text_b)}"
@@ -104,9 +104,9 @@ def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
     if len(columns) > 1:
         return [text_of(row, column) for column in columns]
     value = row.get(columns[0])
-    if isinstance(value, str):  # of a .csv
-        with_list = parse_as(list, value)
-        value = value if with_list is None else with_list
+    if isinstance(value, str):  # a .csv holds the list as JSON
+        parsed = parse_as(list, value)
+        value = value if parsed is None else parsed
     if value is None:
         raise ValueError(missing_column(row, columns[0]))
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
@@ -115,7 +115,10 @@ def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
 
 
 def _option_number(label: str, options: Sequence[str], columns: tuple[str, ...]) -> int:
-    """Which option, from 0, a label means: its number from 0, its letter from A, its column or its text."""
+    """Returns the number from 0 of the option that a label means.
+
+    A label is a number from 0, a letter from A, a column's name or the text of an option.
+    """
     if re.fullmatch(r"\d+", label):
         number = int(label)
     elif len(label) == 1 and label.isascii() and label.isalpha():
@@ -133,7 +136,7 @@ def _option_number(label: str, options: Sequence[str], columns: tuple[str, ...])
 
 
 def classes_of(examples: Sequence[Example]) -> tuple[str, ...]:
-    """The labels that occur, numbers in order of size and texts in that of the alphabet."""
+    """Returns the distinct labels, sorted as numbers if they all are numbers, otherwise alphabetically."""
     labels = {example.label for example in examples}
     try:
         return tuple(sorted(labels, key=lambda label: (float(label), label)))
@@ -142,17 +145,17 @@ def classes_of(examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def label_number(example: Example, classes: Sequence[str]) -> int:
-    """The number of an example's class, -1 where it has no label. Raises UserError for a label that is no class."""
+    """Returns the number of the label in `classes`, -1 without a label. Raises UserError for an unknown label."""
     if example.label is None:
         return -1
     if example.label not in classes:
         shown = ", ".join(classes[:10]) + (" ..." if len(classes) > 10 else "")
-        raise UserError(f"{example.place}: the label {example.label!r} is none of the classes trained on: {shown}")
+        raise UserError(f"{example.place}: the label {example.label!r} is not one of the classes trained on: {shown}")
     return classes.index(example.label)
 
 
 def label_value(example: Example) -> float:
-    """The label as a number, not a number where it has none. Raises UserError."""
+    """Returns the label as a number, NaN without a label. Raises UserError if it is not a finite number."""
     try:
         value = math.nan if example.label is None else float(example.label)
     except ValueError:
@@ -163,7 +166,7 @@ def label_value(example: Example) -> float:
 
 
 def fitted(segments: Sequence[list[int]], room: int) -> list[list[int]]:
-    """The segments less tokens from the end of whichever is longest, the last of equals, so that `room` holds them."""
+    """Cuts tokens off the end of the longest segment (the last of equals) until all fit into `room` tokens together."""
     lengths = [len(segment) for segment in segments]
     while sum(lengths) > room:
         longest = max(range(len(lengths)), key=lambda i: (lengths[i], i))
@@ -174,9 +177,9 @@ def fitted(segments: Sequence[list[int]], room: int) -> list[list[int]]:
 def sequences_of(
     example: Example, task: TaskKind, tokenizer: Tokenizer, special: SpecialTokens, max_tokens: int
 ) -> tuple[list[list[int]], bool]:
-    """An example's sequences of at most `max_tokens` ids, and whether they were cut to that.
+    """Returns an example's sequences of at most `max_tokens` ids, and whether any was cut.
 
-    Raises UserError where the vocabulary lacks a character.
+    Raises UserError for a character missing from the vocabulary.
     """
     try:
         encoded = [tokenizer.encode(text) for text in example.texts]

@@ -1,7 +1,7 @@
 """LoRA (Hu et al., arXiv:2106.09685): each linear layer learns a product of two thin matrices beside its frozen weight.
 
-add_adapters(model.blocks, rank=8, alpha=16)    # now these alone learn
-merge_adapters(model.blocks)                    # added to the weights: a model like any other
+add_adapters(model.blocks, rank=8, alpha=16)    # now only the adapters learn
+merge_adapters(model.blocks)                    # adds them to the weights: an ordinary model again
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor
 class LowRankLinear(nn.Module):
     """`linear`, frozen, plus alpha / rank times the product of `up` (out, rank) and `down` (rank, in).
 
-    `up` begins as zeros, so that nothing is changed at first; `down` as torch draws a linear layer.
+    `up` starts at zero, so the output is unchanged at first. `down` is initialized like torch's linear layers.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
@@ -32,15 +32,15 @@ class LowRankLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The linear layer that computes the same."""
+        """Adds the product to the weight of `linear` and returns it, trainable: the same function as this layer."""
         self.linear.weight += self.scale * (self.up @ self.down)
         return self.linear.requires_grad_()
 
 
 def add_adapters(module: nn.Module, rank: int, alpha: float) -> None:
-    """Put a `LowRankLinear` in the place of every linear layer inside `module`, and freeze all else there.
+    """Replaces every linear layer inside `module` by a `LowRankLinear`, and freezes everything else in it.
 
-    Experts and their routers are among what is frozen.
+    Experts and their routers are frozen, too.
     """
     module.requires_grad_(False)
     for parent in list(module.modules()):
@@ -50,7 +50,7 @@ def add_adapters(module: nn.Module, rank: int, alpha: float) -> None:
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Undo `add_adapters`, with what was learned in the weights."""
+    """Undoes `add_adapters`, keeping in the weights what the adapters learned."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LowRankLinear):
@@ -58,7 +58,7 @@ def merge_adapters(module: nn.Module) -> None:
 
 
 def with_merged_adapters(module: nn.Module) -> nn.Module:
-    """A copy of `module` after `merge_adapters`; itself where it has none."""
+    """Returns a copy of `module` with its adapters merged, or `module` if it has none."""
     if not any(isinstance(part, LowRankLinear) for part in module.modules()):
         return module
     merged = copy.deepcopy(module)

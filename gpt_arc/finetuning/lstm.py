@@ -1,4 +1,4 @@
-"""An LSTM in the place of a GPT's blocks, as GPT-1's paper compares them (Radford et al. 2018, table 5)."""
+"""An LSTM in place of a GPT's blocks: the comparison of GPT-1's paper (Radford et al. 2018, table 5)."""
 
 import math
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from model import GPT, GPTConfig
 
 
 class LSTM(GPT):
-    """A language model with a GPT's embedding and head, and one LSTM layer of as many weights as the blocks have.
+    """A language model with a GPT's embedding and head, and one LSTM layer with as many weights as the blocks.
 
-    H units of 4 H (C + H + 2) weights, and a projection of H C + C back to the embedding's width; positions are what
-    the recurrence makes of them.
+    H units have 4 H (C + H + 2) weights, and the projection back to the embedding's width has H C + C. There is no
+    position embedding: the recurrence knows the order.
     """
 
     def __init__(self, config: GPTConfig):
@@ -37,12 +37,12 @@ class LSTM(GPT):
         return sum(p.numel() for p in self.parameters()) - (0 if embeddings else self.token_embedding.weight.numel())
 
     def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Sequence[KVCache] | None = None) -> Tensor:
-        """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
+        """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
         assert documents is None and cache is None
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than the context, block_size = {self.config.block_size}"
             )
-        with torch.autocast(tokens.device.type, enabled=False):  # whose 16 bits a CPU's LSTM doesn't know
+        with torch.autocast(tokens.device.type, enabled=False):  # a CPU's LSTM has no 16-bit kernels
             states, _ = self.lstm(self.dropout(self.token_embedding(tokens)).type_as(self.lstm.weight_ih_l0))
         return self.final_norm(self.dropout(self.projection(states)))

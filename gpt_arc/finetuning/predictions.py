@@ -1,7 +1,5 @@
-"""What fine-tuning and its use share: encoded examples, batches of them, predictions and how good those are."""
+"""Predictions of a classifier, and metrics of them."""
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,66 +8,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, to_device
 from gpt_arc.extras import import_extra
-from gpt_arc.finetuning.classifier import Batch, Classifier, ClassifierConfig, make_batch
-from gpt_arc.finetuning.examples import Example, label_number, label_value, sequences_of
+from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig
+from gpt_arc.finetuning.encoding import EncodedExamples
 from gpt_arc.tables import table
 
 
-class EncodedExamples(NamedTuple):
-    """Examples as tokens."""
-
-    sequences: list[list[list[int]]]  # of each example
-    labels: list[float]  # whole numbers of classes, -1 unknown; or values, not a number where unknown
-    cut: int  # how many examples were too long
-    examples: Sequence[Example]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The longest sequence of each example, in tokens."""
-        return np.array([max(map(len, sequences)) for sequences in self.sequences])
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all tokens and labels."""
-        return hashlib.sha256(json.dumps([self.sequences, self.labels]).encode()).hexdigest()
-
-    def batch(self, rows: Sequence[int]) -> Batch:
-        return make_batch([self.sequences[row] for row in rows], [self.labels[row] for row in rows])
-
-
-def encode_examples(examples: Sequence[Example], config: ClassifierConfig, tokenizer: Tokenizer) -> EncodedExamples:
-    """The examples as a classifier reads them. Raises UserError, naming the row, for a label or character not known."""
-    sequences, labels, cut = [], [], 0
-    for example in tqdm(examples, "encoding", leave=False, disable=None):
-        found, was_cut = sequences_of(example, config.task, tokenizer, config.special, config.max_tokens)
-        sequences.append(found)
-        cut += was_cut
-        if config.is_regression:
-            labels.append(label_value(example))
-        elif config.classes is None:
-            labels.append(-1 if example.label is None else int(example.label))
-        else:
-            labels.append(label_number(example, config.classes))
-    return EncodedExamples(sequences, labels, cut, examples)
-
-
 class Predictions(NamedTuple):
-    """What a classifier says of each example, and the mean losses."""
+    """Logits for each example, and the mean losses."""
 
-    logits: list[list[float]]  # by class, by option, or the one value
+    logits: list[list[float]]  # one per class or option; in regression the predicted value
     labels: list[float]
-    task_loss: float | None  # None if not all labels are known
+    task_loss: float | None  # None if any label is unknown
     language_loss: float
 
     @property
     def losses(self) -> dict[str, float]:
-        """The mean losses that are known, by name."""
+        """The known mean losses by name."""
         known = {} if self.task_loss is None else {"loss": self.task_loss}
         return known | {"language_loss": self.language_loss}
 
@@ -87,7 +43,7 @@ class Predictions(NamedTuple):
 def predict(
     classifier: Classifier, encoded: EncodedExamples, batch_size: int, device: torch.device, dtype: str
 ) -> Predictions:
-    """The classifier's logits for each example, in their order; dropout is off, and as it was afterwards."""
+    """Returns logits in the order of the examples. Dropout is off; each module's mode is restored afterwards."""
     modes = {module: module.training for module in classifier.modules()}
     classifier.eval()
     logits: list[list[float]] = [[]] * len(encoded)
@@ -107,14 +63,16 @@ def predict(
 
 
 def _by_length(encoded: EncodedExamples, size: int) -> list[np.ndarray]:
+    """Returns the row numbers of batches, shortest examples first, to save padding."""
     rows = np.argsort(encoded.lengths, kind="stable")
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def metrics_of(predictions: Predictions, config: ClassifierConfig) -> dict[str, float | None]:
-    """Accuracy, macro F1 and Matthews' correlation of classes; Pearson's, Spearman's and squared error of numbers.
+    """Returns accuracy, macro F1 and Matthews correlation for classes, and accuracy alone for multiple choice.
 
-    Of options only accuracy says something. A correlation is None where one side is constant.
+    For regression: Pearson and Spearman correlation, None where labels or predictions are constant, and mean squared
+    error.
     """
     if config.is_regression:
         stats = import_extra("scipy.stats")
@@ -129,7 +87,7 @@ def metrics_of(predictions: Predictions, config: ClassifierConfig) -> dict[str, 
     labels, classes = predictions.labels, predictions.classes
     metrics = {"accuracy": float(scores.accuracy_score(labels, classes))}
     if config.classes is not None:
-        with warnings.catch_warnings():  # of a class that was never predicted, whose F1 is 0
+        with warnings.catch_warnings():  # a class that is never predicted has an F1 of 0
             warnings.simplefilter("ignore")
             metrics["macro_f1"] = float(scores.f1_score(labels, classes, average="macro", zero_division=0.0))
             metrics["matthews"] = float(scores.matthews_corrcoef(labels, classes))
@@ -146,15 +104,15 @@ def confusion_matrix(predictions: Predictions, config: ClassifierConfig) -> list
 
 
 def confusion_table(matrix: Sequence[Sequence[int]], classes: Sequence[str], most: int = 12) -> str:
-    """A confusion matrix to print, of so many classes at most."""
+    """Formats a confusion matrix for printing, if it has at most `most` classes."""
     if len(classes) > most:
-        return f"the confusion matrix of {len(classes)} classes stands in report.json"
+        return f"the confusion matrix of {len(classes)} classes is in report.json"
     names = [name if len(name) <= 16 else name[:15] + "…" for name in classes]
     return table([["true \\ predicted", *names], *([name, *row] for name, row in zip(names, matrix))])
 
 
 def prediction_lines(predictions: Predictions, config: ClassifierConfig) -> Iterator[dict[str, Any]]:
-    """What is written of each example: its class, option or value, and the probabilities of classes or options."""
+    """Yields a prediction (class, option or value) for each example, with probabilities of classes or options."""
     for logits, number, probabilities in zip(predictions.logits, predictions.classes, predictions.probabilities):
         if config.is_regression:
             yield {"prediction": logits[0]}

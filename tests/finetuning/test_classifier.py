@@ -457,7 +457,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(directory, name, damage, lst
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "is of the version 2; this program reads the version 1"),
+        ({"format_version": 2}, "has format version 2; this program reads version 1"),
         ({"special": {"start": 1}}, "is damaged: TypeError"),
         ({"surprise": 1}, "is damaged: TypeError"),
         ({"columns": None}, "is damaged: TypeError"),
@@ -474,5 +474,5 @@ def test_a_configuration_that_does_not_fit_is_refused(directory, change, message
 def test_a_model_without_a_head_is_no_classifier(tmp_path):
     save_model(GPT(ARCHITECTURE), TOKENIZER, tmp_path)
     assert not is_classifier(tmp_path) and not is_classifier("gpt2")
-    with pytest.raises(UserError, match="is a model without a classifier's head: train one by --train FILE"):
+    with pytest.raises(UserError, match="is a model without a classifier's head: train one with --train FILE"):
         load_classifier(tmp_path)

@@ -348,7 +348,7 @@ def test_classes_are_in_the_order_of_numbers_or_of_the_alphabet():
 def test_a_label_that_was_not_trained_on_is_refused_with_its_place():
     known, unknown, none = labelled("b", "x", None)
     assert label_number(known, ("a", "b")) == 1 and label_number(none, ("a", "b")) == -1
-    with pytest.raises(UserError, match="rows.csv, line 3: the label 'x' is none of the classes trained on: a, b$"):
+    with pytest.raises(UserError, match="rows.csv, line 3: the label 'x' is not one of the classes trained on: a, b$"):
         label_number(unknown, ("a", "b"))
     with pytest.raises(UserError, match="trained on: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ...$"):
         label_number(unknown, [str(i) for i in range(11)])

@@ -10,13 +10,12 @@ import torch
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_batch
+from gpt_arc.finetuning.encoding import EncodedExamples, encode_examples
 from gpt_arc.finetuning.examples import Columns, Example, SpecialTokens
 from gpt_arc.finetuning.predictions import (
-    EncodedExamples,
     Predictions,
     confusion_matrix,
     confusion_table,
-    encode_examples,
     metrics_of,
     predict,
     prediction_lines,

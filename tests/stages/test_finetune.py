@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.finetuning.classifier import load_classifier, make_batch
+from gpt_arc.finetuning.encoding import encode_examples
 from gpt_arc.finetuning.examples import read_examples
-from gpt_arc.finetuning.predictions import encode_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, save_model
@@ -296,14 +296,20 @@ def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, wor
     ("flags", "message"),
     [
         (("base",), "there is nothing to do: name --train, --test, --predict or --classify"),
-        (("base", "--test=test.jsonl"), "is a model without a classifier's head: train one by --train FILE"),
+        (("base", "--test=test.jsonl"), "is a model without a classifier's head: train one with --train FILE"),
         (("nowhere", "--train=train.jsonl"), "there is no model directory nowhere"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         ((*TRAIN, "--text_a=review"), "line 1: there is no column review; the columns are: text, label"),
         ((*TRAIN, "--label=stars"), "line 1: there is no column stars; the columns are: text, label"),
         ((*TRAIN, "--task=entailment"), "line 1: there is no column premise; the columns are: text, label"),
-        ((*TRAIN, "--val=odd.jsonl"), "odd.jsonl, line 2: the label 'maybe' is none of the classes trained on: no, "),
-        ((*TRAIN, "--test=odd.jsonl"), "odd.jsonl, line 2: the label 'maybe' is none of the classes trained on: no, "),
+        (
+            (*TRAIN, "--val=odd.jsonl"),
+            "odd.jsonl, line 2: the label 'maybe' is not one of the classes trained on: no, ",
+        ),
+        (
+            (*TRAIN, "--test=odd.jsonl"),
+            "odd.jsonl, line 2: the label 'maybe' is not one of the classes trained on: no, ",
+        ),
         ((*TRAIN, "--numbers=True"), "train.jsonl, line 1: the label 'no' is not a number"),
         (("base", "--train=same.jsonl"), "every example has the label 'no': there is nothing to learn"),
         (("base", "--train=capital.jsonl"), "capital.jsonl, line 1: the character 'A'"),

@@ -159,8 +159,8 @@ class OurFinetuner(FinetuneWorker):
     def setup(self) -> None:
         from gpt_arc.device import set_up_device
         from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig
+        from gpt_arc.finetuning.encoding import EncodedExamples
         from gpt_arc.finetuning.examples import Columns, SpecialTokens
-        from gpt_arc.finetuning.predictions import EncodedExamples
         from gpt_arc.training.config import TrainingConfig
         from gpt_arc.training.optim import Updater
         from model import GPT
