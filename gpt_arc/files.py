@@ -8,6 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DATA_ROOT = Path("data")  # prepared datasets are folders below it
+PACKAGE = Path(__file__).resolve().parent
+
+
+def resource(name: str) -> Path:
+    """Path of a script, config or task that comes with gpt-arc, such as "train.py" or "configs/gpt2.toml".
+
+    A wheel carries them inside the package, in resources/; in a clone they are beside the package.
+    """
+    packaged = PACKAGE / "resources"
+    return (packaged if packaged.is_dir() else PACKAGE.parent) / name
 
 
 def sync(path: Path) -> None:
