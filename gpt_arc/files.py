@@ -10,6 +10,16 @@ from pathlib import Path
 from gpt_arc.errors import UserError, first_line
 
 DATA_ROOT = Path("data")  # the folder of prepared datasets
+PACKAGE = Path(__file__).resolve().parent
+
+
+def resource(name: str) -> Path:
+    """Path of a script, config or task that comes with gpt-arc, such as "train.py" or "configs/gpt2.toml".
+
+    A wheel carries them inside the package, in resources/; in a clone they are beside the package.
+    """
+    packaged = PACKAGE / "resources"
+    return (packaged if packaged.is_dir() else PACKAGE.parent) / name
 
 
 def write_file(path: Path, content: bytes | str) -> None:

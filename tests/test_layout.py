@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "evaluation": ("ground", "nn", "model", "data", "weights", "decoding"),
 }
-ENTRY_POINTS = {"gpt_arc/harness.py"}  # `python -m gpt_arc.harness`: above all packages
+ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands: above all packages
 READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS
 LIBRARY = [*sorted((ROOT / "gpt_arc").rglob("*.py")), ROOT / "model.py"]
 FOLDERS = ("prepare", "stages", "tools")

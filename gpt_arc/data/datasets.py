@@ -15,10 +15,9 @@ from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT
+from gpt_arc.files import DATA_ROOT, resource
 from gpt_arc.settings import STRICT, Positive
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "prepare"
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
 
@@ -169,7 +168,7 @@ def find_dataset(name: str) -> Path | None:
 
 def prepare_dataset(name: str) -> Path:
     """Prepare a dataset in SMALL_CORPORA. Raises UserError, saying what to run, for any other."""
-    script = SCRIPTS / f"{name}.py"
+    script = resource("prepare") / f"{name}.py"
     if name not in SMALL_CORPORA:
         command = (
             f"`python prepare/{name}.py`"

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import resource
 
-FOLDER = Path(__file__).resolve().parents[2] / "tasks"
+FOLDER = resource("tasks")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma before three digits
 PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.]*)\}")
 

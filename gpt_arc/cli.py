@@ -1,0 +1,80 @@
+"""The console command gpt-arc: runs the script of each subcommand in a Python process of its own.
+
+gpt-arc COMMAND ARGUMENTS does what `python SCRIPT ARGUMENTS` does in a clone. A config such as configs/quickstart.toml
+that isn't in the current folder is the one that comes with gpt-arc.
+"""
+
+import os
+import sys
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import resource
+
+COMMANDS = {
+    "train": ("train.py", "train a GPT: gpt-arc train configs/quickstart.toml"),
+    "sample": ("sample.py", "continue a prompt with a trained model"),
+    "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
+    "prepare": ("prepare", "turn text into token files: gpt-arc prepare text --input book.txt --name book"),
+    "sft": ("stages/sft.py", "fine-tune on conversations"),
+    "reward": ("stages/reward.py", "train a reward model on rankings"),
+    "ppo": ("stages/ppo.py", "learn from a reward"),
+    "dpo": ("stages/dpo.py", "learn from preferences without a reward model"),
+    "finetune": ("stages/finetune.py", "fine-tune on labels"),
+    "eval": ("stages/eval.py", "measure perplexity and tasks"),
+    "export": ("tools/export.py", "write a model for transformers and other libraries"),
+    "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
+    "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
+    "bench": ("tools/bench.py", "measure speed on this machine"),
+}
+
+
+def usage() -> str:
+    commands = "\n".join(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    return (
+        f"usage: gpt-arc COMMAND ARGUMENTS\n\n{commands}\n\n"
+        "`gpt-arc COMMAND --help` describes the arguments of one command. With several processes:\n"
+        "torchrun --standalone --nproc_per_node=8 --no-python gpt-arc train configs/gpt2.toml\n\n"
+        f"configs: {resource('configs')}\ntasks:   {resource('tasks')}"
+    )
+
+
+def with_packaged_configs(arguments: list[str]) -> list[str]:
+    """Replaces each configs/NAME.toml that isn't in the current folder by the one that comes with gpt-arc."""
+
+    def located(argument: str) -> str:
+        is_config = argument.startswith("configs/") and argument.endswith(".toml")
+        if is_config and not os.path.exists(argument) and resource(argument).is_file():
+            return str(resource(argument))
+        return argument
+
+    return [located(argument) for argument in arguments]
+
+
+def script_command(name: str, arguments: list[str]) -> list[str]:
+    """The script of a command and its arguments. Raises UserError if there is no such script."""
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+    script = resource(COMMANDS[name][0])
+    if name == "prepare":
+        names = sorted(path.stem for path in script.glob("*.py"))
+        if not arguments or arguments[0] not in names:
+            raise UserError(f"name what to prepare: gpt-arc prepare {', '.join(names)}")
+        script, arguments = script / f"{arguments[0]}.py", arguments[1:]
+    if name == "chat" and arguments[:1] not in (["-h"], ["--help"]):
+        arguments = ["--chat", *arguments]
+    return [str(script), *with_packaged_configs(arguments)]
+
+
+def run() -> int | None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return None
+    os.execv(sys.executable, [sys.executable, *script_command(name, arguments)])
+
+
+main = entry_point(run)
+
+
+if __name__ == "__main__":
+    main()

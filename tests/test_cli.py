@@ -1,0 +1,149 @@
+"""The console command gpt-arc, from a clone and from an installed wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gpt_arc import cli
+from gpt_arc.errors import UserError
+from gpt_arc.files import resource
+from helpers import ROOT
+
+
+def gpt_arc(*arguments, python=sys.executable, **environment):
+    return subprocess.run(
+        [python, "-m", "gpt_arc.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def test_every_command_has_a_script_and_stands_in_the_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpt-arc", "--help"])
+    assert cli.run() is None
+    output = capsys.readouterr().out
+    for name, (script, _) in cli.COMMANDS.items():
+        assert f"\n  {name} " in output
+        assert resource(script).exists()
+    assert f"configs: {ROOT / 'configs'}" in output
+
+
+def test_the_command_line_alone_shows_the_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpt-arc"])
+    assert cli.run() is None
+    assert capsys.readouterr().out.startswith("usage: gpt-arc COMMAND")
+
+
+@pytest.mark.parametrize(
+    "name, arguments, expected",
+    [
+        ("train", ["mine.toml", "--seed=1"], ["train.py", "mine.toml", "--seed=1"]),
+        ("sft", ["out/gpt2"], ["stages/sft.py", "out/gpt2"]),
+        ("expert-use", [], ["tools/expert_use.py"]),
+        ("chat", ["out/sft", "--seed=1"], ["sample.py", "--chat", "out/sft", "--seed=1"]),
+        ("chat", ["--help"], ["sample.py", "--help"]),
+        ("prepare", ["text", "--name", "book"], ["prepare/text.py", "--name", "book"]),
+        ("bench", ["train", "--help"], ["tools/bench.py", "train", "--help"]),
+    ],
+)
+def test_a_command_becomes_a_script_and_its_arguments(name, arguments, expected):
+    script, *rest = expected
+    assert cli.script_command(name, arguments) == [str(ROOT / script), *rest]
+
+
+def test_a_config_that_is_not_in_the_current_folder_is_the_packaged_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = str(ROOT / "configs" / "quickstart.toml")
+    assert cli.with_packaged_configs(["configs/quickstart.toml", "--seed=1"]) == [packaged, "--seed=1"]
+    assert cli.with_packaged_configs(["configs/missing.toml"]) == ["configs/missing.toml"]
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.toml").touch()
+    assert cli.with_packaged_configs(["configs/quickstart.toml"]) == ["configs/quickstart.toml"]
+
+
+def test_an_unknown_command_or_dataset_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match="no command 'trian'; the commands are train, sample, chat"):
+        cli.script_command("trian", [])
+    for arguments in ([], ["novels"]):
+        with pytest.raises(UserError, match="name what to prepare: gpt-arc prepare decontaminate, fineweb"):
+            cli.script_command("prepare", arguments)
+
+
+def test_the_script_runs_in_the_current_folder_with_its_exit_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = gpt_arc("sample", "--help")
+    assert shown.returncode == 0 and "--max_new_tokens" in shown.stdout
+    refused = gpt_arc("sample", "--max_new_token=1")
+    assert refused.returncode == 2 and "did you mean --max_new_tokens?" in refused.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel of the tracked files, built by the setuptools that is installed."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('..'))"
+    result = subprocess.run(
+        [sys.executable, "-c", build], cwd=folder / "source", capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_package_and_the_model_alone_at_its_top_level(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gpt_arc", "model.py"}
+    assert "gpt_arc/py.typed" in names
+    for folder in ("configs", "tasks", "stages", "prepare", "tools"):
+        for path in (ROOT / folder).rglob("*.[tp]*[ly]"):
+            assert f"gpt_arc/resources/{path.relative_to(ROOT)}" in names
+    assert not [name for name in names if "test" in name or "__pycache__" in name]
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
+    """The installed libraries are lent to a fresh environment by a .pth file, without this clone's editable install."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    subprocess.run([sys.executable, "-m", "venv", "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    places = [path for path in sys.path if path.endswith("site-packages")]
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text("\n".join(places))
+
+    def run(*arguments):
+        command = [tmp_path / "venv" / "bin" / "gpt-arc", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    code = "import gpt_arc.evaluation.tasks as t, model; t.load_task('lambada'); print(t.__file__, model.__file__)"
+    modules = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()
+    assert len(modules) == 2 and all(Path(module).is_relative_to(site) for module in modules)
+    for name in ("train", "sample", "stages", "prepare", "tools", "benchmarks"):
+        absent = subprocess.run([python, "-I", "-c", f"import {name}"], capture_output=True, text=True)
+        assert "ModuleNotFoundError" in absent.stderr
+
+    assert str(site / "gpt_arc" / "resources" / "configs") in run("--help")
+    assert "parameters" in run("train", "configs/quickstart.toml", "--dry_run=True")
+    assert "--max_new_tokens" in run("sample", "--help")
+    assert "--tasks" in run("eval", "--help")
+    assert "speedrun" in run("bench", "--help")
+    tiny = "--n_layer=1 --n_embd=16 --n_head=2 --max_iters=2 --eval_iters=1 --compile=False --device=cpu".split()
+    run("train", "configs/quickstart.toml", *tiny)  # prepares its dataset with a packaged script
+    assert (tmp_path / "data" / "python_manual" / "meta.json").exists()
+    run("sample", "--max_new_tokens=5", "--device=cpu")
