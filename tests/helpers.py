@@ -117,5 +117,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def kill_at(update: int, script: str, *flags: str) -> None:
     """Run `python SCRIPT FLAGS` and kill it when it makes so many updates."""
     code = KILLED.format(argv=[str(ROOT / script), *flags], update=update)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT / "tests")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == -signal.SIGKILL

@@ -141,7 +141,7 @@ def test_mistakes_are_one_sentence(letters, say, args, sentence):
 
 def test_no_run_and_no_tokenizer(letters, say, tmp_path):
     (letters / "tokenizer.json").unlink()
-    assert "has no tokenizer: it can't read texts" in say()
+    assert "has no tokenizer, so it can't read text" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()
 

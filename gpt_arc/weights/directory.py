@@ -145,7 +145,7 @@ def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
     model, tokenizer = load_model(path, dtype=dtype)
     if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer: it can't read texts")
+        raise UserError(f"{path} has no tokenizer, so it can't read text")
     return model, tokenizer
 
 

@@ -704,7 +704,7 @@ def test_impossible_speculation_is_refused():
 
 def test_extreme_temperatures_stay_distributions():
     assert filtered_probabilities(torch.tensor(LOGITS), temperature=1e-50).tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
-    with pytest.raises(UserError, match="repetition_penalty"):
+    with pytest.raises(ValueError, match="repetition_penalty"):
         Sampling(repetition_penalty=1e-300)
 
 

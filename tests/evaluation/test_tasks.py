@@ -588,7 +588,7 @@ def test_items_are_read_from_files_as_written(tmp_path):
     ("name", "content", "words"),
     [
         ("a.jsonl", b"", "holds no items"),
-        ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2: "),
+        ("a.jsonl", b'{"a": 1}\n{"a"\n', "a.jsonl, line 2"),
         ("a.jsonl", b"[1]\n", "a.jsonl, line 1: not a JSON object"),
         ("a.jsonl", b'{"a": "\xff"}', "a.jsonl is not UTF-8"),
         ("a.csv", b"a\n", "items are read from .jsonl and .parquet files"),

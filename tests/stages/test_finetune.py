@@ -318,7 +318,7 @@ def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, wor
         ((*TRAIN, "--max_tokens=25"), "max_tokens = 25 is more than the model's context, 24"),
         ((*TRAIN, "--max_tokens=4"), "max_tokens = 4 must be 8 or more"),
         ((*TRAIN, "--transfer_blocks=3"), "transfer_blocks = 3, but the model has 2 blocks"),
-        (("mute", "--train=train.jsonl"), "mute has no tokenizer: it can't read texts"),
+        (("mute", "--train=train.jsonl"), "mute has no tokenizer, so it can't read text"),
         ((*TRAIN, "--lstm=True", "--lstm_iters=2"), "lstm_dataset and lstm_iters go together"),
         ((*TRAIN, "--lstm=True", "--lstm_iters=2", "--lstm_dataset=none"), "there is no prepared dataset of that name"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),

@@ -406,7 +406,7 @@ def test_a_mistake_in_a_settings_file(run, content, message):
         ((), "name a model to start from: python stages/sft.py MODEL"),
         (("base",), "name the conversations to learn from by --train"),
         (("nowhere", *TRAIN[1:]), "there is no model directory nowhere"),
-        (("mute", *TRAIN[1:]), "mute has no tokenizer: it can't read texts"),
+        (("mute", *TRAIN[1:]), "mute has no tokenizer, so it can't read text"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         (("base", "--train=capital.jsonl"), "capital.jsonl, line 2: the character 'X'"),

@@ -111,7 +111,7 @@ def test_the_floor_reads_each_context_once_and_skips_last_tokens():
         (["tiny.toml", "--max_context=3"], "max_context = 3 is less than min_context = 4"),
         (["tiny.toml", "--max_option=9"], "max_context + max_option - 1 = 17 is more than the context"),
         (["tiny.toml", "--batch_sizes", "0"], "batch_sizes = (0,) must be some numbers of 1 or more"),
-        (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no architecture of transformers"),
+        (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no supported architecture of transformers"),
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
     ],
 )

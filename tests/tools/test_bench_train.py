@@ -202,9 +202,9 @@ def test_all_competitors_learn_a_repeated_batch(worker, place):
             ["tiny.toml", "--nanogpt=nanoGPT", "--norm=rmsnorm"],
             'only computes GPT-2 and has no norm = "rmsnorm"',
         ),
-        (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no architecture of transformers"),
+        (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no supported architecture of transformers"),
         (["tiny.toml", "--json=nowhere/results.json"], "nowhere/results.json can't be written"),
-        (["tiny.toml", "--vocab_size=65537"], "vocab_size = 65537 is more than the random tokens of 16 bits"),
+        (["tiny.toml", "--vocab_size=65537"], "vocab_size = 65537 is too large: the random tokens have 16 bits"),
     ],
 )
 def test_mistakes_are_reported_in_one_sentence(args, sentence, place, output_of):
