@@ -29,6 +29,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
+from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import (
     autocast,
@@ -82,6 +83,7 @@ class Plan:
     corpus: Corpus | None  # None where a dry run finds no dataset
     train_tokens: Split | None
     val_tokens: Split | None
+    order: TrainingOrder | MixtureOrder | None  # of the training windows
     device: torch.device
     dtype: str
     compile: bool
@@ -115,6 +117,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     masked, names = config.data.document_mask, ("train", "val")
     splits = [corpus.split(name, block_size, vocab_size, masked) if corpus else None for name in names]
+    order = splits[0].training_order(block_size, config.training.seed) if corpus else None
 
     # a resumed run keeps the precision and compilation that "auto" meant when it started
     training = config.training
@@ -138,7 +141,20 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     return Plan(
-        launch, config, corpus, *splits, device, dtype, compiled, why, state, progress, micro_steps, micro_batch, flops
+        launch,
+        config,
+        corpus,
+        *splits,
+        order,
+        device,
+        dtype,
+        compiled,
+        why,
+        state,
+        progress,
+        micro_steps,
+        micro_batch,
+        flops,
     )
 
 
@@ -331,9 +347,8 @@ def train(run: Run) -> int:
     config, device, dtype = plan.config, plan.device, plan.dtype
     training, logging, block_size = config.training, config.logging, config.model.block_size
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
-    order = plan.train_tokens.training_order(block_size, training.seed)
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
-    batches = training_batches(plan.train_tokens, order, progress.consumed, sequences, *share)
+    batches = training_batches(plan.train_tokens, plan.order, progress.consumed, sequences, *share)
     batches = prefetch(batches, device)
     meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
     learning_rate = grad_norm = None
