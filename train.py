@@ -115,9 +115,12 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     if vocab_size != config.model.vocab_size:
         say(f"vocabulary     {vocab_size}, as in the dataset, instead of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    masked, names = config.data.document_mask, ("train", "val")
-    splits = [corpus.split(name, block_size, vocab_size, masked) if corpus else None for name in names]
-    order = splits[0].training_order(block_size, config.training.seed) if corpus else None
+    train_tokens = val_tokens = order = None
+    if corpus:
+        train_tokens, val_tokens = (
+            corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
+        )
+        order = train_tokens.training_order(block_size, config.training.seed)
 
     # a resumed run keeps the precision and compilation that "auto" meant when it started
     training = config.training
@@ -141,20 +144,21 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     return Plan(
-        launch,
-        config,
-        corpus,
-        *splits,
-        order,
-        device,
-        dtype,
-        compiled,
-        why,
-        state,
-        progress,
-        micro_steps,
-        micro_batch,
-        flops,
+        launch=launch,
+        config=config,
+        corpus=corpus,
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+        order=order,
+        device=device,
+        dtype=dtype,
+        compile=compiled,
+        why_compile=why,
+        state=state,
+        progress=progress,
+        micro_steps=micro_steps,
+        micro_batch=micro_batch,
+        flops_per_token=flops,
     )
 
 
