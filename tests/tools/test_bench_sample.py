@@ -205,7 +205,7 @@ def test_nothing_but_the_results_is_left(measured):
     [
         CONFIG,
         dataclasses.replace(CONFIG, norm_position="post", activation="gelu_tanh"),
-        GPTConfig(32, 50, 2, 2, 16, 1, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=1),
+        GPTConfig(32, 50, 2, 2, 16, 1, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True),
     ],
     ids=["gpt2", "openai-gpt", "qwen3"],
 )
