@@ -7,7 +7,7 @@
     python stages/finetune.py out/finetune --test test.jsonl                  measure a fine-tuned model
     python stages/finetune.py out/finetune --predict new.jsonl                writes new.predictions.jsonl
     python stages/finetune.py out/finetune --classify "a film to remember"    the texts of one example
-    python stages/finetune.py out/finetune --resume=True                      go on with a run that was stopped
+    python stages/finetune.py --resume=out/finetune                           continue a stopped run
 
 Examples are rows of .jsonl, .csv or .tsv files. A run writes out/finetune/ (or -2, -3 ...): run.json, metrics.jsonl,
 report.json, and the models after the last epoch and the best one by the val split, each a model directory with a head.
@@ -18,30 +18,25 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
+from annotated_types import Ge
+from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc import distributed
 from gpt_arc.data.batches import training_batches
 from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import (
-    autocast,
-    device_name,
-    resolve_device,
-    resolve_dtype,
-    rng_state,
-    set_rng_state,
-    set_up_device,
-    to_device,
-)
+from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
+from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.finetuning.classifier import (
     Classifier,
@@ -64,35 +59,31 @@ from gpt_arc.finetuning.predictions import (
     predict,
     prediction_lines,
 )
-from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import table
-from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
-from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import record_options, recorded_options, refuse_others
+from gpt_arc.training.options import ExampleOptions, refuse_others
 from gpt_arc.training.schedule import learning_rate_at, warmup_linear
-from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model
 from gpt_arc.weights.edit import transfer, with_settings
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
 
 
-@dataclass(frozen=True)
-class Options:
-    model: tyro.conf.Positional[str]
+@dataclass(frozen=True, config=STRICT)
+class Options(ExampleOptions):
+    model: tyro.conf.Positional[str | None] = None
     """The model to fine-tune: a run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME.
-    Or one that is fine-tuned: to measure it, to predict with it, or to go on from it to another task."""
-    train: Path | None = None
-    """Examples to learn from."""
+    Or a fine-tuned model: to measure it, to predict with it, or to fine-tune it on another task."""
     val: Path | None = None
     """Examples that choose the best epoch. None: val_fraction of the training examples."""
-    val_fraction: float = 0.1
-    """Share of the training examples that is held out where there is no val. 0: none, and the last epoch counts."""
+    val_fraction: Share = 0.1
+    """Share of the training examples that is held out if there is no val. 0: none, and the last epoch counts."""
     test: Path | None = None
     """Examples to measure the best epoch on."""
     predict: Path | None = None
@@ -114,88 +105,56 @@ class Options:
     """Column of the label. Of an option: its number from 0, letter from A, column or text. None: label."""
     numbers: bool = False
     """Labels are numbers on a scale, to be predicted by least squares, and not names of classes."""
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Ge(LEAST_TOKENS)] | None = None
     """Longer sequences are cut to this, the longest text first. None: the model's context."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Examples at a time."""
-    gradient_accumulation_steps: int = 1
-    """Batches in one update."""
-    epochs: int = 3
+    epochs: Count = 3
     """Passes over the training examples."""
-    learning_rate: float = 6.25e-5
-    """The largest, at the end of the warmup; from there it falls to 0 in a line."""
-    warmup: float = 0.002
-    """Share of the updates in which the learning rate rises."""
-    weight_decay: float = 0.01
-    """Of tensors of two dimensions or more, decoupled from the gradient."""
-    beta1: float = 0.9
-    """Adam's decay of the mean of gradients."""
-    beta2: float = 0.999
-    """Adam's decay of the mean of squared gradients."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon."""
-    grad_clip: float = 1.0
-    """Gradients are shortened to this norm. 0: never."""
-    language_weight: float = 0.5
+    learning_rate: Positive = 6.25e-5
+    """Peak learning rate."""
+    schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
+    """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
+    others: shape of the learning rate after the warmup, down to min_lr."""
+    warmup: PositiveShare = 0.002
+    """Share of the updates over which the learning rate rises."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay, on tensors of two or more dimensions."""
+    beta2: Share = 0.999
+    """Adam's decay rate of the second moment."""
+    seed: Seed = 42
+    """The source of all randomness: new weights, the order of examples, dropout."""
+    language_weight: NonNegative = 0.5
     """Weight (lambda) of the language-model loss on the texts beside the task's loss."""
-    classifier_dropout: float = 0.1
+    classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
-    dropout: float | None = None
+    dropout: Share | None = None
     """Dropout everywhere in the model. None: as the model has it."""
     group_by_length: bool = True
     """Put examples of like length into a batch, which saves padding."""
     freeze_trunk: bool = False
     """Train the head alone, on the hidden states as they are."""
-    transfer_blocks: int | None = None
+    transfer_blocks: Natural | None = None
     """Keep the embeddings and this many of the first blocks, and draw the rest anew. None: keep the model."""
     from_scratch: bool = False
     """Draw all weights anew: the architecture without its pre-training."""
-    lora_rank: int = 0
+    lora_rank: Natural = 0
     """Train low-rank adapters of this rank beside the blocks' frozen matrices; they are merged in what is saved.
     0: train all weights."""
-    lora_alpha: float = 16.0
+    lora_alpha: Positive = 16.0
     """Adapters count alpha / rank times."""
     lstm: bool = False
     """Put an LSTM of as many weights in the Transformer's place, drawn anew."""
     lstm_dataset: str | None = None
     """A prepared dataset on which the LSTM is trained as a language model first."""
-    lstm_iters: int = 0
+    lstm_iters: Natural = 0
     """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of products. auto: what the hardware multiplies fastest."""
-    seed: int = 42
-    """The source of all randomness: new weights, the order of examples, dropout."""
-    out_dir: str | None = None
-    """Folder of the run. None: out/finetune, or out/finetune-2, -3 ... where that is taken."""
-    overwrite: bool = False
-    """Delete the run that out_dir holds and start anew; replace a file of predictions."""
-    resume: bool = False
-    """Go on with the run folder named as the model, as it was started; only the device may be another."""
 
     def __post_init__(self):
-        least = {"batch_size": 1, "gradient_accumulation_steps": 1, "epochs": 1, "lora_rank": 0, "lstm_iters": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
-        for name in ("val_fraction", "classifier_dropout", "dropout", "beta1", "beta2"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must lie in [0, 1)")
-        for name in ("weight_decay", "grad_clip", "language_weight", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name} = {getattr(self, name)} must be zero or more, and less than 2^63")
-        for name in ("learning_rate", "adam_eps", "lora_alpha"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} = {getattr(self, name)} must be more than zero, and finite")
-        if not 0 < self.warmup < 1:
-            raise ValueError(f"warmup = {self.warmup} is a share of all updates: it must lie between 0 and 1")
-        if self.max_tokens is not None and self.max_tokens < LEAST_TOKENS:
-            raise ValueError(f"max_tokens = {self.max_tokens} must be {LEAST_TOKENS} or more, or left out")
+        super().__post_init__()
         ways = ("freeze_trunk", "from_scratch", "lora_rank", "lstm")
-        chosen = [name for name in ways if getattr(self, name)] + ["transfer_blocks"] * (
-            self.transfer_blocks is not None
-        )
+        chosen = [name for name in ways if getattr(self, name)]
+        chosen += ["transfer_blocks"] * (self.transfer_blocks is not None)
         if len(chosen) > 1:
             raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other: choose one")
         if self.numbers and self.task == "multiple_choice":
@@ -203,21 +162,41 @@ class Options:
         if (self.lstm_dataset is None) != (self.lstm_iters == 0) or self.lstm_iters and not self.lstm:
             raise ValueError("lstm_dataset and lstm_iters go together, with lstm = True")
 
+    def training(self, updates: int) -> TrainingConfig:
+        """Settings of the optimizer and of the learning rate over `updates` updates."""
+        if self.schedule == "gpt1":  # `rate` computes it
+            return dataclasses.replace(self, schedule="linear").training(updates)
+        return super().training(updates)
+
+    def rate(self, update: int, updates: int) -> float | None:
+        """The learning rate of update number `update`, counted from 0; None: by the schedule of `training`."""
+        return self.learning_rate * warmup_linear(update / updates, self.warmup) if self.schedule == "gpt1" else None
+
     def columns(self, usual: Columns) -> Columns:
         """The columns named, in the place of the usual ones."""
         names = {field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)}
         return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+@dataclasses.dataclass
+class Progress(StageProgress):
+    """How far a run has come. `best` is the best epoch's metric and then its negative loss."""
 
-    step: int = 0  # updates made
-    best: list[float] = field(default_factory=list)  # what chooses the best epoch: its metric, then its loss
-    best_step: int | None = None
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # both losses and seconds of this epoch so far
     epochs: list[dict[str, Any]] = field(default_factory=list)  # a line of the report each
+
+
+class Learned:
+    """The trained weights of a classifier, as part of a checkpoint: what is saved as a model has adapters merged."""
+
+    def __init__(self, classifier: Classifier):
+        self.classifier = classifier
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self.classifier.named_parameters() if p.requires_grad}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.classifier.load_state_dict(state, strict=False)
 
 
 def read_splits(options: Options) -> dict[str, list[Example]]:
@@ -306,12 +285,23 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
     model.cpu()
 
 
-def train(options: Options, resumed: Path | None) -> int:
-    """Fine-tune, choose the best epoch, measure it."""
-    # ---- the examples, the model and the plan in figures
-    torch.manual_seed(options.seed)
-    device = resolve_device(options.device)
-    dtype = resolve_dtype(options.dtype, device)
+class Material(NamedTuple):
+    """What a run learns from and what learns."""
+
+    classifier: Classifier
+    tokenizer: Tokenizer
+    splits: dict[str, EncodedExamples]
+    updates: int
+    updates_per_epoch: int
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that chooses the best epoch; the lower loss decides between equals."""
+        return "pearson" if self.classifier.config.is_regression else "accuracy"
+
+
+def prepare(options: Options) -> Material:
+    """Read the examples, build the classifier and print the plan. Raises UserError."""
     examples = read_splits(options)
     if options.predict:
         read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
@@ -319,155 +309,118 @@ def train(options: Options, resumed: Path | None) -> int:
     classifier, tokenizer = build(options, classes_to_learn(options, examples))
     config = classifier.config
     splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
-    training, lengths = splits["train"], splits["train"].lengths
-    fingerprint = digest([training.sequences, training.labels])
-    per_update = options.batch_size * options.gradient_accumulation_steps
-    updates_per_epoch = math.ceil(len(training) / per_update)
+    updates_per_epoch = math.ceil(len(splits["train"]) / options.examples_per_update)
     updates = updates_per_epoch * options.epochs
-    learning = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    print(f"parameters     {describe_parameters(classifier)}; {learning:,} learn")
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    say(f"parameters     {describe_parameters(classifier)}; {trained:,} learn")
     for name, split in splits.items():
         cut = f", {split.cut:,} of them cut to {config.max_tokens} tokens" if split.cut else ""
-        print(f"{name:<15}{len(split):,} examples{cut}")
+        say(f"{name:<15}{len(split):,} examples{cut}")
     if config.classes:
-        print(f"classes        {len(config.classes)}: {', '.join(config.classes[:20])}")
-    print(f"updates        {updates:,} of {per_update} examples in {options.epochs} epochs")
-    print(f"device         {device} ({device_name(device)}), {dtype}")
+        say(f"classes        {len(config.classes)}: {', '.join(config.classes[:20])}")
+    say(f"updates        {updates:,} of {options.examples_per_update} examples in {options.epochs} epochs")
+    return Material(classifier, tokenizer, splits, updates, updates_per_epoch)
 
-    # ---- the run's folder, held from here on
-    if resumed:
-        run, lock = resumed, runs.Lock(resumed)
-    else:
-        if options.out_dir and Path(options.out_dir).resolve() in (Path(options.model) / "model").resolve().parents:
-            raise UserError(f"out_dir = {options.out_dir} holds the model to start from: name another")
-        where = options.out_dir, "finetune", options.overwrite, "finetune", "--resume=True"
-        run, lock = runs.claim_new(*where)  # noqa: F841  by name
-        record_options(run, "finetune", options)
-    print(f"run            {run}", flush=True)
 
-    # ---- optimizer, random generators, where a stopped run stood
-    set_up_device(device, dtype)
-    classifier.to(device)
-    settings = ("learning_rate", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
-    adam = TrainingConfig(max_iters=updates, **{name: getattr(options, name) for name in settings})
-    updater = Updater(classifier, adam, device, dtype)
-    torch.manual_seed(options.seed)
-    progress = Progress()
-    if resumed and (run / "last").exists():
-        state = load_state(run / "last")
-        if state["data"] != fingerprint:
-            raise UserError(f"{run} was started on other examples: start a new run")
-        progress = Progress(**state["progress"])
-        clean_run(run, progress.step, progress.best_step)
-        updater.load_state_dict(state)
-        classifier.load_state_dict(state["learned"], strict=False)
-        set_rng_state(state["generators"], device)
-        del state
-    log, stop = MetricsLog(run, progress.step), StopSignal()
-    main_metric = "pearson" if config.is_regression else "accuracy"
-
-    def save() -> None:
-        state = {
-            "progress": dataclasses.asdict(progress),
-            **updater.state_dict(),
-            "learned": {name: p.detach() for name, p in classifier.named_parameters() if p.requires_grad},
-            "generators": rng_state(device),
-            "runtime": {"device": device.type, "dtype": dtype},
-            "data": fingerprint,
-        }
-        write = partial(save_classifier, classifier, tokenizer)
-        save_checkpoint(run, progress.step, progress.best_step, write, state, keep_all=False)
-
-    def measured(split: EncodedExamples) -> tuple[Predictions, dict[str, float | None]]:
-        predictions = predict(classifier, split, options.batch_size, device, dtype)
-        return predictions, {**metrics_of(predictions, config), **predictions.losses}
+def train(options: Options, run: StageRun) -> int:
+    """Fine-tune, choose the best epoch, measure it."""
+    material = prepare(options)
+    classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
+    training, progress = material.splits["train"], run.progress
+    lengths = training.lengths
+    run.open(digest([training.sequences, training.labels]))
+    run.place(classifier)
+    updater = run.updater(classifier, updates)
+    run.restore(updater, {"learned": Learned(classifier)})
+    write = partial(save_classifier, classifier, material.tokenizer)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. Losses are sums over examples, divided by the examples of an update. The best epoch is that of
-    # the highest metric, the lower loss deciding between equals.
+    # The training loop. Losses are sums over examples, divided by the examples of an update.
     language = options.language_weight > 0 and not options.freeze_trunk
-    bar = tqdm(total=updates, initial=progress.step, unit="update", disable=None)
-    not_finite = 0  # updates in a row
-    while progress.step < updates and not stop.number:
-        epoch = progress.step // updates_per_epoch
+    while run.goes_on(updates):
+        epoch, place = divmod(progress.step, updates_per_epoch)
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
-        while progress.step < (epoch + 1) * updates_per_epoch and not stop.number:
-            started = time.perf_counter()
-            first = progress.step % updates_per_epoch * options.gradient_accumulation_steps
-            own = batches[first : first + options.gradient_accumulation_steps]
-            count, sums = sum(map(len, own)), torch.zeros(2, device=device)
-            for rows in own:
-                batch = to_device(training.batch(rows), device)
-                with autocast(device, dtype):
-                    outcome = classifier(*batch, with_language=language)
-                losses = torch.stack((outcome.task_loss, outcome.language_loss))
-                updater.backward(combined_loss(*losses, options.language_weight) / count)
-                sums += losses.detach()
-            factor = warmup_linear(progress.step / updates, options.warmup)
-            finite, norm, sums = updater.update(options.learning_rate * factor, *sums)
-            if not finite:  # float16 finds its loss scale by overflowing, and tries again
-                not_finite += 1
-                if not_finite == (20 if updater.scaler.is_enabled() else 1):
-                    raise UserError(
-                        f"update {progress.step + 1} is not finite: lower learning_rate, or set dtype = float32"
-                    )
-                continue
-            progress.step, not_finite = progress.step + 1, 0
-            for i, value in enumerate((*sums, time.perf_counter() - started)):
-                progress.sums[i] += value
-            rates = {"learning_rate": options.learning_rate * factor, "grad_norm": norm}
-            log.write({"step": progress.step, "task_loss": sums[0] / count, "language_loss": sums[1] / count, **rates})
-            bar.set_postfix_str(f"loss {sums[0] / count:.4f}")
-            bar.update()
-            if bar.disable and progress.step % max(1, updates // 20) == 0:
-                print(f"update {progress.step:,} of {updates:,}: loss {sums[0] / count:.4f}", flush=True)
-        if progress.step < (epoch + 1) * updates_per_epoch:
-            break
+        started = time.perf_counter()
+        first = place * options.gradient_accumulation_steps
+        micros = batches[first : first + options.gradient_accumulation_steps]
+        count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
+        for rows in micros:
+            batch = to_device(training.batch(rows), run.device)
+            with autocast(run.device, run.dtype):
+                outcome = classifier(*batch, with_language=language)
+            micro_losses = torch.stack((outcome.task_loss, outcome.language_loss))
+            updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
+            losses += micro_losses.detach()
+        result = run.update(updater, progress.step, *losses, rate=options.rate(progress.step, updates))
+        if result is None:  # float16 finds its loss scale by overflowing, and tries again
+            continue
+        rate, norm, (task_loss, language_loss) = result
+        progress.step += 1
+        for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
+            progress.sums[i] += value
+        line = {"task_loss": task_loss / count, "language_loss": language_loss / count}
+        run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
+        if progress.step % updates_per_epoch == 0:
+            end_epoch(options, run, material, language)
+            run.save(write)
+    # -----------------------------------------------------------------------------------------------------------------
 
-        # the epoch's line; its model, if it is the best
-        seconds = progress.sums[2]
-        line = {"epoch": epoch + 1, "loss": progress.sums[0] / len(training)}
-        line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
-        merit = [progress.step]
-        if "val" in splits:
-            metrics = measured(splits["val"])[1]
-            line |= {f"val_{name}": value for name, value in metrics.items()}
-            correctness = metrics[main_metric]
-            merit = [-1.0 if correctness is None else correctness, -metrics["loss"]]
-        if merit > progress.best:
-            progress.best, progress.best_step = merit, progress.step
-        progress.epochs.append(line | {"examples_per_second": len(training) / seconds})
-        progress.sums = [0.0, 0.0, 0.0]
-        log.write({"step": progress.step, **progress.epochs[-1]})
-        names = list(progress.epochs[-1])
-        widths = [max(len(name), 7) for name in names]
-        header = [] if epoch else [names]
-        tqdm.write(table([*header, list(progress.epochs[-1].values())], widths))
-        save()
-    bar.close()
     if progress.step < updates:
-        save()
-        print(f"stopped after update {progress.step}; go on by: python {sys.argv[0]} {run} --resume=True")
-        return 128 + stop.number
+        return run.finish(write)
+    run.bar.close()
+    write_report(options, run, material)
+    if options.predict or options.classify:
+        use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
+    return 0
 
-    # ---- the report, with the best epoch on the test split
+
+def end_epoch(options: Options, run: StageRun, material: Material, language: bool) -> None:
+    """Measure the val split, keep the epoch if it is the best, and print its line."""
+    progress, training = run.progress, material.splits["train"]
+    epoch = progress.step // material.updates_per_epoch
+    line = {"epoch": epoch, "loss": progress.sums[0] / len(training)}
+    line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
+    scores = [progress.step]
+    if "val" in material.splits:
+        metrics = measured(options, run, material.classifier, material.splits["val"])[1]
+        line |= {f"val_{name}": value for name, value in metrics.items()}
+        main = metrics[material.main_metric]
+        scores = [-1.0 if main is None else main, -metrics["loss"]]
+    if scores > (progress.best or []):
+        progress.best, progress.best_step = scores, progress.step
+    line["examples_per_second"] = len(training) / progress.sums[2]
+    progress.epochs.append(line)
+    progress.sums = [0.0, 0.0, 0.0]
+    run.log(line)
+    header = [] if epoch > 1 else [list(line)]
+    tqdm.write(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
+
+
+def measured(
+    options: Options, run: StageRun, classifier: Classifier, split: EncodedExamples
+) -> tuple[Predictions, dict[str, float | None]]:
+    predictions = predict(classifier, split, options.batch_size, run.device, run.dtype)
+    return predictions, {**metrics_of(predictions, classifier.config), **predictions.losses}
+
+
+def write_report(options: Options, run: StageRun, material: Material) -> None:
+    """Write report.json, with the best epoch measured on the test split."""
+    classifier, splits, progress = material.classifier, material.splits, run.progress
+    config = classifier.config
     report = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
-    report["best_epoch"] = progress.best_step // updates_per_epoch
+    report["best_epoch"] = progress.best_step // material.updates_per_epoch
     report["examples"] = {name: len(split) for name, split in splits.items()}
     report["cut"] = {name: split.cut for name, split in splits.items()}
     if "test" in splits:
         if progress.best_step != progress.step:
-            classifier = load_classifier(run / "best")[0].to(device)
-        predictions, report["test"] = measured(splits["test"])
+            classifier = load_classifier(run.folder / "best")[0].to(run.device)
+        predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
-    write_file(run / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    by = f" by {main_metric} on the val split" if "val" in splits else ", the last"
-    print(f"kept epoch {report['best_epoch']}{by}: {run}/best")
-    if options.predict or options.classify:
-        use(dataclasses.replace(options, model=str(run), test=None))
-    return 0
+    write_file(run.folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    by = f" by {material.main_metric} on the val split" if "val" in splits else ", the last"
+    say(f"kept epoch {report['best_epoch']}{by}: {run.folder}/best")
 
 
 def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
@@ -526,19 +479,12 @@ USE |= {"batch_size", "device", "dtype"}  # the options that using a model has
 
 
 def main() -> int:
-    options = parse_flags(Options, __doc__, sys.argv[1:])
+    options = read_options(Options, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
-        raise UserError("fine-tuning runs in one process: start it by python, not by torchrun")
-    if options.resume:
-        refuse_others(
-            options, {"model", "resume", "device"}, "can't be changed: --resume=True goes on as the run was started"
-        )
-        run = Path(options.model)
-        return train(
-            dataclasses.replace(recorded_options(run, Options, "finetune"), device=options.device, resume=True), run
-        )
-    if options.train is not None:
-        return train(options, None)
+        raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
+    if options.resume or options.train is not None:
+        import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
+        return start_stage(options, "finetune", train, Progress)
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")

@@ -161,7 +161,7 @@ def train(options: Options, run: StageRun) -> int:
             centre(model, demonstrations, options, run)
             run.save(write, report and report["loss"])
     if report and IS_MAIN:
-        write_file(run.run / "report.json", json.dumps(report, indent=1) + "\n")
+        write_file(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
     return run.finish(write)
 
 

@@ -77,7 +77,7 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the model, with a token for each mark that the template adds
     model, tokenizer = load_text_model(run.origin)
     chat = load_chat(model_directory(run.origin), tokenizer)
-    if chat is not None and options.template != Options.template and not run.run:
+    if chat is not None and options.template != Options.template and not run.folder:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:

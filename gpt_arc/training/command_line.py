@@ -18,7 +18,7 @@ from gpt_arc.settings import build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, located, recorded_options, refuse_others
 from gpt_arc.training.runs import Lock, newest_run, read_record
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import OF_TRAINING, load_config
 from model import GPTConfig
 
@@ -149,28 +149,35 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
 
 
 def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
-    """Read the command line and run a stage's `train`, among the processes that torchrun started: the exit code."""
+    """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
     if options.model is None and not options.resume:
         raise UserError(f"name a model to start from: python stages/{name}.py MODEL; --help lists the settings")
-    run, lock = None, None
+    return start_stage(options, name, train)
+
+
+def start_stage(
+    options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
+) -> int:
+    """Run a stage's `train`, new or resumed, among the processes that torchrun started. Returns the exit code."""
+    folder, lock = None, None
     if options.resume:
         named = options.resume == "True"  # the former form: RUN --resume=True
         if named and options.model is None:
             raise UserError("name the run to resume: --resume=RUN")
         allowed = {"resume", "device", "backend"} | ({"model"} if named else set())
-        refuse_others(options, allowed, "can't be changed: --resume goes on as the run was started")
-        run = Path(options.model if named else options.resume)
-        recorded = recorded_options(run, cls, name)
-        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(run))
-        lock = Lock(run) if IS_MAIN else None
+        refuse_others(options, allowed, "can't be changed: a resumed run keeps its settings")
+        folder = Path(options.model if named else options.resume)
+        recorded = recorded_options(folder, type(options), name)
+        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
+        lock = Lock(folder) if IS_MAIN else None
     else:
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device):
-        stage = StageRun(name, options, device, run, lock, sys.argv[0])
+        run = StageRun(name, options, device, folder, lock, sys.argv[0], progress)
         try:
-            return train(options, stage)
+            return train(options, run)
         except UserError:
-            stage.abandon()
+            run.abandon()
             raise

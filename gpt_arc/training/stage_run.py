@@ -1,19 +1,17 @@
-"""What the training stages share: their settings, a run's folder and processes, its checkpoints, its end.
+"""One run of a training stage: its folder and lock, checkpoints, stop signals, updates and log.
 
-def train(options: Options, stage: Stage) -> int:
-    model, tokenizer = load_model(stage.origin)
+def train(options: Options, run: StageRun) -> int:
+    model, tokenizer = load_model(run.origin)
     ...                                       # data and plan
-    stage.open(fingerprint)                   # the folder is the run's from here on
-    replica = stage.place(model)              # on the device, one of several under torchrun
-    updater = stage.updater(model, updates)
-    stage.restore(updater, {})                # where a stopped run stood
-    while stage.goes_on(updates):
+    run.open(fingerprint)                     # from here on this process holds the folder
+    replica = run.place(model)                # on the device; under torchrun one of several
+    updater = run.updater(model, updates)
+    run.restore(updater, {})                  # continues a stopped run
+    while run.goes_on(updates):
         ...
-        sums = stage.update(updater, rate, loss)
+        result = run.update(updater, run.progress.step, loss)
     ...
-
-if __name__ == "__main__":
-    entry_point(partial(run_stage, Options, __doc__, "sft", train))()
+    return run.finish(write)
 """
 
 import contextlib
@@ -46,9 +44,9 @@ from gpt_arc.training.signals import StopSignal
 class StageProgress:
     """How far a run has come."""
 
-    step: int = 0  # updates made, or what else the stage counts
-    skipped: int = 0  # updates left out because their gradient was not finite
-    best: float | None = None  # the lowest loss of the val split
+    step: int = 0  # updates made, or whatever the stage counts
+    skipped: int = 0  # updates skipped because their gradient was not finite
+    best: Any = None  # the lowest loss on the val split, or what else chooses the best checkpoint
     best_step: int | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
 
@@ -61,50 +59,51 @@ class StageRun:
         name: str,
         options: StageOptions,
         device: torch.device,
-        run: Path | None,
+        folder: Path | None,
         lock: runs.Lock | None,
         script: str | None = None,
+        progress: type[StageProgress] = StageProgress,
     ):
+        """`folder` and its `lock` belong to a run that is resumed; `script` is the command that resumes it."""
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
-        self.run, self._lock = run, lock
-        self.progress = StageProgress()
+        self.folder, self._lock = folder, lock
+        self.progress = progress()
         self._state: dict[str, Any] | None = None
-        if run and (run / "last").exists():
-            self._state = load_state(run / "last")
-            self.progress = StageProgress(**self._state["progress"])
+        if folder and (folder / "last").exists():
+            self._state = load_state(folder / "last")
+            self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
-        self.stopped = 0  # the number of a signal that came to any process
-        self._not_finite = 0  # updates in a row
-        self._new = False  # whether this process has made the folder
+        self.stopped = 0  # number of the signal that any process received
+        self._new = False  # whether this process made the folder
         self._saved = self.progress.step if self._state else None
         self.bar: tqdm | None = None
         torch.manual_seed(options.seed)
 
     @property
     def origin(self) -> str:
-        """The model to load: the last checkpoint of a run that goes on, or the one named."""
-        return str(self.run / "last") if self._state else self.options.model
+        """The model to load: the last checkpoint of a resumed run, or the model named."""
+        return str(self.folder / "last") if self._state else self.options.model
 
     def open(self, fingerprint: str) -> None:
-        """Make the run's folder, or clean up that of a run that goes on. Raises UserError if its data were others."""
+        """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
         self.fingerprint = fingerprint
         if self._state and self._state["data"] != fingerprint:
-            raise UserError(f"{self.run} was started on other data or another model: start a new run")
+            raise UserError(f"{self.folder} was started on other data or another model: start a new run")
         if IS_MAIN:
-            if self.run is None:
+            if self.folder is None:
                 self._refuse_own_folder()
                 resume = shlex.join(("python", self.script, f"--resume={self.options.out_dir}"))
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
-                self.run, self._lock = runs.claim_new(*where)
+                self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
-                record_options(self.run, self.name, self.options)
-            clean_run(self.run, self.progress.step, self.progress.best_step)
-            self._log = MetricsLog(self.run, self.progress.step)
-        self.run = distributed.from_main(self.run)
+                record_options(self.folder, self.name, self.options)
+            clean_run(self.folder, self.progress.step, self.progress.best_step)
+            self._log = MetricsLog(self.folder, self.progress.step)
+        self.folder = distributed.from_main(self.folder)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
-        say(f"run            {self.run}" + (f", from step {self.progress.step}" if self._state else ""))
+        say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
 
     def _refuse_own_folder(self) -> None:
         out_dir = self.options.out_dir
@@ -114,31 +113,34 @@ class StageRun:
                 raise UserError(f"out_dir = {out_dir} holds the model that {name} names: name another")
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Put a module on the device, to be trained: itself, or under torchrun the replica to call in its place."""
+        """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
         set_up_device(self.device, self.dtype)
         module.to(self.device)
         return module if WORLD_SIZE == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
-        """The optimizer, whose learning rate runs over so many updates."""
+        """The optimizer, with a learning rate scheduled over this many updates."""
         self._training = self.options.training(updates)
         return Updater(module, self._training, self.device, self.dtype)
 
     def restore(self, updater: Updater, parts: dict[str, nn.Module]) -> None:
-        """Put back the optimizer, the `parts` that were saved with it and the random generators, if the run goes on."""
+        """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
         if self._state is None:
             return
         updater.load_state_dict(self._state)
+        saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
         for name, part in parts.items():
-            part.load_state_dict(self._state["parts"][name])
-        if RANK < len(self._state["generators"]):
-            set_rng_state(self._state["generators"][RANK], self.device)
+            part.load_state_dict(saved[name])
+        generators = self._state["generators"]
+        generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
+        if RANK < len(generators):
+            set_rng_state(generators[RANK], self.device)
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
-        """Write a checkpoint, whose model `write` puts into a folder; it is the best so far if `best` is the lowest."""
+        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far."""
         progress = self.progress
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
@@ -151,41 +153,46 @@ class StageRun:
             "data": self.fingerprint,
         }
         if IS_MAIN:
-            save_checkpoint(self.run, progress.step, progress.best_step, write, state, keep_all=False)
+            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
         self._saved = progress.step
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
-        """Whether there are steps left, and no signal has come."""
+        """Whether steps are left and no stop signal has come."""
         if self.bar is None:
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
         return self.progress.step < steps and not self.stopped
 
     def last_sync(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """In which a backward pass shares gradients between processes only if it is the update's last."""
+        """Context for a backward pass that shares gradients between processes only if it is the update's last."""
         return contextlib.nullcontext() if last or WORLD_SIZE == 1 else replica.no_sync()
 
-    def update(self, updater: Updater, step: int, *sums: Tensor | float) -> tuple[float, float, list[float]] | None:
-        """Update `step` (from 0): learning rate, gradient norm, `sums` over the processes; None if not finite.
+    def update(
+        self, updater: Updater, step: int, *sums: Tensor | float, rate: float | None = None
+    ) -> tuple[float, float, list[float]] | None:
+        """Make update number `step`, counted from 0, at the schedule's learning rate or at `rate`.
 
-        The first of `sums` must be finite too. Raises UserError when it fails again and again.
+        Returns the learning rate, the gradient's norm and `sums` over the processes; None if the gradient or the first
+        of `sums` wasn't finite. Raises UserError if that happens again and again.
         """
-        rate = learning_rate_at(step, self._training)
+        rate = learning_rate_at(step, self._training) if rate is None else rate
         finite, norm, (*sums, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
         if finite:
-            self._not_finite = 0
             return rate, norm, sums
         self.progress.skipped += 1
-        self._not_finite += 1
-        if self._not_finite == (20 if updater.scaler.is_enabled() else 2):
+        if updater.diverged:
             raise UserError(f"update {step + 1} is not finite: lower learning_rate, or set dtype = float32")
         return None
 
-    def tell(self, line: dict[str, float | None], shown: str, steps: int) -> None:
-        """A line of metrics.jsonl, and `shown` beside the progress bar, or now and then where there is none."""
-        step = self.progress.step
+    def log(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl."""
         if IS_MAIN:
-            self._log.write({"step": step, **{name: value for name, value in line.items() if value is not None}})
+            self._log.write({"step": self.progress.step, **line})
+
+    def tell(self, line: dict[str, float | None], shown: str, steps: int) -> None:
+        """Log a line without its None values, and show `shown` beside the progress bar, or sometimes without a bar."""
+        step = self.progress.step
+        self.log({name: value for name, value in line.items() if value is not None})
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and step % max(1, steps // 20) == 0:
@@ -194,11 +201,11 @@ class StageRun:
     @property
     def _resume(self) -> str:
         python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        return f"{python} {shlex.join((self.script, f'--resume={self.run}'))}"
+        return f"{python} {shlex.join((self.script, f'--resume={self.folder}'))}"
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """In which a user's mistake, such as a reward that fails, loses none of the steps made by a single process."""
+        """Runs the block so that a user's mistake, such as a reward that fails, loses no step of a single process."""
         try:
             yield
         except UserError as error:
@@ -207,24 +214,24 @@ class StageRun:
             self.bar.close()
             if self._saved != self.progress.step:
                 self.save(write)
-            raise UserError(f"{error}; step {self.progress.step} is saved, go on by: {self._resume}") from None
+            raise UserError(f"{error}; step {self.progress.step} is saved, resume with: {self._resume}") from None
 
     def abandon(self) -> None:
-        """Remove the folder of a new run that ends without a checkpoint."""
-        if IS_MAIN and self._new and not (self.run / "last").exists():
+        """Remove the folder of a new run that ended without a checkpoint."""
+        if IS_MAIN and self._new and not (self.folder / "last").exists():
             for name in ("run.json", "metrics.jsonl"):
-                (self.run / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # where something else is in it
-                self.run.rmdir()
+                (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the folder holds something else
+                self.folder.rmdir()
 
     def finish(self, write: Callable[[Path], None]) -> int:
-        """Save what isn't saved yet, say how to go on or where the model is: the exit code."""
+        """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
         self.bar.close()
         if self._saved != self.progress.step:
             self.save(write)
         if self.stopped:
-            say(f"stopped after step {self.progress.step}, saved; go on by: {self._resume}")
+            say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")
             return 128 + self.stopped
-        best = "" if self.progress.best_step is None else f"{self.run}/best (step {self.progress.best_step}), "
-        say(f"finished step {self.progress.step}: {best}{self.run}/last")
+        best = "" if self.progress.best_step is None else f"{self.folder}/best (step {self.progress.best_step}), "
+        say(f"finished step {self.progress.step}: {best}{self.folder}/last")
         return 0
