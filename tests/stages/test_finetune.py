@@ -178,13 +178,13 @@ def test_each_task_is_trained_and_predicted(run, task, flags):
 
 
 def interrupt_after(monkeypatch, updates):
-    """Send this process a Ctrl-C when so many updates were made."""
+    """Send this process a Ctrl-C that ends the run after this many updates; the next one notices it."""
     made, update = [], Updater.update
 
     def counted(self, *args):
         result = update(self, *args)
         made.append(1)
-        if len(made) == updates:
+        if len(made) == updates - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
@@ -212,7 +212,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, monkeypatch, 
         interrupt_after(patched, updates)
         stopped = run(*flags, "--out_dir=halves")
     if updates < 10:
-        assert stopped.code == 130 and f"stopped after update {updates}; go on by" in stopped.output
+        assert stopped.code == 130 and f"stopped after step {updates}, saved; resume with" in stopped.output
         assert not Path("halves/report.json").exists()
         with monkeypatch.context() as patched:
             made = interrupt_after(patched, 0)
@@ -316,14 +316,14 @@ def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, wor
         ((*TRAIN, "--freeze_trunk=True", "--lora_rank=2"), "freeze_trunk and lora_rank exclude each other: choose one"),
         ((*TRAIN, "--lstm=True", "--transfer_blocks=0"), "lstm and transfer_blocks exclude each other: choose one"),
         ((*TRAIN, "--max_tokens=25"), "max_tokens = 25 is more than the model's context, 24"),
-        ((*TRAIN, "--max_tokens=4"), "max_tokens = 4 must be 8 or more"),
+        ((*TRAIN, "--max_tokens=4"), "max_tokens = 4 must be at least 8"),
         ((*TRAIN, "--transfer_blocks=3"), "transfer_blocks = 3, but the model has 2 blocks"),
         (("mute", "--train=train.jsonl"), "mute has no tokenizer, so it can't read text"),
         ((*TRAIN, "--lstm=True", "--lstm_iters=2"), "lstm_dataset and lstm_iters go together"),
         ((*TRAIN, "--lstm=True", "--lstm_iters=2", "--lstm_dataset=none"), "there is no prepared dataset of that name"),
-        ((*TRAIN, "--epochs=0"), "epochs = 0 must be 1 or more"),
-        ((*TRAIN, "--warmup=0"), "warmup = 0.0 is a share of all updates"),
-        ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model to start from"),
+        ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
+        ((*TRAIN, "--warmup=0"), "warmup = 0.0 must be between 0 and 1, 0 excluded"),
+        ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
         (("base", "--resume=True"), "base is not a run of finetune.py that could go on"),
         ((*TRAIN, "--epoch=2"), "there is no flag --epoch; did you mean --epochs?"),
     ],
@@ -344,7 +344,7 @@ def test_a_run_goes_on_with_its_own_examples_alone(run, monkeypatch):
         run(*TRAIN, "--epochs=2")
     write("train.jsonl", toy(30, 0))
     refused = run("out/finetune", "--resume=True")
-    assert refused.code == 2 and "was started on other examples" in refused.message
+    assert refused.code == 2 and "was started on other data or another model" in refused.message
 
 
 # ---- what a run must not lose or take silently
@@ -353,7 +353,9 @@ def test_a_run_goes_on_with_its_own_examples_alone(run, monkeypatch):
 def test_overwriting_spares_the_model_and_other_runs(run):
     refused = run(*TRAIN, "--out_dir=base", "--overwrite=True")
     assert (
-        refused.code == 2 and "holds the model to start from" in refused.message and Path("base/config.json").exists()
+        refused.code == 2
+        and "holds the model that model names" in refused.message
+        and Path("base/config.json").exists()
     )
     Path("out/other").mkdir(parents=True)
     Path("out/other/run.json").write_text('{"config": "a", "overrides": {}}')
@@ -383,7 +385,7 @@ def test_resuming_refuses_other_examples_and_other_options(run, monkeypatch):
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
     write("train.jsonl", [row | {"label": "yes" if row["label"] == "no" else "no"} for row in rows])
     refused = run("stopped", "--resume=True")
-    assert refused.code == 2 and "was started on other examples" in refused.message
+    assert refused.code == 2 and "was started on other data or another model" in refused.message
 
 
 def test_what_is_to_be_predicted_is_looked_at_before_training(run):
