@@ -406,7 +406,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
         stopped = run(*STOPPABLE, "--out_dir=halves")
     step = math.ceil((updates + 1) / 2)
     assert stopped.code == 130
-    assert f"stopped after step {step}, saved; go on by: python ppo.py halves --resume" in stopped.output
+    assert f"stopped after step {step}, saved; go on by: python ppo.py --resume=halves" in stopped.output
     assert f"halves, from step {step}" in run("halves", "--resume=True")
     assert_same_runs("whole", "halves")
     assert "finished step 6" in run("halves", "--resume=True")

@@ -193,7 +193,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(run, monkeypatch, upda
         interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*flags, "--out_dir=halves")
     assert stopped.code == 130
-    assert f"stopped after step {updates}, saved; go on by: python sft.py halves --resume" in stopped.output
+    assert f"stopped after step {updates}, saved; go on by: python sft.py --resume=halves" in stopped.output
     assert f"halves, from step {updates}" in run("halves", "--resume=True")
     for name in ("last", "best"):
         assert_same_weights(f"whole/{name}", f"halves/{name}")
