@@ -406,7 +406,7 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
         stopped = run(*STOPPABLE, "--out_dir=halves")
     step = math.ceil((updates + 1) / 2)
     assert stopped.code == 130
-    assert f"stopped after step {step}, saved; resume with: python ppo.py halves --resume" in stopped.output
+    assert f"stopped after step {step}, saved; resume with: python ppo.py --resume=halves" in stopped.output
     assert f"halves, from step {step}" in run("halves", "--resume=True")
     assert_same_runs("whole", "halves")
     assert "finished step 6" in run("halves", "--resume=True")

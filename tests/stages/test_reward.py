@@ -198,7 +198,7 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
         interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*STOPPABLE, "--out_dir=halves")
     assert stopped.code == 130
-    assert f"stopped after step {updates}, saved; resume with: python reward.py halves --resume" in stopped.output
+    assert f"stopped after step {updates}, saved; resume with: python reward.py --resume=halves" in stopped.output
     assert f"halves, from step {updates}" in run("halves", "--resume=True")
     assert_same_runs("whole", "halves")
     write("chats.jsonl", [{"prompt": "h", "response": "c"}])

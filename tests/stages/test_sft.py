@@ -193,7 +193,7 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
         interrupt_at(patched, updates - 1)  # at which the next one looks
         stopped = run(*flags, "--out_dir=halves")
     assert stopped.code == 130
-    assert f"stopped after step {updates}, saved; resume with: python sft.py halves --resume" in stopped.output
+    assert f"stopped after step {updates}, saved; resume with: python sft.py --resume=halves" in stopped.output
     assert f"halves, from step {updates}" in run("halves", "--resume=True")
     for name in ("last", "best"):
         assert_same_weights(f"whole/{name}", f"halves/{name}")
