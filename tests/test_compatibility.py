@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import train
@@ -45,7 +44,16 @@ def assert_ended_as_before(name):
         untimed = {key: value for key, value in line.items() if key not in TIMES}
         assert untimed == pytest.approx({k: v for k, v in expected_line.items() if k not in TIMES}, rel=1e-6, abs=1e-6)
     for path in expected.glob("*.safetensors"):
-        torch.testing.assert_close(load_file(run / "last" / path.name), load_file(path), rtol=0, atol=1e-6)
+        tensors, expected_tensors = load_file(run / "last" / path.name), load_file(path)
+        assert tensors.keys() == expected_tensors.keys()
+        for tensor_name, tensor in tensors.items():
+            difference = (tensor - expected_tensors[tensor_name]).abs()
+            if tensor_name.endswith("attention.qkv.bias"):
+                # softmax cancels the key bias, so that its gradient is rounding noise, which Adam enlarges
+                _, key, _ = difference.chunk(3)
+                assert key.max() < 1e-4
+                key.zero_()
+            assert difference.max() <= 1e-6, tensor_name
 
 
 @pytest.mark.parametrize("name", ["dense", "experts", "muon"])
