@@ -78,7 +78,7 @@ def test_a_file_in_the_way_of_all_runs_is_named(tmp_path, monkeypatch):
         ("[]", "missing or damaged"),
         ('{"config": "a", "overrides": [1]}', "missing or damaged"),
         ('{"config": "a", "overrides": {"n_layerz": 1}}', "there is no setting n_layerz"),
-        ('{"config": "a", "overrides": {"n_layer": null}}', "n_layer must be a whole number"),
+        ('{"config": "a", "overrides": {"n_layer": null}}', "n_layer = null must be a whole number"),
     ],
 )
 def test_damaged_records_are_refused(tmp_path, content, sentence):

@@ -96,7 +96,7 @@ def test_training_goes_on_with_it(run, workplace):
         (["--n_experts=0"], "n_experts = 0 is the dense model"),
         (["--n_experts=-3"], "n_experts = -3"),
         (["--expert_interval=0"], "expert_interval = 0 must be at least 1"),
-        (["--shared_experts=-1"], "shared_experts = -1 must be zero or more"),
+        (["--shared_experts=-1"], "shared_experts = -1 must be at least 0"),
         (["--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),
         (["--n_expert=3"], "there is no flag --n_expert; did you mean --n_experts"),
     ],
