@@ -389,7 +389,7 @@ def test_what_contradicts_the_run_is_refused_on_resume(workplace, run):
     assert "qk_norm = True contradicts the run" in run("--init_from=resume", tiny=False).message
     Path("sums.toml").write_text('[data]\ndataset = "sums"\n[training]\noptimizer = "muon"\n')
     result = run("--init_from=resume", tiny=False)
-    assert 'optimizer = "muon" can't continue from the moments of "adamw"' in result.message
+    assert 'optimizer = "muon" can\'t continue from the moments of "adamw"' in result.message
 
 
 def test_a_run_in_use_is_not_overwritten(workplace, run):
