@@ -1,4 +1,4 @@
-"""The command line: tyro's, with each mistake explained in one sentence."""
+"""Command lines, parsed by tyro, with each mistake explained in one sentence."""
 
 import contextlib
 import dataclasses
@@ -22,18 +22,18 @@ T = TypeVar("T")
 
 
 def parse_flags(cls: type[T], description: str | None, args: list[str], default: T | None = None) -> T:
-    """An instance of the dataclass `cls` from `args`, flat: --n_layer=6, --n-layer 6, --compile=False.
+    """Builds the dataclass `cls` from flat `args`: --n_layer=6, --n-layer 6, --compile=False.
 
-    `default` gives the values of flags that are not named. Raises UserError; --help prints and exits.
+    `default` has the values of flags that are not given. Raises UserError; --help prints and exits.
     """
     values = {} if default is None else values_of(default)
     return build(cls, merge(cls, values, read_flags(cls, description, args, values)))
 
 
 def read_flags(cls: type, description: str | None, args: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of `cls` that `args` name, by flat name; `defaults` are what --help shows and positionals keep.
+    """Returns the settings of `cls` given in `args`, by flat name; --help and absent positionals use `defaults`.
 
-    Only their types are checked. Raises UserError; --help prints and exits.
+    Checks only their types. Raises UserError; --help prints and exits.
     """
     old, args = _old_flags(cls, args)
     screen = io.StringIO()
@@ -66,7 +66,7 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
 
 
 def _old_flags(cls: type, args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values of flags by former names, and the other arguments."""
+    """Returns the values of flags with former names, and the other arguments."""
     old, others, rest = {}, [], iter(args)
     names = getattr(cls, "OLD", {}).keys() - settings_in(cls).keys()
     for arg in rest:
@@ -87,7 +87,7 @@ def _markers(hint: Any) -> tuple:
 
 
 def _mirror(cls: type, defaults: Mapping[str, Any]) -> type:
-    """`cls` as tyro is to see it: a plain dataclass without bounds, its help texts and `defaults` stated."""
+    """Returns `cls` in a form for tyro: a plain dataclass without bounds, with help texts and `defaults`."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields: list[Any] = []
     for field in dataclasses.fields(cls):
@@ -114,28 +114,28 @@ def _help(cls: type, name: str) -> str | None:
 
 
 def _unbounded(hint: Any) -> Any:
-    """A type without the bounds in it."""
+    """Returns a type without its bounds."""
     if typing.get_origin(hint) is Annotated:
         inner = _unbounded(hint.__origin__)
         markers = tuple(one for one in hint.__metadata__ if not isinstance(one, annotated_types.BaseMetadata))
         return Annotated[(inner, *markers)] if markers else inner
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return typing.Union[tuple(map(_unbounded, typing.get_args(hint)))]  # noqa: UP007  of types that are known late
+        return typing.Union[tuple(map(_unbounded, typing.get_args(hint)))]  # noqa: UP007  types known only at run time
     if typing.get_origin(hint) is tuple:
         return tuple[tuple(one if one is ... else _unbounded(one) for one in typing.get_args(hint))]
     return hint
 
 
 def _unboxed(message: str) -> str:
-    """The first part of a message that tyro drew a box around, as a sentence."""
+    """Returns the first part of a message in tyro's box, as a sentence."""
     lines = [line.strip("\u2502| ") for line in message.splitlines()[1:]]
     border = set("\u2500\u256d\u256e\u256f\u2570-+")
     lines = list(itertools.dropwhile(lambda line: set(line) <= border, lines))
     end = next((i for i, line in enumerate(lines) if set(line) <= border), len(lines))
-    words = re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))  # a table's name helps nobody
+    words = re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))  # a table's name doesn't help
     words = words.removeprefix("Error parsing ")
     if wrong := re.match(
         r"(--\S+): (?:no type matching|Could not find|invalid literal|could not convert).*?('.*')", words
     ):
-        words = f"{wrong[1]}: {wrong[2]} is not understood"  # in place of Python's types and functions
-    return words.rstrip(".") + "; --help lists the flags and what they take"
+        words = f"{wrong[1]}: {wrong[2]} is not understood"  # instead of Python's types and functions
+    return words.rstrip(".") + "; --help lists the flags and their values"

@@ -1,10 +1,10 @@
-"""Settings: strict pydantic dataclasses, and the one way to fill them from files and flags.
+"""Settings: strict pydantic dataclasses, and reading them from files and flags.
 
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
-unique within a dataclass and the dataclasses nested in it, so a setting is known by its flat name everywhere.
+unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Two class attributes are optional: OLD, the hints of former names by those names, which `translate(values)` turns into
-present ones; and INSTEAD, pairs of settings of which a later one replaces the earlier.
+Two class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+current names. INSTEAD has pairs of settings that replace each other: the later one wins.
 """
 
 import dataclasses
@@ -70,9 +70,9 @@ def values_of(settings: Any) -> dict[str, Any]:
 
 
 def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> T:
-    """An instance of `cls` from values by flat name, the others at their defaults.
+    """Builds an instance of `cls` from values by flat name, with defaults for the rest.
 
-    `sources` names the file that a value came from; a value without one is a flag's. Raises UserError, one sentence.
+    `sources` names the file that each value came from; a value without one came from a flag. Raises UserError.
     """
     sources = sources or {}
     values = cls.translate(dict(values)) if hasattr(cls, "translate") else values
@@ -98,13 +98,13 @@ def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | 
 
 
 def mistake(error: Exception, cls: type) -> str:
-    """What an error says: of a ValidationError of `cls`, the first mistake in one sentence."""
+    """Returns an error's message; for a ValidationError of `cls`, the first mistake in one sentence."""
     return _refusal(error, cls, None) if isinstance(error, ValidationError) else str(error)
 
 
 def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | None) -> str:
     first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # settings that don't go together: the files that set one of those in the sentence
+    if not first["loc"]:  # settings contradict each other: name the files that set those in the sentence
         sentence = _sentence(error, None, "")
         words = set(sentence.replace(",", " ").replace(":", " ").split())
         files = dict.fromkeys(source for name, source in (sources or {}).items() if name in words)
@@ -116,13 +116,13 @@ def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | Non
 
 
 def read_value(cls: type, name: str, value: Any, source: str) -> Any:
-    """The plain `value` of a file as the setting `name` of `cls` has it. Raises UserError naming `source`."""
+    """Converts a plain `value` from a file to the type of setting `name` of `cls`. Raises UserError naming `source`."""
     hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
     if name not in hints:
         raise UserError(f"{source}: there is no setting {name}{nearest(name, settings_in(cls))}")
     if value == "None" and types.NoneType in dict(_kinds(hints[name])):
         return None
-    try:  # a date, which JSON doesn't have, is no value of any setting
+    try:  # no setting takes a date, which JSON doesn't have
         content = json.dumps(value, default=lambda odd: {type(odd).__name__: str(odd)})
         return TypeAdapter(hints[name], config=VALUES).validate_json(content)
     except ValidationError as error:
@@ -130,13 +130,13 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
 
 
 def nearest(name: str, names: Any) -> str:
-    """The end of a sentence that refuses `name`: the nearest of the right names."""
+    """Returns the end of a sentence that rejects `name`: the most similar valid name."""
     near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
     return f"; did you mean {near[0]}?" if near else "; --help lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
-    """The settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
+    """Reads the settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
     try:
         content = tomllib.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
@@ -164,14 +164,14 @@ def read_file(cls: type, path: Path) -> dict[str, Any]:
 
 
 def merge(cls: type, settings: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` with `later` ones over them; settings that stand for each other replace each other."""
+    """Returns `settings` overridden by `later`, which also removes settings that INSTEAD pairs with it."""
     instead = getattr(cls, "INSTEAD", {})
     dropped = {other for name, other in instead.items() if name in later and other not in later}
     return {name: value for name, value in settings.items() if name not in dropped} | dict(later)
 
 
 def read_files(cls: type, paths: typing.Iterable[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of several files, later ones winning, and the file that each came from."""
+    """Reads the settings of several files, later ones winning, and the file that each came from."""
     settings: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for path in paths:
@@ -182,7 +182,7 @@ def read_files(cls: type, paths: typing.Iterable[str]) -> tuple[dict[str, Any], 
 
 
 def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True) -> str:
-    """The first mistake of an error; `hint` is of the setting `name`, which its locations begin with if `located`."""
+    """Describes the first mistake; `hint` is the type of setting `name`, with which locations begin if `located`."""
     errors = error.errors(include_url=False)
     first = errors[0]
     place = first["loc"][1:] if located else first["loc"]
@@ -215,7 +215,7 @@ def _shown(value: Any) -> str:
 
 
 def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
-    """The types that a hint is a union of, each with its bounds."""
+    """Yields the types in a union, or the one type, each with its bounds."""
     if typing.get_origin(hint) is Annotated:
         own = tuple(one for one in hint.__metadata__ if isinstance(one, annotated_types.BaseMetadata))
         yield from _kinds(hint.__origin__, own or bounds)
@@ -227,7 +227,7 @@ def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
 
 
 def _expected(hint: Any, broken: set[str]) -> str:
-    """What a value of `hint` must be, where rules of the kinds `broken` (pydantic's error types) were."""
+    """Describes valid values of `hint`, given the kinds of rule that were `broken` (pydantic's error types)."""
     kinds = list(_kinds(hint))
     ranges = [_range(bounds) for _, bounds in kinds if bounds]
     finite = "finite" if "finite_number" in broken else ""

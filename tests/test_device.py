@@ -62,9 +62,9 @@ def test_auto_precision_of_a_gpu(monkeypatch):
 
 
 def test_when_compiling_pays(monkeypatch):
-    assert resolve_compile(True, CPU, 1.0) == (True, "as set or begun")
-    assert resolve_compile(False, CPU, 1e9) == (False, "as set or begun")
-    assert resolve_compile("auto", CPU, 1e12) == (False, "the run is too short to pay it back")
+    assert resolve_compile(True, CPU, 1.0) == (True, "as set or as recorded")
+    assert resolve_compile(False, CPU, 1e9) == (False, "as set or as recorded")
+    assert resolve_compile("auto", CPU, 1e12) == (False, "the run is too short for it to pay off")
     monkeypatch.setenv("CXX", "c++")
     assert resolve_compile("auto", CPU, 1e18)[0]
     monkeypatch.delenv("CXX")

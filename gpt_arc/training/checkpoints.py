@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders `step-00002000` that are whole or not there, to which `last` and `best` point."""
+"""Checkpoints of a run: folders `step-00002000`, complete or absent, with the links `last` and `best` to them."""
 
 import shutil
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_all: bool,
 ) -> None:
-    """Write the checkpoint of `step` into a run folder, point `last` to it and `best` to `best_step`'s, drop others.
+    """Writes the checkpoint of `step`, points `last` to it and `best` to that of `best_step`, and deletes the others.
 
-    `save` writes the model into a folder. A kill at any moment leaves `last` pointing to a whole checkpoint. Raises
-    UserError if the disk refuses.
+    `save` writes the model into a folder. If the process is killed, `last` still points to a complete checkpoint.
+    Raises UserError if it can't be written.
     """
     directory = run / step_name(step)
     try:
@@ -41,7 +41,7 @@ def save_checkpoint(
         free = shutil.disk_usage(run).free / 1e6
         raise UserError(
             f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "
-            "those written before stay"
+            "earlier checkpoints are kept"
         ) from None
     kept = {directory.name}
     point(run / "last", directory.name)
@@ -54,7 +54,7 @@ def save_checkpoint(
 
 
 def clean_run(run: Path, step: int, best_step: int | None) -> None:
-    """Before going on from `step`: remove what a killed run left unfinished or wrote after it, and set `best` right."""
+    """Prepares to resume from `step`: removes unfinished and later checkpoints, and points `best` to `best_step`."""
     for leftover in (*run.glob(".step-*"), *(d for d in run.glob("step-*") if d.name > step_name(step))):
         shutil.rmtree(leftover)
     if best_step is not None:
@@ -62,9 +62,9 @@ def clean_run(run: Path, step: int, best_step: int | None) -> None:
 
 
 def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
-    """The training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
+    """Returns the training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
 
-    With `peek` its tensors are left on the disk until they are used.
+    With `peek`, tensors stay on disk until they are used.
     """
     path = directory / "training_state.pt"
     try:
@@ -73,6 +73,6 @@ def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
             raise ValueError(f"it lacks {min(STATE - state.keys())}")
         return state
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to go on from") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to resume from") from None
+    except Exception as error:  # torch.load raises many kinds of error for a damaged file
         raise UserError(f"{path} is damaged, use another checkpoint: {first_line(error)}") from None

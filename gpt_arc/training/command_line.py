@@ -33,28 +33,28 @@ class Arguments:
 
 
 def config_files(args: list[str]) -> list[str]:
-    """The config files among command-line arguments: those that end in .toml."""
+    """Returns the command-line arguments that are config files (.toml)."""
     return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a command line of train.py asks for."""
+    """A parsed command line of train.py."""
 
     config: Config
-    name: str  # of the config file, and so of the run
+    name: str  # of the config file, and of the run
     files: tuple[str, ...]
-    overrides: dict[str, Any]  # settings that differ from the files'
-    resumed: Path | None  # the run to go on with
+    overrides: dict[str, Any]  # settings that differ from those in the files
+    resumed: Path | None  # the run to resume
     imported: str | None  # the model to start from
-    adopted: dict[str, Any]  # settings of its architecture that replace the files' and flags'
+    adopted: dict[str, Any]  # settings of its architecture that replace those in files and flags
 
 
 def read_command_line(args: list[str], description: str | None) -> Launch:
-    """Settings from files and flags; on resume also the flags that the run was started with, below the present ones.
+    """Reads settings from files and flags; on resume also the run's original flags, which new flags override.
 
-    So `--resume=RUN` alone goes on as before, an edited config file and a new flag both take effect, and what
-    contradicts the model is found by comparing with the checkpoint. Raises UserError.
+    So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
+    with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
     files = config_files(args)
     name = _name_of(Path(files[-1])) if files else ""
@@ -78,13 +78,13 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
     if not files:
         raise UserError("name a config file, for instance: python train.py configs/quickstart.toml")
-    of_files = values_of(Config()) | settings
+    file_values = values_of(Config()) | settings
     overrides = {
         setting: value
         for setting, value in values_of(config).items()
         if SETTINGS[setting].table != "run"
         and setting != "mixture"
-        and (setting in recorded or value != of_files[setting])
+        and (setting in recorded or value != file_values[setting])
     }
     imported, adopted = None, {}
     if config.run.init_from not in ("scratch", "resume"):
@@ -95,52 +95,53 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
 
 
 def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that flags name. Raises UserError."""
-    args = files + [arg for arg in args if arg not in files]  # tyro wants positional arguments side by side
+    """Returns the settings given as flags. Raises UserError."""
+    args = files + [arg for arg in args if arg not in files]  # tyro needs positional arguments side by side
     flags = read_flags(Arguments, description, args, settings)
     for file in set(flags.pop("config_files", ())) - set(files):
-        raise UserError(f"{file} is not a config file, whose name would end in .toml; flags are written --name=value")
+        raise UserError(f"{file} is not a config file (.toml); write flags as --name=value")
     return flags
 
 
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
-    """`config` with the architecture of the model `name`, and the settings that this changed.
+    """Returns `config` with the architecture of the model `name`, and the settings that this changed.
 
-    What training alone reads, such as dropout, stays as it is set, and so does a context shorter than the model's.
-    Raises UserError.
+    Keeps settings that only training reads, such as dropout, and a context shorter than the model's. Raises UserError.
     """
-    asked, imported = config.model, load_config(name)
-    if asked.n_experts and not imported.n_experts:
-        raise UserError(f"n_experts = {asked.n_experts}, and {name} is dense: tools/upcycle.py makes a mixture of it")
-    kept = {name: getattr(asked, name) for name in OF_TRAINING}
-    kept["block_size"] = min(asked.block_size, imported.block_size)
+    requested, imported = config.model, load_config(name)
+    if requested.n_experts and not imported.n_experts:
+        raise UserError(
+            f"n_experts = {requested.n_experts}, and {name} is dense: convert it to a mixture with tools/upcycle.py"
+        )
+    kept = {name: getattr(requested, name) for name in OF_TRAINING}
+    kept["block_size"] = min(requested.block_size, imported.block_size)
     model = dataclasses.replace(imported, **kept)
     try:
-        adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(asked, n)}
+        adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
         raise UserError(f"with the architecture of {name}: {mistake(error, Config)}") from None
 
 
 def _name_of(config_file: Path) -> str:
-    """The name of a config: its file's, or that of the run whose config.toml it is."""
-    of_run = config_file.name == "config.toml" and config_file.parent.name
-    return of_run or config_file.stem
+    """Returns the name of a config: that of its file, or of the run folder if the file is a run's config.toml."""
+    run_name = config_file.name == "config.toml" and config_file.parent.name
+    return run_name or config_file.stem
 
 
-def check_same_model(asked: GPTConfig, trained: GPTConfig, run: Path) -> None:
-    """Raises UserError if a run can't go on with the settings `asked` for; what training alone reads may change."""
+def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> None:
+    """Raises UserError if `requested` contradicts the trained model; settings that only training reads may change."""
     for setting in dataclasses.fields(GPTConfig):
-        wanted, has = getattr(asked, setting.name), getattr(trained, setting.name)
-        if wanted != has and setting.name not in OF_TRAINING:
+        new, original = getattr(requested, setting.name), getattr(trained, setting.name)
+        if new != original and setting.name not in OF_TRAINING:
             raise UserError(
-                f"{setting.name} = {wanted} contradicts the run {run}, whose model has {setting.name} = {has}: "
-                "leave it as it was to resume, or start a new run"
+                f"{setting.name} = {new} contradicts the run {run}, whose model has {setting.name} = {original}: "
+                "keep that value to resume, or start a new run"
             )
 
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
-    """Options of a stage from files of settings (.toml), which come first, and flags, which win. Raises UserError."""
+    """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
     count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
@@ -162,12 +163,12 @@ def start_stage(
     """Run a stage's `train`, new or resumed, among the processes that torchrun started. Returns the exit code."""
     folder, lock = None, None
     if options.resume:
-        named = options.resume == "True"  # the former form: RUN --resume=True
-        if named and options.model is None:
+        is_old_form = options.resume == "True"  # RUN --resume=True
+        if is_old_form and options.model is None:
             raise UserError("name the run to resume: --resume=RUN")
-        allowed = {"resume", "device", "backend"} | ({"model"} if named else set())
-        refuse_others(options, allowed, "can't be changed: a resumed run keeps its settings")
-        folder = Path(options.model if named else options.resume)
+        allowed = {"resume", "device", "backend"} | ({"model"} if is_old_form else set())
+        refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
+        folder = Path(options.model if is_old_form else options.resume)
         recorded = recorded_options(folder, type(options), name)
         options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
         lock = Lock(folder) if IS_MAIN else None

@@ -1,4 +1,4 @@
-"""torch.compile for training: whether it pays, and compiling in place."""
+"""torch.compile for training: whether it pays off, and compiling in place."""
 
 import contextlib
 import os
@@ -12,27 +12,27 @@ from gpt_arc.device import autocast, to_device
 from gpt_arc.errors import first_line
 from model import GPT
 
-# Compiling takes a quarter of a minute to one on a CPU and gains a twentieth of the time or so from then on: it pays
-# after some twenty minutes. Counted in FLOPs, at 300 GFLOP/s, so that no stopwatch decides how a run is computed.
+# On a CPU, compiling takes 15 to 60 seconds and then saves about a twentieth of the time, so it pays off after some
+# twenty minutes. Counted in FLOPs, at 300 GFLOP/s, so that the decision doesn't depend on timing.
 COMPILE_PAYS_AFTER = 1200 * 300e9
 
 
 def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
-    """Whether to compile, and why. `flops` is what is left of the run to compute."""
+    """Returns whether to compile, and why. `flops` counts the rest of the run."""
     if setting != "auto":
-        return bool(setting), "as set or begun"
+        return bool(setting), "as set or as recorded"
     if device.type == "cuda":
         try:
-            import triton  # noqa: F401  torch's wheels for GPUs bring it, on the platforms it supports
+            import triton  # noqa: F401  torch's GPU wheels include it on supported platforms
         except ImportError:
             return False, "Triton is not installed"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return False, "Triton needs a GPU of compute capability 7.0 or more"
-        return True, "it pays on GPUs"
+        return True, "it pays off on GPUs"
     if device.type != "cpu":
-        return False, f"it is not dependable on {device.type}"
+        return False, f"it is unreliable on {device.type}"
     if flops < COMPILE_PAYS_AFTER:
-        return False, "the run is too short to pay it back"
+        return False, "the run is too short for it to pay off"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
 
@@ -40,23 +40,23 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
 def compile_in_place(
     model: GPT, replica: torch.nn.Module, batch: Sequence[Tensor], device: torch.device, dtype: str
 ) -> str | None:
-    """Compile `model` and try a step on a `batch`; if that fails, undo it and return the reason in one line.
+    """Compiles `model` and tries a step on `batch`. If that fails, undoes it and returns the reason in one line.
 
-    `replica` is the model or its DistributedDataParallel, through which the compiler learns of the gradients' buckets.
-    `nn.Module.compile` leaves the names of parameters alone, so `_orig_mod.` never reaches a file.
+    `replica` is the model or its DistributedDataParallel, from which the compiler gets the gradient buckets.
+    `nn.Module.compile` keeps parameter names, so `_orig_mod.` never reaches a file.
     """
     try:
-        if device.type == "cpu":  # or its kernels add in whatever order their threads finish: no exact resume
+        if device.type == "cpu":  # else kernels add in the order their threads finish: no exact resume
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         model.compile()
-        batch = [tensor.clone() for tensor in to_device(batch, device)]  # code for one given twice would fit no other
+        batch = [tensor.clone() for tensor in to_device(batch, device)]  # aliased tensors would specialize the code
         with replica.no_sync() if replica is not model else contextlib.nullcontext():
             with autocast(device, dtype):
                 loss = replica(*batch)
             loss.total.backward()
         return None
-    except Exception as error:  # whatever a compiler, its cache or its driver may raise
+    except Exception as error:  # a compiler, its cache or its driver may raise anything
         model._compiled_call_impl = None
         torch.use_deterministic_algorithms(False)
         return f"{type(error).__name__}: {first_line(error)}"

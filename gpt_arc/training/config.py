@@ -1,7 +1,7 @@
-"""The settings of train.py, filled from TOML files and flags, later ones winning.
+"""The settings of train.py, read from TOML files and flags; later ones win.
 
-A file has one table per dataclass ([model], [data], [training], [logging], [run]); since names are unique, a setting
-may also stand outside any table. Every mistake is refused before anything starts.
+A file has one table per dataclass ([model], [data], [training], [logging], [run]). Names are unique, so a setting may
+also stand outside any table. All mistakes are reported before anything starts.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ from model import GPTConfig
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     dataset: str | None = None
-    """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file may
-    mix several in its place, in tables [[data.mixture]] with name and weight. None: the mixture, or python_manual."""
+    """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file can
+    instead mix several, in tables [[data.mixture]] with name and weight. None: the mixture, or python_manual."""
     mixture: tyro.conf.Suppress[tuple[Source, ...]] = ()
     """Tables [[data.mixture]]; no flag."""
     document_mask: bool = False
-    """Attend within documents alone, which end-of-text tokens begin. False: across them (GPT-2, GPT-3)."""
+    """Attend only within a document, which an end-of-text token begins. False: across documents (GPT-2, GPT-3)."""
     batch_size: Count = 12
-    """Sequences in one micro-batch, the most that a device holds at once."""
+    """Sequences in one micro-batch, which a device processes at once."""
     gradient_accumulation_steps: Count | None = None
     """Micro-batches in one step, over all processes. None: 1, or what tokens_per_step asks for."""
     tokens_per_step: Count | None = None
-    """Tokens in one optimizer step; gradient_accumulation_steps is derived from it. None: one derives it."""
+    """Tokens in one optimizer step; gradient_accumulation_steps is derived from it. None: the reverse."""
 
     def __post_init__(self):
         names = [source.name for source in self.mixture]
@@ -67,13 +67,13 @@ class TrainingConfig:
     learning_rate: Positive = 6e-4
     """Peak learning rate."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: Muon (Jordan et al. 2024) for matrices of blocks, but routers and stacked experts; AdamW for the rest."""
+    """muon: Muon (Jordan et al. 2024) for block matrices except routers and stacked experts; AdamW for the rest."""
     muon_rate: Positive = 0.02
-    """Muon's peak learning rate, on the schedule of learning_rate, which is AdamW's."""
+    """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
-    """Muon's decay rate of the gradients' mean."""
+    """Muon's decay rate for the mean of gradients."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after the warmup. wsd: constant, then a line over the last steps, see cooldown."""
+    """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown."""
     cooldown: UnitInterval = 0.4
     """Share of the steps up to lr_decay_iters over which wsd falls to min_lr (arXiv:2405.18392)."""
     warmup_iters: Natural = 0
@@ -81,38 +81,38 @@ class TrainingConfig:
     warmup: Share | None = None
     """Share of max_iters over which the learning rate rises. None: warmup_iters."""
     lr_decay_iters: Count | None = None
-    """Step, the first being 0, at which the learning rate reaches min_lr. None: max_iters, which is after the last."""
+    """Step, counted from 0, at which the learning rate reaches min_lr. None: max_iters, just after the last step."""
     min_lr: NonNegative | None = None
     """Learning rate at the end of the decay. None: a tenth of learning_rate (Chinchilla, arXiv:2203.15556)."""
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay, on tensors of two or more dimensions only."""
     beta1: Share = 0.9
-    """AdamW's decay rate of the first moment."""
+    """AdamW's decay rate for the first moment."""
     beta2: Share = 0.95
-    """AdamW's decay rate of the second moment."""
+    """AdamW's decay rate for the second moment."""
     adam_eps: Positive = 1e-8
     """Added to AdamW's denominator."""
     grad_clip: NonNegative = 1.0
-    """Largest norm of the gradient, over all parameters. 0: no clipping."""
+    """Maximum norm of the gradient, over all parameters. 0: no clipping."""
     ema_decay: Share | None = None
-    """Evaluate and save a moving average of the weights, of which an update replaces 1 - this. None: no average."""
+    """Evaluate and save a moving average of the weights with this decay rate. None: no average."""
     patience: Count | None = None
-    """Evaluations in a row without a lower val loss after which the run ends. None: it goes on to max_iters."""
+    """End the run after this many evaluations in a row without a lower val loss. None: run to max_iters."""
     seed: Seed = 1337
     """The source of all randomness: weights, data order, dropout."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's: cpu, cuda, cuda:1, mps."""
+    """auto (cuda, else mps, else cpu), or a torch device: cpu, cuda, cuda:1, mps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the products. auto: bfloat16 where the hardware multiplies it natively, float16 on older GPUs."""
+    """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model. auto: where it can work and the run is long enough to pay it back."""
+    """torch.compile the model. auto: if it can work and the run is long enough for it to pay off."""
     activation_checkpointing: bool = False
-    """Compute each block anew in the backward pass instead of keeping what it computed: less memory, a third slower."""
+    """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
 
     expert_processes: Count = 1
-    """Processes under torchrun among which the experts are shared out (expert parallelism). 1: each has all of them."""
+    """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
     def __post_init__(self):
         if self.warmup is not None and self.warmup_iters:
@@ -121,7 +121,7 @@ class TrainingConfig:
                 "set warmup_iters = 0"
             )
         if self.ema_decay is not None and self.expert_processes > 1:
-            raise ValueError("ema_decay averages what one process has: leave it out, or expert_processes")
+            raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -143,13 +143,13 @@ class LoggingConfig:
     eval_interval: Count = 2000
     """Steps between evaluations; each writes a checkpoint. The last step is always evaluated."""
     eval_iters: Natural = 200
-    """Batches of an evaluation, of fixed windows spread evenly over the val split. 0: the whole split."""
+    """Batches per evaluation; their fixed windows are spread evenly over the val split. 0: the whole split."""
     log_interval: Count = 1
     """Steps between lines of metrics.jsonl."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
     wandb_log: bool = False
-    """Log to Weights & Biases as well."""
+    """Also log to Weights & Biases."""
     wandb_project: str = "gpt-arc"
     """Weights & Biases project."""
     wandb_run_name: str | None = None
@@ -161,14 +161,14 @@ class RunConfig:
     """What this one invocation does; not recorded with the run."""
 
     out_dir: str | None = None
-    """Folder of the run. None: out/NAME of the config file, or out/NAME-2, -3 ... where that is taken."""
+    """Folder of the run. None: out/NAME, after the config file, or out/NAME-2, -3 ... if that is taken."""
     init_from: str = "scratch"
-    """scratch; resume: go on with out_dir, or with the newest run of the config named; or a model to start from: gpt2,
-    gpt2-medium, gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME of the Hugging Face hub, or any model directory."""
+    """scratch; resume: resume out_dir, or the newest run of the config; or a model to start from: gpt2, gpt2-medium,
+    gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME from the Hugging Face hub, or any model directory."""
     resume: str | None = None
-    """Run folder to resume; the config files, where any are named, and flags may change its settings."""
+    """Run folder to resume; config files, if any are named, and flags may change its settings."""
     overwrite: bool = False
-    """Delete the run that out_dir holds and start anew."""
+    """Delete the run in out_dir and start again."""
     eval_only: bool = False
     """Evaluate and stop."""
     dry_run: bool = False
@@ -176,7 +176,7 @@ class RunConfig:
 
     def __post_init__(self):
         if self.overwrite and (self.resume or self.init_from == "resume"):
-            raise ValueError("overwrite deletes the run that resume or init_from = resume would go on with: choose one")
+            raise ValueError("overwrite deletes the run that resume or init_from = resume would continue: choose one")
         if self.resume and self.init_from not in ("scratch", "resume"):
             raise ValueError(f"resume = {self.resume} and init_from = {self.init_from} name two models: choose one")
         if self.resume and self.out_dir and Path(self.resume).resolve() != Path(self.out_dir).resolve():
@@ -225,17 +225,17 @@ SETTINGS = settings_in(Config)  # setting -> its table and type
 
 
 def build_config(settings: dict[str, Any], source: str) -> Config:
-    """A `Config` from flat settings, the rest at their defaults. Raises UserError, naming `source`, if it can't be."""
+    """Builds a `Config` from flat settings, with defaults for the rest. Raises UserError naming `source`."""
     return build(Config, settings, dict.fromkeys(settings, source))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file by their flat names. Raises UserError for a bad file, unknown key or bad value."""
+    """Reads the settings of a TOML file by flat name. Raises UserError for a bad file, unknown key or bad value."""
     return read_file(Config, path)
 
 
 def write_settings(settings: dict[str, Any]) -> str:
-    """Settings as TOML, by table. A setting that is None is left out, since TOML has no null."""
+    """Returns settings as TOML, by table. Leaves out those that are None, since TOML has no null."""
     tables: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         if name == "mixture":

@@ -1,7 +1,7 @@
-"""Expert parallelism: the experts of a mixture shared out among processes, to which the others send their tokens.
+"""Expert parallelism: splits the experts of a mixture among processes, which send each other the tokens.
 
-After GShard (arXiv:2006.16668). Everything but the experts is in every process, as without. With fewer sharing than
-there are processes, each such group has all the experts, and what belongs together over the groups is added up.
+Follows GShard (arXiv:2006.16668). Every process holds everything except the experts. If a group that splits the experts
+is smaller than the number of processes, each group has all the experts, and their gradients are summed over the groups.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,20 +20,20 @@ from model import GPT
 
 
 class AllToAll(torch.autograd.Function):
-    """Rows x (N, C), those for the first process first: what the processes sent to this one, in their order.
+    """Sends rows x (N, C), ordered by destination process, and returns the rows received, ordered by source process.
 
-    `sent` and `received` are rows to and from each. The gradients go the same ways back.
+    `sent` and `received` count the rows to and from each process. Gradients travel back along the same routes.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.ways = received, sent, group
+        ctx.routes = received, sent, group
         return exchanged(x, sent, received, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return exchanged(gradient, *ctx.ways), None, None, None
+        return exchanged(gradient, *ctx.routes), None, None, None
 
 
 def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -43,12 +43,12 @@ def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.Proce
 
 
 class ExpertParallel:
-    """Who has which experts. Made of a whole model, of which it leaves this process its share."""
+    """Assigns experts to processes. Built from a whole model, in which it keeps only this process's share of them."""
 
     def __init__(self, model: GPT, processes: int, device: torch.device):
-        """Share the experts of `model`, which will be on `device`, among so many processes; 1 leaves all as it is."""
+        """Splits the experts of `model`, which will run on `device`, among `processes`; 1 changes nothing."""
         self.processes, self.n_copies = processes, WORLD_SIZE // processes
-        self.shares: dict[nn.Parameter, None] = {}  # of which this process has a part, along their first dimension
+        self.shares: dict[nn.Parameter, None] = {}  # split along the first dimension
         if processes == 1:
             return
         mesh = init_device_mesh(device.type, (self.n_copies, processes), mesh_dim_names=("copies", "experts"))
@@ -56,43 +56,46 @@ class ExpertParallel:
         for experts in model.experts:
             experts.exchange = self.exchange
             for parameter in experts.parameters(recurse=False):
-                parameter.data = self.own(parameter.data)
+                parameter.data = self.share_of(parameter.data)
                 self.shares[parameter] = None
         names = [name for name, parameter in model.named_parameters() if parameter in self.shares]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
-    def own(self, whole: Tensor) -> Tensor:
-        """This process's share of a tensor of all experts."""
+    def share_of(self, whole: Tensor) -> Tensor:
+        """Returns this process's share of a tensor that covers all experts."""
         return whole.chunk(self.processes)[dist.get_rank(self.group)].clone()
 
     def gathered(self, share: Tensor) -> Tensor:
-        """The tensor of all experts, on the CPU; each process gives its share, and the main one alone gets all."""
+        """Gathers all shares. Returns the whole tensor, on the CPU, in the main process, and `share` in the others."""
         parts = [torch.empty_like(share) for _ in range(self.processes)]
         dist.all_gather(parts, share.contiguous(), group=self.group)
         return torch.cat(parts).cpu() if IS_MAIN else share
 
     @torch.compiler.disable
     def exchange(self, compute: Callable[[Tensor, Tensor], Tensor], x: Tensor, ends: Tensor) -> Tensor:
-        """What `Experts.compute` is for all experts, where this process computes its own and sends away the rest.
+        """Replaces `Experts.compute`: sends rows to the processes that hold their experts, and the outputs back.
 
-        Of rows x (N, C) that lie expert by expert, up to `ends` (E,), as much.
+        The rows x (N, C) are grouped by expert; `ends` (E,) is where each group ends. Returns a tensor shaped like x.
         """
-        asked = ends.diff(prepend=ends.new_zeros(1))
-        given = torch.empty_like(asked)
-        dist.all_to_all_single(given, asked, group=self.group)
-        asked, given = asked.view(self.processes, -1), given.view(self.processes, -1)  # (P, E / P) rows of P processes
-        sent, received = asked.sum(1).tolist(), given.sum(1).tolist()
-        rows = AllToAll.apply(x, sent, received, self.group)  # process by process, and each expert by expert
-        expert = torch.arange(given.size(1), device=x.device).expand_as(given).flatten()
-        order = expert.repeat_interleave(given.flatten()).argsort(stable=True)
+        outgoing = ends.diff(prepend=ends.new_zeros(1))
+        incoming = torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        outgoing, incoming = (
+            outgoing.view(self.processes, -1),
+            incoming.view(self.processes, -1),
+        )  # (P, E / P)
+        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        rows = AllToAll.apply(x, sent, received, self.group)  # grouped by process, then by expert
+        expert = torch.arange(incoming.size(1), device=x.device).expand_as(incoming).flatten()
+        order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
         back = order.argsort()
-        outputs = compute(take_rows(rows, order, back), given.sum(0).cumsum(0))
+        outputs = compute(take_rows(rows, order, back), incoming.sum(0).cumsum(0))
         return AllToAll.apply(take_rows(outputs, back, order), received, sent, self.group)
 
     def reduce_gradients(self) -> None:
-        """Complete the gradients of this process's experts, as DistributedDataParallel does those of the rest: a mean.
+        """Averages the gradients of this process's experts, as DistributedDataParallel does for all other parameters.
 
-        An expert has met the tokens of all processes that share it, and what is missing is in the copies.
+        An expert has already seen the tokens of its whole group; the other groups hold the missing terms.
         """
         for parameter in self.shares:
             parameter.grad /= WORLD_SIZE
@@ -100,7 +103,7 @@ class ExpertParallel:
                 dist.all_reduce(parameter.grad, group=self.copies)
 
     def whole(self, model: GPT) -> GPT:
-        """The model with all its experts, to be saved by the main process. Every process has to ask."""
+        """Returns, in the main process, the model with all its experts, to be saved. Every process must call this."""
         if not self.shares:
             return model
         tensors = model.state_dict(keep_vars=True)
@@ -116,7 +119,7 @@ class ExpertParallel:
     def reshaped(
         self, optimizer: torch.optim.Optimizer, state: dict, change: Callable[[Tensor], Tensor]
     ) -> dict[int, dict[str, Tensor]]:
-        """The `state` of a `state_dict` of the optimizer, with `change` made to the moments of what is shared out."""
+        """Returns the `state` of an optimizer's `state_dict`, with `change` applied to the moments of the experts."""
         parameters: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
         shared = {i for i, parameter in enumerate(parameters) if parameter in self.shares}
         return {
@@ -126,15 +129,15 @@ class ExpertParallel:
 
 
 def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
-    """Raises UserError where the experts, or the processes, can't be shared out so."""
+    """Raises UserError if the experts or the processes can't be split this way."""
     if processes > 1 and dtype == "float16":
-        raise UserError("each process would find a float16 loss scale of its own experts: use dtype = bfloat16")
+        raise UserError("each process would adapt the float16 loss scale to its own experts: use dtype = bfloat16")
     if processes > 1 and not n_experts:
-        raise UserError(f"expert_processes = {processes} shares out experts, and the model has none: set n_experts")
+        raise UserError(f"expert_processes = {processes} splits experts, and the model has none: set n_experts")
     if n_experts % processes:
         raise UserError(f"expert_processes = {processes} does not divide n_experts = {n_experts}")
     if WORLD_SIZE % processes:
         raise UserError(
-            f"expert_processes = {processes} does not divide the {WORLD_SIZE} processes there are: "
-            f"torchrun --nproc_per_node={processes} starts as many; expert_processes = 1 goes without"
+            f"expert_processes = {processes} does not divide the number of processes, {WORLD_SIZE}: "
+            f"start {processes} with torchrun --nproc_per_node={processes}, or set expert_processes = 1"
         )

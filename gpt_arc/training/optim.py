@@ -163,7 +163,7 @@ class Updater:
         for name, optimizer in self.optimizers.items():
             saved = state[name]
             if self.sharing and name == "optimizer":
-                saved = {"state": self.sharing.reshaped(optimizer, saved["state"], self.sharing.own)}
+                saved = {"state": self.sharing.reshaped(optimizer, saved["state"], self.sharing.share_of)}
             load_optimizer_state(optimizer, saved)
         if self.average is not None:
             torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])

@@ -1,4 +1,4 @@
-"""Around mixtures of experts: what their routers do, balance without a loss, and one made of a dense model."""
+"""Routers of mixtures of experts: statistics, and balancing without an auxiliary loss."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from model import GPT
 
 
 class RouterMeter:
-    """What the routers did since it was last asked, and the biases that balance them; of a dense model nothing."""
+    """Collects statistics of the routers and updates the biases that balance them. Does nothing for a dense model."""
 
     def __init__(self, model: GPT):
         self.model, self.blocks = model, model.experts
@@ -18,15 +18,15 @@ class RouterMeter:
 
     @torch.no_grad()
     def add(self) -> None:
-        """Count the batch that the model has just been trained on."""
+        """Adds the batch that the model has just been trained on."""
         if self.blocks:
             figures = [torch.cat((r.load, torch.stack((r.entropy, r.dropped)))) for r in self.model.routings]
             self._loads.append(torch.stack(figures))
 
     @torch.no_grad()
     def step(self, made: bool) -> None:
-        """The batches counted were those of a step: if its update was made, take their mean over the processes too, and
-        move the biases; else forget them."""
+        """Ends a step. If its update was made, averages its batches over all processes and moves the biases; otherwise
+        discards them."""
         loads, self._loads = self._loads, []
         if not (loads and made):
             return
@@ -39,10 +39,10 @@ class RouterMeter:
                 block.balance += rate * (1 / experts - load).sign()
 
     def take(self) -> dict[str, float]:
-        """Means over the updates since the last call, over blocks too; {} for a dense model.
+        """Returns means over blocks and over the updates since the last call; {} for a dense model.
 
-        expert_cv: the standard deviation of the experts' loads over their mean. expert_max: the largest load over the
-        mean, of all blocks. router_entropy in nats. dropped: share of choices beyond the capacity.
+        expert_cv: standard deviation of the experts' loads divided by their mean. expert_max: largest load in any block
+        divided by the mean. router_entropy: in nats. dropped: share of choices beyond the capacity.
         """
         if not self._steps:
             return {}

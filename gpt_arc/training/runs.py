@@ -1,4 +1,4 @@
-"""Run folders: their names, who holds them, and the settings that they were started with."""
+"""Run folders: names, locks, and the settings that runs were started with."""
 
 import contextlib
 import fcntl
@@ -16,27 +16,27 @@ from gpt_arc.settings import read_value, values_of
 from gpt_arc.training.config import SETTINGS, Config, write_settings
 
 OUT_ROOT = Path("out")
-# What a run writes: all that --overwrite=True may delete, in a folder that holds a run.
+# Everything that a run writes: --overwrite=True deletes only these, and only in a folder that holds a run.
 CONTENTS = ("config.toml", "run.json", "metrics.jsonl", "report.json", "last", "best", "step-*", ".step-*", "wandb")
 
 
 def newest_run(name: str | None = None) -> Path:
-    """The run below out/ with the newest checkpoint, of the config `name` if one is given. Raises UserError if none."""
-    found = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
-    found = [link for link in found if stage_of(link.parent) == "train"]
-    for link in sorted(found, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
-        with contextlib.suppress(UserError):  # a damaged run is none to go on with
+    """Returns the run below out/ with the newest checkpoint, of config `name` if given. Raises UserError if none."""
+    links = [link for link in OUT_ROOT.glob("*/last") if (link / "config.json").exists()]
+    links = [link for link in links if stage_of(link.parent) == "train"]
+    for link in sorted(links, key=lambda link: link.lstat().st_mtime_ns, reverse=True):
+        with contextlib.suppress(UserError):  # a damaged run can't be resumed
             if name is None or read_record(link.parent)[0] == name:
                 return link.parent
-    what = f"run of {name}" if name else "run"
+    kind = f"run of {name}" if name else "run"
     raise UserError(
-        f"there is no {what} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
-        "`python train.py configs/quickstart.toml`, or say where it lies"
+        f"there is no {kind} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
+        "`python train.py configs/quickstart.toml`, or name its folder"
     )
 
 
 class Lock:
-    """Holds a run folder until the process ends, however it ends, or forgets this object."""
+    """Locks a run folder until this object is deleted or the process ends, in whatever way."""
 
     _descriptor: int | None = None
 
@@ -57,13 +57,13 @@ class Lock:
 def claim_new(
     out_dir: str | None, name: str, overwrite: bool, stage: str = "train", resume: str | None = None
 ) -> tuple[Path, Lock]:
-    """Make and hold the folder of a new run: `out_dir`, or out/NAME, out/NAME-2 ... the first that is free.
+    """Creates and locks the folder of a new run: `out_dir`, or the first free one of out/NAME, out/NAME-2 ...
 
-    Raises UserError for an `out_dir` in use, unless `overwrite`, which deletes the run of the same `stage` it holds.
+    Raises UserError if `out_dir` is in use, unless `overwrite` allows deleting the run of the same `stage` in it.
     """
     if out_dir is not None:
         resume = resume or f"--resume={shlex.quote(out_dir)}"
-        directory = _made(Path(out_dir))
+        directory = _create(Path(out_dir))
         lock = Lock(directory)
         if any(directory.iterdir()):
             if not (directory / "run.json").exists():
@@ -72,7 +72,7 @@ def claim_new(
                 raise UserError(f"out_dir = {out_dir} holds a run of {stage_of(directory)}.py: name another")
             if not overwrite:
                 raise UserError(
-                    f"out_dir = {out_dir} is in use: resume it by {resume}, delete the run it holds by "
+                    f"out_dir = {out_dir} is in use: resume it with {resume}, delete the run it holds with "
                     "--overwrite=True, or name another"
                 )
         for pattern in CONTENTS:
@@ -83,40 +83,40 @@ def claim_new(
         directory = OUT_ROOT / (name if number == 1 else f"{name}-{number}")
         if directory.is_file() or any(directory.glob("*")):
             continue
-        _made(directory)
-        with contextlib.suppress(UserError):  # held by a run that has written nothing yet
+        _create(directory)
+        with contextlib.suppress(UserError):  # locked by a run that has written nothing yet
             return directory, Lock(directory)
     raise AssertionError("unreachable")
 
 
 def stage_of(run: Path) -> str:
-    """The name of the script that a run folder is of."""
+    """Returns the name of the script that wrote a run folder."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return json.loads((run / "run.json").read_text()).get("stage", "train")
     return "train"
 
 
-def _made(directory: Path) -> Path:
+def _create(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"out_dir = {directory} can't be made: a file is in its way") from None
+        raise UserError(f"out_dir = {directory} can't be created: a file is in the way") from None
     return directory
 
 
 def write_record(directory: Path, config: Config, name: str, overrides: dict[str, Any]) -> None:
-    """Write config.toml, with all settings, and run.json: the config's name and the settings that came from flags."""
+    """Writes config.toml, with all settings, and run.json: the config's name and the settings that came from flags."""
     settings = {name: value for name, value in values_of(config).items() if SETTINGS[name].table != "run"}
     write_file(directory / "config.toml", write_settings(settings))
     write_file(directory / "run.json", json.dumps({"config": name, "overrides": overrides}, indent=1) + "\n")
 
 
 def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
-    """The name of a run's config and the settings that its files don't say. Raises UserError if they are not there."""
+    """Returns the name of a run's config and the settings from flags. Raises UserError if they are missing."""
     path = directory / "run.json"
     try:
         content = json.loads(path.read_text())
         name, overrides = str(content["config"]), dict(content["overrides"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is missing or damaged, so the run's settings are not known: {error}") from None
+        raise UserError(f"{path} is missing or damaged, so the run's settings are unknown: {error}") from None
     return name, {setting: read_value(Config, setting, value, str(path)) for setting, value in overrides.items()}

@@ -1,4 +1,4 @@
-"""The learning rate over time."""
+"""Learning rate schedules."""
 
 import math
 
@@ -6,7 +6,7 @@ from gpt_arc.training.config import TrainingConfig
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Learning rate of update `step` (0 is the first): a linear warmup, then the schedule down to `final_lr`."""
+    """Returns the learning rate of update `step`, from 0: linear warmup, then the schedule down to `final_lr`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
@@ -22,8 +22,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
 
 
 def warmup_linear(progress: float, warmup: float) -> float:
-    """Factor of the learning rate after a share `progress` of all updates: up to 1 at `warmup`, times a line down to 0.
+    """Returns the learning rate factor at `progress` (0 to 1): a rise to 1 at `warmup`, times a linear decay to 0.
 
-    As GPT-1 was fine-tuned (openai/finetune-transformer-lm opt.py).
+    GPT-1 was fine-tuned this way (openai/finetune-transformer-lm opt.py).
     """
     return min(progress / warmup, 1.0) * (1 - progress)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: finish the step, save, leave."""
+"""Ctrl-C, SIGTERM and a closed terminal: finish the step, save and exit."""
 
 import signal
 
@@ -6,19 +6,19 @@ from gpt_arc import distributed
 
 
 class StopSignal:
-    """Notes the first such signal, so that a loop can end in good order; the same one again ends the process."""
+    """Records the first such signal, so that a loop can end cleanly; the same signal again ends the process."""
 
-    number = 0  # of the signal that came
+    number = 0  # of the signal received
 
     def __init__(self):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-                signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup
+                signal.signal(number, self._record)
 
-    def _note(self, number, frame):
+    def _record(self, number, frame):
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
     def anywhere(self) -> int:
-        """The number of a signal that came to any of the processes, 0 if none did. All of them have to ask."""
+        """Returns the number of a signal that any process has received, or 0. Every process must call this."""
         return max(distributed.gather(self.number))

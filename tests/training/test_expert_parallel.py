@@ -107,7 +107,7 @@ with distributed.process_group("gloo", cpu):
                         assert (ours - theirs).abs().max() <= bound * theirs.abs().max(), (dtype, k, tokens)
                 whole.experts[0].router.weight.grad = None
             for name, p in whole.experts[0].named_parameters(recurse=False):  # of both batches; a mean over processes
-                theirs = sharing.own(p.grad) / 2
+                theirs = sharing.share_of(p.grad) / 2
                 assert (mine[name] - theirs).abs().max() <= bound * p.grad.abs().max(), (dtype, k, tokens, name)
             kept = sharing.whole(model)
             if distributed.IS_MAIN:

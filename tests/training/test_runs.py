@@ -67,7 +67,7 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path, monkeyp
 def test_a_file_in_the_way_of_all_runs_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="a file is in its way"):
+    with pytest.raises(UserError, match="a file is in the way"):
         runs.claim_new(None, "a", overwrite=False)
 
 

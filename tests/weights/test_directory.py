@@ -156,7 +156,7 @@ def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
         raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for a full disk
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="can't be written, with .* those written before stay"):
+    with pytest.raises(UserError, match="can't be written, with .* earlier checkpoints are kept"):
         checkpoint(tmp_path, 2, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000001"]
 
