@@ -4,9 +4,9 @@
     decontaminate(Files(find_files(["pages/"]), "text"), items, FilterSettings(), Path("clean.jsonl"))
     measure(Files(find_files(["clean.jsonl"]), "text"), items, Path("lambada.overlap.jsonl"))
 
-Texts are compared by windows of a fixed number of words or characters. The items have few windows, so these are held in
-memory, by hash, while the corpus is read in batches on all cores. A window whose hash matches is compared in full before
-it counts, so everything except GPT-2's Bloom filter is exact.
+Texts are compared by windows of a fixed number of words or characters. The items have few windows, so these are held
+in memory, by hash, while the corpus is read in batches on all cores. A window whose hash matches is compared in full
+before it counts, so everything except GPT-2's Bloom filter is exact.
 """
 
 import contextlib
@@ -398,14 +398,12 @@ def _ctrl_c_deferred() -> Iterator[None]:
 
 
 def _each_batch(
-    documents: Files, task: Callable[[list[str]], Any], workers: int | None, description: str
+    documents: Files, task: Callable[[list[str]], Any], workers: int | None, title: str
 ) -> Iterator[tuple[list[str], Any]]:
     """Yields batches of the documents' texts, in order, with the result of `task`, computed by `workers` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     workers = workers or cores
-    with tqdm(
-        total=documents.total_bytes, desc=description, unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:
+    with tqdm(total=documents.total_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         in_process = ((texts, documents.bytes_read, task(texts)) for texts, _ in _batches(documents))
         for texts, read, result in _in_processes(documents, task, workers) if workers > 1 else in_process:
             yield texts, result
@@ -455,9 +453,7 @@ def _batches(documents: Files) -> Iterator[tuple[list[str], int]]:
 def _refuse_streams(documents: Files) -> None:
     for path in documents.paths:
         if not path.is_file():
-            raise UserError(
-                f"{path} can't be read twice, as it is not a regular file: save its content to a file first"
-            )
+            raise UserError(f"{path} is not a file that can be read twice: save its content to a file first")
 
 
 def pieces_of(length: int, hits: Iterable[tuple[int, int]], window: int) -> list[tuple[int, int]]:
@@ -648,7 +644,7 @@ class _Search(NamedTuple):
 def _look(
     vocabulary: Vocabulary, words: list[WindowIndex], letters: list[WindowIndex], count: bool, texts: list[str]
 ) -> tuple[list[np.ndarray], int]:
-    """Returns the windows found for each index and, if `count`, the number of 8-grams that GPT-2's filter would hold."""
+    """Returns the windows found for each index and, if `count`, the number of 8-grams for GPT-2's filter."""
     numbers = []
     if words:
         documents = words_of(texts, vocabulary)
