@@ -166,14 +166,14 @@ class HubDocuments(Documents):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class InputSettings:
-    """Which files hold the documents."""
+    """Files with the documents."""
 
     input: tuple[str, ...]
     """Files, folders and glob patterns."""
     field: str = "text"
-    """The field of JSON lines, or the column of parquet, that holds the text."""
+    """Field of JSON lines, or column of parquet, with the text."""
     pattern: str | None = None
-    """Which files of a folder, at any depth. None: .txt, .jsonl and .parquet."""
+    """Files to read in a folder, at any depth. None: .txt, .jsonl and .parquet."""
 
     def files(self) -> Files:
         """The documents. Raises UserError for an input that names no file."""

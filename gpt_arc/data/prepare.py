@@ -47,17 +47,17 @@ class CorpusSettings:
     """How documents become a dataset."""
 
     tokenizer: str = "gpt2"
-    """char: one token per character. gpt2: GPT-2's BPE. Else a folder or file that holds one, or NAME below data/."""
+    """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
-    """hash: documents go to val by a hash of their text. tail: the end of all is val. auto: tail for a single text."""
+    """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for a single text, else hash."""
     val_fraction: float = 0.1
-    """How much goes to val: of the documents, or with tail of the characters."""
+    """Share for val: of the documents, or with tail of the characters."""
     shard_tokens: int = 100_000_000
-    """Tokens of a token file; more tokens make more files."""
+    """Maximum tokens per token file."""
     workers: int | None = None
-    """Threads that encode. None: one per core."""
+    """Encoding threads. None: one per core."""
     overwrite: bool = False
-    """Prepare data/NAME anew, whatever it holds."""
+    """Replace data/NAME, whatever it contains."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
