@@ -49,7 +49,7 @@ class CorpusSettings:
     tokenizer: str = "gpt2"
     """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
-    """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for a single text, else hash."""
+    """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for one text, else hash."""
     val_fraction: float = 0.1
     """Share for val: of the documents, or with tail of the characters."""
     shard_tokens: int = 100_000_000
