@@ -107,12 +107,12 @@ class Files(Documents):
         for index, path in enumerate(self.paths[first:], first):
             many = _holds_many(path)
             if _ends(path, PARQUET):
-                found = _read_parquet(path, self.field, place)
+                documents = _read_parquet(path, self.field, place)
             elif _ends(path, JSON_LINES):
-                found = _read_json_lines(path, self.field, place)
+                documents = _read_json_lines(path, self.field, place)
             else:
-                found = _read_text(path, cut, place)
-            for text, place, read in found:
+                documents = _read_text(path, cut, place)
+            for text, place, read in documents:
                 self._position = [index + 1, None] if place is None else [index, place]
                 self.bytes_read = before + read
                 yield text, many or place is None

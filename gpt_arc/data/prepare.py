@@ -365,9 +365,9 @@ def _digest(tokenizer: Tokenizer) -> str:
 class _ProgressBar:
     """A progress bar on a terminal; elsewhere, a line every 30 seconds."""
 
-    def __init__(self, what: str, total: int | None, start: int):
-        self.what, self.total, self.start = what, total, start
-        self.bar = tqdm(total=total, initial=start, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+    def __init__(self, title: str, total: int | None, start: int):
+        self.title, self.total, self.start = title, total, start
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="B", unit_scale=True, leave=False, disable=None)
         self.began = self.last = time.monotonic()
 
     def at(self, bytes_read: int) -> None:
@@ -376,8 +376,8 @@ class _ProgressBar:
         if self.bar.disable and now - self.last >= 30:
             rate = (bytes_read - self.start) / (now - self.began)
             of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-            left = f", {(self.total - bytes_read) / max(rate, 1):,.0f} s left" if self.total else ""
-            print(f"{self.what}: {bytes_read / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)
+            remaining = f", {(self.total - bytes_read) / max(rate, 1):,.0f} s left" if self.total else ""
+            print(f"{self.title}: {bytes_read / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{remaining}", flush=True)
             self.last = now
 
     def close(self) -> None:
