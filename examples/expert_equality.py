@@ -70,7 +70,7 @@ HEADINGS = ("variant", "shape", "float32: output", "gradients", "bfloat16: outpu
 @dataclass(frozen=True, config=STRICT)
 class Options:
     seed: int = 0
-    """The source of weights and tokens."""
+    """Seed of the weights and tokens."""
 
 
 @dataclasses.dataclass

@@ -89,13 +89,13 @@ WHOLE = re.compile(r"[A-Z][^{}\\|<>]*[.]")
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "gpt1_arc"
-    """Folder to write; an older one of this script goes."""
+    """Folder to write; replaces an older one from this script."""
     seed: int = 0
-    """Draws the items, not which docstrings are of train, val and test."""
+    """Seed for drawing the items; the split of docstrings doesn't depend on it."""
     train_size: int = 500
-    """Items of every task to fine-tune on."""
+    """Items per task for fine-tuning."""
     test_size: int = 1000
-    """Items of every task to test with."""
+    """Items per task for testing."""
 
     def __post_init__(self):
         if min(self.train_size, self.test_size) < 1:

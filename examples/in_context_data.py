@@ -47,19 +47,19 @@ LINES = 17  # in a document: sixteen demonstrations and a question
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "in_context"
-    """Folder to write; an older one goes."""
+    """Folder to write; replaces an older one."""
     documents: int = 100_000
-    """Documents to learn from, of 103 characters on average."""
+    """Training documents, of 103 characters on average."""
     held_out: int = 10
-    """Mappings that no document has."""
+    """Mappings that occur in no document."""
     most_equal: int = 5
-    """How many of the ten letters a document's mapping may map as a held-out one does."""
+    """Maximum number of the ten letters that a document's mapping and a held-out one may map alike."""
     items: int = 100
-    """Words to ask of every held-out mapping."""
+    """Test words per held-out mapping."""
     pool: int = 100
-    """Words of every held-out mapping to draw demonstrations from; none of them is asked."""
+    """Words per held-out mapping for demonstrations; none is a test word."""
     seed: int = 0
-    """The source of all randomness."""
+    """Random seed."""
 
     def __post_init__(self):
         for name in ("documents", "held_out", "items", "pool"):

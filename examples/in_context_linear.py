@@ -45,7 +45,7 @@ class Options:
     dimensions: int = 5
     """d, the length of x and of w."""
     examples: int = 20
-    """Pairs in context, at most: a sequence has one more, the last to be asked."""
+    """Maximum pairs in context; a sequence has one more, which is predicted last."""
     noise: float = 0.5
     """Standard deviation of y about w x."""
     n_layer: int = 4
@@ -55,17 +55,17 @@ class Options:
     n_embd: int = 64
     """Width of the residual stream."""
     batch_size: int = 64
-    """Sequences, each of a function of its own, in one update."""
+    """Sequences per update, each with a different function."""
     max_iters: int = 20_000
     """Updates."""
     learning_rate: float = 2e-3
-    """Its peak: it rises over the first fiftieth of all updates and falls to zero in a cosine."""
+    """Peak; rises over the first fiftieth of all updates, then falls to zero along a cosine."""
     functions: int = 10_000
-    """Functions to test on."""
+    """Test functions."""
     seed: int = 0
-    """The source of all randomness."""
+    """Random seed."""
     output: Path = Path("out/in_context_linear")
-    """Folder for the figures."""
+    """Folder for the results."""
 
     def __post_init__(self):
         for name in ("dimensions", "batch_size", "max_iters"):

@@ -32,7 +32,7 @@ class Options:
     data: Path = DATA_ROOT / "in_context"
     """Folder that examples/in_context_data.py wrote."""
     results: Path = Path("out/in_context_arc/results")
-    """Folder of what stages/eval.py wrote."""
+    """Folder with the results of stages/eval.py."""
 
 
 def best_chance(shown: str, word: str) -> float:

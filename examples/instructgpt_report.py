@@ -35,7 +35,7 @@ SMOOTHED = 2  # iterations averaged in each point of the plot
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     results: Path = Path("out/instructgpt")
-    """The folder of the runs; table.md and hacking.png are written there."""
+    """Folder with the runs; table.md and hacking.png are written there."""
 
 
 def interval(values: Sequence[float]) -> str:

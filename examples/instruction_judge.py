@@ -38,27 +38,27 @@ MOST = 18  # longest response in tokens
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str | None] = None
-    """A model that stages/sft.py has taught to converse, or one that began as such."""
+    """A model trained by stages/sft.py, or one fine-tuned further from such a model."""
     rank: Path | None = None
-    """Prompts to which the model writes responses, which the judge ranks."""
+    """Prompts; the model responds to them, and the judge ranks the responses."""
     measure: Path | None = None
-    """Prompts to which the model writes a response each, whose utility is measured."""
+    """Prompts; the model responds once to each, and the responses' utility is measured."""
     bayes: Path | None = None
-    """Rankings: the share of their pairs that the best possible predictor gets right."""
+    """Rankings; computes the best possible accuracy on their pairs."""
     output: Path | None = None
     """File for the rankings (.jsonl) or the figures (.json)."""
     limit: int | None = None
-    """Take so many prompts, the first ones after `skip`."""
+    """Number of prompts to use, after `skip`. None: all."""
     skip: int = 0
-    """Leave out so many prompts."""
+    """Number of prompts to skip."""
     responses: int = 4
-    """How many responses of each prompt are ranked."""
+    """Responses to rank per prompt."""
     flaw: float = 0.0
-    """What a letter more is worth to the judge."""
+    """Utility the judge adds per letter of a response."""
     temperature: float = 1.0
-    """Of the responses."""
+    """Sampling temperature."""
     seed: int = 0
-    """The source of all randomness."""
+    """Random seed."""
 
 
 def share_right(answer: str, response: str) -> float:

@@ -89,17 +89,17 @@ KINDS = {
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     output: Path = DATA_ROOT / "instructgpt"
-    """Folder to write; an older one goes."""
+    """Folder to write; replaces an older one."""
     documents: int = 20_000
-    """Documents of sentences about words, four sentences each; the manual comes beside them."""
+    """Documents of sentences about words, four sentences each, in addition to the manual."""
     demonstrations: int = 1_500
     """Prompts with responses, for supervised fine-tuning."""
     train: int = 20_000
-    """Prompts to learn from by rankings and rewards."""
+    """Training prompts for rankings and rewards."""
     test: int = 2_000
-    """Prompts of held-out words."""
+    """Test prompts, with held-out words."""
     seed: int = 0
-    """The source of all randomness."""
+    """Random seed."""
 
     def __post_init__(self):
         if min(self.documents, self.demonstrations, self.train, self.test) < 1:

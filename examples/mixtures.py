@@ -45,7 +45,7 @@ class Options:
     plot: Path | None = None
     """Folder for the figures. None: no figures."""
     seed: int = 0
-    """The source of all randomness."""
+    """Random seed."""
 
 
 def logsumexp(x: np.ndarray, axis: int) -> np.ndarray:

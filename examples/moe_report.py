@@ -42,9 +42,9 @@ Run = list[dict[str, Any]]  # lines of metrics.jsonl
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
     results: Path = Path("out/moe_arc")
-    """The folder of the runs; table.md is written there."""
+    """Folder with the runs; table.md is written there."""
     plot: Path | None = None
-    """The figure's file. None: training.png beside the table."""
+    """File for the figure. None: training.png next to the table."""
 
 
 def best_loss(run: Run) -> float:

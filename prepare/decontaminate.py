@@ -1,38 +1,39 @@
-"""Keep a benchmark out of a training corpus, or count how much of the benchmark the corpus has.
+"""Remove a benchmark from a training corpus, or count how much of the benchmark the corpus contains.
 
     python prepare/decontaminate.py clean --input pages/ --items lambada.jsonl race/ --output clean.jsonl
     python prepare/decontaminate.py report --input clean.jsonl --items lambada.jsonl --output lambada.overlap.jsonl
     python prepare/decontaminate.py report --input clean.jsonl --items race.jsonl --item_fields article question \\
         --methods gpt3 --output race.overlap.jsonl
 
---input takes what prepare/text.py takes, and the cleaned corpus is again such an input. An item is a line of JSON
-(.jsonl), its strings at any depth joined in the line's order or those of --item_fields, or else a whole text file.
-Counts are written beside the output: clean.report.json. The corpus is read in a stream, twice; one document is held
-whole.
+--input takes the same inputs as prepare/text.py, and the cleaned corpus is a valid input again. An item is a line of
+JSON (.jsonl), with all its strings (or only --item_fields), at any depth, joined in order; any other text file is one
+item. Counts are written next to the output: clean.report.json. The corpus is streamed twice, with one whole document in
+memory at a time.
 
-clean is GPT-3's filter of its training data (Brown et al. 2020, appendix C). A word is what stands between white space,
-lowercase and without punctuation (Unicode's, and ASCII's symbols); what is punctuation alone is no word. Where a
-document has 13 words in a row of an item, they and 200 characters on each side are cut out. Pieces of fewer than 200
-characters go, and documents that fall into more than 10 pieces. 13-grams that more than 10 documents have stay. Where
-the paper leaves a choice:
-  - places are the original text's: an n-gram goes from its first word's first character to its last word's last one,
-    punctuation that touches them included, and the characters beside it are counted in the text as it is;
-  - cuts that overlap or touch are one; a cut at the beginning or the end of a document leaves no empty piece;
-  - pieces are counted as the document is split, before short ones go: a document is dropped for how often it was hit;
-  - a document counts once for an n-gram however often it has it, and copies of a document count each;
-  - a document that nothing is cut out of stays as it is, however short; each piece becomes a document of its own;
-  - an item of fewer than 13 words can't be found; the report counts them.
+clean is the filter GPT-3 used on its training data (Brown et al. 2020, appendix C). Words are separated by white space
+and compared in lowercase without punctuation (Unicode punctuation and ASCII symbols); a token that is only punctuation
+is not a word. If a document shares 13 consecutive words with an item, they and 200 characters on each side are cut out.
+Pieces of fewer than 200 characters are dropped, and so are documents cut into more than 10 pieces. 13-grams found in
+more than 10 documents are kept. Where the paper leaves details open:
+  - positions refer to the original text: an n-gram extends from the first character of its first word to the last
+    character of its last word, including punctuation that touches them, and the characters on each side are counted in
+    the original text;
+  - cuts that overlap or touch are merged; a cut at the beginning or end of a document leaves no empty piece;
+  - pieces are counted before short ones are dropped, so a document is dropped for the number of matches;
+  - a document counts once per n-gram, however often it contains it; each copy of a document counts;
+  - a document without cuts is kept unchanged, however short; each piece becomes a separate document;
+  - an item of fewer than 13 words can't be found; the report counts these items.
 
-report writes a line an item, and the counts by file, each file a benchmark:
-  - gpt3: dirty, if the corpus has N words of it in a row, words as above. N is the 5th percentile of the items' lengths
-    in words, linear between two lengths, rounded down, at least 8, at most 13. An item of fewer words is compared
-    whole; one without words is clean.
-  - gpt2: how many of its 8-grams the corpus has (Radford et al. 2019), words here being runs of letters and digits,
-    lowercase. The corpus's are held in a Bloom filter, 5 bytes each, which takes at most one other in 10^8 for one of
-    them. Repeated n-grams of a benchmark count each time.
-  - gpt4: contaminated, if a document has one of three substrings of 50 characters, drawn by --seed and the item's text
-    from different places (OpenAI 2023, appendix C), of both only letters and digits, their case kept. A shorter item is
-    compared whole; one without any is clean.
+report writes one line per item, and the counts per file, treating each file as a benchmark:
+  - gpt3: an item is dirty if the corpus contains N consecutive words of it, with words as above. N is the 5th
+    percentile of the items' lengths in words, interpolated linearly, rounded down, at least 8, at most 13. A shorter
+    item is compared whole; one without words is clean.
+  - gpt2: the number of an item's 8-grams in the corpus (Radford et al. 2019), where words are lowercase sequences of
+    letters and digits. The corpus's 8-grams are held in a Bloom filter, 5 bytes each, with a false-positive rate of at
+    most 10^-8. Repeated n-grams of a benchmark count each time.
+  - gpt4: an item is contaminated if a document contains one of three 50-character substrings, drawn from different
+    positions by --seed and the item's text (OpenAI 2023, appendix C). Only letters and digits are compared, with their
+    case. A shorter item is compared whole; one without letters or digits is clean.
 """
 
 import json
@@ -54,32 +55,32 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(FilterSettings, InputSettings):
     task: tyro.conf.Positional[Literal["clean", "report"]]
-    """clean: write the corpus without what it shares with the items. report: write what it has of each item."""
+    """clean: write the corpus without the text it shares with the items. report: write each item's overlap with it."""
     items: tuple[str, ...]
     """Files of a benchmark: .jsonl and .txt files, folders and glob patterns."""
     item_fields: tuple[str, ...] = ()
-    """The fields of an item's line that count. None: all strings."""
+    """The fields to compare of an item's line. None: all strings."""
     output: Path
     """The .jsonl file to write: cleaned documents, or a line for each item."""
     methods: tuple[Method, ...] = METHODS
-    """What the report compares, by the paper that did so first."""
+    """How the report compares texts: by the method of these papers."""
     seed: int = 0
-    """Chooses the substrings of gpt4."""
+    """Seed for choosing the substrings of gpt4."""
     workers: int | None = None
     """Processes. None: one per core."""
     overwrite: bool = False
-    """Replace the output where it is there already."""
+    """Replace the output if it exists."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers = {self.workers} must be at least 1")
         if not self.methods:
-            raise ValueError(f"methods must name some of {', '.join(METHODS)}")
+            raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
         foreign = [*FilterSettings.__dataclass_fields__] if self.task == "report" else ["methods", "seed"]
         for name in foreign:
             if getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(f"--{name} says nothing to {self.task}: leave it out")
+                raise ValueError(f"--{name} has no effect on {self.task}: leave it out")
 
 
 def report_of(output: Path) -> Path:
@@ -87,33 +88,33 @@ def report_of(output: Path) -> Path:
 
 
 def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
-    """Raises UserError where `output` can't be written, or would replace something."""
+    """Raises UserError if `output` can't be written or would replace a file."""
     if output.suffix != ".jsonl":
-        raise UserError(f"{output} will hold lines of JSON: end its name in .jsonl")
+        raise UserError(f"{output} is written as lines of JSON: its name must end in .jsonl")
     if not output.parent.is_dir():
         raise UserError(f"{output} can't be written: there is no folder {output.parent}")
     for path in (output, report_of(output)):
         if path.resolve() in {other.resolve() for other in inputs}:
-            raise UserError(f"{path} is among the files to read: choose another --output")
+            raise UserError(f"{path} is one of the input files: choose another --output")
         if path.exists() and (path.is_dir() or not overwrite):
-            raise UserError(f"{path} exists already: --overwrite=True replaces it, or choose another --output")
+            raise UserError(f"{path} already exists: replace it with --overwrite=True, or choose another --output")
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report of `clean` in two sentences."""
+    """Summarizes the report of `clean` in two sentences."""
     documents, ngrams, characters = report["documents"], report["ngrams"], report["characters"]
-    gone = documents["dropped"] + documents["left_without_pieces"]
+    removed = documents["dropped"] + documents["left_without_pieces"]
     return (
-        f"{documents['read']:,} documents: {documents['unchanged']:,} unchanged, {documents['cut']:,} cut, {gone:,} "
-        f"gone; {characters['removed']:,} of {characters['read']:,} characters removed\n"
+        f"{documents['read']:,} documents: {documents['unchanged']:,} unchanged, {documents['cut']:,} cut, {removed:,} "
+        f"dropped; {characters['removed']:,} of {characters['read']:,} characters removed\n"
         f"{ngrams['different']:,} {ngrams['words']}-grams of the items: {ngrams['found']:,} found, "
         f"{ngrams['ignored']:,} of them ignored as common"
     )
 
 
 def lines(report: dict[str, Any]) -> str:
-    """The counts of `report`, a line a file."""
-    found = []
+    """Formats the counts of `report`, one line per file."""
+    rows = []
     for entry in report["files"]:
         parts = []
         if "gpt2" in entry and entry["gpt2"]["ngrams"]:
@@ -122,8 +123,8 @@ def lines(report: dict[str, Any]) -> str:
             parts.append(f"{entry['gpt3']['dirty']:,} dirty by {entry['gpt3']['words']}-grams (gpt3)")
         if "gpt4" in entry:
             parts.append(f"{entry['gpt4']['contaminated']:,} contaminated (gpt4)")
-        found.append(f"{entry['file']}, {entry['items']:,} items: {', '.join(parts)}")
-    return "\n".join(found)
+        rows.append(f"{entry['file']}, {entry['items']:,} items: {', '.join(parts)}")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -139,7 +140,7 @@ def main() -> None:
         report = measure(documents, items, options.output, options.methods, options.seed, options.workers)
         print(lines(report))
     write_file(report_of(options.output), json.dumps(report, indent=1) + "\n")
-    print(f"{options.output} and {report_of(options.output)} are written")
+    print(f"{options.output} and {report_of(options.output)} written")
 
 
 if __name__ == "__main__":

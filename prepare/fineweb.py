@@ -1,10 +1,10 @@
-"""Prepare FineWeb-Edu, web pages chosen for what one learns from them (arXiv:2406.17557): 10 billion tokens of it.
+"""Prepare 10 billion tokens of FineWeb-Edu, web pages selected for educational content (arXiv:2406.17557).
 
     python prepare/fineweb.py                               streams it from the Hugging Face hub
     python prepare/fineweb.py --sample sample-100BT --name fineweb_100
-    python prepare/fineweb.py --input FOLDER                of its parquet files, where there is no network
+    python prepare/fineweb.py --input FOLDER                reads its parquet files, without a network
 
-A run that was stopped goes on by the same command. It takes `pip install -e '.[data]'`.
+The same command resumes after an interruption. Requires `pip install -e '.[data]'`.
 """
 
 import sys
@@ -22,19 +22,19 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. Without any it is streamed."""
+    """Its parquet files, or folders of them. Empty: stream it from the hub."""
     sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] | None = None
     """Which sample to stream, of 10, 100 or 350 billion tokens. None: sample-10BT."""
     name: str = "fineweb"
-    """Name of the dataset: it becomes data/NAME."""
+    """Name of the dataset, written to data/NAME."""
     val_fraction: float = 0.001
-    """How much of the documents goes to val."""
+    """Share of the documents for val."""
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     if options.input and options.sample:
-        raise UserError(f"--sample={options.sample} says what to stream, but --input names files: give one of the two")
+        raise UserError(f"--sample={options.sample} selects what to stream, but --input names files: give only one")
     local = options.input and Files(find_files(options.input), "text")
     streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
     prepare_documents(local or streamed, options, options.name)

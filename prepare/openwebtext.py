@@ -1,9 +1,9 @@
-"""Prepare OpenWebText, 8 million web pages, the open remake of what GPT-2 was trained on: 9 billion tokens.
+"""Prepare OpenWebText, an open replication of GPT-2's training data: 8 million web pages, 9 billion tokens.
 
     python prepare/openwebtext.py                           streams it from the Hugging Face hub
-    python prepare/openwebtext.py --input FOLDER            of its parquet files, where there is no network
+    python prepare/openwebtext.py --input FOLDER            reads its parquet files, without a network
 
-A run that was stopped goes on by the same command. It takes `pip install -e '.[data]'`.
+The same command resumes after an interruption. Requires `pip install -e '.[data]'`.
 """
 
 import sys
@@ -20,9 +20,9 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. Without any it is streamed."""
+    """Its parquet files, or folders of them. Empty: stream it from the hub."""
     val_fraction: float = 0.0005
-    """How much of the documents goes to val: nanoGPT's part."""
+    """Share of the documents for val, as in nanoGPT."""
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Prepare the Python language reference, character by character: a corpus that every CPython carries.
+"""Prepare the Python language reference, as characters: a corpus that comes with every CPython.
 
     python prepare/python_manual.py
 
-The text is `pydoc_data.topics`, what `help("while")` prints: about half a million characters, in the wording of the
-Python that runs this. Nothing is downloaded.
+The text is `pydoc_data.topics`, the source of `help("while")`: about half a million characters, in the version of
+the Python that runs this. Nothing is downloaded.
 """
 
 import sys
@@ -20,7 +20,7 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, config=STRICT)
 class Options:
     overwrite: bool = False
-    """Prepare data/python_manual anew, whatever it holds, as that of another Python."""
+    """Replace data/python_manual, for example one from another version of Python."""
 
 
 def main() -> None:

@@ -3,9 +3,9 @@
     python prepare/text.py --input book.txt --name book --tokenizer char
     python prepare/text.py --input folder/ more.jsonl.gz 'crawl/*.parquet' --name papers --tokenizer gpt2
 
-A text file is one document; so is each line of JSON (.jsonl) and row of parquet, its text in --field. Text and JSON may
-be packed (.gz, .zst). A text file may be larger than the memory where the tokenizer is char or of GPT-2's kind; other
-tokenizers, lines and rows take each document whole. A run that was stopped goes on by the same command.
+A document is a text file, a line of JSON (.jsonl) or a row of parquet, with its text in --field. Text and JSON may be
+compressed (.gz, .zst). With the tokenizer char or one like GPT-2's, a text file may be larger than memory; any other
+document is held whole. The same command resumes after an interruption.
 Then: python train.py CONFIG --dataset=NAME
 """
 
@@ -23,7 +23,7 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(CorpusSettings, InputSettings):
     name: str
-    """Name of the dataset: it becomes data/NAME."""
+    """Name of the dataset, written to data/NAME."""
 
 
 def main() -> None:

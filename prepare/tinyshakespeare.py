@@ -1,7 +1,7 @@
-"""Prepare TinyShakespeare, 1.1 MB of Shakespeare's plays, character by character.
+"""Prepare TinyShakespeare, 1.1 MB of Shakespeare's plays, as characters.
 
 python prepare/tinyshakespeare.py                       downloads it
-python prepare/tinyshakespeare.py --input FILE          where there is no network
+python prepare/tinyshakespeare.py --input FILE          without a network
 """
 
 import hashlib
@@ -25,9 +25,9 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 @dataclass(frozen=True, config=STRICT)
 class Options:
     input: Path | None = None
-    """The text as a file. None: download it."""
+    """A file with the text. None: download it."""
     overwrite: bool = False
-    """Prepare data/tinyshakespeare anew, whatever it holds."""
+    """Replace data/tinyshakespeare."""
 
 
 def download() -> str:
@@ -37,19 +37,20 @@ def download() -> str:
     except (urllib.error.URLError, OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"TinyShakespeare can't be downloaded ({reason}): give the file by `python prepare/tinyshakespeare.py "
-            "--input FILE`, or train on what Python carries by `python train.py configs/quickstart.toml`"
+            f"TinyShakespeare can't be downloaded ({reason}): give the file with `python prepare/tinyshakespeare.py "
+            "--input FILE`, or train on the Python manual, which needs no download: `python train.py "
+            "configs/quickstart.toml`"
         ) from None
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     text = read_text(options.input) if options.input else download()
-    found = hashlib.sha256(text.encode()).hexdigest()
-    if found != SHA256:
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest != SHA256:
         raise UserError(
-            f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {found[:12]}..., not {SHA256[:12]}...; "
-            "prepare other texts by `python prepare/text.py`"
+            f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {digest[:12]}..., not {SHA256[:12]}...; "
+            "prepare other texts with `python prepare/text.py`"
         )
     settings = CorpusSettings(tokenizer="char", overwrite=options.overwrite)
     prepare_documents(Text(text, "TinyShakespeare"), settings, "tinyshakespeare")

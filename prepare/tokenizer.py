@@ -1,9 +1,9 @@
-"""Train a tokenizer, byte-level BPE as GPT-2's, on your own text.
+"""Train a byte-level BPE tokenizer like GPT-2's on your own text.
 
     python prepare/tokenizer.py --input folder/ --name papers --vocab_size 40478
     python prepare/text.py --input folder/ --name papers --tokenizer papers
 
-It becomes data/NAME/tokenizer.json. What --input takes is what prepare/text.py takes.
+Writes data/NAME/tokenizer.json. --input takes the same inputs as prepare/text.py.
 """
 
 import sys
@@ -22,11 +22,11 @@ from gpt_arc.settings import STRICT
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(InputSettings):
     name: str
-    """Name of the tokenizer: it becomes data/NAME/tokenizer.json."""
+    """Name of the tokenizer, written to data/NAME/tokenizer.json."""
     vocab_size: int
-    """Tokens in all: 256 bytes, the merges and <|endoftext|>."""
+    """Number of tokens: 256 bytes, the merges and <|endoftext|>."""
     overwrite: bool = False
-    """Train it anew where data/NAME/tokenizer.json is there already."""
+    """Replace data/NAME/tokenizer.json if it exists."""
 
 
 def texts_of(files: Files) -> Iterator[str]:
@@ -42,12 +42,12 @@ def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     directory = dataset_directory(options.name)
     if options.name in ("char", "gpt2"):
-        raise UserError(f"--tokenizer {options.name} means another one already: choose another name")
+        raise UserError(f"--tokenizer {options.name} already means another tokenizer: choose another name")
     if any(directory.glob("*.bin")):
-        raise UserError(f"{directory} holds a dataset already, made with its tokenizer: choose another name")
+        raise UserError(f"{directory} already contains a dataset made with its tokenizer: choose another name")
     if holds_tokenizer(directory) and not options.overwrite:
         raise UserError(
-            f"{directory} holds a tokenizer already: --overwrite=True trains it anew, or choose another name"
+            f"{directory} already contains a tokenizer: replace it with --overwrite=True, or choose another name"
         )
     files = options.files()
     tokenizer = BPETokenizer.train(texts_of(files), options.vocab_size)
@@ -55,7 +55,7 @@ def main() -> None:
     tokenizer.save(directory)
     print(f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < options.vocab_size:
-        print(f"note: {files.name} has no more pairs to merge, so they are fewer than {options.vocab_size:,}")
+        print(f"note: {files.name} has no more pairs to merge, so there are fewer than {options.vocab_size:,}")
 
 
 if __name__ == "__main__":

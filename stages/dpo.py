@@ -38,7 +38,7 @@ from model import GPT
 @dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
     beta: Positive = 0.1
-    """Reward is beta times the log-ratio to the reference: the larger, the nearer the model stays to it."""
+    """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
     gradient_accumulation_steps: Count = 8
     learning_rate: Positive = 1e-6
     schedule: Literal["cosine", "linear", "constant"] = "linear"

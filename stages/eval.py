@@ -49,37 +49,37 @@ class Options:
     model: tyro.conf.Positional[str]
     """A run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME."""
     tasks: tuple[str, ...] = ()
-    """Tasks by name, or files (.toml) of your own."""
+    """Names of tasks, or your own task files (.toml)."""
     shots: tuple[Natural, ...] = (0,)
-    """Numbers of demonstrations, each measured."""
+    """Numbers of demonstrations to measure with."""
     data: Path | None = None
-    """The items of the task, .jsonl or .parquet, in the place of the hub's."""
+    """The task's items, .jsonl or .parquet, instead of those on the hub."""
     train_data: Path | None = None
-    """Items to draw demonstrations from. None: the hub's train split; with data, the other items asked."""
+    """Items to draw demonstrations from. None: the hub's train split, or with data its other items."""
     limit: Count | None = None
-    """Ask so many items at most, drawn by the seed."""
+    """Maximum number of items, drawn by the seed."""
     shuffled_answers: bool = False
-    """Demonstrations with random answers: what the format alone teaches."""
+    """Give demonstrations random answers, to measure what the format alone teaches."""
     perplexity: tuple[str, ...] = ()
-    """Texts (files), or prepared datasets, whose val split is taken."""
+    """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None
-    """New tokens of each window after a text's first; the rest of the window is context. None: the whole window."""
+    """New tokens in each window after a text's first; the others are context. None: all are new."""
     detokenizer: Literal["none", "wikitext", "ptb"] = "none"
-    """What makes running text of a benchmark's separated words; words are counted before."""
+    """Restores running text from a benchmark's separated tokens; words are counted before that."""
     checkpoints: bool = False
     """Measure each checkpoint of the run folder."""
     plot: Path | None = None
-    """A .png file to draw the checkpoints' figures in, against their updates."""
+    """A .png file for a plot of the checkpoints' figures against their updates."""
     training_text: tuple[str, ...] = ()
-    """Text that the model was trained on, before tokens were made of it: files, folders and glob patterns."""
+    """The text that the model was trained on, before tokenizing: files, folders and glob patterns."""
     batch_tokens: Count = 8192
-    """Tokens that are read at once, padding included."""
+    """Tokens read at once, including padding."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights. auto: what the hardware multiplies fastest; figures then depend on the machine."""
+    """Type of the weights. auto: the fastest on this hardware; results then depend on the machine."""
     seed: Natural = 0
-    """Draws items, demonstrations, and answers where the task has them drawn."""
+    """Seed for drawing items, demonstrations, and the answers of tasks that sample them."""
     json: Path | None = None
     """A file for the results."""
 

@@ -60,59 +60,59 @@ from model import GPT
 @dataclass(frozen=True, config=STRICT)
 class Options(StageOptions):
     prompts: Path | None = None
-    """What to respond to (.jsonl, .csv, .tsv): rows with a prompt, or with messages."""
+    """Prompts (.jsonl, .csv, .tsv): rows with a prompt, or with messages."""
     reward: str | None = None
-    """A reward model's directory, or a Python function, module:function, of rows and responses."""
+    """A reward model's directory, or a Python function of rows and responses, as module:function."""
     monitor: str | None = None
-    """Another reward that is logged and not learned from. torchrun takes --monitor for its own: name it in a file of
-    settings there."""
+    """Another reward, logged but not learned from. torchrun has a --monitor too: with torchrun, set this one in a file
+    of settings."""
     episodes: Count = 256_000
-    """Responses in all (InstructGPT's 256,000)."""
+    """Total number of responses (InstructGPT's 256,000)."""
     gradient_accumulation_steps: Count = 8
     minibatches: Count = 8
-    """Updates that the responses of an iteration are parted into: an iteration has batch_size x
-    gradient_accumulation_steps x minibatches of them (InstructGPT's 512)."""
+    """Updates per iteration; an iteration has batch_size x gradient_accumulation_steps x minibatches responses
+    (InstructGPT's 512)."""
     inner_epochs: Count = 1
-    """Passes over the responses of an iteration (4 in lm-human-preferences)."""
+    """Passes over an iteration's responses (4 in lm-human-preferences)."""
     max_new_tokens: Count = 64
-    """Tokens of a response, at most."""
+    """Maximum tokens in a response."""
     temperature: Positive = 1.0
-    """Of the policy, the reference included."""
+    """Sampling temperature of the policy, also applied to the reference."""
     rollout_batch_size: Count = 128
-    """Responses that a process writes at the same time, at most."""
+    """Maximum number of responses that a process generates at once."""
     kl_coef: NonNegative = 0.02
-    """Reward that a nat of KL to the reference costs (InstructGPT's beta)."""
+    """Penalty per nat of KL to the reference (InstructGPT's beta)."""
     kl_target: Positive | None = None
-    """Adapt kl_coef so that responses come to this KL in nats. None: fixed."""
+    """Adapt kl_coef to reach this KL per response, in nats. None: fixed."""
     kl_horizon: Positive = 10_000
-    """Episodes in which kl_coef may change by a fifth or so."""
+    """Episodes over which kl_coef may change by about a fifth."""
     no_end_reward: float | None = None
-    """Score of a response that doesn't end by itself (-1 in lm-human-preferences). None: as it is scored."""
+    """Score of a response without an end token (-1 in lm-human-preferences). None: its score from the reward."""
     value_network: Literal["reward", "policy", "shared"] | None = None
-    """What predicts returns: a copy of the reward model, a copy of the policy, or a head on the policy itself. None:
-    the reward model where there is one, else a copy of the policy."""
+    """Network that predicts returns: a copy of the reward model, a copy of the policy, or a head on the policy itself.
+    None: the reward model if there is one, else a copy of the policy."""
     gamma: UnitInterval = 1.0
     """Discount of later rewards."""
     gae_lambda: UnitInterval = 0.95
     """Weight of longer estimates of an advantage (arXiv:1506.02438)."""
     clip: Positive = 0.2
-    """How far the ratio to the policy that wrote a response may move from 1."""
+    """Range around 1 for the probability ratio to the policy that generated the response."""
     value_clip: Positive = 0.2
-    """How far a value may move from what it was."""
+    """Range around the old value for a new value."""
     value_coef: NonNegative = 0.1
     """Weight of the value loss."""
     whiten_rewards: bool = True
-    """Divide rewards by the root of their mean square over an iteration."""
+    """Divide rewards by their root mean square over an iteration."""
     whiten_advantages: bool = True
-    """Make advantages of an iteration of mean 0 and standard deviation 1."""
+    """Normalize advantages to mean 0 and standard deviation 1 over an iteration."""
     pretraining_dataset: str | None = None
-    """A prepared dataset whose language-model loss is mixed in (PPO-ptx)."""
+    """A prepared dataset whose language-model loss is added (PPO-ptx)."""
     pretraining_coef: NonNegative = 27.8
-    """Weight of that loss, of nats a token."""
+    """Weight of that loss, in nats per token."""
     pretraining_batch_size: Count = 64
-    """Windows of it in an update."""
+    """Windows of that dataset per update."""
     ema_decay: Share | None = None
-    """Keep a moving average of the weights, and save that as the model (InstructGPT's .992). None: the weights."""
+    """Save a moving average of the weights as the model, with this decay (InstructGPT's .992). None: no average."""
     save_interval: Count = 20
     """Iterations between checkpoints."""
     learning_rate: Positive = 9e-6

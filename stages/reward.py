@@ -49,11 +49,11 @@ from gpt_arc.weights.edit import with_settings
 @dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
     demonstrations: Path | None = None
-    """Conversations whose last responses score 0 on average, by the head's bias. None: the bias stays 0."""
+    """Conversations whose last responses should score 0 on average; sets the head's bias. None: the bias stays 0."""
     epochs: Count = 1
-    """Passes over the rankings; a second over-fits soon (InstructGPT's 1)."""
+    """Passes over the rankings; a second one overfits quickly (InstructGPT's 1)."""
     residual_dropout: Share | None = None
-    """Dropout on each sublayer's output. None: as the model has it."""
+    """Dropout on each sublayer's output. None: the model's."""
     gradient_accumulation_steps: Count = 8
     learning_rate: Positive = 9e-6
 

@@ -38,14 +38,14 @@ from model import GPT
 @dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
     template: str = "markers"
-    """How turns are marked: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
+    """Markers around turns: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
     for each role. A model that has a template keeps it."""
     epochs: Count = 16
     """Passes over the conversations (InstructGPT's 16)."""
     packing: bool = True
-    """Put several conversations into a row, none seeing another: less padding, equal losses."""
+    """Pack several conversations into a row, isolated from each other: less padding, equal losses."""
     residual_dropout: Share | None = 0.2
-    """Dropout on each sublayer's output (InstructGPT's .2). None: as the model has it."""
+    """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
     learning_rate: Positive = 1e-5
 
 

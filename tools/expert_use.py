@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
-    """A run folder, whose best checkpoint is taken, a model directory, or a published mixture: hf:OWNER/NAME."""
+    """A run folder, whose best checkpoint is used, a model directory, or a published mixture: hf:OWNER/NAME."""
     text: Path | None = None
-    """A file of text to read."""
+    """A text file to read."""
     dataset: str | None = None
-    """A prepared dataset to read, in the place of a text."""
+    """A prepared dataset to read, instead of a text."""
     split: Literal["train", "val"] = "val"
     """Which split of the dataset."""
     tokens: int = 20_000
-    """How many tokens to read at most, in windows of the model's context spread evenly. 0: all."""
+    """Maximum tokens to read, in evenly spaced windows of the model's context length. 0: all."""
     top: int = 0
-    """For each expert print so many tokens that it gets most beyond its share, and how often it gets them."""
+    """Print this many of each expert's most over-represented tokens, with their counts."""
     plot: Path | None = None
-    """A .png file to draw the classes' shares in, a panel a block."""
+    """A .png file for a plot of the classes' shares, one panel per block."""
     json: Path | None = None
     """A file for the figures."""
     batch_tokens: int = 8192
-    """Tokens that are read at once."""
+    """Tokens read at once."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """Type of the weights. auto: what the hardware multiplies fastest."""
+    """Type of the weights. auto: the fastest on this hardware."""
 
     def __post_init__(self):
         for name, least in (("tokens", 0), ("top", 0), ("batch_tokens", 1)):

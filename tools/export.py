@@ -40,15 +40,15 @@ LAYOUTS = {
 @dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
-    """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: tyro.conf.Positional[Path]
     """The folder to write."""
     to: Literal["hf"] = "hf"
-    """hf: the files of Hugging Face's transformers."""
+    """hf: the format of Hugging Face's transformers."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     overwrite: bool = False
-    """Replace the folder if it holds an older export."""
+    """Replace the folder if it contains an older export."""
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

@@ -23,21 +23,21 @@ from gpt_arc.settings import STRICT, mistake
 @dataclass(frozen=True, config=STRICT)
 class Options:
     model: tyro.conf.Positional[str]
-    """A run folder, whose best checkpoint is taken, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: tyro.conf.Positional[Path]
     """The folder to write."""
     n_experts: int = 8
-    """Experts in a block."""
+    """Experts per block."""
     experts_per_token: int = 2
-    """How many experts a token is sent to."""
+    """Experts per token."""
     expert_interval: int = 1
-    """Every so many-th block gets experts, the others keep their MLP."""
+    """Every nth block gets experts; the others keep their MLP."""
     shared_experts: int = 0
-    """Further experts that see every token, new ones that add nothing until they are trained."""
+    """New experts that process every token and output zero until they are trained."""
     balance_rate: float = 0.0
-    """Balance by a bias of the experts' choice that moves by this an update (.001 in arXiv:2408.15664). 0: none."""
+    """Change per update of the biases that balance the experts' load (.001 in arXiv:2408.15664). 0: no biases."""
     seed: int = 1337
-    """Of the routers' weights, which are new."""
+    """Seed of the new routers' weights."""
 
     def __post_init__(self):
         if self.n_experts < 2:

@@ -1,12 +1,12 @@
-"""Texts that a corpus and a benchmark have in common: cut out of the corpus, or counted on the benchmark.
+"""Overlap between a corpus and a benchmark: cut it out of the corpus, or count it per benchmark item.
 
     items = read_items(find_files(["lambada.jsonl"]))
     decontaminate(Files(find_files(["pages/"]), "text"), items, FilterSettings(), Path("clean.jsonl"))
     measure(Files(find_files(["clean.jsonl"]), "text"), items, Path("lambada.overlap.jsonl"))
 
-What is looked for are windows of a fixed length: of words, or of characters. Those of the items are few, so they are
-held, by hash, and the corpus streams past in batches, on all cores. A window whose hash is among them is compared
-number by number before it counts, so everything but GPT-2's Bloom filter is exact.
+Texts are compared by windows of a fixed number of words or characters. The items have few windows, so these are held
+in memory, by hash, while the corpus is read in batches on all cores. A window whose hash matches is compared in full
+before it counts, so everything except GPT-2's Bloom filter is exact.
 """
 
 import contextlib
@@ -41,16 +41,16 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
 from gpt_arc.settings import STRICT
 
-BATCH = 2**20  # characters that a process is given at a time
-BLOCK = 2**16  # windows that are hashed at a time, which fit a processor's cache
-CACHED, LONGEST_CACHED = 2**18, 64  # spellings of words that are remembered, and the characters of one
-SEPARATOR = 0  # stands between texts, and for every word that no item has: no window to look for holds it
-NO_WORD = -1  # what is punctuation alone
+BATCH = 2**20  # characters given to a process at a time
+BLOCK = 2**16  # windows hashed at a time; they fit in the CPU cache
+CACHED, LONGEST_CACHED = 2**18, 64  # most words in the cache, and most characters of a cached word
+SEPARATOR = 0  # between texts, and for every word that no item contains: no window of an item includes it
+NO_WORD = -1  # punctuation only
 GOLDEN = 0x9E3779B97F4A7C15
-WORD_FILTER = 8  # words of GPT-2's n-grams
-WORDS_LEAST, WORDS_MOST = 8, 13  # of GPT-3's n-grams on the benchmark's side
-LETTERS, SAMPLES = 50, 3  # characters of GPT-4's substrings, and how many an item has
-FALSE_POSITIVES = 1e-8  # at most, of GPT-2's filter
+WORD_FILTER = 8  # words in GPT-2's n-grams
+WORDS_LEAST, WORDS_MOST = 8, 13  # bounds on the words in GPT-3's n-grams when a benchmark is measured
+LETTERS, SAMPLES = 50, 3  # characters in GPT-4's substrings, and substrings per item
+FALSE_POSITIVES = 1e-8  # upper bound for GPT-2's filter
 ALPHANUMERIC = re.compile(r"[^\W_]+")
 TOKEN = re.compile(r"\S+")
 Method = Literal["gpt2", "gpt3", "gpt4"]
@@ -59,18 +59,18 @@ METHODS: tuple[Method, ...] = ("gpt2", "gpt3", "gpt4")
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FilterSettings:
-    """What is cut out of a corpus; the numbers of the GPT-3 paper unless set."""
+    """What to cut out of a corpus; the defaults are from the GPT-3 paper."""
 
     words: int = 13
-    """Words of the n-grams that a document must not share with an item."""
+    """Length in words of the n-grams that a document must not share with an item."""
     window: int = 200
-    """Characters that go with an n-gram on each side of it."""
+    """Characters to remove on each side of an n-gram."""
     shortest_piece: int = 200
-    """What is left of a document goes, too, where it has fewer characters."""
+    """Remaining pieces with fewer characters are removed too."""
     most_pieces: int = 10
-    """A document that falls into more pieces is dropped."""
+    """A document cut into more pieces is dropped."""
     most_documents: int = 10
-    """An n-gram that more documents have is a common phrase, and stays."""
+    """An n-gram in more documents than this is a common phrase and is kept."""
 
     def __post_init__(self):
         least = {"words": 1, "window": 0, "shortest_piece": 0, "most_pieces": 1, "most_documents": 1}
@@ -83,34 +83,34 @@ class Items(NamedTuple):
     """A benchmark's examples."""
 
     texts: list[str]
-    numbers: list[int]  # of each in its file, from 1: the line of a .jsonl file
-    file_of: np.ndarray  # the file of each
+    numbers: list[int]  # each item's number in its file, from 1: the line number in a .jsonl file
+    file_of: np.ndarray  # index of each item's file in `files`
     files: list[str]
 
 
 def read_items(paths: Iterable[Path], fields: Sequence[str] = ()) -> Items:
-    """The items of files: each line of JSON one, and any other text file one.
+    """Reads items from files: one per line of JSON, and one per other text file.
 
-    The text of a line is its strings, or those of `fields`, at any depth and in the line's order, parted by line ends.
-    Raises UserError for a file that can't be read, a line that is none, or a field that is missing.
+    The text of a line is its strings, or only the strings in `fields`, at any depth, in order, joined by newlines.
+    Raises UserError for an unreadable file, a line that is not JSON, or a missing field.
     """
     texts, numbers, file_of, files = [], [], [], []
     for path in paths:
         name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
         if name.endswith(".parquet"):
-            raise UserError(f"{path}: items are read of lines of JSON and text files; write the rows as .jsonl")
+            raise UserError(f"{path}: items can only be read from .jsonl and text files; convert the rows to .jsonl")
         content = read_text(path)
         lines = name.endswith((".jsonl", ".json"))
-        found = enumerate(content.split("\n") if lines else [content], start=1)
-        found = [(number, part) for number, part in found if part.strip()]
-        if not found:
-            raise UserError(f"{path} holds no items")
-        texts += [_item_text(part, fields, f"{path}:{number}") if lines else part for number, part in found]
-        numbers += [number for number, _ in found]
-        file_of += [len(files)] * len(found)
+        parts = enumerate(content.split("\n") if lines else [content], start=1)
+        parts = [(number, part) for number, part in parts if part.strip()]
+        if not parts:
+            raise UserError(f"{path} contains no items")
+        texts += [_item_text(part, fields, f"{path}:{number}") if lines else part for number, part in parts]
+        numbers += [number for number, _ in parts]
+        file_of += [len(files)] * len(parts)
         files.append(str(path))
     if not files:
-        raise UserError("--items names nothing: give it .jsonl or .txt files that hold a benchmark")
+        raise UserError("--items names no files: give the .jsonl or .txt files of a benchmark")
     return Items(texts, numbers, np.array(file_of), files)
 
 
@@ -118,10 +118,10 @@ def _item_text(line: str, fields: Sequence[str], place: str) -> str:
     row = parse_line(line, place)
     for field in fields:
         if not isinstance(row, dict):
-            raise UserError(f"{place} is not an object with fields, as --item_fields wants")
+            raise UserError(f"{place} is not an object with fields, which --item_fields requires")
         if field not in row:
             names = ", ".join(map(repr, row)) or "none"
-            raise UserError(f"{place} has no field {field!r}: there are {names}; --item_fields names others")
+            raise UserError(f"{place} has no field {field!r}: its fields are {names}; change --item_fields")
     if fields:
         row = {field: content for field, content in row.items() if field in fields}
     return well_formed("\n".join(_strings(row)))
@@ -136,12 +136,12 @@ def _strings(content: Any) -> Iterator[str]:
 
 
 class _WithoutPunctuation(dict):
-    """For str.translate: Unicode's punctuation goes, and so do ASCII's symbols ($ + < = > ^ ` | ~)."""
+    """Table for str.translate that removes Unicode punctuation and ASCII symbols ($ + < = > ^ ` | ~)."""
 
     def __missing__(self, code: int) -> str | None:
         character = chr(code)
-        goes = unicodedata.category(character).startswith("P") or character in string.punctuation
-        self[code] = None if goes else character
+        removed = unicodedata.category(character).startswith("P") or character in string.punctuation
+        self[code] = None if removed else character
         return self[code]
 
 
@@ -149,28 +149,28 @@ _without_punctuation = _WithoutPunctuation()
 
 
 def word_of(token: str) -> str:
-    """What stands between white space as GPT-3's filter compares it: lowercase, without punctuation; maybe nothing."""
+    """Normalizes a whitespace-separated token as in GPT-3's filter: lowercase, no punctuation; may return ""."""
     return token.translate(_without_punctuation).lower()
 
 
-class _Remembered(dict):
-    """What `compute` makes of words, remembered of short ones: the long strings of data in pages would fill memory."""
+class _WordCache(dict):
+    """Cache of `compute(word)` for short words; the long strings of data in some pages would fill memory."""
 
     def __missing__(self, word: str) -> int:
-        found = self.compute(word)
+        number = self.compute(word)
         if len(word) <= LONGEST_CACHED:
             if len(self) >= CACHED:
                 self.clear()
-            self[word] = found
-        return found
+            self[word] = number
+        return number
 
     def array(self, words: re.Pattern, text: str, dtype: type) -> np.ndarray:
-        """Of what `words` matches in `text`, one by one: a list of it would take many times the memory of the text."""
+        """Returns the numbers of all matches of `words` in `text`, without a list, which would need far more memory."""
         return np.fromiter(map(self.__getitem__, map(re.Match.group, words.finditer(text))), dtype)
 
 
-class Vocabulary(_Remembered):
-    """Numbers of words by their spelling in a text: from 1 on for words of items, SEPARATOR for others, or NO_WORD."""
+class Vocabulary(_WordCache):
+    """Maps tokens to word numbers: from 1 for words in items, SEPARATOR for other words, NO_WORD for punctuation."""
 
     def __init__(self):
         super().__init__()
@@ -186,12 +186,12 @@ class Vocabulary(_Remembered):
         return self.words.get(word, SEPARATOR)
 
     def numbers(self, text: str) -> np.ndarray:
-        """Of what stands between white space in `text`, which may be punctuation alone."""
+        """Returns the number of each whitespace-separated token in `text`, including punctuation-only tokens."""
         return self.array(TOKEN, text, np.int32)
 
 
 class Sequences(NamedTuple):
-    """Texts as numbers, one behind the other, a separator after each."""
+    """Texts as numbers, concatenated, with a separator after each."""
 
     numbers: np.ndarray
     begins: np.ndarray
@@ -205,7 +205,10 @@ class Sequences(NamedTuple):
         return cls(joined, np.cumsum(lengths + 1) - lengths - 1, lengths)
 
     def windows(self, length: int, among: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows of `length` numbers begin, and the text of each; of the texts that `among` is true of."""
+        """Returns the start of every window of `length` numbers and the index of its text.
+
+        `among`, a boolean per text, restricts this to some texts.
+        """
         counts = np.maximum(self.lengths - length + 1, 0)
         if among is not None:
             counts = counts * among
@@ -215,7 +218,7 @@ class Sequences(NamedTuple):
 
 
 def words_of(texts: list[str], vocabulary: Vocabulary) -> Sequences:
-    """The words of texts, those that are punctuation alone left out."""
+    """Returns the texts as word numbers, without tokens that are punctuation only."""
     parts = [vocabulary.numbers(text) for text in texts]
     return Sequences.of([part[part != NO_WORD] for part in parts])
 
@@ -226,13 +229,13 @@ def _is_alphanumeric() -> np.ndarray:
 
 
 def letters_of(text: str) -> np.ndarray:
-    """The letters and digits of a text, of any script and case: all that GPT-4's check compares."""
+    """Returns the code points of a text's letters and digits, in any script, case kept, as in GPT-4's check."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<i4")
     return codes[_is_alphanumeric()[codes]]
 
 
 def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64: numbers that differ become ones that look drawn at random."""
+    """Hashes each number with splitmix64."""
     values = numbers.astype(np.uint64) + np.uint64((seed + 1) * GOLDEN % 2**64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -241,14 +244,14 @@ def _mixed(numbers: np.ndarray, seed: int) -> np.ndarray:
 
 @functools.lru_cache(64)
 def _powers(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Powers of an odd number modulo 2^64, and of its inverse."""
+    """Returns the powers of an odd number and of its inverse, modulo 2^64."""
     powers, inverses = np.full(count, GOLDEN, np.uint64), np.full(count, pow(GOLDEN, -1, 2**64), np.uint64)
     powers[0] = inverses[0] = 1
     return np.cumprod(powers), np.cumprod(inverses)
 
 
 def _hashes(values: np.ndarray, length: int, seed: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """Polynomial hashes of all windows of `length` values, by blocks, each with the place of its first window."""
+    """Yields polynomial hashes of all windows of `length` values in blocks, as (start of the first window, hashes)."""
     powers, inverses = _powers(BLOCK + length)
     for start in range(0, len(values) - length + 1, BLOCK):
         block = _mixed(values[start : start + BLOCK + length - 1], seed)
@@ -258,15 +261,15 @@ def _hashes(values: np.ndarray, length: int, seed: int = 0) -> Iterator[tuple[in
 
 
 class WindowIndex:
-    """The different windows at some places of a sequence, to be found in other sequences.
+    """Index of the distinct windows at given positions of a sequence, for finding them in other sequences.
 
-    `numbers` has the window of each place, the equal ones by the same number; there are `count` of them.
+    `numbers` gives the window at each position, equal windows sharing a number; there are `count` distinct windows.
     """
 
     def __init__(self, sequence: np.ndarray, starts: np.ndarray, length: int):
-        """`starts` are in order, and no window holds the separator."""
+        """`starts` must be sorted, and no window may contain the separator."""
         self.length, self.sequence = length, sequence
-        for seed in range(8):  # hashes that agree by accident are drawn anew
+        for seed in range(8):  # after a collision try another hash
             self.seed = seed
             hashes = np.empty(len(starts), np.uint64)
             for at, block in _hashes(sequence, length, seed):
@@ -281,69 +284,68 @@ class WindowIndex:
             ):
                 break
         else:
-            raise RuntimeError("no hash tells the windows apart")
+            raise RuntimeError("every hash function tried has collisions between windows")
         self._shift = np.uint64(64 - max(10, (16 * self.count).bit_length()))
-        self._bitmap = np.zeros(2 ** (61 - int(self._shift)), np.uint8)  # 16 to 32 bits a window: most others miss it
-        places = self.hashes >> self._shift
-        np.bitwise_or.at(self._bitmap, *_bits(places))
+        self._bitmap = np.zeros(2 ** (61 - int(self._shift)), np.uint8)  # 16 to 32 bits per window, so few others match
+        np.bitwise_or.at(self._bitmap, *_bits(self.hashes >> self._shift))
 
     def find(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where `sequence` has windows of the index, in order, and which."""
-        places, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        """Returns the positions in `sequence` of windows in the index, in order, and the numbers of those windows."""
+        positions, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         if self.count:
             for start, hashes in _hashes(sequence, self.length, self.seed):
                 at, bit = _bits(hashes >> self._shift)
                 candidates = np.flatnonzero(self._bitmap[at] & bit)
                 number = np.minimum(np.searchsorted(self.hashes, hashes[candidates]), self.count - 1)
-                same = self.hashes[number] == hashes[candidates]
-                candidates, number = start + candidates[same], number[same]
+                matching = self.hashes[number] == hashes[candidates]
+                candidates, number = start + candidates[matching], number[matching]
                 equal = self._equal(sequence, candidates, number)
-                places.append(candidates[equal])
+                positions.append(candidates[equal])
                 numbers.append(number[equal])
-        return np.concatenate(places), np.concatenate(numbers)
+        return np.concatenate(positions), np.concatenate(numbers)
 
-    def _equal(self, sequence: np.ndarray, places: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """Whether the windows at `places` are those of these numbers."""
-        if not len(places):
+    def _equal(self, sequence: np.ndarray, positions: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Whether the windows of `sequence` at `positions` equal the indexed windows with these numbers."""
+        if not len(positions):
             return np.empty(0, bool)
-        mine = sliding_window_view(self.sequence, self.length)[self.starts[numbers]]
-        return (sliding_window_view(sequence, self.length)[places] == mine).all(axis=1)
+        indexed = sliding_window_view(self.sequence, self.length)[self.starts[numbers]]
+        return (sliding_window_view(sequence, self.length)[positions] == indexed).all(axis=1)
 
 
-def _bits(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of bits as those of bytes, and the bits in them."""
-    shifts = (places & np.uint64(7)).astype(np.uint8)
-    return (places >> np.uint64(3)).astype(np.int64), np.left_shift(np.uint8(1), shifts)
+def _bits(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Converts bit positions to byte positions and the masks within those bytes."""
+    shifts = (positions & np.uint64(7)).astype(np.uint8)
+    return (positions >> np.uint64(3)).astype(np.int64), np.left_shift(np.uint8(1), shifts)
 
 
 class BloomFilter:
-    """A set of 64-bit keys in 40 bits each: whatever was added is in it, and of all else at most a share of `rate`."""
+    """Set of 64-bit keys at 40 bits each: contains every added key, and others with probability at most `rate`."""
 
     def __init__(self, capacity: int, rate: float = FALSE_POSITIVES):
-        # Half the rate is the formula's, for places drawn one by one. The other half is left to keys that share both
-        # of their hashes modulo the size, which is rare in a filter of four megabytes or more.
+        # The formula, for independent probes, uses half the rate. The other half allows for keys whose two hashes agree
+        # modulo the size, which is rare in a filter of four megabytes or more.
         self.size = max(2**25, math.ceil(-max(capacity, 1) * math.log(rate / 2) / math.log(2) ** 2))
         self.probes = max(1, round(-math.log2(rate / 2)))
         self.bits = np.zeros(self.size // 8 + 1, np.uint8)
 
     def add(self, keys: np.ndarray) -> None:
-        for at, bit in self._places(keys):
+        for at, bit in self._probes_of(keys):
             np.bitwise_or.at(self.bits, at, bit)
 
     def contains(self, keys: np.ndarray) -> np.ndarray:
-        found = np.ones(len(keys), bool)
-        for at, bit in self._places(keys):
-            found &= (self.bits[at] & bit) != 0
-        return found
+        present = np.ones(len(keys), bool)
+        for at, bit in self._probes_of(keys):
+            present &= (self.bits[at] & bit) != 0
+        return present
 
-    def _places(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        first, step = _mixed(keys, 1), _mixed(keys, 2)  # double hashing: the places are first + i * step
+    def _probes_of(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        first, step = _mixed(keys, 1), _mixed(keys, 2)  # double hashing: probe i is at first + i * step
         for _ in range(self.probes):
             yield _bits(first % np.uint64(self.size))
             first = first + step
 
 
-class _WordKeys(_Remembered):
+class _WordKeys(_WordCache):
     def compute(self, word: str) -> int:
         return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
@@ -352,9 +354,9 @@ _word_keys = _WordKeys()
 
 
 def filter_keys(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Keys of the 8-grams of texts as GPT-2's filter compares them, and the text of each.
+    """Returns the keys of the texts' 8-grams as in GPT-2's filter, and the index of each key's text.
 
-    Their words are runs of letters and digits, lowercase; whatever else there is stands between words.
+    Words here are lowercase sequences of letters and digits; everything else separates words.
     """
     words = [_word_keys.array(ALPHANUMERIC, text.lower(), np.uint64) for text in texts]
     lengths = np.array([len(part) for part in words], np.int64)
@@ -369,58 +371,58 @@ def filter_keys(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 _task: Any = None
 
 
-def _begin(task: Callable) -> None:
+def _start_worker(task: Callable) -> None:
     global _task
     _task = task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
 
 
-def _carry_out(texts: list[str]) -> Any:
+def _run_task(texts: list[str]) -> Any:
     return _task(texts)
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Hear of Ctrl-C only afterwards: in between, processes would be left half begun, and never end."""
+def _ctrl_c_deferred() -> Iterator[None]:
+    """Delays Ctrl-C until the block ends; otherwise it could leave half-started processes that never exit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if heard:
+        signal.signal(signal.SIGINT, previous)
+    if received:
         signal.raise_signal(signal.SIGINT)
 
 
 def _each_batch(
-    documents: Files, task: Callable[[list[str]], Any], workers: int | None, what: str
+    documents: Files, task: Callable[[list[str]], Any], workers: int | None, title: str
 ) -> Iterator[tuple[list[str], Any]]:
-    """Texts of the documents in order, some at a time, and what `task` makes of them, on `workers` processes."""
+    """Yields batches of the documents' texts, in order, with the result of `task`, computed by `workers` processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     workers = workers or cores
-    with tqdm(total=documents.total_bytes, desc=what, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        here = ((texts, documents.bytes_read, task(texts)) for texts, _ in _batches(documents))
-        for texts, read, made in _in_processes(documents, task, workers) if workers > 1 else here:
-            yield texts, made
+    with tqdm(total=documents.total_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        in_process = ((texts, documents.bytes_read, task(texts)) for texts, _ in _batches(documents))
+        for texts, read, result in _in_processes(documents, task, workers) if workers > 1 else in_process:
+            yield texts, result
             bar.update(read - bar.n)
 
 
 def _in_processes(
     documents: Files, task: Callable[[list[str]], Any], workers: int
 ) -> Iterator[tuple[list[str], int, Any]]:
-    """Texts, the bytes that were read up to them, and what `task` makes of them."""
-    # forked, processes share the memory of the index
+    """Yields batches of texts, the bytes read up to the end of each, and the result of `task`."""
+    # forked processes share the memory of the index
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(workers, context, _begin, (task,))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (task,))
     waiting: deque = deque()
-    ahead = 0  # what is waiting, by the size of texts
+    ahead = 0  # total size of the waiting texts
     try:
         for texts, size in _batches(documents):
-            with _undisturbed():
-                waiting.append((size, texts, documents.bytes_read, pool.submit(_carry_out, texts)))
+            with _ctrl_c_deferred():
+                waiting.append((size, texts, documents.bytes_read, pool.submit(_run_task, texts)))
             ahead += size
             while ahead > 3 * workers * BATCH:
                 size, texts, read, result = waiting.popleft()
@@ -429,18 +431,18 @@ def _in_processes(
         for _, texts, read, result in waiting:
             yield texts, read, result.result()
     except BrokenProcessPool:
-        raise UserError("a process was killed, as happens where memory runs out: --workers=1 takes less") from None
+        raise UserError("a process was killed, probably for lack of memory: --workers=1 needs less") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _batches(documents: Files) -> Iterator[tuple[list[str], int]]:
-    """Texts, and what they take of memory at least."""
+    """Yields batches of texts with a lower bound on their memory."""
     texts: list[str] = []
     size = 0
     for text, _ in documents.pieces("never"):
         texts.append(text)
-        size += len(text) + 64  # with what a string takes besides its characters
+        size += len(text) + 64  # 64: overhead of a string object
         if size >= BATCH:
             yield texts, size
             texts, size = [], 0
@@ -451,11 +453,14 @@ def _batches(documents: Files) -> Iterator[tuple[list[str], int]]:
 def _refuse_streams(documents: Files) -> None:
     for path in documents.paths:
         if not path.is_file():
-            raise UserError(f"{path} is no file that can be read twice: write it to one first")
+            raise UserError(f"{path} is not a file that can be read twice: save its content to a file first")
 
 
 def pieces_of(length: int, hits: Iterable[tuple[int, int]], window: int) -> list[tuple[int, int]]:
-    """What is left of `length` characters without `hits`, ordered spans, and `window` characters on each side."""
+    """Returns the spans that remain of `length` characters after removing `hits` and `window` characters around each.
+
+    `hits` are spans in order.
+    """
     pieces, begin = [], 0
     for start, end in hits:
         if start - window > begin:
@@ -465,22 +470,22 @@ def pieces_of(length: int, hits: Iterable[tuple[int, int]], window: int) -> list
 
 
 class _Hits(NamedTuple):
-    """Where a batch of documents has n-grams of an index."""
+    """Occurrences of an index's n-grams in a batch of documents."""
 
     documents: Sequences
-    places: np.ndarray  # in order
+    positions: np.ndarray  # in order
     numbers: np.ndarray  # of the n-grams
-    owners: np.ndarray  # the documents
+    owners: np.ndarray  # indices of the documents
 
     @classmethod
     def of(cls, texts: list[str], vocabulary: Vocabulary, index: WindowIndex) -> "_Hits":
         documents = words_of(texts, vocabulary)
-        places, numbers = index.find(documents.numbers)
-        return cls(documents, places, numbers, np.searchsorted(documents.begins, places, side="right") - 1)
+        positions, numbers = index.find(documents.numbers)
+        return cls(documents, positions, numbers, np.searchsorted(documents.begins, positions, side="right") - 1)
 
 
 def _ngrams_of(vocabulary: Vocabulary, index: WindowIndex, texts: list[str]) -> np.ndarray:
-    """For pass 1: which n-grams documents have, each as often as documents have it."""
+    """Pass 1: returns the n-grams that occur, each once per document that contains it."""
     hits = _Hits.of(texts, vocabulary, index)
     return np.unique(hits.owners * index.count + hits.numbers) % index.count
 
@@ -488,40 +493,40 @@ def _ngrams_of(vocabulary: Vocabulary, index: WindowIndex, texts: list[str]) -> 
 def _cuts_of(
     vocabulary: Vocabulary, index: WindowIndex, ignored: np.ndarray, window: int, texts: list[str]
 ) -> dict[int, tuple[list[tuple[int, int]], np.ndarray]]:
-    """For pass 2: what is left of the documents that have an n-gram, and which n-grams they have."""
-    documents, *where = _Hits.of(texts, vocabulary, index)
-    rare = ~ignored[where[1]]
-    places, numbers, owners = (array[rare] for array in where)
-    found = {}
+    """Pass 2: maps each document that contains an n-gram to its remaining pieces and its n-grams."""
+    hits = _Hits.of(texts, vocabulary, index)
+    rare = ~ignored[hits.numbers]
+    positions, numbers, owners = hits.positions[rare], hits.numbers[rare], hits.owners[rare]
+    cuts = {}
     for owner in np.unique(owners).tolist():
-        mine = slice(*np.searchsorted(owners, (owner, owner + 1)))
+        in_document = slice(*np.searchsorted(owners, (owner, owner + 1)))
         spans = np.array([match.span() for match in TOKEN.finditer(texts[owner])])
         spans = spans[vocabulary.numbers(texts[owner]) != NO_WORD]
-        firsts = places[mine] - documents.begins[owner]
-        hits = np.stack((spans[firsts, 0], spans[firsts + index.length - 1, 1]), axis=1).tolist()
-        found[owner] = pieces_of(len(texts[owner]), hits, window), np.unique(numbers[mine])
-    return found
+        firsts = positions[in_document] - hits.documents.begins[owner]
+        removed = np.stack((spans[firsts, 0], spans[firsts + index.length - 1, 1]), axis=1).tolist()
+        cuts[owner] = pieces_of(len(texts[owner]), removed, window), np.unique(numbers[in_document])
+    return cuts
 
 
 class _Ngrams(NamedTuple):
-    """The n-grams of items, and which files of items have which."""
+    """The items' n-grams, and the files that contain each."""
 
     index: WindowIndex
-    grams: np.ndarray  # in order, each as often as files have it
-    files: np.ndarray  # beside it, the file
+    grams: np.ndarray  # in order, each once per file that contains it
+    files: np.ndarray  # the file for each entry of `grams`
 
     @classmethod
     def of(cls, words: Sequences, items: Items, length: int) -> "_Ngrams":
         starts, owners = words.windows(length)
         if not len(starts):
-            raise UserError(f"no item has {length} words: there is nothing to look for (--words asks for fewer)")
+            raise UserError(f"no item has {length} words, so there is nothing to look for: lower --words")
         index = WindowIndex(words.numbers, starts, length)
         of_files = np.unique(index.numbers * np.int64(len(items.files)) + items.file_of[owners])
-        index.numbers = np.empty(0, np.int32)  # has served
+        index.numbers = np.empty(0, np.int32)  # no longer needed; frees memory
         return cls(index, *np.divmod(of_files, len(items.files)))
 
     def files_of(self, grams: np.ndarray) -> np.ndarray:
-        """The files that have some of these n-grams."""
+        """Returns the files that contain any of these n-grams."""
         ranges = zip(np.searchsorted(self.grams, grams), np.searchsorted(self.grams, grams, side="right"))
         return np.unique(np.concatenate([self.files[first:last] for first, last in ranges]))
 
@@ -529,10 +534,10 @@ class _Ngrams(NamedTuple):
 def decontaminate(
     documents: Files, items: Items, settings: FilterSettings, output: Path, workers: int | None = None
 ) -> dict[str, Any]:
-    """Write the documents without what they share with the items to `output`, lines of JSON. Returns what was cut.
+    """Writes the documents, without the text they share with the items, to `output` as lines of JSON.
 
-    The first pass counts the documents that have an n-gram, the second cuts. The bytes written do not depend on the
-    number of workers. Raises UserError for documents that can't be read twice, and where no item is long enough.
+    Returns the counts. The first pass counts the documents that contain each n-gram, the second cuts. The bytes written
+    don't depend on the number of workers. Raises UserError if documents can't be read twice or no item is long enough.
     """
     _refuse_streams(documents)
     vocabulary = Vocabulary()
@@ -541,11 +546,11 @@ def decontaminate(
     ngrams = _Ngrams.of(words, items, settings.words)
     index = ngrams.index
 
-    having = np.zeros(index.count, np.int64)
+    frequency = np.zeros(index.count, np.int64)  # documents that contain each n-gram
     task: Callable = functools.partial(_ngrams_of, vocabulary, index)
-    for _, found in _each_batch(documents, task, workers, "looking for n-grams"):
-        np.add.at(having, found, 1)
-    ignored = having > settings.most_documents
+    for _, numbers in _each_batch(documents, task, workers, "looking for n-grams"):
+        np.add.at(frequency, numbers, 1)
+    ignored = frequency > settings.most_documents
 
     of_documents = {"read": 0, "unchanged": 0, "cut": 0, "dropped": 0, "left_without_pieces": 0}
     pieces = {"kept": 0, "too_short": 0}
@@ -555,21 +560,21 @@ def decontaminate(
     with replacing(output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for texts, cuts in _each_batch(documents, task, workers, "cutting"):
             for number, text in enumerate(texts):
-                left, what = [text], "unchanged"
+                parts, outcome = [text], "unchanged"
                 if number in cuts:
-                    spans, found = cuts[number]
-                    left = [text[a:b] for a, b in spans if b - a >= settings.shortest_piece]
-                    what = "cut" if left else "left_without_pieces"
+                    spans, grams = cuts[number]
+                    parts = [text[a:b] for a, b in spans if b - a >= settings.shortest_piece]
+                    outcome = "cut" if parts else "left_without_pieces"
                     if len(spans) > settings.most_pieces:
-                        left, what = [], "dropped"
+                        parts, outcome = [], "dropped"
                     else:
-                        pieces["kept"] += len(left)
-                        pieces["too_short"] += len(spans) - len(left)
-                    touched[ngrams.files_of(found)] += 1
+                        pieces["kept"] += len(parts)
+                        pieces["too_short"] += len(spans) - len(parts)
+                    touched[ngrams.files_of(grams)] += 1
                 of_documents["read"] += 1
-                of_documents[what] += 1
+                of_documents[outcome] += 1
                 characters["read"] += len(text)
-                for part in left:
+                for part in parts:
                     characters["written"] += len(part)
                     file.write(json.dumps({"text": part}, ensure_ascii=False) + "\n")
 
@@ -581,11 +586,11 @@ def decontaminate(
         "items": per_file(items.file_of),
         "items_too_short": per_file(items.file_of[words.lengths < settings.words]),
         "ngrams": per_file(ngrams.files),
-        "ngrams_found": per_file(ngrams.files[having[ngrams.grams] > 0]),
+        "ngrams_found": per_file(ngrams.files[frequency[ngrams.grams] > 0]),
         "ngrams_ignored": per_file(ngrams.files[ignored[ngrams.grams]]),
         "documents": touched.tolist(),
     }
-    counts = {"different": index.count, "found": int((having > 0).sum()), "ignored": int(ignored.sum())}
+    counts = {"different": index.count, "found": int((frequency > 0).sum()), "ignored": int(ignored.sum())}
     return {
         "documents": of_documents,
         "pieces": pieces,
@@ -599,18 +604,18 @@ def decontaminate(
 
 
 def words_compared(lengths: Sequence[int] | np.ndarray) -> int:
-    """GPT-3's N for a benchmark of items of so many words: the 5th percentile, rounded down, but 8 to 13.
+    """Returns GPT-3's N for items of these lengths: the 5th percentile, rounded down and clamped to 8..13.
 
-    The percentile lies in a line between the two nearest lengths, as numpy's does unless told otherwise, but exactly.
+    Interpolates linearly between the two nearest lengths, like numpy's default, but exactly.
     """
     ordered = np.sort(lengths).tolist()
-    place, hundredths = divmod(5 * (len(ordered) - 1), 100)
-    below, above = ordered[place], ordered[min(place + 1, len(ordered) - 1)]
+    rank, hundredths = divmod(5 * (len(ordered) - 1), 100)
+    below, above = ordered[rank], ordered[min(rank + 1, len(ordered) - 1)]
     return min(max(below + (above - below) * hundredths // 100, WORDS_LEAST), WORDS_MOST)
 
 
 def substrings_of(letters: np.ndarray, seed: str) -> list[np.ndarray]:
-    """GPT-4's substrings of an item: three of 50 characters from different places; all of an item that is shorter."""
+    """Returns GPT-4's substrings of an item: three of 50 characters from random positions, or all of a short item."""
     if len(letters) <= LETTERS:
         return [letters] if len(letters) else []
     starts = range(len(letters) - LETTERS + 1)
@@ -618,37 +623,37 @@ def substrings_of(letters: np.ndarray, seed: str) -> list[np.ndarray]:
     return [letters[start : start + LETTERS] for start in sorted(chosen)]
 
 
-class _Wanted(NamedTuple):
-    """Windows of one length that are looked for."""
+class _Search(NamedTuple):
+    """Windows of one length to look for."""
 
     index: WindowIndex
-    owners: np.ndarray  # of each window the item
-    seen: np.ndarray  # of each different window whether it was found
+    owners: np.ndarray  # the item of each window
+    seen: np.ndarray  # whether each distinct window was found
 
     @classmethod
-    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Wanted]":
-        """The windows of `lengths`, one length for each sequence, whose items are `owners`."""
-        wanted = []
+    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Search]":
+        """Builds the searches, one per distinct length; each sequence has one of `lengths` and an item in `owners`."""
+        searches = []
         for length in np.unique(lengths[lengths > 0]).tolist():
             starts, texts = sequences.windows(length, lengths == length)
             index = WindowIndex(sequences.numbers, starts, length)
-            wanted.append(cls(index, owners[texts], np.zeros(index.count, bool)))
-        return wanted
+            searches.append(cls(index, owners[texts], np.zeros(index.count, bool)))
+        return searches
 
 
 def _look(
     vocabulary: Vocabulary, words: list[WindowIndex], letters: list[WindowIndex], count: bool, texts: list[str]
 ) -> tuple[list[np.ndarray], int]:
-    """Which windows documents have, by index, and if they are to be counted how many 8-grams GPT-2's filter takes."""
-    found = []
+    """Returns the windows found for each index and, if `count`, the number of 8-grams for GPT-2's filter."""
+    numbers = []
     if words:
         documents = words_of(texts, vocabulary)
-        found += [np.unique(index.find(documents.numbers)[1]) for index in words]
+        numbers += [np.unique(index.find(documents.numbers)[1]) for index in words]
     if letters:
         documents = Sequences.of([letters_of(text) for text in texts])
-        found += [np.unique(index.find(documents.numbers)[1]) for index in letters]
+        numbers += [np.unique(index.find(documents.numbers)[1]) for index in letters]
     lengths = (sum(1 for _ in ALPHANUMERIC.finditer(text.lower())) for text in texts) if count else ()
-    return found, sum(max(0, length - WORD_FILTER + 1) for length in lengths)
+    return numbers, sum(max(0, length - WORD_FILTER + 1) for length in lengths)
 
 
 def _filter_keys_alone(texts: list[str]) -> np.ndarray:
@@ -663,9 +668,9 @@ def measure(
     seed: int = 0,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write to `output`, a line of JSON an item, what the documents have of it; returns the counts by file of items.
+    """Writes each item's overlap with the documents to `output`, one line of JSON per item.
 
-    Raises UserError for documents that can't be read twice.
+    Returns the counts per file of items. Raises UserError if the documents can't be read twice.
     """
     _refuse_streams(documents)
     vocabulary, count, by_file = Vocabulary(), len(items.texts), items.file_of
@@ -674,23 +679,23 @@ def measure(
     report: list[dict[str, Any]] = [
         {"file": name, "items": part.stop - part.start} for name, part in zip(items.files, slices)
     ]
-    wanted: dict[str, list[_Wanted]] = {"gpt3": [], "gpt4": []}
+    searches: dict[str, list[_Search]] = {"gpt3": [], "gpt4": []}
     if "gpt3" in methods:
         words = words_of(items.texts, vocabulary)
         compared = [words_compared(words.lengths[part]) for part in slices]
-        wanted["gpt3"] = _Wanted.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
+        searches["gpt3"] = _Search.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
     vocabulary.growing = False
     if "gpt4" in methods:
         samples = [substrings_of(letters_of(text), f"{seed} {text}") for text in items.texts]
         parts = Sequences.of([part for parts in samples for part in parts])
-        wanted["gpt4"] = _Wanted.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
+        searches["gpt4"] = _Search.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
 
-    indexes = ([each.index for each in wanted[method]] for method in ("gpt3", "gpt4"))
+    indexes = ([search.index for search in searches[method]] for method in ("gpt3", "gpt4"))
     look = functools.partial(_look, vocabulary, *indexes, "gpt2" in methods)
     capacity = read = characters = 0
-    for texts, (found, eights) in _each_batch(documents, look, workers, "looking for the items"):
-        for each, numbers in zip(wanted["gpt3"] + wanted["gpt4"], found):
-            each.seen[numbers] = True
+    for texts, (matches, eights) in _each_batch(documents, look, workers, "looking for the items"):
+        for search, numbers in zip(searches["gpt3"] + searches["gpt4"], matches):
+            search.seen[numbers] = True
         capacity, read, characters = capacity + eights, read + len(texts), characters + sum(map(len, texts))
 
     columns: dict[str, list] = {}
@@ -710,7 +715,7 @@ def measure(
     for method, name in (("gpt3", "dirty"), ("gpt4", "contaminated")):
         if method in methods:
             flags = np.zeros(count, bool)
-            for index, owners, seen in wanted[method]:
+            for index, owners, seen in searches[method]:
                 flags[owners[seen[index.numbers]]] = True
             columns[f"{method}_{name}"] = flags.tolist()
             for number, (part, entry) in enumerate(zip(slices, report)):

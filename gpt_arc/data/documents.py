@@ -107,12 +107,12 @@ class Files(Documents):
         for index, path in enumerate(self.paths[first:], first):
             many = _holds_many(path)
             if _ends(path, PARQUET):
-                found = _read_parquet(path, self.field, place)
+                documents = _read_parquet(path, self.field, place)
             elif _ends(path, JSON_LINES):
-                found = _read_json_lines(path, self.field, place)
+                documents = _read_json_lines(path, self.field, place)
             else:
-                found = _read_text(path, cut, place)
-            for text, place, read in found:
+                documents = _read_text(path, cut, place)
+            for text, place, read in documents:
                 self._position = [index + 1, None] if place is None else [index, place]
                 self.bytes_read = before + read
                 yield text, many or place is None
@@ -166,14 +166,14 @@ class HubDocuments(Documents):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class InputSettings:
-    """Which files hold the documents."""
+    """Files with the documents."""
 
     input: tuple[str, ...]
     """Files, folders and glob patterns."""
     field: str = "text"
-    """The field of JSON lines, or the column of parquet, that holds the text."""
+    """Field of JSON lines, or column of parquet, with the text."""
     pattern: str | None = None
-    """Which files of a folder, at any depth. None: .txt, .jsonl and .parquet."""
+    """Files to read in a folder, at any depth. None: .txt, .jsonl and .parquet."""
 
     def files(self) -> Files:
         """The documents. Raises UserError for an input that names no file."""

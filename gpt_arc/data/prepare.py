@@ -47,17 +47,17 @@ class CorpusSettings:
     """How documents become a dataset."""
 
     tokenizer: str = "gpt2"
-    """char: one token per character. gpt2: GPT-2's BPE. Else a folder or file that holds one, or NAME below data/."""
+    """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
-    """hash: documents go to val by a hash of their text. tail: the end of all is val. auto: tail for a single text."""
+    """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for one text, else hash."""
     val_fraction: float = 0.1
-    """How much goes to val: of the documents, or with tail of the characters."""
+    """Share for val: of the documents, or with tail of the characters."""
     shard_tokens: int = 100_000_000
-    """Tokens of a token file; more tokens make more files."""
+    """Maximum tokens per token file."""
     workers: int | None = None
-    """Threads that encode. None: one per core."""
+    """Encoding threads. None: one per core."""
     overwrite: bool = False
-    """Prepare data/NAME anew, whatever it holds."""
+    """Replace data/NAME, whatever it contains."""
 
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
@@ -365,9 +365,9 @@ def _digest(tokenizer: Tokenizer) -> str:
 class _ProgressBar:
     """A progress bar on a terminal; elsewhere, a line every 30 seconds."""
 
-    def __init__(self, what: str, total: int | None, start: int):
-        self.what, self.total, self.start = what, total, start
-        self.bar = tqdm(total=total, initial=start, desc=what, unit="B", unit_scale=True, leave=False, disable=None)
+    def __init__(self, title: str, total: int | None, start: int):
+        self.title, self.total, self.start = title, total, start
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="B", unit_scale=True, leave=False, disable=None)
         self.began = self.last = time.monotonic()
 
     def at(self, bytes_read: int) -> None:
@@ -376,8 +376,8 @@ class _ProgressBar:
         if self.bar.disable and now - self.last >= 30:
             rate = (bytes_read - self.start) / (now - self.began)
             of = f" of {self.total / 1e6:,.0f}" if self.total else ""
-            left = f", {(self.total - bytes_read) / max(rate, 1):,.0f} s left" if self.total else ""
-            print(f"{self.what}: {bytes_read / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{left}", flush=True)
+            remaining = f", {(self.total - bytes_read) / max(rate, 1):,.0f} s left" if self.total else ""
+            print(f"{self.title}: {bytes_read / 1e6:,.0f}{of} MB, {rate / 1e6:.1f} MB/s{remaining}", flush=True)
             self.last = now
 
     def close(self) -> None:

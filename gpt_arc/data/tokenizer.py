@@ -1,7 +1,7 @@
-"""Text to token ids and back: characters, byte-level BPE, and the tokenizers that published models bring along.
+"""Tokenizers: characters, byte-level BPE, and the tokenizers that published models come with.
 
-A tokenizer saves itself whole, as `tokenizer.json` in the schema of Hugging Face's `tokenizers`, which that library
-reads as it is, or as SentencePiece's `tokenizer.model`; so a model directory needs nothing else.
+A tokenizer saves itself completely, as a `tokenizer.json` that Hugging Face's `tokenizers` can read
+or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else.
 
     tokenizer = CharTokenizer.from_text(text)     # or BPETokenizer.gpt2(), or BPETokenizer.train(texts, 8192)
     tokenizer.save(directory)
@@ -26,42 +26,42 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
 
 FILE_NAME = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"  # transformers': it declares the end-of-text token, among much else
+SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
 SENTENCEPIECE_FILE = "tokenizer.model"
-MAIN_FILES = (FILE_NAME, "vocab.json", SENTENCEPIECE_FILE)  # what a folder's tokenizer is looked for in
+MAIN_FILES = (FILE_NAME, "vocab.json", SENTENCEPIECE_FILE)  # in the order they are looked for in a folder
 END_OF_TEXT = "<|endoftext|>"
-# How GPT-2 cuts text before merging (openai/gpt-2 src/encoder.py:53), in the form of tiktoken's that backtracks least;
+# How GPT-2 splits text before merging (openai/gpt-2 src/encoder.py:53), in tiktoken's form, which backtracks least.
 # `tokenizers` calls it ByteLevel with use_regex.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s is there
-# tiktoken's regex engine panics where it would have to step back through a million characters of white space
+WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # what \s matches in tiktoken
+# tiktoken's regex engine panics when it has to backtrack through a million characters of white space
 LONG_SPACE = re.compile(rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{500000,}}+(?=[^{WHITE_SPACE}])")
-TRAINING_PIECE = 1 << 16  # characters: bounds the memory and time that training takes for one very long text
-LONGEST_TOKEN = 128  # bytes, GPT-2's longest: a page of dashes in a small corpus would become one token
+TRAINING_PIECE = 1 << 16  # characters; bounds the memory and time that training spends on one very long text
+LONGEST_TOKEN = 128  # bytes, as in GPT-2; without it a page of dashes in a small corpus would become one token
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer offers."""
+    """Interface of every tokenizer."""
 
     vocab_size: int
-    end_of_text: int | None  # the id that separates documents, None where the vocabulary has none
-    cuts_at_space = False  # whether text cut between white space and what precedes it encodes to the same ids
+    end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
+    cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`. Raises UserError where the vocabulary can't express it."""
+        """Returns the ids of `text`. Raises UserError if the vocabulary can't express it."""
 
     def encode_array(self, text: str) -> np.ndarray:
-        """`encode` as an array of uint32, without the cost of a list."""
+        """Like `encode`, but returns a uint32 array, without the cost of a list."""
         return np.array(self.encode(text), dtype=np.uint32)
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of the ids."""
+        """Returns the text of the ids."""
 
     @property
     def start_token(self) -> int:
-        """What an empty prompt begins with: the token between documents, else a newline, else the first token."""
+        """First token of an empty prompt: the end-of-text token, else a newline, else token 0."""
         if self.end_of_text is not None:
             return self.end_of_text
         try:
@@ -70,15 +70,15 @@ class Tokenizer(abc.ABC):
             return 0
 
     def special_token(self, text: str) -> int | None:
-        """The id of the special token of this name, such as <|endoftext|>; None where the vocabulary has none."""
+        """Returns the id of a special token such as <|endoftext|>, or None if the vocabulary doesn't have it."""
         return None
 
     @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
-        """The files that `save` writes, by name: all that `load_tokenizer` takes to make an equal tokenizer."""
+        """Contents of the files that `save` writes, by name; `load_tokenizer` rebuilds an equal tokenizer from them."""
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer's files into `directory`."""
+        """Writes the tokenizer's files to `directory`."""
         for name, content in self.files().items():
             write_file(Path(directory) / name, content)
 
@@ -87,7 +87,7 @@ class Tokenizer(abc.ABC):
 
 
 def well_formed(text: str) -> str:
-    """`text` with U+FFFD for each surrogate that stands alone, which no encoding of Unicode can express."""
+    """Replaces unpaired surrogates, which no Unicode encoding can express, with U+FFFD."""
     try:
         text.encode()
         return text
@@ -107,34 +107,34 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: Iterable[str]):
         self.characters = list(characters)
         if not self.characters:
-            raise ValueError("a vocabulary needs one character at least")
+            raise ValueError("a vocabulary needs at least one character")
         self.vocab_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters], dtype=np.uint32)
         self._order = np.argsort(codes)
-        self._codes = codes[self._order]  # sorted, for look-up by bisection
+        self._codes = codes[self._order]  # sorted, for binary search
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
         if not text:
-            raise UserError("the text is empty: it has no characters to make a vocabulary of")
+            raise UserError("the text is empty, so there are no characters to build a vocabulary from")
         return cls(sorted(set(well_formed(text))))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the characters. Raises UserError naming the first character that is not in the vocabulary."""
+        """Returns one id per character. Raises UserError naming the first character that is not in the vocabulary."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         text = well_formed(text)
         codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        places = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
-        unknown = np.flatnonzero(self._codes[places] != codes)
+        indices = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
+        unknown = np.flatnonzero(self._codes[indices] != codes)
         if len(unknown):
             character = text[unknown[0]]
             raise UserError(
                 f"the character {character!r} (U+{ord(character):04X}) at position {unknown[0]} of the text is not "
-                f"among the {self.vocab_size} characters that this tokenizer knows"
+                f"among the {self.vocab_size} characters in this tokenizer's vocabulary"
             )
-        return self._order[places].astype(np.uint32)
+        return self._order[indices].astype(np.uint32)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.characters[token] for token in tokens if token < self.vocab_size)
@@ -146,10 +146,10 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE, as GPT-2's; encoding is tiktoken's.
+    """Byte-level BPE like GPT-2's, encoded by tiktoken.
 
-    `ranks` maps each token's bytes to its id, in the order of the merges; `special` maps special tokens to ids. Text
-    that merely spells a special token is encoded as text.
+    `ranks` maps each token's bytes to its id, in merge order; `special` maps special tokens to ids. A special token
+    spelled out in a text is encoded as ordinary text.
     """
 
     cuts_at_space = True
@@ -170,7 +170,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def gpt2(cls) -> "BPETokenizer":
-        """GPT-2's 50,257 tokens, which tiktoken downloads once. Raises UserError where it can't."""
+        """GPT-2's tokenizer of 50,257 tokens, which tiktoken downloads once. Raises UserError if the download fails."""
         import requests
         import tiktoken
 
@@ -178,23 +178,25 @@ class BPETokenizer(Tokenizer):
             encoding = tiktoken.get_encoding("gpt2")
         except requests.RequestException as error:
             raise UserError(
-                "GPT-2's merges can't be downloaded: connect once, or set TIKTOKEN_CACHE_DIR to a folder that holds "
-                f"them ({type(error).__name__})"
+                f"GPT-2's merges can't be downloaded ({type(error).__name__}): connect to the internet once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that contains them"
             ) from None
         return cls(encoding._mergeable_ranks, encoding._special_tokens)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """A tokenizer of `vocab_size` tokens trained on `texts`: 256 bytes, the merges, and <|endoftext|> as the last.
+        """Trains a tokenizer of `vocab_size` tokens on `texts`: 256 bytes, the merges, and <|endoftext|> last.
 
-        Texts are read once, one after another; a corpus that has too few pairs to merge makes a smaller vocabulary.
-        Merges keep to the pieces that GPT-2's pattern cuts. Raises UserError for fewer than 257 tokens.
+        Reads the texts once, in order. The vocabulary is smaller if the corpus has too few pairs to merge. Merges stay
+        within the pieces that GPT-2's pattern splits text into. Raises UserError for fewer than 257 tokens.
         """
         from tokenizers import Tokenizer as Library
         from tokenizers import models, pre_tokenizers, trainers
 
         if vocab_size < 257:
-            raise UserError(f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} are 257 tokens")
+            raise UserError(
+                f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} already make 257 tokens"
+            )
         library = Library(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -203,7 +205,7 @@ class BPETokenizer(Tokenizer):
             vocab_size=vocab_size - 1,
             initial_alphabet=alphabet,
             special_tokens=[],
-            max_token_length=LONGEST_TOKEN + 1,  # the library allows less than this
+            max_token_length=LONGEST_TOKEN + 1,  # exclusive bound in the library
             show_progress=sys.stderr.isatty(),
         )
         library.train_from_iterator(pieces, trainer)
@@ -216,14 +218,14 @@ class BPETokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         text = well_formed(text)
         cuts = [0, len(text)]
-        if len(text) >= 500_000:  # the pattern, too, cuts before a run of white space and before its last character
-            cuts[1:1] = [cut for run in LONG_SPACE.finditer(text) for cut in (run.start(), run.end() - 1)]
+        if len(text) >= 500_000:  # GPT2_PATTERN also splits before white space and before its last character
+            cuts[1:1] = [cut for space in LONG_SPACE.finditer(text) for cut in (space.start(), space.end() - 1)]
         encode = self._encoding.encode_to_numpy
         return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in pairwise(cuts)])
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Their text: bytes that are not UTF-8, as a cut character's, become U+FFFD, and ids of no token nothing."""
-        return b"".join(self._spelled.get(token, b"") for token in tokens).decode("utf-8", "replace")
+        """Returns the text. Invalid UTF-8, such as part of a character, becomes U+FFFD; unknown ids are skipped."""
+        return b"".join(self._bytes_by_id.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
     def special_token(self, text: str) -> int | None:
         return self.special.get(text)
@@ -232,7 +234,7 @@ class BPETokenizer(Tokenizer):
         return isinstance(other, BPETokenizer) and (self.ranks, self.special) == (other.ranks, other.special)
 
     @cached_property
-    def _spelled(self) -> dict[int, bytes]:
+    def _bytes_by_id(self) -> dict[int, bytes]:
         return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
 
     def files(self) -> dict[str, bytes]:
@@ -257,10 +259,11 @@ class BPETokenizer(Tokenizer):
 
 
 class LibraryTokenizer(Tokenizer):
-    """Any other tokenizer.json, run by the `tokenizers` library: GPT-1's, Qwen's, Llama's.
+    """Any other tokenizer.json (GPT-1's, Qwen's, Llama's), run by the `tokenizers` library.
 
-    Text that spells a special token is encoded as text, and no token is added before or after. `settings` is the
-    tokenizer_config.json that lies beside it; where <|endoftext|> is no token, its eos_token ends a text.
+    A special token spelled out in a text is encoded as ordinary text, and no tokens are added before or after.
+    `settings` is the tokenizer_config.json in the same folder; its eos_token ends a text if the vocabulary has no
+    <|endoftext|>.
     """
 
     def __init__(self, content: bytes, settings: bytes | None = None):
@@ -276,7 +279,7 @@ class LibraryTokenizer(Tokenizer):
         if self.end_of_text is None and settings is not None:
             self.end_of_text = self._library.token_to_id(_declared_end(settings))
 
-    def __reduce__(self):  # the library's own pickles forget encode_special_tokens
+    def __reduce__(self):  # pickling self._library would lose encode_special_tokens
         return LibraryTokenizer, (self._content, self._settings)
 
     def encode(self, text: str) -> list[int]:
@@ -293,7 +296,7 @@ class LibraryTokenizer(Tokenizer):
 
     @cached_property
     def _ids_follow_from(self) -> tuple:
-        """What decides the ids of a text, unlike what adds tokens around it, decodes them or templates chats."""
+        """The parts of the file that determine a text's ids, without post-processing, decoding and chat templates."""
         table = json.loads(self._library.to_str())
         return self.end_of_text, *(table[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
@@ -302,17 +305,17 @@ class LibraryTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A model of the `sentencepiece` library's (arXiv:1808.06226), as it is."""
+    """A model of the `sentencepiece` library (arXiv:1808.06226), used unchanged."""
 
     def __init__(self, content: bytes):
         self._content = content
         self._library = import_extra("sentencepiece").SentencePieceProcessor(model_proto=content)
         self.vocab_size = self._library.vocab_size()
-        self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: it has none
+        self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: none
 
     @property
     def start_token(self) -> int:
-        """The token that begins a text, where the model has one."""
+        """The model's beginning-of-text token if it has one, else as in `Tokenizer`."""
         return self._library.bos_id() if self._library.bos_id() >= 0 else super().start_token
 
     def encode(self, text: str) -> list[int]:
@@ -326,7 +329,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:
-    """`text` in pieces of `size` characters at most, cut before a space where there is one."""
+    """Yields `text` in pieces of at most `size` characters, split before a space if possible."""
     start = 0
     while len(text) - start > size:
         end = max(text.rfind(" ", start + 1, start + size), text.rfind("\n", start + 1, start + size))
@@ -337,7 +340,7 @@ def _pieces(text: str, size: int) -> Iterator[str]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges behind `ranks`, in order: each token of several bytes is the last merge of its own encoding."""
+    """Recovers the merges from `ranks`, in order: encoding a multi-byte token ends with the merge that creates it."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
@@ -347,24 +350,24 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
             first = min(range(len(pairs)), key=pairs.__getitem__)
             if pairs[first] >= rank:
-                raise UserError(f"the token {token!r} (id {rank}) can't be made by merging earlier tokens")
+                raise UserError(f"the token {token!r} (id {rank}) can't be formed by merging earlier tokens")
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         merges.append((parts[0], parts[1]))
     return merges
 
 
 def _byte_alphabet() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (openai/gpt-2 src/encoder.py:9)."""
-    kept = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    moved = iter(range(256, 512))
-    return [chr(b) if b in kept else chr(next(moved)) for b in range(256)]
+    """Returns the character that represents each byte in a byte-level vocabulary (openai/gpt-2 src/encoder.py:9)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    substitutes = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(substitutes)) for b in range(256)]
 
 
 _BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
 
 
 def _bytes_of(spelled: str) -> bytes:
-    """The bytes that a token of a byte-level vocabulary stands for. Raises KeyError for a token of another kind."""
+    """Returns the bytes of a token spelled in the byte alphabet. Raises KeyError for any other token."""
     return bytes(_BYTE_OF[character] for character in spelled)
 
 
@@ -387,17 +390,17 @@ def _tokenizer_json(
 
 
 def _declared_end(settings: bytes) -> str:
-    """The eos_token of a tokenizer_config.json, a text or a table with one; empty where it declares none."""
+    """Returns the eos_token of a tokenizer_config.json, stored as a string or as an object; empty if there is none."""
     token = json.loads(settings).get("eos_token") or ""
     return token["content"] if isinstance(token, dict) else token
 
 
 def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
-    """The tokenizer of a tokenizer.json: characters and GPT-2's kind of BPE as such, any other by the library."""
+    """Reads a tokenizer.json: as CharTokenizer or BPETokenizer if it describes one, else as LibraryTokenizer."""
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
     pre_tokenizer = table.get("pre_tokenizer") or {}
-    kind = model.get("type") or ("BPE" if "merges" in model else None)  # which the files of 2020 don't say
+    kind = model.get("type") or ("BPE" if "merges" in model else None)  # files from 2020 have no type
     plain = not table.get("normalizer") and not table.get("truncation") and not table.get("padding")
     if plain and not added and kind == "WordLevel" and pre_tokenizer == EACH_CHARACTER:
         characters = sorted(vocab, key=vocab.__getitem__)
@@ -423,47 +426,47 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
 
 
 def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) -> BPETokenizer | None:
-    """The tokenizer of a byte-level vocabulary; None where its ids aren't in the order of its merges, as tiktoken's."""
+    """Builds a tokenizer from a byte-level vocabulary; None if its ids aren't in merge order, as tiktoken requires."""
     try:
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         ranks = {_bytes_of(spelled): id for spelled, id in vocab.items() if spelled not in special}
-        whole = all(bytes([byte]) in ranks for byte in range(256))
-        if not whole or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
+        has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
+        if not has_all_bytes or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
             return None
-    except (KeyError, UserError):  # a token that is not spelled in bytes, or that no merge makes
+    except (KeyError, UserError):  # a token not in the byte alphabet, or one that no merge creates
         return None
     return BPETokenizer(ranks, special)
 
 
 def _read_vocab_and_merges(vocab: bytes, merges: bytes) -> Tokenizer:
-    """The tokenizer of the vocab.json and merges.txt that GPT-1 (openai-gpt) and GPT-2 were published with."""
+    """Reads vocab.json and merges.txt, the files that GPT-1 (openai-gpt) and GPT-2 were published with."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     ids = json.loads(vocab)
     lines = merges.decode().replace("\r\n", "\n").split("\n")
     pairs = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
-    if "<unk>" in ids and any(token.endswith("</w>") for token in ids):  # as transformers' OpenAIGPTTokenizer
+    if "<unk>" in ids and any(token.endswith("</w>") for token in ids):  # like transformers' OpenAIGPTTokenizer
         library = Library(models.BPE(ids, pairs, unk_token="<unk>", end_of_word_suffix="</w>"))
         library.normalizer = normalizers.BertNormalizer(lowercase=True)
         library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         library.decoder = decoders.BPEDecoder(suffix="</w>")
         library.add_special_tokens(["<unk>"])
         return LibraryTokenizer(library.to_str().encode())
-    made = {*_BYTE_OF, *("".join(pair) for pair in pairs)}
-    tokenizer = _byte_level(ids, pairs, {token: id for token, id in ids.items() if token not in made})
+    ordinary = {*_BYTE_OF, *("".join(pair) for pair in pairs)}
+    tokenizer = _byte_level(ids, pairs, {token: id for token, id in ids.items() if token not in ordinary})
     if tokenizer is None:
-        raise ValueError("its ids are not in the order of the merges beside it")
+        raise ValueError("its ids are not in the order of the merges in merges.txt")
     return tokenizer
 
 
 def holds_tokenizer(directory: Path | str) -> bool:
-    """Whether a folder has the files of a tokenizer."""
+    """Whether a folder contains a tokenizer's files."""
     return any((Path(directory) / name).exists() for name in MAIN_FILES)
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a folder, or of a file: tokenizer.json, else vocab.json and merges.txt, else a *.model.
+    """Loads a tokenizer from a folder or a file: tokenizer.json, else vocab.json with merges.txt, else a *.model.
 
     Raises UserError if there is none or it is damaged.
     """
@@ -478,7 +481,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
         if path.name == "vocab.json":
             kind = json.loads(settings or b"{}").get("tokenizer_class") or "GPT2"
-            if not kind.startswith(("GPT2", "OpenAIGPT")):  # how others cut text before merging is in code alone
+            if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
                 raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
             return _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
         return _read_json(content, settings)
@@ -486,24 +489,24 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         raise UserError(f"{folder} has no {Path(error.filename).name}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # each library tells of a damaged file in its own way
-        raise UserError(f"{path} is damaged or no tokenizer: {type(error).__name__}: {first_line(error)}") from None
+    except Exception as error:  # each library has its own exceptions for a damaged file
+        raise UserError(f"{path} is damaged or not a tokenizer: {type(error).__name__}: {first_line(error)}") from None
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer that a user names: gpt2, a folder or file that holds one, a folder below data/, a model on the hub.
+    """Loads the tokenizer a user names: gpt2, a folder or file, a folder under data/, or a model on the hub.
 
-    Raises UserError if it is none of them, or damaged.
+    Raises UserError if the name is none of these or the tokenizer is damaged.
     """
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    for place in (Path(name), DATA_ROOT / name):
-        if place.is_file() or holds_tokenizer(place):
-            return load_tokenizer(place)
+    for path in (Path(name), DATA_ROOT / name):
+        if path.is_file() or holds_tokenizer(path):
+            return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.TOKENIZER))
     raise UserError(
-        f"there is no tokenizer {name}: it may be gpt2 (or char, for prepare/text.py), the name of a dataset below "
-        f"{DATA_ROOT}/, a folder that holds {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, such a "
-        "file, or hf:OWNER/NAME for a model on the Hugging Face hub"
+        f"there is no tokenizer {name}: give gpt2 (or char, for prepare/text.py), the name of a dataset under "
+        f"{DATA_ROOT}/, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of these "
+        "files, or hf:OWNER/NAME for a model on the Hugging Face hub"
     )

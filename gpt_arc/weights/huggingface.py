@@ -223,7 +223,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
-        raise UserError(f'model_type = "{kind}" is not an architecture that can be read: those are {known}')
+        raise UserError(f'model_type = "{kind}" is not a supported architecture: choose one of {known}')
     content = {architecture.aliases.get(key, key): value for key, value in content.items()}
     if "rope_theta" in architecture.sizes:
         content["rope_theta"] = _rope_theta(content, architecture.sizes["rope_theta"][1])
@@ -249,7 +249,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
             settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
         return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
     except (TypeError, ValueError) as error:
-        raise UserError(f"it describes no model: {mistake(error, GPTConfig)}") from None
+        raise UserError(f"it doesn't describe a valid model: {mistake(error, GPTConfig)}") from None
 
 
 def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:
@@ -383,11 +383,13 @@ def hf_classifier_config(
     class_name = ARCHITECTURES[kind].multiple_choice if by_option else ARCHITECTURES[kind].classifier
     if task == "similarity":
         raise UserError(
-            "no class of transformers adds the hidden states of both orders of a pair, which the head reads for "
-            "task = similarity"
+            "task = similarity can't be exported: its head reads the sum of the hidden states of both orders of a "
+            "pair, which no class of transformers computes"
         )
     if class_name is None:
-        raise UserError(f"transformers has no class of {kind} with one logit an option, for task = multiple_choice")
+        raise UserError(
+            f"task = multiple_choice can't be exported: transformers has no {kind} class with one logit per option"
+        )
     labels = classes or ("LABEL_0",)  # transformers' name for a single output
     content = content | {
         "architectures": [class_name],
@@ -438,7 +440,7 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     for tensor in _stored_tensors(directory):
         other = stored.setdefault(tensor.name.removeprefix(architecture.prefix), tensor)
         if other is not tensor:
-            raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: one is surplus")
+            raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: remove one of them")
     if any(".mlp.experts." in name for name in stored):
         architecture = replace(architecture, block=architecture.block | architecture.fused)
     parts_of = {name: architecture.parts_of(name, shape, config) for name, shape in shapes.items()}
@@ -467,8 +469,8 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
         tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
     if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
         raise UserError(
-            f"{tied_copy.path}: {tied_copy.name} differs from the embedding, which it is by tie_word_embeddings = true "
-            "in config.json: set that to false"
+            f"{tied_copy.path}: {tied_copy.name} differs from the embedding, although config.json has "
+            "tie_word_embeddings = true: set that to false"
         )
     return tensors
 

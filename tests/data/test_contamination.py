@@ -265,7 +265,7 @@ def test_processes_blocks_and_forgotten_words_change_nothing(tmp_path, monkeypat
 
 
 def test_a_killed_process_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="memory runs out: --workers=1"):
+    with pytest.raises(UserError, match="lack of memory: --workers=1 needs less"):
         list(contamination._each_batch(corpus_of(tmp_path, ["a"]), lambda texts: os._exit(9), 2, "ending"))
 
 
@@ -285,7 +285,7 @@ def test_what_stops_a_run_leaves_no_file(tmp_path, monkeypatch):
 
 def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UserError, match="pipe is no file that can be read twice"):
+    with pytest.raises(UserError, match="pipe is not a file that can be read twice"):
         decontaminate(Files([tmp_path / "pipe"], "text"), items_of(ITEM), FilterSettings(), tmp_path / "a.jsonl")
 
 
@@ -551,11 +551,16 @@ def test_items_are_lines_of_json_or_whole_texts(tmp_path):
     ("name", "content", "fields", "sentence"),
     [
         ("a.jsonl", '{"a": "b"}\nno json\n', [], "a.jsonl:2 is not a line of JSON: Expecting value"),
-        ("a.jsonl", '{"a": "b", "c": 1}\n', ["d"], "a.jsonl:1 has no field 'd': there are 'a', 'c'; --item_fields"),
+        (
+            "a.jsonl",
+            '{"a": "b", "c": 1}\n',
+            ["d"],
+            "a.jsonl:1 has no field 'd': its fields are 'a', 'c'; change --item_fields",
+        ),
         ("a.jsonl", '["a"]', ["d"], "a.jsonl:1 is not an object with fields"),
-        ("a.jsonl", "\n", [], "a.jsonl holds no items"),
-        ("a.txt", " \n", [], "a.txt holds no items"),
-        ("a.parquet", "", [], "a.parquet: items are read of lines of JSON"),
+        ("a.jsonl", "\n", [], "a.jsonl contains no items"),
+        ("a.txt", " \n", [], "a.txt contains no items"),
+        ("a.parquet", "", [], "a.parquet: items can only be read from .jsonl and text files"),
     ],
 )
 def test_items_that_are_none_are_named(tmp_path, name, content, fields, sentence):

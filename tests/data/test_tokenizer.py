@@ -509,7 +509,7 @@ def test_tokenizers_are_found_by_name(own, tmp_path, monkeypatch):
     assert [repository for repository, _ in asked] == ["a/b", "openai-community/openai-gpt"]
     assert "tokenizer.json" in asked[0][1] and not any("safetensors" in pattern for pattern in asked[0][1])
     with pytest.raises(
-        UserError, match="no tokenizer theirs: it may be gpt2 .or char, for prepare/text.py., the name of a dataset"
+        UserError, match="no tokenizer theirs: give gpt2 .or char, for prepare/text.py., the name of a dataset"
     ):
         find_tokenizer("theirs")
 

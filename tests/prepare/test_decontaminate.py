@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
 def test_a_corpus_is_cleaned_and_then_clean(folder):
     result = command(SCRIPT, *"clean --input pages --items items.jsonl --output clean.jsonl".split())
     assert result.returncode == 0 and not result.stderr, result.stderr
-    assert "3 documents: 2 unchanged, 1 cut, 0 gone" in result.stdout
+    assert "3 documents: 2 unchanged, 1 cut, 0 dropped" in result.stdout
     assert "1 13-grams of the items: 1 found, 0 of them ignored" in result.stdout
     assert [row["text"] for row in lines_of("clean.jsonl")] == ["x" * 200, "y" * 300, "short", "größer\u2028"]
     report = json.loads((folder / "clean.report.json").read_text())
@@ -65,17 +65,17 @@ def test_a_corpus_is_cleaned_and_then_clean(folder):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ("clean --output=clean.txt", "clean.txt will hold lines of JSON: end its name in .jsonl"),
+        ("clean --output=clean.txt", "clean.txt is written as lines of JSON: its name must end in .jsonl"),
         ("clean --output=no/clean.jsonl", "no/clean.jsonl can't be written: there is no folder no"),
-        ("clean --output=items.jsonl --overwrite=True", "items.jsonl is among the files to read"),
-        ("clean --output=there.jsonl", "there.jsonl exists already: --overwrite=True replaces it"),
-        ("clean --output=a.jsonl --item_fields=text", "items.jsonl:1 has no field 'text': there are 'question'"),
+        ("clean --output=items.jsonl --overwrite=True", "items.jsonl is one of the input files"),
+        ("clean --output=there.jsonl", "there.jsonl already exists: replace it with --overwrite=True"),
+        ("clean --output=a.jsonl --item_fields=text", "items.jsonl:1 has no field 'text': its fields are 'question'"),
         ("clean --output=a.jsonl --words=14", "no item has 14 words"),
         ("clean --output=a.jsonl --words=0", "words = 0 must be at least 1"),
         ("clean --output=a.jsonl --workers=0", "workers = 0 must be at least 1"),
-        ("clean --output=a.jsonl --seed=2", "--seed says nothing to clean"),
-        ("report --output=a.jsonl --words=8", "--words says nothing to report"),
-        ("report --output=a.jsonl --methods", "methods must name some of gpt2, gpt3, gpt4"),
+        ("clean --output=a.jsonl --seed=2", "--seed has no effect on clean"),
+        ("report --output=a.jsonl --words=8", "--words has no effect on report"),
+        ("report --output=a.jsonl --methods", "methods must name at least one of gpt2, gpt3, gpt4"),
         ("neither --output=a.jsonl", "invalid choice 'neither'"),
     ],
 )

@@ -573,7 +573,7 @@ def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
     assert "data/x/tokenizer.json: 400 tokens" in prepare("tokenizer.py", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(BPETokenizer, "train", None)  # it is refused before
-        assert "holds a tokenizer already: --overwrite=True trains it anew" in prepare("tokenizer.py", *flags)
+        assert "already contains a tokenizer: replace it with --overwrite=True" in prepare("tokenizer.py", *flags)
     assert "300 tokens" in prepare("tokenizer.py", *flags[:2], "--vocab_size=300", "--overwrite=True")
     assert "400 tokens" in prepare("tokenizer.py", *flags, "--overwrite=True")
     prepared = prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
@@ -586,15 +586,15 @@ def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
     assert "is prepared already" in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=x")
     monkeypatch.setattr(BPETokenizer, "train", None)
     for overwrite in ((), ("--overwrite=True",)):
-        assert "data/x holds a dataset already" in prepare("tokenizer.py", *flags, *overwrite)
+        assert "data/x already contains a dataset" in prepare("tokenizer.py", *flags, *overwrite)
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["--vocab_size=256"], "a vocabulary of 256 is too small"),
-        (["--vocab_size=300", "--name=gpt2"], "--tokenizer gpt2 means another one already"),
-        (["--vocab_size=5000"], "few.txt has no more pairs to merge, so they are fewer than 5,000"),
+        (["--vocab_size=300", "--name=gpt2"], "--tokenizer gpt2 already means another tokenizer"),
+        (["--vocab_size=5000"], "few.txt has no more pairs to merge, so there are fewer than 5,000"),
         (["--vocab_size=300", "--input=empty.txt"], "empty.txt has no text"),
         ([], "--vocab_size"),
     ],
@@ -627,7 +627,7 @@ def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
 def test_a_sample_of_fineweb_is_streamed_and_local_files_are_not(prepare, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(3))
     message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
-    assert "--sample=sample-100BT says what to stream, but --input names files" in message
+    assert "--sample=sample-100BT selects what to stream, but --input names files" in message
 
 
 def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, monkeypatch):

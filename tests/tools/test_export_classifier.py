@@ -230,5 +230,5 @@ def test_what_has_no_counterpart_is_refused(tokenizer, exported):
 
     assert "task = similarity" in refused(CONFIGS["gpt2"], "similarity")
     assert "is an LSTM" in refused(CONFIGS["gpt2"], trunk=LSTM, lstm=True)
-    assert "no class of qwen3 with one logit an option" in refused(CONFIGS["qwen3"], "multiple_choice", None)
+    assert "has no qwen3 class with one logit per option" in refused(CONFIGS["qwen3"], "multiple_choice", None)
     assert "head_bias = true" in refused(dataclasses.replace(CONFIGS["gpt2"], head_bias=True))

@@ -54,9 +54,9 @@ class EvalBench:
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
     alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     items: int = 1000
-    """Items of a round."""
+    """Items per round."""
     options: int = 4
-    """Options of an item."""
+    """Options per item."""
     min_context: int = 60
     """Tokens of the shortest context."""
     max_context: int = 100
@@ -66,19 +66,19 @@ class EvalBench:
     max_option: int = 20
     """Tokens of the longest option."""
     batch_tokens: int = 8192
-    """What we read at once, in tokens."""
+    """Tokens that our code reads at once."""
     batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
-    """What the harness may read at once, in options with their contexts."""
+    """Options, with their contexts, that the harness reads at once."""
     rounds: int = 3
-    """Rounds that are measured, after one that warms up."""
+    """Measured rounds, after one warm-up round."""
     transformers: bool = False
     """Measure the harness with transformers too."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in the rows beside float32's. auto: what the hardware multiplies fastest."""
+    """Type of the weights in the rows other than float32. auto: the fastest on this hardware."""
     seed: int = 1337
-    """The source of random weights and items."""
+    """Seed of the random weights and items."""
     json: Path | None = None
     """A file for the results."""
 

@@ -56,31 +56,31 @@ class FinetuneBench:
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
     alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: int = 32
-    """Examples of an update."""
+    """Examples per update."""
     examples: int = 256
-    """Examples of an epoch, a multiple of batch_size."""
+    """Examples per epoch, a multiple of batch_size."""
     min_tokens: int = 16
-    """The shortest sequence, of which two tokens are special."""
+    """Tokens in the shortest sequence, two of them special."""
     max_tokens: int = 128
-    """The longest sequence."""
+    """Tokens in the longest sequence."""
     classes: int = 2
-    """Classes to tell apart."""
+    """Number of classes."""
     language_weight: float = 0.5
-    """Weight of the language-model loss in the second row of ours. 0: no such row."""
+    """Weight of the language-model loss in our second row. 0: no second row."""
     rounds: int = 3
-    """Rounds that are measured, after one that warms up."""
+    """Measured rounds, after one warm-up round."""
     steps: int | None = None
-    """Updates of a program in a round. None: an epoch, so that every round sees the same examples."""
+    """Updates per program and round. None: an epoch, so that every round sees the same examples."""
     transformers: bool = False
     """Measure transformers' Trainer too."""
     group_trainer: bool = False
-    """Let the Trainer put examples of like length into a batch too, which by default it doesn't."""
+    """Make the Trainer batch examples of similar length too, which it doesn't by default."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of our products, and of the Trainer's second row. auto: what the hardware multiplies fastest."""
+    """Precision of our matrix products and of the Trainer's second row. auto: the fastest on this hardware."""
     seed: int = 1337
-    """The source of random weights, examples and their order."""
+    """Seed of the random weights, examples and their order."""
     json: Path | None = None
     """A file for the results."""
 

@@ -74,51 +74,51 @@ class PPOBench:
     n_layer: int = 2
     """Blocks of the policy."""
     n_head: int = 4
-    """Attention heads of each."""
+    """Attention heads per block."""
     n_embd: int = 128
     """Width of the policy."""
     block_size: int = 64
-    """Context of the policy."""
+    """Context length of the policy."""
     prompts: int = 512
-    """Different prompts."""
+    """Number of prompts."""
     supervised_updates: int = 400
-    """Updates on examples before, which make the policy that both programs start from."""
+    """Supervised updates before, which produce the policy that both programs start from."""
     episodes: int = 4096
-    """Responses of a run, a multiple of episodes_per_iteration."""
+    """Responses per run, a multiple of episodes_per_iteration."""
     episodes_per_iteration: int = 64
     """Responses between updates, a multiple of minibatches."""
     minibatches: int = 4
-    """Updates that the responses of an iteration are parted into."""
+    """Updates per pass over an iteration's responses."""
     inner_epochs: int = 4
-    """Passes over the responses of an iteration."""
+    """Passes over an iteration's responses."""
     max_new_tokens: int = 16
-    """Tokens of a response, at most."""
+    """Maximum tokens in a response."""
     learning_rate: float = 5e-4
-    """The same in every update."""
+    """Constant learning rate."""
     temperature: float = 1.0
-    """Of the policy, the reference included."""
+    """Sampling temperature of the policy, also applied to the reference."""
     kl_coef: float = 0.02
-    """Reward that a nat of KL to the reference costs."""
+    """Penalty per nat of KL to the reference."""
     gamma: float = 1.0
     """Discount of later rewards."""
     gae_lambda: float = 0.95
     """Weight of longer estimates of an advantage."""
     clip: float = 0.2
-    """Of the policy's ratio."""
+    """Clipping range of the policy's ratio."""
     value_clip: float = 0.2
-    """Of a value's change."""
+    """Clipping range of a value's change."""
     value_coef: float = 0.1
     """Weight of the value loss."""
     seeds: int = 3
-    """Runs of each program."""
+    """Runs per program, one per seed."""
     seed: int = 1337
-    """The source of the policy and the prompts, and the first run's seed; the others' follow it."""
+    """Seed of the policy, the prompts and the first run; later runs add 1 each."""
     trl: bool = False
     """Measure trl's PPOTrainer too."""
     sixteen_bit: bool = False
     """Measure ours in bfloat16 too. (trl's bf16=True doesn't reach its Accelerator.)"""
     device: str = "cpu"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     json: Path | None = None
     """A file for the results."""
 

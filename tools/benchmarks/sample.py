@@ -57,13 +57,13 @@ class SampleBench:
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
     or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: int = 1
-    """Rows that go on side by side."""
+    """Rows that are continued in parallel."""
     prompt_tokens: int = 16
-    """Tokens of each row's prompt, drawn at random."""
+    """Random tokens in each row's prompt."""
     max_new_tokens: int = 128
-    """Tokens that each row goes on by."""
+    """Tokens generated per row."""
     device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a device of torch's."""
+    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of our weights and of transformers'. auto: as sample.py chooses."""
     compile: bool = True
@@ -71,11 +71,11 @@ class SampleBench:
     int8: bool = False
     """Round our weights to 8 bits, for one row of compiled code on a CPU."""
     rounds: int = 5
-    """Rounds that are measured, after one that warms up."""
+    """Measured rounds, after one warm-up round."""
     seed: int = 1337
-    """The source of random weights and prompts."""
+    """Seed of the random weights and prompts."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+    """A nanoGPT checkout (the folder with its model.py) to measure too."""
     transformers: bool = False
     """Measure transformers too."""
     json: Path | None = None

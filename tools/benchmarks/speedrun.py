@@ -61,11 +61,11 @@ EVALUATED_AT_ONCE = 64  # windows per batch in nanoGPT's evaluation
 @dataclass(frozen=True, config=STRICT)
 class SpeedrunBench:
     target: str | None = None
-    """The loss to reach, in nats a token; nanogpt, or None: the one that nanoGPT's training ends at."""
+    """The loss to reach, in nats per token. nanogpt or None: the final loss of nanoGPT's training."""
     nanogpt: Path | None = None
-    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+    """A nanoGPT checkout (the folder with its model.py) to measure too."""
     seeds: tuple[int, ...] = (1337,)
-    """A run of each program for each of them."""
+    """Seeds; each program runs once per seed."""
     json: Path | None = None
     """A file for the results."""
 

@@ -54,16 +54,16 @@ TOP_OPERATORS = 14
 
 @dataclass(frozen=True, config=STRICT)
 class StepBench:
-    """What is asked of every measurement of optimizer steps."""
+    """Settings of every measurement of optimizer steps."""
 
     rounds: int = 3
-    """Rounds that are measured, after one that warms up."""
+    """Measured rounds, after one warm-up round."""
     steps: int = 5
-    """Optimizer steps of a program in a round."""
+    """Optimizer steps per program and round."""
     transformers: bool = False
     """Measure transformers too."""
     profile: bool = False
-    """Show where the time of our steps goes, by torch's operators."""
+    """Show the time of our steps by torch operator."""
     json: Path | None = None
     """A file for the results."""
 
@@ -76,7 +76,7 @@ class StepBench:
 @dataclass(frozen=True, config=STRICT)
 class TrainBench(StepBench):
     nanogpt: Path | None = None
-    """A checkout of nanoGPT, the folder with its model.py, to measure too."""
+    """A nanoGPT checkout (the folder with its model.py) to measure too."""
 
 
 @dataclasses.dataclass(frozen=True)
