@@ -402,4 +402,4 @@ class GPT(nn.Module):
         if embeddings:
             return total
         tables = (module for name, module in self.named_children() if name.endswith("embedding"))
-        return total - sum(table.weight.numel() for table in tables)
+        return total - sum(p.numel() for table in tables for p in table.parameters())

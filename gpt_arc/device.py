@@ -20,7 +20,7 @@ def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None)
     """
     count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if setting == "auto":
-        setting = prefer if count.get(prefer) else next(kind for kind, number in count.items() if number)
+        setting = prefer if prefer and count.get(prefer) else next(kind for kind, number in count.items() if number)
     try:
         device = torch.device(setting)
     except RuntimeError:

@@ -77,10 +77,11 @@ class ChatFormat:
 
     def __init__(self, template: Template, tokenizer: Tokenizer, added: dict[str, int]):
         self.template, self.tokenizer, self.added = template, tokenizer, added
-        self.ids = {mark: added.get(mark, tokenizer.special_token(mark)) for mark in template.marks}
-        missing = [mark for mark, id in self.ids.items() if id is None]
+        ids = {mark: added.get(mark, tokenizer.special_token(mark)) for mark in template.marks}
+        missing = [mark for mark, id in ids.items() if id is None]
         if missing:
             raise UserError(f"the template's {missing[0]} is not a token of the tokenizer")
+        self.ids = {mark: id for mark, id in ids.items() if id is not None}
         halves = {role: getattr(template, role).split(CONTENT) for role in ROLES}
         self.parts = {role: [self._encode(half) for half in pair] for role, pair in halves.items()}
         self.end = self.parts["assistant"][1][0]  # the token that ends a response
@@ -204,6 +205,6 @@ def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     directory = model_directory(path)
     model, tokenizer = load_model(directory)
     chat = tokenizer and load_chat(directory, tokenizer)
-    if chat is None:
+    if tokenizer is None or chat is None:
         raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
     return model, tokenizer, chat

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Ite
         return tuple(tensor.pin_memory() for tensor in batch) if pin and batch else batch
 
     # torch's current GPU is a property of each thread
-    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if pin else None, initargs=[device] * pin) as thread:
+    with ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, device) if pin else None) as thread:
         reading = thread.submit(read)
         while (batch := reading.result()) is not None:
             reading = thread.submit(read)

@@ -98,8 +98,8 @@ def prepare_missing(sources: Sequence[Source]) -> None:
 
 def open_corpus(sources: Sequence[Source]) -> Corpus | None:
     """The datasets of a run, or None if one is not prepared. Raises UserError if their tokenizers differ."""
-    directories = [find_dataset(source.name) for source in sources]
-    if None in directories:
+    directories = [directory for source in sources if (directory := find_dataset(source.name))]
+    if len(directories) < len(sources):
         return None
     tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
     for directory, tokenizer in zip(directories, tokenizers):

@@ -103,12 +103,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place.
     """
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
+        assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)
     if isinstance(mask, Tensor) and query.device.type == "cuda":
         key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
     settings = {"dropout_p": dropout_rate, "enable_gqa": query.size(1) != key.size(1)}
     dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
-    if dense and query.device.type == "cpu" and value.dtype != torch.float32:
+    if not isinstance(mask, BlockMask) and dense and query.device.type == "cpu" and value.dtype != torch.float32:
         if query.shape[:3].numel() * key.size(2) <= SCORES_KEPT:
             return attend_by_products(query, key, value, mask, dropout_rate)
     if mask is None:

@@ -6,7 +6,7 @@ Shapes: N tokens, C width, M hidden width, E experts, k experts per token.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,19 +20,40 @@ from gpt_arc.nn.functional import Dropout, activate
 class ExpertsConfig(Protocol):
     """The settings of `model.GPTConfig` that experts read."""
 
-    n_embd: int
-    mlp_width: int
-    activation: str
-    bias: bool
-    n_experts: int
-    experts_per_token: int
-    expert_selection: str
-    capacity_factor: float | None
-    router_jitter: float
-    expert_dropout: float
-    balance_rate: float
+    @property
+    def n_embd(self) -> int: ...
 
-    def dropout_of(self, place: str) -> float: ...
+    @property
+    def mlp_width(self) -> int: ...
+
+    @property
+    def activation(self) -> str: ...
+
+    @property
+    def bias(self) -> bool: ...
+
+    @property
+    def n_experts(self) -> int: ...
+
+    @property
+    def experts_per_token(self) -> int: ...
+
+    @property
+    def expert_selection(self) -> str: ...
+
+    @property
+    def capacity_factor(self) -> float | None: ...
+
+    @property
+    def router_jitter(self) -> float: ...
+
+    @property
+    def expert_dropout(self) -> float: ...
+
+    @property
+    def balance_rate(self) -> float: ...
+
+    def dropout_of(self, place: Literal["residual"]) -> float: ...
 
 
 class Routing(NamedTuple):
@@ -52,6 +73,8 @@ class Experts(nn.Module):
     router's probability (Switch, arXiv:2101.03961); with more, the k gates are scaled to sum to 1. The router always
     computes in float32. `shared` is a further MLP that sees every token (arXiv:2401.06066).
     """
+
+    balance: Tensor  # (E,), if the settings have a balance_rate
 
     def __init__(self, config: ExpertsConfig, shared: nn.Module | None = None):
         super().__init__()

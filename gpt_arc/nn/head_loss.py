@@ -54,7 +54,7 @@ class HeadLoss(torch.autograd.Function):
                 gradients.append((gradient @ matrix).mul(weight).type_as(hidden))
                 if head_gradient is not None:
                     head_gradient.add_(gradient.mT @ (x * (weight * shrunk)), alpha=1 / shrunk)
-                if bias is not None:
+                if bias_gradient is not None:
                     bias_gradient += gradient.mul(weight).sum(0, dtype=exact)
         if with_gradients:
             ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
