@@ -92,7 +92,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
         ("", "is not a model's config"),
         ("[]", "is not a model's config"),
         ('{"model_type": "gpt-arc"}', "is not a model's config"),
-        ('{"model_type": "bert"}', 'model_type = "bert" is not an architecture that can be read'),
+        ('{"model_type": "bert"}', 'model_type = "bert" is not a supported architecture'),
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_head": 5}', "n_head = 5 does not divide"),
