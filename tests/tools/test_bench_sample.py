@@ -249,7 +249,10 @@ def test_architecture_flags_need_a_config_file(tmp_path):
             "prompt_tokens + max_new_tokens = 33 is more than the context",
         ),
         (["--nanogpt=.", "--max_new_tokens=17"], "prompt_tokens + max_new_tokens = 33 is more than the context"),
-        (["--transformers=True", "--max_new_tokens=9", "--positions=sinusoidal"], "no supported architecture of transformers"),
+        (
+            ["--transformers=True", "--max_new_tokens=9", "--positions=sinusoidal"],
+            "no supported architecture of transformers",
+        ),
         (
             ["--nanogpt=.", "--max_new_tokens=9", "--norm_eps=1e-3"],
             "nanoGPT only computes GPT-2 and has no norm_eps = 0.001",
