@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "data": ("ground", "nn"),
     "weights": ("ground", "nn", "model", "data"),
     "planning": ("ground", "nn", "model"),
-    "training": ("ground", "nn", "model", "data", "weights"),
+    "training": ("ground", "nn", "model", "data", "weights", "planning"),
     "chat": ("ground", "nn", "model", "data", "weights"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat"),
