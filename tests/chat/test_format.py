@@ -356,9 +356,9 @@ def test_a_batch_by_hand():
         EncodedConversation([1, 2, 3], [False, True, False]),
         EncodedConversation([4, 5, 6, 7], [False, False, True, True]),
     ]
-    tokens, targets = conversation_batch(examples, None)
+    tokens, targets, _, _ = conversation_batch(examples, None)
     assert tokens.tolist() == [[1, 2, 0], [4, 5, 6]] and targets.tolist() == [[2, -1, -1], [-1, 6, 7]]
-    tokens, targets, documents = conversation_batch([*examples, EncodedConversation([8, 9], [False, True])], 5)
+    tokens, targets, documents, _ = conversation_batch([*examples, EncodedConversation([8, 9], [False, True])], 5)
     assert tokens.tolist() == [[4, 5, 6, 1, 2], [8, 0, 0, 0, 0]]
     assert targets.tolist() == [[-1, 6, 7, 2, -1], [9, -1, -1, -1, -1]]
     assert documents.tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
