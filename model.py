@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_arc.nn.attention import KVCache, Mask, attend, positions_and_masks
 from gpt_arc.nn.experts import Experts, Routing, router_losses
-from gpt_arc.nn.functional import Dropout, activate, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
@@ -64,7 +64,7 @@ class GPTConfig:
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
-    activation: Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True
     """Biases in linear layers and layer norms."""
@@ -144,7 +144,11 @@ class GPTConfig:
     def mlp_width(self) -> int:
         if self.mlp_size is not None:
             return self.mlp_size
-        return 8 * self.n_embd // 3 if self.activation == "swiglu" else 4 * self.n_embd
+        return 8 * self.n_embd // 3 if self.gated else 4 * self.n_embd
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED
 
     def has_experts(self, block: int) -> bool:
         return self.n_experts > 0 and (block + 1) % self.expert_interval == 0
@@ -206,12 +210,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the activation; for swiglu (arXiv:2002.05202) `up` stacks gate, then value."""
+    """Two linear layers around the activation; for a gated one (arXiv:2002.05202) `up` stacks gate, then value."""
 
     def __init__(self, config: GPTConfig, width: int):
         super().__init__()
-        self.activation = config.activation
-        self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
+        self.activation: Activation = config.activation
+        self.up = nn.Linear(config.n_embd, 2 * width if config.gated else width, bias=config.bias)
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout_of("residual"))
 

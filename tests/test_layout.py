@@ -1,6 +1,7 @@
 """The floor plan: which package may import which, and what every script promises."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -77,6 +78,13 @@ def test_the_table_has_every_package_and_no_line_looks_down():
     lines = list(MAY_IMPORT)
     for number, line in enumerate(lines):
         assert set(MAY_IMPORT[line]) <= set(lines[:number])
+
+
+def test_the_architecture_documents_the_same_table():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `?(\w+)[^|]*\|[^|]*\| (nothing|ground|ground, [a-z, ]+) \|$", text, re.MULTILINE)
+    documented = {name: () if imports == "nothing" else tuple(imports.split(", ")) for name, imports in rows}
+    assert documented == MAY_IMPORT
 
 
 def test_modules_do_not_import_in_a_circle():

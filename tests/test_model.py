@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_arc.nn import attention, head_loss
 from gpt_arc.nn.attention import attend_by_products, causal_mask, create_block_mask, repeat_heads
-from gpt_arc.nn.functional import dropout, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
@@ -138,8 +139,8 @@ def test_causal_attention_worked_by_hand():
 def variants():
     """One model of every option, and some together."""
     changes = [
-        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"activation": "gelu"},
-        {"activation": "relu"}, {"activation": "relu_squared"}, {"activation": "swiglu"}, {"bias": False},
+        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"},
+        *({"activation": activation} for activation in get_args(Activation)[1:]), {"bias": False},
         {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
         {"head_size": 6}, {"mlp_size": 20}, {"attention_band": 4}, {"dropout": 0.3},
         {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
@@ -337,7 +338,7 @@ def test_more_tokens_than_the_context_are_refused():
     layers=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), size=st.integers(1, 4),
     norm=st.sampled_from(["layernorm", "rmsnorm"]), post=st.booleans(), bias=st.booleans(), tied=st.booleans(),
     positions=st.sampled_from(["learned", "sinusoidal", "rotary"]), qk_norm=st.booleans(),
-    activation=st.sampled_from(["gelu", "swiglu", "relu_squared"]), length=st.integers(1, 7),
+    activation=st.sampled_from(get_args(Activation)), length=st.integers(1, 7),
 )  # fmt: skip
 def test_any_valid_configuration_runs(
     layers, kv_heads, group, size, norm, post, bias, tied, positions, qk_norm, activation, length

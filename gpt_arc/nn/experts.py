@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.nn.functional import Dropout, activate
+from gpt_arc.nn.functional import Activation, Dropout, activate
 
 
 class ExpertsConfig(Protocol):
@@ -27,7 +27,10 @@ class ExpertsConfig(Protocol):
     def mlp_width(self) -> int: ...
 
     @property
-    def activation(self) -> str: ...
+    def activation(self) -> Activation: ...
+
+    @property
+    def gated(self) -> bool: ...
 
     @property
     def bias(self) -> bool: ...
@@ -80,7 +83,7 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         experts, width, inner = config.n_experts, config.n_embd, config.mlp_width
-        up = 2 * inner if config.activation == "swiglu" else inner
+        up = 2 * inner if config.gated else inner
         self.router = nn.Linear(width, experts, bias=False)
         self.up = nn.Parameter(torch.empty(experts, up, width))
         self.projection = nn.Parameter(torch.empty(experts, width, inner))

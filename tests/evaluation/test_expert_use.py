@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+import moe_report
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.expert_use import CLASSES, expert_use, token_class, token_classes, watched, windows
@@ -15,9 +16,6 @@ from gpt_arc.weights.directory import save_model
 from helpers import ROOT, TEXT, randomised
 from model import GPT, GPTConfig
 from tools import expert_use as tool
-
-sys.path.append(str(ROOT / "examples"))
-import moe_report  # noqa: E402
 
 TINY = dict(block_size=12, n_layer=3, n_head=2, n_embd=16, mlp_size=8, n_experts=4, dropout=0.3)
 PROSE = "ROMEO:\nO, she doth teach 24 torches to burn bright!\n\nIt's  so.\n"

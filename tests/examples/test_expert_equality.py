@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import expert_equality
+from expert_equality import SHAPES, VARIANTS, by_loop, make_case, measure, of_model, refused
 from gpt_arc.errors import entry_point
 from gpt_arc.nn import experts
 from gpt_arc.nn.experts import Experts
-from helpers import ROOT
-
-sys.path.append(str(ROOT / "examples"))
-import expert_equality  # noqa: E402
-from expert_equality import SHAPES, VARIANTS, by_loop, make_case, measure, of_model, refused  # noqa: E402
 
 SMALL = (13, 16, 4, 8)
 

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import gpt1_data
 from gpt_arc.data.documents import Files
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError
-from helpers import ROOT
-
-sys.path.append(str(ROOT / "examples"))
-import gpt1_data  # noqa: E402
 
 SIZES = {"train": 40, "val": 4, "test": 12}
 COLUMNS = {

@@ -1,13 +1,15 @@
 """examples/in_context_*.py: held-out mappings, baselines, causality, and the commands."""
 
 import json
-import sys
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
+import in_context_data
+import in_context_linear
+import in_context_report
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.items import demonstrations, load_items
@@ -15,11 +17,6 @@ from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.training.config import build_config, read_settings
 from helpers import ROOT, randomised
 from model import GPTConfig
-
-sys.path.append(str(ROOT / "examples"))
-import in_context_data  # noqa: E402
-import in_context_linear  # noqa: E402
-import in_context_report  # noqa: E402
 
 TASK = str(ROOT / "examples" / "in_context.toml")
 

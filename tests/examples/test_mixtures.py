@@ -14,12 +14,10 @@ from sklearn.ensemble import BaggingRegressor, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.tree import DecisionTreeRegressor
 
+import mixtures
 from helpers import ROOT, randomised, refusal
+from mixtures import Mixture
 from model import GPT, GPTConfig, make_experts
-
-sys.path.append(str(ROOT / "examples"))
-import mixtures  # noqa: E402
-from mixtures import Mixture  # noqa: E402
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 

@@ -6,6 +6,7 @@ import json
 import math
 from itertools import permutations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from expert_equality import ACTIVATIONS
 from gpt_arc.decoding import linear
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import entry_point
@@ -22,11 +24,12 @@ from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_bat
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.finetuning.lora import add_adapters, merge_adapters
 from gpt_arc.nn.experts import Experts
+from gpt_arc.nn.functional import Activation
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.settings import mistake
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
-from gpt_arc.training.optim import build_optimizer
+from gpt_arc.training.optim import build_optimizers
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.upcycle import upcycled
@@ -34,13 +37,6 @@ from helpers import TINY_FLAGS, command, randomised
 from model import GPT, GPTConfig, make_experts
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=2, n_embd=16, mlp_size=24, n_experts=4)
-ACTIVATIONS = {
-    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
-    "relu": lambda x: x * (x > 0),
-    "relu_squared": lambda x: (x * (x > 0)) ** 2,
-    "swiglu": lambda x: x[: len(x) // 2] * torch.sigmoid(x[: len(x) // 2]) * x[len(x) // 2 :],
-}
 
 
 def changed(**settings) -> GPTConfig:
@@ -98,7 +94,7 @@ def outputs_and_gradients(experts: Experts, x: torch.Tensor, forward) -> list[to
 VARIANTS = [
     dict(experts_per_token=1), dict(experts_per_token=2), dict(experts_per_token=4),
     dict(bias=False), dict(bias=False, shared_experts=1, activation="swiglu"), dict(shared_experts=2, mlp_size=10),
-    *({"activation": activation} for activation in ACTIVATIONS),
+    *({"activation": activation} for activation in get_args(Activation)),
 ]  # fmt: skip
 
 
@@ -402,7 +398,7 @@ def test_the_memory_of_a_step_is_about_what_autograd_keeps(change):
 
 def test_every_parameter_is_optimized_and_the_stacked_biases_do_not_decay():
     model = GPT(changed(shared_experts=1, expert_interval=2))
-    decayed, not_decayed = build_optimizer(model, TrainingConfig(weight_decay=0.1)).param_groups
+    decayed, not_decayed = build_optimizers(model, TrainingConfig(weight_decay=0.1))["optimizer"].param_groups
     assert decayed["weight_decay"] == 0.1 and not_decayed["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [{names[id(p)] for p in group["params"]} for group in (decayed, not_decayed)]
