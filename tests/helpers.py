@@ -37,6 +37,11 @@ TINY_FLAGS = (
 TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 13))
 
 
+def write(name, rows):
+    """Writes rows as lines of JSON."""
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_tokens(path, tokens, vocab_size):
     """Writes one token file with any name."""
     writer = ShardWriter(path.parent, path.stem, vocab_size, MAX_TOKENS)

@@ -82,7 +82,9 @@ def test_old_turns_are_left_out_where_the_longest_response_takes_their_room():
 def test_rankings_that_fail_are_named():
     with pytest.raises(UserError, match="a file, line 1: the character 'X'"):
         encode_rankings([ranking("a", ["X", "b"])], CHAT, 16)
-    with pytest.raises(UserError, match="no ranking of the train split fits into 16 tokens"):
+    with pytest.raises(
+        UserError, match="no ranking of the train split fits into 16 tokens and prefers one response to another"
+    ):
         encode_split("train", [ranking("a", ["b", "b"], [1, 1])], CHAT, 16)
 
 
@@ -170,13 +172,15 @@ def test_a_reward_model_is_kept_and_read(tmp_path):
     with pytest.raises(UserError, match="reward.safetensors is damaged"):
         load_reward_model(tmp_path / "run")
     head.unlink()
-    with pytest.raises(UserError, match="has no reward head"):
+    message = r"last has no reward head \(reward.safetensors\): train one with stages/reward.py"
+    with pytest.raises(UserError, match=message):
         load_reward_model(tmp_path / "run")
     Path(tmp_path / "run" / "last" / "chat.json").unlink()
-    with pytest.raises(UserError, match="doesn't know how turns are marked"):
+    message = r"doesn't know how turns are marked \(chat.json\): train it by stages/sft.py first"
+    with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "run")
     save_model(model.trunk, None, tmp_path / "mute")
-    with pytest.raises(UserError, match="doesn't know how turns are marked"):
+    with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "mute")
 
 
