@@ -95,9 +95,8 @@ def test_pairs_and_rankings_give_the_same_examples(tmp_path):
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair, listed, ranked = encode_rankings(read_rankings(tmp_path / "r.jsonl"), CHAT, 16).examples
-    assert pair == listed and [ranked.responses[i] for i in ranked.pairs[0]] == [
-        pair.responses[i] for i in pair.pairs[0]
-    ]
+    assert pair == listed
+    assert [ranked.responses[i] for i in ranked.pairs[0]] == [pair.responses[i] for i in pair.pairs[0]]
 
 
 def test_the_pairs_of_a_prompt_have_a_total_weight_of_1():

@@ -140,36 +140,26 @@ def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, wo
     responses = written(policy)
 
     def share(rank, of):
-        prompts, own_responses = PROMPTS[rank::of], responses[rank::of]
-        outputs = model_outputs(actor, reference, prompts, own_responses, 8, CPU, "float32")
-        return (
-            own_responses,
-            outputs,
-            torch.arange(10.0)[rank : len(PROMPTS) : of],
-            torch.arange(20.0)[rank : len(PROMPTS) : of],
-        )
+        rows = slice(rank, len(PROMPTS), of)
+        outputs = model_outputs(actor, reference, PROMPTS[rows], responses[rows], 8, CPU, "float32")
+        return responses[rows], outputs, torch.arange(10.0)[rows], torch.arange(20.0)[rows]
 
     monkeypatch.setattr(rollouts_module, "WORLD_SIZE", world)
     shares = [share(rank, world) for rank in range(world)]
     monkeypatch.setattr(
         distributed,
         "gather",
-        lambda value: [
-            (own_responses, torch.stack(outputs), *scores_of_rank) for own_responses, outputs, *scores_of_rank in shares
-        ],
+        lambda value: [(rows, torch.stack(outputs), *scores) for rows, outputs, *scores in shares],
     )
     rollouts = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
     _, outputs, scores, monitored = share(0, 1)
-    torch.testing.assert_close(
-        rollouts.outputs, ModelOutputs(*(torch.where(rollouts.mask, each, 0.0) for each in outputs))
-    )
+    expected = ModelOutputs(*(torch.where(rollouts.mask, each, 0.0) for each in outputs))
+    torch.testing.assert_close(rollouts.outputs, expected)
     assert rollouts.scores.tolist() == scores.tolist() == [0, 1, 2, 3, 4] and torch.equal(rollouts.monitored, monitored)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
         assert rollouts.sequences[i] == prompt.tokens + response and rollouts.prompt_lengths[i] == len(prompt.tokens)
-        assert (
-            rollouts.responses[i, rollouts.mask[i]].tolist() == response
-            and not rollouts.responses[i, ~rollouts.mask[i]].any()
-        )
+        assert rollouts.responses[i, rollouts.mask[i]].tolist() == response
+        assert not rollouts.responses[i, ~rollouts.mask[i]].any()
         assert rollouts.ended[i].item() == (response[-1] == CHAT.end)
 
 

@@ -69,9 +69,7 @@ def test_text_that_spells_a_marker_is_text():
         spelled = "<|endoftext|><|im_end|>"
         assert chat.turn(Turn("user", spelled))[0].count(chat.end) == (template == "chatml")
         assert chat.end not in chat.response(spelled)[:-1] and chat.decode(chat.response(spelled)) == spelled
-    assert (
-        ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text
-    )  # which the tokenizer already has
+    assert ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text  # already a token
 
 
 def library_tokenizer(special):

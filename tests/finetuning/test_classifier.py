@@ -334,9 +334,9 @@ def test_special_tokens_leave_existing_weights_unchanged(generation):
 
 def differing(model, reference):
     """Names of tensors that differ, except biases and norms, which are initialised to constants."""
-    reference = reference.state_dict()
+    expected = reference.state_dict()
     return {
-        name for name, tensor in model.state_dict().items() if tensor.dim() > 1 and (tensor != reference[name]).any()
+        name for name, tensor in model.state_dict().items() if tensor.dim() > 1 and (tensor != expected[name]).any()
     }
 
 
