@@ -123,10 +123,10 @@ def test_no_requests_give_no_scores(model):
 
 
 def test_equal_requests_get_equal_scores_in_order(model):
-    first, second = Request([1, 2, 3], [4, 5]), Request((1, 2, 3), (6,))
-    scores = score_continuations(model, [first, second, first, second, first])
+    pair, single = Request([1, 2, 3], [4, 5]), Request((1, 2, 3), (6,))
+    scores = score_continuations(model, [pair, single, pair, single, pair])
     assert scores[0] == scores[2] == scores[4] and scores[1] == scores[3] and scores[0] != scores[1]
-    assert_close(scores[:2], [slow(model, first), slow(model, second)])
+    assert_close(scores[:2], [slow(model, pair), slow(model, single)])
 
 
 def test_a_long_context_is_cut_at_the_start(model):

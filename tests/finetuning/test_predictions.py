@@ -1,4 +1,4 @@
-"""Batches, predictions and metrics predictions_from fine-tuning, against counts by hand and the classifier itself."""
+"""Batches, predictions and metrics of fine-tuning, against counts by hand and the classifier itself."""
 
 import itertools
 import math
@@ -237,11 +237,11 @@ def test_options_have_only_accuracy():
 
 
 def test_a_confusion_matrix_is_printed_with_its_classes():
-    shown = confusion_table([[4, 2], [1, 13]], ("no", "a class predictions_from a long name"))
+    shown = confusion_table([[4, 2], [1, 13]], ("no", "a class of a long name"))
     assert shown.splitlines() == [
-        "true \\ predicted  no  a class predictions_from a lo…",
+        "true \\ predicted  no  a class of a lo…",
         "no                 4                 2",
-        "a class predictions_from a lo…   1                13",
+        "a class of a lo…   1                13",
     ]
     assert "13 classes" in confusion_table([[0] * 13] * 13, [str(i) for i in range(13)])
 
