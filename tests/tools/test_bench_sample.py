@@ -295,14 +295,14 @@ def test_an_error_in_a_child_process_is_reported_in_one_sentence(output_of, tmp_
 
 def processes_of_session(number):
     """Processes of a session, including its leader."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(path.name)) == number and path.joinpath("cmdline").read_bytes():  # empty for a zombie
-                found.append(int(path.name))
+                processes.append(int(path.name))
         except (ProcessLookupError, FileNotFoundError):
             pass
-    return found
+    return processes
 
 
 def wait_until(condition, seconds=30):
