@@ -444,7 +444,7 @@ def test_a_dialogue_continues_and_forgets(capsys):
         Dialogue(chat, 30, 10, system="X")
 
 
-def test_an_answer_is_decoded_as_a_text_of_its_own(sentencepiece_model):
+def test_an_answer_is_decoded_separately_from_its_prompt(sentencepiece_model):
     """Some tokenizers drop the space before a text's first word, but not after a prompt."""
     chat = ChatFormat.new(TEMPLATES["markers"], SentencePieceTokenizer(sentencepiece_model), 80)
     answer = Dialogue(chat, 64, 16).ask("2 times 3")

@@ -38,7 +38,7 @@ WINOGRAD = {
     "label": 0,
     "source": "(Winograd 1972)",
 }
-# for each task: an item with its data set's columns, the right context and continuation, the number of options
+# per task: an item with the data set's columns, the right context and continuation, and the number of options
 SHIPPED = {
     "addition_2": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
     "addition_3": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),

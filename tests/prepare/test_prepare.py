@@ -180,7 +180,7 @@ def test_a_long_text_is_the_same_in_pieces_and_shards(prepare, library, tmp_path
 
 
 def test_a_long_document_goes_to_one_split_in_every_format(prepare, library, tmp_path, monkeypatch):
-    """Its beginning decides, whatever the pieces that it is read in: the first space may be far."""
+    """Its beginning decides, however it is cut into pieces; the first space may be far away."""
     monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
     texts = [f"{seed} " + "x" * (2**16 - seed) + "\n".join(pages(40, seed)) for seed in range(12)]
     for number, text in enumerate(texts):
