@@ -156,7 +156,7 @@ def test_any_tokens_stream_as_they_decode(request, tokenizer, prompt, data):
     if "llama" in request.node.name:
         return  # the library decodes a run of bytes as a whole: an invalid one spoils those before it
     ids = st.integers(0, tokenizer.vocab_size - 1).filter(lambda token: token != tokenizer.end_of_text)
-    if isinstance(tokenizer, SentencePieceTokenizer):  # control tokens have no text
+    if isinstance(tokenizer, SentencePieceTokenizer):  # control tokens have no text and may change a first word's space
         ids = ids.filter(lambda token: token > 2)
     check_stream(tokenizer, encoded(tokenizer, prompt), data.draw(st.lists(ids, max_size=30)))
 

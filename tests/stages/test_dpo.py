@@ -107,7 +107,7 @@ def test_preferences_of_a_known_utility_lead_to_its_optimum(workplace):
     z = math.log(sum(map(math.exp, trained.values())))
     trained = {outcome: log - z for outcome, log in trained.items()}
     best, likely = optimum(reference, beta), likeliest(reference, drawn, beta)
-    assert total_variation(trained, likely) < 0.01  # measured .003; below .010, of which .009 come from the rankings
+    assert total_variation(trained, likely) < 0.01  # measured .003; the next is .010, .009 of it from the rankings
     assert total_variation(trained, best) < 0.03 < 0.4 < total_variation(reference, best)
 
 
