@@ -168,7 +168,8 @@ def _read_tensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype)
                     raise UserError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
                 if not tensor.is_floating_point():
                     raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
-                tensors[name] = tensor.to(dtype)
+                # copied: in the file tensors have other alignments, at which CPU kernels add in another order
+                tensors[name] = tensor.to(dtype, copy=True)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing or damaged, use another checkpoint: {error}") from None
     return tensors
