@@ -16,7 +16,6 @@ def train(options: Options, run: StageRun) -> int:
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
@@ -38,7 +37,7 @@ from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options
+from gpt_arc.training.options import StageOptions, record_options, resume_command
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.tensor_files import check_tensors
@@ -99,7 +98,7 @@ class StageRun:
         if IS_MAIN:
             if self.folder is None:
                 self._refuse_own_folder()
-                resume = shlex.join(("python", self.script, f"--resume={self.options.out_dir}"))
+                resume = resume_command(self.script, self.options.out_dir, self.options)
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
@@ -207,8 +206,7 @@ class StageRun:
 
     @property
     def _resume(self) -> str:
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        return f"{python} {shlex.join((self.script, f'--resume={self.folder}'))}"
+        return resume_command(self.script, self.folder, self.options)
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
