@@ -316,7 +316,9 @@ def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
     if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
+        raise UserError(
+            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
+        )
     return model, tokenizer or trained_tokenizer
 
 
