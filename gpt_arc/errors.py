@@ -1,5 +1,6 @@
 """How scripts end: a user's mistake prints one paragraph and exits with code 2, a bug keeps its traceback."""
 
+import contextlib
 import functools
 import os
 import signal
@@ -20,6 +21,29 @@ def first_line(error: BaseException) -> str:
 def mute() -> None:
     """Redirect standard output to /dev/null, once its reader has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_has_lost_output = False
+
+
+def lose_output(error: OSError) -> None:
+    """Handles a failed write to standard output by a run that must go on.
+
+    If the reader has gone (`| head`), all further output is dropped. Otherwise, such as on a full disk, one line on
+    standard error says so, and later lines are tried again.
+    """
+    global _has_lost_output
+    if isinstance(error, BrokenPipeError):
+        mute()
+    elif not _has_lost_output:
+        _complain(f"standard output can't be written ({error.strerror}): the run goes on, later lines are tried again")
+    _has_lost_output = True
+
+
+def _complain(message: str) -> None:
+    """Print a line to standard error, which may be closed too."""
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
 
 
 OUT_OF_MEMORY = "out of memory: a smaller batch, context or model takes less"
@@ -63,8 +87,14 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
                 raise
             else:
                 message, code = traceback.format_exc(), 1
+        try:
+            sys.stdout.flush()
+        except OSError as error:  # what is left can't be written, and Python would try again
+            mute()
+            if message is None and not _has_lost_output:
+                message, code = f"standard output: {error.strerror}", 2
         if message is not None:
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+            _complain(message)
         # After an error, an orderly exit would wait for processes that are waiting for this one. After a run, gloo's
         # threads may release their last tensors when the interpreter is already gone, which aborts the process.
         if is_distributed:

@@ -281,7 +281,9 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
         updater.backward(loss)
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
-    print(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
+    if not updater.finite(mean):
+        raise UserError(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
+    say(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
     model.cpu()
 
 
@@ -383,6 +385,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     line = {"epoch": epoch, "loss": progress.sums[0] / len(training)}
     line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
     scores = [progress.step]
+    run.check_finite()
     if "val" in material.splits:
         metrics = measured(options, run, material.classifier, material.splits["val"])[1]
         line |= {f"val_{name}": value for name, value in metrics.items()}
@@ -395,7 +398,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     progress.sums = [0.0, 0.0, 0.0]
     run.log(line)
     header = [] if epoch > 1 else [list(line)]
-    tqdm.write(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
+    say(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
 
 
 def measured(
@@ -425,10 +428,10 @@ def write_report(options: Options, run: StageRun, material: Material) -> None:
 
 def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
     """Print how good the predictions are, and return their confusion matrix."""
-    print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
+    say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
     matrix = confusion_matrix(predictions, config)
     if matrix:
-        print(confusion_table(matrix, config.classes))
+        say(confusion_table(matrix, config.classes))
     return matrix
 
 

@@ -151,6 +151,8 @@ def train(options: Options, run: StageRun) -> int:
         progress.step += 1
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
         epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended:
+            run.check_finite()
         if epoch_ended and "val" in encoded:
             report = measure(model, encoded["val"], options, run)
             line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
