@@ -43,7 +43,7 @@ from gpt_arc.device import (
     to_device,
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point, first_line
+from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.settings import values_of
 from gpt_arc.tables import human
@@ -359,6 +359,8 @@ def evaluate_only(run: Run) -> int:
     plan = run.plan
     windows = f"{len(run.val_starts):,} windows of {plan.config.model.block_size} in {len(plan.val_tokens):,} tokens"
     which = f"step {plan.progress.step}" if run.folder else plan.launch.imported or "an untrained model"
+    with naming(which):
+        check_finite([val_loss])
     say(f"{which}: val loss {val_loss:.4f} over {windows}")
     return 0
 

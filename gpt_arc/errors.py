@@ -2,15 +2,35 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
     """The user asked for something impossible. The message says what is wrong, where, and how to fix it."""
+
+
+class NotFinite(UserError):
+    """A model computed NaN or infinity. The exit code is 1."""
+
+
+def check_finite(numbers: Iterable[float]) -> None:
+    """Raises NotFinite if a number that a model computed is NaN or infinite."""
+    if not all(map(math.isfinite, numbers)):
+        raise NotFinite("the model computes numbers that are not finite: use another checkpoint, or --dtype=float32")
+
+
+@contextlib.contextmanager
+def naming(model: object) -> Iterator[None]:
+    """Runs the block so that a `NotFinite` names the model."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{model}: {error}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -60,7 +80,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Wrap a script's `main`: exit with its return value, 2 after a UserError or OSError, 130 after Ctrl-C."""
+    """Wrap a script's `main`: exit with its return value, or with a code by error.
+
+    2: UserError or OSError; 1: NotFinite; 130: Ctrl-C.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -74,7 +97,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             mute()
             sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
-            message, code = str(error), 2
+            message, code = str(error), 1 if isinstance(error, NotFinite) else 2
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
             message, code = f"{place}{error.strerror or error}", 2

@@ -14,7 +14,6 @@ report.json, and the models after the last epoch and the best one by the val spl
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.finetuning.classifier import (
@@ -61,7 +60,7 @@ from gpt_arc.finetuning.predictions import (
 )
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, PositiveShare, Seed, Share
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
@@ -421,7 +420,7 @@ def write_report(options: Options, run: StageRun, material: Material) -> None:
             classifier = load_classifier(run.folder / "best")[0].to(run.device)
         predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
-    write_file(run.folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
     by = f" by {material.main_metric} on the val split" if "val" in splits else ", the last"
     say(f"kept epoch {report['best_epoch']}{by}: {run.folder}/best")
 
@@ -465,7 +464,7 @@ def use(options: Options) -> None:
         encoded, predictions = predicted(read_examples(options.predict, config.task, columns, labelled=False))
         path = predictions_file(options)
         lines = prediction_lines(predictions, config)
-        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_file(path, "".join(to_json(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{path}: {len(encoded):,} predictions")
     if options.classify:
         needed = {"classification": 1, "multiple_choice": 3}.get(config.task, 2)
@@ -474,7 +473,7 @@ def use(options: Options) -> None:
             wanted = {1: "one text", 2: "two texts", 3: "a context and two options or more"}[needed]
             raise UserError(f"--classify: {config.task} takes {wanted}, each in quotation marks, not {given}")
         encoded, predictions = predicted([Example(options.classify, None, "--classify")])
-        print(json.dumps(next(prediction_lines(predictions, config)), ensure_ascii=False))
+        print(to_json(next(prediction_lines(predictions, config)), ensure_ascii=False))
 
 
 USE = {"model", "test", "predict", "output", "overwrite", "classify", "text_a", "text_b", "options", "label"}
@@ -491,7 +490,8 @@ def main() -> int:
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")
-    use(options)
+    with naming(options.model):
+        use(options)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.tables import to_json
 from gpt_arc.training.config import LoggingConfig
 
 
@@ -47,7 +48,7 @@ class MetricsLog:
         If the disk is full, lines are kept until there is room: a log doesn't end a run.
         """
         finite = {name: v for name, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
-        self._unwritten += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        self._unwritten += (to_json(finite) + "\n").encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
