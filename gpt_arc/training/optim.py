@@ -80,7 +80,8 @@ class Updater:
         sharing: ExpertParallel | None = None,
     ):
         """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
-        self.config, self.sharing = config, sharing if sharing and sharing.shares else None
+        self.model, self.config = model, config
+        self.sharing = sharing if sharing and sharing.shares else None
         self.optimizers = build_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
@@ -92,6 +93,13 @@ class Updater:
     def diverged(self) -> bool:
         """Whether training can't recover: float16 finds its loss scale by overflowing, other types don't mend."""
         return self._failures >= (20 if self.scaler.is_enabled() else 2)
+
+    @torch.no_grad()
+    def finite(self, *figures: float) -> bool:
+        """Whether the weights in every process and `figures` are finite. Every process must call this."""
+        largest = get_total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
+        bad = distributed.sum_over_ranks((~largest.isfinite()).float())
+        return not bad and all(map(math.isfinite, figures))
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -146,8 +146,12 @@ class StageRun:
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
-        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far."""
+        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
+
+        Raises UserError, and writes nothing, if a weight or `best` is not finite.
+        """
         progress = self.progress
+        self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
         state = {
@@ -161,6 +165,16 @@ class StageRun:
         if IS_MAIN:
             save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
         self._saved = progress.step
+
+    def check_finite(self, *figures: float) -> None:
+        """Raises UserError if a weight or one of `figures`, such as the val loss, is not finite."""
+        if not self._updater.finite(*figures):
+            self._diverge(self.progress.step, "left weights or a val loss that are not finite")
+
+    def _diverge(self, update: int, problem: str) -> NoReturn:
+        last = self.folder / "last"
+        kept = f"{last} is the last good checkpoint" if last.exists() else "there is no checkpoint yet"
+        raise UserError(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
@@ -187,7 +201,7 @@ class StageRun:
             return rate, norm, sums
         self.progress.skipped += 1
         if updater.diverged:
-            raise UserError(f"update {step + 1} is not finite: lower learning_rate, or set dtype = float32")
+            self._diverge(step + 1, "is not finite")
         return None
 
     def log(self, line: dict[str, Any]) -> None:
@@ -210,10 +224,10 @@ class StageRun:
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """Runs the block so that a user's mistake, such as a reward that fails, loses no step of a single process."""
+        """Runs the block so that an error of data or of a reward loses no step of a single process."""
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:
             if WORLD_SIZE > 1 or not self.progress.step:
                 raise
             self.bar.close()

@@ -529,3 +529,19 @@ def test_every_setting_is_checked():
         with pytest.raises(ValueError) as refused:
             dataclasses.replace(ppo.Options(), **{name: value})
         assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.Options))
+
+
+def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeypatch):
+    write_dataset(workplace / "data" / "same", LETTERS, {"train": [3] * 500, "val": [3] * 100})
+    flags = ("--episodes=32", "--minibatches=1", "--pretraining_dataset=same", "--pretraining_batch_size=5")
+    original = Updater.update
+
+    def update(self, *args):
+        (workplace / "data" / "same" / "train.bin").touch()
+        return original(self, *args)
+
+    monkeypatch.setattr(Updater, "update", update)
+    stopped = run(*TRAIN, *flags)
+    assert stopped.code == 2 and "train.bin was changed or replaced while it was in use" in stopped.message
+    assert "; step 1 is saved, resume with: python ppo.py --resume=out/ppo" in stopped.message
+    assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1
