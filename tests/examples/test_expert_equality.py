@@ -32,10 +32,10 @@ def test_every_case_matches_its_name():
     torch.manual_seed(case.seed)
     assert not torch.equal(case.drawn().sort().values, case.experts.eval().route(case.x)[0].sort().values)
     assert make_case(VARIANTS["all experts"], SMALL, 0).experts.config.experts_per_token == 4
-    case, seen = make_case(VARIANTS["two, one token at a time"], SMALL, 0), []
-    case.experts.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    case, sizes = make_case(VARIANTS["two, one token at a time"], SMALL, 0), []
+    case.experts.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     of_model(case, autocast=False)
-    assert seen == [1] * 13
+    assert sizes == [1] * 13
     assert {shape[1] * 2 % 16 == shape[3] * 2 % 16 == 0 for shape in SHAPES} == {
         False,
         True,
