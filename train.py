@@ -33,8 +33,9 @@ from gpt_arc.device import autocast, device_name, resolve_device, rng_state, set
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
 from gpt_arc.planning.cost import peak_flops
+from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, save_checkpoint, state_file
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.expert_parallel import ExpertParallel
@@ -179,9 +180,10 @@ def build(plan: Plan) -> Run:
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
-        updater.load_state_dict(state)
-        if RANK < len(state["generators"]):
-            set_rng_state(state["generators"][RANK], device)
+        with reading(state_file(launch.resumed / "last"), ADVICE):
+            updater.load_state_dict(state)
+            if RANK < len(state["generators"]):
+                set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
     run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
@@ -200,7 +202,9 @@ def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
     if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
+        raise UserError(
+            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
+        )
     return model, tokenizer or trained_tokenizer
 
 

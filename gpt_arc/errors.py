@@ -69,7 +69,7 @@ def _complain(message: str) -> None:
 OUT_OF_MEMORY = "out of memory: a smaller batch, context or model takes less"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python, torch on a GPU, torch on a CPU and C++ each report it in their own way."""
     words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "Storage size calculation overflowed"
     return (

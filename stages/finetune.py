@@ -61,6 +61,7 @@ from gpt_arc.finetuning.predictions import (
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import table, to_json
+from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
@@ -178,10 +179,11 @@ class Options(ExampleOptions):
         return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
 
 
-@dataclasses.dataclass
+@dataclass(config=CHECKED)
 class Progress(StageProgress):
     """How far a run has come. `best` is the best epoch's metric and then its negative loss."""
 
+    best: list[float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # both losses and seconds of this epoch so far
     epochs: list[dict[str, Any]] = field(default_factory=list)  # a line of the report each
 

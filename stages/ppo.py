@@ -3,7 +3,8 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward
     python stages/ppo.py out/sft --prompts sums.jsonl --reward rules:correct          a Python function, rules.py
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
-    python stages/ppo.py --resume=out/ppo                                   continue a stopped run
+    python stages/ppo.py --resume=out/ppo                                   continue a stopped run; a reward
+                                                                            function has to be named again
     torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
@@ -29,7 +30,7 @@ from gpt_arc.alignment import losses
 from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
-from gpt_arc.alignment.rewards import Scorer, load_reward
+from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
 from gpt_arc.alignment.rollouts import (
     Prompt,
     Rollouts,
@@ -65,8 +66,7 @@ class Options(StageOptions):
     reward: str | None = None
     """A reward model's directory, or a Python function of rows and responses, as module:function."""
     monitor: str | None = None
-    """Another reward, logged but not learned from. torchrun has a --monitor too: with torchrun, set this one in a file
-    of settings."""
+    """Another reward, logged but not learned from. torchrun has a --monitor too: write -- before the script's name."""
     episodes: Count = 256_000
     """Total number of responses (InstructGPT's 256,000)."""
     gradient_accumulation_steps: Count = 8
@@ -127,6 +127,10 @@ class Options(StageOptions):
         super().__post_init__()
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
+
+    @property
+    def code(self) -> dict[str, str]:
+        return {name: value for name in ("reward", "monitor") if names_function(value := getattr(self, name))}
 
     @property
     def episodes_per_iteration(self) -> int:

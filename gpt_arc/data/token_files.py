@@ -130,7 +130,7 @@ class TokenFiles:
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(
                 f"{self.paths[0].parent} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: set "
-                "--vocab_size, or give the dataset its own tokenizer.json"
+                "--vocab_size of train.py, or give the dataset its own tokenizer.json"
             )
         return tokens
 

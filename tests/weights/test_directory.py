@@ -82,7 +82,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
     save_model(GPT(CONFIG), None, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:keep])
-    with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match="model.safetensors is damaged, use another checkpoint"):
         load_model(tmp_path)
 
 
@@ -114,8 +114,8 @@ def test_a_missing_model_is_refused(tmp_path):
 
 
 def checkpoint(run, step, best_step, keep_all=False):
-    state = dict.fromkeys(("optimizer", "scaler", "runtime", "data"))
-    state |= {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
+    state = {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}], "scaler": {}, "data": ""}
+    state |= {"optimizer": {"state": {}, "param_groups": []}, "runtime": {"device": "cpu", "dtype": "float32"}}
     save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
 
 
