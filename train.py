@@ -46,7 +46,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.settings import values_of
 from gpt_arc.tables import human
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
 from gpt_arc.training.command_line import Launch, check_same_model, read_command_line
 from gpt_arc.training.compile import compile_in_place, resolve_compile
 from gpt_arc.training.config import Config
@@ -105,11 +105,11 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     if IS_MAIN and not config.run.dry_run:
         prepare_missing(config.data.sources)
     distributed.from_main(None)  # the other processes wait for the data
-    corpus = open_corpus(config.data.sources)
+    corpus = open_corpus(config.data.sources, config.run.verify)
 
     # a dataset's vocabulary replaces a preset's; a trained model keeps its own
     vocab_size, block_size = config.model.vocab_size, config.model.block_size
-    trained = load_config(launch.resumed / "last") if launch.resumed else None
+    trained = load_config(launch.checkpoint) if launch.checkpoint else None
     if corpus and corpus.tokenizer and not launch.imported:
         vocab_size = trained.vocab_size if trained else corpus.tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:
@@ -125,8 +125,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     # a resumed run keeps the precision and compilation that "auto" meant when it started
     training = config.training
     dtype, compile_setting = training.dtype, training.compile
-    if launch.resumed:
-        state = load_state(launch.resumed / "last")
+    if launch.checkpoint:
+        state = load_state(launch.checkpoint)
         progress = Progress(**state["progress"])
         check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)
@@ -307,7 +307,7 @@ def build(plan: Plan) -> Run:
 
 def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
     tokenizer = plan.corpus and plan.corpus.tokenizer
-    origin = plan.launch.resumed / "last" if plan.state else plan.launch.imported
+    origin = plan.launch.checkpoint or plan.launch.imported
     if not origin:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
@@ -456,7 +456,8 @@ def main() -> int:
     if launch.resumed:
         if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        trained_on = load_state(launch.resumed / "last", peek=True)["runtime"]["device"]
+        launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed))
+        trained_on = load_state(launch.checkpoint, peek=True)["runtime"]["device"]
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
     with distributed.process_group(launch.config.training.backend, device):
         plan = make_plan(launch, device)

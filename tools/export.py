@@ -24,11 +24,12 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
+from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor is a folder with any other file
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json", MANIFEST}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -180,6 +181,7 @@ def main() -> None:
             write_file(temporary / name, content)
         if chat:
             chat.save(temporary)
+        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:

@@ -24,6 +24,7 @@ from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
+from gpt_arc.manifest import checking
 
 FILE_NAME = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
@@ -474,6 +475,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
+    with checking(folder, path.name, "merges.txt", SETTINGS_FILE):
+        return _load(path)
+
+
+def _load(path: Path) -> Tokenizer:
+    folder = path.parent
     try:
         content = path.read_bytes()
         if path.suffix == ".model":

@@ -32,7 +32,7 @@ from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state,
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options
@@ -71,8 +71,9 @@ class StageRun:
         self.folder, self._lock = folder, lock
         self.progress = progress()
         self._state: dict[str, Any] | None = None
-        if folder and (folder / "last").exists():
-            self._state = load_state(folder / "last")
+        self.checkpoint = resumable(folder) if folder else None
+        if self.checkpoint:
+            self._state = load_state(self.checkpoint)
             self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
         self.stopped = 0  # number of the signal that any process received
@@ -84,7 +85,7 @@ class StageRun:
     @property
     def origin(self) -> str:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
-        return str(self.folder / "last") if self._state else self.options.model
+        return str(self.checkpoint or self.options.model)
 
     def open(self, fingerprint: str) -> None:
         """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
@@ -218,9 +219,8 @@ class StageRun:
 
     def abandon(self) -> None:
         """Remove the folder of a new run that ended without a checkpoint."""
-        if IS_MAIN and self._new and not (self.folder / "last").exists():
-            for name in ("run.json", "metrics.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        if IS_MAIN and self._new and self._saved is None:
+            runs.clear(self.folder)
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
 

@@ -284,6 +284,6 @@ def test_only_the_lowest_loss_becomes_the_best(tmp_path, monkeypatch):
     assert record["stage"] == "sft" and record["options"]["model"] == "base"
     del run  # which holds the folder
     again = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
-    assert again.progress.step == 5 and again.progress.best == 1.0 and again.origin == "run/last"
+    assert again.progress.step == 5 and again.progress.best == 1.0 and again.origin == "run/step-00000005"
     with pytest.raises(UserError, match="run was started on other data or another model"):
         again.open("others")
