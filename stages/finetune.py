@@ -67,6 +67,7 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import ExampleOptions, refuse_others
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import learning_rate_at, warmup_linear
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model
@@ -331,6 +332,7 @@ def train(options: Options, run: StageRun) -> int:
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
+    routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
     write = partial(save_classifier, classifier, material.tokenizer)
 
@@ -353,14 +355,16 @@ def train(options: Options, run: StageRun) -> int:
             micro_losses = torch.stack((outcome.task_loss, outcome.language_loss))
             updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
             losses += micro_losses.detach()
+            routers.add()
         result = run.update(updater, progress.step, *losses, rate=options.rate(progress.step, updates))
+        routers.step(result is not None)
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue
         rate, norm, (task_loss, language_loss) = result
         progress.step += 1
         for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
             progress.sums[i] += value
-        line = {"task_loss": task_loss / count, "language_loss": language_loss / count}
+        line = {"task_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
         run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
         if progress.step % updates_per_epoch == 0:
             end_epoch(options, run, material, language)

@@ -52,6 +52,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -179,9 +180,10 @@ def minibatch_losses(
     responses, old_logs, old_values, advantages, returns, mask = to_device(
         [tensor[rows, :width] for tensor in tensors], run.device
     )
-    tokens, _ = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
+    tokens, lengths = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
     with autocast(run.device, run.dtype):
-        logs, _, values, text_loss = replica(tokens, rollouts.prompt_lengths[rows].to(run.device), responses, text)
+        prompt_lengths = rollouts.prompt_lengths[rows].to(run.device)
+        logs, _, values, text_loss = replica(tokens, prompt_lengths, responses, text, lengths)
     policy, clipped = losses.policy_losses(logs, old_logs, advantages, options.clip)
     value, value_clipped = losses.value_losses(values, old_values, returns, options.value_clip)
     sums = torch.stack([torch.where(mask, each, 0.0).sum() for each in (policy, value, clipped, value_clipped)])
@@ -294,8 +296,8 @@ def minibatch_rows(step: int, update: int, options: Options) -> list[int]:
 
 
 def accumulate_gradients(
-    replica: nn.Module, updater: Updater, rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
-    update: int, text: PretrainingText | None, options: Options, run: StageRun,
+    replica: nn.Module, updater: Updater, routers: RouterMeter, rollouts: Rollouts, advantages: Tensor,
+    returns: Tensor, rows: list[int], update: int, text: PretrainingText | None, options: Options, run: StageRun,
 ) -> Tensor:  # fmt: skip
     """Runs the backward passes of an update.
 
@@ -313,6 +315,7 @@ def accumulate_gradients(
             loss = means[0] + options.value_coef * means[1] + options.pretraining_coef * means[4]
             updater.backward(loss * WORLD_SIZE)
         totals += means.detach()
+        routers.add()
     return totals
 
 
@@ -330,6 +333,9 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
+    routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
+    if isinstance(critic, RewardModel):
+        RouterMeter(critic.trunk, frozen=True)
     replica = run.place(actor)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
@@ -361,9 +367,10 @@ def train(options: Options, run: StageRun) -> int:
         for j in range(updates):
             rows, update = minibatch_rows(progress.step, j, options), progress.step * updates + j
             means = accumulate_gradients(
-                replica, updater, rollouts, advantages, returns, rows, update, text, options, run
+                replica, updater, routers, rollouts, advantages, returns, rows, update, text, options, run
             )
             result = run.update(updater, update, *means)
+            routers.step(result is not None)
             if result is None:
                 continue
             rate, norm, means = result
@@ -381,6 +388,7 @@ def train(options: Options, run: StageRun) -> int:
             "pretraining_loss": means[4] if text else None,
             "learning_rate": rate,
             "grad_norm": norm,
+            **routers.take(),
             "rollout_seconds": rollout_seconds,
             "seconds": time.perf_counter() - started,
         }

@@ -42,6 +42,7 @@ from gpt_arc.tables import table
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.edit import with_settings
 
@@ -118,7 +119,7 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([examples, demonstrations]))
     replica = run.place(model)
-    updater = run.updater(model, updates)
+    updater, routers = run.updater(model, updates), RouterMeter(model.trunk)
     run.restore(updater, {})
 
     def write(directory: Path) -> None:
@@ -144,12 +145,15 @@ def train(options: Options, run: StageRun) -> int:
                 updater.backward(weight * (loss * (WORLD_SIZE / len(rows)) + routing))
             right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
             sums += weight * torch.stack((loss.detach(), right))
+            routers.add()
         result = run.update(updater, progress.step, *sums)
+        routers.step(result is not None)
         if result is None:
             continue
         rate, norm, (loss, right) = result
         progress.step += 1
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
+        line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
         if epoch_ended and "val" in encoded:
             report = measure(model, encoded["val"], options, run)

@@ -61,7 +61,7 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Returns scores (N,) of tokens (N, T) padded after `lengths` (N,)."""
-        hidden = self.trunk.hidden(tokens)
+        hidden = self.trunk.hidden(tokens, lengths=lengths)
         return self.head(hidden[torch.arange(len(lengths), device=tokens.device), lengths - 1])
 
 

@@ -24,7 +24,7 @@ def checkpoint(run, step, best_step, keep_all=False):
     save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
 
 
-def test_last_and_best_point_to_their_checkpoints_and_others_go(tmp_path):
+def test_only_the_last_and_best_checkpoints_are_kept(tmp_path):
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):
         checkpoint(tmp_path, step, best)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000004"]
@@ -42,8 +42,8 @@ def test_all_checkpoints_can_be_kept(tmp_path):
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 
-def test_a_run_resumes_from_last_alone(tmp_path):
-    """Killed after writing step 4 and pointing `best` to it, before pointing `last` to it."""
+def test_a_run_resumes_from_last_only(tmp_path):
+    """Killed after writing step 4 and linking `best` to it, but before linking `last`."""
     checkpoint(tmp_path, 2, 2)
     checkpoint(tmp_path, 4, 4, keep_all=True)
     (tmp_path / "last").unlink()
@@ -57,11 +57,11 @@ def test_a_run_resumes_from_last_alone(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004.1"]
 
 
-def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoint(tmp_path, 1, 1)
 
     def full(*args, **kwargs):
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for a full disk
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's message for a full disk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="can't be written, with .* earlier checkpoints are kept"):
@@ -69,7 +69,7 @@ def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoints.json", "last", "step-00000001"]
 
 
-def test_a_copy_that_followed_the_links_goes_on(tmp_path):
+def test_a_copy_without_links_can_be_continued(tmp_path):
     checkpoint(tmp_path, 1, 1)
     shutil.copytree(tmp_path, tmp_path / "copy", symlinks=False)
     checkpoint(tmp_path / "copy", 2, 2)

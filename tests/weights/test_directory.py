@@ -1,4 +1,4 @@
-"""Model directories and checkpoints: what is saved comes back, and what is damaged is named."""
+"""Model directories: saving and loading gives the same, and damage is reported."""
 
 import json
 
@@ -15,14 +15,14 @@ CONFIG = GPTConfig(8, 11, 2, 2, 16, positions="rotary", norm="rmsnorm", head_bia
 TOKENIZER = CharTokenizer("abcdefghij\n")
 
 
-def test_a_model_comes_back_equal_wherever_its_folder_is_moved(tmp_path):
+def test_a_saved_model_loads_equal_even_from_a_moved_folder(tmp_path):
     model = GPT(CONFIG)
     save_model(model, TOKENIZER, tmp_path / "a" / "b")
     (tmp_path / "a" / "b").rename(tmp_path / "moved")
-    again, tokenizer = load_model(tmp_path / "moved")
-    assert again.config == CONFIG
+    loaded, tokenizer = load_model(tmp_path / "moved")
+    assert loaded.config == CONFIG
     assert tokenizer.encode("cab") == TOKENIZER.encode("cab")
-    state = again.state_dict()
+    state = loaded.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == [
@@ -36,17 +36,17 @@ def test_a_model_comes_back_equal_wherever_its_folder_is_moved(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied_head": False}, {"norm_position": "post"}, {"bias": False}])
-def test_every_kind_of_model_is_saved_without_a_tokenizer(tmp_path, settings):
+def test_models_may_be_saved_without_a_tokenizer(tmp_path, settings):
     model = GPT(GPTConfig(8, 11, 2, 2, 16, **settings)).eval()
     save_model(model, None, tmp_path)
-    again, tokenizer = load_model(str(tmp_path))
+    loaded, tokenizer = load_model(str(tmp_path))
     assert tokenizer is None
     tokens = torch.randint(11, (2, 8))
     with torch.no_grad():
-        assert torch.equal(model(tokens), again.eval()(tokens))
+        assert torch.equal(model(tokens), loaded.eval()(tokens))
 
 
-def test_a_compiled_model_saves_its_plain_names(tmp_path):
+def test_a_compiled_model_is_saved_with_plain_names(tmp_path):
     model = GPT(CONFIG)
     model.compile(backend="eager")
     model(torch.zeros(1, 4, dtype=torch.int64))
