@@ -48,19 +48,16 @@ def record_files(directory: Path, *names: str) -> None:
     write_file(directory / MANIFEST, json.dumps(asdict(Manifest(1, recorded)), indent=1) + "\n")
 
 
-def check_files(directory: Path, *names: str, contents: bool = True) -> None:
-    """Compares files, by default all that the manifest lists, with the manifest; without `contents` only their sizes.
+def check_files(directory: Path, sizes_only: tuple[str, ...] = ()) -> None:
+    """Compares the files of a folder with its manifest; those whose names end in `sizes_only` by their sizes alone.
 
     Raises DamagedFile naming the first that differs.
     """
-    recorded = _read(directory)
-    for name in names or recorded:
+    for name, recorded in _read(directory).items():
         path = directory / name
-        if name not in recorded:
-            continue
-        if not path.is_file() or path.stat().st_size != recorded[name].size:
+        if not path.is_file() or path.stat().st_size != recorded.size:
             difference = "has another size than" if path.exists() else "is missing, but is listed in"
-        elif contents and _checksum(path) != recorded[name].xxh3_64:
+        elif not name.endswith(sizes_only) and _checksum(path) != recorded.xxh3_64:
             difference = "has other contents than"
         else:
             continue
@@ -71,10 +68,10 @@ def check_files(directory: Path, *names: str, contents: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def checking(directory: Path, *names: str) -> Iterator[None]:
-    """Runs the block, which reads these files, while a thread does `check_files`. Raises DamagedFile."""
+def checking(directory: Path, sizes_only: tuple[str, ...] = ()) -> Iterator[None]:
+    """Runs the block, which reads the folder, while a thread does `check_files`. Raises DamagedFile."""
     with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_files, directory, *names)
+        checked = pool.submit(check_files, directory, sizes_only)
         try:
             yield
         except UserError as error:  # which may not name the file that is to blame

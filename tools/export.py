@@ -144,8 +144,9 @@ def main() -> None:
     elif is_reward_model(options.model):
         raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
     else:
-        model, tokenizer = load_model(options.model)
-        chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
+        directory = model_directory(options.model)
+        model, tokenizer = load_model(directory)
+        chat = tokenizer and load_chat(directory, tokenizer)
     end = start = None
     if tokenizer is not None and tokenizer.end_of_text is not None:
         end, start = tokenizer.end_of_text, tokenizer.start_token

@@ -22,7 +22,7 @@ from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
-from gpt_arc.manifest import checking, record_files
+from gpt_arc.manifest import record_files
 from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
 from model import GPT
 
@@ -133,8 +133,7 @@ def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFor
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
     try:
-        with checking(directory, HEAD):
-            model.head.load_state_dict(load_file(directory / HEAD))
+        model.head.load_state_dict(load_file(directory / HEAD))
     except FileNotFoundError:
         raise UserError(f"{directory} has no reward head ({HEAD}): train one with stages/reward.py") from None
     except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
-from gpt_arc.manifest import checking, record_files
+from gpt_arc.manifest import record_files
 from gpt_arc.weights.directory import load_model, of_one_checkpoint
 from model import GPT
 
@@ -164,11 +164,8 @@ class ChatFormat:
 def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     """Reads a model directory's chat.json; None if it has none. Raises UserError if it is damaged."""
     path = Path(directory) / FILE_NAME
-    with checking(path.parent, FILE_NAME):
-        return _read_chat(path, tokenizer) if path.exists() else None
-
-
-def _read_chat(path: Path, tokenizer: Tokenizer) -> ChatFormat:
+    if not path.exists():
+        return None
     try:
         content = json.loads(path.read_text("utf-8"))
         if content["format_version"] != FORMAT_VERSION:

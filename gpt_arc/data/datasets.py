@@ -107,8 +107,7 @@ def open_corpus(sources: Sequence[Source], verify: bool = False) -> Corpus | Non
     if len(directories) < len(sources):
         return None
     for directory in directories:
-        check_files(directory, contents=verify)
-        check_files(directory, "meta.json", "tokenizer.json", "tokenizer.model")
+        check_files(directory, sizes_only=() if verify else (".bin",))
     tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
     for directory, tokenizer in zip(directories, tokenizers):
         if tokenizer != tokenizers[0]:

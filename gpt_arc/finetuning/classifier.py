@@ -28,7 +28,7 @@ from gpt_arc.files import replacing, write_file
 from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
-from gpt_arc.manifest import checking, record_files
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
@@ -178,8 +178,7 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
     directory = Path(path)
-    with checking(directory, CONFIG):
-        config = _read_config(directory / CONFIG)
+    config = _read_config(directory / CONFIG)
     if config.lstm:
         trunk, tokenizer = LSTM(load_config(directory)).to(dtype), load_tokenizer(directory)
     else:
@@ -187,14 +186,14 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     classifier = Classifier(trunk, config)
     if config.lstm:
         _load_weights(trunk, directory / "model.safetensors", "")
+        check_files(directory, sizes_only=(".pt",))
     _load_weights(classifier.head.to(dtype), directory / WEIGHTS, "head.")
     return classifier, tokenizer
 
 
 def _load_weights(module: nn.Module, path: Path, prefix: str) -> None:
     try:
-        with checking(path.parent, path.name):
-            module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
+        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()  # torch's first line only says that loading failed
         raise UserError(f"{path} is missing or damaged: {reason}") from None

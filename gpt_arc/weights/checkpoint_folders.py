@@ -26,7 +26,7 @@ def named_checkpoint(run: Path, link: str) -> Path | None:
     directory = follow(run / link)
     if directory.is_dir():
         return directory
-    complete = (path for path in reversed(checkpoints(run)) if _is_undamaged(path, contents=False))
+    complete = (path for path in reversed(checkpoints(run)) if _is_undamaged(path, sizes_only=("",)))
     return next(complete, None) if link == "last" else None
 
 
@@ -37,10 +37,10 @@ def undamaged_before(directory: Path) -> Path | None:
     return next(filter(_is_undamaged, reversed(older)), None)
 
 
-def _is_undamaged(directory: Path, contents: bool = True) -> bool:
-    """Whether the files of a checkpoint are as they were written; without `contents` whether they are all there."""
+def _is_undamaged(directory: Path, sizes_only: tuple[str, ...] = ()) -> bool:
+    """Whether the files of a checkpoint are there, as they were written."""
     try:
-        check_files(directory, contents=contents)
+        check_files(directory, sizes_only)
     except DamagedFile:
         return False
     return (directory / "training_state.pt").exists()

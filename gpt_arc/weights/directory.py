@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gpt_arc import hub
-from gpt_arc.data.tokenizer import MAIN_FILES, Tokenizer, holds_tokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import follow, replacing, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
@@ -101,12 +101,13 @@ def of_one_checkpoint(load: Callable[Concatenate[Path | str, P], T]) -> Callable
                 loaded = load(directory, *args, **kwargs)
                 if (directory / "config.json").exists():
                     return loaded
-            except DamagedFile as error:
-                older = undamaged_before(directory)
-                raise UserError(f"{error}; {older} is undamaged" if older else str(error)) from None
-            except UserError:
-                if (directory / "config.json").exists():
+            except UserError as error:
+                if not (directory / "config.json").exists():
+                    continue
+                older = undamaged_before(directory) if isinstance(error, DamagedFile) else None
+                if older is None:
                     raise
+                raise UserError(f"{error}; {older} is undamaged") from None
         raise UserError(f"the checkpoints of {path} are deleted before they are read: try again when the run has ended")
 
     return wrapped
@@ -117,9 +118,7 @@ def load_config(path: Path | str) -> GPTConfig:
 
     Raises UserError if config.json is damaged or describes an unsupported architecture.
     """
-    directory = _directory(path, hub.CONFIG)
-    with checking(directory, "config.json"):
-        return _read_config(directory)[1]
+    return _read_config(_directory(path, hub.CONFIG))[1]
 
 
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
@@ -154,7 +153,12 @@ def load_model(
 
     Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
-    directory = model_directory(path)
+    directory = Path(path)
+    with checking(directory, sizes_only=(".pt",)):  # the training state
+        return _load(directory, config, dtype)
+
+
+def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tuple[GPT, Tokenizer | None]:
     kind, stored = _read_config(directory)
     config = config or stored
     for field in fields(GPTConfig):
@@ -172,12 +176,11 @@ def load_model(
             shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
     except TypeError as error:
         raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
-    with checking(directory, "config.json", "model.safetensors", *MAIN_FILES):
-        if kind == MODEL_TYPE:
-            tensors = _read_tensors(directory / "model.safetensors", shapes, dtype)
-        else:
-            tensors = read_tensors(directory, kind, stored, shapes)
-            tensors = {name: tensors.pop(name).to(dtype) for name in shapes}
+    if kind == MODEL_TYPE:
+        tensors = _read_tensors(directory / "model.safetensors", shapes, dtype)
+    else:
+        tensors = read_tensors(directory, kind, stored, shapes)
+        tensors = {name: tensors.pop(name).to(dtype) for name in shapes}
     if config.block_size < stored.block_size and config.positions == "learned":
         tensors["position_embedding.weight"] = tensors["position_embedding.weight"][: config.block_size].clone()
     model.load_state_dict(tensors, assign=True)
