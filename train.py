@@ -15,6 +15,7 @@ import itertools
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,11 @@ from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, device_name, resolve_device, rng_state, set_rng_state, set_up_device, to_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
 from gpt_arc.planning.cost import peak_flops
+from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
-from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
+from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.expert_parallel import ExpertParallel
@@ -119,12 +121,34 @@ class Run:
             save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all)
         self.saved_step = progress.step
 
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Runs the block so that an error of the data or of a disk loses no step of a single process."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if WORLD_SIZE > 1 or self.saved_step == self.progress.step or not self.updater.finite():
+                raise
+            self.save()
+            say(f"step {self.progress.step} is saved; resume with: {self.resume}")
+            raise error
+
+    @property
+    def resume(self) -> str:
+        """The command that resumes this run."""
+        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
+        return f"{python} {shlex.join((sys.argv[0], *self.plan.launch.files, f'--resume={self.folder}'))}"
+
     def write_log(self, line: dict[str, Any], bar: tqdm) -> None:
         """Write a line of metrics.jsonl, to Weights & Biases if asked for, and show it. Main process only."""
         line = {name: value for name, value in line.items() if value is not None}
         self.log.write(line)
         if self.wandb:
-            self.wandb.log(line, step=line["step"])
+            try:
+                self.wandb.log(line, step=line["step"])
+            except Exception as error:  # whatever kind it is, a log doesn't end a run
+                say(f"Weights & Biases: {first_line(error)}; training goes on without it")
+                self.wandb = None
         figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
         shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
         bar.set_postfix_str(shown)
@@ -156,9 +180,10 @@ def build(plan: Plan) -> Run:
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
-        updater.load_state_dict(state)
-        if RANK < len(state["generators"]):
-            set_rng_state(state["generators"][RANK], device)
+        with reading(state_file(launch.checkpoint), ADVICE):
+            updater.load_state_dict(state)
+            if RANK < len(state["generators"]):
+                set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
     run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
@@ -177,7 +202,9 @@ def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
     if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
+        raise UserError(
+            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
+        )
     return model, tokenizer or trained_tokenizer
 
 
@@ -201,6 +228,8 @@ def evaluate_only(run: Run) -> int:
     plan = run.plan
     windows = f"{len(run.val_starts):,} windows of {plan.config.model.block_size} in {len(plan.val_tokens):,} tokens"
     which = f"step {plan.progress.step}" if run.folder else plan.launch.imported or "an untrained model"
+    with naming(which):
+        check_finite([val_loss])
     say(f"{which}: val loss {val_loss:.4f} over {windows}")
     return 0
 
@@ -229,6 +258,10 @@ def train(run: Run) -> int:
         done = progress.step >= training.max_iters or run.out_of_patience
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = run.val_loss() if due and not stopped else None
+        stopped = stopped or (due and val_loss is None)
+        if (done or stopped or val_loss is not None) and not updater.finite(val_loss or 0.0):
+            bar.close()
+            return report_divergence(run, progress.step)
         if val_loss is not None:
             progress.evaluated_step = progress.step
             if val_loss < progress.best_val_loss:
@@ -252,7 +285,6 @@ def train(run: Run) -> int:
             run.write_log(line, bar)
         if val_loss is not None:
             run.save()
-        stopped = stopped or (due and val_loss is None)
         if done or stopped:
             break
 
@@ -285,15 +317,15 @@ def train(run: Run) -> int:
             say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
             if updater.diverged:
                 bar.close()
-                return report_divergence(run)
+                return report_divergence(run, progress.step + 1)
     bar.close()
     return finish(run, bool(stopped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-def report_divergence(run: Run) -> int:
+def report_divergence(run: Run, step: int) -> int:
     kept = f"{run.folder}/last is the last good checkpoint" if run.saved_step else "there is no checkpoint yet"
-    say(f"step {run.progress.step + 1} has diverged, {kept}: lower learning_rate, or set dtype = float32")
+    say(f"step {step} has diverged, {kept}: lower learning_rate, or set dtype = float32")
     return 1
 
 
@@ -305,9 +337,7 @@ def finish(run: Run, stopped: bool) -> int:
     if run.wandb:
         run.wandb.finish()
     if stopped:
-        resume = shlex.join((sys.argv[0], *run.plan.launch.files, f"--resume={run.folder}"))
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        say(f"stopped at step {progress.step}, saved; resume with: {python} {resume}")
+        say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
@@ -330,7 +360,10 @@ def main() -> int:
         if launch.config.run.dry_run:
             return 0
         run = build(plan)
-        return evaluate_only(run) if launch.config.run.eval_only else train(run)
+        if launch.config.run.eval_only:
+            return evaluate_only(run)
+        with run.keeping():
+            return train(run)
 
 
 if __name__ == "__main__":

@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Literal
 
 import xxhash
-from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import write_file
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT
 
 MANIFEST = "manifest.json"
 BLOCK = 2**20  # bytes read at once
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class RecordedFile:
     size: int
     xxh3_64: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Manifest:
     format_version: Literal[1]
     files: dict[str, RecordedFile]
@@ -84,13 +85,9 @@ def checking(directory: Path, sizes_only: tuple[str, ...] = ()) -> Iterator[None
 def _read(directory: Path) -> dict[str, RecordedFile]:
     path = directory / MANIFEST
     try:
-        return TypeAdapter(Manifest).validate_json(path.read_bytes()).files
-    except FileNotFoundError:
-        return {}
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise DamagedFile(f"{path} is damaged: {place}: {problem['msg']}") from None
+        return read_json(path, Manifest).files if path.exists() else {}
+    except UserError as error:
+        raise DamagedFile(str(error)) from None
 
 
 def _checksum(path: Path) -> str:

@@ -3,7 +3,8 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward
     python stages/ppo.py out/sft --prompts sums.jsonl --reward rules:correct          a Python function, rules.py
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
-    python stages/ppo.py --resume=out/ppo                                   continue a stopped run
+    python stages/ppo.py --resume=out/ppo                                   continue a stopped run; a reward
+                                                                            function has to be named again
     torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
@@ -16,7 +17,7 @@ out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ from gpt_arc.alignment import losses
 from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
-from gpt_arc.alignment.rewards import Scorer, load_reward
+from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
 from gpt_arc.alignment.rollouts import (
     Prompt,
     Rollouts,
@@ -65,8 +66,7 @@ class Options(StageOptions):
     reward: str | None = None
     """A reward model's directory, or a Python function of rows and responses, as module:function."""
     monitor: str | None = None
-    """Another reward, logged but not learned from. torchrun has a --monitor too: with torchrun, set this one in a file
-    of settings."""
+    """Another reward, logged but not learned from. torchrun has a --monitor too: write -- before the script's name."""
     episodes: Count = 256_000
     """Total number of responses (InstructGPT's 256,000)."""
     gradient_accumulation_steps: Count = 8
@@ -128,6 +128,10 @@ class Options(StageOptions):
             raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
 
     @property
+    def code(self) -> dict[str, str]:
+        return {name: value for name in ("reward", "monitor") if names_function(value := getattr(self, name))}
+
+    @property
     def episodes_per_iteration(self) -> int:
         return self.examples_per_update * self.minibatches
 
@@ -159,11 +163,16 @@ class PretrainingText:
         self.context, self.windows = context, options.pretraining_batch_size
         self.tokens = self.windows * context  # per update
 
+    def read(self, first: int, updates: int) -> None:
+        """Read the windows of an iteration: of `updates` updates from update `first` on."""
+        starts = self.order.starts(first * self.windows, updates * self.windows)
+        self.first, self.rows = first, windows(self.split, starts, self.context)
+
     def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
         """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if it has none."""
-        starts = self.order.starts(update * self.windows, self.windows)
-        starts = starts[i * WORLD_SIZE + RANK :: parts * WORLD_SIZE]
-        return to_device(windows(self.split, starts, self.context), device) if len(starts) else None
+        start = (update - self.first) * self.windows
+        each = slice(start + i * WORLD_SIZE + RANK, start + self.windows, parts * WORLD_SIZE)
+        return to_device([rows[each] for rows in self.rows], device) if len(self.rows[0][each]) else None
 
 
 def minibatch_losses(
@@ -256,7 +265,7 @@ def load_setup(options: Options, run: StageRun) -> Setup:
 
 def roll_out(
     setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
-    run: StageRun, write: Callable[[Path], None],
+    run: StageRun,
 ) -> Rollouts:  # fmt: skip
     """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
     share = prompts[RANK::WORLD_SIZE]
@@ -265,9 +274,8 @@ def roll_out(
         range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
     )  # fmt: skip
     outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
-    with run.keeping(write):
-        scores = setup.score(share, responses)
-        monitored = setup.monitor(share, responses) if setup.monitor else scores
+    scores = setup.score(share, responses)
+    monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
         ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
@@ -356,7 +364,10 @@ def train(options: Options, run: StageRun) -> int:
 
         # rollout and score
         iteration_prompts = [prompts[row] for row in order.take(first, size)]
-        rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run, write)
+        with run.keeping(write):
+            if text:
+                text.read(progress.step * updates, updates)
+            rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
         rollout_seconds = time.perf_counter() - started
 
         # advantages
@@ -380,6 +391,7 @@ def train(options: Options, run: StageRun) -> int:
 
         # report
         progress.step += 1
+        run.check_finite()
         means = (totals / max(finite_updates, 1)).tolist()
         line = {
             "episodes": progress.step * size,
@@ -393,7 +405,7 @@ def train(options: Options, run: StageRun) -> int:
             "seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
-        run.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
+        run.tell(line, shown, iterations)
         if options.kl_target:
             kl_coef = losses.adapted_kl_coefficient(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
         progress.numbers["kl_coef"] = kl_coef

@@ -11,7 +11,6 @@ see `gpt_arc/chat/format.py`. A run writes out/reward/ (or out/reward-2, -3 ...)
 and checkpoints.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,11 @@ from gpt_arc.chat.files import read_conversations, read_rankings
 from gpt_arc.chat.format import load_chat_model
 from gpt_arc.device import autocast
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import write_file
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
@@ -98,7 +97,8 @@ def train(options: Options, run: StageRun) -> int:
                 "name the rankings to learn from by --train, or a reward model and its test rankings by --val"
             )
         examples = encode_split("val", read_rankings(options.val), chat, context)
-        show(measure(model.to(run.device), examples, options, run))
+        with naming(options.model):
+            show(measure(model.to(run.device), examples, options, run))
         return 0
 
     # ---- the rankings, and the plan in figures
@@ -155,6 +155,8 @@ def train(options: Options, run: StageRun) -> int:
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
         line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended:
+            run.check_finite()
         if epoch_ended and "val" in encoded:
             report = measure(model, encoded["val"], options, run)
             line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
@@ -165,7 +167,7 @@ def train(options: Options, run: StageRun) -> int:
             centre(model, demonstrations, options, run)
             run.save(write, report and report["loss"])
     if report and IS_MAIN:
-        write_file(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+        write_file(run.folder / "report.json", to_json(report, indent=1) + "\n")
     return run.finish(write)
 
 

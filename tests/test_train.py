@@ -320,7 +320,7 @@ def test_signals_save_and_say_how_to_resume(workplace, number, code):
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(workplace, run):
-    result = run("--max_iters=200", "--learning_rate=1e18", "--grad_clip=0", "--warmup_iters=190", "--eval_interval=1",
+    result = run("--max_iters=200", "--learning_rate=1e6", "--grad_clip=0", "--warmup_iters=190", "--eval_interval=1",
                  "--dtype=float32")  # fmt: skip
     assert result.code == 1 and "has diverged" in result.output
     model, _ = load_model("out/sums/last")

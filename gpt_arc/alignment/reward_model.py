@@ -20,7 +20,7 @@ from gpt_arc.alignment.rankings import padded
 from gpt_arc.chat.format import ChatFormat, load_chat_model
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
 from gpt_arc.manifest import record_files
 from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
@@ -69,7 +69,7 @@ class RewardModel(nn.Module):
 def score_sequences(
     model: RewardModel, sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device, dtype: str
 ) -> Tensor:
-    """Returns scores (N,) float32, on the CPU, of N sequences of tokens."""
+    """Returns scores (N,) float32, on the CPU, of N sequences of tokens. Raises NotFinite for one that isn't."""
     training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -79,6 +79,7 @@ def score_sequences(
         with autocast(device, dtype):
             scores[rows] = model(*padded([sequences[i] for i in rows], device)).float().cpu()
     model.train(training)
+    check_finite(scores.tolist())
     return scores
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, assert_never
 
 import torch
@@ -14,7 +14,10 @@ from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.weights.tensor_files import check_tensors
 
+# what each optimizer keeps for a weight, in its shape and type
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
@@ -77,10 +80,12 @@ class Updater:
         sharing: ExpertParallel | None = None,
     ):
         """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
-        self.config, self.sharing = config, sharing if sharing and sharing.shares else None
+        self.model, self.config = model, config
+        self.sharing = sharing if sharing and sharing.shares else None
         self.optimizers = build_optimizers(model, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self._names)
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
 
@@ -88,6 +93,13 @@ class Updater:
     def diverged(self) -> bool:
         """Whether training can't recover: float16 finds its loss scale by overflowing, other types don't mend."""
         return self._failures >= (20 if self.scaler.is_enabled() else 2)
+
+    @torch.no_grad()
+    def finite(self, *figures: float) -> bool:
+        """Whether the weights in every process and `figures` are finite. Every process must call this."""
+        largest = get_total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
+        bad = distributed.sum_over_ranks((~largest.isfinite()).float())
+        return not bad and all(map(math.isfinite, figures))
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -157,17 +169,24 @@ class Updater:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; rates, decay and betas stay those of the present settings.
 
-        The model holds the weights of its file: their average, if one was kept.
+        The model holds the weights of its file: their average, if one was kept. Raises ValueError or KeyError, and
+        changes nothing, if `state` describes another model.
         """
+        moments = {name: state[name]["state"] for name in self.optimizers}
+        if self.sharing:
+            main = self.optimizers["optimizer"]
+            moments["optimizer"] = self.sharing.reshaped(main, moments["optimizer"], self.sharing.share_of)
         for name, optimizer in self.optimizers.items():
-            saved = state[name]
-            if self.sharing and name == "optimizer":
-                saved = {"state": self.sharing.reshaped(optimizer, saved["state"], self.sharing.share_of)}
-            load_optimizer_state(optimizer, saved)
+            check_moments(optimizer, moments[name], self._names)
+        weights = state.get("weights")
+        if weights is not None:
+            check_tensors(dict(enumerate(weights)), dict(enumerate(self.parameters)), "weights.")
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_state(optimizer, {"state": moments[name]})
         if self.average is not None:
             torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
-        for parameter, weight in zip(self.parameters, state.get("weights", ())):
-            parameter.data.copy_(weight)
+        if weights is not None:
+            torch._foreach_copy_([p.detach() for p in self.parameters], weights)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -186,6 +205,23 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
     """Move the moving average of a model's weights on by one update."""
     for mean, weight in zip(average, weights):
         mean.lerp_(weight.detach(), 1 - decay)
+
+
+def check_moments(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[Tensor, str]
+) -> None:
+    """Raises ValueError unless `state` has moments of the optimizer's weights, in their shapes and types.
+
+    A weight without a gradient has none. `names` are those of the weights.
+    """
+    weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+    for i, moments in state.items():
+        if i not in weights:
+            raise ValueError(f"it has moments of weight {i} of {len(weights)}")
+        expected = dict.fromkeys(MOMENTS[type(optimizer)], weights[i].detach())
+        if isinstance(optimizer, torch.optim.AdamW):
+            expected["step"] = torch.tensor(0.0)
+        check_tensors(moments, expected, f"{names[weights[i]]}: ")
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import pydantic.dataclasses
 import torch
 
 from gpt_arc import distributed
@@ -13,8 +14,10 @@ from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.device import device_name, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.reading import reading
+from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import human
-from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
@@ -24,17 +27,17 @@ from gpt_arc.weights.directory import load_config
 from model import GPT
 
 
-@dataclass
+@pydantic.dataclasses.dataclass(config=CHECKED)
 class Progress:
     """How far a run has come: with the weights, the optimizer and the generators, all that resuming needs."""
 
-    step: int = 0  # optimizer updates made
-    consumed: int = 0  # sequences read
-    skipped: int = 0  # steps left out because their gradient was not finite
-    seconds: float = 0.0  # of training, without evaluations and checkpoints
-    evaluated_step: int = 0
+    step: Natural = 0  # optimizer updates made
+    consumed: Natural = 0  # sequences read
+    skipped: Natural = 0  # steps left out because their gradient was not finite
+    seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
+    evaluated_step: Natural = 0
     best_val_loss: float = math.inf
-    best_step: int | None = None
+    best_step: Natural | None = None
 
 
 @dataclass
@@ -90,14 +93,15 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     dtype, compile_setting = training.dtype, training.compile
     if launch.checkpoint and trained:
         state = load_state(launch.checkpoint)
-        progress = Progress(**state["progress"])
+        with reading(state_file(launch.checkpoint), ADVICE):
+            progress = Progress(**state["progress"])
         check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
         if state["runtime"]["device"] == device.type:
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
-            compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
+            compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
     dtype = resolve_dtype(dtype, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     with torch.device("meta"):

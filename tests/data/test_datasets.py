@@ -1,6 +1,7 @@
 """Token files, the training order and evaluation windows."""
 
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -357,3 +358,44 @@ def test_errors_while_reading_ahead_are_raised():
     next(evaluation_batches)
     with pytest.raises(OSError, match="the disk is gone"):
         next(evaluation_batches)
+
+
+# ---- files that change while they are read
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def overwrite(path):
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**6))  # file systems with coarse times
+
+
+@pytest.mark.parametrize("change", [truncate, replace, overwrite])
+def test_a_file_that_changes_while_in_use_is_refused(tmp_path, change):
+    for shard in (0, 1):
+        write_tokens(tmp_path / f"train_{shard}.bin", np.arange(100), 1000)
+    files = TokenFiles(tmp_path, "train")
+    assert files.read(90, 40).tolist() == [*range(90, 100), *range(30)]
+    change(tmp_path / "train_1.bin")
+    assert files.read(0, 100).tolist() == list(range(100))
+    for start, count in ((90, 40), (150, 10), (195, 17)):
+        with pytest.raises(UserError, match="train_1.bin was changed or replaced while it was in use"):
+            files.read(start, count)
+    with pytest.raises(UserError, match="train_1.bin was changed"):
+        windows(files, np.array([0, 110]), 8)
+
+
+def test_what_one_call_of_the_system_can_not_read_is_read_in_several(tmp_path, monkeypatch):
+    write_tokens(tmp_path / "train.bin", np.arange(5000), 5000)
+    original = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: original(file, min(count, 1000), offset))
+    assert TokenFiles(tmp_path, "train").read(0, 5000).tolist() == list(range(5000))

@@ -1,6 +1,7 @@
 """stages/ppo.py as a user runs it: the optimum it reaches, an update by hand, resuming, refusals."""
 
 import dataclasses
+import json
 import math
 import re
 import sys
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 
 from gpt_arc.alignment import losses
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
+from gpt_arc.alignment.rewards import load_reward, names_function
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
 from gpt_arc.settings import mistake
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
@@ -38,6 +41,7 @@ QUICK = (
     "--max_new_tokens=5 --learning_rate=1e-3 --adam_eps=1e-4 --rollout_batch_size=16"
 ).split()
 TRAIN = ("base", "--prompts=prompts.jsonl", "--reward=rules_of_ppo:letters", *QUICK)
+CONFIRMED = "--reward=rules_of_ppo:letters"  # code is named again to resume
 STILL = ("--learning_rate=1e-30",)  # leaves the policy unchanged
 RULES = """
 def letters(rows, responses): return [text.count("b") - 0.5 * text.count("c") for text in responses]
@@ -420,17 +424,44 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(run):
 
 def test_resuming_refuses_changed_prompts_or_another_reference(run):
     run(*TRAIN)
-    refused = run("out/ppo", "--resume=True", "--episodes=64")
+    refused = run("out/ppo", "--resume=True", CONFIRMED, "--episodes=64")
     assert refused.code == 2 and "--episodes can't be changed" in refused.message
     rows = Path("prompts.jsonl").read_text()
     write("prompts.jsonl", [{"prompt": "a"}])
-    refused = run("out/ppo", "--resume=True")
+    refused = run("out/ppo", "--resume=True", CONFIRMED)
     assert refused.code == 2 and "was started on other data or another model" in refused.message
     Path("prompts.jsonl").write_text(rows)
-    assert "finished step 2" in run("out/ppo", "--resume=True")
+    assert "finished step 2" in run("out/ppo", "--resume=True", CONFIRMED)
     save_chat_model(randomised(GPT(config_of()), 7), CHAT, "base")
-    refused = run("out/ppo", "--resume=True")
+    refused = run("out/ppo", "--resume=True", CONFIRMED)
     assert refused.code == 2 and "was started on other data or another model" in refused.message
+
+
+def test_code_that_a_run_names_is_imported_only_from_the_command_line(run):
+    run(*TRAIN, "--monitor=rules_of_ppo:lengths")
+    sys.modules.pop("rules_of_ppo", None)
+    record = json.loads(Path("out/ppo/run.json").read_text())
+    record["options"]["reward"] = "out.ppo.payload:f"
+    Path("out/ppo/run.json").write_text(json.dumps(record))
+    Path("out/ppo/payload.py").write_text("raise SystemExit('executed')")
+    command = "python ppo.py --resume=out/ppo --reward=out.ppo.payload:f --monitor=rules_of_ppo:lengths"
+    for flags in ((), ("--monitor=rules_of_ppo:lengths",)):
+        refused = run("--resume=out/ppo", *flags)
+        assert refused.code == 2 and "reward = out.ppo.payload:f, which is imported only from the" in refused.message
+        assert refused.message.endswith(f"resume with: {command}\n")
+    assert not {"out.ppo.payload", "rules_of_ppo"} & sys.modules.keys()
+    assert "--reward = rules_of_ppo:letters can't be changed" in run("--resume=out/ppo", CONFIRMED).message
+    record["options"]["reward"] = "rules_of_ppo:letters"
+    Path("out/ppo/run.json").write_text(json.dumps(record))
+    assert "monitor = rules_of_ppo:lengths, which is" in run("--resume=out/ppo", CONFIRMED).message
+    assert "finished step 2" in run("--resume=out/ppo", CONFIRMED, "--monitor=rules_of_ppo:lengths")
+
+
+@pytest.mark.parametrize("name", ["out/evil:f", "/a:b/reward", "rules_of_ppo:letters:f", "rules_of_ppo:", "os.path"])
+def test_only_module_and_function_are_imported(name):
+    assert not names_function(name)
+    with pytest.raises(UserError, match="neither a reward model's directory nor a function"):
+        load_reward(name, CHAT, torch.device("cpu"), "float32", 1)
 
 
 # ---- published settings and refusals
@@ -498,3 +529,19 @@ def test_every_setting_is_checked():
         with pytest.raises(ValueError) as refused:
             dataclasses.replace(ppo.Options(), **{name: value})
         assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.Options))
+
+
+def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeypatch):
+    write_dataset(workplace / "data" / "same", LETTERS, {"train": [3] * 500, "val": [3] * 100})
+    flags = ("--episodes=32", "--minibatches=1", "--pretraining_dataset=same", "--pretraining_batch_size=5")
+    original = Updater.update
+
+    def update(self, *args):
+        (workplace / "data" / "same" / "train.bin").touch()
+        return original(self, *args)
+
+    monkeypatch.setattr(Updater, "update", update)
+    stopped = run(*TRAIN, *flags)
+    assert stopped.code == 2 and "train.bin was changed or replaced while it was in use" in stopped.message
+    assert "; step 1 is saved, resume with: python ppo.py --resume=out/ppo" in stopped.message
+    assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1

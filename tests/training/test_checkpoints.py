@@ -21,11 +21,12 @@ from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(8, 11, 2, 2, 16, positions="rotary", norm="rmsnorm", head_bias=True, dropout=0.1)
 TOKENIZER = CharTokenizer("abcdefghij\n")
+STATE = {"generators": [{"cpu": torch.get_rng_state()}], "scaler": {}, "data": ""}
+STATE |= {"optimizer": {"state": {}, "param_groups": []}, "runtime": {"device": "cpu", "dtype": "float32"}}
 
 
 def checkpoint(run, step, best_step, keep_all=False):
-    state = dict.fromkeys(("optimizer", "scaler", "runtime", "data"))
-    state |= {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
+    state = STATE | {"progress": {"step": step}}
     save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
 
 
@@ -103,8 +104,7 @@ def small_checkpoint(run, step, best_step, mark, keep_all=False):
             (directory / name).write_text(mark)
         record_files(directory, "config.json", "weights")
 
-    state = dict.fromkeys(("optimizer", "scaler", "runtime", "generators"))
-    save_checkpoint(run, step, best_step, save, state | {"progress": {"step": step}, "data": mark}, keep_all)
+    save_checkpoint(run, step, best_step, save, STATE | {"progress": {"step": step}, "data": mark}, keep_all)
 
 
 def marks(directory):
@@ -266,7 +266,7 @@ def test_loads_of_a_live_run_never_mix_checkpoints(tmp_path, monkeypatch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(step)
-        state = dict.fromkeys(("optimizer", "scaler", "runtime", "data", "generators")) | {"progress": {"step": step}}
+        state = STATE | {"progress": {"step": step}}
         save_checkpoint(tmp_path, step, step - step % 3 or None, partial(save_model, model, TOKENIZER), state, False)
 
     def train():

@@ -80,7 +80,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
     save_model(GPT(CONFIG), None, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:keep])
-    with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match="model.safetensors is damaged, use another checkpoint"):
         load_model(tmp_path)
 
 

@@ -407,7 +407,7 @@ def test_damaged_missing_and_pickled_files_are_named(copy, hf_models):
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:1000], whole[:-1], b"\xff" * 8 + whole[8:], whole[:9] + b"#" + whole[10:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
             load_model(folder)
     path.unlink()
     with pytest.raises(UserError, match="has no model.safetensors"):
@@ -421,7 +421,7 @@ def test_damaged_missing_and_pickled_files_are_named(copy, hf_models):
     hf_models["gpt1"][0].save_pretrained(folder, max_shard_size="20KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing or damaged"):
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
         load_model(folder)
 
 
