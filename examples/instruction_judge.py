@@ -23,13 +23,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positional
 from gpt_arc.tables import to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
@@ -38,7 +37,7 @@ MOST = 18  # longest response in tokens
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str | None] = None
+    model: Positional[str | None] = None
     """A model trained by stages/sft.py, or one fine-tuned further from such a model."""
     rank: Path | None = None
     """Prompts; the model responds to them, and the judge ranks the responses."""

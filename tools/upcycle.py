@@ -11,20 +11,19 @@ The new routers and shared experts change nothing at first: the projections of s
 import sys
 from pathlib import Path
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, mistake
+from gpt_arc.settings import STRICT, Positional, mistake
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    output: tyro.conf.Positional[Path]
+    output: Positional[Path]
     """The folder to write."""
     n_experts: int = 8
     """Experts per block."""

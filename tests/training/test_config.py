@@ -181,7 +181,7 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--init_from=nowhere"], "there is no model directory nowhere"),
         (["--learing_rate=1"], "there is no flag --learing_rate; did you mean --learning_rate"),
         (["--n-layers", "3"], "there is no flag --n-layers; did you mean --n_layer"),
-        (["--n_layer=six"], "--n_layer: 'six' is not understood"),
+        (["--n_layer=six"], "--n_layer = six must be a whole number"),
         (["--n_layer"], "Missing value for argument '--n_layer'"),
         (["--compile=maybe"], "invalid choice 'maybe'"),
         (["--n_head=5"], "n_head = 5 does not divide n_embd = 768"),

@@ -27,7 +27,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
@@ -43,14 +42,14 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positional
 
 TRIALS = 2  # batches per candidate size when choosing the harness's batch size
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvalBench:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
     alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     items: int = 1000

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
@@ -45,14 +44,14 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positional
 
 LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
 
 
 @dataclass(frozen=True, config=STRICT)
 class FinetuneBench:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
     alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: int = 32

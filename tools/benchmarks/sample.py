@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any, Literal, NamedTuple
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
@@ -45,7 +44,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positional
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
@@ -53,7 +52,7 @@ PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which me
 
 @dataclass(frozen=True, config=STRICT)
 class SampleBench:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
     or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: int = 1
