@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.run
 
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.training.optim import Updater
+from warm import WarmPopen
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,9 +24,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with figures of the
 os.environ["WANDB_MODE"] = "offline"
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes of several threads each would wait for one another's
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # processes of several threads each would wait for one another's
+
+
+torch.set_num_threads(1)
 
 
 # the smallest real training run, added to a config or the defaults
@@ -66,20 +69,25 @@ def randomised(model, seed: int = 0, scale: float = 0.3):
     return model.eval()
 
 
-def command(*args: str, processes: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python ARGS` (a script of the repository first) in the current folder; torchrun for several processes."""
+def run_python(*args: str, timeout: float = 120, input: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Run `python ARGS` (a script, or -c and code) in the current folder, with torch imported already."""
+    pipe = subprocess.PIPE
+    streams = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
+    with WarmPopen([sys.executable, *args], env={**os.environ, **environment}, **streams) as process:
+        try:
+            output, errors = process.communicate(input, timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+
+def command(*args: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script of the repository as `python ARGS` does, or torchrun for several processes."""
     script, *rest = args
-    launcher = [sys.executable]
+    launcher = []
     if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *rest],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
+        launcher = [torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={processes}"]
+    return run_python(*launcher, str(ROOT / script), *rest, **kwargs)
 
 
 def refusal(*args: str, **kwargs) -> str:
@@ -104,22 +112,18 @@ def interrupt_at(monkeypatch, update: int, number: int = signal.SIGINT) -> None:
     monkeypatch.setattr(Updater, "update", counted)
 
 
-KILLED = """
+KILLED = f"""
+import runpy, signal, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
 import pytest
 from helpers import interrupt_at
-import runpy, signal, sys
-sys.argv = {argv!r}
-interrupt_at(pytest.MonkeyPatch(), {update}, signal.SIGKILL)
+update = int(sys.argv.pop(1))
+del sys.argv[0]
+interrupt_at(pytest.MonkeyPatch(), update, signal.SIGKILL)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def kill_at(update: int, script: str, *flags: str) -> None:
     """Run `python SCRIPT FLAGS` and kill it when it makes so many updates."""
-    code = KILLED.format(argv=[str(ROOT / script), *flags], update=update)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert run_python("-c", KILLED, str(update), str(ROOT / script), *flags).returncode == -signal.SIGKILL

@@ -23,6 +23,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, command
 from stub_models import counting_model
+from warm import WarmPopen
 
 LETTERS = "\nabcdefgh"
 
@@ -259,15 +260,7 @@ def test_compiled_and_8_bit_decoding(letters, say, tmp_path):
 
 # ---- as it is made, and asked for
 
-QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-
-
-def started(*args, **streams):
-    """A process of sample.py."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", *args],
-        env={**os.environ, **QUICK}, **streams,
-    )  # fmt: skip
+SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", "--temperature=0"]
 
 
 def read_until(descriptor, wanted, seconds=60):
@@ -284,7 +277,7 @@ def read_until(descriptor, wanted, seconds=60):
 
 
 def test_text_appears_as_it_is_made(letters):
-    process = started("--temperature=0", "--start=ab", "--max_new_tokens=1000000", stdout=subprocess.PIPE)
+    process = WarmPopen([*SAMPLE, "--start=ab", "--max_new_tokens=1000000"], stdout=subprocess.PIPE)
     try:
         seen = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
         assert process.poll() is None and len(seen) < 4_000  # less than a buffer holds
@@ -296,10 +289,7 @@ def test_text_appears_as_it_is_made(letters):
 
 def test_prompts_from_a_pipe(letters):
     typed = "ab\n\naXb\ncd\nfgh"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *GREEDY, "--interactive=True", "--device=cpu"],
-        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
-    )  # fmt: skip
+    result = command("sample.py", *GREEDY, "--interactive=True", "--device=cpu", input=typed)
     assert result.returncode == 0 and result.stdout == "abcdefg\nabcde\ncdefgh\n\nfgh\nabcd\n"
     assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in result.stderr
     assert result.stderr.count("\n") == 2 and "> " not in result.stdout  # the other line names the model
@@ -321,7 +311,8 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(talker, way):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.login_tty(theirs)
 
-    process = started(way, "--temperature=0", "--max_new_tokens=1000000", preexec_fn=before)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([*SAMPLE, way, "--max_new_tokens=1000000"], preexec_fn=before, env=buffered)
     os.close(theirs)
     try:
         read_until(ours, b"> ")
@@ -404,10 +395,7 @@ def test_a_chat_as_json_and_by_chance(talk):
 def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker):
     """Of a context of 40 tokens, prompts have 20."""
     typed = "h" * 14 + "\nhhh\naXb\n" + "h" * 21 + "\nhhhhf\nf\n"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--chat=talker", "--temperature=0", "--device=cpu", "--json=True"],
-        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
-    )  # fmt: skip
+    result = command("sample.py", "--chat=talker", "--temperature=0", "--device=cpu", "--json=True", input=typed)
     assert result.returncode == 0
     given = [json.loads(line) for line in result.stdout.splitlines()]
     assert [(one["prompt"], one.get("text")) for one in given] == [
@@ -455,7 +443,7 @@ def test_the_first_character_does_not_wait_for_a_compiler(letters):
         "sys.argv = ['sample.py', '--temperature=0', '--max_new_tokens=5', '--start=ab', '--device=cpu']\n"
         f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **QUICK})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "abcdefg\nimported []\n", (result.stdout, result.stderr)
 
 

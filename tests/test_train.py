@@ -21,6 +21,7 @@ from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
 from model import GPT, GPTConfig
+from warm import WarmPopen
 
 
 @pytest.fixture
@@ -285,7 +286,7 @@ def test_a_batch_that_processes_can_not_share_is_refused(workplace):
 
 
 def start(*flags):
-    return subprocess.Popen(
+    return WarmPopen(
         [sys.executable, str(ROOT / "train.py"), "sums.toml", *TINY_FLAGS, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
