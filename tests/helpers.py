@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +83,23 @@ def run_python(*args: str, timeout: float = 120, input: str = "", **environment:
     return subprocess.CompletedProcess(args, process.returncode, output, errors)
 
 
-def command(*args: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script of the repository as `python ARGS` does, or torchrun for several processes."""
-    script, *rest = args
-    launcher = []
-    if processes > 1:
-        launcher = [torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={processes}"]
-    return run_python(*launcher, str(ROOT / script), *rest, **kwargs)
+def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) -> subprocess.CompletedProcess:
+    """Run a script of the repository as `python ARGS` does; several processes by torchrun, or quickly without it."""
+    script, *rest = str(ROOT / args[0]), *args[1:]
+    if processes == 1:
+        return run_python(script, *rest, **kwargs)
+    if torchrun:
+        launcher = torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={processes}"
+        return run_python(*launcher, script, *rest, **kwargs)
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **kwargs}
+    with ThreadPoolExecutor(processes) as pool:
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        ranks = [pool.submit(run_python, script, *rest, **number, **shared) for number in numbers]
+    results = [rank.result() for rank in ranks]
+    codes, outputs, errors = zip(*((one.returncode, one.stdout, one.stderr) for one in results))
+    return subprocess.CompletedProcess(args, next(filter(None, codes), 0), "".join(outputs), "".join(errors))
 
 
 def refusal(*args: str, **kwargs) -> str:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ torch torch._dynamo torch.distributed.run torch.nn.attention.flex_attention
 numpy numpy.random pydantic.dataclasses safetensors.torch tomli_w tqdm tyro
 """.split()
 PR_SET_CHILD_SUBREAPER = 36
+ONE_REQUEST = threading.Lock()
 
 
 @functools.cache
@@ -34,7 +36,7 @@ def warm_process() -> socket.socket:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=[other.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},  # more threads can't be forked safely
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # a process of several threads can't be forked safely
         )
     return channel
 
@@ -46,12 +48,13 @@ class WarmPopen(subprocess.Popen):
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *others,
     ):  # fmt: skip
-        channel = warm_process()
         request = pickle.dumps((list(args)[1:], cwd or os.getcwd(), dict(os.environ if env is None else env)))
         streams = [given if given >= 0 else inherited for inherited, given in enumerate((p2cread, c2pwrite, errwrite))]
-        socket.send_fds(channel, [request], streams)
-        self.pid = int(channel.recv(100))
-        assert channel.recv(100) == b"adopted"
+        with ONE_REQUEST:
+            channel = warm_process()
+            socket.send_fds(channel, [request], streams)
+            self.pid = int(channel.recv(100))
+            assert channel.recv(100) == b"adopted"
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
@@ -92,6 +95,8 @@ if __name__ == "__main__":
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    sys.stdin, sys.stdout = open(0, newline="\n"), open(1, "w", newline="\n")
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", newline="\n")
     script = arguments[0]
     source = arguments.pop(1) if script == "-c" else Path(script).read_bytes()
     sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.realpath(script)) if script != "-c" else ""
