@@ -102,6 +102,21 @@ def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) ->
     return subprocess.CompletedProcess(args, next(filter(None, codes), 0), "".join(outputs), "".join(errors))
 
 
+FORKING = """
+import multiprocessing, os, runpy, sys
+context = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: context
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def forking_command(script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
+    """Like `command`, but multiprocessing forks the script's children, which needn't import torch either."""
+    return run_python("-c", FORKING, str(ROOT / script), *args, **kwargs)
+
+
 def refusal(*args: str, **kwargs) -> str:
     """The sentence with which a command is refused: exit code 2, one paragraph on stderr, no traceback."""
     result = command(*args, **kwargs)

@@ -245,7 +245,7 @@ def test_a_draft(letters, say, tmp_path):
     assert accepted == proposed > 0
     save_model(counting_model(len(LETTERS), 4), CharTokenizer("\nabcdefgi"), tmp_path / "other")
     assert "the draft other has another tokenizer than the model" in say("--draft=other")
-    flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters")
+    flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters", "--max_new_tokens=40")
     told = answers(say(*flags))
     assert len({one["text"] for one in told}) == 3 and say(*flags, "--seed=7") != say(*flags)
 
