@@ -24,6 +24,7 @@ from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
+from gpt_arc.manifest import check_files
 
 FILE_NAME = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
@@ -494,19 +495,20 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """Loads the tokenizer a user names: gpt2, a folder or file, a folder under data/, or a model on the hub.
+    """Loads the tokenizer a user names: gpt2, a file, a dataset or model, a run's model, or a model on the hub.
 
     Raises UserError if the name is none of these or the tokenizer is damaged.
     """
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    for path in (Path(name), DATA_ROOT / name):
+    for path in (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name):
         if path.is_file() or holds_tokenizer(path):
+            check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.TOKENIZER))
     raise UserError(
         f"there is no tokenizer {name}: give gpt2 (or char, for prepare/text.py), the name of a dataset under "
-        f"{DATA_ROOT}/, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of these "
-        "files, or hf:OWNER/NAME for a model on the Hugging Face hub"
+        f"{DATA_ROOT}/, a run, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of "
+        "these files, or hf:OWNER/NAME for a model on the Hugging Face hub"
     )

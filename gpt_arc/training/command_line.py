@@ -1,6 +1,7 @@
 """The command lines of train.py and of the stages."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from gpt_arc.errors import UserError
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
-from gpt_arc.training.options import O, located, recorded_options, refuse_others
+from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record
 from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config
 from model import GPTConfig
 
@@ -46,6 +48,7 @@ class Launch:
     files: tuple[str, ...]
     overrides: dict[str, Any]  # settings that differ from those in the files
     resumed: Path | None  # the run to resume
+    checkpoint: Path | None  # the folder in it to resume from, once the run is locked
     imported: str | None  # the model to start from
     adopted: dict[str, Any]  # settings of its architecture that replace those in files and flags
 
@@ -67,8 +70,11 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if run.resume or run.init_from == "resume":
         folder = run.resume or run.out_dir
         resumed = newest_run(name or None) if folder is None else Path(folder)
-        if not (resumed / "last" / "config.json").exists():
-            raise UserError(f"there is no checkpoint to resume from in {resumed}: name another run, or start a new one")
+        if named_checkpoint(resumed, "last") is None:
+            started = (resumed / "run.json").exists()
+            start_over = f"start it over with --out_dir={shlex.quote(str(resumed))} --overwrite=True"
+            remedy = start_over if started else "name another run, or start a new one"
+            raise UserError(f"there is no checkpoint to resume from in {resumed}: {remedy}")
         recorded = read_record(resumed)[1]
         if not files:
             files = [str(resumed / "config.toml")]
@@ -91,7 +97,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
-    return Launch(config, name, tuple(files), overrides | adopted, resumed, imported, adopted)
+    return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
 
 
 def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -157,6 +163,22 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
     return start_stage(options, name, train)
 
 
+def confirm_code(options: StageOptions, recorded: StageOptions, command: str) -> None:
+    """Raises UserError unless the command line names again the code that a resumed run names in its record.
+
+    Whoever wrote the folder could have named any code there.
+    """
+    for setting, value in recorded.code.items():
+        given = getattr(options, setting)
+        if given not in (None, value):
+            raise UserError(f"--{setting} = {given} can't be changed: the run was started with {value}")
+        if given is None:
+            raise UserError(
+                f"the run names Python code, {setting} = {value}, which is imported only from the command line: if you "
+                f"trust it, resume with: {command}"
+            )
+
+
 def start_stage(
     options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
 ) -> int:
@@ -166,10 +188,11 @@ def start_stage(
         is_old_form = options.resume == "True"  # RUN --resume=True
         if is_old_form and options.model is None:
             raise UserError("name the run to resume: --resume=RUN")
-        allowed = {"resume", "device", "backend"} | ({"model"} if is_old_form else set())
-        refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         folder = Path(options.model if is_old_form else options.resume)
         recorded = recorded_options(folder, type(options), name)
+        allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
+        refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
+        confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
         options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
         lock = Lock(folder) if IS_MAIN else None
     else:
