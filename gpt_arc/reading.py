@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import stat
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def read_json(path: Path | str, schema: Any = dict[str, Any], limit: int = LIMIT
     content = read_bytes(path, limit)
     with reading(path):
         return _adapter(schema).validate_json(content)
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """Returns the content of a TOML file. Raises UserError if it can't be read or isn't valid."""
+    content = read_bytes(path)
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {_reason(error)}") from None
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from gpt_arc.errors import UserError
+from gpt_arc.reading import open_plain, reading
 
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
@@ -87,7 +88,8 @@ class TokenFiles:
         self._types: list[np.dtype] = []
         ends = [0]
         for path in self.paths:
-            header = np.frombuffer(_read(path, 4 * HEADER, 0).ljust(4 * HEADER, b"\0"), dtype="<i4")
+            with reading(path), open_plain(path) as file:
+                header = np.frombuffer(file.read(4 * HEADER).ljust(4 * HEADER, b"\0"), dtype="<i4")
             dtype = FORMATS.get((int(header[0]), int(header[1])))
             if dtype is None:
                 raise UserError(f"{path} is not a token file: it begins with {header[0]}, {header[1]}")
