@@ -23,7 +23,7 @@ from pydantic.errors import PydanticUserError
 from gpt_arc.errors import UserError, first_line, is_out_of_memory
 
 LIMIT = 4 << 20  # bytes of a file of settings
-STRICT_JSON = ConfigDict(strict=True, allow_inf_nan=False)
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def read_json(path: Path | str, schema: Any = dict[str, Any], limit: int = LIMIT
     """Returns the JSON in a file as an instance of `schema`. Raises UserError naming the file, key and value."""
     content = read_bytes(path, limit)
     with reading(path):
-        return _adapter(schema).validate_json(content)
+        return _adapter(schema).validate_json(content, strict=True)
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 @functools.cache
 def _adapter(schema: Any) -> TypeAdapter:
     try:
-        return TypeAdapter(schema, config=STRICT_JSON)
-    except PydanticUserError:  # a dataclass, which has a config of its own
+        return TypeAdapter(schema, config=FINITE)
+    except PydanticUserError:  # a dataclass or a TypedDict has a config of its own
         return TypeAdapter(schema)
 
 
@@ -111,10 +111,10 @@ def mistake_in(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "json_invalid":
-        return f"it is not JSON: {first['ctx']['error']}"
+        return f"it is not JSON: {first.get('ctx', {}).get('error')}"
     if first["type"] == "missing":
         return f"it lacks {key}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"it has the unknown key {key}"
-    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
+    reason = str(first.get("ctx", {}).get("error")) if first["type"] == "value_error" else first["msg"]
     return f"{key} = {json.dumps(first['input'], default=repr)[:60]}: {reason}" if key else reason

@@ -14,21 +14,25 @@ model that the other library can't compute is refused.
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
+from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT
+
+if TYPE_CHECKING:
+    import torch
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor is a folder with any other file
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json", MANIFEST}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -121,6 +125,15 @@ def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def check_range(tensors: dict[str, "torch.Tensor"], model: str, dtype: str) -> None:
+    """Raises UserError for a tensor with values beyond the range of the type it was converted to, or NotFinite."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any() or dtype == "float32" and tensor.isinf().any():
+            raise NotFinite(f"{name} of {model} is not finite: export another checkpoint")
+        if tensor.isinf().any():
+            raise UserError(f"{name} of {model} has values beyond the range of {dtype}: export in float32")
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check_output(options.output, options.overwrite)
@@ -143,8 +156,9 @@ def main() -> None:
     elif is_reward_model(options.model):
         raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
     else:
-        model, tokenizer = load_model(options.model)
-        chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
+        directory = model_directory(options.model)
+        model, tokenizer = load_model(directory)
+        chat = tokenizer and load_chat(directory, tokenizer)
     end = start = None
     if tokenizer is not None and tokenizer.end_of_text is not None:
         end, start = tokenizer.end_of_text, tokenizer.start_token
@@ -158,6 +172,7 @@ def main() -> None:
         config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
         tensors = dict(hf_classifier_tensors(model, classifier.head.weight, trained.task, dtype))
         form, files = config["architectures"][0], {}
+    check_range(tensors, options.model, options.dtype)
     files["config.json"] = as_json(config)
     readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
     if tokenizer is not None:
@@ -180,6 +195,7 @@ def main() -> None:
             write_file(temporary / name, content)
         if chat:
             chat.save(temporary)
+        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:

@@ -18,9 +18,10 @@ from gpt_arc.alignment.rankings import padded
 from gpt_arc.chat.format import ChatFormat, load_chat_model
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
-from gpt_arc.weights.directory import model_directory, save_model
+from gpt_arc.manifest import record_files
+from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT
 
@@ -59,7 +60,7 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Returns scores (N,) of tokens (N, T) padded after `lengths` (N,)."""
-        hidden = self.trunk.hidden(tokens)
+        hidden = self.trunk.hidden(tokens, lengths=lengths)
         return self.head(hidden[torch.arange(len(lengths), device=tokens.device), lengths - 1])
 
 
@@ -67,7 +68,7 @@ class RewardModel(nn.Module):
 def score_sequences(
     model: RewardModel, sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device, dtype: str
 ) -> Tensor:
-    """Returns scores (N,) float32, on the CPU, of N sequences of tokens."""
+    """Returns scores (N,) float32, on the CPU, of N sequences of tokens. Raises NotFinite for one that isn't."""
     training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -77,6 +78,7 @@ def score_sequences(
         with autocast(device, dtype):
             scores[rows] = model(*padded([sequences[i] for i in rows], device)).float().cpu()
     model.train(training)
+    check_finite(scores.tolist())
     return scores
 
 
@@ -115,16 +117,19 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, chat: ChatFormat
     with replacing(Path(directory) / HEAD) as temporary:
         tensors = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
+    record_files(Path(directory), HEAD)
 
 
 def is_reward_model(path: Path | str) -> bool:
     """Whether `path` is a reward model's directory or the folder of a run that trained one."""
-    return any((Path(path) / checkpoint / HEAD).is_file() for checkpoint in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / HEAD).is_file()
 
 
+@of_one_checkpoint
 def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFormat]:
     """Loads a reward model on the CPU, its tokenizer and its chat format. Raises UserError."""
-    directory = model_directory(path)
+    directory = Path(path)
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
     if not (directory / HEAD).exists():

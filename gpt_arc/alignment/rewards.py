@@ -22,7 +22,7 @@ from torch import Tensor
 from gpt_arc.alignment.reward_model import is_reward_model, load_reward_model, score_sequences
 from gpt_arc.alignment.rollouts import Prompt
 from gpt_arc.chat.format import ChatFormat
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError, first_line, naming
 
 Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
 Function = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
@@ -57,7 +57,8 @@ def _model_scorer(name: str, chat: ChatFormat, device: torch.device, dtype: str,
         longest = max(map(len, sequences), default=0)
         if longest > context:
             raise UserError(f"the reward model {name} reads at most {context} tokens; a response ends at {longest}")
-        return score_sequences(model, sequences, batch_size, device, dtype)
+        with naming(f"the reward model {name}"):
+            return score_sequences(model, sequences, batch_size, device, dtype)
 
     return score
 

@@ -53,7 +53,7 @@ class Documents(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """A JSON value that identifies the documents, without reading them."""
+        """A JSON value that identifies the documents, and any change made to them, without reading them."""
 
     @abc.abstractmethod
     def pieces(self, cut: Cut, position: Any = None) -> Iterator[tuple[str, bool]]:
@@ -84,7 +84,10 @@ class Text(Documents):
 
 
 class Files(Documents):
-    """The documents of text, JSON lines or parquet files, by suffix. Text and JSON lines may be compressed."""
+    """The documents of JSON lines (.jsonl, .json), parquet and text files (any other suffix).
+
+    All except parquet may be compressed.
+    """
 
     def __init__(self, paths: list[Path], field: str):
         self.paths, self.field = paths, field

@@ -25,6 +25,7 @@ from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
+from gpt_arc.manifest import check_files
 from gpt_arc.reading import read_bytes, reading
 
 FILE_NAME = "tokenizer.json"
@@ -540,6 +541,7 @@ def find_tokenizer(name: str) -> Tokenizer:
         return BPETokenizer.gpt2()
     for path in (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name):
         if path.is_file() or holds_tokenizer(path):
+            check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.TOKENIZER))

@@ -28,9 +28,10 @@ from gpt_arc.files import replacing, write_file
 from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.reading import read_json, reading
-from gpt_arc.weights.directory import load_config, load_text_model, model_directory, save_model
+from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
 from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import read_tensors
@@ -110,7 +111,7 @@ class Classifier(nn.Module):
         """Returns logits and losses of a `Batch`. Without `with_language` the language-model loss is 0."""
         (batch, options), config = lengths.shape, self.config
         present = lengths > 0
-        hidden = self.trunk.hidden(tokens.flatten(0, 1))  # (B O, T, C)
+        hidden = self.trunk.hidden(tokens.flatten(0, 1), lengths=lengths.flatten())  # (B O, T, C)
         last = (lengths.flatten() - 1).clamp(min=0)
         extracted = hidden[torch.arange(len(last), device=last.device), last].unflatten(0, (batch, options))
         if config.task == "similarity":
@@ -166,25 +167,30 @@ def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Pat
     content = {"format_version": FORMAT_VERSION, **asdict(classifier.config)}
     content["special"] = classifier.config.special._asdict()
     write_file(Path(directory) / CONFIG, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    record_files(Path(directory), WEIGHTS, CONFIG)
 
 
 def is_classifier(path: Path | str) -> bool:
     """Whether `path` is a classifier's directory or the run folder of a classifier."""
-    return any((Path(path) / place / CONFIG).is_file() for place in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / CONFIG).is_file()
 
 
+@of_one_checkpoint
 def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Classifier, Tokenizer]:
     """Returns the classifier, on the CPU and in training mode, and its tokenizer.
 
     `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
-    directory = model_directory(path)
+    directory = Path(path)
     config = _read_config(directory / CONFIG)
     if config.lstm:
         trunk, tokenizer = _load_lstm(directory, dtype), load_tokenizer(directory)
     else:
         trunk, tokenizer = load_text_model(directory, dtype=dtype)
     classifier = Classifier(trunk, config)
+    if config.lstm:
+        check_files(directory, sizes_only=(".pt",))
     head = read_tensors(directory / WEIGHTS, {"head.weight": classifier.head.weight.shape}, dtype)
     classifier.head.to(dtype).load_state_dict({"weight": head["head.weight"]})
     return classifier, tokenizer

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -34,7 +34,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural
 from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, resume_command
@@ -74,9 +74,10 @@ class StageRun:
         self.folder, self._lock = folder, lock
         self.progress = progress()
         self._state: dict[str, Any] | None = None
-        if folder and (folder / "last").exists():
-            self._state = load_state(folder / "last")
-            with reading(state_file(folder / "last"), ADVICE):
+        self.checkpoint = resumable(folder) if folder else None
+        if self.checkpoint:
+            self._state = load_state(self.checkpoint)
+            with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
         self.stopped = 0  # number of the signal that any process received
@@ -88,7 +89,7 @@ class StageRun:
     @property
     def origin(self) -> str:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
-        return str(self.folder / "last") if self._state else self.options.model
+        return str(self.checkpoint or self.options.model)
 
     def open(self, fingerprint: str) -> None:
         """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
@@ -136,7 +137,7 @@ class StageRun:
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
         generators = self._state["generators"]
         generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
-        with reading(state_file(self.folder / "last"), ADVICE):
+        with reading(state_file(self.checkpoint), ADVICE):
             updater.load_state_dict(self._state)
             for name, part in parts.items():
                 check_tensors(saved[name], part.state_dict(), f"{name}.")
@@ -146,8 +147,12 @@ class StageRun:
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
-        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far."""
+        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
+
+        Raises UserError, and writes nothing, if a weight or `best` is not finite.
+        """
         progress = self.progress
+        self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
         state = {
@@ -161,6 +166,16 @@ class StageRun:
         if IS_MAIN:
             save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
         self._saved = progress.step
+
+    def check_finite(self, *figures: float) -> None:
+        """Raises UserError if a weight or one of `figures`, such as the val loss, is not finite."""
+        if not self._updater.finite(*figures):
+            self._diverge(self.progress.step, "left weights or a val loss that are not finite")
+
+    def _diverge(self, update: int, problem: str) -> NoReturn:
+        last = self.folder / "last"
+        kept = f"{last} is the last good checkpoint" if last.exists() else "there is no checkpoint yet"
+        raise UserError(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
@@ -187,7 +202,7 @@ class StageRun:
             return rate, norm, sums
         self.progress.skipped += 1
         if updater.diverged:
-            raise UserError(f"update {step + 1} is not finite: lower learning_rate, or set dtype = float32")
+            self._diverge(step + 1, "is not finite")
         return None
 
     def log(self, line: dict[str, Any]) -> None:
@@ -210,10 +225,10 @@ class StageRun:
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """Runs the block so that a user's mistake, such as a reward that fails, loses no step of a single process."""
+        """Runs the block so that an error of data or of a reward loses no step of a single process."""
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:
             if WORLD_SIZE > 1 or not self.progress.step:
                 raise
             self.bar.close()
@@ -223,9 +238,8 @@ class StageRun:
 
     def abandon(self) -> None:
         """Remove the folder of a new run that ended without a checkpoint."""
-        if IS_MAIN and self._new and not (self.folder / "last").exists():
-            for name in ("run.json", "metrics.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        if IS_MAIN and self._new and self._saved is None:
+            runs.clear(self.folder)
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_arc.data.tokenizer import BPETokenizer, load_tokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.manifest import MANIFEST
 from gpt_arc.weights.directory import load_config, load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
 from helpers import TEXT
@@ -114,6 +115,12 @@ def test_a_pad_token_without_a_row_is_accepted_for_no_text_has_it(foreign, speci
     assert max(loaded.encode("[PAD] 2 times 3 [PAD]")) < 300
 
 
+def write_model(folder):
+    """A model directory without a manifest, which whoever changes a file on purpose would change too."""
+    save_model(GPT(TINY), BPETokenizer.train([TEXT], 300), folder)
+    (folder / MANIFEST).unlink()
+
+
 def many_tensors(path, count):
     """A file whose header lists `count` empty tensors."""
     entries = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
@@ -125,7 +132,7 @@ def many_tensors(path, count):
 @pytest.mark.parametrize("kind", ["pipe", "folder", "secret"])
 @pytest.mark.skipif(os.name == "nt", reason="no pipes")
 def test_only_plain_readable_files_are_read(tmp_path, name, kind, monkeypatch):
-    save_model(GPT(TINY), BPETokenizer.train([TEXT], 300), tmp_path)
+    write_model(tmp_path)
     path = tmp_path / name
     path.unlink(missing_ok=True)
     if kind == "pipe":
@@ -160,7 +167,7 @@ def test_an_index_names_files_in_its_folder_alone(foreign, name):
 
 
 def test_a_header_too_long_is_refused_unread(tmp_path):
-    save_model(GPT(TINY), None, tmp_path)
+    write_model(tmp_path)
     many_tensors(tmp_path / "model.safetensors", 300_000)
     with pytest.raises(UserError, match="model.safetensors is damaged.* it claims a header of"):
         load_model(tmp_path)
@@ -171,6 +178,7 @@ import resource, sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from gpt_arc.errors import UserError
+from gpt_arc.manifest import MANIFEST
 from gpt_arc.weights.directory import load_model
 import gpt_arc.data.tokenizer, tokenizers
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -213,7 +221,7 @@ def edit(folder, **changes):
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
 def test_a_small_folder_that_claims_much_is_refused(tmp_path, bomb):
-    save_model(GPT(TINY), BPETokenizer.train([TEXT], 300), tmp_path)
+    write_model(tmp_path)
     bomb(tmp_path)
     with pytest.raises(UserError):
         load_model(tmp_path)
@@ -224,7 +232,7 @@ def test_a_small_folder_that_claims_much_is_refused(tmp_path, bomb):
 def test_refusing_takes_less_than_five_seconds_and_300_megabytes(tmp_path, bomb):
     from helpers import ROOT
 
-    save_model(GPT(TINY), BPETokenizer.train([TEXT], 300), tmp_path)
+    write_model(tmp_path)
     bomb(tmp_path)
     code = MEASURED.format(root=str(ROOT))
     limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_CPU, (60, 60))}
