@@ -405,6 +405,14 @@ def _tokenizer_json(
     return {FILE_NAME: json.dumps(content, ensure_ascii=False, indent=1).encode()}
 
 
+def _check_ids(ids: list[int]) -> None:
+    """Raises ValueError for ids that aren't natural numbers, or leave so many out that counting to them takes long."""
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
+        raise ValueError("an id in its vocabulary is not a natural number")
+    if max(ids, default=0) > 4 * len(ids) + 1000:
+        raise ValueError(f"it has {len(ids)} tokens, and one has the id {max(ids)}")
+
+
 def _check_growth(content: bytes) -> None:
     """Raises UserError if normalizers or decoders may lengthen a text more than MOST_GROWTH times."""
     table = json.loads(content)
@@ -435,8 +443,7 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
     pre_tokenizer = table.get("pre_tokenizer") or {}
-    if isinstance(vocab, dict) and set(map(type, vocab.values())) - {int}:
-        raise ValueError("an id in its vocabulary is not a whole number")
+    _check_ids([*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(one["id"] for one in added)])
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # files from 2020 have no type
     plain = not table.get("normalizer") and not table.get("truncation") and not table.get("padding")
     if plain and not added and kind == "WordLevel" and pre_tokenizer == EACH_CHARACTER:
@@ -468,7 +475,12 @@ def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) ->
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         ranks = {_bytes_of(spelled): id for spelled, id in vocab.items() if spelled not in special}
         has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-        if not has_all_bytes or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
+        ids = {*ranks.values(), *special.values()}
+        if (
+            not has_all_bytes
+            or len(ids) < len(ranks) + len(special)
+            or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks)
+        ):
             return None
     except (KeyError, UserError):  # a token not in the byte alphabet, or one that no merge creates
         return None
