@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import json
 import re
-import tomllib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
+from gpt_arc.reading import read_toml
 
 FOLDER = resource("tasks")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma before three digits
@@ -273,10 +273,7 @@ def load_task(name: str) -> Task:
         near = difflib.get_close_matches(name, known_tasks(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_tasks())}"
         raise UserError(f"there is no task {name}; {hint}")
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    content = read_toml(path)
     fields = {f.name for f in dataclasses.fields(Task)} - {"name"}
     for key in sorted(content.keys() - fields):
         near = difflib.get_close_matches(key, fields, n=1)
