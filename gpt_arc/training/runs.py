@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, lock, write_file
+from gpt_arc.files import discard, take_lock, write_file
 from gpt_arc.settings import read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
 from gpt_arc.training.config import SETTINGS, Config, write_settings
@@ -44,7 +44,7 @@ class Lock:
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         try:
-            self._descriptor = lock(directory)
+            self._descriptor = take_lock(directory)
         except BlockingIOError:
             message = f"another process is training in {directory}: wait for it, or name another --out_dir"
             raise UserError(message) from None
