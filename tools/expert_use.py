@@ -11,6 +11,10 @@ far the classes explain the choices; it is also given as a share of its value if
 experts.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from dataclasses import asdict
 from pathlib import Path
