@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import annotated_types
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gpt_arc.errors import UserError
@@ -36,6 +36,13 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+NAMES = {  # one and several
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "truth values"),
+    str: ("a text in quotes", "texts in quotes"),
+    Path: ("a path in quotes", "paths in quotes"),
+}
 BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
@@ -190,9 +197,12 @@ def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True
     for step in place:
         kinds = [kind for kind, _ in _kinds(hint)]
         entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
+        values = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), None)
         nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if isinstance(step, int) and entries is not None:
             prefix, hint = f"number {step + 1} of {name}: ", entries
+        elif isinstance(step, str) and values is not None:
+            name, hint = f"{name}.{step}", values
         elif nested and isinstance(step, str):
             hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
     if first["type"] == "value_error":
@@ -234,7 +244,7 @@ def _expected(hint: Any, broken: set[str]) -> str:
     if broken & BOUNDS:
         what = ", and ".join(filter(None, [*ranges[:1], finite]))
     else:
-        what = " or ".join(_named(kind) for kind, _ in kinds if kind is not types.NoneType)
+        what = " or ".join(_named(kind, bounds) for kind, bounds in kinds if kind is not types.NoneType)
     optional = types.NoneType in dict(kinds) and broken & BOUNDS
     return f"{what}, or left out" if optional else what
 
@@ -253,14 +263,24 @@ def _range(bounds: tuple) -> str:
     return " and ".join(parts)
 
 
-def _named(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{option}"' for option in typing.get_args(kind))
+def _named(kind: Any, bounds: tuple) -> str:
     if typing.get_origin(kind) is tuple:
+        least = next((f"{bound.min_length} or more " for bound in bounds if isinstance(bound, MinLen)), "")
         inner = next(_kinds(typing.get_args(kind)[0]))[0]
-        return f"a list of {_tables(inner)}" if dataclasses.is_dataclass(inner) else "a list"
-    return _tables(kind) if dataclasses.is_dataclass(kind) else names.get(kind, "a path in quotes")
+        if typing.get_origin(inner) is Literal:
+            return f"a list of {least or 'any '}of {_choices(inner)}"
+        return f"a list of {least}{_tables(inner) if dataclasses.is_dataclass(inner) else NAMES[inner][1]}"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {_choices(kind)}"
+    if typing.get_origin(kind) is dict:
+        return "a table"
+    if dataclasses.is_dataclass(kind):
+        return _tables(kind)
+    return NAMES[kind][0] + (" that isn't empty" if MinLen(1) in bounds else "")
+
+
+def _choices(kind: Any) -> str:
+    return ", ".join(f'"{option}"' for option in typing.get_args(kind))
 
 
 def _tables(cls: type) -> str:
