@@ -118,8 +118,9 @@ def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | Non
         return f"{', '.join(files)}: {sentence}" if files else sentence
     name = str(first["loc"][0])
     hint = settings_in(cls)[name].hint if name in settings_in(cls) else None
-    prefix = "" if sources is None else f"{sources[name]}: " if name in sources else "--"
-    return prefix + _sentence(error, hint, name)
+    is_flag = sources is not None and name not in sources
+    sentence = _sentence(error, hint, f"--{name}" if is_flag else name)
+    return f"{sources[name]}: {sentence}" if sources and name in sources else sentence
 
 
 def read_value(cls: type, name: str, value: Any, source: str) -> Any:
