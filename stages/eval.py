@@ -127,7 +127,8 @@ def evaluate(
     model, tokenizer = load_text_model(directory, dtype=dtype)
     reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
-    entry: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
+    entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
+    entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}
 
     # ---- tasks
     results: list[Result] = []

@@ -107,13 +107,14 @@ class Options(StageOptions):
     whiten_advantages: bool = True
     """Normalize advantages to mean 0 and standard deviation 1 over an iteration."""
     pretraining_dataset: str | None = None
-    """A prepared dataset whose language-model loss is added (PPO-ptx)."""
+    """A prepared dataset whose language-model loss is added: InstructGPT's PPO-ptx. None: plain PPO."""
     pretraining_coef: NonNegative = 27.8
     """Weight of that loss, in nats per token."""
     pretraining_batch_size: Count = 64
     """Windows of that dataset per update."""
     ema_decay: Share | None = None
-    """Save a moving average of the weights as the model, with this decay (InstructGPT's .992). None: no average."""
+    """Save a moving average of the weights as the model, with this decay; InstructGPT has .992. None: no average, the
+    weights themselves."""
     save_interval: Count = 20
     """Iterations between checkpoints."""
     learning_rate: Positive = 9e-6

@@ -1,5 +1,6 @@
 """Shared by the tests: a tiny dataset, randomised models, and commands run as a user runs them."""
 
+import itertools
 import json
 import os
 import signal
@@ -107,6 +108,45 @@ def interrupt_at(monkeypatch, update: int, number: int = signal.SIGINT) -> None:
         return original(self, *args)
 
     monkeypatch.setattr(Updater, "update", counted)
+
+
+class Killed(BaseException):
+    """In place of a SIGKILL: nothing after it has an effect."""
+
+
+CALLS = ("rename", "replace", "symlink", "mkdir", "unlink", "rmdir")
+
+
+def killed_at_each_call(folder, monkeypatch, start, action):
+    """Yields folders made by `start` in which `action` was killed just before its first call of CALLS, its second ...
+
+    The last folder is that of an action which ended.
+    """
+    for limit in itertools.count():
+        case = folder / str(limit)
+        start(case)
+        made = itertools.count()
+
+        def counted(call, made=made, limit=limit):
+            def wrapped(*args, **kwargs):
+                if next(made) >= limit:
+                    raise Killed
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            for name in CALLS:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                action(case)
+                ended = True
+            except Killed:
+                ended = False
+        yield case
+        if ended:
+            return
 
 
 KILLED = """

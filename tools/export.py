@@ -24,6 +24,7 @@ from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
+from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json"}  # nor is a folder with any other file
+NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json", MANIFEST}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -155,8 +156,9 @@ def main() -> None:
     elif is_reward_model(options.model):
         raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
     else:
-        model, tokenizer = load_model(options.model)
-        chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
+        directory = model_directory(options.model)
+        model, tokenizer = load_model(directory)
+        chat = tokenizer and load_chat(directory, tokenizer)
     end = start = None
     if tokenizer is not None and tokenizer.end_of_text is not None:
         end, start = tokenizer.end_of_text, tokenizer.start_token
@@ -193,6 +195,7 @@ def main() -> None:
             write_file(temporary / name, content)
         if chat:
             chat.save(temporary)
+        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:

@@ -22,7 +22,8 @@ from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
 from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
-from gpt_arc.weights.directory import model_directory, save_model
+from gpt_arc.manifest import record_files
+from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
 from model import GPT
 
 HEAD = "reward.safetensors"
@@ -117,16 +118,19 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, chat: ChatFormat
     with replacing(Path(directory) / HEAD) as temporary:
         tensors = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
+    record_files(Path(directory), HEAD)
 
 
 def is_reward_model(path: Path | str) -> bool:
     """Whether `path` is a reward model's directory or the folder of a run that trained one."""
-    return any((Path(path) / checkpoint / HEAD).is_file() for checkpoint in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / HEAD).is_file()
 
 
+@of_one_checkpoint
 def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFormat]:
     """Loads a reward model on the CPU, its tokenizer and its chat format. Raises UserError."""
-    directory = model_directory(path)
+    directory = Path(path)
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
     try:

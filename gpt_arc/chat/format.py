@@ -17,7 +17,8 @@ from typing import NamedTuple
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
-from gpt_arc.weights.directory import load_model, model_directory
+from gpt_arc.manifest import record_files
+from gpt_arc.weights.directory import load_model, of_one_checkpoint
 from model import GPT
 
 FILE_NAME, FORMAT_VERSION = "chat.json", 1
@@ -157,6 +158,7 @@ class ChatFormat:
         """Writes chat.json."""
         content = {"format_version": FORMAT_VERSION, "template": asdict(self.template), "added_tokens": self.added}
         write_file(Path(directory) / FILE_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        record_files(Path(directory), FILE_NAME)
 
 
 def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
@@ -200,9 +202,10 @@ def load_template(name: str) -> Template:
         raise UserError(f"{path}: {error}") from None
 
 
+@of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
-    directory = model_directory(path)
+    directory = Path(path)
     model, tokenizer = load_model(directory)
     chat = tokenizer and load_chat(directory, tokenizer)
     if tokenizer is None or chat is None:

@@ -24,6 +24,7 @@ from gpt_arc import hub
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
+from gpt_arc.manifest import check_files
 
 FILE_NAME = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
@@ -502,6 +503,7 @@ def find_tokenizer(name: str) -> Tokenizer:
         return BPETokenizer.gpt2()
     for path in (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name):
         if path.is_file() or holds_tokenizer(path):
+            check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.TOKENIZER))

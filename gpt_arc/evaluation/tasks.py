@@ -211,7 +211,8 @@ class Task:
             matches = list(re.finditer(self.extract, text))
             text = matches[-1][matches[-1].lastindex or 0] if matches else ""
         texts = [THOUSANDS.sub("", each.lower()) for each in (text, question.continuations[0])]
-        plain = [" ".join(each.split()).rstrip(" .") for each in texts]
+        texts = [" ".join(each.split()) for each in texts]
+        plain = [each.rstrip(" .") or each for each in texts]  # a full stop alone stays
         return plain[0] == plain[1]
 
 

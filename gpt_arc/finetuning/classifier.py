@@ -28,8 +28,9 @@ from gpt_arc.files import replacing, write_file
 from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
-from gpt_arc.weights.directory import load_config, load_text_model, model_directory, save_model
+from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
 from model import GPT
 
@@ -161,19 +162,22 @@ def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Pat
     content = {"format_version": FORMAT_VERSION, **asdict(classifier.config)}
     content["special"] = classifier.config.special._asdict()
     write_file(Path(directory) / CONFIG, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    record_files(Path(directory), WEIGHTS, CONFIG)
 
 
 def is_classifier(path: Path | str) -> bool:
     """Whether `path` is a classifier's directory or the run folder of a classifier."""
-    return any((Path(path) / place / CONFIG).is_file() for place in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / CONFIG).is_file()
 
 
+@of_one_checkpoint
 def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Classifier, Tokenizer]:
     """Returns the classifier, on the CPU and in training mode, and its tokenizer.
 
     `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
-    directory = model_directory(path)
+    directory = Path(path)
     config = _read_config(directory / CONFIG)
     if config.lstm:
         trunk, tokenizer = LSTM(load_config(directory)).to(dtype), load_tokenizer(directory)
@@ -182,6 +186,7 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     classifier = Classifier(trunk, config)
     if config.lstm:
         _load_weights(trunk, directory / "model.safetensors", "")
+        check_files(directory, sizes_only=(".pt",))
     _load_weights(classifier.head.to(dtype), directory / WEIGHTS, "head.")
     return classifier, tokenizer
 

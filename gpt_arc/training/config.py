@@ -173,6 +173,8 @@ class RunConfig:
     """Evaluate and stop."""
     dry_run: bool = False
     """Print what would be run and stop."""
+    verify: bool = False
+    """Compare all token files with their checksums first; without it only their sizes."""
 
     def __post_init__(self):
         if self.overwrite and (self.resume or self.init_from == "resume"):

@@ -1,13 +1,16 @@
 """Model directories: saving and loading models.
 
-A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model. A
-checkpoint is a model directory `step-00002000` that also holds training_state.pt. In a run folder, `last` and `best`
-are links to two checkpoints.
+A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model, and
+their checksums, manifest.json. A checkpoint is a model directory `step-00002000` that also holds training_state.pt. In
+a run folder, `last` and `best` are links to two checkpoints.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -15,8 +18,10 @@ from safetensors.torch import save_file
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import replacing, write_file
+from gpt_arc.files import follow, replacing, whole, write_file
+from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.settings import mistake
+from gpt_arc.weights.checkpoint_folders import named_checkpoint, undamaged_before
 from gpt_arc.weights.huggingface import config_from_hf
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
@@ -29,6 +34,10 @@ OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dr
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "block_size"}
+ATTEMPTS = 5  # to read a checkpoint that a run deletes meanwhile
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
@@ -42,22 +51,32 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
     if tokenizer is not None:
         tokenizer.save(directory)
     write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
+    record_files(directory, "config.json", "model.safetensors", *(tokenizer.files() if tokenizer is not None else ()))
 
 
 def model_directory(path: Path | str) -> Path:
-    """Returns the model directory for `path`: the path itself, a run folder's `best` or else `last`, or a hub download.
+    """Returns the model directory for `path`: the path itself, the checkpoint that a run folder's `best` or else `last`
+    names at present, or a hub download.
 
     Raises UserError if there is none.
     """
     return _directory(path, hub.CONFIG + hub.WEIGHTS + hub.TOKENIZER)
 
 
+def local_directory(path: Path | str) -> Path | None:
+    """`model_directory` without the hub: None if there is none on this machine."""
+    path = whole(Path(path))
+    for directory in (follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")):
+        if directory and (directory / "config.json").is_file():
+            return directory
+    return None
+
+
 def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
     """`model_directory`, but downloads only `files` from the hub."""
-    path, name = Path(path), str(path)
-    for directory in (path, path / "best", path / "last"):
-        if (directory / "config.json").is_file():
-            return directory
+    directory, path, name = local_directory(path), Path(path), str(path)
+    if directory:
+        return directory
     if hub.is_name(name) and not path.exists():
         return hub.download(name, files)
     if not path.exists():
@@ -66,6 +85,33 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
             f"other as {hub.PREFIX}OWNER/NAME"
         )
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
+
+
+def of_one_checkpoint(load: Callable[Concatenate[Path | str, P], T]) -> Callable[Concatenate[Path | str, P], T]:
+    """Decorates a function that loads from a model directory: it gets what `model_directory` returns for its `path`.
+
+    If a run deletes that checkpoint meanwhile, the function is called again with the present one, so that all it reads
+    is of one checkpoint.
+    """
+
+    @functools.wraps(load)
+    def wrapped(path: Path | str, *args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS):
+            directory = model_directory(path)
+            try:
+                loaded = load(directory, *args, **kwargs)
+                if (directory / "config.json").exists():
+                    return loaded
+            except UserError as error:
+                if not (directory / "config.json").exists():
+                    continue
+                older = undamaged_before(directory) if isinstance(error, DamagedFile) else None
+                if older is None:
+                    raise
+                raise UserError(f"{error}; {older} is undamaged") from None
+        raise UserError(f"the checkpoints of {path} are deleted before they are read: try again when the run has ended")
+
+    return wrapped
 
 
 def load_config(path: Path | str) -> GPTConfig:
@@ -95,6 +141,7 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
         raise UserError(f"{path} is damaged: {mistake(error, GPTConfig)}") from None
 
 
+@of_one_checkpoint
 def load_model(
     path: Path | str, config: GPTConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer | None]:
@@ -107,7 +154,12 @@ def load_model(
 
     Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
-    directory = model_directory(path)
+    directory = Path(path)
+    with checking(directory, sizes_only=(".pt",)):  # the training state
+        return _load(directory, config, dtype)
+
+
+def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tuple[GPT, Tokenizer | None]:
     kind, stored = _read_config(directory)
     config = config or stored
     for field in fields(GPTConfig):
@@ -142,6 +194,7 @@ def load_model(
     return model, tokenizer
 
 
+@of_one_checkpoint
 def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
     """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
     model, tokenizer = load_model(path, dtype=dtype)

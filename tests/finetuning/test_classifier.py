@@ -469,6 +469,7 @@ def test_a_missing_or_damaged_file_is_named(directory, name, damage, lstm):
 def test_a_mismatched_configuration_is_refused(directory, change, message):
     path = directory / "classifier.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    (directory / "manifest.json").unlink()
     with pytest.raises(UserError, match=message):
         load_classifier(directory)
 

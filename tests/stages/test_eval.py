@@ -483,7 +483,7 @@ def test_the_report_identifies_model_items_and_versions(run):
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(report["versions"]) == {"gpt-arc", "torch", "tokenizers"}
     (original,) = report["models"]
-    assert original["model"] == "base"
+    assert original["model"] == "base" and original["checkpoint"] == str(Path("base").resolve())
     content = hashlib.sha256(Path("base/model.safetensors").read_bytes()).digest()
     assert original["weights"] == hashlib.sha256(content).hexdigest()
     assert original["tasks"][0]["items_hash"] == hashlib.sha256(json.dumps(ITEMS).encode()).hexdigest()

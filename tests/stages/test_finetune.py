@@ -83,6 +83,7 @@ def test_a_run_learns_its_task_and_reports_its_quality(run):
     assert report["task"] == "classification" and report["classes"] == ["no", "starts with a"]
     assert report["examples"] == {"train": 40, "val": 16, "test": 16} and report["cut"]["train"] == 0
     assert len(report["epochs"]) == 12 and 1 <= report["best_epoch"] <= 12
+    assert report["step"] == 5 * report["best_epoch"]
     assert report["test"]["accuracy"] == 1.0 and report["confusion_matrix"] == [[8, 0], [0, 8]]
     best = report["epochs"][report["best_epoch"] - 1]
     assert best["val_accuracy"] == max(epoch["val_accuracy"] for epoch in report["epochs"]) == 1.0
@@ -260,8 +261,10 @@ def test_from_scratch_keeps_no_weights_and_frozen_trunks_keep_all(run):
             assert far == matrices
         elif flags[0].startswith("--freeze"):
             assert equal == matrices
+            initial = tensors["token_embedding.weight"][17:]
         else:
             assert not far and equal == {name for name in matrices if not name.startswith("blocks")}
+            assert not torch.equal(tensors["token_embedding.weight"][17:], initial)  # the new tokens learn
 
 
 def test_a_classifier_may_be_trained_on_another_task(trained):
