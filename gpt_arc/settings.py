@@ -3,8 +3,9 @@
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
 unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Two class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
-current names. INSTEAD has pairs of settings that replace each other: the later one wins.
+Three class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
+settings instead of --help.
 """
 
 import dataclasses
@@ -127,7 +128,7 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
     """Converts a plain `value` from a file to the type of setting `name` of `cls`. Raises UserError naming `source`."""
     hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
     if name not in hints:
-        raise UserError(f"{source}: there is no setting {name}{nearest(name, settings_in(cls))}")
+        raise UserError(f"{source}: there is no setting {name}{nearest(name, cls)}")
     if value == "None" and types.NoneType in dict(_kinds(hints[name])):
         return None
     try:  # no setting takes a date, which JSON doesn't have
@@ -137,10 +138,10 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {_sentence(error, hints[name], name, located=False)}") from None
 
 
-def nearest(name: str, names: Any) -> str:
-    """Returns the end of a sentence that rejects `name`: the most similar valid name."""
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+def nearest(name: str, cls: type) -> str:
+    """Returns the end of a sentence that rejects `name`: the most similar setting of `cls`."""
+    near = difflib.get_close_matches(name.replace("-", "_"), settings_in(cls), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; {getattr(cls, 'LISTED', '--help')} lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
