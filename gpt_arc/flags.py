@@ -59,7 +59,7 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
     for flag in [other.split("=")[0] for other in others if other.startswith("-") and other != "-"]:
-        raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), hints, '--')}")
+        raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), cls, '--')}")
     for name in positionals:
         if others:
             texts[name], others = (others, []) if is_list(hints[name]) else (others[0], others[1:])
