@@ -63,7 +63,8 @@ class Options:
     limit: Count | None = None
     """Maximum number of items, drawn by the seed."""
     shuffled_answers: bool = False
-    """Give demonstrations random answers, to measure what the format alone teaches."""
+    """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
+    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None

@@ -539,8 +539,11 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=one.jsonl", "--field=body", "--name=x"], "one.jsonl:1 has no field 'body': there are 'text'"),
         (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or split with --split=tail"),
         (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or split with --split=tail"),
-        (["--input=one.jsonl", "--name=x", "--val_fraction=1"], "val_fraction = 1.0 must lie between 0 and 1"),
-        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be at least 1"),
+        (
+            ["--input=one.jsonl", "--name=x", "--val_fraction=1"],
+            "val_fraction = 1.0 must be between 0 and 1, 0 and 1 excluded",
+        ),
+        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be between 1 and 2147483647"),
         (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),
         (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
         (["--input=good.txt", "--name="], "must be a plain folder name"),
