@@ -21,7 +21,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.harness import HarnessModel
 from gpt_arc.harness import main
 from gpt_arc.weights.directory import save_model
-from helpers import TEXT, randomised
+from helpers import TEXT, randomised, run_python
 from model import GPT, GPTConfig
 from tools import export
 
@@ -301,7 +301,7 @@ def test_the_module_runs_as_a_program(places):
 
 def test_without_the_harness_the_extra_is_named():
     code = "import sys; sys.modules['lm_eval.api.model'] = None; import gpt_arc.harness"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = run_python("-c", code)
     assert result.returncode == 1 and "UserError: EleutherAI's lm-evaluation-harness is not installed" in result.stderr
 
 
