@@ -35,6 +35,7 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
+from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
 
 BATCH = 2**20  # characters per unit of work
@@ -144,7 +145,8 @@ def _write_shards(
     documents: Documents, settings: CorpusSettings, tokenizer: Tokenizer, boundary: int | None, work: Path
 ) -> PreparationProgress:
     """Encode into the token files of `work`, from the position saved in progress.json."""
-    saved = PreparationProgress(**(read_object(work / "progress.json") or {}))
+    path = work / "progress.json"
+    saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
     if saved.position is not None:
         print(f"resuming after {saved.train + saved.val:,} tokens", flush=True)
     writers = {
