@@ -36,6 +36,10 @@ report writes one line per item, and the counts per file, treating each file as 
     case. A shorter item is compared whole; one without letters or digits is clean.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -18,6 +18,10 @@ strings of an item count. Generated arithmetic is left out. Each figure is then 
 dirty items.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -59,7 +63,8 @@ class Options:
     limit: Count | None = None
     """Maximum number of items, drawn by the seed."""
     shuffled_answers: bool = False
-    """Give demonstrations random answers, to measure what the format alone teaches."""
+    """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
+    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None

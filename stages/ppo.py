@@ -14,6 +14,10 @@ called with the prompts' rows and the responses as texts and returns a number fo
 out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import copy
 import math
 import time
@@ -50,6 +54,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.training.command_line import run_stage
+from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
@@ -125,6 +130,8 @@ class Options(StageOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        check_batch("minibatches x batch_size x gradient_accumulation_steps", self.episodes_per_iteration)
+        check_batch("pretraining_batch_size", self.pretraining_batch_size)
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
 

@@ -8,6 +8,10 @@ copy of the block's MLP, and the gates of a token's experts add up to 1, so the 
 The new routers and shared experts change nothing at first: the projections of shared experts start at zero.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from pathlib import Path
 from typing import Annotated

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
@@ -18,7 +18,8 @@ from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, resource, whole
 from gpt_arc.manifest import check_files
-from gpt_arc.settings import STRICT, Positive
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT, Natural, Positive
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
@@ -31,6 +32,12 @@ class Source:
     """A prepared dataset, as for the setting dataset."""
     weight: Positive
     """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
+
+
+class Meta(TypedDict, total=False):
+    """What is read of meta.json."""
+
+    tokens: dict[str, Natural]  # by split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +93,8 @@ class Corpus:
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
-    try:
-        return int(json.loads((directory / "meta.json").read_text())["tokens"][split])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    path = directory / "meta.json"
+    return read_json(path, Meta).get("tokens", {}).get(split) if path.exists() else None
 
 
 def prepare_missing(sources: Sequence[Source]) -> None:

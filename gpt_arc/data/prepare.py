@@ -33,7 +33,7 @@ from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, lock, name_failed_writes, put_directory, restore, sync, write_file
+from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.settings import STRICT, Count
 
@@ -314,7 +314,7 @@ def locked(directory: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         try:
-            descriptor = lock(path)
+            descriptor = take_lock(path)
         except BlockingIOError:
             raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
         if descriptor is None or path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -11,6 +11,7 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 
 import abc
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
 from gpt_arc.manifest import check_files
+from gpt_arc.reading import read_bytes, reading
 
 FILE_NAME = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
@@ -38,6 +40,8 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" 
 # tiktoken's regex engine panics when it has to backtrack through a million characters of white space
 LONG_SPACE = re.compile(rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{500000,}}+(?=[^{WHITE_SPACE}])")
 TRAINING_PIECE = 1 << 16  # characters; bounds the memory and time that training spends on one very long text
+LARGEST_FILE = 64 << 20  # bytes; Gemma's tokenizer.json has 33 million
+MOST_GROWTH = 1000  # times that a text may become longer on its way to tokens
 LONGEST_TOKEN = 128  # bytes, as in GPT-2; without it a page of dashes in a small corpus would become one token
 
 
@@ -45,6 +49,7 @@ class Tokenizer(abc.ABC):
     """Interface of every tokenizer."""
 
     vocab_size: int
+    text_size: int  # vocab_size without the special tokens at its end, which no text is encoded to
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
@@ -109,7 +114,7 @@ class CharTokenizer(Tokenizer):
         self.characters = list(characters)
         if not self.characters:
             raise ValueError("a vocabulary needs at least one character")
-        self.vocab_size = len(self.characters)
+        self.vocab_size = self.text_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters], dtype=np.uint32)
         self._order = np.argsort(codes)
         self._codes = codes[self._order]  # sorted, for binary search
@@ -158,7 +163,8 @@ class BPETokenizer(Tokenizer):
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.special = special
-        self.vocab_size = max((*ranks.values(), *special.values())) + 1
+        self.text_size = max(ranks.values()) + 1
+        self.vocab_size = max(self.text_size, *(id + 1 for id in special.values()))
         self.end_of_text = special.get(END_OF_TEXT)
 
     @cached_property
@@ -271,11 +277,15 @@ class LibraryTokenizer(Tokenizer):
         from tokenizers import Tokenizer as Library
 
         self._content, self._settings = content, settings
+        _check_growth(content)
         self._library = Library.from_buffer(content)
         self._library.encode_special_tokens = True
         self._library.no_truncation()
         self._library.no_padding()
-        self.vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
+        special = {id for id, token in self._library.get_added_tokens_decoder().items() if token.special}
+        ids = self._library.get_vocab().values()
+        self.vocab_size = max(ids, default=-1) + 1
+        self.text_size = max((id for id in ids if id not in special), default=-1) + 1
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
         if self.end_of_text is None and settings is not None:
             self.end_of_text = self._library.token_to_id(_declared_end(settings))
@@ -284,7 +294,12 @@ class LibraryTokenizer(Tokenizer):
         return LibraryTokenizer, (self._content, self._settings)
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(well_formed(text), add_special_tokens=False).ids
+        try:
+            return self._library.encode(well_formed(text), add_special_tokens=False).ids
+        except BaseException as error:  # a pattern that backtracks too much ends in Rust's PanicException
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the tokenizer can't encode {text[:30]!r}: {first_line(error)}") from None
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
@@ -311,7 +326,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, content: bytes):
         self._content = content
         self._library = import_extra("sentencepiece").SentencePieceProcessor(model_proto=content)
-        self.vocab_size = self._library.vocab_size()
+        self.vocab_size = self.text_size = self._library.vocab_size()
         self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: none
 
     @property
@@ -390,6 +405,33 @@ def _tokenizer_json(
     return {FILE_NAME: json.dumps(content, ensure_ascii=False, indent=1).encode()}
 
 
+def _check_ids(ids: list[int]) -> None:
+    """Raises ValueError for ids that aren't natural numbers, or leave so many out that counting to them takes long."""
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
+        raise ValueError("an id in its vocabulary is not a natural number")
+    if max(ids, default=0) > 4 * len(ids) + 1000:
+        raise ValueError(f"it has {len(ids)} tokens, and one has the id {max(ids)}")
+
+
+def _check_growth(content: bytes) -> None:
+    """Raises UserError if normalizers or decoders may lengthen a text more than MOST_GROWTH times."""
+    table = json.loads(content)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(table.get(part) or {})) > MOST_GROWTH:
+            raise UserError(f"its {part} may lengthen a text {growth:.3g} times, and {MOST_GROWTH} times are the most")
+
+
+def _growth(step: dict) -> float:
+    """Returns how many times as long a step of a tokenizer.json may make a text."""
+    inner = step.get("normalizers") or step.get("pretokenizers") or step.get("decoders")
+    if inner:
+        return math.prod(map(_growth, inner))
+    if step.get("type") != "Replace":
+        return {"ByteLevel": 2.0, "Precompiled": 30.0}.get(step.get("type"), 1.0)
+    replaced, length = step["pattern"].get("String"), len(step["content"])
+    return max(1.0, length / len(replaced)) if replaced else 1.0 + length  # a regex may match between characters
+
+
 def _declared_end(settings: bytes) -> str:
     """Returns the eos_token of a tokenizer_config.json, stored as a string or as an object; empty if there is none."""
     token = json.loads(settings).get("eos_token") or ""
@@ -401,6 +443,7 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
     pre_tokenizer = table.get("pre_tokenizer") or {}
+    _check_ids([*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(one["id"] for one in added)])
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # files from 2020 have no type
     plain = not table.get("normalizer") and not table.get("truncation") and not table.get("padding")
     if plain and not added and kind == "WordLevel" and pre_tokenizer == EACH_CHARACTER:
@@ -432,7 +475,12 @@ def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) ->
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         ranks = {_bytes_of(spelled): id for spelled, id in vocab.items() if spelled not in special}
         has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-        if not has_all_bytes or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
+        ids = {*ranks.values(), *special.values()}
+        if (
+            not has_all_bytes
+            or len(ids) < len(ranks) + len(special)
+            or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks)
+        ):
             return None
     except (KeyError, UserError):  # a token not in the byte alphabet, or one that no merge creates
         return None
@@ -475,23 +523,25 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
+    others = {name: folder / name for name in (SETTINGS_FILE, "merges.txt")}
+    needed = [path, others["merges.txt"]] if path.name == "vocab.json" else [path]
+    for file in needed:
+        if not file.exists():
+            raise UserError(f"{folder} has no {file.name}")
+    content = read_bytes(path, LARGEST_FILE)
+    settings = read_bytes(others[SETTINGS_FILE]) if others[SETTINGS_FILE].exists() else None
     try:
-        content = path.read_bytes()
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(content)
-        settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
-        if path.name == "vocab.json":
+        with reading(path):
+            if path.suffix == ".model":
+                return SentencePieceTokenizer(content)
+            if path.name != "vocab.json":
+                return _read_json(content, settings)
             kind = json.loads(settings or b"{}").get("tokenizer_class") or "GPT2"
-            if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
-                raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
-            return _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
-        return _read_json(content, settings)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {Path(error.filename).name}") from None
+            if kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
+                return _read_vocab_and_merges(content, read_bytes(others["merges.txt"], LARGEST_FILE))
+            raise UserError(f"{path}: vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # each library has its own exceptions for a damaged file
-        raise UserError(f"{path} is damaged or not a tokenizer: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
 
 
 def find_tokenizer(name: str) -> Tokenizer:

@@ -36,6 +36,7 @@ class Question(NamedTuple):
     contexts: list[str]  # one for each option; a single one if there are no options
     continuations: list[str]  # likewise; the answer if there are no options
     answer: int  # index of the right one
+    place: str = "item 1"  # in the data, for messages
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -6,16 +6,28 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, lock, write_file
+from gpt_arc.files import discard, take_lock, write_file
+from gpt_arc.reading import read_json
 from gpt_arc.settings import read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
 from gpt_arc.training.config import SETTINGS, Config, write_settings
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 
 OUT_ROOT = Path("out")
+
+
+class Record(TypedDict):
+    """The content of run.json."""
+
+    config: str
+    overrides: dict[str, Any]  # settings of train.py that came from flags
+    stage: NotRequired[str]
+    options: NotRequired[dict[str, Any]]  # all settings of a stage
 
 
 def newest_run(name: str | None = None) -> Path:
@@ -44,7 +56,7 @@ class Lock:
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         try:
-            self._descriptor = lock(directory)
+            self._descriptor = take_lock(directory)
         except BlockingIOError:
             message = f"another process is training in {directory}: wait for it, or name another --out_dir"
             raise UserError(message) from None
@@ -114,8 +126,8 @@ def clear(directory: Path) -> None:
 
 def stage_of(run: Path) -> str:
     """Returns the name of the script that wrote a run folder."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((run / "run.json").read_text()).get("stage", "train")
+    with contextlib.suppress(UserError):
+        return str(read_json(run / "run.json").get("stage", "train"))
     return "train"
 
 
@@ -138,8 +150,11 @@ def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
     """Returns the name of a run's config and the settings from flags. Raises UserError if they are missing."""
     path = directory / "run.json"
     try:
-        content = json.loads(path.read_text())
-        name, overrides = str(content["config"]), dict(content["overrides"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is missing or damaged, so the run's settings are unknown: {error}") from None
-    return name, {setting: read_value(Config, setting, value, str(path)) for setting, value in overrides.items()}
+        record = read_json(path, Record)
+    except UserError as error:
+        raise UserError(f"{error}, so the run's settings are unknown") from None
+    overrides = {name: read_value(Config, name, value, str(path)) for name, value in record["overrides"].items()}
+    for name in overrides:
+        if SETTINGS[name].table == "run":
+            raise UserError(f"{path} is damaged: {name} is never recorded")
+    return record["config"], overrides

@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import follow, replacing, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
+from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
 from gpt_arc.weights.checkpoint_folders import named_checkpoint, undamaged_before
-from gpt_arc.weights.huggingface import config_from_hf
+from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT, GPTConfig
 
+MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
@@ -38,6 +42,13 @@ ATTEMPTS = 5  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class ModelConfig(TypedDict):
+    """A model's config.json. GPTConfig and `config_from_hf` check the other keys."""
+
+    model_type: str
 
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
@@ -125,20 +136,25 @@ def load_config(path: Path | str) -> GPTConfig:
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Returns a model directory's model_type, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        kind = content.pop("model_type")
+    content = read_json(path, ModelConfig)
+    kind = content.pop("model_type")
+    with reading(path):
         version = content.pop("format_version") if kind == MODEL_TYPE else FORMAT_VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's config: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} describes a model of version {version}; this program reads version {FORMAT_VERSION}")
     try:
-        return kind, GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
+        config = GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {mistake(error, GPTConfig)}") from None
+    if config.n_layer > MANY_BLOCKS and any(directory.glob("*.safetensors")):
+        tensors = sum(1 for _ in stored_tensors(directory))
+        if config.n_layer > tensors:
+            raise UserError(
+                f"{path} describes {config.n_layer} blocks, and the weights beside it are {tensors} tensors"
+            )
+    return kind, config
 
 
 @of_one_checkpoint
@@ -150,7 +166,8 @@ def load_model(
     `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
     the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
     the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
-    rows than the tokenizer has tokens, as Qwen's does.
+    rows than the tokenizer has tokens, as Qwen's does. Special tokens may lie beyond it, as a [PAD] that was added
+    without a row often does.
 
     Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
@@ -175,8 +192,8 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
         with meta_device():
             model = GPT(config)
             shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
-    except TypeError as error:
-        raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
+    except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
+        raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
     if kind == MODEL_TYPE:
         tensors = read_tensors(directory / "model.safetensors", shapes, dtype)
     else:
@@ -188,8 +205,9 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     if not holds_tokenizer(directory):
         return model, None
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"it has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+    needed = max(tokenizer.text_size, (tokenizer.end_of_text or 0) + 1)
+    if needed > config.vocab_size:
+        sizes = f"it has {needed} tokens, the model {config.vocab_size}"
         raise UserError(f"the tokenizer in {directory} belongs to another model: {sizes}")
     return model, tokenizer
 

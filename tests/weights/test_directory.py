@@ -87,9 +87,10 @@ def test_truncated_weights_are_refused(tmp_path, keep):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "is not a model's config"),
-        ("[]", "is not a model's config"),
-        ('{"model_type": "gpt-arc"}', "is not a model's config"),
+        ("", "config.json is damaged: it is not JSON"),
+        ("[]", "config.json is damaged: .*object"),
+        ('{"n_layer": 2}', "config.json is damaged: it lacks model_type"),
+        ('{"model_type": "gpt-arc"}', "config.json is damaged: it lacks 'format_version'"),
         ('{"model_type": "bert"}', 'model_type = "bert" is not a supported architecture'),
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
