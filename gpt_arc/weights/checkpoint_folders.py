@@ -17,8 +17,8 @@ def step_of(directory: Path) -> int | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the checkpoints in a run folder, the newest last."""
-    found = [path for path in run.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: tuple(int(part or 0) for part in CHECKPOINT.fullmatch(path.name).groups()))
+    matches = [(CHECKPOINT.fullmatch(path.name), path) for path in run.glob("step-*") if path.is_dir()]
+    return [path for _, _, path in sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)]
 
 
 def named_checkpoint(run: Path, link: str) -> Path | None:
