@@ -17,8 +17,9 @@ def step_of(directory: Path) -> int | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the checkpoints in a run folder, the newest last."""
-    matches = [(CHECKPOINT.fullmatch(path.name), path) for path in run.glob("step-*") if path.is_dir()]
-    return [path for _, _, path in sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)]
+    matches = ((path, CHECKPOINT.fullmatch(path.name)) for path in run.glob("step-*") if path.is_dir())
+    numbers = {path: tuple(int(part or 0) for part in match.groups()) for path, match in matches if match}
+    return sorted(numbers, key=lambda path: numbers[path])
 
 
 def named_checkpoint(run: Path, link: str) -> Path | None:
