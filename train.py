@@ -136,6 +136,10 @@ class Run:
             self.save()
             say(f"step {self.progress.step} is saved; resume with: {self.resume}")
             raise error
+        except RuntimeError:  # such as the end of another process
+            if WORLD_SIZE > 1 and self.saved_step:
+                say(f"step {self.saved_step} is the last one saved; resume with: {self.resume}")
+            raise
 
     @property
     def resume(self) -> str:

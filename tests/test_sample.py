@@ -141,7 +141,8 @@ def test_mistakes_are_reported_in_one_sentence(letters, say, args, sentence):
 
 
 def test_no_run_and_no_tokenizer(letters, say, tmp_path):
-    (letters / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "manifest.json"):
+        (letters / name).unlink()
     assert "has no tokenizer, so it can't read text" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()

@@ -13,7 +13,7 @@ import pydantic.dataclasses
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
 from gpt_arc.flags import read_flags
@@ -214,4 +214,8 @@ def start_stage(
             return train(options, run)
         except UserError:
             run.abandon()
+            raise
+        except RuntimeError:  # such as the end of another process
+            if WORLD_SIZE > 1:
+                run.say_saved()
             raise
