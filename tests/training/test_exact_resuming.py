@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from gpt_arc.device import ALIGNMENT, align
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
 from helpers import ROOT
 from model import GPT, GPTConfig
 
-ALIGNMENT = 64  # bytes, of torch's own allocations on a CPU
 SHRUNK = (
     "--dataset=sums --vocab_size=65 --block_size=32 --batch_size=8 --lr_decay_iters=40 --warmup_iters=4 "
     "--eval_interval=20 --eval_iters=2 --device=cpu"
@@ -57,7 +57,7 @@ def test_forty_steps_of_a_mixture_equal_twenty_and_twenty_more(workplace, stage_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("written_by", ["us", "transformers"])
-def test_loaded_tensors_are_aligned_as_fresh_ones(tmp_path, written_by, dtype):
+def test_weights_of_a_file_are_aligned_as_fresh_ones_for_training(tmp_path, written_by, dtype):
     """In a file, tensors of odd sizes lie one behind the other."""
     model = GPT(GPTConfig(7, 11, 3, 3, 15))
     if written_by == "us":
@@ -65,6 +65,8 @@ def test_loaded_tensors_are_aligned_as_fresh_ones(tmp_path, written_by, dtype):
     else:
         (tmp_path / "config.json").write_text(json.dumps(hf_config(model.config)))
         save_file(dict(hf_tensors(model)), tmp_path / "model.safetensors")
-    loaded = load_model(tmp_path, dtype=dtype)[0].state_dict()
+    trained = load_model(tmp_path, dtype=dtype)[0]
+    align(trained)
+    loaded = trained.state_dict()
     assert all(tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous() for tensor in loaded.values())
     assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
