@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 import train
 from gpt_arc.device import ALIGNMENT, align
 from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
-from helpers import ROOT
+from helpers import ROOT, TINY_FLAGS
 from model import GPT, GPTConfig
+from stages import sft
 
 SHRUNK = (
     "--dataset=sums --vocab_size=65 --block_size=32 --batch_size=8 --lr_decay_iters=40 --warmup_iters=4 "
@@ -70,3 +72,22 @@ def test_weights_of_a_file_are_aligned_as_fresh_ones_for_training(tmp_path, writ
     loaded = trained.state_dict()
     assert all(tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous() for tensor in loaded.values())
     assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_and_a_stage_train_aligned_weights(workplace, stage_runner, monkeypatch):
+    """Whether kernels mind depends on the processor, so the addresses themselves are checked."""
+    flags = (*TINY_FLAGS, "--n_embd=18", "--bias=True")
+    stage_runner(train, "sums.toml", *flags, "--out_dir=run")
+    loaded = load_model("run")[0]
+    assert any(parameter.data_ptr() % ALIGNMENT for parameter in loaded.parameters())  # else this shows nothing
+    made, original = [], Updater.__init__
+
+    def checked(self, model, *args):
+        made.append([name for name, parameter in model.named_parameters() if parameter.data_ptr() % ALIGNMENT])
+        original(self, model, *args)
+
+    monkeypatch.setattr(Updater, "__init__", checked)
+    stage_runner(train, "--resume=run", "--max_iters=9")
+    Path("chats.jsonl").write_text('{"prompt": "2 times 3", "response": "6"}\n' * 8)
+    stage_runner(sft, "run", "--train=chats.jsonl", "--val=chats.jsonl", "--device=cpu", "--epochs=1")
+    assert made == [[], []]
