@@ -3,8 +3,9 @@
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
 unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Two class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
-current names. INSTEAD has pairs of settings that replace each other: the later one wins.
+Three class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
+settings instead of --help.
 """
 
 import dataclasses
@@ -13,12 +14,12 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import annotated_types
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gpt_arc.errors import UserError
@@ -37,7 +38,28 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+# settings by the names that other programs give them
+ELSEWHERE = {
+    **{"lr": "learning_rate", "max_lr": "learning_rate", "bs": "batch_size", "micro_batch_size": "batch_size"},
+    **{"max_steps": "max_iters", "steps": "max_iters", "num_steps": "max_iters", "num_train_epochs": "epochs"},
+    **{"context_length": "block_size", "max_seq_len": "block_size", "seq_len": "block_size", "wd": "weight_decay"},
+    **{"n_layers": "n_layer", "num_layers": "n_layer", "n_heads": "n_head", "num_heads": "n_head", "dim": "n_embd"},
+    **{"max_tokens": "max_new_tokens", "prompt": "start", "temp": "temperature", "warmup_steps": "warmup_iters"},
+    **{"grad_accum_steps": "gradient_accumulation_steps", "output_dir": "out_dir", "num_beam": "num_beams"},
+}
+NAMES = {  # one and several
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "truth values"),
+    str: ("a text in quotes", "texts in quotes"),
+    Path: ("a path in quotes", "paths in quotes"),
+}
 BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
+
+
+POSITIONAL, HIDDEN = "positional", "hidden"
+Positional = Annotated[T, POSITIONAL]  # on the command line, stands without its name
+Hidden = Annotated[T, HIDDEN]  # has no flag
 
 
 class Setting(NamedTuple):
@@ -45,6 +67,8 @@ class Setting(NamedTuple):
 
     table: str | None  # the field that holds the nested dataclass
     hint: Any
+    default: Any  # dataclasses.MISSING if there is none
+    help: str
 
 
 @functools.cache
@@ -54,11 +78,30 @@ def settings_in(cls: type) -> dict[str, Setting]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(hint):
-            settings |= {name: Setting(field.name, inner.hint) for name, inner in settings_in(hint).items()}
+            defaults = values_of(default) if dataclasses.is_dataclass(default) else {}
+            for name, inner in settings_in(hint).items():
+                settings[name] = inner._replace(
+                    table=inner.table or field.name, default=defaults.get(name, inner.default)
+                )
         else:
-            settings[field.name] = Setting(None, hint)
+            settings[field.name] = Setting(None, hint, default, _help(cls, field.name))
     return settings
+
+
+def _help(cls: type, name: str) -> str:
+    """The text below a field, in the class or in a class that it extends."""
+    for base in cls.__mro__:
+        field = base.__dict__.get("__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""
+
+
+def markers(hint: Any) -> tuple:
+    """What `Positional` and `Hidden` add to a type."""
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
 
 
 def values_of(settings: Any) -> dict[str, Any]:
@@ -112,16 +155,17 @@ def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | Non
         return f"{', '.join(files)}: {sentence}" if files else sentence
     name = str(first["loc"][0])
     hint = settings_in(cls)[name].hint if name in settings_in(cls) else None
-    prefix = "" if sources is None else f"{sources[name]}: " if name in sources else "--"
-    return prefix + _sentence(error, hint, name)
+    is_flag = sources is not None and name not in sources
+    sentence = _sentence(error, hint, f"--{name}" if is_flag else name)
+    return f"{sources[name]}: {sentence}" if sources and name in sources else sentence
 
 
 def read_value(cls: type, name: str, value: Any, source: str) -> Any:
     """Converts a plain `value` from a file to the type of setting `name` of `cls`. Raises UserError naming `source`."""
     hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
     if name not in hints:
-        raise UserError(f"{source}: there is no setting {name}{nearest(name, settings_in(cls))}")
-    if value == "None" and types.NoneType in dict(_kinds(hints[name])):
+        raise UserError(f"{source}: there is no setting {name}{nearest(name, cls)}")
+    if value == "None" and types.NoneType in dict(kinds_of(hints[name])):
         return None
     try:  # no setting takes a date, which JSON doesn't have
         content = json.dumps(value, default=lambda odd: {type(odd).__name__: str(odd)})
@@ -130,10 +174,26 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {_sentence(error, hints[name], name, located=False)}") from None
 
 
-def nearest(name: str, names: Any) -> str:
-    """Returns the end of a sentence that rejects `name`: the most similar valid name."""
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+def read_text(hint: Any, name: str, text: str | list[str]) -> Any:
+    """Converts the text of a flag, or the texts of a list, to the type of setting `name`. Raises UserError."""
+    if isinstance(text, list):
+        (inner,) = {typing.get_args(kind)[0] for kind, _ in kinds_of(hint) if typing.get_origin(kind) is tuple}
+        return tuple(read_text(inner, name, one) for one in text)
+    if text == "None" and types.NoneType in dict(kinds_of(hint)):
+        return None
+    try:
+        return TypeAdapter(hint, config=VALUES).validate_strings(text)
+    except ValidationError as error:
+        raise UserError(f"--{_sentence(error, hint, name, located=False, shown=str)}") from None
+
+
+def nearest(name: str, cls: type, prefix: str = "") -> str:
+    """Returns the end of a sentence that rejects `name`: the most similar setting, or its name here."""
+    name, names = name.replace("-", "_"), settings_in(cls)
+    near = [ELSEWHERE[name]] if ELSEWHERE.get(name) in names else difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; {getattr(cls, 'LISTED', '--help')} lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
@@ -177,18 +237,23 @@ def read_files(cls: type, paths: typing.Iterable[str]) -> tuple[dict[str, Any], 
     return settings, {name: source for name, source in sources.items() if name in settings}
 
 
-def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True) -> str:
+def _sentence(
+    error: ValidationError, hint: Any, name: str, located: bool = True, shown: Callable[[Any], str] | None = None
+) -> str:
     """Describes the first mistake; `hint` is the type of setting `name`, with which locations begin if `located`."""
     errors = error.errors(include_url=False)
     first = errors[0]
     place = first["loc"][1:] if located else first["loc"]
     prefix = ""
     for step in place:
-        kinds = [kind for kind, _ in _kinds(hint)]
+        kinds = [kind for kind, _ in kinds_of(hint)]
         entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
+        values = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), None)
         nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if isinstance(step, int) and entries is not None:
             prefix, hint = f"number {step + 1} of {name}: ", entries
+        elif isinstance(step, str) and values is not None:
+            name, hint = f"{name}.{step}", values
         elif nested and isinstance(step, str):
             hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
     if first["type"] == "value_error":
@@ -199,7 +264,8 @@ def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True
         return f"{prefix}there is no setting {name}"
     name = "" if prefix and dataclasses.is_dataclass(hint) else f"{name} = "
     name = "" if prefix and isinstance(place[-1], int) else name
-    return f"{prefix}{name}{_shown(first['input'])} must be {_expected(hint, {one['type'] for one in errors})}"
+    expected = _expected(hint, {one["type"] for one in errors})
+    return f"{prefix}{name}{(shown or _shown)(first['input'])} must be {expected}"
 
 
 def _shown(value: Any) -> str:
@@ -210,27 +276,27 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, Path) else json.dumps(value, default=str)
 
 
-def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+def kinds_of(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
     """Yields the types in a union, or the one type, each with its bounds."""
     if typing.get_origin(hint) is Annotated:
         own = tuple(one for one in hint.__metadata__ if isinstance(one, annotated_types.BaseMetadata))
-        yield from _kinds(hint.__origin__, own or bounds)
+        yield from kinds_of(hint.__origin__, own or bounds)
     elif typing.get_origin(hint) in (types.UnionType, typing.Union):
         for option in typing.get_args(hint):
-            yield from _kinds(option, bounds)
+            yield from kinds_of(option, bounds)
     else:
         yield hint, bounds
 
 
 def _expected(hint: Any, broken: set[str]) -> str:
     """Describes valid values of `hint`, given the kinds of rule that were `broken` (pydantic's error types)."""
-    kinds = list(_kinds(hint))
+    kinds = list(kinds_of(hint))
     ranges = [_range(bounds, broken) for _, bounds in kinds if bounds]
     finite = "finite" if "finite_number" in broken else ""
     if broken & BOUNDS:
         what = ", and ".join(filter(None, [*ranges[:1], finite]))
     else:
-        what = " or ".join(_named(kind) for kind, _ in kinds if kind is not types.NoneType)
+        what = " or ".join(_named(kind, bounds) for kind, bounds in kinds if kind is not types.NoneType)
     optional = types.NoneType in dict(kinds) and broken & BOUNDS
     return f"{what}, or left out" if optional else what
 
@@ -251,14 +317,24 @@ def _range(bounds: tuple, broken: set[str]) -> str:
     return " and ".join(parts)
 
 
-def _named(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{option}"' for option in typing.get_args(kind))
+def _named(kind: Any, bounds: tuple) -> str:
     if typing.get_origin(kind) is tuple:
-        inner = next(_kinds(typing.get_args(kind)[0]))[0]
-        return f"a list of {_tables(inner)}" if dataclasses.is_dataclass(inner) else "a list"
-    return _tables(kind) if dataclasses.is_dataclass(kind) else names.get(kind, "a path in quotes")
+        least = next((f"{bound.min_length} or more " for bound in bounds if isinstance(bound, MinLen)), "")
+        inner = next(kinds_of(typing.get_args(kind)[0]))[0]
+        if typing.get_origin(inner) is Literal:
+            return f"a list of {least or 'any '}of {_choices(inner)}"
+        return f"a list of {least}{_tables(inner) if dataclasses.is_dataclass(inner) else NAMES[inner][1]}"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {_choices(kind)}" if len(typing.get_args(kind)) > 1 else _choices(kind)
+    if typing.get_origin(kind) is dict:
+        return "a table"
+    if dataclasses.is_dataclass(kind):
+        return _tables(kind)
+    return NAMES[kind][0] + (" that isn't empty" if MinLen(1) in bounds else "")
+
+
+def _choices(kind: Any) -> str:
+    return ", ".join(f'"{option}"' for option in typing.get_args(kind))
 
 
 def _tables(cls: type) -> str:

@@ -18,6 +18,10 @@ strings of an item count. Generated arithmetic is left out. Each figure is then 
 dirty items.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence
@@ -26,7 +30,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
@@ -39,14 +42,14 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Natural
+from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import table, to_json
 from gpt_arc.weights.directory import load_text_model, model_directory
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME."""
     tasks: tuple[str, ...] = ()
     """Names of tasks, or your own task files (.toml)."""
@@ -59,7 +62,8 @@ class Options:
     limit: Count | None = None
     """Maximum number of items, drawn by the seed."""
     shuffled_answers: bool = False
-    """Give demonstrations random answers, to measure what the format alone teaches."""
+    """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
+    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None

@@ -11,18 +11,21 @@ far the classes explain the choices; it is also given as a share of its value if
 experts.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural, Positional
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published mixture: hf:OWNER/NAME."""
     text: Path | None = None
     """A text file to read."""
@@ -39,27 +42,20 @@ class Options:
     """A prepared dataset to read, instead of a text."""
     split: Literal["train", "val"] = "val"
     """Which split of the dataset."""
-    tokens: int = 20_000
+    tokens: Natural = 20_000
     """Maximum tokens to read, in evenly spaced windows of the model's context length. 0: all."""
-    top: int = 0
+    top: Natural = 0
     """Print this many of each expert's most over-represented tokens, with their counts."""
     plot: Path | None = None
     """A .png file for a plot of the classes' shares, one panel per block."""
     json: Path | None = None
     """A file for the figures."""
-    batch_tokens: int = 8192
+    batch_tokens: Count = 8192
     """Tokens read at once."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware."""
-
-    def __post_init__(self):
-        for name, least in (("tokens", 0), ("top", 0), ("batch_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
-        if self.plot and self.plot.suffix != ".png":
-            raise ValueError(f"plot = {self.plot} must end in .png")
 
 
 def check(options: Options) -> None:
@@ -72,6 +68,8 @@ def check(options: Options) -> None:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it by --{flag}")
     if options.plot:
+        if options.plot.suffix != ".png":
+            raise UserError(f"plot = {options.plot} must end in .png")
         import_extra("matplotlib.figure")
 
 
@@ -184,7 +182,8 @@ def main() -> None:
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
-    uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
+    with naming(options.model):
+        uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
     if options.plot:
         draw(uses, options.plot)

@@ -39,7 +39,7 @@ from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural
 
 BATCH = 2**20  # characters given to a process at a time
 BLOCK = 2**16  # windows hashed at a time; they fit in the CPU cache
@@ -61,22 +61,16 @@ METHODS: tuple[Method, ...] = ("gpt2", "gpt3", "gpt4")
 class FilterSettings:
     """What to cut out of a corpus; the defaults are from the GPT-3 paper."""
 
-    words: int = 13
+    words: Count = 13
     """Length in words of the n-grams that a document must not share with an item."""
-    window: int = 200
+    window: Natural = 200
     """Characters to remove on each side of an n-gram."""
-    shortest_piece: int = 200
+    shortest_piece: Natural = 200
     """Remaining pieces with fewer characters are removed too."""
-    most_pieces: int = 10
+    most_pieces: Count = 10
     """A document cut into more pieces is dropped."""
-    most_documents: int = 10
+    most_documents: Count = 10
     """An n-gram in more documents than this is a common phrase and is kept."""
-
-    def __post_init__(self):
-        least = {"words": 1, "window": 0, "shortest_piece": 0, "most_pieces": 1, "most_documents": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {number}")
 
 
 class Items(NamedTuple):
@@ -623,7 +617,7 @@ def substrings_of(letters: np.ndarray, seed: str) -> list[np.ndarray]:
     return [letters[start : start + LETTERS] for start in sorted(chosen)]
 
 
-class _Search(NamedTuple):
+class _Windows(NamedTuple):
     """Windows of one length to look for."""
 
     index: WindowIndex
@@ -631,7 +625,7 @@ class _Search(NamedTuple):
     seen: np.ndarray  # whether each distinct window was found
 
     @classmethod
-    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Search]":
+    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Windows]":
         """Builds the searches, one per distinct length; each sequence has one of `lengths` and an item in `owners`."""
         searches = []
         for length in np.unique(lengths[lengths > 0]).tolist():
@@ -679,16 +673,16 @@ def measure(
     report: list[dict[str, Any]] = [
         {"file": name, "items": part.stop - part.start} for name, part in zip(items.files, slices)
     ]
-    searches: dict[str, list[_Search]] = {"gpt3": [], "gpt4": []}
+    searches: dict[str, list[_Windows]] = {"gpt3": [], "gpt4": []}
     if "gpt3" in methods:
         words = words_of(items.texts, vocabulary)
         compared = [words_compared(words.lengths[part]) for part in slices]
-        searches["gpt3"] = _Search.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
+        searches["gpt3"] = _Windows.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
     vocabulary.growing = False
     if "gpt4" in methods:
         samples = [substrings_of(letters_of(text), f"{seed} {text}") for text in items.texts]
         parts = Sequences.of([part for parts in samples for part in parts])
-        searches["gpt4"] = _Search.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
+        searches["gpt4"] = _Windows.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
 
     indexes = ([search.index for search in searches[method]] for method in ("gpt3", "gpt4"))
     look = functools.partial(_look, vocabulary, *indexes, "gpt2" in methods)

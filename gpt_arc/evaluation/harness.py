@@ -13,7 +13,7 @@ from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.errors import UserError, naming
-from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
+from gpt_arc.evaluation.score import Request, encode_pairs, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
 from gpt_arc.weights.directory import load_text_model
@@ -88,6 +88,18 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
         """Returns the ids of the text; `add_special_tokens` has no effect. Raises UserError, see `Tokenizer.encode`."""
         return self.text_tokenizer.encode(string)
+
+    def loglikelihood(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-probability in nats, and whether greedy decoding would produce it.
+
+        Where a token spans the end of the context, the continuation begins with it, see `encode_pairs`. Raises
+        UserError.
+        """
+        pairs = [request.args for request in requests]
+        places = [f"{request.task_name}, document {request.doc_id}, option {request.idx}" for request in requests]
+        encoded = encode_pairs(self.text_tokenizer, pairs, self.max_length, places).requests
+        tokens = [(pair, request.context, request.continuation) for pair, request in zip(pairs, encoded)]
+        return self._loglikelihood_tokens(tokens, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_arc.evaluation.reader import Reader
-from gpt_arc.evaluation.score import encode_pair
+from gpt_arc.evaluation.score import encode_pairs
 from gpt_arc.evaluation.statistics import standard_error
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, first_sentences, rouge
@@ -22,7 +22,10 @@ def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, 
         for question, before in questions
         for context, option in zip(question.contexts, question.continuations)
     ]
-    scores = reader.score(pairs, task.name)
+    places = [
+        f"{question.place}, option {number}" for question, _ in questions for number in range(len(question.contexts))
+    ]
+    scores = reader.score(pairs, task.name, places)
     values = [score.log_probability for score in scores]
     if task.normalise == "token":
         values = [value / score.tokens for value, score in zip(values, scores)]
@@ -31,7 +34,8 @@ def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, 
         sizes = [len(option if task.normalise == "character" else option.encode()) for option in options]
         values = [value / size for value, size in zip(values, sizes)]
     elif task.normalise == "unconditional":
-        alone = reader.score([(task.unconditional, option) for _, option in pairs], f"{task.name}, unconditional")
+        unconditional = [(task.unconditional, option) for _, option in pairs]
+        alone = reader.score(unconditional, f"{task.name}, unconditional", places)
         values = [value - score.log_probability for value, score in zip(values, alone)]
     right, start = [], 0
     for question, _ in questions:
@@ -47,10 +51,11 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
         return {"accuracy": choice_accuracy(task, reader, questions)}
     if task.kind == "cloze":
         pairs = [(before + question.contexts[0], question.continuations[0]) for question, before in questions]
-        scores = reader.score(pairs, task.name)
+        places = [question.place for question, _ in questions]
+        scores = reader.score(pairs, task.name, places)
         right = [score.is_greedy for score in scores]
         if task.stop_word_filter:
-            tokens = [encode_pair(reader.tokenizer, *pair) for pair in pairs]
+            tokens = encode_pairs(reader.tokenizer, pairs, reader.model.config.block_size, places).requests
             words = WordTokens(reader.tokenizer)
             right = likeliest_words(words, reader.model, tokens, STOP_WORDS, reader.batch_tokens, task.name)
         return {

@@ -19,8 +19,8 @@ from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
-from gpt_arc.errors import NotFinite, UserError
-from gpt_arc.evaluation.score import Request, Score, encode_pair, score_continuations
+from gpt_arc.errors import UserError
+from gpt_arc.evaluation.score import Score, encode_pairs, score_continuations
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
 from model import GPT
@@ -33,23 +33,22 @@ class Reader(NamedTuple):
     tokenizer: Tokenizer
     batch_tokens: int
 
-    def score(self, pairs: Sequence[tuple[str, str]], label: str) -> list[Score]:
-        """Scores the second text of each pair after the first. Raises UserError if one is empty or too long.
+    def score(self, pairs: Sequence[tuple[str, str]], label: str, places: Sequence[str] | None = None) -> list[Score]:
+        """Scores the second text of each pair after the first, as `encode_pairs` splits them. Raises UserError.
 
-        `label` names the texts in the progress bar and in messages.
+        `label` names the texts in the progress bar, and with `places`, one for each pair, in messages.
         """
-        requests = []
-        for number, pair in enumerate(pairs, start=1):
-            try:
-                requests.append(Request(*encode_pair(self.tokenizer, *pair)))
-            except UserError as error:
-                raise UserError(f"{label}, text {number} of {len(pairs)}: {error}") from None
         try:
-            scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
-        except NotFinite:
-            raise
-        except ValueError as error:
-            raise UserError(f"{label}: {error}") from None
+            requests, merged = encode_pairs(self.tokenizer, pairs, self.model.config.block_size, places)
+        except UserError as error:
+            raise UserError(f"{label}, {error}") from None
+        if merged:
+            print(
+                f"{label}: in {merged:,} of {len(requests):,} texts a token spans the end of the context; their scores "
+                "begin with that token",
+                file=sys.stderr,
+            )
+        scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
         room = self.model.config.block_size + 1
         cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
         if cut:

@@ -28,6 +28,8 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
     """Reads a file that holds exactly the tensors in `shapes`, as `dtype`. Raises UserError naming file and tensor."""
     with open_tensors(path, ADVICE) as file:
         stored = set(file.keys())
+    if "lstm.weight_ih_l0" in stored - shapes.keys():
+        raise UserError(f"{path.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
     for problem, names in (
         ("lacks the tensor", shapes.keys() - stored),
         ("has the unexpected tensor", stored - shapes.keys()),

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
 from gpt_arc.finetuning.classifier import load_classifier, make_batch
 from gpt_arc.finetuning.encoding import encode_examples
 from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, load_text_model, save_model
 from helpers import write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
@@ -287,6 +288,8 @@ def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplac
     before, after = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
     assert after.config.lstm and after.trunk.config.dropout == 0.2
     torch.testing.assert_close(after.trunk.state_dict(), before.trunk.state_dict(), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="is a classifier with an LSTM, which only stages/finetune.py can use"):
+        load_text_model("out/finetune")  # as sample.py and eval.py do
     for flag in ("--lora_rank=2", "--transfer_blocks=1"):
         assert run("out/finetune", *TRAIN[1:], flag).code == 2
 

@@ -171,7 +171,7 @@ def test_batching_and_processes_change_only_rounding(run):
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
         "--activation_checkpointing=True")  # fmt: skip
-    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, OMP_NUM_THREADS="1")
+    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, torchrun=True)
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     whole = load_reward_model("whole/last")[0]
     for name in ("parts", "two"):

@@ -17,7 +17,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.planning import cost as cost_module
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig
-from helpers import command
+from helpers import forking_command
 from model import GPT, GPTConfig
 from tools import bench
 
@@ -164,7 +164,7 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --dtype=bfloat16 --rounds=1 --steps=2 --device=cpu --json=results.json"
     peer_flags = "--transformers=True", "--implementations=eager"
-    completed = command("tools/bench.py", "moe", "tiny.toml", *peer_flags, *flags.split())
+    completed = forking_command("tools/bench.py", "moe", "tiny.toml", *peer_flags, *flags.split())
     assert completed.returncode == 0 and not completed.stderr, completed.stderr
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == ["ours", "dense", "transformers eager"]
@@ -183,8 +183,9 @@ def test_a_run_measures_each_competitor_in_its_own_process(place):
         (["tiny.toml", "--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),
         (["tiny.toml", "--implementation=eager"], "there is no flag --implementation; did you mean --implementations?"),
         (["tiny.toml", "--implementations=fast"], "--implementations"),
+        (["tiny.toml", "--implementations"], "--implementations = [] must be a list of 1 or more of"),
         (["tiny.toml", "--nanogpt=."], "there is no flag --nanogpt"),
-        (["tiny.toml", "--steps=0"], "steps = 0 must be 1 or more"),
+        (["tiny.toml", "--steps=0"], "steps = 0 must be at least 1"),
         (["tiny.toml", "--transformers=True", "--shared_experts=1"], "mixtral, has no shared_experts = 1"),
         (["tiny.toml", "--transformers=True", "--capacity_factor=1"], "mixtral, has no capacity_factor = 1.0"),
         (["tiny.toml", "--transformers=True", "--experts_per_token=1"], "mixtral, has no experts_per_token = 1"),

@@ -35,7 +35,7 @@ from benchmarks.speedrun import (
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.training.config import Config, DataConfig, LoggingConfig, TrainingConfig
-from helpers import ROOT, TINY_FLAGS, command
+from helpers import ROOT, TINY_FLAGS, forking_command
 from model import GPTConfig
 from tools import bench
 
@@ -258,7 +258,7 @@ def test_a_diverged_run_counts_and_a_failed_one_does_not(fake_train):
 def test_a_speedrun_measures_both_competitors(place, stage_runner):
     (place / "tmp").mkdir()
     flags = ["--nanogpt=nanoGPT", "--seeds", "5", "sums.toml", *FLAGS, "--target", "1", "--json=record.json"]
-    completed = command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
+    completed = forking_command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
     assert completed.returncode == 1 and not completed.stderr, completed.stderr  # neither reaches the target
     assert not [path for path in (place / "tmp").iterdir() if path.name.startswith("gpt-arc-")]
     results = json.loads(Path("record.json").read_text())
@@ -392,13 +392,14 @@ def test_an_interruption_leaves_no_process_and_no_folder(flags, started, number,
     [
         (["--target=1"], "name a config file: python tools/bench.py speedrun"),
         (["sums.toml"], "say which loss to reach: --target=1.886, or --nanogpt=PATH"),
-        (["sums.toml", "--target=low"], "target = low must be a loss in nats a token, such as 1.886, or nanogpt"),
-        (["sums.toml", "--target=-1"], "target = -1 must be a loss"),
-        (["sums.toml", "--target=nan"], "target = nan must be a loss"),
+        (["sums.toml", "--target=low"], "--target: 'low' is not understood"),
+        (["sums.toml", "--target=-1"], "target = -1.0 must be more than 0"),
+        (["sums.toml", "--target=nan"], "target = nan must be more than 0, and finite"),
         (["sums.toml", "--target=nanogpt"], "target = nanogpt takes a checkout: --nanogpt=PATH"),
-        (["sums.toml", "--target=1", "--seeds", "1", "1"], "must be different whole numbers, zero or more"),
-        (["sums.toml", "--target=1", "--seeds"], "seeds = () must be different whole numbers"),
-        (["sums.toml", "--target=1", "--seeds", "1", "x"], "--seeds: '1', 'x' is not understood"),
+        (["sums.toml", "--target=1", "--seeds", "1", "1"], "seeds = (1, 1) must be different numbers"),
+        (["sums.toml", "--target=1", "--seeds"], "--seeds = [] must be a list of 1 or more whole numbers"),
+        (["sums.toml", "--target=1", "--seeds", "-1"], "number 1 of --seeds: -1 must be at least 0"),
+        (["sums.toml", "--target=1", "--seeds", "1", "x"], "--seeds = x must be a whole number"),
         (["sum.toml", "--target=1"], "there is no config file sum.toml; did you mean sums.toml?"),
         (["sums.toml", "--target=1", "--nanogpt=."], "there is no nanoGPT checkout at .: it has no model.py"),
         (["sums.toml", "--target=1", "--n_layers=2"], "there is no flag --n_layers; did you mean --n_layer?"),
