@@ -33,7 +33,16 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import autocast, device_name, resolve_device, rng_state, set_rng_state, set_up_device, to_device
+from gpt_arc.device import (
+    align,
+    autocast,
+    device_name,
+    resolve_device,
+    rng_state,
+    set_rng_state,
+    set_up_device,
+    to_device,
+)
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
 from gpt_arc.planning.cost import peak_flops
@@ -181,6 +190,7 @@ def build(plan: Plan) -> Run:
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
+    align(model)
     sharing = ExpertParallel(model, training.expert_processes, device)
     model.to(device).activation_checkpointing = training.activation_checkpointing
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)

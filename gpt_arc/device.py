@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_arc.errors import UserError
 
 T = TypeVar("T", Tensor, Tensor | None)
 
+ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -69,6 +70,16 @@ def set_up_device(device: torch.device, dtype: str) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def align(module: nn.Module) -> None:
+    """Copies weights that lie at addresses where torch would not allocate, as tensors mapped from a file do.
+
+    There, CPU kernels add in another order, so that a resumed run would differ from one that never stopped.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

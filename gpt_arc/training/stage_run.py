@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc import distributed
-from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
+from gpt_arc.device import align, device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.reading import reading
@@ -120,6 +120,7 @@ class StageRun:
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
         set_up_device(self.device, self.dtype)
+        align(module)
         module.to(self.device)
         return module if WORLD_SIZE == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
 

@@ -456,7 +456,7 @@ class Stored(NamedTuple):
     file: Any  # safetensors' open file
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name)
+        return self.file.get_tensor(self.name).float()
 
 
 def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -501,9 +501,8 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     tensors = {}
     for name, parts in parts_of.items():  # one at a time, to hold little in memory twice
         rows = [stored[part.name].read().T if part.transposed else stored[part.name].read() for part in parts]
-        # `cat` always copies, which aligns: see tensor_files.py
-        tensors[name] = torch.cat(rows, out=torch.empty(sum(map(len, rows)), *rows[0].shape[1:])).view(shapes[name])
-    if tied_copy and not torch.equal(tied_copy.read().float(), tensors["token_embedding.weight"]):
+        tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
+    if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
         raise UserError(
             f"{tied_copy.path}: {tied_copy.name} differs from the embedding, although config.json has "
             "tie_word_embeddings = true: set that to false"

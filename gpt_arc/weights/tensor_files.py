@@ -46,8 +46,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
             tensor = file.get_tensor(name)
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
-            # copied: in the file tensors have other alignments, at which CPU kernels add in another order
-            tensors[name] = tensor.to(dtype, copy=True)
+            tensors[name] = tensor.to(dtype)
     return tensors
 
 

@@ -8,13 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from gpt_arc.device import ALIGNMENT, align
 from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
-from helpers import ROOT
+from helpers import ROOT, TINY_FLAGS
 from model import GPT, GPTConfig
+from stages import sft
 
-ALIGNMENT = 64  # bytes, of torch's own allocations on a CPU
 SHRUNK = (
     "--dataset=sums --vocab_size=65 --block_size=32 --batch_size=8 --lr_decay_iters=40 --warmup_iters=4 "
     "--eval_interval=20 --eval_iters=2 --device=cpu"
@@ -57,7 +59,7 @@ def test_forty_steps_of_a_mixture_equal_twenty_and_twenty_more(workplace, stage_
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("written_by", ["us", "transformers"])
-def test_loaded_tensors_are_aligned_as_fresh_ones(tmp_path, written_by, dtype):
+def test_weights_of_a_file_are_aligned_as_fresh_ones_for_training(tmp_path, written_by, dtype):
     """In a file, tensors of odd sizes lie one behind the other."""
     model = GPT(GPTConfig(7, 11, 3, 3, 15))
     if written_by == "us":
@@ -65,6 +67,27 @@ def test_loaded_tensors_are_aligned_as_fresh_ones(tmp_path, written_by, dtype):
     else:
         (tmp_path / "config.json").write_text(json.dumps(hf_config(model.config)))
         save_file(dict(hf_tensors(model)), tmp_path / "model.safetensors")
-    loaded = load_model(tmp_path, dtype=dtype)[0].state_dict()
+    trained = load_model(tmp_path, dtype=dtype)[0]
+    align(trained)
+    loaded = trained.state_dict()
     assert all(tensor.data_ptr() % ALIGNMENT == 0 and tensor.is_contiguous() for tensor in loaded.values())
     assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in model.state_dict().items())
+
+
+def test_a_run_and_a_stage_train_aligned_weights(workplace, stage_runner, monkeypatch):
+    """Whether kernels mind depends on the processor, so the addresses themselves are checked."""
+    flags = (*TINY_FLAGS, "--n_embd=18", "--bias=True")
+    stage_runner(train, "sums.toml", *flags, "--out_dir=run")
+    loaded = load_model("run")[0]
+    assert any(parameter.data_ptr() % ALIGNMENT for parameter in loaded.parameters())  # else this shows nothing
+    made, original = [], Updater.__init__
+
+    def checked(self, model, *args):
+        made.append([name for name, parameter in model.named_parameters() if parameter.data_ptr() % ALIGNMENT])
+        original(self, model, *args)
+
+    monkeypatch.setattr(Updater, "__init__", checked)
+    stage_runner(train, "--resume=run", "--max_iters=9")
+    Path("chats.jsonl").write_text('{"prompt": "2 times 3", "response": "6"}\n' * 8)
+    stage_runner(sft, "run", "--train=chats.jsonl", "--val=chats.jsonl", "--device=cpu", "--epochs=1")
+    assert made == [[], []]

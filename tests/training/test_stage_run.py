@@ -212,7 +212,7 @@ def test_options_are_recorded_with_absolute_paths(tmp_path, monkeypatch):
     for change, message in (
         ({"stage": "ppo"}, "it is a run of ppo.py"),
         ({"options": {"epochs": 1}}, "epochs"),
-        ({"options": []}, "no attribute"),
+        ({"options": []}, "options = []"),
         ({"options": {"batch_size": 0}}, "batch_size = 0"),
     ):
         content = json.loads(Path("run.json").read_text())
