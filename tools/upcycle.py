@@ -22,7 +22,11 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
+<<<<<<< HEAD
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, mistake
+=======
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Seed, mistake
+>>>>>>> h_bounds
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,7 +46,7 @@ class Options:
     """New experts that process every token and output zero until they are trained."""
     balance_rate: NonNegative = 0.0
     """Change per update of the biases that balance the experts' load (.001 in arXiv:2408.15664). 0: no biases."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the new routers' weights."""
 
 

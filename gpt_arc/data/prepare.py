@@ -38,6 +38,7 @@ from gpt_arc.manifest import check_files, record_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
 
+ValFraction = Annotated[float, Gt(0), Lt(1)]
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
 SPLITS = ("train", "val")
@@ -52,7 +53,7 @@ class CorpusSettings:
     """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
     """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for one text, else hash."""
-    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    val_fraction: ValFraction = 0.1
     """Share for val: of the documents, or with tail of the characters."""
     shard_tokens: Annotated[int, Ge(1), Le(MAX_TOKENS)] = 100_000_000
     """Maximum tokens per token file."""
