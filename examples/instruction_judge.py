@@ -23,21 +23,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
-<<<<<<< HEAD
-=======
-import tyro
 from annotated_types import Ge
->>>>>>> h_bounds
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-<<<<<<< HEAD
-from gpt_arc.settings import STRICT, Positional
-=======
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Seed
->>>>>>> h_bounds
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed
 from gpt_arc.tables import to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons

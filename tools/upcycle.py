@@ -22,11 +22,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
-<<<<<<< HEAD
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, mistake
-=======
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Seed, mistake
->>>>>>> h_bounds
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed, mistake
 
 
 @dataclass(frozen=True, config=STRICT)
