@@ -622,7 +622,7 @@ def test_an_error_of_the_hub_is_reported(run, monkeypatch):
         (("--tasks", "addition_2", "--training_text", "text.txt"), "which are generated: leave it out"),
         (("--tasks", "choice.toml", "--data=items.jsonl", "--training_text", "no.txt"), "no.txt can't be read"),
         (("--tasks", "sst2", "--data=none.jsonl"), "there is no file none.jsonl"),
-        (("--tasks", "sst2", "--shots=-1"), "number 1 of --shots: -1 must be at least 0"),
+        (("--tasks", "sst2", "--shots=-1"), "--shots = -1 must be at least 0"),
         (("--tasks", "sst2", "--limit=0"), "limit = 0 must be at least 1"),
         (("--tasks", "sst2", "--seed=-1"), "seed = -1 must be at least 0"),
         (("--perplexity", "text.txt", "--stride=0"), "stride = 0 must be at least 1"),
