@@ -61,16 +61,16 @@ def typed_prompts() -> Iterator[list[str]]:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
-    """Returns the prompt's tokens, or the start token of an empty one. Raises UserError for text without tokens."""
+    """Returns the prompt's tokens as `Tokenizer.encode_prompt` does. Raises UserError for text without tokens."""
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
     try:
-        tokens = tokenizer.encode(prompt)
+        tokens = tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
     if len(tokens) > context:
         print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
-    return tokens or [tokenizer.start_token]
+    return tokens
 
 
 class Sampler:
@@ -140,8 +140,7 @@ class Sampler:
         from gpt_arc.decoding.beam import beam_search
         from gpt_arc.decoding.generate import Step
 
-        config, end = self.config, self.tokenizer.end_of_text
-        ends = [] if end is None else [end]
+        config, ends = self.config, sorted(self.tokenizer.ends)
         beams = beam_search(self.decoder, prompt, config.max_new_tokens, config.num_beams, config.length_penalty, ends)
         for row, beam in enumerate(beams[:count]):
             for token, log_probability in zip(beam.tokens, beam.log_probabilities):

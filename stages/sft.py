@@ -82,7 +82,7 @@ def train(options: Options, run: StageRun) -> int:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
-        model = with_more_tokens(model, len(chat.added))
+        model = with_more_tokens(model, max(chat.vocab_size - model.config.vocab_size, 0))
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
     model.activation_checkpointing = options.activation_checkpointing

@@ -10,23 +10,23 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 """
 
 import abc
+import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from gpt_arc import hub
+from gpt_arc.data.declared import SETTINGS_FILE, Declared, read_declared
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
 
 FILE_NAME = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
 SENTENCEPIECE_FILE = "tokenizer.model"
 MAIN_FILES = (FILE_NAME, "vocab.json", SENTENCEPIECE_FILE)  # in the order they are looked for in a folder
 END_OF_TEXT = "<|endoftext|>"
@@ -45,6 +45,7 @@ class Tokenizer(abc.ABC):
 
     vocab_size: int
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
+    declared = Declared()  # by the directory that the tokenizer was loaded from
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
     @abc.abstractmethod
@@ -60,22 +61,51 @@ class Tokenizer(abc.ABC):
         """Returns the text of the ids."""
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a continuation."""
+        return self.declared.ends or frozenset({self.end_of_text} - {None})
+
+    @property
     def start_token(self) -> int:
-        """First token of an empty prompt: the end-of-text token, else a newline, else token 0."""
-        if self.end_of_text is not None:
-            return self.end_of_text
+        """First token of an empty prompt: the declared one, else the end-of-text token, a newline or token 0."""
+        start = self.end_of_text if self.declared.start is None else self.declared.start
+        if start is not None:
+            return start
         try:
             return next(iter(self.encode("\n")), 0)
         except UserError:
             return 0
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids that a model reads for `text`, which begin with the tokens declared to precede each text."""
+        return [*self.declared.prefix, *self.encode(text)] or [self.start_token]
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        """Returns the ids of `text`, and how many of them hold none of its characters from `start` on.
+
+        `after_special`: `text` follows a special token, instead of beginning a text.
+        """
+        tokens = self.encode(text)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, self.encode(text[:start])))
+        return tokens, sum(1 for _ in alike)
+
     def special_token(self, text: str) -> int | None:
         """Returns the id of a special token such as <|endoftext|>, or None if the vocabulary doesn't have it."""
         return None
 
-    @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """Contents of the files that `save` writes, by name; `load_tokenizer` rebuilds an equal tokenizer from them."""
+        return self._vocabulary_files() | self.declared.files
+
+    @abc.abstractmethod
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        """Contents of the files that determine the ids of a text."""
+
+    def declare(self, folder: Path, prefix: tuple[int, ...] | None = None) -> "Tokenizer":
+        """Takes over what the files in `folder` declare, see `read_declared`, and returns itself."""
+        self.declared = read_declared(folder, self.end_of_text, self.special_token, prefix)
+        self.end_of_text = self.declared.end_of_text
+        return self
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer's files to `directory`."""
@@ -136,10 +166,13 @@ class CharTokenizer(Tokenizer):
             )
         return self._order[indices].astype(np.uint32)
 
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        return self.encode(text), start
+
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.characters[token] for token in tokens if token < self.vocab_size)
 
-    def files(self) -> dict[str, bytes]:
+    def _vocabulary_files(self) -> dict[str, bytes]:
         vocab = {character: id for id, character in enumerate(self.characters)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
         return _tokenizer_json(model, pre_tokenizer=EACH_CHARACTER, decoder={"type": "Fuse"})
@@ -221,7 +254,12 @@ class BPETokenizer(Tokenizer):
         if len(text) >= 500_000:  # GPT2_PATTERN also splits before white space and before its last character
             cuts[1:1] = [cut for space in LONG_SPACE.finditer(text) for cut in (space.start(), space.end() - 1)]
         encode = self._encoding.encode_to_numpy
-        return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in pairwise(cuts)])
+        return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)])
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        tokens, before = self.encode(text), len(well_formed(text[:start]).encode())
+        ends = itertools.accumulate(len(self._bytes_by_id[token]) for token in tokens)
+        return tokens, sum(end <= before for end in ends)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Returns the text. Invalid UTF-8, such as part of a character, becomes U+FFFD; unknown ids are skipped."""
@@ -231,13 +269,15 @@ class BPETokenizer(Tokenizer):
         return self.special.get(text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BPETokenizer) and (self.ranks, self.special) == (other.ranks, other.special)
+        if not isinstance(other, BPETokenizer) or self.end_of_text != other.end_of_text:
+            return False
+        return (self.ranks, self.special) == (other.ranks, other.special)
 
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
         return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
 
-    def files(self) -> dict[str, bytes]:
+    def _vocabulary_files(self) -> dict[str, bytes]:
         printable = _byte_alphabet()
         spelled = {token: "".join(printable[b] for b in token) for token in self.ranks}
         vocab = {spelled[token]: id for token, id in self.ranks.items()} | self.special
@@ -262,34 +302,37 @@ class LibraryTokenizer(Tokenizer):
     """Any other tokenizer.json (GPT-1's, Qwen's, Llama's), run by the `tokenizers` library.
 
     A special token spelled out in a text is encoded as ordinary text, and no tokens are added before or after.
-    `settings` is the tokenizer_config.json in the same folder; its eos_token ends a text if the vocabulary has no
-    <|endoftext|>.
     """
 
-    def __init__(self, content: bytes, settings: bytes | None = None):
-        from tokenizers import Tokenizer as Library
-
-        self._content, self._settings = content, settings
-        self._library = Library.from_buffer(content)
-        self._library.encode_special_tokens = True
-        self._library.no_truncation()
-        self._library.no_padding()
+    def __init__(self, content: bytes):
+        self._content = content
+        self._library = _library(content)
         self.vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
-        if self.end_of_text is None and settings is not None:
-            self.end_of_text = self._library.token_to_id(_declared_end(settings))
 
     def __reduce__(self):  # pickling self._library would lose encode_special_tokens
-        return LibraryTokenizer, (self._content, self._settings)
+        return LibraryTokenizer, (self._content,), {"declared": self.declared, "end_of_text": self.end_of_text}
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(well_formed(text), add_special_tokens=False).ids
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        library = self._library_within if after_special else self._library
+        encoding = library.encode(well_formed(text), add_special_tokens=False)
+        return encoding.ids, sum(end <= start for _, end in encoding.offsets)
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that the post-processor puts before a text."""
+        encoding = self._library.encode("a", add_special_tokens=True)
+        count = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), 0)
+        return tuple(encoding.ids[:count])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LibraryTokenizer) and self._ids_follow_from == other._ids_follow_from
@@ -300,8 +343,24 @@ class LibraryTokenizer(Tokenizer):
         table = json.loads(self._library.to_str())
         return self.end_of_text, *(table[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
-    def files(self) -> dict[str, bytes]:
-        return {FILE_NAME: self._content} | ({} if self._settings is None else {SETTINGS_FILE: self._settings})
+    @cached_property
+    def _library_within(self):
+        """The library for text after a special token, where Metaspace's prepend_scheme "first" prepends nothing."""
+        return _library(self._library.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"').encode())
+
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        return {FILE_NAME: self._content}
+
+
+def _library(content: bytes):
+    """Returns the library's tokenizer for a tokenizer.json, without what would change the ids of plain text."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_buffer(content)
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -315,8 +374,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def start_token(self) -> int:
-        """The model's beginning-of-text token if it has one, else as in `Tokenizer`."""
-        return self._library.bos_id() if self._library.bos_id() >= 0 else super().start_token
+        """The declared token, else the model's beginning-of-text token if it has one, else as in `Tokenizer`."""
+        bos = self._library.bos_id()
+        return bos if bos >= 0 and self.declared.start is None else super().start_token
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(well_formed(text))
@@ -324,7 +384,11 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens if token < self.vocab_size])
 
-    def files(self) -> dict[str, bytes]:
+    def special_token(self, text: str) -> int | None:
+        id = self._library.piece_to_id(text)
+        return id if self._library.is_control(id) else None
+
+    def _vocabulary_files(self) -> dict[str, bytes]:
         return {SENTENCEPIECE_FILE: self._content}
 
 
@@ -389,13 +453,7 @@ def _tokenizer_json(
     return {FILE_NAME: json.dumps(content, ensure_ascii=False, indent=1).encode()}
 
 
-def _declared_end(settings: bytes) -> str:
-    """Returns the eos_token of a tokenizer_config.json, stored as a string or as an object; empty if there is none."""
-    token = json.loads(settings).get("eos_token") or ""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
+def _read_json(content: bytes) -> Tokenizer:
     """Reads a tokenizer.json: as CharTokenizer or BPETokenizer if it describes one, else as LibraryTokenizer."""
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
@@ -408,21 +466,22 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
             return CharTokenizer(characters)
     special = {token["content"]: token["id"] for token in added}
     as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
+    post_processor = table.get("post_processor") or as_gpt2
     if (
         plain
         and kind == "BPE"
         and {"use_regex": True, **pre_tokenizer, "trim_offsets": True} == as_gpt2
-        and (table.get("post_processor") or as_gpt2)["type"] in ("ByteLevel", "TemplateProcessing")  # no token is added
+        and post_processor["type"] in ("ByteLevel", "TemplateProcessing")
+        and all("Sequence" in piece for piece in post_processor.get("single", ()))  # no token is added
         and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback"))
         and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
         and all(token["special"] for token in added)
         and not model.get("ignore_merges")
-        and (END_OF_TEXT in special or settings is None or not _declared_end(settings))
     ):
         tokenizer = _byte_level(vocab, model["merges"], special)
         if tokenizer is not None:
             return tokenizer
-    return LibraryTokenizer(content, settings)
+    return LibraryTokenizer(content)
 
 
 def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) -> BPETokenizer | None:
@@ -476,21 +535,40 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
     try:
         content = path.read_bytes()
+        prefix = None
         if path.suffix == ".model":
-            return SentencePieceTokenizer(content)
-        settings = (folder / SETTINGS_FILE).read_bytes() if (folder / SETTINGS_FILE).exists() else None
-        if path.name == "vocab.json":
-            kind = json.loads(settings or b"{}").get("tokenizer_class") or "GPT2"
+            tokenizer: Tokenizer = SentencePieceTokenizer(content)
+        elif path.name == "vocab.json":
+            settings = folder / SETTINGS_FILE
+            kind = (json.loads(settings.read_bytes()) if settings.exists() else {}).get("tokenizer_class") or "GPT2"
             if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
                 raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
-            return _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
-        return _read_json(content, settings)
+            tokenizer = _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
+        else:
+            tokenizer = _read_json(content)
+            prefix = tokenizer.prefix if isinstance(tokenizer, LibraryTokenizer) else ()
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {Path(error.filename).name}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # each library has its own exceptions for a damaged file
         raise UserError(f"{path} is damaged or not a tokenizer: {type(error).__name__}: {first_line(error)}") from None
+    tokenizer.declare(folder, prefix)
+    if path.name == "vocab.json" and tokenizer.declared.prefix:
+        return _with_prefix(tokenizer).declare(folder, tokenizer.declared.prefix)
+    return tokenizer
+
+
+def _with_prefix(tokenizer: Tokenizer) -> LibraryTokenizer:
+    """Returns a tokenizer of vocab.json and merges.txt with its declared prefix in its tokenizer.json."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_buffer(tokenizer.files()[FILE_NAME])
+    special = [(library.id_to_token(id), id) for id in tokenizer.declared.prefix]
+    single = [*(text for text, _ in special), "$A"]
+    library.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return LibraryTokenizer(library.to_str().encode())
 
 
 def find_tokenizer(name: str) -> Tokenizer:
@@ -504,7 +582,7 @@ def find_tokenizer(name: str) -> Tokenizer:
         if path.is_file() or holds_tokenizer(path):
             return load_tokenizer(path)
     if hub.is_name(name):
-        return load_tokenizer(hub.download(name, hub.TOKENIZER))
+        return load_tokenizer(hub.download(name, hub.CONFIG + hub.TOKENIZER))
     raise UserError(
         f"there is no tokenizer {name}: give gpt2 (or char, for prepare/text.py), the name of a dataset under "
         f"{DATA_ROOT}/, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of these "

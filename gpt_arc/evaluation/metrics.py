@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_arc.evaluation.reader import Reader
-from gpt_arc.evaluation.score import encode_pair
 from gpt_arc.evaluation.statistics import standard_error
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, first_sentences, rouge
@@ -50,7 +49,7 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
         scores = reader.score(pairs, task.name)
         right = [score.is_greedy for score in scores]
         if task.stop_word_filter:
-            tokens = [encode_pair(reader.tokenizer, *pair) for pair in pairs]
+            tokens = [reader.encode_pair(*pair) for pair in pairs]
             words = WordTokens(reader.tokenizer)
             right = likeliest_words(words, reader.model, tokens, STOP_WORDS, reader.batch_tokens, task.name)
         return {

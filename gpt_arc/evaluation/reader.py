@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from gpt_arc.chat.format import ChatFormat, Turn
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.beam import beam_search
@@ -27,11 +28,25 @@ from model import GPT
 
 
 class Reader(NamedTuple):
-    """A model with its tokenizer, which scores texts and answers prompts."""
+    """A model with its tokenizer, which scores texts and answers prompts.
+
+    With `chat`, each prompt is a user's turn, and what follows it is the response.
+    """
 
     model: GPT
     tokenizer: Tokenizer
     batch_tokens: int
+    chat: ChatFormat | None = None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens that the model reads before it answers."""
+        return self.tokenizer.encode_prompt(text) if self.chat is None else self.chat.prompt([Turn("user", text)])
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encodes a context and its continuation as `score.encode_pair` does, or as a user's turn and a response."""
+        if self.chat is None:
+            return encode_pair(self.tokenizer, context, continuation)
+        return self.encode_prompt(context), self.chat.response(continuation.lstrip())[:-1]
 
     def score(self, pairs: Sequence[tuple[str, str]], label: str) -> list[Score]:
         """Scores the second text of each pair after the first. Raises UserError if one is empty or too long.
@@ -41,7 +56,7 @@ class Reader(NamedTuple):
         requests = []
         for number, pair in enumerate(pairs, start=1):
             try:
-                requests.append(Request(*encode_pair(self.tokenizer, *pair)))
+                requests.append(Request(*self.encode_pair(*pair)))
             except UserError as error:
                 raise UserError(f"{label}, text {number} of {len(pairs)}: {error}") from None
         try:
@@ -63,8 +78,8 @@ class Reader(NamedTuple):
         start, so that the answer fits into the context.
         """
         room = max(self.model.config.block_size - task.max_new_tokens, 1)
-        tokens = [(self.tokenizer.encode(prompt) or [self.tokenizer.start_token])[-room:] for prompt in prompts]
-        streams = [TextStream(self.tokenizer, prompt) for prompt in tokens]
+        tokens = [self.encode_prompt(prompt)[-room:] for prompt in prompts]
+        streams = [self._stream(prompt) for prompt in tokens]
         bar = tqdm(total=len(prompts), desc=task.name, unit="answer", leave=False, disable=None)
         if task.num_beams > 1:
             ends = self._stop_tokens(task)
@@ -87,6 +102,11 @@ class Reader(NamedTuple):
         stop = "|".join(map(re.escape, task.stop))
         return [re.split(stop, stream.text)[0] if stop else stream.text for stream in streams]
 
+    def _stream(self, prompt: list[int]) -> TextStream:
+        if self.chat is None:
+            return TextStream(self.tokenizer, prompt)
+        return TextStream(self.tokenizer, end=self.chat.end)  # a response is decoded without its prompt
+
     def _generate(
         self, prompts: list[list[int]], streams: list[TextStream], task: Task, generators: list[torch.Generator]
     ) -> None:
@@ -101,7 +121,8 @@ class Reader(NamedTuple):
             pass
 
     def _stop_tokens(self, task: Task) -> list[int]:
-        """Returns the tokens that end a beam: end-of-text, and every token that contains a stop text."""
+        """Returns the tokens that end a beam: those that end a text, and every token that contains a stop text."""
         pieces = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocab_size))
         tokens = [token for token, piece in pieces if any(stop in piece for stop in task.stop)]
-        return tokens if self.tokenizer.end_of_text is None else [*tokens, self.tokenizer.end_of_text]
+        ends = self.tokenizer.ends if self.chat is None else {*self.tokenizer.ends, self.chat.end}
+        return [*tokens, *ends]

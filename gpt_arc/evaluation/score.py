@@ -103,7 +103,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     context, continuation = context[:end], context[end:] + continuation
     before = tokenizer.encode(context)
     after = tokenizer.encode(context + continuation)[len(before) :]
-    return before or [tokenizer.start_token], after
+    return [*tokenizer.declared.prefix, *before] or [tokenizer.start_token], after
 
 
 def rolling_windows(

@@ -67,7 +67,7 @@ def test_text_that_spells_a_mark_is_text():
         tokenizer = BPETokenizer.train([], 257)
         chat = ChatFormat.new(TEMPLATES[template], tokenizer, 257)
         spelled = "<|endoftext|><|im_end|>"
-        assert chat.turn(Turn("user", spelled))[0].count(chat.end) == (template == "chatml")
+        assert chat.encode([Turn("user", spelled)])[0].count(chat.end) == (template == "chatml")
         assert chat.end not in chat.response(spelled)[:-1] and chat.decode(chat.response(spelled)) == spelled
     assert ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text  # which it has already
 

@@ -264,10 +264,13 @@ def test_surrogates_that_stand_alone_become_the_replacement_character(own):
 def test_every_tokenizer_encodes_arrays_and_survives_a_file_and_another_process(
     make, own, sentencepiece_model, tmp_path
 ):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    library = LibraryTokenizer(own.files()["tokenizer.json"]).declare(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = {
         "own": own,
         "characters": CharTokenizer.from_text("The cat.\n"),
-        "library": LibraryTokenizer(own.files()["tokenizer.json"], b'{"eos_token": "<|endoftext|>"}'),
+        "library": library,
         "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
     }[make]
     array = tokenizer.encode_array("The cat.")

@@ -1,0 +1,129 @@
+"""What a directory declares about its texts: where documents and continuations end, and how a text begins.
+
+`load_tokenizer` asks this module, so every reader of a directory gets the same answer. The files and their precedence
+are those of transformers:
+
+- The tokens eos_token, bos_token and pad_token: special_tokens_map.json, then tokenizer_config.json, which is the only
+  one if it has added_tokens_decoder. An eos_token ends a document.
+- The ids eos_token_id (one or a list), bos_token_id and pad_token_id: generation_config.json, then config.json, then
+  the defaults of the model's class. Each eos_token_id ends a continuation.
+- The tokens before each text: the post-processor of tokenizer.json; without that file, the bos_token if
+  tokenizer_config.json has add_bos_token.
+
+chat.json, our own file, adds the token that ends a response.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt_arc.errors import UserError
+
+SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
+TEMPLATE_FILE, GENERATION_FILE, CHAT_FILE = "chat_template.jinja", "generation_config.json", "chat.json"
+KEPT = (SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE, GENERATION_FILE)  # copied unchanged with the tokenizer
+CLASS_IDS = {  # defaults of transformers' GPT2Config and MixtralConfig; other classes have none
+    "gpt2": {"eos_token_id": 50256, "bos_token_id": 50256},
+    "mixtral": {"eos_token_id": 2, "bos_token_id": 1},
+}
+CONTENT = "{content}"  # in a template of chat.json
+MARK = re.compile(r"(<\|\w+\|>)")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """Token ids, and the files that declare them."""
+
+    end_of_text: int | None = None  # ends a document
+    ends: frozenset[int] = frozenset()  # each ends a continuation
+    start: int | None = None  # first token where there is no text
+    prefix: tuple[int, ...] = ()  # before each text that a model reads
+    pad: int | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+def read_declared(
+    folder: Path, end_of_text: int | None, id_of: Callable[[str], int | None], prefix: tuple[int, ...] | None
+) -> Declared:
+    """Returns what the files in `folder` declare. Raises UserError naming a damaged file.
+
+    `end_of_text` is used if no eos_token is declared. `id_of` returns a special token's id. `prefix` is that of
+    tokenizer.json, or None without that file.
+    """
+    settings, special, config, generation, chat = (
+        _read(folder / name) for name in (SETTINGS_FILE, SPECIAL_FILE, "config.json", GENERATION_FILE, CHAT_FILE)
+    )
+    tokens = settings if "added_tokens_decoder" in settings else settings | special
+
+    def token(key: str, default: int | None = None) -> int | None:
+        return _token(folder, key, tokens[key], id_of) if key in tokens else default
+
+    def ids(key: str) -> list[int]:
+        return _ids(folder / GENERATION_FILE, key, generation) or _ids(folder / "config.json", key, config)
+
+    stored = {key: ids(key) for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    by_class = CLASS_IDS.get(config.get("model_type"), {})
+    end, start = token("eos_token", end_of_text), token("bos_token")
+    end = next(iter(stored["eos_token_id"]), None) if end is None else end
+    ends = stored["eos_token_id"] or [by_class.get("eos_token_id", end)]
+    if prefix is None:
+        first = token("bos_token", end_of_text)
+        prefix = (first,) if settings.get("add_bos_token") and first is not None else ()
+    files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).exists()}
+    if GENERATION_FILE not in files and any(stored.values()):  # config.json isn't copied
+        found = {key: values if len(values) > 1 else values[0] for key, values in stored.items() if values}
+        files[GENERATION_FILE] = (json.dumps(found, indent=1) + "\n").encode()
+    return Declared(
+        end,
+        frozenset({*ends, _response_end(chat, id_of)} - {None}),
+        next(iter(stored["bos_token_id"]), by_class.get("bos_token_id")) if start is None else start,
+        prefix,
+        token("pad_token", next(iter(stored["pad_token_id"]), None)),
+        files,
+    )
+
+
+def end_mark(assistant: str) -> str | None:
+    """Returns the <|token|> after the {content} of a template's text for the assistant, which ends a response."""
+    match = MARK.match(assistant.partition(CONTENT)[2])
+    return match and match.group()
+
+
+def _response_end(chat: dict[str, Any], id_of: Callable[[str], int | None]) -> int | None:
+    """Returns the id that ends a response by a chat.json; None for a damaged one, which `load_chat` refuses."""
+    try:
+        mark = end_mark(chat["template"]["assistant"])
+        return chat["added_tokens"].get(mark, id_of(mark))
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one if there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def _token(folder: Path, key: str, value: Any, id_of: Callable[[str], int | None]) -> int | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{folder}: {key} = {json.dumps(value)[:60]} in {SETTINGS_FILE} or {SPECIAL_FILE} is no token")
+    return id_of(text) if text else None
+
+
+def _ids(path: Path, key: str, content: dict[str, Any]) -> list[int]:
+    value = content.get(key)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(each) is not int for each in values):
+        raise UserError(f"{path}: {key} = {json.dumps(value)[:60]} is neither a token's id nor a list of ids")
+    return values
