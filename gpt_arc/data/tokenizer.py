@@ -46,6 +46,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
     declared = Declared()  # by the directory that the tokenizer was loaded from
+    limit: int | None = None  # ids from here on are not the model's
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
     @abc.abstractmethod
@@ -101,6 +102,20 @@ class Tokenizer(abc.ABC):
     def _vocabulary_files(self) -> dict[str, bytes]:
         """Contents of the files that determine the ids of a text."""
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens added to the vocabulary, by id. `encode` returns only those that aren't special."""
+        return {}
+
+    def restrict(self, vocab_size: int) -> None:
+        """Makes `encode` refuse ids that a model of `vocab_size` tokens lacks.
+
+        Raises UserError unless all of them are added tokens, such as a [PAD] for which the model wasn't resized.
+        """
+        if any(id not in self.added_tokens for id in range(vocab_size, self.vocab_size)):
+            raise UserError(f"it has {self.vocab_size} tokens, the model {vocab_size}")
+        self.limit = min(vocab_size, self.vocab_size)
+
     def declare(self, folder: Path, prefix: tuple[int, ...] | None = None) -> "Tokenizer":
         """Takes over what the files in `folder` declare, see `read_declared`, and returns itself."""
         self.declared = read_declared(folder, self.end_of_text, self.special_token, prefix)
@@ -113,7 +128,9 @@ class Tokenizer(abc.ABC):
             write_file(Path(directory) / name, content)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.files() == other.files()
+        if type(self) is not type(other) or self.end_of_text != other.end_of_text:
+            return False
+        return self._vocabulary_files() == other._vocabulary_files()
 
 
 def well_formed(text: str) -> str:
@@ -268,6 +285,10 @@ class BPETokenizer(Tokenizer):
     def special_token(self, text: str) -> int | None:
         return self.special.get(text)
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        return {id: text for text, id in self.special.items()}
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BPETokenizer) or self.end_of_text != other.end_of_text:
             return False
@@ -311,21 +332,37 @@ class LibraryTokenizer(Tokenizer):
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
 
     def __reduce__(self):  # pickling self._library would lose encode_special_tokens
-        return LibraryTokenizer, (self._content,), {"declared": self.declared, "end_of_text": self.end_of_text}
+        state = {name: getattr(self, name) for name in ("declared", "end_of_text", "limit")}
+        return LibraryTokenizer, (self._content,), state
 
     def encode(self, text: str) -> list[int]:
-        return self._library.encode(well_formed(text), add_special_tokens=False).ids
+        return self._encode(self._library, text).ids
 
     def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
-        library = self._library_within if after_special else self._library
-        encoding = library.encode(well_formed(text), add_special_tokens=False)
+        encoding = self._encode(self._library_within if after_special else self._library, text)
         return encoding.ids, sum(end <= start for _, end in encoding.offsets)
+
+    def _encode(self, library, text: str):
+        encoding = library.encode(well_formed(text), add_special_tokens=False)
+        if self.limit is not None and self.limit < self.vocab_size:
+            place = next((i for i, id in enumerate(encoding.ids) if id >= self.limit), None)
+            if place is not None:
+                id = encoding.ids[place]
+                raise UserError(
+                    f"{self.added_tokens[id]!r} at position {encoding.offsets[place][0]} of the text is token {id} of "
+                    f"the tokenizer, and the model has only {self.limit}"
+                )
+        return encoding
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @cached_property
+    def added_tokens(self) -> dict[int, str]:
+        return {id: token.content for id, token in self._library.get_added_tokens_decoder().items()}
 
     @property
     def prefix(self) -> tuple[int, ...]:

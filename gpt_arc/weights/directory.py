@@ -102,7 +102,7 @@ def load_model(
     `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
     the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
     the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
-    rows than the tokenizer has tokens, as Qwen's does.
+    rows than the tokenizer has tokens, as Qwen's does, or lack some added to the tokenizer, see `Tokenizer.restrict`.
 
     Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
@@ -135,9 +135,10 @@ def load_model(
     if not holds_tokenizer(directory):
         return model, None
     tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > config.vocab_size:
-        sizes = f"it has {tokenizer.vocab_size} tokens, the model {config.vocab_size}"
-        raise UserError(f"the tokenizer in {directory} belongs to another model: {sizes}")
+    try:
+        tokenizer.restrict(config.vocab_size)
+    except UserError as error:
+        raise UserError(f"the tokenizer in {directory} belongs to another model: {error}") from None
     return model, tokenizer
 
 
