@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
+from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
@@ -66,22 +66,31 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds an export already: name another folder, or add --overwrite=True")
 
 
-def special_ids(tokenizer: Tokenizer, end: int | None) -> dict[str, int | list[int] | None]:
-    """The ids in config.json. `end`: the end that matters most, which comes first."""
-    ends = sorted(tokenizer.ends, key=lambda id: (id != end, id))
-    start = tokenizer.declared.start
-    if start is None and ends and not tokenizer.declared.files:
-        start = tokenizer.start_token
-    ids = {"bos_token_id": start, "pad_token_id": tokenizer.declared.pad}
-    return ids | {"eos_token_id": ends if len(ends) > 1 else next(iter(ends), None)}
+def special_ids(tokenizer: Tokenizer, declared: dict, chat_end: int | None) -> dict[str, int | list[int] | None]:
+    """The ids in config.json: those `declared` by a generation_config.json, else the tokenizer's.
+
+    The token that ends a chat's response comes first among several ends.
+    """
+    main = tokenizer.end_of_text if chat_end is None else chat_end
+    ends = sorted(tokenizer.ends, key=lambda id: (id != main, id))
+    ids = {
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+    if declared:
+        keys = ids.keys() if chat_end is None else ids.keys() - {"eos_token_id"}
+        return ids | {key: declared.get(key) for key in keys}
+    start = tokenizer.start_token if ends and not tokenizer.declared.files else tokenizer.declared.start
+    return ids | {"bos_token_id": start, "pad_token_id": tokenizer.declared.pad}
 
 
-def generation_config(config: dict, declared: bytes | None) -> dict:
-    """The default generation settings: those of the model's own file, else as transformers derives them."""
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+def generation_config(config: dict, declared: dict) -> dict:
+    """The default generation settings: those `declared`, else as transformers derives them from config.json."""
+    tokens = {key: config[key] for key in ID_KEYS if config[key] is not None}
     version = {"transformers_version": config["transformers_version"]}
     if declared:
-        return json.loads(declared) | tokens | version
+        return declared | tokens | version
     cache = {"use_cache": config["use_cache"]} if "use_cache" in config else {}
     outputs = {"output_attentions": False, "output_hidden_states": False}
     return {"_from_model_config": True, **tokens, **outputs, **version, **cache}
@@ -91,6 +100,7 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     """The tokenizer's files, with settings that make transformers' AutoTokenizer read them unchanged."""
     files = dict(tokenizer.files())
     special = json.loads(files.pop(SPECIAL_FILE, b"{}"))
+    special = {key: value["content"] if "content" in value else value for key, value in special.items()}
     if FILE_NAME not in files:
         return files
     if SETTINGS_FILE in files:
@@ -166,11 +176,10 @@ def main() -> None:
         model, tokenizer = load_model(options.model)
         chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
     config, dtype = hf_config(model.config, options.dtype), getattr(torch, options.dtype)
-    files = {}
+    files = {} if tokenizer is None else tokenizer_files(tokenizer, model.config.block_size)
+    declared = json.loads(files.pop(GENERATION_FILE, b"{}"))
     if tokenizer is not None:
-        config |= special_ids(tokenizer, chat.end if chat else tokenizer.end_of_text)
-        files = tokenizer_files(tokenizer, model.config.block_size)
-    declared = files.pop(GENERATION_FILE, None)
+        config |= special_ids(tokenizer, declared, chat.end if chat else None)
     if classifier is None:
         form, tensors = config["model_type"], dict(hf_tensors(model, dtype))
         files[GENERATION_FILE] = as_json(generation_config(config, declared))

@@ -5,8 +5,8 @@ are those of transformers:
 
 - The tokens eos_token, bos_token and pad_token: special_tokens_map.json, then tokenizer_config.json, which is the only
   one if it has added_tokens_decoder. An eos_token ends a document.
-- The ids eos_token_id (one or a list), bos_token_id and pad_token_id: generation_config.json, then config.json, then
-  the defaults of the model's class. Each eos_token_id ends a continuation.
+- The ids eos_token_id (one or a list), bos_token_id and pad_token_id: generation_config.json, then config.json. Each
+  eos_token_id ends a continuation. Without any, the eos_token does, where transformers would go on.
 - The tokens before each text: the post-processor of tokenizer.json; without that file, the bos_token if
   tokenizer_config.json has add_bos_token.
 
@@ -15,20 +15,19 @@ chat.json, our own file, adds the token that ends a response.
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpt_arc.errors import UserError
+
+if TYPE_CHECKING:
+    from gpt_arc.data.tokenizer import Tokenizer
 
 SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE_FILE, GENERATION_FILE, CHAT_FILE = "chat_template.jinja", "generation_config.json", "chat.json"
 KEPT = (SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE, GENERATION_FILE)  # copied unchanged with the tokenizer
-CLASS_IDS = {  # defaults of transformers' GPT2Config and MixtralConfig; other classes have none
-    "gpt2": {"eos_token_id": 50256, "bos_token_id": 50256},
-    "mixtral": {"eos_token_id": 2, "bos_token_id": 1},
-}
+ID_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
 CONTENT = "{content}"  # in a template of chat.json
 MARK = re.compile(r"(<\|\w+\|>)")
 
@@ -45,13 +44,11 @@ class Declared:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-def read_declared(
-    folder: Path, end_of_text: int | None, id_of: Callable[[str], int | None], prefix: tuple[int, ...] | None
-) -> Declared:
+def read_declared(folder: Path, tokenizer: "Tokenizer", prefix: tuple[int, ...] | None) -> Declared:
     """Returns what the files in `folder` declare. Raises UserError naming a damaged file.
 
-    `end_of_text` is used if no eos_token is declared. `id_of` returns a special token's id. `prefix` is that of
-    tokenizer.json, or None without that file.
+    The tokenizer's end_of_text is used if no eos_token is declared. `prefix` is that of tokenizer.json, or None without
+    that file.
     """
     settings, special, config, generation, chat = (
         _read(folder / name) for name in (SETTINGS_FILE, SPECIAL_FILE, "config.json", GENERATION_FILE, CHAT_FILE)
@@ -59,29 +56,32 @@ def read_declared(
     tokens = settings if "added_tokens_decoder" in settings else settings | special
 
     def token(key: str, default: int | None = None) -> int | None:
-        return _token(folder, key, tokens[key], id_of) if key in tokens else default
+        return tokenizer.special_token(_text(folder, key, tokens[key]) or "") if key in tokens else default
 
-    def ids(key: str) -> list[int]:
-        return _ids(folder / GENERATION_FILE, key, generation) or _ids(folder / "config.json", key, config)
+    def known(ids: list[int]) -> int | None:
+        return next((id for id in ids if id < tokenizer.vocab_size), None)
 
-    stored = {key: ids(key) for key in ("eos_token_id", "bos_token_id", "pad_token_id")}
-    by_class = CLASS_IDS.get(config.get("model_type"), {})
-    end, start = token("eos_token", end_of_text), token("bos_token")
-    end = next(iter(stored["eos_token_id"]), None) if end is None else end
-    ends = stored["eos_token_id"] or [by_class.get("eos_token_id", end)]
+    ids = {
+        key: _ids(folder / GENERATION_FILE, key, generation) or _ids(folder / "config.json", key, config)
+        for key in ID_KEYS
+    }
+    end, start, pad = token("eos_token", tokenizer.end_of_text), token("bos_token"), token("pad_token")
+    end = known(ids["eos_token_id"]) if end is None else end
     if prefix is None:
-        first = token("bos_token", end_of_text)
+        first = token("bos_token", tokenizer.end_of_text)
         prefix = (first,) if settings.get("add_bos_token") and first is not None else ()
     files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).exists()}
-    if GENERATION_FILE not in files and any(stored.values()):  # config.json isn't copied
-        found = {key: values if len(values) > 1 else values[0] for key, values in stored.items() if values}
-        files[GENERATION_FILE] = (json.dumps(found, indent=1) + "\n").encode()
+    others = {
+        key: value if len(value) > 1 else value[0] for key, value in ids.items() if value and not generation.get(key)
+    }
+    if others:  # from config.json, which isn't copied
+        files[GENERATION_FILE] = (json.dumps(generation | others, indent=1) + "\n").encode()
     return Declared(
         end,
-        frozenset({*ends, _response_end(chat, id_of)} - {None}),
-        next(iter(stored["bos_token_id"]), by_class.get("bos_token_id")) if start is None else start,
+        frozenset({*(ids["eos_token_id"] or [end]), _response_end(chat, tokenizer)} - {None}),
+        known(ids["bos_token_id"]) if start is None else start,
         prefix,
-        token("pad_token", next(iter(stored["pad_token_id"]), None)),
+        known(ids["pad_token_id"]) if pad is None else pad,
         files,
     )
 
@@ -92,11 +92,11 @@ def end_mark(assistant: str) -> str | None:
     return match and match.group()
 
 
-def _response_end(chat: dict[str, Any], id_of: Callable[[str], int | None]) -> int | None:
+def _response_end(chat: dict[str, Any], tokenizer: "Tokenizer") -> int | None:
     """Returns the id that ends a response by a chat.json; None for a damaged one, which `load_chat` refuses."""
     try:
         mark = end_mark(chat["template"]["assistant"])
-        return chat["added_tokens"].get(mark, id_of(mark))
+        return chat["added_tokens"].get(mark, tokenizer.special_token(mark))
     except (KeyError, TypeError, AttributeError):
         return None
 
@@ -114,11 +114,11 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _token(folder: Path, key: str, value: Any, id_of: Callable[[str], int | None]) -> int | None:
+def _text(folder: Path, key: str, value: Any) -> str | None:
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
         raise UserError(f"{folder}: {key} = {json.dumps(value)[:60]} in {SETTINGS_FILE} or {SPECIAL_FILE} is no token")
-    return id_of(text) if text else None
+    return text
 
 
 def _ids(path: Path, key: str, content: dict[str, Any]) -> list[int]:

@@ -118,7 +118,7 @@ class Tokenizer(abc.ABC):
 
     def declare(self, folder: Path, prefix: tuple[int, ...] | None = None) -> "Tokenizer":
         """Takes over what the files in `folder` declare, see `read_declared`, and returns itself."""
-        self.declared = read_declared(folder, self.end_of_text, self.special_token, prefix)
+        self.declared = read_declared(folder, self, prefix)
         self.end_of_text = self.declared.end_of_text
         return self
 
