@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gpt_arc.nn.attention import KVCache, Mask, attend, positions_and_masks
 from gpt_arc.nn.experts import Experts, Routing, router_losses
-from gpt_arc.nn.functional import Dropout, activate, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
@@ -64,7 +64,7 @@ class GPTConfig:
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
-    activation: Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True
     """Biases in linear layers and layer norms."""
@@ -144,7 +144,11 @@ class GPTConfig:
     def mlp_width(self) -> int:
         if self.mlp_size is not None:
             return self.mlp_size
-        return 8 * self.n_embd // 3 if self.activation == "swiglu" else 4 * self.n_embd
+        return 8 * self.n_embd // 3 if self.gated else 4 * self.n_embd
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in GATED
 
     def has_experts(self, block: int) -> bool:
         return self.n_experts > 0 and (block + 1) % self.expert_interval == 0
@@ -206,12 +210,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the activation; for swiglu (arXiv:2002.05202) `up` stacks gate, then value."""
+    """Two linear layers around the activation; for a gated one (arXiv:2002.05202) `up` stacks gate, then value."""
 
     def __init__(self, config: GPTConfig, width: int):
         super().__init__()
-        self.activation = config.activation
-        self.up = nn.Linear(config.n_embd, 2 * width if config.activation == "swiglu" else width, bias=config.bias)
+        self.activation: Activation = config.activation
+        self.up = nn.Linear(config.n_embd, 2 * width if config.gated else width, bias=config.bias)
         self.projection = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout_of("residual"))
 
@@ -237,15 +241,23 @@ class Block(nn.Module):
         self.mlp = make_experts(config) if config.has_experts(number) else MLP(config, config.mlp_width)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Mask, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        mask: Mask,
+        cache: KVCache | None = None,
+        *real: Tensor,
     ) -> Tensor | tuple[Tensor, Routing]:
-        """Returns x (B, T, C) after the layer; a block with experts, in training, also its `Routing`."""
+        """Returns x (B, T, C) after the layer; a block with experts, in training, also its `Routing`.
+
+        `real` (B, T), for experts only, is False for padding.
+        """
         if self.post_norm:
             x = self.attention_norm(x + self.attention(x, rotary, mask, cache))
-            mixed = self.mlp(x)
+            mixed = self.mlp(x, *real)
         else:
             x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
-            mixed = self.mlp(self.mlp_norm(x))
+            mixed = self.mlp(self.mlp_norm(x), *real)
         mixed, *routing = mixed if isinstance(mixed, tuple) else (mixed,)
         x = self.mlp_norm(x + mixed) if self.post_norm else x + mixed
         return (x, *routing) if routing else x
@@ -326,12 +338,15 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
         `documents` (B, T) gives the document of each token, as any number that changes at document boundaries:
         positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
+        `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
+        statistics.
         """
         config = self.config
         if tokens.size(1) > config.block_size:
@@ -339,10 +354,12 @@ class GPT(nn.Module):
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
         positions, masks = positions_and_masks(tokens, documents, cache, config.attention_band, attention_dropout)
         x, rotary, routings = self.embed(tokens, positions, previous), self.rotary(positions), []
+        real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, rotary, masks[i % 2], None if cache is None else cache[i])
+            padding = real if config.has_experts(i) else ()
+            x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding)
             if isinstance(x, tuple):  # experts, in training
                 x, routing = x
                 routings.append(routing)
@@ -366,12 +383,18 @@ class GPT(nn.Module):
         inputs = hidden.flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), weights
         return HeadLoss.apply(*inputs, torch.is_grad_enabled())
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None) -> Tensor | Loss:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 isn't scored, their `Loss`.
 
-        `documents` confines attention to documents, see `hidden`.
+        `documents` confines attention to documents, and `lengths` tells routers where padding begins: see `hidden`.
         """
-        hidden = self.hidden(tokens, documents)
+        hidden = self.hidden(tokens, documents, lengths=lengths)
         if targets is None:
             return self.logits(hidden)
         return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), self.router_losses())

@@ -16,7 +16,6 @@ A model is a run folder, a model directory, or the name of published weights.
 
 # Modules that need torch are imported in functions, so that wrong settings are refused at once.
 
-import json
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,8 +25,9 @@ from typing import TYPE_CHECKING
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.screen import Continuation, Screen
 from gpt_arc.decoding.settings import SampleConfig
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.flags import parse_flags
+from gpt_arc.tables import to_json
 
 if TYPE_CHECKING:
     from gpt_arc.decoding.generate import Step
@@ -159,12 +159,13 @@ def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:
             for start in range(0, len(continuations), sampler.batch_size):
                 batch = continuations[start : start + sampler.batch_size]
                 started += len(batch)
-                screen.follow(batch, sampler.steps(batch, started - len(batch)))
+                with naming(sampler.directory):
+                    screen.follow(batch, sampler.steps(batch, started - len(batch)))
         except UserError as error:
             if not config.typed:
                 raise
             if config.json:  # every input line gets an output line
-                print(json.dumps({"prompt": prompts[0], "error": str(error)}), flush=True)
+                print(to_json({"prompt": prompts[0], "error": str(error)}), flush=True)
             print(error, file=sys.stderr)
         except KeyboardInterrupt:
             if not config.typed:

@@ -12,10 +12,10 @@ out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best
 import contextlib
 import dataclasses
 import itertools
-import math
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,159 +28,26 @@ from tqdm import tqdm
 
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
-from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
-from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import (
-    autocast,
-    device_name,
-    resolve_device,
-    resolve_dtype,
-    rng_state,
-    set_rng_state,
-    set_up_device,
-    to_device,
-)
+from gpt_arc.device import autocast, device_name, resolve_device, rng_state, set_rng_state, set_up_device, to_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
+from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
+from gpt_arc.planning.cost import peak_flops
+from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
-from gpt_arc.tables import human
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
-from gpt_arc.training.command_line import Launch, check_same_model, read_command_line
-from gpt_arc.training.compile import compile_in_place, resolve_compile
-from gpt_arc.training.config import Config
-from gpt_arc.training.expert_parallel import ExpertParallel, check_expert_processes
+from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, save_checkpoint, state_file
+from gpt_arc.training.command_line import read_command_line
+from gpt_arc.training.compile import compile_in_place
+from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.log import Meter, MetricsLog, start_wandb
-from gpt_arc.training.optim import Updater, check_same_optimizer
+from gpt_arc.training.optim import Updater
+from gpt_arc.training.plan import Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_config, load_model, save_model
+from gpt_arc.weights.directory import load_model, save_model
 from model import GPT
-
-
-@dataclass
-class Progress:
-    """How far a run has come: with the weights, the optimizer and the generators, all that resuming needs."""
-
-    step: int = 0  # optimizer updates made
-    consumed: int = 0  # sequences read
-    skipped: int = 0  # steps left out because their gradient was not finite
-    seconds: float = 0.0  # of training, without evaluations and checkpoints
-    evaluated_step: int = 0
-    best_val_loss: float = math.inf
-    best_step: int | None = None
-
-
-@dataclass
-class Plan:
-    """What a run will do, known before a model is built. `config` has the dataset's vocabulary."""
-
-    launch: Launch
-    config: Config
-    corpus: Corpus | None  # None where a dry run finds no dataset
-    train_tokens: Split | None
-    val_tokens: Split | None
-    order: TrainingOrder | MixtureOrder | None  # of the training windows
-    device: torch.device
-    dtype: str
-    compile: bool
-    why_compile: str
-    state: dict[str, Any] | None  # of the run that is resumed
-    progress: Progress
-    micro_steps: int  # forward and backward passes of this process in a step
-    micro_batch: int  # sequences in each
-    flops_per_token: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.sequences_per_step * self.config.model.block_size
-
-
-def make_plan(launch: Launch, device: torch.device) -> Plan:
-    """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
-    config, state, progress = launch.config, None, Progress()
-    if IS_MAIN and not config.run.dry_run:
-        prepare_missing(config.data.sources)
-    distributed.from_main(None)  # the other processes wait for the data
-    corpus = open_corpus(config.data.sources)
-
-    # a dataset's vocabulary replaces a preset's; a trained model keeps its own
-    vocab_size, block_size = config.model.vocab_size, config.model.block_size
-    trained = load_config(launch.resumed / "last") if launch.resumed else None
-    if corpus and corpus.tokenizer and not launch.imported:
-        vocab_size = trained.vocab_size if trained else corpus.tokenizer.vocab_size
-    if vocab_size != config.model.vocab_size:
-        say(f"vocabulary     {vocab_size}, as in the dataset, instead of {config.model.vocab_size}")
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    train_tokens = val_tokens = order = None
-    if corpus:
-        train_tokens, val_tokens = (
-            corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
-        )
-        order = train_tokens.training_order(block_size, config.training.seed)
-
-    # a resumed run keeps the precision and compilation that "auto" meant when it started
-    training = config.training
-    dtype, compile_setting = training.dtype, training.compile
-    if launch.resumed:
-        state = load_state(launch.resumed / "last")
-        progress = Progress(**state["progress"])
-        check_same_model(config.model, trained, launch.resumed)
-        check_same_optimizer(training.optimizer, state)
-        if corpus and corpus.fingerprint != state["data"]:
-            say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
-        if state["runtime"]["device"] == device.type:
-            dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
-            compile_setting = state["runtime"]["compile"] if compile_setting == "auto" else compile_setting
-    dtype = resolve_dtype(dtype, device)
-    check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
-    with torch.device("meta"):
-        flops = flops_per_token(GPT(config.model))
-    steps_left = training.max_iters - progress.step
-    flops_left = flops * config.sequences_per_step * block_size * steps_left
-    compiled, why = resolve_compile(compile_setting, device, flops_left)
-    micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
-    return Plan(
-        launch=launch,
-        config=config,
-        corpus=corpus,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
-        order=order,
-        device=device,
-        dtype=dtype,
-        compile=compiled,
-        why_compile=why,
-        state=state,
-        progress=progress,
-        micro_steps=micro_steps,
-        micro_batch=micro_batch,
-        flops_per_token=flops,
-    )
-
-
-def print_plan(plan: Plan) -> None:
-    config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
-    with torch.device("meta"):
-        sketch = GPT(config.model)
-    if launch.adopted:
-        say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
-    without_embeddings = sketch.num_parameters(embeddings=False)
-    say(f"parameters     {describe_parameters(sketch)} ({without_embeddings:,} without embeddings)")
-    say(f"operations     {human(plan.flops_per_token, 'FLOP')} a token, forward and backward")
-    batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
-    say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
-    say(f"steps          {config.training.max_iters:,}")
-    for line in data_plan(config.data.sources, plan.train_tokens, config.training.max_iters * plan.tokens_per_step):
-        say(f"data           {line}")
-    checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
-    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
-    say(f"memory         about {human(memory, 'B')} on each device")
-    compiled = "compiled" if plan.compile else "not compiled"
-    say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
 
 
 @dataclass
@@ -254,12 +121,34 @@ class Run:
             save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all)
         self.saved_step = progress.step
 
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Runs the block so that an error of the data or of a disk loses no step of a single process."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if WORLD_SIZE > 1 or self.saved_step == self.progress.step or not self.updater.finite():
+                raise
+            self.save()
+            say(f"step {self.progress.step} is saved; resume with: {self.resume}")
+            raise error
+
+    @property
+    def resume(self) -> str:
+        """The command that resumes this run."""
+        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
+        return f"{python} {shlex.join((sys.argv[0], *self.plan.launch.files, f'--resume={self.folder}'))}"
+
     def write_log(self, line: dict[str, Any], bar: tqdm) -> None:
         """Write a line of metrics.jsonl, to Weights & Biases if asked for, and show it. Main process only."""
         line = {name: value for name, value in line.items() if value is not None}
         self.log.write(line)
         if self.wandb:
-            self.wandb.log(line, step=line["step"])
+            try:
+                self.wandb.log(line, step=line["step"])
+            except Exception as error:  # whatever kind it is, a log doesn't end a run
+                say(f"Weights & Biases: {first_line(error)}; training goes on without it")
+                self.wandb = None
         figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
         shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
         bar.set_postfix_str(shown)
@@ -291,9 +180,10 @@ def build(plan: Plan) -> Run:
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
-        updater.load_state_dict(state)
-        if RANK < len(state["generators"]):
-            set_rng_state(state["generators"][RANK], device)
+        with reading(state_file(launch.resumed / "last"), ADVICE):
+            updater.load_state_dict(state)
+            if RANK < len(state["generators"]):
+                set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
     run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
@@ -312,7 +202,9 @@ def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
     if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {origin}")
+        raise UserError(
+            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
+        )
     return model, tokenizer or trained_tokenizer
 
 
@@ -336,6 +228,8 @@ def evaluate_only(run: Run) -> int:
     plan = run.plan
     windows = f"{len(run.val_starts):,} windows of {plan.config.model.block_size} in {len(plan.val_tokens):,} tokens"
     which = f"step {plan.progress.step}" if run.folder else plan.launch.imported or "an untrained model"
+    with naming(which):
+        check_finite([val_loss])
     say(f"{which}: val loss {val_loss:.4f} over {windows}")
     return 0
 
@@ -364,6 +258,10 @@ def train(run: Run) -> int:
         done = progress.step >= training.max_iters or run.out_of_patience
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = run.val_loss() if due and not stopped else None
+        stopped = stopped or (due and val_loss is None)
+        if (done or stopped or val_loss is not None) and not updater.finite(val_loss or 0.0):
+            bar.close()
+            return report_divergence(run, progress.step)
         if val_loss is not None:
             progress.evaluated_step = progress.step
             if val_loss < progress.best_val_loss:
@@ -387,7 +285,6 @@ def train(run: Run) -> int:
             run.write_log(line, bar)
         if val_loss is not None:
             run.save()
-        stopped = stopped or (due and val_loss is None)
         if done or stopped:
             break
 
@@ -420,15 +317,15 @@ def train(run: Run) -> int:
             say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
             if updater.diverged:
                 bar.close()
-                return report_divergence(run)
+                return report_divergence(run, progress.step + 1)
     bar.close()
     return finish(run, bool(stopped))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-def report_divergence(run: Run) -> int:
+def report_divergence(run: Run, step: int) -> int:
     kept = f"{run.folder}/last is the last good checkpoint" if run.saved_step else "there is no checkpoint yet"
-    say(f"step {run.progress.step + 1} has diverged, {kept}: lower learning_rate, or set dtype = float32")
+    say(f"step {step} has diverged, {kept}: lower learning_rate, or set dtype = float32")
     return 1
 
 
@@ -440,9 +337,7 @@ def finish(run: Run, stopped: bool) -> int:
     if run.wandb:
         run.wandb.finish()
     if stopped:
-        resume = shlex.join((sys.argv[0], *run.plan.launch.files, f"--resume={run.folder}"))
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        say(f"stopped at step {progress.step}, saved; resume with: {python} {resume}")
+        say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
@@ -464,7 +359,10 @@ def main() -> int:
         if launch.config.run.dry_run:
             return 0
         run = build(plan)
-        return evaluate_only(run) if launch.config.run.eval_only else train(run)
+        if launch.config.run.eval_only:
+            return evaluate_only(run)
+        with run.keeping():
+            return train(run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ The trunk is `model.py`'s GPT with its position embeddings, blocks and final nor
 embedding, and another the head. The script writes OUTPUT/figures.json and OUTPUT/errors.png.
 """
 
-import json
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -32,7 +31,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.schedule import learning_rate_at
@@ -210,7 +209,7 @@ def main() -> int:
     # ---- tests on new functions, first with x as in training, then with x of other scales
     report = {"options": asdict(options) | {"output": str(options.output)}, "torch": torch.__version__}
     report["tests"] = tests = [test(model, options, scale) for scale in (1.0, 0.5, 2.0, 3.0)]
-    write_file(options.output / "figures.json", json.dumps(report, indent=1) + "\n")
+    write_file(options.output / "figures.json", to_json(report, indent=1) + "\n")
     plot(tests[0], options, options.output / "errors.png")
     names = "transformer", "ridge", "least squares", "averaging"
     for kind in ("noisy", "noise-free"):

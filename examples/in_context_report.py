@@ -22,7 +22,7 @@ from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.files import DATA_ROOT, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 
 LETTERS = 10
 
@@ -103,7 +103,7 @@ def main() -> None:
     print(text)
     folder = options.results.parent
     write_file(folder / "table.txt", text + "\n")
-    write_file(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
+    write_file(folder / "figures.json", to_json(figures, indent=1) + "\n")
     plot(figures, folder / "accuracy.png")
 
 

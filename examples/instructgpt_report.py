@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from instruction_judge import bayes_accuracy
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from instruction_judge import bayes_accuracy
 
 ROWS = {
     "sft": "supervised fine-tuning",

@@ -30,6 +30,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from gpt_arc.tables import to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
 MOST = 18  # longest response in tokens
@@ -159,14 +160,14 @@ def main() -> None:
         if options.output is None:
             raise UserError("name the file for the rankings with --output")
         rankings = rank(options, rows)
-        write_file(options.output, "".join(json.dumps(row) + "\n" for row in rankings))
+        write_file(options.output, "".join(to_json(row) + "\n" for row in rankings))
         accuracy, pairs = bayes_accuracy(rankings)
         print(f"{options.output}: {len(rankings):,} rankings, {pairs:,} pairs; best possible accuracy {accuracy:.4f}")
     else:
         figures = measure(options, rows)
-        print(json.dumps(figures, indent=1))
+        print(to_json(figures, indent=1))
         if options.output:
-            write_file(options.output, json.dumps(figures, indent=1) + "\n")
+            write_file(options.output, to_json(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ import ctypes
 import gc
 import platform
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from gpt_arc.errors import UserError
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -72,9 +75,9 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
-def to_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Move the tensors of `batch` to the device. Copies of pinned tensors to a GPU are asynchronous."""
-    return [tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+def to_device(batch: Sequence[T], device: torch.device) -> list[T]:
+    """Move the tensors of `batch` to the device; None stays. Copies of pinned tensors to a GPU are asynchronous."""
+    return [tensor if tensor is None else tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
 
 
 def device_name(device: torch.device) -> str:

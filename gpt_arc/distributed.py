@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt_arc.errors import UserError, mute
+from gpt_arc.errors import UserError, lose_output
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -23,13 +23,13 @@ IS_MAIN = RANK == 0  # only this process writes files and prints
 
 
 def say(text: str) -> None:
-    """Print a line from the main process, above the progress bar if there is one."""
+    """Print a line from the main process, above the progress bar if there is one, or lose it if that fails."""
     if IS_MAIN:
         try:
             tqdm.write(text)
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has gone: the run continues
-            mute()
+        except OSError as error:
+            lose_output(error)
 
 
 @contextlib.contextmanager

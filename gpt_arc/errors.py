@@ -1,15 +1,36 @@
 """How scripts end: a user's mistake prints one paragraph and exits with code 2, a bug keeps its traceback."""
 
+import contextlib
 import functools
+import math
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 
 class UserError(ValueError):
     """The user asked for something impossible. The message says what is wrong, where, and how to fix it."""
+
+
+class NotFinite(UserError):
+    """A model computed NaN or infinity. The exit code is 1."""
+
+
+def check_finite(numbers: Iterable[float]) -> None:
+    """Raises NotFinite if a number that a model computed is NaN or infinite."""
+    if not all(map(math.isfinite, numbers)):
+        raise NotFinite("the model computes numbers that are not finite: use another checkpoint, or --dtype=float32")
+
+
+@contextlib.contextmanager
+def naming(model: object) -> Iterator[None]:
+    """Runs the block so that a `NotFinite` names the model."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{model}: {error}") from None
 
 
 def first_line(error: BaseException) -> str:
@@ -22,10 +43,33 @@ def mute() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_has_lost_output = False
+
+
+def lose_output(error: OSError) -> None:
+    """Handles a failed write to standard output by a run that must go on.
+
+    If the reader has gone (`| head`), all further output is dropped. Otherwise, such as on a full disk, one line on
+    standard error says so, and later lines are tried again.
+    """
+    global _has_lost_output
+    if isinstance(error, BrokenPipeError):
+        mute()
+    elif not _has_lost_output:
+        _complain(f"standard output can't be written ({error.strerror}): the run goes on, later lines are tried again")
+    _has_lost_output = True
+
+
+def _complain(message: str) -> None:
+    """Print a line to standard error, which may be closed too."""
+    with contextlib.suppress(OSError):
+        print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+
+
 OUT_OF_MEMORY = "out of memory: a smaller batch, context or model takes less"
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python, torch on a GPU, torch on a CPU and C++ each report it in their own way."""
     words = "DefaultCPUAllocator: can't allocate memory", "std::bad_alloc", "Storage size calculation overflowed"
     return (
@@ -36,7 +80,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
-    """Wrap a script's `main`: exit with its return value, 2 after a UserError or OSError, 130 after Ctrl-C."""
+    """Wrap a script's `main`: exit with its return value, or with a code by error.
+
+    2: UserError or OSError; 1: NotFinite; 130: Ctrl-C.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -50,7 +97,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             mute()
             sys.exit(128 + signal.SIGPIPE)
         except UserError as error:
-            message, code = str(error), 2
+            message, code = str(error), 1 if isinstance(error, NotFinite) else 2
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
             message, code = f"{place}{error.strerror or error}", 2
@@ -63,8 +110,14 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
                 raise
             else:
                 message, code = traceback.format_exc(), 1
+        try:
+            sys.stdout.flush()
+        except OSError as error:  # what is left can't be written, and Python would try again
+            mute()
+            if message is None and not _has_lost_output:
+                message, code = f"standard output: {error.strerror}", 2
         if message is not None:
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+            _complain(message)
         # After an error, an orderly exit would wait for processes that are waiting for this one. After a run, gloo's
         # threads may release their last tensors when the interpreter is already gone, which aborts the process.
         if is_distributed:

@@ -1,5 +1,7 @@
-"""Numbers as aligned text."""
+"""Numbers as text: aligned in tables, and as JSON."""
 
+import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,3 +27,19 @@ def table(rows: Sequence[Sequence[Any]], widths: Sequence[int] | None = None) ->
     widths = widths or [max(map(len, column)) for column in zip(*cells)]
     aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Returns `value` as JSON. NaN and infinity, such as a correlation of constants, become null: JSON has neither.
+
+    `options` are those of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

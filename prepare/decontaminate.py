@@ -36,7 +36,6 @@ report writes one line per item, and the counts per file, treating each file as 
     case. A shorter item is compared whole; one without letters or digits is clean.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +49,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from gpt_arc.tables import to_json
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,7 +139,7 @@ def main() -> None:
     else:
         report = measure(documents, items, options.output, options.methods, options.seed, options.workers)
         print(lines(report))
-    write_file(report_of(options.output), json.dumps(report, indent=1) + "\n")
+    write_file(report_of(options.output), to_json(report, indent=1) + "\n")
     print(f"{options.output} and {report_of(options.output)} written")
 
 

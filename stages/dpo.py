@@ -30,6 +30,7 @@ from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -55,7 +56,8 @@ class ResponseLikelihood(nn.Module):
 
     def forward(self, tokens: Tensor, prompts: Tensor, responses: Tensor, mask: Tensor) -> Tensor:
         """Returns log-probabilities (N,) in nats. `prompts` (N,) are lengths; responses and mask are (N, R)."""
-        states = response_states(self.model.hidden(tokens), prompts, responses.size(1))
+        hidden = self.model.hidden(tokens, lengths=prompts + mask.sum(1) - 1)  # the last token isn't read
+        states = response_states(hidden, prompts, responses.size(1))
         logs, _ = log_probabilities(self.model, states, responses)
         return torch.where(mask, logs, 0.0).sum(1)
 
@@ -107,6 +109,7 @@ def train(options: Options, run: StageRun) -> int:
     model, _, _ = load_policy(run.origin)
     model.activation_checkpointing = options.activation_checkpointing
     policy = ResponseLikelihood(model).eval()  # like the reference: dropout would add noise to their ratio
+    routers = RouterMeter(model, frozen=True)  # moving them would be one more change of the policy
     replica = run.place(policy)
     updater = run.updater(policy, updates)
     run.restore(updater, {})
@@ -134,13 +137,15 @@ def train(options: Options, run: StageRun) -> int:
             margins = options.beta * (ratios[pairs.better] - ratios[pairs.worse]).detach()
             means = [((margins > 0) * pairs.weights).sum(), (margins * pairs.weights).sum()]
             sums += weight * torch.stack((loss.detach(), *means))
+            routers.add()
         result = run.update(updater, progress.step, *sums)
+        routers.step(result is not None)
         if result is None:
             continue
         rate, norm, sums = result
         progress.step += 1
         line = dict(zip(("loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
-        line |= {"learning_rate": rate, "grad_norm": norm}
+        line |= {"learning_rate": rate, "grad_norm": norm, **routers.take()}
         epoch_ended = progress.step % order.per_epoch == 0
         if epoch_ended and "val" in encoded:
             after = likelihoods(policy, encoded["val"], options.batch_size, run)

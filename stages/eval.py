@@ -20,20 +20,20 @@ dirty items.
 """
 
 import importlib.metadata
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.chat.format import require_chat
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.evaluation.measure import Result, gather, measure_task, measure_text, with_overlap
+from gpt_arc.errors import UserError, entry_point, naming
+from gpt_arc.evaluation.measure import Result, TaskItems, gather, measure_task, measure_text, with_overlap
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.report import plot_checkpoints, result_tables, weight_hash
 from gpt_arc.evaluation.tasks import Task, load_task
@@ -42,7 +42,7 @@ from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 from gpt_arc.weights.directory import load_text_model, model_directory
 
 
@@ -126,6 +126,32 @@ def model_directories(options: Options) -> list[Path]:
     return directories
 
 
+def evaluate(
+    directory: Path, all_items: Sequence[TaskItems], options: Options, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
+    model, tokenizer = load_text_model(directory, dtype=dtype)
+    chat = require_chat(directory, tokenizer) if options.chat else None
+    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
+    print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
+    entry: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
+
+    # ---- tasks
+    results: list[Result] = []
+    for task_items in all_items:
+        measured = measure_task(task_items, reader, options.shots, options.seed, options.shuffled_answers)
+        entry["tasks"] += [asdict(result) | {"items_hash": task_items.hash} for result in measured]
+        results += measured
+    if results:
+        print(*result_tables(all_items, results), sep="\n\n")
+
+    # ---- texts
+    for name in options.perplexity:
+        entry["texts"][name] = figures = measure_text(name, reader, options.stride, options.detokenizer)
+        print(table([["text", *figures], [name, *figures.values()]]))
+    return entry
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if not options.tasks and not options.perplexity:  # not in Options: a misspelled flag is reported first
@@ -146,31 +172,12 @@ def main() -> None:
     report["versions"] = {name: importlib.metadata.version(name) for name in ("gpt-arc", "torch", "tokenizers")}
 
     for directory in directories:
-        model, tokenizer = load_text_model(directory, dtype=dtype)
-        chat = require_chat(directory, tokenizer) if options.chat else None
-        reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
-        print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
-        entry: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
-        report["models"].append(entry)
-
-        # ---- tasks
-        results: list[Result] = []
-        for task_items in all_items:
-            measured = measure_task(task_items, reader, options.shots, options.seed, options.shuffled_answers)
-            entry["tasks"] += [asdict(result) | {"items_hash": task_items.hash} for result in measured]
-            results += measured
-        if tasks:
-            print(*result_tables(all_items, results), sep="\n\n")
-
-        # ---- texts
-        for name in options.perplexity:
-            entry["texts"][name] = figures = measure_text(name, reader, options.stride, options.detokenizer)
-            print(table([["text", *figures], [name, *figures.values()]]))
-
+        with naming(directory):
+            report["models"].append(evaluate(directory, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)
     if options.json:
-        write_file(options.json, json.dumps(report, indent=1, default=str, ensure_ascii=False) + "\n")
+        write_file(options.json, to_json(report, indent=1, default=str, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

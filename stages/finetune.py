@@ -14,7 +14,6 @@ report.json, and the models after the last epoch and the best one by the val spl
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -35,7 +34,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.finetuning.classifier import (
@@ -61,12 +60,14 @@ from gpt_arc.finetuning.predictions import (
 )
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, PositiveShare, Seed, Share
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
+from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import ExampleOptions, refuse_others
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import learning_rate_at, warmup_linear
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model
@@ -178,10 +179,11 @@ class Options(ExampleOptions):
         return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
 
 
-@dataclasses.dataclass
+@dataclass(config=CHECKED)
 class Progress(StageProgress):
     """How far a run has come. `best` is the best epoch's metric and then its negative loss."""
 
+    best: list[float] | None = None
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # both losses and seconds of this epoch so far
     epochs: list[dict[str, Any]] = field(default_factory=list)  # a line of the report each
 
@@ -281,7 +283,9 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
         updater.backward(loss)
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
-    print(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
+    if not updater.finite(mean):
+        raise UserError(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
+    say(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
     model.cpu()
 
 
@@ -331,6 +335,7 @@ def train(options: Options, run: StageRun) -> int:
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
+    routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
     write = partial(save_classifier, classifier, material.tokenizer)
 
@@ -353,14 +358,16 @@ def train(options: Options, run: StageRun) -> int:
             micro_losses = torch.stack((outcome.task_loss, outcome.language_loss))
             updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
             losses += micro_losses.detach()
+            routers.add()
         result = run.update(updater, progress.step, *losses, rate=options.rate(progress.step, updates))
+        routers.step(result is not None)
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue
         rate, norm, (task_loss, language_loss) = result
         progress.step += 1
         for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
             progress.sums[i] += value
-        line = {"task_loss": task_loss / count, "language_loss": language_loss / count}
+        line = {"task_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
         run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
         if progress.step % updates_per_epoch == 0:
             end_epoch(options, run, material, language)
@@ -383,6 +390,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     line = {"epoch": epoch, "loss": progress.sums[0] / len(training)}
     line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
     scores = [progress.step]
+    run.check_finite()
     if "val" in material.splits:
         metrics = measured(options, run, material.classifier, material.splits["val"])[1]
         line |= {f"val_{name}": value for name, value in metrics.items()}
@@ -395,7 +403,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     progress.sums = [0.0, 0.0, 0.0]
     run.log(line)
     header = [] if epoch > 1 else [list(line)]
-    tqdm.write(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
+    say(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
 
 
 def measured(
@@ -418,17 +426,17 @@ def write_report(options: Options, run: StageRun, material: Material) -> None:
             classifier = load_classifier(run.folder / "best")[0].to(run.device)
         predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
-    write_file(run.folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
     by = f" by {material.main_metric} on the val split" if "val" in splits else ", the last"
     say(f"kept epoch {report['best_epoch']}{by}: {run.folder}/best")
 
 
 def show_test(predictions: Predictions, metrics: dict[str, float | None], config: ClassifierConfig) -> list | None:
     """Print how good the predictions are, and return their confusion matrix."""
-    print("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
+    say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
     matrix = confusion_matrix(predictions, config)
     if matrix:
-        print(confusion_table(matrix, config.classes))
+        say(confusion_table(matrix, config.classes))
     return matrix
 
 
@@ -462,7 +470,7 @@ def use(options: Options) -> None:
         encoded, predictions = predicted(read_examples(options.predict, config.task, columns, labelled=False))
         path = predictions_file(options)
         lines = prediction_lines(predictions, config)
-        write_file(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_file(path, "".join(to_json(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{path}: {len(encoded):,} predictions")
     if options.classify:
         needed = {"classification": 1, "multiple_choice": 3}.get(config.task, 2)
@@ -471,7 +479,7 @@ def use(options: Options) -> None:
             wanted = {1: "one text", 2: "two texts", 3: "a context and two options or more"}[needed]
             raise UserError(f"--classify: {config.task} takes {wanted}, each in quotation marks, not {given}")
         encoded, predictions = predicted([Example(options.classify, None, "--classify")])
-        print(json.dumps(next(prediction_lines(predictions, config)), ensure_ascii=False))
+        print(to_json(next(prediction_lines(predictions, config)), ensure_ascii=False))
 
 
 USE = {"model", "test", "predict", "output", "overwrite", "classify", "text_a", "text_b", "options", "label"}
@@ -488,7 +496,8 @@ def main() -> int:
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")
-    use(options)
+    with naming(options.model):
+        use(options)
     return 0
 
 

@@ -3,7 +3,8 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward
     python stages/ppo.py out/sft --prompts sums.jsonl --reward rules:correct          a Python function, rules.py
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
-    python stages/ppo.py --resume=out/ppo                                   continue a stopped run
+    python stages/ppo.py --resume=out/ppo                                   continue a stopped run; a reward
+                                                                            function has to be named again
     torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
@@ -16,7 +17,7 @@ out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -29,7 +30,7 @@ from gpt_arc.alignment import losses
 from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
-from gpt_arc.alignment.rewards import Scorer, load_reward
+from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
 from gpt_arc.alignment.rollouts import (
     Prompt,
     Rollouts,
@@ -52,6 +53,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -64,8 +66,7 @@ class Options(StageOptions):
     reward: str | None = None
     """A reward model's directory, or a Python function of rows and responses, as module:function."""
     monitor: str | None = None
-    """Another reward, logged but not learned from. torchrun has a --monitor too: with torchrun, set this one in a file
-    of settings."""
+    """Another reward, logged but not learned from. torchrun has a --monitor too: write -- before the script's name."""
     episodes: Count = 256_000
     """Total number of responses (InstructGPT's 256,000)."""
     gradient_accumulation_steps: Count = 8
@@ -127,6 +128,10 @@ class Options(StageOptions):
             raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
 
     @property
+    def code(self) -> dict[str, str]:
+        return {name: value for name in ("reward", "monitor") if names_function(value := getattr(self, name))}
+
+    @property
     def episodes_per_iteration(self) -> int:
         return self.examples_per_update * self.minibatches
 
@@ -158,11 +163,16 @@ class PretrainingText:
         self.context, self.windows = context, options.pretraining_batch_size
         self.tokens = self.windows * context  # per update
 
+    def read(self, first: int, updates: int) -> None:
+        """Read the windows of an iteration: of `updates` updates from update `first` on."""
+        starts = self.order.starts(first * self.windows, updates * self.windows)
+        self.first, self.rows = first, windows(self.split, starts, self.context)
+
     def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
         """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if it has none."""
-        starts = self.order.starts(update * self.windows, self.windows)
-        starts = starts[i * WORLD_SIZE + RANK :: parts * WORLD_SIZE]
-        return to_device(windows(self.split, starts, self.context), device) if len(starts) else None
+        start = (update - self.first) * self.windows
+        each = slice(start + i * WORLD_SIZE + RANK, start + self.windows, parts * WORLD_SIZE)
+        return to_device([rows[each] for rows in self.rows], device) if len(self.rows[0][each]) else None
 
 
 def minibatch_losses(
@@ -179,9 +189,10 @@ def minibatch_losses(
     responses, old_logs, old_values, advantages, returns, mask = to_device(
         [tensor[rows, :width] for tensor in tensors], run.device
     )
-    tokens, _ = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
+    tokens, lengths = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
     with autocast(run.device, run.dtype):
-        logs, _, values, text_loss = replica(tokens, rollouts.prompt_lengths[rows].to(run.device), responses, text)
+        prompt_lengths = rollouts.prompt_lengths[rows].to(run.device)
+        logs, _, values, text_loss = replica(tokens, prompt_lengths, responses, text, lengths)
     policy, clipped = losses.policy_losses(logs, old_logs, advantages, options.clip)
     value, value_clipped = losses.value_losses(values, old_values, returns, options.value_clip)
     sums = torch.stack([torch.where(mask, each, 0.0).sum() for each in (policy, value, clipped, value_clipped)])
@@ -254,7 +265,7 @@ def load_setup(options: Options, run: StageRun) -> Setup:
 
 def roll_out(
     setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
-    run: StageRun, write: Callable[[Path], None],
+    run: StageRun,
 ) -> Rollouts:  # fmt: skip
     """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
     share = prompts[RANK::WORLD_SIZE]
@@ -263,9 +274,8 @@ def roll_out(
         range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
     )  # fmt: skip
     outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
-    with run.keeping(write):
-        scores = setup.score(share, responses)
-        monitored = setup.monitor(share, responses) if setup.monitor else scores
+    scores = setup.score(share, responses)
+    monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
         ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
@@ -294,8 +304,8 @@ def minibatch_rows(step: int, update: int, options: Options) -> list[int]:
 
 
 def accumulate_gradients(
-    replica: nn.Module, updater: Updater, rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
-    update: int, text: PretrainingText | None, options: Options, run: StageRun,
+    replica: nn.Module, updater: Updater, routers: RouterMeter, rollouts: Rollouts, advantages: Tensor,
+    returns: Tensor, rows: list[int], update: int, text: PretrainingText | None, options: Options, run: StageRun,
 ) -> Tensor:  # fmt: skip
     """Runs the backward passes of an update.
 
@@ -313,6 +323,7 @@ def accumulate_gradients(
             loss = means[0] + options.value_coef * means[1] + options.pretraining_coef * means[4]
             updater.backward(loss * WORLD_SIZE)
         totals += means.detach()
+        routers.add()
     return totals
 
 
@@ -330,6 +341,9 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
+    routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
+    if isinstance(critic, RewardModel):
+        RouterMeter(critic.trunk, frozen=True)
     replica = run.place(actor)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
@@ -350,7 +364,10 @@ def train(options: Options, run: StageRun) -> int:
 
         # rollout and score
         iteration_prompts = [prompts[row] for row in order.take(first, size)]
-        rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run, write)
+        with run.keeping(write):
+            if text:
+                text.read(progress.step * updates, updates)
+            rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
         rollout_seconds = time.perf_counter() - started
 
         # advantages
@@ -361,9 +378,10 @@ def train(options: Options, run: StageRun) -> int:
         for j in range(updates):
             rows, update = minibatch_rows(progress.step, j, options), progress.step * updates + j
             means = accumulate_gradients(
-                replica, updater, rollouts, advantages, returns, rows, update, text, options, run
+                replica, updater, routers, rollouts, advantages, returns, rows, update, text, options, run
             )
             result = run.update(updater, update, *means)
+            routers.step(result is not None)
             if result is None:
                 continue
             rate, norm, means = result
@@ -373,6 +391,7 @@ def train(options: Options, run: StageRun) -> int:
 
         # report
         progress.step += 1
+        run.check_finite()
         means = (totals / max(finite_updates, 1)).tolist()
         line = {
             "episodes": progress.step * size,
@@ -381,11 +400,12 @@ def train(options: Options, run: StageRun) -> int:
             "pretraining_loss": means[4] if text else None,
             "learning_rate": rate,
             "grad_norm": norm,
+            **routers.take(),
             "rollout_seconds": rollout_seconds,
             "seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
-        run.tell({n: v for n, v in line.items() if v is not None and math.isfinite(v)}, shown, iterations)
+        run.tell(line, shown, iterations)
         if options.kl_target:
             kl_coef = losses.adapted_kl_coefficient(kl_coef, line["kl_k1"], options.kl_target, options.kl_horizon, size)
         progress.numbers["kl_coef"] = kl_coef

@@ -11,7 +11,6 @@ see `gpt_arc/chat/format.py`. A run writes out/reward/ (or out/reward-2, -3 ...)
 and checkpoints.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,15 @@ from gpt_arc.chat.files import read_conversations, read_rankings
 from gpt_arc.chat.format import load_chat_model
 from gpt_arc.device import autocast
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import write_file
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
-from gpt_arc.tables import table
+from gpt_arc.tables import table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.edit import with_settings
 
@@ -97,7 +97,8 @@ def train(options: Options, run: StageRun) -> int:
                 "name the rankings to learn from by --train, or a reward model and its test rankings by --val"
             )
         examples = encode_split("val", read_rankings(options.val), chat, context)
-        show(measure(model.to(run.device), examples, options, run))
+        with naming(options.model):
+            show(measure(model.to(run.device), examples, options, run))
         return 0
 
     # ---- the rankings, and the plan in figures
@@ -118,7 +119,7 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([examples, demonstrations]))
     replica = run.place(model)
-    updater = run.updater(model, updates)
+    updater, routers = run.updater(model, updates), RouterMeter(model.trunk)
     run.restore(updater, {})
 
     def write(directory: Path) -> None:
@@ -144,13 +145,18 @@ def train(options: Options, run: StageRun) -> int:
                 updater.backward(weight * (loss * (WORLD_SIZE / len(rows)) + routing))
             right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
             sums += weight * torch.stack((loss.detach(), right))
+            routers.add()
         result = run.update(updater, progress.step, *sums)
+        routers.step(result is not None)
         if result is None:
             continue
         rate, norm, (loss, right) = result
         progress.step += 1
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
+        line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended:
+            run.check_finite()
         if epoch_ended and "val" in encoded:
             report = measure(model, encoded["val"], options, run)
             line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
@@ -161,7 +167,7 @@ def train(options: Options, run: StageRun) -> int:
             centre(model, demonstrations, options, run)
             run.save(write, report and report["loss"])
     if report and IS_MAIN:
-        write_file(run.folder / "report.json", json.dumps(report, indent=1) + "\n")
+        write_file(run.folder / "report.json", to_json(report, indent=1) + "\n")
     return run.finish(write)
 
 

@@ -29,6 +29,7 @@ from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import load_text_model, model_directory, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
@@ -65,7 +66,7 @@ def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Optio
 
 def batch_of(
     examples: Sequence[EncodedConversation], rows: Sequence[int], model: GPT, options: Options, run: StageRun
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     context = model.config.block_size if options.packing else None
     return to_device(conversation_batch([examples[row] for row in rows], context), run.device)
 
@@ -105,7 +106,7 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([split.examples for split in encoded.values()]))
     replica = run.place(model)
-    updater = run.updater(model, updates)
+    updater, routers = run.updater(model, updates), RouterMeter(model)
     run.restore(updater, {})
 
     def write(directory: Path) -> None:
@@ -128,12 +129,15 @@ def train(options: Options, run: StageRun) -> int:
                 routing = sum(loss.auxiliary.values()) / len(micros)  # a mixture of experts' router losses
                 updater.backward(weight * (loss.total * (WORLD_SIZE / tokens) + routing))
             total += loss.total.detach() * weight
+            routers.add()
         result = run.update(updater, progress.step, total)
+        routers.step(result is not None)
         if result is None:
             continue
         rate, norm, (total,) = result
         progress.step += 1
         line = {"loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+        line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
         if epoch_ended and "val" in encoded:
             line["val_loss"] = val_loss(model, encoded["val"].examples, options, run)

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 import io
 import signal
@@ -16,7 +16,7 @@ from helpers import TEXT, write_dataset
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder to work in, with the dataset data/sums and the config sums.toml."""
+    """An empty current folder with the dataset data/sums and the config sums.toml."""
     monkeypatch.chdir(tmp_path)
     tokenizer = CharTokenizer.from_text(TEXT)
     tokens = np.array(tokenizer.encode(TEXT))
@@ -28,7 +28,7 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def output_of(monkeypatch, capsys):
-    """Run a script's `main` in this process: its output, or the one sentence with which it is refused."""
+    """Runs a script's `main` in this process; returns its output, or the sentence with which it is refused."""
 
     def call(main, *argv):
         monkeypatch.setattr(sys, "argv", list(argv))
@@ -45,7 +45,8 @@ def output_of(monkeypatch, capsys):
 
 @pytest.fixture
 def stage_runner(monkeypatch, capsys):
-    """Run the `main` of train.py or a stage in this process: what it printed, or its exit code, output and message."""
+    """Runs the `main` of train.py or a stage in this process; returns its output, or the exit code, output and
+    message."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(module, *flags):

@@ -1,4 +1,4 @@
-"""What the tests of exports compare."""
+"""Shared by the tests of exports."""
 
 import json
 
@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 
 def described(folder):
-    """Names, shapes and types of the tensors, and the file's metadata."""
+    """The tensors' names, shapes and types, and the file's metadata."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}
         return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}, file.metadata()

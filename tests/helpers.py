@@ -1,4 +1,4 @@
-"""What several test files share: a tiny dataset, a randomised model, and commands run as a user runs them."""
+"""Shared by the tests: a tiny dataset, randomised models, and commands run as a user runs them."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from gpt_arc.training.optim import Updater
 ROOT = Path(__file__).parents[1]
 
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare with figures of the CPU
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 
 
 os.environ["WANDB_MODE"] = "offline"
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # processes of several threads each would wait for one another's
+if "PYTEST_XDIST_WORKER" in os.environ:  # several threads in each process would wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
 
-# the smallest real training run, added to a config or the defaults
+# flags of a tiny training run, added to a config or the defaults
 TINY_FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=8 --eval_interval=4 --eval_iters=2 "
     "--device=cpu --learning_rate=1e-2 --warmup_iters=2"
@@ -37,8 +37,13 @@ TINY_FLAGS = (
 TEXT = "".join(f"{n} times {m} is {n * m}.\n" for n in range(1, 30) for m in range(1, 13))
 
 
+def write(name, rows):
+    """Writes rows as lines of JSON."""
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_tokens(path, tokens, vocab_size):
-    """One token file of any name."""
+    """Writes one token file with any name."""
     writer = ShardWriter(path.parent, path.stem, vocab_size, MAX_TOKENS)
     writer.append(np.asarray(tokens))
     writer.close()
@@ -46,7 +51,7 @@ def write_tokens(path, tokens, vocab_size):
 
 
 def write_dataset(directory, tokenizer, splits):
-    """A prepared dataset of the tokens of each split."""
+    """Writes a prepared dataset from the tokens of each split."""
     directory.mkdir(parents=True)
     for split, tokens in splits.items():
         write_tokens(directory / f"{split}.bin", tokens, tokenizer.vocab_size)
@@ -56,7 +61,7 @@ def write_dataset(directory, tokenizer, splits):
 
 
 def randomised(model, seed: int = 0, scale: float = 0.3):
-    """A torch model in eval mode whose weights and biases are so large that each of them shows in the logits."""
+    """Sets weights and biases so large that each affects the output; returns the model in eval mode."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -67,13 +72,13 @@ def randomised(model, seed: int = 0, scale: float = 0.3):
 
 
 def command(*args: str, processes: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-    """Run `python ARGS` (a script of the repository first) in the current folder; torchrun for several processes."""
-    script, *rest = args
+    """Runs `python ARGS` (first a script of the repository) in the current folder, by torchrun if `processes` > 1."""
+    script, *arguments = args
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
-        [*launcher, str(ROOT / script), *rest],
+        [*launcher, str(ROOT / script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -83,7 +88,7 @@ def command(*args: str, processes: int = 1, timeout: float = 120, **environment:
 
 
 def refusal(*args: str, **kwargs) -> str:
-    """The sentence with which a command is refused: exit code 2, one paragraph on stderr, no traceback."""
+    """Runs a command that must be refused; returns the message: exit code 2, one paragraph on stderr, no traceback."""
     result = command(*args, **kwargs)
     assert result.returncode == 2, (result.returncode, result.stdout, result.stderr)
     message = result.stderr.strip()
@@ -92,12 +97,12 @@ def refusal(*args: str, **kwargs) -> str:
 
 
 def interrupt_at(monkeypatch, update: int, number: int = signal.SIGINT) -> None:
-    """Send this process a signal, by default a Ctrl-C, when it makes so many updates."""
-    original, made = Updater.update, []
+    """Sends this process a signal, by default that of Ctrl-C, at the given update."""
+    original, updates = Updater.update, []
 
     def counted(self, *args):
-        made.append(1)
-        if len(made) == update:
+        updates.append(1)
+        if len(updates) == update:
             os.kill(os.getpid(), number)
         return original(self, *args)
 
@@ -115,7 +120,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def kill_at(update: int, script: str, *flags: str) -> None:
-    """Run `python SCRIPT FLAGS` and kill it when it makes so many updates."""
+    """Runs `python SCRIPT FLAGS` and kills it at the given update."""
     code = KILLED.format(argv=[str(ROOT / script), *flags], update=update)
     environment = {
         **os.environ,

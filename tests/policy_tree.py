@@ -1,7 +1,7 @@
-"""A tree of responses on which the optimal policy is known, and chat models to train on it."""
+"""A tree of responses whose optimal policy is known, and chat models to train on it."""
 
 import hashlib
-import json
+import inspect
 import math
 from pathlib import Path
 
@@ -11,11 +11,8 @@ from safetensors.torch import load_file
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.weights.directory import save_model
+from helpers import write
 from model import GPT, GPTConfig
-
-
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save_chat_model(model, chat, directory):
@@ -33,35 +30,27 @@ TREE = CharTokenizer("\nab")
 PLAIN = ChatFormat.new(TEMPLATES["plain"], TREE, 3)  # vocabulary: newline, a, b, and the end of a response
 
 
-DEPTH = 3  # tokens of a response at most: 1 + 3 + 9 + 27 outcomes
+DEPTH = 3  # most tokens of a response: 1 + 3 + 9 + 27 outcomes
 
 
-UTILITY = '''
-import hashlib
-def utility(rows, responses):
-    """A number in [-1, 1) for each text, drawn by its hash."""
-    numbers = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") for text in responses]
-    return [2 * number / 2**32 - 1 for number in numbers]
-'''
-
-
-def utility(text):
+def hash_utility(text):
+    """A number in [-1, 1), drawn by the text's hash."""
     return 2 * int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32 - 1
 
 
 @torch.no_grad()
 def distribution(directory):
-    """Log-probabilities of all outcomes, enumerated, float64."""
+    """Log-probabilities of all outcomes, by enumeration, in float64."""
     model, _, chat = load_chat_model(directory)
-    prompt, found, beginnings = chat.prompt([Turn("user", "a")]), {}, {(): 0.0}
+    prompt, ended, beginnings = chat.prompt([Turn("user", "a")]), {}, {(): 0.0}
     for _ in range(DEPTH):
         logits = model.eval()(torch.tensor([[*prompt, *tokens] for tokens in beginnings]))[:, -1]
         following = {}
         for (tokens, log), row in zip(beginnings.items(), logits.double().log_softmax(-1).tolist()):
-            for token, more in enumerate(row):
-                (found if token == chat.end else following)[*tokens, token] = log + more
+            for token, step_log in enumerate(row):
+                (ended if token == chat.end else following)[*tokens, token] = log + step_log
         beginnings = following
-    return found | beginnings
+    return ended | beginnings
 
 
 def total_variation(p, q):
@@ -69,9 +58,9 @@ def total_variation(p, q):
 
 
 def optimum(reference, beta):
-    better = {outcome: log + utility(PLAIN.decode(outcome)) / beta for outcome, log in reference.items()}
-    z = math.log(sum(map(math.exp, better.values())))
-    return {outcome: log - z for outcome, log in better.items()}
+    tilted = {outcome: log + hash_utility(PLAIN.decode(outcome)) / beta for outcome, log in reference.items()}
+    z = math.log(sum(map(math.exp, tilted.values())))
+    return {outcome: log - z for outcome, log in tilted.items()}
 
 
 def make_tree():
@@ -82,4 +71,7 @@ def make_tree():
             parameter.add_(0.15 * torch.randn_like(parameter))
     save_chat_model(model, PLAIN, "tree")
     write("tree.jsonl", [{"prompt": "a"}] * 512)
-    Path("utility_of_tree.py").write_text(UTILITY)
+    Path("utility_of_tree.py").write_text(
+        f"import hashlib\n{inspect.getsource(hash_utility)}"
+        "def utilities(rows, responses): return [hash_utility(text) for text in responses]\n"
+    )

@@ -1,16 +1,27 @@
-"""Texts whose utility is known, and rankings of them."""
+"""Texts with a known utility, rankings of them, and the settings that the tests of dpo.py and reward.py share."""
 
 import itertools
-import json
 import math
 import random
 from pathlib import Path
 
+from gpt_arc.chat.format import TEMPLATES, ChatFormat
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.training.log import read_metrics
+from model import GPTConfig
+
 TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=3)]
+LETTERS = CharTokenizer("abcdefgh")
+CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
+QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=2", "--gradient_accumulation_steps=2")
 
 
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+def tiny_config(**settings):
+    return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_head": 2, "n_embd": 16} | settings)
+
+
+def lines_of(folder):
+    return read_metrics(Path(folder) / "metrics.jsonl")
 
 
 def utility(text):
@@ -18,11 +29,11 @@ def utility(text):
 
 
 def rankings(count, seed=0, responses=(2, 4)):
-    """Responses of three letters, ranked as Bradley and Terry's model does: by utility and Gumbel noise."""
+    """Rankings of three-letter responses, drawn from the Bradley-Terry model: by utility plus Gumbel noise."""
     draw, rows = random.Random(seed), []
     for _ in range(count):
         texts = draw.sample(TEXTS, draw.randint(*responses))
         noisy = [utility(text) - math.log(-math.log(draw.random())) for text in texts]
-        ranks = [1 + sum(other > own for other in noisy) for own in noisy]
+        ranks = [1 + sum(score > value for score in noisy) for value in noisy]
         rows.append({"prompt": "h" * draw.randint(1, 3), "responses": texts, "ranks": ranks})
     return rows

@@ -8,10 +8,9 @@ from model import GPT, GPTConfig
 
 
 def bigrams(table, block_size=16):
-    """A GPT that predicts by the last token alone, with the probabilities of a table.
+    """A GPT that predicts from the last token alone, with the probabilities of a table (from, to).
 
-    Its block adds nothing, its tokens are embedded as unit vectors e, and its norm makes of them e / rms(e).
-    """
+    Its block adds nothing, its token embeddings are unit vectors e, and its norm turns them into e / rms(e)."""
     size = len(table)
     config = GPTConfig(
         block_size=block_size, vocab_size=size, n_layer=1, n_head=1, n_embd=size, positions="rotary", norm="rmsnorm",
@@ -27,7 +26,7 @@ def bigrams(table, block_size=16):
 
 
 def counting_model(vocab: int, block_size: int) -> GPT:
-    """A real GPT that says the token after the last one: embeddings are unit vectors, the head shifts them by one."""
+    """A GPT that continues with the next token id: embeddings are unit vectors, the head shifts them by one."""
     model = GPT(GPTConfig(block_size, vocab, 1, 1, vocab, head_size=2, positions="rotary", tied_head=False, bias=False))
     with torch.no_grad():
         for parameter in model.blocks.parameters():

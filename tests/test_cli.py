@@ -25,7 +25,7 @@ def gpt_arc(*arguments, python=sys.executable, **environment):
     )
 
 
-def test_every_command_has_a_script_and_stands_in_the_help(capsys, monkeypatch):
+def test_every_command_has_a_script_and_is_in_the_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpt-arc", "--help"])
     assert cli.run() is None
     output = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_every_command_has_a_script_and_stands_in_the_help(capsys, monkeypatch):
     assert f"configs: {ROOT / 'configs'}" in output
 
 
-def test_the_command_line_alone_shows_the_help(capsys, monkeypatch):
+def test_no_arguments_show_the_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpt-arc"])
     assert cli.run() is None
     assert capsys.readouterr().out.startswith("usage: gpt-arc COMMAND")
@@ -54,11 +54,11 @@ def test_the_command_line_alone_shows_the_help(capsys, monkeypatch):
     ],
 )
 def test_a_command_becomes_a_script_and_its_arguments(name, arguments, expected):
-    script, *rest = expected
-    assert cli.script_command(name, arguments) == [str(ROOT / script), *rest]
+    script, *script_arguments = expected
+    assert cli.script_command(name, arguments) == [str(ROOT / script), *script_arguments]
 
 
-def test_a_config_that_is_not_in_the_current_folder_is_the_packaged_one(tmp_path, monkeypatch):
+def test_a_config_missing_from_the_current_folder_is_the_packaged_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     packaged = str(ROOT / "configs" / "quickstart.toml")
     assert cli.with_packaged_configs(["configs/quickstart.toml", "--seed=1"]) == [packaged, "--seed=1"]
@@ -68,7 +68,7 @@ def test_a_config_that_is_not_in_the_current_folder_is_the_packaged_one(tmp_path
     assert cli.with_packaged_configs(["configs/quickstart.toml"]) == ["configs/quickstart.toml"]
 
 
-def test_an_unknown_command_or_dataset_is_refused_with_the_known_ones():
+def test_an_unknown_command_or_dataset_is_refused_with_a_list():
     with pytest.raises(UserError, match="no command 'trian'; the commands are train, sample, chat"):
         cli.script_command("trian", [])
     for arguments in ([], ["novels"]):
@@ -86,7 +86,7 @@ def test_the_script_runs_in_the_current_folder_with_its_exit_code(tmp_path, monk
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel of the tracked files, built by the setuptools that is installed."""
+    """A wheel of the tracked files, built with the installed setuptools."""
     pytest.importorskip("setuptools", minversion="77")
     folder = tmp_path_factory.mktemp("wheel")
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -103,7 +103,7 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_has_the_package_and_the_model_alone_at_its_top_level(wheel):
+def test_the_wheel_has_only_the_package_and_the_model_at_its_top_level(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"gpt_arc", "model.py"}
     assert "gpt_arc/py.typed" in names
@@ -115,7 +115,7 @@ def test_the_wheel_has_the_package_and_the_model_alone_at_its_top_level(wheel):
 
 @pytest.mark.slow
 def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
-    """The installed libraries are lent to a fresh environment by a .pth file, without this clone's editable install."""
+    """A .pth file lends the installed libraries to a fresh environment, without this clone's editable install."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     subprocess.run([sys.executable, "-m", "venv", "venv"], check=True)

@@ -1,4 +1,4 @@
-"""Files written by an earlier version (tests/data/before): they load, and its runs resume to the same result."""
+"""Files written by an earlier version (tests/data/before) still load, and its runs resume to the same result."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ ALPHABET = sorted("\n .0123456789eimst")
 
 @pytest.fixture
 def before(tmp_path, monkeypatch):
-    """A copy of the files in a folder that becomes the current one; the paths recorded in the runs point into it."""
+    """Copies the files into a folder, makes it the current one, and lets the paths in the run records point into it."""
     shutil.copytree(BEFORE, tmp_path, symlinks=True, dirs_exist_ok=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "sums").rename(tmp_path / "data" / "sums")
@@ -36,7 +36,7 @@ def before(tmp_path, monkeypatch):
 
 
 def assert_ended_as_before(name):
-    """The metrics and the final weights of the resumed run are those that the earlier version computed."""
+    """Asserts that the resumed run's metrics and final weights equal those of the earlier version."""
     run, expected = Path("runs", name), Path("ended", name)
     lines, expected_lines = read_metrics(run / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
     assert len(lines) == len(expected_lines)
@@ -49,7 +49,7 @@ def assert_ended_as_before(name):
         for tensor_name, tensor in tensors.items():
             difference = (tensor - expected_tensors[tensor_name]).abs()
             if tensor_name.endswith("attention.qkv.bias"):
-                # softmax cancels the key bias, so that its gradient is rounding noise, which Adam enlarges
+                # softmax cancels the key bias, so its gradient is rounding noise, which Adam amplifies
                 _, key, _ = difference.chunk(3)
                 assert key.max() < 1e-4
                 key.zero_()

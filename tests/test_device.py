@@ -1,4 +1,4 @@
-"""Devices, precision and compilation: what auto means, by the hardware that is there or pretended."""
+"""Devices, precision and compilation: what auto selects on real and simulated hardware."""
 
 import platform
 import subprocess
@@ -27,7 +27,7 @@ def test_devices():
             resolve_device(setting)
 
 
-def test_auto_takes_the_best_device(monkeypatch):
+def test_auto_selects_the_best_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert resolve_device("auto", local_rank=1) == torch.device("cuda", 1)
@@ -48,20 +48,20 @@ def test_auto_takes_the_best_device(monkeypatch):
         ({"avx2": True, "amx_bf16": False}, "float32"), ({}, "float32"),
     ],
 )  # fmt: skip
-def test_auto_precision_of_a_cpu(monkeypatch, capabilities, expected):
+def test_auto_precision_on_a_cpu(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_dtype("auto", CPU) == expected
     assert resolve_dtype("float16", CPU) == "float16"
 
 
-def test_auto_precision_of_a_gpu(monkeypatch):
+def test_auto_precision_on_a_gpu(monkeypatch):
     for native, expected in ((True, "bfloat16"), (False, "float16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert resolve_dtype("auto", CUDA) == expected
     assert resolve_dtype("auto", torch.device("mps")) == "float32"
 
 
-def test_when_compiling_pays(monkeypatch):
+def test_auto_compiles_where_it_pays_off(monkeypatch):
     assert resolve_compile(True, CPU, 1.0) == (True, "as set or as recorded")
     assert resolve_compile(False, CPU, 1e9) == (False, "as set or as recorded")
     assert resolve_compile("auto", CPU, 1e12) == (False, "the run is too short for it to pay off")
@@ -73,7 +73,7 @@ def test_when_compiling_pays(monkeypatch):
     assert not resolve_compile("auto", torch.device("mps"), 1e18)[0]
 
 
-def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
+def test_a_failing_compiler_leaves_the_model_unchanged(monkeypatch):
     model = GPT(GPTConfig(8, 11, 1, 2, 16))
     expected = model(torch.zeros(1, 8, dtype=torch.int64))
 
@@ -87,8 +87,8 @@ def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_was_compiled_on_trial_serves_the_first_step(monkeypatch):
-    """Also where one tensor was given for tokens and targets, which in training are two."""
+def test_the_trial_compilation_serves_the_first_step(monkeypatch):
+    """Even if the trial passed one tensor as tokens and targets, which are two tensors in training."""
     model, frames = GPT(GPTConfig(8, 11, 1, 2, 16)), []
     monkeypatch.setattr(model, "compile", partial(model.compile, backend=lambda graph, _: frames.append(1) or graph))
     assert compile_in_place(model, model, [torch.zeros(2, 8, dtype=torch.int64)] * 2, CPU, "float32") is None
@@ -99,16 +99,16 @@ def test_what_was_compiled_on_trial_serves_the_first_step(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_generators_are_put_back():
+def test_generator_states_are_restored():
     states = rng_state(CPU)
     drawn = torch.rand(3)
     set_rng_state(states, CPU)
     assert torch.equal(torch.rand(3), drawn)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_freed_memory_is_kept():
-    """In a process of its own: without it a block of 64 MB is new memory, full of zeros, every time."""
+    """In its own process: otherwise each block of 64 MB is newly allocated and zeroed every time."""
     code = (
         "import resource, sys, torch\n"
         "from gpt_arc.device import set_up_device\n"
@@ -119,8 +119,8 @@ def test_freed_memory_is_kept():
         "for _ in range(8): torch.ones(1 << 24)\n"
         "print(faults() - before)"
     )
-    kept, not_kept = (
+    faults_if_kept, faults_by_default = (
         int(subprocess.run([sys.executable, "-c", code, str(way)], capture_output=True, check=True).stdout)
         for way in (True, False)
     )
-    assert kept < 100 < not_kept
+    assert faults_if_kept < 100 < faults_by_default

@@ -1,4 +1,4 @@
-"""How scripts end: a mistake is one paragraph and code 2, a bug keeps its traceback."""
+"""How scripts end: a mistake prints one paragraph and exits with code 2; a bug keeps its traceback."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from gpt_arc.errors import UserError, entry_point
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_what_a_user_or_a_disk_did_is_a_sentence(capsys, error, code, sentence):
+def test_user_and_disk_errors_are_one_sentence(capsys, error, code, sentence):
     def main():
         raise error
 
@@ -28,14 +28,14 @@ def test_what_a_user_or_a_disk_did_is_a_sentence(capsys, error, code, sentence):
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**60), lambda: bytearray(2**62)], ids=["torch", "python"])
-def test_too_little_memory_is_a_sentence(capsys, allocate):
+def test_running_out_of_memory_is_one_sentence(capsys, allocate):
     with pytest.raises(SystemExit) as stop:
         entry_point(allocate)()
     assert stop.value.code == 2
     assert "out of memory: a smaller batch, context or model takes less (" in capsys.readouterr().err
 
 
-def test_what_we_did_is_a_traceback():
+def test_a_bug_keeps_its_traceback():
     def main():
         raise ValueError("a bug")
 
@@ -44,21 +44,21 @@ def test_what_we_did_is_a_traceback():
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (143, 143)])
-def test_what_main_returns_is_the_exit_code(returned, code):
+def test_main_returns_the_exit_code(returned, code):
     with pytest.raises(SystemExit) as stop:
         entry_point(lambda: returned)()
     assert stop.value.code == code
 
 
-def test_a_reader_that_leaves_early_is_no_error():
+def test_a_reader_that_closes_the_pipe_early_is_no_error():
     script = "from gpt_arc.errors import entry_point\n@entry_point\ndef main():\n  print('x' * 10**6)\nmain()"
     writer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     writer.stdout.read(1)
     writer.stdout.close()
-    assert (writer.wait(timeout=60), writer.stderr.read()) == (141, b"")  # as if SIGPIPE had ended it
+    assert (writer.wait(timeout=60), writer.stderr.read()) == (141, b"")  # as if killed by SIGPIPE
 
 
-def test_what_is_said_stays_out_of_the_output_where_errors_are_closed():
+def test_messages_never_go_to_stdout_if_stderr_is_closed():
     script = "import sys\nfrom gpt_arc.errors import entry_point\n@entry_point\ndef main():\n  print('a')\n"
     script += "  print('b', file=sys.stderr)\nmain()"
     command = [sys.executable, "-c", "import os, sys\nos.close(2)\nos.execv(sys.argv[1], sys.argv[1:])", sys.executable]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes: files are complete or absent."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_file(path, "one")
     write_file(path, b"two")
     assert path.read_text() == "two" and os.listdir(tmp_path) == ["a.txt"]
-    (tmp_path / "plain").touch()  # the permissions that the umask grants, not those of a temporary file
+    (tmp_path / "plain").touch()  # with the permissions of the umask, not of a temporary file
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
@@ -30,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_directory_appears_when_it_is_complete(tmp_path):
+def test_a_directory_appears_once_it_is_complete(tmp_path):
     with pytest.raises(RuntimeError), new_directory(tmp_path / "d") as temporary:
         (temporary / "x").write_text("half")
         raise RuntimeError

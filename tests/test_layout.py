@@ -1,6 +1,7 @@
-"""The floor plan: which package may import which, and what every script promises."""
+"""Which package may import which, and what every script provides."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import pytest
 
 from helpers import ROOT
 
-# Package -> the packages it may import besides itself. Read top to bottom, this is the architecture: each line
-# stands on the lines above it.
+# Package -> the packages it may import besides itself. Read from top to bottom, this is the architecture: each line
+# builds on the lines above it.
 MAY_IMPORT = {
     "ground": (),
     "nn": (),
@@ -17,14 +18,14 @@ MAY_IMPORT = {
     "data": ("ground", "nn"),
     "weights": ("ground", "nn", "model", "data"),
     "planning": ("ground", "nn", "model"),
-    "training": ("ground", "nn", "model", "data", "weights"),
+    "training": ("ground", "nn", "model", "data", "weights", "planning"),
     "chat": ("ground", "nn", "model", "data", "weights"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
 }
-ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands: above all packages
+ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands, above all packages
 READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS
 LIBRARY = [*sorted((ROOT / "gpt_arc").rglob("*.py")), ROOT / "model.py"]
 FOLDERS = ("prepare", "stages", "tools")
@@ -38,7 +39,7 @@ def place(path):
 
 
 def imported(path):
-    """Names of the modules that a file imports, at any depth."""
+    """The modules that a file imports, at any depth."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,13 +54,13 @@ def top_level(path):
 
 
 def package(module):
-    """The line of MAY_IMPORT that a module belongs to; None for other libraries."""
-    first, *rest = module.split(".")
-    if first == "model":
+    """The line of MAY_IMPORT that a module belongs to, or None for other libraries."""
+    top, *names = module.split(".")
+    if top == "model":
         return "model"
-    if first != "gpt_arc" or not rest:
+    if top != "gpt_arc" or not names:
         return None
-    return rest[0] if (ROOT / "gpt_arc" / rest[0]).is_dir() else "ground"
+    return names[0] if (ROOT / "gpt_arc" / names[0]).is_dir() else "ground"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=place)
@@ -67,11 +68,11 @@ def test_imports_point_one_way(path):
     if place(path) in ENTRY_POINTS:
         return
     name = package(".".join(path.relative_to(ROOT).with_suffix("").parts)) or "ground"
-    others = {package(module) for module in imported(path)} - {None, name}
-    assert others <= set(MAY_IMPORT[name]), f"{place(path)} imports {sorted(others - set(MAY_IMPORT[name]))}"
+    imports = {package(module) for module in imported(path)} - {None, name}
+    assert imports <= set(MAY_IMPORT[name]), f"{place(path)} imports {sorted(imports - set(MAY_IMPORT[name]))}"
 
 
-def test_the_table_has_every_package_and_no_line_looks_down():
+def test_the_table_has_every_package_and_no_line_imports_a_later_one():
     folders = {path.name for path in (ROOT / "gpt_arc").iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders | {"ground", "model"} == set(MAY_IMPORT)
     lines = list(MAY_IMPORT)
@@ -79,18 +80,25 @@ def test_the_table_has_every_package_and_no_line_looks_down():
         assert set(MAY_IMPORT[line]) <= set(lines[:number])
 
 
-def test_modules_do_not_import_in_a_circle():
+def test_the_architecture_documents_the_same_table():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `?(\w+)[^|]*\|[^|]*\| (nothing|ground|ground, [a-z, ]+) \|$", text, re.MULTILINE)
+    documented = {name: () if imports == "nothing" else tuple(imports.split(", ")) for name, imports in rows}
+    assert documented == MAY_IMPORT
+
+
+def test_modules_have_no_import_cycles():
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in LIBRARY}
     needs = {name: imported(path) & names.keys() - {name} for name, path in names.items() if name.count(".")}
-    done = set()
-    while len(done) < len(needs):
-        ready = {name for name in needs.keys() - done if not (needs[name] & needs.keys()) - done}
-        assert ready, f"a circle among {sorted(needs.keys() - done)}"
-        done |= ready
+    resolved = set()
+    while len(resolved) < len(needs):
+        ready = {name for name in needs.keys() - resolved if not (needs[name] & needs.keys()) - resolved}
+        assert ready, f"an import cycle among {sorted(needs.keys() - resolved)}"
+        resolved |= ready
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "gpt_arc" / "nn").glob("*.py")), ids=lambda path: path.stem)
-def test_the_parts_of_the_model_need_torch_alone(path):
+def test_nn_modules_import_only_torch(path):
     assert top_level(path) <= {"torch", "gpt_arc", *sys.stdlib_module_names}
 
 
@@ -121,14 +129,14 @@ def test_a_script_shadows_no_module(path):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_says_what_it_is_for_and_how_to_run_it(path):
+def test_a_script_s_docstring_says_how_to_run_it(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
-def test_help_answers_from_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
-    """What is slow to import is imported where it is used; the loops of train.py and stages/ need torch."""
+def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
+    """Slow modules are imported where they are used; only the loops of train.py and stages/ need torch."""
     monkeypatch.chdir(tmp_path)
     slow = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb"}
     slow |= {"sklearn", "scipy"} | ({"torch"} if script != "train.py" and not script.startswith("stages/") else set())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_arc.nn import attention, head_loss
 from gpt_arc.nn.attention import attend_by_products, causal_mask, create_block_mask, repeat_heads
-from gpt_arc.nn.functional import dropout, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
@@ -46,14 +47,14 @@ def test_parameter_counts_are_the_published_models(config, expected):
     assert on_meta(config).num_parameters() == expected
 
 
-def test_parameters_without_embeddings_are_twelve_l_c_squared_and_vectors():
+def test_parameters_without_embeddings_are_12_l_c_squared_and_vectors():
     # Kaplan et al. count 12 L C^2; biases and norms add 13 C a layer, and 2 C of the final norm
     model = on_meta(GPTConfig())
     assert model.num_parameters(embeddings=False) == 12 * (12 * 768**2 + 13 * 768) + 2 * 768
 
 
 def random_weights(model: torch.nn.Module, seed: int = 0) -> None:
-    """Weights and biases large enough that every one of them shows in the logits."""
+    """Sets weights and biases large enough that each affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,10 +63,10 @@ def random_weights(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.add_(1.0)
 
 
-def copy_into_transformers(ours: GPT, theirs: torch.nn.Module) -> None:
-    missing, unexpected = theirs.load_state_dict(dict(hf_tensors(ours)), strict=False)
+def copy_into_transformers(gpt: GPT, reference: torch.nn.Module) -> None:
+    missing, unexpected = reference.load_state_dict(dict(hf_tensors(gpt)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    theirs.tie_weights()
+    reference.tie_weights()
 
 
 @pytest.mark.parametrize("generation", ["GPT2", "OpenAIGPT"])
@@ -75,19 +76,19 @@ def copy_into_transformers(ours: GPT, theirs: torch.nn.Module) -> None:
 def test_logits_equal_transformers_gpts(generation, layers, heads, width, context, vocab):
     import transformers
 
-    ours = GPT(GPTConfig(context, vocab, layers, heads, width, **(GPT1 if generation == "OpenAIGPT" else {}))).eval()
-    random_weights(ours)
+    gpt = GPT(GPTConfig(context, vocab, layers, heads, width, **(GPT1 if generation == "OpenAIGPT" else {}))).eval()
+    random_weights(gpt)
     size = dict(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads)
     config = getattr(transformers, f"{generation}Config")(**size)
-    theirs = getattr(transformers, f"{generation}LMHeadModel")(config).eval()
-    copy_into_transformers(ours, theirs)
+    reference = getattr(transformers, f"{generation}LMHeadModel")(config).eval()
+    copy_into_transformers(gpt, reference)
     tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gpt(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_logits_equal_transformers_qwen3():
-    """Rotary positions, RMSNorm, SwiGLU, qk-norm, grouped-query heads and a head size of its own, all at once."""
+    """Rotary positions, RMSNorm, SwiGLU, qk-norm, grouped-query heads and a separate head size, all at once."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = GPTConfig(
@@ -95,23 +96,23 @@ def test_logits_equal_transformers_qwen3():
         norm="rmsnorm", norm_eps=1e-6, positions="rotary", rotary_base=5_000.0, activation="swiglu", bias=False,
         qk_norm=True,
     )  # fmt: skip
-    ours = GPT(config).eval()
-    random_weights(ours)
-    theirs = Qwen3ForCausalLM(
+    gpt = GPT(config).eval()
+    random_weights(gpt)
+    reference = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=31, hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=6,
             num_key_value_heads=2, head_dim=10, max_position_embeddings=20, rms_norm_eps=1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": 5_000.0}, tie_word_embeddings=True,
         )
     ).eval()  # fmt: skip
-    copy_into_transformers(ours, theirs)
+    copy_into_transformers(gpt, reference)
     tokens = torch.randint(31, (3, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gpt(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_causal_attention_worked_by_hand():
-    """Four tokens whose scaled scores are given; what stands above the diagonal must not count."""
+    """Four tokens with given scaled scores; those above the diagonal must not count."""
     scores = torch.tensor(
         [[0.675, 9, 9, 9], [0.475, 0.845, 9, 9], [0.535, 0.670, 1.045, 9], [0.520, 0.715, 0.835, 0.950]]
     )
@@ -136,10 +137,10 @@ def test_causal_attention_worked_by_hand():
 
 
 def variants():
-    """One model of every option, and some together."""
+    """One model per option, and some combinations."""
     changes = [
-        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"activation": "gelu"},
-        {"activation": "relu"}, {"activation": "relu_squared"}, {"activation": "swiglu"}, {"bias": False},
+        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"},
+        *({"activation": activation} for activation in get_args(Activation)[1:]), {"bias": False},
         {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
         {"head_size": 6}, {"mlp_size": 20}, {"attention_band": 4}, {"dropout": 0.3},
         {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
@@ -151,7 +152,7 @@ def variants():
 
 
 @pytest.mark.parametrize("config", variants())
-def test_no_position_sees_what_follows_it_and_every_one_sees_what_came_before(config):
+def test_every_position_sees_exactly_itself_and_the_past(config):
     model = GPT(config).eval()
     random_weights(model)
     tokens = torch.randint(config.vocab_size, (2, config.block_size))
@@ -198,7 +199,7 @@ def test_loss_of_a_batch_without_targets_is_zero():
     assert loss.total == 0 and loss.count == 0
 
 
-def test_initial_loss_is_that_of_guessing():
+def test_initial_loss_is_that_of_a_uniform_guess():
     config = dataclasses.replace(TINY, vocab_size=1000)
     tokens = torch.randint(1000, (8, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -220,13 +221,13 @@ def test_initial_standard_deviations(init):
             expected = residual if "projection" in name else 0.02
             if name == "position_embedding.weight" and init == "gpt2":
                 expected = 0.01
-            # the standard deviation of a sample of n is off by sigma / sqrt(2 n): five of them
+            # five standard errors of a sample's standard deviation: sigma / sqrt(2 n) each
             tolerance = 5 * expected / math.sqrt(2 * parameter.numel())
             assert float(parameter.std()) == pytest.approx(expected, abs=tolerance), name
             assert abs(float(parameter.mean())) < 5 * expected / math.sqrt(parameter.numel()), name
 
 
-def test_rotary_attention_depends_on_distances_alone():
+def test_rotary_attention_depends_only_on_distances():
     query, key = torch.randn(2, 1, 1, 1, 8)
     scores = []
     for shift in (0, 3, 100):
@@ -263,7 +264,7 @@ def test_grouped_query_heads_are_heads_with_copied_keys_and_values():
         torch.testing.assert_close(grouped(tokens), full(tokens), atol=1e-5, rtol=1e-5)
 
 
-def test_dropout_acts_in_training_alone_and_in_its_own_place():
+def test_each_dropout_acts_in_its_place_and_only_in_training():
     tokens = torch.randint(TINY.vocab_size, (4, 12))
     for place in ("embedding", "attention", "residual"):
         model = GPT(dataclasses.replace(TINY, **{f"{place}_dropout": 0.5}))
@@ -275,21 +276,21 @@ def test_dropout_acts_in_training_alone_and_in_its_own_place():
 
 
 def test_ten_training_steps_equal_transformers_gpt2():
-    """The losses of ten AdamW steps, against another implementation from the same weights on the same data."""
+    """Losses of ten AdamW steps, from the same weights on the same data."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    ours = GPT(TINY)
+    gpt = GPT(TINY)
     size = dict(vocab_size=23, n_positions=12, n_embd=32, n_layer=2, n_head=4)
-    theirs = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
-    copy_into_transformers(ours, theirs)
+    reference = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    copy_into_transformers(gpt, reference)
     losses = []
-    for model in (ours, theirs):
+    for model in (gpt, reference):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         losses.append([])
         for step in range(10):
-            window = (torch.tensor([[0], [5], [9], [14]]) + step % 2 + torch.arange(13)) % 23  # each adds one
-            if model is ours:
+            window = (torch.tensor([[0], [5], [9], [14]]) + step % 2 + torch.arange(13)) % 23  # counts up
+            if model is gpt:
                 loss = model(window[:, :-1], window[:, 1:])
                 loss = loss.total / loss.count
             else:
@@ -337,7 +338,7 @@ def test_more_tokens_than_the_context_are_refused():
     layers=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), size=st.integers(1, 4),
     norm=st.sampled_from(["layernorm", "rmsnorm"]), post=st.booleans(), bias=st.booleans(), tied=st.booleans(),
     positions=st.sampled_from(["learned", "sinusoidal", "rotary"]), qk_norm=st.booleans(),
-    activation=st.sampled_from(["gelu", "swiglu", "relu_squared"]), length=st.integers(1, 7),
+    activation=st.sampled_from(get_args(Activation)), length=st.integers(1, 7),
 )  # fmt: skip
 def test_any_valid_configuration_runs(
     layers, kv_heads, group, size, norm, post, bias, tied, positions, qk_norm, activation, length
@@ -353,8 +354,8 @@ def test_any_valid_configuration_runs(
     assert model.num_parameters() == sum(tensor.numel() for tensor in model.state_dict().values())
 
 
-def test_runs_of_tokens_have_embeddings_of_their_own():
-    """What the blocks read, run by run: equal runs the same row of their length's table, whatever the vocabulary."""
+def test_ngram_embeddings_are_added_to_token_embeddings():
+    """The input of the blocks: equal n-grams read the same row of their length's table, whatever the vocabulary."""
     rows, longest = 997, 4
     config = dataclasses.replace(TINY, n_layer=1, positions="rotary", ngrams=longest, ngram_rows=rows)
     model = GPT(config)
@@ -367,14 +368,14 @@ def test_runs_of_tokens_have_embeddings_of_their_own():
     for row, sequence in enumerate(tokens.tolist()):
         for place, token in enumerate(sequence):
             expected, key = model.token_embedding.weight[token].detach(), token
-            for k in range(1, longest):  # Horner's rule on the tokens from the last to the first, 0 where none was
+            for k in range(1, longest):  # Horner's rule from the last token backwards, 0 before the first
                 key = (key * 1_640_531_527 + (sequence[place - k] + 1 if place >= k else 0)) % (2**31 - 1)
                 expected = expected + table[key % rows + (k - 1) * rows]
             torch.testing.assert_close(read[0][row, place], expected)
 
 
-def test_runs_seldom_share_a_row():
-    """All runs of two of 40 tokens have a row each of 64,000; those of three take at least as many as at random."""
+def test_ngrams_rarely_share_a_row():
+    """All bigrams of 40 tokens have their own row among 64,000; trigrams use at least as many rows as at random."""
     every = torch.cartesian_prod(*[torch.arange(40)] * 3)
     used = ngram_ids(every[:, 2:], torch.full((1,), 9), every[:, None, :2].flip(-1), 3, 40**3)
     assert used[..., 0].unique().numel() > 0.95 * 40**2
@@ -383,7 +384,7 @@ def test_runs_seldom_share_a_row():
 
 
 def documents_of(rows: int, length: int, seed: int = 2) -> torch.Tensor:
-    """Numbers (rows, length) of documents of random lengths, one token long among them."""
+    """Document numbers (rows, length): documents of random length, including one of a single token."""
     generator = torch.Generator().manual_seed(seed)
     begins = torch.rand(rows, length, generator=generator) < 0.25
     begins[0, 3:5] = True
@@ -399,7 +400,7 @@ BANDED = [
 
 @pytest.mark.parametrize("band", [None, 1, 3, 5, 11])
 @pytest.mark.parametrize("change", BANDED, ids=["n-grams", "rotary", "sinusoidal"])
-def test_documents_in_one_window_are_as_if_each_were_alone(change, band):
+def test_documents_in_one_window_are_independent(change, band):
     config = dataclasses.replace(TINY, block_size=29, n_layer=4, attention_band=band, **change)
     model = GPT(config).eval()
     random_weights(model)
@@ -410,20 +411,20 @@ def test_documents_in_one_window_are_as_if_each_were_alone(change, band):
     alone_loss = 0.0
     for row in range(3):
         for document in documents[row].unique():
-            own = documents[row] == document
-            alone = model(tokens[row : row + 1, own])
-            torch.testing.assert_close(together[row, own], alone[0], atol=1e-5, rtol=1e-5)
-            alone_loss += model(tokens[row : row + 1, own], targets[row : row + 1, own]).total
+            inside = documents[row] == document
+            single = model(tokens[row : row + 1, inside])
+            torch.testing.assert_close(together[row, inside], single[0], atol=1e-5, rtol=1e-5)
+            alone_loss += model(tokens[row : row + 1, inside], targets[row : row + 1, inside]).total
     torch.testing.assert_close(loss, alone_loss, atol=1e-4, rtol=1e-5)
     gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, alone_loss)]
-    for got, expected in zip(*gradients):
-        torch.testing.assert_close(got, expected, atol=1e-4 * float(expected.abs().max()) + 1e-5, rtol=1e-4)
+    for gradient, expected in zip(*gradients):
+        torch.testing.assert_close(gradient, expected, atol=1e-4 * float(expected.abs().max()) + 1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("length", [1, 4, 7, 12])
 @pytest.mark.parametrize("band", [1, 2, 3, 5, 11, 12, 50])
 def test_a_band_is_a_mask_over_the_scores(length, band):
-    """Chunks against the scores of every pair, masked one by one."""
+    """Attention in chunks against the scores of every pair, masked one by one."""
     attention = torch.manual_seed(0) and Attention(dataclasses.replace(TINY, n_kv_head=2, qk_norm=True))
     x = torch.randn(2, length, 32)
     query, key, value = attention.qkv(x).unflatten(-1, (8, 8)).transpose(1, 2).split((4, 2, 2), dim=1)
@@ -440,7 +441,7 @@ def test_a_band_is_a_mask_over_the_scores(length, band):
     torch.testing.assert_close(attention(x, None, mask), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_band_as_wide_as_the_context_is_dense_and_a_narrower_one_is_every_second_block_s():
+def test_a_band_as_wide_as_the_context_is_dense_and_a_narrower_one_isnt():
     dense = GPT(dataclasses.replace(TINY, n_layer=3)).eval()
     random_weights(dense)
     tokens = torch.randint(23, (2, 12))
@@ -456,40 +457,40 @@ def test_a_band_as_wide_as_the_context_is_dense_and_a_narrower_one_is_every_seco
         assert not torch.allclose(logits(11), dense(tokens))
 
 
-def test_logits_equal_transformers_gpt_neo_whose_layers_alternate():
-    """GPT-Neo alternates global and local attention as GPT-3 does; it has no query, key and value biases, and doesn't
-    divide the scores, so our queries are multiplied beforehand."""
+def test_logits_equal_transformers_gpt_neo():
+    """GPT-Neo alternates global and local attention as GPT-3 does. It has no query, key and value biases and doesn't
+    divide the scores, so the queries are scaled beforehand."""
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-    ours = GPT(GPTConfig(24, 31, n_layer=4, n_head=2, n_embd=32, attention_band=5)).eval()
-    random_weights(ours)
+    gpt = GPT(GPTConfig(24, 31, n_layer=4, n_head=2, n_embd=32, attention_band=5)).eval()
+    random_weights(gpt)
     config = GPTNeoConfig(
         vocab_size=31, max_position_embeddings=24, hidden_size=32, num_layers=4, num_heads=2, window_size=5,
         attention_types=[[["global", "local"], 2]], activation_function="gelu_new",
         resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    theirs = GPTNeoForCausalLM(config).eval()
+    reference = GPTNeoForCausalLM(config).eval()
     state = {
-        "transformer.wte.weight": ours.token_embedding.weight, "transformer.wpe.weight": ours.position_embedding.weight,
-        "transformer.ln_f.weight": ours.final_norm.weight, "transformer.ln_f.bias": ours.final_norm.bias,
+        "transformer.wte.weight": gpt.token_embedding.weight, "transformer.wpe.weight": gpt.position_embedding.weight,
+        "transformer.ln_f.weight": gpt.final_norm.weight, "transformer.ln_f.bias": gpt.final_norm.bias,
     }  # fmt: skip
-    for i, block in enumerate(ours.blocks):
+    for i, block in enumerate(gpt.blocks):
         torch.nn.init.zeros_(block.attention.qkv.bias)
         query, key, value = block.attention.qkv.weight.split(32)
         parts = {
             "ln_1": block.attention_norm, "attn.attention.out_proj": block.attention.projection,
             "ln_2": block.mlp_norm, "mlp.c_fc": block.mlp.up, "mlp.c_proj": block.mlp.projection,
         }  # fmt: skip
-        own = {f"{name}.{kind}": tensor for name, module in parts.items() for kind, tensor in module.named_parameters()}
-        own |= {f"attn.attention.{name}.weight": w for name, w in (("k_proj", key), ("v_proj", value))}
-        own["attn.attention.q_proj.weight"] = query / math.sqrt(16)
-        state |= {f"transformer.h.{i}.{name}": tensor for name, tensor in own.items()}
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
+        tensors = {f"{name}.{kind}": w for name, module in parts.items() for kind, w in module.named_parameters()}
+        tensors |= {f"attn.attention.{name}.weight": w for name, w in (("k_proj", key), ("v_proj", value))}
+        tensors["attn.attention.q_proj.weight"] = query / math.sqrt(16)
+        state |= {f"transformer.h.{i}.{name}": tensor for name, tensor in tensors.items()}
+    missing, unexpected = reference.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-    theirs.tie_weights()
+    reference.tie_weights()
     tokens = torch.randint(31, (3, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gpt(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_cost_of_banded_attention_grows_with_the_band():
@@ -502,16 +503,16 @@ def test_the_cost_of_banded_attention_grows_with_the_band():
         return counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # all but the linear layers
 
     dense = flops(None, 256)
-    pair = 4 * 256 * 256 * 32  # scores and mixing of all keys with all queries, 2 FLOPs each
+    pair = 4 * 256 * 256 * 32  # scores and weighted values for all pairs, 2 FLOPs each
     assert dense == 2 * pair
     for band in (8, 16, 64):
         assert flops(band, 256) == pair + 4 * 256 * (2 * band) * 32
-    assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # and linearly with the context
+    assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # linear in the context
 
 
 @pytest.mark.parametrize("band", [None, 50])
-def test_flex_attention_as_compiled_for_gpus_gives_the_same(band, monkeypatch):
-    """Traced as for a GPU and run by its reference implementation: inductor's CPU kernels for it don't take masks."""
+def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, monkeypatch):
+    """Traced as for a GPU and run by the reference implementation: inductor's CPU kernels don't take masks."""
     config = GPTConfig(200, 23, n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary", attention_band=band)
     model = GPT(config).eval()
     random_weights(model)
@@ -548,10 +549,10 @@ def plain_loss(hidden, head, bias, targets):
 
 
 def gradients_of(loss_of, *inputs):
-    leaves = [x if x is None or not x.is_floating_point() else x.clone().requires_grad_() for x in inputs]
-    loss = loss_of(*leaves)
+    parameters = [x if x is None or not x.is_floating_point() else x.clone().requires_grad_() for x in inputs]
+    loss = loss_of(*parameters)
     (0.37 * loss).backward()
-    return loss.detach(), *(x.grad for x in leaves if x is not None and x.is_floating_point())
+    return loss.detach(), *(x.grad for x in parameters if x is not None and x.is_floating_point())
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
@@ -561,21 +562,21 @@ def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypat
     monkeypatch.setattr(head_loss, "logits_at_once", lambda device: at_once)
     hidden, head, bias, targets = head_inputs(rows)
     inputs = hidden, head, bias if with_bias else None, targets
-    ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
-    for x, expected in zip(ours, gradients_of(plain_loss, *inputs), strict=True):
+    actual = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
+    for x, expected in zip(actual, gradients_of(plain_loss, *inputs), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
-    assert torch.allclose(HeadLoss.apply(*inputs, None, False), ours[0])
+    assert torch.allclose(HeadLoss.apply(*inputs, None, False), actual[0])
 
 
-def test_in_16_bits_the_loss_in_chunks_is_as_precise_as_autocast_s():
+def test_the_loss_in_chunks_is_as_precise_in_16_bits_as_autocast():
     inputs = head_inputs(500)
     exact = gradients_of(plain_loss, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = (
+        chunked, autocast = (
             gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs),
             gradients_of(plain_loss, *inputs),
         )
-    for x, y, expected in zip(ours, theirs, exact, strict=True):
+    for x, y, expected in zip(chunked, autocast, exact, strict=True):
         assert x.dtype == torch.float32
         assert (x - expected).norm() <= 1.5 * (y - expected).norm() + 1e-6 * expected.norm()
 
@@ -588,55 +589,55 @@ def test_each_cross_entropy_is_multiplied_by_its_weight(monkeypatch):
         losses = F.cross_entropy(F.linear(hidden, head, bias), targets, ignore_index=-1, reduction="none")
         return (losses * weights).sum()
 
-    ours = gradients_of(lambda *x: HeadLoss.apply(*x, weights, True), *inputs)
-    for x, expected in zip(ours, gradients_of(weighted, *inputs), strict=True):
+    actual = gradients_of(lambda *x: HeadLoss.apply(*x, weights, True), *inputs)
+    for x, expected in zip(actual, gradients_of(weighted, *inputs), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_in_float64_the_loss_is_of_float64():
+def test_the_loss_of_float64_inputs_is_float64():
     inputs = head_inputs(50, torch.float64)
 
     def exact_loss(hidden, head, bias, targets):
         return F.cross_entropy(F.linear(hidden, head, bias), targets, ignore_index=-1, reduction="sum")
 
-    ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
-    for x, expected in zip(ours, gradients_of(exact_loss, *inputs), strict=True):
+    actual = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
+    for x, expected in zip(actual, gradients_of(exact_loss, *inputs), strict=True):
         assert x.dtype == torch.float64
         torch.testing.assert_close(x, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_a_frequent_token_and_a_large_feature_don_t_overflow_float16():
-    """The head's gradient is summed before a loss scale multiplies it: no smaller scale would mend it."""
+def test_a_frequent_token_with_a_large_feature_doesn_t_overflow_float16():
+    """The head's gradient is summed before a loss scale multiplies it, so a smaller scale wouldn't help."""
     hidden = torch.full((4096, 4), 20.0)
     inputs = hidden, torch.zeros(11, 4), torch.zeros(11), torch.zeros(4096, dtype=torch.int64)
     exact = gradients_of(plain_loss, *inputs)
-    assert exact[2].abs().max() * 2 > torch.finfo(torch.float16).max * 0.37  # so a plain sum would overflow
+    assert exact[2].abs().max() * 2 > torch.finfo(torch.float16).max * 0.37  # a plain sum would overflow
     with torch.autocast("cpu", torch.float16):
-        ours = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
-    for x, expected in zip(ours, exact, strict=True):
+        actual = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
+    for x, expected in zip(actual, exact, strict=True):
         torch.testing.assert_close(x, expected, atol=1e-3, rtol=2e-3)
 
 
-def test_the_chunks_of_the_loss_are_of_one_size(monkeypatch):
+def test_the_chunks_of_the_loss_have_one_size(monkeypatch):
     sizes = []
     split = torch.Tensor.split
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: sizes.append(size) or split(x, size))
     monkeypatch.setattr(head_loss, "logits_at_once", lambda device: 100 * 11)
     HeadLoss.apply(*head_inputs(401), None, True)
-    assert set(sizes) == {81}  # five, and not four of 100 and one of 1
+    assert set(sizes) == {81}  # five equal chunks, not four of 100 and one of 1
 
 
 def test_a_frozen_head_gets_no_gradient():
     hidden, head, bias, targets = head_inputs(9)
     hidden.requires_grad_()
     loss = HeadLoss.apply(hidden, head, bias, targets, None, True)
-    kept = [None if x is None else x.shape for x in loss.grad_fn.saved_tensors]
-    assert kept == [hidden.shape, None, bias.shape]
+    saved_shapes = [None if x is None else x.shape for x in loss.grad_fn.saved_tensors]
+    assert saved_shapes == [hidden.shape, None, bias.shape]
     loss.backward()
     assert hidden.grad.norm() > 0 and head.grad is None
 
 
-def test_repeated_heads_stand_beside_the_queries_that_they_serve():
+def test_repeated_heads_are_adjacent():
     x = torch.tensor([3.0, 5.0])[None, :, None, None]
     assert repeat_heads(x, 6).flatten().tolist() == [3, 3, 3, 5, 5, 5]
     assert repeat_heads(x, 2) is x
@@ -644,34 +645,34 @@ def test_repeated_heads_stand_beside_the_queries_that_they_serve():
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("length", "kv_heads"), [(1, 4), (5, 2), (128, 1), (129, 4), (300, 2), (512, 4), (700, 4)])
-def test_attention_by_products_is_attention(length, kv_heads, documents):
+def test_attention_by_products_equals_pytorch_s(length, kv_heads, documents):
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(2, 4, length, 6, generator=generator, requires_grad=True)
     key, value = (torch.randn(2, kv_heads, length, 6, generator=generator, requires_grad=True) for _ in range(2))
     outward = torch.randn(2, 4, length, 6, generator=generator)
     earliest = torch.arange(length) // 7 * 7 * torch.tensor([[1], [0]])
     mask = causal_mask(earliest, None, 0.0) if documents else None
-    ours = attend_by_products(query, key, value, mask, 0.0)
+    actual = attend_by_products(query, key, value, mask, 0.0)
     expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=not documents, enable_gqa=True)
-    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
-    for x, y in zip(*(torch.autograd.grad(out, (query, key, value), outward) for out in (ours, expected))):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    for x, y in zip(*(torch.autograd.grad(out, (query, key, value), outward) for out in (actual, expected))):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
-def test_in_16_bits_attention_by_products_is_as_precise_as_autocast_s():
-    """Products of 16-bit numbers whose results are 16-bit numbers, as autocast does everywhere."""
+def test_attention_by_products_is_as_precise_in_16_bits_as_autocast():
+    """Against plain products of 16-bit numbers with 16-bit results, as autocast computes them."""
     exact = [torch.randn(2, 4, 256, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     query, key, value = (x.bfloat16() for x in exact)
     expected = F.scaled_dot_product_attention(*exact, is_causal=True)
     hidden = torch.full((256, 256), -math.inf).triu(1)
     with torch.autocast("cpu", torch.bfloat16):
         plain = ((query @ key.mT).float() / 4 + hidden).softmax(-1) @ value
-    ours = attend_by_products(query, key, value, None, 0.0)
-    assert ours.dtype == torch.bfloat16
-    assert (ours - expected).norm() < 1.2 * (plain - expected).norm() < 0.02 * expected.norm()
+    actual = attend_by_products(query, key, value, None, 0.0)
+    assert actual.dtype == torch.bfloat16
+    assert (actual - expected).norm() < 1.2 * (plain - expected).norm() < 0.02 * expected.norm()
 
 
-def test_dropout_leaves_out_attention_weights_and_scales_the_others():
+def test_dropout_zeroes_attention_weights_and_scales_the_others():
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, 3, 200, 200)
     value = torch.eye(200).expand(3, 200, 200)
@@ -684,7 +685,7 @@ def test_dropout_leaves_out_attention_weights_and_scales_the_others():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.98])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_on_a_cpu_keeps_the_share_that_it_says_and_draws_each_value_by_itself(rate, dtype):
+def test_cpu_dropout_has_the_right_rate_and_independent_draws(rate, dtype):
     torch.manual_seed(0)
     x = torch.ones(301, 401, dtype=dtype, requires_grad=True)
     y = dropout(x, rate)
@@ -695,28 +696,28 @@ def test_dropout_on_a_cpu_keeps_the_share_that_it_says_and_draws_each_value_by_i
     spread = math.sqrt(rate * (1 - rate))
     assert abs(kept.mean() - (1 - rate)) < 4 * spread / math.sqrt(kept.numel())
     flat = kept.flatten() - kept.mean()
-    for apart in (1, 2, 3, 4, 401):  # neighbours, those in one number of 64 bits among them, know nothing of each other
-        assert abs((flat[apart:] * flat[:-apart]).mean()) < 4.5 * spread**2 / math.sqrt(len(flat) - apart)
+    for distance in (1, 2, 3, 4, 401):  # neighbours are uncorrelated, even within one 64-bit random number
+        assert abs((flat[distance:] * flat[:-distance]).mean()) < 4.5 * spread**2 / math.sqrt(len(flat) - distance)
     y.backward(torch.full_like(y, 3))
     assert torch.equal(x.grad, 3 * y)
     torch.manual_seed(0)
     assert torch.equal(dropout(x, rate), y)
 
 
-def test_dropout_compiled_draws_anew_for_each_layer_and_backwards_the_same():
+def test_compiled_dropout_draws_anew_per_call_and_matches_its_gradient():
     torch.manual_seed(0)
     x = torch.ones(64, 64, requires_grad=True)
     compiled = torch.compile(lambda x: (dropout(x, 0.5), dropout(x, 0.5)), fullgraph=True)
-    first, second = compiled(x)
-    again, _ = compiled(x)
-    for a, b in ((first, second), (first, again)):
+    layer_1, layer_2 = compiled(x)
+    next_call, _ = compiled(x)
+    for a, b in ((layer_1, layer_2), (layer_1, next_call)):
         assert abs(((a != 0) & (b != 0)).float().mean() - 0.25) < 0.03
-    (gradient,) = torch.autograd.grad((first + 2 * second).sum(), x)
-    assert torch.equal(gradient, first + 2 * second)
+    (gradient,) = torch.autograd.grad((layer_1 + 2 * layer_2).sum(), x)
+    assert torch.equal(gradient, layer_1 + 2 * layer_2)
 
 
-def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
-    """Float32 on request stays what it was."""
+def test_products_are_used_in_16_bits_within_the_memory_limit(monkeypatch):
+    """Float32 keeps PyTorch's attention."""
 
     def refused(*args):
         raise AssertionError("by products")
@@ -731,8 +732,8 @@ def test_products_are_for_16_bits_and_what_memory_there_is(monkeypatch):
         model(tokens)
 
 
-def test_activation_checkpointing_keeps_less_and_computes_the_same():
-    kept, losses, gradients = [], [], []
+def test_activation_checkpointing_saves_memory_and_changes_no_result():
+    saved_bytes, losses, gradients = [], [], []
     tokens = torch.randint(23, (4, 12), generator=torch.Generator().manual_seed(0))
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -742,16 +743,16 @@ def test_activation_checkpointing_keeps_less_and_computes_the_same():
         with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):
             loss = model(tokens, tokens).total
         loss.backward()
-        kept.append(sum(sizes))
+        saved_bytes.append(sum(sizes))
         losses.append(loss.item())
         gradients.append([p.grad for p in model.parameters()])
-    assert kept[1] < kept[0] / 2 and losses[0] == losses[1]
+    assert saved_bytes[1] < saved_bytes[0] / 2 and losses[0] == losses[1]
     assert all(torch.equal(x, y) for x, y in zip(*gradients))
 
 
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", attention_band=3, dropout=0.1)], ids=str)
-def test_a_micro_batch_never_waits_for_its_device(change):
-    """Traced on tensors without values, so whoever wants to look at one, as `.item()` does, is found out."""
+def test_a_micro_batch_never_waits_for_the_device(change):
+    """Tensors without values raise an error where one is read, as `.item()` does."""
     with FakeTensorMode():
         model, tokens = GPT(dataclasses.replace(TINY, **change)), torch.zeros(2, 12, dtype=torch.int64)
         with torch.autocast("cpu", torch.bfloat16):
@@ -764,7 +765,7 @@ def test_a_micro_batch_never_waits_for_its_device(change):
 
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2)], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_step_is_compiled_once_and_whole(change, checkpointing):
+def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()
     counters.clear()
     model = GPT(dataclasses.replace(TINY, **change))

@@ -29,7 +29,7 @@ LETTERS = "\nabcdefgh"
 
 @pytest.fixture
 def letters(tmp_path, monkeypatch):
-    """A model directory, out/letters/last, that recites the alphabet a to h, then starts a new line."""
+    """A model directory, out/letters/last; the model recites the alphabet from a to h, then starts a new line."""
     monkeypatch.chdir(tmp_path)
     step = tmp_path / "out" / "letters" / "step-00000001"
     save_model(counting_model(len(LETTERS), 4), CharTokenizer(LETTERS), step)
@@ -50,7 +50,7 @@ def test_every_way_to_name_the_model(letters, say):
         assert say(*args, *GREEDY, "--start=ab") == "abcdefg\n"
 
 
-def test_the_newest_run_is_taken(letters, say, tmp_path):
+def test_the_newest_run_is_the_default(letters, say, tmp_path):
     newer = tmp_path / "out" / "letters-2" / "step-00000001"
     save_model(counting_model(3, 4), CharTokenizer("xyz"), newer)
     time.sleep(0.02)
@@ -66,7 +66,7 @@ def test_prompts(letters, say, tmp_path):
     assert say(*GREEDY, "--start=hhhhhhhhhha") == "hhhhhhhhhhabcdef\n"  # longer than the context of 4
 
 
-def test_a_long_prompt_says_so(letters):
+def test_cutting_a_long_prompt_is_reported(letters):
     result = command("sample.py", *GREEDY, "--start=hhhhhhhhhha")
     assert "keeping the last 4 of the prompt's 11 tokens" in result.stderr and result.returncode == 0
 
@@ -81,11 +81,11 @@ def test_several_samples_and_stops(letters, say):
         assert say(filters, "--temperature=1.0", "--max_new_tokens=5", "--start=a") == "abcdef\n"
 
 
-def test_the_seed_decides(letters, say):
+def test_samples_depend_on_the_seed(letters, say):
     flags = ("--temperature=60", "--max_new_tokens=40", "--start=a")
-    first = say(*flags)
-    assert first == say(*flags) and first != say(*flags, "--seed=2")
-    assert set(first) <= set(LETTERS)
+    text = say(*flags)
+    assert text == say(*flags) and text != say(*flags, "--seed=2")
+    assert set(text) <= set(LETTERS)
 
 
 def test_precision_and_compilation(letters, say):
@@ -134,7 +134,7 @@ def test_precision_and_compilation(letters, say):
         (["--int8=True", "--compile=False"], "int8 is for one row at a time"),
     ],
 )
-def test_mistakes_are_one_sentence(letters, say, args, sentence):
+def test_mistakes_are_reported_in_one_sentence(letters, say, args, sentence):
     (letters.parents[2] / "empty.txt").touch()
     assert sentence in say(*args)
 
@@ -153,49 +153,49 @@ def answers(text):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_json_tells_tokens_with_their_log_probabilities_and_times(letters, say):
+def test_json_has_tokens_log_probabilities_and_times(letters, say):
     flags = ("--json=True", "--start=ab", "--temperature=30", "--top_k=5", "--max_new_tokens=30")
-    told = answers(say(*flags, "--num_samples=3"))
-    assert len({one["text"] for one in told}) == 3
+    results = answers(say(*flags, "--num_samples=3"))
+    assert len({result["text"] for result in results}) == 3
     tokenizer = CharTokenizer(LETTERS)
     model = load_model(letters)[0].eval()
-    for one in told:
-        assert one.keys() == {
+    for result in results:
+        assert result.keys() == {
             "prompt", "text", "tokens", "log_probabilities", "ended", "first_token_seconds", "seconds",
             "tokens_per_second",
         }  # fmt: skip
-        assert one["prompt"] == "ab" and tokenizer.decode(one["tokens"]) == one["text"] and not one["ended"]
-        text = tokenizer.encode("ab") + one["tokens"]
-        with torch.no_grad():  # this model looks at the last token alone
+        assert result["prompt"] == "ab" and tokenizer.decode(result["tokens"]) == result["text"] and not result["ended"]
+        text = tokenizer.encode("ab") + result["tokens"]
+        with torch.no_grad():  # the model predicts from the last token alone
             logs = model(torch.tensor(text)[:, None])[:, 0].log_softmax(-1)
         expected = [logs[i, text[i + 1]].item() for i in range(1, len(text) - 1)]
-        assert one["log_probabilities"] == pytest.approx(expected, abs=1e-4)
-        assert 0 < one["first_token_seconds"] < one["seconds"]
-        assert one["tokens_per_second"] == pytest.approx(30 / one["seconds"])
-    assert answers(say(*flags, "--num_samples=1"))[0]["text"] == told[0]["text"]
+        assert result["log_probabilities"] == pytest.approx(expected, abs=1e-4)
+        assert 0 < result["first_token_seconds"] < result["seconds"]
+        assert result["tokens_per_second"] == pytest.approx(30 / result["seconds"])
+    assert answers(say(*flags, "--num_samples=1"))[0]["text"] == results[0]["text"]
 
 
 def test_json_of_a_text_that_ends(letters, say):
-    (one,) = answers(say("--json=True", "--temperature=0", "--stop=de", "--start=a"))
-    assert (one["text"], one["ended"], one["tokens"]) == ("bc", True, CharTokenizer(LETTERS).encode("bcde"))
-    (one,) = answers(say("--json=True", "--max_new_tokens=0", "--start=a"))
-    assert one["tokens"] == one["log_probabilities"] == [] and one["seconds"] is None
+    (result,) = answers(say("--json=True", "--temperature=0", "--stop=de", "--start=a"))
+    assert (result["text"], result["ended"], result["tokens"]) == ("bc", True, CharTokenizer(LETTERS).encode("bcde"))
+    (result,) = answers(say("--json=True", "--max_new_tokens=0", "--start=a"))
+    assert result["tokens"] == result["log_probabilities"] == [] and result["seconds"] is None
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_a_file_has_a_prompt_a_line_and_a_blank_one_begins_by_itself(letters, say, tmp_path, end):
+def test_each_line_of_a_file_is_a_prompt_and_may_be_blank(letters, say, tmp_path, end):
     lines = ["ab", "", "fgh", "a" * 9]
-    for last in ("", end):
-        (tmp_path / "prompts.txt").write_bytes((end.join(lines) + last).encode())
-        told = answers(say("--prompts=prompts.txt", "--json=True", *GREEDY))
-        assert [one["prompt"] for one in told] == lines
-        assert [one["text"] for one in told] == ["cdefg", "abcde", "\nabcd", "bcdef"]
+    for final_end in ("", end):
+        (tmp_path / "prompts.txt").write_bytes((end.join(lines) + final_end).encode())
+        results = answers(say("--prompts=prompts.txt", "--json=True", *GREEDY))
+        assert [result["prompt"] for result in results] == lines
+        assert [result["text"] for result in results] == ["cdefg", "abcde", "\nabcd", "bcdef"]
     text = say("--prompts=prompts.txt", "--num_samples=2", "--batch_size=3", *GREEDY)
     parts = text.removesuffix("\n").split("\n" + "-" * 15 + "\n")
     assert parts == [part for part in ("abcdefg", "abcde", "fgh\nabcd", "a" * 9 + "bcdef") for _ in range(2)]
 
 
-def test_a_prompt_of_a_file_that_cant_be_written_is_refused(letters, say, tmp_path):
+def test_a_prompt_with_an_unknown_character_in_a_file_is_refused(letters, say, tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\naXb\n")
     assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in say("--prompts=prompts.txt", *GREEDY)
 
@@ -208,29 +208,30 @@ def test_the_batch_size_changes_nothing(letters, say, tmp_path, batch_size):
     assert say(*flags, "--seed=3", f"--batch_size={batch_size}") == texts != say(*flags, "--seed=4")
 
 
-# ---- other ways to go on
+# ---- beams and drafts
 
 
 def test_beams(letters, say):
     assert say("--num_beams=3", "--max_new_tokens=5", "--start=ab") == "abcdefg\n"
-    told = answers(say("--num_beams=3", "--num_samples=3", "--max_new_tokens=4", "--start=ab", "--json=True"))
-    sums = [sum(one["log_probabilities"]) for one in told]
-    assert told[0]["text"] == "cdef" and sums == sorted(sums, reverse=True) and len({one["text"] for one in told}) == 3
-    assert all(CharTokenizer(LETTERS).decode(one["tokens"]) == one["text"] for one in told)
-    assert all(0 < one["first_token_seconds"] <= one["seconds"] for one in told)
+    results = answers(say("--num_beams=3", "--num_samples=3", "--max_new_tokens=4", "--start=ab", "--json=True"))
+    sums = [sum(result["log_probabilities"]) for result in results]
+    assert results[0]["text"] == "cdef" and sums == sorted(sums, reverse=True)
+    assert len({result["text"] for result in results}) == 3
+    assert all(CharTokenizer(LETTERS).decode(result["tokens"]) == result["text"] for result in results)
+    assert all(0 < result["first_token_seconds"] <= result["seconds"] for result in results)
     assert "leave stop or num_beams out" in say("--num_beams=2", "--stop=e")
 
 
-def test_beams_end_with_the_token_between_documents(tmp_path, monkeypatch, say):
+def test_beams_end_at_end_of_text(tmp_path, monkeypatch, say):
     monkeypatch.chdir(tmp_path)
     tokenizer = BPETokenizer.train([], 257)
     model = counting_model(257, 8)
-    with torch.no_grad():  # after "b" comes the end
+    with torch.no_grad():  # "b" is followed by end-of-text
         model.head.weight[tokenizer.end_of_text] = 60 * torch.eye(257)[tokenizer.encode("b")[0]]
     save_model(model, tokenizer, tmp_path / "bytes")
     for flags in (("--num_beams=2",), ("--temperature=0",), ("--temperature=0", "--draft=bytes")):
-        (one,) = answers(say("bytes", "--start=`", "--json=True", "--max_new_tokens=9", *flags))
-        assert one["text"] == "ab" and one["ended"] and one["tokens"][-1] == tokenizer.end_of_text
+        (result,) = answers(say("bytes", "--start=`", "--json=True", "--max_new_tokens=9", *flags))
+        assert result["text"] == "ab" and result["ended"] and result["tokens"][-1] == tokenizer.end_of_text
         assert say("bytes", "--start=`", "--max_new_tokens=9", *flags) == "`ab\n"
 
 
@@ -245,8 +246,8 @@ def test_a_draft(letters, say, tmp_path):
     save_model(counting_model(len(LETTERS), 4), CharTokenizer("\nabcdefgi"), tmp_path / "other")
     assert "the draft other has another tokenizer than the model" in say("--draft=other")
     flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters")
-    told = answers(say(*flags))
-    assert len({one["text"] for one in told}) == 3 and say(*flags, "--seed=7") != say(*flags)
+    results = answers(say(*flags))
+    assert len({answer["text"] for answer in results}) == 3 and say(*flags, "--seed=7") != say(*flags)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="there is no C++ compiler")
@@ -257,37 +258,37 @@ def test_compiled_and_8_bit_decoding(letters, say, tmp_path):
     assert say(*GREEDY, "--start=ab", "--compile=True", "--num_samples=2") == f"abcdefg\n{'-' * 15}\nabcdefg\n"
 
 
-# ---- as it is made, and asked for
+# ---- streaming and prompts from standard input
 
 QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 
 def started(*args, **streams):
-    """A process of sample.py."""
+    """A running sample.py."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", *args],
         env={**os.environ, **QUICK}, **streams,
     )  # fmt: skip
 
 
-def read_until(descriptor, wanted, seconds=60):
-    """What comes, up to and with the bytes `wanted`."""
-    seen, last = b"", time.monotonic() + seconds
+def read_until(descriptor, end, seconds=60):
+    """Reads up to and including the bytes `end`, or more."""
+    output, deadline = b"", time.monotonic() + seconds
     os.set_blocking(descriptor, False)
-    while wanted not in seen:
-        assert time.monotonic() < last, seen
+    while end not in output:
+        assert time.monotonic() < deadline, output
         try:
-            seen += os.read(descriptor, 1 << 16)
+            output += os.read(descriptor, 1 << 16)
         except BlockingIOError:
             time.sleep(0.01)
-    return seen
+    return output
 
 
-def test_text_appears_as_it_is_made(letters):
+def test_text_is_streamed(letters):
     process = started("--temperature=0", "--start=ab", "--max_new_tokens=1000000", stdout=subprocess.PIPE)
     try:
-        seen = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
-        assert process.poll() is None and len(seen) < 4_000  # less than a buffer holds
+        output = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
+        assert process.poll() is None and len(output) < 4_000  # less than a buffer holds
         read_until(process.stdout.fileno(), b"abcdefgh\nabc")
     finally:
         process.kill()
@@ -302,7 +303,7 @@ def test_prompts_from_a_pipe(letters):
     )  # fmt: skip
     assert result.returncode == 0 and result.stdout == "abcdefg\nabcde\ncdefgh\n\nfgh\nabcd\n"
     assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in result.stderr
-    assert result.stderr.count("\n") == 2 and "> " not in result.stdout  # the other line names the model
+    assert result.stderr.count("\n") == 2 and "> " not in result.stdout  # the first line names the model
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
@@ -311,32 +312,32 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(talker, way):
     import pty
 
     model = counting_model(len(LETTERS) + 1, 40)
-    with torch.no_grad():  # after the last letter comes the first, and no end
+    with torch.no_grad():  # the last letter is followed by the first instead of the end
         model.head.weight[[0, -1]] = model.head.weight[[-1, 0]]
     save_model(model, CharTokenizer(LETTERS), talker)
 
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
 
-    def before():
+    def attach():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-        os.login_tty(theirs)
+        os.login_tty(terminal)
 
-    process = started(way, "--temperature=0", "--max_new_tokens=1000000", preexec_fn=before)
-    os.close(theirs)
+    process = started(way, "--temperature=0", "--max_new_tokens=1000000", preexec_fn=attach)
+    os.close(terminal)
     try:
-        read_until(ours, b"> ")
+        read_until(controller, b"> ")
         for prompt in (b"ab", b"f"):
-            os.write(ours, prompt + b"\n")
-            read_until(ours, b"defgh\r\nabcdefgh\r\nabc")
-            os.write(ours, b"\x03")
-            assert b"Traceback" not in read_until(ours, b"> ")
+            os.write(controller, prompt + b"\n")
+            read_until(controller, b"defgh\r\nabcdefgh\r\nabc")
+            os.write(controller, b"\x03")
+            assert b"Traceback" not in read_until(controller, b"> ")
             assert process.poll() is None
-        os.write(ours, b"\x04")
+        os.write(controller, b"\x04")
         assert process.wait(timeout=60) == 0
     finally:
         process.kill()
         process.wait()
-        os.close(ours)
+        os.close(controller)
 
 
 # ---- a conversation
@@ -346,7 +347,7 @@ CHAT = ChatFormat(Template(*["{content}"] * 2, "{content}<|end|>"), CharTokenize
 
 @pytest.fixture
 def talker(letters, tmp_path):
-    """A model directory, talker, that answers with the rest of the alphabet: "gh" to "f"."""
+    """A chat model, talker, that answers with the rest of the alphabet: "gh" to "f"."""
     save_model(counting_model(len(LETTERS) + 1, 40), CharTokenizer(LETTERS), tmp_path / "talker")
     CHAT.save(tmp_path / "talker")
     return tmp_path / "talker"
@@ -354,7 +355,7 @@ def talker(letters, tmp_path):
 
 @pytest.fixture
 def talk(talker, say, monkeypatch):
-    """Type lines and the end of input: what was printed, and what the model was asked to continue each time."""
+    """Types lines and the end of input; returns the output and the prompts that the model continued."""
     read, called = [], generate
     monkeypatch.setattr(
         generate_module,
@@ -374,16 +375,16 @@ def exchange(*contents):
     return [Turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
 
 
-def test_a_chat_goes_on_from_what_was_said(talk):
+def test_a_chat_continues_from_all_earlier_turns(talk):
     shown, read = talk("f\nae\nh\n\nbg")
-    assert shown == "gh\nfgh\n\n\nabcdefgh\nh\n"  # an empty question follows the end of an answer, the last token
-    said = ["f", "gh", "ae", "fgh", "h", "", ""]
-    assert read[:4] == [CHAT.prompt(exchange(*said[:n])) for n in (1, 3, 5, 7)] and len(read) == 5
+    assert shown == "gh\nfgh\n\n\nabcdefgh\nh\n"  # an empty question follows an answer's end token
+    contents = ["f", "gh", "ae", "fgh", "h", "", ""]
+    assert read[:4] == [CHAT.prompt(exchange(*contents[:n])) for n in (1, 3, 5, 7)] and len(read) == 5
     shown, read = talk("f\nae", "--system=abc")
     assert shown == "gh\nfgh\n" and read[1] == CHAT.prompt([Turn("system", "abc"), *exchange("f", "gh", "ae")])
 
 
-def test_an_answer_ends_with_its_token_the_stop_text_or_max_new_tokens(talk):
+def test_an_answer_ends_at_its_end_token_the_stop_text_or_max_new_tokens(talk):
     assert talk("a\n")[0] == "bcdefgh\n"
     shown, read = talk("a\nb\n", "--max_new_tokens=3")
     assert shown == "bcd\ncde\n" and read[1] == CHAT.prompt(exchange("a", "bcd", "b"))
@@ -392,33 +393,34 @@ def test_an_answer_ends_with_its_token_the_stop_text_or_max_new_tokens(talk):
     assert talk("a\nb\n", "--draft=talker")[0] == "bcdefgh\ncdefgh\n"
 
 
-def test_a_chat_as_json_and_by_chance(talk):
-    told = answers(talk("a\nf\n", "--json=True", "--max_new_tokens=3")[0])
-    assert [(one["prompt"], one["text"], one["ended"]) for one in told] == [("a", "bcd", False), ("f", "gh", True)]
-    assert told[1]["tokens"] == CHAT.response("gh") and len(told[1]["log_probabilities"]) == 3
+def test_a_chat_in_json_and_sampled(talk):
+    results = answers(talk("a\nf\n", "--json=True", "--max_new_tokens=3")[0])
+    texts = [(result["prompt"], result["text"], result["ended"]) for result in results]
+    assert texts == [("a", "bcd", False), ("f", "gh", True)]
+    assert results[1]["tokens"] == CHAT.response("gh") and len(results[1]["log_probabilities"]) == 3
     flags = ("--temperature=60", "--max_new_tokens=12")
     shown = [talk("a\na\n", *flags, f"--seed={seed}")[0] for seed in (1, 1, 2)]
     assert shown[0] == shown[1] != shown[2] and len(set(shown[0].split("\n"))) > 1
 
 
-def test_a_long_chat_forgets_and_a_line_that_cant_be_read_is_passed_over(talker):
-    """Of a context of 40 tokens, prompts have 20."""
+def test_a_long_chat_forgets_and_skips_bad_lines(talker):
+    """20 of the context's 40 tokens are for prompts."""
     typed = "h" * 14 + "\nhhh\naXb\n" + "h" * 21 + "\nhhhhf\nf\n"
     result = subprocess.run(
         [sys.executable, str(ROOT / "sample.py"), "--chat=talker", "--temperature=0", "--device=cpu", "--json=True"],
         input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
     )  # fmt: skip
     assert result.returncode == 0
-    given = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [(one["prompt"], one.get("text")) for one in given] == [
+    lines_out = answers(result.stdout)
+    assert [(line["prompt"], line.get("text")) for line in lines_out] == [
         ("h" * 14, ""), ("hhh", ""), ("aXb", None), ("h" * 21, None), ("hhhhf", "gh"), ("f", "gh"),
     ]  # fmt: skip
-    assert [one.get("error") for one in given[2:4]] == result.stderr.splitlines()[1:3]  # a line out for every line in
     lines = result.stderr.splitlines()
+    assert [line.get("error") for line in lines_out[2:4]] == lines[1:3]  # one output line per input line
     assert lines[0].startswith("sampling from") and len(lines) == 4
     assert "the character 'X' (U+0058) at position 1" in lines[1]
     assert lines[2] == "the 21 tokens of the last turn are more than the 20 that the context leaves"
-    assert lines[3] == "dropped the oldest turns: the context is 40 tokens"  # said once
+    assert lines[3] == "dropped the oldest turns: the context is 40 tokens"  # reported once
 
 
 @pytest.mark.parametrize(
@@ -446,8 +448,8 @@ def test_mistakes_about_a_chat(talker, say, args, sentence):
     assert sentence in say(*args)
 
 
-def test_the_first_character_does_not_wait_for_a_compiler(letters):
-    """What takes torch seconds to import is for compiled decoding only."""
+def test_plain_decoding_imports_no_slow_modules(letters):
+    """Modules that take seconds to import are for compiled decoding only."""
     code = (
         "import atexit, runpy, sys\n"
         "slow = {'torch._dynamo', 'torch._inductor', 'transformers', 'datasets', 'wandb'}\n"
@@ -459,7 +461,7 @@ def test_the_first_character_does_not_wait_for_a_compiler(letters):
     assert result.stdout == "abcdefg\nimported []\n", (result.stdout, result.stderr)
 
 
-# ---- what auto means
+# ---- auto
 
 
 def test_automatic_precision_of_decoding(monkeypatch):
@@ -486,6 +488,6 @@ def test_automatic_compilation_of_decoding(monkeypatch):
     monkeypatch.delenv("CXX")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not resolve_decoding_compile("auto", cpu, model, 10**6)
-    for works in (True, False):  # as Triton and the GPU allow
+    for works in (True, False):  # whether Triton and the GPU support it
         monkeypatch.setattr(load_module, "resolve_compile", lambda setting, device, flops, works=works: (works, ""))
         assert resolve_decoding_compile("auto", torch.device("cuda"), model, 10**6) == works

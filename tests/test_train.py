@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 
 @pytest.fixture
 def run(workplace, stage_runner):
-    """Run train.py on sums.toml in this process; the result is what it printed."""
+    """Runs train.py on sums.toml in this process; returns the output, or the code, output and message of a refusal."""
     return lambda *flags, tiny=True: stage_runner(train, "sums.toml", *(TINY_FLAGS if tiny else ()), *flags)
 
 
@@ -40,13 +40,13 @@ def weights(directory):
 
 
 def assert_same_weights(a, b):
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    tensors_a, tensors_b = weights(a), weights(b)
+    assert tensors_a.keys() == tensors_b.keys()
+    for name, tensor in tensors_a.items():
+        assert torch.equal(tensor, tensors_b[name]), name
 
 
-def test_a_run_writes_what_it_says(workplace, run):
+def test_a_run_writes_metrics_checkpoints_and_its_settings(workplace, run):
     output = run("--log_interval=2")
     folder = workplace / "out" / "sums"
     for words in ("parameters", "tokens a step", "epochs of", "memory", "device         cpu", "finished step 8"):
@@ -66,7 +66,7 @@ def test_a_run_writes_what_it_says(workplace, run):
     assert json.loads((folder / "run.json").read_text())["overrides"]["n_layer"] == 2
 
 
-def test_the_same_command_gives_the_same_weights_and_another_folder(workplace, run):
+def test_the_same_command_gives_the_same_weights_in_a_new_folder(workplace, run):
     run("--dropout=0.2")
     assert "out/sums-2" in run("--dropout=0.2")
     assert_same_weights("out/sums/last", "out/sums-2/last")
@@ -80,9 +80,9 @@ MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--ngrams=3", "
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("more", [(), MUON], ids=["adamw", "muon"])
-def test_forty_steps_equal_twenty_and_twenty_more(workplace, run, dtype, more):
-    flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40", *more)
+@pytest.mark.parametrize("extra", [(), MUON], ids=["adamw", "muon"])
+def test_twenty_steps_and_twenty_resumed_ones_equal_forty(workplace, run, dtype, extra):
+    flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40", *extra)
     run(*flags, "--out_dir=whole")
     run(*flags, "--out_dir=halves", "--max_iters=20")
     run(*flags, "--out_dir=halves", "--init_from=resume")
@@ -94,7 +94,7 @@ def test_forty_steps_equal_twenty_and_twenty_more(workplace, run, dtype, more):
     ]
 
 
-def test_resume_needs_neither_flags_nor_config_repeated(workplace, run):
+def test_resuming_needs_no_repeated_flags_or_config(workplace, run):
     run("--max_iters=40", "--eval_interval=10", "--dropout=0.1", "--out_dir=whole")
     run("--max_iters=20", "--lr_decay_iters=40", "--eval_interval=10", "--dropout=0.1")
     assert "out/sums, from step 20" in run("--init_from=resume", "--max_iters=30", tiny=False)
@@ -107,29 +107,30 @@ def test_a_run_remembers_its_flags_however_it_is_resumed(workplace, run):
     run("--max_iters=2", "--tokens_per_step=128", "--seed=7")
     run("--init_from=resume", "--out_dir=out/sums", "--max_iters=3", tiny=False)  # by its own config.toml
     assert "from step 3" in run("--init_from=resume", "--max_iters=4", "--tokens_per_step=192", tiny=False)
-    kept = json.loads(Path("out/sums/run.json").read_text())["overrides"]
-    assert kept["seed"] == 7 and kept["block_size"] == 16 and kept["tokens_per_step"] == 192 and kept["max_iters"] == 4
+    overrides = json.loads(Path("out/sums/run.json").read_text())["overrides"]
+    assert overrides["seed"] == 7 and overrides["block_size"] == 16
+    assert overrides["tokens_per_step"] == 192 and overrides["max_iters"] == 4
     result = command("train.py", "--init_from=resume", "--out_dir=out/sums", "--max_iters=5")
     assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_run_may_go_on_in_another_precision(workplace, run, dtype):
+def test_a_run_may_resume_in_another_precision(workplace, run, dtype):
     run("--max_iters=2", "--dtype=float32")
     assert dtype in run("--init_from=resume", f"--dtype={dtype}", "--max_iters=4", tiny=False)
     assert "float32" in run("--init_from=resume", "--dtype=float32", "--max_iters=6", tiny=False)
 
 
-def test_an_evaluation_cut_short_is_made_up(workplace, run, monkeypatch):
+def test_an_interrupted_evaluation_is_repeated_on_resume(workplace, run, monkeypatch):
     run("--dropout=0.1", "--out_dir=whole")
     evaluate, calls = train.Run.val_loss, []
 
-    def cut_short_every_other_time(self):
+    def interrupt_every_other_call(self):
         calls.append(len(calls) % 2)
         self.stop.number = 0 if calls[-1] else signal.SIGINT
         return evaluate(self)
 
-    monkeypatch.setattr(train.Run, "val_loss", cut_short_every_other_time)
+    monkeypatch.setattr(train.Run, "val_loss", interrupt_every_other_call)
     assert run("--dropout=0.1", "--out_dir=cut").code == 130
     assert run("--init_from=resume", "--out_dir=cut", tiny=False).code == 130
     assert "finished step 8" in run("--init_from=resume", "--out_dir=cut", tiny=False)
@@ -139,7 +140,7 @@ def test_an_evaluation_cut_short_is_made_up(workplace, run, monkeypatch):
     assert_same_weights("whole/best", "cut/best")
 
 
-def test_float16_finds_its_scale_by_overflowing(workplace, run, monkeypatch):
+def test_float16_finds_its_loss_scale(workplace, run, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **kwargs: SCALER(*args, init_scale=2.0**30, **kwargs))
     output = run("--dtype=float16", "--max_iters=6", "--log_interval=1")
     lines = read_metrics(Path("out/sums/metrics.jsonl"))
@@ -152,14 +153,14 @@ def test_float16_finds_its_scale_by_overflowing(workplace, run, monkeypatch):
 SCALER = torch.amp.GradScaler
 
 
-def test_a_run_keeps_its_tokenizer_when_the_data_lose_theirs(workplace, run):
+def test_a_run_keeps_its_tokenizer_if_the_dataset_loses_it(workplace, run):
     run("--max_iters=4", f"--vocab_size={len(set(TEXT))}")
     (workplace / "data/sums/tokenizer.json").unlink()
     run("--init_from=resume", "--max_iters=8", tiny=False)
     assert load_model("out/sums")[1].encode("1 times") is not None
 
 
-def test_other_data_under_the_same_name_is_noticed(workplace, run):
+def test_changed_data_is_refused_on_resume(workplace, run):
     run("--max_iters=4")
     (workplace / "data/sums/meta.json").write_text("{}")
     assert "differ from what the run has seen" in run("--init_from=resume", "--max_iters=8", tiny=False)
@@ -182,7 +183,7 @@ def test_evaluation_does_not_disturb_training(workplace, run):
     assert_same_weights("often/last", "seldom/last")
 
 
-def test_eval_only_gives_the_loss_of_the_run_and_writes_nothing(workplace, run):
+def test_eval_only_reports_the_run_s_loss_and_writes_nothing(workplace, run):
     run("--eval_iters=0")
     before = {path: path.stat().st_mtime_ns for path in Path("out/sums").rglob("*")}
     output = run("--init_from=resume", "--eval_only=True", "--eval_iters=0", tiny=False)
@@ -211,44 +212,47 @@ def test_two_processes_equal_one(workplace, run):
     )
     run(*flags, "--out_dir=one", "--log_interval=1")
     output = in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
-    assert output.count("finished step 20") == 1  # rank 0 alone prints
-    one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
-    assert len(one) == len(two) == 20
-    for alone, together in zip(one, two):
+    assert output.count("finished step 20") == 1  # only rank 0 prints
+    lines_1, lines_2 = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
+    assert len(lines_1) == len(lines_2) == 20
+    for line_1, line_2 in zip(lines_1, lines_2):
         for name in ("train_loss", "val_loss", "grad_norm", "learning_rate", "tokens"):
-            assert (name in alone) == (name in together)
-            assert alone.get(name, 0) == pytest.approx(together.get(name, 0), rel=1e-5), (alone["step"], name)
+            assert (name in line_1) == (name in line_2)
+            assert line_1.get(name, 0) == pytest.approx(line_2.get(name, 0), rel=1e-5), (line_1["step"], name)
 
 
 def test_two_processes_equal_one_with_muon_and_an_average(workplace, run):
     flags = (*MUON, "--max_iters=12", "--dtype=float32", "--eval_interval=6", "--gradient_accumulation_steps=2")
     run(*flags, "--out_dir=one", "--log_interval=1")
     in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
-    one, two = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
-    assert len(one) == len(two) == 12 and one[-1]["train_loss"] < one[0]["train_loss"] - 0.2
-    for alone, together in zip(one, two):  # Muon multiplies in bfloat16: what is added in another order shows more
+    lines_1, lines_2 = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
+    assert len(lines_1) == len(lines_2) == 12 and lines_1[-1]["train_loss"] < lines_1[0]["train_loss"] - 0.2
+    for line_1, line_2 in zip(lines_1, lines_2):  # Muon multiplies in bfloat16: the order of additions shows more
         for name in ("train_loss", "val_loss"):
-            assert alone.get(name, 0) == pytest.approx(together.get(name, 0), rel=2e-3), (alone["step"], name)
+            assert line_1.get(name, 0) == pytest.approx(line_2.get(name, 0), rel=2e-3), (line_1["step"], name)
 
 
-def test_what_is_evaluated_and_saved_is_the_average_of_the_weights(workplace, run):
-    """Of the checkpoints of the same run without an average: .6^n of the first weights, .4 .6^(n - i) of the i-th."""
+def test_averaged_weights_are_evaluated_and_saved(workplace, run):
+    """Against the checkpoints of the same run without averaging: .6^n of the first weights, .4 .6^(n - i) of the
+    i-th."""
     flags = ("--max_iters=4", "--eval_interval=1", "--keep_all_checkpoints=True", "--dtype=float32")
     run(*flags, "--out_dir=plain")
     run(*flags, "--out_dir=averaged", "--ema_decay=0.6")
     torch.manual_seed(1337)
-    seen = [GPT(load_model("plain")[0].config).state_dict(), *(weights(f"plain/step-0000000{i}") for i in range(1, 5))]
+    checkpoints = [
+        GPT(load_model("plain")[0].config).state_dict(),
+        *(weights(f"plain/step-0000000{i}") for i in range(1, 5)),
+    ]
     shares = [0.6**4, *(0.4 * 0.6 ** (4 - i) for i in range(1, 5))]
     for name, tensor in weights("averaged/last").items():
-        torch.testing.assert_close(tensor, sum(share * w[name] for share, w in zip(shares, seen)), msg=name)
+        torch.testing.assert_close(tensor, sum(share * w[name] for share, w in zip(shares, checkpoints)), msg=name)
     logged = read_metrics(Path("averaged/metrics.jsonl"))[-1]["val_loss"]
     assert logged != read_metrics(Path("plain/metrics.jsonl"))[-1]["val_loss"]
     assert f"val loss {logged:.4f}" in run("--init_from=averaged/last", "--eval_only=True", tiny=True)
     assert f"val loss {logged:.4f}" in run("--init_from=resume", "--out_dir=averaged", "--eval_only=True", tiny=False)
 
 
-def test_a_run_ends_when_its_evaluations_stay_worse_for_long(workplace, run):
-    """It over-fits a hundred tokens."""
+def test_patience_ends_a_run_that_overfits(workplace, run):
     tokens = np.arange(200) * 7 % 11
     write_dataset(
         workplace / "data" / "few",
@@ -278,7 +282,7 @@ def test_two_processes_resume_exactly(workplace):
     assert_same_weights("whole/last", "halves/last")
 
 
-def test_a_batch_that_processes_can_not_share_is_refused(workplace):
+def test_a_batch_that_processes_can_t_share_is_refused(workplace):
     result = command("train.py", "sums.toml", *TINY_FLAGS, "--batch_size=3", processes=2)
     assert result.returncode != 0
     assert "the 3 sequences of a step" in result.stderr
@@ -315,15 +319,15 @@ def test_signals_save_and_say_how_to_resume(workplace, number, code):
     assert steps == sorted(set(steps)) and steps[-1] == step + 3
 
 
-def test_non_finite_steps_stop_the_run_and_keep_the_last_checkpoint(workplace, run):
-    result = run("--max_iters=200", "--learning_rate=1e18", "--grad_clip=0", "--warmup_iters=190", "--eval_interval=1",
+def test_a_diverged_run_stops_and_keeps_its_last_checkpoint(workplace, run):
+    result = run("--max_iters=200", "--learning_rate=1e6", "--grad_clip=0", "--warmup_iters=190", "--eval_interval=1",
                  "--dtype=float32")  # fmt: skip
     assert result.code == 1 and "has diverged" in result.output
     model, _ = load_model("out/sums/last")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_a_learning_rate_is_logged_for_every_update_and_there_are_max_iters_of_them(workplace, run):
+def test_max_iters_updates_log_their_learning_rates(workplace, run):
     run(
         "--max_iters=7",
         "--warmup_iters=3",
@@ -373,16 +377,16 @@ def test_dry_run_writes_nothing_and_needs_no_data(workplace):
         (["--init_from=resume", "--out_dir=data"], "there is no checkpoint to resume from in data"),
     ],
 )
-def test_mistakes_are_one_sentence(workplace, run, flags, sentence):
+def test_mistakes_are_reported_in_one_sentence(workplace, run, flags, sentence):
     result = run(*flags)
     assert result.code == 2 and sentence in result.message and result.message.count("\n") == 1
 
 
-def test_mistakes_leave_with_code_2(workplace):
+def test_mistakes_exit_with_code_2(workplace):
     assert "did you mean --learning_rate" in refusal("train.py", "sums.toml", "--learing_rate=1")
 
 
-def test_what_contradicts_the_run_is_refused_on_resume(workplace, run):
+def test_contradicting_settings_are_refused_on_resume(workplace, run):
     run("--max_iters=4")
     assert "n_layer = 3 contradicts the run" in run("--init_from=resume", "--n_layer=3", tiny=False).message
     Path("sums.toml").write_text('[data]\ndataset = "sums"\n[model]\nqk_norm = true\n')
@@ -394,11 +398,11 @@ def test_what_contradicts_the_run_is_refused_on_resume(workplace, run):
 
 def test_a_run_in_use_is_not_overwritten(workplace, run):
     run("--out_dir=mine")
-    kept = weights("mine/last")
+    before = weights("mine/last")
     assert "out_dir = mine is in use" in run("--out_dir=mine").message
     (workplace / "mine" / "notes.txt").write_text("not the run's")
     run("--out_dir=mine", "--overwrite=True", "--seed=5", "--max_iters=4")
-    assert not torch.equal(kept["final_norm.weight"], weights("mine/last")["final_norm.weight"])
+    assert not torch.equal(before["final_norm.weight"], weights("mine/last")["final_norm.weight"])
     assert (workplace / "mine" / "notes.txt").exists()
     assert [line["step"] for line in read_metrics(Path("mine/metrics.jsonl"))][-1] == 4
 
@@ -416,12 +420,12 @@ def test_two_runs_do_not_share_a_folder(workplace, run):
 
 
 def test_killed_runs_always_resume(workplace):
-    """SIGKILL at random moments of a run that checkpoints at every step (the full count is among the slow tests)."""
+    """SIGKILL at random moments of a run that saves a checkpoint at every step (a slow test kills it more often)."""
     kill_and_resume(workplace, kills=3)
 
 
 @pytest.mark.slow
-def test_twenty_kills(workplace):
+def test_a_run_killed_twenty_times_resumes(workplace):
     kill_and_resume(workplace, kills=20)
 
 
@@ -456,7 +460,7 @@ def kill_and_resume(workplace, kills):
     assert not list(run.glob(".step-*"))
 
 
-def test_wandb_is_imported_when_asked_for_alone(workplace):
+def test_wandb_is_only_imported_if_enabled(workplace):
     code = "import sys, train; assert 'wandb' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
     in_processes("--wandb_log=True", WANDB_MODE="offline")
@@ -469,7 +473,7 @@ def test_compiled_training_equals_eager_and_resumes_exactly(workplace):
     in_processes(*flags, "--out_dir=eager", "--compile=False")
     assert "float32, compiled" in in_processes(*flags, "--out_dir=whole", "--compile=True", timeout=400)
     in_processes(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
-    # "auto" means what it meant: a run this short would not be compiled otherwise
+    # auto is resolved once, when the run starts: a run this short wouldn't be compiled otherwise
     record = json.loads(Path("halves/run.json").read_text())
     del record["overrides"]["compile"]
     Path("halves/run.json").write_text(json.dumps(record))
@@ -497,7 +501,7 @@ def test_two_compiled_processes_equal_one(workplace):
     assert [line["train_loss"] for line in one] == pytest.approx([line["train_loss"] for line in two], rel=1e-5)
 
 
-def test_where_compiling_fails_auto_goes_on_and_true_refuses(workplace, run, monkeypatch):
+def test_if_compilation_fails_auto_runs_uncompiled_and_true_is_refused(workplace, run, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no compiler here")
 
@@ -512,7 +516,7 @@ def test_where_compiling_fails_auto_goes_on_and_true_refuses(workplace, run, mon
 
 @pytest.fixture
 def documents(workplace):
-    """Datasets one and two, of documents of bytes that end-of-text tokens part, and mixed.toml, which mixes them."""
+    """Datasets one and two, whose documents end-of-text tokens separate, and mixed.toml, a mixture of both."""
     tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
     for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
         tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])
@@ -535,7 +539,7 @@ def test_a_mixture_trains_and_resumes_to_the_same_weights(documents, run):
     assert "differ from what the run has seen" in resumed
 
 
-def test_a_document_mask_changes_what_is_learned_and_needs_documents(documents, run):
+def test_a_document_mask_changes_training_and_needs_a_separator(documents, run):
     run("--dataset=one", "--out_dir=across")
     run("--dataset=one", "--document_mask=True", "--out_dir=within")
     assert not torch.equal(weights("across/last")["final_norm.weight"], weights("within/last")["final_norm.weight"])
@@ -543,15 +547,15 @@ def test_a_document_mask_changes_what_is_learned_and_needs_documents(documents, 
     assert result.code == 2 and "document_mask = true needs an end-of-text token between documents" in result.message
 
 
-def test_training_goes_on_from_a_model_with_its_architecture(documents, run):
-    model = GPT(GPTConfig(24, 260, n_layer=3, n_head=3, n_embd=12, bias=False))  # more rows than tokens, as Qwen's
+def test_training_starts_from_a_model_with_its_architecture(documents, run):
+    model = GPT(GPTConfig(24, 260, n_layer=3, n_head=3, n_embd=12, bias=False))  # more rows than tokens, as in Qwen
     save_model(model, load_tokenizer(documents / "data/one"), documents / "model")
     output = run("--dataset=one", "--init_from=model", "--dropout=0.1", "--max_iters=1", "--learning_rate=1e-30")
     assert "architecture   of model: vocab_size = 260, n_layer = 3, n_head = 3, n_embd = 12, bias = False" in output
-    got, _ = load_model("out/sums")
-    assert got.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
+    trained, _ = load_model("out/sums")
+    assert trained.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
     start = model.state_dict()
-    for name, tensor in got.state_dict().items():
+    for name, tensor in trained.state_dict().items():
         torch.testing.assert_close(tensor, start[name][:16] if name == "position_embedding.weight" else start[name])
     assert "from step 1" in run("--init_from=resume", "--max_iters=2", tiny=False)
     assert "model: val loss" in run("--dataset=one", "--init_from=model", "--eval_only=True")
@@ -561,7 +565,7 @@ def test_training_goes_on_from_a_model_with_its_architecture(documents, run):
 @pytest.mark.parametrize(
     "flags", [("--init_from=model",), ("--init_from=nowhere",), ("thin.toml",), ("--dataset=none",)]
 )
-def test_a_run_is_not_overwritten_by_one_that_cannot_begin(documents, run, flags):
+def test_a_run_is_not_overwritten_by_one_that_can_t_start(documents, run, flags):
     save_model(GPT(GPTConfig(24, 260, n_layer=1, n_head=1, n_embd=4)), load_tokenizer(documents / "data/one"), "model")
     table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
     Path("thin.toml").write_text(table.format("one", 1) + table.format("two", 1e-9))
@@ -573,7 +577,7 @@ def test_a_run_is_not_overwritten_by_one_that_cannot_begin(documents, run, flags
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_flag_wins_over_a_mixture_and_other_weights_are_noticed(documents, run):
+def test_a_flag_overrides_a_mixture_and_changed_weights_are_refused(documents, run):
     assert "100.0% sums" in run("mixed.toml", "--dataset=sums", "--max_iters=2")
     assert "100.0% sums" in run("mixed.toml", "--init_from=resume", "--max_iters=3", tiny=False)
     run("mixed.toml", "--max_iters=2", "--out_dir=mixture")

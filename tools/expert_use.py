@@ -171,11 +171,10 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check(options)
 
-    import json  # slow (the imports below): once the settings are valid
-
     from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
     from gpt_arc.evaluation.expert_use import expert_use
     from gpt_arc.files import write_file
+    from gpt_arc.tables import to_json
     from gpt_arc.weights.directory import load_text_model
 
     device = resolve_device(options.device)
@@ -190,7 +189,7 @@ def main() -> None:
     if options.plot:
         draw(uses, options.plot)
     if options.json:
-        write_file(options.json, json.dumps(report(uses, options), indent=1, default=str) + "\n")
+        write_file(options.json, to_json(report(uses, options), indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,18 +14,21 @@ model that the other library can't compute is refused.
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+
+if TYPE_CHECKING:
+    import torch
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors"}
@@ -151,6 +154,15 @@ def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
+def check_range(tensors: dict[str, "torch.Tensor"], model: str, dtype: str) -> None:
+    """Raises UserError for a tensor with values beyond the range of the type it was converted to, or NotFinite."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any() or dtype == "float32" and tensor.isinf().any():
+            raise NotFinite(f"{name} of {model} is not finite: export another checkpoint")
+        if tensor.isinf().any():
+            raise UserError(f"{name} of {model} has values beyond the range of {dtype}: export in float32")
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check_output(options.output, options.overwrite)
@@ -188,6 +200,7 @@ def main() -> None:
         config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
         tensors = dict(hf_classifier_tensors(model, classifier.head.weight, trained.task, dtype))
         form = config["architectures"][0]
+    check_range(tensors, options.model, options.dtype)
     files["config.json"] = as_json(config)
     readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
     if classifier is not None:

@@ -38,14 +38,20 @@ class ActorCritic(nn.Module):
         self.policy, self.critic, self.temperature = policy, critic, temperature
 
     def forward(
-        self, tokens: Tensor, prompt_lengths: Tensor, responses: Tensor, text: Sequence[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        responses: Tensor,
+        text: Sequence[Tensor] | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Returns log-probabilities, entropies and values, each (N, R), of responses (N, R) within tokens (N, T).
 
         With `text`, tokens and targets (B, T), also returns the policy's summed language-model loss on it. Everything
-        is one forward pass, as DistributedDataParallel requires.
+        is one forward pass, as DistributedDataParallel requires. `lengths` (N,): tokens of a row without padding.
         """
-        hidden, length = self.policy.hidden(tokens), responses.size(1)
+        text_loss = None if text is None else self.policy(*text).total
+        hidden, length = self.policy.hidden(tokens, lengths=lengths), responses.size(1)
         states = response_states(hidden, prompt_lengths, length)
         logs, entropies = log_probabilities(self.policy, states, responses, self.temperature)
         if isinstance(self.critic, RewardModel):
@@ -53,4 +59,4 @@ class ActorCritic(nn.Module):
             values = self.critic.head(states)
         else:
             values = self.critic(states)
-        return logs, entropies, values, None if text is None else self.policy(*text).total
+        return logs, entropies, values, text_loss

@@ -20,7 +20,7 @@ from gpt_arc.alignment.rankings import padded
 from gpt_arc.chat.format import ChatFormat, load_chat_model
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
 from gpt_arc.weights.directory import model_directory, save_model
 from model import GPT
@@ -60,7 +60,7 @@ class RewardModel(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Returns scores (N,) of tokens (N, T) padded after `lengths` (N,)."""
-        hidden = self.trunk.hidden(tokens)
+        hidden = self.trunk.hidden(tokens, lengths=lengths)
         return self.head(hidden[torch.arange(len(lengths), device=tokens.device), lengths - 1])
 
 
@@ -68,7 +68,7 @@ class RewardModel(nn.Module):
 def score_sequences(
     model: RewardModel, sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device, dtype: str
 ) -> Tensor:
-    """Returns scores (N,) float32, on the CPU, of N sequences of tokens."""
+    """Returns scores (N,) float32, on the CPU, of N sequences of tokens. Raises NotFinite for one that isn't."""
     training = model.training
     model.eval()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -78,6 +78,7 @@ def score_sequences(
         with autocast(device, dtype):
             scores[rows] = model(*padded([sequences[i] for i in rows], device)).float().cpu()
     model.train(training)
+    check_finite(scores.tolist())
     return scores
 
 

@@ -8,6 +8,7 @@ scores = score(prompts, responses)                                             #
 import importlib
 import math
 import os
+import re
 import site
 import sys
 import sysconfig
@@ -21,11 +22,16 @@ from torch import Tensor
 from gpt_arc.alignment.reward_model import is_reward_model, load_reward_model, score_sequences
 from gpt_arc.alignment.rollouts import Prompt
 from gpt_arc.chat.format import ChatFormat
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError, first_line, naming
 
 Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
 Function = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
 LIBRARIES = (sysconfig.get_paths()["stdlib"], *site.getsitepackages())
+
+
+def names_function(name: str | None) -> bool:
+    """Whether a reward is named as a Python function, module:function."""
+    return name is not None and re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def load_reward(name: str, chat: ChatFormat, device: torch.device, dtype: str, batch_size: int) -> Scorer:
@@ -51,7 +57,8 @@ def _model_scorer(name: str, chat: ChatFormat, device: torch.device, dtype: str,
         longest = max(map(len, sequences), default=0)
         if longest > context:
             raise UserError(f"the reward model {name} reads at most {context} tokens; a response ends at {longest}")
-        return score_sequences(model, sequences, batch_size, device, dtype)
+        with naming(f"the reward model {name}"):
+            return score_sequences(model, sequences, batch_size, device, dtype)
 
     return score
 
@@ -80,9 +87,9 @@ def _function_scorer(name: str, chat: ChatFormat) -> Scorer:
 
 
 def _import_function(name: str) -> Function:
-    module, _, function = name.partition(":")
-    if not (module and function):
+    if not names_function(name):
         raise UserError(f"reward = {name} is neither a reward model's directory nor a function (module:function)")
+    module, function = name.split(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder
     try:

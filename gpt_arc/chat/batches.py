@@ -67,11 +67,13 @@ def packed_rows(lengths: Sequence[int], size: int) -> list[list[int]]:
     return rows
 
 
-def conversation_batch(examples: Sequence[EncodedConversation], context: int | None) -> tuple[Tensor, ...]:
-    """Returns tokens and targets of conversations, (B, T) int64, as `GPT.forward` takes them.
+def conversation_batch(
+    examples: Sequence[EncodedConversation], context: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Returns what `GPT.forward` takes: tokens, targets and documents of conversations, (B, T) int64, and lengths (B,).
 
-    With `context`, conversations share rows of at most `context` tokens, and documents (B, T) separates them; the loss
-    is the same. Without, each conversation gets its own padded row.
+    With `context`, conversations share rows of at most `context` tokens, and documents separates them; the loss is the
+    same. Without, each conversation gets its own padded row, and documents is None.
     """
     lengths = [len(example.tokens) - 1 for example in examples]  # the last token isn't read
     rows = [[i] for i in range(len(examples))] if context is None else packed_rows(lengths, context)
@@ -79,8 +81,9 @@ def conversation_batch(examples: Sequence[EncodedConversation], context: int | N
     outputs = [[t if scored else IGNORED for t, scored in list(zip(*example))[1:]] for example in examples]
     tokens = pad_rows([token for i in row for token in inputs[i]] for row in rows)
     targets = pad_rows(([target for i in row for target in outputs[i]] for row in rows), value=IGNORED)
+    filled = torch.tensor([sum(lengths[i] for i in row) for row in rows])
     if context is None:
-        return tokens, targets
+        return tokens, targets, None, filled
     documents = pad_rows(([n for n, i in enumerate(row) for _ in range(lengths[i])] for row in rows), value=-1)
     padding = torch.tensor([len(row) for row in rows])[:, None]  # a document of its own
-    return tokens, targets, torch.where(documents < 0, padding, documents)
+    return tokens, targets, torch.where(documents < 0, padding, documents), filled

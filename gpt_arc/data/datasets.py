@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ class Corpus:
             if len(files) <= block_size:
                 raise UserError(
                     f"block_size = {block_size} is longer than the {name} split of {directory}: a window and its "
-                    f"last target take {block_size + 1} tokens and it has {len(files)}; lower --block_size"
+                    f"last target take {block_size + 1} tokens and it has {len(files)}; prepare more text, "
+                    "or train a model of a smaller block_size"
                 )
             counted = _tokens_of(directory, name)
             if counted not in (None, len(files)):
@@ -170,11 +172,10 @@ def prepare_dataset(name: str) -> Path:
     """Prepare a dataset in SMALL_CORPORA. Raises UserError, saying what to run, for any other."""
     script = resource("prepare") / f"{name}.py"
     if name not in SMALL_CORPORA:
-        command = (
-            f"`python prepare/{name}.py`"
-            if script.exists()
-            else f"`python prepare/text.py --input FILE_OR_FOLDER --name {name} --tokenizer gpt2` on your own text"
-        )
+        text = shlex.quote(name) if Path(name).exists() else "FILE_OR_FOLDER"
+        folder = shlex.quote(Path(name).stem.lstrip(".") or "NAME")
+        command = f"`python prepare/text.py --input {text} --name {folder} --tokenizer gpt2`"
+        command = f"`python prepare/{name}.py`" if script.exists() else f"{command} on your own text"
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
             f"{command}, or name a prepared one with --dataset"

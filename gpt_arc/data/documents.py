@@ -84,7 +84,10 @@ class Text(Documents):
 
 
 class Files(Documents):
-    """The documents of text, JSON lines or parquet files, by suffix. Text and JSON lines may be compressed."""
+    """The documents of JSON lines (.jsonl, .json), parquet and text files (any other suffix).
+
+    All except parquet may be compressed.
+    """
 
     def __init__(self, paths: list[Path], field: str):
         self.paths, self.field = paths, field

@@ -7,7 +7,7 @@ folder of token files (`train*.bin`, `val*.bin`) with `tokenizer.json` and `meta
 import os
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -85,18 +85,21 @@ class TokenFiles:
         if not self.paths:
             raise UserError(f"{directory} has no token file for its {split} split: prepare the dataset again")
         self._types: list[np.dtype] = []
+        self._identities: list[Identity] = []
         ends = [0]
         for path in self.paths:
-            header = np.frombuffer(_read(path, 4 * HEADER, 0).ljust(4 * HEADER, b"\0"), dtype="<i4")
+            content, identity = _read(path, 4 * HEADER, 0)
+            header = np.frombuffer(content.ljust(4 * HEADER, b"\0"), dtype="<i4")
             dtype = FORMATS.get((int(header[0]), int(header[1])))
             if dtype is None:
                 raise UserError(f"{path} is not a token file: it begins with {header[0]}, {header[1]}")
             size = 4 * HEADER + int(header[2]) * dtype.itemsize
-            if path.stat().st_size != size:
+            if identity.size != size:
                 raise UserError(
-                    f"{path} is damaged, {path.stat().st_size} bytes instead of {size}: prepare the dataset again"
+                    f"{path} is damaged, {identity.size} bytes instead of {size}: prepare the dataset again"
                 )
             self._types.append(dtype)
+            self._identities.append(identity)
             ends.append(ends[-1] + int(header[2]))
         self._ends = np.array(ends)
 
@@ -106,7 +109,7 @@ class TokenFiles:
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count as int64, across files, fewer at the end of the split.
 
-        Raises UserError for a token outside the vocabulary.
+        Raises UserError for a token outside the vocabulary, and for a file that has changed since it was opened.
         """
         parts = []
         count = min(count, len(self) - start)
@@ -115,13 +118,19 @@ class TokenFiles:
             size = min(count, int(self._ends[file + 1]) - start)
             dtype = self._types[file]
             offset = 4 * HEADER + (start - int(self._ends[file])) * dtype.itemsize
-            parts.append(np.frombuffer(_read(self.paths[file], size * dtype.itemsize, offset), dtype=dtype))
+            content, identity = _read(self.paths[file], size * dtype.itemsize, offset)
+            if identity != self._identities[file] or len(content) < size * dtype.itemsize:
+                raise UserError(
+                    f"{self.paths[file]} was changed or replaced while it was in use: prepare the dataset again, then "
+                    "resume or start a new run"
+                )
+            parts.append(np.frombuffer(content, dtype=dtype))
             start, count = start + size, count - size
         tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max(initial=0) >= self.vocab_size:
             raise UserError(
                 f"{self.paths[0].parent} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: set "
-                "--vocab_size, or give the dataset its own tokenizer.json"
+                "--vocab_size of train.py, or give the dataset its own tokenizer.json"
             )
         return tokens
 
@@ -136,10 +145,23 @@ def _header(dtype: np.dtype, count: int) -> bytes:
     return header.tobytes()
 
 
-def _read(path: Path, count: int, offset: int) -> bytes:
+class Identity(NamedTuple):
+    """What changes when a file is replaced, truncated or written to."""
+
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+
+def _read(path: Path, count: int, offset: int) -> tuple[bytes, Identity]:
     """Read bytes of a file without keeping it open: a corpus may have more files than a process may open."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return os.pread(descriptor, count, offset)
+        content = os.pread(descriptor, count, offset)
+        # one call reads at most 2 GiB
+        while len(content) < count and (more := os.pread(descriptor, count - len(content), offset + len(content))):
+            content += more
+        status = os.fstat(descriptor)
+        return content, Identity(status.st_ino, status.st_size, status.st_mtime_ns)
     finally:
         os.close(descriptor)

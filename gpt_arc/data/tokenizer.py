@@ -609,19 +609,19 @@ def _with_prefix(tokenizer: Tokenizer) -> LibraryTokenizer:
 
 
 def find_tokenizer(name: str) -> Tokenizer:
-    """Loads the tokenizer a user names: gpt2, a folder or file, a folder under data/, or a model on the hub.
+    """Loads the tokenizer a user names: gpt2, a file, a dataset or model, a run's model, or a model on the hub.
 
     Raises UserError if the name is none of these or the tokenizer is damaged.
     """
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    for path in (Path(name), DATA_ROOT / name):
+    for path in (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name):
         if path.is_file() or holds_tokenizer(path):
             return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.CONFIG + hub.TOKENIZER))
     raise UserError(
         f"there is no tokenizer {name}: give gpt2 (or char, for prepare/text.py), the name of a dataset under "
-        f"{DATA_ROOT}/, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of these "
-        "files, or hf:OWNER/NAME for a model on the Hugging Face hub"
+        f"{DATA_ROOT}/, a run, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of "
+        "these files, or hf:OWNER/NAME for a model on the Hugging Face hub"
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gpt_arc.decoding.decoder import Decoder
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, check_finite
 from model import GPT
 
 
@@ -31,7 +31,7 @@ def beam_search(
 
     A continuation ends with a stop token, which counts towards its length, or at max_new_tokens. Its score is the sum
     of its tokens' log-probabilities divided by length^length_penalty: 0 compares sums, 1 compares means. Positive
-    values favour long continuations.
+    values favour long continuations. Raises NotFinite for logits that aren't.
     """
     if num_beams < 1 or max_new_tokens < 1:
         raise UserError(f"num_beams = {num_beams} and max_new_tokens = {max_new_tokens} must be at least 1")
@@ -45,6 +45,7 @@ def beam_search(
     finished: list[Hypothesis] = []
     for length in range(1, max_new_tokens + 1):
         logs = logits.cpu().double().log_softmax(-1)  # (beams, V)
+        check_finite(logs.amax(-1).tolist())
         sums = totals[:, None] + logs
         ends = stop_tokens if length < max_new_tokens else list(range(sums.size(-1)))
         scores = sums[:, ends] / length**length_penalty

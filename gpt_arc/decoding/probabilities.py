@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc.decoding.settings import Sampling
+from gpt_arc.errors import check_finite
 
 
 def sampling_probabilities(sampling: Sampling, logits: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -74,6 +75,8 @@ def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[i
 
 
 def log_probabilities_of(logits: Tensor, tokens: list[int]) -> list[float]:
-    """Returns the log-probability of one token for each row of logits (B, V)."""
+    """Returns the log-probability of one token for each row of logits (B, V). Raises NotFinite."""
     index = torch.tensor(tokens, device=logits.device)[:, None]
-    return (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()
+    logs = (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()
+    check_finite(logs)
+    return logs

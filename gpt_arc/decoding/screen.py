@@ -1,6 +1,5 @@
 """Shows continuations while they are generated, on a screen or as JSON lines."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -8,6 +7,7 @@ from typing import Any
 
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.tables import to_json
 
 
 class Continuation(TextStream):
@@ -81,6 +81,6 @@ class Screen:
             self._waiting.popleft()
             self._shown = None
             if self.as_json:
-                print(json.dumps(current.report()), flush=True)
+                print(to_json(current.report()), flush=True)
             else:
                 print("\n" + "-" * 15 if self._waiting else "", flush=True)

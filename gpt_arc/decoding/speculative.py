@@ -17,7 +17,7 @@ from gpt_arc.decoding.probabilities import (
     tokens_seen,
 )
 from gpt_arc.decoding.settings import Sampling
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError, check_finite
 from model import GPT
 
 
@@ -95,6 +95,9 @@ def speculative(
         if proposal:
             index = torch.tensor(proposal)[:, None].to(p.device)
             ratios = (p[:count].gather(1, index) / torch.stack(q).gather(1, index))[:, 0].tolist()
+            if any(map(math.isnan, ratios)):  # q is never 0, but p / q may overflow
+                check_finite(p.sum(-1).tolist())
+                raise NotFinite("its draft computes numbers that are not finite: name another --draft")
             while accepted < count and torch.rand((), generator=generator) < ratios[accepted]:
                 accepted += 1
         acceptance.proposed += count

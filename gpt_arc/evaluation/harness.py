@@ -13,7 +13,7 @@ from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, naming
 from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
@@ -67,7 +67,7 @@ class HarnessModel(TemplateLM):
         self.directory = model_directory(str(pretrained))
         model, tokenizer = load_text_model(self.directory, dtype=weights)
         self.model, self.text_tokenizer = model.to(self._device).eval(), tokenizer
-        self.batch_tokens, self.seed = batch_tokens, seed
+        self.batch_tokens, self.seed, self.name = batch_tokens, seed, str(pretrained)
         self.chat: ChatFormat | None = None  # once a template is applied
 
     @property
@@ -127,7 +127,8 @@ class HarnessModel(TemplateLM):
         """
         progress = None if disable_tqdm else "scoring"
         pairs = [Request(context, continuation) for _, context, continuation in requests]
-        scores = score_continuations(self.model, pairs, self.batch_tokens, progress=progress)
+        with naming(self.name):
+            scores = score_continuations(self.model, pairs, self.batch_tokens, progress=progress)
         answers = []
         for (texts, _, _), score in zip(requests, scores):
             answers.append((score.log_probability, score.is_greedy))
@@ -144,7 +145,9 @@ class HarnessModel(TemplateLM):
             owners += [number] * len(text_windows)
         progress = None if disable_tqdm else "scoring"
         totals = [0.0] * len(requests)
-        for owner, score in zip(owners, score_continuations(self.model, windows, self.batch_tokens, progress=progress)):
+        with naming(self.name):
+            scores = score_continuations(self.model, windows, self.batch_tokens, progress=progress)
+        for owner, score in zip(owners, scores):
             totals[owner] += score.log_probability
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -211,8 +214,9 @@ class HarnessModel(TemplateLM):
             return streams[row].ended or any(text in streams[row].text for text in until)
 
         generators = row_generators(self.seed, [number for number, _ in batch])
-        for _ in generate(self.model, prompts, length, sampling, generators=generators, stopped=stopped):
-            pass
+        with naming(self.name):
+            for _ in generate(self.model, prompts, length, sampling, generators=generators, stopped=stopped):
+                pass
         for stream in streams:
             stream.end()
         return [postprocess_generated_text(stream.text, list(until), None) for stream in streams]

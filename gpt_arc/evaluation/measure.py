@@ -184,7 +184,7 @@ def measure_text(text_or_dataset: str, reader: Reader, stride: int | None, detok
     return {
         "tokens": len(tokens),
         "nats a token": nats / len(tokens),
-        "perplexity": math.exp(nats / len(tokens)),
+        "perplexity": math.exp(min(nats / len(tokens), 700.0)),
         "bits a byte": nats / math.log(2) / len(original.encode()),
         "bits a character": nats / math.log(2) / len(original),
         "word perplexity": math.exp(min(nats / words, 700.0)),

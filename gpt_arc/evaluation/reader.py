@@ -20,7 +20,7 @@ from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.evaluation.score import Request, Score, encode_pair, score_continuations
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
@@ -61,6 +61,8 @@ class Reader(NamedTuple):
                 raise UserError(f"{label}, text {number} of {len(pairs)}: {error}") from None
         try:
             scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
+        except NotFinite:
+            raise
         except ValueError as error:
             raise UserError(f"{label}: {error}") from None
         room = self.model.config.block_size + 1

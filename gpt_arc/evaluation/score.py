@@ -20,6 +20,7 @@ from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.device import autocast
+from gpt_arc.errors import check_finite
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.head_loss import logits_at_once
 from model import GPT
@@ -137,7 +138,7 @@ def score_continuations(
 
     `batch_tokens` bounds the tokens of a batch, padding included and a shared context counted for each continuation; a
     longer sequence is a batch by itself. `dtype` is the type of matrix products. A context that is too long is cut at
-    the start, see `truncated`.
+    the start, see `truncated`. Raises NotFinite for a log-probability that isn't.
     """
     by_context: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = defaultdict(list)
     count = 0
@@ -262,4 +263,6 @@ def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterat
         greedy.append(logits.argmax(-1) == tokens)
     sizes = [len(row.tokens) for row in rows]
     for row, log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
-        yield row.number, Score(log.sum().item(), bool(right.all()), len(log))
+        total = log.sum().item()
+        check_finite([total])
+        yield row.number, Score(total, bool(right.all()), len(log))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, check_finite
 from model import GPT
 
 # Function words, and the parts of contractions before an apostrophe token; GPT-2's list was not published.
@@ -122,7 +122,9 @@ def _next_tokens(
     """Yields the index of each sequence, in any order, with the next-token log-probabilities of ids below `tokens`."""
     sequences = [sequence[-decoder.model.config.block_size :] for sequence in sequences]
     for batch in length_batches([len(sequence) for sequence in sequences], batch_tokens):
-        yield from zip(batch, decoder.read([sequences[i] for i in batch], room=0).log_softmax(-1)[:, :tokens].cpu())
+        logs = decoder.read([sequences[i] for i in batch], room=0).log_softmax(-1)[:, :tokens].cpu()
+        check_finite(logs.amax(-1).tolist())
+        yield from zip(batch, logs)
 
 
 def likeliest_words(

@@ -105,7 +105,7 @@ class Classifier(nn.Module):
         """Returns logits and losses of a `Batch`. Without `with_language` the language-model loss is 0."""
         (batch, options), config = lengths.shape, self.config
         present = lengths > 0
-        hidden = self.trunk.hidden(tokens.flatten(0, 1))  # (B O, T, C)
+        hidden = self.trunk.hidden(tokens.flatten(0, 1), lengths=lengths.flatten())  # (B O, T, C)
         last = (lengths.flatten() - 1).clamp(min=0)
         extracted = hidden[torch.arange(len(last), device=last.device), last].unflatten(0, (batch, options))
         if config.task == "similarity":

@@ -8,6 +8,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt_arc.nn.attention import KVCache
+from gpt_arc.nn.experts import Experts
 from model import GPT, GPTConfig
 
 
@@ -36,9 +37,20 @@ class LSTM(GPT):
     def num_parameters(self, embeddings: bool = True) -> int:
         return sum(p.numel() for p in self.parameters()) - (0 if embeddings else self.token_embedding.weight.numel())
 
-    def hidden(self, tokens: Tensor, documents: Tensor | None = None, cache: Sequence[KVCache] | None = None) -> Tensor:
+    @property
+    def experts(self) -> list[Experts]:
+        return []
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: Sequence[KVCache] | None = None,
+        previous: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
-        assert documents is None and cache is None
+        assert documents is None and cache is None and previous is None
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than the context, block_size = {self.config.block_size}"

@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from gpt_arc.device import autocast, to_device
+from gpt_arc.errors import check_finite
 from gpt_arc.extras import import_extra
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig
 from gpt_arc.finetuning.encoding import EncodedExamples
@@ -43,7 +44,10 @@ class Predictions(NamedTuple):
 def predict(
     classifier: Classifier, encoded: EncodedExamples, batch_size: int, device: torch.device, dtype: str
 ) -> Predictions:
-    """Returns logits in the order of the examples. Dropout is off; each module's mode is restored afterwards."""
+    """Returns logits in the order of the examples. Dropout is off; each module's mode is restored afterwards.
+
+    Raises NotFinite for a logit that isn't.
+    """
     modes = {module: module.training for module in classifier.modules()}
     classifier.eval()
     logits: list[list[float]] = [[]] * len(encoded)
@@ -55,6 +59,7 @@ def predict(
         losses += torch.stack((outcome.task_loss, outcome.language_loss)).double().cpu()
         for row, values in zip(rows, outcome.logits.float().tolist()):
             logits[row] = values[: len(encoded.sequences[row])] if classifier.by_option else values
+            check_finite(logits[row])
     for module, training in modes.items():
         module.training = training
     task, language = (losses / len(encoded)).tolist()

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.nn.functional import Dropout, activate
+from gpt_arc.nn.functional import Activation, Dropout, activate
 
 
 class ExpertsConfig(Protocol):
@@ -27,7 +27,10 @@ class ExpertsConfig(Protocol):
     def mlp_width(self) -> int: ...
 
     @property
-    def activation(self) -> str: ...
+    def activation(self) -> Activation: ...
+
+    @property
+    def gated(self) -> bool: ...
 
     @property
     def bias(self) -> bool: ...
@@ -57,7 +60,7 @@ class ExpertsConfig(Protocol):
 
 
 class Routing(NamedTuple):
-    """What one block's router did with a training batch."""
+    """What one block's router did with the tokens of a batch, padding left out."""
 
     load: Tensor  # (E,) share of the choices that fell on each expert, overflow included; sums to 1
     gates: Tensor  # (E,) mean probability of each expert
@@ -80,7 +83,7 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         experts, width, inner = config.n_experts, config.n_embd, config.mlp_width
-        up = 2 * inner if config.activation == "swiglu" else inner
+        up = 2 * inner if config.gated else inner
         self.router = nn.Linear(width, experts, bias=False)
         self.up = nn.Parameter(torch.empty(experts, up, width))
         self.projection = nn.Parameter(torch.empty(experts, width, inner))
@@ -90,6 +93,7 @@ class Experts(nn.Module):
         self.inner_dropout, self.dropout = Dropout(config.expert_dropout), Dropout(config.dropout_of("residual"))
         if config.balance_rate:
             self.register_buffer("balance", torch.zeros(experts))
+        self.observed = False  # in evaluation mode, too, passes with gradients return their `Routing`
         self.exchange: Callable | None = None  # under expert parallelism, runs `compute` where the experts are
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,24 +116,28 @@ class Experts(nn.Module):
                 gates = gates / gates.sum(-1, keepdim=True)
         return chosen, gates, logits
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Routing]:
-        """Returns a tensor shaped like x (..., C); in training also the `Routing`."""
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor | tuple[Tensor, Routing]:
+        """Returns a tensor shaped like x (..., C); in training, or where `observed`, also the `Routing`.
+
+        `real` (...) is False for padding, which takes no capacity and stays out of the `Routing`.
+        """
         config, inputs = self.config, x.flatten(0, -2)  # (N, C)
         chosen, gates, logits = self.route(inputs)
-        experts, order = chosen.flatten().sort(stable=True)  # the choices of all tokens, expert by expert
-        back = order.argsort()
-        ends = torch.searchsorted(experts, torch.arange(config.n_experts, device=x.device), right=True)  # (E,)
-        counts = accepted = ends.diff(prepend=ends.new_zeros(1))
+        experts, order, ends, counts = sort_choices(chosen, config.n_experts, real)
+        back, accepted = order.argsort(), counts
         compute = self.compute if self.exchange is None else partial(self.exchange, self.compute)
         outputs = compute(take_rows(inputs, order, back), ends)
         if self.training and config.capacity_factor is not None:  # first come, first served
-            capacity = math.ceil(min(config.capacity_factor * len(order) / config.n_experts, len(order)))
-            place = torch.arange(len(order), device=x.device) - (ends - counts)[experts]
+            capacity = expert_capacity(
+                config.capacity_factor, len(order) if real is None else counts.sum(), config.n_experts
+            )
+            place = torch.arange(len(order), device=x.device) - F.pad(ends[:-1], (1, 0))[experts]
             gates, accepted = gates * (place < capacity)[back].view_as(gates), counts.clamp(max=capacity)
         choices = take_rows(outputs, back, order).unflatten(0, chosen.shape)  # (N, k, C)
+        reports = self.training or (self.observed and torch.is_grad_enabled())
         mixed = self.dropout((choices * gates[..., None].type_as(choices)).sum(1)).view(x.shape)
         mixed = mixed if self.shared is None else mixed + self.shared(x)
-        return (mixed, self.report(counts, accepted, logits)) if self.training else mixed
+        return (mixed, self.report(counts, accepted, logits, real)) if reports else mixed
 
     def compute(self, x: Tensor, ends: Tensor) -> Tensor:
         """Runs rows x (N, C) through their experts: the first expert has the rows before ends[0], and so on."""
@@ -137,13 +145,41 @@ class Experts(nn.Module):
         return grouped_linear(self.inner_dropout(hidden), self.projection, self.projection_bias, ends)
 
     @staticmethod
-    def report(counts: Tensor, accepted: Tensor, logits: Tensor) -> Routing:
+    def report(counts: Tensor, accepted: Tensor, logits: Tensor, real: Tensor | None) -> Routing:
         """The `Routing` of a batch: choices per expert (E,), those within capacity (E,), router logits (N, E)."""
         with torch.autocast(logits.device.type, enabled=False):
             logs, total = logits.log_softmax(-1), counts.sum()
-            entropy = -(logs.detach().exp() * logs.detach()).sum(-1).mean()
-            z = logits.logsumexp(-1).square().mean()
-            return Routing(counts / total, logs.exp().mean(0), z, entropy, 1 - accepted.sum() / total)
+            entropies = -(logs.detach().exp() * logs.detach()).sum(-1)
+            figures = torch.cat((logs.exp(), logits.logsumexp(-1, keepdim=True).square(), entropies[:, None]), dim=1)
+            if real is None:
+                means = figures.mean(0)
+            else:
+                means = torch.where(real.view(-1, 1), figures, 0.0).sum(0) / real.sum()
+            return Routing(counts / total, means[:-2], means[-2], means[-1], 1 - accepted.sum() / total)
+
+
+def sort_choices(chosen: Tensor, experts: int, real: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sorts the choices (N, k) of all tokens by expert, and padding behind an expert's tokens, where `real` is False.
+
+    Returns the experts (N k,) in order, the order (N k,), and for each expert where its rows end and how many tokens
+    chose it, both (E,).
+    """
+    numbers = torch.arange(experts, device=chosen.device)
+    if real is None:
+        sorted_choices, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_choices, numbers, right=True)
+        return sorted_choices, order, ends, ends.diff(prepend=ends.new_zeros(1))
+    keys, order = (2 * chosen + ~real.view(-1, 1)).flatten().sort(stable=True)
+    ends = torch.searchsorted(keys, 2 * numbers + 1, right=True)
+    return keys // 2, order, ends, torch.searchsorted(keys, 2 * numbers, right=True) - F.pad(ends[:-1], (1, 0))
+
+
+def expert_capacity(factor: float, choices: int | Tensor, experts: int) -> int | Tensor:
+    """The most choices that an expert accepts: `factor` times its even share, rounded up, and at most all."""
+    if isinstance(choices, int):
+        return math.ceil(min(factor * choices / experts, choices))
+    share = factor * choices.to(torch.float32 if choices.device.type == "mps" else torch.float64) / experts
+    return share.clamp(max=choices).ceil().long()
 
 
 def router_losses(routings: Sequence[Routing], balance_weight: float, z_weight: float) -> dict[str, Tensor]:

@@ -1,15 +1,19 @@
 """The element-wise parts: the MLP's non-linearity, positions, n-gram ids and dropout."""
 
 import math
+from typing import Literal, assert_never
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+Activation = Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"]
+GATED = ("swiglu",)  # these multiply values by gates, so the MLP's first layer is twice as wide
 
-def activate(x: Tensor, activation: str) -> Tensor:
-    """The MLP's non-linearity applied to x (..., M); for swiglu x is (..., 2M), gate then value."""
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The MLP's non-linearity applied to x (..., M); for the gated ones x is (..., 2M), gate then value."""
     match activation:
         case "gelu_tanh":
             return F.gelu(x, approximate="tanh")
@@ -22,7 +26,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
         case "swiglu":
             gate, x = x.chunk(2, dim=-1)
             return F.silu(gate) * x
-    raise AssertionError(activation)
+    assert_never(activation)
 
 
 def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:

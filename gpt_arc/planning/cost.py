@@ -68,7 +68,7 @@ def memory_estimate(
     """Estimates the bytes that training needs in one of `expert_processes` processes, which divide the experts.
 
     A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments. For the backward pass a layer keeps
-    about 9 C values per token, plus 2 M for its MLP, or 4 M for swiglu (Korthikanti et al., arXiv:2205.05198: 34 C
+    about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C
     bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert keeps 2 C more for its
     copies of the token. With activation checkpointing one layer keeps all this and the others only their input. The
     head keeps three copies of the logits that it computes at once.
@@ -76,7 +76,7 @@ def memory_estimate(
     config: GPTConfig = model.config
     size = 4 if dtype == "float32" else 2
     tokens, width = sequences * config.block_size, config.n_embd
-    mlp = config.mlp_width * (4 if config.activation == "swiglu" else 2)
+    mlp = config.mlp_width * (4 if config.gated else 2)
     experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
     layers = [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
     activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)

@@ -3,14 +3,51 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, with_config
+from torch import Tensor
+from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import is_failed_write, new_directory, point
+from gpt_arc.reading import open_plain, reading
 
-STATE = {"progress", "optimizer", "scaler", "generators", "runtime", "data"}  # what training_state.pt holds
+ADVICE = "use another checkpoint"
+CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+Tensors = dict[str, Tensor]
+
+
+@with_config(CHECKED)
+class OptimizerState(TypedDict):
+    state: dict[int, Tensors]
+    param_groups: list[dict[str, Any]]
+
+
+@with_config(CHECKED)
+class Runtime(TypedDict):
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    compile: NotRequired[bool]
+
+
+@with_config(CHECKED)
+class TrainingState(TypedDict):
+    """The content of training_state.pt, see docs/architecture.md. Shapes are checked where it is used."""
+
+    progress: dict[str, Any]
+    optimizer: OptimizerState
+    muon: NotRequired[OptimizerState]
+    optimizer_name: NotRequired[str]
+    scaler: dict[str, int | float]
+    weights: NotRequired[list[Tensor]]
+    parts: NotRequired[dict[str, Tensors]]
+    learned: NotRequired[Tensors]
+    generators: list[Tensors] | Tensors
+    runtime: Runtime
+    data: str
 
 
 def step_name(step: int) -> str:
@@ -66,13 +103,16 @@ def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
 
     With `peek`, tensors stay on disk until they are used.
     """
-    path = directory / "training_state.pt"
-    try:
+    path = state_file(directory)
+    if not path.exists():
+        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to resume from")
+    with reading(path, ADVICE):
+        with open_plain(path) as file, ZipFile(file) as archive:
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its parts are compressed, which torch.save doesn't do")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
-        if not STATE <= state.keys():
-            raise ValueError(f"it lacks {min(STATE - state.keys())}")
-        return state
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {directory} is a model but not a checkpoint to resume from") from None
-    except Exception as error:  # torch.load raises many kinds of error for a damaged file
-        raise UserError(f"{path} is damaged, use another checkpoint: {first_line(error)}") from None
+        return dict(TypeAdapter(TrainingState).validate_python(state))
+
+
+def state_file(directory: Path) -> Path:
+    return directory / "training_state.pt"

@@ -16,7 +16,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
-from gpt_arc.training.options import O, located, recorded_options, refuse_others
+from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import OF_TRAINING, load_config
@@ -157,6 +157,22 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
     return start_stage(options, name, train)
 
 
+def confirm_code(options: StageOptions, recorded: StageOptions, command: str) -> None:
+    """Raises UserError unless the command line names again the code that a resumed run names in its record.
+
+    Whoever wrote the folder could have named any code there.
+    """
+    for setting, value in recorded.code.items():
+        given = getattr(options, setting)
+        if given not in (None, value):
+            raise UserError(f"--{setting} = {given} can't be changed: the run was started with {value}")
+        if given is None:
+            raise UserError(
+                f"the run names Python code, {setting} = {value}, which is imported only from the command line: if you "
+                f"trust it, resume with: {command}"
+            )
+
+
 def start_stage(
     options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
 ) -> int:
@@ -166,10 +182,11 @@ def start_stage(
         is_old_form = options.resume == "True"  # RUN --resume=True
         if is_old_form and options.model is None:
             raise UserError("name the run to resume: --resume=RUN")
-        allowed = {"resume", "device", "backend"} | ({"model"} if is_old_form else set())
-        refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         folder = Path(options.model if is_old_form else options.resume)
         recorded = recorded_options(folder, type(options), name)
+        allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
+        refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
+        confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
         options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
         lock = Lock(folder) if IS_MAIN else None
     else:

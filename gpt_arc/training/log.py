@@ -2,11 +2,14 @@
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.tables import to_json
 from gpt_arc.training.config import LoggingConfig
 
 
@@ -35,11 +38,24 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a")
+        self._file = open(self.path, "ab", buffering=0)
+        self._unwritten = b""
+        self._warned = False
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        """Write a line, without numbers that are not finite: JSON has none.
+
+        If the disk is full, lines are kept until there is room: a log doesn't end a run.
+        """
+        finite = {name: v for name, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._unwritten += (to_json(finite) + "\n").encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._warned:
+                say(f"{self.path} can't be written ({error.strerror}): training goes on, later lines are tried again")
+            self._warned = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

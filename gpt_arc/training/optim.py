@@ -3,7 +3,8 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
@@ -13,42 +14,34 @@ from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.weights.tensor_files import check_tensors
 
+# what each optimizer keeps for a weight, in its shape and type
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
 
-def muon_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices that Muon updates. It can't orthogonalise the stacked matrices of experts, which are left out."""
-    named = model.named_parameters()
-    return [p for name, p in named if p.requires_grad and p.dim() == 2 and HIDDEN.fullmatch(name)]
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+    """The optimizers of a model, each built with its peak rate, by the keys of their moments in training_state.pt.
 
-
-def build_muon(model: nn.Module, config: TrainingConfig) -> torch.optim.Muon | None:
-    """Muon for the blocks' matrices, if the settings ask for it and the model has some.
-
-    The update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)), as in
-    https://github.com/KellerJordan/Muon.
+    One always has the key `optimizer`. It updates all stacked experts, because expert parallelism gathers its moments
+    alone.
     """
-    matrices = muon_parameters(model) if config.optimizer == "muon" else []
-    if not matrices:
-        return None
-    rate, decay = config.muon_rate, config.weight_decay
-    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    match config.optimizer:
+        case "adamw":
+            return {"optimizer": build_adamw(parameters, config)}
+        case "muon":  # it can't orthogonalise the stacked matrices of experts
+            hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
+            others = {name: p for name, p in parameters.items() if name not in hidden}
+            return {"optimizer": build_adamw(others, config), "muon": build_muon(hidden.values(), config)}
+    assert_never(config.optimizer)
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW for everything that isn't frozen and isn't Muon's, with decoupled weight decay on matrices only.
-
-    The stacked biases of experts form a matrix, but count as biases.
-    """
-    excluded = set(muon_parameters(model)) if config.optimizer == "muon" else set()
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in excluded}
-    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
-    vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
-    assert len({id(p) for p in matrices + vectors}) == len(parameters) == len(matrices) + len(vectors)
+def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        decay_groups(parameters, config.weight_decay),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -56,13 +49,23 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
     )
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
-    """The optimizers of a model, by the key under which training_state.pt keeps their moments.
+def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Muon:
+    """Muon, whose update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)).
 
-    A further optimizer is one more value of `TrainingConfig.optimizer` and one more branch here.
+    That is the scale of https://github.com/KellerJordan/Muon.
     """
-    muon = build_muon(model, config)
-    return {"optimizer": build_optimizer(model, config)} | ({"muon": muon} if muon else {})
+    rate, decay = config.muon_rate, config.weight_decay
+    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+
+
+def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups, with weight decay on matrices only.
+
+    The stacked biases of experts form a matrix, but count as biases.
+    """
+    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
+    vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
 class Updater:
@@ -77,11 +80,12 @@ class Updater:
         sharing: ExpertParallel | None = None,
     ):
         """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
-        self.config, self.sharing = config, sharing if sharing and sharing.shares else None
+        self.model, self.config = model, config
+        self.sharing = sharing if sharing and sharing.shares else None
         self.optimizers = build_optimizers(model, config)
-        self.rate_factors = {"muon": config.muon_rate / config.learning_rate}  # of learning_rate; 1 for the others
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self._names)
         self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
 
@@ -89,6 +93,13 @@ class Updater:
     def diverged(self) -> bool:
         """Whether training can't recover: float16 finds its loss scale by overflowing, other types don't mend."""
         return self._failures >= (20 if self.scaler.is_enabled() else 2)
+
+    @torch.no_grad()
+    def finite(self, *figures: float) -> bool:
+        """Whether the weights in every process and `figures` are finite. Every process must call this."""
+        largest = get_total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
+        bad = distributed.sum_over_ranks((~largest.isfinite()).float())
+        return not bad and all(map(math.isfinite, figures))
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -115,9 +126,9 @@ class Updater:
         if finite:
             if 0 < self.config.grad_clip < total_norm:
                 clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, total_norm))
-            for name, optimizer in self.optimizers.items():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * self.rate_factors.get(name, 1.0)
+            for optimizer in self.optimizers.values():
+                for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
+                    group["lr"] = learning_rate * (optimizer.defaults["lr"] / self.config.learning_rate)
                 self.scaler.step(optimizer)
             if self.average is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
@@ -158,17 +169,24 @@ class Updater:
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; rates, decay and betas stay those of the present settings.
 
-        The model holds the weights of its file: their average, if one was kept.
+        The model holds the weights of its file: their average, if one was kept. Raises ValueError or KeyError, and
+        changes nothing, if `state` describes another model.
         """
+        moments = {name: state[name]["state"] for name in self.optimizers}
+        if self.sharing:
+            main = self.optimizers["optimizer"]
+            moments["optimizer"] = self.sharing.reshaped(main, moments["optimizer"], self.sharing.share_of)
         for name, optimizer in self.optimizers.items():
-            saved = state[name]
-            if self.sharing and name == "optimizer":
-                saved = {"state": self.sharing.reshaped(optimizer, saved["state"], self.sharing.share_of)}
-            load_optimizer_state(optimizer, saved)
+            check_moments(optimizer, moments[name], self._names)
+        weights = state.get("weights")
+        if weights is not None:
+            check_tensors(dict(enumerate(weights)), dict(enumerate(self.parameters)), "weights.")
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_state(optimizer, {"state": moments[name]})
         if self.average is not None:
             torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
-        for parameter, weight in zip(self.parameters, state.get("weights", ())):
-            parameter.data.copy_(weight)
+        if weights is not None:
+            torch._foreach_copy_([p.detach() for p in self.parameters], weights)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -187,6 +205,23 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
     """Move the moving average of a model's weights on by one update."""
     for mean, weight in zip(average, weights):
         mean.lerp_(weight.detach(), 1 - decay)
+
+
+def check_moments(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[Tensor, str]
+) -> None:
+    """Raises ValueError unless `state` has moments of the optimizer's weights, in their shapes and types.
+
+    A weight without a gradient has none. `names` are those of the weights.
+    """
+    weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+    for i, moments in state.items():
+        if i not in weights:
+            raise ValueError(f"it has moments of weight {i} of {len(weights)}")
+        expected = dict.fromkeys(MOMENTS[type(optimizer)], weights[i].detach())
+        if isinstance(optimizer, torch.optim.AdamW):
+            expected["step"] = torch.tensor(0.0)
+        check_tensors(moments, expected, f"{names[weights[i]]}: ")
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import tyro
 from pydantic.dataclasses import dataclass
 
+from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Seed, Share, UnitInterval, build, read_value
@@ -87,6 +89,11 @@ class StageOptions:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
     @property
+    def code(self) -> dict[str, str]:
+        """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
+        return {}
+
+    @property
     def examples_per_update(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
@@ -134,6 +141,15 @@ def located(options: O) -> O:
     named = {name: getattr(options, name) for name in options.PATHS}
     whole = {name: str(Path(value).resolve()) for name, value in named.items() if value and Path(value).exists()}
     return dataclasses.replace(options, **whole)
+
+
+def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
+    """Returns the command that resumes a run of a stage, with as many processes as now."""
+    arguments = shlex.join((script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items())))
+    if WORLD_SIZE == 1:
+        return f"python {arguments}"
+    separator = "-- " if "monitor" in options.code else ""  # torchrun has a --monitor too
+    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {separator}{arguments}"
 
 
 def record_options(run: Path, stage: str, options: Any) -> None:

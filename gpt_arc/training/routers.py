@@ -10,8 +10,13 @@ from model import GPT
 class RouterMeter:
     """Collects statistics of the routers and updates the biases that balance them. Does nothing for a dense model."""
 
-    def __init__(self, model: GPT):
-        self.model, self.blocks = model, model.experts
+    def __init__(self, model: GPT, frozen: bool = False):
+        """`frozen`: routers and biases stay as they are, so that only the other weights change a token's experts."""
+        self.model, self.blocks, self.frozen = model, model.experts, frozen
+        for experts in self.blocks:
+            experts.observed = frozen
+            if frozen:
+                experts.router.weight.requires_grad_(False)
         self._loads: list[Tensor] = []  # (blocks, E) of each batch of this step
         self._sums = torch.zeros(0)
         self._steps = 0
@@ -19,7 +24,7 @@ class RouterMeter:
     @torch.no_grad()
     def add(self) -> None:
         """Adds the batch that the model has just been trained on."""
-        if self.blocks:
+        if self.model.routings:
             figures = [torch.cat((r.load, torch.stack((r.entropy, r.dropped)))) for r in self.model.routings]
             self._loads.append(torch.stack(figures))
 
@@ -35,7 +40,7 @@ class RouterMeter:
         self._steps += 1
         rate, experts = self.model.config.balance_rate, self.model.config.n_experts
         for block, load in zip(self.blocks, means[:, :experts]):
-            if rate:
+            if rate and not self.frozen:
                 block.balance += rate * (1 / experts - load).sign()
 
     def take(self) -> dict[str, float]:

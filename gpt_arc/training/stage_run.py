@@ -16,13 +16,13 @@ def train(options: Options, run: StageRun) -> int:
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -31,23 +31,26 @@ from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.reading import reading
+from gpt_arc.settings import Natural
 from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
+from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options
+from gpt_arc.training.options import StageOptions, record_options, resume_command
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.weights.tensor_files import check_tensors
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class StageProgress:
     """How far a run has come."""
 
-    step: int = 0  # updates made, or whatever the stage counts
-    skipped: int = 0  # updates skipped because their gradient was not finite
-    best: Any = None  # the lowest loss on the val split, or what else chooses the best checkpoint
-    best_step: int | None = None
+    step: Natural = 0  # updates made, or whatever the stage counts
+    skipped: Natural = 0  # updates skipped because their gradient was not finite
+    best: float | None = None  # the lowest loss on the val split, or what else chooses the best checkpoint
+    best_step: Natural | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
 
 
@@ -73,7 +76,8 @@ class StageRun:
         self._state: dict[str, Any] | None = None
         if folder and (folder / "last").exists():
             self._state = load_state(folder / "last")
-            self.progress = progress(**self._state["progress"])
+            with reading(state_file(folder / "last"), ADVICE):
+                self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
         self.stopped = 0  # number of the signal that any process received
         self._new = False  # whether this process made the folder
@@ -94,7 +98,7 @@ class StageRun:
         if IS_MAIN:
             if self.folder is None:
                 self._refuse_own_folder()
-                resume = shlex.join(("python", self.script, f"--resume={self.options.out_dir}"))
+                resume = resume_command(self.script, self.options.out_dir, self.options)
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
@@ -129,19 +133,25 @@ class StageRun:
         torch.manual_seed(self.options.seed + RANK)
         if self._state is None:
             return
-        updater.load_state_dict(self._state)
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
         generators = self._state["generators"]
         generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
-        if RANK < len(generators):
-            set_rng_state(generators[RANK], self.device)
+        with reading(state_file(self.folder / "last"), ADVICE):
+            updater.load_state_dict(self._state)
+            for name, part in parts.items():
+                check_tensors(saved[name], part.state_dict(), f"{name}.")
+                part.load_state_dict(saved[name])
+            if RANK < len(generators):
+                set_rng_state(generators[RANK], self.device)
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
-        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far."""
+        """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
+
+        Raises UserError, and writes nothing, if a weight or `best` is not finite.
+        """
         progress = self.progress
+        self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
         state = {
@@ -155,6 +165,16 @@ class StageRun:
         if IS_MAIN:
             save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
         self._saved = progress.step
+
+    def check_finite(self, *figures: float) -> None:
+        """Raises UserError if a weight or one of `figures`, such as the val loss, is not finite."""
+        if not self._updater.finite(*figures):
+            self._diverge(self.progress.step, "left weights or a val loss that are not finite")
+
+    def _diverge(self, update: int, problem: str) -> NoReturn:
+        last = self.folder / "last"
+        kept = f"{last} is the last good checkpoint" if last.exists() else "there is no checkpoint yet"
+        raise UserError(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
@@ -181,7 +201,7 @@ class StageRun:
             return rate, norm, sums
         self.progress.skipped += 1
         if updater.diverged:
-            raise UserError(f"update {step + 1} is not finite: lower learning_rate, or set dtype = float32")
+            self._diverge(step + 1, "is not finite")
         return None
 
     def log(self, line: dict[str, Any]) -> None:
@@ -200,15 +220,14 @@ class StageRun:
 
     @property
     def _resume(self) -> str:
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        return f"{python} {shlex.join((self.script, f'--resume={self.folder}'))}"
+        return resume_command(self.script, self.folder, self.options)
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """Runs the block so that a user's mistake, such as a reward that fails, loses no step of a single process."""
+        """Runs the block so that an error of data or of a reward loses no step of a single process."""
         try:
             yield
-        except UserError as error:
+        except (UserError, OSError) as error:
             if WORLD_SIZE > 1 or not self.progress.step:
                 raise
             self.bar.close()

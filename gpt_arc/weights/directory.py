@@ -10,7 +10,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gpt_arc import hub
@@ -18,8 +17,10 @@ from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.settings import mistake
-from gpt_arc.weights.huggingface import and_more, config_from_hf, read_tensors
+from gpt_arc.weights.huggingface import config_from_hf
+from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
+from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT, GPTConfig
 
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
@@ -125,9 +126,9 @@ def load_model(
     except TypeError as error:
         raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
     if kind == MODEL_TYPE:
-        tensors = _read_tensors(directory / "model.safetensors", shapes, dtype)
+        tensors = read_tensors(directory / "model.safetensors", shapes, dtype)
     else:
-        tensors = read_tensors(directory, kind, stored, shapes)
+        tensors = read_converted(directory, kind, stored, shapes)
         tensors = {name: tensors.pop(name).to(dtype) for name in shapes}
     if config.block_size < stored.block_size and config.positions == "learned":
         tensors["position_embedding.weight"] = tensors["position_embedding.weight"][: config.block_size].clone()
@@ -148,28 +149,3 @@ def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer, so it can't read text")
     return model, tokenizer
-
-
-def _read_tensors(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Reads the tensors of our own file format. Raises UserError unless it holds exactly those in `shapes`."""
-    tensors = {}
-    try:
-        with safe_open(path, "pt") as file:
-            stored = set(file.keys())
-        for problem, names in (
-            ("lacks the tensor", shapes.keys() - stored),
-            ("has the unexpected tensor", stored - shapes.keys()),
-        ):
-            if names:
-                raise UserError(f"{path} {problem} {min(names)}{and_more(names)}")
-        for name, shape in shapes.items():
-            with safe_open(path, "pt") as file:  # reopened each time: an open file keeps what was read in memory
-                tensor = file.get_tensor(name)
-                if tensor.shape != shape:
-                    raise UserError(f"{path}: {name} has the shape {tuple(tensor.shape)}, not {tuple(shape)}")
-                if not tensor.is_floating_point():
-                    raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
-                tensors[name] = tensor.to(dtype)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is missing or damaged, use another checkpoint: {error}") from None
-    return tensors

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import UserError
+from gpt_arc.reading import read_json
 from gpt_arc.settings import mistake
+from gpt_arc.weights.tensor_files import and_more, open_tensors
 from model import GPT, GPTConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -419,6 +421,10 @@ def hf_classifier_tensors(
         yield "score.weight", head
 
 
+class Index(TypedDict):
+    weight_map: dict[str, str]  # tensor: file
+
+
 class Stored(NamedTuple):
     """A tensor in a file."""
 
@@ -427,7 +433,7 @@ class Stored(NamedTuple):
     file: Any  # safetensors' open file
 
     def read(self) -> Tensor:
-        return self.file.get_tensor(self.name).float()
+        return self.file.get_tensor(self.name)
 
 
 def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -466,8 +472,9 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     tensors = {}
     for name, parts in parts_of.items():  # one at a time, to hold little in memory twice
         rows = [stored[part.name].read().T if part.transposed else stored[part.name].read() for part in parts]
-        tensors[name] = (rows[0].contiguous() if len(rows) == 1 else torch.cat(rows)).view(shapes[name])
-    if tied_copy and not torch.equal(tied_copy.read(), tensors["token_embedding.weight"]):
+        # `cat` always copies, which aligns: see tensor_files.py
+        tensors[name] = torch.cat(rows, out=torch.empty(sum(map(len, rows)), *rows[0].shape[1:])).view(shapes[name])
+    if tied_copy and not torch.equal(tied_copy.read().float(), tensors["token_embedding.weight"]):
         raise UserError(
             f"{tied_copy.path}: {tied_copy.name} differs from the embedding, although config.json has "
             "tie_word_embeddings = true: set that to false"
@@ -475,20 +482,16 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     return tensors
 
 
-def and_more(names: set[str]) -> str:
-    """Completes a message that names one of `names`."""
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
 def _stored_tensors(directory: Path) -> Iterator[Stored]:
     """Yields the tensors in the safetensors of `directory`: one file, or the shards that an index names."""
     single, index = directory / WEIGHTS, directory / INDEX
     paths = [single]
     if not single.exists() and index.exists():
-        try:
-            paths = sorted({directory / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is damaged: {type(error).__name__}: {error}") from None
+        names = read_json(index, Index, limit=16 << 20)["weight_map"].values()
+        for name in names:
+            if Path(name).name != name:  # a path might lead anywhere
+                raise UserError(f"{index} names the file {name}, which is not in its folder")
+        paths = sorted({directory / name for name in names})
     elif not single.exists():
         pickles = sorted(path.name for path in directory.glob("*.bin"))
         other = (
@@ -496,8 +499,5 @@ def _stored_tensors(directory: Path) -> Iterator[Stored]:
         )
         raise UserError(f"{directory} has no {WEIGHTS}{other}")
     for path in paths:
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is missing or damaged: {first_line(error)}") from None
+        file = open_tensors(path)
         yield from (Stored(name, path, file) for name in file.keys())

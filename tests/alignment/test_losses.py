@@ -1,4 +1,4 @@
-"""The formulas of learning from preferences and rewards, against loops, closed forms and enumeration."""
+"""The losses of learning from preferences and rewards, against loops, closed forms and enumeration."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ def mask_of(lengths):
 
 
 def responses(seed=0, lengths=(5, 1, 3, 7, 2)):
-    """Numbers of tokens (N, R), with rubbish where no token is, and the mask."""
+    """Values per token (N, R), arbitrary where there is no token, and the mask."""
     generator = torch.Generator().manual_seed(seed)
     mask = mask_of(lengths)
     values = torch.randn(mask.shape, generator=generator, dtype=torch.float64)
@@ -28,12 +28,12 @@ def responses(seed=0, lengths=(5, 1, 3, 7, 2)):
 
 
 @pytest.mark.parametrize(("gap", "loss"), [(3.5, 0.0298), (-2.0, 2.1269)])
-def test_bradley_and_terry_by_published_figures(gap, loss):
-    found = rl.ranking_loss(torch.tensor([1.0 + gap, 1.0]), torch.tensor([0]), torch.tensor([1]), torch.ones(1))
-    assert found.item() == pytest.approx(loss, abs=5e-5)
+def test_the_ranking_loss_matches_published_figures(gap, loss):
+    actual = rl.ranking_loss(torch.tensor([1.0 + gap, 1.0]), torch.tensor([0]), torch.tensor([1]), torch.ones(1))
+    assert actual.item() == pytest.approx(loss, abs=5e-5)
 
 
-def test_a_ranking_counts_the_mean_over_its_pairs():
+def test_a_ranking_s_loss_is_the_mean_over_its_pairs():
     scores = torch.tensor([0.3, -1.2, 2.0, 0.7, 5.0, 4.0])  # a ranking of four, a ranking of two
     pairs = [*itertools.combinations(range(4), 2), (4, 5)]
     weights = torch.tensor([1 / 6] * 6 + [1.0])
@@ -58,7 +58,7 @@ def test_direct_preference_optimisation_and_its_gradient():
 # ---- log-probabilities
 
 
-def test_the_states_that_responses_are_predicted_from():
+def test_response_states_precede_each_token():
     hidden = torch.arange(2 * 6 * 3.0).view(2, 6, 3)
     states = rl.response_states(hidden, torch.tensor([2, 4]), 3)
     assert torch.equal(states[0], hidden[0, 1:4])
@@ -73,31 +73,31 @@ def test_log_probabilities_entropies_and_gradients(monkeypatch, settings, temper
     states, tokens = torch.randn(3, 5, 8), torch.randint(13, (3, 5))
     weights, expected = torch.randn(3, 5), torch.zeros(3, 5)
     ways = {}
-    for at_once in (1 << 25, 4 * 13, 1):  # all rows at a time, four, one
+    for at_once in (1 << 25, 4 * 13, 1):  # all rows at once, four, one
         monkeypatch.setattr(rl, "logits_at_once", lambda device, at_once=at_once: at_once)
-        given = states.clone().requires_grad_(True)
-        logs, entropies = rl.log_probabilities(model, given, tokens, temperature)
+        inputs = states.clone().requires_grad_(True)
+        logs, entropies = rl.log_probabilities(model, inputs, tokens, temperature)
         model.zero_grad()
         (logs * weights).sum().backward()
-        gradients = [given.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        gradients = [inputs.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
         ways[at_once] = [logs.detach(), entropies, *gradients]
         assert not entropies.requires_grad
-    given = states.clone().requires_grad_(True)
+    inputs = states.clone().requires_grad_(True)
     for i, j in itertools.product(range(3), range(5)):
-        logits = model.logits(given[i, j]) / temperature
+        logits = model.logits(inputs[i, j]) / temperature
         p = logits.exp() / logits.exp().sum()
         expected[i, j] = p[tokens[i, j]].log()
         entropy = -sum(x * math.log(x) for x in p.tolist())
         assert ways[1][1][i, j].item() == pytest.approx(entropy, rel=1e-4)
     model.zero_grad()
     (expected * weights).sum().backward()
-    reference = [given.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
-    for found in ways.values():
-        torch.testing.assert_close(found[0], expected.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[2:], reference, rtol=1e-4, atol=1e-5)
+    reference = [inputs.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    for result in ways.values():
+        torch.testing.assert_close(result[0], expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[2:], reference, rtol=1e-4, atol=1e-5)
 
 
-def test_estimates_of_kl_are_unbiased_where_it_is_known():
+def test_kl_estimates_are_unbiased():
     p, q = (torch.randn(6, generator=torch.Generator().manual_seed(s)).double().softmax(0) for s in (1, 2))
     estimates = rl.kl_estimates(p.log() - q.log())
     kl = sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist()))
@@ -109,32 +109,32 @@ def test_estimates_of_kl_are_unbiased_where_it_is_known():
 # ---- rewards and advantages
 
 
-def test_a_score_comes_at_the_last_token_and_each_token_pays():
+def test_the_score_is_at_the_last_token_and_every_token_pays_the_penalty():
     log_ratio, mask = responses()
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
-    found = rl.penalised_rewards(scores, log_ratio, mask, 0.3)
+    actual = rl.penalised_rewards(scores, log_ratio, mask, 0.3)
     for i, length in enumerate((5, 1, 3, 7, 2)):
         for t in range(7):
             expected = -0.3 * log_ratio[i, t].item() if t < length else 0.0
             expected += scores[i].item() if t == length - 1 else 0.0
-            assert found[i, t].item() == pytest.approx(expected, abs=1e-12)
+            assert actual[i, t].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_whitening():
     values, mask = responses(3)
     values = torch.where(mask, 3 * values + 2, values)
-    there = [v for row, m in zip(values.tolist(), mask.tolist()) for v, is_there in zip(row, m) if is_there]
-    mean = sum(there) / len(there)
-    variance = sum((v - mean) ** 2 for v in there) / len(there)
-    expected = [(v - mean) / math.sqrt(variance + 1e-8) for v in there]
-    found = rl.whiten(values, mask)
-    assert found[mask].tolist() == pytest.approx(expected) and not found[~mask].any()
-    scale = math.sqrt(sum(v * v for v in there) / len(there))
-    assert rl.whiten(values, mask, shift_mean=False)[mask].tolist() == pytest.approx([v / scale for v in there])
+    present = [v for row, m in zip(values.tolist(), mask.tolist()) for v, valid in zip(row, m) if valid]
+    mean = sum(present) / len(present)
+    variance = sum((v - mean) ** 2 for v in present) / len(present)
+    expected = [(v - mean) / math.sqrt(variance + 1e-8) for v in present]
+    actual = rl.whiten(values, mask)
+    assert actual[mask].tolist() == pytest.approx(expected) and not actual[~mask].any()
+    scale = math.sqrt(sum(v * v for v in present) / len(present))
+    assert rl.whiten(values, mask, shift_mean=False)[mask].tolist() == pytest.approx([v / scale for v in present])
 
 
-def test_whitened_rewards_make_the_same_lengths_pay():
-    """A reward of 1 for each response stays the same sum whatever its length: no token gets a constant of its own."""
+def test_whitening_rewards_keeps_sums_equal_across_lengths():
+    """A reward of 1 per response keeps the same sum whatever its length: no constant is added per token."""
     draw = random.Random(0)
     lengths = [draw.randrange(1, 9) for _ in range(50)]
     mask = mask_of(lengths)
@@ -142,7 +142,7 @@ def test_whitened_rewards_make_the_same_lengths_pay():
     sums = rl.whiten(rewards, mask, shift_mean=False).sum(1)
     torch.testing.assert_close(sums, sums[:1].expand(50))
     assert not rl.whiten(rewards, mask, shift_mean=False)[rewards == 0].any()
-    alike = torch.full((4, 1), 0.5)  # one token each, all of one reward
+    alike = torch.full((4, 1), 0.5)  # one token each, all with the same reward
     assert rl.whiten(alike, alike > 0, shift_mean=False).flatten().tolist() == pytest.approx([1.0] * 4)
 
 
@@ -162,7 +162,7 @@ def test_advantages_by_their_definition(gamma, lambda_):
 # ---- proximal policy optimisation
 
 
-def test_the_clipped_loss_of_a_policy():
+def test_the_clipped_policy_loss():
     cases = [(math.log(r), a) for r in (0.5, 0.9, 1.0, 1.1, 1.5) for a in (-2.0, 3.0)]
     logs = torch.tensor([x for x, _ in cases], requires_grad=True)
     gains = torch.tensor([a for _, a in cases])
@@ -176,7 +176,7 @@ def test_the_clipped_loss_of_a_policy():
         assert logs.grad[i].item() == pytest.approx(0.0 if outside else -ratio * gain, rel=1e-5)
 
 
-def test_the_clipped_loss_of_values():
+def test_the_clipped_value_loss():
     for value, old, aim in itertools.product((-1.0, 0.1, 0.5, 2.0), (0.0, 0.4), (-0.5, 0.3, 3.0)):
         loss, clipped = rl.value_losses(*(torch.tensor([x]) for x in (value, old, aim)), 0.2)
         near = min(max(value, old - 0.2), old + 0.2)
@@ -197,5 +197,5 @@ def test_explained_variance():
     ("kl", "factor"), [(6.0, 1.0), (6.6, 1.00064), (60.0, 1.00128), (0.0, 0.99872), (5.4, 0.99936)]
 )
 def test_the_adaptive_coefficient(kl, factor):
-    """clip(kl / 6 - 1, -.2, .2) * 64 / 10,000, worked out by hand."""
+    """clip(kl / 6 - 1, -.2, .2) * 64 / 10,000, by hand."""
     assert rl.adapted_kl_coefficient(0.15, kl, 6.0, 10_000, 64) == pytest.approx(0.15 * factor, rel=1e-9)

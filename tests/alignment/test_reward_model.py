@@ -1,4 +1,4 @@
-"""Rankings as tokens, reward models as files, and how well scores agree with preferences."""
+"""Rankings as tokens, reward models as files, and the agreement of scores with preferences."""
 
 import json
 import math
@@ -47,16 +47,16 @@ def reward_model(**settings):
 # ---- rankings
 
 
-def test_a_ranking_in_tokens_with_the_pairs_that_say_something():
-    found = encode_rankings([ranking("ab", ["c", "dd", "", "e"], [2, 1, 2, 3])], CHAT, 16)
-    (example,) = found.examples
+def test_a_ranking_is_encoded_with_its_pairs_except_ties():
+    encoded = encode_rankings([ranking("ab", ["c", "dd", "", "e"], [2, 1, 2, 3])], CHAT, 16)
+    (example,) = encoded.examples
     assert example.prompt == [9, 0, 1, 10] and example.responses == [[2, 11], [3, 3, 11], [11], [4, 11]]
     assert sorted(example.pairs) == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3)]  # one of six is a tie
     assert example.sequences[1] == [9, 0, 1, 10, 3, 3, 11]
-    assert (found.pairs, found.ties, found.dropped) == (5, 1, 0)
+    assert (encoded.pairs, encoded.ties, encoded.dropped) == (5, 1, 0)
 
 
-def test_rankings_that_say_nothing_or_are_too_long_are_counted():
+def test_rankings_without_preference_or_too_long_are_dropped_and_counted():
     rankings = [
         ranking("a", ["b", "c"], [1, 1]),
         ranking("a", ["b" * 13, "c"]),  # 3 + 14 tokens
@@ -68,44 +68,46 @@ def test_rankings_that_say_nothing_or_are_too_long_are_counted():
     assert max(map(len, examples[0].sequences)) == 16
 
 
-def test_old_turns_are_left_out_where_the_longest_response_takes_their_room():
+def test_old_turns_are_dropped_to_fit_the_longest_response():
     turns = [Turn("system", "h"), Turn("user", "aaa"), Turn("assistant", "b"), Turn("user", "c")]
     assert fitting_prompt(CHAT, turns, 12) == [8, 7, 9, 0, 0, 0, 10, 1, 11, 9, 2, 10]
     assert fitting_prompt(CHAT, turns, 11) == [8, 7, 9, 2, 10] == fitting_prompt(CHAT, turns, 5)
     assert fitting_prompt(CHAT, turns, 4) is None
     for most, prompt in ((3, 12), (4, 5), (10, 5)):
         (example,) = encode_rankings([ranking(turns, ["d" * most, "e"])], CHAT, 16).examples
-        assert len(example.prompt) == prompt  # the same for both responses
+        assert len(example.prompt) == prompt  # shared by both responses
     assert encode_rankings([ranking(turns, ["d" * 11, "e"])], CHAT, 16).dropped == 1
 
 
-def test_rankings_that_fail_are_named():
+def test_bad_rankings_are_named():
     with pytest.raises(UserError, match="a file, line 1: the character 'X'"):
         encode_rankings([ranking("a", ["X", "b"])], CHAT, 16)
-    with pytest.raises(UserError, match="no ranking of the train split fits into 16 tokens"):
+    message = "no ranking of the train split fits into 16 tokens and prefers one response to another"
+    with pytest.raises(UserError, match=message):
         encode_split("train", [ranking("a", ["b", "b"], [1, 1])], CHAT, 16)
 
 
-def test_files_of_pairs_and_of_rankings_give_the_same(tmp_path):
+def test_pairs_and_rankings_give_the_same_examples(tmp_path):
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"messages": [{"role": "user", "content": "a"}], "responses": ["b", "c"]},
         {"prompt": "a", "responses": ["c", "b"], "ranks": [2, 1]},
     ]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    one, two, three = encode_rankings(read_rankings(tmp_path / "r.jsonl"), CHAT, 16).examples
-    assert one == two and [three.responses[i] for i in three.pairs[0]] == [one.responses[i] for i in one.pairs[0]]
+    pair, listed, ranked = encode_rankings(read_rankings(tmp_path / "r.jsonl"), CHAT, 16).examples
+    assert pair == listed
+    assert [ranked.responses[i] for i in ranked.pairs[0]] == [pair.responses[i] for i in pair.pairs[0]]
 
 
-def test_pairs_of_a_prompt_weigh_one_together():
+def test_the_pairs_of_a_prompt_have_a_total_weight_of_1():
     rankings = [ranking("a", ["b", "c", "d"]), ranking("b", ["c", "d"]), ranking("c", ["d", "e", "f"], [1, 2, 2])]
     examples = encode_rankings(rankings, CHAT, 16).examples
     pairs = pairs_of(examples, CPU)
     assert pairs.better.tolist() == [0, 0, 1, 3, 5, 5] and pairs.worse.tolist() == [1, 2, 2, 4, 6, 7]
     assert pairs.weights.tolist() == pytest.approx([1 / 3] * 3 + [1] + [1 / 2] * 2)
     scores = torch.randn(8)
-    apart = [ranking_loss(scores[a:b], *pairs_of([e], CPU)) for e, a, b in zip(examples, (0, 3, 5), (3, 5, 8))]
-    assert ranking_loss(scores, *pairs).item() == pytest.approx(sum(apart).item(), rel=1e-6)
+    separate = [ranking_loss(scores[a:b], *pairs_of([e], CPU)) for e, a, b in zip(examples, (0, 3, 5), (3, 5, 8))]
+    assert ranking_loss(scores, *pairs).item() == pytest.approx(sum(separate).item(), rel=1e-6)
 
 
 def test_padding():
@@ -117,7 +119,7 @@ def test_padding():
 # ---- reward models
 
 
-def test_heads_begin_as_published():
+def test_initial_heads_match_the_published_ones():
     torch.manual_seed(0)
     head, values = ScalarHead(9999, 1 / math.sqrt(10_000)), ScalarHead(5, 0.0)
     assert head.weight.std().item() == pytest.approx(0.01, rel=0.03) and head.bias.item() == 0
@@ -129,7 +131,7 @@ def test_heads_begin_as_published():
         assert head(torch.randn(3, 9999, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_scores_are_those_of_the_last_token_and_of_no_batch():
+def test_scores_are_of_the_last_token_in_any_batch():
     model = reward_model()
     draw = random.Random(0)
     sequences = [[draw.randrange(12) for _ in range(draw.randrange(1, 17))] for _ in range(11)]
@@ -144,46 +146,48 @@ def test_scores_are_those_of_the_last_token_and_of_no_batch():
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied_head": False, "head_bias": True}])
-def test_everything_but_an_unused_head_learns(settings):
+def test_everything_except_an_unused_head_learns(settings):
     model = reward_model(**settings)
     model(*padded([[1, 2], [3]], CPU)).sum().backward()
-    without = {name for name, p in model.named_parameters() if p.grad is None}
-    assert without == ({"trunk.head.weight", "trunk.head_bias"} if settings else set())
-    assert without == {name for name, p in model.named_parameters() if not p.requires_grad}
+    frozen = {name for name, p in model.named_parameters() if p.grad is None}
+    assert frozen == ({"trunk.head.weight", "trunk.head_bias"} if settings else set())
+    assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
 
 
-def test_a_reward_model_is_kept_and_read(tmp_path):
+def test_a_reward_model_is_saved_and_loaded(tmp_path):
     model = reward_model()
     model.head.bias.data.fill_(0.5)
     save_reward_model(model, LETTERS, CHAT, tmp_path / "run" / "last")
     assert is_reward_model(tmp_path / "run") and is_reward_model(tmp_path / "run" / "last")
     assert not is_reward_model(tmp_path) and not is_reward_model("rules:correct")
-    found, tokenizer, chat = load_reward_model(tmp_path / "run")
+    loaded, tokenizer, chat = load_reward_model(tmp_path / "run")
     assert tokenizer == LETTERS and chat == CHAT
     for name, tensor in model.state_dict().items():
-        assert torch.equal(found.state_dict()[name], tensor)
-    assert fingerprint(found) == fingerprint(model)
-    found.head.bias.data.add_(1e-6)
-    assert fingerprint(found) != fingerprint(model)
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert fingerprint(loaded) == fingerprint(model)
+    loaded.head.bias.data.add_(1e-6)
+    assert fingerprint(loaded) != fingerprint(model)
     head = tmp_path / "run" / "last" / HEAD
     head.write_bytes(head.read_bytes()[:-7])
     with pytest.raises(UserError, match="reward.safetensors is damaged"):
         load_reward_model(tmp_path / "run")
     head.unlink()
-    with pytest.raises(UserError, match="has no reward head"):
+    message = r"last has no reward head \(reward.safetensors\): train one with stages/reward.py"
+    with pytest.raises(UserError, match=message):
         load_reward_model(tmp_path / "run")
     Path(tmp_path / "run" / "last" / "chat.json").unlink()
-    with pytest.raises(UserError, match="doesn't know how turns are marked"):
+    message = r"doesn't know how turns are marked \(chat.json\): train it by stages/sft.py first"
+    with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "run")
     save_model(model.trunk, None, tmp_path / "mute")
-    with pytest.raises(UserError, match="doesn't know how turns are marked"):
+    with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "mute")
 
 
 # ---- agreement
 
 
-def test_the_report_of_gaps_worked_out_by_hand():
+def test_the_preference_report_by_hand():
     report = preference_report([2.0, -1.0, 0.5, 0.0, 3.0], groups=2)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     assert report["pairs"] == 5 and report["accuracy"] == pytest.approx(3.5 / 5)  # an equal pair counts half
@@ -201,8 +205,8 @@ def test_the_report_of_gaps_worked_out_by_hand():
 
 
 @pytest.mark.parametrize(("scale", "least", "most"), [(1.0, 0.0, 0.015), (3.0, 0.1, 0.3)])
-def test_calibration_is_told_from_boasting(scale, least, most):
-    """Pairs drawn from Bradley and Terry's model itself; then with scores three times what they should be."""
+def test_calibration_error_detects_overconfidence(scale, least, most):
+    """Pairs drawn from the Bradley-Terry model; then with scores three times too large."""
     draw = random.Random(5)
     gaps = []
     for _ in range(20_000):

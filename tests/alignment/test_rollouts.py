@@ -1,4 +1,4 @@
-"""Responses that a policy writes, what the models say of them, and what scores them."""
+"""Responses written by a policy, the models' outputs for them, and rewards."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def written(model, prompts=PROMPTS, at_once=8, seed=1, numbers=None, most=9, tem
 # ---- responses
 
 
-def test_a_response_goes_up_to_its_end_or_to_the_most():
+def test_a_response_ends_at_its_end_token_or_the_limit():
     model = model_of()
     responses = written(model, PROMPTS * 20, most=4)
     assert {len(response) for response in responses} == {1, 2, 3, 4}
@@ -65,7 +65,7 @@ def test_a_response_goes_up_to_its_end_or_to_the_most():
     assert all(len(response) == 4 or response[-1] == CHAT.end for response in responses)
 
 
-def test_a_response_depends_on_its_number_alone():
+def test_a_response_depends_only_on_its_number():
     model = model_of()
     prompts, numbers = PROMPTS * 4, range(100, 120)
     whole = written(model, prompts, numbers=numbers)
@@ -73,13 +73,13 @@ def test_a_response_depends_on_its_number_alone():
         assert written(model, prompts, at_once, numbers=numbers) == whole
     assert written(model, prompts[1::2], numbers=numbers[1::2]) == whole[1::2]
     assert written(model, prompts, seed=2, numbers=numbers) != whole
-    same = written(model, PROMPTS[:1] * 20, numbers=range(20))
-    assert len({tuple(response) for response in same}) > 10
+    repeated = written(model, PROMPTS[:1] * 20, numbers=range(20))
+    assert len({tuple(response) for response in repeated}) > 10
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_responses_have_the_distribution_of_the_policy(temperature):
-    """4,000 first tokens against the softmax: each share within 5 standard errors."""
+def test_responses_follow_the_policy_s_distribution(temperature):
+    """4,000 first tokens against the softmax: each share is within 5 standard errors."""
     model, count = model_of(), 4000
     responses = written(model, PROMPTS[:1] * count, count, most=1, temperature=temperature)
     logits = model(torch.tensor([PROMPTS[0].tokens]))[0, -1].detach().double()
@@ -88,17 +88,17 @@ def test_responses_have_the_distribution_of_the_policy(temperature):
         assert abs(share - p) <= 5 * (p * (1 - p) / count) ** 0.5 + 1e-9
 
 
-# ---- what the models say
+# ---- model outputs
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probabilities_are_those_of_a_full_forward_and_of_the_decoder(name, temperature):
+def test_log_probabilities_equal_a_full_forward_and_the_decoder(name, temperature):
     policy, reference = model_of(1, **ARCHITECTURES[name]), model_of(2, **ARCHITECTURES[name])
     critic = RewardModel(model_of(3))
     actor = ActorCritic(policy, critic, temperature).eval()
     responses = written(policy, temperature=temperature)
-    found = {size: model_outputs(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
+    outputs = {size: model_outputs(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
     decoder = Decoder(policy)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
         step = decoder.read([prompt.tokens], room=len(response))
@@ -110,53 +110,57 @@ def test_log_probabilities_are_those_of_a_full_forward_and_of_the_decoder(name, 
             by_reference = (reference(before)[0, -1] / temperature).log_softmax(-1)[token].item()
             value = critic.head(critic.trunk.hidden(before))[0, -1].item()
             entropy = -(distribution.exp() * distribution).sum().item()
-            for known in found.values():
-                assert known.log_probs[i, t].item() == pytest.approx(distribution[token].item(), abs=1e-4)
-                assert known.log_probs[i, t].item() == pytest.approx(by_decoder, abs=1e-4)
-                assert known.reference_log_probs[i, t].item() == pytest.approx(by_reference, abs=1e-4)
-                assert known.values[i, t].item() == pytest.approx(value, abs=1e-4)
-                assert known.entropies[i, t].item() == pytest.approx(entropy, abs=1e-4)
-    assert not found[1].log_probs.requires_grad
+            for actual in outputs.values():
+                assert actual.log_probs[i, t].item() == pytest.approx(distribution[token].item(), abs=1e-4)
+                assert actual.log_probs[i, t].item() == pytest.approx(by_decoder, abs=1e-4)
+                assert actual.reference_log_probs[i, t].item() == pytest.approx(by_reference, abs=1e-4)
+                assert actual.values[i, t].item() == pytest.approx(value, abs=1e-4)
+                assert actual.entropies[i, t].item() == pytest.approx(entropy, abs=1e-4)
+    assert not outputs[1].log_probs.requires_grad
 
 
-def test_a_shared_critic_and_the_loss_of_text():
+def test_a_shared_critic_and_the_loss_on_text():
     policy = model_of(1)
     actor = ActorCritic(policy, head := ScalarHead(16, 1.0), 1.0).eval()
-    tokens, lengths, wanted = torch.randint(12, (2, 7)), torch.tensor([2, 4]), torch.randint(12, (2, 3))
+    tokens, lengths, chosen = torch.randint(12, (2, 7)), torch.tensor([2, 4]), torch.randint(12, (2, 3))
     text = torch.randint(12, (2, 8)), torch.randint(12, (2, 8))
-    _, _, values, none = actor(tokens, lengths, wanted)
+    _, _, values, none = actor(tokens, lengths, chosen)
     assert none is None
     torch.testing.assert_close(values[1], head(policy.hidden(tokens[1:])[0, 3:6]), rtol=1e-4, atol=1e-5)
-    *same, loss = actor(tokens, lengths, wanted, text)
-    torch.testing.assert_close(same[2], values)
+    *shared_outputs, loss = actor(tokens, lengths, chosen, text)
+    torch.testing.assert_close(shared_outputs[2], values)
     expected = nn.functional.cross_entropy(policy(text[0]).flatten(0, 1), text[1].flatten(), reduction="sum")
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_process_knows_all_rollouts_in_the_order_of_the_prompts(monkeypatch, world):
+def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, world):
     policy, reference = model_of(1), model_of(2)
     actor = ActorCritic(policy, ScalarHead(16, 1.0), 1.0).eval()
     responses = written(policy)
 
     def share(rank, of):
-        prompts, own = PROMPTS[rank::of], responses[rank::of]
-        known = model_outputs(actor, reference, prompts, own, 8, CPU, "float32")
-        return own, known, torch.arange(10.0)[rank : len(PROMPTS) : of], torch.arange(20.0)[rank : len(PROMPTS) : of]
+        rows = slice(rank, len(PROMPTS), of)
+        outputs = model_outputs(actor, reference, PROMPTS[rows], responses[rows], 8, CPU, "float32")
+        return responses[rows], outputs, torch.arange(10.0)[rows], torch.arange(20.0)[rows]
 
     monkeypatch.setattr(rollouts_module, "WORLD_SIZE", world)
     shares = [share(rank, world) for rank in range(world)]
     monkeypatch.setattr(
-        distributed, "gather", lambda value: [(own, torch.stack(known), *rest) for own, known, *rest in shares]
+        distributed,
+        "gather",
+        lambda value: [(rows, torch.stack(outputs), *scores) for rows, outputs, *scores in shares],
     )
-    found = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
-    _, known, scores, monitored = share(0, 1)
-    torch.testing.assert_close(found.outputs, ModelOutputs(*(torch.where(found.mask, each, 0.0) for each in known)))
-    assert found.scores.tolist() == scores.tolist() == [0, 1, 2, 3, 4] and torch.equal(found.monitored, monitored)
+    rollouts = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
+    _, outputs, scores, monitored = share(0, 1)
+    expected = ModelOutputs(*(torch.where(rollouts.mask, each, 0.0) for each in outputs))
+    torch.testing.assert_close(rollouts.outputs, expected)
+    assert rollouts.scores.tolist() == scores.tolist() == [0, 1, 2, 3, 4] and torch.equal(rollouts.monitored, monitored)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
-        assert found.sequences[i] == prompt.tokens + response and found.prompt_lengths[i] == len(prompt.tokens)
-        assert found.responses[i, found.mask[i]].tolist() == response and not found.responses[i, ~found.mask[i]].any()
-        assert found.ended[i].item() == (response[-1] == CHAT.end)
+        assert rollouts.sequences[i] == prompt.tokens + response and rollouts.prompt_lengths[i] == len(prompt.tokens)
+        assert rollouts.responses[i, rollouts.mask[i]].tolist() == response
+        assert not rollouts.responses[i, ~rollouts.mask[i]].any()
+        assert rollouts.ended[i].item() == (response[-1] == CHAT.end)
 
 
 def test_a_process_without_responses():
@@ -168,7 +172,7 @@ def test_a_process_without_responses():
 # ---- prompts
 
 
-def test_prompts_that_are_too_long(tmp_path, capsys):
+def test_long_prompts_are_shortened_or_dropped(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     turns = [
         {"role": "user", "content": "aaaa"},
@@ -177,8 +181,8 @@ def test_prompts_that_are_too_long(tmp_path, capsys):
     ]
     rows = [{"prompt": "ab", "key": 1}, {"prompt": "a" * 9}, {"messages": turns}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_and_encode_prompts(path, CHAT, 6)
-    assert [prompt.tokens for prompt in found] == [[9, 0, 1, 10], [9, 2, 10]] and found[0].row == rows[0]
+    prompts = read_and_encode_prompts(path, CHAT, 6)
+    assert [prompt.tokens for prompt in prompts] == [[9, 0, 1, 10], [9, 2, 10]] and prompts[0].row == rows[0]
     assert "prompts        2; 1 dropped: too long" in capsys.readouterr().out
     for room in (2, -5):
         with pytest.raises(UserError, match=f"no prompt of .* fits: max_new_tokens leaves {max(room, 0)} tokens"):
@@ -223,14 +227,14 @@ def rules(tmp_path, monkeypatch):
 
 def rewards(name):
     prompts = [Prompt([9, 0, 10], {"prompt": "a"}), Prompt([9, 1, 10], {"prompt": "b", "more": 5})]
-    return load_reward(name, CHAT, CPU, "float32", 8)(prompts, [[0, 1, 10, 11], [2]])  # a mark has no text
+    return load_reward(name, CHAT, CPU, "float32", 8)(prompts, [[0, 1, 10, 11], [2]])  # a marker has no text
 
 
 @pytest.mark.parametrize(
     ("function", "expected"),
     [("length", [2, 6]), ("array", [2, 1]), ("tensor", [2, 1]), ("generated", [1, 0]), ("judge", [1, 1])],
 )
-def test_functions_that_score(rules, function, expected):
+def test_reward_functions(rules, function, expected):
     assert rewards(f"rules_of_test:{function}").tolist() == expected
 
 
@@ -251,25 +255,25 @@ def test_functions_that_score(rules, function, expected):
         (":length", "is neither a reward model's directory nor a function (module:function)"),
     ],
 )
-def test_functions_that_fail(rules, name, message):
+def test_failing_reward_functions_are_named(rules, name, message):
     with pytest.raises(UserError) as refused:
         rewards(name)
     assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_reward_models_score_whole_sequences_of_their_own_tokens(tmp_path):
+def test_reward_models_score_whole_sequences(tmp_path):
     model = RewardModel(model_of(block_size=8))
     save_reward_model(model, LETTERS, CHAT, tmp_path / "reward")
     score = load_reward(str(tmp_path / "reward"), CHAT, CPU, "float32", 8)
     responses = [[1, 11], [2, 3, 4]]
-    found = score(PROMPTS[:1] * 2, responses)
-    for number, response in zip(found.tolist(), responses):
+    scores = score(PROMPTS[:1] * 2, responses)
+    for number, response in zip(scores.tolist(), responses):
         whole = torch.tensor([PROMPTS[0].tokens + response])
         assert number == pytest.approx(model(whole, torch.tensor([whole.size(1)])).item(), abs=1e-5)
     with pytest.raises(UserError, match="reads at most 8 tokens; a response ends at 9"):
         score(PROMPTS[:1], [[1] * 6])
     asking = dataclasses.replace(TEMPLATES["markers"], user="<|user|>a{content}")
-    others = ChatFormat.new(TEMPLATES["markers"], CharTokenizer("abcdefgi"), 8), ChatFormat.new(asking, LETTERS, 8)
-    for other in others:
+    formats = ChatFormat.new(TEMPLATES["markers"], CharTokenizer("abcdefgi"), 8), ChatFormat.new(asking, LETTERS, 8)
+    for chat in formats:
         with pytest.raises(UserError, match="has another chat format or tokenizer than the policy"):
-            load_reward(str(tmp_path / "reward"), other, CPU, "float32", 8)
+            load_reward(str(tmp_path / "reward"), chat, CPU, "float32", 8)

@@ -1,4 +1,4 @@
-"""Conversations as tokens: templates, masks, files, batches; and the turns of a chat."""
+"""Conversations as tokens: templates, masks, files and batches; and the turns of a chat."""
 
 import json
 import random
@@ -29,7 +29,7 @@ def numbers(text):
 
 
 def test_markers_by_hand():
-    chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, vocab_size=20)  # a model may have more tokens than it knows
+    chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, vocab_size=20)  # a model may have more rows than tokens
     assert chat.added == {"<|system|>": 20, "<|user|>": 21, "<|assistant|>": 22, "<|end|>": 23} and chat.end == 23
     tokens, scored = chat.encode([SYSTEM, ASK, SAY, ASK, Turn("assistant", "")])
     assert tokens == [20, 6, 21, 1, 2, 22, 3, 4, 5, 23, 21, 1, 2, 22, 23]
@@ -45,12 +45,12 @@ def test_plain_by_hand():
     tokens, scored = chat.encode([SYSTEM, ASK, SAY])
     assert tokens == [6, 0, 0, 1, 2, 0, 3, 4, 5, 15] and scored == [False] * 6 + [True] * 4
     assert chat.prompt([ASK]) == [1, 2, 0]
-    # nothing would predict a response's first token: an empty prompt has one, and so has what is learned
+    # an empty prompt gets a start token to predict the response's first token from, in training too
     assert chat.prompt([]) == [LETTERS.start_token] == [0]
     assert chat.encode([SAY]) == ([0, 3, 4, 5, 15], [False] + [True] * 4)
 
 
-def test_what_follows_the_end_of_a_response_is_not_scored():
+def test_text_after_a_response_s_end_is_not_scored():
     chat = ChatFormat.new(Template("{content}", "a{content}b", "c{content}<|end|>\nd<|end|>"), LETTERS, 15)
     tokens, scored = chat.encode([ASK, SAY, ASK])
     assert tokens == [1, 1, 2, 2, 3, 3, 4, 5, 15, 0, 4, 15, 1, 1, 2, 2]
@@ -58,7 +58,7 @@ def test_what_follows_the_end_of_a_response_is_not_scored():
     assert chat.prompt([ASK, SAY]) == [*tokens[:12], 3]
 
 
-def test_text_that_spells_a_mark_is_text():
+def test_text_that_spells_a_marker_is_text():
     chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, 15)
     tokens, scored = chat.encode([Turn("user", "<|user|><|end|>"), Turn("assistant", "<|end|>a")])
     assert tokens == [16, *numbers("<|user|><|end|>"), 17, *numbers("<|end|>a"), 18]
@@ -69,7 +69,7 @@ def test_text_that_spells_a_mark_is_text():
         spelled = "<|endoftext|><|im_end|>"
         assert chat.encode([Turn("user", spelled)])[0].count(chat.end) == (template == "chatml")
         assert chat.end not in chat.response(spelled)[:-1] and chat.decode(chat.response(spelled)) == spelled
-    assert ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text  # which it has already
+    assert ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text  # already a token
 
 
 def library_tokenizer(special):
@@ -82,15 +82,15 @@ def library_tokenizer(special):
     return LibraryTokenizer(library.to_str().encode())
 
 
-def test_chatml_is_what_transformers_makes_of_it():
+def test_chatml_equals_transformers():
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    ours = library_tokenizer(["<|im_start|>", "<|im_end|>"])
-    chat = ChatFormat.new(TEMPLATES["chatml"], ours, ours.vocab_size)
-    assert chat.added == {} and chat.end == ours.special_token("<|im_end|>")
-    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_buffer(ours.files()["tokenizer.json"]))
-    theirs.chat_template = (
+    tokenizer = library_tokenizer(["<|im_start|>", "<|im_end|>"])
+    chat = ChatFormat.new(TEMPLATES["chatml"], tokenizer, tokenizer.vocab_size)
+    assert chat.added == {} and chat.end == tokenizer.special_token("<|im_end|>")
+    reference = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_buffer(tokenizer.files()["tokenizer.json"]))
+    reference.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -99,11 +99,11 @@ def test_chatml_is_what_transformers_makes_of_it():
         Turn("user", " And?"),
     ]  # fmt: skip
     messages = [turn._asdict() for turn in turns]
-    assert chat.encode(turns)[0] == theirs.apply_chat_template(messages, return_dict=False)
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat.encode(turns)[0] == reference.apply_chat_template(messages, return_dict=False)
+    expected = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert chat.prompt(turns) == expected
     scored = [t for t, s in zip(*chat.encode(turns)) if s]
-    assert ours.decode(scored) == "Red.\n\nOr 紅.<|im_end|>"
+    assert tokenizer.decode(scored) == "Red.\n\nOr 紅.<|im_end|>"
 
 
 def test_templates_from_files(tmp_path, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_damaged_chat_json_is_refused(tmp_path, change, message):
     assert message in str(refused.value)
 
 
-# ---- what a context holds
+# ---- fitting a context
 
 
 def conversation_of(draw, exchanges):
@@ -177,8 +177,8 @@ def conversation_of(draw, exchanges):
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_the_latest_turns_are_the_most_that_fit(template):
-    """Against every way to forget whole exchanges from the oldest on."""
+def test_latest_keeps_the_most_turns_that_fit(template):
+    """Against every way to drop whole exchanges, oldest first."""
     draw = random.Random(0)
     chat = ChatFormat.new(TEMPLATES[template], WORDS, 20)
     outcomes = set()
@@ -186,8 +186,8 @@ def test_the_latest_turns_are_the_most_that_fit(template):
         turns = [*conversation_of(draw, draw.randrange(4)), Turn("user", "a" * draw.randrange(6))]
         room = draw.randrange(5, 90)
         system = [turn for turn in turns if turn.role == "system"]
-        rest = turns[len(system) :]
-        ways = [system + rest[start:] for start in range(0, len(rest), 2)]
+        exchanges = turns[len(system) :]
+        ways = [system + exchanges[start:] for start in range(0, len(exchanges), 2)]
         fitting = [way for way in ways if len(chat.prompt(way)) <= room]
         outcomes.add(len(ways) - len(fitting))
         if fitting:
@@ -199,7 +199,7 @@ def test_the_latest_turns_are_the_most_that_fit(template):
 
 
 def test_a_long_conversation_keeps_its_first_responses():
-    """Against every cut after a response, tried one by one."""
+    """Against every cut after a response."""
     draw, chat = random.Random(1), ChatFormat.new(TEMPLATES["chatml"], WORDS, 20)
     turns = [conversation_of(draw, draw.randrange(1, 4)) + [Turn("user", "a")] * draw.randrange(2) for _ in range(200)]
     conversations = [Conversation(tuple(each), "a, line 1", {}) for each in turns]
@@ -208,19 +208,19 @@ def test_a_long_conversation_keeps_its_first_responses():
     for each in turns:
         responses = [i for i, turn in enumerate(each) if turn.role == "assistant"]
         ways = []
-        for last in responses:
-            tokens = chat.prompt(each[:last]) + chat.response(each[last].content)
-            if len(tokens) - 1 <= context:  # that are read
-                ways.append((tokens, sum(len(each[i].content) + 1 for i in responses if i <= last)))
+        for end in responses:
+            tokens = chat.prompt(each[:end]) + chat.response(each[end].content)
+            if len(tokens) - 1 <= context:  # the last token isn't read
+                ways.append((tokens, sum(len(each[i].content) + 1 for i in responses if i <= end)))
         cut += 0 < len(ways) < len(responses)
         dropped += not ways
         examples += ways[-1:]
-    found = encode_conversations(conversations, chat, context)
-    assert [(example.tokens, example.count) for example in found.examples] == examples
-    assert (found.cut, found.dropped) == (cut, dropped) and cut > 10 and dropped > 10
+    encoded = encode_conversations(conversations, chat, context)
+    assert [(example.tokens, example.count) for example in encoded.examples] == examples
+    assert (encoded.cut, encoded.dropped) == (cut, dropped) and cut > 10 and dropped > 10
 
 
-def test_a_text_without_tokens_names_its_row(tmp_path):
+def test_an_unknown_character_is_named_with_its_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "X"}\n')
     chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, 15)
     with pytest.raises(UserError, match=r"a.jsonl, line 2: the character 'X'"):
@@ -240,17 +240,17 @@ MESSAGES = [turn._asdict() for turn in (SYSTEM, ASK, SAY)]
 QUESTION = {"messages": MESSAGES[:2]}
 
 
-def test_conversations_and_prompts_of_both_forms(tmp_path):
+def test_conversations_and_prompts_in_both_forms(tmp_path):
     rows = [
         {"messages": MESSAGES, "source": "x"},
         {"prompt": "ab", "response": "cde", "system": "f"},
         {"prompt": "ab", "response": "", "system": ""},
         {"prompt": 7, "response": 1.5},
     ]
-    first, second, third, fourth = read(read_conversations, tmp_path, *rows)
-    assert first.turns == second.turns == (SYSTEM, ASK, SAY) and first.row == rows[0]
-    assert third.turns == (ASK, Turn("assistant", "")) and fourth.turns[0].content == "7"
-    assert second.place == f"{tmp_path}/rows.jsonl, line 2"
+    messages, with_system, empty, numeric = read(read_conversations, tmp_path, *rows)
+    assert messages.turns == with_system.turns == (SYSTEM, ASK, SAY) and messages.row == rows[0]
+    assert empty.turns == (ASK, Turn("assistant", "")) and numeric.turns[0].content == "7"
+    assert with_system.place == f"{tmp_path}/rows.jsonl, line 2"
     prompts = read(read_prompts, tmp_path, *rows, QUESTION, {"prompt": "ab"})
     assert [each.turns for each in prompts[:2]] == [(SYSTEM, ASK)] * 2 == [prompts[4].turns] * 2
     assert prompts[5].turns == (ASK,) and prompts[5].row == {"prompt": "ab"}
@@ -267,10 +267,10 @@ def test_rankings(tmp_path):
         {"prompt": "ab", "responses": ["c", "d", "e"], "ranks": [2, 1, 2]},
         {"prompt": "ab", "responses": ["c", "d"], "ranks": [0.5, 0.5]},
     ]
-    first, second, third, fourth = read(read_rankings, tmp_path, *rows)
-    assert first.turns == (SYSTEM, ASK) and first.responses == ("c", "d") and first.pairs() == [(0, 1)]
-    assert second.pairs() == [(0, 1), (0, 2), (1, 2)]
-    assert third.pairs() == [(1, 0), (1, 2)] and fourth.pairs() == []
+    pair, ordered, with_ties, tie = read(read_rankings, tmp_path, *rows)
+    assert pair.turns == (SYSTEM, ASK) and pair.responses == ("c", "d") and pair.pairs() == [(0, 1)]
+    assert ordered.pairs() == [(0, 1), (0, 2), (1, 2)]
+    assert with_ties.pairs() == [(1, 0), (1, 2)] and tie.pairs() == []
     table = "prompt,chosen,rejected\nab,c,d\n"
     assert read(read_rankings, tmp_path, table, name="a.csv")[0].pairs() == [(0, 1)]
 
@@ -316,7 +316,7 @@ def test_a_bad_row_is_named(tmp_path, reader, row, message):
     assert str(refused.value).startswith(f"{tmp_path}/rows.jsonl, line 2: ") and message in str(refused.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_missing_empty_and_unsupported_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="holds no examples"):
         read(read_conversations, tmp_path)
     with pytest.raises(UserError, match="there is no file"):
@@ -328,7 +328,7 @@ def test_files_that_are_none(tmp_path):
 # ---- batches
 
 
-def test_rows_are_packed_whole_and_never_overfilled():
+def test_packing_keeps_conversations_whole_and_never_overfills():
     draw = random.Random(0)
     for _ in range(200):
         size = draw.randrange(5, 30)
@@ -337,18 +337,18 @@ def test_rows_are_packed_whole_and_never_overfilled():
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         filled = [sum(lengths[i] for i in row) for row in rows]
         assert max(filled) <= size
-        # of rows half full or less there is one at most: the second would have gone into the first
+        # at most one row is half full or less: a second would have gone into the first
         assert sum(2 * each <= size for each in filled) <= 1
     assert packed_rows([3, 4, 2, 5], 7) == [[3, 2], [1, 0]]
 
 
 def examples_of(draw, count, vocab, longest):
-    found = []
+    examples = []
     for _ in range(count):
         length = draw.randrange(2, longest + 2)
         scored = [False, *(draw.random() < 0.6 for _ in range(length - 1))]
-        found.append(EncodedConversation([draw.randrange(vocab) for _ in range(length)], scored))
-    return found
+        examples.append(EncodedConversation([draw.randrange(vocab) for _ in range(length)], scored))
+    return examples
 
 
 def test_a_batch_by_hand():
@@ -356,9 +356,9 @@ def test_a_batch_by_hand():
         EncodedConversation([1, 2, 3], [False, True, False]),
         EncodedConversation([4, 5, 6, 7], [False, False, True, True]),
     ]
-    tokens, targets = conversation_batch(examples, None)
+    tokens, targets, _, _ = conversation_batch(examples, None)
     assert tokens.tolist() == [[1, 2, 0], [4, 5, 6]] and targets.tolist() == [[2, -1, -1], [-1, 6, 7]]
-    tokens, targets, documents = conversation_batch([*examples, EncodedConversation([8, 9], [False, True])], 5)
+    tokens, targets, documents, _ = conversation_batch([*examples, EncodedConversation([8, 9], [False, True])], 5)
     assert tokens.tolist() == [[4, 5, 6, 1, 2], [8, 0, 0, 0, 0]]
     assert targets.tolist() == [[-1, 6, 7, 2, -1], [9, -1, -1, -1, -1]]
     assert documents.tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]]
@@ -381,7 +381,7 @@ GENERATIONS = {
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_packing_changes_no_loss_and_no_gradient(generation, checkpointing):
-    """Packed, padded, and each conversation alone, in float64."""
+    """Packed, padded and one by one, in float64."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(24, 11, 4, 4, 16, **GENERATIONS[generation])).double()
     for parameter in model.parameters():
@@ -396,35 +396,35 @@ def test_packing_changes_no_loss_and_no_gradient(generation, checkpointing):
         gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
         return total, sum(loss.count for loss in losses), [g for g in gradients if g is not None]
 
-    alone = outcome(*(conversation_batch([example], None) for example in examples))
-    assert alone[1] == sum(example.count for example in examples)
+    singly = outcome(*(conversation_batch([example], None) for example in examples))
+    assert singly[1] == sum(example.count for example in examples)
     for together in (outcome(conversation_batch(examples, 24)), outcome(conversation_batch(examples, None))):
-        torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(together, singly, rtol=1e-9, atol=1e-11)
 
 
-# ---- a conversation that goes on
+# ---- dialogues
 
 
-def say(answer, chat, text):
+def write_answer(answer, chat, text):
     for token in chat.response(text):
         answer.add(token, 0.0, 0.0)
 
 
-def test_a_dialogue_goes_on_and_forgets(capsys):
+def test_a_dialogue_continues_and_forgets(capsys):
     chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, 15)
     dialogue = Dialogue(chat, context=30, max_new_tokens=10, system="f")
     assert dialogue.room == 20 and Dialogue(chat, 30, 500).room == 15
     answer = dialogue.ask("ab")
     assert answer.prompt_tokens == chat.prompt([SYSTEM, ASK]) and answer.prompt == "ab"
-    say(answer, chat, "cde")
+    write_answer(answer, chat, "cde")
     assert answer.text == "cde" and answer.ended and answer.tokens == chat.response("cde")
     assert dialogue.turns == [SYSTEM, ASK, SAY]
-    second = dialogue.ask("e")
-    assert second.prompt_tokens == chat.prompt([SYSTEM, ASK, SAY, Turn("user", "e")])
-    second.add(3, 0.0, 0.0)  # and no more: it was interrupted
+    answer_2 = dialogue.ask("e")
+    assert answer_2.prompt_tokens == chat.prompt([SYSTEM, ASK, SAY, Turn("user", "e")])
+    answer_2.add(3, 0.0, 0.0)  # then it is interrupted
     assert not capsys.readouterr().err
-    third = dialogue.ask("aaaaaa")  # 23 tokens with all that went before
-    assert third.prompt_tokens == chat.prompt(
+    answer_3 = dialogue.ask("aaaaaa")  # 23 tokens with the whole history
+    assert answer_3.prompt_tokens == chat.prompt(
         [SYSTEM, Turn("user", "e"), Turn("assistant", "c"), Turn("user", "aaaaaa")]
     )
     assert capsys.readouterr().err == "dropped the oldest turns: the context is 30 tokens\n"
@@ -436,23 +436,23 @@ def test_a_dialogue_goes_on_and_forgets(capsys):
         with pytest.raises(UserError, match=message):
             dialogue.ask(text)
         assert dialogue.turns == before
-    say(third, chat, "cdecde")
-    assert len(dialogue.ask("a" * 16).prompt_tokens) == 20 and not capsys.readouterr().err  # it is told once
+    write_answer(answer_3, chat, "cdecde")
+    assert len(dialogue.ask("a" * 16).prompt_tokens) == 20 and not capsys.readouterr().err  # reported once
     with pytest.raises(UserError, match="take 20 of the 20 tokens for a prompt"):
         Dialogue(chat, 30, 10, system="f" * 17)
     with pytest.raises(UserError, match="the character 'X'"):
         Dialogue(chat, 30, 10, system="X")
 
 
-def test_an_answer_stands_by_itself(sentencepiece_model):
-    """Some tokenizers drop the space before a text's first word, which is none after a prompt."""
+def test_an_answer_is_decoded_separately_from_its_prompt(sentencepiece_model):
+    """Some tokenizers drop the space before a text's first word, but not after a prompt."""
     chat = ChatFormat.new(TEMPLATES["markers"], SentencePieceTokenizer(sentencepiece_model), 80)
     answer = Dialogue(chat, 64, 16).ask("2 times 3")
-    say(answer, chat, "is 6 times 1")
+    write_answer(answer, chat, "is 6 times 1")
     assert answer.text == "is 6 times 1" == chat.decode(answer.tokens)
 
 
-def test_an_answer_may_end_with_the_document_or_the_stop_text():
+def test_an_answer_ends_at_end_of_text_or_the_stop_text():
     tokenizer = BPETokenizer.train([], 257)
     chat = ChatFormat.new(TEMPLATES["markers"], tokenizer, 257)
     answer = Dialogue(chat, 64, 16).ask("hello", stop="stop")

@@ -1,4 +1,5 @@
-"""What a corpus and a benchmark share: every rule of the three papers by hand, and all against slow references."""
+"""Overlap of a corpus with benchmarks: every rule of the three papers by hand, and everything against slow
+references."""
 
 import json
 import os
@@ -74,7 +75,7 @@ def written(path, key="text"):
 
 @pytest.fixture
 def clean(tmp_path):
-    """Documents without what they share with items, and the report."""
+    """Cleans documents; returns the remaining text and the report."""
 
     def call(documents, items=(ITEM,), workers=1):
         output = tmp_path / "clean.jsonl"
@@ -86,7 +87,7 @@ def clean(tmp_path):
 
 @pytest.fixture
 def overlap(tmp_path):
-    """Lines of the report on items, and the counts."""
+    """Compares items with documents; returns the report's lines and counts."""
 
     def call(documents, *items, files=None, **kwargs):
         output = tmp_path / "overlap.jsonl"
@@ -98,7 +99,7 @@ def overlap(tmp_path):
 
 
 def filler(size, seed=0):
-    """Text of `size` characters that no item has."""
+    """Text of `size` characters that occurs in no item."""
     rng = random.Random(seed)
     text = " ".join("".join(rng.choices("bcdfg", k=rng.randint(3, 9))) for _ in range(size))[:size]
     return text[:-1] + "b"
@@ -107,10 +108,10 @@ def filler(size, seed=0):
 # The filter
 
 
-def test_a_shared_ngram_goes_with_200_characters_on_each_side(clean):
+def test_a_shared_ngram_is_removed_with_200_characters_on_each_side(clean):
     before, after = filler(1000, 1), filler(700, 2)
-    kept, report = clean([f"{before} {ITEM} {after}", "short, and stays"])
-    assert kept == [before[:-199], after[199:], "short, and stays"]
+    texts, report = clean([f"{before} {ITEM} {after}", "short and kept"])
+    assert texts == [before[:-199], after[199:], "short and kept"]
     assert report["documents"] == {"read": 2, "unchanged": 1, "cut": 1, "dropped": 0, "left_without_pieces": 0}
     assert report["pieces"] == {"kept": 2, "too_short": 0}
     assert report["characters"]["removed"] == len(ITEM) + 400
@@ -129,14 +130,14 @@ def test_a_shared_ngram_goes_with_200_characters_on_each_side(clean):
         "“" + ITEM.title().replace(" ", ", ") + "?!”",
     ],
 )
-def test_case_punctuation_and_white_space_make_no_difference(clean, spelled):
+def test_case_punctuation_and_white_space_are_ignored(clean, spelled):
     before, after = filler(500, 1), filler(500, 2)
-    kept, _ = clean([f"{before} {spelled} {after}"])
-    assert kept == [before[:-199], after[199:]]
+    texts, _ = clean([f"{before} {spelled} {after}"])
+    assert texts == [before[:-199], after[199:]]
 
 
 @pytest.mark.parametrize("spelled", [ITEM.replace("quick", "qu ick"), ITEM.replace("fox", "f€x"), ITEM[4:], ITEM[:-5]])
-def test_other_words_and_twelve_of_them_make_one(clean, spelled):
+def test_different_words_or_only_twelve_are_kept(clean, spelled):
     text = f"{filler(500)} {spelled} {filler(500)}"
     assert clean([text])[0] == [text]
 
@@ -144,61 +145,61 @@ def test_other_words_and_twelve_of_them_make_one(clean, spelled):
 def test_a_longer_overlap_is_one_cut(clean):
     item = " ".join(f"w{n}" for n in range(40))
     before, after = filler(500, 1), filler(500, 2)
-    kept, report = clean([f"{before} {item} {after}"], [item])
-    assert kept == [before[:-199], after[199:]] and report["ngrams"]["found"] == 28
+    texts, report = clean([f"{before} {item} {after}"], [item])
+    assert texts == [before[:-199], after[199:]] and report["ngrams"]["found"] == 28
 
 
 @pytest.mark.parametrize("between", [1, 399, 400, 401, 599, 600, 601])
-def test_neighbouring_cuts_overlap_touch_or_leave_a_piece(clean, between):
+def test_a_piece_between_cuts_is_kept_from_200_characters(clean, between):
     before, middle, after = filler(500, 1), " " + filler(between, 3)[1:-1] + " ", filler(500, 2)
     middle = middle if between > 1 else " "
     assert len(middle) == between
-    kept, report = clean([f"{before} {ITEM}{middle}{ITEM} {after}"])
+    texts, report = clean([f"{before} {ITEM}{middle}{ITEM} {after}"])
     expected = [before[:-199], after[199:]]
     if between >= 600:
         expected.insert(1, middle[200:-200])
-    assert kept == expected
+    assert texts == expected
     assert report["pieces"] == {"kept": len(expected), "too_short": int(400 < between < 600)}
 
 
-def test_overlaps_at_the_ends_of_a_document_leave_one_piece_or_none(clean):
+def test_overlaps_at_the_ends_of_a_document_leave_at_most_one_piece(clean):
     text = filler(500)
-    kept, report = clean([f"{ITEM} {text}", f"{text} {ITEM}", ITEM, f"a {ITEM} b"])
-    assert kept == [text[199:], text[:-199]]
+    texts, report = clean([f"{ITEM} {text}", f"{text} {ITEM}", ITEM, f"a {ITEM} b"])
+    assert texts == [text[199:], text[:-199]]
     assert report["documents"]["left_without_pieces"] == 2 and report["pieces"]["too_short"] == 0
 
 
-@pytest.mark.parametrize(("size", "stays"), [(199, False), (200, True)])
-def test_pieces_shorter_than_200_characters_go(clean, size, stays):
-    kept, report = clean([filler(size + 199) + " " + ITEM])
-    assert [len(text) for text in kept] == [size] * stays
-    assert report["pieces"] == {"kept": int(stays), "too_short": int(not stays)}
+@pytest.mark.parametrize(("size", "long_enough"), [(199, False), (200, True)])
+def test_pieces_shorter_than_200_characters_are_dropped(clean, size, long_enough):
+    texts, report = clean([filler(size + 199) + " " + ITEM])
+    assert [len(text) for text in texts] == [size] * long_enough
+    assert report["pieces"] == {"kept": int(long_enough), "too_short": int(not long_enough)}
 
 
 @pytest.mark.parametrize("pieces", [9, 10, 11])
-@pytest.mark.parametrize("size", [401, 700])  # between overlaps: pieces of one character, and of 300
-def test_documents_in_more_than_ten_pieces_go_short_pieces_counted(clean, pieces, size):
+@pytest.mark.parametrize("size", [401, 700])  # leaves pieces of 1 or 300 characters between overlaps
+def test_documents_in_more_than_ten_pieces_are_dropped(clean, pieces, size):
     middle = f" {filler(size - 2)} "
     text = filler(500) + " " + (ITEM + middle) * (pieces - 2) + ITEM + " " + filler(500)
-    kept, report = clean([text])
+    texts, report = clean([text])
     assert report["documents"]["dropped"] == int(pieces > 10)
-    assert len(kept) == (0 if pieces > 10 else 2 if size == 401 else pieces)
+    assert len(texts) == (0 if pieces > 10 else 2 if size == 401 else pieces)
 
 
 @pytest.mark.parametrize("documents", [10, 11])
-def test_ngrams_of_more_than_ten_documents_stay(clean, documents):
+def test_ngrams_in_more_than_ten_documents_are_kept(clean, documents):
     texts = [f"{filler(500, n)} {ITEM} {ITEM} {filler(500, n + 100)}" for n in range(documents)]
-    kept, report = clean(texts)
+    cleaned, report = clean(texts)
     assert report["ngrams"]["ignored"] == int(documents > 10)
-    assert kept == texts if documents > 10 else len(kept) == 20
+    assert cleaned == texts if documents > 10 else len(cleaned) == 20
     assert report["files"][0]["documents"] == (0 if documents > 10 else 10)
 
 
-def test_a_common_ngram_beside_a_rare_one_goes_only_where_they_overlap(clean):
+def test_a_common_ngram_is_removed_only_where_it_overlaps_a_rare_one(clean):
     item = ITEM + " hill"  # two n-grams; the first is common
     texts = [f"{filler(300, n)} {ITEM} {filler(300, n + 50)}" for n in range(10)]
-    kept, report = clean([*texts, f"{filler(500, 98)} {item} {filler(500, 99)}"], [item])
-    assert kept == [*texts, filler(500, 98)[: -199 + 4], filler(500, 99)[199:]]
+    cleaned, report = clean([*texts, f"{filler(500, 98)} {item} {filler(500, 99)}"], [item])
+    assert cleaned == [*texts, filler(500, 98)[: -199 + 4], filler(500, 99)[199:]]
     assert report["ngrams"] == {"words": 13, "different": 2, "found": 2, "ignored": 1}
 
 
@@ -215,7 +216,7 @@ def test_the_report_counts_by_file(tmp_path):
     assert [entry["file"] for entry in report["files"]] == ["0.jsonl", "1.jsonl", "2.jsonl"]
 
 
-def test_without_an_item_long_enough_there_is_nothing_to_look_for(clean):
+def test_items_that_are_all_too_short_are_refused(clean):
     with pytest.raises(UserError, match="no item has 13 words"):
         clean(["a"], ["one two three"])
 
@@ -224,8 +225,8 @@ texts = st.lists(st.text("ab,.A’ \n", max_size=60) | st.text(max_size=20), max
 
 
 @settings(max_examples=80, deadline=None)
-@given(texts, texts.map(lambda more: [*more, "a b a"]))
-def test_the_filter_does_what_a_slow_one_does(documents, items):
+@given(texts, texts.map(lambda items: [*items, "a b a"]))
+def test_the_filter_equals_a_slow_one(documents, items):
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "clean.jsonl"
         report = decontaminate(corpus_of(folder, documents), items_of(*items), SMALL, output, 1)
@@ -236,15 +237,15 @@ def test_the_filter_does_what_a_slow_one_does(documents, items):
 
 
 @given(st.integers(0, 60), st.sets(st.integers(0, 59)), st.integers(1, 9), st.integers(0, 9))
-def test_pieces_are_what_no_cut_covers(length, starts, size, window):
+def test_pieces_are_the_uncut_characters(length, starts, size, window):
     hits = [(start, start + size) for start in sorted(starts) if start + size <= length]
-    left = set(range(length)) - {n for a, b in hits for n in range(a - window, b + window)}
+    uncut = set(range(length)) - {n for a, b in hits for n in range(a - window, b + window)}
     pieces = pieces_of(length, hits, window)
-    assert [n for a, b in pieces for n in range(a, b)] == sorted(left)
+    assert [n for a, b in pieces for n in range(a, b)] == sorted(uncut)
     assert all(a < b for a, b in pieces) and all(b < c for (_, b), (c, _) in zip(pieces, pieces[1:]))
 
 
-def test_processes_blocks_and_forgotten_words_change_nothing(tmp_path, monkeypatch):
+def test_processes_block_sizes_and_caches_change_nothing(tmp_path, monkeypatch):
     rng = random.Random(3)
     documents = [" ".join(rng.choices("abc,", k=rng.randint(0, 300))) for _ in range(60)]
     items = items_of(*(" ".join(rng.choices("abc", k=14)) for _ in range(300)), files=[0] * 100 + [1] * 200)
@@ -264,12 +265,12 @@ def test_processes_blocks_and_forgotten_words_change_nothing(tmp_path, monkeypat
     assert results[0] == results[1] == results[2] and results[0][0][0]["documents"]["cut"]
 
 
-def test_a_killed_process_is_one_sentence(tmp_path):
+def test_a_killed_process_is_reported_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="lack of memory: --workers=1 needs less"):
         list(contamination._each_batch(corpus_of(tmp_path, ["a"]), lambda texts: os._exit(9), 2, "ending"))
 
 
-def test_what_stops_a_run_leaves_no_file(tmp_path, monkeypatch):
+def test_an_interruption_leaves_no_file(tmp_path, monkeypatch):
     corpus, items = corpus_of(tmp_path, [filler(300), ITEM]), items_of(ITEM)
 
     def stop(*args, **kwargs):
@@ -283,7 +284,7 @@ def test_what_stops_a_run_leaves_no_file(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
-def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
+def test_an_input_that_can_be_read_only_once_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError, match="pipe is not a file that can be read twice"):
         decontaminate(Files([tmp_path / "pipe"], "text"), items_of(ITEM), FilterSettings(), tmp_path / "a.jsonl")
@@ -292,7 +293,7 @@ def test_an_input_that_cannot_be_read_twice_is_refused(tmp_path):
 # Words, characters and windows of them
 
 
-def test_a_word_is_lowercase_and_without_punctuation():
+def test_words_are_lowercase_without_punctuation():
     spelled = ["Don't", "«ÉTÉ»!", "3.5%", "$5", "a_b", "—", "...", "¿Qué?", "x²", "日本。", "€", "e\u0301"]
     assert [word_of(token) for token in spelled] == [
         *("dont", "été", "35", "5", "ab", "", "", "qué", "x²", "日本", "€", "e\u0301")
@@ -300,7 +301,7 @@ def test_a_word_is_lowercase_and_without_punctuation():
 
 
 @given(st.text())
-def test_words_are_those_of_a_slow_reading(text):
+def test_words_equal_a_slow_implementation(text):
     vocabulary = Vocabulary()
     sequences = words_of([text, "", text], vocabulary)
     names = {number: word for word, number in vocabulary.words.items()}
@@ -312,7 +313,7 @@ def test_words_are_those_of_a_slow_reading(text):
     assert vocabulary == pickle.loads(pickle.dumps(vocabulary))
 
 
-def test_long_strings_of_data_are_compared_and_not_remembered(clean):
+def test_long_strings_are_compared_but_not_cached(clean):
     vocabulary, data = Vocabulary(), "0123456789abcdef" * 1000
     assert words_of([f"a {data} a {data}", "b"], vocabulary).numbers.tolist() == [1, 2, 1, 2, 0, 3, 0]
     assert list(vocabulary) == ["a", "b"]
@@ -321,7 +322,7 @@ def test_long_strings_of_data_are_compared_and_not_remembered(clean):
     assert clean([f"{filler(500)} {item}"], [item])[0] == [filler(500)[:-199]]
 
 
-def test_batches_are_bounded_even_of_empty_documents(tmp_path, monkeypatch):
+def test_batches_of_empty_documents_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(contamination, "BATCH", 640)
     corpus = corpus_of(tmp_path, [""] * 25 + ["x" * 5000, "y"])
     assert [(len(texts), size) for texts, size in contamination._batches(corpus)] == [(10, 640)] * 2 + [
@@ -330,37 +331,37 @@ def test_batches_are_bounded_even_of_empty_documents(tmp_path, monkeypatch):
     ]
 
 
-def test_every_mark_of_punctuation_goes():
+def test_all_punctuation_is_removed():
     marks = [chr(n) for n in range(0x110000) if unicodedata.category(chr(n)).startswith("P")]
     assert word_of("".join(marks) + string.punctuation) == "" and len(marks) > 800
 
 
 @given(st.text())
-def test_letters_are_those_of_a_slow_reading(text):
+def test_letters_equal_a_slow_implementation(text):
     assert "".join(map(chr, letters_of(text))) == slow_letters(text)
 
 
 @pytest.mark.parametrize("block", [1, 5, 2**16])
 @pytest.mark.parametrize("length", [1, 2, 13, 50])
-def test_windows_are_found_where_they_are(monkeypatch, block, length):
+def test_windows_are_found_at_every_occurrence(monkeypatch, block, length):
     monkeypatch.setattr(contamination, "BLOCK", block)
     rng = np.random.default_rng(length)
-    held = rng.integers(1, 3, 300).astype(np.int32)
-    other = np.concatenate((rng.integers(0, 3, 200), held[100:180], rng.integers(1, 3, 50), held[-60:])).astype(
-        np.int32
-    )
+    indexed = rng.integers(1, 3, 300).astype(np.int32)
+    searched = np.concatenate(
+        (rng.integers(0, 3, 200), indexed[100:180], rng.integers(1, 3, 50), indexed[-60:])
+    ).astype(np.int32)
     starts = np.sort(rng.choice(300 - length + 1, 60, replace=False))
-    index = WindowIndex(held, starts, length)
-    windows = [tuple(held[start : start + length]) for start in starts]
+    index = WindowIndex(indexed, starts, length)
+    windows = [tuple(indexed[start : start + length]) for start in starts]
     assert index.count == len(set(windows))
     number_of = dict(zip(windows, index.numbers.tolist()))
     assert len(set(number_of.values())) == index.count and len(set(zip(windows, index.numbers))) == index.count
-    found = [(at, number_of.get(tuple(other[at : at + length]))) for at in range(len(other) - length + 1)]
-    places, numbers = index.find(other)
-    assert list(zip(places.tolist(), numbers.tolist())) == [pair for pair in found if pair[1] is not None] != []
+    expected = [(at, number_of.get(tuple(searched[at : at + length]))) for at in range(len(searched) - length + 1)]
+    places, numbers = index.find(searched)
+    assert list(zip(places.tolist(), numbers.tolist())) == [pair for pair in expected if pair[1] is not None] != []
 
 
-def test_an_accident_of_hashes_counts_for_nothing(monkeypatch):
+def test_hash_collisions_have_no_effect(monkeypatch):
     mixed = contamination._mixed
     monkeypatch.setattr(contamination, "_mixed", lambda numbers, seed: mixed(numbers, seed) * np.uint64(seed > 0))
     one = WindowIndex(np.array([1, 2, 3], np.int32), np.array([0]), 3)
@@ -385,7 +386,7 @@ def test_n_by_hand():
     assert words_compared([8, *[14] * 10]) == 11
 
 
-def test_an_item_is_dirty_if_the_corpus_has_n_words_of_it(overlap):
+def test_an_item_is_dirty_if_n_of_its_words_are_in_the_corpus(overlap):
     ten = [" ".join(f"{name}{n}" for n in range(10)) for name in "abcdef"]
     corpus = [
         f"X {ten[0]} y".upper(),
@@ -417,7 +418,7 @@ def test_every_file_has_its_own_n(overlap):
 
 
 @pytest.mark.parametrize("rate", [1e-2, 1e-4])
-def test_the_filter_has_all_that_was_added_and_little_else(rate):
+def test_the_bloom_filter_has_all_keys_and_few_false_positives(rate):
     size = int(2**25 / (-np.log(rate / 2) / np.log(2) ** 2))  # full, at the smallest size
     keys = np.random.default_rng(0).integers(0, 2**63, 2 * size + 2**20, dtype=np.uint64)
     bloom = BloomFilter(size, rate)
@@ -430,7 +431,7 @@ def test_the_filter_has_all_that_was_added_and_little_else(rate):
     assert wrong <= rate * 2**20 and wrong >= rate * 2**20 / 8
 
 
-def test_one_in_a_hundred_million_is_none_in_a_million():
+def test_a_million_keys_give_no_false_positive_at_the_default_rate():
     keys = np.random.default_rng(2).integers(0, 2**63, 1_300_000, dtype=np.uint64)
     bloom = BloomFilter(300_000)
     bloom.add(keys[:300_000])
@@ -449,7 +450,7 @@ def test_the_percentage_counts_every_8_gram_of_letters_and_digits(overlap):
 
 
 @given(st.lists(st.text("ab1_.A é\n", max_size=60), max_size=5))
-def test_keys_are_equal_where_8_grams_are(texts):
+def test_keys_are_equal_exactly_where_8_grams_are(texts):
     keys, owners = filter_keys(texts)
     expected = [(number, gram) for number, text in enumerate(texts) for gram in slow_eights(text)]
     assert owners.tolist() == [number for number, _ in expected]
@@ -460,7 +461,7 @@ def test_keys_are_equal_where_8_grams_are(texts):
 # GPT-4's substrings
 
 
-def test_substrings_are_three_of_50_characters_from_different_places():
+def test_substrings_are_three_of_50_characters_at_different_places():
     letters = np.arange(1, 301)
     for seed in map(str, range(100)):
         chosen = substrings_of(letters, seed)
@@ -473,7 +474,7 @@ def test_substrings_are_three_of_50_characters_from_different_places():
     assert [part.tolist() for part in substrings_of(letters[:49], "")] == [letters[:49].tolist()]
 
 
-def test_spaces_and_symbols_make_no_difference_but_case_and_letters_do(overlap):
+def test_spaces_and_symbols_are_ignored_but_case_and_letters_count(overlap):
     item = "It was a bright cold day in April, and the clocks were striking thirteen (13)."
     whole = f"He wrote: “{item}”"
     for corpus, expected in (
@@ -494,34 +495,36 @@ def test_a_short_item_is_compared_whole_and_one_without_letters_is_clean(overlap
     assert [line["gpt4_contaminated"] for line in lines] == [True, False, True, False, False, False, False]
 
 
-def test_what_is_drawn_depends_on_the_item_and_the_seed_alone(overlap):
+def test_the_drawn_substrings_depend_only_on_item_and_seed(overlap):
     rng = random.Random(0)
     items = ["".join(rng.choices("abcdefgh", k=150)) for _ in range(40)]
-    corpus = [item[:75] for item in items]  # some substrings lie in it
-    first = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"])[0]]
-    again = [line["gpt4_contaminated"] for line in overlap(corpus, *items[::-1], methods=["gpt4"])[0]][::-1]
-    other = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"], seed=1)[0]]
-    assert first == again != other and 5 < sum(first) < 39
+    corpus = [item[:75] for item in items]  # contains some of the substrings
+    results = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"])[0]]
+    reversed_results = [line["gpt4_contaminated"] for line in overlap(corpus, *items[::-1], methods=["gpt4"])[0]][::-1]
+    other_seed = [line["gpt4_contaminated"] for line in overlap(corpus, *items, methods=["gpt4"], seed=1)[0]]
+    assert results == reversed_results != other_seed and 5 < sum(results) < 39
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts, texts.map(lambda more: [*more, "a"]))
-def test_the_report_says_what_a_slow_one_does(documents, items):
+@given(texts, texts.map(lambda items: [*items, "a"]))
+def test_the_report_equals_a_slow_one(documents, items):
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "overlap.jsonl"
         report = measure(corpus_of(folder, documents), items_of(*items), output, workers=1)
         lines = [json.loads(line) for line in output.read_text().splitlines()]
-    held = [[word for word, _, _ in slow_words(text)] for text in documents]
+    document_words = [[word for word, _, _ in slow_words(text)] for text in documents]
     words = [[word for word, _, _ in slow_words(text)] for text in items]
     letters = [slow_letters(text) for text in documents]
     eights = {gram for text in documents for gram in slow_eights(text)}
     n = words_compared([len(part) for part in words])
     assert report["files"][0]["gpt3"]["words"] == n and len(lines) == len(items)
-    for item, line, mine in zip(items, lines, words):
-        size = min(n, len(mine))
-        grams = {tuple(mine[at : at + size]) for at in range(len(mine) - size + 1)} if mine else set()
-        dirty = any(tuple(part[at : at + size]) in grams for part in held for at in range(len(part) - size + 1))
-        assert line["gpt3_dirty"] == (dirty and bool(mine))
+    for item, line, item_words in zip(items, lines, words):
+        size = min(n, len(item_words))
+        grams = {tuple(item_words[at : at + size]) for at in range(len(item_words) - size + 1)} if item_words else set()
+        dirty = any(
+            tuple(part[at : at + size]) in grams for part in document_words for at in range(len(part) - size + 1)
+        )
+        assert line["gpt3_dirty"] == (dirty and bool(item_words))
         assert line["gpt2_ngrams"] == len(slow_eights(item))
         assert line["gpt2_found"] == sum(gram in eights for gram in slow_eights(item))
         chosen = ["".join(map(chr, part)) for part in substrings_of(letters_of(item), f"0 {item}")]
@@ -563,7 +566,7 @@ def test_items_are_lines_of_json_or_whole_texts(tmp_path):
         ("a.parquet", "", [], "a.parquet: items can only be read from .jsonl and text files"),
     ],
 )
-def test_items_that_are_none_are_named(tmp_path, name, content, fields, sentence):
+def test_bad_items_are_refused_with_file_and_line(tmp_path, name, content, fields, sentence):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError) as error:
         read_items([tmp_path / name], fields)

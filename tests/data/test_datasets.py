@@ -1,6 +1,7 @@
-"""Token files, the training order and the windows of an evaluation."""
+"""Token files, the training order and evaluation windows."""
 
 import itertools
+import os
 import threading
 
 import numpy as np
@@ -18,7 +19,7 @@ from gpt_arc.errors import UserError
 from helpers import write_dataset, write_tokens
 
 
-def test_header_and_width_are_llm_c_s(tmp_path):
+def test_token_files_have_llm_c_s_header_and_width(tmp_path):
     for name, vocab, magic, version, dtype in (
         ("a", 65_536, 20240520, 1, "<u2"),
         ("b", 65_537, 20240801, 7, "<u4"),
@@ -31,7 +32,7 @@ def test_header_and_width_are_llm_c_s(tmp_path):
         assert np.frombuffer(content[1024:], dtype=dtype).tolist() == tokens.tolist()
 
 
-def test_ids_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path):
+def test_ids_outside_the_vocabulary_are_refused_and_nothing_is_written(tmp_path):
     for wrong in (-1, 10, 70_000):
         with pytest.raises(UserError, match=f"the token id {wrong} lies outside the vocabulary of 10"):
             write_tokens(tmp_path / "x.bin", np.array([1, wrong, 2]), 10)
@@ -49,7 +50,7 @@ def test_shards_read_as_one_sequence(tmp_path):
         assert files.read(start, count).tolist() == tokens[start : start + count].tolist()
 
 
-def test_a_split_is_a_word_of_the_name(tmp_path):
+def test_a_split_is_named_by_a_word_of_the_file_name(tmp_path):
     for name in ("medieval_train_0", "medieval_val_0", "val", "fineweb_val_000001", "val2"):
         write_tokens(tmp_path / f"{name}.bin", np.zeros(3, int), 10)
     names = [path.stem for path in TokenFiles(tmp_path, "val").paths]
@@ -98,17 +99,17 @@ def test_permute_is_a_permutation(size, key):
 
 @pytest.mark.parametrize("size", [5, 12, 100])
 def test_permute_shuffles(size):
-    """Every element goes everywhere equally often, and neighbours part: chi-square over 6,000 keys."""
+    """Every element goes everywhere equally often, and neighbours separate: chi-square over 6,000 keys."""
     from scipy.stats import chisquare
 
     keys = 6000
-    where = np.zeros((size, size))
+    counts = np.zeros((size, size))
     steps = np.zeros(size)
     for key in range(keys):
         order = permute(np.arange(size), size, key)
-        where[np.arange(size), order] += 1
+        counts[np.arange(size), order] += 1
         steps[(order[1] - order[0]) % size] += 1
-    assert chisquare(where.ravel()).pvalue > 1e-4
+    assert chisquare(counts.ravel()).pvalue > 1e-4
     assert steps[0] == 0 and chisquare(steps[1:]).pvalue > 1e-4
 
 
@@ -122,7 +123,7 @@ def test_an_epoch_visits_separate_windows_once(tokens, block, seed):
         starts = np.sort(order.starts(epoch * order.per_epoch, order.per_epoch))
         assert starts[0] >= 0 and starts[-1] + block + 1 <= tokens
         assert (np.diff(starts) == block).all()
-        assert order.per_epoch * block > tokens - 1 - 2 * block  # hardly anything is left out
+        assert order.per_epoch * block > tokens - 1 - 2 * block  # less than two blocks are unused
 
 
 def test_the_order_is_a_function_of_seed_and_count():
@@ -131,8 +132,8 @@ def test_the_order_is_a_function_of_seed_and_count():
     pieces = np.concatenate([order.starts(0, 700), order.starts(700, 1), order.starts(701, 1299)])
     assert np.array_equal(whole, pieces)
     assert not np.array_equal(whole, TrainingOrder(10_000, 16, seed=4).starts(0, 2000))
-    first, second = whole[: order.per_epoch], whole[order.per_epoch : 2 * order.per_epoch]
-    assert not np.array_equal(first - first.min(), second - second.min())  # another order
+    epoch_1, epoch_2 = whole[: order.per_epoch], whole[order.per_epoch : 2 * order.per_epoch]
+    assert not np.array_equal(epoch_1 - epoch_1.min(), epoch_2 - epoch_2.min())  # another order
     offsets = {order.starts(e * order.per_epoch, 1)[0] % 16 for e in range(50)}
     assert len(offsets) > 10  # and other offsets
 
@@ -144,23 +145,23 @@ def sums_files(tmp_path, count):
 
 @settings(max_examples=40, deadline=None)
 @given(count=st.integers(2, 300), block=st.integers(1, 40), size=st.integers(1, 7), ranks=st.integers(1, 3))
-def test_the_whole_split_predicts_every_token_but_the_first_once(tmp_path_factory, count, block, size, ranks):
+def test_the_whole_split_predicts_every_token_except_the_first_once(tmp_path_factory, count, block, size, ranks):
     files = sums_files(tmp_path_factory.mktemp("val"), count)
     starts = evaluation_starts(count, block, 0)
-    seen, lengths = [], []
+    predicted, lengths = [], []
     for rank in range(ranks):
-        own = list(evaluation_batches(files, starts, size, block, rank, ranks))
-        lengths.append(len(own))
-        for tokens, targets in own:
+        batches = list(evaluation_batches(files, starts, size, block, rank, ranks))
+        lengths.append(len(batches))
+        for tokens, targets in batches:
             assert tokens.shape == targets.shape == (size, block)
             scored = targets >= 0
             assert ((tokens + 1) % 251)[scored].tolist() == targets[scored].tolist()
-            seen += targets[scored].tolist()
-    assert len(set(lengths)) == 1  # or processes would wait for each other for ever
-    assert sorted(seen) == sorted(i % 251 for i in range(1, count))
+            predicted += targets[scored].tolist()
+    assert len(set(lengths)) == 1  # otherwise processes would wait for each other forever
+    assert sorted(predicted) == sorted(i % 251 for i in range(1, count))
 
 
-def test_few_windows_are_fixed_and_evenly_spread():
+def test_a_few_windows_are_fixed_and_evenly_spread():
     starts = evaluation_starts(10_001, 100, 21)
     assert starts[0] == 0 and starts[-1] == 9_900 and set(np.diff(starts)) == {495}
     assert np.array_equal(evaluation_starts(1000, 100, 50), np.arange(0, 999, 100))
@@ -196,7 +197,7 @@ def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
 
 
 def mixture(tmp_path, sizes, weights):
-    """A split of several datasets of distinct tokens, each number being the dataset's."""
+    """A split of several datasets; each dataset's tokens are all its own number."""
     for i, size in enumerate(sizes):
         (tmp_path / str(i)).mkdir(exist_ok=True)
         write_tokens(tmp_path / str(i) / "train.bin", np.full(size, i), 100)
@@ -205,21 +206,21 @@ def mixture(tmp_path, sizes, weights):
 
 
 def test_a_mixture_gives_every_dataset_its_share(tmp_path):
-    """GPT-3's five weights, which sum to 101, over 100,000 windows; and over any stretch of some length."""
+    """GPT-3's five weights, which sum to 101, over 100,000 windows, and over stretches of 10,000."""
     weights = [60, 22, 8, 8, 3]
     split = mixture(tmp_path, [40_000, 3000, 1200, 700, 300], weights)
     starts = split.training_order(16, seed=5).starts(0, 100_000)
     sources = np.searchsorted(split.bounds, starts, side="right") - 1
     share = np.bincount(sources) / 100_000
     assert abs(share - np.array(weights) / 101).max() < 0.0005  # a twentieth of a percentage point
-    for first in (0, 1000, 54_321):
-        near = np.bincount(sources[first : first + 10_000]) / 10_000
-        assert abs(near - np.array(weights) / 101).max() < 0.02
+    for start in (0, 1000, 54_321):
+        nearby = np.bincount(sources[start : start + 10_000]) / 10_000
+        assert abs(nearby - np.array(weights) / 101).max() < 0.02
     tokens, targets = windows(split, starts[:3000], 16)
     assert (tokens == torch.from_numpy(sources[:3000])[:, None]).all() and torch.equal(tokens, targets)
 
 
-def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_through_evenly(tmp_path):
+def test_a_mixture_is_a_function_of_seed_and_count_and_reads_each_dataset_in_order(tmp_path):
     split = mixture(tmp_path, [5000, 900, 333], [2, 1, 1])
     order = split.training_order(16, seed=5)
     whole = order.starts(0, 20_000)
@@ -228,16 +229,16 @@ def test_a_mixture_is_a_function_of_seed_and_count_and_each_dataset_is_gone_thro
     assert not np.array_equal(whole, split.training_order(16, seed=6).starts(0, 20_000))
     sources = np.searchsorted(split.bounds, whole, side="right") - 1
     assert not np.array_equal(sources[: order.CYCLE], sources[order.CYCLE : 2 * order.CYCLE])  # another order
-    for source, own in enumerate(order.orders):
-        seen = whole[sources == source] - split.bounds[source]
-        assert seen.min() >= 0 and seen.max() + 17 <= len(split.parts[source])
-        # after any number of cycles the windows given are those of so many consecutive places in the dataset's order
+    for source, dataset_order in enumerate(order.orders):
+        starts = whole[sources == source] - split.bounds[source]
+        assert starts.min() >= 0 and starts.max() + 17 <= len(split.parts[source])
+        # after any number of cycles, the windows drawn are consecutive places in the dataset's own order
         cycles = 4 * order.CYCLE
-        given = np.sort(whole[:cycles][sources[:cycles] == source]) - split.bounds[source]
-        assert np.array_equal(given, np.sort(own.starts(0, len(given))))
+        drawn = np.sort(whole[:cycles][sources[:cycles] == source]) - split.bounds[source]
+        assert np.array_equal(drawn, np.sort(dataset_order.starts(0, len(drawn))))
 
 
-def test_datasets_of_a_mixture_have_orders_of_their_own(tmp_path):
+def test_each_dataset_of_a_mixture_has_its_own_order(tmp_path):
     first, second = mixture(tmp_path, [5000, 5000], [1, 1]).training_order(16, seed=5).orders
     assert not np.array_equal(first.starts(0, 100), second.starts(0, 100))
 
@@ -254,7 +255,7 @@ def test_evaluation_of_a_mixture_stays_within_each_dataset(tmp_path):
     assert scored == 503 + 307 + 99 - 3
 
 
-def test_a_share_too_small_to_be_given_is_refused(tmp_path):
+def test_a_share_below_a_4096th_is_refused(tmp_path):
     with pytest.raises(UserError, match="less than a 4096th"):
         mixture(tmp_path, [100, 100], [1, 100_000]).training_order(16, 0)
 
@@ -284,7 +285,7 @@ def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separ
         corpus("a").split("train", 4, 2, document_mask=True)
 
 
-def test_a_missing_shard_is_noticed(tmp_path):
+def test_a_missing_shard_is_refused(tmp_path):
     tokenizer = CharTokenizer("ab")
     write_dataset(tmp_path / "d", tokenizer, {"train": np.zeros(90, int), "val": np.zeros(80, int)})
     write_tokens(tmp_path / "d" / "train_000001.bin", np.zeros(50, int), 2)
@@ -310,12 +311,14 @@ def test_training_batches_are_slices_of_one_order(ranks):
     order = TrainingOrder(10_000, 8, seed=3)
     of_ranks = [training_batches(Counting(), order, 24, 8, 2, 8, rank, ranks) for rank in range(ranks)]
     steps = 2
-    micro_batches = [[next(own)[0][:, 0] for _ in range(8 // 2 // ranks)] for _ in range(steps) for own in of_ranks]
-    seen = torch.cat([starts for own in micro_batches for starts in own])
-    assert seen.tolist() == order.starts(24, 8 * steps).tolist()
+    micro_batches = [
+        [next(batches)[0][:, 0] for _ in range(8 // 2 // ranks)] for _ in range(steps) for batches in of_ranks
+    ]
+    starts_read = torch.cat([starts for batches in micro_batches for starts in batches])
+    assert starts_read.tolist() == order.starts(24, 8 * steps).tolist()
 
 
-def test_batches_are_read_ahead_by_one_in_another_thread():
+def test_one_batch_is_read_ahead_in_another_thread():
     read, threads = [], set()
 
     def numbers():
@@ -324,29 +327,29 @@ def test_batches_are_read_ahead_by_one_in_another_thread():
             threads.add(threading.get_ident())
             yield (torch.tensor(number),)
 
-    taken = []
+    yielded = []
     for (number,) in prefetch(numbers(), torch.device("cpu")):
-        taken.append(number.item())
-    assert taken == read == [0, 1, 2, 3] and threads and threading.get_ident() not in threads
-    one = prefetch(numbers(), torch.device("cpu"))
+        yielded.append(number.item())
+    assert yielded == read == [0, 1, 2, 3] and threads and threading.get_ident() not in threads
+    batches = prefetch(numbers(), torch.device("cpu"))
     read.clear()
-    next(one)
-    one.close()
+    next(batches)
+    batches.close()
     assert len(read) <= 2
 
 
-def test_the_thread_that_pins_batches_uses_its_own_process_s_gpu(monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: seen.append((threading.get_ident(), "pinned")) or x)
+def test_the_pinning_thread_uses_its_process_s_gpu(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((threading.get_ident(), device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: calls.append((threading.get_ident(), "pinned")) or x)
     device = torch.device("cuda", 3)
     (batch,) = prefetch(iter([(torch.ones(2), torch.ones(2))]), device)
     assert len(batch) == 2
-    (chose, chosen), *pinned = seen
+    (chose, chosen), *pinned = calls
     assert chosen == device and pinned == [(chose, "pinned")] * 2 and chose != threading.get_ident()
 
 
-def test_what_goes_wrong_while_reading_ahead_is_raised():
+def test_errors_while_reading_ahead_are_raised():
     def failing():
         yield (torch.zeros(1),)
         raise OSError("the disk is gone")
@@ -355,3 +358,44 @@ def test_what_goes_wrong_while_reading_ahead_is_raised():
     next(evaluation_batches)
     with pytest.raises(OSError, match="the disk is gone"):
         next(evaluation_batches)
+
+
+# ---- files that change while they are read
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def replace(path):
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+def overwrite(path):
+    status = path.stat()
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**6))  # file systems with coarse times
+
+
+@pytest.mark.parametrize("change", [truncate, replace, overwrite])
+def test_a_file_that_changes_while_in_use_is_refused(tmp_path, change):
+    for shard in (0, 1):
+        write_tokens(tmp_path / f"train_{shard}.bin", np.arange(100), 1000)
+    files = TokenFiles(tmp_path, "train")
+    assert files.read(90, 40).tolist() == [*range(90, 100), *range(30)]
+    change(tmp_path / "train_1.bin")
+    assert files.read(0, 100).tolist() == list(range(100))
+    for start, count in ((90, 40), (150, 10), (195, 17)):
+        with pytest.raises(UserError, match="train_1.bin was changed or replaced while it was in use"):
+            files.read(start, count)
+    with pytest.raises(UserError, match="train_1.bin was changed"):
+        windows(files, np.array([0, 110]), 8)
+
+
+def test_what_one_call_of_the_system_can_not_read_is_read_in_several(tmp_path, monkeypatch):
+    write_tokens(tmp_path / "train.bin", np.arange(5000), 5000)
+    original = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, count, offset: original(file, min(count, 1000), offset))
+    assert TokenFiles(tmp_path, "train").read(0, 5000).tolist() == list(range(5000))

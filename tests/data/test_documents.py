@@ -1,4 +1,4 @@
-"""Documents out of files and of the hub: the same in every format, from any position on; and what is damaged."""
+"""Documents from files and from the hub: the same in every format and from any position; damage is reported."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ TEXTS = [
     "Zweitens: größer, schöner 🌧 und <|endoftext|>\r\n\twith tabs",
     "  third \n\n with    spaces   \n",
     "x" * 500,
-    *(f"{n} more of them, " * n for n in range(1, 200)),
+    *(f"{n} more of these, " * n for n in range(1, 200)),
 ]
 FORMATS = ["txt", "txt.gz", "txt.zst", "jsonl", "json.gz", "jsonl.zst", "parquet"]
 
@@ -29,13 +29,13 @@ def pack(name, content):
         return gzip.compress(content)
     if name.endswith(".zst"):
         zstandard = pytest.importorskip("zstandard")
-        half = len(content) // 2  # two frames, as parallel compressors write them
+        half = len(content) // 2  # two frames, as parallel compressors write
         return b"".join(zstandard.compress(part) for part in (content[:half], content[half:]))
     return content
 
 
 def write(folder, texts, form):
-    """`texts` as files of a format: in one file, or with txt in one each."""
+    """Writes `texts` in a format: one file each for txt, otherwise one file for all."""
     folder.mkdir(parents=True, exist_ok=True)
     if form == "parquet":
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -51,31 +51,31 @@ def write(folder, texts, form):
 
 
 def read(source, cut="space", position=None):
-    """Whole documents, and the number of pieces that they came in."""
-    found, pieces = [""], 0
+    """Whole documents, and the number of pieces they were read in."""
+    texts, pieces = [""], 0
     for text, ends in source.pieces(cut, position):
-        found[-1] += text
+        texts[-1] += text
         pieces += 1
         if ends:
-            found.append("")
-    return found[:-1], pieces
+            texts.append("")
+    return texts[:-1], pieces
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_format_gives_the_same_documents_from_any_position_on(tmp_path, form):
+def test_every_format_gives_the_same_documents_from_any_position(tmp_path, form):
     source = Files(find_files([f"{write(tmp_path, TEXTS, form)}/*"]), "text")
     assert read(source)[0] == TEXTS and source.bytes_read == source.total_bytes
     positions = [json.dumps(source.position()) for _ in source.pieces("space")]
-    for done in (1, 17, 50, 51, 128, len(TEXTS) - 1, len(TEXTS)):
-        again = Files(find_files([f"{tmp_path}/*"]), "text")
-        assert read(again, position=json.loads(positions[done - 1]))[0] == TEXTS[done:]
-        assert again.position() == source.position()
-        assert again.identity() == source.identity() and source.bytes_read == source.total_bytes
+    for count in (1, 17, 50, 51, 128, len(TEXTS) - 1, len(TEXTS)):
+        resumed = Files(find_files([f"{tmp_path}/*"]), "text")
+        assert read(resumed, position=json.loads(positions[count - 1]))[0] == TEXTS[count:]
+        assert resumed.position() == source.position()
+        assert resumed.identity() == source.identity() and source.bytes_read == source.total_bytes
 
 
 @pytest.mark.parametrize("form", ["txt", "txt.gz", "txt.zst"])
 @pytest.mark.parametrize("cut", ["anywhere", "space", "never"])
-def test_a_long_text_comes_in_pieces_cut_before_white_space(tmp_path, monkeypatch, form, cut):
+def test_a_long_text_is_read_in_pieces_cut_before_white_space(tmp_path, monkeypatch, form, cut):
     monkeypatch.setattr(documents, "PIECE", 64)
     monkeypatch.setattr(documents, "BEGINNING", 1)
     text = " ".join(TEXTS[:40]) + "\u3000\n ö" * 40 + "y" * 300 + "\n\n"
@@ -94,7 +94,7 @@ def test_a_long_text_comes_in_pieces_cut_before_white_space(tmp_path, monkeypatc
         assert "".join(piece for piece, _ in source.pieces(cut, positions[k])) == "".join(pieces[k + 1 :])
 
 
-def test_a_character_or_line_end_may_lie_across_two_reads(tmp_path, monkeypatch):
+def test_a_character_or_line_end_may_span_two_reads(tmp_path, monkeypatch):
     text = "añ🌧\r\n" * 20
     monkeypatch.setattr(documents, "BEGINNING", 1)
     (tmp_path / "a.txt").write_text(text, newline="")
@@ -103,7 +103,7 @@ def test_a_character_or_line_end_may_lie_across_two_reads(tmp_path, monkeypatch)
         assert read(Files([tmp_path / "a.txt"], "text"))[0] == [text]
 
 
-def test_blank_lines_are_no_documents_and_lone_surrogates_are_mended(tmp_path):
+def test_blank_lines_are_skipped_and_lone_surrogates_replaced(tmp_path):
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a\\ud83dz"}\n\n  \n{"text": "\\ud83c\\udf27"}')
     assert read(Files([tmp_path / "a.jsonl"], "text"))[0] == ["a\ufffdz", "🌧"]
 
@@ -122,8 +122,8 @@ def test_a_text_in_memory_is_one_document():
     assert text.identity() == {"sha256": hashlib.sha256(b"a\r\nb").hexdigest()}
 
 
-def damaged(content, how):
-    return {"cut": content[: len(content) * 2 // 3], "changed": content[:40] + b"\0\0\0\0" + content[44:]}[how]
+def damaged(content, damage):
+    return {"cut": content[: len(content) * 2 // 3], "changed": content[:40] + b"\0\0\0\0" + content[44:]}[damage]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def damaged(content, how):
         ("a.parquet", "cut", "a.parquet can't be read as parquet"),
     ],
 )
-def test_what_is_damaged_is_named(tmp_path, name, content, sentence):
+def test_damaged_files_are_named(tmp_path, name, content, sentence):
     path = tmp_path / name
     if isinstance(content, str):
         write(
@@ -164,7 +164,7 @@ def test_what_is_damaged_is_named(tmp_path, name, content, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_column_of_parquet_must_be_there_and_be_text(tmp_path):
+def test_a_parquet_column_must_exist_and_hold_text(tmp_path):
     write(tmp_path, ["a"], "parquet")
     for field, sentence in (
         ("txt", "has no field 'txt': there are 'id', 'text'"),
@@ -174,7 +174,7 @@ def test_a_column_of_parquet_must_be_there_and_be_text(tmp_path):
             read(Files([tmp_path / "a.parquet"], field))
 
 
-def test_a_missing_library_is_named_with_the_command_that_brings_it(tmp_path, monkeypatch):
+def test_a_missing_library_is_named_with_its_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.txt.zst").write_bytes(b"")
     with pytest.raises(UserError, match=r"pyarrow is not installed: `pip install -e '.\[data\]'`"):
@@ -187,14 +187,14 @@ def test_files_are_found_once_and_in_order(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 
-    def found(*inputs, **kwargs):
+    def paths(*inputs, **kwargs):
         return [str(path) for path in find_files(list(inputs), **kwargs)]
 
     of_b = ["b/10.parquet", "b/2.txt", "b/TEXT.TXT", "b/below/1.jsonl.gz"]
-    assert found("b") == found("b/", "b/2.txt") == of_b
-    assert found("?.txt", "b") == ["a.txt", "c.txt", *of_b]
-    assert found("b/**/*.gz", "c.txt") == ["b/below/1.jsonl.gz", "c.txt"]
-    assert found("b", pattern="*.md") == found("b/no.md") == ["b/no.md"]
+    assert paths("b") == paths("b/", "b/2.txt") == of_b
+    assert paths("?.txt", "b") == ["a.txt", "c.txt", *of_b]
+    assert paths("b/**/*.gz", "c.txt") == ["b/below/1.jsonl.gz", "c.txt"]
+    assert paths("b", pattern="*.md") == paths("b/no.md") == ["b/no.md"]
     for wrong in ("nowhere", "*.csv"):
         with pytest.raises(UserError, match="can't be read: there is no such file or folder"):
             find_files([wrong])
@@ -209,47 +209,47 @@ def test_inputs_may_be_given_by_one_flag_or_several():
     assert merge_inputs(["--name", "x"]) == ["--name", "x"] and merge_inputs(["--inputs=a"]) == ["--inputs=a"]
 
 
-def test_a_dataset_of_the_hub_is_read_on_from_any_position(tmp_path, monkeypatch):
-    """A local folder stands for the hub: the stream is the library's own."""
+def test_a_hub_dataset_is_read_from_any_position(tmp_path, monkeypatch):
+    """A local folder stands in for the hub; the stream is the library's."""
     datasets = pytest.importorskip("datasets")
     write(tmp_path / "1", TEXTS, "parquet")
     write(tmp_path / "2", TEXTS[::-1], "parquet")
     branches = {"main": "m1", "refs/convert/parquet": "p1"}
-    kept, asked = {"p1": "12"}, []  # the files of each commit that can be loaded
+    files_of_commit, loads = {"p1": "12"}, []  # the files of each commit that can be loaded
     monkeypatch.setattr(
         "huggingface_hub.HfApi.dataset_info",
         lambda self, name, revision: types.SimpleNamespace(sha=branches[revision]),
     )
 
     def local(path, load=datasets.load_dataset, **kwargs):
-        asked.append((path, kwargs.pop("name"), kwargs.pop("revision")))
-        if asked[-1][2] not in kept:
+        loads.append((path, kwargs.pop("name"), kwargs.pop("revision")))
+        if loads[-1][2] not in files_of_commit:
             raise RuntimeError("Dataset scripts are no longer supported")
-        files = [str(tmp_path / number / "a.parquet") for number in kept[asked[-1][2]]]
+        files = [str(tmp_path / number / "a.parquet") for number in files_of_commit[loads[-1][2]]]
         return load("parquet", data_files=files, cache_dir=str(tmp_path / "cache"), **kwargs)
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     source = HubDocuments("owner/pages", name="sample")
     expected = TEXTS + TEXTS[::-1]
-    seen, positions = [], []
+    texts, positions = [], []
     for text, ends in source.pieces("space"):
         assert ends
-        seen.append(text)
+        texts.append(text)
         positions.append(json.dumps(source.position()))
-    assert seen == expected and asked == [("owner/pages", "sample", commit) for commit in ("m1", "p1")]
+    assert texts == expected and loads == [("owner/pages", "sample", commit) for commit in ("m1", "p1")]
     assert source.revision == "p1"
-    branches |= {"main": "m2", "refs/convert/parquet": "p2"}  # its owner changes it
-    kept |= {"m2": "2", "p2": "2"}
-    for done in (1, 49, 50, 100, len(TEXTS), len(TEXTS) + 60, len(expected)):
-        again = HubDocuments("owner/pages", name="sample")
-        again.revision = source.revision
-        assert read(again, position=json.loads(positions[done - 1]))[0] == expected[done:]
-    assert read(source)[0] == expected  # from the beginning, too
-    assert read(HubDocuments("owner/pages", name="sample"))[0] == TEXTS[::-1] and asked[-1][2] == "m2"
+    branches |= {"main": "m2", "refs/convert/parquet": "p2"}  # the owner changes the dataset
+    files_of_commit |= {"m2": "2", "p2": "2"}
+    for count in (1, 49, 50, 100, len(TEXTS), len(TEXTS) + 60, len(expected)):
+        resumed = HubDocuments("owner/pages", name="sample")
+        resumed.revision = source.revision
+        assert read(resumed, position=json.loads(positions[count - 1]))[0] == expected[count:]
+    assert read(source)[0] == expected  # also from the beginning
+    assert read(HubDocuments("owner/pages", name="sample"))[0] == TEXTS[::-1] and loads[-1][2] == "m2"
     assert source.identity() == {"dataset": "owner/pages", "field": "text", "name": "sample"}
 
 
-def test_without_a_network_the_hub_is_one_sentence(monkeypatch):
+def test_an_unreachable_hub_is_reported_in_one_sentence(monkeypatch):
     pytest.importorskip("datasets")
 
     def offline(*args, **kwargs):

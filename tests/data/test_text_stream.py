@@ -1,4 +1,4 @@
-"""Streamed text against the whole text's decoding: what was shown is never taken back, and nothing is held for long."""
+"""Streamed text against decoding the whole text: shown text is never taken back, and nothing is held back for long."""
 
 import json
 
@@ -41,13 +41,13 @@ UNFINISHED = "\ufffd"
 
 
 def library(model, trainer, *, before, after, **settings):
-    """A tokenizer of the library's, trained on the corpus."""
-    made = Reference(model)
-    made.pre_tokenizer, made.decoder = before, after
+    """A tokenizer of the library's, trained on CORPUS."""
+    tokenizer = Reference(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = before, after
     for name, value in settings.items():
-        setattr(made, name, value)
-    made.train_from_iterator(CORPUS, trainer)
-    return LibraryTokenizer(made.to_str().encode())
+        setattr(tokenizer, name, value)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return LibraryTokenizer(tokenizer.to_str().encode())
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def tokenizers(sentencepiece_model):
     llama.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    made = {
+    by_name = {
         "characters": CharTokenizer.from_text("".join([*CORPUS, *SAMPLES])),
         "bpe": BPETokenizer.train(CORPUS, 300),
         "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
@@ -93,17 +93,17 @@ def tokenizers(sentencepiece_model):
         "bytes as llama's": LibraryTokenizer(llama.to_str().encode()),
     }
     try:
-        made["gpt2"] = BPETokenizer.gpt2()
-    except UserError:  # its merges can be downloaded, and are not shipped
+        by_name["gpt2"] = BPETokenizer.gpt2()
+    except UserError:  # its merges can be downloaded but aren't shipped
         pass
-    return made
+    return by_name
 
 
 KINDS = [
     "characters", "bpe", "gpt2", "sentencepiece", "sentencepiece with bytes", "words as gpt1's", "bytes as qwen's",
     "bytes as llama's",
 ]  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the sentencepiece library's own
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the sentencepiece library
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -121,7 +121,7 @@ def encoded(tokenizer, text):
 
 
 def check_stream(tokenizer, prompt, tokens):
-    """Push the tokens one by one: what is certain only grows, is never late, and becomes the text of them all."""
+    """Pushes tokens one by one: the certain text only grows, is never late, and ends as the text of all tokens."""
     before = tokenizer.decode(prompt)
 
     def text_of(count):
@@ -146,7 +146,7 @@ def check_stream(tokenizer, prompt, tokens):
 @given(prompt=TEXT, text=TEXT)
 @example(prompt="the", text=" cat 漢字🙂\ufffd\ufffd e\u0301👩\u200d👧")
 @example(prompt="漢字漢字", text="漢字漢字漢字 cat")
-def test_the_text_of_a_text_comes_back_piece_by_piece(tokenizer, prompt, text):
+def test_encoded_text_streams_back_piece_by_piece(tokenizer, prompt, text):
     check_stream(tokenizer, encoded(tokenizer, prompt), encoded(tokenizer, text))
 
 
@@ -154,23 +154,23 @@ def test_the_text_of_a_text_comes_back_piece_by_piece(tokenizer, prompt, text):
 @given(prompt=TEXT, data=st.data())
 def test_any_tokens_stream_as_they_decode(request, tokenizer, prompt, data):
     if "llama" in request.node.name:
-        return  # the library decodes a run of bytes as a whole: one that is no character spoils those before it
+        return  # the library decodes a run of bytes as a whole: an invalid one spoils those before it
     ids = st.integers(0, tokenizer.vocab_size - 1).filter(lambda token: token != tokenizer.end_of_text)
-    if isinstance(tokenizer, SentencePieceTokenizer):  # control tokens have no text, and a first word's space depends
+    if isinstance(tokenizer, SentencePieceTokenizer):  # control tokens have no text and may change a first word's space
         ids = ids.filter(lambda token: token > 2)
     check_stream(tokenizer, encoded(tokenizer, prompt), data.draw(st.lists(ids, max_size=30)))
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece with bytes", "bytes as llama's", "bytes as qwen's"])
-def test_no_half_of_a_character_is_certain(tokenizers, kind):
+def test_half_a_character_is_never_certain(tokenizers, kind):
     tokenizer = tokenizers[kind]
     tokens = tokenizer.encode("a\U0001f9ff\U0001f9ffa")
-    stream, seen = TextStream(tokenizer, tokenizer.encode("a")), []
+    stream, shown = TextStream(tokenizer, tokenizer.encode("a")), []
     for token in tokens:
         stream.push(token)
-        seen.append(stream.certain)
-    assert len(tokens) >= 8 and not any(UNFINISHED in text for text in seen)
-    assert {text.strip().removeprefix("a") for text in seen} == {
+        shown.append(stream.certain)
+    assert len(tokens) >= 8 and not any(UNFINISHED in text for text in shown)
+    assert {text.strip().removeprefix("a") for text in shown} == {
         "",
         "\U0001f9ff",
         "\U0001f9ff" * 2,
@@ -178,7 +178,7 @@ def test_no_half_of_a_character_is_certain(tokenizers, kind):
     }
 
 
-def test_a_character_that_is_never_finished_is_told_at_the_end(tokenizers):
+def test_an_unfinished_character_is_shown_at_the_end(tokenizers):
     tokenizer = tokenizers["bpe"]
     stream = TextStream(tokenizer)
     for token in tokenizer.encode("a\U0001f9ff")[:-1]:
@@ -198,10 +198,10 @@ def test_the_space_before_a_word_is_kept_after_a_prompt(tokenizers):
     }
     for kind, word in words.items():
         tokenizer = tokenizers[kind]
-        prompt, both = tokenizer.encode(word), tokenizer.encode(f"{word} {word} {word}")
-        assert both[: len(prompt)] == prompt
+        prompt, tokens = tokenizer.encode(word), tokenizer.encode(f"{word} {word} {word}")
+        assert tokens[: len(prompt)] == prompt
         stream = TextStream(tokenizer, prompt)
-        for token in both[len(prompt) :]:
+        for token in tokens[len(prompt) :]:
             stream.push(token)
         assert stream.certain == f" {word} {word}"
 
@@ -211,7 +211,7 @@ def test_the_space_before_a_word_is_kept_after_a_prompt(tokenizers):
 
 @FUZZ
 @given(prompt=TEXT, text=TEXT, data=st.data())
-def test_text_ends_where_the_stop_text_begins_and_none_of_that_is_shown(tokenizer, prompt, text, data):
+def test_text_ends_before_the_stop_text(tokenizer, prompt, text, data):
     prompt, tokens = encoded(tokenizer, prompt), encoded(tokenizer, text)
     before = tokenizer.decode(prompt)
     whole = tokenizer.decode([*prompt, *tokens])[len(before) :]
@@ -226,7 +226,7 @@ def test_text_ends_where_the_stop_text_begins_and_none_of_that_is_shown(tokenize
         used += 1
         assert expected.startswith(stream.certain)
         possible = tokenizer.decode([*prompt, *tokens[:used]])[len(before) :].rstrip(UNFINISHED)
-        if not stream.ended:  # as much is shown as can be
+        if not stream.ended:  # everything that can be shown is shown
             assert len(stream.certain) > len(possible) - len(stop)
     assert stream.ended == stream.complete == (stop in tokenizer.decode([*prompt, *tokens[:used]])[len(before) :])
     assert stream.ended == (stop in whole)
@@ -235,29 +235,29 @@ def test_text_ends_where_the_stop_text_begins_and_none_of_that_is_shown(tokenize
 
 
 def characters(text, stop, prompt=""):
-    """What is certain after each character of a text."""
+    """The certain text after each character, and the stream."""
     tokenizer = CharTokenizer.from_text(text + prompt + "?")
-    stream, seen = TextStream(tokenizer, tokenizer.encode(prompt), stop), []
+    stream, shown = TextStream(tokenizer, tokenizer.encode(prompt), stop), []
     for token in tokenizer.encode(text):
         stream.push(token)
-        seen.append(stream.certain)
+        shown.append(stream.certain)
         if stream.ended:
             break
-    return seen, stream
+    return shown, stream
 
 
-def test_a_beginning_of_the_stop_text_waits_until_it_is_none():
-    seen, stream = characters("xaaaby", "aab")
-    assert seen == ["x", "x", "x", "xa", "xa"] and stream.ended and stream.text == "xa"
-    seen, stream = characters("aaca", "aab")
-    assert seen == ["", "", "aac", "aac"] and not stream.ended and not stream.complete
+def test_the_beginning_of_a_stop_text_is_held_back():
+    shown, stream = characters("xaaaby", "aab")
+    assert shown == ["x", "x", "x", "xa", "xa"] and stream.ended and stream.text == "xa"
+    shown, stream = characters("aaca", "aab")
+    assert shown == ["", "", "aac", "aac"] and not stream.ended and not stream.complete
     stream.end()
     assert stream.certain == "aaca" and stream.complete and not stream.ended
-    seen, stream = characters("bb", "ab", prompt="a")  # the prompt is no part of it
-    assert seen == ["b", "bb"] and not stream.ended
+    shown, stream = characters("bb", "ab", prompt="a")  # the prompt doesn't count
+    assert shown == ["b", "bb"] and not stream.ended
 
 
-def test_a_stop_text_within_one_token_and_over_several():
+def test_a_stop_text_within_a_token_or_across_tokens():
     tokenizer = BPETokenizer.train(["abcabcabcabc" * 9], 300)
     token = tokenizer.encode("abcabc")
     assert len(token) == 1
@@ -269,7 +269,7 @@ def test_a_stop_text_within_one_token_and_over_several():
         assert stream.text == stream.certain == expected
 
 
-def test_a_stop_text_that_a_cut_character_completes_at_the_end(tokenizers):
+def test_an_unfinished_character_may_complete_a_stop_text(tokenizers):
     tokenizer = tokenizers["bpe"]
     stream = TextStream(tokenizer, [], "\ufffd")
     for token in tokenizer.encode("a\U0001f9ff")[:-1]:
@@ -279,7 +279,7 @@ def test_a_stop_text_that_a_cut_character_completes_at_the_end(tokenizers):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
-def test_the_token_between_documents_ends_a_text_and_is_none_of_it(tokenizers, kind):
+def test_end_of_text_ends_a_text_and_is_not_part_of_it(tokenizers, kind):
     tokenizer = tokenizers[kind]
     stream = TextStream(tokenizer, [tokenizer.start_token], stop="1x")
     for token in [*tokenizer.encode("29 times 11"), tokenizer.end_of_text]:
@@ -298,50 +298,50 @@ def continuations(*prompts, stop=None):
 
 
 def steps(text_of):
-    """Steps in which row i gets the letters of its text, until they are at an end."""
+    """Steps that give row i the letters of its text until it ends."""
     for i in range(max(map(len, text_of))):
         rows = [row for row, text in enumerate(text_of) if len(text) > i]
         yield rows, LETTERS.encode("".join(text_of[row][i] for row in rows)), [-0.5 - i] * len(rows)
 
 
-def test_several_continuations_are_shown_in_their_order_as_they_grow(capsys):
-    batch, seen = continuations("a", "b", "c"), []
+def test_several_continuations_are_shown_in_order_as_they_grow(capsys):
+    batch, shown = continuations("a", "b", "c"), []
 
-    def told():
+    def recorded():
         for step in steps(["abcd", "g", "hh"]):
-            seen.append(capsys.readouterr().out)
+            shown.append(capsys.readouterr().out)
             yield step
 
-    Screen(batch, as_json=False).follow(batch, told())
+    Screen(batch, as_json=False).follow(batch, recorded())
     line = "\n" + "-" * 15 + "\n"
-    assert seen == ["a", "a", "b", "c"]
+    assert shown == ["a", "a", "b", "c"]
     assert capsys.readouterr().out == f"d{line}bg{line}chh\n"
 
 
-def test_a_continuation_that_ends_makes_room_for_the_next_at_once(capsys):
+def test_the_next_continuation_is_shown_as_soon_as_one_ends(capsys):
     batch = continuations("a", "b", stop="h")
-    screen, seen = Screen(batch, as_json=False), []
+    screen, shown = Screen(batch, as_json=False), []
 
-    def told():
+    def recorded():
         for step in steps(["abh", "cdefg"]):
             yield step
-            seen.append(capsys.readouterr().out)
+            shown.append(capsys.readouterr().out)
 
-    screen.follow(batch, told())
-    assert seen == ["aa", "b", "\n" + "-" * 15 + "\nbcde", "f", "g"]
+    screen.follow(batch, recorded())
+    assert shown == ["aa", "b", "\n" + "-" * 15 + "\nbcde", "f", "g"]
     assert capsys.readouterr().out == "\n"
 
 
 def test_batches_follow_one_another(capsys):
-    first, second = continuations("a"), continuations("b", "c")
-    screen = Screen([*first, *second], as_json=False)
-    screen.follow(first, steps(["b"]))
-    screen.follow(second, steps(["c", "d"]))
+    batch_1, batch_2 = continuations("a"), continuations("b", "c")
+    screen = Screen([*batch_1, *batch_2], as_json=False)
+    screen.follow(batch_1, steps(["b"]))
+    screen.follow(batch_2, steps(["c", "d"]))
     line = "\n" + "-" * 15 + "\n"
     assert capsys.readouterr().out == f"ab{line}bc{line}cd\n"
 
 
-def test_json_is_a_valid_line_for_each(capsys):
+def test_json_is_one_valid_line_per_continuation(capsys):
     batch = continuations("a", "", "c", stop="gh")
     Screen(batch, as_json=True).follow(batch, steps(["bcd", "aghb"[:3], "f"]))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -354,13 +354,13 @@ def test_json_is_a_valid_line_for_each(capsys):
     assert lines[2]["tokens_per_second"] == 1 / lines[2]["seconds"]
 
 
-def test_a_continuation_without_tokens_is_told_too(capsys):
+def test_a_continuation_without_tokens_is_shown(capsys):
     for as_json in (False, True):
         batch = continuations("ab")
         Screen(batch, as_json).follow(batch, [])
     text, line, _ = capsys.readouterr().out.split("\n")
-    told = json.loads(line)
-    assert text == "ab" and told["text"] == "" and told["tokens"] == [] and told["seconds"] is None
+    result = json.loads(line)
+    assert text == "ab" and result["text"] == "" and result["tokens"] == [] and result["seconds"] is None
 
 
 def test_json_of_any_text_is_one_line(capsys):
@@ -372,7 +372,7 @@ def test_json_of_any_text_is_one_line(capsys):
     assert output.count("\n") == 1 and json.loads(output)["text"] == tokenizer.decode(tokens)
 
 
-def test_nothing_follows_what_is_complete(capsys):
+def test_nothing_is_added_after_a_stop(capsys):
     batch = continuations("a", "b", stop="g")
     Screen(batch, as_json=False).follow(batch, steps(["bcd", "agh"]))
     assert batch[1].text == "a" and batch[1].tokens == [0, 6]

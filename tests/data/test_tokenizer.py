@@ -38,7 +38,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=60)
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A byte-level BPE that the `tokenizers` library trained: its folder, and the library's own tokenizer."""
+    """A byte-level BPE trained by the `tokenizers` library: its folder, and the library's tokenizer."""
     reference = Reference(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     reference.decoder = decoders.ByteLevel()
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 @settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
-def test_bpe_encodes_as_the_tokenizers_library_and_comes_back(trained, text):
+def test_bpe_encodes_as_the_tokenizers_library_and_decodes_to_the_text(trained, text):
     folder, reference = trained
     tokenizer = load_tokenizer(folder)
     tokens = tokenizer.encode(text)
@@ -61,13 +61,13 @@ def test_bpe_encodes_as_the_tokenizers_library_and_comes_back(trained, text):
     assert tokenizer.decode(tokens) == text
 
 
-def test_saved_bpe_is_read_by_the_tokenizers_library(trained, tmp_path):
+def test_the_tokenizers_library_reads_a_saved_bpe(trained, tmp_path):
     folder, reference = trained
     load_tokenizer(folder).save(tmp_path)
-    ours = Reference.from_file(str(tmp_path / "tokenizer.json"))
-    assert ours.get_vocab() == reference.get_vocab()
+    saved = Reference.from_file(str(tmp_path / "tokenizer.json"))
+    assert saved.get_vocab() == reference.get_vocab()
     for text in CORPUS:
-        assert ours.encode(text).ids == reference.encode(text).ids
+        assert saved.encode(text).ids == reference.encode(text).ids
     written = json.loads((tmp_path / "tokenizer.json").read_text())
     trained_file = json.loads((folder / "tokenizer.json").read_text())
     assert written["model"]["merges"] == trained_file["model"]["merges"]
@@ -100,26 +100,26 @@ def test_gpt2_has_its_published_tokens(gpt2):
     assert gpt2.encode("\n\n") == [628]
 
 
-def test_gpt2_saves_and_comes_back_and_equals_the_tokenizers_library(gpt2, tmp_path):
+def test_a_saved_gpt2_loads_and_equals_the_tokenizers_library(gpt2, tmp_path):
     gpt2.save(tmp_path)
-    again = load_tokenizer(tmp_path)
-    assert again.ranks == gpt2.ranks and again.special == gpt2.special
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.ranks == gpt2.ranks and loaded.special == gpt2.special
     reference = Reference.from_file(str(tmp_path / "tokenizer.json"))
     for text in [*CORPUS, " \t\n\r\u00a0x  y", "\u2028 I'll we've 'LL", "١٢٣ ½ ²", "a\u0301\u0300"]:
-        assert again.encode(text) == gpt2.encode(text) == reference.encode(text).ids
+        assert loaded.encode(text) == gpt2.encode(text) == reference.encode(text).ids
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=ANY_TEXT.filter(bool))
-def test_characters_equal_the_tokenizers_library_and_come_back(tmp_path_factory, text):
+def test_characters_equal_the_tokenizers_library_and_decode_to_the_text(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("characters")
     tokenizer = CharTokenizer.from_text(text)
     tokenizer.save(folder)
-    again = load_tokenizer(folder)
-    assert again.characters == sorted(set(text))
-    tokens = again.encode(text)
+    loaded = load_tokenizer(folder)
+    assert loaded.characters == sorted(set(text))
+    tokens = loaded.encode(text)
     assert tokens == Reference.from_file(str(folder / "tokenizer.json")).encode(text).ids
-    assert again.decode(tokens) == text
+    assert loaded.decode(tokens) == text
 
 
 def test_an_unknown_character_is_named_with_its_position():
@@ -132,7 +132,7 @@ def test_an_unknown_character_is_named_with_its_position():
     assert CharTokenizer.from_text("abc").start_token == 0
 
 
-# ---- any text there is
+# ---- arbitrary text
 
 SPACES = [
     " ",
@@ -158,7 +158,8 @@ RANGES = [
 
 
 def fuzz(size: int, seed: int) -> str:
-    """At least `size` bytes of every plane: unassigned and private code points, marks, emoji, controls, white space."""
+    """At least `size` bytes from every plane: unassigned and private code points, marks, emoji, controls, white
+    space."""
     draw, parts = random.Random(seed), []
     while size > 0:
         first, last = draw.choice(RANGES)
@@ -168,26 +169,26 @@ def fuzz(size: int, seed: int) -> str:
             parts.append(
                 draw.choice([*SPACES, "'s", "'ll", "'T", " '", "\u200b", "\u180e", "\ufeff", "\x1c", "\u200d"])
             )
-        size -= 10  # less than it is on average
+        size -= 10  # less than a round adds on average
     return "".join(parts)
 
 
 def pairs_of_spaces():
-    """Every pair of kinds of white space, between letters and at the end."""
+    """Every pair of white-space characters, between letters and at the end."""
     return "".join(f"{a}x{a}{b}y" for a in SPACES for b in SPACES) + " \n"
 
 
 @pytest.fixture(scope="module")
-def own():
+def bpe():
     return BPETokenizer.train([*CORPUS, fuzz(200_000, seed=1)], 1500)
 
 
-def test_a_trained_tokenizer_has_bytes_merges_and_end_of_text(own):
-    assert own.vocab_size == 1500 and own.end_of_text == own.start_token == 1499
-    assert sorted(map(len, own.ranks))[:256] == [1] * 256 and min(own.ranks.values()) == 0
-    assert own.decode([1499]) == END_OF_TEXT
-    assert len(own.encode("The cat sat on the mat")) < 15
-    assert BPETokenizer.train(iter([*CORPUS, fuzz(200_000, seed=1)]), 1500) == own
+def test_a_trained_tokenizer_has_bytes_merges_and_end_of_text(bpe):
+    assert bpe.vocab_size == 1500 and bpe.end_of_text == bpe.start_token == 1499
+    assert sorted(map(len, bpe.ranks))[:256] == [1] * 256 and min(bpe.ranks.values()) == 0
+    assert bpe.decode([1499]) == END_OF_TEXT
+    assert len(bpe.encode("The cat sat on the mat")) < 15
+    assert BPETokenizer.train(iter([*CORPUS, fuzz(200_000, seed=1)]), 1500) == bpe
 
 
 def test_a_small_corpus_makes_a_smaller_vocabulary():
@@ -206,69 +207,67 @@ def test_very_long_texts_and_words_are_trained_on():
     assert tokenizer.encode(text) == Reference.from_buffer(tokenizer.files()["tokenizer.json"]).encode(text).ids
 
 
-def test_a_megabyte_of_any_unicode_encodes_as_the_tokenizers_library_and_comes_back(own):
+def test_a_megabyte_of_unicode_encodes_as_the_tokenizers_library(bpe):
     text = fuzz(1_000_000, seed=2) + pairs_of_spaces()
     assert len(text.encode()) > 1_000_000
-    tokens = own.encode_array(text)
-    reference = Reference.from_buffer(own.files()["tokenizer.json"])
+    tokens = bpe.encode_array(text)
+    reference = Reference.from_buffer(bpe.files()["tokenizer.json"])
     assert tokens.tolist() == reference.encode(text, add_special_tokens=False).ids
-    assert own.decode(tokens) == text
+    assert bpe.decode(tokens) == text
 
 
 @pytest.mark.parametrize("kind", [r"\p{L}", r"\p{N}", r"\s"])
-def test_both_regex_engines_know_the_same_characters(kind):
-    """tiktoken's engine and that of `tokenizers` carry tables of Unicode, of a version each."""
+def test_both_regex_engines_agree_on_character_classes(kind):
+    """tiktoken's engine and that of `tokenizers` each have their own version of the Unicode tables."""
     codes = (*range(0xD800), *range(0xE000, 0x33500), *range(0xE0000, 0xE0200))  # nothing is assigned beyond
     every = "".join(map(chr, codes))
     bytes_alone = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding("kind", pat_str=kind, mergeable_ranks=bytes_alone, special_tokens={})
-    found = bytes(encoding.encode_ordinary(every)).decode()
-    others = pre_tokenizers.Split(Regex(kind), "removed").pre_tokenize_str(every)
-    assert set(found) == set(every) - set("".join(part for part, _ in others))
+    matched = bytes(encoding.encode_ordinary(every)).decode()
+    unmatched = pre_tokenizers.Split(Regex(kind), "removed").pre_tokenize_str(every)
+    assert set(matched) == set(every) - set("".join(part for part, _ in unmatched))
     if kind == r"\s":
-        assert found == "".join(re.findall(f"[{WHITE_SPACE}]", every))
+        assert matched == "".join(re.findall(f"[{WHITE_SPACE}]", every))
 
 
 @settings(max_examples=300, deadline=None)
 @given(before=ANY_TEXT, after=ANY_TEXT, space=st.sampled_from(SPACES), kind=st.sampled_from(["bpe", "characters"]))
-def test_text_may_be_cut_before_white_space(own, before, after, space, kind):
+def test_text_may_be_cut_before_white_space(bpe, before, after, space, kind):
     if before and before[-1] in "".join(SPACES):
         before += "."
     after = space + after
-    tokenizer = own if kind == "bpe" else CharTokenizer.from_text(before + after)
+    tokenizer = bpe if kind == "bpe" else CharTokenizer.from_text(before + after)
     assert tokenizer.cuts_at_space
     assert tokenizer.encode(before) + tokenizer.encode(after) == tokenizer.encode(before + after)
 
 
-def test_a_million_spaces(own):
-    """More than tiktoken's regex engine can step back through."""
-    reference = Reference.from_buffer(own.files()["tokenizer.json"])
+def test_a_million_spaces(bpe):
+    """More than tiktoken's regex engine can backtrack through."""
+    reference = Reference.from_buffer(bpe.files()["tokenizer.json"])
     for text in ("x" + " " * 1_200_000 + "y z", "\n" * 1_100_000, " " * 600_000 + "a" + "\t" * 1_100_000 + "!"):
-        tokens = own.encode_array(text)
-        assert own.decode(tokens) == text
+        tokens = bpe.encode_array(text)
+        assert bpe.decode(tokens) == text
         if len(text) < 1_150_000:
             assert tokens.tolist() == reference.encode(text).ids
 
 
-def test_surrogates_that_stand_alone_become_the_replacement_character(own):
+def test_lone_surrogates_become_the_replacement_character(bpe):
     text, mended = "a\ud800b \udfff", "a\ufffdb \ufffd"
-    library = LibraryTokenizer(own.files()["tokenizer.json"])
-    for tokenizer in (own, library, CharTokenizer.from_text(mended)):
+    library = LibraryTokenizer(bpe.files()["tokenizer.json"])
+    for tokenizer in (bpe, library, CharTokenizer.from_text(mended)):
         assert tokenizer.encode(text) == tokenizer.encode(mended) == tokenizer.encode_array(text).tolist()
         assert tokenizer.decode(tokenizer.encode(text)) == mended
     assert CharTokenizer.from_text(text).characters == sorted(set(mended))
-    assert BPETokenizer.train([text], 300).decode(own.encode(text)) is not None
+    assert BPETokenizer.train([text], 300).decode(bpe.encode(text)) is not None
 
 
-@pytest.mark.parametrize("make", ["own", "characters", "library", "sentencepiece"])
-def test_every_tokenizer_encodes_arrays_and_survives_a_file_and_another_process(
-    make, own, sentencepiece_model, tmp_path
-):
+@pytest.mark.parametrize("make", ["bpe", "characters", "library", "sentencepiece"])
+def test_every_tokenizer_encodes_arrays_and_survives_saving_and_pickling(make, bpe, sentencepiece_model, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    library = LibraryTokenizer(own.files()["tokenizer.json"]).declare(tmp_path)
+    library = LibraryTokenizer(bpe.files()["tokenizer.json"]).declare(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = {
-        "own": own,
+        "bpe": bpe,
         "characters": CharTokenizer.from_text("The cat.\n"),
         "library": library,
         "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
@@ -278,29 +277,31 @@ def test_every_tokenizer_encodes_arrays_and_survives_a_file_and_another_process(
     assert len(tokenizer.encode_array("")) == 0 and tokenizer.encode("") == [] and tokenizer.decode([]) == ""
     tokenizer.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == tokenizer.files()
-    again = pickle.loads(pickle.dumps(tokenizer))
-    assert again == tokenizer and again.encode("The cat.") == array.tolist()
+    unpickled = pickle.loads(pickle.dumps(tokenizer))
+    assert unpickled == tokenizer and unpickled.encode("The cat.") == array.tolist()
     if make != "characters":
-        assert again.encode(f"a{END_OF_TEXT}</s>") == tokenizer.encode(f"a{END_OF_TEXT}</s>")
-        assert tokenizer.end_of_text not in again.encode(f"a{END_OF_TEXT}</s>")
-    if make != "library":  # which is one of ours, in truth
+        assert unpickled.encode(f"a{END_OF_TEXT}</s>") == tokenizer.encode(f"a{END_OF_TEXT}</s>")
+        assert tokenizer.end_of_text not in unpickled.encode(f"a{END_OF_TEXT}</s>")
+    if make != "library":  # the saved file loads as a BPETokenizer
         assert load_tokenizer(tmp_path) == tokenizer
     assert tokenizer != CharTokenizer("xyz") and tokenizer != "xyz"
 
 
-# ---- tokenizers that models bring along
+# ---- tokenizers that come with models
 
 
 def library_bpe(pre_tokenizer, *, normalizer=None, vocab=None, **settings):
-    """A small byte-level BPE of the library's with settings of its own."""
-    made = Reference(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizer, decoders.ByteLevel()
+    """A small byte-level BPE of the library's, with other settings."""
+    tokenizer = Reference(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer:
-        made.normalizer = normalizer
+        tokenizer.normalizer = normalizer
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[]))
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    table = json.loads(made.to_str())
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[])
+    )
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    table = json.loads(tokenizer.to_str())
     table["model"] |= settings
     return table
 
@@ -331,10 +332,10 @@ def foreign():
     return tables
 
 
-def test_byte_level_bpe_of_gpt2s_pattern_is_taken_as_such(tmp_path):
+def test_byte_level_bpe_with_gpt2_s_pattern_loads_as_bpe(tmp_path):
     table = library_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     table["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
-    # as the file that GPT-2 has on the hub
+    # as in GPT-2's file on the hub
     table["model"]["merges"] = [" ".join(pair) for pair in table["model"]["merges"]]
     table["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
     table["added_tokens"][0]["normalized"] = True
@@ -350,7 +351,7 @@ def test_byte_level_bpe_of_gpt2s_pattern_is_taken_as_such(tmp_path):
     "name",
     ["qwen", "no pattern", "prefix space", "normalized", "whole words first", "another order", "unreachable"],
 )
-def test_other_tokenizers_are_the_librarys_own(foreign, name, tmp_path):
+def test_other_tokenizers_use_the_library(foreign, name, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(foreign[name]))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert isinstance(tokenizer, LibraryTokenizer) and not tokenizer.cuts_at_space
@@ -367,7 +368,7 @@ def test_other_tokenizers_are_the_librarys_own(foreign, name, tmp_path):
     assert load_tokenizer(tmp_path) == tokenizer
 
 
-def test_truncation_padding_and_templates_of_a_file_do_not_act(foreign, tmp_path):
+def test_truncation_padding_and_templates_of_a_file_are_ignored(foreign, tmp_path):
     reference = Reference.from_str(json.dumps(foreign["qwen"]))
     plain = reference.encode("The cat sat on the mat").ids
     reference.enable_truncation(3)
@@ -376,21 +377,21 @@ def test_truncation_padding_and_templates_of_a_file_do_not_act(foreign, tmp_path
     assert LibraryTokenizer(reference.to_str().encode()).encode("The cat sat on the mat") == plain
 
 
-def test_what_transformers_saves_is_still_the_same_tokenizer(own, foreign, tmp_path):
-    """It adds templates that add nothing, and settings; the ids stay, and so the datasets made with them fit."""
+def test_a_tokenizer_saved_by_transformers_is_still_equal(bpe, foreign, tmp_path):
+    """transformers adds empty templates and settings; the ids stay the same, so prepared datasets still fit."""
     from transformers import PreTrainedTokenizerFast
 
     library = LibraryTokenizer(json.dumps(foreign["qwen"]).encode())
-    for i, tokenizer in enumerate((own, library)):
+    for i, tokenizer in enumerate((bpe, library)):
         (tmp_path / f"{i}").mkdir()
         tokenizer.save(tmp_path / f"{i}")
-        theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / f"{i}" / "tokenizer.json"))
-        theirs.save_pretrained(tmp_path / f"{i}-saved")
-        again = load_tokenizer(tmp_path / f"{i}-saved")
-        assert again == tokenizer
-    other = json.loads(json.dumps(foreign["qwen"]))
-    other["normalizer"] = {"type": "Lowercase"}
-    assert LibraryTokenizer(json.dumps(other).encode()) != library
+        transformed = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / f"{i}" / "tokenizer.json"))
+        transformed.save_pretrained(tmp_path / f"{i}-saved")
+        loaded = load_tokenizer(tmp_path / f"{i}-saved")
+        assert loaded == tokenizer
+    changed = json.loads(json.dumps(foreign["qwen"]))
+    changed["normalizer"] = {"type": "Lowercase"}
+    assert LibraryTokenizer(json.dumps(changed).encode()) != library
 
 
 @pytest.mark.parametrize(
@@ -416,8 +417,8 @@ def test_the_end_of_text_is_declared_and_never_guessed(foreign, tmp_path, declar
             assert tokenizer.start_token == expected
             (tmp_path / "copy").mkdir(exist_ok=True)
             tokenizer.save(tmp_path / "copy")
-            again = load_tokenizer(tmp_path / "copy")
-            assert again == tokenizer and again.end_of_text == expected
+            copy = load_tokenizer(tmp_path / "copy")
+            assert copy == tokenizer and copy.end_of_text == expected
             assert "kept" in (tmp_path / "copy" / "tokenizer_config.json").read_text()
 
 
@@ -428,37 +429,37 @@ def write_vocab_and_merges(folder, vocab, merges):
     return folder
 
 
-def test_gpt1s_files_load_as_transformers_loads_them(tmp_path):
+def test_gpt1_s_files_load_as_in_transformers(tmp_path):
     from transformers import OpenAIGPTTokenizer
 
-    made = Reference(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    trained = Reference(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    trained.normalizer, trained.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], end_of_word_suffix="</w>")
-    made.train_from_iterator(CORPUS, trainer)
-    model = json.loads(made.to_str())["model"]
+    trained.train_from_iterator(CORPUS, trainer)
+    model = json.loads(trained.to_str())["model"]
     write_vocab_and_merges(tmp_path / "gpt1", model["vocab"], model["merges"])
     tokenizer = load_tokenizer(tmp_path / "gpt1")
-    theirs = OpenAIGPTTokenizer.from_pretrained(tmp_path / "gpt1")
+    reference = OpenAIGPTTokenizer.from_pretrained(tmp_path / "gpt1")
     for text in (*CORPUS[:3], "The CAT's naïve unk <unk> \u4e00z", fuzz(20_000, seed=7)):
         tokens = tokenizer.encode(text)
-        assert tokens == theirs(text, split_special_tokens=True)["input_ids"]
+        assert tokens == reference(text, split_special_tokens=True)["input_ids"]
     tokens = tokenizer.encode("The cat sat on the mat")
-    assert tokenizer.decode(tokens) == theirs.decode(tokens) == "the cat sat on the mat"
+    assert tokenizer.decode(tokens) == reference.decode(tokens) == "the cat sat on the mat"
     assert tokenizer.end_of_text is None and tokenizer.vocab_size == len(model["vocab"])
     assert tokenizer.encode("\n") == [] and tokenizer.start_token == 0
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path) == tokenizer
 
 
-def test_gpt2s_files_load_as_transformers_loads_them(own, tmp_path):
+def test_gpt2_s_files_load_as_in_transformers(bpe, tmp_path):
     from transformers import GPT2Tokenizer
 
-    model = json.loads(own.files()["tokenizer.json"])["model"]
+    model = json.loads(bpe.files()["tokenizer.json"])["model"]
     folder = write_vocab_and_merges(tmp_path / "gpt2", model["vocab"], model["merges"])
-    assert load_tokenizer(folder) == own
+    assert load_tokenizer(folder) == bpe
     text = fuzz(20_000, seed=8) + pairs_of_spaces()
-    assert own.encode(text) == GPT2Tokenizer.from_pretrained(folder)(text)["input_ids"]
-    assert find_tokenizer(str(folder / "vocab.json")) == own
+    assert bpe.encode(text) == GPT2Tokenizer.from_pretrained(folder)(text)["input_ids"]
+    assert find_tokenizer(str(folder / "vocab.json")) == bpe
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     with pytest.raises(UserError, match="don't describe a Qwen2Tokenizer: save it as tokenizer.json"):
         load_tokenizer(folder)
@@ -468,7 +469,7 @@ def test_gpt2s_files_load_as_transformers_loads_them(own, tmp_path):
         load_tokenizer(folder)
 
 
-def test_sentencepiece_models_are_read_as_they_are(sentencepiece_model, tmp_path):
+def test_sentencepiece_models_load_unchanged(sentencepiece_model, tmp_path):
     from sentencepiece import SentencePieceProcessor
 
     (tmp_path / "my.model").write_bytes(sentencepiece_model)
@@ -485,36 +486,36 @@ def test_sentencepiece_models_are_read_as_they_are(sentencepiece_model, tmp_path
     assert load_tokenizer(tmp_path) == tokenizer and (tmp_path / "tokenizer.model").read_bytes() == sentencepiece_model
 
 
-def test_a_missing_library_says_how_to_install_it(sentencepiece_model, monkeypatch, tmp_path):
+def test_a_missing_library_is_reported_with_its_install_command(sentencepiece_model, monkeypatch, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match=r"pip install -e '.\[sentencepiece\]'"):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizers_are_found_by_name(own, tmp_path, monkeypatch):
+def test_tokenizers_are_found_by_name(bpe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "mine").mkdir(parents=True)
-    own.save(tmp_path / "data" / "mine")
-    asked = []
+    bpe.save(tmp_path / "data" / "mine")
+    downloads = []
 
     def download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
+        downloads.append((repository, allow_patterns))
         return str(tmp_path / "data" / "mine")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     for name in ("mine", "data/mine", "data/mine/tokenizer.json", str(tmp_path / "data" / "mine"), "hf:a/b"):
-        assert find_tokenizer(name) == own
-    assert find_tokenizer("openai-gpt") == own
-    own.save((tmp_path / "data" / "mine").rename(tmp_path / "data" / "gpt2"))  # nothing of one's own takes that name
+        assert find_tokenizer(name) == bpe
+    assert find_tokenizer("openai-gpt") == bpe
+    bpe.save((tmp_path / "data" / "mine").rename(tmp_path / "data" / "gpt2"))  # a local folder can't take the name gpt2
     with contextlib.suppress(UserError):  # the merges may not be at hand
-        assert find_tokenizer("gpt2") != own
-    assert [repository for repository, _ in asked] == ["a/b", "openai-community/openai-gpt"]
-    assert "tokenizer.json" in asked[0][1] and not any("safetensors" in pattern for pattern in asked[0][1])
+        assert find_tokenizer("gpt2") != bpe
+    assert [repository for repository, _ in downloads] == ["a/b", "openai-community/openai-gpt"]
+    assert "tokenizer.json" in downloads[0][1] and not any("safetensors" in pattern for pattern in downloads[0][1])
     with pytest.raises(
-        UserError, match="no tokenizer theirs: give gpt2 .or char, for prepare/text.py., the name of a dataset"
+        UserError, match="no tokenizer nonesuch: give gpt2 .or char, for prepare/text.py., the name of a dataset"
     ):
-        find_tokenizer("theirs")
+        find_tokenizer("nonesuch")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "BPE"}}', '{"model": 3, "added_tokens": []}'])

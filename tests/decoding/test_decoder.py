@@ -1,4 +1,4 @@
-"""Cached decoding against the plain forward of every row's whole text, which knows nothing of caches."""
+"""Cached decoding against full forward passes, which know nothing of caches."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ needs_compiler = pytest.mark.skipif(not COMPILER, reason="there is no C++ compil
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Two would wait for each other at every tiny product, on a busy machine for minutes."""
+    """Two threads would wait for each other at every tiny product: minutes on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -47,7 +47,7 @@ def name_of(change: dict) -> str:
     return ",".join(f"{key}={value}" for key, value in change.items()) or "gpt2"
 
 
-def made(**change) -> GPT:
+def tiny_gpt(**change) -> GPT:
     return randomised(GPT(dataclasses.replace(TINY, **change)))
 
 
@@ -56,7 +56,7 @@ def text_of(length: int, seed: int = 0) -> list[int]:
 
 
 def forward(model: GPT, text: list[int]) -> torch.Tensor:
-    """The model's own logits (T, V) of one text, float32."""
+    """The model's logits (T, V) for one text, in float32."""
     with torch.no_grad():
         return model(torch.tensor([text]))[0].float()
 
@@ -66,7 +66,7 @@ def assert_same(logits: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 class Rows:
-    """The documented rule on lists: whoever would outgrow the context forgets, and all is read from the beginning."""
+    """The documented rule, on lists: a row that would outgrow the context forgets, and is read from the beginning."""
 
     def __init__(self, model: GPT, prompts: list[list[int]]):
         self.model, self.context = model, model.config.block_size
@@ -86,7 +86,7 @@ class Rows:
 
 
 class Pair:
-    """A decoder and what it should be; every call compares the two."""
+    """A decoder and its reference; every call compares the two."""
 
     def __init__(self, model: GPT, decoder: Decoder | None = None):
         self.model, self.decoder, self.seed = model, decoder or Decoder(model), 0
@@ -119,19 +119,19 @@ class Pair:
 
 
 def read_in_chunks(model: GPT, text: list[int], sizes: list[int]) -> torch.Tensor:
-    """Logits of every place, the text taken in chunks of these sizes and then one by one."""
-    decoder, logits, done = Decoder(model), [], 0
+    """Logits of every position; the text is read in chunks of these sizes, then token by token."""
+    decoder, logits, position = Decoder(model), [], 0
     decoder.clear(1, room=1)
     for size in [*sizes, *[1] * len(text)]:
-        if chunk := text[done : done + size]:
+        if chunk := text[position : position + size]:
             logits.append(decoder.extend([chunk])[0])
-            done += len(chunk)
+            position += len(chunk)
     return torch.cat(logits)
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=name_of)
-def test_logits_equal_the_whole_forward_for_every_architecture_and_size_of_chunk(change):
-    model, text = made(**change), text_of(12)
+def test_logits_equal_the_full_forward(change):
+    model, text = tiny_gpt(**change), text_of(12)
     expected = forward(model, text)
     for size in (1, 2, 3, 7, 12):
         assert_same(read_in_chunks(model, text, [size] * 12), expected)
@@ -141,27 +141,27 @@ def test_logits_equal_the_whole_forward_for_every_architecture_and_size_of_chunk
         assert_same(torch.cat(logits), expected[length - 1 :])
 
 
-CHUNKED = [made(), made(**GROUPED, **BIASED), made(n_layer=4, attention_band=2, norm_position="post")]
+CHUNKED = [tiny_gpt(), tiny_gpt(**GROUPED, **BIASED), tiny_gpt(n_layer=4, attention_band=2, norm_position="post")]
 
 
 @settings(max_examples=60, deadline=None)
 @given(model=st.sampled_from(CHUNKED), length=st.integers(1, 12), sizes=st.lists(st.integers(1, 12), max_size=6))
-def test_any_chunks_give_the_logits_of_the_whole(model, length, sizes):
+def test_any_chunks_give_the_same_logits(model, length, sizes):
     text = text_of(length, seed=length)
     assert_same(read_in_chunks(model, text, sizes), forward(model, text))
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=name_of)
-def test_rows_of_different_lengths_go_on_as_each_would_alone(change):
-    pair = Pair(made(**change))
+def test_rows_of_different_lengths_are_independent(change):
+    pair = Pair(tiny_gpt(**change))
     pair.read([1, 12, 5, 1, 8])
     pair.keep([0, 2, 3, 4])
     for size in (1, 2, 1):
         pair.extend(size)
 
 
-def test_rows_may_be_dropped_reordered_and_doubled():
-    pair = Pair(made(**GROUPED))
+def test_rows_may_be_dropped_reordered_and_copied():
+    pair = Pair(tiny_gpt(**GROUPED))
     pair.read([2, 6, 4], room=1)
     for rows in ([2, 0], [1, 0], [0, 0, 1, 0, 1], [4, 3, 3, 0], [2]):
         pair.keep(rows)
@@ -172,8 +172,8 @@ def test_rows_may_be_dropped_reordered_and_doubled():
         pair.rewind([2] * len(rows))
 
 
-def test_rows_that_were_one_go_their_own_ways():
-    pair = Pair(made())
+def test_copies_of_a_row_are_independent():
+    pair = Pair(tiny_gpt())
     pair.read([3])
     pair.keep([0, 0])
     for _ in range(4):
@@ -181,8 +181,8 @@ def test_rows_that_were_one_go_their_own_ways():
     assert pair.rows.sequences[0] != pair.rows.sequences[1]
 
 
-def test_a_rewound_row_never_read_what_it_forgot():
-    pair = Pair(made(**GROUPED))
+def test_a_rewound_row_keeps_nothing_of_the_removed_tokens():
+    pair = Pair(tiny_gpt(**GROUPED))
     pair.read([1, 5, 3])
     pair.extend(6)
     pair.rewind([6, 0, 4])
@@ -192,8 +192,8 @@ def test_a_rewound_row_never_read_what_it_forgot():
 
 
 @pytest.mark.parametrize("room", [None, 0, 1, 5, 100])
-def test_the_cache_grows_when_there_is_too_little(room):
-    pair = Pair(made())
+def test_the_cache_grows_when_it_is_full(room):
+    pair = Pair(tiny_gpt())
     pair.read([2, 3], room)
     assert pair.decoder.cache[0].keys.size(2) == {None: 12, 0: 3, 1: 4, 5: 8, 100: 12}[room]
     for size in (1, 1, 2, 4, 1):
@@ -202,19 +202,20 @@ def test_the_cache_grows_when_there_is_too_little(room):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [([9, 9, 4], [2, 5]), ([2], [7]), ([3], [1, 2, 3]), ([2, 1], [9]), ([9], [2, 2])]
+    ("lengths_before", "lengths_after"),
+    [([9, 9, 4], [2, 5]), ([2], [7]), ([3], [1, 2, 3]), ([2, 1], [9]), ([9], [2, 2])],
 )
 @pytest.mark.parametrize("room", [None, 0, 1])
-def test_a_second_reading_leaves_nothing_of_the_first(first, second, room):
-    pair = Pair(made(**GROUPED))
-    for lengths in (first, second):
+def test_reading_again_starts_afresh(lengths_before, lengths_after, room):
+    pair = Pair(tiny_gpt(**GROUPED))
+    for lengths in (lengths_before, lengths_after):
         pair.read(lengths, room)
         for size in (1, 2):
             pair.extend(size)
 
 
-def test_cleared_rows_begin_with_whatever_comes():
-    pair = Pair(made())
+def test_cleared_rows_accept_any_chunks():
+    pair = Pair(tiny_gpt())
     pair.read([4, 4])
     pair.decoder.clear(3, room=2)
     pair.rows = Rows(pair.model, [[], [], []])
@@ -222,19 +223,19 @@ def test_cleared_rows_begin_with_whatever_comes():
         pair.extend(size)
 
 
-def test_what_a_row_forgets_worked_by_hand():
-    model = made(block_size=8)
+def test_forgetting_worked_by_hand():
+    model = tiny_gpt(block_size=8)
     decoder, text = Decoder(model), text_of(20)
     assert_same(decoder.read([text[:6]])[0], forward(model, text[:6])[-1])
-    begins = [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]  # of the window which ends with the tokens 6, 7, 8 ...
+    begins = [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]  # first tokens of the windows that end with tokens 6, 7, 8 ...
     for end, begin in enumerate(begins, start=6):
         assert_same(decoder.step([text[end]])[0], forward(model, text[begin : end + 1])[-1])
 
 
 @pytest.mark.parametrize("change", [{}, {"positions": "sinusoidal"}, GROUPED], ids=name_of)
 @pytest.mark.parametrize("context", [1, 2, 3, 4, 7, 16])
-def test_past_the_context_the_oldest_quarter_is_forgotten(context, change):
-    pair = Pair(made(block_size=context, **change))
+def test_a_full_row_forgets_the_oldest_quarter(context, change):
+    pair = Pair(tiny_gpt(block_size=context, **change))
     pair.read([1])
     for _ in range(3 * context):
         pair.extend(1)
@@ -242,8 +243,8 @@ def test_past_the_context_the_oldest_quarter_is_forgotten(context, change):
 
 @pytest.mark.parametrize("change", [{}, GROUPED], ids=name_of)
 @pytest.mark.parametrize("context", [2, 3, 4, 16])
-def test_rows_of_different_lengths_fill_at_different_times(context, change):
-    pair = Pair(made(block_size=context, **change))
+def test_rows_of_different_lengths_fill_up_at_different_times(context, change):
+    pair = Pair(tiny_gpt(block_size=context, **change))
     pair.read([1, context, context - 1, context // 2, 1], room=1)
     for _ in range(2 * context):
         pair.extend(1)
@@ -253,28 +254,28 @@ def test_rows_of_different_lengths_fill_at_different_times(context, change):
 
 
 @pytest.mark.parametrize("context", [1, 2, 4, 16])
-def test_several_tokens_at_once_go_over_the_edge(context):
+def test_chunks_may_exceed_the_context(context):
     for size in range(1, context + 1):
-        pair = Pair(made(block_size=context, **GROUPED))
+        pair = Pair(tiny_gpt(block_size=context, **GROUPED))
         pair.read([context, 1, max(context - 2, 1)])
         for _ in range(3):
             pair.extend(size)
 
 
-def test_of_a_prompt_longer_than_the_context_the_end_is_read():
-    pair = Pair(made())
+def test_a_long_prompt_keeps_its_end():
+    pair = Pair(tiny_gpt())
     pair.read([13, 12, 40, 2], room=3)
     assert list(map(len, pair.decoder.sequences)) == [12, 12, 12, 2]
     for size in (1, 2):
         pair.extend(size)
 
 
-STATEFUL = [made(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED)]
+STATEFUL = [tiny_gpt(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED)]
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_series_of_calls_gives_what_reading_the_texts_anew_gives(data):
+def test_any_sequence_of_calls_equals_reading_afresh(data):
     pair = Pair(data.draw(st.sampled_from(STATEFUL)))
     context = pair.model.config.block_size
     calls = st.sampled_from(["read", "extend", "step", "step", "keep", "rewind"])
@@ -291,8 +292,8 @@ def test_any_series_of_calls_gives_what_reading_the_texts_anew_gives(data):
             pair.extend(1 if call == "step" else data.draw(st.integers(1, context)))
 
 
-def test_what_cannot_be_read_is_refused():
-    decoder = Decoder(made())
+def test_bad_prompts_and_chunks_are_refused():
+    decoder = Decoder(tiny_gpt())
     for prompts in ([], [[1], []]):
         with pytest.raises(ValueError, match="a prompt has no tokens"):
             decoder.read(prompts)
@@ -303,7 +304,7 @@ def test_what_cannot_be_read_is_refused():
 
 
 def batches_of(model: GPT, monkeypatch) -> list[tuple[int, int]]:
-    """The (rows, tokens) that go through the model from now on."""
+    """Collects the shapes (rows, tokens) of the model's inputs."""
     batches, hidden = [], model.hidden
 
     def counted(tokens, **settings):
@@ -315,7 +316,7 @@ def batches_of(model: GPT, monkeypatch) -> list[tuple[int, int]]:
 
 
 def test_within_the_context_each_token_is_read_once(monkeypatch):
-    model = made()
+    model = tiny_gpt()
     batches, decoder = batches_of(model, monkeypatch), Decoder(model)
     decoder.read([text_of(5)])
     for token in text_of(4):
@@ -324,8 +325,8 @@ def test_within_the_context_each_token_is_read_once(monkeypatch):
     assert batches == [(1, 5), (1, 1), (1, 1), (1, 1), (1, 1), (1, 3)]
 
 
-def test_rows_left_out_cost_nothing_more(monkeypatch):
-    model = made()
+def test_dropped_rows_cost_nothing(monkeypatch):
+    model = tiny_gpt()
     batches, decoder = batches_of(model, monkeypatch), Decoder(model)
     decoder.read([text_of(3)] * 5)
     for rows in ([0, 1, 2, 3, 4], [4, 2, 1], [0]):
@@ -335,8 +336,8 @@ def test_rows_left_out_cost_nothing_more(monkeypatch):
     assert batches == [(5, 3), (5, 1), (5, 2), (3, 1), (3, 2), (1, 1), (1, 2)]
 
 
-def test_past_the_context_a_quarter_of_steps_costs_one_encoding_of_the_rows_that_are_full(monkeypatch):
-    model = made(block_size=16)
+def test_full_rows_are_encoded_again_once_per_quarter_of_the_context(monkeypatch):
+    model = tiny_gpt(block_size=16)
     batches, decoder = batches_of(model, monkeypatch), Decoder(model)
     decoder.read([text_of(16), text_of(14)])
     for _ in range(5):
@@ -344,8 +345,8 @@ def test_past_the_context_a_quarter_of_steps_costs_one_encoding_of_the_rows_that
     assert batches == [(2, 16), (1, 12), (2, 1), (2, 1), (1, 12), (2, 1), (2, 1), (1, 12), (2, 1)]
 
 
-def test_a_decoder_follows_its_model_s_weights_from_one_reading_to_the_next():
-    model = made(**BIASED)
+def test_each_reading_uses_the_model_s_current_weights():
+    model = tiny_gpt(**BIASED)
     pair = Pair(model)
     pair.read([4, 2])
     for seed in (1, 2):
@@ -360,7 +361,7 @@ def test_a_decoder_follows_its_model_s_weights_from_one_reading_to_the_next():
 def test_a_prepared_model_gives_the_same_logits(packed_from, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_FROM", packed_from)
     for change in ({}, {**GROUPED, **BIASED}):
-        model = made(**change)
+        model = tiny_gpt(**change)
         decoder = Decoder(copy.deepcopy(model))
         decoder.prepare(rows=3, compile=False)
         pair = Pair(model, decoder)
@@ -373,17 +374,17 @@ def test_a_prepared_model_gives_the_same_logits(packed_from, monkeypatch):
     ("rows", "compile", "int8", "layout"),
     [(1, True, False, "plain"), (1, True, True, "int8"), (1, False, False, "packed"), (2, True, False, "packed")],
 )
-def test_preparing_lays_out_every_matrix_and_the_head(rows, compile, int8, layout, monkeypatch):
+def test_prepare_lays_out_every_matrix_and_the_head(rows, compile, int8, layout, monkeypatch):
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
-    decoder = Decoder(made())
+    decoder = Decoder(tiny_gpt())
     decoder.prepare(rows, compile, int8)
     layers = [module for module in decoder.modules() if isinstance(module, linear.InferenceLinear)]
     assert len(layers) == 2 * 4 + 1 and decoder.head in layers and {layer.layout for layer in layers} == {layout}
 
 
 @pytest.mark.parametrize(("rows", "compile"), [(1, False), (2, True), (2, False)])
-def test_weights_of_8_bits_are_for_one_row_of_compiled_code(rows, compile):
-    model = made()
+def test_int8_needs_one_row_and_compiled_code(rows, compile):
+    model = tiny_gpt()
     with pytest.raises(UserError, match="int8 is for one row at a time of compiled code on a CPU"):
         Decoder(model).prepare(rows, compile, int8=True)
     assert isinstance(model.blocks[0].mlp.up, torch.nn.Linear)
@@ -391,7 +392,7 @@ def test_weights_of_8_bits_are_for_one_row_of_compiled_code(rows, compile):
 
 @pytest.fixture
 def compilations():
-    """How many graphs were compiled since the test began."""
+    """The number of graphs compiled since the test began."""
     torch._dynamo.reset()
     counters.clear()
     yield lambda: counters["stats"]["unique_graphs"]
@@ -405,9 +406,9 @@ def prepared(model: GPT, rows: int, int8: bool = False) -> Pair:
 
 
 @needs_compiler
-def test_one_row_of_compiled_code_equals_the_whole_forward(compilations):
-    """The first step compiles the head and a block, dense or banded; nothing is compiled after it."""
-    pair = prepared(made(block_size=16, **GROUPED, **BIASED), rows=1)
+def test_one_row_of_compiled_code_equals_the_full_forward(compilations):
+    """The first step compiles the head and a block, dense or banded; nothing is compiled later."""
+    pair = prepared(tiny_gpt(block_size=16, **GROUPED, **BIASED), rows=1)
     pair.read([4], room=1)
     assert compilations() == 0
     for size in [*[1] * 5, 3, *[1] * 8, 5, 1, 1]:
@@ -433,10 +434,10 @@ def rows_come_and_go(pair: Pair) -> None:
 
 
 @needs_compiler
-def test_several_rows_of_compiled_code_equal_the_whole_forward(monkeypatch, compilations):
-    """The head and the blocks, which are alike, are compiled once; instead of a single row two are computed."""
+def test_several_rows_of_compiled_code_equal_the_full_forward(monkeypatch, compilations):
+    """The head and the blocks, which are all alike, are compiled once; a single row is computed as two."""
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
-    pair = prepared(made(block_size=16), rows=3)
+    pair = prepared(tiny_gpt(block_size=16), rows=3)
     batches = batches_of(pair.decoder.model, monkeypatch)
     rows_come_and_go(pair)
     assert compilations() == 1 + 1
@@ -444,9 +445,9 @@ def test_several_rows_of_compiled_code_equal_the_whole_forward(monkeypatch, comp
 
 
 @needs_compiler
-def test_sizes_that_happen_to_be_equal_may_differ_later(compilations):
-    """As many rows as heads, and as slots, when the block is compiled."""
-    pair = prepared(made(n_embd=9, n_head=3), rows=3)
+def test_dimensions_that_are_equal_at_compilation_may_differ_later(compilations):
+    """Compiled with as many rows as heads and slots."""
+    pair = prepared(tiny_gpt(n_embd=9, n_head=3), rows=3)
     pair.read([2, 2, 2])
     pair.extend(1)
     for rows in ([0, 1], [0, 1, 0, 1]):
@@ -457,15 +458,15 @@ def test_sizes_that_happen_to_be_equal_may_differ_later(compilations):
 
 @needs_compiler
 @pytest.mark.slow
-def test_several_rows_of_compiled_banded_attention_equal_the_whole_forward(compilations):
-    rows_come_and_go(prepared(made(block_size=16, **GROUPED), rows=3))
+def test_several_rows_of_compiled_banded_attention_equal_the_full_forward(compilations):
+    rows_come_and_go(prepared(tiny_gpt(block_size=16, **GROUPED), rows=3))
     assert compilations() == 1 + 1
 
 
 @needs_compiler
 @pytest.mark.slow
-def test_compiled_weights_of_8_bits_equal_those_that_are_not_compiled(compilations):
-    model = made(block_size=16)
+def test_compiled_8_bit_weights_equal_eager_ones(compilations):
+    model = tiny_gpt(block_size=16)
     eager, compiled = copy.deepcopy(model), prepared(model, rows=1, int8=True).decoder
     plain = Decoder(eager)
     plain.head = linear.for_inference(eager, "int8")
@@ -475,9 +476,9 @@ def test_compiled_weights_of_8_bits_equal_those_that_are_not_compiled(compilatio
 
 
 @pytest.mark.parametrize("change", [{}, GROUPED], ids=name_of)
-def test_the_step_that_gpus_compile_has_fixed_shapes(change, compilations):
-    """Traced as for a GPU, but run without one: every step takes all rows and slots, so that one graph serves all."""
-    pair = Pair(made(block_size=16, **change))
+def test_the_step_compiled_for_gpus_has_fixed_shapes(change, compilations):
+    """Traced as for a GPU, but run without one: every step takes all rows and slots, so one graph serves all."""
+    pair = Pair(tiny_gpt(block_size=16, **change))
     compiled = torch.compile(pair.decoder.forward, fullgraph=True, dynamic=False, backend="aot_eager")
     shapes = []
 
@@ -492,11 +493,11 @@ def test_the_step_that_gpus_compile_has_fixed_shapes(change, compilations):
 
 @pytest.mark.parametrize("route", ["eager", "packed", "compiled"])
 @pytest.mark.parametrize("change", [{}, {**GROUPED, **BIASED}], ids=name_of)
-def test_in_bfloat16_decoding_is_no_less_precise_than_the_model(change, route, monkeypatch, compilations):
-    """Against float32 with the same weights. Both round some tens of times to 8 bits on the way, each by 2^-9 of the
-    value at most: together less than 2% of the logits' spread. Which way is chance, hence the margin of a half."""
+def test_decoding_in_bfloat16_is_as_precise_as_the_model(change, route, monkeypatch, compilations):
+    """Against float32 with the same weights. Both round to 8 bits some tens of times, each time by at most 2^-9 of the
+    value: together less than 2% of the logits' spread. The direction is chance, hence the margin of a half."""
     monkeypatch.setattr(linear, "PACKED_FROM", 0)
-    model = made(**change).bfloat16()
+    model = tiny_gpt(**change).bfloat16()
     text, exact, decoder = text_of(12), copy.deepcopy(model).float(), Decoder(copy.deepcopy(model))
     if route == "packed":
         decoder.prepare(rows=3, compile=False)
@@ -507,23 +508,23 @@ def test_in_bfloat16_decoding_is_no_less_precise_than_the_model(change, route, m
     logits = [decoder.read([text[:5]] * 3), *(decoder.step([token] * 3) for token in text[5:])]
     expected = forward(exact, text)[4:]
     assert {logit.dtype for logit in logits} == {torch.float32}
-    own, decoded = (
+    model_error, decoder_error = (
         (x - expected).square().mean().sqrt() for x in (forward(model, text)[4:], torch.stack(logits)[:, 1])
     )
-    assert decoded < 1.5 * own and own < 0.02 * expected.std()
+    assert decoder_error < 1.5 * model_error and model_error < 0.02 * expected.std()
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_the_cache_is_of_the_weights_type_where_code_is_compiled_and_else_what_a_cpu_attends_to_fast(compile):
+def test_the_cache_has_the_weights_type_if_compiled_and_float32_otherwise(compile):
     for dtype in (torch.float32, torch.bfloat16):
-        decoder = Decoder(made().to(dtype))
+        decoder = Decoder(tiny_gpt().to(dtype))
         decoder.prepare(rows=1, compile=compile)
         decoder.clear(rows=1)
         types = {tensor.dtype for slots in decoder.cache for tensor in (slots.keys, slots.values)}
         assert types == {dtype if compile else torch.float32}
 
 
-def test_more_rows_take_no_more_slots():
+def test_more_rows_need_no_more_slots():
     decoder = Decoder(GPT(GPTConfig(64, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3]], room=20)
     decoder.keep([0, 0, 0])
@@ -531,7 +532,7 @@ def test_more_rows_take_no_more_slots():
 
 
 class Operations(TorchDispatchMode):
-    """Counts what torch is asked to compute."""
+    """Counts the operations that torch runs."""
 
     count = 0
 
@@ -540,7 +541,7 @@ class Operations(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def test_keeping_rows_where_they_are_copies_nothing():
+def test_keeping_rows_in_place_copies_nothing():
     decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3], [4, 5, 6]])
     with Operations() as operations:
@@ -553,7 +554,7 @@ def test_keeping_rows_where_they_are_copies_nothing():
         assert operations.count > before
 
 
-def test_chunks_that_do_not_fit_the_rows_are_refused_before_anything_changes():
+def test_mismatched_chunks_are_refused_before_anything_changes():
     decoder = Decoder(GPT(GPTConfig(16, 11, 1, 2, 8)).eval())
     decoder.read([[1, 2, 3], [4, 5]])
     for chunks in ([[1]], [[1], [2, 3]]):

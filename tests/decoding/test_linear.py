@@ -29,7 +29,7 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 
 def layer_of(layout: str, bias: bool, dtype: torch.dtype = torch.float32) -> tuple[InferenceLinear, torch.nn.Linear]:
-    """An inference layer of 19 outputs from 33 inputs, and the one it was made of."""
+    """An inference layer of 19 outputs from 33 inputs, and the linear layer that it was made from."""
     linear = torch.nn.Linear(33, 19, bias=bias, dtype=dtype)
     with torch.no_grad():
         linear.weight.copy_(drawn(19, 33))
@@ -39,8 +39,8 @@ def layer_of(layout: str, bias: bool, dtype: torch.dtype = torch.float32) -> tup
 
 
 def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
-    """float32: 1e-5. bfloat16, 8 significant bits: sums in whatever order and precision, rounded once, are a unit in
-    the last place (2^-7) apart; a bias added after a first rounding makes it two."""
+    """float32: 1e-5. bfloat16 has 8 significant bits: sums in any order and precision, rounded once, differ by a unit
+    in the last place (2^-7); a bias added after a first rounding makes it two."""
     tolerance = 1e-5 if expected.dtype == torch.float32 else 2**-6
     assert y.dtype == expected.dtype
     torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
@@ -49,7 +49,7 @@ def assert_near(y: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["plain", "packed"])
-def test_a_layer_for_inference_is_the_linear_layer(layout, bias, dtype):
+def test_an_inference_layer_equals_the_linear_layer(layout, bias, dtype):
     layer, linear = layer_of(layout, bias, dtype)
     assert layer.layout == layout
     for shape in ((1, 33), (2, 33), (17, 33), (1, 1, 33), (3, 5, 33), (33,)):
@@ -61,8 +61,8 @@ def test_a_layer_for_inference_is_the_linear_layer(layout, bias, dtype):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["plain", "packed", "int8"])
-def test_in_compiled_code_too(layout, bias, dtype):
-    """As `aot_eager` traces it; weights of 8 bits are compared with what isn't compiled."""
+def test_inference_layers_compile(layout, bias, dtype):
+    """As `aot_eager` traces it; 8-bit weights are compared with the eager layer."""
     torch._dynamo.reset()
     layer, linear = layer_of(layout, bias, dtype)
     expected = linear if layout != "int8" else layer
@@ -81,7 +81,7 @@ def test_layers_too_small_to_gain_are_not_packed(monkeypatch):
     assert layer_of("packed", bias=True)[0].layout == "packed"
 
 
-def test_packed_weights_go_with_their_layer():
+def test_packed_weights_are_freed_with_their_layer():
     before = len(linear._packed)
     layers = [layer_of("packed", bias=True)[0] for _ in range(3)]
     assert len(linear._packed) == before + 3
@@ -95,12 +95,12 @@ def test_packed_weights_go_with_their_layer():
     assert len(linear._packed) == before
 
 
-def test_a_layer_for_inference_is_not_saved():
+def test_an_inference_layer_is_not_saved():
     assert not layer_of("int8", bias=True)[0].state_dict()
 
 
 def rounded(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whole numbers from -127 to 127 and the scale of each output."""
+    """Integers from -127 to 127, and the scale of each output."""
     scale = np.abs(weight).max(1) / np.float32(127)
     with np.errstate(invalid="ignore"):
         return np.nan_to_num(np.rint(weight / scale[:, None])), scale
@@ -119,7 +119,7 @@ def test_8_bits_equal_a_transcription(bias):
         np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_8_bits_are_half_a_step_from_the_weight_at_most_and_zero_stays_zero():
+def test_8_bits_differ_by_at_most_half_a_step_and_zero_stays_zero():
     weight = drawn(19, 33) * torch.logspace(-20, 20, 19)[:, None]
     weight[4] = 0
     layer = InferenceLinear(weight, None, "int8")
@@ -154,15 +154,15 @@ def test_freezing_keeps_the_logits(layout, change):
 
 
 @pytest.mark.parametrize("change", HEADS, ids=lambda change: ",".join(change) or "tied_head")
-def test_freezing_in_8_bits_is_rounding_each_matrix_but_the_embeddings(change):
+def test_freezing_in_8_bits_rounds_each_matrix_except_the_embeddings(change):
     model, tokens = model_of(change)
     reference = copy.deepcopy(model)
     head = model.token_embedding.weight if model.config.tied_head else model.head.weight
     whole, scale = rounded(head.detach().numpy())
     for module in reference.blocks.modules():
         if isinstance(module, torch.nn.Linear):
-            own, steps = rounded(module.weight.detach().numpy())
-            module.weight.data = torch.from_numpy(own * steps[:, None])
+            quantized, steps = rounded(module.weight.detach().numpy())
+            module.weight.data = torch.from_numpy(quantized * steps[:, None])
     with torch.no_grad():
         expected = F.linear(reference.hidden(tokens), torch.from_numpy(whole * scale[:, None]), model.head_bias)
         plain = model(tokens)

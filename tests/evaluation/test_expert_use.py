@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+import moe_report
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.expert_use import CLASSES, expert_use, token_class, token_classes, watched, windows
@@ -15,9 +16,6 @@ from gpt_arc.weights.directory import save_model
 from helpers import ROOT, TEXT, randomised
 from model import GPT, GPTConfig
 from tools import expert_use as tool
-
-sys.path.append(str(ROOT / "examples"))
-import moe_report  # noqa: E402
 
 TINY = dict(block_size=12, n_layer=3, n_head=2, n_embd=16, mlp_size=8, n_experts=4, dropout=0.3)
 PROSE = "ROMEO:\nO, she doth teach 24 torches to burn bright!\n\nIt's  so.\n"
@@ -112,8 +110,8 @@ def test_a_space_that_only_shows_after_another_token_begins_a_word():
             return "".join([" c", "at", " sat", "."][token] for token in tokens).removeprefix(" ")
 
     classes = [CLASSES[i] for i in token_classes(Spaceless("abcd"), [0, 1, 2, 1, 0, 3, 2])]
-    begins, within = "word begins", "in a word"
-    assert classes == [begins, within, begins, within, begins, "punctuation", begins]
+    begins, inside = "word begins", "in a word"
+    assert classes == [begins, inside, begins, inside, begins, "punctuation", begins]
 
 
 def test_windows_are_spread_over_the_text():
@@ -242,12 +240,12 @@ def test_watching_restores_the_model():
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         before = model(tokens)
-        with pytest.raises(KeyError), watched(model) as seen:
+        with pytest.raises(KeyError), watched(model) as records:
             assert torch.equal(model(tokens), before)
             raise KeyError
-        assert [len(record) for record in seen] == [1, 1, 1]
+        assert [len(record) for record in records] == [1, 1, 1]
         model(tokens)
-    assert [len(record) for record in seen] == [1, 1, 1]
+    assert [len(record) for record in records] == [1, 1, 1]
     assert not any("route" in vars(experts) for experts in model.experts)
 
 
@@ -265,8 +263,8 @@ def test_the_command_line(run, workplace):
     val = TEXT[len(TEXT) * 9 // 10 :]
     uses = use_of(model, tokenizer, val)
     for use in uses:
-        known = f"block {use.block}: CV {use.cv:.3f}, max/mean {use.max_over_mean:.2f}, router entropy"
-        assert f"{known} {use.router_entropy:.3f}" in output
+        figures_line = f"block {use.block}: CV {use.cv:.3f}, max/mean {use.max_over_mean:.2f}, router entropy"
+        assert f"{figures_line} {use.router_entropy:.3f}" in output
         assert f"{use.mutual_information:.3f} nats, {use.explained:.1%} of what could be" in output
         for number in range(1, 5):
             best = [f"{tokenizer.decode([token])!r} {times:,}" for token, times in use.typical(number - 1, 2)]

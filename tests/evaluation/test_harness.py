@@ -95,7 +95,7 @@ def places(tmp_path_factory):
     tokenizer = BPETokenizer.train([PROSE], 300)
     save_model(trained(tokenizer), tokenizer, root / "ours")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["tools/export.py", str(root / "ours"), str(root / "theirs"), "--to=hf"])
+        patch.setattr(sys, "argv", ["tools/export.py", str(root / "ours"), str(root / "exported"), "--to=hf"])
         export.main()
     (root / "tasks").mkdir()
     for name, (rows, task) in TASKS.items():
@@ -118,8 +118,8 @@ def evaluated(model, root):
 
 
 @pytest.fixture(scope="module")
-def theirs(places):
-    folder = str(places / "theirs")
+def hf_evaluation(places):
+    folder = str(places / "exported")
     return evaluated(HFLM(folder, device="cpu", dtype="float32", batch_size=4), places)
 
 
@@ -136,19 +136,19 @@ def logs_of(answers):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300])
-def test_every_kind_of_task_equals_the_harness_s_own_adapter(places, theirs, batch_tokens):
+def test_every_kind_of_task_equals_the_harness_s_adapter(places, hf_evaluation, batch_tokens):
     model = HarnessModel(places / "ours", device="cpu", batch_tokens=batch_tokens)
     results, answers = evaluated(model, places)
-    expected, right = theirs
+    expected, right = hf_evaluation
     largest = 0.0  # nats
     for name in ("options", "last_word", "pages"):
         assert len(flat(answers[name])) == {"options": 4 * len(CHOICES)}.get(name, len(TASKS[name][0]))
-        for log, other in zip(logs_of(answers[name]), logs_of(right[name]), strict=True):
-            largest = max(largest, abs(log - other))
+        for log, reference in zip(logs_of(answers[name]), logs_of(right[name]), strict=True):
+            largest = max(largest, abs(log - reference))
     print(f"the largest difference of log-probabilities is {largest:.1e} nats")
     assert largest < 1e-4
-    greedy, others = ([answer[1] for answer in flat(results_of["last_word"])] for results_of in (answers, right))
-    assert greedy == others and len(set(greedy)) == 2
+    greedy, greedy_reference = ([answer[1] for answer in flat(each["last_word"])] for each in (answers, right))
+    assert greedy == greedy_reference and len(set(greedy)) == 2
     assert answers["answers"] == right["answers"] and any(flat(answers["answers"]))
     for name in TASKS:
         for metric, value in expected[name].items():
@@ -208,9 +208,9 @@ def test_greedy_continuations_end_before_the_first_stop(adapter):
 
 def test_a_long_context_leaves_room_and_a_long_continuation_slides(adapter):
     long = words(0, 200)
-    kept = adapter.text_tokenizer.decode(adapter.tok_encode(long)[-(CONTEXT - 10) :])
-    assert adapter.tok_encode(kept) == adapter.tok_encode(long)[-(CONTEXT - 10) :]
-    assert drawn(adapter, [long], until=[], max_gen_toks=10) == drawn(adapter, [kept], until=[], max_gen_toks=10)
+    ending = adapter.text_tokenizer.decode(adapter.tok_encode(long)[-(CONTEXT - 10) :])
+    assert adapter.tok_encode(ending) == adapter.tok_encode(long)[-(CONTEXT - 10) :]
+    assert drawn(adapter, [long], until=[], max_gen_toks=10) == drawn(adapter, [ending], until=[], max_gen_toks=10)
     assert drawn(adapter, [long], until=[], max_gen_toks=CONTEXT + 5) == [
         plain(adapter, long, CONTEXT + 5, Sampling(temperature=0))
     ]
@@ -278,11 +278,11 @@ def command_line(places, output_of, monkeypatch):
 FLAGS = ("--model", "gpt-arc", "--tasks", "options,pages", "--model_args")
 
 
-def test_the_command_line_gives_the_adapter_s_results(command_line, theirs, tmp_path):
+def test_the_command_line_gives_the_adapter_s_results(command_line, hf_evaluation, tmp_path):
     shown = command_line(*FLAGS, "pretrained=ours,batch_tokens=500", "--output_path", tmp_path / "results.json")
     assert "|options|" in shown and "bits_per_byte" in shown
     [written] = tmp_path.glob("results*.json")
-    results, expected = json.loads(written.read_text())["results"], theirs[0]
+    results, expected = json.loads(written.read_text())["results"], hf_evaluation[0]
     assert results["options"]["acc,none"] == expected["options"]["acc,none"]
     assert results["pages"]["bits_per_byte,none"] == pytest.approx(expected["pages"]["bits_per_byte,none"], rel=1e-5)
 

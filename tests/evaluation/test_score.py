@@ -1,4 +1,4 @@
-"""Scores against one forward pass for each request, exact probabilities, and the harness's windows."""
+"""Scores against one forward pass per request, exact probabilities, and the harness's windows."""
 
 import math
 import random
@@ -10,6 +10,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from gpt_arc.evaluation.score import Request, Score, rolling_windows, score_continuations, truncated
 from helpers import randomised
 from model import GPT, GPTConfig
+from stub_models import bigrams
 
 SMALL = dict(block_size=24, vocab_size=37, n_layer=2, n_head=4, n_embd=32)
 MODERN = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, n_kv_head=2, qk_norm=True)
@@ -37,11 +38,11 @@ def model():
 
 @torch.no_grad()
 def slow(model, request):
-    """Returns the score by one pass over all tokens that fit into the context."""
+    """The score by one pass over all tokens that fit into the context."""
     size = len(request.continuation)
-    kept = [*request.context, *request.continuation][-(model.config.block_size + 1) :]
-    logits = model(torch.tensor([kept[:-1]]))[0, -size:]
-    targets = torch.tensor(kept[-size:])
+    visible = [*request.context, *request.continuation][-(model.config.block_size + 1) :]
+    logits = model(torch.tensor([visible[:-1]]))[0, -size:]
+    targets = torch.tensor(visible[-size:])
     logs = logits.double().log_softmax(-1)[torch.arange(size), targets]
     return Score(logs.sum().item(), bool((logits.argmax(-1) == targets).all()), size)
 
@@ -122,10 +123,10 @@ def test_no_requests_give_no_scores(model):
 
 
 def test_equal_requests_get_equal_scores_in_order(model):
-    first, second = Request([1, 2, 3], [4, 5]), Request((1, 2, 3), (6,))
-    scores = score_continuations(model, [first, second, first, second, first])
+    pair, single = Request([1, 2, 3], [4, 5]), Request((1, 2, 3), (6,))
+    scores = score_continuations(model, [pair, single, pair, single, pair])
     assert scores[0] == scores[2] == scores[4] and scores[1] == scores[3] and scores[0] != scores[1]
-    assert_close(scores[:2], [slow(model, first), slow(model, second)])
+    assert_close(scores[:2], [slow(model, pair), slow(model, single)])
 
 
 def test_a_long_context_is_cut_at_the_start(model):
@@ -153,9 +154,9 @@ def count_tokens(model, monkeypatch):
     """Returns a list to which every call of `model.hidden` appends its shape (rows, tokens), padding included."""
     calls, hidden = [], model.hidden
 
-    def counted(tokens, *rest, **more):
+    def counted(tokens, *args, **kwargs):
         calls.append(tuple(tokens.shape))
-        return hidden(tokens, *rest, **more)
+        return hidden(tokens, *args, **kwargs)
 
     monkeypatch.setattr(model, "hidden", counted)
     return calls
@@ -211,33 +212,18 @@ BIGRAMS = torch.tensor(
 
 
 @pytest.fixture(scope="module")
-def bigrams():
-    """A GPT with context 8 that predicts from the last token alone, with the probabilities of BIGRAMS.
-
-    Its block adds nothing, its token embeddings are unit vectors e, and its norm turns them into e / rms(e).
-    """
-    size = len(BIGRAMS)
-    config = GPTConfig(
-        block_size=8, vocab_size=size, n_layer=1, n_head=1, n_embd=size, positions="rotary", norm="rmsnorm",
-        bias=False, tied_head=False,
-    )  # fmt: skip
-    model = GPT(config).eval()
-    with torch.no_grad():
-        model.blocks[0].attention.projection.weight.zero_()
-        model.blocks[0].mlp.projection.weight.zero_()
-        model.token_embedding.weight.copy_(torch.eye(size))
-        model.head.weight.copy_(BIGRAMS.log().T * math.sqrt(1 / size + config.norm_eps))
-    return model
+def bigram_model():
+    return bigrams(BIGRAMS, block_size=8)
 
 
 def chance(before, tokens):
-    """Returns the log-probability by BIGRAMS of tokens after the token `before`."""
+    """The log-probability by BIGRAMS of tokens after the token `before`."""
     return sum(BIGRAMS[a, b].log().item() for a, b in zip([before, *tokens], tokens))
 
 
-def test_exact_probabilities(bigrams):
+def test_exact_probabilities(bigram_model):
     requests = [Request([3, 0], [0, 1, 3]), Request([3, 0], [2]), Request([1], [3, 2, 2]), Request([2] * 20, [2] * 8)]
-    scores = score_continuations(bigrams, requests)
+    scores = score_continuations(bigram_model, requests)
     assert scores[0].log_probability == pytest.approx(math.log(1 / 2 * 1 / 4 * (3e-3)), abs=1e-6)
     assert scores[1].log_probability == pytest.approx(math.log(1 / 8), abs=1e-6)
     assert scores[2].log_probability == pytest.approx(math.log(3e-3 * 1 / 4 * (1 - 3 * 2**-11)), abs=1e-6)
@@ -245,14 +231,14 @@ def test_exact_probabilities(bigrams):
     assert [score.tokens for score in scores] == [3, 1, 3, 8]
 
 
-def test_greedy_means_the_likeliest_and_the_first_of_equals(bigrams):
+def test_greedy_means_the_likeliest_and_the_first_of_equals(bigram_model):
     greedy = {(0, 0): True, (0, 1): False, (1, 0): True, (1, 1): False, (1, 2): False, (2, 2): True, (3, 0): True}
     greedy |= {(3, 1): False, (3, 2): False, (3, 3): False}
     for batch_tokens in (1, 1000):
-        scores = score_continuations(bigrams, [Request([a], [b]) for a, b in greedy], batch_tokens)
+        scores = score_continuations(bigram_model, [Request([a], [b]) for a, b in greedy], batch_tokens)
         assert [score.is_greedy for score in scores] == list(greedy.values())
     longer = [Request([2], [2, 2, 2]), Request([2], [2, 2, 1]), Request([2], [1, 0, 0]), Request([3], [0, 0, 0])]
-    assert [score.is_greedy for score in score_continuations(bigrams, longer)] == [True, False, False, True]
+    assert [score.is_greedy for score in score_continuations(bigram_model, longer)] == [True, False, False, True]
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 8])
@@ -274,8 +260,8 @@ def test_windows_score_each_token_once_with_full_context(block):
 def test_windows_equal_the_harness_ones(block):
     for length in range(4 * block + 2):
         tokens = list(range(length))
-        theirs = [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, 99, block, 1)]
-        assert [tuple(map(list, window)) for window in rolling_windows(tokens, 99, block)] == theirs
+        expected = [make_disjoint_window(pair) for pair in get_rolling_token_windows(tokens, 99, block, 1)]
+        assert [tuple(map(list, window)) for window in rolling_windows(tokens, 99, block)] == expected
 
 
 @pytest.mark.parametrize("stride", [0, -1, 9])
@@ -286,9 +272,9 @@ def test_a_stride_beyond_the_context_is_refused(stride):
 
 @pytest.mark.parametrize("stride", [None, 1, 3, 8])
 @pytest.mark.parametrize("length", [1, 8, 9, 50])
-def test_perplexity_of_bigrams_depends_on_one_token_of_context(bigrams, stride, length):
+def test_perplexity_of_bigrams_depends_on_one_token_of_context(bigram_model, stride, length):
     tokens = torch.randint(4, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    scores = score_continuations(bigrams, rolling_windows(tokens, 3, 8, stride), batch_tokens=20)
+    scores = score_continuations(bigram_model, rolling_windows(tokens, 3, 8, stride), batch_tokens=20)
     assert sum(score.tokens for score in scores) == length
     perplexity = math.exp(-sum(score.log_probability for score in scores) / length)
     assert perplexity == pytest.approx(math.exp(-chance(3, tokens) / length), rel=1e-6)

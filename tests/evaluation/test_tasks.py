@@ -38,7 +38,7 @@ WINOGRAD = {
     "label": 0,
     "source": "(Winograd 1972)",
 }
-# for each task: an item with its data set's columns, the right context and continuation, the number of options
+# per task: an item with the data set's columns, the right context and continuation, and the number of options
 SHIPPED = {
     "addition_2": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
     "addition_3": (ADDITION, "Q: What is 48 plus 76?\nA:", " 124\n", 1),
@@ -393,11 +393,11 @@ def test_columns_of_any_type_are_looked_up():
 
 
 @pytest.mark.parametrize(
-    ("answer", "first", "right"),
+    ("answer", "start", "right"),
     [(0, 0, 0), ("2", 0, 2), (1, 1, 0), ("3", 1, 2), ("A", 0, 0), (" c ", 1, 2)],
 )
-def test_answers_by_number_and_letter(answer, first, right):
-    task = replace(CHOICE, answer_from=first)
+def test_answers_by_number_and_letter(answer, start, right):
+    task = replace(CHOICE, answer_from=start)
     for options in (["one", "two", "three"], ["3", "C", "0"]):
         assert task.question({"q": "", "options": options, "answer": answer}).answer == right
 
@@ -415,9 +415,9 @@ def test_an_answer_may_be_a_truth_value():
     assert [task.question({"q": "", "answer": value}).answer for value in (False, True)] == [0, 1]
 
 
-@pytest.mark.parametrize(("answer", "first"), [(3, 0), (0, 1), (-1, 0), ("D", 0), ("four", 0), ("", 0), (1.0, 0)])
-def test_answers_that_match_no_option_are_refused(answer, first):
-    task = replace(CHOICE, answer_from=first)
+@pytest.mark.parametrize(("answer", "start"), [(3, 0), (0, 1), (-1, 0), ("D", 0), ("four", 0), ("", 0), (1.0, 0)])
+def test_answers_that_match_no_option_are_refused(answer, start):
+    task = replace(CHOICE, answer_from=start)
     with pytest.raises(UserError, match="is not the number or letter of any of the 3 options"):
         task.question({"q": "", "options": ["one", "two", "three"], "answer": answer})
 
@@ -618,8 +618,8 @@ def test_a_task_without_a_data_set_needs_a_file():
 def test_the_task_s_data_set_and_split_are_loaded_from_the_hub(monkeypatch):
     calls = []
 
-    def load(*where, split):
-        calls.append((*where, split))
+    def load(*location, split):
+        calls.append((*location, split))
         return datasets.Dataset.from_list([{"a": 1}, {"a": 2}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -654,10 +654,10 @@ def test_the_standard_error_equals_the_closed_form():
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (5, 0), (7, 2), (4, 4), (3, 10), (30, 12)])
 def test_the_p_value_equals_the_sign_test(better, worse):
-    first = [0.0] * better + [1.0] * worse + [1.0] * 20 + [0.0] * 5
-    second = [1.0] * better + [0.0] * worse + [1.0] * 20 + [0.0] * 5
-    order = random.Random(0).sample(range(len(first)), len(first))
+    before = [0.0] * better + [1.0] * worse + [1.0] * 20 + [0.0] * 5
+    after = [1.0] * better + [0.0] * worse + [1.0] * 20 + [0.0] * 5
+    order = random.Random(0).sample(range(len(before)), len(before))
     number = better + worse
     tail = sum(math.comb(number, k) for k in range(min(better, worse) + 1)) / 2**number
-    value = paired_p_value([first[i] for i in order], [second[i] for i in order])
+    value = paired_p_value([before[i] for i in order], [after[i] for i in order])
     assert value == pytest.approx(min(2 * tail, 1))

@@ -39,9 +39,9 @@ PIECES = Pieces(".", " the", "atre", " dog", "s", " don", "'t", "a", " a", "\n",
 def table_of(chances):
     """Returns the transition probabilities (from, to); the rest of each row goes to the full stop."""
     table = torch.full((PIECES.vocab_size,) * 2, 1e-6, dtype=torch.float64)
-    for first, row in chances.items():
-        for second, chance in row.items():
-            table[PIECES.pieces.index(first), PIECES.pieces.index(second)] = chance
+    for previous, row in chances.items():
+        for following, chance in row.items():
+            table[PIECES.pieces.index(previous), PIECES.pieces.index(following)] = chance
     table[:, 0] += 1 - table.sum(1)
     return table
 

@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import expert_equality
+from expert_equality import SHAPES, VARIANTS, by_loop, make_case, measure, of_model, refused
 from gpt_arc.errors import entry_point
 from gpt_arc.nn import experts
 from gpt_arc.nn.experts import Experts
-from helpers import ROOT
-
-sys.path.append(str(ROOT / "examples"))
-import expert_equality  # noqa: E402
-from expert_equality import SHAPES, VARIANTS, by_loop, make_case, measure, of_model, refused  # noqa: E402
 
 SMALL = (13, 16, 4, 8)
 
@@ -35,10 +32,10 @@ def test_every_case_matches_its_name():
     torch.manual_seed(case.seed)
     assert not torch.equal(case.drawn().sort().values, case.experts.eval().route(case.x)[0].sort().values)
     assert make_case(VARIANTS["all experts"], SMALL, 0).experts.config.experts_per_token == 4
-    case, seen = make_case(VARIANTS["two, one token at a time"], SMALL, 0), []
-    case.experts.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    case, sizes = make_case(VARIANTS["two, one token at a time"], SMALL, 0), []
+    case.experts.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     of_model(case, autocast=False)
-    assert seen == [1] * 13
+    assert sizes == [1] * 13
     assert {shape[1] * 2 % 16 == shape[3] * 2 % 16 == 0 for shape in SHAPES} == {
         False,
         True,

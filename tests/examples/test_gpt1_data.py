@@ -9,13 +9,10 @@ from pathlib import Path
 
 import pytest
 
+import gpt1_data
 from gpt_arc.data.documents import Files
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError
-from helpers import ROOT
-
-sys.path.append(str(ROOT / "examples"))
-import gpt1_data  # noqa: E402
 
 SIZES = {"train": 40, "val": 4, "test": 12}
 COLUMNS = {
@@ -121,7 +118,7 @@ def test_the_labels_are_true(documents, sets):
         assert any(item["premise"] in text for text in texts)
     for item in sets["next_sentence"]["test"]:
         follows = [any(f"{item['context']} {option}" in text for text in texts) for option in item["options"]]
-        assert [i for i, does in enumerate(follows) if does] == [item["label"]]
+        assert [i for i, follows_here in enumerate(follows) if follows_here] == [item["label"]]
     for item in sets["package"]["test"]:
         assert not re.search("email|asyncio|python", item["text"], re.IGNORECASE)
     files = {" ".join(gpt1_data.opening(d, set(d.sentences), 2)): d.file for d in documents if d.sentences}

@@ -1,13 +1,15 @@
 """examples/in_context_*.py: held-out mappings, baselines, causality, and the commands."""
 
 import json
-import sys
 from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
+import in_context_data
+import in_context_linear
+import in_context_report
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.items import demonstrations, load_items
@@ -15,11 +17,6 @@ from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.training.config import build_config, read_settings
 from helpers import ROOT, randomised
 from model import GPTConfig
-
-sys.path.append(str(ROOT / "examples"))
-import in_context_data  # noqa: E402
-import in_context_linear  # noqa: E402
-import in_context_report  # noqa: E402
 
 TASK = str(ROOT / "examples" / "in_context.toml")
 
@@ -53,7 +50,7 @@ def test_no_document_is_close_to_a_held_out_mapping(written):
         assert len(set(mapping.values())) == len(mapping), "not a permutation"
         assert len(lines) == 17 and text.endswith("\n\n")
         counts[len(lines[0][0]) - 1] += 1
-        equal = [sum(mapping.get(a) == b for a, b in zip("abcdefghij", other)) for other in held_out]
+        equal = [sum(mapping.get(a) == b for a, b in zip("abcdefghij", images)) for images in held_out]
         assert max(equal) <= 3
         nearest = max(nearest, *equal)
     assert nearest == 3 and sum(counts) == len(texts) == 3000 and min(counts) > 850
@@ -88,11 +85,11 @@ def test_prompts_have_the_form_of_the_corpus(written):
 def test_the_same_seed_gives_the_same_files_and_another_does_not(written, output_of):
     flags = "--documents=3000", "--held_out=4", "--most_equal=3", "--items=6", "--pool=20", "--output=again"
     output_of(entry_point(in_context_data.main), "in_context_data.py", *flags)
-    first, again = (
+    original, repeated = (
         {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*.json*")}
         for folder in (written, written.parent / "again")
     )
-    assert first == again and len(first) == 10
+    assert original == repeated and len(original) == 10
     output_of(entry_point(in_context_data.main), "in_context_data.py", *flags, "--seed=1")
     assert (written.parent / "again" / "mappings.json").read_bytes() != (written / "mappings.json").read_bytes()
 
@@ -118,8 +115,8 @@ def test_the_report_gathers_values_by_mapping(written, output_of):
     for number in range(4):
         for ending, values in ((".json", [1, 1, 1, 0, 0, 0]), (".shuffled.json", [0, 0, 0, 0, 0, float(number == 0)])):
             zero = {"metric": "accuracy", "shots": 0, "values": [0.0] * 6}
-            many = {"metric": "accuracy", "shots": 16, "values": values}
-            report = {"options": {"seed": 0}, "models": [{"tasks": [zero, {**zero, "metric": "perplexity"}, many]}]}
+            sixteen = {"metric": "accuracy", "shots": 16, "values": values}
+            report = {"options": {"seed": 0}, "models": [{"tasks": [zero, {**zero, "metric": "perplexity"}, sixteen]}]}
             (results / f"{number}{ending}").write_text(json.dumps(report))
     output = output_of(
         entry_point(in_context_report.main), "in_context_report.py", f"--data={written}", f"--results={results}"

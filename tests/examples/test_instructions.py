@@ -4,7 +4,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
 from itertools import combinations, permutations, product
 
@@ -12,17 +11,14 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+import instructgpt_report
+import instruction_judge
+import instructions_data
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import save_model
-from helpers import ROOT
 from model import GPT, GPTConfig
-
-sys.path.append(str(ROOT / "examples"))
-import instructgpt_report  # noqa: E402
-import instruction_judge  # noqa: E402
-import instructions_data  # noqa: E402
 
 SMALL = ("--documents=300", "--demonstrations=60", "--train=400", "--test=120")
 

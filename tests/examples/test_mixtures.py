@@ -14,12 +14,10 @@ from sklearn.ensemble import BaggingRegressor, GradientBoostingRegressor
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.tree import DecisionTreeRegressor
 
+import mixtures
 from helpers import ROOT, randomised, refusal
+from mixtures import Mixture
 from model import GPT, GPTConfig, make_experts
-
-sys.path.append(str(ROOT / "examples"))
-import mixtures  # noqa: E402
-from mixtures import Mixture  # noqa: E402
 
 EXACT = dict(rtol=1e-9, atol=1e-10)
 
@@ -42,7 +40,7 @@ def gpts():
 @pytest.fixture(scope="module")
 def every_text():
     """Each text of five tokens that begins with token 2."""
-    return np.array([(2, *rest) for rest in itertools.product(range(4), repeat=4)])
+    return np.array([(2, *tokens) for tokens in itertools.product(range(4), repeat=4)])
 
 
 def test_token_log_probabilities_match_the_models(gpts, every_text):
@@ -70,13 +68,13 @@ def test_bayes_gates_at_every_token_equal_one_member_for_each_text(gpts, every_t
     logs, prior = mixtures.token_log_probabilities(gpts, every_text), np.array([0.5, 0.3, 0.2])
     gates = mixtures.posterior_gates(prior, logs)
     np.testing.assert_allclose(gates[:, :, 0], np.broadcast_to(prior[:, None], (3, 256)), **EXACT)
-    seen = prior[:, None] * np.exp(logs[:, :, 0]) * np.exp(logs[:, :, 1])  # before the third token
-    np.testing.assert_allclose(gates[:, :, 2], seen / seen.sum(0), **EXACT)
+    joint = prior[:, None] * np.exp(logs[:, :, 0]) * np.exp(logs[:, :, 1])  # before the third token
+    np.testing.assert_allclose(gates[:, :, 2], joint / joint.sum(0), **EXACT)
     together = mixtures.mixture_log_likelihood(gates, logs).sum(-1)
     np.testing.assert_allclose(together, np.log(prior @ np.exp(logs.sum(-1))), **EXACT)
 
 
-def test_the_gap_of_jensens_inequality_is_a_kl_divergence(gpts, every_text):
+def test_the_gap_of_jensen_s_inequality_is_a_kl_divergence(gpts, every_text):
     """log sum g P - sum g log P = KL(g || responsibilities) >= 0."""
     logs, gates = mixtures.token_log_probabilities(gpts, every_text).sum(-1), np.array([0.5, 0.3, 0.2])
     gap = mixtures.mixture_log_likelihood(gates[:, None], logs) - gates @ logs
@@ -94,8 +92,8 @@ def test_drawing_a_member_then_a_token_draws_from_the_mixture(random):
     actual = np.bincount(tokens, minlength=5)
     assert stats.chisquare(actual, 50_000 * gates @ members).pvalue > 0.001
     assert stats.chisquare(actual, 50_000 * members[0]).pvalue < 1e-6
-    both = np.histogram2d(chosen, tokens, bins=(3, 5))[0][[0, 2]]
-    assert stats.chisquare(both.ravel(), 50_000 * (gates[:, None] * members)[[0, 2]].ravel()).pvalue > 0.001
+    counts = np.histogram2d(chosen, tokens, bins=(3, 5))[0][[0, 2]]
+    assert stats.chisquare(counts.ravel(), 50_000 * (gates[:, None] * members)[[0, 2]].ravel()).pvalue > 0.001
 
 
 def test_texts_have_the_frequencies_of_their_language(random):
@@ -153,7 +151,7 @@ def data(random):
 
 
 @pytest.fixture
-def other(random):
+def unrelated(random):
     """A mixture of three experts unrelated to the data."""
     return Mixture(random.standard_normal((2, 3)), random.standard_normal((2, 3)), np.array([0.5, 1.0, 2.0]))
 
@@ -163,21 +161,21 @@ def likelihood_by_scipy(mixture, x, y):
     return np.log((gates * stats.norm.pdf(y[:, None], x @ mixture.weights, np.sqrt(mixture.variances))).sum(1)).sum()
 
 
-def test_the_likelihood_equals_scipys_and_torchs(data, other):
-    expected = likelihood_by_scipy(other, *data)
-    assert mixtures.log_likelihood(other, *data) == pytest.approx(expected, rel=1e-12)
-    parameters = [torch.from_numpy(p) for p in (*other[:2], np.log(other.variances))]
+def test_the_likelihood_equals_scipy_s_and_torch_s(data, unrelated):
+    expected = likelihood_by_scipy(unrelated, *data)
+    assert mixtures.log_likelihood(unrelated, *data) == pytest.approx(expected, rel=1e-12)
+    parameters = [torch.from_numpy(p) for p in (*unrelated[:2], np.log(unrelated.variances))]
     actual = mixtures.torch_log_likelihood(parameters, *map(torch.from_numpy, data))
     assert actual.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_responsibilities_follow_bayes_rule(data, other):
+def test_responsibilities_follow_bayes_rule(data, unrelated):
     x, y = data
-    actual = mixtures.responsibilities(other, x, y)
+    actual = mixtures.responsibilities(unrelated, x, y)
     for n in range(5):
         joint = [
-            special.softmax(x[n] @ other.router)[m]
-            * stats.norm(x[n] @ other.weights[:, m], math.sqrt(other.variances[m])).pdf(y[n])
+            special.softmax(x[n] @ unrelated.router)[m]
+            * stats.norm(x[n] @ unrelated.weights[:, m], math.sqrt(unrelated.variances[m])).pdf(y[n])
             for m in range(3)
         ]
         np.testing.assert_allclose(actual[n], np.array(joint) / sum(joint), **EXACT)
@@ -194,7 +192,7 @@ def test_experts_are_weighted_least_squares(data, random):
     assert mixtures.fitted_experts(x, y, shares, floor=2.5)[1].min() == 2.5
 
 
-def test_the_routers_newton_steps_converge_to_logistic_regression(random):
+def test_the_router_s_newton_steps_converge_to_logistic_regression(random):
     x = np.concatenate((np.ones((400, 1)), random.standard_normal((400, 2))), axis=1)
     truth = random.standard_normal((3, 3))
     labels = mixtures.draw(special.softmax(x @ truth, axis=1), random)
@@ -207,7 +205,7 @@ def test_the_routers_newton_steps_converge_to_logistic_regression(random):
     np.testing.assert_allclose(logits, expected_logits - expected_logits.mean(1, keepdims=True), rtol=1e-5, atol=1e-5)
 
 
-def test_a_router_step_is_halved_if_newtons_decreases_the_likelihood(random):
+def test_a_newton_step_that_lowers_the_likelihood_is_halved(random):
     x = np.stack((np.ones(50), np.linspace(-3, 3, 50)), axis=1)
     shares = np.eye(2)[(x[:, 1] > 0.5).astype(int)] * 0.9 + 0.05
     start = np.array([[0.0, 0.0], [4.0, -4.0]])  # confidently wrong
@@ -242,8 +240,8 @@ def test_em_never_lowers_the_likelihood_and_ends_where_its_slope_is_zero(data, r
             return likelihood_by_scipy(Mixture(*(p.reshape(s) for p, s in zip(parts, shapes))), x, y)
 
         slope = optimize.approx_fprime(flat, value, 1e-6)
-        begun = optimize.approx_fprime(np.concatenate([p.ravel() for p in start]), value, 1e-6)
-        assert abs(slope).max() < 0.02 and abs(begun).max() > 10
+        slope_at_start = optimize.approx_fprime(np.concatenate([p.ravel() for p in start]), value, 1e-6)
+        assert abs(slope).max() < 0.02 and abs(slope_at_start).max() > 10
 
 
 def test_em_of_one_expert_is_least_squares_with_its_standard_errors(data):
@@ -264,7 +262,7 @@ def test_em_recovers_a_known_mixture(random):
     actual, history = mixtures.fit(x, y, 3, 3, random)
     assert history[-1] > likelihood_by_scipy(mixtures.TRUTH, x, y)
     orders = [mixtures.ordered(actual, order) for order in itertools.permutations(range(3))]
-    actual = min(orders, key=lambda one: abs(one.weights - mixtures.TRUTH.weights).sum())
+    actual = min(orders, key=lambda candidate: abs(candidate.weights - mixtures.TRUTH.weights).sum())
     for true, member, error in zip(mixtures.TRUTH, actual, mixtures.standard_errors(actual, x, y)):
         assert (abs(member - true) <= 4 * error).all()
         assert (error[:, :-1] > 0).all() if error.ndim == 2 else (error > 0).all()
@@ -292,7 +290,7 @@ def test_em_ends_no_lower_than_adam_and_bfgs(data, random):
 # ---- 4. gates that are the same for every x
 
 
-def test_a_tree_equals_scikit_learns(random):
+def test_a_tree_equals_scikit_learn_s(random):
     x, test_x = mixtures.points(120, random), mixtures.points(200, random)
     x[:, 2] = x[:, 2].round(1)  # ties, which no threshold may separate
     y = mixtures.smooth(x) + random.standard_normal(120)
@@ -305,7 +303,7 @@ def test_a_tree_equals_scikit_learns(random):
     assert mixtures.grow(np.ones((5, 3)), y[:5], 3) == y[:5].mean()
 
 
-def test_bagged_trees_equal_scikit_learns(random):
+def test_bagged_trees_equal_scikit_learn_s(random):
     x, test_x = mixtures.points(80, random), mixtures.points(100, random)
     y = mixtures.smooth(x) + random.standard_normal(80)
     expected = BaggingRegressor(DecisionTreeRegressor(max_depth=3), n_estimators=12, random_state=0).fit(x, y)
@@ -313,7 +311,7 @@ def test_bagged_trees_equal_scikit_learns(random):
     np.testing.assert_allclose(np.mean(member, 0), expected.predict(test_x))
 
 
-def test_boosting_equals_scikit_learns(random):
+def test_boosting_equals_scikit_learn_s(random):
     x, test_x = mixtures.points(150, random)[:, :2], mixtures.points(100, random)[:, :2]  # one feature: no ties
     y = np.sin(5 * x[:, 1]) + random.standard_normal(150)
     settings = dict(n_estimators=15, max_depth=2, learning_rate=0.3, init="zero")
@@ -352,8 +350,8 @@ def test_gates_by_x_help_on_a_piecewise_function(random):
     }
     line = LinearRegression().fit(test_x[:, 1:], mixtures.pieces(test_x)).predict(test_x[:, 1:])
     nearest = np.mean((line - mixtures.pieces(test_x)) ** 2)
-    alone, lines, tree, bagged, boosted, gated, fixed, _ = errors.values()
-    assert nearest <= min(alone, lines, fixed) and gated < 0.2 * nearest
+    single, lines, tree, bagged, boosted, gated, fixed, _ = errors.values()
+    assert nearest <= min(single, lines, fixed) and gated < 0.2 * nearest
     assert max(bagged, boosted) < tree
     assert gated < min(bagged, boosted)
 
@@ -365,10 +363,10 @@ def test_error_is_mean_error_less_ambiguity_by_brute_force(random):
     x, test_x = mixtures.points(40, random)[:, :2], mixtures.points(30, random)[:, :2]
     y, truth = np.sin(5 * x[:, 1]) + random.standard_normal(40), np.sin(5 * test_x[:, 1])
     error, mean_error, ambiguity = mixtures.diverse_errors(x, y, test_x, truth, 0.5, 3, 5, np.random.default_rng(1))
-    again = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     outputs = []
     for _ in range(5):
-        rows = np.sort(again.permutation(40)[:20])
+        rows = np.sort(rng.permutation(40)[:20])
         outputs.append(DecisionTreeRegressor(max_depth=3).fit(x[rows], y[rows]).predict(test_x))
     mean = np.mean(outputs, axis=0)
     assert error == pytest.approx(np.mean((mean - truth) ** 2))

@@ -1,18 +1,15 @@
 """The numpy GPT against the torch model, values and gradients, and the results of its training."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import numpy_gpt
 from helpers import ROOT, command, randomised
 from model import GPT, GPTConfig
-
-sys.path.append(str(ROOT / "examples"))
-import numpy_gpt  # noqa: E402
 
 SETTINGS = dict(norm_position="post", init="gpt1", activation="gelu_tanh", norm_eps=numpy_gpt.NORM_EPS)
 SIZES = dict(n_layer=numpy_gpt.N_LAYER, n_head=numpy_gpt.N_HEAD, n_embd=numpy_gpt.N_EMBD)

@@ -1,4 +1,4 @@
-"""The classifier on a GPT: logits and losses against closed forms and slow transcriptions, and its directory."""
+"""The classifier on a GPT: logits and losses against closed forms and slow implementations, and its directory."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def config_of(task, classes=None, **settings):
 
 
 def classifier_of(task, classes=None, generation="gpt2", seed=0, **settings):
-    """A classifier in eval mode whose weights all show."""
+    """A classifier in eval mode whose weights all affect the output."""
     trunk = GPT(dataclasses.replace(ARCHITECTURE, **GENERATIONS[generation]))
     return randomised(Classifier(trunk, config_of(task, classes, **settings)), seed)
 
@@ -64,18 +64,18 @@ def sequences(task, *texts):
     return sequences_of(Example(texts, None, ""), task, TOKENIZER, SPECIAL, 24)[0]
 
 
-# ---- worked numbers
+# ---- worked examples
 
 
 class KnownStates(torch.nn.Module):
-    """A trunk whose hidden states are told."""
+    """A trunk with given hidden states."""
 
     def __init__(self, hidden):
         super().__init__()
         self.states = hidden
         self.config = GPTConfig(block_size=hidden.size(1), vocab_size=30, n_layer=1, n_head=1, n_embd=hidden.size(2))
 
-    def hidden(self, tokens):
+    def hidden(self, tokens, lengths):
         return self.states
 
 
@@ -88,7 +88,7 @@ def test_two_losses_combine_as_in_equation_5():
 
 def test_the_worked_head_gives_its_published_probabilities_and_loss():
     states = torch.full((1, 4, 2), 9.0)
-    states[0, 2] = torch.tensor([0.4, -0.5])  # of the third token, the last but for padding
+    states[0, 2] = torch.tensor([0.4, -0.5])  # of the third token, the last before padding
     classifier = Classifier(KnownStates(states), config_of("classification", ("positive", "negative"))).eval()
     with torch.no_grad():
         classifier.head.weight.copy_(torch.tensor([[0.8, -0.4], [-0.1, 0.55]]))
@@ -98,7 +98,7 @@ def test_the_worked_head_gives_its_published_probabilities_and_loss():
     assert outcome.task_loss.item() == pytest.approx(0.3604, abs=5e-5) and outcome.language_loss == 0
 
 
-def test_a_zeroed_head_costs_the_logarithm_of_the_choices():
+def test_a_zeroed_head_has_the_loss_of_a_uniform_guess():
     three = classifier_of("classification", ("a", "b", "c"))
     choice = classifier_of("multiple_choice")
     for classifier in (three, choice):
@@ -112,19 +112,19 @@ def test_a_zeroed_head_costs_the_logarithm_of_the_choices():
     assert choice(*make_batch([two], [0])).task_loss.item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-def test_a_number_costs_the_square_of_what_it_is_off():
+def test_the_loss_of_a_number_is_the_squared_error():
     classifier = classifier_of("classification")
     outcome = classifier(*make_batch([sequences("classification", text) for text in ("ab", "cde")], [0.5, -2.0]))
     assert outcome.logits.shape == (2, 1)
-    (first, second) = outcome.logits[:, 0].tolist()
-    assert outcome.task_loss.item() == pytest.approx((first - 0.5) ** 2 + (second + 2) ** 2, rel=1e-5)
+    (prediction_1, prediction_2) = outcome.logits[:, 0].tolist()
+    assert outcome.task_loss.item() == pytest.approx((prediction_1 - 0.5) ** 2 + (prediction_2 + 2) ** 2, rel=1e-5)
 
 
-def test_unknown_labels_cost_nothing():
+def test_unknown_labels_add_no_loss():
     classifier = classifier_of("classification", ("a", "b"))
     examples = [sequences("classification", text) for text in ("ab", "cde")]
-    both = classifier(*make_batch(examples, [1, -1])).task_loss
-    assert both.item() == pytest.approx(classifier(*make_batch(examples[:1], [1])).task_loss.item(), rel=1e-5)
+    loss = classifier(*make_batch(examples, [1, -1])).task_loss
+    assert loss.item() == pytest.approx(classifier(*make_batch(examples[:1], [1])).task_loss.item(), rel=1e-5)
 
 
 # ---- what the head reads
@@ -136,16 +136,16 @@ def test_the_head_reads_the_state_of_the_last_token(generation):
     examples = [sequences("classification", text) for text in ("abcdefg", "hi", "")]
     batch = make_batch(examples, [0, 0, 0])
     logits = classifier(*batch).logits
-    for example, found in zip(examples, logits):
+    for example, row in zip(examples, logits):
         (sequence,) = example
         assert sequence[-1] == SPECIAL.extract
         state = classifier.trunk.hidden(torch.tensor([sequence]))[0, len(sequence) - 1]
-        torch.testing.assert_close(found, classifier.head.weight @ state, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row, classifier.head.weight @ state, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [("a", "b", "c"), None])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_swapping_two_texts_leaves_their_similarity(generation, classes):
+def test_similarity_is_symmetric(generation, classes):
     classifier = classifier_of("similarity", classes, generation)
     pairs = [
         ("abc de", "xyz"),
@@ -153,16 +153,16 @@ def test_swapping_two_texts_leaves_their_similarity(generation, classes):
         ("the first of two", "the second of both"),
     ]
     batches = [make_batch([sequences("similarity", *pair[::step]) for pair in pairs], [0] * 3) for step in (1, -1)]
-    there, back = (classifier(*batch).logits for batch in batches)
-    torch.testing.assert_close(there, back, rtol=0, atol=1e-6 * there.abs().max().item())
+    forward, backward = (classifier(*batch).logits for batch in batches)
+    torch.testing.assert_close(forward, backward, rtol=0, atol=1e-6 * forward.abs().max().item())
     orders = [sequences("similarity", *pair) for pair in pairs]
-    alone = [[classifier.trunk.hidden(torch.tensor([order]))[0, -1] for order in example] for example in orders]
-    for found, (first, second) in zip(there, alone):
-        torch.testing.assert_close(found, classifier.head.weight @ (first + second), rtol=1e-4, atol=1e-5)
-        assert (first - second).abs().max() > 0.01
+    states = [[classifier.trunk.hidden(torch.tensor([order]))[0, -1] for order in example] for example in orders]
+    for row, (state_1, state_2) in zip(forward, states):
+        torch.testing.assert_close(row, classifier.head.weight @ (state_1 + state_2), rtol=1e-4, atol=1e-5)
+        assert (state_1 - state_2).abs().max() > 0.01
 
 
-def test_options_that_are_not_there_have_no_chance():
+def test_missing_options_have_probability_0():
     classifier = classifier_of("multiple_choice")
     four, two = (sequences("multiple_choice", "abc", *options) for options in (("d", "e", "fg", "h"), ("ij", "k")))
     logits = classifier(*make_batch([two, four], [0, 0])).logits
@@ -173,7 +173,7 @@ def test_options_that_are_not_there_have_no_chance():
         torch.testing.assert_close(logits[1, option], classifier.head.weight[0] @ state, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_is_alike_for_all_options_and_off_in_eval():
+def test_all_options_share_a_dropout_mask():
     classifier = classifier_of("multiple_choice", dropout=0.5).train()
     torch.nn.init.ones_(classifier.head.weight)
     batch = make_batch([sequences("multiple_choice", "abc", "de", "de")], [0])
@@ -196,34 +196,34 @@ TASKS = {
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("generation", ["gpt1", "gpt3", "modern", "untied", "lstm"])
-def test_padding_changes_neither_logits_nor_losses_nor_gradients(task, generation):
+def test_padding_changes_no_logits_losses_or_gradients(task, generation):
     classes, texts, labels = TASKS[task]
     classifier = classifier_of(task, classes, "gpt1" if generation == "lstm" else generation)
     if generation == "lstm":
         classifier = randomised(Classifier(LSTM(classifier.trunk.config), classifier.config))
-    classifier = classifier.double()  # so that only a real difference shows, in whatever order sums are taken
+    classifier = classifier.double()  # so the order of sums doesn't matter
     examples = [sequences(task, *each) for each in texts]
 
     def outcome(batch):
         classifier.zero_grad()
-        found = classifier(*batch)
-        combined_loss(found.task_loss, found.language_loss, 0.5).backward()
-        return found, [p.grad.clone() for p in classifier.parameters()]
+        actual = classifier(*batch)
+        combined_loss(actual.task_loss, actual.language_loss, 0.5).backward()
+        return actual, [p.grad.clone() for p in classifier.parameters()]
 
     together = make_batch(examples, labels)
     present = torch.arange(together.tokens.size(2)) < together.lengths[..., None]
     noise = torch.randint(0, 30, together.tokens.shape, generator=torch.Generator().manual_seed(3))
     noisy = Batch(torch.where(present, together.tokens, noise), together.lengths, together.labels)
-    (found, gradients), (other, other_gradients) = outcome(together), outcome(noisy)
-    torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-9)
+    (actual, gradients), (noisy_outcome, noisy_gradients) = outcome(together), outcome(noisy)
+    torch.testing.assert_close(actual, noisy_outcome, rtol=1e-9, atol=1e-9)
     singles = [outcome(make_batch([example], [label])) for example, label in zip(examples, labels)]
-    for row, (single, _) in zip(found.logits, singles):
+    for row, (single, _) in zip(actual.logits, singles):
         torch.testing.assert_close(row[: single.logits.size(1)], single.logits[0], rtol=1e-6, atol=1e-6)
     for loss in (1, 2):
         expected = sum(single[loss] for single, _ in singles)
-        torch.testing.assert_close(found[loss], expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual[loss], expected, rtol=1e-9, atol=1e-9)
     bound = 1e-6 * max(gradient.abs().max().item() for gradient in gradients)
-    for i, (gradient, noised) in enumerate(zip(gradients, other_gradients)):
+    for i, (gradient, noised) in enumerate(zip(gradients, noisy_gradients)):
         expected = sum(each[i] for _, each in singles)
         assert (gradient - expected).abs().max() <= bound and (gradient - noised).abs().max() <= bound
 
@@ -233,7 +233,7 @@ def test_padding_changes_neither_logits_nor_losses_nor_gradients(task, generatio
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("generation", ["gpt1", "untied"])
-def test_the_language_loss_is_the_mean_over_tokens_then_sequences_summed_over_examples(task, generation):
+def test_the_language_loss_is_a_mean_over_tokens_and_sequences_summed_over_examples(task, generation):
     classes, texts, labels = TASKS[task]
     classifier = classifier_of(task, classes, generation)
     examples = [sequences(task, *each) for each in texts]
@@ -249,7 +249,7 @@ def test_the_language_loss_is_the_mean_over_tokens_then_sequences_summed_over_ex
     assert classifier(*batch, with_language=False).language_loss == 0
 
 
-def test_targets_are_the_next_tokens_with_special_ones():
+def test_targets_are_the_next_tokens_including_special_ones():
     example = sequences("entailment", "a", "bc")
     batch = make_batch([example, sequences("entailment", "", "")], [0, 0])
     targets, weights = Classifier.language_targets(batch.tokens, batch.lengths)
@@ -261,7 +261,7 @@ def test_targets_are_the_next_tokens_with_special_ones():
 
 
 def test_the_first_updates_equal_the_published_formula():
-    """Ten updates of a head and a trunk by AdamW, clipping and the schedule, transcribed in numpy in float64."""
+    """Ten updates of head and trunk by AdamW with clipping and the schedule, against numpy in float64."""
     total, rate, warmup = 50, 6.25e-5, 0.1
     settings = dict(learning_rate=rate, weight_decay=0.01, beta1=0.9, beta2=0.999, adam_eps=1e-8, grad_clip=1.0)
     torch.manual_seed(0)
@@ -271,8 +271,8 @@ def test_the_first_updates_equal_the_published_formula():
     updater = Updater(classifier, config, torch.device("cpu"), "float32")
     names = dict(classifier.named_parameters())
     expected = {name: p.detach().numpy().copy() for name, p in names.items()}
-    first = {name: np.zeros_like(p) for name, p in expected.items()}
-    second = {name: np.zeros_like(p) for name, p in expected.items()}
+    mean = {name: np.zeros_like(p) for name, p in expected.items()}
+    variance = {name: np.zeros_like(p) for name, p in expected.items()}
     start = {name: p.copy() for name, p in expected.items()}
     batch, clipped = make_batch([sequences("classification", text) for text in ("abc", "de f", "gh")], [0, 1, 0]), 0
     for t in range(1, 11):
@@ -281,14 +281,14 @@ def test_the_first_updates_equal_the_published_formula():
         gradients = {name: p.grad.numpy().copy() for name, p in names.items()}
         norm = math.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
         clipped += norm > 1
-        progress = (t - 1) / total  # of updates made before
+        progress = (t - 1) / total  # of the updates made so far
         updater.update(rate * warmup_linear(progress, warmup), outcome.task_loss.detach())
         now = rate * (progress / warmup if progress <= warmup else 1) * (1 - progress)
         for name, gradient in gradients.items():
             gradient = gradient / max(norm, 1.0)
-            first[name] = 0.9 * first[name] + 0.1 * gradient
-            second[name] = 0.999 * second[name] + 0.001 * gradient**2
-            step = (first[name] / (1 - 0.9**t)) / (np.sqrt(second[name] / (1 - 0.999**t)) + 1e-8)
+            mean[name] = 0.9 * mean[name] + 0.1 * gradient
+            variance[name] = 0.999 * variance[name] + 0.001 * gradient**2
+            step = (mean[name] / (1 - 0.9**t)) / (np.sqrt(variance[name] / (1 - 0.999**t)) + 1e-8)
             decay = 0.01 if gradient.ndim > 1 else 0.0
             expected[name] = expected[name] - now * (step + decay * expected[name])
     assert clipped
@@ -298,7 +298,7 @@ def test_the_first_updates_equal_the_published_formula():
         assert np.abs(moved - should).max() <= 1e-6 * np.abs(should).max(), name
 
 
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
     for warmup in (0.002, 0.1):
         values = [warmup_linear(x, warmup) for x in (0, warmup / 2, warmup, 0.5, 1)]
         assert values == pytest.approx([0, (1 - warmup / 2) / 2, 1 - warmup, 0.5, 0], abs=1e-12)
@@ -308,7 +308,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_special_tokens_leave_what_is_there_as_it_was(generation):
+def test_special_tokens_leave_existing_weights_unchanged(generation):
     config = dataclasses.replace(ARCHITECTURE, vocab_size=400, n_embd=64, **GENERATIONS[generation])
     model = randomised(GPT(config))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -323,7 +323,7 @@ def test_special_tokens_leave_what_is_there_as_it_was(generation):
         if name == "head_bias":
             assert tensor[rows:].tolist() == [0, 0, 0]
         elif name in grown:
-            assert torch.equal(tensor[rows:], 0.02 * torch.randn(3, 64))  # the same in every process of this seed
+            assert torch.equal(tensor[rows:], 0.02 * torch.randn(3, 64))  # the same in every process with this seed
             assert tensor[rows:].std().item() == pytest.approx(0.02, rel=0.25)
         else:
             assert len(tensor) == rows
@@ -332,29 +332,31 @@ def test_special_tokens_leave_what_is_there_as_it_was(generation):
     assert all(parameter.requires_grad for parameter in larger.parameters())
 
 
-def differing(one, other):
-    """Names of tensors that are not the same numbers; biases and norms, which are drawn as constants, left out."""
-    other = other.state_dict()
-    return {name for name, tensor in one.state_dict().items() if tensor.dim() > 1 and (tensor != other[name]).any()}
+def differing(model, reference):
+    """Names of tensors that differ, except biases and norms, which are initialised to constants."""
+    expected = reference.state_dict()
+    return {
+        name for name, tensor in model.state_dict().items() if tensor.dim() > 1 and (tensor != expected[name]).any()
+    }
 
 
 @pytest.mark.parametrize("generation", ["gpt1", "untied"])
-def test_transferring_blocks_keeps_those_and_the_embeddings(generation):
+def test_transfer_keeps_the_first_blocks_and_the_embeddings(generation):
     model = randomised(GPT(dataclasses.replace(ARCHITECTURE, n_layer=3, **GENERATIONS[generation])))
     matrices = {name for name, tensor in model.state_dict().items() if tensor.dim() > 1}
     embeddings = {name for name in matrices if "embedding" in name}
     for blocks in range(3):
-        kept = embeddings | {name for name in matrices for i in range(blocks) if name.startswith(f"blocks.{i}.")}
+        transferred = embeddings | {name for name in matrices for i in range(blocks) if name.startswith(f"blocks.{i}.")}
         partly = transfer(model, blocks)
-        assert differing(model, partly) == matrices - kept
-        fresh = torch.cat([t.flatten() for name, t in partly.state_dict().items() if name in matrices - kept])
-        assert fresh.std() < 0.03  # the model's own are drawn with .3
+        assert differing(model, partly) == matrices - transferred
+        fresh = torch.cat([t.flatten() for name, t in partly.state_dict().items() if name in matrices - transferred])
+        assert fresh.std() < 0.03  # the model's weights have .3
     assert transfer(model, 3) is model
     assert differing(model, transfer(model, None)) == matrices
     assert partly.config == model.config
 
 
-def test_a_transferred_block_keeps_its_norms_and_the_final_norm_goes():
+def test_transfer_keeps_the_blocks_norms_but_not_the_final_norm():
     model = randomised(GPT(dataclasses.replace(ARCHITECTURE, head_bias=True)))
     partly = transfer(model, 1)
     assert torch.equal(partly.blocks[0].mlp_norm.bias, model.blocks[0].mlp_norm.bias)
@@ -362,7 +364,7 @@ def test_a_transferred_block_keeps_its_norms_and_the_final_norm_goes():
         assert not vector.any()
 
 
-def test_settings_change_without_the_weights():
+def test_settings_change_without_changing_weights():
     model = randomised(GPT(ARCHITECTURE))
     changed = with_settings(model, dropout=0.3)
     assert changed.config == dataclasses.replace(ARCHITECTURE, dropout=0.3) and changed.blocks[0].mlp.dropout.p == 0.3
@@ -391,12 +393,12 @@ def test_a_saved_classifier_computes_the_same(tmp_path, task, generation):
     loaded, tokenizer = load_classifier(tmp_path)
     assert loaded.config == config and tokenizer == TOKENIZER and loaded.training and loaded.trunk.training
     batch = make_batch([sequences(task, *each) for each in texts], labels)
-    for mine, theirs in zip(loaded.eval()(*batch), classifier(*batch)):
-        assert torch.equal(mine, theirs)
+    for actual, expected in zip(loaded.eval()(*batch), classifier(*batch)):
+        assert torch.equal(actual, expected)
     assert load_classifier(tmp_path, torch.bfloat16)[0].head.weight.dtype == torch.bfloat16
 
 
-def test_a_classifiers_directory_is_a_language_models_too(tmp_path):
+def test_a_classifier_s_directory_loads_as_a_language_model(tmp_path):
     trunk, special = with_special_tokens(randomised(GPT(dataclasses.replace(ARCHITECTURE, vocab_size=27))))
     save_classifier(Classifier(trunk, config_of("classification", ("a", "b"))), TOKENIZER, tmp_path)
     model, tokenizer = load_model(tmp_path)
@@ -405,7 +407,7 @@ def test_a_classifiers_directory_is_a_language_models_too(tmp_path):
 
 
 @pytest.mark.parametrize("generation", ["gpt1", "modern"])
-def test_adapters_are_merged_in_what_is_saved_and_stay_in_what_trains(tmp_path, generation):
+def test_saving_merges_adapters_in_the_file_only(tmp_path, generation):
     classifier = classifier_of("classification", ("a", "b"), generation)
     base = {name: tensor.clone() for name, tensor in classifier.trunk.state_dict().items()}
     add_adapters(classifier.trunk.blocks, 3, 6.0)
@@ -435,7 +437,7 @@ def directory(tmp_path):
 @pytest.mark.parametrize("lstm", [False, True])
 @pytest.mark.parametrize("name", ["classifier.json", "classifier.safetensors", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_a_file_that_is_missing_or_damaged_is_named(directory, name, damage, lstm):
+def test_a_missing_or_damaged_file_is_named(directory, name, damage, lstm):
     if lstm:
         classifier = Classifier(LSTM(ARCHITECTURE), config_of("classification", ("a", "b"), lstm=True))
         save_classifier(classifier, TOKENIZER, directory)
@@ -448,8 +450,8 @@ def test_a_file_that_is_missing_or_damaged_is_named(directory, name, damage, lst
         load_classifier(directory)
     message = str(refused.value)
     if damage == "missing":
-        other = {"classifier.json": "without a classifier's head", "tokenizer.json": "tokenizer"}
-        assert str(directory) in message and other.get(name, name) in message
+        descriptions = {"classifier.json": "without a classifier's head", "tokenizer.json": "tokenizer"}
+        assert str(directory) in message and descriptions.get(name, name) in message
     else:
         assert str(path) in message and "\n" not in message
 
@@ -464,14 +466,14 @@ def test_a_file_that_is_missing_or_damaged_is_named(directory, name, damage, lst
         ({"classes": ["a", "b", "c"]}, r"classifier.safetensors is missing or damaged: size mismatch for weight"),
     ],
 )
-def test_a_configuration_that_does_not_fit_is_refused(directory, change, message):
+def test_a_mismatched_configuration_is_refused(directory, change, message):
     path = directory / "classifier.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=message):
         load_classifier(directory)
 
 
-def test_a_model_without_a_head_is_no_classifier(tmp_path):
+def test_a_model_without_a_head_is_not_a_classifier(tmp_path):
     save_model(GPT(ARCHITECTURE), TOKENIZER, tmp_path)
     assert not is_classifier(tmp_path) and not is_classifier("gpt2")
     with pytest.raises(UserError, match="is a model without a classifier's head: train one with --train FILE"):

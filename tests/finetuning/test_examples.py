@@ -1,4 +1,4 @@
-"""Labelled files, and the sequences that examples become, against figure 1 of GPT-1's paper and slow transcriptions."""
+"""Labelled files, and sequences made from examples, against figure 1 of GPT-1's paper and slow implementations."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ PAIR = Columns("premise", "hypothesis")
 
 
 class Words:
-    """A stand-in for a tokenizer: one token per word, its length."""
+    """A substitute for a tokenizer: one token per word, its length."""
 
     @staticmethod
     def encode(text):
@@ -37,12 +37,12 @@ class Words:
 
 
 class Counted:
-    """A stand-in that reads "5 2" as five tokens numbered from 20: 20 to 24."""
+    """A substitute for a tokenizer: reads "5 2" as five tokens from 20, that is, 20 to 24."""
 
     @staticmethod
     def encode(text):
-        count, first = map(int, text.split())
-        return list(range(10 * first, 10 * first + count))
+        count, start = map(int, text.split())
+        return list(range(10 * start, 10 * start + count))
 
 
 def sequences(texts, task, max_tokens=512, tokenizer=Words):
@@ -81,11 +81,11 @@ def test_the_entailment_example_has_18_tokens_and_is_read_at_position_17():
         ),
     ],
 )
-def test_layouts_are_those_of_figure_1(task, texts, expected):
+def test_layouts_match_figure_1(task, texts, expected):
     assert sequences(texts, task) == (expected, False)
 
 
-def test_a_text_of_the_length_allowed_is_not_cut_and_one_token_more_is():
+def test_only_texts_beyond_the_maximum_length_are_cut():
     assert sequences(["6 1"], "classification", 8, Counted) == ([[START, *range(10, 16), EXTRACT]], False)
     assert sequences(["7 1"], "classification", 8, Counted) == ([[START, *range(10, 16), EXTRACT]], True)
     assert sequences(["3 1", "2 2"], "entailment", 8, Counted)[1] is False
@@ -93,16 +93,16 @@ def test_a_text_of_the_length_allowed_is_not_cut_and_one_token_more_is():
     assert sequences(["9 1", "2 2"], "entailment", 8, Counted) == ([whole], True)
 
 
-def test_one_option_that_is_cut_leaves_the_others_alone():
-    found, cut = sequences(["2 1", "1 2", "9 3"], "multiple_choice", 8, Counted)
-    assert cut and found == [
+def test_cutting_one_option_leaves_the_others_unchanged():
+    actual, cut = sequences(["2 1", "1 2", "9 3"], "multiple_choice", 8, Counted)
+    assert cut and actual == [
         [START, 10, 11, DELIMITER, 20, EXTRACT],
         [START, 10, 11, DELIMITER, 30, 31, 32, EXTRACT],
     ]
 
 
 def cut_one_by_one(segments, room):
-    """The reference: while there are too many, the longest segment, the later of equals, loses its last token."""
+    """The reference: while there are too many tokens, the longest segment (the last of equals) loses its last token."""
     segments = [list(segment) for segment in segments]
     while len([token for segment in segments for token in segment]) > room:
         victim = segments[0]
@@ -116,9 +116,9 @@ def cut_one_by_one(segments, room):
 @given(st.lists(st.lists(st.integers(0, 99), max_size=30), min_size=1, max_size=3), st.integers(3, 40))
 def test_the_longest_segment_is_cut_first(segments, room):
     before = [list(segment) for segment in segments]
-    kept = fitted(segments, room)
-    assert kept == cut_one_by_one(segments, room) and segments == before
-    assert sum(map(len, kept)) == min(room, sum(map(len, segments)))
+    fitting = fitted(segments, room)
+    assert fitting == cut_one_by_one(segments, room) and segments == before
+    assert sum(map(len, fitting)) == min(room, sum(map(len, segments)))
 
 
 @given(
@@ -126,26 +126,26 @@ def test_the_longest_segment_is_cut_first(segments, room):
     st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40)),
     st.integers(8, 50),
 )
-def test_cut_sequences_fit_and_keep_special_tokens_and_something_of_each_text(task, counts, max_tokens):
+def test_cut_sequences_keep_special_tokens_and_part_of_each_text(task, counts, max_tokens):
     texts = [f"{count} {i}" for i, count in enumerate(counts, start=1)]
     texts = texts[: {"classification": 1, "multiple_choice": 3}.get(task, 2)]
-    found, cut = sequences(texts, task, max_tokens, Counted)
+    cut_sequences, cut = sequences(texts, task, max_tokens, Counted)
     pairs = task != "classification"
     needed = [1 + sum(counts[i] for i in (0, o)[: 1 + pairs]) + 1 + pairs for o in range(1, len(texts))] or [
         counts[0] + 2
     ]
     assert cut == any(length > max_tokens for length in needed)
-    for sequence in found:
+    for sequence in cut_sequences:
         assert len(sequence) <= max_tokens and sequence[0] == START and sequence[-1] == EXTRACT
         assert sequence.count(START) == sequence.count(EXTRACT) == 1 and sequence.count(DELIMITER) == pairs
         parts = " ".join(map(str, sequence[1:-1])).split(str(DELIMITER))
         assert all(part.strip() for part in parts)
     if task == "similarity":
         swapped, _ = sequences(texts[::-1], task, max_tokens, Counted)
-        assert swapped == found[::-1]
+        assert swapped == cut_sequences[::-1]
 
 
-def test_a_character_that_the_vocabulary_lacks_is_named_with_its_row():
+def test_an_unknown_character_is_named_with_its_row():
     with pytest.raises(UserError, match=r"train.csv, line 7: the character 'z'"):
         sequences_of(Example(("abz",), None, "train.csv, line 7"), "classification", CharTokenizer("ab"), SPECIAL, 16)
 
@@ -160,7 +160,7 @@ ROWS = [
 
 
 def write(path, rows, encoding="utf-8"):
-    """The rows in the format that the suffix names."""
+    """Writes rows in the format of the suffix."""
     with open(path, "w", encoding=encoding, newline="") as file:
         if path.suffix == ".jsonl":
             file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -175,15 +175,15 @@ def write(path, rows, encoding="utf-8"):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv"])
-def test_formats_are_read_alike(tmp_path, suffix, encoding):
+def test_all_formats_give_the_same_examples(tmp_path, suffix, encoding):
     path = write(tmp_path / f"rows.{suffix}", ROWS, encoding)
     examples = read_examples(path, "entailment", PAIR)
     assert [(*e.texts, e.label) for e in examples] == [tuple(row.values()) for row in ROWS]
-    first = 1 if suffix == "jsonl" else 2
-    assert [e.place for e in examples] == [f"{path}, line {first + i}" for i in range(3)]
+    first_line = 1 if suffix == "jsonl" else 2
+    assert [e.place for e in examples] == [f"{path}, line {first_line + i}" for i in range(3)]
 
 
-def test_windows_line_ends_are_none_of_the_text(tmp_path):
+def test_windows_line_ends_are_not_part_of_the_text(tmp_path):
     for suffix, content in (("csv", b"text,label\r\na b,x\r\n"), ("tsv", b"text\tlabel\r\na b\tx\r\n")):
         (tmp_path / f"rows.{suffix}").write_bytes(content)
         (example,) = read_examples(tmp_path / f"rows.{suffix}", "classification", TEXTS)
@@ -220,14 +220,14 @@ def test_a_tsv_has_no_quoting(tmp_path):
     ("value", "label"),
     [(1, "1"), (0, "0"), (-2.5, "-2.5"), (True, "true"), (False, "false"), (" good ", "good"), ("1", "1")],
 )
-def test_labels_may_be_numbers_texts_or_true_and_false(tmp_path, value, label):
+def test_labels_may_be_numbers_texts_or_booleans(tmp_path, value, label):
     path = write(tmp_path / "rows.jsonl", [{"text": "a", "label": value}])
     assert read_examples(path, "classification", TEXTS)[0].label == label
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_a_missing_label_is_none_or_an_error_as_asked(tmp_path, value, suffix):
+def test_a_missing_label_is_none_or_an_error(tmp_path, value, suffix):
     path = write(tmp_path / f"rows.{suffix}", [{"text": "a", "label": value}])
     assert read_examples(path, "classification", TEXTS, labelled=False)[0].label is None
     with pytest.raises(UserError, match="line .: label is empty"):
@@ -236,7 +236,7 @@ def test_a_missing_label_is_none_or_an_error_as_asked(tmp_path, value, suffix):
     assert read_examples(path, "classification", TEXTS, labelled=False)[0].label is None
 
 
-def test_numbers_are_texts_too_and_columns_may_be_named(tmp_path):
+def test_texts_may_be_numbers_and_columns_may_be_named(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"price": 12, "verdict": "dear", "text": "other"}])
     (example,) = read_examples(path, "classification", Columns("price", label="verdict"))
     assert (example.texts, example.label) == (("12",), "dear")
@@ -264,7 +264,7 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_ROWS)
-def test_what_is_wrong_with_a_file_is_said_with_its_place(tmp_path, name, content, message):
+def test_errors_in_a_file_name_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_examples(tmp_path / name, "classification", TEXTS)
@@ -277,7 +277,7 @@ def test_the_first_bad_row_is_named_and_the_others_are_counted(tmp_path):
         read_examples(path, "classification", TEXTS)
 
 
-def test_a_file_that_is_missing_or_no_utf_8_is_a_user_error(tmp_path):
+def test_a_missing_file_or_one_that_is_not_utf_8_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="there is no file .*rows.csv"):
         read_examples(tmp_path / "rows.csv", "classification", TEXTS)
     for suffix in ("csv", "jsonl"):
@@ -303,7 +303,7 @@ def test_an_option_is_labelled_by_number_letter_column_or_text(tmp_path, suffix,
 
 
 @pytest.mark.parametrize("label", ["3", "D", "d", "end3", "sat down", "-1", "1.0", "true"])
-def test_a_label_that_means_no_option_is_refused(tmp_path, label):
+def test_a_label_that_matches_no_option_is_refused(tmp_path, label):
     row = {"context": "the cat", "end0": "sat", "end1": "it left", "end2": "then it was gone", "label": label}
     with pytest.raises(UserError, match=f"line 1: the label '{label}' means none of the 3 options"):
         read_examples(write(tmp_path / "rows.jsonl", [row]), "multiple_choice", CHOICES)
@@ -327,7 +327,7 @@ def test_options_may_be_a_list_and_a_question_joins_the_context(tmp_path):
         (None, "options is empty"),
     ],
 )
-def test_what_is_no_list_of_options_is_refused(tmp_path, options, message):
+def test_invalid_options_are_refused(tmp_path, options, message):
     path = write(tmp_path / "rows.jsonl", [{"context": "a", "options": options, "label": 0}])
     with pytest.raises(UserError, match=message):
         read_examples(path, "multiple_choice", Columns.usual("multiple_choice"))
@@ -340,21 +340,21 @@ def labelled(*labels):
     return [Example(("",), label, f"rows.csv, line {i}") for i, label in enumerate(labels, start=2)]
 
 
-def test_classes_are_in_the_order_of_numbers_or_of_the_alphabet():
+def test_classes_are_in_numerical_or_alphabetical_order():
     assert classes_of(labelled("10", "9", "-1", "9")) == ("-1", "9", "10")
     assert classes_of(labelled("10", "9", "b", "a")) == ("10", "9", "a", "b")
 
 
-def test_a_label_that_was_not_trained_on_is_refused_with_its_place():
-    known, unknown, none = labelled("b", "x", None)
-    assert label_number(known, ("a", "b")) == 1 and label_number(none, ("a", "b")) == -1
+def test_an_untrained_label_is_refused_with_its_line():
+    trained, unknown, none = labelled("b", "x", None)
+    assert label_number(trained, ("a", "b")) == 1 and label_number(none, ("a", "b")) == -1
     with pytest.raises(UserError, match="rows.csv, line 3: the label 'x' is not one of the classes trained on: a, b$"):
         label_number(unknown, ("a", "b"))
     with pytest.raises(UserError, match="trained on: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 ...$"):
         label_number(unknown, [str(i) for i in range(11)])
 
 
-def test_a_label_on_a_scale_is_a_finite_number():
+def test_a_numeric_label_is_a_finite_number():
     number, none, *wrong = labelled("2.5", None, "high", "nan", "inf")
     assert label_value(number) == 2.5 and math.isnan(label_value(none))
     for example in wrong:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the same function at first, the only thing that learns, and the same function once merged."""
+"""Low-rank adapters: they initially change nothing, only they learn, and merging them keeps the function."""
 
 import copy
 
@@ -34,19 +34,19 @@ def test_the_layer_computes_the_equation_of_the_paper():
     torch.testing.assert_close(merged.weight, weight)
 
 
-def test_adapters_change_nothing_at_first(model):
+def test_new_adapters_change_nothing(model):
     before = model(TOKENS)
     add_adapters(model.blocks, 3, 16.0)
     assert torch.equal(model(TOKENS), before)
     assert all(layer.down.std() > 0.05 for layer in model.modules() if isinstance(layer, LowRankLinear))
 
 
-def test_each_linear_layer_of_the_blocks_has_an_adapter_and_nothing_else_there_learns(model):
+def test_in_the_blocks_only_adapters_of_linear_layers_learn(model):
     linear = {name: layer.weight.shape for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear)}
     outside = {name for name, _ in model.named_parameters() if not name.startswith("blocks.")}
     add_adapters(model.blocks, 3, 16.0)
     learning = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    assert outside and outside <= learning.keys()  # which are the caller's to freeze
+    assert outside and outside <= learning.keys()  # the caller freezes these
     expected = {f"blocks.{name}.down": (3, shape[1]) for name, shape in linear.items()}
     expected |= {f"blocks.{name}.up": (shape[0], 3) for name, shape in linear.items()}
     assert {name: shape for name, shape in learning.items() if name not in outside} == expected
@@ -67,7 +67,7 @@ def trained(model, updates=4):
     return losses
 
 
-def test_training_moves_the_adapters_alone(model):
+def test_training_changes_only_the_adapters(model):
     before = copy.deepcopy(model.state_dict())
     losses = trained(model)
     assert losses[-1] < losses[0]
@@ -80,7 +80,7 @@ def test_training_moves_the_adapters_alone(model):
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_adapters_gradients_are_those_of_the_weight_through_the_product():
+def test_adapter_gradients_follow_from_the_weight_s_gradient():
     torch.manual_seed(0)
     layer = LowRankLinear(nn.Linear(5, 4), 2, 6.0).double()
     nn.init.normal_(layer.up)
@@ -93,7 +93,7 @@ def test_adapters_gradients_are_those_of_the_weight_through_the_product():
     assert layer.linear.weight.grad is None and layer.linear.bias.grad is None
 
 
-def test_a_merged_model_computes_what_the_adapted_one_did(model):
+def test_a_merged_model_equals_the_adapted_one(model):
     names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
     unadapted = model(TOKENS)
     trained(model)
@@ -102,7 +102,7 @@ def test_a_merged_model_computes_what_the_adapted_one_did(model):
     merged = with_merged_adapters(model)
     assert merged is not model and list(merged.state_dict()) == names
     torch.testing.assert_close(merged(TOKENS), adapted, rtol=1e-5, atol=1e-5)
-    assert torch.equal(model(TOKENS), adapted)  # it has its adapters still
+    assert torch.equal(model(TOKENS), adapted)  # it still has its adapters
     for name, tensor in model.state_dict().items():
         if name.replace(".linear.", ".") in before and not name.endswith(".down"):
             assert torch.equal(tensor, before[name.replace(".linear.", ".")])

@@ -1,4 +1,4 @@
-"""The LSTM in a GPT's place: as many weights, no look into the future, and it learns."""
+"""The LSTM in place of a GPT: as many weights, causal, and it learns."""
 
 import dataclasses
 
@@ -26,37 +26,37 @@ def on_meta(kind, config):
         GPTConfig(256, 98, 4, 4, 128, positions="rotary", activation="swiglu", bias=False, tied_head=False),
     ],
 )
-def test_it_has_as_many_weights_as_the_gpt(config):
-    expected, found = (on_meta(kind, config).num_parameters() for kind in (GPT, LSTM))
-    assert found == pytest.approx(expected, rel=0.01)
+def test_the_lstm_has_as_many_weights_as_the_gpt(config):
+    expected, actual = (on_meta(kind, config).num_parameters() for kind in (GPT, LSTM))
+    assert actual == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 @pytest.mark.parametrize("width", [16, 32, 48])
-def test_no_other_number_of_units_comes_nearer(width, positions):
+def test_no_other_number_of_units_is_closer(width, positions):
     config = dataclasses.replace(TINY, n_embd=width, positions=positions)
-    expected, found, units = GPT(config).num_parameters(), LSTM(config).num_parameters(), LSTM(config).lstm.hidden_size
-    for other in (units - 1, units + 1):
-        size = 4 * other * (width + other + 2) + other * width + width
+    expected, actual, units = GPT(config).num_parameters(), LSTM(config).num_parameters(), LSTM(config).lstm.hidden_size
+    for other_units in (units - 1, units + 1):
+        size = 4 * other_units * (width + other_units + 2) + other_units * width + width
         present = 4 * units * (width + units + 2) + units * width + width
-        assert abs(found - expected) <= abs(found - present + size - expected)
+        assert abs(actual - expected) <= abs(actual - present + size - expected)
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm_position": "post"}, {"tied_head": False, "head_bias": True}])
-def test_later_tokens_change_no_earlier_state(settings):
+def test_states_are_causal(settings):
     model = randomised(LSTM(dataclasses.replace(TINY, **settings)))
     tokens = torch.randint(0, 23, (2, 12), generator=torch.Generator().manual_seed(0))
     hidden = model.hidden(tokens)
     for place in (1, 6, 11):
         changed = tokens.clone()
         changed[:, place] = (changed[:, place] + 1) % 23
-        other = model.hidden(changed)
-        assert torch.equal(other[:, :place], hidden[:, :place])
-        assert ((other - hidden)[:, place:].abs().amax(-1) > 1e-6).all()
+        changed_hidden = model.hidden(changed)
+        assert torch.equal(changed_hidden[:, :place], hidden[:, :place])
+        assert ((changed_hidden - hidden)[:, place:].abs().amax(-1) > 1e-6).all()
         torch.testing.assert_close(model.hidden(tokens[:, :place]), hidden[:, :place], rtol=1e-5, atol=1e-6)
 
 
-def test_states_are_those_of_the_published_recurrence():
+def test_states_follow_the_published_recurrence():
     """Hochreiter and Schmidhuber's cell with a forget gate, one token at a time."""
     model = randomised(LSTM(dataclasses.replace(TINY, norm_position="post", vocab_size=5)))
     (tokens,) = torch.tensor([[3, 0, 4, 4, 1]])
@@ -78,7 +78,7 @@ def test_more_tokens_than_the_context_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_goes_down_in_training(dtype):
+def test_the_loss_falls_in_training(dtype):
     torch.manual_seed(0)
     model = LSTM(TINY)
     tokens = (torch.arange(13) + torch.arange(8)[:, None]) % 23

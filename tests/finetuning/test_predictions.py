@@ -45,16 +45,21 @@ def encoded(config, *rows):
 # ---- encoding
 
 
-def test_examples_become_sequences_labels_and_a_count_of_what_was_cut():
-    found = encoded(config_of(max_tokens=8), ("ab", "yes"), ("abcdefghij", "no"), ("", None))
-    assert found.sequences == [[[27, 1, 2, 29]], [[27, *range(1, 7), 29]], [[27, 29]]]
-    assert found.labels == [1, 0, -1] and found.cut == 1 and len(found) == 3 and found.lengths.tolist() == [4, 8, 2]
-    tokens, lengths, labels = found.batch([2, 0])
+def test_encoding_gives_sequences_labels_and_the_number_of_cut_texts():
+    examples = encoded(config_of(max_tokens=8), ("ab", "yes"), ("abcdefghij", "no"), ("", None))
+    assert examples.sequences == [[[27, 1, 2, 29]], [[27, *range(1, 7), 29]], [[27, 29]]]
+    assert (
+        examples.labels == [1, 0, -1]
+        and examples.cut == 1
+        and len(examples) == 3
+        and examples.lengths.tolist() == [4, 8, 2]
+    )
+    tokens, lengths, labels = examples.batch([2, 0])
     assert tokens[1].tolist() == [[27, 1, 2, 29]] and lengths.tolist() == [[2], [4]] and labels.tolist() == [-1, 1]
     assert labels.dtype == torch.int64
 
 
-def test_labels_are_values_on_a_scale_and_numbers_of_options():
+def test_labels_are_numbers_or_indices_of_options():
     scale = encoded(config_of("similarity", None), ("ab", "c", "2"), ("ab", "c", None))
     assert scale.labels[0] == 2.0 and math.isnan(scale.labels[1])
     assert scale.batch([0]).labels.dtype == torch.float32
@@ -77,7 +82,7 @@ def padded(batches, lengths):
 
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize(("rows", "size"), [(1, 4), (8, 4), (1003, 8), (401, 1), (5, 100)])
-def test_an_epoch_has_each_row_once_in_batches_of_one_size_but_one(rows, size, group):
+def test_an_epoch_has_each_row_once_and_all_batches_but_one_are_full(rows, size, group):
     lengths = np.random.default_rng(0).integers(1, 100, rows)
     batches = epoch_batches(lengths, size, 7, 0, group)
     assert sorted(itertools.chain(*batches)) == list(range(rows))
@@ -85,12 +90,12 @@ def test_an_epoch_has_each_row_once_in_batches_of_one_size_but_one(rows, size, g
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_the_order_follows_from_seed_and_epoch(group):
+def test_the_order_depends_on_seed_and_epoch(group):
     lengths = np.random.default_rng(0).integers(1, 100, 300)
     orders = [
         np.concatenate(epoch_batches(lengths, 8, seed, epoch, group)).tolist() for seed in (0, 1) for epoch in (0, 1, 2)
     ]
-    assert all(one != other for one, other in itertools.combinations(orders, 2))
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
     assert orders[1] == np.concatenate(epoch_batches(lengths, 8, 0, 1, group)).tolist()
     assert orders[0] != sorted(orders[0])
 
@@ -121,15 +126,15 @@ TASKS = {
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("task", TASKS)
-def test_predictions_are_in_the_order_of_examples_whatever_the_batches(task, batch_size):
+def test_predictions_are_in_the_order_of_examples(task, batch_size):
     classes, rows = TASKS[task]
     config = config_of(task, classes)
     classifier, examples = classifier_of(config), encoded(config, *rows)
     predictions = predict(classifier, examples, batch_size, CPU, "float32")
     task_loss = language_loss = 0.0
-    for sequences, label, found in zip(examples.sequences, examples.labels, predictions.logits):
+    for sequences, label, row in zip(examples.sequences, examples.labels, predictions.logits):
         outcome = classifier(*make_batch([sequences], [label]))
-        assert found == pytest.approx(outcome.logits[0].tolist(), rel=1e-5, abs=1e-5)
+        assert row == pytest.approx(outcome.logits[0].tolist(), rel=1e-5, abs=1e-5)
         task_loss += outcome.task_loss.item() / len(rows)
         language_loss += outcome.language_loss.item() / len(rows)
     assert predictions.task_loss == pytest.approx(task_loss, rel=1e-5)
@@ -141,7 +146,7 @@ def test_predictions_are_in_the_order_of_examples_whatever_the_batches(task, bat
         assert [sum(row) for row in predictions.probabilities] == pytest.approx([1, 1, 1])
 
 
-def test_predicting_leaves_modes_as_they_were_and_has_no_dropout():
+def test_predicting_restores_modes_and_uses_no_dropout():
     config = config_of()
     classifier, examples = classifier_of(config), encoded(config, *TASKS["classification"][1])
     expected = predict(classifier, examples, 2, CPU, "float32").logits
@@ -154,23 +159,25 @@ def test_predicting_leaves_modes_as_they_were_and_has_no_dropout():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_without_all_labels_there_is_no_loss(task):
+def test_a_missing_label_gives_no_loss(task):
     classes, rows = TASKS[task]
     config = config_of(task, classes)
     unlabelled = [(*texts, None) if i == 1 else (*texts, label) for i, (*texts, label) in enumerate(rows)]
     classifier = classifier_of(config)
-    predictions, known = (predict(classifier, encoded(config, *each), 2, CPU, "float32") for each in (unlabelled, rows))
+    predictions, labelled = (
+        predict(classifier, encoded(config, *each), 2, CPU, "float32") for each in (unlabelled, rows)
+    )
     assert predictions.task_loss is None and list(predictions.losses) == ["language_loss"]
-    assert predictions.logits == known.logits and predictions.language_loss == known.language_loss
+    assert predictions.logits == labelled.logits and predictions.language_loss == labelled.language_loss
 
 
-def of(logits, labels):
+def predictions_from(logits, labels):
     return Predictions(logits, labels, 0.0, 0.0)
 
 
-def test_what_is_written_of_an_example():
+def test_prediction_lines():
     def lines(config, *logits):
-        return list(prediction_lines(of(list(logits), []), config))
+        return list(prediction_lines(predictions_from(list(logits), []), config))
 
     assert lines(config_of(), [0.0, math.log(3)], [1.0, 1.0]) == [
         {"prediction": "yes", "probabilities": {"no": pytest.approx(0.25), "yes": pytest.approx(0.75)}},
@@ -189,10 +196,10 @@ def choosing(classes, number=2):
     return [[float(i == chosen) for i in range(number)] for chosen in classes]
 
 
-def test_metrics_of_two_classes_equal_those_by_hand():
+def test_metrics_of_two_classes_by_hand():
     """3 true positives, 1 false negative, 2 false positives, 4 true negatives."""
     labels, chosen = [1] * 4 + [0] * 6, [1, 1, 1, 0, 1, 1, 0, 0, 0, 0]
-    predictions = of(choosing(chosen), labels)
+    predictions = predictions_from(choosing(chosen), labels)
     metrics = metrics_of(predictions, config_of())
     f1 = (2 * 3 / (2 * 3 + 1 + 2) + 2 * 4 / (2 * 4 + 1 + 2)) / 2
     matthews = (3 * 4 - 2 * 1) / math.sqrt((3 + 2) * (3 + 1) * (4 + 2) * (4 + 1))
@@ -200,9 +207,9 @@ def test_metrics_of_two_classes_equal_those_by_hand():
     assert confusion_matrix(predictions, config_of()) == [[4, 2], [1, 3]]
 
 
-def test_metrics_of_three_classes_equal_those_by_hand():
+def test_metrics_of_three_classes_by_hand():
     config = config_of(classes=("a", "b", "c"))
-    predictions = of(choosing([0, 0, 1, 0, 0, 1], 3), [0, 0, 1, 1, 2, 2])
+    predictions = predictions_from(choosing([0, 0, 1, 0, 0, 1], 3), [0, 0, 1, 1, 2, 2])
     metrics = metrics_of(predictions, config)
     # Gorodkin's correlation: (c s - sum p t) / sqrt((s^2 - sum p^2) (s^2 - sum t^2)), p = 4, 2, 0 and t = 2, 2, 2
     matthews = (3 * 6 - (4 * 2 + 2 * 2)) / math.sqrt((36 - 20) * (36 - 12))
@@ -210,21 +217,21 @@ def test_metrics_of_three_classes_equal_those_by_hand():
     assert confusion_matrix(predictions, config) == [[2, 0, 0], [1, 1, 0], [1, 1, 0]]
 
 
-def test_metrics_of_numbers_equal_those_by_hand():
+def test_metrics_of_numbers_by_hand():
     config = config_of("similarity", None)
     labels, values = [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 3.0, 2.0, 4.0, 10.0]
-    predictions = of([[value] for value in values], labels)
+    predictions = predictions_from([[value] for value in values], labels)
     # around the means 3 and 4: the products add up to 19, the squares to 10 and 50; ranks differ by 0 1 1 0 0
     expected = {"pearson": 19 / math.sqrt(10 * 50), "spearman": 1 - 6 * 2 / (5 * 24), "mean_squared_error": 27 / 5}
     assert metrics_of(predictions, config) == pytest.approx(expected)
     assert confusion_matrix(predictions, config) is None
-    constant = metrics_of(of([[2.0]] * 5, labels), config)
+    constant = metrics_of(predictions_from([[2.0]] * 5, labels), config)
     assert constant == {"pearson": None, "spearman": None, "mean_squared_error": 3.0}
 
 
-def test_of_options_only_accuracy_is_told():
+def test_options_have_only_accuracy():
     config = config_of("multiple_choice", None)
-    predictions = of([[0.0, 1.0], [0.0, 0.5, 1.0, 0.0], [2.0, 1.0]], [1, 2, 1])
+    predictions = predictions_from([[0.0, 1.0], [0.0, 0.5, 1.0, 0.0], [2.0, 1.0]], [1, 2, 1])
     assert metrics_of(predictions, config) == {"accuracy": pytest.approx(2 / 3)}
     assert confusion_matrix(predictions, config) is None
 

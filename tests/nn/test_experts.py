@@ -6,6 +6,7 @@ import json
 import math
 from itertools import permutations
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
+from expert_equality import ACTIVATIONS
 from gpt_arc.decoding import linear
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import entry_point
@@ -22,11 +24,12 @@ from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_bat
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.finetuning.lora import add_adapters, merge_adapters
 from gpt_arc.nn.experts import Experts
+from gpt_arc.nn.functional import Activation
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.settings import mistake
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
-from gpt_arc.training.optim import build_optimizer
+from gpt_arc.training.optim import build_optimizers
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.upcycle import upcycled
@@ -34,13 +37,6 @@ from helpers import TINY_FLAGS, command, randomised
 from model import GPT, GPTConfig, make_experts
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=2, n_embd=16, mlp_size=24, n_experts=4)
-ACTIVATIONS = {
-    "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
-    "relu": lambda x: x * (x > 0),
-    "relu_squared": lambda x: (x * (x > 0)) ** 2,
-    "swiglu": lambda x: x[: len(x) // 2] * torch.sigmoid(x[: len(x) // 2]) * x[len(x) // 2 :],
-}
 
 
 def changed(**settings) -> GPTConfig:
@@ -48,8 +44,8 @@ def changed(**settings) -> GPTConfig:
 
 
 def experts_of(config: GPTConfig, starved: int | None = None) -> Experts:
-    """Experts in training mode whose weights and biases all show; where `starved`, with feature 0 of the tokens 1, gets
-    no token."""
+    """Experts in training mode whose weights and biases all affect the output. No token chooses expert `starved` if
+    feature 0 of the tokens is 1."""
     experts = randomised(make_experts(config)).train()
     if starved is not None:
         experts.router.weight.data[starved, 0] -= 40
@@ -67,7 +63,7 @@ def text(rows: int = 2, seed: int = 0) -> torch.Tensor:
 
 
 def by_loop(experts: Experts, x: torch.Tensor) -> torch.Tensor:
-    """Every choice of every token in turn."""
+    """The reference: every choice of every token in turn."""
     config, weights = experts.config, dict(experts.named_parameters())
     rows = []
     for token in x:
@@ -89,7 +85,7 @@ def by_loop(experts: Experts, x: torch.Tensor) -> torch.Tensor:
 
 
 def outputs_and_gradients(experts: Experts, x: torch.Tensor, forward) -> list[torch.Tensor]:
-    """What `forward` makes of x, and the gradients of x and every parameter."""
+    """`forward(x)`, and the gradients of x and of every parameter."""
     y = forward(x)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return [y, *torch.autograd.grad(y, [x, *experts.parameters()], cotangent.to(y.dtype))]
@@ -98,49 +94,48 @@ def outputs_and_gradients(experts: Experts, x: torch.Tensor, forward) -> list[to
 VARIANTS = [
     dict(experts_per_token=1), dict(experts_per_token=2), dict(experts_per_token=4),
     dict(bias=False), dict(bias=False, shared_experts=1, activation="swiglu"), dict(shared_experts=2, mlp_size=10),
-    *({"activation": activation} for activation in ACTIVATIONS),
+    *({"activation": activation} for activation in get_args(Activation)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
 @pytest.mark.parametrize("count", [1, 13])
-def test_experts_are_a_loop_over_tokens_and_their_choices(change, count):
+def test_experts_match_a_loop_over_tokens_and_choices(change, count):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         starved = 2 if change.get("experts_per_token") != 4 else None
         experts = experts_of(changed(**change), starved).to(dtype)
         x = tokens_of(count).detach().to(dtype).requires_grad_()
-        found = outputs_and_gradients(experts, x, lambda x: experts(x)[0])  # noqa: B023
+        actual = outputs_and_gradients(experts, x, lambda x: experts(x)[0])  # noqa: B023
         expected = outputs_and_gradients(experts, x, lambda x: by_loop(experts, x))  # noqa: B023
-        for one, other in zip(found, expected):
-            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+        for value, reference in zip(actual, expected):
+            torch.testing.assert_close(value, reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
         if starved is not None:
-            up = found[3]
+            up = actual[3]
             assert not up[starved].any() and up.any()
 
 
 @pytest.mark.parametrize("change", VARIANTS, ids=str)
 @pytest.mark.parametrize("whole", [False, True], ids=["autocast", "weights"])
-def test_in_16_bits_experts_are_the_loop_but_for_rounding(change, whole):
-    """Where sizes are multiples of 8 by one grouped product, elsewhere expert by expert."""
+def test_experts_in_16_bits_match_the_loop_within_rounding(change, whole):
+    """One grouped product where sizes are multiples of 8, otherwise expert by expert."""
     experts, x = experts_of(changed(**change), starved=None), tokens_of(40)
     if whole:
-        experts.bfloat16().float()  # both begin with the same numbers
+        experts.bfloat16().float()  # round the weights in float32 as well
         x = x.detach().bfloat16().float().requires_grad_()
     expected = outputs_and_gradients(experts, x, lambda x: by_loop(experts, x))
     if whole:
         experts, x = experts.bfloat16(), x.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
-        found = outputs_and_gradients(experts, x, lambda x: experts(x)[0])
-    assert found[0].dtype == torch.bfloat16
-    tolerance = (
-        2**-4 if change.get("activation") == "relu" else 2**-6
-    )  # whose slope jumps where rounding changes a sign
-    for one, other in zip(found, expected):
-        assert (one.float() - other).norm() <= tolerance * other.norm()
+        actual = outputs_and_gradients(experts, x, lambda x: experts(x)[0])
+    assert actual[0].dtype == torch.bfloat16
+    # relu's slope jumps where rounding changes a sign
+    tolerance = 2**-4 if change.get("activation") == "relu" else 2**-6
+    for value, reference in zip(actual, expected):
+        assert (value.float() - reference).norm() <= tolerance * reference.norm()
 
 
-def test_no_step_waits_for_its_device():
-    """Traced on tensors without values, so whoever wants to look at one, as a count of tokens, is found out."""
+def test_a_step_never_waits_for_the_device():
+    """Tensors without values raise an error if a step reads one, such as a count of tokens."""
     busy = changed(capacity_factor=1.0, router_jitter=0.1, shared_experts=1, dropout=0.1)
     for config in (busy, changed(expert_selection="drawn"), changed(balance_rate=0.1)):
         with FakeTensorMode():
@@ -154,7 +149,7 @@ def test_no_step_waits_for_its_device():
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_the_gates_of_several_add_up_to_1_and_that_of_one_is_its_probability(k):
+def test_several_gates_sum_to_1_and_a_single_gate_is_the_probability(k):
     experts, x = experts_of(changed(experts_per_token=k)), tokens_of(30)
     chosen, gates, logits = experts.route(x)
     probabilities = (x @ experts.router.weight.T).softmax(-1)
@@ -164,13 +159,13 @@ def test_the_gates_of_several_add_up_to_1_and_that_of_one_is_its_probability(k):
     if k == 1:
         torch.testing.assert_close(gates, best.values[:, :1])
     else:
-        torch.testing.assert_close(gates, logits.gather(1, chosen).softmax(-1))  # as Mixtral has it
+        torch.testing.assert_close(gates, logits.gather(1, chosen).softmax(-1))  # as in Mixtral
 
 
-def test_the_router_computes_in_float32_whatever_the_others_do():
+def test_the_router_computes_in_float32_under_autocast():
     experts = experts_of(TINY)
     experts.router.weight.data.fill_(1.0)
-    experts.router.weight.data[2] += 1e-4  # which 16 bits don't know
+    experts.router.weight.data[2] += 1e-4  # lost in 16 bits
     experts.router.weight.data[1] += 5e-5
     x = tokens_of(9).abs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -181,7 +176,7 @@ def test_the_router_computes_in_float32_whatever_the_others_do():
     torch.testing.assert_close(logits, x @ experts.router.weight.T, rtol=1e-6, atol=0)
 
 
-def test_of_a_uniform_router_every_figure_is_known():
+def test_figures_of_a_uniform_router():
     experts = experts_of(changed(experts_per_token=1))
     experts.router.weight.data.zero_()
     _, routing = experts(tokens_of(8))
@@ -193,8 +188,8 @@ def test_of_a_uniform_router_every_figure_is_known():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_the_routers_losses_are_their_formulas(k):
-    """Switch's E sum f P, where f is the share of choices, so that it is 1 at balance, and the mean square of lse."""
+def test_router_losses_match_their_formulas(k):
+    """Switch's E sum f P, where f is the share of choices (1 at balance), and the mean square of logsumexp."""
     model = GPT(changed(experts_per_token=k, balance_loss=0.5, router_z_loss=0.25, n_layer=3, expert_interval=1))
     randomised(model).train()
     inputs = []
@@ -213,16 +208,16 @@ def test_the_routers_losses_are_their_formulas(k):
     torch.testing.assert_close(loss.auxiliary["router_z"], 0.25 * z)
     routers = [experts.router.weight for experts in model.experts]
     for name, value in (("balance", 0.5 * balance), ("router_z", 0.25 * z)):
-        found = torch.autograd.grad(loss.auxiliary[name], routers, retain_graph=True)
-        for one, other in zip(found, torch.autograd.grad(value, routers, retain_graph=True)):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        gradients = torch.autograd.grad(loss.auxiliary[name], routers, retain_graph=True)
+        for gradient, reference in zip(gradients, torch.autograd.grad(value, routers, retain_graph=True)):
+            torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
         assert model.eval()(text(), text()).auxiliary == {}
     assert GPT(changed(balance_loss=0.0, router_z_loss=0.0))(text(), text()).auxiliary == {}
 
 
 def to_each(experts: Experts, choices: list[int]) -> torch.Tensor:
-    """Tokens of which the router sends each to the expert named."""
+    """Tokens that the router sends to the given experts."""
     experts.router.weight.data.zero_()
     experts.router.weight.data[:, :4] = torch.eye(4)
     x = tokens_of(len(choices)).detach()
@@ -230,25 +225,25 @@ def to_each(experts: Experts, choices: list[int]) -> torch.Tensor:
     return x
 
 
-def test_tokens_beyond_the_capacity_are_left_to_the_residual_stream():
-    choices = [0, 0, 1, 0, 2, 0, 1, 0, 0, 1, 1, 1]  # six, five and one of twelve; 3.75 is an even share times 1.25
+def test_tokens_beyond_the_capacity_get_no_expert_output():
+    choices = [0, 0, 1, 0, 2, 0, 1, 0, 0, 1, 1, 1]  # 6, 5 and 1 of 12; the capacity is 12 / 4 * 1.25 = 3.75
     config = changed(experts_per_token=1, capacity_factor=1.25)
     experts, free = experts_of(config), experts_of(dataclasses.replace(config, capacity_factor=None))
     x = to_each(experts, choices)
     to_each(free, choices)
     y, routing = experts(x)
-    expected, without = free(x)
+    expected, unlimited = free(x)
     late = [7, 8, 11]
-    kept = [i for i in range(12) if i not in late]
+    fitting = [i for i in range(12) if i not in late]
     assert not y[late].any() and expected[late].any(dim=-1).all()
-    torch.testing.assert_close(y[kept], expected[kept])
-    assert routing.dropped.item() == 3 / 12 and without.dropped == 0
-    assert routing.load.tolist() == without.load.tolist() == pytest.approx([6 / 12, 5 / 12, 1 / 12, 0])
-    torch.testing.assert_close(experts.eval()(x), expected)  # evaluation has room for all, and no routing
+    torch.testing.assert_close(y[fitting], expected[fitting])
+    assert routing.dropped.item() == 3 / 12 and unlimited.dropped == 0
+    assert routing.load.tolist() == unlimited.load.tolist() == pytest.approx([6 / 12, 5 / 12, 1 / 12, 0])
+    torch.testing.assert_close(experts.eval()(x), expected)  # evaluation has no capacity limit and returns no routing
 
 
-def test_of_two_choices_one_may_be_beyond_the_capacity():
-    experts = experts_of(changed(experts_per_token=2, capacity_factor=0.5))  # of 8 choices one for each expert
+def test_one_of_two_choices_may_exceed_the_capacity():
+    experts = experts_of(changed(experts_per_token=2, capacity_factor=0.5))  # one of the 8 choices for each expert
     x = to_each(experts, [0, 0, 1, 0])
     x[:, :4] += torch.tensor([[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 1]])
     y, routing = experts(x)  # (0, 1), (0, 2), (1, 3), (0, 3)
@@ -256,13 +251,13 @@ def test_of_two_choices_one_may_be_beyond_the_capacity():
     assert routing.dropped.item() == 4 / 8 and not y[3].any()
     for row, place, expert in ((1, 1, 2), (2, 1, 3)):
         hidden = F.gelu(experts.up[expert] @ x[row] + experts.up_bias[expert], approximate="tanh")
-        alone = experts.projection[expert] @ hidden + experts.projection_bias[expert]
-        torch.testing.assert_close(y[row], gates[row, place] * alone, rtol=1e-5, atol=1e-5)
+        output = experts.projection[expert] @ hidden + experts.projection_bias[expert]
+        torch.testing.assert_close(y[row], gates[row, place] * output, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert experts.up.grad.isfinite().all() and experts.router.weight.grad.any()
 
 
-def test_jitter_is_in_its_range_and_in_training_and_of_the_router_alone():
+def test_jitter_stays_in_range_and_only_affects_the_router_in_training():
     experts = experts_of(changed(router_jitter=0.1, n_experts=16))
     x = torch.ones(500, 16)
     experts.router.weight.data = torch.eye(16)
@@ -276,7 +271,7 @@ def test_jitter_is_in_its_range_and_in_training_and_of_the_router_alone():
     assert torch.equal(experts.route(x)[2], x)
 
 
-def test_experts_are_drawn_as_one_after_the_other_without_replacement():
+def test_experts_are_drawn_one_after_another_without_replacement():
     experts = experts_of(changed(expert_selection="drawn"))
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
     x = torch.zeros(40_000, 16)
@@ -293,7 +288,7 @@ def test_experts_are_drawn_as_one_after_the_other_without_replacement():
     assert (chosen == torch.tensor([0, 1])).all()
 
 
-def test_expert_dropout_is_inside_the_experts_and_residual_dropout_outside():
+def test_expert_dropout_acts_inside_the_experts_and_residual_dropout_outside():
     for change, values in (({"expert_dropout": 0.5}, {0.0, 2.0}), ({"residual_dropout": 0.75}, {0.0, 4.0})):
         experts = experts_of(changed(activation="relu", mlp_size=16, experts_per_token=4, **change))
         for name, parameter in experts.named_parameters():
@@ -302,14 +297,14 @@ def test_expert_dropout_is_inside_the_experts_and_residual_dropout_outside():
         x = tokens_of(50)
         y = experts(x)[0]
         gates = 4 if "expert_dropout" in change else 1
-        seen = {round(value * gates) / gates for value in y.flatten().tolist()}
-        assert values <= seen and (gates > 1 or seen == values)  # four experts, each with its own
+        levels = {round(value * gates) / gates for value in y.flatten().tolist()}
+        assert values <= levels and (gates > 1 or levels == values)  # each of the four experts has its own mask
         assert y.mean().item() == pytest.approx(1, abs=0.15)
         assert (experts.eval()(x) == 1).all()
 
 
 def skewed(**settings) -> GPT:
-    """A model whose router likes expert 0 best of all, and then 1."""
+    """A model whose router prefers expert 0, then expert 1."""
     model = GPT(changed(n_layer=1, balance_loss=0.0, router_z_loss=0.0, bias=True, **settings))
     randomised(model).train()
     model.blocks[0].mlp_norm.bias.data[0] += 1
@@ -317,16 +312,16 @@ def skewed(**settings) -> GPT:
     return model
 
 
-def test_the_bias_of_choice_balances_what_is_not_balanced():
+def test_the_selection_bias_balances_skewed_loads():
     def loads(model: GPT, steps: int) -> list[float]:
-        meter, found = RouterMeter(model), []
+        meter, deviations = RouterMeter(model), []
         for step in range(steps):
             for half in range(2):
                 model(text(16, 2 * step + half))
                 meter.add()
             meter.step(True)
-            found.append(meter.take()["expert_cv"])
-        return found
+            deviations.append(meter.take()["expert_cv"])
+        return deviations
 
     model = skewed(balance_rate=0.02)
     model(text(16))
@@ -335,29 +330,30 @@ def test_the_bias_of_choice_balances_what_is_not_balanced():
     meter.step(True)
     assert torch.equal(model.experts[0].balance, 0.02 * (0.25 - before).sign()) and before.max() > 0.3
     model = skewed(balance_rate=0.005)
-    found = loads(model, 120)
-    assert found[0] > 0.9 and sum(found[-10:]) / 10 < 0.15
-    unmoved = loads(skewed(), 20)
-    assert min(unmoved) > 0.3
+    balanced = loads(model, 120)
+    assert balanced[0] > 0.9 and sum(balanced[-10:]) / 10 < 0.15
+    unbiased = loads(skewed(), 20)
+    assert min(unbiased) > 0.3
     chosen, gates, logits = model.experts[0].route(tokens_of(20))
-    torch.testing.assert_close(gates, logits.gather(1, chosen).softmax(-1))  # the bias chooses and doesn't weigh
+    torch.testing.assert_close(gates, logits.gather(1, chosen).softmax(-1))  # the bias doesn't affect the gates
 
 
-def test_a_meter_gives_means_over_updates_and_blocks_and_forgets_what_was_not_made():
+def test_the_meter_averages_over_updates_and_blocks_and_skips_updates_not_made():
     model = skewed(capacity_factor=1.0)
     meter = RouterMeter(model)
-    seen = []
+    recorded = []
     for step in range(3):
         model(text(8, step))
         meter.add()
-        seen.append(model.routings[0])
+        recorded.append(model.routings[0])
         meter.step(step != 1)
-    loads = (seen[0].load + seen[2].load) / 2
-    found = meter.take()
-    assert found["expert_cv"] == pytest.approx((loads.std(correction=0) / loads.mean()).item())
-    assert found["expert_max"] == pytest.approx(4 * loads.max().item())
-    assert found["router_entropy"] == pytest.approx(((seen[0].entropy + seen[2].entropy) / 2).item())
-    assert found["dropped"] == pytest.approx(((seen[0].dropped + seen[2].dropped) / 2).item()) and found["dropped"] > 0
+    loads = (recorded[0].load + recorded[2].load) / 2
+    figures = meter.take()
+    assert figures["expert_cv"] == pytest.approx((loads.std(correction=0) / loads.mean()).item())
+    assert figures["expert_max"] == pytest.approx(4 * loads.max().item())
+    assert figures["router_entropy"] == pytest.approx(((recorded[0].entropy + recorded[2].entropy) / 2).item())
+    assert figures["dropped"] == pytest.approx(((recorded[0].dropped + recorded[2].dropped) / 2).item())
+    assert figures["dropped"] > 0
     assert meter.take() == {}
     dense = RouterMeter(GPT(changed(n_experts=0)))
     dense.add()
@@ -365,7 +361,7 @@ def test_a_meter_gives_means_over_updates_and_blocks_and_forgets_what_was_not_ma
     assert dense.take() == {}
 
 
-def test_parameters_and_flops_are_mixtral_s():
+def test_parameters_and_flops_match_mixtral():
     mixtral = GPTConfig(
         4096, 32_000, 32, 32, 4096, n_kv_head=8, mlp_size=14_336, n_experts=8, experts_per_token=2, norm="rmsnorm",
         positions="rotary", activation="swiglu", bias=False, tied_head=False,
@@ -378,43 +374,43 @@ def test_parameters_and_flops_are_mixtral_s():
     assert flops_per_token(model) == 6 * multiplying + 12 * 4096 * 4096 * 32
     biased = GPT(changed(shared_experts=1, expert_interval=2))
     sizes = {name: p.numel() for name, p in biased.named_parameters()}
-    own = sum(sizes[f"blocks.1.mlp.{name}"] for name in ("up", "up_bias", "projection", "projection_bias"))
-    assert biased.num_parameters(active=True) == sum(sizes.values()) - own // 2
+    of_experts = sum(sizes[f"blocks.1.mlp.{name}"] for name in ("up", "up_bias", "projection", "projection_bias"))
+    assert biased.num_parameters(active=True) == sum(sizes.values()) - of_experts // 2
 
 
 @pytest.mark.parametrize("change", [{"n_experts": 0}, {}, {"activation": "swiglu"}, {"experts_per_token": 1}], ids=str)
-def test_the_memory_of_a_step_is_about_what_autograd_keeps(change):
+def test_estimated_memory_of_a_step_matches_what_autograd_saves(change):
     model = GPT(changed(n_embd=64, mlp_size=128, vocab_size=23, **change))
-    kept, held = {}, []
+    saved_bytes, references = {}, []
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        held.append(x)
+    def record(x: torch.Tensor) -> torch.Tensor:
+        saved_bytes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        references.append(x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
         model(text(16), text(16))
     for parameter in model.parameters():
-        kept.pop(parameter.data_ptr(), None)
+        saved_bytes.pop(parameter.data_ptr(), None)
     estimate = memory_estimate(model, 16, "float32") - memory_estimate(model, 0, "float32")
-    assert sum(kept.values()) == pytest.approx(estimate, rel=0.15)
+    assert sum(saved_bytes.values()) == pytest.approx(estimate, rel=0.15)
 
 
-def test_every_parameter_is_optimized_and_the_stacked_biases_do_not_decay():
+def test_every_parameter_is_optimized_and_stacked_biases_do_not_decay():
     model = GPT(changed(shared_experts=1, expert_interval=2))
-    decayed, not_decayed = build_optimizer(model, TrainingConfig(weight_decay=0.1)).param_groups
+    decayed, not_decayed = build_optimizers(model, TrainingConfig(weight_decay=0.1))["optimizer"].param_groups
     assert decayed["weight_decay"] == 0.1 and not_decayed["weight_decay"] == 0
     names = {id(p): name for name, p in model.named_parameters()}
     groups = [{names[id(p)] for p in group["params"]} for group in (decayed, not_decayed)]
     assert groups[0] | groups[1] == set(names.values()) and not groups[0] & groups[1]
-    own = {name.removeprefix("blocks.1.mlp.") for name in groups[0]}
-    assert {"router.weight", "up", "projection"} <= own
+    decayed_names = {name.removeprefix("blocks.1.mlp.") for name in groups[0]}
+    assert {"router.weight", "up", "projection"} <= decayed_names
     assert {"up_bias", "projection_bias"} <= {name.removeprefix("blocks.1.mlp.") for name in groups[1]}
 
 
 @pytest.mark.parametrize("change", [{}, {"activation": "swiglu", "bias": False, "tied_head": False}], ids=str)
 @pytest.mark.parametrize("settings", [{}, {"experts_per_token": 3, "expert_interval": 2, "balance_rate": 0.1}], ids=str)
-def test_an_upcycled_model_begins_where_the_dense_one_was(change, settings):
+def test_an_upcycled_model_has_the_dense_model_s_loss(change, settings):
     dense = randomised(GPT(changed(n_experts=0, **change))).train()
     mixture = upcycled(dense, 4, **settings)
     torch.testing.assert_close(mixture(text(), text()).total, dense(text(), text()).total, rtol=1e-6, atol=1e-5)
@@ -426,7 +422,7 @@ def test_an_upcycled_model_begins_where_the_dense_one_was(change, settings):
     assert torch.equal(mixture.experts[-1].up[1], before) and torch.equal(dense.blocks[1].mlp.up.weight, before)
 
 
-def test_every_so_many_th_block_has_experts():
+def test_every_nth_block_has_experts():
     model = GPT(changed(n_layer=6, expert_interval=3))
     assert [isinstance(block.mlp, Experts) for block in model.blocks] == [False, False, True] * 2
     model(text(), text())
@@ -442,30 +438,30 @@ def test_every_so_many_th_block_has_experts():
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
-def test_cached_decoding_equals_the_whole_forward(change, packed, monkeypatch):
+def test_cached_decoding_equals_the_full_forward(change, packed, monkeypatch):
     model = randomised(GPT(changed(**change)))
     for experts in model.experts:
         if model.config.balance_rate:
             experts.balance += torch.tensor([0.2, -0.1, 0.0, 0.1])
     prompts = [text(1, seed)[0, :length].tolist() for seed, length in ((1, 3), (2, 5))]
-    more = text(2, 3)[:, :6].tolist()
+    endings = text(2, 3)[:, :6].tolist()
     with torch.no_grad():
-        expected = [model(torch.tensor([prompt + rest]))[0] for prompt, rest in zip(prompts, more)]
+        expected = [model(torch.tensor([prompt + ending]))[0] for prompt, ending in zip(prompts, endings)]
     decoder = Decoder(model)
     if packed:
         monkeypatch.setattr(linear, "PACKED_FROM", 1)
         decoder.prepare(rows=2, compile=False)
     logits = [decoder.read(prompts)]
-    logits += decoder.extend([rest[:2] for rest in more]).unbind(1)
-    logits += [decoder.step([rest[i] for rest in more]) for i in range(2, 6)]
+    logits += decoder.extend([ending[:2] for ending in endings]).unbind(1)
+    logits += [decoder.step([ending[i] for ending in endings]) for i in range(2, 6)]
     for row, (prompt, whole) in enumerate(zip(prompts, expected)):
-        found = torch.stack([step[row] for step in logits])
-        torch.testing.assert_close(found, whole[len(prompt) - 1 :], atol=1e-5, rtol=1e-5)
+        actual = torch.stack([step[row] for step in logits])
+        torch.testing.assert_close(actual, whole[len(prompt) - 1 :], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_experts_equal_eager_ones(checkpointing):
-    """In bfloat16 the step is one graph; in float32 experts take their turns, which interrupts it."""
+def test_compiled_experts_equal_eager_experts(checkpointing):
+    """In bfloat16 the step is one graph; in float32 the loop over experts breaks it."""
     eager = GPT(changed(n_layer=1, capacity_factor=1.0))
     randomised(eager).train().activation_checkpointing = checkpointing
     compiled = copy.deepcopy(eager)
@@ -481,14 +477,14 @@ def test_compiled_experts_equal_eager_ones(checkpointing):
             steps.append((loss.total, *loss.auxiliary.values(), *(p.grad for p in model.parameters())))
             model.zero_grad()
             model.routings.clear()
-        for one, other in zip(*steps):
-            assert (one - other).norm() <= 2e-2 * other.norm() + 1e-6
+        for actual, reference in zip(*steps):
+            assert (actual - reference).norm() <= 2e-2 * reference.norm() + 1e-6
         assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     torch._dynamo.reset()
 
 
-def test_checkpointing_computes_the_same_and_keeps_nothing_of_it():
-    found = []
+def test_checkpointing_changes_no_result_and_records_no_routing_twice():
+    results = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = GPT(changed(dropout=0.1, expert_dropout=0.2, router_jitter=0.1, expert_selection="drawn"))
@@ -496,9 +492,9 @@ def test_checkpointing_computes_the_same_and_keeps_nothing_of_it():
         loss = model(text(), text())
         routings = list(model.routings)
         (loss.total / 24 + sum(loss.auxiliary.values())).backward()
-        assert all(one is other for one, other in zip(model.routings, routings, strict=True))
-        found.append([loss.total, *loss.auxiliary.values(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(one, other) for one, other in zip(*found))
+        assert all(a is b for a, b in zip(model.routings, routings, strict=True))
+        results.append([loss.total, *loss.auxiliary.values(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_a_model_can_be_copied_after_a_step():
@@ -509,7 +505,7 @@ def test_a_model_can_be_copied_after_a_step():
     assert torch.equal(twin.eval()(text()), model.eval()(text()))
 
 
-def test_adapters_leave_experts_and_routers_as_they_are():
+def test_adapters_leave_experts_and_routers_unchanged():
     model = randomised(GPT(changed(shared_experts=1)))
     expected = model(text())
     add_adapters(model.blocks, rank=2, alpha=4)
@@ -520,26 +516,26 @@ def test_adapters_leave_experts_and_routers_as_they_are():
     assert model.state_dict().keys() == GPT(model.config).state_dict().keys()
 
 
-def test_a_classifier_learns_with_the_routers_losses():
+def test_a_classifier_trains_with_the_router_losses():
     config = ClassifierConfig("classification", ("a", "b"), SpecialTokens(20, 21, 22), Columns("text"), 12, dropout=0.0)
     classifier = Classifier(randomised(GPT(TINY)), config)
     batch = make_batch([[[20, 1, 2, 22]], [[20, 3, 22]], [[20, 4, 5, 6, 22]]], [0, 1, 1])
-    alone = classifier.eval()(*batch).task_loss
+    without_routers = classifier.eval()(*batch).task_loss
     outcome = classifier.train()(*batch)
     losses = classifier.trunk.router_losses()
     assert set(losses) == {"balance", "router_z"}
-    torch.testing.assert_close(outcome.task_loss, alone + 3 * sum(losses.values()))
-    assert classifier.eval()(*batch).task_loss == alone
+    torch.testing.assert_close(outcome.task_loss, without_routers + 3 * sum(losses.values()))
+    assert classifier.eval()(*batch).task_loss == without_routers
 
 
-def test_the_configuration_is_kept_and_one_of_older_days_is_dense(tmp_path):
+def test_the_configuration_is_saved_and_an_older_one_is_dense(tmp_path):
     model = GPT(changed(balance_rate=0.5, shared_experts=1, capacity_factor=1.5, expert_selection="top"))
     model.experts[0].balance += torch.tensor([0.5, -0.5, 0.0, 1.0])
     save_model(model, None, tmp_path / "new")
-    again, _ = load_model(tmp_path / "new")
-    assert again.config == model.config
-    assert again.experts[0].balance.tolist() == [0.5, -0.5, 0.0, 1.0]
-    assert torch.equal(again.eval()(text()), model.eval()(text()))
+    loaded, _ = load_model(tmp_path / "new")
+    assert loaded.config == model.config
+    assert loaded.experts[0].balance.tolist() == [0.5, -0.5, 0.0, 1.0]
+    assert torch.equal(loaded.eval()(text()), model.eval()(text()))
     dense = GPT(changed(n_experts=0))
     save_model(dense, None, tmp_path / "old")
     path = tmp_path / "old" / "config.json"
@@ -552,7 +548,7 @@ def test_the_configuration_is_kept_and_one_of_older_days_is_dense(tmp_path):
     assert load_model(tmp_path / "old")[0].config == GPTConfig(**{**dataclasses.asdict(TINY), "n_experts": 0})
 
 
-def test_a_capacity_beyond_all_counts_is_none():
+def test_a_huge_capacity_drops_nothing():
     x, experts = tokens_of(9), experts_of(changed(capacity_factor=1e300)).train()
     plain = experts_of(TINY).train()
     plain.load_state_dict(experts.state_dict())
@@ -586,7 +582,7 @@ def test_impossible_settings_are_refused(settings, sentence):
 FLAGS = (*TINY_FLAGS, "--n_experts=4", "--mlp_size=16", "--compile=False", "--dtype=float32", "--balance_rate=0.01")
 
 
-def test_a_run_goes_on_as_if_never_stopped_and_logs_its_routers(workplace, output_of):
+def test_a_resumed_run_equals_an_uninterrupted_one_and_logs_its_routers(workplace, output_of):
     def run(*flags):
         output_of(entry_point(train.main), "train.py", "sums.toml", *FLAGS, "--router_jitter=0.1", *flags)
 
@@ -604,7 +600,7 @@ def test_a_run_goes_on_as_if_never_stopped_and_logs_its_routers(workplace, outpu
 
 
 def test_two_processes_equal_one(workplace, output_of):
-    """The routers' losses included: the load that they balance is that of all processes together."""
+    """The router losses balance the load of all processes together."""
     flags = (*FLAGS, "--balance_loss=0.1", "--max_iters=6")
     output_of(entry_point(train.main), "train.py", "sums.toml", *flags, "--out_dir=one")
     result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2)
@@ -612,6 +608,6 @@ def test_two_processes_equal_one(workplace, output_of):
     one, two = (load_file(Path(f"{folder}/last/model.safetensors")) for folder in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5, msg=name)
-    alone, together = (read_metrics(Path(f"{folder}/metrics.jsonl"))[-1] for folder in ("one", "two"))
+    single, together = (read_metrics(Path(f"{folder}/metrics.jsonl"))[-1] for folder in ("one", "two"))
     for name in ("expert_cv", "expert_max", "router_entropy", "train_loss"):
-        assert alone[name] == pytest.approx(together[name], rel=1e-5), name
+        assert single[name] == pytest.approx(together[name], rel=1e-5), name

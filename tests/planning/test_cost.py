@@ -1,4 +1,4 @@
-"""What a run costs, against counts made another way."""
+"""The cost of a run, against counts obtained in other ways."""
 
 import json
 
@@ -16,8 +16,8 @@ from model import GPT, GPTConfig
     "settings",
     [{}, {"tied_head": False}, {"n_kv_head": 2}, {"activation": "swiglu", "bias": False}, {"attention_band": 4}],
 )
-def test_flops_equal_those_that_torch_counts(settings):
-    """torch counts the products of a step; biases and norms, which only add, are the difference."""
+def test_flops_equal_torch_s_count(settings):
+    """torch counts only matrix products; biases and norms are the difference."""
     config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, **settings)
     model = GPT(config)
     tokens = torch.zeros(1, 32, dtype=torch.int64)
@@ -27,7 +27,7 @@ def test_flops_equal_those_that_torch_counts(settings):
     assert flops_per_token(model) * 32 == pytest.approx(counter.get_total_flops() + 6 * vectors * 32, rel=1e-3)
 
 
-def test_gpt2_takes_about_six_flops_a_parameter_and_attention():
+def test_gpt2_takes_six_flops_per_parameter_plus_attention():
     with torch.device("meta"):
         model = GPT(GPTConfig())
     assert flops_per_token(model) == 6 * (124_439_808 - 1024 * 768) + 12 * 12 * 768 * 1024
@@ -40,7 +40,7 @@ def test_memory_of_weights_gradients_and_moments():
     assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
 
 
-def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
+def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
     assert 1e8 < peak_flops(torch.device("cpu"), "any", "float32") < 1e14
     cuda = torch.device("cuda", 0)
     assert peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "bfloat16") == 312e12
@@ -52,7 +52,7 @@ def test_peak_is_measured_on_a_cpu_known_for_some_gpus_and_never_made_up():
     assert peak_flops(torch.device("mps"), "mps", "float32") is None
 
 
-def test_the_log_goes_on_where_the_run_does(tmp_path):
+def test_a_resumed_log_continues_at_the_run_s_step(tmp_path):
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2, 3):
         log.write({"step": step, "train_loss": 1.5})
@@ -63,7 +63,7 @@ def test_the_log_goes_on_where_the_run_does(tmp_path):
     assert lines == [{"step": 1, "train_loss": 1.5}, {"step": 2, "train_loss": 1.5}, {"step": 3, "val_loss": 2.0}]
 
 
-def test_the_meter_takes_means_since_it_was_last_taken():
+def test_the_meter_averages_since_the_last_take():
     meter = Meter()
     meter.add(10.0, 4, 0.5)
     meter.add(20.0, 6, 1.5)
@@ -72,16 +72,16 @@ def test_the_meter_takes_means_since_it_was_last_taken():
     assert meter.take() == (1.0, 1.0) and meter.take() == (None, None)
 
 
-def test_figures_for_people():
+def test_human_readable_figures():
     assert [human(x, "B") for x in (12, 63_300_000, 2.5e9, 1e12)] == ["12B", "63.3MB", "2.5GB", "1TB"]
 
 
-def test_a_plan_tells_what_a_mixture_has_and_what_a_token_takes():
+def test_the_description_of_a_mixture_counts_all_and_active_parameters():
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 9, "block_size": 8, "mlp_size": 24, "bias": False}
     dense, mixture = GPT(GPTConfig(**sizes)), GPT(GPTConfig(**sizes, n_experts=4, experts_per_token=1))
-    expert, rest = 2 * 16 * 24, 9 * 16 + 8 * 16 + 3 * 16 + 4 * 16 * 16
-    assert describe_parameters(dense) == f"{rest + expert:,}"
-    counts = f"{rest + 4 * 16 + 4 * expert:,} parameters, {rest + 4 * 16 + expert:,} active"
+    expert, other = 2 * 16 * 24, 9 * 16 + 8 * 16 + 3 * 16 + 4 * 16 * 16
+    assert describe_parameters(dense) == f"{other + expert:,}"
+    counts = f"{other + 4 * 16 + 4 * expert:,} parameters, {other + 4 * 16 + expert:,} active"
     assert describe_parameters(mixture, " parameters") == counts
     with_head = torch.nn.ModuleDict({"trunk": mixture, "head": torch.nn.Linear(16, 1)})
-    assert describe_parameters(with_head).endswith(f", {rest + 4 * 16 + expert + 17:,} active")
+    assert describe_parameters(with_head).endswith(f", {other + 4 * 16 + expert + 17:,} active")

@@ -1,4 +1,4 @@
-"""prepare/decontaminate.py as a user runs it; and at the size of a real benchmark, with overlaps planted."""
+"""prepare/decontaminate.py as a user runs it, and on a benchmark of realistic size with planted overlaps."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_corpus_is_cleaned_and_then_clean(folder):
+def test_a_cleaned_corpus_has_no_overlap(folder):
     result = command(SCRIPT, *"clean --input pages --items items.jsonl --output clean.jsonl".split())
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert "3 documents: 2 unchanged, 1 cut, 0 dropped" in result.stdout
@@ -87,7 +87,7 @@ def test_mistakes_are_refused_in_one_sentence(folder, output_of, args, sentence)
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_run_that_is_interrupted_leaves_nothing(folder):
+def test_an_interrupted_run_leaves_nothing(folder):
     write_lines(folder / "many.jsonl", ["some words of a page " * 100] * 10_000)
     before = sorted(folder.iterdir())
     args = "clean --input many.jsonl --items items.jsonl --output clean.jsonl --workers=2".split()
@@ -100,14 +100,14 @@ def test_a_run_that_is_interrupted_leaves_nothing(folder):
         deadline = time.monotonic() + 60
         while not list(folder.glob(".clean.jsonl.*")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal sends it, to the processes that work for it too
+        os.killpg(run.pid, signal.SIGINT)  # to the worker processes too, as a terminal does
         errors = run.communicate(timeout=60)[1].decode()
     assert run.returncode == 130 and "interrupted" in errors and "Traceback" not in errors, errors
     assert sorted(folder.iterdir()) == before
 
 
 class Planting:
-    """Random words in which nothing repeats by accident, and items of them to plant."""
+    """Random words that never repeat by accident, and items of them to plant."""
 
     def __init__(self):
         self.random, self.generator = random.Random(0), np.random.default_rng(0)
@@ -119,35 +119,35 @@ class Planting:
         return " ".join([self.words[n] for n in self.generator.integers(0, len(self.words), count)])
 
     def spelled(self, words):
-        """Words in other cases, with punctuation and white space among them."""
+        """Words with changed case, punctuation and white space."""
         cases = (str, str.upper, str.title)
         marks = ("{}", "{}", "{},", "“{}”", "({})", "{}—", "{}’{}", "… {}", "{}\n")
-        found = []
+        spellings = []
         for word in words:
             word, mark = self.random.choice(cases)(word), self.random.choice(marks)
-            found.append(mark.format(word[:1], word[1:]) if mark.count("{}") == 2 else mark.format(word))
-        return self.random.choice((" ", "\n", " \t")).join(found)
+            spellings.append(mark.format(word[:1], word[1:]) if mark.count("{}") == 2 else mark.format(word))
+        return self.random.choice((" ", "\n", " \t")).join(spellings)
 
     def planted(self, parts, words=150):
-        """A document of parts, with text of so many words around each."""
+        """A document of parts, separated and surrounded by `words` words."""
         return " ".join([self.text(words), *(f"{self.spelled(part)} {self.text(words)}" for part in parts)])
 
 
 def memory_of_session(leader):
-    """Bytes that the processes of a session hold, those they share counted once; 0 where /proc doesn't tell."""
+    """Bytes held by the processes of a session, shared memory counted once; 0 without /proc."""
     total = 0
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(path.name)) == leader:
                 total += int(re.search(r"^Pss:\s+(\d+)", (path / "smaps_rollup").read_text(), re.M)[1]) * 1024
-        except (OSError, TypeError):  # it has ended
+        except (OSError, TypeError):  # the process has ended
             pass
     return total
 
 
 @pytest.mark.slow
-def test_planted_overlaps_are_found_and_nothing_else(tmp_path, monkeypatch):
-    """50 MB against 100,000 items on two cores: under two minutes for each command."""
+def test_exactly_the_planted_overlaps_are_found(tmp_path, monkeypatch):
+    """50 MB against 100,000 items on two cores: under two minutes per command."""
     monkeypatch.chdir(tmp_path)
     plant = Planting()
     long = [plant.text(plant.random.randint(20, 100)) for _ in range(50_000)]  # N is 13
@@ -167,7 +167,7 @@ def test_planted_overlaps_are_found_and_nothing_else(tmp_path, monkeypatch):
         documents.append(plant.planted([some(count)]))
     for pieces in [9, 10, 11] * 10:
         documents.append(plant.planted([some(13) for _ in range(pieces - 1)]))
-    for size in (10, 11):  # one n-gram in so many documents, and one 13-gram beside it that is rare
+    for size in (10, 11):  # one n-gram in `size` documents, next to a rare 13-gram
         common = some(13)
         documents += [plant.planted([common, some(13)] if n % 2 else [common]) for n in range(size)]
     for count in [7] * 30 + [8] * 29:  # too short for the filter
@@ -189,27 +189,27 @@ def test_planted_overlaps_are_found_and_nothing_else(tmp_path, monkeypatch):
     write_lines(tmp_path / "short.jsonl", short)
 
     def run(*args):
-        began, memory = time.monotonic(), 0
+        start, memory = time.monotonic(), 0
         argv = [sys.executable, ROOT / SCRIPT, *args, "--input=pages.jsonl", "--items", "long.jsonl", "short.jsonl"]
         with subprocess.Popen(argv, start_new_session=True) as process:
             while process.poll() is None:
                 memory = max(memory, memory_of_session(process.pid))
                 time.sleep(0.1)
-        seconds = time.monotonic() - began
+        seconds = time.monotonic() - start
         print(f"{args[0]}: {size / 1e6:.0f} MB of text, {seconds:.1f} s, {memory / 2**30:.2f} GiB in all processes")
         assert process.returncode == 0 and seconds < 120
 
     run("clean", "--output=clean.jsonl")
     planted_at = [n for n in order if n < planted]
-    left, counts = slow_clean([documents[n] for n in planted_at], [*long, *short], FilterSettings())
-    others = [documents[n] for n in order if n >= planted]
-    found = [row["text"] for row in lines_of("clean.jsonl")]
-    untouched = set(others)
-    assert [text for text in found if text not in untouched] == left
-    assert [text for text in found if text in untouched] == others
+    expected, counts = slow_clean([documents[n] for n in planted_at], [*long, *short], FilterSettings())
+    untouched_texts = [documents[n] for n in order if n >= planted]
+    cleaned = [row["text"] for row in lines_of("clean.jsonl")]
+    untouched = set(untouched_texts)
+    assert [text for text in cleaned if text not in untouched] == expected
+    assert [text for text in cleaned if text in untouched] == untouched_texts
     assert counts["dropped"] == 10 and counts["cut"] == 60 + 20 + 10 + 5 and counts["unchanged"] == 30 + 59 + 6
     documents_counted = json.loads((tmp_path / "clean.report.json").read_text())["documents"]
-    counts = counts | {"read": len(documents), "unchanged": counts["unchanged"] + len(others)}
+    counts = counts | {"read": len(documents), "unchanged": counts["unchanged"] + len(untouched_texts)}
     assert documents_counted == counts
 
     run("report", "--output=overlap.jsonl")

@@ -31,7 +31,7 @@ from prepare import tinyshakespeare
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, output_of):
-    """Run a script of prepare/ in an empty folder; the result is its output, or the sentence that refuses."""
+    """Runs a script of prepare/ in an empty folder; returns its output, or the sentence with which it is refused."""
     monkeypatch.chdir(tmp_path)
 
     def call(script, *args):
@@ -55,7 +55,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """A byte-level BPE that the `tokenizers` library trained, saved and encodes with, on its own; and its folder."""
+    """A byte-level BPE that the `tokenizers` library trained and saved, and its folder."""
     from pydoc_data.topics import topics
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -67,12 +67,12 @@ def library(tmp_path_factory):
     tokenizer.add_special_tokens(["<|endoftext|>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True  # spelled in a text it is text
+    tokenizer.encode_special_tokens = True  # a special token spelled in a text is text
     return tokenizer, folder
 
 
 def pages(count, seed=0):
-    """Documents like web pages, of the manual's paragraphs: short and long, with other alphabets here and there."""
+    """Documents like web pages, made of the manual's paragraphs: short and long, some with other alphabets."""
     from pydoc_data.topics import topics
 
     rng = random.Random(seed)
@@ -96,7 +96,7 @@ def encoded(library, texts):
     return [token for text in texts for token in [*library.encode(text).ids, end]]
 
 
-def test_the_python_manual_is_the_text_that_python_carries(prepare):
+def test_the_python_manual_is_pydoc_s_text(prepare):
     from pydoc_data.topics import topics
 
     output = prepare("python_manual.py")
@@ -120,7 +120,7 @@ def book(tmp_path):
 def test_a_text_by_characters(prepare, book):
     output = prepare("text.py", f"--input={book}", "--name=book", "--tokenizer=char")
     assert "val: the last 0.1 of the characters" in output
-    text = book.read_bytes().decode()  # line ends as they are
+    text = book.read_bytes().decode()  # with its line ends
     folder = Path("data/book")
     assert decoded(folder, "train") == text[: len(text) * 9 // 10]
     assert decoded(folder, "val") == text[len(text) * 9 // 10 :]
@@ -140,7 +140,7 @@ def test_documents_go_to_a_split_by_a_hash_of_their_text(prepare, library, tmp_p
         expected = encoded(tokenizer, [text for text in texts[:200] if in_val(text, 0.2) == side])
         assert tokens_of(Path("data/x"), split).tolist() == expected
     assert 20 < sum(in_val(text, 0.2) for text in texts[:200]) < 60
-    write_lines(tmp_path / "0.jsonl", texts[200:])  # more documents, before the others: none of those moves
+    write_lines(tmp_path / "0.jsonl", texts[200:])  # more documents in front: the others keep their splits
     prepare("text.py", "--input=0.jsonl", *flags, "--name=y")
     before, after = (decoded(Path("data") / name, "val") for name in "xy")
     assert after.endswith(before) and len(after) > len(before)
@@ -179,8 +179,8 @@ def test_a_long_text_is_the_same_in_pieces_and_shards(prepare, library, tmp_path
         assert [int(np.fromfile(path, "<i4", 3)[2]) for path in shards[:-1]] == [7000] * (len(shards) - 1)
 
 
-def test_a_long_document_goes_to_one_split_whole_in_every_format(prepare, library, tmp_path, monkeypatch):
-    """Its beginning decides, whatever the pieces that it is read in: the first space may be far."""
+def test_a_long_document_goes_to_one_split_in_every_format(prepare, library, tmp_path, monkeypatch):
+    """Its beginning decides, however it is cut into pieces; the first space may be far away."""
     monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
     texts = [f"{seed} " + "x" * (2**16 - seed) + "\n".join(pages(40, seed)) for seed in range(12)]
     for number, text in enumerate(texts):
@@ -224,7 +224,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def start(*flags, pause=0.02):
-    """prepare/text.py in a process of its own, whose workers take `pause` seconds more for every 4,000 characters."""
+    """prepare/text.py in another process, whose workers sleep `pause` seconds for every 4,000 characters."""
     args = [sys.executable, "-c", SLOWED, str(pause), *flags]
     return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
@@ -237,8 +237,8 @@ def saved_tokens(name):
         return 0
 
 
-def kill_and_go_on(prepare, library, tmp_path, kills, size):
-    """Prepare texts undisturbed, and again through kills: one early, `kills` at random after something was saved."""
+def kill_and_resume(prepare, library, tmp_path, kills, size):
+    """Prepares texts undisturbed, and again with kills: one early, then `kills` at random moments after a save."""
     rng = random.Random(0)
     write_lines(tmp_path / "a.jsonl", pages(size))
     (tmp_path / "b.txt").write_text("\n".join(pages(size, 1)))
@@ -260,22 +260,22 @@ def kill_and_go_on(prepare, library, tmp_path, kills, size):
         assert process.wait() == -signal.SIGKILL and not Path("data/killed").exists()
     assert "resuming after" in prepare("text.py", *flags, "--name=killed", "--workers=2")
     assert contents("data/killed") == contents("data/undisturbed")
-    assert sorted(path.name for path in Path("data").iterdir()) == ["killed", "undisturbed"]  # nothing hidden beside
+    assert sorted(path.name for path in Path("data").iterdir()) == ["killed", "undisturbed"]  # no hidden folders
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(prepare, library, tmp_path):
-    kill_and_go_on(prepare, library, tmp_path, kills=2, size=150)
+def test_a_killed_run_resumes_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_resume(prepare, library, tmp_path, kills=2, size=150)
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_goes_on_to_the_same_bytes(prepare, library, tmp_path):
-    kill_and_go_on(prepare, library, tmp_path, kills=10, size=600)
+def test_a_run_killed_ten_times_resumes_to_the_same_bytes(prepare, library, tmp_path):
+    kill_and_resume(prepare, library, tmp_path, kills=10, size=600)
 
 
-def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unasked(prepare, library, tmp_path):
+def test_ctrl_c_says_how_to_resume_and_other_settings_are_refused(prepare, library, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(150))
     flags = ["--input=a.jsonl", f"--tokenizer={library[1]}", "--shard_tokens=10000", "--name=x"]
-    process = start(*flags, pause=0.2)  # half a minute in all: it won't end before the signal comes
+    process = start(*flags, pause=0.2)  # half a minute in all, so the signal comes first
     while not saved_tokens("x"):
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
@@ -291,7 +291,7 @@ def test_ctrl_c_says_how_to_go_on_and_another_plan_does_not_take_the_work_unaske
 
 
 class Changing(Documents):
-    """Documents whose owner may change them: `states` of them by revision, the last of which is the latest."""
+    """Documents that their owner may change: `states` holds them by revision, the latest last."""
 
     name, states = "changing", {}
 
@@ -310,7 +310,7 @@ class Changing(Documents):
 
 
 @pytest.mark.parametrize("rule", ["hash", "tail"])
-def test_what_was_begun_is_gone_on_with_whatever_has_changed_since(tmp_path, monkeypatch, library, rule):
+def test_an_interrupted_run_resumes_with_the_revision_it_began_with(tmp_path, monkeypatch, library, rule):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare_module, "BATCH", 1000)
     settings = CorpusSettings(tokenizer=str(library[1]), split=rule, shard_tokens=1000, workers=1)
@@ -340,23 +340,23 @@ def test_two_runs_do_not_share_a_folder(prepare, book):
     with open("data/.x.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "data/x is being prepared by another process" in prepare("text.py", *flags)
-    assert "data/x:" in prepare("text.py", *flags)  # once it has ended
+    assert "data/x:" in prepare("text.py", *flags)  # after that process has ended
     assert [path.name for path in Path("data").iterdir()] == ["x"]
 
 
-def test_a_run_that_comes_second_finds_what_the_first_has_prepared(prepare, book, monkeypatch):
+def test_a_second_run_uses_the_dataset_that_the_first_prepared(prepare, book, monkeypatch):
     flags = (f"--input={book}", "--name=x", "--tokenizer=char")
     prepare("text.py", *flags)
     Path("data/x").rename("elsewhere")
 
-    def first_ends(*args):  # just before the second has the lock
+    def first_ends(*args):  # just before the second gets the lock
         Path("elsewhere").rename("data/x")
 
     monkeypatch.setattr(fcntl, "flock", first_ends)
     assert "is prepared already" in prepare("text.py", *flags)
 
 
-def test_a_dataset_is_of_the_tokenizer_itself_whatever_its_name(prepare, library, tmp_path, monkeypatch):
+def test_a_dataset_belongs_to_the_tokenizer_not_its_name(prepare, library, tmp_path, monkeypatch):
     write_lines(tmp_path / "a.jsonl", pages(30))
     flags = ("--input=a.jsonl", "--name=x", "--tokenizer=gpt2")
     named = [load_tokenizer(library[1])]
@@ -371,8 +371,8 @@ def test_a_dataset_is_of_the_tokenizer_itself_whatever_its_name(prepare, library
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 @pytest.mark.parametrize("split", ["hash", "tail"])
-def test_documents_without_text_are_left_out_and_told(prepare, library, tmp_path, monkeypatch, form, split):
-    monkeypatch.setattr(prepare_module, "BATCH", 1)  # so that the last of them comes alone
+def test_empty_documents_are_skipped_and_counted(prepare, library, tmp_path, monkeypatch, form, split):
+    monkeypatch.setattr(prepare_module, "BATCH", 1)  # so the last one comes alone
     texts = [*pages(20), None, "", "the last", None]
     if form == "parquet":
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -389,7 +389,7 @@ def test_documents_without_text_are_left_out_and_told(prepare, library, tmp_path
 
 
 def peak_memory(*flags):
-    """The largest resident memory in MB of a run of prepare/text.py, of that program alone."""
+    """The peak resident memory in MB of prepare/text.py, without its worker processes."""
     code = (
         "import atexit, runpy, sys\n"
         "atexit.register(lambda: print(*open('/proc/self/status')))\n"
@@ -400,9 +400,9 @@ def peak_memory(*flags):
     return int(re.search(r"VmHWM:\s+(\d+) kB", output)[1]) / 1024
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells the peak of a program alone")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports a single program's peak")
 @pytest.mark.parametrize("tokenizer", ["char", pytest.param("bpe", marks=pytest.mark.slow)])
-def test_memory_stays_flat_where_the_tokenizer_lets_a_text_be_cut(tmp_path, monkeypatch, library, tokenizer):
+def test_memory_stays_flat_if_the_tokenizer_allows_cuts(tmp_path, monkeypatch, library, tokenizer):
     assert load_tokenizer(library[1]).cuts_at_space
     monkeypatch.chdir(tmp_path)
     page = " ".join(pages(100))
@@ -414,24 +414,24 @@ def test_memory_stays_flat_where_the_tokenizer_lets_a_text_be_cut(tmp_path, monk
     assert peaks[48] < peaks[12] + 15 and peaks[48] < 250
 
 
-def test_a_tokenizer_that_may_not_be_cut_encodes_documents_whole(prepare, tmp_path, monkeypatch, library):
+def test_a_tokenizer_that_forbids_cuts_encodes_whole_documents(prepare, tmp_path, monkeypatch, library):
     monkeypatch.setattr("gpt_arc.data.documents.PIECE", 5000)
     monkeypatch.setattr("gpt_arc.data.documents.BEGINNING", 1)
-    other = tokenizers.Tokenizer.from_str(library[0].to_str())
-    other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)  # a space before each text
+    prefixing = tokenizers.Tokenizer.from_str(library[0].to_str())
+    prefixing.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)  # a space before each text
     (tmp_path / "other").mkdir()
-    other.save("other/tokenizer.json")
-    other.encode_special_tokens = True
+    prefixing.save("other/tokenizer.json")
+    prefixing.encode_special_tokens = True
     texts = ["\n".join(pages(40, seed)) for seed in range(12)]
     for number, text in enumerate(texts):
         (tmp_path / f"{number:02}.txt").write_text(text)
     prepare("text.py", "--input=*.txt", "--name=x", "--tokenizer=other", "--val_fraction=0.4")
-    expected = encoded(other, [text for text in texts if not in_val(text, 0.4)])
+    expected = encoded(prefixing, [text for text in texts if not in_val(text, 0.4)])
     assert tokens_of(Path("data/x"), "train").tolist() == expected
 
 
-def test_progress_tells_only_of_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
-    """The disk: each file and folder as it was when it was last flushed."""
+def test_progress_never_exceeds_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
+    """`disk` holds each file and folder as it was last flushed."""
     monkeypatch.setattr(prepare_module, "BATCH", 4000)
     write_lines(tmp_path / "a.jsonl", pages(100))
     disk, flush, rename, checked = {}, os.fsync, os.replace, []
@@ -460,8 +460,8 @@ def test_progress_tells_only_of_what_is_on_the_disk(prepare, library, tmp_path, 
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite=True",)])
-def test_a_run_killed_after_all_is_in_place_hinders_nobody(prepare, book, monkeypatch, overwrite):
-    """What it leaves is a work folder without a dataset."""
+def test_a_run_killed_after_it_finished_blocks_no_other(prepare, book, monkeypatch, overwrite):
+    """It leaves a work folder without a dataset."""
     flags = (f"--input={book}", "--name=x", "--tokenizer=char", "--shard_tokens=200")
     monkeypatch.setattr(prepare_module, "BATCH", 100)
     with monkeypatch.context() as patch:
@@ -474,7 +474,7 @@ def test_a_run_killed_after_all_is_in_place_hinders_nobody(prepare, book, monkey
     assert contents("data/x") == before and os.listdir("data") == ["x"]
 
 
-def test_a_dataset_at_hand_does_not_cost_the_progress_of_another_run(prepare, book, tmp_path):
+def test_a_finished_dataset_keeps_the_progress_of_another_run(prepare, book, tmp_path):
     flags = (f"--input={book}", "--name=x", "--tokenizer=char")
     prepare("text.py", *flags)
     Path("data/.x.partial").mkdir()
@@ -483,7 +483,7 @@ def test_a_dataset_at_hand_does_not_cost_the_progress_of_another_run(prepare, bo
     assert Path("data/.x.partial/plan.json").exists()
 
 
-def test_a_work_folder_whose_removal_was_killed_is_not_gone_on_in(prepare, book, monkeypatch):
+def test_a_half_removed_work_folder_is_not_resumed(prepare, book, monkeypatch):
     flags = (f"--input={book}", "--name=x", "--tokenizer=char")
     work = Path("data/.x.partial")
     (work / "dataset").mkdir(parents=True)
@@ -496,7 +496,7 @@ def test_a_work_folder_whose_removal_was_killed_is_not_gone_on_in(prepare, book,
     assert "resuming" not in prepare("text.py", *flags) and os.listdir("data") == ["x"]
 
 
-def test_nothing_is_overwritten_unasked(prepare, book):
+def test_nothing_is_overwritten_without_overwrite(prepare, book):
     flags = (f"--input={book}", "--name=book", "--tokenizer=char")
     prepare("text.py", *flags)
     assert "is prepared already" in prepare("text.py", *flags)
@@ -546,7 +546,7 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=good.txt", "--nam=x"], "--nam"),
     ],
 )
-def test_mistakes_are_one_sentence(prepare, library, tmp_path, args, sentence):
+def test_mistakes_are_reported_in_one_sentence(prepare, library, tmp_path, args, sentence):
     for name, content in GOOD.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "empty.txt").write_text("")
@@ -557,7 +557,7 @@ def test_mistakes_are_one_sentence(prepare, library, tmp_path, args, sentence):
     assert not Path("data").exists()
 
 
-def test_a_full_disk_is_one_sentence(prepare, book, monkeypatch):
+def test_a_full_disk_is_reported_in_one_sentence(prepare, book, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -572,7 +572,7 @@ def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
     flags = ("--input=a.jsonl", "--name=x", "--vocab_size=400")
     assert "data/x/tokenizer.json: 400 tokens" in prepare("tokenizer.py", *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(BPETokenizer, "train", None)  # it is refused before
+        patch.setattr(BPETokenizer, "train", None)  # refused before training
         assert "already contains a tokenizer: replace it with --overwrite=True" in prepare("tokenizer.py", *flags)
     assert "300 tokens" in prepare("tokenizer.py", *flags[:2], "--vocab_size=300", "--overwrite=True")
     assert "400 tokens" in prepare("tokenizer.py", *flags, "--overwrite=True")
@@ -599,7 +599,7 @@ def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
         ([], "--vocab_size"),
     ],
 )
-def test_a_vocabulary_that_does_not_fit_is_told(prepare, tmp_path, args, sentence):
+def test_impossible_vocabularies_are_refused(prepare, tmp_path, args, sentence):
     (tmp_path / "few.txt").write_text("few words, few pairs")
     (tmp_path / "empty.txt").write_text("")
     inputs = [] if any("--input" in arg for arg in args) else ["--input=few.txt"]
@@ -624,13 +624,13 @@ def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
     assert "is prepared already" in prepare(script, *flags)
 
 
-def test_a_sample_of_fineweb_is_streamed_and_local_files_are_not(prepare, tmp_path):
+def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(3))
     message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
     assert "--sample=sample-100BT selects what to stream, but --input names files" in message
 
 
-def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, monkeypatch):
+def test_tinyshakespeare_is_checked_and_offline_help_is_shown(prepare, book, monkeypatch):
     assert "is not TinyShakespeare" in prepare("tinyshakespeare.py", "--input", str(book))
 
     def offline(*args, **kwargs):
@@ -642,7 +642,7 @@ def test_tinyshakespeare_is_checked_and_says_what_to_do_offline(prepare, book, m
 
 
 def test_tinyshakespeare_from_a_file(tmp_path, monkeypatch):
-    """The real text isn't shipped: any other stands for it, once the checksum is that text's."""
+    """The real text isn't shipped; any other text passes with its own checksum."""
     monkeypatch.chdir(tmp_path)
     text = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 5
     (tmp_path / "input.txt").write_text(text)

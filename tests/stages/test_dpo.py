@@ -1,4 +1,4 @@
-"""stages/dpo.py as a user runs it: the optimum it approaches, its updates written out, resuming."""
+"""stages/dpo.py as a user runs it: the optimum it approaches, an update by hand, resuming."""
 
 import itertools
 import json
@@ -11,35 +11,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_arc.chat.format import TEMPLATES, ChatFormat, load_chat_model
-from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.chat.format import load_chat_model
 from gpt_arc.training.checkpoints import load_state
-from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, randomised
-from model import GPT, GPTConfig
+from helpers import command, interrupt_at, randomised, write
+from model import GPT
 from policy_tree import (
     PLAIN,
     distribution,
+    hash_utility,
     make_tree,
     optimum,
     save_chat_model,
     total_variation,
-    utility,
     weights_of,
 )
-from ranked_texts import rankings, write
+from ranked_texts import CHAT, LETTERS, QUICK, lines_of, rankings, tiny_config
 from stages import dpo
 
-LETTERS = CharTokenizer("abcdefgh")
-CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
-QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=2", "--gradient_accumulation_steps=2")
 TRAIN = ("base", "--train=train.jsonl", "--warmup=0", *QUICK)
 
 
-def config_of(**settings):
-    return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 16} | settings)
+config_of = partial(tiny_config, n_layer=2)
 
 
 @pytest.fixture
@@ -57,34 +51,30 @@ def run(workplace, stage_runner):
     return partial(stage_runner, dpo)
 
 
-def lines_of(folder):
-    return read_metrics(Path(folder) / "metrics.jsonl")
-
-
 # ---- the optimum
 
 
 def drawn_rankings(reference, count, responses, seed=0):
-    """Responses drawn from the reference, ranked by utility and Gumbel noise: pairs as Bradley and Terry have them."""
+    """Responses drawn from the reference and ranked by utility plus Gumbel noise: Bradley-Terry pairs."""
     draw = random.Random(seed)
     outcomes, weights = list(reference), [math.exp(log) for log in reference.values()]
     for _ in range(count):
         chosen = draw.choices(outcomes, weights, k=responses)
-        noisy = [utility(PLAIN.decode(outcome)) - math.log(-math.log(draw.random())) for outcome in chosen]
+        noisy = [hash_utility(PLAIN.decode(outcome)) - math.log(-math.log(draw.random())) for outcome in chosen]
         yield [chosen[i] for i in sorted(range(responses), key=lambda i: -noisy[i])]
 
 
 def likeliest(reference, rankings, beta):
-    """The distribution over outcomes, any at all, whose DPO loss on the rankings is the lowest."""
+    """The distribution over outcomes with the lowest DPO loss on the rankings."""
     number = {outcome: i for i, outcome in enumerate(reference)}
     pairs = [(number[a], number[b]) for ranking in rankings for a, b in itertools.combinations(ranking, 2)]
-    better, worse = torch.tensor(pairs).T
+    winners, losers = torch.tensor(pairs).T
     ratios = torch.zeros(len(number), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([ratios], max_iter=200, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = -torch.nn.functional.logsigmoid(beta * (ratios[better] - ratios[worse])).mean()
+        value = -torch.nn.functional.logsigmoid(beta * (ratios[winners] - ratios[losers])).mean()
         value.backward()
         return value
 
@@ -95,11 +85,10 @@ def likeliest(reference, rankings, beta):
 
 @pytest.mark.slow
 def test_preferences_of_a_known_utility_lead_to_its_optimum(workplace):
-    """What is left is the rankings': the distribution they make likeliest is as far from the optimum.
+    """The remaining distance comes from the rankings: the distribution with the lowest loss is as far from the optimum.
 
-    A response that was cut at DEPTH can't be told from one that ended there in a file of texts, so the reference always
-    ends: its last token is the end's.
-    """
+    In a file of texts, a response cut at DEPTH can't be told from one that ended there, so the reference is restricted
+    to responses that end with the end token."""
     make_tree()
     beta = 0.5
     reference = {outcome: log for outcome, log in distribution("tree").items() if outcome[-1] == PLAIN.end}
@@ -114,27 +103,28 @@ def test_preferences_of_a_known_utility_lead_to_its_optimum(workplace):
     ).split()
     result = command("stages/dpo.py", "tree", "--train=train.jsonl", *flags, timeout=600)
     assert result.returncode == 0, result.stderr
-    found = {outcome: log for outcome, log in distribution("out/dpo").items() if outcome[-1] == PLAIN.end}
-    z = math.log(sum(map(math.exp, found.values())))
-    found = {outcome: log - z for outcome, log in found.items()}
+    trained = {outcome: log for outcome, log in distribution("out/dpo").items() if outcome[-1] == PLAIN.end}
+    z = math.log(sum(map(math.exp, trained.values())))
+    trained = {outcome: log - z for outcome, log in trained.items()}
     best, likely = optimum(reference, beta), likeliest(reference, drawn, beta)
-    assert total_variation(found, likely) < 0.01  # .003, and the next .010, of which the rankings make .009
-    assert total_variation(found, best) < 0.03 < 0.4 < total_variation(reference, best)
+    assert total_variation(trained, likely) < 0.01  # measured .003; the next is .010, .009 of it from the rankings
+    assert total_variation(trained, best) < 0.03 < 0.4 < total_variation(reference, best)
 
 
-# ---- an update, written out
+# ---- an update by hand
 
 
 def log_probability(model, prompt, response):
-    """Of a response, computed token by token from hand-built tokens."""
-    asked, answered = [9, *LETTERS.encode(prompt), 10], [*LETTERS.encode(response), 11]
+    """The log-probability of a response, token by token, from tokens put together by hand."""
+    prompt_tokens, response_tokens = [9, *LETTERS.encode(prompt), 10], [*LETTERS.encode(response), 11]
     return sum(
-        model(torch.tensor([asked + answered[:i]]))[0, -1].log_softmax(-1)[token] for i, token in enumerate(answered)
+        model(torch.tensor([prompt_tokens + response_tokens[:i]]))[0, -1].log_softmax(-1)[token]
+        for i, token in enumerate(response_tokens)
     )
 
 
 def loss_of(model, reference, row, beta):
-    """The mean over the pairs of a ranking, and of how many the better has the larger ratio."""
+    """The means over a ranking's pairs of loss, accuracy and margin."""
     ratios = [
         log_probability(model, row["prompt"], text) - log_probability(reference, row["prompt"], text).item()
         for text in row["responses"]
@@ -149,14 +139,14 @@ def loss_of(model, reference, row, beta):
     )
 
 
-def test_updates_are_the_gradients_of_their_definition(run, monkeypatch):
-    """The second one, since the first finds the model at the reference."""
+def test_an_update_is_the_gradient_of_its_definition(run, monkeypatch):
+    """The second update, since the first one starts at the reference."""
     rows = rankings(6)
     write("train.jsonl", rows)
-    found, update = [], Updater.update
+    states, update = [], Updater.update
 
     def recorded(self, *args):
-        found.append(([p.detach().clone() for p in self.parameters], [p.grad.clone() for p in self.parameters]))
+        states.append(([p.detach().clone() for p in self.parameters], [p.grad.clone() for p in self.parameters]))
         return update(self, *args)
 
     monkeypatch.setattr(Updater, "update", recorded)
@@ -164,17 +154,17 @@ def test_updates_are_the_gradients_of_their_definition(run, monkeypatch):
     (model, *_), (reference, *_) = load_chat_model("base"), load_chat_model("base")
     model.eval(), reference.eval()
     lines = lines_of("out/dpo")
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(found) == 2
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and len(states) == 2
     with torch.no_grad():
-        for parameter, tensor in zip(model.parameters(), found[1][0]):
+        for parameter, tensor in zip(model.parameters(), states[1][0]):
             parameter.copy_(tensor)
     losses, right, margins = zip(*(loss_of(model, reference, row, 0.3) for row in rows))
     assert lines[1]["loss"] == pytest.approx(sum(losses).item() / 6, rel=1e-4) and lines[1]["loss"] < 0.65
     assert lines[1]["accuracy"] == pytest.approx(sum(right) / 6, abs=1e-5)
     assert lines[1]["margin"] == pytest.approx(sum(margins).item() / 6, rel=1e-3)
     expected = torch.autograd.grad(sum(losses) / 6, list(model.parameters()))
-    for mine, gradient in zip(found[1][1], expected):
-        torch.testing.assert_close(mine, gradient, rtol=1e-3, atol=1e-4)
+    for actual, gradient in zip(states[1][1], expected):
+        torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-4)
     after = load_chat_model("out/dpo/last")[0].eval()
     rows = map(json.loads, Path("val.jsonl").read_text().splitlines())
     losses, right, _ = zip(*(loss_of(after, reference, row, 0.3) for row in rows))
@@ -198,11 +188,11 @@ def test_architectures(run, settings):
     assert lines[-1]["loss"] < 0.68
 
 
-# ---- one process, several, all at once, in parts
+# ---- batches and processes
 
 
 def test_batching_and_processes_change_only_rounding(run):
-    """13 rankings in updates of 4, the last of 1: then one of two processes has nothing to do."""
+    """13 rankings in updates of 4, so the last update has one, and one of two processes has none."""
     flags = (*TRAIN, "--val=val.jsonl", "--adam_eps=1e-4", "--epochs=2")
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
@@ -211,30 +201,30 @@ def test_batching_and_processes_change_only_rounding(run):
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     for name in ("parts", "two"):
         torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)
-        for line, other in zip(lines_of("whole")[1:], lines_of(name)[1:], strict=True):
-            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in line.items()}
+        for expected, line in zip(lines_of("whole")[1:], lines_of(name)[1:], strict=True):
+            assert line == {key: pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in expected.items()}
     moved = weights_of("whole/last")["blocks.0.mlp.up.weight"] - weights_of("base")["blocks.0.mlp.up.weight"]
     assert moved.abs().max() > 1e-3
 
 
-# ---- runs that stop
+# ---- interrupted runs
 
 STOPPABLE = (*TRAIN, "--val=val.jsonl", "--epochs=2")
 
 
 def assert_same_runs(a, b):
     for place in ("last", "best"):
-        first, second = weights_of(f"{a}/{place}"), weights_of(f"{b}/{place}")
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        weights_a, weights_b = weights_of(f"{a}/{place}"), weights_of(f"{b}/{place}")
+        assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
     assert lines_of(a) == lines_of(b)
     assert load_state(Path(a, "last"))["progress"] == load_state(Path(b, "last"))["progress"]
 
 
-@pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
+@pytest.mark.parametrize("updates", [2, 4])  # within an epoch and at its end
 def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
     with monkeypatch.context() as patched:
-        interrupt_at(patched, updates - 1)  # at which the next one looks
+        interrupt_at(patched, updates - 1)  # the next update notices it
         stopped = run(*STOPPABLE, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; resume with: python dpo.py --resume=halves" in stopped.output
@@ -246,12 +236,12 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
 
 
 def test_a_crashed_run_resumes_from_its_last_epoch(run, monkeypatch):
-    """Nothing is written where it breaks, as where it is killed."""
-    update, made = Updater.update, []
+    """A crash writes nothing, like a kill."""
+    update, calls = Updater.update, []
 
     def counted(self, *args):
-        made.append(1)
-        return update(self, *args) if len(made) < 6 else 1 / 0
+        calls.append(1)
+        return update(self, *args) if len(calls) < 6 else 1 / 0
 
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(Updater, "update", counted)
@@ -263,7 +253,7 @@ def test_a_crashed_run_resumes_from_its_last_epoch(run, monkeypatch):
     assert_same_runs("whole", "broken")
 
 
-# ---- what is refused
+# ---- refusals
 
 
 @pytest.mark.parametrize(
@@ -272,7 +262,10 @@ def test_a_crashed_run_resumes_from_its_last_epoch(run, monkeypatch):
         (("base",), "name the rankings to learn from by --train"),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         ((*TRAIN, "--train=none.jsonl"), "there is no file none.jsonl"),
-        ((*TRAIN, "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
+        (
+            (*TRAIN, "--train=ties.jsonl"),
+            "no ranking of the train split fits into 16 tokens and prefers one response to another",
+        ),
         ((*TRAIN, "--beta=0"), "beta = 0.0 must be more than 0"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),

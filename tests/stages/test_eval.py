@@ -30,12 +30,12 @@ from gpt_arc.evaluation.metrics import choice_accuracy, item_values
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.weights.directory import save_model
-from helpers import randomised, write_dataset
+from helpers import randomised, write, write_dataset
 from model import GPT, GPTConfig
 from stages import eval as stage
 from stub_models import bigrams
 
-LETTERS = "\n abcéqr"  # an empty context starts with the first
+LETTERS = "\n abcéqr"  # an empty context becomes the first one
 TOKENIZER = CharTokenizer(sorted(LETTERS))
 # P(next | letter); the letters that a row doesn't name share the remaining probability evenly
 CHANCES = {
@@ -58,7 +58,7 @@ def table_of(chances):
     for letter in TOKENIZER.characters:
         row = chances[letter]
         remainder = (1 - sum(row.values())) / (len(LETTERS) - len(row))
-        rows.append([row.get(other, remainder) for other in TOKENIZER.characters])
+        rows.append([row.get(following, remainder) for following in TOKENIZER.characters])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -89,10 +89,6 @@ def slow_log_probability(model, context, continuation):
     return logs.gather(1, torch.tensor(tokens[-size:])[:, None]).sum().item()
 
 
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 CLOZE = 'title = "a"\nkind = "cloze"\ncontext = "{q}"\nanswer = "{a}"\nseparator = " "\n'
 CHOICE = CLOZE.replace("cloze", "choice") + 'options = "options"\n'
 GENERATE = CLOZE.replace("cloze", "generate")
@@ -101,7 +97,7 @@ ITEMS = [{"q": q, "a": a} for q, a in (("q", "a"), ("bq", "ab"), ("a", "a"), ("b
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder with the model directory `base`, tasks and items."""
+    """An empty current folder with the model directory `base`, tasks and items."""
     monkeypatch.chdir(tmp_path)
     save_model(bigrams(TABLE), TOKENIZER, "base")
     for name, content in (("cloze", CLOZE), ("choice", CHOICE), ("generate", GENERATE)):
@@ -131,9 +127,9 @@ def run(workplace, monkeypatch, capsys):
     return call
 
 
-def one_model(done):
-    """Returns the only model of the report."""
-    (model,) = done.report["models"]
+def one_model(result):
+    """Returns the report of the only model."""
+    (model,) = result.report["models"]
     return model
 
 
@@ -148,7 +144,7 @@ def choice(**settings):
 
 
 @pytest.mark.parametrize("normalise", LIKELIEST)
-def test_each_normalisation_picks_another_option(reader, normalise):
+def test_each_normalisation_selects_another_option(reader, normalise):
     chances = [0.25, 0.15, 0.08, 0.05]
     for option, value in zip(OPTIONS, chances):
         assert log_chance("q", option) == pytest.approx(math.log(value))
@@ -157,7 +153,7 @@ def test_each_normalisation_picks_another_option(reader, normalise):
         "token": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
         "character": [math.log(value) / size for value, size in zip(chances, (1, 2, 2, 1))],
         "byte": [math.log(value) / size for value, size in zip(chances, (1, 2, 4, 1))],
-        "unconditional": [math.log(value / alone) for value, alone in zip(chances, (0.5, 0.2, 0.02, 0.01))],
+        "unconditional": [math.log(value / prior) for value, prior in zip(chances, (0.5, 0.2, 0.02, 0.01))],
     }[normalise]
     assert values.index(max(values)) == LIKELIEST[normalise]
     task = choice(normalise=normalise)
@@ -189,8 +185,8 @@ def test_normalisation_equals_the_harness(workplace):
     samples = sorted(output["samples"]["mine"], key=lambda sample: sample["doc_id"])
     right = {}
     for normalise, metric in (("character", "acc_norm"), ("byte", "acc_bytes")):
-        mine = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
-        right[normalise] = choice_accuracy(mine, reader_of(model.model), [(mine.question(item), "") for item in items])
+        task = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
+        right[normalise] = choice_accuracy(task, reader_of(model.model), [(task.question(item), "") for item in items])
         assert right[normalise] == [sample[metric] for sample in samples]
     spaced = []
     for item in items:
@@ -239,10 +235,10 @@ def test_batching_does_not_change_answers():
     model = randomised(GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=2, n_head=2, n_embd=16)))
     task = Task("mine", "mine", "generate", stop=["bb", "aq", "qqq"], max_new_tokens=9)
     prompts = ["qab", "", "éqr abc", "r", "qab", "abcéqr abcéqr abcéqr", "b", "éé"]
-    alone = [reader_of(model).answers([prompt], task, 0)[0] for prompt in prompts]
-    assert len(set(alone)) > 4 and len(set(map(len, alone))) > 2
+    singly = [reader_of(model).answers([prompt], task, 0)[0] for prompt in prompts]
+    assert len(set(singly)) > 4 and len(set(map(len, singly))) > 2
     for batch_tokens in (1, 40, 10_000):
-        assert reader_of(model, batch_tokens).answers(prompts, task, 0) == alone
+        assert reader_of(model, batch_tokens).answers(prompts, task, 0) == singly
 
 
 def test_sampled_answers_are_among_the_likeliest_and_depend_on_the_seed(reader):
@@ -274,8 +270,8 @@ def test_beams_find_the_likeliest_answer(reader, penalty):
 
 
 def test_cloze_is_right_if_greedy_decoding_gives_the_answer(run):
-    done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl")
-    accuracy, perplexity = one_model(done)["tasks"]
+    result = run("base", "--tasks", "cloze.toml", "--data=items.jsonl")
+    accuracy, perplexity = one_model(result)["tasks"]
     # likeliest: a after q; a, not b, after a; c after b; é after é; b after r
     assert accuracy["values"] == [1, 0, 1, 1, 1, 0] and accuracy["metric"] == "accuracy"
     assert accuracy["value"] == pytest.approx(4 / 6) and accuracy["items"] == 6 and accuracy["p_value"] is None
@@ -286,7 +282,7 @@ def test_cloze_is_right_if_greedy_decoding_gives_the_answer(run):
     assert perplexity["values"] == pytest.approx(nats, rel=1e-5) and perplexity["metric"] == "perplexity"
     assert perplexity["value"] == pytest.approx(math.exp(mean), rel=1e-5)
     assert perplexity["standard_error"] == pytest.approx(math.exp(mean) * deviation / math.sqrt(6), rel=1e-5)
-    assert "66.67" in done.output and f"{math.exp(mean):.4g}" in done.output
+    assert "66.67" in result.output and f"{math.exp(mean):.4g}" in result.output
 
 
 def test_the_perplexity_of_very_unlikely_answers_is_finite(run):
@@ -346,10 +342,10 @@ def test_texts_are_compared_by_bleu_and_rouge(run):
         ("rouge", {"ROUGE-1": [1, 2 / 3, 0], "ROUGE-2": [0, 0, 0], "ROUGE-L": [1, 2 / 3, 0]}),
     ):
         Path("generate.toml").write_text(GENERATE + f'metric = "{metric}"\n')
-        done = run("base", "--tasks", "generate.toml", "--data=items.jsonl")
-        results = {result["metric"]: result for result in one_model(done)["tasks"]}
+        output = run("base", "--tasks", "generate.toml", "--data=items.jsonl")
+        results = {result["metric"]: result for result in one_model(output)["tasks"]}
         assert {name: result["values"] for name, result in results.items()} == figures
-    assert results["ROUGE-1"]["value"] == pytest.approx(5 / 9) and "55.56" in done.output
+    assert results["ROUGE-1"]["value"] == pytest.approx(5 / 9) and "55.56" in output.output
 
 
 def test_only_the_first_sentences_count(reader):
@@ -384,8 +380,8 @@ def test_shots_are_compared_item_by_item(run):
     """Demonstrations end with an r, after which the model predicts b; nothing else comes before the empty question."""
     Path("cloze.toml").write_text(CLOZE.replace('" "', '"r"'))
     write("items.jsonl", [{"q": "", "a": "b"}] * 9 + [{"q": "", "a": "q"}])
-    done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 0, 1, 2)
-    results = [result for result in one_model(done)["tasks"] if result["metric"] == "accuracy"]
+    output = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 0, 1, 2)
+    results = [result for result in one_model(output)["tasks"] if result["metric"] == "accuracy"]
     assert [result["shots"] for result in results] == [0, 1, 2]
     assert [result["value"] for result in results] == [0.1, 0.9, 0.9]  # q after the start token, then b
     assert [result["p_value"] for result in results] == [None, *[pytest.approx(2 * 11 / 2**10)] * 2]
@@ -398,8 +394,8 @@ def test_demonstrations_come_from_train_data_if_given(run):
         run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 1).message
     )
     write("train.jsonl", [{"q": "q", "a": "a"}] * 3)
-    done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 1, "--train_data=train.jsonl")
-    assert one_model(done)["tasks"][0]["value"] == 1
+    result = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 1, "--train_data=train.jsonl")
+    assert one_model(result)["tasks"][0]["value"] == 1
 
 
 def test_a_limit_draws_the_same_items_each_time(run):
@@ -422,12 +418,12 @@ def test_a_limit_draws_the_same_items_each_time(run):
 
 def test_arithmetic_needs_no_data(run):
     Path("sums.toml").write_text(CLOZE.replace("{q}", "q").replace("{a}", "a") + 'generator = "addition 1"\n')
-    done = run("base", "--tasks", "sums.toml", "--limit=7", "--shots", 0, 2)
-    assert [result["items"] for result in one_model(done)["tasks"]] == [7] * 4
+    output = run("base", "--tasks", "sums.toml", "--limit=7", "--shots", 0, 2)
+    assert [result["items"] for result in one_model(output)["tasks"]] == [7] * 4
 
 
 def figures_of(text, original=None, table=TABLE):
-    """Closed form, the text standing after a newline."""
+    """The figures of a text in closed form; the context before it is a newline."""
     original = original or text
     nats = -log_chance("\n", text, table)
     return {
@@ -442,9 +438,9 @@ def figures_of(text, original=None, table=TABLE):
 
 @pytest.mark.parametrize("flags", [(), ("--stride=1",), ("--stride=5", "--batch_tokens=1"), ("--stride=16",)])
 def test_the_figures_of_a_text_equal_the_closed_forms(run, flags):
-    done = run("base", "--perplexity", "text.txt", *flags)
-    assert one_model(done)["texts"]["text.txt"] == pytest.approx(figures_of(TEXT), rel=1e-5)
-    assert "é" in TEXT and f"{figures_of(TEXT)['perplexity']:.4g}" in done.output
+    result = run("base", "--perplexity", "text.txt", *flags)
+    assert one_model(result)["texts"]["text.txt"] == pytest.approx(figures_of(TEXT), rel=1e-5)
+    assert "é" in TEXT and f"{figures_of(TEXT)['perplexity']:.4g}" in result.output
 
 
 def test_words_and_bytes_are_counted_before_detokenization(run):
@@ -452,8 +448,8 @@ def test_words_and_bytes_are_counted_before_detokenization(run):
     characters = sorted([*TOKENIZER.characters, "(", ")"])
     even = torch.full((10, 10), 0.1, dtype=torch.float64)
     save_model(bigrams(even), CharTokenizer(characters), "base")
-    done = run("base", "--perplexity", "text.txt", "--detokenizer=wikitext")
-    figures = one_model(done)["texts"]["text.txt"]
+    result = run("base", "--perplexity", "text.txt", "--detokenizer=wikitext")
+    figures = one_model(result)["texts"]["text.txt"]
     assert figures["tokens"] == len(" (ab) c (qa) \n") and figures["perplexity"] == pytest.approx(10)
     assert figures["word perplexity"] == pytest.approx(10 ** (14 / 7), rel=1e-4)
     assert figures["bits a byte"] == pytest.approx(14 * math.log2(10) / 18, rel=1e-4)
@@ -464,8 +460,8 @@ def test_a_stride_of_1_gives_each_token_the_longest_context(run):
     save_model(model, TOKENIZER, "deep")
     whole = "\n" + TEXT
     nats = [-slow_log_probability(model, whole[:place], whole[place]) for place in range(1, len(whole))]
-    done = run("deep", "--perplexity", "text.txt", "--stride=1")
-    assert one_model(done)["texts"]["text.txt"]["nats a token"] == pytest.approx(sum(nats) / len(TEXT), rel=1e-4)
+    result = run("deep", "--perplexity", "text.txt", "--stride=1")
+    assert one_model(result)["texts"]["text.txt"]["nats a token"] == pytest.approx(sum(nats) / len(TEXT), rel=1e-4)
     windows = run("deep", "--perplexity", "text.txt")
     assert one_model(windows)["texts"]["text.txt"]["nats a token"] != pytest.approx(sum(nats) / len(TEXT), rel=1e-4)
 
@@ -474,8 +470,8 @@ def test_a_stride_of_1_gives_each_token_the_longest_context(run):
 def test_the_val_split_of_a_prepared_dataset_is_read(run, val):
     splits = {"train": TOKENIZER.encode("abc" * 20), "val": TOKENIZER.encode(val)}
     write_dataset(Path("data/letters"), TOKENIZER, splits)
-    done = run("base", "--perplexity", "letters", "text.txt")
-    texts = one_model(done)["texts"]
+    result = run("base", "--perplexity", "letters", "text.txt")
+    texts = one_model(result)["texts"]
     assert texts["letters"] == pytest.approx(figures_of(val), rel=1e-5) and set(texts) == {"letters", "text.txt"}
 
 
@@ -486,22 +482,22 @@ def test_the_report_identifies_model_items_and_versions(run):
     assert report["options"]["tasks"] == ["cloze.toml"] and report["options"]["shots"] == [0]
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(report["versions"]) == {"gpt-arc", "torch", "tokenizers"}
-    (one,) = report["models"]
-    assert one["model"] == "base"
+    (original,) = report["models"]
+    assert original["model"] == "base"
     content = hashlib.sha256(Path("base/model.safetensors").read_bytes()).digest()
-    assert one["weights"] == hashlib.sha256(content).hexdigest()
-    assert one["tasks"][0]["items_hash"] == hashlib.sha256(json.dumps(ITEMS).encode()).hexdigest()
+    assert original["weights"] == hashlib.sha256(content).hexdigest()
+    assert original["tasks"][0]["items_hash"] == hashlib.sha256(json.dumps(ITEMS).encode()).hexdigest()
     assert run("base", *flags).report == report
 
     write("items.jsonl", [*ITEMS[:-1], {"q": "r", "a": "a"}])
-    (other,) = run("base", *flags).report["models"]
-    assert other["weights"] == one["weights"]
-    assert other["tasks"][0]["items_hash"] != one["tasks"][0]["items_hash"]
-    assert other["texts"] == one["texts"]
+    (other_items,) = run("base", *flags).report["models"]
+    assert other_items["weights"] == original["weights"]
+    assert other_items["tasks"][0]["items_hash"] != original["tasks"][0]["items_hash"]
+    assert other_items["texts"] == original["texts"]
     save_model(bigrams(table_of(CHANCES | {"a": {"a": 0.4}})), TOKENIZER, "base")
-    (changed,) = run("base", *flags).report["models"]
-    assert changed["weights"] != other["weights"]
-    assert changed["tasks"][0]["items_hash"] == other["tasks"][0]["items_hash"]
+    (other_model,) = run("base", *flags).report["models"]
+    assert other_model["weights"] != other_items["weights"]
+    assert other_model["tasks"][0]["items_hash"] == other_items["tasks"][0]["items_hash"]
 
 
 def test_published_figures_are_printed_beside_accuracy(run):
@@ -542,9 +538,9 @@ def test_checkpoints_are_plotted_against_updates(run, monkeypatch):
     assert perplexities.get_yscale() == "log" and shares.get_xlabel() == "updates"
     (accuracy,), (answers, text) = shares.containers, perplexities.containers
     assert accuracy.get_label() == "cloze, 0 shots, accuracy" and text.get_label() == "text.txt"
-    for curve, which, scale in ((accuracy, 0, 100), (answers, 1, 1)):
+    for curve, metric, scale in ((accuracy, 0, 100), (answers, 1, 1)):
         line, _, (bars,) = curve.lines
-        results = [model["tasks"][which] for model in models]
+        results = [model["tasks"][metric] for model in models]
         assert line.get_xydata().tolist() == [[500, results[0]["value"] * scale], [2000, results[1]["value"] * scale]]
         heights = [bar[1][1] - bar[0][1] for bar in bars.get_segments()]
         assert heights == pytest.approx([2 * result["standard_error"] * scale for result in results])
@@ -558,19 +554,19 @@ def test_the_plot_is_a_png(run):
     assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_items_in_the_training_text_are_reported_apart(run):
-    """All strings of an item count, even those that no template names: here one of 9 words, and q and a of one each."""
+def test_items_in_the_training_text_are_reported_separately(run):
+    """All strings of an item count, even those that no template names: here `page` with 9 words, and q and a with one
+    each."""
     pages = [" ".join(f"{sign}{n}" for n in range(9)) for sign in "uvwxyz"]
-    items = [
-        item | {"page": page} for item, page in zip(ITEMS, pages)
-    ]  # all but the second and the last are answered right
+    # all answers except the second and the last are right
+    items = [item | {"page": page} for item, page in zip(ITEMS, pages)]
     write("items.jsonl", items)
     Path("train").mkdir()
     Path("train/a.txt").write_text(f"Before: Q a; {pages[0].upper()}, and after.")
     write("train/b.jsonl", [{"text": f"bq\nab {pages[1]}"}, {"text": f"a c {pages[2]}"}, {"text": pages[3]}])
     flags = ("--tasks", "cloze.toml", "--data=items.jsonl")
-    done = run("base", *flags, "--training_text", "train/a.txt", "train/b.jsonl")
-    accuracy, perplexity = one_model(done)["tasks"]
+    result = run("base", *flags, "--training_text", "train/a.txt", "train/b.jsonl")
+    accuracy, perplexity = one_model(result)["tasks"]
     assert accuracy["values"] == [1, 0, 1, 1, 1, 0] and accuracy["value"] == pytest.approx(4 / 6)
     assert accuracy["overlap"] == {
         "words": 11,
@@ -579,7 +575,7 @@ def test_items_in_the_training_text_are_reported_apart(run):
     }
     nats = perplexity["values"]
     assert perplexity["overlap"]["dirty"]["value"] == pytest.approx(math.exp((nats[0] + nats[1]) / 2))
-    (line,) = [line for line in done.output.splitlines() if line.startswith("cloze") and line.endswith("11")][:1]
+    (line,) = [line for line in result.output.splitlines() if line.startswith("cloze") and line.endswith("11")][:1]
     assert line.split() == ["cloze", "0", "accuracy", "66.67", "75", "25", "4", "50", "50", "2", "11"]
     for seed in range(3):  # the word count comes from all items, whatever the limit
         limited = one_model(run("base", *flags, "--training_text", "train", "--limit=3", f"--seed={seed}"))["tasks"][0]
@@ -588,7 +584,7 @@ def test_items_in_the_training_text_are_reported_apart(run):
     assert one_model(run("base", *flags))["tasks"][0]["overlap"] is None
 
 
-def test_only_the_raw_strings_of_an_item_are_searched_for(workplace):
+def test_only_an_item_s_original_strings_are_searched_for(workplace):
     task = Task("mine", "mine", "cloze", "{question}", answer="{result}", prepare="gsm8k")
     write("items.jsonl", [{"question": "How many", "answer": "One and two are three\n#### 3"}])
     Path("other.txt").write_text("how many? One and two are three #### 3")
@@ -596,15 +592,15 @@ def test_only_the_raw_strings_of_an_item_are_searched_for(workplace):
     assert task_items.overlap == (8, [True])  # 8 words: not the columns that `prepare` adds
 
 
-def test_without_dirty_items_there_is_no_dirty_figure(run):
-    Path("other.txt").write_text("nothing of it")
-    done = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--training_text", "other.txt")
-    overlap = one_model(done)["tasks"][0]["overlap"]
+def test_without_dirty_items_the_dirty_figure_is_none(run):
+    Path("other.txt").write_text("no item")
+    result = run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--training_text", "other.txt")
+    overlap = one_model(result)["tasks"][0]["overlap"]
     assert overlap["dirty"] == {"value": None, "standard_error": None, "items": 0} and overlap["clean"]["items"] == 6
 
 
 def test_an_error_of_the_hub_is_reported(run, monkeypatch):
-    def unreachable(*where, **more):
+    def unreachable(*args, **kwargs):
         raise ConnectionError("no route\nto the host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)

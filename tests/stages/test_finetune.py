@@ -20,7 +20,7 @@ from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import write_dataset
+from helpers import write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -31,24 +31,20 @@ FINAL = ("last", "best", "report.json")
 USE = ("out/finetune", "--device=cpu", "--dtype=float32")
 
 
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def toy(count, seed):
-    """Texts of random letters; the label says whether they begin with an a."""
+    """Random texts; the label says whether they start with an a."""
     draw = random.Random(seed)
     rows = []
     for i in range(count):
-        first = "a" if i % 2 else draw.choice("bcdefgh")
-        text = first + "".join(draw.choices(LETTERS[1:], k=draw.randrange(3, 12)))
+        start = "a" if i % 2 else draw.choice("bcdefgh")
+        text = start + "".join(draw.choices(LETTERS[1:], k=draw.randrange(3, 12)))
         rows.append({"text": text, "label": "starts with a" if i % 2 else "no"})
     return rows
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty folder with the model directory `base`, and train, val and test files of the toy task."""
+    """An empty current folder with the model directory `base`, and train, val and test files of the toy task."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = GPT(GPTConfig(**ARCHITECTURE, norm_position="post", init="gpt1", dropout=0.1))
@@ -64,7 +60,7 @@ def run(workplace, stage_runner):
 
 
 def predictions_of(directory, file):
-    """Logits and losses of each example of a file, one by one."""
+    """The outcome for each example of a file, one by one, with the config and the labels."""
     classifier, tokenizer = load_classifier(directory)
     config = classifier.eval().config
     encoded = encode_examples(read_examples(Path(file), config.task, config.columns), config, tokenizer)
@@ -74,13 +70,13 @@ def predictions_of(directory, file):
 
 def assert_same_weights(a, b):
     for file in ("model.safetensors", "classifier.safetensors"):
-        first, second = (load_file(Path(directory) / file) for directory in (a, b))
-        assert first.keys() == second.keys()
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), name
+        tensors_a, tensors_b = (load_file(Path(directory) / file) for directory in (a, b))
+        assert tensors_a.keys() == tensors_b.keys()
+        for name, tensor in tensors_a.items():
+            assert torch.equal(tensor, tensors_b[name]), name
 
 
-def test_a_run_learns_its_task_and_says_how_well(run):
+def test_a_run_learns_its_task_and_reports_its_quality(run):
     output = run(*TRAIN, "--val=val.jsonl", "--test=test.jsonl", "--epochs=12", "--classifier_dropout=0")
     folder = Path("out/finetune")
     report = json.loads((folder / "report.json").read_text())
@@ -144,7 +140,7 @@ def test_a_trained_model_is_measured_and_used(trained):
     assert refused.code == 2 and "classification takes one text" in refused.message
 
 
-def test_columns_of_another_name_may_be_told(trained):
+def test_columns_may_have_other_names(trained):
     write("other.jsonl", [{"content": row["text"], "verdict": row["label"]} for row in toy(16, 2)])
     shown = trained(*USE, "--test=test.jsonl")
     assert shown == trained(*USE, "--test=other.jsonl", "--text_a=content", "--label=verdict")
@@ -164,8 +160,8 @@ def test_each_task_is_trained_and_predicted(run, task, flags):
     if "--numbers=True" in flags and task == "multiple_choice":
         assert run(*TRAIN, "--task", task, *flags).code == 2
         return
-    others = [0.5, 2] if "--numbers=True" in flags else ["A", 2] if task == "multiple_choice" else ["no", "yes"]
-    write("train.jsonl", [row | {"label": label} for label in others] * 4)
+    labels = [0.5, 2] if "--numbers=True" in flags else ["A", 2] if task == "multiple_choice" else ["no", "yes"]
+    write("train.jsonl", [row | {"label": label} for label in labels] * 4)
     output = run(*TRAIN, "--task", task, "--epochs=1", "--test=train.jsonl", "--predict=train.jsonl", *flags)
     assert "train.predictions.jsonl: 8 predictions" in output
     measured = json.loads(Path("out/finetune/report.json").read_text())["test"]
@@ -178,18 +174,18 @@ def test_each_task_is_trained_and_predicted(run, task, flags):
 
 
 def interrupt_after(monkeypatch, updates):
-    """Send this process a Ctrl-C that ends the run after this many updates; the next one notices it."""
-    made, update = [], Updater.update
+    """Sends this process a Ctrl-C so that the run ends after this many updates; the next update notices it."""
+    updates_made, update = [], Updater.update
 
     def counted(self, *args):
         result = update(self, *args)
-        made.append(1)
-        if len(made) == updates - 1:
+        updates_made.append(1)
+        if len(updates_made) == updates - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return result
 
     monkeypatch.setattr(Updater, "update", counted)
-    return made
+    return updates_made
 
 
 @pytest.mark.parametrize(
@@ -198,14 +194,14 @@ def interrupt_after(monkeypatch, updates):
         (3, ()),
         (7, ("--gradient_accumulation_steps=2", "--batch_size=4")),
         (5, ()),  # at the end of an epoch
-        (10, ()),  # at the end of the last
+        (10, ()),  # at the end of the last epoch
         (3, ("--lora_rank=2",)),
         (3, ("--freeze_trunk=True",)),
         (3, ("--transfer_blocks=1",)),
         (3, ("--lstm=True",)),
     ],
 )
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, monkeypatch, updates, flags):
+def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, updates, flags):
     flags = (*TRAIN, "--epochs=2", "--val=val.jsonl", "--test=test.jsonl", *flags)
     run(*flags, "--out_dir=whole")
     with monkeypatch.context() as patched:
@@ -215,9 +211,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, monkeypatch, 
         assert stopped.code == 130 and f"stopped after step {updates}, saved; resume with" in stopped.output
         assert not Path("halves/report.json").exists()
         with monkeypatch.context() as patched:
-            made = interrupt_after(patched, 0)
+            updates_made = interrupt_after(patched, 0)
             assert "test: accuracy" in run("halves", "--resume=True")
-            assert len(made) == 10 - updates
+            assert len(updates_made) == 10 - updates
     for name in ("last", "best"):
         assert_same_weights(f"whole/{name}", f"halves/{name}")
 
@@ -232,19 +228,19 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(run, monkeypatch, 
 
 
 @pytest.mark.parametrize("untied", [False, True])
-def test_special_tokens_are_the_same_in_every_run_of_a_seed(run, untied):
+def test_special_tokens_depend_only_on_the_seed(run, untied):
     if untied:
         save_model(GPT(GPTConfig(**ARCHITECTURE, tied_head=False)), CharTokenizer(sorted(LETTERS)), "base")
     for seed, folder in ((1, "one"), (1, "again"), (2, "other")):
         run(*TRAIN, "--epochs=1", "--freeze_trunk=True", f"--seed={seed}", f"--out_dir={folder}")
     assert_same_weights("one/last", "again/last")
-    one, other, base = (load_file(f"{folder}/model.safetensors") for folder in ("one/last", "other/last", "base"))
+    seed_1, seed_2, base = (load_file(f"{folder}/model.safetensors") for folder in ("one/last", "other/last", "base"))
     for name in ["token_embedding.weight"] + ["head.weight"] * untied:
-        assert torch.equal(one[name][:17], base[name]) and not torch.equal(one[name][17:], other[name][17:])
+        assert torch.equal(seed_1[name][:17], base[name]) and not torch.equal(seed_1[name][17:], seed_2[name][17:])
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_without_the_language_loss_only_the_task_is_learned(run, tied):
+def test_language_weight_0_leaves_out_the_language_loss(run, tied):
     config = GPTConfig(**ARCHITECTURE, tied_head=tied, head_bias=True)
     save_model(GPT(config), CharTokenizer(sorted(LETTERS)), "base")
     output = run(*TRAIN, "--epochs=1", "--language_weight=0")
@@ -252,14 +248,14 @@ def test_without_the_language_loss_only_the_task_is_learned(run, tied):
     assert all(line.get("language_loss", 0) == 0 for line in read_metrics(Path("out/finetune/metrics.jsonl"))[:4])
 
 
-def test_from_scratch_keeps_nothing_and_frozen_trunks_stay(run):
+def test_from_scratch_keeps_no_weights_and_frozen_trunks_keep_all(run):
     base = load_file("base/model.safetensors")
     for flags in (("--from_scratch=True",), ("--freeze_trunk=True",), ("--lora_rank=2",)):
         run(*TRAIN, "--epochs=1", "--learning_rate=1e-5", "--out_dir=run", "--overwrite=True", *flags)
-        found = load_file("run/last/model.safetensors")
-        matrices = {name for name, tensor in found.items() if tensor.dim() > 1}
-        far = {name for name in matrices if (found[name][: len(base[name])] - base[name]).abs().max() > 0.01}
-        equal = {name for name in matrices if torch.equal(found[name][: len(base[name])], base[name])}
+        tensors = load_file("run/last/model.safetensors")
+        matrices = {name for name, tensor in tensors.items() if tensor.dim() > 1}
+        far = {name for name in matrices if (tensors[name][: len(base[name])] - base[name]).abs().max() > 0.01}
+        equal = {name for name in matrices if torch.equal(tensors[name][: len(base[name])], base[name])}
         if flags[0].startswith("--from"):
             assert far == matrices
         elif flags[0].startswith("--freeze"):
@@ -268,15 +264,15 @@ def test_from_scratch_keeps_nothing_and_frozen_trunks_stay(run):
             assert not far and equal == {name for name in matrices if not name.startswith("blocks")}
 
 
-def test_one_task_may_follow_another(trained):
+def test_a_classifier_may_be_trained_on_another_task(trained):
     write("pairs.jsonl", [TASKS["entailment"] | {"label": label} for label in ("no", "yes")] * 4)
     trained("out/finetune", "--task=entailment", "--train=pairs.jsonl", "--epochs=1", "--learning_rate=1e-7")
-    first, second = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
-    assert second.config.task == "entailment" and second.config.special == first.config.special
-    torch.testing.assert_close(second.trunk.state_dict(), first.trunk.state_dict(), rtol=0, atol=1e-5)
+    before, after = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
+    assert after.config.task == "entailment" and after.config.special == before.config.special
+    torch.testing.assert_close(after.trunk.state_dict(), before.trunk.state_dict(), rtol=0, atol=1e-5)
 
 
-def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, workplace):
+def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplace):
     tokenizer = CharTokenizer(sorted(LETTERS))
     tokens = tokenizer.encode("".join("abcd efgh " * 400))
     write_dataset(workplace / "data" / "letters", tokenizer, {"train": tokens, "val": tokens[:100]})
@@ -285,9 +281,9 @@ def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, wor
     (loss,) = re.findall(r"LSTM +pre-trained to a loss of ([.\d]+) nats a token", output)
     assert float(loss) < 2.6 < math.log(17)
     run("out/finetune", *TRAIN[1:], "--epochs=1", "--learning_rate=1e-7", "--dropout=0.2")
-    first, second = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
-    assert second.config.lstm and second.trunk.config.dropout == 0.2
-    torch.testing.assert_close(second.trunk.state_dict(), first.trunk.state_dict(), rtol=0, atol=1e-5)
+    before, after = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
+    assert after.config.lstm and after.trunk.config.dropout == 0.2
+    torch.testing.assert_close(after.trunk.state_dict(), before.trunk.state_dict(), rtol=0, atol=1e-5)
     for flag in ("--lora_rank=2", "--transfer_blocks=1"):
         assert run("out/finetune", *TRAIN[1:], flag).code == 2
 
@@ -328,7 +324,7 @@ def test_an_lstm_learns_a_language_first_and_stays_one_in_the_next_task(run, wor
         ((*TRAIN, "--epoch=2"), "there is no flag --epoch; did you mean --epochs?"),
     ],
 )
-def test_a_mistake_is_one_sentence(run, flags, message):
+def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     write("odd.jsonl", [{"text": "abc", "label": "no"}, {"text": "abc", "label": "maybe"}])
     write("same.jsonl", [{"text": "abc", "label": "no"}] * 3)
     write("capital.jsonl", [{"text": "Abc", "label": "no"}, {"text": "abc", "label": "yes"}])
@@ -338,7 +334,7 @@ def test_a_mistake_is_one_sentence(run, flags, message):
     assert refused.message.startswith("finetune.py: ") and not Path("out").exists()
 
 
-def test_a_run_goes_on_with_its_own_examples_alone(run, monkeypatch):
+def test_resuming_refuses_changed_examples(run, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(patched, 2)
         run(*TRAIN, "--epochs=2")
@@ -347,7 +343,7 @@ def test_a_run_goes_on_with_its_own_examples_alone(run, monkeypatch):
     assert refused.code == 2 and "was started on other data or another model" in refused.message
 
 
-# ---- what a run must not lose or take silently
+# ---- what a run must not overwrite or accept silently
 
 
 def test_overwriting_spares_the_model_and_other_runs(run):
@@ -363,7 +359,7 @@ def test_overwriting_spares_the_model_and_other_runs(run):
     assert refused.code == 2 and "holds a run of train.py" in refused.message
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_again(run):
+def test_a_run_killed_before_its_first_checkpoint_restarts(run):
     run(*TRAIN, "--out_dir=whole")
     run(*TRAIN, "--out_dir=killed")
     for path in (
@@ -376,7 +372,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(run):
     assert Path("killed/best/model.safetensors").read_bytes() == Path("whole/best/model.safetensors").read_bytes()
 
 
-def test_resuming_refuses_other_examples_and_other_options(run, monkeypatch):
+def test_resuming_refuses_changed_labels_and_options(run, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_after(patched, 2)
         run(*TRAIN, "--out_dir=stopped")
@@ -388,13 +384,13 @@ def test_resuming_refuses_other_examples_and_other_options(run, monkeypatch):
     assert refused.code == 2 and "was started on other data or another model" in refused.message
 
 
-def test_what_is_to_be_predicted_is_looked_at_before_training(run):
+def test_a_missing_file_to_predict_is_reported_before_training(run):
     refused = run(*TRAIN, "--predict=absent.jsonl")
     assert refused.code == 2 and "there is no file absent.jsonl" in refused.message and not Path("out").exists()
 
 
-def test_predictions_replace_nothing_unasked(trained):
-    write("new.jsonl", [{"text": "abc", "label": -1}])  # a label to be predicted is not looked at
+def test_predictions_replace_files_only_with_overwrite(trained):
+    write("new.jsonl", [{"text": "abc", "label": -1}])  # labels of rows to predict are ignored
     trained(*USE, "--predict=new.jsonl")
     refused = trained(*USE, "--predict=new.jsonl")
     assert refused.code == 2 and "new.predictions.jsonl is there already" in refused.message
@@ -402,11 +398,11 @@ def test_predictions_replace_nothing_unasked(trained):
     assert "1 predictions" in trained(*USE, "--predict=new.jsonl", "--output=other.jsonl")
 
 
-def test_a_class_whose_examples_are_all_held_out_is_a_class(run):
+def test_classes_only_in_held_out_examples_count(run):
     write("train.jsonl", [{"text": "abc", "label": f"class {i}"} for i in range(40)])
     assert "classes        40" in run(*TRAIN, "--val_fraction=0.5", "--epochs=1")
 
 
-def test_options_of_training_need_something_to_train_on(trained):
+def test_training_options_need_training_data(trained):
     refused = trained("out/finetune", "--learning_rate=3", "--classify", "abc")
     assert refused.code == 2 and "--learning_rate is for training" in refused.message

@@ -1,4 +1,4 @@
-"""stages/reward.py as a user runs it: what it learns of rankings, its updates written out, resuming."""
+"""stages/reward.py as a user runs it: what it learns from rankings, an update by hand, resuming."""
 
 import itertools
 import json
@@ -11,37 +11,27 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.alignment.reward_model import RewardModel, load_reward_model, save_reward_model
-from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
-from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.chat.format import Turn, load_chat_model
 from gpt_arc.training.checkpoints import load_state
-from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, kill_at, randomised
-from model import GPT, GPTConfig
-from ranked_texts import TEXTS, rankings, utility, write
+from helpers import command, interrupt_at, kill_at, randomised, write
+from model import GPT
+from policy_tree import save_chat_model
+from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, lines_of, rankings, tiny_config, utility
 from stages import reward
 
-LETTERS = CharTokenizer("abcdefgh")
-CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
-QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=2", "--gradient_accumulation_steps=2")
 TRAIN = ("base", "--train=train.jsonl", *QUICK)
 
 
-def config_of(**settings):
-    return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 16} | settings)
-
-
-def save_base(model):
-    save_model(model, LETTERS, "base")
-    CHAT.save("base")
+config_of = partial(tiny_config, n_layer=1)
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    save_base(GPT(config_of()))
+    save_chat_model(GPT(config_of()), CHAT, "base")
     write("train.jsonl", rankings(13))
     write("val.jsonl", rankings(6, seed=1))
     write("chats.jsonl", [{"prompt": "h" * n, "response": text} for n in (1, 2) for text in ("aab", "b", "")])
@@ -53,18 +43,14 @@ def run(workplace, stage_runner):
     return partial(stage_runner, reward)
 
 
-def lines_of(folder):
-    return read_metrics(Path(folder) / "metrics.jsonl")
-
-
 def score_one(model, prompt, response):
-    """A response's score, its tokens put together by hand."""
+    """A response's score, from tokens put together by hand."""
     tokens = [9, *LETTERS.encode(prompt), 10, *LETTERS.encode(response), 11]
     return model.head(model.trunk.hidden(torch.tensor([tokens]))[0, -1])
 
 
 def losses_one_by_one(model, rows):
-    """Of each ranking the mean over its pairs, and the gaps of scores."""
+    """For each ranking, the mean loss over its pairs and the gaps in score."""
     for row in rows:
         scores = [score_one(model, row["prompt"], text) for text in row["responses"]]
         ranks = row.get("ranks", range(len(scores)))
@@ -76,12 +62,12 @@ def losses_one_by_one(model, rows):
         yield sum((1 + (-gap).exp()).log() for gap in gaps) / len(gaps), [gap.item() for gap in gaps]
 
 
-# ---- updates, and what they lead to
+# ---- updates and what they learn
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied_head": False, "head_bias": True, "norm_position": "post"}])
 def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monkeypatch, settings):
-    save_base(randomised(GPT(config_of(**settings))))
+    save_chat_model(randomised(GPT(config_of(**settings))), CHAT, "base")
     rows = [*rankings(9, responses=(2, 6)), {"prompt": "hh", "responses": ["a", "b", "c"], "ranks": [1, 2, 2]}]
     write("train.jsonl", rows)
     gradients, update = [], Updater.update
@@ -99,7 +85,7 @@ def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monk
     losses, gaps = zip(*losses_one_by_one(model, rows))
     loss = sum(losses) / len(rows)
     assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    right = [sum(gap > 0 for gap in own) / len(own) for own in gaps]
+    right = [sum(gap > 0 for gap in ranking_gaps) / len(ranking_gaps) for ranking_gaps in gaps]
     assert line["accuracy"] == pytest.approx(sum(right) / len(right))
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert ("trunk.head.weight" in named, "head.bias" in named) == (False, False)
@@ -107,7 +93,7 @@ def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monk
     for (name, parameter), gradient in zip(named.items(), expected):
         torch.testing.assert_close(gradients[0][id(parameter)], gradient, rtol=1e-3, atol=1e-5, msg=name)
     losses, gaps = zip(*losses_one_by_one(model, map(json.loads, Path("val.jsonl").read_text().splitlines())))
-    gaps = [gap for own in gaps for gap in own]
+    gaps = [gap for ranking_gaps in gaps for gap in ranking_gaps]
     report = json.loads(Path("out/reward/report.json").read_text())
     assert report["loss"] == pytest.approx(sum(losses).item() / 6, rel=1e-5) == line["val_loss"]
     assert report["pairs"] == len(gaps) and report["accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / len(gaps))
@@ -123,10 +109,10 @@ def test_a_utility_is_learned_and_demonstrations_score_0(run):
     for place in ("last", "best"):
         model = load_reward_model(f"out/reward/{place}")[0].eval()
         scores = torch.tensor([score_one(model, "hh", text).item() for text in TEXTS])
-        known = torch.tensor([float(utility(text)) for text in TEXTS])
-        assert torch.corrcoef(torch.stack((scores, known)))[0, 1] > 0.97
-        slope = ((scores - scores.mean()) * (known - known.mean())).sum() / (known - known.mean()).square().sum()
-        assert 0.8 < slope < 1.2  # in the units of the model that the rankings were drawn from
+        truth = torch.tensor([float(utility(text)) for text in TEXTS])
+        assert torch.corrcoef(torch.stack((scores, truth)))[0, 1] > 0.97
+        slope = ((scores - scores.mean()) * (truth - truth.mean())).sum() / (truth - truth.mean()).square().sum()
+        assert 0.8 < slope < 1.2  # in the units of the model that drew the rankings
         rows = map(json.loads, Path("chats.jsonl").read_text().splitlines())
         demonstrated = [score_one(model, row["prompt"], row["response"]).item() for row in rows]
         assert abs(sum(demonstrated) / len(demonstrated)) < 1e-5 < max(map(abs, demonstrated))
@@ -137,7 +123,7 @@ def test_without_demonstrations_the_bias_stays_0(run):
     assert load_reward_model("out/reward")[0].head.bias.item() == 0
 
 
-def test_measuring(run):
+def test_a_reward_model_is_measured_without_training(run):
     run(*TRAIN, "--val=val.jsonl")
     report = json.loads(Path("out/reward/report.json").read_text())
     output = run("out/reward", "--val=val.jsonl", "--device=cpu", "--dtype=float32")
@@ -145,7 +131,7 @@ def test_measuring(run):
     assert not Path("out/reward-2").exists()
 
 
-def test_a_reward_model_goes_on_to_other_rankings(run):
+def test_a_reward_model_may_be_trained_further(run):
     run(*TRAIN)
     before = load_reward_model("out/reward")[0]
     run("out/reward", "--train=val.jsonl", *QUICK, "--learning_rate=1e-30", "--val_fraction=0")
@@ -154,11 +140,11 @@ def test_a_reward_model_goes_on_to_other_rankings(run):
     assert load_chat_model("out/reward-2")[2] == CHAT
 
 
-# ---- one process, several, all at once, in parts
+# ---- batches and processes
 
 
 def test_batching_and_processes_change_only_rounding(run):
-    """13 rankings in updates of 4, the last of 1: then one of two processes has nothing to do."""
+    """13 rankings in updates of 4, so the last update has one, and one of two processes has none."""
     flags = (*TRAIN, "--val=val.jsonl", "--demonstrations=chats.jsonl", "--adam_eps=1e-4", "--epochs=2")
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
@@ -170,32 +156,32 @@ def test_batching_and_processes_change_only_rounding(run):
         torch.testing.assert_close(
             whole.state_dict(), load_reward_model(f"{name}/last")[0].state_dict(), rtol=1e-4, atol=1e-5
         )
-        for line, other in zip(lines_of("whole"), lines_of(name), strict=True):
-            assert other == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in line.items()}
+        for expected, line in zip(lines_of("whole"), lines_of(name), strict=True):
+            assert line == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in expected.items()}
     moved = whole.trunk.blocks[0].mlp.up.weight - load_chat_model("base")[0].blocks[0].mlp.up.weight
     assert moved.abs().max() > 1e-3
 
 
-# ---- runs that stop
+# ---- interrupted runs
 
 STOPPABLE = (*TRAIN, "--val=val.jsonl", "--demonstrations=chats.jsonl", "--epochs=2")
 
 
 def assert_same_runs(a, b):
     for place, name in itertools.product(("last", "best"), ("model", "reward")):
-        first, second = (load_file(f"{folder}/{place}/{name}.safetensors") for folder in (a, b))
-        assert all(torch.equal(first[key], second[key]) for key in first)
+        state_a, state_b = (load_file(f"{folder}/{place}/{name}.safetensors") for folder in (a, b))
+        assert all(torch.equal(state_a[key], state_b[key]) for key in state_a)
     assert lines_of(a) == lines_of(b)
     assert json.loads(Path(a, "report.json").read_text()) == json.loads(Path(b, "report.json").read_text())
-    first, second = (load_state(Path(folder, "last")) for folder in (a, b))
-    assert first["progress"] == second["progress"]
+    state_a, state_b = (load_state(Path(folder, "last")) for folder in (a, b))
+    assert state_a["progress"] == state_b["progress"]
 
 
-@pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
+@pytest.mark.parametrize("updates", [2, 4])  # within an epoch and at its end
 def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
     with monkeypatch.context() as patched:
-        interrupt_at(patched, updates - 1)  # at which the next one looks
+        interrupt_at(patched, updates - 1)  # the next update notices it
         stopped = run(*STOPPABLE, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; resume with: python reward.py --resume=halves" in stopped.output
@@ -214,11 +200,11 @@ def test_a_killed_run_resumes_from_its_last_epoch(run):
     assert_same_runs("whole", "killed")
 
 
-# ---- what is published, and what is refused
+# ---- published settings and refusals
 
 
 def test_the_published_settings():
-    """InstructGPT's: one epoch, 64 prompts an update, 9e-6, a cosine down to a tenth (arXiv:2203.02155, C.2)."""
+    """InstructGPT's: one epoch, 64 prompts per update, 9e-6, a cosine down to a tenth (arXiv:2203.02155, C.2)."""
     options = reward.Options()
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
     assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
@@ -231,12 +217,21 @@ def test_the_published_settings():
             ("base",),
             "name the rankings to learn from by --train, or a reward model and its test rankings by --val",
         ),
-        (("base", "--val=val.jsonl"), "name the rankings to learn from by --train, or a reward model"),
+        (
+            ("base", "--val=val.jsonl"),
+            "name the rankings to learn from by --train, or a reward model and its test rankings by --val",
+        ),
         (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: "),
-        (("base", "--train=ties.jsonl"), "no ranking of the train split fits into 16 tokens"),
-        ((*TRAIN, "--val=ties.jsonl"), "no ranking of the val split fits into 16 tokens"),
+        (
+            ("base", "--train=ties.jsonl"),
+            "no ranking of the train split fits into 16 tokens and prefers one response to another",
+        ),
+        (
+            (*TRAIN, "--val=ties.jsonl"),
+            "no ranking of the val split fits into 16 tokens and prefers one response to another",
+        ),
         ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
@@ -255,8 +250,7 @@ def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     assert refused.message.startswith("reward.py: ") and not Path("out").exists()
 
 
-def test_reading_turns(run):
-    """A conversation's last response is what is ranked, after all that stands before it."""
+def test_the_last_response_of_a_conversation_is_ranked(run):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
     messages = [{"role": role, "content": text} for role, text in turns]
     write("train.jsonl", [{"messages": messages, "chosen": "d", "rejected": "e"}] * 2)
@@ -274,15 +268,15 @@ def test_reading_turns(run):
 
 
 @pytest.mark.parametrize("flags", [[], ["--residual_dropout=0"], ["--residual_dropout=0.5"]])
-def test_dropout_is_the_model_s_unless_it_is_asked_for(run, flags):
-    """Without dropout the first loss is that of the head as it was drawn, computed in evaluation mode."""
-    save_base(randomised(GPT(config_of(residual_dropout=0.3))))
+def test_dropout_defaults_to_the_model_s(run, flags):
+    """Without dropout, the first loss is that of the head's initial weights in evaluation mode."""
+    save_chat_model(randomised(GPT(config_of(residual_dropout=0.3))), CHAT, "base")
     run(*TRAIN, "--val_fraction=0", "--batch_size=13", "--gradient_accumulation_steps=1", *flags)
-    torch.manual_seed(1337)  # the run's seed, from which the head is drawn
+    torch.manual_seed(1337)  # the run's seed, which draws the head
     model = RewardModel(load_chat_model("base")[0]).eval()
     rows = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    first = sum(loss.item() for loss, _ in losses_one_by_one(model, rows)) / 13
-    asked = float(flags[0].split("=")[1]) if flags else 0.3
-    equal = math.isclose(lines_of("out/reward")[0]["loss"], first, rel_tol=1e-5)
-    assert equal == (asked == 0)
-    assert load_reward_model("out/reward")[0].trunk.config.residual_dropout == asked
+    initial_loss = sum(loss.item() for loss, _ in losses_one_by_one(model, rows)) / 13
+    rate = float(flags[0].split("=")[1]) if flags else 0.3
+    equal = math.isclose(lines_of("out/reward")[0]["loss"], initial_loss, rel_tol=1e-5)
+    assert equal == (rate == 0)
+    assert load_reward_model("out/reward")[0].trunk.config.residual_dropout == rate

@@ -1,4 +1,4 @@
-"""stages/sft.py as a user runs it: what it learns of conversations, resuming, refusals."""
+"""stages/sft.py as a user runs it: what it learns from conversations, resuming, refusals."""
 
 import json
 import math
@@ -19,23 +19,19 @@ from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_config, load_model, save_model
-from helpers import TEXT, command, interrupt_at, kill_at, randomised
+from helpers import TEXT, command, interrupt_at, kill_at, randomised, write
 from model import GPT, GPTConfig
 from stages import sft
 
 LETTERS = CharTokenizer("abcdefgh")
-USER, ASSISTANT, END = 9, 10, 11  # of the template's marks, after <|system|> = 8
+USER, ASSISTANT, END = 9, 10, 11  # the template's tokens, after <|system|> = 8
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-2", "--batch_size=4", "--epochs=2")
 TRAIN = ("base", "--train=train.jsonl", *QUICK)
-STILL = ("--learning_rate=1e-30", "--residual_dropout=0")  # so that the model stays what it was
-
-
-def write(name, rows):
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+STILL = ("--learning_rate=1e-30", "--residual_dropout=0")  # leaves the model unchanged
 
 
 def toy(count, seed=0):
-    """Questions of a letter or several; the answer is the last one's successor."""
+    """Questions of one to five letters; the answer is the letter after the last one, once or twice."""
     draw, rows = random.Random(seed), []
     for _ in range(count):
         prompt = "".join(draw.choices("abcdefg", k=draw.randrange(1, 6)))
@@ -63,11 +59,12 @@ def updates_of(folder):
 
 
 def assert_same_weights(a, b, **tolerance):
-    first, second = (load_file(Path(directory) / "model.safetensors") for directory in (a, b))
+    weights_a, weights_b = (load_file(Path(directory) / "model.safetensors") for directory in (a, b))
     if tolerance:
-        torch.testing.assert_close(first, second, **tolerance)
+        torch.testing.assert_close(weights_a, weights_b, **tolerance)
     else:
-        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+        assert weights_a.keys() == weights_b.keys()
+        assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
 
 
 def answer(folder, question, tokens=8):
@@ -101,17 +98,17 @@ def test_a_model_learns_to_answer_and_to_end(run):
 
 
 def losses_one_by_one(model, rows):
-    """Of each token of a response, given all that stands before it; tokens put together by hand."""
+    """The loss of each token of each response given everything before it, from tokens put together by hand."""
     for row in rows:
-        asked = [USER, *LETTERS.encode(row["prompt"]), ASSISTANT]
-        answered = [*LETTERS.encode(row["response"]), END]
-        for i, token in enumerate(answered):
-            yield -model(torch.tensor([asked + answered[:i]]))[0, -1].log_softmax(-1)[token]
+        prompt = [USER, *LETTERS.encode(row["prompt"]), ASSISTANT]
+        response = [*LETTERS.encode(row["response"]), END]
+        for i, token in enumerate(response):
+            yield -model(torch.tensor([prompt + response[:i]]))[0, -1].log_softmax(-1)[token]
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_loss_is_the_mean_over_the_tokens_of_responses(run, packing):
-    rows = [*toy(9), {"prompt": "abc", "response": ""}]  # of an empty response its end counts
+def test_the_loss_is_the_mean_over_response_tokens(run, packing):
+    rows = [*toy(9), {"prompt": "abc", "response": ""}]  # an empty response has one token, its end
     write("train.jsonl", rows)
     randomised(model := load_model("base")[0])
     save_model(model, LETTERS, "base")
@@ -135,7 +132,7 @@ def test_the_loss_is_the_mean_over_the_tokens_of_responses(run, packing):
     assert line["val_loss"] == pytest.approx(sum(of_val) / len(of_val), rel=1e-5)
 
 
-def test_empty_responses_teach_to_end_at_once(run):
+def test_empty_responses_teach_the_model_to_end_at_once(run):
     write("train.jsonl", [{"prompt": "a", "response": ""}] * 80)
     run(*TRAIN, "--epochs=2", "--val_fraction=0", "--residual_dropout=0")
     lines = updates_of("out/sft")
@@ -143,18 +140,18 @@ def test_empty_responses_teach_to_end_at_once(run):
     assert answer("out/sft/last", "a") == ""
 
 
-def test_a_conversation_that_the_assistant_begins_and_plain_ones(run):
+def test_conversations_that_the_assistant_begins(run):
     save_model(GPT(GPTConfig(24, 9, 2, 2, 16)), CharTokenizer("\nabcdefgh"), "base")
     write("train.jsonl", [{"messages": [{"role": "assistant", "content": text}]} for text in ("", "ab", "", "a")])
     run(*TRAIN, "--template=plain", "--val_fraction=0")
     assert [line["tokens"] for line in updates_of("out/sft")] == [7, 7]
 
 
-# ---- one process, several, all at once, in parts
+# ---- batches and processes
 
 
 def test_batching_and_processes_change_only_rounding(run):
-    """13 conversations in updates of 4, the last of 1: then one of two processes has nothing to do."""
+    """13 conversations in updates of 4, so the last update has one, and one of two processes has none."""
     flags = (*TRAIN, "--residual_dropout=0", "--val=val.jsonl", "--learning_rate=1e-3", "--adam_eps=1e-4")
     run(*flags, "--out_dir=whole")
     ways = {
@@ -173,8 +170,8 @@ def test_batching_and_processes_change_only_rounding(run):
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     for name in (*ways, "two"):
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-6)
-        for line, other in zip(updates_of("whole"), updates_of(name), strict=True):
-            assert other == {key: pytest.approx(value, rel=1e-4) for key, value in line.items()}
+        for expected, line in zip(updates_of("whole"), updates_of(name), strict=True):
+            assert line == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
     moved = (
         load_file("whole/last/model.safetensors")["blocks.0.mlp.up.weight"]
         - load_file("base/model.safetensors")["blocks.0.mlp.up.weight"]
@@ -182,15 +179,15 @@ def test_batching_and_processes_change_only_rounding(run):
     assert moved.abs().max() > 1e-3
 
 
-# ---- runs that stop
+# ---- interrupted runs
 
 
-@pytest.mark.parametrize("updates", [2, 4])  # within an epoch, and at its end
+@pytest.mark.parametrize("updates", [2, 4])  # within an epoch and at its end
 def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     flags = (*TRAIN, "--val=val.jsonl")
     run(*flags, "--out_dir=whole")
     with monkeypatch.context() as patched:
-        interrupt_at(patched, updates - 1)  # at which the next one looks
+        interrupt_at(patched, updates - 1)  # the next update notices it
         stopped = run(*flags, "--out_dir=halves")
     assert stopped.code == 130
     assert f"stopped after step {updates}, saved; resume with: python sft.py --resume=halves" in stopped.output
@@ -213,7 +210,7 @@ def test_a_killed_run_resumes_from_its_last_epoch(run, monkeypatch):
     assert updates_of("whole") == updates_of("killed")
 
 
-def test_a_run_without_a_checkpoint_begins_again_and_an_ended_one_is_left(run, monkeypatch):
+def test_resuming_restarts_a_run_without_checkpoint_and_leaves_a_finished_one(run, monkeypatch):
     run(*TRAIN, "--out_dir=whole")
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(Updater, "update", lambda *args: 1 / 0)
@@ -227,26 +224,26 @@ def test_a_run_without_a_checkpoint_begins_again_and_an_ended_one_is_left(run, m
     assert Path("whole/last/model.safetensors").read_bytes() == before
 
 
-def test_a_run_goes_on_with_its_own_data_and_settings_alone(run, monkeypatch):
+def test_resuming_refuses_changed_data_and_settings(run, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_at(patched, 2)
         run(*TRAIN, "--out_dir=stopped", "--val=val.jsonl")
     refused = run("stopped", "--resume=True", "--epochs=9")
     assert refused.code == 2 and "--epochs can't be changed" in refused.message
     for name in ("val", "train"):
-        kept = Path(f"{name}.jsonl").read_text()
+        content = Path(f"{name}.jsonl").read_text()
         write(f"{name}.jsonl", toy(13, seed=7))
         refused = run("stopped", "--resume=True")
         assert refused.code == 2 and "stopped was started on other data" in refused.message
-        Path(f"{name}.jsonl").write_text(kept)
+        Path(f"{name}.jsonl").write_text(content)
     assert "finished step 8" in run("stopped", "--resume=True")
 
 
 # ---- 16 bits
 
 
-def test_an_update_that_overflows_is_made_again(run, monkeypatch):
-    """float16's loss scale begins too large here, and is halved until the gradients are finite."""
+def test_an_overflowing_update_is_repeated(run, monkeypatch):
+    """float16's loss scale begins too large here and is halved until the gradients are finite."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**26, enabled=enabled)
@@ -268,20 +265,21 @@ def test_an_update_that_overflows_is_made_again(run, monkeypatch):
     )
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(run):
+def test_a_non_finite_loss_ends_the_run(run):
     model = load_model("base")[0]
     with torch.no_grad():
         model.blocks[0].mlp.up.weight[0, 0] = torch.nan
     save_model(model, LETTERS, "base")
     refused = run(*TRAIN)
-    assert refused.code == 2 and "update 1 is not finite: lower learning_rate" in refused.message
+    message = "update 1 is not finite, there is no checkpoint yet: lower learning_rate"
+    assert refused.code == 2 and message in refused.message
 
 
-# ---- what is published, kept and added
+# ---- published settings, checkpoints and tokens
 
 
 def test_the_published_settings(run):
-    """InstructGPT: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1)."""
+    """InstructGPT's: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1)."""
     run("base", "--train=train.jsonl", "--device=cpu", "--dtype=float32")
     lines, updates = updates_of("out/sft"), 16 * math.ceil(12 / 8)  # 5% of 13 conversations is one
     assert len(lines) == updates == 32
@@ -298,24 +296,24 @@ def test_the_published_settings(run):
     assert load_config("out/sft-2/last").residual_dropout is None
 
 
-def test_the_best_epoch_is_that_of_the_lowest_val_loss(run):
-    other = [{"prompt": "a", "response": "h"}, {"prompt": "b", "response": "a"}]  # not what train teaches
-    write("val.jsonl", other)
+def test_the_best_epoch_has_the_lowest_val_loss(run):
+    contrary = [{"prompt": "a", "response": "h"}, {"prompt": "b", "response": "a"}]  # contradicts train.jsonl
+    write("val.jsonl", contrary)
     output = run(*TRAIN, "--val=val.jsonl", "--epochs=8")
-    told = {line["step"]: line["val_loss"] for line in updates_of("out/sft") if "val_loss" in line}
-    best = min(told, key=told.get)
-    assert list(told) == list(range(4, 33, 4)) and best < 32
-    for step in (best, 32):  # dropout has no part in it
-        losses = list(losses_one_by_one(load_model(f"out/sft/step-{step:08}")[0].eval(), other))
-        assert told[step] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    val_losses = {line["step"]: line["val_loss"] for line in updates_of("out/sft") if "val_loss" in line}
+    best = min(val_losses, key=val_losses.get)
+    assert list(val_losses) == list(range(4, 33, 4)) and best < 32
+    for step in (best, 32):  # without dropout
+        losses = list(losses_one_by_one(load_model(f"out/sft/step-{step:08}")[0].eval(), contrary))
+        assert val_losses[step] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     assert Path("out/sft/best").readlink() == Path(f"step-{best:08}") and f"out/sft/best (step {best})" in output
     assert len(list(Path("out/sft").glob("step-*"))) == 2
     assert "val            3 conversations" in run(*TRAIN, "--val_fraction=0.25", "--epochs=1")
 
 
 @pytest.mark.parametrize("architecture", [{}, {"tied_head": False, "head_bias": True}])
-def test_new_tokens_stand_after_the_old_ones(run, architecture):
-    save_model(GPT(GPTConfig(24, 13, 2, 2, 16, **architecture)), LETTERS, "base")  # more rows than there are tokens
+def test_new_tokens_follow_the_old_ones(run, architecture):
+    save_model(GPT(GPTConfig(24, 13, 2, 2, 16, **architecture)), LETTERS, "base")  # more rows than tokens
     run(*TRAIN, *STILL, "--epochs=1")
     base, taught = (load_file(f"{folder}/model.safetensors") for folder in ("base", "out/sft/last"))
     assert load_config("out/sft").vocab_size == 17
@@ -328,18 +326,18 @@ def test_new_tokens_stand_after_the_old_ones(run, architecture):
     }  # fmt: skip
 
 
-def test_a_model_that_has_a_template_keeps_it(run):
+def test_a_model_keeps_its_template(run):
     run(*TRAIN, "--epochs=1")
     refused = run("out/sft", *TRAIN[1:], "--template=plain")
     assert refused.code == 2 and "out/sft keeps the template it has (chat.json)" in refused.message
     output = run("out/sft", *TRAIN[1:], *STILL, "--epochs=1")
     assert "template       <|user|>{content}<|assistant|>" in output
     assert_same_weights("out/sft/last", "out/sft-2/last", rtol=0, atol=1e-25)
-    first, second = (Path(f"{folder}/last/chat.json").read_text() for folder in ("out/sft", "out/sft-2"))
-    assert first == second
+    template_1, template_2 = (Path(f"{folder}/last/chat.json").read_text() for folder in ("out/sft", "out/sft-2"))
+    assert template_1 == template_2
 
 
-def test_bytes_csv_and_chatml(run):
+def test_csv_chatml_and_a_bpe(run):
     tokenizer = BPETokenizer.train([TEXT], 300)
     torch.manual_seed(0)
     save_model(GPT(GPTConfig(64, tokenizer.vocab_size, 2, 2, 32)), tokenizer, "bpe")
@@ -347,12 +345,12 @@ def test_bytes_csv_and_chatml(run):
     Path("sums.csv").write_text("prompt,response\n" + "".join(f'"{a}","{b}"\n' for a, b in rows * 20))
     flags = ("--template=chatml", "--epochs=6", "--val_fraction=0", "--residual_dropout=0", *QUICK[:4])
     run("bpe", "--train=sums.csv", *flags)
-    model, same = load_model("out/sft")
-    assert same == tokenizer and model.config.vocab_size == tokenizer.vocab_size + 2
+    model, loaded = load_model("out/sft")
+    assert loaded == tokenizer and model.config.vocab_size == tokenizer.vocab_size + 2
     assert [answer("out/sft/last", a, 40) for a, _ in rows] == [b for _, b in rows]
 
 
-def test_long_conversations_are_cut_or_left_out_and_that_is_told(run):
+def test_long_conversations_are_cut_or_dropped_and_reported(run):
     turns = [{"role": role, "content": "a" * 7} for role in ("user", "assistant")]
     write("train.jsonl", [{"messages": turns * 2}, {"prompt": "a" * 30, "response": "b"}, *toy(3)])
     output = run(*TRAIN, "--epochs=1", "--val_fraction=0")
@@ -362,7 +360,7 @@ def test_long_conversations_are_cut_or_left_out_and_that_is_told(run):
 # ---- settings from files, and mistakes
 
 
-def test_settings_from_files_and_flags_win(run):
+def test_later_files_and_flags_override_settings(run):
     Path("sft.toml").write_text('model = "base"\ntrain = "train.jsonl"\nepochs = 3\npacking = false\nseed = 7\n')
     Path("more.toml").write_text("epochs = 1\nval_fraction = 0.5\n")
     run("sft.toml", "more.toml", "--device=cpu", "--seed=8", "--dtype=float32")
@@ -392,7 +390,7 @@ def test_settings_from_files_and_flags_win(run):
         (None, "there is no config file bad.toml"),
     ],
 )
-def test_a_mistake_in_a_settings_file(run, content, message):
+def test_a_mistake_in_a_settings_file_is_reported_in_one_sentence(run, content, message):
     if content is not None:
         Path("bad.toml").write_text(content)
     refused = run("bad.toml", *TRAIN)

@@ -78,27 +78,27 @@ def test_figures_and_ratios_follow_from_the_times():
         "warmup_seconds": 9,
         "rounds": [2, 4, 3],
     }
-    other = summarize(60, 2, *[FinetuneRound(seconds, 10**9) for seconds in (9, 6, 4, 9)])
-    assert ratio_of_medians(ours, other) == {"median": 2, "min": 1, "max": 3}
+    peer = summarize(60, 2, *[FinetuneRound(seconds, 10**9) for seconds in (9, 6, 4, 9)])
+    assert ratio_of_medians(ours, peer) == {"median": 2, "min": 1, "max": 3}
 
 
 @pytest.mark.parametrize("worker", [OurFinetuner, OurFinetunerWithLanguage, HFTrainer])
 def test_all_competitors_train_on_whole_epochs_of_the_same_examples(worker, tmp_path):
-    measured, seen = worker(job(tmp_path, steps=4)), []  # two epochs a round
+    measured, batches_seen = worker(job(tmp_path, steps=4)), []  # two epochs a round
 
     def record(module, args, kwargs):
         tokens = kwargs["input_ids"] if worker is HFTrainer else args[0].squeeze(1)
         lengths = kwargs["attention_mask"].sum(1) if worker is HFTrainer else args[1].squeeze(1)
-        seen.append([row[:length].tolist() for row, length in zip(tokens, lengths)])
+        batches_seen.append([row[:length].tolist() for row, length in zip(tokens, lengths)])
 
     measured.model.register_forward_pre_hook(record, with_kwargs=True)
     before = [parameter.detach().clone() for parameter in measured.model.parameters()]
     for batches in (4, 8):
-        assert measured.round().seconds > 0 and len(seen) == batches
+        assert measured.round().seconds > 0 and len(batches_seen) == batches
     sequences, labels = draw_examples(measured.settings, 53)
-    assert {len(batch) for batch in seen} == {4} and set(labels) <= {0, 1}
+    assert {len(batch) for batch in batches_seen} == {4} and set(labels) <= {0, 1}
     for epoch in range(0, 8, 2):
-        assert sorted(seen[epoch] + seen[epoch + 1]) == sorted(sequences)
+        assert sorted(batches_seen[epoch] + batches_seen[epoch + 1]) == sorted(sequences)
     assert all(s[0] == 50 and s[-1] == 52 and max(s[1:-1]) < 50 and 4 <= len(s) <= 16 for s in sequences)
     for old, new in zip(before, measured.model.parameters(), strict=True):
         assert not torch.equal(old, new)

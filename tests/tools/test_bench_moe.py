@@ -57,7 +57,7 @@ def place(tmp_path, monkeypatch):
         ({"n_layer": 6, "expert_interval": 3}, 32), ({"n_layer": 6, "expert_interval": 2, "shared_experts": 1}, 48),
     ],
 )  # fmt: skip
-def test_the_dense_model_takes_the_mixtures_flops_except_the_routers(settings, width):
+def test_the_dense_model_has_the_mixture_s_flops_except_the_routers(settings, width):
     config = changed(**settings)
     mixture, dense = GPT(config), GPT(equal_dense(config))
     assert dense.config == dataclasses.replace(config, n_experts=0, mlp_size=width) and not dense.experts
@@ -71,7 +71,7 @@ def test_a_fractional_width_is_rounded():
     assert equal_dense(dataclasses.replace(config, mlp_size=25)).mlp_size == 33  # of 33 1/3
 
 
-def test_a_mixtures_step_matches_a_plain_loop():
+def test_a_mixture_s_step_matches_a_plain_loop():
     """Including the router losses and the update of the balancing biases."""
     config = changed(balance_rate=0.1, router_z_loss=0.1)
     ours, batches = OurTrainer(job(config)), []
@@ -110,13 +110,13 @@ def test_each_transformers_implementation_learns_with_the_same_weights_and_losse
     tokens, targets = measured.next_batch()
     loss = measured.forward(tokens, targets).item()
     logits = measured.model(tokens).logits[:, :-1]
-    alone = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
-    assert loss - alone == pytest.approx(0.5 * 2, rel=0.1)  # two layers, each near an even use of its experts
+    without_router = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert loss - without_router == pytest.approx(0.5 * 2, rel=0.1)  # two layers, each with nearly even expert use
     measured.next_batch = lambda: (tokens, targets)
     losses = [loss for _ in range(3) for loss in measured.round().losses]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.1
-    without = IMPLEMENTATIONS[name](job(changed(balance_loss=0.0)))
-    assert without.forward(tokens, targets).item() == pytest.approx(alone, abs=1e-4)
+    without_balance = IMPLEMENTATIONS[name](job(changed(balance_loss=0.0)))
+    assert without_balance.forward(tokens, targets).item() == pytest.approx(without_router, abs=1e-4)
 
 
 def rounds_of(seconds):
@@ -125,11 +125,11 @@ def rounds_of(seconds):
 
 def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, output_of):
     jobs, programs = {}, {}
-    taken = {"ours": 2, "dense": 1, "transformers grouped_mm": 6, "transformers eager": 5, "transformers batched_mm": 7}
+    times = {"ours": 2, "dense": 1, "transformers grouped_mm": 6, "transformers eager": 5, "transformers batched_mm": 7}
 
     def child_process(name, program, job):
-        jobs[name], programs[name], left = job, program, iter(rounds_of(taken[name]))
-        return contextlib.nullcontext(lambda method: method and next(left))
+        jobs[name], programs[name], remaining = job, program, iter(rounds_of(times[name]))
+        return contextlib.nullcontext(lambda method: method and next(remaining))
 
     monkeypatch.setattr(train_module, "child_process", child_process)
     monkeypatch.setattr(cost_module, "peak_flops", lambda *args: 1e9)
@@ -137,7 +137,7 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
     flags += "--shared_experts=0 --implementations grouped_mm eager batched_mm".split()
     output = output_of(entry_point(bench.main), "bench.py", "moe", "tiny.toml", *flags)
     results = json.loads(Path("results.json").read_text())
-    assert list(results["programs"]) == list(programs) == list(taken)
+    assert list(results["programs"]) == list(programs) == list(times)
     assert programs["ours"] is programs["dense"] is OurTrainer and jobs["ours"].config.model.n_experts == 4
     assert [programs[f"transformers {name}"] for name in IMPLEMENTATIONS] == list(IMPLEMENTATIONS.values())
     dense = jobs["dense"].config
@@ -163,14 +163,14 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
 
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --dtype=bfloat16 --rounds=1 --steps=2 --device=cpu --json=results.json"
-    theirs = "--transformers=True", "--implementations=eager"
-    done = command("tools/bench.py", "moe", "tiny.toml", *theirs, *flags.split())
-    assert done.returncode == 0 and not done.stderr, done.stderr
+    peer_flags = "--transformers=True", "--implementations=eager"
+    completed = command("tools/bench.py", "moe", "tiny.toml", *peer_flags, *flags.split())
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == ["ours", "dense", "transformers eager"]
     for name, row in results["programs"].items():
         assert len(row["losses"]) == 4 and row["losses"][0] == pytest.approx(math.log(50), abs=0.2)
-        assert f"\n{name} " in done.stdout
+        assert f"\n{name} " in completed.stdout
     assert results["fastest"] == "transformers eager" and 0 < results["floor"]["share"] < 1
     assert results["programs"]["ours"]["losses"] != results["programs"]["dense"]["losses"]
 

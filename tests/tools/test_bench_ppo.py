@@ -34,19 +34,19 @@ TINY = (
 
 
 def measured(output_of, *flags):
-    """What a run of the tiny task shows, and its results."""
+    """The output and the results of a run of the tiny task."""
     output = output_of(entry_point(bench.main), "bench.py", "ppo", *TINY, "--json=results.json", *flags)
     return output, json.loads(Path("results.json").read_text())
 
 
 def check(programs):
     for row in programs.values():
-        assert [len(curve) for curve in row["curves"]] == [len(own) for own in row["kl_curves"]] == [3]
+        assert [len(curve) for curve in row["curves"]] == [len(kl) for kl in row["kl_curves"]] == [3]
         assert row["rewards"] == [curve[-1] for curve in row["curves"]] and all(0 <= r < 1 for r in row["rewards"])
         counted = [seconds[2] for seconds in row["seconds"]]
         assert row["episodes_per_second"] == pytest.approx(8 / np.median(counted)) and min(counted) > 0
-        assert all(kl[0] == pytest.approx(0, abs=1e-5) for kl in row["kl_curves"])  # both begin as the reference
-        assert all(abs(kl[2]) > 1e-5 for kl in row["kl_curves"])  # and learn
+        assert all(kl[0] == pytest.approx(0, abs=1e-5) for kl in row["kl_curves"])  # all begin as the reference
+        assert all(abs(kl[2]) > 1e-5 for kl in row["kl_curves"])  # and all learn
         assert 0 <= row["tokens"] <= 4 and 0.05 < row["peak_memory_gb"] < 8
 
 
@@ -63,10 +63,10 @@ def test_a_run_measures_ours(tmp_path, monkeypatch, output_of):
 def test_a_run_compares_ours_with_trl(tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
     output, results = measured(output_of, "--trl=True")
-    programs, found = results["programs"], results["comparisons"]["ours"]
+    programs, comparison = results["programs"], results["comparisons"]["ours"]
     assert list(programs) == ["ours", "trl"] and results["trl"] == importlib.metadata.version("trl")
     ratio = programs["ours"]["episodes_per_second"] / programs["trl"]["episodes_per_second"]
-    assert found["speed"]["median"] == pytest.approx(ratio) and f"ours: {ratio:.2f} times trl" in output
+    assert comparison["speed"]["median"] == pytest.approx(ratio) and f"ours: {ratio:.2f} times trl" in output
 
 
 def test_the_prepared_policy_and_prompts(tmp_path):
@@ -100,13 +100,13 @@ def a_run(rewards, seconds):
 
 def test_figures_and_comparisons_follow_from_the_runs():
     ours = summarize([a_run([0, 0, 0, 0, r], [9, 9, 1, 2, 3]) for r in (0.5, 0.6, 0.7)])
-    its = summarize([a_run([0, 0, 0, 0, r], [9, 9, 4, 4, 4]) for r in (0.4, 0.5, 0.6)])
+    trl = summarize([a_run([0, 0, 0, 0, r], [9, 9, 4, 4, 4]) for r in (0.4, 0.5, 0.6)])
     assert ours["rewards"] == pytest.approx([0.5, 0.6, 0.7]) and ours["peak_memory_gb"] == 1
-    assert (ours["episodes_per_second"], its["episodes_per_second"]) == (1.0, 0.5)
-    found = compare(ours, its)
-    assert found["speed"] == {"median": 2, "min": 2, "max": 2} and found["reward"] == pytest.approx(0.2)
-    margin = 2.776445 * 0.1 * (2 / 3) ** 0.5  # Student's, of four degrees of freedom: both vary alike
-    assert found["interval"] == pytest.approx([(0.1 - margin) / 0.5, (0.1 + margin) / 0.5], abs=1e-5)
+    assert (ours["episodes_per_second"], trl["episodes_per_second"]) == (1.0, 0.5)
+    comparison = compare(ours, trl)
+    assert comparison["speed"] == {"median": 2, "min": 2, "max": 2} and comparison["reward"] == pytest.approx(0.2)
+    margin = 2.776445 * 0.1 * (2 / 3) ** 0.5  # Student's t with four degrees of freedom: equal variances
+    assert comparison["interval"] == pytest.approx([(0.1 - margin) / 0.5, (0.1 + margin) / 0.5], abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sampling benchmark: competitors run the same model, figures follow from times, and nothing is left behind."""
+"""The sampling benchmark: competitors run the same model, figures follow from times, and nothing is left over."""
 
 import dataclasses
 import json
@@ -117,39 +117,39 @@ def measured(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "nanoGPT" / "model.py").write_text(NANOGPT)
     flags = [f"--nanogpt={folder / 'nanoGPT'}", "--transformers=True", f"--json={folder / 'results.json'}"]
-    done = command(
+    completed = command(
         "tools/bench.py", "sample", str(folder / "model"), *SIZES, *EAGER, *flags, TMPDIR=str(folder / "tmp")
     )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return folder, done.stdout, json.loads((folder / "results.json").read_text())
+    assert completed.returncode == 0 and not completed.stderr, completed.stderr
+    return folder, completed.stdout, json.loads((folder / "results.json").read_text())
 
 
 def test_figures_follow_from_the_times(measured):
     _, output, results = measured
     assert list(results["programs"]) == ["ours", "nanoGPT", "transformers"]
     for row in results["programs"].values():
-        first, whole = ([times[key] for times in row["rounds"]] for key in ("first_seconds", "whole_seconds"))
-        assert len(first) == ROUNDS
-        steps = [(b - a) / (NEW - 1) for a, b in zip(first, whole)]
+        prefill, whole = ([times[key] for times in row["rounds"]] for key in ("first_seconds", "whole_seconds"))
+        assert len(prefill) == ROUNDS
+        steps = [(b - a) / (NEW - 1) for a, b in zip(prefill, whole)]
         assert row["step_ms"] == pytest.approx(
             {"median": 1000 * median(steps), "min": 1000 * min(steps), "max": 1000 * max(steps)}
         )
         assert row["decode_tokens_per_second"] == pytest.approx(ROWS / median(steps))
-        assert row["prefill_tokens_per_second"] == pytest.approx(ROWS * PROMPT / median(first))
-        assert row["first_token_ms"] == pytest.approx(1000 * median(first))
+        assert row["prefill_tokens_per_second"] == pytest.approx(ROWS * PROMPT / median(prefill))
+        assert row["first_token_ms"] == pytest.approx(1000 * median(prefill))
         assert row["whole_seconds"]["median"] == median(whole)
         assert 0.05 < row["peak_memory_gb"] < 4 and row["warmup_seconds"] > 0
     for name, ratio in results["ratios"].items():
         pairs = zip(results["programs"]["ours"]["rounds"], results["programs"][name]["rounds"])
-        ratios = [theirs["whole_seconds"] / ours["whole_seconds"] for ours, theirs in pairs]
+        ratios = [peer["whole_seconds"] / ours["whole_seconds"] for ours, peer in pairs]
         assert ratio == pytest.approx({"median": median(ratios), "min": min(ratios), "max": max(ratios)})
         assert f"{name} takes {ratio['median']:.2f} times as long as ours" in output
 
 
-def test_the_floor_is_what_a_step_must_read(measured):
+def test_the_floor_is_what_a_step_has_to_read(measured):
     _, output, results = measured
     floor = results["floor"]
-    # two layers of 16 x 48 + 16 x 16 + 2 x 16 x 64, a head of 50 x 16, four bytes each
+    # two layers of 16 x 48 + 16 x 16 + 2 x 16 x 64 and a head of 50 x 16, four bytes each
     assert floor["weight_bytes"] == (2 * 3072 + 800) * 4 == 27_776
     # the 7 steps see 6 to 12 tokens, 9 on average: in 3 rows and 2 layers, a key and a value of 16, four bytes each
     assert floor["cache_bytes"] == 3 * 9 * 2 * 2 * 16 * 4 == 6912
@@ -293,23 +293,23 @@ def test_an_error_in_a_child_process_is_reported_in_one_sentence(output_of, tmp_
     assert not list(tmp_path.glob("gpt-arc-*")) and not multiprocessing.active_children()
 
 
-def session(number):
+def processes_of_session(number):
     """Processes of a session, including its leader."""
-    found = []
+    processes = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if os.getsid(int(path.name)) == number and path.joinpath("cmdline").read_bytes():  # empty for a zombie
-                found.append(int(path.name))
+                processes.append(int(path.name))
         except (ProcessLookupError, FileNotFoundError):
             pass
-    return found
+    return processes
 
 
-def wait_until(holds, seconds=30):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert holds()
+    assert condition()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are counted in /proc")
@@ -327,18 +327,19 @@ def test_an_interruption_leaves_no_process_and_no_folder(number, code, tmp_path)
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
-        wait_until(lambda: len(session(running.pid)) == 3)  # the script, multiprocessing's tracker, and our worker
+        # the script, multiprocessing's tracker and our worker
+        wait_until(lambda: len(processes_of_session(running.pid)) == 3)
         if number == "SIGINT":
-            os.killpg(running.pid, signal.SIGINT)  # as a terminal does, while ours is starting
+            os.killpg(running.pid, signal.SIGINT)  # as a terminal does, while ours starts
         else:
-            time.sleep(1)  # ours loads, or is in its rounds
+            time.sleep(1)  # ours is loading or in its rounds
             running.send_signal(getattr(signal, number))
         _, errors = running.communicate(timeout=30)
     except BaseException:
         os.killpg(running.pid, signal.SIGKILL)
         raise
     assert running.returncode == code
-    wait_until(lambda: not session(running.pid), 5)
+    wait_until(lambda: not processes_of_session(running.pid), 5)
     if number != "SIGKILL":
         assert errors == "bench.py: interrupted\n"
         assert not list((tmp_path / "tmp").glob("gpt-arc-*"))

@@ -40,7 +40,7 @@ from model import GPTConfig
 from tools import bench
 
 FLAGS = [flag for flag in TINY_FLAGS if not flag.startswith("--eval_iters")]
-# the interface of nanoGPT's model.py for training; a token's logits depend on its place and on all before it
+# the interface of nanoGPT's model.py for training; logits depend on the position and on all earlier tokens
 NANOGPT = """
 import json, pathlib
 from types import SimpleNamespace as GPTConfig
@@ -55,8 +55,8 @@ class GPT(nn.Module):
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         with open(pathlib.Path(__file__).with_name("calls.jsonl"), "a") as file:
-            asked = [weight_decay, learning_rate, *betas, device_type]
-            file.write(json.dumps({"optimizer": asked, "config": vars(self.config)}) + "\\n")
+            arguments = [weight_decay, learning_rate, *betas, device_type]
+            file.write(json.dumps({"optimizer": arguments, "config": vars(self.config)}) + "\\n")
         return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
     def forward(self, idx, targets=None):
@@ -64,7 +64,7 @@ class GPT(nn.Module):
         logits = self.lm_head(past + self.wpe.weight[: idx.size(1)])
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 """
-# stands in for train.py: says what a compiled run of two evaluations says, and writes what it writes
+# replaces train.py: prints and writes what a compiled run with two evaluations does
 TRAIN = """
 import json, pathlib, sys, time
 arguments = sys.argv[1:]
@@ -72,7 +72,7 @@ folder = pathlib.Path(next(a.split("=")[1] for a in arguments if a.startswith("-
 folder.mkdir()
 print("device         cpu (A, cpu, 2 threads), bfloat16, {compiled}: the run is long")
 time.sleep(0.1)
-{said}
+{output}
 time.sleep(0.2)
 (folder / "run.json").write_text(json.dumps(arguments))
 lines = [{{"step": 1, "tokens": 8, "seconds": 0.01}}, {{"step": 2, "tokens": 16, "seconds": 0.02, "val_loss": 3.5}}]
@@ -87,7 +87,7 @@ time.sleep(0.3)
 
 @pytest.fixture
 def place(workplace):
-    """A folder to work in, with data/sums, sums.toml and a checkout nanoGPT."""
+    """The working directory, with data/sums, sums.toml and a nanoGPT checkout."""
     Path("nanoGPT").mkdir()
     Path("nanoGPT/model.py").write_text(NANOGPT)
     return workplace
@@ -104,7 +104,7 @@ def job(folder):
 
 
 def a_run(*losses, seconds=1.0, compilation=None):
-    """Evaluated every 10 steps of 5 tokens, each 10 taking so many seconds."""
+    """A run evaluated every 10 steps of 5 tokens, which take `seconds` each time."""
     evaluations = [Evaluation(10 * i, 50 * i, seconds * i, loss) for i, loss in enumerate(losses, start=1)]
     return SpeedrunRun(evaluations, 2.0, compilation, 3.0, 4.0, "float32")
 
@@ -143,27 +143,30 @@ def test_figures_have_the_best_if_the_target_is_never_reached():
 
 
 def test_the_ratio_compares_seconds_to_the_target():
-    ours, its = summarize(a_run(3.0, 2.0, 1.0, seconds=0.5), 7, 2.0), summarize(a_run(4.0, 3.0, 2.5, 2.0, 1.0), 7, 2.0)
-    assert ratio(ours, its) == {"seed": 7, "ratio": 1 / 4, "at_most": False}
-    short = summarize(a_run(4.0, 3.0, 2.5), 7, 2.0)  # it would have taken longer
+    ours, nanogpt = (
+        summarize(a_run(3.0, 2.0, 1.0, seconds=0.5), 7, 2.0),
+        summarize(a_run(4.0, 3.0, 2.5, 2.0, 1.0), 7, 2.0),
+    )
+    assert ratio(ours, nanogpt) == {"seed": 7, "ratio": 1 / 4, "at_most": False}
+    short = summarize(a_run(4.0, 3.0, 2.5), 7, 2.0)  # nanoGPT would have taken longer
     assert ratio(ours, short) == {"seed": 7, "ratio": 1 / 3, "at_most": True}
-    assert ratio(short, its) is None
+    assert ratio(short, nanogpt) is None
 
 
 def test_the_floor_covers_the_runs_that_reached_the_target():
     rows = [summarize(a_run(3.0, 2.0, seconds=s), 0, 2.0) for s in (1.0, 2.0, 4.0)] + [summarize(a_run(3.0), 0, 2.0)]
-    found = compute_floor(rows, 300, rate=1e5)  # 100 tokens of 300 FLOPs in 2, 4 and 8 seconds
-    assert found["seconds"] == pytest.approx(0.3) and found["share"] == pytest.approx(0.3 / 4)
+    floor = compute_floor(rows, 300, rate=1e5)  # 100 tokens of 300 FLOPs in 2, 4 and 8 seconds
+    assert floor["seconds"] == pytest.approx(0.3) and floor["share"] == pytest.approx(0.3 / 4)
     assert compute_floor(rows, 300, None) is None and compute_floor(rows[3:], 300, 1e5) is None
 
 
 # ---- nanoGPT
 
 
-def test_nanogpts_loss_is_the_mean_over_the_whole_split(place):
+def test_nanogpt_s_loss_is_the_mean_over_the_whole_split(place):
     speedrun = NanoGPTSpeedrun(job(place))
     tokens = torch.from_numpy(speedrun.val.read(0, len(speedrun.val)))
-    assert len(tokens) % 16 != 1  # a last window that is short
+    assert len(tokens) % 16 != 1  # the last window is shorter
     speedrun.segment()
     total, model = 0.0, speedrun.trainer.model
     for start in range(0, len(tokens) - 1, 16):
@@ -175,9 +178,9 @@ def test_nanogpts_loss_is_the_mean_over_the_whole_split(place):
     assert model.training
 
 
-def test_nanogpts_segments_match_a_plain_loop(place):
-    its = job(place)
-    speedrun = NanoGPTSpeedrun(its)
+def test_nanogpt_s_segments_match_a_plain_loop(place):
+    speedrun_job = job(place)
+    speedrun = NanoGPTSpeedrun(speedrun_job)
     evaluations = [speedrun.segment()[0] for _ in range(3)]
     assert [evaluation[:2] for evaluation in evaluations] == [(3, 3 * 64), (6, 6 * 64), (8, 8 * 64)]
     seconds = [evaluation.seconds for evaluation in evaluations]
@@ -187,7 +190,7 @@ def test_nanogpts_segments_match_a_plain_loop(place):
     tokens = torch.from_numpy(files.read(0, len(files)))
     assert np.array_equal(np.fromfile(place / TRAIN_FILE, dtype="<u2"), tokens.numpy())
     torch.manual_seed(3)
-    model = nanogpt_model(its.checkout, its.config.model, 0.0)
+    model = nanogpt_model(speedrun_job.checkout, speedrun_job.config.model, 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.5)
     for step in range(8):
         rate = 0.02 * (step + 1) / 4 if step < 3 else 0.002 + 0.009 * (1 + math.cos(math.pi * (step - 3) / 5))
@@ -206,12 +209,12 @@ def test_nanogpts_segments_match_a_plain_loop(place):
 
 
 @pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Put a script in train.py's place; returns what runs it, its folder of temporary files being empty after."""
+def fake_train(tmp_path, monkeypatch):
+    """Replaces train.py by a script; returns the function that runs it and checks that no temporary file is left."""
 
-    def run(said="", end="", compiled="compiled"):
+    def run(output="", end="", compiled="compiled"):
         script, steps = tmp_path / "train.py", []
-        script.write_text(TRAIN.format(said=said, end=end, compiled=compiled))
+        script.write_text(TRAIN.format(output=output, end=end, compiled=compiled))
         (tmp_path / "tmp").mkdir(exist_ok=True)
         monkeypatch.setattr(speedrun_module, "TRAIN", script)
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
@@ -223,54 +226,55 @@ def stand_in(tmp_path, monkeypatch):
     return run
 
 
-def test_the_parts_of_a_compiled_run_add_up(stand_in):
-    run, steps = stand_in('print("compiling      takes a minute or so", flush=True)')
+def test_the_parts_of_a_compiled_run_add_up(fake_train):
+    run, steps = fake_train('print("compiling      takes a minute or so", flush=True)')
     assert run.evaluations == [(2, 16, 0.02, 3.5), (4, 32, 0.04, 3.25)] and steps == [2, 4]
     assert run.dtype == "bfloat16" and run.start_up > 0.09 and run.compilation > 0.18
-    assert run.evaluation > 0.24  # of 0.3 seconds at the end, training says it took 0.05
+    assert run.evaluation > 0.24  # 0.3 seconds at the end, of which training took 0.05
     assert run.start_up + run.compilation + run.evaluation + 0.05 == pytest.approx(run.wall)
 
 
-def test_a_run_that_could_not_be_compiled_was_not(stand_in):
-    said = 'print("compiling      takes a minute or so\\nnot compiled   no compiler", flush=True)'
-    assert stand_in(said)[0].compilation is None
-    run = stand_in(compiled="not compiled")[0]
+def test_a_failed_compilation_has_no_compilation_time(fake_train):
+    output = 'print("compiling      takes a minute or so\\nnot compiled   no compiler", flush=True)'
+    assert fake_train(output)[0].compilation is None
+    run = fake_train(compiled="not compiled")[0]
     assert run.compilation is None and run.dtype == "bfloat16" and run.start_up > 0.27
 
 
-def test_a_run_that_diverged_counts_and_one_that_failed_does_not(stand_in):
-    run, _ = stand_in(end='print("step 6 has diverged, x/last is the last good checkpoint"); sys.exit(1)')
+def test_a_diverged_run_counts_and_a_failed_one_does_not(fake_train):
+    run, _ = fake_train(end='print("step 6 has diverged, x/last is the last good checkpoint"); sys.exit(1)')
     assert len(run.evaluations) == 2
     with pytest.raises(UserError, match="^ours, seed 5: no such thing$"):
-        stand_in(end='sys.stderr.write("a warning\\ntrain.py: no such thing\\n"); sys.exit(2)')
+        fake_train(end='sys.stderr.write("a warning\\ntrain.py: no such thing\\n"); sys.exit(2)')
     with pytest.raises(UserError, match="^ours, seed 5: ZeroDivisionError: division by zero$"):
-        stand_in(end="1 / 0")
+        fake_train(end="1 / 0")
     with pytest.raises(UserError, match="^ours, seed 5: it ended with -9$"):
-        stand_in(end="import os; os.kill(os.getpid(), 9)")
+        fake_train(end="import os; os.kill(os.getpid(), 9)")
 
 
-# ---- the whole
+# ---- the benchmark
 
 
 def test_a_speedrun_measures_both_competitors(place, stage_runner):
     (place / "tmp").mkdir()
     flags = ["--nanogpt=nanoGPT", "--seeds", "5", "sums.toml", *FLAGS, "--target", "1", "--json=record.json"]
-    done = command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
-    assert done.returncode == 1 and not done.stderr, done.stderr  # neither gets there
+    completed = command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
+    assert completed.returncode == 1 and not completed.stderr, completed.stderr  # neither reaches the target
     assert not [path for path in (place / "tmp").iterdir() if path.name.startswith("gpt-arc-")]
     results = json.loads(Path("record.json").read_text())
-    (ours,), (its,) = results["programs"]["ours"], results["programs"]["nanoGPT"]
-    assert [evaluation["step"] for evaluation in its["evaluations"]] == list(range(250, 2001, 250))
-    assert its["end"]["tokens"] == 2000 * 12 * 64 and its["end"]["val_loss"] < its["evaluations"][0]["val_loss"] < 4
+    (ours,), (nanogpt,) = results["programs"]["ours"], results["programs"]["nanoGPT"]
+    assert [evaluation["step"] for evaluation in nanogpt["evaluations"]] == list(range(250, 2001, 250))
+    assert nanogpt["end"]["tokens"] == 2000 * 12 * 64
+    assert nanogpt["end"]["val_loss"] < nanogpt["evaluations"][0]["val_loss"] < 4
     assert (
         results["target"] == 1
-        and ours["reached"] is its["reached"] is None
-        and ours["seed"] == its["seed"] == 5
+        and ours["reached"] is nanogpt["reached"] is None
+        and ours["seed"] == nanogpt["seed"] == 5
         and results["ratios"] == []
     )
-    assert "ours, seed 5, does not reach 1.0000: its best is" in done.stdout
-    assert "compiled     ours was not" in done.stdout
-    for row in (ours, its):
+    assert "ours, seed 5, does not reach 1.0000: its best is" in completed.stdout
+    assert "compiled     ours was not" in completed.stdout
+    for row in (ours, nanogpt):
         parts = row["start_up_seconds"] + row["evaluation_seconds"] + row["end"]["seconds"]
         assert 0 < parts <= row["wall_seconds"] + 1e-6
     vocabulary = json.loads(Path("data/sums/meta.json").read_text())["vocab_size"]
@@ -284,20 +288,20 @@ def test_a_speedrun_measures_both_competitors(place, stage_runner):
 
 
 def test_the_table_follows_from_the_runs(place, monkeypatch, output_of):
-    """Two seeds: nanoGPT ends at 2.0 and 1.8, so the target is 1.9; ours is there after 2 seconds and 4."""
-    its = {1: a_run(4.0, 2.0, seconds=8.0), 2: a_run(4.0, 1.8, seconds=10.0)}
+    """Two seeds: nanoGPT ends at 2.0 and 1.8, so the target is 1.9, which ours reaches after 2 and 4 seconds."""
+    nanogpt = {1: a_run(4.0, 2.0, seconds=8.0), 2: a_run(4.0, 1.8, seconds=10.0)}
     ours = {1: a_run(2.0, 1.9, 1.5), 2: a_run(2.0, 1.7, seconds=2.0, compilation=30.0)}
     order = []
     monkeypatch.setattr(
-        speedrun_module, "train_nanogpt", lambda job, _: order.append("its") or its[job.config.training.seed]
+        speedrun_module, "train_nanogpt", lambda job, _: order.append("nanogpt") or nanogpt[job.config.training.seed]
     )
     monkeypatch.setattr(speedrun_module, "train_ours", lambda args, seed, _: order.append(args) or ours[seed])
     monkeypatch.setattr("gpt_arc.planning.cost.peak_flops", lambda *args: 2e9)
     flags = ["sums.toml", *FLAGS, "--target=nanogpt", "--nanogpt=nanoGPT", "--seeds", "1", "2", "--json=r.json"]
     output = output_of(entry_point(bench.main), "bench.py", "speedrun", *flags)
     results = json.loads(Path("r.json").read_text())
-    assert order == ["its", ["sums.toml", *FLAGS]] * 2 and results["target"] == 1.9
-    assert [one["at_most"] for one in results["ratios"]] == [True, False]
+    assert order == ["nanogpt", ["sums.toml", *FLAGS]] * 2 and results["target"] == 1.9
+    assert [ratio["at_most"] for ratio in results["ratios"]] == [True, False]
     assert results["ratio"] == pytest.approx({"median": (2 / 16 + 4 / 20) / 2, "min": 2 / 16, "max": 4 / 20})
     rows = [line.split() for line in output.splitlines() if line[:10].split() and line[10:20].strip() in ("1", "2")]
     assert rows == [
@@ -315,7 +319,7 @@ def test_the_table_follows_from_the_runs(place, monkeypatch, output_of):
     assert results["floor"]["share"] == pytest.approx((seconds / 2 + seconds / 4) / 2)
 
 
-def test_an_interruption_keeps_the_seeds_that_are_done(place, monkeypatch, stage_runner):
+def test_an_interruption_keeps_the_finished_seeds(place, monkeypatch, stage_runner):
     def train_ours(args, seed, _):
         if seed == 3:
             raise KeyboardInterrupt
@@ -331,7 +335,7 @@ def test_an_interruption_keeps_the_seeds_that_are_done(place, monkeypatch, stage
     assert {name: [row["seed"] for row in rows[name]] for name in rows} == {"ours": [1, 2], "nanoGPT": [1, 2]}
 
 
-def test_flags_are_split_from_those_of_train():
+def test_flags_are_separated_from_train_s():
     args = "--seeds 1 2 a.toml --n_layer 2 --json=r.json --device cpu --nanogpt .. b.toml --target 1.5 --seed=3".split()
     benchmark_args, train_args = split_arguments(args)
     assert benchmark_args == ["--seeds", "1", "2", "--json=r.json", "--nanogpt", "..", "--target", "1.5"]
@@ -339,16 +343,17 @@ def test_flags_are_split_from_those_of_train():
 
 
 def children(number):
-    """The processes of a session, without the one that began it and multiprocessing's."""
-    found = []
+    """The processes of a session, except its leader and multiprocessing's."""
+    commands = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            called = path.joinpath("cmdline").read_bytes()  # empty for a zombie
-            if os.getsid(int(path.name)) == number != int(path.name) and called and b"resource_tracker" not in called:
-                found.append(called.decode())
+            command_line = path.joinpath("cmdline").read_bytes()  # empty for a zombie
+            is_child = os.getsid(int(path.name)) == number != int(path.name)
+            if is_child and command_line and b"resource_tracker" not in command_line:
+                commands.append(command_line.decode())
         except (ProcessLookupError, FileNotFoundError):
             pass
-    return found
+    return commands
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are counted in /proc")
@@ -368,9 +373,9 @@ def test_an_interruption_leaves_no_process_and_no_folder(flags, started, number,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
-        end = time.monotonic() + 60
-        while not any(started in called for called in children(running.pid)):
-            assert time.monotonic() < end and running.poll() is None
+        deadline = time.monotonic() + 60
+        while not any(started in command_line for command_line in children(running.pid)):
+            assert time.monotonic() < deadline and running.poll() is None
             time.sleep(0.05)
         time.sleep(0.5)
         os.killpg(running.pid, number)  # as a terminal sends Ctrl-C

@@ -31,7 +31,7 @@ TOML = "[model]\nblock_size = 16\nvocab_size = 50\nn_layer = 2\nn_head = 2\nn_em
 TOML += "[data]\nbatch_size = 4\ntokens_per_step = 128\n"
 MODEL = GPTConfig(16, 50, 2, 2, 16, bias=False)
 TRAINING = TrainingConfig(learning_rate=1e-2, warmup_iters=1, weight_decay=0.5, beta1=0.8, grad_clip=0.1, adam_eps=1e-4)
-# of 2 x 2 steps of 4 phases: data, forward, backward, update
+# 2 steps per round with 4 phases: data, forward, backward, update
 ROUNDS = [
     TrainRound([[9, 9, 9, 9], [1, 1, 1, 1]], [4.0, 3.9], 5 * 10**9),
     TrainRound([[0.25, 1, 2, 0.75], [0.5, 1, 2, 1]], [3.8, 3.7], 6 * 10**9),
@@ -99,22 +99,22 @@ def test_figures_follow_from_the_times():
 
 def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output_of):
     jobs, rates = {}, iter([9e9, 1e9, 2e9])
-    first = ROUNDS[1]._replace(steps=[[2 * phase for phase in step] for step in ROUNDS[1].steps])
-    rounds = {"ours": ROUNDS, "nanoGPT": [ROUNDS[0], first, ROUNDS[2]], "transformers": ROUNDS}
+    slower = ROUNDS[1]._replace(steps=[[2 * phase for phase in step] for step in ROUNDS[1].steps])
+    rounds = {"ours": ROUNDS, "nanoGPT": [ROUNDS[0], slower, ROUNDS[2]], "transformers": ROUNDS}
 
     def child_process(name, program, job):
-        jobs[name], left = job, iter(rounds[name])
-        return contextlib.nullcontext(lambda method: method and next(left))
+        jobs[name], remaining = job, iter(rounds[name])
+        return contextlib.nullcontext(lambda method: method and next(remaining))
 
     monkeypatch.setattr(train_module, "child_process", child_process)
     monkeypatch.setattr(cost_module, "peak_flops", lambda *args: next(rates))
     flags = "--transformers=True --nanogpt=nanoGPT --rounds=2 --batch_size=3 --block_size=8 --dtype=float32".split()
-    more = "--json=results.json --activation_checkpointing=True --device=cpu --compile=False".split()
-    output = output_of(entry_point(bench.main), "bench.py", "train", *flags, "tiny.toml", *more)
+    other_flags = "--json=results.json --activation_checkpointing=True --device=cpu --compile=False".split()
+    output = output_of(entry_point(bench.main), "bench.py", "train", *flags, "tiny.toml", *other_flags)
     results, config = json.loads(Path("results.json").read_text()), jobs["ours"].config
     assert (config.data.batch_size, config.model.block_size, config.model.n_embd) == (3, 8, 16)
     assert config.training.activation_checkpointing and jobs["ours"].dtype == "float32"
-    assert results["programs"] == {name: summarize(24, *taken) for name, taken in rounds.items()}
+    assert results["programs"] == {name: summarize(24, *times) for name, times in rounds.items()}
     assert results["ratios"]["nanoGPT"] == {"median": 1.5, "min": 1, "max": 2}
     assert results["ratios"]["transformers"] == {"median": 1, "min": 1, "max": 1} and len(results["ratios"]) == 2
     parameters = GPT(config.model).num_parameters()
@@ -129,8 +129,8 @@ def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --block_size=8 --dtype=bfloat16 --rounds=2 --steps=3 --device=cpu --learning_rate=1e-3"
     peers = "--nanogpt=nanoGPT --transformers=True --json=results.json --beta2=0.9"
-    done = command("tools/bench.py", "train", "tiny.toml", *flags.split(), *peers.split())
-    assert done.returncode == 0 and "number of parameters" not in done.stdout, done.stderr
+    completed = command("tools/bench.py", "train", "tiny.toml", *flags.split(), *peers.split())
+    assert completed.returncode == 0 and "number of parameters" not in completed.stdout, completed.stderr
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == ["ours", "nanoGPT", "nanoGPT 16 bit", "transformers"]
     for name, row in results["programs"].items():
@@ -139,7 +139,7 @@ def test_a_run_measures_each_competitor_in_its_own_process(place):
         assert row["warmup_seconds"] > row["first_step_seconds"] > 0 and 0.05 < row["peak_memory_gb"] < 4
         assert len(losses) == 9 and all(map(math.isfinite, losses)) and len(set(losses)) > 1
         assert losses[0] == pytest.approx(math.log(50), abs=0.1) and median(losses) == pytest.approx(losses[0], abs=0.5)
-        assert f"\n{name} " in done.stdout
+        assert f"\n{name} " in completed.stdout
     assert len(results["ratios"]) == 3 and 0 < results["floor"]["share"] < 1
     calls = [json.loads(line) for line in Path("nanoGPT/calls.jsonl").read_text().splitlines()]
     built = [call for call in calls if "config" in call]

@@ -1,4 +1,4 @@
-"""Exports: transformers reads them, and would have written the same files."""
+"""Exports: transformers loads them, and writes the same files."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=Fal
 CONFIGS = {
     "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
     "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
-    "gpt2-unbiased": GPTConfig(9, 300, 2, 2, 16, bias=False),  # written with biases of zero
+    "gpt2-unbiased": GPTConfig(9, 300, 2, 2, 16, bias=False),  # exported with zero biases
     "openai-gpt": GPTConfig(17, 300, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "qwen3": GPTConfig(19, 300, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
     "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
@@ -43,55 +43,55 @@ def run(output_of):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_an_export_is_what_transformers_would_have_written(name, tokenizer, run, tmp_path):
-    ours = randomised(GPT(CONFIGS[name]), scale=0.15 if "mixtral" in name else 0.3)
-    save_model(ours, tokenizer, tmp_path / "ours")
+def test_an_export_equals_what_transformers_writes(name, tokenizer, run, tmp_path):
+    model = randomised(GPT(CONFIGS[name]), scale=0.15 if "mixtral" in name else 0.3)
+    save_model(model, tokenizer, tmp_path / "ours")
     kind = name if name == "openai-gpt" else name.split("-")[0]
     assert f"export: {kind}, " in run(tmp_path / "ours", tmp_path / "export", "--to=hf")
     export = tmp_path / "export"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(export).eval()
+    loaded.save_pretrained(tmp_path / "theirs")
     # a config.json that the class writes itself, not one that from_pretrained passes through
-    config = type(theirs.config)(**{k: v for k, v in theirs.config.to_dict().items() if k != "transformers_version"})
-    type(theirs)(config).save_pretrained(tmp_path / "fresh")
+    config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "transformers_version"})
+    type(loaded)(config).save_pretrained(tmp_path / "fresh")
     assert described(export) == described(tmp_path / "theirs") == described(tmp_path / "fresh")
     for reference in ("theirs", "fresh"):
         for file in ("config.json", "generation_config.json"):
             assert with_version(export / file) == json.loads((tmp_path / reference / file).read_text())
-    assert theirs.config.eos_token_id == theirs.generation_config.eos_token_id == tokenizer.end_of_text
-    tokens = torch.randint(300, (2, ours.config.block_size))
+    assert loaded.config.eos_token_id == loaded.generation_config.eos_token_id == tokenizer.end_of_text
+    tokens = torch.randint(300, (2, model.config.block_size))
     with torch.no_grad():
-        torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
     reloaded, reloaded_tokenizer = load_model(export)
     assert reloaded_tokenizer == tokenizer
-    assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
-def test_a_transformers_model_survives_the_round_trip_bit_for_bit(name, run, tmp_path):
+def test_a_transformers_model_survives_the_round_trip_exactly(name, run, tmp_path):
     size = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9)
     if name != "gpt2":
         size |= dict(num_key_value_heads=1, head_dim=4, intermediate_size=20, dtype="bfloat16")
-    theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **size))
-    randomised(theirs).save_pretrained(tmp_path / "theirs")
-    output = run(tmp_path / "theirs", tmp_path / "export", f"--dtype={str(theirs.dtype).removeprefix('torch.')}")
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **size))
+    randomised(model).save_pretrained(tmp_path / "theirs")
+    output = run(tmp_path / "theirs", tmp_path / "export", f"--dtype={str(model.dtype).removeprefix('torch.')}")
     assert "it has no tokenizer" in output
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    assert again.dtype == theirs.dtype
-    state = again.state_dict()
-    assert state.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in theirs.state_dict().items())
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert exported.dtype == model.dtype
+    state = exported.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(dtype, tokenizer, run, tmp_path):
-    ours = randomised(GPT(CONFIGS["gpt2"]))
-    save_model(ours, None, tmp_path / "ours")
+    model = randomised(GPT(CONFIGS["gpt2"]))
+    save_model(model, None, tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "export", f"--dtype={dtype}")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
-    assert theirs.dtype == getattr(torch, dtype) and theirs.config.eos_token_id is None
-    expected = ours.blocks[1].mlp.up.weight.T.to(theirs.dtype)
-    assert torch.equal(theirs.transformer.h[1].mlp.c_fc.weight, expected)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert loaded.dtype == getattr(torch, dtype) and loaded.config.eos_token_id is None
+    expected = model.blocks[1].mlp.up.weight.T.to(loaded.dtype)
+    assert torch.equal(loaded.transformer.h[1].mlp.c_fc.weight, expected)
 
 
 @pytest.mark.parametrize("kind", ["characters", "trained"])
@@ -99,16 +99,16 @@ def test_auto_tokenizer_gives_the_same_ids(kind, tokenizer, run, tmp_path):
     tokenizer = CharTokenizer.from_text(TEXT) if kind == "characters" else tokenizer
     save_model(GPT(GPTConfig(8, 300, 1, 1, 4)), tokenizer, tmp_path / "ours")
     run(tmp_path / "ours", tmp_path / "export")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
-    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.end_of_text
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert loaded.eos_token_id == loaded.bos_token_id == tokenizer.end_of_text
     draw = random.Random(0)
     for _ in range(200):
         text = "".join(
             draw.choice(TEXT if kind == "characters" else TEXT + "\u00a0\u3000é\U0001f9ff\r") for _ in range(40)
         )
         tokens = tokenizer.encode(text)
-        assert theirs(text)["input_ids"] == tokens
-        assert theirs.decode(tokens) == text
+        assert loaded(text)["input_ids"] == tokens
+        assert loaded.decode(tokens) == text
     assert load_tokenizer(tmp_path / "export") == tokenizer
 
 
@@ -135,7 +135,7 @@ def test_existing_files_are_not_overwritten(run, tmp_path):
     run(tmp_path / "ours", tmp_path / "link", "--overwrite=True")
     assert not (tmp_path / "empty" / "tokenizer.json").exists()
     modes = {path.stat().st_mode for path in (tmp_path / "empty").iterdir()}
-    assert len(modes) == 1, modes  # as set by the umask
+    assert len(modes) == 1, modes  # the umask's permissions
     for place in ("ours", "file"):
         (tmp_path / "file").touch()
         refused = run(tmp_path / "ours", tmp_path / place, "--overwrite=True")
@@ -152,7 +152,7 @@ def test_a_model_without_counterpart_is_refused_and_nothing_is_written(run, tmp_
     assert "there is no model directory" in run(tmp_path / "nowhere", tmp_path / "export")
 
 
-def test_a_mixture_that_is_no_mixtral_is_refused(run, tmp_path):
+def test_a_mixture_that_is_not_a_mixtral_is_refused(run, tmp_path):
     config = dataclasses.replace(CONFIGS["mixtral"], shared_experts=1)
     save_model(GPT(config), None, tmp_path / "ours")
     assert "the nearest, mixtral, has no shared_experts = 1\n" in run(tmp_path / "ours", tmp_path / "export")
@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("template", ["markers", "plain"])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
-    """transformers' tokenizer encodes a conversation as ours does, and its model ends at the same tokens."""
+    """transformers' tokenizer encodes a conversation as ours does, and its model stops at the same tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat
@@ -185,13 +185,13 @@ def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, mo
     save_model(model, tokenizer, tmp_path / "model")
     chat.save(tmp_path / "model")
     output_of(entry_point(export.main), "export.py", str(tmp_path / "model"), str(tmp_path / "exported"))
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "exported")
     turns = [Turn("system", "or blue"), Turn("user", "Name a colour."), Turn("assistant", "Red"), Turn("user", "a")]
     messages = [turn._asdict() for turn in turns]
-    assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == chat.prompt(turns)
-    assert theirs.apply_chat_template(messages)["input_ids"] == chat.encode(turns)[0]
+    assert loaded.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == chat.prompt(turns)
+    assert loaded.apply_chat_template(messages)["input_ids"] == chat.encode(turns)[0]
     generation = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    assert ends[0] == theirs.eos_token_id == chat.end
+    assert ends[0] == loaded.eos_token_id == chat.end
     assert set(ends) == load_tokenizer(tmp_path / "model").ends == {chat.end, tokenizer.end_of_text} - {None}
     assert load_chat(tmp_path / "exported", tokenizer) == chat

@@ -1,4 +1,4 @@
-"""Fine-tuned models as transformers reads them: the same logits, the names of the classes, the special tokens."""
+"""Fine-tuned models loaded by transformers: the same logits, class names and special tokens."""
 
 import dataclasses
 import json
@@ -50,10 +50,10 @@ def run(output_of):
 
 @pytest.fixture
 def exported(run, tmp_path):
-    """Save a classifier and export it: the folder, and what was said."""
+    """Saves a classifier and exports it; returns the folder and the output."""
 
     def call(classifier, tokenizer, *flags):
-        save_classifier(classifier, tokenizer, tmp_path / "run" / "best")  # as in the folder of a run
+        save_classifier(classifier, tokenizer, tmp_path / "run" / "best")  # as in a run folder
         return tmp_path / "export", run(tmp_path / "run", tmp_path / "export", "--to=hf", *flags)
 
     return call
@@ -73,78 +73,78 @@ def batch_of(classifier, tokenizer, task):
     return make_batch(examples, [0] * len(examples))
 
 
-def assert_saved_alike(folder, theirs, again):
-    """The export is what transformers writes of the model that it has read."""
-    theirs.save_pretrained(again)
-    assert with_version(folder / "config.json") == json.loads((again / "config.json").read_text())
-    assert described(folder) == described(again)
+def assert_saves_the_same(folder, loaded, resaved):
+    """Asserts that transformers, having loaded the export, saves the same files."""
+    loaded.save_pretrained(resaved)
+    assert with_version(folder / "config.json") == json.loads((resaved / "config.json").read_text())
+    assert described(folder) == described(resaved)
 
 
 @pytest.mark.parametrize("task", ["classification", "entailment", "regression"])
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt2-unbiased", "openai-gpt", "qwen3"])
 def test_logits_of_a_padded_batch(name, task, tokenizer, exported, tmp_path):
     labels, task = LABELS[task], "classification" if task == "regression" else task
-    ours = classifier_of(CONFIGS[name], task, labels)
-    folder, output = exported(ours, tokenizer)
-    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    classifier = classifier_of(CONFIGS[name], task, labels)
+    folder, output = exported(classifier, tokenizer)
+    loaded, report = transformers.AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    assert f"export: {type(theirs).__name__}, {theirs.num_parameters():,} parameters in float32" in output
-    batch = batch_of(ours, tokenizer, task)
+    assert f"export: {type(loaded).__name__}, {loaded.num_parameters():,} parameters in float32" in output
+    batch = batch_of(classifier, tokenizer, task)
     tokens, lengths = batch.tokens[:, 0], batch.lengths
     assert len(set(lengths.flatten().tolist())) > 1
     padding = torch.arange(tokens.size(1)) >= lengths
-    tokens = tokens.masked_fill(padding, theirs.config.pad_token_id)
+    tokens = tokens.masked_fill(padding, loaded.config.pad_token_id)
     with torch.no_grad():
-        expected = ours(*batch).logits
+        expected = classifier(*batch).logits
         for mask in (None, ~padding):
-            logits = theirs.eval()(tokens, attention_mask=mask).logits
+            logits = loaded.eval()(tokens, attention_mask=mask).logits
             torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     if labels is None:
-        assert (theirs.config.num_labels, theirs.config.problem_type) == (1, "regression")
+        assert (loaded.config.num_labels, loaded.config.problem_type) == (1, "regression")
         target = torch.tensor([1.0, -2.0, 0.5])
-        loss = theirs(tokens, labels=target).loss
-        torch.testing.assert_close(3 * loss, ours(*batch[:2], target).task_loss, atol=1e-5, rtol=1e-5)
+        loss = loaded(tokens, labels=target).loss
+        torch.testing.assert_close(3 * loss, classifier(*batch[:2], target).task_loss, atol=1e-5, rtol=1e-5)
     else:
-        assert theirs.config.id2label == dict(enumerate(labels))
-        assert theirs.config.label2id == {label: number for number, label in enumerate(labels)}
-        assert theirs.config.problem_type == "single_label_classification"
-    assert_saved_alike(folder, theirs, tmp_path / "again")
+        assert loaded.config.id2label == dict(enumerate(labels))
+        assert loaded.config.label2id == {label: number for number, label in enumerate(labels)}
+        assert loaded.config.problem_type == "single_label_classification"
+    assert_saves_the_same(folder, loaded, tmp_path / "again")
     readme = (folder / "README.md").read_text()
-    assert type(theirs).__name__ in readme and export.LAYOUTS[task] in readme and "[extract] = 302" in readme
+    assert type(loaded).__name__ in readme and export.LAYOUTS[task] in readme and "[extract] = 302" in readme
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "openai-gpt", "openai-gpt-untied"])
 def test_logits_of_options(name, tokenizer, exported, tmp_path):
-    ours = classifier_of(CONFIGS[name], "multiple_choice", None, dropout=0.3)
-    folder, _ = exported(ours, tokenizer)
+    classifier = classifier_of(CONFIGS[name], "multiple_choice", None, dropout=0.3)
+    folder, _ = exported(classifier, tokenizer)
     class_name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    theirs, report = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
+    loaded, report = getattr(transformers, class_name).from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert class_name == {"gpt": "GPT2", "ope": "OpenAIGPT"}[name[:3]] + "DoubleHeadsModel"
-    assert theirs.multiple_choice_head.first_dropout.p == 0.3
-    batch = batch_of(ours, tokenizer, "multiple_choice")
+    assert loaded.multiple_choice_head.first_dropout.p == 0.3
+    batch = batch_of(classifier, tokenizer, "multiple_choice")
     with torch.no_grad():
-        outcome = theirs.eval()(batch.tokens, mc_token_ids=batch.lengths - 1)
-        torch.testing.assert_close(outcome.mc_logits, ours(*batch).logits, atol=1e-5, rtol=1e-5)
-        language = ours.trunk(batch.tokens.flatten(0, 1)).unflatten(0, batch.lengths.shape)
+        outcome = loaded.eval()(batch.tokens, mc_token_ids=batch.lengths - 1)
+        torch.testing.assert_close(outcome.mc_logits, classifier(*batch).logits, atol=1e-5, rtol=1e-5)
+        language = classifier.trunk(batch.tokens.flatten(0, 1)).unflatten(0, batch.lengths.shape)
         torch.testing.assert_close(outcome.logits, language, atol=1e-5, rtol=1e-5)
-    if name == "openai-gpt":  # whose one tensor of two names transformers would save by the other, and reads by either
+    if name == "openai-gpt":  # transformers saves the tied tensor under its other name, but loads either
         assert "transformer.tokens_embed.weight" in described(folder)[0]
-        assert torch.equal(theirs.lm_head.weight, ours.trunk.token_embedding.weight)
+        assert torch.equal(loaded.lm_head.weight, classifier.trunk.token_embedding.weight)
     else:
-        assert_saved_alike(folder, theirs, tmp_path / "again")
+        assert_saves_the_same(folder, loaded, tmp_path / "again")
 
 
 def test_half_precision(tokenizer, exported):
-    ours = classifier_of(CONFIGS["gpt2"])
-    folder, output = exported(ours, tokenizer, "--dtype=bfloat16")
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
-    assert "in bfloat16" in output and theirs.dtype == torch.bfloat16
-    assert torch.equal(theirs.score.weight, ours.head.weight.bfloat16())
+    classifier = classifier_of(CONFIGS["gpt2"])
+    folder, output = exported(classifier, tokenizer, "--dtype=bfloat16")
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert "in bfloat16" in output and loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded.score.weight, classifier.head.weight.bfloat16())
 
 
 def as_qwen(tokenizer, folder):
-    """The tokenizer as Qwen's files have it, cutting text in another way and naming a class of transformers."""
+    """The tokenizer as in Qwen's files: another pre-tokenizer, and the name of a transformers class."""
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     library = Library.from_buffer(tokenizer.files()["tokenizer.json"])
@@ -159,7 +159,7 @@ def as_qwen(tokenizer, folder):
 
 
 def as_gpt1(folder):
-    """A tokenizer of the kind that GPT-1 was published with."""
+    """A tokenizer in GPT-1's published format."""
     characters = sorted(set(TEXT.lower()) - set(" \n\t"))
     tokens = ["<unk>", *characters, *(f"{character}</w>" for character in characters), "th", "the</w>"]
     (folder / "vocab.json").write_text(json.dumps({token: id for id, token in enumerate(tokens)}))
@@ -178,52 +178,52 @@ def test_auto_tokenizer_knows_the_special_tokens(kind, rows, tokenizer, exported
         tokenizer = as_gpt1(tmp_path)
     special = SpecialTokens.after(tokenizer.vocab_size + rows)
     config = dataclasses.replace(CONFIGS["gpt2"], vocab_size=special.extract + 1)
-    ours = classifier_of(config, "entailment", special=special)
-    folder, output = exported(ours, tokenizer)
+    classifier = classifier_of(config, "entailment", special=special)
+    folder, output = exported(classifier, tokenizer)
     assert "doesn't know" not in output
-    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
     start, delimiter, extract = special
-    some, other = tokenizer.encode("some text"), tokenizer.encode("The cat")
-    read = theirs("_start_some text_classify_", add_special_tokens=False)
-    assert read.input_ids == theirs("_start_some text_classify_").input_ids == [start, *some, extract]
-    assert theirs("_start_some text_delimiter_The cat_classify_").input_ids == [
-        start, *some, delimiter, *other, extract
+    text_ids, other_ids = tokenizer.encode("some text"), tokenizer.encode("The cat")
+    read = loaded("_start_some text_classify_", add_special_tokens=False)
+    assert read.input_ids == loaded("_start_some text_classify_").input_ids == [start, *text_ids, extract]
+    assert loaded("_start_some text_delimiter_The cat_classify_").input_ids == [
+        start, *text_ids, delimiter, *other_ids, extract
     ]  # fmt: skip
-    assert theirs("mat, didn't it? 1234").input_ids == tokenizer.encode("mat, didn't it? 1234")
-    assert theirs.decode([start, *some, extract], skip_special_tokens=True) == tokenizer.decode(some)
-    # so that a tokenizer's batch is all it takes
+    assert loaded("mat, didn't it? 1234").input_ids == tokenizer.encode("mat, didn't it? 1234")
+    assert loaded.decode([start, *text_ids, extract], skip_special_tokens=True) == tokenizer.decode(text_ids)
+    # the tokenizer's batch is all that the model needs
     pairs = [("The cat sat", "it sat"), ("text", "1234 . , !")]
-    batch = theirs([f"_start_{a}_delimiter_{b}_classify_" for a, b in pairs], padding=True, return_tensors="pt")
+    batch = loaded([f"_start_{a}_delimiter_{b}_classify_" for a, b in pairs], padding=True, return_tensors="pt")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     examples = [sequences_of(Example(pair, None, ""), "entailment", tokenizer, special, 24)[0] for pair in pairs]
     with torch.no_grad():
-        expected = ours(*make_batch(examples, [0, 0])).logits
+        expected = classifier(*make_batch(examples, [0, 0])).logits
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_ids_are_told_where_a_tokenizer_cannot_have_them(tokenizer, sentencepiece_model, exported):
+def test_special_ids_that_a_tokenizer_can_t_have_are_reported(tokenizer, sentencepiece_model, exported):
     pieces = SentencePieceTokenizer(sentencepiece_model)
     _, output = exported(classifier_of(CONFIGS["gpt2"]), pieces)
-    told = "AutoTokenizer doesn't know [start] = 300, [delimiter] = 301, [extract] = 302"
-    assert told in output
-    folder, output = exported(classifier_of(CONFIGS["gpt2"]), named_alike(tokenizer), "--overwrite=True")
-    assert told in output
+    message = "AutoTokenizer doesn't know [start] = 300, [delimiter] = 301, [extract] = 302"
+    assert message in output
+    folder, output = exported(classifier_of(CONFIGS["gpt2"]), with_clashing_name(tokenizer), "--overwrite=True")
+    assert message in output
     assert "_start_" not in (folder / "README.md").read_text()
-    library = Library(models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0)], 0, False))  # a list: without gaps
+    library = Library(models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0)], 0, False))  # a list, so without gaps
     _, output = exported(
         classifier_of(CONFIGS["gpt2"]), LibraryTokenizer(library.to_str().encode()), "--overwrite=True"
     )
-    assert told in output
+    assert message in output
 
 
-def named_alike(tokenizer):
-    """The tokenizer with a token of its own of the name that [start] would have."""
+def with_clashing_name(tokenizer):
+    """The tokenizer with a token named as [start] would be."""
     library = Library.from_buffer(tokenizer.files()["tokenizer.json"])
     library.add_special_tokens(["_start_"])
     return LibraryTokenizer(library.to_str().encode())
 
 
-def test_what_has_no_counterpart_is_refused(tokenizer, exported):
+def test_classifiers_without_counterpart_are_refused(tokenizer, exported):
     def refused(*args, **settings):
         folder, sentence = exported(classifier_of(*args, **settings), tokenizer)
         assert not folder.exists()

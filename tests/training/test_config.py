@@ -1,4 +1,4 @@
-"""Settings from files and flags: every form that works, every mistake and its sentence."""
+"""Settings from files and flags: every form that works, every mistake and its message."""
 
 import ast
 import dataclasses
@@ -20,18 +20,20 @@ from model import GPT
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
 
-def test_names_are_unique_over_all_tables():
+def test_names_are_unique_across_tables():
     names = [field.name for table in TABLES.values() for field in dataclasses.fields(table)]
     assert len(names) == len(set(names)) == len(SETTINGS)
 
 
 def undocumented(cls: type) -> list[str]:
-    """Names of the fields of `cls`, and of the dataclasses that it is made of, without a text on the next line."""
+    """Names of the fields of `cls` and its nested dataclasses that have no docstring on the next line."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     documented = {
-        here.target.id
-        for here, after in zip(body, body[1:])
-        if isinstance(here, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        node.target.id
+        for node, following in zip(body, body[1:])
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(following, ast.Expr)
+        and isinstance(following.value, ast.Constant)
     }
     missing = []
     for field in dataclasses.fields(cls):
@@ -42,18 +44,18 @@ def undocumented(cls: type) -> list[str]:
     return missing
 
 
-def test_every_setting_says_what_it_is(capsys):
+def test_every_setting_is_documented(capsys):
     with pytest.raises(SystemExit) as stop:
         read_command_line(["--help"], "description")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    for name in SETTINGS.keys() - {"mixture"}:  # lists of tables live in files
+    for name in SETTINGS.keys() - {"mixture"}:  # lists of tables can only be set in files
         assert f"--{name} " in shown
     assert undocumented(Config) == []
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_that_comes_along_builds(path):
+def test_every_shipped_config_builds(path):
     config = build_config(read_settings(path), str(path))
     with torch.device("meta"):
         model = GPT(config.model)
@@ -67,7 +69,7 @@ def test_every_config_that_comes_along_builds(path):
     assert config.sequences_per_step % config.data.batch_size == 0
 
 
-def test_the_configs_that_the_readme_promises_are_there():
+def test_the_configs_named_in_the_readme_exist():
     names = {path.stem for path in CONFIGS}
     assert names >= {"quickstart", "char_tiny", "tinyshakespeare", "tinyshakespeare_cpu"}
     assert names >= {"gpt1", "gpt2", "gpt2_medium", "gpt2_large", "gpt2_xl", "modern", "gpt3_mixture"}
@@ -76,8 +78,8 @@ def test_the_configs_that_the_readme_promises_are_there():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_setting_of_a_config_has_a_comment_near(path):
-    """A setting's line ends in a comment, or stands in a run of settings of which one does."""
+def test_every_setting_of_a_config_has_a_nearby_comment(path):
+    """A setting's line, or another line of its block, ends in a comment."""
     block, undocumented = [], []
     for line in [*path.read_text().splitlines(), ""]:
         if "=" in line and not line.startswith("#"):
@@ -98,10 +100,10 @@ def write(path, text):
     return str(path)
 
 
-def test_later_files_win_and_flags_win_over_files(workplace):
-    one = write(workplace / "one.toml", "[model]\nn_layer = 1\nn_head = 2\n[training]\nlearning_rate = 1\n")
-    two = write(workplace / "two.toml", "n_layer = 2\n[model]\nn_embd = 8\n")
-    config = launch(one, two, "--n_embd=16").config
+def test_later_files_override_earlier_ones_and_flags_override_files(workplace):
+    file_1 = write(workplace / "one.toml", "[model]\nn_layer = 1\nn_head = 2\n[training]\nlearning_rate = 1\n")
+    file_2 = write(workplace / "two.toml", "n_layer = 2\n[model]\nn_embd = 8\n")
+    config = launch(file_1, file_2, "--n_embd=16").config
     assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (2, 2, 16)
     assert config.training.learning_rate == 1
 
@@ -117,13 +119,13 @@ def test_every_form_of_a_flag(workplace):
     assert launch("sums.toml", "--compile=True").config.training.compile is True
 
 
-def test_overrides_are_what_the_files_do_not_say(workplace):
+def test_overrides_are_flags_that_differ_from_the_files(workplace):
     launched = launch("sums.toml", "--n_layer=3", "--dataset=sums", "--out_dir=x", "--min_lr=None")
     assert launched.overrides == {"n_layer": 3}
     assert launched.name == "sums" and launched.resumed is None
 
 
-def test_settings_written_are_read_back(workplace):
+def test_written_settings_read_back_the_same(workplace):
     config = launch(
         "sums.toml", "--n_layer=3", "--learning_rate=3e-4", '--wandb_run_name=a "b" ü', "--compile=False"
     ).config
@@ -195,7 +197,7 @@ def test_mistakes_in_flags(workplace, flags, sentence):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_config_is_named_with_the_nearest_that_is_there(workplace):
+def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):
     with pytest.raises(UserError, match="there is no config file sumz.toml; did you mean sums.toml"):
         launch("sumz.toml")
     with pytest.raises(UserError, match="name a config file"):
@@ -210,29 +212,29 @@ def test_derived_settings():
     assert config.model.mlp_width == 4 * 768 and config.model.kv_heads == 12 and config.model.head_width == 64
 
 
-def test_one_dataset_and_a_mixture_take_each_other_s_place_and_come_back_from_a_file(workplace):
-    one = write(workplace / "one.toml", '[data]\ndataset = "a"\nbatch_size = 3\n')
-    two = write(
+def test_a_dataset_and_a_mixture_replace_each_other_and_read_back_the_same(workplace):
+    dataset = write(workplace / "one.toml", '[data]\ndataset = "a"\nbatch_size = 3\n')
+    mixture = write(
         workplace / "two.toml", '[[data.mixture]]\nname = "b"\nweight = 2\n[[data.mixture]]\nname = "c"\nweight = 1\n'
     )
-    mixed = read_command_line([str(one), str(two)], None).config
+    mixed = read_command_line([str(dataset), str(mixture)], None).config
     assert [(s.name, s.weight) for s in mixed.data.sources] == [("b", 2), ("c", 1)] and mixed.data.batch_size == 3
-    alone = read_command_line([str(two), str(one)], None).config
-    assert [(s.name, s.weight) for s in alone.data.sources] == [("a", 1)]
-    again = Path(write(workplace / "again.toml", write_settings(values_of(mixed))))
-    assert build_config(read_settings(again), "again") == mixed
-    flagged = read_command_line([str(two), "--dataset=python_manual"], None).config
+    single = read_command_line([str(mixture), str(dataset)], None).config
+    assert [(s.name, s.weight) for s in single.data.sources] == [("a", 1)]
+    path = Path(write(workplace / "again.toml", write_settings(values_of(mixed))))
+    assert build_config(read_settings(path), "again") == mixed
+    flagged = read_command_line([str(mixture), "--dataset=python_manual"], None).config
     assert [source.name for source in flagged.data.sources] == ["python_manual"]
 
 
-def test_the_warmup_is_a_number_of_steps_or_a_share_of_all(workplace):
+def test_warmup_is_a_number_of_steps_or_a_share_of_the_run(workplace):
     assert build_config({"warmup_iters": 30}, "").training.warmup_steps == 30
     assert build_config({"warmup": 0.1, "max_iters": 50}, "").training.warmup_steps == 5
     with pytest.raises(UserError, match="warmup = 0.1 and warmup_iters = 30 both set the warmup"):
         build_config({"warmup": 0.1, "warmup_iters": 30}, "")
 
 
-def test_a_run_is_resumed_by_either_form_of_the_flag(workplace):
+def test_both_forms_of_the_resume_flag_work(workplace):
     run = workplace / "out" / "old"
     (run / "last").mkdir(parents=True)
     (run / "last" / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Experts shared out among processes against all of them in one."""
+"""Experts split across processes, against all of them in one process."""
 
 from pathlib import Path
 
@@ -21,7 +21,8 @@ SWIGLU = ("--activation=swiglu", "--shared_experts=1", "--expert_interval=2", "-
 
 @pytest.fixture
 def run(workplace, output_of):
-    """A function that trains into a folder, in so many processes, and returns the metrics and the final tensors."""
+    """Returns a function that trains into a folder with some processes and returns the metrics and the final
+    tensors."""
 
     def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
         args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
@@ -35,35 +36,35 @@ def run(workplace, output_of):
     return train_into
 
 
-def assert_same_run(ours: tuple[list[dict], dict], theirs: tuple[list[dict], dict]) -> None:
-    assert len(ours[0]) == len(theirs[0]) == 20
-    for our, their in zip(ours[0], theirs[0]):
+def assert_same_run(actual: tuple[list[dict], dict], expected: tuple[list[dict], dict]) -> None:
+    assert len(actual[0]) == len(expected[0]) == 20
+    for line, expected_line in zip(actual[0], expected[0]):
         for name in ("train_loss", "val_loss", "grad_norm", "expert_cv", "expert_max", "router_entropy"):
-            assert our.get(name) == pytest.approx(their.get(name), abs=1e-5), (name, our["step"])
-    assert ours[1].keys() == theirs[1].keys()
-    for name, tensor in ours[1].items():
-        torch.testing.assert_close(tensor, theirs[1][name], rtol=0, atol=1e-5, msg=name)
+            assert line.get(name) == pytest.approx(expected_line.get(name), abs=1e-5), (name, line["step"])
+    assert actual[1].keys() == expected[1].keys()
+    for name, tensor in actual[1].items():
+        torch.testing.assert_close(tensor, expected[1][name], rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(
     ("processes", "sharing", "flags"),
     [(2, 2, ("--experts_per_token=1", "--bias=True")), (2, 2, (*SWIGLU, "--balance_rate=0.01")), (4, 2, SWIGLU)],
 )
-def test_experts_in_several_processes_learn_what_they_learn_in_one(run, processes, sharing, flags):
-    """Twenty losses, gradient norms and routers' figures, clipping and the routers' losses included."""
+def test_experts_in_several_processes_train_as_in_one(run, processes, sharing, flags):
+    """Twenty losses, gradient norms and router figures, including clipping and the router losses."""
     several = run("several", *flags, f"--expert_processes={sharing}", processes=processes)
     assert_same_run(run("one", *flags), several)
     clipped = [line["grad_norm"] > 0.5 for line in several[0]]
     assert any(clipped)
 
 
-def test_a_run_goes_on_with_its_experts_in_other_processes(run):
-    """The moments of each expert come along, to one process and from one."""
+def test_a_run_resumes_with_its_experts_in_another_number_of_processes(run):
+    """Each expert's moments move along, both from one process to two and back."""
     whole = run("one")
-    for first, then in ((2, 1), (1, 2)):
-        folder = f"from-{first}"
-        run(folder, "--max_iters=10", f"--expert_processes={first}", processes=first)
-        assert_same_run(whole, run(folder, "--init_from=resume", f"--expert_processes={then}", processes=then))
+    for before, after in ((2, 1), (1, 2)):
+        folder = f"from-{before}"
+        run(folder, "--max_iters=10", f"--expert_processes={before}", processes=before)
+        assert_same_run(whole, run(folder, "--init_from=resume", f"--expert_processes={after}", processes=after))
 
 
 EXCHANGE = """
@@ -91,34 +92,34 @@ with distributed.process_group("gloo", cpu):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.normal_(std=0.3)
-                if favoured is not None:  # one expert gets all, and its process every token
+                if favoured is not None:  # one expert, and so its process, gets every token
                     model.experts[0].router.weight.zero_()
                     model.experts[0].router.weight[favoured] = 10
             whole = copy.deepcopy(model)
             inputs = [torch.randn(n, 16).abs().to(dtype) for n in tokens]
             sharing = ExpertParallel(model, 2, cpu)
-            seen = outputs_and_gradients(model, inputs[rank], model.experts[0])
+            actual = outputs_and_gradients(model, inputs[rank], model.experts[0])
             sharing.reduce_gradients()
-            mine = {name: p.grad for name, p in model.experts[0].named_parameters(recurse=False)}
+            gradients = {name: p.grad for name, p in model.experts[0].named_parameters(recurse=False)}
             for i, x in enumerate(inputs):
                 expected = outputs_and_gradients(whole, x, whole.experts[0])
                 if i == rank:
-                    for ours, theirs in zip(seen, expected):
-                        assert (ours - theirs).abs().max() <= bound * theirs.abs().max(), (dtype, k, tokens)
+                    for x, y in zip(actual, expected):
+                        assert (x - y).abs().max() <= bound * y.abs().max(), (dtype, k, tokens)
                 whole.experts[0].router.weight.grad = None
-            for name, p in whole.experts[0].named_parameters(recurse=False):  # of both batches; a mean over processes
-                theirs = sharing.share_of(p.grad) / 2
-                assert (mine[name] - theirs).abs().max() <= bound * p.grad.abs().max(), (dtype, k, tokens, name)
-            kept = sharing.whole(model)
+            for name, p in whole.experts[0].named_parameters(recurse=False):  # both batches; a mean over processes
+                expected = sharing.share_of(p.grad) / 2
+                assert (gradients[name] - expected).abs().max() <= bound * p.grad.abs().max(), (dtype, k, tokens, name)
+            gathered = sharing.whole(model)
             if distributed.IS_MAIN:
-                for (name, ours), theirs in zip(kept.state_dict().items(), whole.state_dict().values()):
-                    assert torch.equal(ours, theirs), name
+                for (name, x), y in zip(gathered.state_dict().items(), whole.state_dict().values()):
+                    assert torch.equal(x, y), name
             print("equal", dtype, k)
 """
 
 
-def test_rows_find_their_experts_and_come_back_whoever_has_them(tmp_path):
-    """Also where a process has no token to compute, or one alone, and in 16 bits."""
+def test_rows_are_sent_to_their_experts_and_back(tmp_path):
+    """Even if a process computes no token or only one, and in 16 bits."""
     script = tmp_path / "exchange.py"
     script.write_text(EXCHANGE)
     result = command(str(script), processes=2)
@@ -126,7 +127,7 @@ def test_rows_find_their_experts_and_come_back_whoever_has_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "sentence"),
+    ("arguments", "sentence"),
     [
         ((2, 0, "float32"), "the model has none"),
         ((3, 8, "float32"), "does not divide n_experts = 8"),
@@ -135,21 +136,21 @@ def test_rows_find_their_experts_and_come_back_whoever_has_them(tmp_path):
         ((2, 8, "float16"), "use dtype = bfloat16"),
     ],
 )
-def test_what_cannot_be_shared_out_is_refused(asked, sentence):
+def test_impossible_splits_of_experts_are_refused(arguments, sentence):
     if sentence is None:
-        return check_expert_processes(*asked)
+        return check_expert_processes(*arguments)
     with pytest.raises(UserError, match=sentence):
-        check_expert_processes(*asked)
+        check_expert_processes(*arguments)
 
 
-def test_the_command_line_refuses_with_a_sentence(workplace):
+def test_the_command_line_refuses_an_impossible_split(workplace):
     assert "expert_processes = 2" in refusal("train.py", "sums.toml", *FLAGS, "--expert_processes=2")
 
 
-def test_the_memory_of_a_process_has_its_share_of_the_experts():
+def test_the_memory_estimate_counts_a_process_s_share_of_experts():
     with torch.device("meta"):
         model = GPT(
             GPTConfig(n_layer=2, n_embd=16, mlp_size=24, n_head=2, n_experts=4, bias=False, activation="swiglu")
         )
     whole, share = (memory_estimate(model, 3, "float32", expert_processes=n) for n in (1, 4))
-    assert whole - share == 16 * 2 * 3 * (3 * 16 * 24)  # bytes, layers, experts elsewhere, the weights of each
+    assert whole - share == 16 * 2 * 3 * (3 * 16 * 24)  # bytes, layers, experts elsewhere, weights per expert

@@ -1,4 +1,4 @@
-"""Run folders: names, the newest one, and who may use them."""
+"""Run folders: names, the newest one, and who may write to them."""
 
 import json
 import time
@@ -23,7 +23,7 @@ def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
     finished(tmp_path, "a")
     finished(tmp_path, "a-10", config="a")
     finished(tmp_path, "renamed", config="a")
-    finished(tmp_path, "a-2")  # a config of this name, not the second run of a
+    finished(tmp_path, "a-2")  # a run of config a-2, not the second run of a
     (tmp_path / "out" / "a-4").mkdir()  # without a checkpoint
     assert runs.newest_run("a").name == "renamed"
     assert runs.newest_run("a-2").name == "a-2"
@@ -38,11 +38,11 @@ def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
         runs.newest_run("b")
 
 
-def test_names_count_on_from_what_is_taken(tmp_path, monkeypatch):
+def test_new_runs_get_the_next_free_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finished(tmp_path, "a")
     second, lock = runs.claim_new(None, "a", overwrite=False)
-    third, other_lock = runs.claim_new(None, "a", overwrite=False)  # a-2 is empty still, but held
+    third, other_lock = runs.claim_new(None, "a", overwrite=False)  # a-2 is still empty, but locked
     assert (second.name, third.name) == ("a-2", "a-3")
     del lock
     assert runs.claim_new(None, "a", overwrite=False)[0].name == "a-2"
@@ -50,7 +50,7 @@ def test_names_count_on_from_what_is_taken(tmp_path, monkeypatch):
         runs.Lock(third)
 
 
-def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypatch):
+def test_overwriting_deletes_only_a_run_s_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finished(tmp_path, "a")
     folder = tmp_path / "out" / "a"
@@ -58,13 +58,13 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(tmp_path, monkeyp
         (folder / name).touch()
     runs.claim_new("out/a", "a", overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
-    (folder / "config.toml").touch()  # somebody else's, for this is no run now
+    (folder / "config.toml").touch()  # not a run's file: the folder is no longer a run
     with pytest.raises(UserError, match="not by a run"):
         runs.claim_new("out/a", "a", overwrite=True)
     assert (folder / "config.toml").exists()
 
 
-def test_a_file_in_the_way_of_all_runs_is_named(tmp_path, monkeypatch):
+def test_a_file_in_place_of_the_runs_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match="a file is in the way"):

@@ -1,4 +1,4 @@
-"""What the training stages share: orders, splits, parts of a batch, settings, records."""
+"""Shared by the training stages: orders, splits, micro-batches, settings and records."""
 
 import dataclasses
 import json
@@ -52,16 +52,16 @@ def test_an_epoch_has_each_row_once(count, size):
     if count > 5:
         assert len({tuple(rows) for rows in epochs}) == 4  # another order each time
     together = [row for rows in epochs for row in rows]
-    for first in range(3 * count):
-        assert order.take(first, count) == together[first : first + count]
-    again, other = EpochOrder(count, size, seed=3), EpochOrder(count, size, seed=4)
-    assert [again.rows(u) for u in range(order.updates(1))] == [order.rows(u) for u in range(order.updates(1))]
+    for start in range(3 * count):
+        assert order.take(start, count) == together[start : start + count]
+    same_seed, other_seed = EpochOrder(count, size, seed=3), EpochOrder(count, size, seed=4)
+    assert [same_seed.rows(u) for u in range(order.updates(1))] == [order.rows(u) for u in range(order.updates(1))]
     if count > 5:
-        assert [other.rows(u) for u in range(order.updates(1))] != [order.rows(u) for u in range(order.updates(1))]
+        assert [other_seed.rows(u) for u in range(order.updates(1))] != [order.rows(u) for u in range(order.updates(1))]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_processes_share_the_rows_of_an_update(monkeypatch, world):
+def test_processes_split_the_rows_of_an_update(monkeypatch, world):
     draw = random.Random(world)
     monkeypatch.setattr(epochs_module, "WORLD_SIZE", world)
     for _ in range(100):
@@ -70,17 +70,17 @@ def test_processes_share_the_rows_of_an_update(monkeypatch, world):
         for rank in range(world):
             monkeypatch.setattr(epochs_module, "RANK", rank)
             parts.append(list(micro_batches(rows, size)))
-        assert len({len(own) for own in parts}) == 1  # or one would wait for gradients that never come
-        counted = Counter(row for own in parts for batch, counts in own for row in batch if counts)
+        assert len({len(batches) for batches in parts}) == 1  # otherwise one process would wait forever
+        counted = Counter(row for batches in parts for batch, counts in batches for row in batch if counts)
         assert counted == Counter(rows)
-        for batch, counts in (part for own in parts for part in own):
+        for batch, counts in (part for batches in parts for part in batches):
             assert 1 <= len(batch) <= size and set(batch) <= set(rows) and counts in (0.0, 1.0)
         for turn in zip(*parts):
             sizes = [len(batch) * bool(counts) for batch, counts in turn]
             assert max(sizes) - min(sizes) <= 1
 
 
-def test_what_is_held_out():
+def test_the_held_out_split():
     texts = [f"text {i}" for i in range(40)]
     splits = held_out(texts, 0.25, seed=5)
     assert len(splits["val"]) == 10 and sorted(splits["train"] + splits["val"]) == sorted(texts)
@@ -88,14 +88,14 @@ def test_what_is_held_out():
     assert held_out(texts, 0.01, seed=5) == held_out(texts, 0.0, seed=5) == {"train": texts}
 
 
-def test_a_digest_tells_contents_apart():
+def test_digests_differ_by_content():
     assert digest([[1, 2], [3]]) == digest(((1, 2), (3,))) != digest([[1], [2, 3]])
 
 
 # ---- settings
 
 
-def test_the_learning_rate_has_a_warmup_a_shape_and_an_end():
+def test_the_learning_rate_has_warmup_schedule_and_final_value():
     options = Options(learning_rate=2.0, warmup=0.1, min_lr=0.5, schedule="linear", beta2=0.5)
     training = options.training(40)
     rates = [learning_rate_at(step, training) for step in range(41)]
@@ -104,7 +104,7 @@ def test_the_learning_rate_has_a_warmup_a_shape_and_an_end():
     assert learning_rate_at(39, Options(schedule="constant", learning_rate=2.0).training(40)) == 2.0
 
 
-def test_flags_come_after_files_and_files_in_their_order(tmp_path, monkeypatch):
+def test_flags_override_files_and_later_files_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text('model = "one"\nwords = ["x", "y z"]\nbatch_size = 3\nseed = 5\nreference = "r"\n')
     Path("b.toml").write_text("batch_size = 4\nshare = 0.25\noverwrite = true\n")
@@ -131,7 +131,7 @@ def test_flags_come_after_files_and_files_in_their_order(tmp_path, monkeypatch):
         ("seed", "a.toml is not valid TOML"),
     ],
 )
-def test_a_file_of_settings_that_is_wrong(tmp_path, monkeypatch, content, message):
+def test_mistakes_in_a_settings_file(tmp_path, monkeypatch, content, message):
     monkeypatch.chdir(tmp_path)
     Path("a.toml").write_text(content)
     with pytest.raises(UserError) as refused:
@@ -153,7 +153,7 @@ def test_a_file_of_settings_that_is_wrong(tmp_path, monkeypatch, content, messag
         ({"min_lr": 1.5}, "min_lr = 1.5 lies above learning_rate = 1e-05"),
     ],
 )
-def test_impossible_settings(setting, message):
+def test_impossible_settings_are_refused(setting, message):
     with pytest.raises(ValueError) as refused:
         Options(**setting)
     assert re.search(message, mistake(refused.value, Options))
@@ -174,7 +174,7 @@ def test_the_former_name_of_min_lr_still_works(tmp_path, monkeypatch):
         read_options(Options, None, ["--final_learning_rate=2"])
 
 
-def test_the_record_of_an_older_run_is_read(tmp_path):
+def test_an_older_run_s_record_loads(tmp_path):
     old = {"model": "gpt2", "learning_rate": 3e-5, "final_learning_rate": 0.7, "resume": False, "train": "/a.jsonl"}
     content = {"stage": "sft", "config": "sft", "overrides": {}, "options": {**old, "words": ["x"], "share": None}}
     (tmp_path / "run.json").write_text(json.dumps(content))
@@ -183,7 +183,7 @@ def test_the_record_of_an_older_run_is_read(tmp_path):
     assert options.words == ("x",) and options.share is None
 
 
-def test_both_forms_of_resume_are_read(tmp_path, monkeypatch):
+def test_both_forms_of_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_options(Options, None, ["--resume=run"]).resume == "run"
     assert read_options(Options, None, ["run", "--resume=True"]) == Options("run", resume="True")
@@ -192,7 +192,7 @@ def test_both_forms_of_resume_are_read(tmp_path, monkeypatch):
     assert read_options(Options, None, ["a.toml", "run"]).resume == "True"
 
 
-def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
+def test_options_are_recorded_with_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     for options in (
@@ -201,11 +201,11 @@ def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
     ):
         record_options(tmp_path, "sft", options)
         monkeypatch.chdir("base")
-        found = recorded_options(tmp_path, Options, "sft")
+        recorded = recorded_options(tmp_path, Options, "sft")
         monkeypatch.chdir(tmp_path)
         whole = {name: str(tmp_path / "base") for name in ("model", "reference") if getattr(options, name) == "base"}
         train = options.train and tmp_path / options.train
-        assert found == dataclasses.replace(options, train=train, **whole)
+        assert recorded == dataclasses.replace(options, train=train, **whole)
     for change, message in (
         ({"stage": "ppo"}, "it is a run of ppo.py"),
         ({"options": {"epochs": 1}}, "epochs"),
@@ -221,18 +221,18 @@ def test_options_are_recorded_with_paths_made_whole(tmp_path, monkeypatch):
         recorded_options(Path("nowhere"), Options, "sft")
 
 
-def test_a_run_has_the_same_options_when_it_goes_on(tmp_path, monkeypatch):
-    """Or what is told of its data by them would differ."""
+def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
+    """Otherwise the digest of its data would differ."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
     Path("base").mkdir()
-    seen = []
+    recorded = []
 
     def train(options, run):
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
         run.save(lambda directory: None)
-        seen.append(options)
+        recorded.append(options)
         return 0
 
     for args in (
@@ -242,15 +242,16 @@ def test_a_run_has_the_same_options_when_it_goes_on(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr("sys.argv", ["sft.py", "--device=cpu", *args])
         assert run_stage(Options, None, "sft", train) == 0
-    first, second, third = seen
-    assert second == third
-    assert first.model == second.model == str(tmp_path / "base") and first.reference == second.reference == "gpt2"
+    original, resumed, resumed_by_name = recorded
+    assert resumed == resumed_by_name
+    assert original.model == resumed.model == str(tmp_path / "base")
+    assert original.reference == resumed.reference == "gpt2"
     with pytest.raises(UserError, match="--reference can't be changed"):
         monkeypatch.setattr("sys.argv", ["sft.py", "run", "--resume=True", "--reference=base"])
         run_stage(Options, None, "sft", train)
 
 
-def test_a_refusal_is_one_sentence_and_the_exit_code_2(tmp_path, monkeypatch):
+def test_a_refusal_is_one_sentence_with_exit_code_2(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = refusal("stages/sft.py", "nowhere", "--train=a.jsonl")
     assert message.startswith("sft.py: there is no model directory nowhere; ")
@@ -260,9 +261,9 @@ def test_a_refusal_is_one_sentence_and_the_exit_code_2(tmp_path, monkeypatch):
 # ---- a run
 
 
-def test_only_the_lowest_loss_becomes_the_best(tmp_path, monkeypatch):
+def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # which would take this process's signals
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # it would handle this process's signals
     options = Options("base", out_dir="run", device="cpu", dtype="float32")
     run = StageRun("sft", options, torch.device("cpu"), None, None)
     run.open("data")
@@ -282,8 +283,8 @@ def test_only_the_lowest_loss_becomes_the_best(tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-00000002", "step-00000005"]
     record = json.loads(Path("run/run.json").read_text())
     assert record["stage"] == "sft" and record["options"]["model"] == "base"
-    del run  # which holds the folder
-    again = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
-    assert again.progress.step == 5 and again.progress.best == 1.0 and again.origin == "run/last"
+    del run  # releases the folder
+    resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
+    assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/last"
     with pytest.raises(UserError, match="run was started on other data or another model"):
-        again.open("others")
+        resumed.open("others")

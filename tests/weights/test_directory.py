@@ -1,4 +1,4 @@
-"""Model directories and checkpoints: what is saved comes back, and what is damaged is named."""
+"""Model directories and checkpoints: saving and loading gives the same, and damage is reported."""
 
 import json
 import shutil
@@ -18,14 +18,14 @@ CONFIG = GPTConfig(8, 11, 2, 2, 16, positions="rotary", norm="rmsnorm", head_bia
 TOKENIZER = CharTokenizer("abcdefghij\n")
 
 
-def test_a_model_comes_back_equal_wherever_its_folder_is_moved(tmp_path):
+def test_a_saved_model_loads_equal_even_from_a_moved_folder(tmp_path):
     model = GPT(CONFIG)
     save_model(model, TOKENIZER, tmp_path / "a" / "b")
     (tmp_path / "a" / "b").rename(tmp_path / "moved")
-    again, tokenizer = load_model(tmp_path / "moved")
-    assert again.config == CONFIG
+    loaded, tokenizer = load_model(tmp_path / "moved")
+    assert loaded.config == CONFIG
     assert tokenizer.encode("cab") == TOKENIZER.encode("cab")
-    state = again.state_dict()
+    state = loaded.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == [
@@ -38,17 +38,17 @@ def test_a_model_comes_back_equal_wherever_its_folder_is_moved(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied_head": False}, {"norm_position": "post"}, {"bias": False}])
-def test_every_kind_of_model_is_saved_without_a_tokenizer(tmp_path, settings):
+def test_models_may_be_saved_without_a_tokenizer(tmp_path, settings):
     model = GPT(GPTConfig(8, 11, 2, 2, 16, **settings)).eval()
     save_model(model, None, tmp_path)
-    again, tokenizer = load_model(str(tmp_path))
+    loaded, tokenizer = load_model(str(tmp_path))
     assert tokenizer is None
     tokens = torch.randint(11, (2, 8))
     with torch.no_grad():
-        assert torch.equal(model(tokens), again.eval()(tokens))
+        assert torch.equal(model(tokens), loaded.eval()(tokens))
 
 
-def test_a_compiled_model_saves_its_plain_names(tmp_path):
+def test_a_compiled_model_is_saved_with_plain_names(tmp_path):
     model = GPT(CONFIG)
     model.compile(backend="eager")
     model(torch.zeros(1, 4, dtype=torch.int64))
@@ -82,7 +82,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
     save_model(GPT(CONFIG), None, tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:keep])
-    with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+    with pytest.raises(UserError, match="model.safetensors is damaged, use another checkpoint"):
         load_model(tmp_path)
 
 
@@ -114,12 +114,12 @@ def test_a_missing_model_is_refused(tmp_path):
 
 
 def checkpoint(run, step, best_step, keep_all=False):
-    state = dict.fromkeys(("optimizer", "scaler", "runtime", "data"))
-    state |= {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}]}
+    state = {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}], "scaler": {}, "data": ""}
+    state |= {"optimizer": {"state": {}, "param_groups": []}, "runtime": {"device": "cpu", "dtype": "float32"}}
     save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
 
 
-def test_last_and_best_point_to_their_checkpoints_and_others_go(tmp_path):
+def test_only_the_last_and_best_checkpoints_are_kept(tmp_path):
     for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):
         checkpoint(tmp_path, step, best)
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000004"]
@@ -137,8 +137,8 @@ def test_all_checkpoints_can_be_kept(tmp_path):
     assert len(list(tmp_path.glob("step-*"))) == 3
 
 
-def test_a_run_goes_on_from_last_alone(tmp_path):
-    """Killed after writing step 4 and pointing `best` to it, before pointing `last` to it."""
+def test_a_run_resumes_from_last_only(tmp_path):
+    """Killed after writing step 4 and linking `best` to it, but before linking `last`."""
     checkpoint(tmp_path, 2, 2)
     checkpoint(tmp_path, 4, 4, keep_all=True)
     (tmp_path / "last").unlink()
@@ -149,11 +149,11 @@ def test_a_run_goes_on_from_last_alone(tmp_path):
     assert (tmp_path / "best").readlink().name == "step-00000002"
 
 
-def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     checkpoint(tmp_path, 1, 1)
 
     def full(*args, **kwargs):
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's words for a full disk
+        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's message for a full disk
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(UserError, match="can't be written, with .* earlier checkpoints are kept"):
@@ -161,7 +161,7 @@ def test_a_failed_write_keeps_the_checkpoint_before_it(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000001"]
 
 
-def test_a_copy_that_followed_the_links_goes_on(tmp_path):
+def test_a_copy_without_links_can_be_continued(tmp_path):
     checkpoint(tmp_path, 1, 1)
     shutil.copytree(tmp_path, tmp_path / "copy", symlinks=False)
     checkpoint(tmp_path / "copy", 2, 2)

@@ -1,4 +1,4 @@
-"""Models of transformers' read and written: against that library itself, from random weights."""
+"""Reading and writing transformers' models, against the library itself, from random weights."""
 
 import dataclasses
 import json
@@ -54,42 +54,42 @@ MODELS = {
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """The models of transformers', and the folders where its save_pretrained wrote them."""
-    root, made = tmp_path_factory.mktemp("theirs"), {}
+def hf_models(tmp_path_factory):
+    """transformers' models, and the folders that its save_pretrained wrote."""
+    root, models_and_folders = tmp_path_factory.mktemp("hf_models"), {}
     for name, config in MODELS.items():
-        scale = 0.15 if "mixtral" in name else 0.3  # a product of three large numbers is rounded coarsely
+        scale = 0.15 if "mixtral" in name else 0.3  # products of three large numbers lose precision
         model = randomised(transformers.AutoModelForCausalLM.from_config(config), scale=scale)
         model.save_pretrained(root / name)
-        made[name] = model, root / name
-    return made
+        models_and_folders[name] = model, root / name
+    return models_and_folders
 
 
 @pytest.fixture
-def copy(theirs, tmp_path):
+def copy(hf_models, tmp_path):
     """A copy of a model's folder, to be damaged."""
 
     def make(name):
-        return shutil.copytree(theirs[name][1], tmp_path / name)
+        return shutil.copytree(hf_models[name][1], tmp_path / name)
 
     return make
 
 
-def same(model, reference_folder):
-    other = load_model(reference_folder)[0].state_dict()
-    return all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
+def equals_folder(model, reference_folder):
+    reference = load_model(reference_folder)[0].state_dict()
+    return all(torch.equal(tensor, reference[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_greedy_continuations_equal_transformers(theirs, name):
-    reference, folder = theirs[name]
-    ours, tokenizer = load_model(folder)
-    assert tokenizer is None and ours.training
-    ours.eval()
-    vocab, context = ours.config.vocab_size, ours.config.block_size
+def test_logits_and_greedy_continuations_equal_transformers(hf_models, name):
+    reference, folder = hf_models[name]
+    model, tokenizer = load_model(folder)
+    assert tokenizer is None and model.training
+    model.eval()
+    vocab, context = model.config.vocab_size, model.config.block_size
     tokens = torch.randint(vocab, (3, context), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
     prompt = tokens[:, :5]
     greedy = reference.generate(
         prompt,
@@ -99,28 +99,28 @@ def test_logits_and_greedy_continuations_equal_transformers(theirs, name):
         eos_token_id=None,
         pad_token_id=0,
     )
-    made = [step.tokens for step in generate(ours, prompt, 64, Sampling(temperature=0))]
-    assert torch.equal(torch.tensor(made).T, greedy[:, 5:])
+    tokens_by_step = [step.tokens for step in generate(model, prompt, 64, Sampling(temperature=0))]
+    assert torch.equal(torch.tensor(tokens_by_step).T, greedy[:, 5:])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_was_read_is_written_as_it_was(theirs, name):
-    reference, folder = theirs[name]
-    ours, _ = load_model(folder)
+def test_reading_and_writing_changes_nothing(hf_models, name):
+    reference, folder = hf_models[name]
+    model, _ = load_model(folder)
     written, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    config = hf_config(ours.config, "float32", reference.config.bos_token_id, reference.config.eos_token_id)
+    config = hf_config(model.config, "float32", reference.config.bos_token_id, reference.config.eos_token_id)
     assert config | {"transformers_version": transformers.__version__} == written
-    assert config_from_hf(config) == ours.config
-    back = dict(hf_tensors(ours))
+    assert config_from_hf(config) == model.config
+    back = dict(hf_tensors(model))
     assert back.keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in back.items())
 
 
 @pytest.mark.parametrize("config", [GPT2(), GPT1(), QWEN3(), MIXTRAL()], ids=lambda config: config.model_type)
-def test_absent_keys_mean_what_they_mean_in_transformers(config):
-    """... by its default configurations; and what we'd write for those is the same, key for key."""
-    ours = config_from_hf({"model_type": config.model_type})
-    written = hf_config(ours, start_token=config.bos_token_id, end_of_text=config.eos_token_id)
+def test_absent_keys_have_transformers_defaults(config):
+    """Writing the defaults gives transformers' config, key for key."""
+    gpt_config = config_from_hf({"model_type": config.model_type})
+    written = hf_config(gpt_config, start_token=config.bos_token_id, end_of_text=config.eos_token_id)
     expected = config.to_dict()
     for content in (written, expected):
         for key in ("architectures", "dtype", "transformers_version"):
@@ -129,12 +129,12 @@ def test_absent_keys_mean_what_they_mean_in_transformers(config):
 
 
 @pytest.mark.parametrize(("kind", "parameters"), [("openai-gpt", 116_534_784), ("gpt2", 124_439_808)])
-def test_the_published_models_have_their_published_sizes(kind, parameters):
+def test_published_models_have_their_published_sizes(kind, parameters):
     with torch.device("meta"):
         assert GPT(config_from_hf({"model_type": kind})).num_parameters() == parameters
 
 
-def test_the_config_that_gpt2_was_published_with():
+def test_gpt2_s_published_config():
     content = {
         "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
         "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
@@ -179,7 +179,7 @@ def test_the_config_that_gpt2_was_published_with():
         ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'mixtral: only the rope_type "default"'),
     ],
 )
-def test_what_would_be_computed_otherwise_is_refused(kind, content, sentence):
+def test_unsupported_configs_are_refused(kind, content, sentence):
     with pytest.raises(UserError) as refusal:
         config_from_hf({"model_type": kind, **content})
     assert sentence in str(refusal.value)
@@ -226,7 +226,7 @@ def test_keys_are_honoured():
         (MIXTURE | {"balance_rate": 0.001}, "mixtral, has no balance_rate = 0.001"),
     ],
 )
-def test_what_no_architecture_has_is_refused(settings, sentence):
+def test_models_without_an_architecture_in_transformers_are_refused(settings, sentence):
     config = GPTConfig(8, 11, 2, 4, 16, **settings)
     with pytest.raises(UserError) as refusal:
         architecture_of(config)
@@ -245,7 +245,7 @@ def test_what_no_architecture_has_is_refused(settings, sentence):
         ("mixtral_8x7b", "mixtral"),
     ],
 )
-def test_the_presets_have_their_counterparts(name, kind):
+def test_the_presets_map_to_architectures(name, kind):
     path = ROOT / "configs" / f"{name}.toml"
     assert architecture_of(build_config(read_settings(path), str(path)).model) == kind
 
@@ -254,7 +254,7 @@ def test_the_presets_have_their_counterparts(name, kind):
     ("name", "total", "active"),
     [("moe", 284_057_088, 114_187_776), ("mixtral_8x7b", 46_702_792_704, 12_879_925_248)],
 )
-def test_the_mixtures_have_the_sizes_they_state(name, total, active):
+def test_the_mixtures_have_their_stated_sizes(name, total, active):
     path = ROOT / "configs" / f"{name}.toml"
     with torch.device("meta"):
         model = GPT(build_config(read_settings(path), str(path)).model)
@@ -262,7 +262,7 @@ def test_the_mixtures_have_the_sizes_they_state(name, total, active):
     assert f"{total:,} parameters" in path.read_text() and f"{active:,}" in path.read_text()
 
 
-def test_the_config_that_mixtral_was_published_with():
+def test_mixtral_s_published_config():
     content = {
         "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
         "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
@@ -277,44 +277,44 @@ def test_the_config_that_mixtral_was_published_with():
     assert config_from_hf(content) == dataclasses.replace(preset, balance_loss=0.02 * 2 / 32, router_z_loss=0.0)
 
 
-def test_the_balance_loss_is_that_of_transformers_where_the_layers_are_alike(tmp_path):
-    """There k for an even use, of all layers as one batch; here 1 in each layer, summed."""
+def test_the_balance_loss_equals_transformers_for_equal_layers(tmp_path):
+    """transformers: k at even use, over all layers as one batch. Here: 1 per layer, summed."""
     sizes = dict(num_local_experts=6, num_experts_per_tok=3, router_aux_loss_coef=0.05)
     config = MIXTRAL(**QWEN_SMALL, num_attention_heads=4, num_key_value_heads=2, **sizes)
     reference = randomised(transformers.AutoModelForCausalLM.from_config(config))
-    first, second = reference.model.layers
+    layer_1, layer_2 = reference.model.layers
     with torch.no_grad():
-        for layer in (first, second):  # which add nothing, so that both routers read the same
+        for layer in (layer_1, layer_2):  # the layers add nothing, so both routers read the same
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.experts.down_proj.zero_()
-        second.mlp.gate.weight.copy_(first.mlp.gate.weight)
-        second.post_attention_layernorm.weight.copy_(first.post_attention_layernorm.weight)
+        layer_2.mlp.gate.weight.copy_(layer_1.mlp.gate.weight)
+        layer_2.post_attention_layernorm.weight.copy_(layer_1.post_attention_layernorm.weight)
     reference.save_pretrained(tmp_path)
     tokens = torch.randint(31, (3, 40), generator=torch.Generator().manual_seed(1))
-    theirs = 0.05 * reference(tokens, output_router_logits=True).aux_loss
-    ours, _ = load_model(tmp_path)
-    auxiliary = ours(tokens, tokens).auxiliary
-    assert ours.config.balance_loss == pytest.approx(0.05 * 3 / 2) and auxiliary.keys() == {"balance"}
-    torch.testing.assert_close(auxiliary["balance"], theirs)
-    theirs.backward()
+    expected = 0.05 * reference(tokens, output_router_logits=True).aux_loss
+    model, _ = load_model(tmp_path)
+    auxiliary = model(tokens, tokens).auxiliary
+    assert model.config.balance_loss == pytest.approx(0.05 * 3 / 2) and auxiliary.keys() == {"balance"}
+    torch.testing.assert_close(auxiliary["balance"], expected)
+    expected.backward()
     auxiliary["balance"].backward()
-    for block, layer in zip(ours.blocks, (first, second)):
+    for block, layer in zip(model.blocks, (layer_1, layer_2)):
         torch.testing.assert_close(block.mlp.router.weight.grad, layer.mlp.gate.weight.grad)
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.02, 1e-3, 0.0, 1 / 3])
-def test_the_weight_of_the_balance_loss_survives_there_and_back(weight):
+def test_the_balance_loss_weight_survives_a_round_trip(weight):
     config = GPTConfig(8, 11, 7, 2, 16, **MIXTURE, experts_per_token=3, balance_loss=weight)
-    there = hf_config(config)
-    assert there["router_aux_loss_coef"] == pytest.approx(weight * 7 / 3)
-    assert config_from_hf(there).balance_loss == pytest.approx(weight, rel=1e-15)
+    written = hf_config(config)
+    assert written["router_aux_loss_coef"] == pytest.approx(weight * 7 / 3)
+    assert config_from_hf(written).balance_loss == pytest.approx(weight, rel=1e-15)
     content = {"model_type": "mixtral", "router_aux_loss_coef": weight, "num_hidden_layers": 7}
     assert hf_config(config_from_hf(content))["router_aux_loss_coef"] == pytest.approx(weight, rel=1e-15)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral-tied"])
-def test_experts_that_lie_in_one_tensor_load(theirs, copy, name):
-    reference, folder = theirs[name]
+def test_experts_stored_in_one_tensor_load(hf_models, copy, name):
+    reference, folder = hf_models[name]
     fused = copy(name)
     (fused / "model.safetensors").unlink()
     state = {
@@ -322,7 +322,7 @@ def test_experts_that_lie_in_one_tensor_load(theirs, copy, name):
     }
     assert "model.layers.1.mlp.experts.gate_up_proj" in state
     save_file(state, fused / "model.safetensors")
-    assert same(load_model(fused)[0], folder)
+    assert equals_folder(load_model(fused)[0], folder)
     state["model.layers.0.mlp.experts.down_proj"] = torch.zeros(2, 3, 4)
     save_file(state, fused / "model.safetensors")
     with pytest.raises(UserError, match=r"layers.0.mlp.experts.down_proj has the shape \(2, 3, 4\), not \("):
@@ -333,21 +333,21 @@ def test_experts_that_lie_in_one_tensor_load(theirs, copy, name):
         load_model(fused)
 
 
-def test_derived_values_may_be_spelled_out():
+def test_default_sizes_may_be_set_explicitly():
     assert architecture_of(GPTConfig(8, 11, 2, 4, 16, n_kv_head=4, head_size=4, mlp_size=64, rotary_base=3.0)) == "gpt2"
     assert architecture_of(GPTConfig(8, 11, 2, 4, 16, norm_position="post", mlp_size=64)) == "openai-gpt"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt1-odd", "qwen3-tied", "mixtral-tied"])
-def test_shards_and_names_without_the_prefix_load(theirs, copy, name):
-    reference, folder = theirs[name]
+def test_shards_and_names_without_the_prefix_load(hf_models, copy, name):
+    reference, folder = hf_models[name]
     sharded = copy(name)
     (sharded / "model.safetensors").unlink()
     reference.save_pretrained(sharded, max_shard_size="20KB")
     assert len(list(sharded.glob("model-*.safetensors"))) > 1
-    assert same(load_model(sharded)[0], folder)
+    assert equals_folder(load_model(sharded)[0], folder)
     shutil.rmtree(sharded)
-    bare = copy(name)  # as the hub's gpt2 has them, buffers included
+    bare = copy(name)  # as in the hub's gpt2, including buffers
     tensors = load_file(folder / "model.safetensors")
     tensors = {key.removeprefix("transformer.").removeprefix("model."): tensor for key, tensor in tensors.items()}
     extra = {"h.0.attn.bias": torch.ones(1, 1, 80, 80), "h.1.attn.masked_bias": torch.tensor(-1e4)}
@@ -356,11 +356,11 @@ def test_shards_and_names_without_the_prefix_load(theirs, copy, name):
         embedding = "wte.weight" if name == "gpt2" else "embed_tokens.weight"
         extra["lm_head.weight"] = tensors[embedding].clone()
     save_file(tensors | extra, bare / "model.safetensors")
-    assert same(load_model(bare)[0], folder)
+    assert equals_folder(load_model(bare)[0], folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_load_as_float32(theirs, copy, dtype):
+def test_other_precisions_load_as_float32(hf_models, copy, dtype):
     folder = copy("qwen3-tied")
     tensors = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -401,13 +401,13 @@ def test_wrong_tensors_are_named(copy, name, change, sentence):
     assert sentence in str(refusal.value) and str(folder) in str(refusal.value)
 
 
-def test_damaged_missing_and_pickled_files_are_named(copy, theirs):
+def test_damaged_missing_and_pickled_files_are_named(copy, hf_models):
     folder = copy("gpt1")
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:1000], whole[:-1], b"\xff" * 8 + whole[8:], whole[:9] + b"#" + whole[10:]):
         path.write_bytes(content)
-        with pytest.raises(UserError, match="model.safetensors is missing or damaged"):
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
             load_model(folder)
     path.unlink()
     with pytest.raises(UserError, match="has no model.safetensors"):
@@ -418,14 +418,14 @@ def test_damaged_missing_and_pickled_files_are_named(copy, theirs):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(UserError, match="index.json is damaged"):
         load_model(folder)
-    theirs["gpt1"][0].save_pretrained(folder, max_shard_size="20KB")
+    hf_models["gpt1"][0].save_pretrained(folder, max_shard_size="20KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=f"{shard.name} is missing or damaged"):
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
         load_model(folder)
 
 
-def test_a_config_that_is_refused_is_named_with_its_file(copy):
+def test_a_refused_config_is_named_with_its_file(copy):
     folder = copy("gpt2")
     (folder / "config.json").write_text('{"model_type": "gpt2", "add_cross_attention": true}')
     with pytest.raises(UserError, match="config.json: add_cross_attention = true"):
@@ -433,8 +433,8 @@ def test_a_config_that_is_refused_is_named_with_its_file(copy):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "ours"])
-def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, name):
-    folder = theirs["gpt2"][1]
+def test_only_context_and_dropout_may_be_replaced(hf_models, tmp_path, name):
+    folder = hf_models["gpt2"][1]
     if name == "ours":
         save_model(load_model(folder)[0], None, tmp_path / "ours")
         folder = tmp_path / "ours"
@@ -447,7 +447,7 @@ def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, nam
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(model.eval()(tokens), whole.eval()(tokens))
-    assert model.position_embedding.weight.untyped_storage().nbytes() == 9 * 32 * 4  # the rest is let go
+    assert model.position_embedding.weight.untyped_storage().nbytes() == 9 * 32 * 4  # the other rows are freed
     for change, sentence in (
         ({"block_size": 81}, "block_size = 81 is more than the 80 positions learned"),
         ({"norm_eps": 1e-3}, "norm_eps = 0.001 contradicts the model"),
@@ -457,8 +457,8 @@ def test_context_and_dropout_are_replaced_and_nothing_else(theirs, tmp_path, nam
             load_model(folder, dataclasses.replace(stored, **change))
 
 
-def test_rotary_models_take_any_context(theirs):
-    folder = theirs["qwen3-tied"][1]
+def test_rotary_models_take_any_context(hf_models):
+    folder = hf_models["qwen3-tied"][1]
     config = dataclasses.replace(load_config(folder), block_size=200)
     assert load_model(folder, config)[0](torch.zeros(1, 200, dtype=torch.int64)).shape == (1, 200, 31)
 
@@ -468,29 +468,29 @@ def test_a_vocabulary_may_be_padded_beyond_its_tokenizer(copy):
     CharTokenizer("abc").save(folder)
     model, tokenizer = load_model(folder)
     assert (model.config.vocab_size, tokenizer.vocab_size) == (23, 3)
-    assert tokenizer.decode([0, 22, 1]) == "ab"  # ids of the padding are no text
+    assert tokenizer.decode([0, 22, 1]) == "ab"  # ids of the padding have no text
     CharTokenizer([chr(i) for i in range(24)]).save(folder)
     with pytest.raises(UserError, match="belongs to another model: it has 24 tokens, the model 23"):
         load_model(folder)
 
 
-def test_models_of_the_hub_are_downloaded_by_name(theirs, tmp_path, monkeypatch):
+def test_hub_models_are_downloaded_by_name(hf_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = []
+    downloads = []
 
     def download(repository, allow_patterns):
-        asked.append((repository, allow_patterns))
-        return str(theirs["gpt2"][1])
+        downloads.append((repository, allow_patterns))
+        return str(hf_models["gpt2"][1])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_config("gpt2") == load_model("gpt2")[0].config
-    assert asked[0] == ("openai-community/gpt2", ["config.json"])
-    assert asked[1][0] == "openai-community/gpt2" and "model.safetensors" in asked[1][1]
-    assert not any(pattern.endswith((".bin", ".py", ".h5")) for pattern in asked[1][1])
-    assert model_directory("openai-gpt") == theirs["gpt2"][1] and asked[2][0] == "openai-community/openai-gpt"
-    assert load_model("hf:someone/something")[0].config.n_layer == 2 and asked[3][0] == "someone/something"
-    shutil.copytree(theirs["gpt1"][1], tmp_path / "gpt2")
-    assert load_model("gpt2")[0].config.norm_position == "post" and len(asked) == 4  # the local folder comes first
+    assert downloads[0] == ("openai-community/gpt2", ["config.json"])
+    assert downloads[1][0] == "openai-community/gpt2" and "model.safetensors" in downloads[1][1]
+    assert not any(pattern.endswith((".bin", ".py", ".h5")) for pattern in downloads[1][1])
+    assert model_directory("openai-gpt") == hf_models["gpt2"][1] and downloads[2][0] == "openai-community/openai-gpt"
+    assert load_model("hf:someone/something")[0].config.n_layer == 2 and downloads[3][0] == "someone/something"
+    shutil.copytree(hf_models["gpt1"][1], tmp_path / "gpt2")
+    assert load_model("gpt2")[0].config.norm_position == "post" and len(downloads) == 4  # the local folder comes first
     with pytest.raises(UserError, match="no model directory out/typo.*gpt2-xl; name any other as hf:OWNER"):
         load_model("out/typo")
 
@@ -503,7 +503,7 @@ def test_models_of_the_hub_are_downloaded_by_name(theirs, tmp_path, monkeypatch)
         (ConnectionError(), "can't be downloaded: connect once, or name a folder that holds its files"),
     ],
 )
-def test_a_download_that_fails_is_one_sentence(monkeypatch, tmp_path, error, sentence):
+def test_a_failed_download_is_reported_in_one_sentence(monkeypatch, tmp_path, error, sentence):
     def fail(*args, **kwargs):
         raise error
 
@@ -514,7 +514,7 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch, tmp_path, error, sen
     assert "\n" not in str(refusal.value)
 
 
-def test_tables_name_settings_that_exist():
+def test_tables_name_existing_settings():
     names = {field.name for field in dataclasses.fields(GPTConfig)}
     for architecture in ARCHITECTURES.values():
         assert architecture.ours.keys() <= names

@@ -1,4 +1,4 @@
-"""Dense models made mixtures of experts from the command line."""
+"""Dense models converted to mixtures of experts on the command line."""
 
 import json
 
@@ -32,7 +32,7 @@ def run(output_of):
         (MODERN, ["--n_experts=4", "--shared_experts=2", "--expert_interval=2"]),
     ],
 )
-def test_the_mixture_computes_what_the_model_did(settings, flags, run, tmp_path):
+def test_a_new_mixture_computes_the_same_as_the_model(settings, flags, run, tmp_path):
     dense = randomised(GPT(GPTConfig(12, 31, 4, 2, 16, **settings)))
     save_model(dense, None, tmp_path / "dense")
     output = run(tmp_path / "dense", tmp_path / "mixture", *flags)
@@ -45,29 +45,29 @@ def test_the_mixture_computes_what_the_model_did(settings, flags, run, tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(mixture(tokens), dense(tokens), atol=1e-5, rtol=1e-5)
         chosen = [experts.route(torch.randn(50, 16))[0] for experts in mixture.experts]
-    assert all(len(c.unique()) > 2 for c in chosen)  # the routers tell tokens apart
-    again = tmp_path / "again"
-    run(tmp_path / "dense", again, *flags)
-    assert (again / "model.safetensors").read_bytes() == (tmp_path / "mixture" / "model.safetensors").read_bytes()
+    assert all(len(c.unique()) > 2 for c in chosen)  # the routers distinguish tokens
+    run(tmp_path / "dense", tmp_path / "again", *flags)
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("mixture", "again")]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("settings", [{}, MODERN], ids=["gpt2", "modern"])
-def test_shared_experts_say_nothing_at_first_and_learn(settings):
+def test_shared_experts_start_at_zero_and_learn(settings):
     dense = randomised(GPT(GPTConfig(12, 31, 2, 2, 16, **settings)))
     torch.manual_seed(0)
     mixture = upcycled(dense, 4, shared_experts=2)
     shared = [experts.shared for experts in mixture.experts]
     width = dense.config.mlp_width
-    assert [one.projection.weight.shape for one in shared] == [(16, 2 * width)] * 2
-    for one in shared:
-        assert not one(torch.randn(5, 16))[0].any()
-        assert 0.018 < one.up.weight.std() < 0.022 and not torch.equal(one.up.weight[0], one.up.weight[1])
+    assert [expert.projection.weight.shape for expert in shared] == [(16, 2 * width)] * 2
+    for expert in shared:
+        assert not expert(torch.randn(5, 16))[0].any()
+        assert 0.018 < expert.up.weight.std() < 0.022 and not torch.equal(expert.up.weight[0], expert.up.weight[1])
     tokens = torch.randint(31, (3, 12), generator=torch.Generator().manual_seed(0))
     mixture.train()(tokens, tokens).total.backward()
-    assert all(one.projection.weight.grad.abs().min() > 0 for one in shared)
+    assert all(expert.projection.weight.grad.abs().min() > 0 for expert in shared)
 
 
-def test_training_goes_on_with_it(run, workplace):
+def test_a_mixture_trains_further(run, workplace):
     train = ["train.py", "sums.toml", *TINY_FLAGS, "--compile=False", "--dtype=float32"]
     result = command(*train, "--out_dir=dense", "--max_iters=30", "--eval_interval=30")
     assert result.returncode == 0, result.stderr
@@ -82,10 +82,10 @@ def test_training_goes_on_with_it(run, workplace):
     assert result.returncode == 0, result.stderr
     config = load_config("further")
     assert (config.n_experts, config.experts_per_token, config.n_embd) == (4, 2, 16)
-    *_, last = (workplace / "further" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(last)["step"] == 4 and "expert_cv" in json.loads(last)
+    *_, last_line = (workplace / "further" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(last_line)["step"] == 4 and "expert_cv" in json.loads(last_line)
     experts = load_model("further")[0].blocks[0].mlp.up
-    assert not torch.equal(experts[0], experts[1])  # they have come apart
+    assert not torch.equal(experts[0], experts[1])  # they have diverged
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_training_goes_on_with_it(run, workplace):
         (["--n_expert=3"], "there is no flag --n_expert; did you mean --n_experts"),
     ],
 )
-def test_what_makes_no_mixture_is_refused_and_nothing_is_written(flags, sentence, run, tmp_path):
+def test_impossible_mixtures_are_refused_and_nothing_is_written(flags, sentence, run, tmp_path):
     save_model(GPT(GPTConfig(8, 11, 2, 2, 8)), None, tmp_path / "dense")
     assert sentence in run(tmp_path / "dense", tmp_path / "mixture", *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

@@ -292,13 +292,13 @@ def run_trl(job: PPOJob) -> list[float]:
     transformers.logging.set_verbosity_error()
     transformers.set_seed(job.seed)
     settings, size = job.settings, job.settings.episodes_per_iteration
-    ours, tokenizer, chat = load_chat_model(job.folder / POLICY)
+    policy_model, tokenizer, chat = load_chat_model(job.folder / POLICY)
 
     # trl recognizes padding by a token, which then can't count as text: use one the policy never learned to write
     pad, end, answer = (chat.ids[mark] for mark in ("<|system|>", "<|end|>", "<|assistant|>"))
-    config_dict = hf_config(ours.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
+    config_dict = hf_config(policy_model.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
     config = transformers.AutoConfig.for_model(**config_dict, num_labels=1)
-    weights = dict(hf_tensors(ours))
+    weights = dict(hf_tensors(policy_model))
     policy, reference = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
     value_network = transformers.AutoModelForSequenceClassification.from_config(config)
     for model in (policy, reference, value_network):
@@ -328,7 +328,7 @@ def run_trl(job: PPOJob) -> list[float]:
                 hidden_states=(rewards[:, None, None].expand(*input_ids.shape, 1),)
             )
 
-    vocabulary = dict(zip([*LETTERS, *chat.added], range(ours.config.vocab_size)))
+    vocabulary = dict(zip([*LETTERS, *chat.added], range(policy_model.config.vocab_size)))
     processing = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary)), pad_token="<|system|>", eos_token="<|end|>",
         padding_side="left",
@@ -399,15 +399,15 @@ def take_iterations(calls: dict[str, Call], iterations: int) -> dict[str, PPORun
 def summarize(runs: Sequence[PPORun]) -> dict[str, Any]:
     """Figures of one competitor from its runs, one per seed."""
     seconds = [scored.seconds for run in runs for scored in run.iterations[UNCOUNTED:]]
-    size, last = len(runs[0].iterations[0].rewards), -(-len(runs[0].iterations) // 5)
+    size, final = len(runs[0].iterations[0].rewards), -(-len(runs[0].iterations) // 5)
     each = spread(seconds)
     return {
         "episodes_per_second": size / each["median"],
         "iteration_seconds": each,
         "reward_at_first": fmean(fmean(run.iterations[0].rewards) for run in runs),
-        "rewards": [fmean(fmean(scored.rewards) for scored in run.iterations[-last:]) for run in runs],
-        "kl": fmean(fmean(run.ended.kl[-last:]) for run in runs),
-        "tokens": fmean(fmean(scored.tokens for scored in run.iterations[-last:]) for run in runs),
+        "rewards": [fmean(fmean(scored.rewards) for scored in run.iterations[-final:]) for run in runs],
+        "kl": fmean(fmean(run.ended.kl[-final:]) for run in runs),
+        "tokens": fmean(fmean(scored.tokens for scored in run.iterations[-final:]) for run in runs),
         "peak_memory_gb": max(run.ended.peak for run in runs) / 1e9,
         "curves": [[fmean(scored.rewards) for scored in run.iterations] for run in runs],
         "kl_curves": [run.ended.kl for run in runs],
@@ -416,18 +416,18 @@ def summarize(runs: Sequence[PPORun]) -> dict[str, Any]:
     }
 
 
-def compare(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def compare(ours: dict[str, Any], trl: dict[str, Any]) -> dict[str, Any]:
     """Our speed over trl's, and our relative gain in reward with Welch's 95% interval."""
     from scipy.stats import ttest_ind
 
-    pairs = zip(ours["seconds"], other["seconds"])
+    pairs = zip(ours["seconds"], trl["seconds"])
     ratios = [median(b[UNCOUNTED:]) / median(a[UNCOUNTED:]) for a, b in pairs]
-    mean = fmean(other["rewards"])
+    mean = fmean(trl["rewards"])
     comparison: dict[str, Any] = {"reward": fmean(ours["rewards"]) / mean - 1, "interval": None}
     if len(ours["rewards"]) > 1:
-        interval = ttest_ind(ours["rewards"], other["rewards"], equal_var=False).confidence_interval(0.95)
+        interval = ttest_ind(ours["rewards"], trl["rewards"], equal_var=False).confidence_interval(0.95)
         comparison["interval"] = [interval.low / mean, interval.high / mean]
-    speed = spread(ratios) | {"median": ours["episodes_per_second"] / other["episodes_per_second"]}
+    speed = spread(ratios) | {"median": ours["episodes_per_second"] / trl["episodes_per_second"]}
     return comparison | {"speed": speed}
 
 
@@ -442,8 +442,8 @@ def show(results: dict[str, Any]) -> None:
     print()
     for name, each in results["comparisons"].items():
         speed, interval = each["speed"], each["interval"]
-        within = "" if interval is None else f", 95% interval {interval[0]:+.1%} to {interval[1]:+.1%}"
-        print(f"reward       {name}: {each['reward']:+.1%} against trl{within}")
+        interval_text = "" if interval is None else f", 95% interval {interval[0]:+.1%} to {interval[1]:+.1%}"
+        print(f"reward       {name}: {each['reward']:+.1%} against trl{interval_text}")
         print(f"speed        {name}: {speed['median']:.2f} times trl's episodes/s", end="")
         print(f" ({speed['min']:.2f} to {speed['max']:.2f} over the seeds)")
 
@@ -500,8 +500,8 @@ def bench_ppo(args: list[str]) -> None:
     results: dict[str, Any] = {"machine": machine, "parameters": parameters, "settings": json_settings(settings)}
     results["trl"] = importlib.metadata.version("trl") if settings.trl else None
     results["programs"] = {name: summarize(each) for name, each in runs.items()}
-    ours, theirs = dict(results["programs"]), results["programs"].get("trl")
+    ours, trl = dict(results["programs"]), results["programs"].get("trl")
     ours.pop("trl", None)
-    results["comparisons"] = {name: compare(row, theirs) for name, row in ours.items()} if theirs else {}
+    results["comparisons"] = {name: compare(row, trl) for name, row in ours.items()} if trl else {}
     show(results)
     write_results(settings.json, results)

@@ -20,6 +20,7 @@ from typing import Any
 from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.tables import to_json
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
 
@@ -248,4 +249,4 @@ def json_settings(settings: Any) -> dict[str, Any]:
 
 def write_results(path: Path | None, results: dict[str, Any]) -> None:
     if path is not None:
-        write_file(path.resolve(), json.dumps(results, indent=2) + "\n")
+        write_file(path.resolve(), to_json(results, indent=2) + "\n")

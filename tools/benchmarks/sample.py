@@ -280,7 +280,7 @@ def step_bytes(config: Any, rows: int, held: float, sizes: dict[str, Any]) -> di
     """Bytes that a decoding step must read: each matrix once, and the keys and values of `held` tokens per row."""
     width, heads, size = config.n_embd, config.n_head, config.head_width
     attention = (heads + 2 * config.kv_heads) * size * width + heads * size * width
-    mlp = (3 if config.activation == "swiglu" else 2) * config.mlp_width * width
+    mlp = (3 if config.gated else 2) * config.mlp_width * width
     weights = config.n_layer * (attention + mlp) + config.vocab_size * width
     band = min(held, config.attention_band or held)  # every second block sees a band
     tokens = (config.n_layer + 1) // 2 * held + config.n_layer // 2 * band

@@ -125,8 +125,8 @@ def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -
                     compiling = time.time()
                 elif line.startswith("not compiled "):
                     compiled = False
-                elif known := re.match(r"device .*, (\w+), (not )?compiled: ", line):
-                    dtype = known[1]
+                elif device := re.match(r"device .*, (\w+), (not )?compiled: ", line):
+                    dtype = device[1]
                 elif step := re.match(r"step (\d+): ", line):
                     advance(int(step[1]))
             code = process.wait()
@@ -221,8 +221,8 @@ class NanoGPTSpeedrun:
         tokens = np.memmap(self.tokens, dtype=np.uint16, mode="r")
         starts = torch.randint(len(tokens) - length, (rows,)).tolist()
         batch = []
-        for first in (0, 1):
-            windows = [tokens[start + first : start + first + length].astype(np.int64) for start in starts]
+        for shift in (0, 1):
+            windows = [tokens[start + shift : start + shift + length].astype(np.int64) for start in starts]
             batch.append(torch.stack([torch.from_numpy(window) for window in windows]).to(self.trainer.device))
         return batch
 
@@ -267,11 +267,11 @@ class NanoGPTSpeedrun:
 
 def train_nanogpt(job: SpeedrunJob, advance: Callable[[int], None]) -> SpeedrunRun:
     evaluations, evaluating, start = [], 0.0, time.perf_counter()
-    with child_process("nanoGPT", NanoGPTSpeedrun, job) as ask:
-        ask(None)
+    with child_process("nanoGPT", NanoGPTSpeedrun, job) as call:
+        call(None)
         loaded = time.perf_counter()
         while not evaluations or evaluations[-1].step < job.config.training.max_iters:
-            evaluation, seconds = ask("segment")
+            evaluation, seconds = call("segment")
             evaluations.append(evaluation)
             evaluating += seconds
             advance(evaluation.step)
@@ -339,40 +339,40 @@ def reached(evaluations: Sequence[Evaluation], target: float) -> Evaluation | No
 
 def summarize(run: SpeedrunRun, seed: int, target: float) -> dict[str, Any]:
     """Figures of a run: the evaluations that first reached the target, was best and was last; None if missing."""
-    first = reached(run.evaluations, target)
+    first_reached = reached(run.evaluations, target)
     best = min(
         (e for e in run.evaluations if math.isfinite(e.val_loss)),
         key=lambda evaluation: evaluation.val_loss,
         default=None,
     )
-    last = run.evaluations[-1] if run.evaluations else None
-    named = {"reached": first, "best": best, "end": last}
+    final = run.evaluations[-1] if run.evaluations else None
+    named = {"reached": first_reached, "best": best, "end": final}
     row = {"seed": seed} | {name: evaluation and evaluation._asdict() for name, evaluation in named.items()}
     row |= {"start_up_seconds": run.start_up, "compilation_seconds": run.compilation}
     row |= {"evaluation_seconds": run.evaluation, "wall_seconds": run.wall, "dtype": run.dtype}
     return row | {"evaluations": [evaluation._asdict() for evaluation in run.evaluations]}
 
 
-def ratio(ours: dict[str, Any], its: dict[str, Any]) -> dict[str, Any] | None:
+def ratio(ours: dict[str, Any], nanogpt: dict[str, Any]) -> dict[str, Any] | None:
     """Our seconds to the target over nanoGPT's; None if ours didn't reach it.
 
     If nanoGPT didn't reach it, its whole run counts and the ratio is an upper bound (`at_most`).
     """
     if ours["reached"] is None:
         return None
-    seconds = (its["reached"] or its["end"])["seconds"]
-    return {"seed": ours["seed"], "ratio": ours["reached"]["seconds"] / seconds, "at_most": its["reached"] is None}
+    seconds = (nanogpt["reached"] or nanogpt["end"])["seconds"]
+    return {"seed": ours["seed"], "ratio": ours["reached"]["seconds"] / seconds, "at_most": nanogpt["reached"] is None}
 
 
 def compute_floor(rows: list[dict[str, Any]], flops_per_token: int, rate: float | None) -> dict[str, Any] | None:
     """Medians over our runs that reached the target: the seconds that matrix products take, and their share of ours."""
-    there = [row["reached"] for row in rows if row["reached"]]
-    if rate is None or not there:
+    evaluations = [row["reached"] for row in rows if row["reached"]]
+    if rate is None or not evaluations:
         return None
-    seconds = [flops_per_token * evaluation["tokens"] / rate for evaluation in there]
-    share = median(least / evaluation["seconds"] for least, evaluation in zip(seconds, there))
-    known = {"flops_per_token": flops_per_token, "flops_per_second": rate}
-    return known | {"seconds": median(seconds), "share": share}
+    seconds = [flops_per_token * evaluation["tokens"] / rate for evaluation in evaluations]
+    share = median(floor / evaluation["seconds"] for floor, evaluation in zip(seconds, evaluations))
+    rates = {"flops_per_token": flops_per_token, "flops_per_second": rate}
+    return rates | {"seconds": median(seconds), "share": share}
 
 
 def show(results: dict[str, Any]) -> None:
@@ -380,46 +380,46 @@ def show(results: dict[str, Any]) -> None:
     print(f"\n{'':10}{'seed':>10}" + "".join(f"{column:>12}" for column in (*columns, "wall s")))
     for name, rows in results["programs"].items():
         for row in rows:
-            there, compilation = row["reached"], row["compilation_seconds"]
+            hit, compilation = row["reached"], row["compilation_seconds"]
             cells = ["-"] * 4
-            if there:
+            if hit:
                 cells = [
-                    f"{there['step']:,}",
-                    f"{there['tokens']:,}",
-                    f"{there['seconds']:.2f}",
-                    f"{there['val_loss']:.4f}",
+                    f"{hit['step']:,}",
+                    f"{hit['tokens']:,}",
+                    f"{hit['seconds']:.2f}",
+                    f"{hit['val_loss']:.4f}",
                 ]
             times = row["evaluation_seconds"], compilation, row["start_up_seconds"], row["wall_seconds"]
             cells += ["-" if seconds is None else f"{seconds:.2f}" for seconds in times]
             print(f"{name:10}{row['seed']:>10}" + "".join(f"{cell:>12}" for cell in cells))
     print(f"\ntarget       {target:.4f}, " + results["target_is"])
     for name, rows in results["programs"].items():
-        there = [row["reached"]["seconds"] for row in rows if row["reached"]]
-        if there:
-            print(f"{name:12} takes {median(there):.2f} s of training, the median of {len(there)} of {len(rows)} runs")
+        hits = [row["reached"]["seconds"] for row in rows if row["reached"]]
+        if hits:
+            print(f"{name:12} takes {median(hits):.2f} s of training, the median of {len(hits)} of {len(rows)} runs")
         for row in rows:
             if row["reached"] is None:
                 best = row["best"]
-                said = f"its best is {best['val_loss']:.4f} at step {best['step']:,}" if best else "it diverged"
-                print(f"{'':12} {name}, seed {row['seed']}, does not reach {target:.4f}: {said}")
+                ending = f"its best is {best['val_loss']:.4f} at step {best['step']:,}" if best else "it diverged"
+                print(f"{'':12} {name}, seed {row['seed']}, does not reach {target:.4f}: {ending}")
     for row in results["programs"].get("nanoGPT", []):
         end = row["end"]
         print(f"{'':12} nanoGPT, seed {row['seed']}, ends at {end['val_loss']:.4f} after {end['seconds']:.2f} s")
     times = [row["compilation_seconds"] for row in results["programs"]["ours"]]
     compiled = [seconds for seconds in times if seconds is not None]
-    some = f", in {len(compiled)} of {len(times)} runs" * (len(compiled) < len(times))
-    shown = f"ours was, in {median(compiled):.1f} s that don't count{some}" if compiled else "ours was not"
+    partly = f", in {len(compiled)} of {len(times)} runs" * (len(compiled) < len(times))
+    shown = f"ours was, in {median(compiled):.1f} s that don't count{partly}" if compiled else "ours was not"
     print(f"compiled     {shown}")
     if results["ratios"]:
         each = ", ".join(
-            f"{'at most ' * one['at_most']}{one['ratio']:.3f} with seed {one['seed']}" for one in results["ratios"]
+            f"{'at most ' * row['at_most']}{row['ratio']:.3f} with seed {row['seed']}" for row in results["ratios"]
         )
         middle = results["ratio"]["median"]
         print(f"ratio        ours takes {middle:.3f} of nanoGPT's seconds, {1 / middle:.2f} times as fast: {each}")
     if results["floor"]:
-        least = results["floor"]
-        rate = f"{least['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['programs']['ours'][0]['dtype']} products"
-        print(f"floor        {least['seconds']:.2f} s at {rate}; it is {least['share']:.0%} of ours")
+        floor = results["floor"]
+        rate = f"{floor['flops_per_second'] / 1e9:,.0f} GFLOP/s of {results['programs']['ours'][0]['dtype']} products"
+        print(f"floor        {floor['seconds']:.2f} s at {rate}; it is {floor['share']:.0%} of ours")
 
 
 @contextlib.contextmanager
@@ -432,9 +432,9 @@ def progress_bar(name: str, seed: int, steps: int) -> Iterator[Callable[[int], N
 
 
 def print_end(name: str, seed: int, run: SpeedrunRun) -> None:
-    last = run.evaluations[-1] if run.evaluations else None
-    said = f"{last.val_loss:.4f} after {last.seconds:.2f} s of training" if last else "diverged"
-    print(f"{name:12} seed {seed} ends: {said}", flush=True)
+    final = run.evaluations[-1] if run.evaluations else None
+    ending = f"{final.val_loss:.4f} after {final.seconds:.2f} s of training" if final else "diverged"
+    print(f"{name:12} seed {seed} ends: {ending}", flush=True)
 
 
 def bench_speedrun(args: list[str]) -> int:
@@ -471,20 +471,20 @@ def bench_speedrun(args: list[str]) -> int:
             write_raw(corpus.split("train", 1, vocab_size, document_mask=False), Path(name) / TRAIN_FILE)
         try:
             for seed in settings.seeds:
-                done: dict[str, SpeedrunRun] = {}
+                runs_of_seed: dict[str, SpeedrunRun] = {}
                 if settings.nanogpt is not None:
                     recipe = nanogpt_recipe(vocab_size, seed)
                     job = SpeedrunJob(
                         settings.nanogpt.resolve(), recipe, str(device), corpus.directories[0], Path(name)
                     )
                     with progress_bar("nanoGPT", seed, recipe.training.max_iters) as advance:
-                        done["nanoGPT"] = train_nanogpt(job, advance)
-                    print_end("nanoGPT", seed, done["nanoGPT"])
+                        runs_of_seed["nanoGPT"] = train_nanogpt(job, advance)
+                    print_end("nanoGPT", seed, runs_of_seed["nanoGPT"])
                 with progress_bar("ours", seed, config.training.max_iters) as advance:
-                    done["ours"] = train_ours(for_train, seed, advance)
-                print_end("ours", seed, done["ours"])
-                rates.append(peak_flops(device, device_name(device), done["ours"].dtype))
-                runs[seed] = done
+                    runs_of_seed["ours"] = train_ours(for_train, seed, advance)
+                print_end("ours", seed, runs_of_seed["ours"])
+                rates.append(peak_flops(device, device_name(device), runs_of_seed["ours"].dtype))
+                runs[seed] = runs_of_seed
         except KeyboardInterrupt:
             if not runs:
                 raise
@@ -492,17 +492,17 @@ def bench_speedrun(args: list[str]) -> int:
 
     target, target_is = settings.loss, "as given"
     if target is None:
-        target = median(done["nanoGPT"].evaluations[-1].val_loss for done in runs.values())
+        target = median(runs_of_seed["nanoGPT"].evaluations[-1].val_loss for runs_of_seed in runs.values())
         target_is = "where nanoGPT ends" + ", the median" * (len(runs) > 1)
     results: dict[str, Any] = {"machine": machine, "settings": json_settings(settings), "config": asdict(config)}
     results |= {"arguments": for_train, "target": target, "target_is": target_is}
     results["programs"] = programs = {
-        name: [summarize(done[name], seed, target) for seed, done in runs.items()]
+        name: [summarize(runs_of_seed[name], seed, target) for seed, runs_of_seed in runs.items()]
         for name in ("ours",) + ("nanoGPT",) * (settings.nanogpt is not None)
     }
-    ratios = [ratio(ours, its) for ours, its in zip(programs["ours"], programs.get("nanoGPT", []))]
-    results["ratios"] = ratios = [one for one in ratios if one is not None]
-    results["ratio"] = spread([one["ratio"] for one in ratios]) if ratios else None
+    ratios = [ratio(ours, nanogpt) for ours, nanogpt in zip(programs["ours"], programs.get("nanoGPT", []))]
+    results["ratios"] = ratios = [row for row in ratios if row is not None]
+    results["ratio"] = spread([row["ratio"] for row in ratios]) if ratios else None
     flops = flops_per_token(sketch)
     results["floor"] = compute_floor(programs["ours"], flops, None if rates[0] is None else median(rates))
     show(results)

@@ -1,0 +1,151 @@
+"""What a training run will do: settings, data, device and the state it resumes from, before a model is built."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic.dataclasses
+import torch
+
+from gpt_arc import distributed
+from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
+from gpt_arc.data.order import MixtureOrder, TrainingOrder
+from gpt_arc.device import device_name, resolve_dtype
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.reading import reading
+from gpt_arc.settings import Natural, NonNegative
+from gpt_arc.tables import human
+from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
+from gpt_arc.training.command_line import Launch, check_same_model
+from gpt_arc.training.compile import resolve_compile
+from gpt_arc.training.config import Config
+from gpt_arc.training.expert_parallel import check_expert_processes
+from gpt_arc.training.optim import check_same_optimizer
+from gpt_arc.weights.directory import load_config
+from model import GPT
+
+
+@pydantic.dataclasses.dataclass(config=CHECKED)
+class Progress:
+    """How far a run has come: with the weights, the optimizer and the generators, all that resuming needs."""
+
+    step: Natural = 0  # optimizer updates made
+    consumed: Natural = 0  # sequences read
+    skipped: Natural = 0  # steps left out because their gradient was not finite
+    seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
+    evaluated_step: Natural = 0
+    best_val_loss: float = math.inf
+    best_step: Natural | None = None
+
+
+@dataclass
+class Plan:
+    """What a run will do. `config` has the dataset's vocabulary."""
+
+    launch: Launch
+    config: Config
+    corpus: Corpus | None  # None where a dry run finds no dataset
+    train_tokens: Split | None
+    val_tokens: Split | None
+    order: TrainingOrder | MixtureOrder | None  # of the training windows
+    device: torch.device
+    dtype: str
+    compile: bool
+    why_compile: str
+    state: dict[str, Any] | None  # of the run that is resumed
+    progress: Progress
+    micro_steps: int  # forward and backward passes of this process in a step
+    micro_batch: int  # sequences in each
+    flops_per_token: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.sequences_per_step * self.config.model.block_size
+
+
+def make_plan(launch: Launch, device: torch.device) -> Plan:
+    """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
+    config, state, progress = launch.config, None, Progress()
+    if IS_MAIN and not config.run.dry_run:
+        prepare_missing(config.data.sources)
+    distributed.from_main(None)  # the other processes wait for the data
+    corpus = open_corpus(config.data.sources)
+
+    # a dataset's vocabulary replaces a preset's; a trained model keeps its own
+    vocab_size, block_size = config.model.vocab_size, config.model.block_size
+    trained = load_config(launch.resumed / "last") if launch.resumed else None
+    if corpus and corpus.tokenizer and not launch.imported:
+        vocab_size = trained.vocab_size if trained else corpus.tokenizer.vocab_size
+    if vocab_size != config.model.vocab_size:
+        say(f"vocabulary     {vocab_size}, as in the dataset, instead of {config.model.vocab_size}")
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    train_tokens = val_tokens = order = None
+    if corpus:
+        train_tokens, val_tokens = (
+            corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
+        )
+        order = train_tokens.training_order(block_size, config.training.seed)
+
+    # a resumed run keeps the precision and compilation that "auto" meant when it started
+    training = config.training
+    dtype, compile_setting = training.dtype, training.compile
+    if launch.resumed and trained:
+        state = load_state(launch.resumed / "last")
+        with reading(state_file(launch.resumed / "last"), ADVICE):
+            progress = Progress(**state["progress"])
+        check_same_model(config.model, trained, launch.resumed)
+        check_same_optimizer(training.optimizer, state)
+        if corpus and corpus.fingerprint != state["data"]:
+            say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
+        if state["runtime"]["device"] == device.type:
+            dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
+            compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
+    dtype = resolve_dtype(dtype, device)
+    check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
+    with torch.device("meta"):
+        flops = flops_per_token(GPT(config.model))
+    steps_left = training.max_iters - progress.step
+    flops_left = flops * config.sequences_per_step * block_size * steps_left
+    compiled, why = resolve_compile(compile_setting, device, flops_left)
+    micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
+    return Plan(
+        launch=launch,
+        config=config,
+        corpus=corpus,
+        train_tokens=train_tokens,
+        val_tokens=val_tokens,
+        order=order,
+        device=device,
+        dtype=dtype,
+        compile=compiled,
+        why_compile=why,
+        state=state,
+        progress=progress,
+        micro_steps=micro_steps,
+        micro_batch=micro_batch,
+        flops_per_token=flops,
+    )
+
+
+def print_plan(plan: Plan) -> None:
+    """Print what the run is about to do, one line a subject."""
+    config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
+    with torch.device("meta"):
+        sketch = GPT(config.model)
+    if launch.adopted:
+        say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
+    without_embeddings = sketch.num_parameters(embeddings=False)
+    say(f"parameters     {describe_parameters(sketch)} ({without_embeddings:,} without embeddings)")
+    say(f"operations     {human(plan.flops_per_token, 'FLOP')} a token, forward and backward")
+    batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
+    say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
+    say(f"steps          {config.training.max_iters:,}")
+    for line in data_plan(config.data.sources, plan.train_tokens, config.training.max_iters * plan.tokens_per_step):
+        say(f"data           {line}")
+    checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
+    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
+    say(f"memory         about {human(memory, 'B')} on each device")
+    compiled = "compiled" if plan.compile else "not compiled"
+    say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")

@@ -1,0 +1,106 @@
+"""What messages advise can be done: the scripts and flags that they name exist, and their commands are understood."""
+
+import ast
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt_arc.data.datasets import prepare_dataset
+from gpt_arc.data.prepare import dataset_directory
+from gpt_arc.data.tokenizer import CharTokenizer, find_tokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.flags import parse_flags
+from gpt_arc.weights.directory import save_model
+from helpers import ROOT
+from model import GPT, GPTConfig
+from prepare import text as prepare_text
+
+SCRIPTS = [path for folder in (".", "prepare", "stages", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = [path for path in SCRIPTS if path.name not in ("model.py", "setup.py", "bench.py")]  # bench.py has commands
+SOURCES = [*SCRIPTS, *sorted((ROOT / "gpt_arc").rglob("*.py"))]
+FLAG = re.compile(r"(?<![-\w])--([a-z][\w-]*)")
+COMMAND = re.compile(r"\bpython ((?:[a-z]+/)?[a-z]\w*\.py)([^`;]*)")
+OF_TORCHRUN = {"standalone", "nproc_per_node", "no-python", "help"}
+
+
+def texts(path):
+    """Every text in a module that isn't a docstring, with {} where a value is put in."""
+    tree = ast.parse(path.read_text())
+    nodes = list(ast.walk(tree))
+    skipped = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    skipped |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)} - {
+        id(node) for node in nodes if isinstance(node, ast.JoinedStr)
+    }
+    for node in nodes:
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.fixture(scope="module")
+def flags_of():
+    """The flags of each script, from its --help, by path in the repository."""
+    flags = {}
+    for path in SCRIPTS:
+        screen, argv = io.StringIO(), sys.argv
+        sys.argv = [str(path), "--help"]
+        try:
+            with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
+                runpy.run_path(str(path), run_name="__main__")
+        finally:
+            sys.argv = argv
+        flags[str(path.relative_to(ROOT))] = set(FLAG.findall(screen.getvalue()))
+    return flags
+
+
+def test_messages_name_flags_and_commands_that_exist(flags_of):
+    anywhere = set().union(*flags_of.values()) | OF_TORCHRUN
+    seen = 0
+    for path in SOURCES:
+        place = str(path.relative_to(ROOT))
+        known = flags_of.get(place, anywhere) | OF_TORCHRUN
+        for text in texts(path):
+            commands = COMMAND.findall(text)
+            for script, arguments in commands:
+                assert (ROOT / script).is_file(), (place, text)
+                assert set(FLAG.findall(arguments)) <= flags_of.get(script, anywhere) | OF_TORCHRUN, (place, text)
+            others = set(FLAG.findall(COMMAND.sub("", text)))
+            named = re.findall(r"[\w/]+\.py", text) + (["prepare/text.py"] if "prepare it" in text else [])
+            allowed = known.union(*(flags_of.get(script, set()) for script in named))
+            assert others <= allowed, (place, text)
+            seen += len(commands) + len(others)
+    assert seen > 60
+
+
+@pytest.mark.parametrize("name", ["/data/tokens.npy", "my text.txt", "../a/.hidden", "fineweb_of_mine"])
+def test_the_command_that_prepares_a_missing_dataset_is_understood(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path("my text.txt").write_text("abc\n" * 100)
+    with pytest.raises(UserError) as refusal:
+        prepare_dataset(name)
+    script, *arguments = shlex.split(re.search("`python (.*?)`", str(refusal.value))[1])
+    assert script == "prepare/text.py"
+    options = parse_flags(prepare_text.Options, None, arguments)
+    assert options.input == ("my text.txt" if name == "my text.txt" else "FILE_OR_FOLDER",)
+    dataset_directory(options.name)
+
+
+def test_a_tokenizer_is_found_wherever_a_model_is(tmp_path, monkeypatch):
+    """train.py advises `--tokenizer MODEL`, with the model that --init_from named."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = CharTokenizer("abc")
+    for place in ("out/t0/step-00000002", "out/t1/step-00000002", "model"):
+        save_model(GPT(GPTConfig(4, 3, 1, 1, 4)), tokenizer, place)
+    Path("out/t0/last").symlink_to("step-00000002")
+    Path("out/t1/best").symlink_to("step-00000002")
+    for name in ("out/t0", "out/t1", "out/t0/last", "model"):
+        assert find_tokenizer(name) == tokenizer
