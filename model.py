@@ -51,7 +51,7 @@ class GPTConfig:
     head_size: Count | None = None
     """Width of one attention head. None: n_embd / n_head."""
     mlp_size: Count | None = None
-    """Hidden width of the MLP. None: 4 n_embd; for swiglu, whose MLP has three matrices, 8/3 n_embd."""
+    """Hidden width of the MLP. None: 4 n_embd; 8/3 n_embd if a gate (swiglu) gives the MLP a third matrix."""
     norm_position: Literal["pre", "post"] = "pre"
     """pre: x + f(norm(x)) and a final norm (GPT-2, GPT-3). post: norm(x + f(x)), no final norm (GPT-1)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"

@@ -318,7 +318,7 @@ def test_ten_training_steps_equal_transformers_gpt2():
         ({"attention_band": 0}, "attention_band = 0"),
         ({"ngrams": TINY.block_size + 1}, "are longer than the context, block_size = "),
         ({"norm_eps": 0.0}, "norm_eps = 0.0 must be more than 0"),
-        ({"activation": "silu"}, 'activation = "silu" must be one of "gelu_tanh"'),
+        ({"activation": "unknown"}, 'activation = "unknown" must be one of "gelu_tanh"'),
         ({"norm_position": "both"}, 'norm_position = "both"'),
     ],
 )

@@ -53,7 +53,7 @@ class Documents(abc.ABC):
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:
-        """A JSON value that identifies the documents, without reading them."""
+        """A JSON value that identifies the documents, and any change made to them, without reading them."""
 
     @abc.abstractmethod
     def pieces(self, cut: Cut, position: Any = None) -> Iterator[tuple[str, bool]]:

@@ -9,17 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.alignment.reward_model import RewardModel, save_reward_model
-from gpt_arc.chat.format import TEMPLATES, ChatFormat
-from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.training.log import read_metrics
-from helpers import interrupt_at, randomised
+from helpers import interrupt_at, randomised, write
 from model import GPT, GPTConfig
 from policy_tree import save_chat_model
-from ranked_texts import rankings, write
+from ranked_texts import CHAT, LETTERS, rankings
 from stages import dpo, finetune, ppo, reward, sft
 
-LETTERS = CharTokenizer("abcdefgh")
-CHAT = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
 CONFIG = GPTConfig(
     block_size=16, vocab_size=12, n_layer=2, n_head=2, n_embd=16, mlp_size=16, n_experts=4, balance_rate=0.01
 )
