@@ -78,7 +78,7 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
-        from gpt_arc.chat.format import load_chat
+        from gpt_arc.chat.format import require_chat
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.load import load_decoder
         from gpt_arc.decoding.speculative import Acceptance
@@ -95,9 +95,7 @@ class Sampler:
         self.decoder, self.tokenizer = load_decoder(self.directory, config, rows, steps)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         if config.chat:
-            chat = load_chat(self.directory, self.tokenizer)
-            if chat is None:
-                raise UserError(f"{self.directory} has no chat.json: train it on conversations first, by stages/sft.py")
+            chat = require_chat(self.directory, self.tokenizer)
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)
         if config.draft:
             self.draft, draft_tokenizer = load_decoder(model_directory(config.draft), config, rows, steps)
