@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -343,7 +343,13 @@ class LibraryTokenizer(Tokenizer):
         return encoding.ids, sum(end <= start for _, end in encoding.offsets)
 
     def _encode(self, library, text: str):
-        encoding = library.encode(well_formed(text), add_special_tokens=False)
+        text = well_formed(text)
+        try:
+            encoding = library.encode(text, add_special_tokens=False)
+        except Exception:  # the library has a type of its own for text that its vocabulary lacks
+            raise UserError(_lacking(*self._first_refused(text))) from None
+        if self._may_drop and (lost := self._first_dropped(text)):
+            raise UserError(_lacking(*lost))
         if self.limit is not None and self.limit < self.vocab_size:
             place = next((i for i, id in enumerate(encoding.ids) if id >= self.limit), None)
             if place is not None:
@@ -359,6 +365,53 @@ class LibraryTokenizer(Tokenizer):
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @cached_property
+    def _may_drop(self) -> bool:
+        """Whether the library may drop characters: a BPE does, unless it has all bytes or an unknown token."""
+        table = json.loads(self._library.to_str())
+        model = table["model"]
+        if model["type"] != "BPE" or model["unk_token"] is not None:
+            return False
+        spelled = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else _byte_alphabet()
+        byte_level = model["byte_fallback"] or '"ByteLevel"' in json.dumps(table["pre_tokenizer"])
+        return not (byte_level and all(token in model["vocab"] for token in spelled))
+
+    def _first_dropped(self, text: str) -> tuple[str, int] | None:
+        """Returns the first character that gets no token, and its position in the normalized text, if there is one."""
+        model, (text, split) = self._library.model, self._steps(text)
+        prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
+        forms = {*itertools.product({"", prefix}, {"", suffix})}
+
+        def lacks(character: str) -> bool:
+            spelled = {spelling for piece, _ in split(character) for spelling in piece}
+            return any(model.token_to_id(a + c + b) is None for c in spelled for a, b in forms)
+
+        lacking = set(filter(lacks, set(text)))
+        if not lacking or len(forms) == 1:
+            return next(((c, i) for i, c in enumerate(text) if c in lacking), None)
+        for piece, (start, _) in split(text):  # a character has several forms, and the one that is needed may be there
+            spelled = "".join(t.value.removeprefix(prefix).removesuffix(suffix) for t in model.tokenize(piece))
+            if spelled != piece:
+                place = next(i for i, (a, b) in enumerate(itertools.zip_longest(piece, spelled)) if a != b)
+                return piece[place], start + place
+        return None
+
+    def _first_refused(self, text: str) -> tuple[str, int]:
+        """Returns the first piece that the model can't tokenize, and its position in the normalized text."""
+        text, pieces_of = self._steps(text)
+        for piece, (start, _) in pieces_of(text):
+            try:
+                self._library.model.tokenize(piece)
+            except Exception:
+                return piece, start
+        return text, 0
+
+    def _steps(self, text: str) -> tuple[str, Callable[[str], list[tuple[str, tuple[int, int]]]]]:
+        """Returns the normalized text, and the function that splits a text into the pieces that the model gets."""
+        normalizer, pre_tokenizer = self._library.normalizer, self._library.pre_tokenizer
+        split = pre_tokenizer.pre_tokenize_str if pre_tokenizer else lambda text: [(text, (0, len(text)))]
+        return normalizer.normalize_str(text) if normalizer else text, split
 
     @cached_property
     def added_tokens(self) -> dict[int, str]:
@@ -387,6 +440,14 @@ class LibraryTokenizer(Tokenizer):
 
     def _vocabulary_files(self) -> dict[str, bytes]:
         return {FILE_NAME: self._content}
+
+
+def _lacking(piece: str, position: int) -> str:
+    code = f" (U+{ord(piece):04X})" if len(piece) == 1 else ""
+    return (
+        f"{piece[:40]!r}{code} at position {position} of the text is not in the tokenizer's vocabulary, which has no "
+        "token for unknown text"
+    )
 
 
 def _library(content: bytes):
