@@ -8,7 +8,10 @@ import torch
 import transformers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from gpt_arc.data import prepare
+from gpt_arc.data.documents import Files, find_files
 from gpt_arc.data.text_stream import TextStream
+from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import load_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.weights.directory import load_text_model, save_model
@@ -234,6 +237,27 @@ def test_a_declared_token_beyond_the_model_is_refused_where_a_text_has_it(tmp_pa
         tokenizer.encode("a[PAD]")
     with pytest.raises(UserError, match="it has 321 tokens, the model 299"):
         tokenizer.restrict(299)
+
+
+def test_documents_end_with_the_declared_token(directories, tmp_path, monkeypatch):
+    name, original, _, _ = directories
+    monkeypatch.setattr(prepare, "DATA_ROOT", tmp_path)
+    texts = [f"The cat sat {n}" for n in "abcdefgh"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+    documents = Files(find_files([str(tmp_path / "?.txt")]), "text")
+    settings = prepare.CorpusSettings(tokenizer=str(original), val_fraction=0.5, workers=1)
+    prepare.prepare_documents(documents, settings, "made")
+    tokenizer = load_tokenizer(tmp_path / "made")
+    files = [TokenFiles(tmp_path / "made", split) for split in ("train", "val")]
+    end = transformers.AutoTokenizer.from_pretrained(original).eos_token_id
+    end = 300 if name == "config.json alone" else end
+    documents = [tokenizer.encode(text) + ([] if end is None else [end]) for text in texts]
+    tokens = [token for file in files for token in file.read(0, len(file)).tolist()]
+    assert len(tokens) == sum(map(len, documents)) and all(map(len, files))
+    split = [document for document in documents if str(document)[1:-1] in str(tokens)]
+    assert split == documents
+    assert tokenizer.end_of_text == end and tokenizer.ends == load_tokenizer(original).ends
 
 
 @pytest.mark.parametrize(
