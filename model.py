@@ -16,11 +16,12 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -40,7 +41,7 @@ class GPTConfig:
     """Context length in tokens."""
     vocab_size: Count = 50257
     """Number of token ids. A prepared dataset of another size replaces it."""
-    n_layer: Count = 12
+    n_layer: Annotated[int, Ge(1), Le(1024)] = 12
     """Number of blocks."""
     n_head: Count = 12
     """Query heads per attention layer."""

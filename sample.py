@@ -83,7 +83,7 @@ class Sampler:
         from gpt_arc.decoding.load import load_decoder
         from gpt_arc.decoding.speculative import Acceptance
         from gpt_arc.training import runs
-        from gpt_arc.weights.directory import model_directory
+        from gpt_arc.weights.directory import of_one_checkpoint
 
         self.config, self.acceptance = config, Acceptance()
         # beam search decodes one prompt at a time, speculation one continuation
@@ -91,14 +91,19 @@ class Sampler:
         count = config.num_samples * first_prompts
         rows = config.num_beams or min(self.batch_size, count)
         steps = config.max_new_tokens * math.ceil(count / self.batch_size)
-        self.directory = model_directory(config.names[0] if config.names else runs.newest_run())
-        self.decoder, self.tokenizer = load_decoder(self.directory, config, rows, steps)
+
+        @of_one_checkpoint
+        def load(directory: Path) -> tuple:
+            decoder, tokenizer = load_decoder(directory, config, rows, steps)
+            return directory, decoder, tokenizer, require_chat(directory, tokenizer) if config.chat else None
+
+        name = config.names[0] if config.names else runs.newest_run()
+        self.directory, self.decoder, self.tokenizer, chat = load(name)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         if config.chat:
-            chat = require_chat(self.directory, self.tokenizer)
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)
         if config.draft:
-            self.draft, draft_tokenizer = load_decoder(model_directory(config.draft), config, rows, steps)
+            self.draft, draft_tokenizer = of_one_checkpoint(load_decoder)(config.draft, config, rows, steps)
             if draft_tokenizer != self.tokenizer:
                 raise UserError(
                     f"the draft {config.draft} has another tokenizer than the model: name one that shares it"

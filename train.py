@@ -35,7 +35,7 @@ from gpt_arc.errors import UserError, check_finite, entry_point, first_line, nam
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
-from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.expert_parallel import ExpertParallel
@@ -180,7 +180,7 @@ def build(plan: Plan) -> Run:
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
-        with reading(state_file(launch.resumed / "last"), ADVICE):
+        with reading(state_file(launch.checkpoint), ADVICE):
             updater.load_state_dict(state)
             if RANK < len(state["generators"]):
                 set_rng_state(state["generators"][RANK], device)
@@ -197,7 +197,7 @@ def build(plan: Plan) -> Run:
 
 def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
     tokenizer = plan.corpus and plan.corpus.tokenizer
-    origin = plan.launch.resumed / "last" if plan.state else plan.launch.imported
+    origin = plan.launch.checkpoint or plan.launch.imported
     if not origin:
         return GPT(plan.config.model), tokenizer
     model, trained_tokenizer = load_model(origin, plan.config.model)
@@ -351,7 +351,8 @@ def main() -> int:
     if launch.resumed:
         if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        trained_on = load_state(launch.resumed / "last", peek=True)["runtime"]["device"]
+        launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed))
+        trained_on = load_state(launch.checkpoint, peek=True)["runtime"]["device"]
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
     with distributed.process_group(launch.config.training.backend, device):
         plan = make_plan(launch, device)

@@ -1,16 +1,28 @@
-"""Atomic writes: files and directories are written next to their destination, flushed to disk, then renamed."""
+"""Files and folders that survive a crash: written beside their destination, flushed to disk, then renamed.
+
+Symbolic links, locks and flushing a folder are used where the system has them.
+"""
 
 import contextlib
+import errno
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_arc.errors import UserError, first_line
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 DATA_ROOT = Path("data")  # the folder of prepared datasets
 PACKAGE = Path(__file__).resolve().parent
+# what systems and file systems answer that can't open or flush a folder
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
 
 
 def resource(name: str) -> Path:
@@ -30,17 +42,17 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file in the same folder, which replaces `path` if the block succeeds."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    """Yields a path in the same folder; the file that the block writes there replaces `path` if the block succeeds."""
+    temporary = hidden(path)
     try:
         with name_failed_writes(path):
-            yield Path(name)
-            sync(Path(name))
-            os.chmod(name, 0o666 & ~_umask())
-            os.replace(name, path)
+            yield temporary
+            sync(temporary)
+            with contextlib.suppress(OSError):  # some file systems have no permissions
+                os.chmod(temporary, 0o666 & ~_umask())  # safetensors grants fewer
+            os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -49,7 +61,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary directory in the same folder, which replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = hidden(path)
+    temporary.mkdir()
     try:
         yield temporary
         put_directory(temporary, path)
@@ -59,45 +72,111 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def put_directory(temporary: Path, path: Path) -> None:
-    """Flush the directory `temporary` to disk and move it to `path`, deleting any older directory there."""
+    """Flush the directory `temporary` to disk and move it to `path`, deleting any older directory there.
+
+    A directory can't be replaced in one step: if the process is killed in between, `whole` finds the older one.
+    """
     for file in (*temporary.rglob("*"), temporary):
         sync(file)
-    os.chmod(temporary, 0o777 & ~_umask())
-    if path.exists():
-        older = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    older = _older(path)
+    if path.is_dir():
+        shutil.rmtree(older, ignore_errors=True)
         os.rename(path, older)
-        try:
-            os.rename(temporary, path)
-        except BaseException:
-            os.rename(older, path)
-            raise
-        shutil.rmtree(older)
-    else:
+    try:
         os.rename(temporary, path)
+    except BaseException:
+        restore(path)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
     sync(path.parent)
 
 
-def point(link: Path, target: str) -> None:
-    """Make `link` a relative symbolic link to `target`, replacing an older link atomically.
+def whole(path: Path) -> Path:
+    """Returns `path`, or where `put_directory` moved it if the process was killed before `path` was replaced."""
+    older = _older(path)
+    return older if older.is_dir() and not path.exists() else path
 
-    A copy that followed links has a folder in place of the link; it is deleted.
+
+def restore(path: Path) -> None:
+    """Moves back the directory that a killed `put_directory` left at `whole(path)`."""
+    if whole(path) != path:
+        os.rename(whole(path), path)
+
+
+def discard(directory: Path) -> None:
+    """Deletes a directory, which vanishes for its readers at once; what can't be deleted stays under a hidden name."""
+    temporary = hidden(directory)
+    os.rename(directory, temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hidden(path: Path) -> Path:
+    """Returns an unused path in the same folder: `.NAME.`, then eight hexadecimal digits."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _older(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` name `target`, a directory beside it, in one step: by a symbolic link, else by a file with the name.
+
+    A copy that followed links has a directory in place of the link; it is deleted.
     """
     if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-    sync(link.parent)
+        discard(link)
+    temporary = hidden(link)
+    try:
+        os.symlink(target, temporary)
+    except (OSError, AttributeError, NotImplementedError):
+        write_file(link, target)
+    else:
+        os.replace(temporary, link)
+        sync(link.parent)
+
+
+def follow(link: Path) -> Path:
+    """Returns the directory that a link made by `point` names; any other path as it is."""
+    while link.is_symlink() and link.exists():
+        link = link.parent / link.readlink()
+    if link.is_file() and link.stat().st_size < 256:
+        with contextlib.suppress(OSError, ValueError):  # it holds something else than a name
+            target = link.with_name(link.read_text().strip())
+            return target if target.is_dir() else link
+    return link
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file or directory until the descriptor returned is closed or the process ends.
+
+    Prints a line where there are no locks. Raises BlockingIOError if another process holds it.
+    """
+    if fcntl is None:
+        print(f"{path} can't be locked on this system: let no other process write to it", file=sys.stderr)
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError as error:
+        print(f"{path} can't be locked ({first_line(error)}): let no other process write to it", file=sys.stderr)
+    return descriptor
 
 
 def sync(path: Path) -> None:
-    """Flush a file's contents, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file's contents to disk; a directory's entries too, where the system can."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in CANNOT_SYNC):
+            raise
 
 
 @contextlib.contextmanager

@@ -26,7 +26,9 @@ def parse_flags(cls: type[T], description: str | None, args: list[str], default:
 
     `default` has the values of flags that are not given. Raises UserError; --help prints and exits.
     """
-    values = {} if default is None else values_of(default)
+    if default is None:
+        return build(cls, read_flags(cls, description, args, {}))
+    values = values_of(default)
     return build(cls, merge(cls, values, read_flags(cls, description, args, values)))
 
 
@@ -35,7 +37,7 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
 
     Checks only their types. Raises UserError; --help prints and exits.
     """
-    old, args = _old_flags(cls, args)
+    old, args = _old_flags(cls, args) if hasattr(cls, "OLD") else ({}, args)
     screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):
@@ -68,7 +70,7 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
 def _old_flags(cls: type, args: list[str]) -> tuple[dict[str, Any], list[str]]:
     """Returns the values of flags with former names, and the other arguments."""
     old, others, rest = {}, [], iter(args)
-    names = getattr(cls, "OLD", {}).keys() - settings_in(cls).keys()
+    names = cls.OLD.keys() - settings_in(cls).keys()
     for arg in rest:
         name, given, value = arg.removeprefix("--").partition("=")
         name = name.replace("-", "_")

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import stat
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pydantic.errors import PydanticUserError
 from gpt_arc.errors import UserError, first_line, is_out_of_memory
 
 LIMIT = 4 << 20  # bytes of a file of settings
-STRICT_JSON = ConfigDict(strict=True, allow_inf_nan=False)
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 @contextlib.contextmanager
@@ -72,14 +73,23 @@ def read_json(path: Path | str, schema: Any = dict[str, Any], limit: int = LIMIT
     """Returns the JSON in a file as an instance of `schema`. Raises UserError naming the file, key and value."""
     content = read_bytes(path, limit)
     with reading(path):
-        return _adapter(schema).validate_json(content)
+        return _adapter(schema).validate_json(content, strict=True)
+
+
+def read_toml(path: Path | str) -> dict[str, Any]:
+    """Returns the content of a TOML file. Raises UserError if it can't be read or isn't valid."""
+    content = read_bytes(path)
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid TOML: {_reason(error)}") from None
 
 
 @functools.cache
 def _adapter(schema: Any) -> TypeAdapter:
     try:
-        return TypeAdapter(schema, config=STRICT_JSON)
-    except PydanticUserError:  # a dataclass, which has a config of its own
+        return TypeAdapter(schema, config=FINITE)
+    except PydanticUserError:  # a dataclass or a TypedDict has a config of its own
         return TypeAdapter(schema)
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import tomllib
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -23,12 +22,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gpt_arc.errors import UserError
+from gpt_arc.reading import read_toml
 
 T = TypeVar("T")
 VALUES = ConfigDict(strict=True, allow_inf_nan=False)
 STRICT = ConfigDict(**VALUES, extra="forbid", use_attribute_docstrings=True)
 
-Count = Annotated[int, Ge(1)]
+LARGEST = 2**31 - 1  # of a count: beyond it a damaged file asks for more than any memory
+Count = Annotated[int, Ge(1), Le(LARGEST)]
 Natural = Annotated[int, Ge(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]
@@ -137,16 +138,11 @@ def nearest(name: str, names: Any) -> str:
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
     """Reads the settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
-    try:
-        content = tomllib.loads(path.read_text("utf-8-sig"))
-    except FileNotFoundError:
+    if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ", configs/ has those that come with gpt-arc"
-        raise UserError(f"there is no config file {path}{hint}") from None
-    except OSError as error:
-        raise UserError(f"the config file {path} can't be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+        raise UserError(f"there is no config file {path}{hint}")
+    content = read_toml(path)
     known, settings = settings_in(cls), {}
     tables = list(dict.fromkeys(setting.table for setting in known.values() if setting.table))
     for key, value in content.items():
@@ -229,7 +225,7 @@ def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
 def _expected(hint: Any, broken: set[str]) -> str:
     """Describes valid values of `hint`, given the kinds of rule that were `broken` (pydantic's error types)."""
     kinds = list(_kinds(hint))
-    ranges = [_range(bounds) for _, bounds in kinds if bounds]
+    ranges = [_range(bounds, broken) for _, bounds in kinds if bounds]
     finite = "finite" if "finite_number" in broken else ""
     if broken & BOUNDS:
         what = ", and ".join(filter(None, [*ranges[:1], finite]))
@@ -239,7 +235,9 @@ def _expected(hint: Any, broken: set[str]) -> str:
     return f"{what}, or left out" if optional else what
 
 
-def _range(bounds: tuple) -> str:
+def _range(bounds: tuple, broken: set[str]) -> str:
+    if not broken & {"less_than", "less_than_equal"}:
+        bounds = tuple(bound for bound in bounds if bound != Le(LARGEST))  # it goes without saying
     least = next((bound for bound in bounds if isinstance(bound, (Ge, Gt))), None)
     most = next((bound for bound in bounds if isinstance(bound, (Le, Lt))), None)
     low = getattr(least, "ge", getattr(least, "gt", None))

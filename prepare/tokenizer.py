@@ -8,11 +8,12 @@ Writes data/NAME/tokenizer.json. --input takes the same inputs as prepare/text.p
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Files, InputSettings, merge_inputs
-from gpt_arc.data.prepare import dataset_directory
+from gpt_arc.data.prepare import dataset_directory, locked
 from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
@@ -38,21 +39,27 @@ def texts_of(files: Files) -> Iterator[str]:
         raise UserError(f"{files.name} has no text")
 
 
+def refuse_other_contents(directory: Path, overwrite: bool) -> None:
+    if any(directory.glob("*.bin")):
+        raise UserError(f"{directory} already contains a dataset made with its tokenizer: choose another name")
+    if holds_tokenizer(directory) and not overwrite:
+        raise UserError(
+            f"{directory} already contains a tokenizer: replace it with --overwrite=True, or choose another name"
+        )
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     directory = dataset_directory(options.name)
     if options.name in ("char", "gpt2"):
         raise UserError(f"--tokenizer {options.name} already means another tokenizer: choose another name")
-    if any(directory.glob("*.bin")):
-        raise UserError(f"{directory} already contains a dataset made with its tokenizer: choose another name")
-    if holds_tokenizer(directory) and not options.overwrite:
-        raise UserError(
-            f"{directory} already contains a tokenizer: replace it with --overwrite=True, or choose another name"
-        )
+    refuse_other_contents(directory, options.overwrite)
     files = options.files()
     tokenizer = BPETokenizer.train(texts_of(files), options.vocab_size)
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory)
+    with locked(directory):
+        refuse_other_contents(directory, options.overwrite)  # again: another process may have filled it
+        directory.mkdir(exist_ok=True)
+        tokenizer.save(directory)
     print(f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"note: {files.name} has no more pairs to merge, so there are fewer than {options.vocab_size:,}")

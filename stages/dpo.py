@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc import distributed
-from gpt_arc.alignment.losses import dpo_loss, log_probabilities, response_states
+from gpt_arc.alignment.losses import agreement, dpo_loss, log_probabilities, response_states
 from gpt_arc.alignment.policy import fingerprint, load_policy
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
 from gpt_arc.chat.files import read_rankings
@@ -135,7 +135,7 @@ def train(options: Options, run: StageRun) -> int:
                 loss = dpo_loss(ratios, *pairs, options.beta)
                 updater.backward(loss * (weight * WORLD_SIZE / len(rows)))
             margins = options.beta * (ratios[pairs.better] - ratios[pairs.worse]).detach()
-            means = [((margins > 0) * pairs.weights).sum(), (margins * pairs.weights).sum()]
+            means = [(agreement(margins) * pairs.weights).sum(), (margins * pairs.weights).sum()]
             sums += weight * torch.stack((loss.detach(), *means))
             routers.add()
         result = run.update(updater, progress.step, *sums)
@@ -150,7 +150,7 @@ def train(options: Options, run: StageRun) -> int:
         if epoch_ended and "val" in encoded:
             after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
-            right = (ratios[pairs.better] > ratios[pairs.worse]) * pairs.weights
+            right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)
             line["val_accuracy"] = right.sum().item() / len(after)
         run.tell(line, f"loss {line['loss']:.4f}", updates)

@@ -63,7 +63,8 @@ class Options:
     chat: bool = False
     """Give each prompt as a user's turn in the model's template (chat.json), and read the response to it."""
     shuffled_answers: bool = False
-    """Give demonstrations random answers, to measure what the format alone teaches."""
+    """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
+    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None
@@ -134,7 +135,8 @@ def evaluate(
     chat = require_chat(directory, tokenizer) if options.chat else None
     reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
-    entry: dict[str, Any] = {"model": str(directory), "weights": weight_hash(directory), "tasks": [], "texts": {}}
+    entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
+    entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}
 
     # ---- tasks
     results: list[Result] = []

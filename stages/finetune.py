@@ -48,7 +48,7 @@ from gpt_arc.finetuning.classifier import (
 )
 from gpt_arc.finetuning.encoding import EncodedExamples, encode_examples
 from gpt_arc.finetuning.examples import Columns, Example, TaskKind, classes_of, label_value, read_examples
-from gpt_arc.finetuning.lora import add_adapters
+from gpt_arc.finetuning.lora import add_adapters, learn_new_tokens
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.finetuning.predictions import (
     Predictions,
@@ -126,7 +126,8 @@ class Options(ExampleOptions):
     seed: Seed = 42
     """The source of all randomness: new weights, the order of examples, dropout."""
     language_weight: NonNegative = 0.5
-    """Weight (lambda) of the language-model loss on the texts beside the task's loss."""
+    """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
+    sets there; on the four small ones of docs/gpt1_arc.md it costs .2 to 2.3 points against 0."""
     classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
     dropout: Share | None = None
@@ -134,14 +135,14 @@ class Options(ExampleOptions):
     group_by_length: bool = True
     """Put examples of like length into a batch, which saves padding."""
     freeze_trunk: bool = False
-    """Train the head alone, on the hidden states as they are."""
+    """Train the head alone, on the hidden states as they are; the new tokens keep their random embeddings."""
     transfer_blocks: Natural | None = None
     """Keep the embeddings and this many of the first blocks, and draw the rest anew. None: keep the model."""
     from_scratch: bool = False
     """Draw all weights anew: the architecture without its pre-training."""
     lora_rank: Natural = 0
-    """Train low-rank adapters of this rank beside the blocks' frozen matrices; they are merged in what is saved.
-    0: train all weights."""
+    """Train low-rank adapters of this rank beside the blocks' frozen matrices, and the embeddings of the new tokens;
+    they are merged in what is saved. 0: train all weights."""
     lora_alpha: Positive = 16.0
     """Adapters count alpha / rank times."""
     lstm: bool = False
@@ -258,6 +259,8 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
         trunk.requires_grad_(False)
     if options.lora_rank:
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
+        if not is_classifier(options.model):  # its special tokens are new
+            learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
     config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm)
@@ -418,12 +421,12 @@ def write_report(options: Options, run: StageRun, material: Material) -> None:
     classifier, splits, progress = material.classifier, material.splits, run.progress
     config = classifier.config
     report = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
+    report["step"] = progress.best_step
     report["best_epoch"] = progress.best_step // material.updates_per_epoch
     report["examples"] = {name: len(split) for name, split in splits.items()}
     report["cut"] = {name: split.cut for name, split in splits.items()}
     if "test" in splits:
-        if progress.best_step != progress.step:
-            classifier = load_classifier(run.folder / "best")[0].to(run.device)
+        classifier = load_classifier(run.folder)[0].to(run.device)  # the best, as it is saved
         predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
     write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")

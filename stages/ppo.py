@@ -50,6 +50,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.training.command_line import run_stage
+from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
@@ -107,13 +108,14 @@ class Options(StageOptions):
     whiten_advantages: bool = True
     """Normalize advantages to mean 0 and standard deviation 1 over an iteration."""
     pretraining_dataset: str | None = None
-    """A prepared dataset whose language-model loss is added (PPO-ptx)."""
+    """A prepared dataset whose language-model loss is added: InstructGPT's PPO-ptx. None: plain PPO."""
     pretraining_coef: NonNegative = 27.8
     """Weight of that loss, in nats per token."""
     pretraining_batch_size: Count = 64
     """Windows of that dataset per update."""
     ema_decay: Share | None = None
-    """Save a moving average of the weights as the model, with this decay (InstructGPT's .992). None: no average."""
+    """Save a moving average of the weights as the model, with this decay; InstructGPT has .992. None: no average, the
+    weights themselves."""
     save_interval: Count = 20
     """Iterations between checkpoints."""
     learning_rate: Positive = 9e-6
@@ -124,6 +126,8 @@ class Options(StageOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        check_batch("minibatches x batch_size x gradient_accumulation_steps", self.episodes_per_iteration)
+        check_batch("pretraining_batch_size", self.pretraining_batch_size)
         if self.kl_target is not None and not self.kl_coef:
             raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.alignment.losses import ranking_loss
+from gpt_arc.alignment.losses import agreement, ranking_loss
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
 from gpt_arc.alignment.reward_model import (
     RewardModel,
@@ -128,7 +128,7 @@ def train(options: Options, run: StageRun) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. All responses to a prompt share a micro-batch. The loss is the mean over a prompt's pairs, then
     # over the update's prompts.
-    progress, report = run.progress, None
+    progress = run.progress
     model.train()
     while run.goes_on(updates):
         rows = order.rows(progress.step)
@@ -143,7 +143,7 @@ def train(options: Options, run: StageRun) -> int:
                 loss = ranking_loss(scores, *pairs)
                 routing = sum(model.trunk.router_losses().values()) / len(micros)  # a mixture of experts' router losses
                 updater.backward(weight * (loss * (WORLD_SIZE / len(rows)) + routing))
-            right = ((scores[pairs.better] > scores[pairs.worse]) * pairs.weights).sum()
+            right = (agreement(scores[pairs.better] - scores[pairs.worse]) * pairs.weights).sum()
             sums += weight * torch.stack((loss.detach(), right))
             routers.add()
         result = run.update(updater, progress.step, *sums)
@@ -155,20 +155,24 @@ def train(options: Options, run: StageRun) -> int:
         line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
         line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
+        report = None
         if epoch_ended:
             run.check_finite()
+            centre(model, demonstrations, options, run)
         if epoch_ended and "val" in encoded:
             report = measure(model, encoded["val"], options, run)
             line |= {f"val_{name}": report[name] for name in ("loss", "accuracy", "calibration_error")}
         run.tell(line, f"loss {loss / len(rows):.4f}", updates)
+        if report:
+            show(report)
         if epoch_ended:
-            if report:
-                show(report)
-            centre(model, demonstrations, options, run)
             run.save(write, report and report["loss"])
-    if report and IS_MAIN:
+    code = run.finish(write)
+    if IS_MAIN and progress.step == updates and "val" in encoded:
+        model = load_reward_model(run.folder)[0].to(run.device)  # the best, which may not be the last
+        report = {"step": progress.best_step, **measure(model, encoded["val"], options, run)}
         write_file(run.folder / "report.json", to_json(report, indent=1) + "\n")
-    return run.finish(write)
+    return code
 
 
 @torch.no_grad()

@@ -76,8 +76,9 @@ def train(options: Options, run: StageRun) -> int:
         raise UserError("name the conversations to learn from by --train")
 
     # ---- the model, with a token for each mark that the template adds
-    model, tokenizer = load_text_model(run.origin)
-    chat = load_chat(model_directory(run.origin), tokenizer)
+    directory = model_directory(run.origin)
+    model, tokenizer = load_text_model(directory)
+    chat = load_chat(directory, tokenizer)
     if chat is not None and options.template != Options.template and not run.folder:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")

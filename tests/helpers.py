@@ -1,17 +1,22 @@
 """Shared by the tests: a tiny dataset, randomised models, and commands run as a user runs them."""
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.run
 
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter
 from gpt_arc.training.optim import Updater
+from warm import WarmPopen
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,9 +27,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 os.environ["WANDB_MODE"] = "offline"
 
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several threads in each process would wait for one another
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
+
+
+torch.set_num_threads(1)
 
 
 # flags of a tiny training run, added to a config or the defaults
@@ -71,20 +77,50 @@ def randomised(model, seed: int = 0, scale: float = 0.3):
     return model.eval()
 
 
-def command(*args: str, processes: int = 1, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-    """Runs `python ARGS` (first a script of the repository) in the current folder, by torchrun if `processes` > 1."""
-    script, *arguments = args
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run(
-        [*launcher, str(ROOT / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, **environment},
-    )
+def run_python(*args: str, timeout: float = 120, input: str = "", **environment: str) -> subprocess.CompletedProcess:
+    """Runs `python ARGS` (a script, or -c and code) in the current folder, with torch imported already."""
+    pipe = subprocess.PIPE
+    streams = {"stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
+    with WarmPopen([sys.executable, *args], env={**os.environ, **environment}, **streams) as process:
+        try:
+            output, errors = process.communicate(input, timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(args, process.returncode, output, errors)
+
+
+def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) -> subprocess.CompletedProcess:
+    """Runs a script of the repository in `processes` processes, which torchrun starts if `torchrun`."""
+    script, *rest = str(ROOT / args[0]), *args[1:]
+    if processes == 1:
+        return run_python(script, *rest, **kwargs)
+    if torchrun:
+        launcher = torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={processes}"
+        return run_python(*launcher, script, *rest, **kwargs)
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **kwargs}
+    with ThreadPoolExecutor(processes) as pool:
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        ranks = [pool.submit(run_python, script, *rest, **number, **shared) for number in numbers]
+    results = [rank.result() for rank in ranks]
+    codes, outputs, errors = zip(*((one.returncode, one.stdout, one.stderr) for one in results))
+    return subprocess.CompletedProcess(args, next(filter(None, codes), 0), "".join(outputs), "".join(errors))
+
+
+FORKING = """
+import multiprocessing, os, runpy, sys
+context = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: context
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def forking_command(script: str, *args: str, **kwargs) -> subprocess.CompletedProcess:
+    """Like `command`, but multiprocessing forks the script's children, which saves them the imports too."""
+    return run_python("-c", FORKING, str(ROOT / script), *args, **kwargs)
 
 
 def refusal(*args: str, **kwargs) -> str:
@@ -109,22 +145,57 @@ def interrupt_at(monkeypatch, update: int, number: int = signal.SIGINT) -> None:
     monkeypatch.setattr(Updater, "update", counted)
 
 
-KILLED = """
+class Killed(BaseException):
+    """In place of a SIGKILL: nothing after it has an effect."""
+
+
+CALLS = ("rename", "replace", "symlink", "mkdir", "unlink", "rmdir")
+
+
+def killed_at_each_call(folder, monkeypatch, start, action):
+    """Yields folders made by `start` in which `action` was killed just before its first call of CALLS, its second ...
+
+    The last folder is that of an action which ended.
+    """
+    for limit in itertools.count():
+        case = folder / str(limit)
+        start(case)
+        made = itertools.count()
+
+        def counted(call, made=made, limit=limit):
+            def wrapped(*args, **kwargs):
+                if next(made) >= limit:
+                    raise Killed
+                return call(*args, **kwargs)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", lambda descriptor: None)
+            for name in CALLS:
+                patch.setattr(os, name, counted(getattr(os, name)))
+            try:
+                action(case)
+                ended = True
+            except Killed:
+                ended = False
+        yield case
+        if ended:
+            return
+
+
+KILLED = f"""
+import runpy, signal, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
 import pytest
 from helpers import interrupt_at
-import runpy, signal, sys
-sys.argv = {argv!r}
-interrupt_at(pytest.MonkeyPatch(), {update}, signal.SIGKILL)
+update = int(sys.argv.pop(1))
+del sys.argv[0]
+interrupt_at(pytest.MonkeyPatch(), update, signal.SIGKILL)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def kill_at(update: int, script: str, *flags: str) -> None:
     """Runs `python SCRIPT FLAGS` and kills it at the given update."""
-    code = KILLED.format(argv=[str(ROOT / script), *flags], update=update)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=120).returncode == -signal.SIGKILL
+    assert run_python("-c", KILLED, str(update), str(ROOT / script), *flags).returncode == -signal.SIGKILL

@@ -32,7 +32,7 @@ from gpt_arc.weights.directory import load_model, save_model
 from model import GPT, GPTConfig
 from stages import eval as eval_stage
 from stages import finetune, reward
-from tools import export
+from tools import expert_use, export
 
 LETTERS = CharTokenizer(sorted("abcdefgh "))
 SHAPE = dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=8)
@@ -133,6 +133,16 @@ def test_evaluation_alone_in_training_names_the_model(workplace, stage_runner):
     save_model(damaged(model), tokenizer, "bad")
     stopped = run("--init_from=bad", "--eval_only=True", "--block_size=16")
     assert stopped.code == 1 and f"bad: {SENTENCE}" in stopped.message
+
+
+def test_the_use_of_experts_names_the_model(run):
+    save_model(damaged(GPT(GPTConfig(**SHAPE, n_experts=2, experts_per_token=1, norm="rmsnorm"))), LETTERS, "mixture")
+    model, _ = load_model("mixture")
+    with torch.no_grad():
+        model.blocks[0].mlp.router.weight[0, 0] = torch.nan
+    save_model(model, LETTERS, "mixture")
+    stopped = run(expert_use, "mixture", "--text=text.txt", *CPU)
+    assert stopped.code == 1 and f"mixture: {SENTENCE}" in stopped.message
 
 
 # ---- classifiers and reward models

@@ -23,6 +23,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, command
 from stub_models import counting_model
+from warm import WarmPopen
 
 LETTERS = "\nabcdefgh"
 
@@ -245,7 +246,7 @@ def test_a_draft(letters, say, tmp_path):
     assert accepted == proposed > 0
     save_model(counting_model(len(LETTERS), 4), CharTokenizer("\nabcdefgi"), tmp_path / "other")
     assert "the draft other has another tokenizer than the model" in say("--draft=other")
-    flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters")
+    flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters", "--max_new_tokens=40")
     results = answers(say(*flags))
     assert len({answer["text"] for answer in results}) == 3 and say(*flags, "--seed=7") != say(*flags)
 
@@ -260,15 +261,7 @@ def test_compiled_and_8_bit_decoding(letters, say, tmp_path):
 
 # ---- streaming and prompts from standard input
 
-QUICK = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-
-
-def started(*args, **streams):
-    """A running sample.py."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", *args],
-        env={**os.environ, **QUICK}, **streams,
-    )  # fmt: skip
+SAMPLE = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--compile=False", "--temperature=0"]
 
 
 def read_until(descriptor, end, seconds=60):
@@ -285,7 +278,7 @@ def read_until(descriptor, end, seconds=60):
 
 
 def test_text_is_streamed(letters):
-    process = started("--temperature=0", "--start=ab", "--max_new_tokens=1000000", stdout=subprocess.PIPE)
+    process = WarmPopen([*SAMPLE, "--start=ab", "--max_new_tokens=1000000"], stdout=subprocess.PIPE)
     try:
         output = read_until(process.stdout.fileno(), b"abcdefgh\nabc")
         assert process.poll() is None and len(output) < 4_000  # less than a buffer holds
@@ -297,10 +290,7 @@ def test_text_is_streamed(letters):
 
 def test_prompts_from_a_pipe(letters):
     typed = "ab\n\naXb\ncd\nfgh"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), *GREEDY, "--interactive=True", "--device=cpu"],
-        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
-    )  # fmt: skip
+    result = command("sample.py", *GREEDY, "--interactive=True", "--device=cpu", input=typed)
     assert result.returncode == 0 and result.stdout == "abcdefg\nabcde\ncdefgh\n\nfgh\nabcd\n"
     assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in result.stderr
     assert result.stderr.count("\n") == 2 and "> " not in result.stdout  # the first line names the model
@@ -322,7 +312,8 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(talker, way):
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
         os.login_tty(terminal)
 
-    process = started(way, "--temperature=0", "--max_new_tokens=1000000", preexec_fn=attach)
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([*SAMPLE, way, "--max_new_tokens=1000000"], preexec_fn=attach, env=buffered)
     os.close(terminal)
     try:
         read_until(controller, b"> ")
@@ -406,10 +397,7 @@ def test_a_chat_in_json_and_sampled(talk):
 def test_a_long_chat_forgets_and_skips_bad_lines(talker):
     """20 of the context's 40 tokens are for prompts."""
     typed = "h" * 14 + "\nhhh\naXb\n" + "h" * 21 + "\nhhhhf\nf\n"
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "sample.py"), "--chat=talker", "--temperature=0", "--device=cpu", "--json=True"],
-        input=typed, capture_output=True, text=True, env={**os.environ, **QUICK}, timeout=120,
-    )  # fmt: skip
+    result = command("sample.py", "--chat=talker", "--temperature=0", "--device=cpu", "--json=True", input=typed)
     assert result.returncode == 0
     lines_out = answers(result.stdout)
     assert [(line["prompt"], line.get("text")) for line in lines_out] == [
@@ -457,7 +445,7 @@ def test_plain_decoding_imports_no_slow_modules(letters):
         "sys.argv = ['sample.py', '--temperature=0', '--max_new_tokens=5', '--start=ab', '--device=cpu']\n"
         f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **QUICK})
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "abcdefg\nimported []\n", (result.stdout, result.stderr)
 
 

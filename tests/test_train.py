@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,8 +18,9 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, run_python, write_dataset
 from model import GPT, GPTConfig
+from warm import WarmPopen
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_two_processes_equal_one(workplace, run):
         "--gradient_accumulation_steps=2",
     )
     run(*flags, "--out_dir=one", "--log_interval=1")
-    output = in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
+    output = in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2, torchrun=True)
     assert output.count("finished step 20") == 1  # only rank 0 prints
     lines_1, lines_2 = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
     assert len(lines_1) == len(lines_2) == 20
@@ -289,7 +289,7 @@ def test_a_batch_that_processes_can_t_share_is_refused(workplace):
 
 
 def start(*flags):
-    return subprocess.Popen(
+    return WarmPopen(
         [sys.executable, str(ROOT / "train.py"), "sums.toml", *TINY_FLAGS, *flags],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
@@ -461,8 +461,8 @@ def kill_and_resume(workplace, kills):
 
 
 def test_wandb_is_only_imported_if_enabled(workplace):
-    code = "import sys, train; assert 'wandb' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode == 0
+    code = f"import sys; sys.path[0] = {str(ROOT)!r}; import train; assert 'wandb' not in sys.modules"
+    assert run_python("-c", code).returncode == 0
     in_processes("--wandb_log=True", WANDB_MODE="offline")
     assert list(Path("out/sums/wandb").glob("offline-run-*"))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
@@ -184,7 +184,8 @@ def main() -> None:
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
-    uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
+    with naming(options.model):
+        uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
     if options.plot:
         draw(uses, options.plot)

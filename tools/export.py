@@ -25,14 +25,15 @@ from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
+from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT
 
 if TYPE_CHECKING:
     import torch
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
-NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, TEMPLATE_FILE, SENTENCEPIECE_FILE, CHAT_FILE}  # nor is a folder with any other file
+NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors", FILE_NAME, SETTINGS_FILE, TEMPLATE_FILE}
+NAMES |= {SENTENCEPIECE_FILE, CHAT_FILE, MANIFEST}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -185,8 +186,9 @@ def main() -> None:
     elif is_reward_model(options.model):
         raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
     else:
-        model, tokenizer = load_model(options.model)
-        chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
+        directory = model_directory(options.model)
+        model, tokenizer = load_model(directory)
+        chat = tokenizer and load_chat(directory, tokenizer)
     config, dtype = hf_config(model.config, options.dtype), getattr(torch, options.dtype)
     files = {} if tokenizer is None else tokenizer_files(tokenizer, model.config.block_size)
     declared = json.loads(files.pop(GENERATION_FILE, b"{}"))
@@ -222,6 +224,7 @@ def main() -> None:
             write_file(temporary / name, content)
         if chat:
             chat.save(temporary)
+        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
     if classifier is not None and not extended:

@@ -68,8 +68,9 @@ def main() -> None:
         raise UserError(
             f"{options.model} has its own head, which the mixture would lose: name the model it was trained from"
         )
-    model, tokenizer = load_model(options.model)
-    chat = tokenizer and load_chat(model_directory(options.model), tokenizer)
+    directory = model_directory(options.model)
+    model, tokenizer = load_model(directory)
+    chat = tokenizer and load_chat(directory, tokenizer)
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
     torch.manual_seed(options.seed)

@@ -25,6 +25,11 @@ def ranking_loss(scores: Tensor, better: Tensor, worse: Tensor, weights: Tensor)
     return -(F.logsigmoid(scores[better] - scores[worse]) * weights).sum()
 
 
+def agreement(gaps: Tensor) -> Tensor:
+    """Returns 1 where the gap is positive (the better response scores higher), 0 where it is negative, 0.5 where 0."""
+    return (gaps.sign() + 1) / 2
+
+
 def dpo_loss(log_ratios: Tensor, better: Tensor, worse: Tensor, weights: Tensor, beta: float) -> Tensor:
     """Returns the DPO loss (), summed over pairs (arXiv:2305.18290, equation 7).
 

@@ -29,7 +29,7 @@ class EncodedRanking(NamedTuple):
 class EncodedRankings(NamedTuple):
     examples: list[EncodedRanking]
     pairs: int
-    ties: int  # pairs of equal rank, not in `pairs`
+    ties: int  # pairs of equal rank or of equal responses, not in `pairs`
     dropped: int  # rankings too long for the context, or with nothing but ties
 
 
@@ -40,13 +40,13 @@ def encode_rankings(rankings: Sequence[Ranking], chat: ChatFormat, context: int)
     """
     examples, ties, dropped = [], 0, 0
     for ranking in rankings:
-        pairs, count = ranking.pairs(), len(ranking.responses)
-        ties += math.comb(count, 2) - len(pairs)
         try:
             responses = [chat.response(response) for response in ranking.responses]
             prompt = fitting_prompt(chat, ranking.turns, context - max(map(len, responses)))
         except UserError as error:
             raise UserError(f"{ranking.place}: {error}") from None
+        pairs = [(i, j) for i, j in ranking.pairs() if responses[i] != responses[j]]
+        ties += math.comb(len(responses), 2) - len(pairs)
         if pairs and prompt is not None:
             examples.append(EncodedRanking(prompt, responses, pairs))
         else:
@@ -58,7 +58,7 @@ def encode_split(split: str, rankings: Sequence[Ranking], chat: ChatFormat, cont
     """Encodes the rankings of a split and prints how many were kept. Raises UserError if none was."""
     examples, pairs, ties, dropped = encode_rankings(rankings, chat, context)
     parts = [f"{len(examples):,} rankings, {pairs:,} pairs"]
-    parts += [f"{ties:,} ties dropped"] * (ties > 0)
+    parts += [f"{ties:,} ties or equal responses dropped"] * (ties > 0)
     parts += [f"{dropped:,} rankings dropped: all ties, or too long"] * (dropped > 0)
     say(f"{split:<15}{'; '.join(parts)}")
     if not examples:

@@ -4,7 +4,6 @@ model, tokenizer, chat = load_reward_model("out/reward")      # trained by stage
 scores = score_sequences(model, [chat.prompt(turns) + chat.response("Red.")], 8, device, "float32")
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gpt_arc.alignment.rankings import padded
@@ -22,7 +20,9 @@ from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
 from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
-from gpt_arc.weights.directory import model_directory, save_model
+from gpt_arc.manifest import record_files
+from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
+from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT
 
 HEAD = "reward.safetensors"
@@ -117,22 +117,23 @@ def save_reward_model(model: RewardModel, tokenizer: Tokenizer, chat: ChatFormat
     with replacing(Path(directory) / HEAD) as temporary:
         tensors = {name: tensor.detach().cpu() for name, tensor in model.head.state_dict().items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
+    record_files(Path(directory), HEAD)
 
 
 def is_reward_model(path: Path | str) -> bool:
     """Whether `path` is a reward model's directory or the folder of a run that trained one."""
-    return any((Path(path) / checkpoint / HEAD).is_file() for checkpoint in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / HEAD).is_file()
 
 
+@of_one_checkpoint
 def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFormat]:
     """Loads a reward model on the CPU, its tokenizer and its chat format. Raises UserError."""
-    directory = model_directory(path)
+    directory = Path(path)
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
-    try:
-        model.head.load_state_dict(load_file(directory / HEAD))
-    except FileNotFoundError:
-        raise UserError(f"{directory} has no reward head ({HEAD}): train one with stages/reward.py") from None
-    except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError) as error:
-        raise UserError(f"{directory / HEAD} is damaged: {str(error).strip().splitlines()[-1].strip()}") from None
+    if not (directory / HEAD).exists():
+        raise UserError(f"{directory} has no reward head ({HEAD}): train one with stages/reward.py")
+    shapes = {name: tensor.shape for name, tensor in model.head.state_dict().items()}
+    model.head.load_state_dict(read_tensors(directory / HEAD, shapes, torch.float32))
     return model, tokenizer, chat

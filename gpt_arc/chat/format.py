@@ -11,13 +11,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired
+
+from typing_extensions import TypedDict
 
 from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
-from gpt_arc.weights.directory import load_model, model_directory
+from gpt_arc.manifest import record_files
+from gpt_arc.reading import read_json, read_toml
+from gpt_arc.weights.directory import load_model, of_one_checkpoint
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -65,6 +69,15 @@ TEMPLATES = {
     "chatml": Template(*map(_chatml, ROLES)),  # as in Qwen's models
     "plain": Template(f"{CONTENT}\n\n", f"{CONTENT}\n", CONTENT + END_OF_TEXT),  # as in InstructGPT
 }
+
+
+class ChatFile(TypedDict):
+    """The content of chat.json."""
+
+    format_version: int
+    template: Template
+    added_tokens: dict[str, int]
+    prefix: NotRequired[list[int]]
 
 
 class ChatFormat:
@@ -220,6 +233,7 @@ class ChatFormat:
         content = {"format_version": FORMAT_VERSION, "template": asdict(self.template), "added_tokens": self.added}
         content |= {"prefix": self.prefix} if self.prefix else {}
         write_file(Path(directory) / CHAT_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        record_files(Path(directory), CHAT_FILE)
 
 
 def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
@@ -227,34 +241,27 @@ def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     path = Path(directory) / CHAT_FILE
     if not path.exists():
         return None
+    content = read_json(path, ChatFile)
+    if content["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: it has version {content['format_version']}; this program reads {FORMAT_VERSION}")
+    added = content["added_tokens"]
+    ids = sorted(added.values())
+    if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.text_size):
+        raise UserError(f"{path}: added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
     try:
-        content = json.loads(path.read_text("utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(f"it has version {content['format_version']}; this program reads {FORMAT_VERSION}")
-        added = content["added_tokens"]
-        ids = sorted(added.values())
-        if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.vocab_size):
-            raise UserError(f"added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
-        return ChatFormat(Template(**content["template"]), tokenizer, added, content.get("prefix", ()))
+        return ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
 def load_template(name: str) -> Template:
     """Returns a template by name, or from a .toml file with a text for each role. Raises UserError."""
-    import tomllib
-
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)
     if path.suffix != ".toml" or not path.is_file():
         raise UserError(f"template = {name} is neither a .toml file nor one of {', '.join(TEMPLATES)}")
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    content = read_toml(path)
     if set(content) != set(ROLES):
         raise UserError(f"{path} has {', '.join(content) or 'nothing'}: a template needs a text for {', '.join(ROLES)}")
     try:
@@ -271,9 +278,13 @@ def require_chat(directory: Path | str, tokenizer: Tokenizer | None) -> ChatForm
     return chat
 
 
+@of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
-    directory = model_directory(path)
+    directory = Path(path)
     model, tokenizer = load_model(directory)
     chat = require_chat(directory, tokenizer)
+    largest, rows = max(chat.ids.values()), model.config.vocab_size
+    if largest >= rows:
+        raise UserError(f"{directory / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
     return model, tokenizer, chat

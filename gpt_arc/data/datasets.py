@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import shlex
 import subprocess
 import sys
@@ -11,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, resource
-from gpt_arc.settings import STRICT, Positive
+from gpt_arc.files import DATA_ROOT, resource, whole
+from gpt_arc.manifest import check_files
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT, Natural, Positive
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
@@ -30,6 +32,12 @@ class Source:
     """A prepared dataset, as for the setting dataset."""
     weight: Positive
     """Its share of the training windows, in any unit: the weights of a mixture are divided by their sum."""
+
+
+class Meta(TypedDict, total=False):
+    """What is read of meta.json."""
+
+    tokens: dict[str, Natural]  # by split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +93,8 @@ class Corpus:
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
-    try:
-        return int(json.loads((directory / "meta.json").read_text())["tokens"][split])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    path = directory / "meta.json"
+    return read_json(path, Meta).get("tokens", {}).get(split) if path.exists() else None
 
 
 def prepare_missing(sources: Sequence[Source]) -> None:
@@ -98,11 +104,17 @@ def prepare_missing(sources: Sequence[Source]) -> None:
             prepare_dataset(source.name)
 
 
-def open_corpus(sources: Sequence[Source]) -> Corpus | None:
-    """The datasets of a run, or None if one is not prepared. Raises UserError if their tokenizers differ."""
+def open_corpus(sources: Sequence[Source], verify: bool = False) -> Corpus | None:
+    """The datasets of a run, or None if one is not prepared.
+
+    Raises UserError if their tokenizers differ or a file is not the one prepared; the contents of token files are
+    compared only with `verify`.
+    """
     directories = [directory for source in sources if (directory := find_dataset(source.name))]
     if len(directories) < len(sources):
         return None
+    for directory in directories:
+        check_files(directory, sizes_only=() if verify else (".bin",))
     tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
     for directory, tokenizer in zip(directories, tokenizers):
         if tokenizer != tokenizers[0]:
@@ -162,7 +174,7 @@ class Split:
 
 def find_dataset(name: str) -> Path | None:
     """The folder of the dataset `name`, a name below data/ or a path. Returns None if it doesn't exist."""
-    for directory in (DATA_ROOT / name, Path(name)):
+    for directory in (whole(DATA_ROOT / name), whole(Path(name))):
         if next(directory.glob("*.bin"), None):
             return directory
     return None

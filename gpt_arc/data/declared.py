@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_arc.errors import UserError
+from gpt_arc.reading import read_bytes, read_json
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
@@ -51,7 +52,8 @@ def read_declared(folder: Path, tokenizer: "Tokenizer", prefix: tuple[int, ...] 
     that file.
     """
     settings, special, config, generation, chat = (
-        _read(folder / name) for name in (SETTINGS_FILE, SPECIAL_FILE, "config.json", GENERATION_FILE, CHAT_FILE)
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in (SETTINGS_FILE, SPECIAL_FILE, "config.json", GENERATION_FILE, CHAT_FILE)
     )
     tokens = settings if "added_tokens_decoder" in settings else settings | special
 
@@ -70,7 +72,7 @@ def read_declared(folder: Path, tokenizer: "Tokenizer", prefix: tuple[int, ...] 
     if prefix is None:
         first = token("bos_token", tokenizer.end_of_text)
         prefix = (first,) if settings.get("add_bos_token") and first is not None else ()
-    files = {name: (folder / name).read_bytes() for name in KEPT if (folder / name).exists()}
+    files = {name: read_bytes(folder / name) for name in KEPT if (folder / name).exists()}
     others = {
         key: value if len(value) > 1 else value[0] for key, value in ids.items() if value and not generation.get(key)
     }
@@ -99,19 +101,6 @@ def _response_end(chat: dict[str, Any], tokenizer: "Tokenizer") -> int | None:
         return chat["added_tokens"].get(mark, tokenizer.special_token(mark))
     except (KeyError, TypeError, AttributeError):
         return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; an empty one if there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def _text(folder: Path, key: str, value: Any) -> str | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.reading import read_json
 
 T = TypeVar("T", dict, list)
 
@@ -29,6 +30,6 @@ def parse_as(kind: type[T], text: str) -> T | None:
 def read_object(path: Path) -> dict[str, Any] | None:
     """Read a JSON object from a file. Returns None if the file is missing or holds anything else."""
     try:
-        return parse_as(dict, path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except UserError:
         return None

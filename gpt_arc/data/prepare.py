@@ -8,7 +8,6 @@ preparation can resume from there.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -42,7 +41,8 @@ from gpt_arc.data.tokenizer import (
     load_tokenizer,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, sync, write_file
+from gpt_arc.files import DATA_ROOT, lock, name_failed_writes, put_directory, restore, sync, write_file
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.settings import STRICT
 
 BATCH = 2**20  # characters per unit of work
@@ -121,7 +121,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
     val = f"{part:g} of the documents, by a hash" if rule == "hash" else f"the last {part:g} of the characters"
 
     work = directory.with_name(f".{directory.name}.partial")
-    with _locked(directory):
+    with locked(directory):
+        restore(directory)
         if _is_prepared(directory, made_of, tokenizer, settings.overwrite):
             print(f"{directory} is prepared already")
             if read_object(work / "plan.json") in (None, made_of):  # left by a process killed at the very end
@@ -148,6 +149,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             meta |= {"revision": documents.revision} if documents.revision else {}
             tokenizer.save(dataset)
             write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
+            record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
             put_directory(dataset, directory)
     counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
     empty = f", {done.empty:,} empty document{'s' if done.empty > 1 else ''} skipped" if done.empty else ""
@@ -320,27 +322,27 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Runs the block with an exclusive lock on `directory`. Raises UserError if another process holds it."""
     path = directory.with_name(f".{directory.name}.lock")
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
-            except OSError:
-                pass  # a file system without locks
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                continue  # another process has just finished and removed the file
-            try:
-                yield
-                return
-            finally:
-                path.unlink()
-                with contextlib.suppress(OSError):
-                    DATA_ROOT.rmdir()  # if nothing was put there
+        path.touch()
+        try:
+            descriptor = lock(path)
+        except BlockingIOError:
+            raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
+        if descriptor is None or path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            break
+        os.close(descriptor)  # another process has just finished and removed the file
+    try:
+        yield
+    finally:
+        path.unlink()
+        if descriptor is not None:
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            DATA_ROOT.rmdir()  # if nothing was put there
 
 
 def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, overwrite: bool) -> bool:
@@ -359,6 +361,7 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
         for split in SPLITS:
             TokenFiles(directory, split)
         load_tokenizer(directory)
+        check_files(directory)
     except UserError:
         return False
     return True

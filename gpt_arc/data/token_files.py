@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from gpt_arc.errors import UserError
+from gpt_arc.reading import open_plain, reading
 
 HEADER = 256  # int32 values
 FORMATS = {(20240520, 1): np.dtype("<u2"), (20240801, 7): np.dtype("<u4")}  # (magic, version) -> type of the tokens
@@ -88,7 +89,8 @@ class TokenFiles:
         self._identities: list[Identity] = []
         ends = [0]
         for path in self.paths:
-            content, identity = _read(path, 4 * HEADER, 0)
+            with reading(path), open_plain(path):
+                content, identity = _read(path, 4 * HEADER, 0)
             header = np.frombuffer(content.ljust(4 * HEADER, b"\0"), dtype="<i4")
             dtype = FORMATS.get((int(header[0]), int(header[1])))
             if dtype is None:

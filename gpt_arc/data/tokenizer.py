@@ -12,6 +12,7 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 import abc
 import itertools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ from gpt_arc.data.declared import SETTINGS_FILE, Declared, read_declared
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
+from gpt_arc.manifest import check_files
+from gpt_arc.reading import read_bytes, read_json, reading
 
 FILE_NAME = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -37,6 +40,8 @@ WHITE_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000" 
 # tiktoken's regex engine panics when it has to backtrack through a million characters of white space
 LONG_SPACE = re.compile(rf"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{500000,}}+(?=[^{WHITE_SPACE}])")
 TRAINING_PIECE = 1 << 16  # characters; bounds the memory and time that training spends on one very long text
+LARGEST_FILE = 64 << 20  # bytes; Gemma's tokenizer.json has 33 million
+MOST_GROWTH = 1000  # times that a text may become longer on its way to tokens
 LONGEST_TOKEN = 128  # bytes, as in GPT-2; without it a page of dashes in a small corpus would become one token
 
 
@@ -44,9 +49,9 @@ class Tokenizer(abc.ABC):
     """Interface of every tokenizer."""
 
     vocab_size: int
+    text_size: int  # vocab_size without the special tokens at its end, which no text is encoded to
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
     declared = Declared()  # by the directory that the tokenizer was loaded from
-    limit: int | None = None  # ids from here on are not the model's
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
     @abc.abstractmethod
@@ -103,18 +108,9 @@ class Tokenizer(abc.ABC):
         """Contents of the files that determine the ids of a text."""
 
     @property
-    def added_tokens(self) -> dict[int, str]:
-        """Tokens added to the vocabulary, by id. `encode` returns only those that aren't special."""
-        return {}
-
-    def restrict(self, vocab_size: int) -> None:
-        """Makes `encode` refuse ids that a model of `vocab_size` tokens lacks.
-
-        Raises UserError unless all of them are added tokens, such as a [PAD] for which the model wasn't resized.
-        """
-        if any(id not in self.added_tokens for id in range(vocab_size, self.vocab_size)):
-            raise UserError(f"it has {self.vocab_size} tokens, the model {vocab_size}")
-        self.limit = min(vocab_size, self.vocab_size)
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that its own file puts before a text."""
+        return ()
 
     def declare(self, folder: Path, prefix: tuple[int, ...] | None = None) -> "Tokenizer":
         """Takes over what the files in `folder` declare, see `read_declared`, and returns itself."""
@@ -155,7 +151,7 @@ class CharTokenizer(Tokenizer):
         self.characters = list(characters)
         if not self.characters:
             raise ValueError("a vocabulary needs at least one character")
-        self.vocab_size = len(self.characters)
+        self.vocab_size = self.text_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters], dtype=np.uint32)
         self._order = np.argsort(codes)
         self._codes = codes[self._order]  # sorted, for binary search
@@ -207,7 +203,8 @@ class BPETokenizer(Tokenizer):
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int]):
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.special = special
-        self.vocab_size = max((*ranks.values(), *special.values())) + 1
+        self.text_size = max(ranks.values()) + 1
+        self.vocab_size = max(self.text_size, *(id + 1 for id in special.values()))
         self.end_of_text = special.get(END_OF_TEXT)
 
     @cached_property
@@ -285,10 +282,6 @@ class BPETokenizer(Tokenizer):
     def special_token(self, text: str) -> int | None:
         return self.special.get(text)
 
-    @property
-    def added_tokens(self) -> dict[int, str]:
-        return {id: text for text, id in self.special.items()}
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BPETokenizer) or self.end_of_text != other.end_of_text:
             return False
@@ -327,12 +320,16 @@ class LibraryTokenizer(Tokenizer):
 
     def __init__(self, content: bytes):
         self._content = content
+        _check_growth(content)
         self._library = _library(content)
-        self.vocab_size = max(self._library.get_vocab().values(), default=-1) + 1
+        special = {id for id, token in self._library.get_added_tokens_decoder().items() if token.special}
+        ids = self._library.get_vocab().values()
+        self.vocab_size = max(ids, default=-1) + 1
+        self.text_size = max((id for id in ids if id not in special), default=-1) + 1
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
 
     def __reduce__(self):  # pickling self._library would lose encode_special_tokens
-        state = {name: getattr(self, name) for name in ("declared", "end_of_text", "limit")}
+        state = {name: getattr(self, name) for name in ("declared", "end_of_text")}
         return LibraryTokenizer, (self._content,), state
 
     def encode(self, text: str) -> list[int]:
@@ -346,18 +343,14 @@ class LibraryTokenizer(Tokenizer):
         text = well_formed(text)
         try:
             encoding = library.encode(text, add_special_tokens=False)
-        except Exception:  # the library has a type of its own for text that its vocabulary lacks
-            raise UserError(_lacking(*self._first_refused(text))) from None
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # Rust's, of a pattern that backtracks too much
+                raise UserError(f"the tokenizer can't encode {text[:30]!r}: {first_line(error)}") from None
+            if not isinstance(error, Exception):
+                raise
+            raise UserError(_lacking(*self._first_refused(text))) from None  # text that the vocabulary lacks
         if self._may_drop and (lost := self._first_dropped(text)):
             raise UserError(_lacking(*lost))
-        if self.limit is not None and self.limit < self.vocab_size:
-            place = next((i for i, id in enumerate(encoding.ids) if id >= self.limit), None)
-            if place is not None:
-                id = encoding.ids[place]
-                raise UserError(
-                    f"{self.added_tokens[id]!r} at position {encoding.offsets[place][0]} of the text is token {id} of "
-                    f"the tokenizer, and the model has only {self.limit}"
-                )
         return encoding
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -413,10 +406,6 @@ class LibraryTokenizer(Tokenizer):
         split = pre_tokenizer.pre_tokenize_str if pre_tokenizer else lambda text: [(text, (0, len(text)))]
         return normalizer.normalize_str(text) if normalizer else text, split
 
-    @cached_property
-    def added_tokens(self) -> dict[int, str]:
-        return {id: token.content for id, token in self._library.get_added_tokens_decoder().items()}
-
     @property
     def prefix(self) -> tuple[int, ...]:
         """The tokens that the post-processor puts before a text."""
@@ -467,7 +456,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, content: bytes):
         self._content = content
         self._library = import_extra("sentencepiece").SentencePieceProcessor(model_proto=content)
-        self.vocab_size = self._library.vocab_size()
+        self.vocab_size = self.text_size = self._library.vocab_size()
         self.end_of_text = self._library.eos_id() if self._library.eos_id() >= 0 else None  # -1: none
 
     @property
@@ -551,11 +540,39 @@ def _tokenizer_json(
     return {FILE_NAME: json.dumps(content, ensure_ascii=False, indent=1).encode()}
 
 
+def _check_ids(ids: list[int]) -> None:
+    """Raises ValueError for ids that aren't natural numbers, or leave so many out that counting to them takes long."""
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
+        raise ValueError("an id in its vocabulary is not a natural number")
+    if max(ids, default=0) > 4 * len(ids) + 1000:
+        raise ValueError(f"it has {len(ids)} tokens, and one has the id {max(ids)}")
+
+
+def _check_growth(content: bytes) -> None:
+    """Raises UserError if normalizers or decoders may lengthen a text more than MOST_GROWTH times."""
+    table = json.loads(content)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(table.get(part) or {})) > MOST_GROWTH:
+            raise UserError(f"its {part} may lengthen a text {growth:.3g} times, and {MOST_GROWTH} times are the most")
+
+
+def _growth(step: dict) -> float:
+    """Returns how many times as long a step of a tokenizer.json may make a text."""
+    inner = step.get("normalizers") or step.get("pretokenizers") or step.get("decoders")
+    if inner:
+        return math.prod(map(_growth, inner))
+    if step.get("type") != "Replace":
+        return {"ByteLevel": 2.0, "Precompiled": 30.0}.get(step.get("type"), 1.0)
+    replaced, length = step["pattern"].get("String"), len(step["content"])
+    return max(1.0, length / len(replaced)) if replaced else 1.0 + length  # a regex may match between characters
+
+
 def _read_json(content: bytes) -> Tokenizer:
     """Reads a tokenizer.json: as CharTokenizer or BPETokenizer if it describes one, else as LibraryTokenizer."""
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
     pre_tokenizer = table.get("pre_tokenizer") or {}
+    _check_ids([*(vocab.values() if isinstance(vocab, dict) else range(len(vocab))), *(one["id"] for one in added)])
     kind = model.get("type") or ("BPE" if "merges" in model else None)  # files from 2020 have no type
     plain = not table.get("normalizer") and not table.get("truncation") and not table.get("padding")
     if plain and not added and kind == "WordLevel" and pre_tokenizer == EACH_CHARACTER:
@@ -588,7 +605,12 @@ def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) ->
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         ranks = {_bytes_of(spelled): id for spelled, id in vocab.items() if spelled not in special}
         has_all_bytes = all(bytes([byte]) in ranks for byte in range(256))
-        if not has_all_bytes or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks):
+        ids = {*ranks.values(), *special.values()}
+        if (
+            not has_all_bytes
+            or len(ids) < len(ranks) + len(special)
+            or [(_bytes_of(a), _bytes_of(b)) for a, b in pairs] != merges_of(ranks)
+        ):
             return None
     except (KeyError, UserError):  # a token not in the byte alphabet, or one that no merge creates
         return None
@@ -631,39 +653,41 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
+    for file in (path, folder / "merges.txt") if path.name == "vocab.json" else (path,):
+        if not file.exists():
+            raise UserError(f"{folder} has no {file.name}")
+    content = read_bytes(path, LARGEST_FILE)
     try:
-        content = path.read_bytes()
-        prefix = None
-        if path.suffix == ".model":
-            tokenizer: Tokenizer = SentencePieceTokenizer(content)
-        elif path.name == "vocab.json":
-            settings = folder / SETTINGS_FILE
-            kind = (json.loads(settings.read_bytes()) if settings.exists() else {}).get("tokenizer_class") or "GPT2"
-            if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
-                raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
-            tokenizer = _read_vocab_and_merges(content, (folder / "merges.txt").read_bytes())
-        else:
-            tokenizer = _read_json(content)
-            prefix = tokenizer.prefix if isinstance(tokenizer, LibraryTokenizer) else ()
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} has no {Path(error.filename).name}") from None
+        with reading(path):
+            tokenizer = _read(path, content)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # each library has its own exceptions for a damaged file
-        raise UserError(f"{path} is damaged or not a tokenizer: {type(error).__name__}: {first_line(error)}") from None
-    tokenizer.declare(folder, prefix)
-    if path.name == "vocab.json" and tokenizer.declared.prefix:
-        return _with_prefix(tokenizer).declare(folder, tokenizer.declared.prefix)
-    return tokenizer
+        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    if path.name != "vocab.json":
+        return tokenizer.declare(folder, None if path.suffix == ".model" else tokenizer.prefix)
+    tokenizer.declare(folder)
+    prefix = tokenizer.declared.prefix
+    return _with_prefix(tokenizer, prefix).declare(folder, prefix) if prefix else tokenizer
 
 
-def _with_prefix(tokenizer: Tokenizer) -> LibraryTokenizer:
-    """Returns a tokenizer of vocab.json and merges.txt with its declared prefix in its tokenizer.json."""
+def _read(path: Path, content: bytes) -> Tokenizer:
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(content)
+    if path.name != "vocab.json":
+        return _read_json(content)
+    settings = path.with_name(SETTINGS_FILE)
+    kind = (read_json(settings) if settings.exists() else {}).get("tokenizer_class") or "GPT2"
+    if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
+        raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
+    return _read_vocab_and_merges(content, read_bytes(path.with_name("merges.txt"), LARGEST_FILE))
+
+
+def _with_prefix(tokenizer: Tokenizer, prefix: tuple[int, ...]) -> LibraryTokenizer:
+    """Returns a tokenizer of vocab.json and merges.txt as one whose tokenizer.json has the prefix."""
     from tokenizers import Tokenizer as Library
     from tokenizers import processors
 
     library = Library.from_buffer(tokenizer.files()[FILE_NAME])
-    special = [(library.id_to_token(id), id) for id in tokenizer.declared.prefix]
+    special = [(library.id_to_token(id), id) for id in prefix]
     single = [*(text for text, _ in special), "$A"]
     library.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     return LibraryTokenizer(library.to_str().encode())
@@ -678,6 +702,7 @@ def find_tokenizer(name: str) -> Tokenizer:
         return BPETokenizer.gpt2()
     for path in (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name):
         if path.is_file() or holds_tokenizer(path):
+            check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)
     if hub.is_name(name):
         return load_tokenizer(hub.download(name, hub.CONFIG + hub.TOKENIZER))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.errors import check_finite
 from gpt_arc.nn.experts import Experts
 from model import GPT
 
@@ -172,7 +173,10 @@ def windows(
 
 
 def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) -> list[Use]:
-    """Returns the use of experts in each block with experts, for a model in evaluation mode on any device."""
+    """Returns the use of experts in each block with experts, for a model in evaluation mode on any device.
+
+    Raises NotFinite for logits that aren't.
+    """
     config, device = model.config, model.head_weight.device
     blocks = [number for number, block in enumerate(model.blocks, start=1) if isinstance(block.mlp, Experts)]
     sizes = len(CLASSES), config.vocab_size
@@ -190,6 +194,7 @@ def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) 
             entropies[i] += torch.special.entr(logits.softmax(-1)).sum().item()
             for ids, count in zip(groups, counts[i]):
                 count += torch.bincount((ids[:, None] * config.n_experts + chosen).flatten(), minlength=len(count))
+    check_finite(entropies)
     total = sum(len(window.tokens) for window in windows)
     return [
         Use(block, *(c.view(-1, config.n_experts) for c in pair), config.experts_per_token, entropy_sum / total)

@@ -14,7 +14,7 @@ from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.errors import UserError, naming
-from gpt_arc.evaluation.score import Request, rolling_windows, score_continuations
+from gpt_arc.evaluation.score import Request, encode_pairs, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
 from gpt_arc.weights.directory import load_text_model, model_directory
@@ -116,6 +116,20 @@ class HarnessModel(TemplateLM):
             return self.chat.encode_rendered(string)
         prefix = self.text_tokenizer.declared.prefix if add_special_tokens is not False else ()
         return [*prefix, *self.text_tokenizer.encode(string)]
+
+    def loglikelihood(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns each continuation's log-probability in nats, and whether greedy decoding would produce it.
+
+        Where a token spans the end of the context, the continuation begins with it, see `encode_pairs`. Raises
+        UserError.
+        """
+        if self.chat:
+            return super().loglikelihood(requests, disable_tqdm)
+        pairs = [request.args for request in requests]
+        places = [f"{request.task_name}, document {request.doc_id}, option {request.idx}" for request in requests]
+        encoded = encode_pairs(self.text_tokenizer, pairs, self.max_length, places).requests
+        tokens = [(pair, request.context, request.continuation) for pair, request in zip(pairs, encoded)]
+        return self._loglikelihood_tokens(tokens, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs

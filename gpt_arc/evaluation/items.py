@@ -170,9 +170,10 @@ def demonstrations(
 
     If the task has a group, they come from the group of that item, `target`.
 
-    `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches
-    (Min et al., arXiv:2202.12837). Raises UserError if there are too few items, or for one that lacks a column. A pool
-    that is not the items to answer also leaves out its item `number`, which is harmless.
+    `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches.
+    Large models lose little by it (Min et al., arXiv:2202.12837), the small one of docs/in_context.md everything.
+    Raises UserError if there are too few items, or for one that lacks a column. A pool that is not the items to
+    answer also leaves out its item `number`, which is harmless.
     """
     places, condition = range(len(pool)), ""
     if task.group and target is not None and shots:

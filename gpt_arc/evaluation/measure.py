@@ -116,7 +116,7 @@ def prompts_of(task_items: TaskItems, shots: int, seed: int, shuffled: bool) -> 
             question = task.question(item)
             if not all(question.continuations):
                 raise UserError("the answer or an option is empty")
-            yield question, filled(task.description, item) + shown
+            yield question._replace(place=f"item {number + 1}"), filled(task.description, item) + shown
         except UserError as error:
             raise UserError(f"{task.name}, item {number + 1}: {error}") from None
 

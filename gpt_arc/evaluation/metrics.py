@@ -21,7 +21,10 @@ def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, 
         for question, before in questions
         for context, option in zip(question.contexts, question.continuations)
     ]
-    scores = reader.score(pairs, task.name)
+    places = [
+        f"{question.place}, option {number}" for question, _ in questions for number in range(len(question.contexts))
+    ]
+    scores = reader.score(pairs, task.name, places)
     values = [score.log_probability for score in scores]
     if task.normalise == "token":
         values = [value / score.tokens for value, score in zip(values, scores)]
@@ -30,7 +33,8 @@ def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, 
         sizes = [len(option if task.normalise == "character" else option.encode()) for option in options]
         values = [value / size for value, size in zip(values, sizes)]
     elif task.normalise == "unconditional":
-        alone = reader.score([(task.unconditional, option) for _, option in pairs], f"{task.name}, unconditional")
+        unconditional = [(task.unconditional, option) for _, option in pairs]
+        alone = reader.score(unconditional, f"{task.name}, unconditional", places)
         values = [value - score.log_probability for value, score in zip(values, alone)]
     right, start = [], 0
     for question, _ in questions:
@@ -46,10 +50,11 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
         return {"accuracy": choice_accuracy(task, reader, questions)}
     if task.kind == "cloze":
         pairs = [(before + question.contexts[0], question.continuations[0]) for question, before in questions]
-        scores = reader.score(pairs, task.name)
+        places = [question.place for question, _ in questions]
+        scores = reader.score(pairs, task.name, places)
         right = [score.is_greedy for score in scores]
         if task.stop_word_filter:
-            tokens = [reader.encode_pair(*pair) for pair in pairs]
+            tokens = reader.encode_pairs(pairs, places).requests
             words = WordTokens(reader.tokenizer)
             right = likeliest_words(words, reader.model, tokens, STOP_WORDS, reader.batch_tokens, task.name)
         return {

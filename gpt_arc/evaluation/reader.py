@@ -20,8 +20,8 @@ from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
-from gpt_arc.errors import NotFinite, UserError
-from gpt_arc.evaluation.score import Request, Score, encode_pair, score_continuations
+from gpt_arc.errors import UserError
+from gpt_arc.evaluation.score import Encoded, Request, Score, encode_pairs, score_continuations
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
 from model import GPT
@@ -42,29 +42,39 @@ class Reader(NamedTuple):
         """Returns the tokens that the model reads before it answers."""
         return self.tokenizer.encode_prompt(text) if self.chat is None else self.chat.prompt([Turn("user", text)])
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Encodes a context and its continuation as `score.encode_pair` does, or as a user's turn and a response."""
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], places: Sequence[str] | None = None) -> Encoded:
+        """Encodes contexts and continuations as `score.encode_pairs` does, or as users' turns and responses to them."""
         if self.chat is None:
-            return encode_pair(self.tokenizer, context, continuation)
-        return self.encode_prompt(context), self.chat.response(continuation.lstrip())[:-1]
-
-    def score(self, pairs: Sequence[tuple[str, str]], label: str) -> list[Score]:
-        """Scores the second text of each pair after the first. Raises UserError if one is empty or too long.
-
-        `label` names the texts in the progress bar and in messages.
-        """
+            return encode_pairs(self.tokenizer, pairs, self.model.config.block_size, places)
+        places = places or [f"text {number} of {len(pairs)}" for number in range(1, len(pairs) + 1)]
         requests = []
-        for number, pair in enumerate(pairs, start=1):
+        for place, (context, continuation) in zip(places, pairs):
             try:
-                requests.append(Request(*self.encode_pair(*pair)))
+                request = Request(self.encode_prompt(context), self.chat.response(continuation.lstrip())[:-1])
             except UserError as error:
-                raise UserError(f"{label}, text {number} of {len(pairs)}: {error}") from None
+                raise UserError(f"{place}: {error}") from None
+            size, most = len(request.continuation), self.model.config.block_size
+            if not 0 < size <= most:
+                raise UserError(f"{place}: the answer or option has {size} tokens, and 1 to {most} can be scored")
+            requests.append(request)
+        return Encoded(requests, 0)
+
+    def score(self, pairs: Sequence[tuple[str, str]], label: str, places: Sequence[str] | None = None) -> list[Score]:
+        """Scores the second text of each pair after the first, as `encode_pairs` splits them. Raises UserError.
+
+        `label` names the texts in the progress bar, and with `places`, one for each pair, in messages.
+        """
         try:
-            scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
-        except NotFinite:
-            raise
-        except ValueError as error:
-            raise UserError(f"{label}: {error}") from None
+            requests, merged = self.encode_pairs(pairs, places)
+        except UserError as error:
+            raise UserError(f"{label}, {error}") from None
+        if merged:
+            print(
+                f"{label}: in {merged:,} of {len(requests):,} texts a token spans the end of the context; their scores "
+                "begin with that token",
+                file=sys.stderr,
+            )
+        scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
         room = self.model.config.block_size + 1
         cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
         if cut:

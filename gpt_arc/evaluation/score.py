@@ -9,7 +9,7 @@ holds sequences of similar length, so that little of it is padding, and logits a
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, starmap
+from itertools import chain, starmap, takewhile
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,7 @@ from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.device import autocast
-from gpt_arc.errors import check_finite
+from gpt_arc.errors import UserError, check_finite
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.head_loss import logits_at_once
 from model import GPT
@@ -93,18 +93,52 @@ def truncated(request: Request, block_size: int) -> tuple[int, ...]:
     return tuple(request.context[-(block_size + 1 - len(request.continuation)) :])
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Encodes a context and its continuation together, and splits the tokens after as many as the context alone has.
+class Encoded(NamedTuple):
+    requests: list[Request]
+    merged: int  # requests whose continuation begins within the context, see `encode_pairs`
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], block_size: int, places: Sequence[str] | None = None
+) -> Encoded:
+    """Encodes contexts and continuations, each pair as one text, whose tokens are split where the context ends.
 
     As in EleutherAI's lm-evaluation-harness, white space at the context's end moves to the continuation, since most
-    tokenizers put it into the first token there, and an empty context becomes the tokenizer's start_token. Raises
-    UserError.
+    tokenizers put it into the first token there, and an empty context becomes the tokenizer's start_token.
+
+    The tokens of the context alone needn't be the first tokens of the text: " wor" and "ld peace" are " world" and
+    " peace". Then the harness scores " peace" alone, after " wor". Here the continuation begins with the first token
+    that differs, and so it does for all pairs with that context: each is scored by the probability of one piece of
+    text, the end of the context with the continuation.
+
+    `places` name the pairs in messages. Raises UserError for a continuation that can't be encoded, adds no token or is
+    longer than the model's context, `block_size`.
     """
-    end = len(context.rstrip())
-    context, continuation = context[:end], context[end:] + continuation
-    before = tokenizer.encode(context)
-    after = tokenizer.encode(context + continuation)[len(before) :]
-    return [*tokenizer.declared.prefix, *before] or [tokenizer.start_token], after
+    places = places or [f"text {number} of {len(pairs)}" for number in range(1, len(pairs) + 1)]
+    contexts: dict[str, list[int]] = {}
+    kept: dict[str, int] = {}  # tokens of each context that all its pairs begin with
+    texts: list[tuple[str, list[int]]] = []
+    for place, (context, continuation) in zip(places, pairs):
+        stripped = context.rstrip()
+        try:
+            if stripped not in contexts:
+                contexts[stripped] = tokenizer.encode(stripped)
+            tokens = tokenizer.encode(context + continuation)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        texts.append((stripped, tokens))
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(contexts[stripped], tokens)))
+        kept[stripped] = min(common, kept.get(stripped, common))
+    requests = []
+    for place, (context, tokens) in zip(places, texts):
+        start = kept[context]
+        if (size := len(tokens) - start) == 0:
+            raise UserError(f"{place}: the answer or option adds no token to its context")
+        if size > block_size:
+            raise UserError(f"{place}: a continuation of {size} tokens exceeds the context of {block_size}")
+        before = [*tokenizer.declared.prefix, *tokens[:start]] or [tokenizer.start_token]
+        requests.append(Request(before, tokens[start:]))
+    return Encoded(requests, sum(kept[context] < len(contexts[context]) for context, _ in texts))
 
 
 def rolling_windows(

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import json
 import re
-import tomllib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
+from gpt_arc.reading import read_toml
 
 FOLDER = resource("tasks")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma before three digits
@@ -35,6 +35,7 @@ class Question(NamedTuple):
     contexts: list[str]  # one for each option; a single one if there are no options
     continuations: list[str]  # likewise; the answer if there are no options
     answer: int  # index of the right one
+    place: str = "item 1"  # in the data, for messages
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,8 @@ class Task:
             matches = list(re.finditer(self.extract, text))
             text = matches[-1][matches[-1].lastindex or 0] if matches else ""
         texts = [THOUSANDS.sub("", each.lower()) for each in (text, question.continuations[0])]
-        plain = [" ".join(each.split()).rstrip(" .") for each in texts]
+        texts = [" ".join(each.split()) for each in texts]
+        plain = [each.rstrip(" .") or each for each in texts]  # a full stop alone stays
         return plain[0] == plain[1]
 
 
@@ -271,10 +273,7 @@ def load_task(name: str) -> Task:
         near = difflib.get_close_matches(name, known_tasks(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_tasks())}"
         raise UserError(f"there is no task {name}; {hint}")
-    try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    content = read_toml(path)
     fields = {f.name for f in dataclasses.fields(Task)} - {"name"}
     for key in sorted(content.keys() - fields):
         near = difflib.get_close_matches(key, fields, n=1)

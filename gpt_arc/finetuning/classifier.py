@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, TypeAdapter, with_config
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt_arc.data.batches import pad_rows
@@ -28,14 +28,20 @@ from gpt_arc.files import replacing, write_file
 from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
-from gpt_arc.weights.directory import load_config, load_text_model, model_directory, save_model
+from gpt_arc.reading import read_json, reading
+from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
+from gpt_arc.weights.meta import meta_device
+from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT
 
+LARGEST_CONFIG = 16 << 20  # bytes of classifier.json, which names every class
 CONFIG, WEIGHTS, FORMAT_VERSION = "classifier.json", "classifier.safetensors", 1
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 @dataclass(frozen=True)
 class ClassifierConfig:
     """What a classifier needs besides its model."""
@@ -161,51 +167,51 @@ def save_classifier(classifier: Classifier, tokenizer: Tokenizer, directory: Pat
     content = {"format_version": FORMAT_VERSION, **asdict(classifier.config)}
     content["special"] = classifier.config.special._asdict()
     write_file(Path(directory) / CONFIG, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    record_files(Path(directory), WEIGHTS, CONFIG)
 
 
 def is_classifier(path: Path | str) -> bool:
     """Whether `path` is a classifier's directory or the run folder of a classifier."""
-    return any((Path(path) / place / CONFIG).is_file() for place in (".", "best", "last"))
+    directory = local_directory(path)
+    return directory is not None and (directory / CONFIG).is_file()
 
 
+@of_one_checkpoint
 def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Classifier, Tokenizer]:
     """Returns the classifier, on the CPU and in training mode, and its tokenizer.
 
     `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
-    directory = model_directory(path)
+    directory = Path(path)
     config = _read_config(directory / CONFIG)
     if config.lstm:
-        trunk, tokenizer = LSTM(load_config(directory)).to(dtype), load_tokenizer(directory)
+        trunk, tokenizer = _load_lstm(directory, dtype), load_tokenizer(directory)
     else:
         trunk, tokenizer = load_text_model(directory, dtype=dtype)
     classifier = Classifier(trunk, config)
     if config.lstm:
-        _load_weights(trunk, directory / "model.safetensors", "")
-    _load_weights(classifier.head.to(dtype), directory / WEIGHTS, "head.")
+        check_files(directory, sizes_only=(".pt",))
+    head = read_tensors(directory / WEIGHTS, {"head.weight": classifier.head.weight.shape}, dtype)
+    classifier.head.to(dtype).load_state_dict({"weight": head["head.weight"]})
     return classifier, tokenizer
 
 
-def _load_weights(module: nn.Module, path: Path, prefix: str) -> None:
-    try:
-        module.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in load_file(path).items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()  # torch's first line only says that loading failed
-        raise UserError(f"{path} is missing or damaged: {reason}") from None
+def _load_lstm(directory: Path, dtype: torch.dtype) -> LSTM:
+    config = load_config(directory)
+    with meta_device():
+        shapes = {name: tensor.shape for name, tensor in LSTM(config).state_dict().items()}
+    tensors = read_tensors(directory / "model.safetensors", shapes, dtype)
+    lstm = LSTM(config).to(dtype)
+    lstm.load_state_dict(tensors)
+    return lstm
 
 
 def _read_config(path: Path) -> ClassifierConfig:
-    try:
-        content = json.loads(path.read_text("utf-8"))
+    if not path.exists():
+        raise UserError(f"{path.parent} is a model without a classifier's head: train one with --train FILE")
+    content = read_json(path, limit=LARGEST_CONFIG)
+    with reading(path):
         version = content.pop("format_version")
-        columns = {**content["columns"], "options": tuple(content["columns"]["options"])}
-        special, classes = SpecialTokens(**content["special"]), content["classes"]
-        content |= {"special": special, "columns": Columns(**columns), "classes": classes and tuple(classes)}
-        config = ClassifierConfig(**content)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is a model without a classifier's head: train one with --train FILE") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
-    return config
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
+        return TypeAdapter(ClassifierConfig).validate_json(json.dumps(content), strict=True)

@@ -1,7 +1,8 @@
 """LoRA (Hu et al., arXiv:2106.09685): each linear layer learns a product of two thin matrices beside its frozen weight.
 
 add_adapters(model.blocks, rank=8, alpha=16)    # now only the adapters learn
-merge_adapters(model.blocks)                    # adds them to the weights: an ordinary model again
+learn_new_tokens(model, 3)                      # and the embeddings of the last three tokens
+merge_adapters(model)                           # adds both to the weights: an ordinary model again
 """
 
 import copy
@@ -37,6 +38,35 @@ class LowRankLinear(nn.Module):
         return self.linear.requires_grad_()
 
 
+class NewRows(nn.Module):
+    """An embedding, or a linear layer without bias, that is frozen except for the last `count` rows of its weight."""
+
+    def __init__(self, module: nn.Embedding | nn.Linear, count: int):
+        super().__init__()
+        self.module = module.requires_grad_(False)
+        self.rows = nn.Parameter(module.weight[-count:].detach().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat((self.module.weight[: -len(self.rows)], self.rows))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apply = nn.functional.embedding if isinstance(self.module, nn.Embedding) else nn.functional.linear
+        return apply(x, self.weight)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Embedding | nn.Linear:
+        """Puts the rows into the weight of `module` and returns it, trainable: the same function as this layer."""
+        self.module.weight[-len(self.rows) :] = self.rows
+        return self.module.requires_grad_()
+
+
+def learn_new_tokens(model: nn.Module, count: int) -> None:
+    """Freezes the embedding of a model, and its head if that isn't tied, except for the last `count` tokens."""
+    for name in ("token_embedding",) if model.config.tied_head else ("token_embedding", "head"):
+        setattr(model, name, NewRows(getattr(model, name), count))
+
+
 def add_adapters(module: nn.Module, rank: int, alpha: float) -> None:
     """Replaces every linear layer inside `module` by a `LowRankLinear`, and freezes everything else in it.
 
@@ -50,10 +80,10 @@ def add_adapters(module: nn.Module, rank: int, alpha: float) -> None:
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Undoes `add_adapters`, keeping in the weights what the adapters learned."""
+    """Undoes `add_adapters` and `learn_new_tokens`, keeping in the weights what was learned."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LowRankLinear):
+            if isinstance(child, LowRankLinear | NewRows):
                 setattr(parent, name, child.merged())
 
 

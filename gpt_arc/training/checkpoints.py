@@ -1,5 +1,12 @@
-"""Checkpoints of a run: folders `step-00002000`, complete or absent, with the links `last` and `best` to them."""
+"""Checkpoints of a run: folders `step-00002000`, complete or absent, with the links `last` and `best` to them.
 
+A step that is saved again becomes `step-00002000.1`, since nothing replaces a folder in one step; then the links move
+and the older folder is deleted. checkpoints.json lists the folders that the run wrote: no others are deleted.
+"""
+
+import contextlib
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +18,18 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
+from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import is_failed_write, new_directory, point
+from gpt_arc.files import discard, follow, is_failed_write, new_directory, point, write_file
+from gpt_arc.manifest import DamagedFile, check_files, record_files
 from gpt_arc.reading import open_plain, reading
+from gpt_arc.weights.checkpoint_folders import CHECKPOINT, checkpoints, named_checkpoint, step_of, undamaged_before
 
 ADVICE = "use another checkpoint"
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+RECORD = "checkpoints.json"
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "report.json", "wandb", RECORD, "run.json")
+STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]
 
 
@@ -62,16 +75,21 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_all: bool,
 ) -> None:
-    """Writes the checkpoint of `step`, points `last` to it and `best` to that of `best_step`, and deletes the others.
+    """Writes the checkpoint of `step`, points `last` to it, and `best` if that is `best_step`; deletes the others.
 
-    `save` writes the model into a folder. If the process is killed, `last` still points to a complete checkpoint.
+    `save` writes the model into a folder. If the process is killed, `last` still names a complete checkpoint.
     Raises UserError if it can't be written.
     """
-    directory = run / step_name(step)
+    if not run.is_dir():
+        raise UserError(f"the run folder {run} has been deleted or moved, so step {step} can't be saved")
+    directory, previous = run / _unused_name(run, step), named_checkpoint(run, "last")
     try:
         with new_directory(directory) as temporary:
             save(temporary)
             torch.save(state, temporary / "training_state.pt")
+            record_files(temporary, "training_state.pt")
+            written = [*recorded(run), directory.name]
+            write_file(run / RECORD, json.dumps(written) + "\n")
     except Exception as error:
         if not is_failed_write(error):
             raise
@@ -80,22 +98,73 @@ def save_checkpoint(
             f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "
             "earlier checkpoints are kept"
         ) from None
-    kept = {directory.name}
     point(run / "last", directory.name)
-    if best_step is not None:
-        point(run / "best", step_name(best_step))
-        kept.add(step_name(best_step))
-    for other in run.glob("step-*"):
-        if not keep_all and other.name not in kept:
-            shutil.rmtree(other)
+    if best_step == step:
+        point(run / "best", directory.name)
+    best = named_checkpoint(run, "best") if best_step is not None else None
+    for other in (run / name for name in written):
+        superseded = other == previous and step_of(other) == step
+        if other not in (directory, best) and (superseded or not keep_all):
+            with contextlib.suppress(OSError):  # the next checkpoint tries again
+                discard(other)
+
+
+def _unused_name(run: Path, step: int) -> str:
+    names = [path.name for path in run.glob(f"{step_name(step)}*")]
+    versions = [int(match[2] or 0) for name in names if (match := CHECKPOINT.fullmatch(name)) and int(match[1]) == step]
+    return step_name(step) + (f".{max(versions) + 1}" if versions else "")
+
+
+def recorded(run: Path) -> list[str]:
+    """Returns the names of the checkpoints that the run wrote and that are still there."""
+    try:
+        names = json.loads((run / RECORD).read_text())
+        names = [name for name in names if CHECKPOINT.fullmatch(name)]
+    except FileNotFoundError:  # a run of an older version
+        names = [directory.name for directory in checkpoints(run)]
+    except (ValueError, TypeError):
+        names = []
+    return [name for name in names if (run / name).is_dir() and not (run / name).is_symlink()]
+
+
+def remove_strays(run: Path) -> None:
+    """Removes the unfinished files that killed processes left."""
+    for path in run.iterdir():
+        if STRAY.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def clean_run(run: Path, step: int, best_step: int | None) -> None:
-    """Prepares to resume from `step`: removes unfinished and later checkpoints, and points `best` to `best_step`."""
-    for leftover in (*run.glob(".step-*"), *(d for d in run.glob("step-*") if d.name > step_name(step))):
-        shutil.rmtree(leftover)
-    if best_step is not None:
-        point(run / "best", step_name(best_step))
+    """Prepares to resume from `step`: removes unfinished files and points `last` and `best` to their checkpoints."""
+    remove_strays(run)
+    for name, wanted in (("last", step), ("best", best_step)):
+        link = run / name
+        if wanted is None:
+            continue
+        if link.is_dir() and not link.is_symlink() and not (run / step_name(wanted)).exists():
+            link.rename(run / step_name(wanted))  # a copy that followed links, without what they named
+        directories = [path for path in checkpoints(run) if step_of(path) == wanted]
+        if directories and follow(link) not in directories:
+            point(link, directories[-1].name)
+
+
+def resumable(run: Path) -> Path | None:
+    """Returns the checkpoint to resume from: `last` or, if that is damaged, the newest one before it that isn't.
+
+    Returns None if the run has no checkpoint. Raises DamagedFile if all are damaged.
+    """
+    last = named_checkpoint(run, "last")
+    if last is None:
+        return None
+    try:
+        check_files(last)
+        return last
+    except DamagedFile as error:
+        older = undamaged_before(last)
+        if older is None:
+            raise
+        say(f"{error}; resuming from {older}")
+        return older
 
 
 def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command lines of train.py and of the stages."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from gpt_arc.training.config import SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record
 from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config
 from model import GPTConfig
 
@@ -46,6 +48,7 @@ class Launch:
     files: tuple[str, ...]
     overrides: dict[str, Any]  # settings that differ from those in the files
     resumed: Path | None  # the run to resume
+    checkpoint: Path | None  # the folder in it to resume from, once the run is locked
     imported: str | None  # the model to start from
     adopted: dict[str, Any]  # settings of its architecture that replace those in files and flags
 
@@ -67,8 +70,11 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if run.resume or run.init_from == "resume":
         folder = run.resume or run.out_dir
         resumed = newest_run(name or None) if folder is None else Path(folder)
-        if not (resumed / "last" / "config.json").exists():
-            raise UserError(f"there is no checkpoint to resume from in {resumed}: name another run, or start a new one")
+        if named_checkpoint(resumed, "last") is None:
+            started = (resumed / "run.json").exists()
+            start_over = f"start it over with --out_dir={shlex.quote(str(resumed))} --overwrite=True"
+            remedy = start_over if started else "name another run, or start a new one"
+            raise UserError(f"there is no checkpoint to resume from in {resumed}: {remedy}")
         recorded = read_record(resumed)[1]
         if not files:
             files = [str(resumed / "config.toml")]
@@ -91,7 +97,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
-    return Launch(config, name, tuple(files), overrides | adopted, resumed, imported, adopted)
+    return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
 
 
 def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,15 @@ from gpt_arc.settings import (
 )
 from model import GPTConfig
 
+LARGEST_UPDATE = 2**20  # examples
+LARGEST_MICRO_BATCH = 2**24  # tokens that a device processes at once
+
+
+def check_batch(name: str, size: int, most: int = LARGEST_UPDATE) -> None:
+    """Raises ValueError for a batch that no machine holds, as in a damaged file."""
+    if size > most:
+        raise ValueError(f"{name} = {size} is more than {most}: lower batch_size")
+
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
@@ -173,6 +182,8 @@ class RunConfig:
     """Evaluate and stop."""
     dry_run: bool = False
     """Print what would be run and stop."""
+    verify: bool = False
+    """Compare all token files with their checksums first; without it only their sizes."""
 
     def __post_init__(self):
         if self.overwrite and (self.resume or self.init_from == "resume"):
@@ -207,6 +218,8 @@ class Config:
     def __post_init__(self):
         tokens, steps = self.data.tokens_per_step, self.data.gradient_accumulation_steps
         micro_batch = self.data.batch_size * self.model.block_size
+        check_batch("batch_size x block_size", micro_batch, LARGEST_MICRO_BATCH)
+        check_batch("batch_size x gradient_accumulation_steps", self.sequences_per_step)
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.reading import open_plain, reading
 from gpt_arc.tables import to_json
 from gpt_arc.training.config import LoggingConfig
 
@@ -59,14 +60,16 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without one that a kill cut short."""
+    """The lines of a metrics.jsonl, without those that are cut short or damaged."""
     if not path.exists():
         return []
     lines = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
+    with reading(path), open_plain(path) as file:
+        text = file.read().decode(errors="replace")
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
 
 
 def start_wandb(logging: LoggingConfig, settings: dict[str, Any], folder: Path) -> Any:

@@ -13,9 +13,11 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Seed, Share, UnitInterval, build, read_value
-from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.config import TrainingConfig, check_batch
 from gpt_arc.training.epochs import held_out
+from gpt_arc.training.runs import Record
 
 O = TypeVar("O", bound="StageOptions")
 E = TypeVar("E")
@@ -85,6 +87,7 @@ class StageOptions:
         return values
 
     def __post_init__(self):
+        check_batch("batch_size x gradient_accumulation_steps", self.examples_per_update)
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -167,10 +170,10 @@ def recorded_options(run: Path, cls: type[O], stage: str) -> O:
     """The options in the run.json that `record_options` wrote. Raises UserError."""
     path = run / "run.json"
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, Record)
         if content.get("stage", "train") != stage:
             raise ValueError(f"it is a run of {content.get('stage', 'train')}.py")
         values = {name: read_value(cls, name, value, "options") for name, value in content["options"].items()}
         return build(cls, values, dict.fromkeys(values, "options"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(f"{run} is not a run of {stage}.py that could go on ({path}: {error})") from None

@@ -71,11 +71,11 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     if IS_MAIN and not config.run.dry_run:
         prepare_missing(config.data.sources)
     distributed.from_main(None)  # the other processes wait for the data
-    corpus = open_corpus(config.data.sources)
+    corpus = open_corpus(config.data.sources, config.run.verify)
 
     # a dataset's vocabulary replaces a preset's; a trained model keeps its own
     vocab_size, block_size = config.model.vocab_size, config.model.block_size
-    trained = load_config(launch.resumed / "last") if launch.resumed else None
+    trained = load_config(launch.checkpoint) if launch.checkpoint else None
     if corpus and corpus.tokenizer and not launch.imported:
         vocab_size = trained.vocab_size if trained else corpus.tokenizer.vocab_size
     if vocab_size != config.model.vocab_size:
@@ -91,9 +91,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     # a resumed run keeps the precision and compilation that "auto" meant when it started
     training = config.training
     dtype, compile_setting = training.dtype, training.compile
-    if launch.resumed and trained:
-        state = load_state(launch.resumed / "last")
-        with reading(state_file(launch.resumed / "last"), ADVICE):
+    if launch.checkpoint and trained:
+        state = load_state(launch.checkpoint)
+        with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
         check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)

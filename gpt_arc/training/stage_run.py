@@ -34,7 +34,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural
 from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, resume_command
@@ -74,9 +74,10 @@ class StageRun:
         self.folder, self._lock = folder, lock
         self.progress = progress()
         self._state: dict[str, Any] | None = None
-        if folder and (folder / "last").exists():
-            self._state = load_state(folder / "last")
-            with reading(state_file(folder / "last"), ADVICE):
+        self.checkpoint = resumable(folder) if folder else None
+        if self.checkpoint:
+            self._state = load_state(self.checkpoint)
+            with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
         self.stopped = 0  # number of the signal that any process received
@@ -88,7 +89,7 @@ class StageRun:
     @property
     def origin(self) -> str:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
-        return str(self.folder / "last") if self._state else self.options.model
+        return str(self.checkpoint or self.options.model)
 
     def open(self, fingerprint: str) -> None:
         """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
@@ -136,7 +137,7 @@ class StageRun:
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
         generators = self._state["generators"]
         generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
-        with reading(state_file(self.folder / "last"), ADVICE):
+        with reading(state_file(self.checkpoint), ADVICE):
             updater.load_state_dict(self._state)
             for name, part in parts.items():
                 check_tensors(saved[name], part.state_dict(), f"{name}.")
@@ -237,9 +238,8 @@ class StageRun:
 
     def abandon(self) -> None:
         """Remove the folder of a new run that ended without a checkpoint."""
-        if IS_MAIN and self._new and not (self.folder / "last").exists():
-            for name in ("run.json", "metrics.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+        if IS_MAIN and self._new and self._saved is None:
+            runs.clear(self.folder)
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
 

@@ -1,34 +1,54 @@
 """Model directories: saving and loading models.
 
-A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model. A
-checkpoint is a model directory `step-00002000` that also holds training_state.pt. In a run folder, `last` and `best`
-are links to two checkpoints.
+A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model, and
+their checksums, manifest.json. A checkpoint is a model directory `step-00002000` that also holds training_state.pt. In
+a run folder, `last` and `best` are links to two checkpoints.
 """
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
-from gpt_arc.errors import UserError
-from gpt_arc.files import replacing, write_file
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.files import follow, replacing, whole, write_file
+from gpt_arc.manifest import DamagedFile, checking, record_files
+from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
-from gpt_arc.weights.huggingface import config_from_hf
+from gpt_arc.weights.checkpoint_folders import named_checkpoint, undamaged_before
+from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT, GPTConfig
 
+MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "block_size"}
+ATTEMPTS = 5  # to read a checkpoint that a run deletes meanwhile
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@with_config(ConfigDict(strict=True, extra="allow"))
+class ModelConfig(TypedDict):
+    """A model's config.json. GPTConfig and `config_from_hf` check the other keys."""
+
+    model_type: str
 
 
 def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -> None:
@@ -42,22 +62,32 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
     if tokenizer is not None:
         tokenizer.save(directory)
     write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
+    record_files(directory, "config.json", "model.safetensors", *(tokenizer.files() if tokenizer is not None else ()))
 
 
 def model_directory(path: Path | str) -> Path:
-    """Returns the model directory for `path`: the path itself, a run folder's `best` or else `last`, or a hub download.
+    """Returns the model directory for `path`: the path itself, the checkpoint that a run folder's `best` or else `last`
+    names at present, or a hub download.
 
     Raises UserError if there is none.
     """
     return _directory(path, hub.CONFIG + hub.WEIGHTS + hub.TOKENIZER)
 
 
+def local_directory(path: Path | str) -> Path | None:
+    """`model_directory` without the hub: None if there is none on this machine."""
+    path = whole(Path(path))
+    for directory in (follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")):
+        if directory and (directory / "config.json").is_file():
+            return directory
+    return None
+
+
 def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
     """`model_directory`, but downloads only `files` from the hub."""
-    path, name = Path(path), str(path)
-    for directory in (path, path / "best", path / "last"):
-        if (directory / "config.json").is_file():
-            return directory
+    directory, path, name = local_directory(path), Path(path), str(path)
+    if directory:
+        return directory
     if hub.is_name(name) and not path.exists():
         return hub.download(name, files)
     if not path.exists():
@@ -66,6 +96,33 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
             f"other as {hub.PREFIX}OWNER/NAME"
         )
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
+
+
+def of_one_checkpoint(load: Callable[Concatenate[Path | str, P], T]) -> Callable[Concatenate[Path | str, P], T]:
+    """Decorates a function that loads from a model directory: it gets what `model_directory` returns for its `path`.
+
+    If a run deletes that checkpoint meanwhile, the function is called again with the present one, so that all it reads
+    is of one checkpoint.
+    """
+
+    @functools.wraps(load)
+    def wrapped(path: Path | str, *args: P.args, **kwargs: P.kwargs) -> T:
+        for _ in range(ATTEMPTS):
+            directory = model_directory(path)
+            try:
+                loaded = load(directory, *args, **kwargs)
+                if (directory / "config.json").exists():
+                    return loaded
+            except UserError as error:
+                if not (directory / "config.json").exists():
+                    continue
+                older = undamaged_before(directory) if isinstance(error, DamagedFile) else None
+                if older is None:
+                    raise
+                raise UserError(f"{error}; {older} is undamaged") from None
+        raise UserError(f"the checkpoints of {path} are deleted before they are read: try again when the run has ended")
+
+    return wrapped
 
 
 def load_config(path: Path | str) -> GPTConfig:
@@ -79,22 +136,28 @@ def load_config(path: Path | str) -> GPTConfig:
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Returns a model directory's model_type, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
-    try:
-        content = json.loads(path.read_text("utf-8"))
-        kind = content.pop("model_type")
+    content = read_json(path, ModelConfig)
+    kind = content.pop("model_type")
+    with reading(path):
         version = content.pop("format_version") if kind == MODEL_TYPE else FORMAT_VERSION
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a model's config: {type(error).__name__}: {error}") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} describes a model of version {version}; this program reads version {FORMAT_VERSION}")
     try:
-        return kind, GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
+        config = GPTConfig(**content) if kind == MODEL_TYPE else config_from_hf({"model_type": kind, **content})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {mistake(error, GPTConfig)}") from None
+    if config.n_layer > MANY_BLOCKS and any(directory.glob("*.safetensors")):
+        tensors = sum(1 for _ in stored_tensors(directory))
+        if config.n_layer > tensors:
+            raise UserError(
+                f"{path} describes {config.n_layer} blocks, and the weights beside it are {tensors} tensors"
+            )
+    return kind, config
 
 
+@of_one_checkpoint
 def load_model(
     path: Path | str, config: GPTConfig | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[GPT, Tokenizer | None]:
@@ -103,11 +166,17 @@ def load_model(
     `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
     the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
     the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
-    rows than the tokenizer has tokens, as Qwen's does, or lack some added to the tokenizer, see `Tokenizer.restrict`.
+    rows than the tokenizer has tokens, as Qwen's does. Special tokens may lie beyond it, as a [PAD] that was added
+    without a row often does.
 
     Raises UserError naming the file and tensor if something is missing, unexpected, damaged or has the wrong shape.
     """
-    directory = model_directory(path)
+    directory = Path(path)
+    with checking(directory, sizes_only=(".pt",)):  # the training state
+        return _load(directory, config, dtype)
+
+
+def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tuple[GPT, Tokenizer | None]:
     kind, stored = _read_config(directory)
     config = config or stored
     for field in fields(GPTConfig):
@@ -123,8 +192,8 @@ def load_model(
         with meta_device():
             model = GPT(config)
             shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
-    except TypeError as error:
-        raise UserError(f"{directory / 'config.json'} is damaged: {error}") from None
+    except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
+        raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
     if kind == MODEL_TYPE:
         tensors = read_tensors(directory / "model.safetensors", shapes, dtype)
     else:
@@ -136,13 +205,14 @@ def load_model(
     if not holds_tokenizer(directory):
         return model, None
     tokenizer = load_tokenizer(directory)
-    try:
-        tokenizer.restrict(config.vocab_size)
-    except UserError as error:
-        raise UserError(f"the tokenizer in {directory} belongs to another model: {error}") from None
+    needed = max(tokenizer.text_size, (tokenizer.end_of_text or 0) + 1)
+    if needed > config.vocab_size:
+        sizes = f"it has {needed} tokens, the model {config.vocab_size}"
+        raise UserError(f"the tokenizer in {directory} belongs to another model: {sizes}")
     return model, tokenizer
 
 
+@of_one_checkpoint
 def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
     """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
     model, tokenizer = load_model(path, dtype=dtype)

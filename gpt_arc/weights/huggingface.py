@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.reading import read_json
+from gpt_arc.reading import mistake_in, read_json
 from gpt_arc.settings import mistake
 from gpt_arc.weights.tensor_files import and_more, open_tensors
 from model import GPT, GPTConfig
@@ -216,6 +217,21 @@ TRAINING |= {"balance_loss", "router_z_loss"}
 OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
 
 
+@with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
+class HFConfig(TypedDict, total=False):
+    """The keys of transformers' config.json that aren't handed on to GPTConfig, which checks the others."""
+
+    activation_function: str
+    afn: str
+    hidden_act: str
+    num_local_experts: int
+    num_experts_per_tok: int
+    router_aux_loss_coef: float
+    layer_types: list[str] | None
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+
+
 def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     """Returns the architecture that a config.json of transformers describes; absent keys have transformers' defaults.
 
@@ -227,6 +243,10 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f'model_type = "{kind}" is not a supported architecture: choose one of {known}')
     content = {architecture.aliases.get(key, key): value for key, value in content.items()}
+    try:
+        TypeAdapter(HFConfig).validate_python(content)
+    except ValidationError as error:
+        raise UserError(mistake_in(error)) from None
     if "rope_theta" in architecture.sizes:
         content["rope_theta"] = _rope_theta(content, architecture.sizes["rope_theta"][1])
     for key, allowed in {**architecture.fixed, "quantization_config": (None,)}.items():
@@ -251,7 +271,10 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
             settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
         return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
     except (TypeError, ValueError) as error:
-        raise UserError(f"it doesn't describe a valid model: {mistake(error, GPTConfig)}") from None
+        sentence = mistake(error, GPTConfig)
+        for key, (name, _) in {**architecture.sizes, **architecture.dropouts}.items():
+            sentence = re.sub(rf"\b{name}\b", key, sentence)
+        raise UserError(f"it doesn't describe a valid model: {sentence}") from None
 
 
 def _unknown(key: str, value: Any, kind: str, instead: str) -> UserError:
@@ -443,12 +466,18 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     """
     architecture = ARCHITECTURES[kind]
     stored = {}
-    for tensor in _stored_tensors(directory):
+    for tensor in stored_tensors(directory):
         other = stored.setdefault(tensor.name.removeprefix(architecture.prefix), tensor)
         if other is not tensor:
             raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: remove one of them")
     if any(".mlp.experts." in name for name in stored):
         architecture = replace(architecture, block=architecture.block | architecture.fused)
+    elif config.n_experts * config.n_layer > len(stored):
+        total = config.n_experts * config.n_layer
+        raise UserError(f"{directory} has {len(stored)} tensors, too few for the {total} experts of its config.json")
+    embedding = f"{architecture.outside['token_embedding']}.weight"
+    if config.tied_head and embedding not in stored and "lm_head.weight" in stored:  # a tied pair
+        stored[embedding] = stored.pop("lm_head.weight")
     parts_of = {name: architecture.parts_of(name, shape, config) for name, shape in shapes.items()}
     expected = {part.name: part for parts in parts_of.values() for part in parts}
     missing = expected.keys() - stored
@@ -482,7 +511,7 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
     return tensors
 
 
-def _stored_tensors(directory: Path) -> Iterator[Stored]:
+def stored_tensors(directory: Path) -> Iterator[Stored]:
     """Yields the tensors in the safetensors of `directory`: one file, or the shards that an index names."""
     single, index = directory / WEIGHTS, directory / INDEX
     paths = [single]

@@ -148,13 +148,13 @@ def test_a_format_is_saved_and_loaded(tmp_path):
     [
         ({"format_version": 2}, "chat.json: it has version 2; this program reads 1"),
         ({"added_tokens": {}}, "chat.json: the template's <|system|> is not a token of the tokenizer"),
-        ({"added_tokens": [1]}, "chat.json is damaged: AttributeError"),
-        ({"added_tokens": {"<|user|>": "7"}}, "chat.json is damaged: TypeError"),
+        ({"added_tokens": [1]}, "chat.json is damaged: added_tokens = [1]"),
+        ({"added_tokens": {"<|user|>": "7"}}, 'chat.json is damaged: added_tokens.<|user|> = "7"'),
         ({"added_tokens": {"<|system|>": 3, "<|user|>": 4, "<|assistant|>": 5, "<|end|>": 6}}, "don't follow the tok"),
         ({"added_tokens": {"<|system|>": 20, "<|user|>": 21, "<|assistant|>": 22, "<|end|>": 22}}, "don't follow"),
-        ({"template": {"user": "a"}}, "chat.json is damaged: TypeError"),
-        ({"template": asdict(TEMPLATES["markers"]) | {"user": "a"}}, "chat.json: the template's user = 'a' must be"),
-        (None, "chat.json is damaged: JSONDecodeError"),
+        ({"template": {"user": "a"}}, "chat.json is damaged: it lacks template.system"),
+        ({"template": asdict(TEMPLATES["markers"]) | {"user": "a"}}, "the template's user = 'a' must be"),
+        (None, "chat.json is damaged: it is not JSON"),
     ],
 )
 def test_a_damaged_chat_json_is_refused(tmp_path, change, message):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches, windows
 from gpt_arc.data.datasets import Source, Split, open_corpus
-from gpt_arc.data.order import TrainingOrder, evaluation_starts, permute
+from gpt_arc.data.order import TrainingOrder, _mix, evaluation_starts, permute
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
@@ -97,19 +97,32 @@ def test_permute_is_a_permutation(size, key):
     assert np.array_equal(np.sort(permute(np.arange(size), size, key)), np.arange(size))
 
 
+def permutations(size, keys):
+    """What `permute` gives for each of the keys (K, size), computed for all of them at once: a table of the network."""
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    index = np.arange(1 << 2 * int(half), dtype=np.uint64)
+    left, right = index >> half, index & mask
+    for rounds in zip(*(np.random.SeedSequence(key).generate_state(8, np.uint64) for key in keys)):
+        left, right = right, left ^ (_mix(right ^ np.array(rounds)[:, None]) & mask)
+    table = (left << half | right).astype(np.int64)
+    orders = table[:, :size]
+    while (orders >= size).any():
+        orders = np.where(orders < size, orders, np.take_along_axis(table, orders, axis=1))
+    return orders
+
+
 @pytest.mark.parametrize("size", [5, 12, 100])
 def test_permute_shuffles(size):
     """Every element goes everywhere equally often, and neighbours separate: chi-square over 6,000 keys."""
     from scipy.stats import chisquare
 
-    keys = 6000
-    counts = np.zeros((size, size))
-    steps = np.zeros(size)
-    for key in range(keys):
-        order = permute(np.arange(size), size, key)
-        counts[np.arange(size), order] += 1
-        steps[(order[1] - order[0]) % size] += 1
-    assert chisquare(counts.ravel()).pvalue > 1e-4
+    orders = permutations(size, range(6000))
+    for key in range(200):
+        assert np.array_equal(orders[key], permute(np.arange(size), size, key))
+    where = [np.bincount(places, minlength=size) for places in orders.T]
+    steps = np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)
+    assert chisquare(np.ravel(where)).pvalue > 1e-4
     assert steps[0] == 0 and chisquare(steps[1:]).pvalue > 1e-4
 
 

@@ -21,7 +21,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.harness import HarnessModel
 from gpt_arc.harness import main
 from gpt_arc.weights.directory import save_model
-from helpers import TEXT, randomised
+from helpers import TEXT, randomised, run_python
 from model import GPT, GPTConfig
 from tools import export
 
@@ -178,7 +178,7 @@ def test_an_empty_context_becomes_the_end_of_text_token(adapter):
 
 
 def test_a_continuation_longer_than_the_context_is_refused(adapter):
-    with pytest.raises(ValueError, match=f"exceeds the context of {CONTEXT}"):
+    with pytest.raises(UserError, match=f"option 0: a continuation of [0-9]+ tokens exceeds the context of {CONTEXT}"):
         adapter.loglikelihood(instances("loglikelihood", ("The", words(0, 100))), disable_tqdm=True)
 
 
@@ -301,5 +301,19 @@ def test_the_module_runs_as_a_program(places):
 
 def test_without_the_harness_the_extra_is_named():
     code = "import sys; sys.modules['lm_eval.api.model'] = None; import gpt_arc.harness"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = run_python("-c", code)
     assert result.returncode == 1 and "UserError: EleutherAI's lm-evaluation-harness is not installed" in result.stderr
+
+
+def test_a_token_may_span_context_and_continuation(adapter):
+    """Scores of options of one context are compared by the tokens of the whole texts."""
+    encode = adapter.tok_encode
+    before = {cut: encode(PROSE[:cut]) for cut in range(9, 60)}
+    cut = next(cut for cut, tokens in before.items() if encode(PROSE[: cut + 9])[: len(tokens)] != tokens)
+    context, options = PROSE[:cut], [PROSE[cut : cut + 9], "zens", "t"]
+    texts = [adapter.tok_encode(context + option) for option in options]
+    requests = instances("loglikelihood", *((context, option) for option in options))
+    logs = [log for log, _ in adapter.loglikelihood(requests, disable_tqdm=True)]
+    wholes = adapter._loglikelihood_tokens([(("", ""), text[:1], text[1:]) for text in texts], disable_tqdm=True)
+    for log, (whole, _) in zip(logs, wholes):
+        assert log - logs[0] == pytest.approx(whole - wholes[0][0], abs=1e-4)

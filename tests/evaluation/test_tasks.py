@@ -460,6 +460,14 @@ def test_case_white_space_and_a_full_stop_are_ignored(text, right):
     assert task.is_right(text, Question([""], ["New York"], 0)) == right
 
 
+@pytest.mark.parametrize(("text", "answer", "right"), [
+    ("", ".", False), (" ", ".", False), (".", ".", True), (". ", " .", True), (".", "", False), ("a.", "a", True),
+    ("", "", True),
+])  # fmt: skip
+def test_an_empty_text_is_no_full_stop(text, answer, right):
+    assert Task("t", "T", "generate", answer="{a}").is_right(text, Question([""], [answer], 0)) == right
+
+
 def numbers_shown(text):
     return [int(part.split(":")[0][1:]) for part in text.split(";")[:-1]]
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn as nn
 
-from gpt_arc.finetuning.lora import LowRankLinear, add_adapters, merge_adapters, with_merged_adapters
+from gpt_arc.finetuning.lora import (
+    LowRankLinear,
+    add_adapters,
+    learn_new_tokens,
+    merge_adapters,
+    with_merged_adapters,
+)
 from helpers import randomised
 from model import GPT, GPTConfig
 
@@ -113,3 +119,34 @@ def test_a_merged_model_equals_the_adapted_one(model):
 
 def test_a_model_without_adapters_is_not_copied(model):
     assert with_merged_adapters(model) is model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_learn_beside_adapters(tied):
+    model = randomised(GPT(GPTConfig(16, 30, 2, 2, 16, tied_head=tied)))
+    reference, names = copy.deepcopy(model), list(model.state_dict())
+    model.requires_grad_(False)
+    add_adapters(model.blocks, 3, 16.0)
+    learn_new_tokens(model, 3)
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    (model(TOKENS, TOKENS.roll(-1, 1)).total / TOKENS.numel()).backward()
+    (reference(TOKENS, TOKENS.roll(-1, 1)).total / TOKENS.numel()).backward()
+    rows = [p for p in learning if p.shape == (3, 16) and "rows" in name_of(model, p)]
+    assert len(rows) == 2 - tied
+    for parameter, matrix in zip(rows, (reference.token_embedding, *([] if tied else [reference.head]))):
+        torch.testing.assert_close(parameter.grad, matrix.weight.grad[-3:], rtol=1e-4, atol=1e-6)
+    torch.optim.AdamW(learning, lr=0.1, weight_decay=0.5).step()
+    adapted = model(TOKENS)
+    merged = with_merged_adapters(model)
+    torch.testing.assert_close(merged(TOKENS), adapted, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model(TOKENS), adapted)
+    state = merged.state_dict()
+    assert list(state) == names
+    for name in ("token_embedding.weight", *([] if tied else ["head.weight"])):
+        old, new = reference.state_dict()[name], state[name]
+        assert torch.equal(old[:-3], new[:-3]) and not torch.isclose(old[-3:], new[-3:]).any()
+
+
+def name_of(model, parameter):
+    return next(name for name, other in model.named_parameters() if other is parameter)

@@ -105,7 +105,8 @@ def test_the_python_manual_is_pydoc_s_text(prepare):
     assert f"{len(text):,} characters" in output
     assert decoded(folder, "train") + decoded(folder, "val") == text
     assert len(decoded(folder, "train")) == len(text) * 9 // 10
-    assert sorted(contents(folder)) == ["meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    names = ["manifest.json", "meta.json", "tokenizer.json", "train_000000.bin", "val_000000.bin"]
+    assert sorted(contents(folder)) == names
     assert "is prepared already" in prepare("python_manual.py")
     assert "is prepared already" not in prepare("python_manual.py", "--overwrite=True")
 

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.evaluation import reader as evaluation_reader
 from gpt_arc.evaluation.harness import HarnessModel
 from gpt_arc.evaluation.items import demonstrations
 from gpt_arc.evaluation.measure import TaskItems, gather, measure_task, with_overlap
@@ -360,7 +359,7 @@ def test_only_the_first_sentences_count(reader):
 def test_demonstrations_come_between_the_description_and_the_question(reader, monkeypatch):
     read = []
 
-    def score(self, texts, label):
+    def score(self, texts, label, places):
         read.extend(texts)
         return [SimpleNamespace(is_greedy=True, log_probability=-1.0) for _ in texts]
 
@@ -483,7 +482,7 @@ def test_the_report_identifies_model_items_and_versions(run):
     assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(report["versions"]) == {"gpt-arc", "torch", "tokenizers"}
     (original,) = report["models"]
-    assert original["model"] == "base"
+    assert original["model"] == "base" and original["checkpoint"] == str(Path("base").resolve())
     content = hashlib.sha256(Path("base/model.safetensors").read_bytes()).digest()
     assert original["weights"] == hashlib.sha256(content).hexdigest()
     assert original["tasks"][0]["items_hash"] == hashlib.sha256(json.dumps(ITEMS).encode()).hexdigest()
@@ -640,7 +639,7 @@ def test_an_error_of_the_hub_is_reported(run, monkeypatch):
         (("--tasks", "cloze.toml", "--data=blank.jsonl"), "cloze, item 1: the answer or an option is empty"),
         (
             ("--tasks", "cloze.toml", "--data=long.jsonl"),
-            "cloze: a continuation of 17 tokens exceeds the context of 16",
+            "cloze, item 1: a continuation of 17 tokens exceeds the context of 16",
         ),
         (("--tasks", "cloze.toml", "--data=items.jsonl", "--shots", "6"), "can't draw 6 demonstrations from 6 items"),
         (
@@ -667,7 +666,17 @@ def test_a_missing_model_or_tokenizer_is_refused(run):
     assert "there is no model directory nothing" in run("nothing", "--perplexity", "text.txt").message
 
 
-def test_an_option_that_merges_into_its_context_is_refused(reader, monkeypatch):
-    monkeypatch.setattr(evaluation_reader, "encode_pair", lambda *args: ([1], []))
-    with pytest.raises(UserError, match="mine: a request needs at least one token of context and one of continuation"):
-        reader.score([("a", "b")], "mine")
+def test_an_option_that_adds_no_token_is_refused(reader):
+    class Trimming:
+        """A tokenizer that drops white space at the end."""
+
+        start_token = 0
+
+        def encode(self, text):
+            return TOKENIZER.encode(text.rstrip())
+
+    trimming = reader._replace(tokenizer=Trimming())
+    with pytest.raises(UserError, match="mine, item 4, option 1: the answer or option adds no token to its context"):
+        trimming.score([("a", "b"), ("a", " ")], "mine", ["item 3", "item 4, option 1"])
+    with pytest.raises(UserError, match="mine, text 2 of 2: the answer or option adds no token to its context"):
+        trimming.score([("a", "b"), ("a", " ")], "mine")

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
 from gpt_arc.finetuning.classifier import load_classifier, make_batch
 from gpt_arc.finetuning.encoding import encode_examples
 from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, load_text_model, save_model
 from helpers import write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
@@ -83,6 +84,7 @@ def test_a_run_learns_its_task_and_reports_its_quality(run):
     assert report["task"] == "classification" and report["classes"] == ["no", "starts with a"]
     assert report["examples"] == {"train": 40, "val": 16, "test": 16} and report["cut"]["train"] == 0
     assert len(report["epochs"]) == 12 and 1 <= report["best_epoch"] <= 12
+    assert report["step"] == 5 * report["best_epoch"]
     assert report["test"]["accuracy"] == 1.0 and report["confusion_matrix"] == [[8, 0], [0, 8]]
     best = report["epochs"][report["best_epoch"] - 1]
     assert best["val_accuracy"] == max(epoch["val_accuracy"] for epoch in report["epochs"]) == 1.0
@@ -260,8 +262,10 @@ def test_from_scratch_keeps_no_weights_and_frozen_trunks_keep_all(run):
             assert far == matrices
         elif flags[0].startswith("--freeze"):
             assert equal == matrices
+            initial = tensors["token_embedding.weight"][17:]
         else:
             assert not far and equal == {name for name in matrices if not name.startswith("blocks")}
+            assert not torch.equal(tensors["token_embedding.weight"][17:], initial)  # the new tokens learn
 
 
 def test_a_classifier_may_be_trained_on_another_task(trained):
@@ -284,6 +288,8 @@ def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplac
     before, after = (load_classifier(f"out/{name}")[0] for name in ("finetune", "finetune-2"))
     assert after.config.lstm and after.trunk.config.dropout == 0.2
     torch.testing.assert_close(after.trunk.state_dict(), before.trunk.state_dict(), rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="is a classifier with an LSTM, which only stages/finetune.py can use"):
+        load_text_model("out/finetune")  # as sample.py and eval.py do
     for flag in ("--lora_rank=2", "--transfer_blocks=1"):
         assert run("out/finetune", *TRAIN[1:], flag).code == 2
 

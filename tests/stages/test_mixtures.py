@@ -1,4 +1,4 @@
-"""Mixtures of experts in the stages: who trains, balances and reports routers, and who leaves them alone."""
+"""Mixtures of experts in the stages: which ones train, balance and report routers, and which freeze them."""
 
 import json
 import sys

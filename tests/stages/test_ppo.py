@@ -341,7 +341,7 @@ def test_batching_and_processes_change_only_rounding(run, workplace):
         run(*flags, *way, f"--out_dir={name}")
     Path("ppo.toml").write_text('monitor = "reward"\n')  # torchrun would take --monitor for its own flag
     flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo", "--out_dir=two")
-    result = command("stages/ppo.py", *flags, processes=2, OMP_NUM_THREADS="1")
+    result = command("stages/ppo.py", *flags, processes=2, torchrun=True)
     assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
     for name in (*ways, "two"):
         torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)

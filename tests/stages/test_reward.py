@@ -99,6 +99,28 @@ def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monk
     assert report["pairs"] == len(gaps) and report["accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / len(gaps))
 
 
+def test_the_report_is_that_of_the_checkpoint_it_names(run):
+    """The best epoch isn't the last; the report is recomputed, text by text, from the file of the best."""
+    write("train.jsonl", rankings(6, seed=5))
+    write("val.jsonl", rankings(6, seed=1))
+    flags = ("--val=val.jsonl", "--demonstrations=chats.jsonl", "--epochs=8", "--learning_rate=3e-2")
+    run(*TRAIN, *flags, "--schedule=constant")
+    report = json.loads(Path("out/reward/report.json").read_text())
+    losses = {line["step"]: line["val_loss"] for line in lines_of("out/reward") if "val_loss" in line}
+    best = min(losses, key=losses.get)
+    assert report["step"] == best < max(losses) and report["loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert Path("out/reward/best").resolve().name == f"step-{best:08}"
+    model = load_reward_model("out/reward/best")[0].eval()
+    rows = [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()]
+    losses, gaps = zip(*losses_one_by_one(model, rows))
+    gaps = [gap for ranking_gaps in gaps for gap in ranking_gaps]
+    scores = torch.tensor([score_one(model, row["prompt"], text).item() for row in rows for text in row["responses"]])
+    assert report["loss"] == pytest.approx(sum(losses).item() / 6, rel=1e-5)
+    assert report["pairs"] == len(gaps) and report["accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / len(gaps))
+    assert report["mean_score"] == pytest.approx(scores.mean().item(), rel=1e-4)
+    assert report["score_std"] == pytest.approx(scores.std().item(), rel=1e-4)
+
+
 def test_a_utility_is_learned_and_demonstrations_score_0(run):
     write("train.jsonl", rankings(2000, seed=2, responses=(4, 4)))
     write("val.jsonl", rankings(300, seed=3))
@@ -149,7 +171,7 @@ def test_batching_and_processes_change_only_rounding(run):
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
         "--activation_checkpointing=True")  # fmt: skip
-    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, OMP_NUM_THREADS="1")
+    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, torchrun=True)
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     whole = load_reward_model("whole/last")[0]
     for name in ("parts", "two"):

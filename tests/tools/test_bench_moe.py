@@ -17,7 +17,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.planning import cost as cost_module
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig
-from helpers import command
+from helpers import forking_command
 from model import GPT, GPTConfig
 from tools import bench
 
@@ -164,7 +164,7 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --dtype=bfloat16 --rounds=1 --steps=2 --device=cpu --json=results.json"
     peer_flags = "--transformers=True", "--implementations=eager"
-    completed = command("tools/bench.py", "moe", "tiny.toml", *peer_flags, *flags.split())
+    completed = forking_command("tools/bench.py", "moe", "tiny.toml", *peer_flags, *flags.split())
     assert completed.returncode == 0 and not completed.stderr, completed.stderr
     results = json.loads(Path("results.json").read_text())
     assert list(results["programs"]) == ["ours", "dense", "transformers eager"]

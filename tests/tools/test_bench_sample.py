@@ -17,7 +17,7 @@ import torch
 from benchmarks import sample
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.weights.directory import save_model
-from helpers import ROOT, command, randomised
+from helpers import ROOT, forking_command, randomised
 from model import GPT, GPTConfig
 from tools import bench
 
@@ -117,7 +117,7 @@ def measured(tmp_path_factory):
         (folder / name).mkdir()
     (folder / "nanoGPT" / "model.py").write_text(NANOGPT)
     flags = [f"--nanogpt={folder / 'nanoGPT'}", "--transformers=True", f"--json={folder / 'results.json'}"]
-    completed = command(
+    completed = forking_command(
         "tools/bench.py", "sample", str(folder / "model"), *SIZES, *EAGER, *flags, TMPDIR=str(folder / "tmp")
     )
     assert completed.returncode == 0 and not completed.stderr, completed.stderr

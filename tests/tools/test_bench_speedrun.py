@@ -35,7 +35,7 @@ from benchmarks.speedrun import (
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.training.config import Config, DataConfig, LoggingConfig, TrainingConfig
-from helpers import ROOT, TINY_FLAGS, command
+from helpers import ROOT, TINY_FLAGS, forking_command
 from model import GPTConfig
 from tools import bench
 
@@ -258,7 +258,7 @@ def test_a_diverged_run_counts_and_a_failed_one_does_not(fake_train):
 def test_a_speedrun_measures_both_competitors(place, stage_runner):
     (place / "tmp").mkdir()
     flags = ["--nanogpt=nanoGPT", "--seeds", "5", "sums.toml", *FLAGS, "--target", "1", "--json=record.json"]
-    completed = command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
+    completed = forking_command("tools/bench.py", "speedrun", *flags, TMPDIR=str(place / "tmp"))
     assert completed.returncode == 1 and not completed.stderr, completed.stderr  # neither reaches the target
     assert not [path for path in (place / "tmp").iterdir() if path.name.startswith("gpt-arc-")]
     results = json.loads(Path("record.json").read_text())

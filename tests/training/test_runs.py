@@ -74,9 +74,9 @@ def test_a_file_in_place_of_the_runs_folder_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "missing or damaged"),
-        ("[]", "missing or damaged"),
-        ('{"config": "a", "overrides": [1]}', "missing or damaged"),
+        ("{", "is damaged"),
+        ("[]", "is damaged"),
+        ('{"config": "a", "overrides": [1]}', "is damaged"),
         ('{"config": "a", "overrides": {"n_layerz": 1}}', "there is no setting n_layerz"),
         ('{"config": "a", "overrides": {"n_layer": null}}', "n_layer = null must be a whole number"),
     ],

@@ -285,6 +285,6 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     assert record["stage"] == "sft" and record["options"]["model"] == "base"
     del run  # releases the folder
     resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
-    assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/last"
+    assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/step-00000005"
     with pytest.raises(UserError, match="run was started on other data or another model"):
         resumed.open("others")

@@ -226,19 +226,6 @@ def test_ids_in_the_exported_files_are_those_of_the_original(directories):
         assert getattr(ours, key) == getattr(theirs, key), key
 
 
-def test_a_declared_token_beyond_the_model_is_refused_where_a_text_has_it(tmp_path):
-    kind, files, ids = SHAPES["[PAD] beyond the model"]
-    files["tokenizer.json"]["added_tokens"][-1]["special"] = False  # then the text [PAD] is the token
-    (tmp_path / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("a[PAD]")[-1] == SIZE
-    tokenizer.restrict(SIZE)
-    with pytest.raises(UserError, match=r"'\[PAD\]' at position 1 of the text is token 320 .* model has only 320"):
-        tokenizer.encode("a[PAD]")
-    with pytest.raises(UserError, match="it has 321 tokens, the model 299"):
-        tokenizer.restrict(299)
-
-
 def test_documents_end_with_the_declared_token(directories, tmp_path, monkeypatch):
     name, original, _, _ = directories
     monkeypatch.setattr(prepare, "DATA_ROOT", tmp_path)
@@ -264,7 +251,7 @@ def test_documents_end_with_the_declared_token(directories, tmp_path, monkeypatc
     ("name", "content", "message"),
     [
         ("generation_config.json", '{"eos_token_id": "2"}', 'eos_token_id = "2" is neither a token\'s id nor a list'),
-        ("generation_config.json", "[]", "holds no JSON object"),
+        ("generation_config.json", "[]", "generation_config.json is damaged"),
         ("tokenizer_config.json", '{"eos_token": 3}', "eos_token = 3 in tokenizer_config.json or special_tokens_map"),
         ("special_tokens_map.json", "{", "special_tokens_map.json is damaged"),
     ],

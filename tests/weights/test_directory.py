@@ -1,8 +1,6 @@
-"""Model directories and checkpoints: saving and loading gives the same, and damage is reported."""
+"""Model directories: saving and loading gives the same, and damage is reported."""
 
 import json
-import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -10,8 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.training.checkpoints import clean_run, load_state, save_checkpoint
-from gpt_arc.weights.directory import load_model, model_directory, save_model
+from gpt_arc.weights.directory import load_model, save_model
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(8, 11, 2, 2, 16, positions="rotary", norm="rmsnorm", head_bias=True, dropout=0.1)
@@ -30,6 +27,7 @@ def test_a_saved_model_loads_equal_even_from_a_moved_folder(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert sorted(p.name for p in (tmp_path / "moved").iterdir()) == [
         "config.json",
+        "manifest.json",
         "model.safetensors",
         "tokenizer.json",
     ]
@@ -89,9 +87,10 @@ def test_truncated_weights_are_refused(tmp_path, keep):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("", "is not a model's config"),
-        ("[]", "is not a model's config"),
-        ('{"model_type": "gpt-arc"}', "is not a model's config"),
+        ("", "config.json is damaged: it is not JSON"),
+        ("[]", "config.json is damaged: .*object"),
+        ('{"n_layer": 2}', "config.json is damaged: it lacks model_type"),
+        ('{"model_type": "gpt-arc"}', "config.json is damaged: it lacks 'format_version'"),
         ('{"model_type": "bert"}', 'model_type = "bert" is not a supported architecture'),
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
@@ -113,76 +112,7 @@ def test_a_missing_model_is_refused(tmp_path):
         load_model(tmp_path)
 
 
-def checkpoint(run, step, best_step, keep_all=False):
-    state = {"progress": {"step": step}, "generators": [{"cpu": torch.get_rng_state()}], "scaler": {}, "data": ""}
-    state |= {"optimizer": {"state": {}, "param_groups": []}, "runtime": {"device": "cpu", "dtype": "float32"}}
-    save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
-
-
-def test_only_the_last_and_best_checkpoints_are_kept(tmp_path):
-    for step, best in ((1, None), (2, 2), (3, 2), (4, 2)):
-        checkpoint(tmp_path, step, best)
-    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000002", "step-00000004"]
-    assert (tmp_path / "last").readlink().name == "step-00000004"
-    assert (tmp_path / "best").readlink().name == "step-00000002"
-    assert model_directory(tmp_path) == tmp_path / "best"
-    assert load_state(tmp_path / "last")["progress"]["step"] == 4
-    tmp_path.rename(tmp_path.with_name("elsewhere"))  # the links are relative
-    assert load_state(tmp_path.with_name("elsewhere") / "last")["progress"]["step"] == 4
-
-
-def test_all_checkpoints_can_be_kept(tmp_path):
-    for step in (1, 2, 3):
-        checkpoint(tmp_path, step, 1, keep_all=True)
-    assert len(list(tmp_path.glob("step-*"))) == 3
-
-
-def test_a_run_resumes_from_last_only(tmp_path):
-    """Killed after writing step 4 and linking `best` to it, but before linking `last`."""
-    checkpoint(tmp_path, 2, 2)
-    checkpoint(tmp_path, 4, 4, keep_all=True)
-    (tmp_path / "last").unlink()
-    (tmp_path / "last").symlink_to("step-00000002")
-    (tmp_path / ".step-00000006.abc").mkdir()
-    clean_run(tmp_path, step=2, best_step=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000002"]
-    assert (tmp_path / "best").readlink().name == "step-00000002"
-
-
-def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    checkpoint(tmp_path, 1, 1)
-
-    def full(*args, **kwargs):
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's message for a full disk
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="can't be written, with .* earlier checkpoints are kept"):
-        checkpoint(tmp_path, 2, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "last", "step-00000001"]
-
-
-def test_a_copy_without_links_can_be_continued(tmp_path):
-    checkpoint(tmp_path, 1, 1)
-    shutil.copytree(tmp_path, tmp_path / "copy", symlinks=False)
-    checkpoint(tmp_path / "copy", 2, 2)
-    assert (tmp_path / "copy" / "last").readlink().name == (tmp_path / "copy" / "best").readlink().name
-
-
 def test_another_models_tokenizer_is_refused(tmp_path):
     save_model(GPT(CONFIG), CharTokenizer("abcdefghijklm"), tmp_path)
     with pytest.raises(UserError, match="belongs to another model: it has 13 tokens, the model 11"):
         load_model(tmp_path)
-
-
-def test_a_damaged_or_missing_state_is_refused(tmp_path):
-    checkpoint(tmp_path, 1, 1)
-    path = tmp_path / "last" / "training_state.pt"
-    torch.save({"progress": {}}, path)
-    with pytest.raises(UserError, match="training_state.pt is damaged.*it lacks"):
-        load_state(tmp_path / "last")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(UserError, match="training_state.pt is damaged"):
-        load_state(tmp_path / "last")
-    path.unlink()
-    with pytest.raises(UserError, match="is a model but not a checkpoint"):
-        load_state(tmp_path / "last")

@@ -1,0 +1,98 @@
+"""manifest.json: sizes and checksums of the files in a model directory, a checkpoint or a dataset.
+
+It binds files that belong together: one that is damaged or comes from elsewhere is named. Folders without a manifest
+are read as they are.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import xxhash
+from pydantic.dataclasses import dataclass
+
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.files import write_file
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT
+
+MANIFEST = "manifest.json"
+BLOCK = 2**20  # bytes read at once
+
+
+@dataclass(frozen=True, config=STRICT)
+class RecordedFile:
+    size: int
+    xxh3_64: str
+
+
+@dataclass(frozen=True, config=STRICT)
+class Manifest:
+    format_version: Literal[1]
+    files: dict[str, RecordedFile]
+
+
+class DamagedFile(UserError):
+    """A file differs from its folder's manifest."""
+
+
+def record_files(directory: Path, *names: str) -> None:
+    """Adds files to the manifest of their folder, in place of older entries."""
+    recorded = _read(directory)
+    for name in names:
+        path = directory / name
+        recorded[name] = RecordedFile(path.stat().st_size, _checksum(path))
+    write_file(directory / MANIFEST, json.dumps(asdict(Manifest(1, recorded)), indent=1) + "\n")
+
+
+def check_files(directory: Path, sizes_only: tuple[str, ...] = ()) -> None:
+    """Compares the files of a folder with its manifest; those whose names end in `sizes_only` by their sizes alone.
+
+    Raises DamagedFile naming the first that differs.
+    """
+    for name, recorded in _read(directory).items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != recorded.size:
+            difference = "has another size than" if path.exists() else "is missing, but is listed in"
+        elif not name.endswith(sizes_only) and _checksum(path) != recorded.xxh3_64:
+            difference = "has other contents than"
+        else:
+            continue
+        raise DamagedFile(
+            f"{path} {difference} {MANIFEST} there: it is damaged or comes from elsewhere; if you changed it on "
+            f"purpose, delete {directory / MANIFEST}"
+        )
+
+
+@contextlib.contextmanager
+def checking(directory: Path, sizes_only: tuple[str, ...] = ()) -> Iterator[None]:
+    """Runs the block, which reads the folder, while a thread does `check_files`. Raises DamagedFile."""
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(check_files, directory, sizes_only)
+        try:
+            yield
+        except UserError as error:  # which may not name the file that is to blame
+            if isinstance(checked.exception(), DamagedFile):
+                raise DamagedFile(f"{checked.exception()} ({first_line(error)})") from None
+            raise
+        checked.result()
+
+
+def _read(directory: Path) -> dict[str, RecordedFile]:
+    path = directory / MANIFEST
+    try:
+        return read_json(path, Manifest).files if path.exists() else {}
+    except UserError as error:
+        raise DamagedFile(str(error)) from None
+
+
+def _checksum(path: Path) -> str:
+    checksum, block = xxhash.xxh3_64(), memoryview(bytearray(BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            checksum.update(block[:size])
+    return checksum.hexdigest()
