@@ -14,6 +14,10 @@
 A model is a run folder, a model directory, or the name of published weights.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 # Modules that need torch are imported in functions, so that wrong settings are refused at once.
 
 import math

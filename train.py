@@ -9,6 +9,10 @@ Settings come from the config files named, later ones winning, and from flags, w
 out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best` point.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import contextlib
 import dataclasses
 import itertools

@@ -49,7 +49,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 LIBRARIES = {"sklearn": "scikit-learn", "scipy": "scipy", "numpy": "numpy", "torch": "torch"}  # folder -> library
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "externals", "_vendor", "idlelib", "lib2to3"}
@@ -92,14 +92,10 @@ class Options:
     """Folder to write; replaces an older one from this script."""
     seed: int = 0
     """Seed for drawing the items; the split of docstrings doesn't depend on it."""
-    train_size: int = 500
+    train_size: Count = 500
     """Items per task for fine-tuning."""
-    test_size: int = 1000
+    test_size: Count = 1000
     """Items per task for testing."""
-
-    def __post_init__(self):
-        if min(self.train_size, self.test_size) < 1:
-            raise UserError("train_size and test_size must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -31,13 +31,15 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Ge, Lt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 LETTERS = "abcdefghij"
 WORD = 3  # letters of the longest words, which the questions have
@@ -48,27 +50,22 @@ LINES = 17  # in a document: sixteen demonstrations and a question
 class Options:
     output: Path = DATA_ROOT / "in_context"
     """Folder to write; replaces an older one."""
-    documents: int = 100_000
+    documents: Count = 100_000
     """Training documents, of 103 characters on average."""
-    held_out: int = 10
+    held_out: Count = 10
     """Mappings that occur in no document."""
-    most_equal: int = 5
+    most_equal: Annotated[int, Ge(0), Lt(len(LETTERS))] = 5
     """Maximum number of the ten letters that a document's mapping and a held-out one may map alike."""
-    items: int = 100
+    items: Count = 100
     """Test words per held-out mapping."""
-    pool: int = 100
+    pool: Count = 100
     """Words per held-out mapping for demonstrations; none is a test word."""
     seed: int = 0
     """Random seed."""
 
     def __post_init__(self):
-        for name in ("documents", "held_out", "items", "pool"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.items + self.pool > len(LETTERS) ** WORD:
             raise ValueError(f"items and pool must be at most {len(LETTERS) ** WORD} words together")
-        if not 0 <= self.most_equal < len(LETTERS):
-            raise ValueError(f"most_equal = {self.most_equal} must lie between 0 and {len(LETTERS) - 1}")
 
 
 def new_mapping(rng: random.Random) -> str:

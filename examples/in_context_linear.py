@@ -20,9 +20,11 @@ import sys
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from tqdm import tqdm
 from gpt_arc.errors import entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Positive
 from gpt_arc.tables import table, to_json
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
@@ -41,25 +43,25 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    dimensions: int = 5
+    dimensions: Count = 5
     """d, the length of x and of w."""
-    examples: int = 20
+    examples: Count = 20
     """Maximum pairs in context; a sequence has one more, which is predicted last."""
-    noise: float = 0.5
+    noise: Positive = 0.5
     """Standard deviation of y about w x."""
-    n_layer: int = 4
+    n_layer: Count = 4
     """Number of blocks."""
-    n_head: int = 4
+    n_head: Count = 4
     """Heads per attention layer."""
-    n_embd: int = 64
+    n_embd: Count = 64
     """Width of the residual stream."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences per update, each with a different function."""
-    max_iters: int = 20_000
+    max_iters: Count = 20_000
     """Updates."""
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     """Peak; rises over the first fiftieth of all updates, then falls to zero along a cosine."""
-    functions: int = 10_000
+    functions: Annotated[int, Ge(2)] = 10_000
     """Test functions."""
     seed: int = 0
     """Random seed."""
@@ -67,13 +69,8 @@ class Options:
     """Folder for the results."""
 
     def __post_init__(self):
-        for name in ("dimensions", "batch_size", "max_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         if self.examples <= self.dimensions:
             raise ValueError(f"examples = {self.examples} must be more than dimensions = {self.dimensions}")
-        if self.functions < 2 or not self.noise > 0:
-            raise ValueError("functions must be at least 2, noise more than zero")
         assert self.model and self.training  # they raise ValueError for impossible settings
 
     @property

@@ -28,10 +28,10 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 HELD_OUT = 0.2  # share of the words
 SENTENCES = 4  # in a document about words
@@ -90,20 +90,16 @@ KINDS = {
 class Options:
     output: Path = DATA_ROOT / "instructgpt"
     """Folder to write; replaces an older one."""
-    documents: int = 20_000
+    documents: Count = 20_000
     """Documents of sentences about words, four sentences each, in addition to the manual."""
-    demonstrations: int = 1_500
+    demonstrations: Count = 1_500
     """Prompts with responses, for supervised fine-tuning."""
-    train: int = 20_000
+    train: Count = 20_000
     """Training prompts for rankings and rewards."""
-    test: int = 2_000
+    test: Count = 2_000
     """Test prompts, with held-out words."""
     seed: int = 0
     """Random seed."""
-
-    def __post_init__(self):
-        if min(self.documents, self.demonstrations, self.train, self.test) < 1:
-            raise UserError("documents, demonstrations, train and test must be at least 1")
 
 
 def is_held_out(word: str) -> bool:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import math
 import os
 import signal
@@ -79,6 +80,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def stop_at_once(number: int, frame: object) -> None:
+    """Handles Ctrl-C while a script imports its modules: an exception there could be lost or become a traceback."""
+    os._exit(128 + number)
+
+
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wrap a script's `main`: exit with its return value, or with a code by error.
 
@@ -87,10 +93,15 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
+        if signal.getsignal(signal.SIGINT) is stop_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         message = None
         sys.stdout = sys.stdout or open(os.devnull, "w")  # if it was closed
         sys.stderr = sys.stderr or open(os.devnull, "w")  # otherwise a newly opened file could become its target
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a path may have characters that it can't encode
         try:
             code = main() or 0
         except BrokenPipeError:  # the reader of our output (head, less) has gone: exit quietly, as SIGPIPE would

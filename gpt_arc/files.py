@@ -98,9 +98,10 @@ def whole(path: Path) -> Path:
 
 
 def restore(path: Path) -> None:
-    """Moves back the directory that a killed `put_directory` left at `whole(path)`."""
+    """Moves back the directory that a killed `put_directory` left at `whole(path)`; deletes it if `path` is there."""
     if whole(path) != path:
         os.rename(whole(path), path)
+    shutil.rmtree(_older(path), ignore_errors=True)
 
 
 def discard(directory: Path) -> None:
@@ -147,7 +148,7 @@ def follow(link: Path) -> Path:
     return link
 
 
-def lock(path: Path) -> int | None:
+def take_lock(path: Path) -> int | None:
     """Lock a file or directory until the descriptor returned is closed or the process ends.
 
     Prints a line where there are no locks. Raises BlockingIOError if another process holds it.

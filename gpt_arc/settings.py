@@ -3,8 +3,9 @@
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
 unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Two class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
-current names. INSTEAD has pairs of settings that replace each other: the later one wins.
+Three class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
+settings instead of --help.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import annotated_types
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gpt_arc.errors import UserError
@@ -37,6 +38,13 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+NAMES = {  # one and several
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "truth values"),
+    str: ("a text in quotes", "texts in quotes"),
+    Path: ("a path in quotes", "paths in quotes"),
+}
 BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
@@ -112,15 +120,16 @@ def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | Non
         return f"{', '.join(files)}: {sentence}" if files else sentence
     name = str(first["loc"][0])
     hint = settings_in(cls)[name].hint if name in settings_in(cls) else None
-    prefix = "" if sources is None else f"{sources[name]}: " if name in sources else "--"
-    return prefix + _sentence(error, hint, name)
+    is_flag = sources is not None and name not in sources
+    sentence = _sentence(error, hint, f"--{name}" if is_flag else name)
+    return f"{sources[name]}: {sentence}" if sources and name in sources else sentence
 
 
 def read_value(cls: type, name: str, value: Any, source: str) -> Any:
     """Converts a plain `value` from a file to the type of setting `name` of `cls`. Raises UserError naming `source`."""
     hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
     if name not in hints:
-        raise UserError(f"{source}: there is no setting {name}{nearest(name, settings_in(cls))}")
+        raise UserError(f"{source}: there is no setting {name}{nearest(name, cls)}")
     if value == "None" and types.NoneType in dict(_kinds(hints[name])):
         return None
     try:  # no setting takes a date, which JSON doesn't have
@@ -130,10 +139,10 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {_sentence(error, hints[name], name, located=False)}") from None
 
 
-def nearest(name: str, names: Any) -> str:
-    """Returns the end of a sentence that rejects `name`: the most similar valid name."""
-    near = difflib.get_close_matches(name.replace("-", "_"), names, n=1)
-    return f"; did you mean {near[0]}?" if near else "; --help lists them all"
+def nearest(name: str, cls: type) -> str:
+    """Returns the end of a sentence that rejects `name`: the most similar setting of `cls`."""
+    near = difflib.get_close_matches(name.replace("-", "_"), settings_in(cls), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; {getattr(cls, 'LISTED', '--help')} lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
@@ -186,9 +195,12 @@ def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True
     for step in place:
         kinds = [kind for kind, _ in _kinds(hint)]
         entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
+        values = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), None)
         nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
         if isinstance(step, int) and entries is not None:
             prefix, hint = f"number {step + 1} of {name}: ", entries
+        elif isinstance(step, str) and values is not None:
+            name, hint = f"{name}.{step}", values
         elif nested and isinstance(step, str):
             hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
     if first["type"] == "value_error":
@@ -230,7 +242,7 @@ def _expected(hint: Any, broken: set[str]) -> str:
     if broken & BOUNDS:
         what = ", and ".join(filter(None, [*ranges[:1], finite]))
     else:
-        what = " or ".join(_named(kind) for kind, _ in kinds if kind is not types.NoneType)
+        what = " or ".join(_named(kind, bounds) for kind, bounds in kinds if kind is not types.NoneType)
     optional = types.NoneType in dict(kinds) and broken & BOUNDS
     return f"{what}, or left out" if optional else what
 
@@ -251,14 +263,24 @@ def _range(bounds: tuple, broken: set[str]) -> str:
     return " and ".join(parts)
 
 
-def _named(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{option}"' for option in typing.get_args(kind))
+def _named(kind: Any, bounds: tuple) -> str:
     if typing.get_origin(kind) is tuple:
+        least = next((f"{bound.min_length} or more " for bound in bounds if isinstance(bound, MinLen)), "")
         inner = next(_kinds(typing.get_args(kind)[0]))[0]
-        return f"a list of {_tables(inner)}" if dataclasses.is_dataclass(inner) else "a list"
-    return _tables(kind) if dataclasses.is_dataclass(kind) else names.get(kind, "a path in quotes")
+        if typing.get_origin(inner) is Literal:
+            return f"a list of {least or 'any '}of {_choices(inner)}"
+        return f"a list of {least}{_tables(inner) if dataclasses.is_dataclass(inner) else NAMES[inner][1]}"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {_choices(kind)}"
+    if typing.get_origin(kind) is dict:
+        return "a table"
+    if dataclasses.is_dataclass(kind):
+        return _tables(kind)
+    return NAMES[kind][0] + (" that isn't empty" if MinLen(1) in bounds else "")
+
+
+def _choices(kind: Any) -> str:
+    return ", ".join(f'"{option}"' for option in typing.get_args(kind))
 
 
 def _tables(cls: type) -> str:

@@ -36,11 +36,16 @@ report writes one line per item, and the counts per file, treating each file as 
     case. A shorter item is compared whole; one without letters or digits is clean.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
@@ -48,7 +53,7 @@ from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import to_json
 
 
@@ -62,21 +67,16 @@ class Options(FilterSettings, InputSettings):
     """The fields to compare of an item's line. None: all strings."""
     output: Path
     """The .jsonl file to write: cleaned documents, or a line for each item."""
-    methods: tuple[Method, ...] = METHODS
+    methods: Annotated[tuple[Method, ...], MinLen(1)] = METHODS
     """How the report compares texts: by the method of these papers."""
     seed: int = 0
     """Seed for choosing the substrings of gpt4."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes. None: one per core."""
     overwrite: bool = False
     """Replace the output if it exists."""
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers = {self.workers} must be at least 1")
-        if not self.methods:
-            raise ValueError(f"methods must name at least one of {', '.join(METHODS)}")
         foreign = [*FilterSettings.__dataclass_fields__] if self.task == "report" else ["methods", "seed"]
         for name in foreign:
             if getattr(self, name) != self.__dataclass_fields__[name].default:

@@ -6,6 +6,10 @@
 The same command resumes after an interruption. Requires `pip install -e '.[data]'`.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 
 from pydantic.dataclasses import dataclass

@@ -6,6 +6,10 @@ The text is `pydoc_data.topics`, the source of `help("while")`: about half a mil
 the Python that runs this. Nothing is downloaded.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 
 from pydantic.dataclasses import dataclass

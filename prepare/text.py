@@ -10,6 +10,10 @@ interruption.
 Then: python train.py CONFIG --dataset=NAME
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 
 from pydantic.dataclasses import dataclass

@@ -4,6 +4,10 @@ python prepare/tinyshakespeare.py                       downloads it
 python prepare/tinyshakespeare.py --input FILE          without a network
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import hashlib
 import sys
 import urllib.error

@@ -6,6 +6,10 @@
 Writes data/NAME/tokenizer.json. --input takes the same inputs as prepare/text.py.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from collections.abc import Iterator
 from pathlib import Path

@@ -9,6 +9,10 @@ The reference is the model that the run starts from (arXiv:2305.18290). Files of
 run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal

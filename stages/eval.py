@@ -19,6 +19,10 @@ strings of an item count. Generated arithmetic is left out. Each figure is then 
 dirty items.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence

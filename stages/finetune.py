@@ -13,6 +13,10 @@ Examples are rows of .jsonl, .csv or .tsv files. A run writes out/finetune/ (or 
 report.json, and the models after the last epoch and the best one by the val split, each a model directory with a head.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import dataclasses
 import math
 import sys

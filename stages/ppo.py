@@ -14,6 +14,10 @@ called with the prompts' rows and the responses as texts and returns a number fo
 out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import copy
 import math
 import time

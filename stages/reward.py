@@ -11,6 +11,10 @@ see `gpt_arc/chat/format.py`. A run writes out/reward/ (or out/reward-2, -3 ...)
 and checkpoints.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -11,6 +11,10 @@ A row has a prompt and a response, or messages; `gpt_arc/chat/format.py` describ
 out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 from collections.abc import Sequence
 from pathlib import Path
 

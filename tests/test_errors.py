@@ -1,12 +1,18 @@
 """How scripts end: a mistake prints one paragraph and exits with code 2; a bug keeps its traceback."""
 
+import ast
+import io
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from gpt_arc.errors import UserError, entry_point
+from helpers import ROOT
 
 
 @pytest.mark.parametrize(
@@ -64,3 +70,39 @@ def test_messages_never_go_to_stdout_if_stderr_is_closed():
     command = [sys.executable, "-c", "import os, sys\nos.close(2)\nos.execv(sys.argv[1], sys.argv[1:])", sys.executable]
     result = subprocess.run([*command, "-c", script], stdout=subprocess.PIPE)
     assert (result.returncode, result.stdout) == (0, b"a\n")
+
+
+def test_output_in_ascii_escapes_what_it_lacks(monkeypatch):
+    output, errors = io.BytesIO(), io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(errors, encoding="utf-8"))
+
+    def main():
+        print("out/caf\u00e9")
+        raise UserError("out/\udcff can't be read")  # a name that isn't UTF-8
+
+    with pytest.raises(SystemExit):
+        entry_point(main)()
+    assert output.getvalue() == b"out/caf\\xe9\n" and errors.getvalue().endswith(b"out/\\udcff can't be read\n")
+
+
+SCRIPTS = ["train.py", "sample.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("[pst]*/*.py")))]
+SCRIPTS = [script for script in SCRIPTS if script.split("/")[0] in ("prepare", "stages", "tools", script)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_first_sees_to_ctrl_c(script):
+    docstring, first, *_ = ast.parse((ROOT / script).read_text()).body
+    assert ast.unparse(first) == "if __name__ == '__main__':\n    import gpt_arc.startup"
+
+
+def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
+    (tmp_path / "torch.py").write_text("import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    script = [sys.executable, str(ROOT / "stages" / "sft.py"), "--help"]
+    process = subprocess.Popen(script, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    while not (tmp_path / "importing").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert (process.wait(timeout=30), process.stderr.read()) == (130, b"")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from gpt_arc import files
-from gpt_arc.files import follow, lock, new_directory, point, restore, sync, whole, write_file
+from gpt_arc.files import follow, new_directory, point, restore, sync, take_lock, whole, write_file
 from helpers import killed_at_each_call
 
 
@@ -113,16 +113,16 @@ def test_links_are_followed_to_the_end_and_other_files_are_not(tmp_path):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_without_locks_there_is_a_line(tmp_path, monkeypatch, capsys, number):
     monkeypatch.setattr("fcntl.flock", refuse(number))
-    os.close(lock(tmp_path))
+    os.close(take_lock(tmp_path))
     assert f"can't be locked ([Errno {number}] {os.strerror(number)})" in capsys.readouterr().err
 
 
 def test_a_lock_is_held_by_one(tmp_path):
-    descriptor = lock(tmp_path)
+    descriptor = take_lock(tmp_path)
     with pytest.raises(BlockingIOError):
-        lock(tmp_path)
+        take_lock(tmp_path)
     os.close(descriptor)
-    os.close(lock(tmp_path))
+    os.close(take_lock(tmp_path))
 
 
 @pytest.mark.parametrize("call", ["open", "fsync"])
@@ -156,5 +156,5 @@ def test_files_are_written_without_fcntl_and_symlink(tmp_path, monkeypatch, caps
     spec.loader.exec_module(elsewhere)
     (tmp_path / "d").mkdir()
     elsewhere.point(tmp_path / "last", "d")
-    assert elsewhere.follow(tmp_path / "last") == tmp_path / "d" and elsewhere.lock(tmp_path) is None
+    assert elsewhere.follow(tmp_path / "last") == tmp_path / "d" and elsewhere.take_lock(tmp_path) is None
     assert "can't be locked on this system" in capsys.readouterr().err

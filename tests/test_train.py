@@ -127,7 +127,7 @@ def test_an_interrupted_evaluation_is_repeated_on_resume(workplace, run, monkeyp
 
     def interrupt_every_other_call(self):
         calls.append(len(calls) % 2)
-        self.stop.number = 0 if calls[-1] else signal.SIGINT
+        self.stop.received = 0 if calls[-1] else signal.SIGINT
         return evaluate(self)
 
     monkeypatch.setattr(train.Run, "val_loss", interrupt_every_other_call)

@@ -13,6 +13,10 @@
 Each benchmark is a module of tools/benchmarks. Its docstring says what is compared and how.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import importlib
 import signal
 import sys

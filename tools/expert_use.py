@@ -11,6 +11,10 @@ far the classes explain the choices; it is also given as a share of its value if
 experts.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
@@ -39,27 +43,20 @@ class Options:
     """A prepared dataset to read, instead of a text."""
     split: Literal["train", "val"] = "val"
     """Which split of the dataset."""
-    tokens: int = 20_000
+    tokens: Natural = 20_000
     """Maximum tokens to read, in evenly spaced windows of the model's context length. 0: all."""
-    top: int = 0
+    top: Natural = 0
     """Print this many of each expert's most over-represented tokens, with their counts."""
     plot: Path | None = None
     """A .png file for a plot of the classes' shares, one panel per block."""
     json: Path | None = None
     """A file for the figures."""
-    batch_tokens: int = 8192
+    batch_tokens: Count = 8192
     """Tokens read at once."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware."""
-
-    def __post_init__(self):
-        for name, least in (("tokens", 0), ("top", 0), ("batch_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {least}")
-        if self.plot and self.plot.suffix != ".png":
-            raise ValueError(f"plot = {self.plot} must end in .png")
 
 
 def check(options: Options) -> None:
@@ -72,6 +69,8 @@ def check(options: Options) -> None:
         if path and path.is_dir():
             raise UserError(f"{path} is a folder: name a file in it by --{flag}")
     if options.plot:
+        if options.plot.suffix != ".png":
+            raise UserError(f"plot = {options.plot} must end in .png")
         import_extra("matplotlib.figure")
 
 

@@ -11,6 +11,10 @@ AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeads
 model that the other library can't compute is refused.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import json
 import sys
 from pathlib import Path

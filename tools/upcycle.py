@@ -8,16 +8,22 @@ copy of the block's MLP, and the gates of a token's experts add up to 1, so the 
 The new routers and shared experts change nothing at first: the projections of shared experts start at zero.
 """
 
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, mistake
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, mistake
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -26,27 +32,19 @@ class Options:
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: tyro.conf.Positional[Path]
     """The folder to write."""
-    n_experts: int = 8
+    n_experts: Annotated[int, Ge(2)] = 8
     """Experts per block."""
-    experts_per_token: int = 2
-    """Experts per token."""
-    expert_interval: int = 1
+    experts_per_token: Annotated[int, Ge(2)] = 2
+    """Experts per token. A single one is weighted by its probability, so the mixture would not compute what the model
+    did."""
+    expert_interval: Count = 1
     """Every nth block gets experts; the others keep their MLP."""
-    shared_experts: int = 0
+    shared_experts: Natural = 0
     """New experts that process every token and output zero until they are trained."""
-    balance_rate: float = 0.0
+    balance_rate: NonNegative = 0.0
     """Change per update of the biases that balance the experts' load (.001 in arXiv:2408.15664). 0: no biases."""
     seed: int = 1337
     """Seed of the new routers' weights."""
-
-    def __post_init__(self):
-        if self.n_experts < 2:
-            raise ValueError(f"n_experts = {self.n_experts} is the dense model itself: name more")
-        if self.experts_per_token < 2:
-            raise ValueError(
-                f"experts_per_token = {self.experts_per_token} must be at least 2: the gate of an only expert is a "
-                "probability, by which the mixture would compute less than the model did"
-            )
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural
 
 BATCH = 2**20  # characters given to a process at a time
 BLOCK = 2**16  # windows hashed at a time; they fit in the CPU cache
@@ -61,22 +61,16 @@ METHODS: tuple[Method, ...] = ("gpt2", "gpt3", "gpt4")
 class FilterSettings:
     """What to cut out of a corpus; the defaults are from the GPT-3 paper."""
 
-    words: int = 13
+    words: Count = 13
     """Length in words of the n-grams that a document must not share with an item."""
-    window: int = 200
+    window: Natural = 200
     """Characters to remove on each side of an n-gram."""
-    shortest_piece: int = 200
+    shortest_piece: Natural = 200
     """Remaining pieces with fewer characters are removed too."""
-    most_pieces: int = 10
+    most_pieces: Count = 10
     """A document cut into more pieces is dropped."""
-    most_documents: int = 10
+    most_documents: Count = 10
     """An n-gram in more documents than this is a common phrase and is kept."""
-
-    def __post_init__(self):
-        least = {"words": 1, "window": 0, "shortest_piece": 0, "most_pieces": 1, "most_documents": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least {number}")
 
 
 class Items(NamedTuple):

@@ -21,9 +21,10 @@ from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
@@ -41,9 +42,9 @@ from gpt_arc.data.tokenizer import (
     load_tokenizer,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, lock, name_failed_writes, put_directory, restore, sync, write_file
+from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
@@ -59,22 +60,14 @@ class CorpusSettings:
     """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
     """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for one text, else hash."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share for val: of the documents, or with tail of the characters."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: Annotated[int, Ge(1), Le(MAX_TOKENS)] = 100_000_000
     """Maximum tokens per token file."""
-    workers: int | None = None
+    workers: Count | None = None
     """Encoding threads. None: one per core."""
     overwrite: bool = False
     """Replace data/NAME, whatever it contains."""
-
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction = {self.val_fraction} must lie between 0 and 1")
-        if not 0 < self.shard_tokens <= MAX_TOKENS:
-            raise ValueError(f"shard_tokens = {self.shard_tokens} must be at least 1 and at most {MAX_TOKENS}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers = {self.workers} must be at least 1")
 
 
 def dataset_directory(name: str) -> Path:
@@ -329,7 +322,7 @@ def locked(directory: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         try:
-            descriptor = lock(path)
+            descriptor = take_lock(path)
         except BlockingIOError:
             raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
         if descriptor is None or path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):

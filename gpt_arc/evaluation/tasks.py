@@ -10,19 +10,20 @@ In a template {column} stands for a column of the item, and {a.b} for the entry 
 written as _. In the templates of a choice {option} is one of the options. A task file has the settings of `Task`.
 """
 
-import dataclasses
 import difflib
 import json
 import re
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+from annotated_types import Ge, Le, MinLen
+from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
-from gpt_arc.reading import read_toml
+from gpt_arc.settings import STRICT, Count, Natural, mistake, read_file
 
 FOLDER = resource("tasks")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma before three digits
@@ -38,9 +39,9 @@ class Question(NamedTuple):
     place: str = "item 1"  # in the data, for messages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Task:
-    """The settings of a task file. Raises UserError for settings that contradict each other."""
+    """The settings of a task file."""
 
     name: str
     title: str
@@ -52,9 +53,9 @@ class Task:
     """Template of the text before the answer."""
     continuation: str = "{option}"
     """choice: template of the text that is scored after the context."""
-    options: str | list[str] = ""
+    options: str | Annotated[tuple[str, ...], MinLen(2)] = ""
     """choice: path of a column with a list of options, or a list of templates."""
-    answer: str = ""
+    answer: str = field(kw_only=True)
     """Template of the right option, or of the answer if there are no options."""
     answer_as: Literal["place", "text"] = "place"
     """choice: whether `answer` is the option's number or letter (place), or its text."""
@@ -72,21 +73,21 @@ class Task:
     """Template of a text before all demonstrations, filled from the item to answer."""
     separator: str = "\n\n"
     """Text after each demonstration."""
-    stop: list[str] = field(default_factory=lambda: ["\n"])
+    stop: tuple[Annotated[str, MinLen(1)], ...] = ("\n",)
     """generate: texts that end an answer."""
     extract: str = ""
     """generate: a regular expression; the answer is its last match in the text, or that match's group. Empty: the whole
     text."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """generate: longest answer in tokens."""
-    sentences: int = 0
+    sentences: Natural = 0
     """generate: number of sentences at the start of the text that count. 0: all."""
-    top_k: int = 1
+    top_k: Count = 1
     """generate: draw each token from the top_k likeliest. 1: greedy decoding."""
-    num_beams: int = 1
+    num_beams: Count = 1
     """generate: beams of a search for the likeliest text; a beam ends with a token that contains a `stop` text. 1: no
     search."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Ge(0), Le(100)] = 1.0
     """generate: beams are ranked by log-probability / length^length_penalty."""
     metric: Literal["exact match", "bleu", "rouge"] = "exact match"
     """generate: how a text is compared with the answer."""
@@ -109,53 +110,25 @@ class Task:
     published: dict[str, dict[str, float]] = field(default_factory=dict)
     """Published figures of this task: a table of figures by model for each metric."""
 
+    LISTED: ClassVar[str] = "gpt_arc/evaluation/tasks.py"
+
     def __post_init__(self):
-        self._check_types()
-        self._check_values()
-        for setting in dataclasses.fields(self):
-            factory = setting.default_factory
-            default = setting.default if factory is dataclasses.MISSING else factory()
-            kind = KIND_OF.get(setting.name, self.kind)
-            if kind != self.kind and getattr(self, setting.name) != default:
-                raise UserError(f"{setting.name} belongs to the kind {kind}, not to {self.kind}")
-
-    def _check_types(self) -> None:
-        for setting in dataclasses.fields(self):
-            value, allowed = getattr(self, setting.name), TYPES[setting.name]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
-                raise UserError(f"{setting.name} = {value!r} has the wrong type")
-            choices = typing.get_args(setting.type) if typing.get_origin(setting.type) is Literal else ()
-            if choices and value not in choices:
-                raise UserError(f"{setting.name} = {value!r} must be one of {', '.join(choices)}")
-
-    def _check_values(self) -> None:
         if self.kind == "choice" and not self.options:
-            raise UserError("a choice needs options")
-        if isinstance(self.options, list) and (len(self.options) == 1 or not all_texts(self.options)):
-            raise UserError(f"options = {self.options!r} must be two or more texts, or the path of a column")
-        if not all_texts(self.stop) or "" in self.stop:
-            raise UserError(f"stop = {self.stop!r} must be texts, none of them empty")
-        for name, least in (("max_new_tokens", 1), ("top_k", 1), ("num_beams", 1), ("sentences", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least {least}")
+            raise ValueError("a choice needs options")
         if self.num_beams > 1 and self.top_k > 1:
-            raise UserError("num_beams does not sample, so top_k has no effect: leave one of them out")
-        if not 0 <= self.length_penalty <= 100:
-            raise UserError(f"length_penalty = {self.length_penalty} must lie in [0, 100]")
+            raise ValueError("num_beams does not sample, so top_k has no effect: leave one of them out")
         if self.num_beams == 1 and self.length_penalty != 1:
-            raise UserError("length_penalty ranks beams: it needs num_beams")
+            raise ValueError("length_penalty ranks beams: it needs num_beams")
         if self.extract and self.metric != "exact match":
-            raise UserError(f"extract has no effect with metric = {self.metric}: it is for exact matches")
-        for metric, figures in self.published.items():
-            if not isinstance(figures, dict):
-                raise UserError(f"published: {metric} = {figures!r} is not a table of figures")
-            for model, figure in figures.items():
-                if not isinstance(figure, (int, float)):
-                    raise UserError(f"published: {model} = {figure!r} is not a number")
+            raise ValueError(f"extract has no effect with metric = {self.metric}: it is for exact matches")
         try:
             re.compile(self.extract)
         except re.error as error:
-            raise UserError(f"extract = {self.extract!r} is not a regular expression: {error}") from None
+            raise ValueError(f"extract = {self.extract!r} is not a regular expression: {error}") from None
+        for setting in fields(self):
+            kind = KIND_OF.get(setting.name, self.kind)
+            if kind != self.kind and getattr(self, setting.name) != setting.default:
+                raise ValueError(f"{setting.name} belongs to the kind {kind}, not to {self.kind}")
 
     def question(self, item: dict[str, Any]) -> Question:
         """Returns the item's contexts, continuations and answer. Raises UserError naming a missing column."""
@@ -168,7 +141,7 @@ class Task:
         return Question(contexts, continuations, self.answer_of(item, options))
 
     def options_of(self, item: dict[str, Any]) -> list[str]:
-        if isinstance(self.options, list):
+        if isinstance(self.options, tuple):
             return [filled(option, item) for option in self.options]
         options = looked_up(self.options, item)
         if not isinstance(options, list) or len(options) < 2 or not all_texts(options):
@@ -217,10 +190,6 @@ class Task:
         return plain[0] == plain[1]
 
 
-TYPES = {setting.name: str for setting in dataclasses.fields(Task)} | {
-    "options": (str, list), "answer_from": int, "stop_word_filter": bool, "stop": list, "max_new_tokens": int,
-    "sentences": int, "top_k": int, "num_beams": int, "length_penalty": (int, float), "published": dict,
-}  # fmt: skip
 KIND_OF = dict.fromkeys(("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice")
 KIND_OF |= {"stop_word_filter": "cloze"} | dict.fromkeys(
     ("stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"), "generate"
@@ -273,15 +242,10 @@ def load_task(name: str) -> Task:
         near = difflib.get_close_matches(name, known_tasks(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known_tasks())}"
         raise UserError(f"there is no task {name}; {hint}")
-    content = read_toml(path)
-    fields = {f.name for f in dataclasses.fields(Task)} - {"name"}
-    for key in sorted(content.keys() - fields):
-        near = difflib.get_close_matches(key, fields, n=1)
-        raise UserError(f"{path}: there is no setting {key}" + (f"; did you mean {near[0]}?" if near else ""))
-    missing = {"title", "kind", "answer"} - content.keys()
-    if missing:
-        raise UserError(f"{path}: {min(missing)} is missing")
+    values = read_file(Task, path)
+    if "name" in values:
+        raise UserError(f"{path}: there is no setting name: a task has the name of its file")
     try:
-        return Task(path.stem, **content)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        return Task(path.stem, **values)
+    except ValueError as error:
+        raise UserError(f"{path}: {mistake(error, Task)}") from None

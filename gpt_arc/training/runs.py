@@ -11,7 +11,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, lock, write_file
+from gpt_arc.files import discard, take_lock, write_file
 from gpt_arc.reading import read_json
 from gpt_arc.settings import read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
@@ -56,7 +56,7 @@ class Lock:
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         try:
-            self._descriptor = lock(directory)
+            self._descriptor = take_lock(directory)
         except BlockingIOError:
             message = f"another process is training in {directory}: wait for it, or name another --out_dir"
             raise UserError(message) from None

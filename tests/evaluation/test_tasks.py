@@ -180,7 +180,7 @@ GSM8K = {
     "question": "48 clips in April, half as many in May. How many?",
     "answer": "In May 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72 clips.\n#### 1,072",
 }
-CHOICE = Task("mine", "mine", "choice", "{q}:", "{option}", "options", "{answer}", separator=";")
+CHOICE = Task("mine", "mine", "choice", "{q}:", "{option}", "options", answer="{answer}", separator=";")
 CLOZE = Task("mine", "mine", "cloze", "{q}:", answer="{answer}", separator=";")
 POOL = [{"q": f"q{n}", "options": [f"right{n}", f"wrong{n}"], "answer": 0} for n in range(8)]
 
@@ -288,33 +288,40 @@ GENERATE = BASE.replace("cloze", "generate")
     ("content", "words"),
     [
         (BASE + 'contxt = "a"', ["no setting contxt", "did you mean context?"]),
-        (BASE + "zzz = 1", ["no setting zzz"]),
+        (BASE + "zzz = 1", ["no setting zzz; gpt_arc/evaluation/tasks.py lists them all"]),
         (BASE + 'name = "b"', ["no setting name"]),
-        (BASE + "context = 3", ["context = 3 has the wrong type"]),
-        (BASE + 'answer_from = "1"', ["answer_from = '1' has the wrong type"]),
-        (BASE + "max_new_tokens = true", ["max_new_tokens = True has the wrong type"]),
+        (BASE + "context = 3", ["context = 3 must be a text in quotes"]),
+        (BASE + 'answer_from = "1"', ['answer_from = "1" must be a whole number']),
+        (BASE + "max_new_tokens = true", ["max_new_tokens = true must be a whole number"]),
         (BASE + "max_new_tokens = 0", ["max_new_tokens = 0 must be at least 1"]),
-        (BASE + 'stop = "a"', ["stop = 'a' has the wrong type"]),
-        (BASE + 'stop = ["a", ""]', ["stop = ['a', '']"]),
-        (BASE + "stop = [1]", ["stop = [1]"]),
-        (BASE + 'normalise = "bytes"', ["normalise = 'bytes' must be one of sum, token, character, byte, "]),
+        (BASE + 'stop = "a"', ['stop = "a" must be a list of texts in quotes']),
+        (BASE + 'stop = ["a", ""]', ['number 2 of stop: "" must be a text in quotes that isn\'t empty']),
+        (BASE + "stop = [1]", ["number 1 of stop: 1 must be a text in quotes"]),
+        (BASE + 'normalise = "bytes"', ['normalise = "bytes" must be one of "sum", "token", "character", "byte", ']),
         (BASE + 'extract = "("', ["extract = '('", "not a regular expression"]),
-        (BASE + '[published.accuracy]\na = "b"', ["published: a = 'b' is not a number"]),
-        (BASE + "[published]\na = 1.5", ["published: a = 1.5 is not a table"]),
+        (BASE + '[published.accuracy]\na = "b"', ['published.accuracy.a = "b" must be a number']),
+        (BASE + "[published]\na = 1.5", ["published.a = 1.5 must be a table"]),
         (BASE + 'options = ["a", "b"]', ["options belongs to the kind choice, not to cloze"]),
         (BASE + 'metric = "bleu"', ["metric belongs to the kind generate, not to cloze"]),
         (GENERATE + "stop_word_filter = true", ["stop_word_filter belongs to the kind cloze, not to generate"]),
-        (BASE + "stop_word_filter = 1", ["stop_word_filter = 1 has the wrong type"]),
-        (BASE + 'prepare = "cb"', ["prepare = 'cb' must be one of"]),
+        (BASE + "stop_word_filter = 1", ["stop_word_filter = 1 must be true or false"]),
+        (BASE + 'prepare = "cb"', ['prepare = "cb" must be one of']),
         (GENERATE + "top_k = 0", ["top_k = 0 must be at least 1"]),
         (GENERATE + "top_k = 2\nnum_beams = 2", ["num_beams does not sample, so top_k has no effect"]),
         (GENERATE + "length_penalty = 0.6", ["length_penalty ranks beams: it needs num_beams"]),
-        (GENERATE + "num_beams = 2\nlength_penalty = -1", ["length_penalty = -1 must lie in [0, 100]"]),
+        (GENERATE + "num_beams = 2\nlength_penalty = -1", ["length_penalty = -1 must be between 0 and 100"]),
         (GENERATE + 'metric = "rouge"\nextract = "a"', ["extract has no effect with metric = rouge"]),
         (BASE.replace("cloze", "choice"), ["a choice needs options"]),
-        (BASE.replace("cloze", "choice") + 'options = ["a"]', ["options = ['a']"]),
-        (BASE.replace("cloze", "choice") + "options = [1, 2]", ["options = [1, 2]"]),
-        (BASE.replace("cloze", "quiz"), ["kind = 'quiz' must be one of choice, cloze, generate"]),
+        (
+            BASE.replace("cloze", "choice") + 'options = ["a"]',
+            ['options = ["a"] must be a text in quotes or a list of 2 or more texts in quotes'],
+        ),
+        (
+            BASE.replace("cloze", "choice") + "options = [1, 2]",
+            ["options = [1, 2] must be a text in quotes or a list of 2 or more texts in quotes"],
+        ),
+        (BASE.replace("cloze", "quiz"), ['kind = "quiz" must be one of "choice", "cloze", "generate"']),
+        (GENERATE + "length_penalty = inf\nnum_beams = 2", ["length_penalty = inf must be between 0 and 100"]),
         ('kind = "cloze"\nanswer = "a"', ["title is missing"]),
         ('title = "a"\nanswer = "a"', ["kind is missing"]),
         ('title = "a"\nkind = "cloze"', ["answer is missing"]),
@@ -411,7 +418,7 @@ def test_answers_by_text(answer, right):
 
 
 def test_an_answer_may_be_a_truth_value():
-    task = replace(CHOICE, options=["False", "True"], answer_as="text")
+    task = replace(CHOICE, options=("False", "True"), answer_as="text")
     assert [task.question({"q": "", "answer": value}).answer for value in (False, True)] == [0, 1]
 
 

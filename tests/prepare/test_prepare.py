@@ -1,5 +1,6 @@
 """The preparation scripts as a user runs them."""
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -7,6 +8,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +21,13 @@ import pytest
 import tokenizers
 
 from gpt_arc.data import prepare as prepare_module
-from gpt_arc.data.datasets import prepare_dataset
-from gpt_arc.data.documents import Documents
+from gpt_arc.data.datasets import Source, open_corpus, prepare_dataset
+from gpt_arc.data.documents import Documents, Files
 from gpt_arc.data.prepare import CorpusSettings, _encode, prepare_documents
 from gpt_arc.data.token_files import TokenFiles
-from gpt_arc.data.tokenizer import BPETokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
-from helpers import ROOT
+from helpers import ROOT, TEXT, killed_at_each_call
 from prepare import tinyshakespeare
 
 
@@ -537,8 +539,11 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=one.jsonl", "--field=body", "--name=x"], "one.jsonl:1 has no field 'body': there are 'text'"),
         (["--input=one.jsonl", "--name=x", "--val_fraction=0.001"], "raise --val_fraction, or split with --split=tail"),
         (["--input=one.jsonl", "--name=x", "--val_fraction=0.999"], "lower --val_fraction, or split with --split=tail"),
-        (["--input=one.jsonl", "--name=x", "--val_fraction=1"], "val_fraction = 1.0 must lie between 0 and 1"),
-        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be at least 1"),
+        (
+            ["--input=one.jsonl", "--name=x", "--val_fraction=1"],
+            "val_fraction = 1.0 must be between 0 and 1, 0 and 1 excluded",
+        ),
+        (["--input=one.jsonl", "--name=x", "--shard_tokens=0"], "shard_tokens = 0 must be between 1 and 2147483647"),
         (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),
         (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
         (["--input=good.txt", "--name="], "must be a plain folder name"),
@@ -659,3 +664,71 @@ def test_training_prepares_a_small_corpus_and_names_the_command_for_others(tmp_p
     assert len(TokenFiles(Path("data/python_manual"), "val")) > 10_000
     with pytest.raises(UserError, match="prepare/text.py --input FILE_OR_FOLDER --name novels"):
         prepare_dataset("novels")
+
+
+def test_an_old_dataset_survives_a_kill_at_any_call_of_overwriting(prepare, tmp_path, monkeypatch):
+    settings, texts = CorpusSettings(tokenizer="char"), {"old": TEXT, "new": TEXT[::-1]}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    prepare_documents(Files([tmp_path / "old"], "text"), settings, "x")
+
+    def start(case):
+        shutil.copytree(tmp_path / "data", case / "data")
+
+    def overwrite(case):
+        monkeypatch.chdir(case)
+        prepare_documents(Files([tmp_path / "new"], "text"), dataclasses.replace(settings, overwrite=True), "x")
+
+    ends = set()
+    for _ in killed_at_each_call(tmp_path, monkeypatch, start, overwrite):
+        corpus = open_corpus([Source("x", 1.0)])
+        (directory,) = corpus.directories
+        text = decoded(directory, "train") + decoded(directory, "val")
+        (end,) = (name for name, content in texts.items() if content == text)
+        ends.add(end)
+        Path("data/.x.lock").unlink(missing_ok=True)  # the lock itself ends with a process
+        prepare_documents(Files([tmp_path / end], "text"), settings, "x")
+        assert decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val") == text
+        assert end == "old" or os.listdir("data") == ["x"]
+    assert ends == {"old", "new"}
+
+
+def test_a_dataset_s_files_are_bound_together(prepare, book, tmp_path):
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    other = CharTokenizer(sorted({*book.read_text(), "\u2603"}))
+    for name, change in (
+        ("tokenizer.json", lambda path: other.save(path.parent)),
+        ("meta.json", lambda path: path.write_text(path.read_text().replace(": 0.1", ": 0.2"))),
+        ("train_000000.bin", lambda path: path.write_bytes(path.read_bytes() + b"xx")),
+        ("val_000000.bin", lambda path: path.unlink()),
+    ):
+        path = Path("data/x", name)
+        before = path.read_bytes()
+        change(path)
+        with pytest.raises(UserError, match=f"data/x/{name} .* manifest.json"):
+            open_corpus([Source("x", 1.0)])
+        path.write_bytes(before)
+    path = Path("data/x/train_000000.bin")
+    content = bytearray(path.read_bytes())
+    content[1100] ^= 1
+    path.write_bytes(content)
+    assert open_corpus([Source("x", 1.0)])
+    with pytest.raises(UserError, match="train_000000.bin has other contents than manifest.json there"):
+        open_corpus([Source("x", 1.0)], verify=True)
+    assert "is prepared already" not in prepare("text.py", *flags)  # it is prepared again
+    assert open_corpus([Source("x", 1.0)], verify=True)
+
+
+def test_a_tokenizer_is_not_written_into_a_dataset_that_was_prepared_meanwhile(prepare, tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", pages(100))
+    train = BPETokenizer.train
+
+    def slow(texts, vocab_size):
+        prepare_documents(Files([Path("a.jsonl")], "text"), CorpusSettings(tokenizer="char"), "x")
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(BPETokenizer, "train", slow)
+    message = prepare("tokenizer.py", "--input=a.jsonl", "--name=x", "--vocab_size=300")
+    assert "data/x already contains a dataset" in message
+    assert open_corpus([Source("x", 1.0)], verify=True)

@@ -184,7 +184,7 @@ def test_normalisation_equals_the_harness(workplace):
     samples = sorted(output["samples"]["mine"], key=lambda sample: sample["doc_id"])
     right = {}
     for normalise, metric in (("character", "acc_norm"), ("byte", "acc_bytes")):
-        task = Task("mine", "mine", "choice", "{q}", " {option}", "options", "{gold}", normalise=normalise)
+        task = Task("mine", "mine", "choice", "{q}", " {option}", "options", answer="{gold}", normalise=normalise)
         right[normalise] = choice_accuracy(task, reader_of(model.model), [(task.question(item), "") for item in items])
         assert right[normalise] == [sample[metric] for sample in samples]
     spaced = []
@@ -219,20 +219,20 @@ def test_a_long_prompt_loses_its_beginning():
     pairs = [(long, option) for option in ("a", "bc", "qabcaqab")] + [("q", "a")]
     expected = [slow_log_probability(model, *pair) for pair in pairs]
     assert [score.log_probability for score in reader.score(pairs, "mine")] == pytest.approx(expected, rel=1e-4)
-    task = Task("mine", "mine", "generate", "{q}", answer="{a}", stop=["never"], max_new_tokens=3)
+    task = Task("mine", "mine", "generate", "{q}", answer="{a}", stop=("never",), max_new_tokens=3)
     for end in range(10, len(long)):
         tokens = TOKENIZER.encode(long[:end])[-5:]
         with torch.no_grad():
             for _ in range(3):
                 tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
         assert reader.answers([long[:end]], task, 0) == [TOKENIZER.decode(tokens[5:])]
-    (text,) = reader.answers([long], Task("a", "a", "generate", stop=["never"], max_new_tokens=20), 0)
+    (text,) = reader.answers([long], Task("a", "a", "generate", answer="", stop=("never",), max_new_tokens=20), 0)
     assert len(text) == 20
 
 
 def test_batching_does_not_change_answers():
     model = randomised(GPT(GPTConfig(block_size=16, vocab_size=8, n_layer=2, n_head=2, n_embd=16)))
-    task = Task("mine", "mine", "generate", stop=["bb", "aq", "qqq"], max_new_tokens=9)
+    task = Task("mine", "mine", "generate", answer="", stop=("bb", "aq", "qqq"), max_new_tokens=9)
     prompts = ["qab", "", "éqr abc", "r", "qab", "abcéqr abcéqr abcéqr", "b", "éé"]
     singly = [reader_of(model).answers([prompt], task, 0)[0] for prompt in prompts]
     assert len(set(singly)) > 4 and len(set(map(len, singly))) > 2
@@ -241,7 +241,7 @@ def test_batching_does_not_change_answers():
 
 
 def test_sampled_answers_are_among_the_likeliest_and_depend_on_the_seed(reader):
-    task = Task("mine", "mine", "generate", stop=["\n"], max_new_tokens=12, top_k=2)
+    task = Task("mine", "mine", "generate", answer="", stop=("\n",), max_new_tokens=12, top_k=2)
     drawn = {}
     for seed in range(20):
         drawn[seed] = reader.answers(["q", "r", "q"], task, seed)
@@ -257,14 +257,14 @@ def test_sampled_answers_are_among_the_likeliest_and_depend_on_the_seed(reader):
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 def test_beams_find_the_likeliest_answer(reader, penalty):
     """By brute force over all texts that end with a newline or at 4 letters, by log-probability / length^penalty."""
-    task = Task("a", "a", "generate", stop=["\n"], max_new_tokens=4, num_beams=512, length_penalty=penalty)
+    task = Task("a", "a", "generate", answer="", stop=("\n",), max_new_tokens=4, num_beams=512, length_penalty=penalty)
     letters = [letter for letter in TOKENIZER.characters if letter != "\n"]
     for prompt in "qaé":
         texts = ["".join(part) for size in range(4) for part in itertools.product(letters, repeat=size)]
         ended = [f"{text}\n" for text in texts] + ["".join(part) for part in itertools.product(letters, repeat=4)]
         best = max(ended, key=lambda text: log_chance(prompt, text) / len(text) ** penalty)
         assert reader.answers([prompt], task, 0) == [best.removesuffix("\n")]
-    greedy = reader.answers(list("qaé"), Task("a", "a", "generate", max_new_tokens=4), 0)
+    greedy = reader.answers(list("qaé"), Task("a", "a", "generate", answer="", max_new_tokens=4), 0)
     assert penalty != 0.6 or greedy != reader.answers(list("qaé"), task, 0)
 
 
@@ -348,7 +348,7 @@ def test_texts_are_compared_by_bleu_and_rouge(run):
 
 
 def test_only_the_first_sentences_count(reader):
-    task = Task("mine", "mine", "generate", "{q}", answer="{a}", metric="rouge", sentences=1, stop=[], max_new_tokens=7)
+    task = Task("mine", "mine", "generate", "{q}", answer="{a}", metric="rouge", sentences=1, stop=(), max_new_tokens=7)
     assert reader.answers(["r"], task, 0) == ["bc\nqaaa"]
     questions = [(Question(["r"], [right], 0), "") for right in ("bc", "bc qaaa")]
     for count, figures in ((1, [1, 2 / 3]), (2, [2 / 3, 1]), (0, [2 / 3, 1])):
@@ -622,7 +622,7 @@ def test_an_error_of_the_hub_is_reported(run, monkeypatch):
         (("--tasks", "addition_2", "--training_text", "text.txt"), "which are generated: leave it out"),
         (("--tasks", "choice.toml", "--data=items.jsonl", "--training_text", "no.txt"), "no.txt can't be read"),
         (("--tasks", "sst2", "--data=none.jsonl"), "there is no file none.jsonl"),
-        (("--tasks", "sst2", "--shots=-1"), "number 1 of shots: -1 must be at least 0"),
+        (("--tasks", "sst2", "--shots=-1"), "number 1 of --shots: -1 must be at least 0"),
         (("--tasks", "sst2", "--limit=0"), "limit = 0 must be at least 1"),
         (("--tasks", "sst2", "--seed=-1"), "seed = -1 must be at least 0"),
         (("--perplexity", "text.txt", "--stride=0"), "stride = 0 must be at least 1"),

@@ -112,7 +112,8 @@ def test_figures_and_comparisons_follow_from_the_runs():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--seeds=0"], "seeds = 0 must be 1 or more"),
+        (["--seeds=0"], "seeds = 0 must be at least 1"),
+        (["--n_layer=0"], "--n_layer = 0 must be at least 1"),
         (["--minibatches=3"], "episodes_per_iteration = 64 must be a multiple of minibatches = 3"),
         (["--episodes=100"], "episodes = 100 must be a multiple of episodes_per_iteration = 64"),
         (["--episodes=128"], "of more than 2 iterations"),

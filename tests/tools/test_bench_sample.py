@@ -217,7 +217,7 @@ def test_ours_and_transformers_give_the_same_continuations(config, tmp_path):
     model = randomised(GPT(config))
     sample.write_weights(model, tmp_path, peers=True)
     prompts = torch.randint(50, (ROWS, PROMPT), generator=torch.Generator().manual_seed(1))
-    settings = sample.SampleBench("", ROWS, PROMPT, NEW, compile=False)
+    settings = sample.SampleBench("", batch_size=ROWS, prompt_tokens=PROMPT, max_new_tokens=NEW, compile=False)
     job = sample.SampleJob(settings, config, "cpu", "float32", prompts.tolist(), tmp_path)
     expected = greedy(model, prompts, NEW)
     assert [list(row) for row in zip(*sample.OurSampler(job).generate())] == [row[PROMPT:] for row in expected]
@@ -237,8 +237,8 @@ def test_architecture_flags_need_a_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--rounds=0"], "rounds = 0 must be 1 or more"),
-        (["--max_new_tokens=1"], "max_new_tokens = 1 must be 2 or more"),
+        (["--rounds=0"], "rounds = 0 must be at least 1"),
+        (["--max_new_tokens=1"], "max_new_tokens = 1 must be at least 2"),
         (["--n_head=3"], "n_head = 3 does not divide n_embd = 16"),
         (["--round=3"], "there is no flag --round; did you mean --rounds?"),
         (["--nanogpt=nowhere"], "there is no nanoGPT checkout at nowhere: it has no model.py"),

@@ -196,7 +196,7 @@ def test_all_competitors_learn_a_repeated_batch(worker, place):
         ([], "name one config file: python tools/bench.py train configs/gpt2.toml"),
         (["tidy.toml"], "there is no config file tidy.toml; did you mean tiny.toml?"),
         (["tiny.toml", "--round=3"], "there is no flag --round; did you mean --rounds?"),
-        (["tiny.toml", "--rounds=0"], "rounds = 0 must be 1 or more"),
+        (["tiny.toml", "--rounds=0"], "rounds = 0 must be at least 1"),
         (["tiny.toml", "--nanogpt=."], "there is no nanoGPT checkout at .: it has no model.py"),
         (
             ["tiny.toml", "--nanogpt=nanoGPT", "--norm=rmsnorm"],

@@ -7,6 +7,11 @@ import pytest
 
 from gpt_arc.errors import UserError
 from gpt_arc.training import runs
+from gpt_arc.training.checkpoints import resumable, save_checkpoint
+from gpt_arc.training.command_line import read_command_line
+from gpt_arc.training.config import Config
+from gpt_arc.training.options import StageOptions, record_options
+from helpers import killed_at_each_call
 
 
 def finished(path, name, config=None):
@@ -85,3 +90,76 @@ def test_damaged_records_are_refused(tmp_path, content, sentence):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         runs.read_record(tmp_path)
+
+
+def begin(folder, stage):
+    """What train.py or a stage does before its first step."""
+    _, lock = runs.claim_new(str(folder), "a", overwrite=True, stage=stage)
+    if stage == "train":
+        runs.write_record(folder, Config(), "a", {})
+    else:
+        record_options(folder, stage, StageOptions("base"))
+    return lock
+
+
+def checkpoint(folder, step):
+    save_checkpoint(folder, step, 1, lambda directory: (directory / "config.json").write_text("{}"), {}, keep_all=True)
+
+
+def assert_a_command_takes(folder, stage):
+    """A new run starts there, or is refused with a command that works."""
+    message = ""
+    try:
+        runs.claim_new(str(folder), "a", overwrite=False, stage=stage)
+    except UserError as error:
+        message = str(error)
+    if message:
+        assert "--overwrite=True" in message
+        if "resume it with" in message:
+            assert resumable(folder) and (stage != "train" or (folder / "config.toml").exists())
+        runs.claim_new(str(folder), "a", overwrite=True, stage=stage)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("stage", ["train", "sft"])
+def test_a_command_takes_what_a_kill_at_the_start_leaves(tmp_path, monkeypatch, stage):
+    for case in killed_at_each_call(tmp_path, monkeypatch, lambda case: case.mkdir(), lambda case: begin(case, stage)):
+        assert_a_command_takes(case, stage)
+
+
+@pytest.mark.parametrize("stage", ["train", "sft"])
+def test_a_command_takes_what_a_kill_of_overwriting_leaves(tmp_path, monkeypatch, stage):
+    def start(case):
+        begin(case, stage)
+        for step in (1, 2):
+            checkpoint(case, step)
+        (case / "metrics.jsonl").touch()
+
+    overwrite = lambda case: runs.claim_new(str(case), "a", overwrite=True, stage=stage)  # noqa: E731
+    for case in killed_at_each_call(tmp_path, monkeypatch, start, overwrite):
+        assert_a_command_takes(case, stage)
+
+
+def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
+    begin(tmp_path / "a b", "train")
+    with pytest.raises(UserError, match=r"start it over with --out_dir='.*/a b' --overwrite=True"):
+        read_command_line([f"--resume={tmp_path / 'a b'}"], None)
+    with pytest.raises(UserError, match="a run without a checkpoint: start it over with --overwrite=True"):
+        runs.claim_new(str(tmp_path / "a b"), "a", overwrite=False)
+
+
+def test_overwriting_deletes_only_recorded_checkpoints(tmp_path):
+    begin(tmp_path, "train")
+    checkpoint(tmp_path, 1)
+    for name in ("step-00000001-keep", "step-00000007", "step-notes"):
+        (tmp_path / name).mkdir()
+    runs.claim_new(str(tmp_path), "a", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001-keep", "step-00000007", "step-notes"]
+
+
+def test_unfinished_files_keep_no_run_from_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "a" / ".step-00000001.0a1b2c3d").mkdir(parents=True)
+    (tmp_path / "out" / "a" / ".run.json.0a1b2c3d").touch()
+    folder, lock = runs.claim_new(None, "a", overwrite=False)
+    assert folder.name == "a" and list(folder.iterdir()) == []

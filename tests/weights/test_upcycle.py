@@ -92,9 +92,9 @@ def test_a_mixture_trains_further(run, workplace):
     ("flags", "sentence"),
     [
         (["--experts_per_token=1"], "experts_per_token = 1 must be at least 2"),
-        (["--n_experts=1"], "n_experts = 1 is the dense model itself: name more"),
-        (["--n_experts=0"], "n_experts = 0 is the dense model"),
-        (["--n_experts=-3"], "n_experts = -3"),
+        (["--n_experts=1"], "n_experts = 1 must be at least 2"),
+        (["--n_experts=0"], "n_experts = 0 must be at least 2"),
+        (["--n_experts=-3"], "n_experts = -3 must be at least 2"),
         (["--expert_interval=0"], "expert_interval = 0 must be at least 1"),
         (["--shared_experts=-1"], "shared_experts = -1 must be at least 0"),
         (["--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),

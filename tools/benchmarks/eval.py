@@ -23,14 +23,14 @@ import itertools
 import logging
 import random
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import tyro
+from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
+    ModelBench,
     check_requirements,
     child_process,
     json_settings,
@@ -43,58 +43,37 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 TRIALS = 2  # batches per candidate size when choosing the harness's batch size
 
 
 @dataclass(frozen=True, config=STRICT)
-class EvalBench:
-    model: tyro.conf.Positional[str]
-    """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
-    alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    items: int = 1000
+class EvalBench(ModelBench):
+    items: Count = 1000
     """Items per round."""
-    options: int = 4
+    options: Count = 4
     """Options per item."""
-    min_context: int = 60
+    min_context: Count = 60
     """Tokens of the shortest context."""
-    max_context: int = 100
+    max_context: Count = 100
     """Tokens of the longest context."""
-    min_option: int = 5
+    min_option: Count = 5
     """Tokens of the shortest option."""
-    max_option: int = 20
+    max_option: Count = 20
     """Tokens of the longest option."""
-    batch_tokens: int = 8192
+    batch_tokens: Count = 8192
     """Tokens that our code reads at once."""
-    batch_sizes: tuple[int, ...] = (1, 8, 32, 64)
+    batch_sizes: Annotated[tuple[Count, ...], MinLen(1)] = (1, 8, 32, 64)
     """Options, with their contexts, that the harness reads at once."""
-    rounds: int = 3
-    """Measured rounds, after one warm-up round."""
-    transformers: bool = False
-    """Measure the harness with transformers too."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in the rows other than float32. auto: the fastest on this hardware."""
-    seed: int = 1337
-    """Seed of the random weights and items."""
-    json: Path | None = None
-    """A file for the results."""
 
     def __post_init__(self):
-        least = dict.fromkeys(("items", "options", "min_context", "min_option", "batch_tokens", "rounds"), 1)
-        for name, number in (least | {"seed": 0}).items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed = {self.seed} must be less than 2**63")
         for what in ("context", "option"):
             low, high = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if high < low:
                 raise ValueError(f"max_{what} = {high} is less than min_{what} = {low}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes = {self.batch_sizes} must be some numbers of 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)

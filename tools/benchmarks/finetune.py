@@ -24,13 +24,14 @@ import tempfile
 import threading
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import tyro
+from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
+    ModelBench,
     check_requirements,
     child_process,
     json_settings,
@@ -45,53 +46,34 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, NonNegative
 
 LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
 
 
 @dataclass(frozen=True, config=STRICT)
-class FinetuneBench:
-    model: tyro.conf.Positional[str]
-    """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
-    alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    batch_size: int = 32
+class FinetuneBench(ModelBench):
+    batch_size: Count = 32
     """Examples per update."""
-    examples: int = 256
+    examples: Count = 256
     """Examples per epoch, a multiple of batch_size."""
-    min_tokens: int = 16
+    min_tokens: Annotated[int, Ge(3)] = 16
     """Tokens in the shortest sequence, two of them special."""
-    max_tokens: int = 128
+    max_tokens: Count = 128
     """Tokens in the longest sequence."""
-    classes: int = 2
+    classes: Annotated[int, Ge(2)] = 2
     """Number of classes."""
-    language_weight: float = 0.5
+    language_weight: NonNegative = 0.5
     """Weight of the language-model loss in our second row. 0: no second row."""
-    rounds: int = 3
-    """Measured rounds, after one warm-up round."""
-    steps: int | None = None
+    steps: Count | None = None
     """Updates per program and round. None: an epoch, so that every round sees the same examples."""
-    transformers: bool = False
-    """Measure transformers' Trainer too."""
     group_trainer: bool = False
     """Make the Trainer batch examples of similar length too, which it doesn't by default."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of our matrix products and of the Trainer's second row. auto: the fastest on this hardware."""
-    seed: int = 1337
-    """Seed of the random weights, examples and their order."""
-    json: Path | None = None
-    """A file for the results."""
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 1337  # the Trainer seeds numpy with it
 
     def __post_init__(self):
-        least = {"batch_size": 1, "examples": 1, "min_tokens": 3, "classes": 2, "rounds": 1, "seed": 0}
-        least |= {"language_weight": 0} | ({} if self.steps is None else {"steps": 1})
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
-        if self.seed >= 2**32:  # numpy's, which the Trainer sets
-            raise ValueError(f"seed = {self.seed} must be less than 2**32")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens = {self.max_tokens} is less than min_tokens = {self.min_tokens}")
         if self.examples % self.batch_size:

@@ -18,8 +18,9 @@ token, attention not counted, at the rate measured between the rounds for produc
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_requirements, write_results
@@ -27,17 +28,14 @@ from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare
 from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT
 
+Implementation = Literal["grouped_mm", "eager", "batched_mm"]
+
 
 @dataclass(frozen=True, config=STRICT)
 class MoeBench(StepBench):
-    implementations: tuple[Literal["grouped_mm", "eager", "batched_mm"], ...] = ("grouped_mm", "eager")
+    implementations: Annotated[tuple[Implementation, ...], MinLen(1)] = ("grouped_mm", "eager")
     """transformers' ways of computing experts. batched_mm copies an expert's matrices for each choice of a token: it
     is for a few tokens."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.implementations:
-            raise ValueError("implementations must name one or more")
 
 
 class GroupedMixtral(TransformersTrainer):

@@ -56,7 +56,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Seed, UnitInterval
 
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
 UNCOUNTED = 2  # iterations at the start whose time doesn't count
@@ -71,47 +71,47 @@ SHARED_SETTINGS = (  # settings of stages/ppo.py that have the same names here
 
 @dataclass(frozen=True, config=STRICT)
 class PPOBench:
-    n_layer: int = 2
+    n_layer: Count = 2
     """Blocks of the policy."""
-    n_head: int = 4
+    n_head: Count = 4
     """Attention heads per block."""
-    n_embd: int = 128
+    n_embd: Count = 128
     """Width of the policy."""
-    block_size: int = 64
+    block_size: Count = 64
     """Context length of the policy."""
-    prompts: int = 512
+    prompts: Count = 512
     """Number of prompts."""
-    supervised_updates: int = 400
+    supervised_updates: Natural = 400
     """Supervised updates before, which produce the policy that both programs start from."""
-    episodes: int = 4096
+    episodes: Count = 4096
     """Responses per run, a multiple of episodes_per_iteration."""
-    episodes_per_iteration: int = 64
+    episodes_per_iteration: Count = 64
     """Responses between updates, a multiple of minibatches."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """Updates per pass over an iteration's responses."""
-    inner_epochs: int = 4
+    inner_epochs: Count = 4
     """Passes over an iteration's responses."""
-    max_new_tokens: int = 16
+    max_new_tokens: Count = 16
     """Maximum tokens in a response."""
-    learning_rate: float = 5e-4
+    learning_rate: Positive = 5e-4
     """Constant learning rate."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Sampling temperature of the policy, also applied to the reference."""
-    kl_coef: float = 0.02
+    kl_coef: NonNegative = 0.02
     """Penalty per nat of KL to the reference."""
-    gamma: float = 1.0
+    gamma: UnitInterval = 1.0
     """Discount of later rewards."""
-    gae_lambda: float = 0.95
+    gae_lambda: UnitInterval = 0.95
     """Weight of longer estimates of an advantage."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """Clipping range of the policy's ratio."""
-    value_clip: float = 0.2
+    value_clip: Positive = 0.2
     """Clipping range of a value's change."""
-    value_coef: float = 0.1
+    value_coef: NonNegative = 0.1
     """Weight of the value loss."""
-    seeds: int = 3
+    seeds: Count = 3
     """Runs per program, one per seed."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the policy, the prompts and the first run; later runs add 1 each."""
     trl: bool = False
     """Measure trl's PPOTrainer too."""
@@ -123,11 +123,6 @@ class PPOBench:
     """A file for the results."""
 
     def __post_init__(self):
-        least = {"prompts": 1, "supervised_updates": 0, "max_new_tokens": 1, "seeds": 1, "seed": 0}
-        least |= {"episodes_per_iteration": 1, "minibatches": 1, "inner_epochs": 1}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
         if self.episodes_per_iteration % self.minibatches:
             multiple = f"a multiple of minibatches = {self.minibatches}"
             raise ValueError(f"episodes_per_iteration = {self.episodes_per_iteration} must be {multiple}")

@@ -17,9 +17,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import tyro
+from pydantic.dataclasses import dataclass
+
 from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT, Count, Seed
 from gpt_arc.tables import to_json
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
@@ -31,16 +35,34 @@ Call = Callable[[str | None], Any]
 # ---- settings and checks
 
 
+@dataclass(frozen=True, config=STRICT)
+class ModelBench:
+    """Settings of the benchmarks that measure one architecture."""
+
+    model: tyro.conf.Positional[str]
+    """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
+    alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    rounds: Count = 3
+    """Measured rounds, after one warm-up round."""
+    transformers: bool = False
+    """Measure transformers too."""
+    device: str = "auto"
+    """auto (cuda, else mps, else cpu), or a torch device."""
+    seed: Seed = 1337
+    """The source of all randomness."""
+    json: Path | None = None
+    """A file for the results."""
+
+
 def config_files(args: Sequence[str]) -> list[str]:
     """The config files among command-line arguments."""
     return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
 
 
-def read_model_arguments(cls: type, description: str, args: list[str]) -> tuple[Any, Any]:
+def read_model_arguments(cls: type[ModelBench], description: str, args: list[str]) -> tuple[Any, Any]:
     """Returns settings of the dataclass `cls` and the config file's architecture, both with the flags applied.
 
-    The first field of `cls` is a positional `model`, which names a config file or a model. For a model the architecture
-    is None.
+    The architecture is None if the setting `model` names a model instead of a config file.
     """
     files = config_files(args)
     if not files:

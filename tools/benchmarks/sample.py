@@ -23,12 +23,14 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
+from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
+    ModelBench,
     check_nanogpt_fits,
     check_requirements,
     child_process,
@@ -45,49 +47,32 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
 
 
 @dataclass(frozen=True, config=STRICT)
-class SampleBench:
+class SampleBench(ModelBench):
     model: tyro.conf.Positional[str]
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
     or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Rows that are continued in parallel."""
-    prompt_tokens: int = 16
+    prompt_tokens: Count = 16
     """Random tokens in each row's prompt."""
-    max_new_tokens: int = 128
+    max_new_tokens: Annotated[int, Ge(2)] = 128
     """Tokens generated per row."""
-    device: str = "auto"
-    """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of our weights and of transformers'. auto: as sample.py chooses."""
     compile: bool = True
     """Compile our decoder; the time goes into the warm-up."""
     int8: bool = False
     """Round our weights to 8 bits, for one row of compiled code on a CPU."""
-    rounds: int = 5
-    """Measured rounds, after one warm-up round."""
-    seed: int = 1337
-    """Seed of the random weights and prompts."""
+    rounds: Count = 5
     nanogpt: Path | None = None
     """A nanoGPT checkout (the folder with its model.py) to measure too."""
-    transformers: bool = False
-    """Measure transformers too."""
-    json: Path | None = None
-    """A file for the results."""
-
-    def __post_init__(self):
-        least = {"batch_size": 1, "prompt_tokens": 1, "max_new_tokens": 2, "rounds": 1, "seed": 0}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name} = {getattr(self, name)} must be {number} or more")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed = {self.seed} must be less than 2**63")
 
 
 # ---- workers: tokens are copied to the CPU, so the clock includes the GPU's work

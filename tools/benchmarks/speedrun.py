@@ -34,9 +34,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import (
@@ -51,7 +52,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positive, Seed
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 TRAIN_FILE = "train.bin"  # tokens in nanoGPT's format: 16 bits each, no header
@@ -60,34 +61,22 @@ EVALUATED_AT_ONCE = 64  # windows per batch in nanoGPT's evaluation
 
 @dataclass(frozen=True, config=STRICT)
 class SpeedrunBench:
-    target: str | None = None
+    target: Positive | Literal["nanogpt"] | None = None
     """The loss to reach, in nats per token. nanogpt or None: the final loss of nanoGPT's training."""
     nanogpt: Path | None = None
     """A nanoGPT checkout (the folder with its model.py) to measure too."""
-    seeds: tuple[int, ...] = (1337,)
-    """Seeds; each program runs once per seed."""
+    seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1337,)
+    """Different seeds; each program runs once per seed."""
     json: Path | None = None
     """A file for the results."""
 
     def __post_init__(self):
-        if self.loss is not None and not 0 < self.loss < math.inf:
-            raise ValueError(f"target = {self.target} must be a loss in nats a token, such as 1.886, or nanogpt")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**63 for s in self.seeds):
-            raise ValueError(f"seeds = {self.seeds} must be different whole numbers, zero or more")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {self.seeds} must be different numbers")
         if self.nanogpt is None and self.target is None:
             raise ValueError("say which loss to reach: --target=1.886, or --nanogpt=PATH for the one it ends at")
         if self.nanogpt is None and self.target == "nanogpt":
             raise ValueError("target = nanogpt takes a checkout: --nanogpt=PATH")
-
-    @property
-    def loss(self) -> float | None:
-        """The target if it is a number, NaN if it is neither that nor nanogpt."""
-        if self.target in (None, "nanogpt"):
-            return None
-        try:
-            return float(self.target)
-        except ValueError:
-            return math.nan
 
 
 class Evaluation(NamedTuple):
@@ -490,8 +479,8 @@ def bench_speedrun(args: list[str]) -> int:
                 raise
             interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {len(settings.seeds)} seeds")
 
-    target, target_is = settings.loss, "as given"
-    if target is None:
+    target, target_is = settings.target, "as given"
+    if target in (None, "nanogpt"):
         target = median(runs_of_seed["nanoGPT"].evaluations[-1].val_loss for runs_of_seed in runs.values())
         target_is = "where nanoGPT ends" + ", the median" * (len(runs) > 1)
     results: dict[str, Any] = {"machine": machine, "settings": json_settings(settings), "config": asdict(config)}

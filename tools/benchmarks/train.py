@@ -45,7 +45,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 
 PHASES = ("data", "forward", "backward", "update")
@@ -56,9 +56,9 @@ TOP_OPERATORS = 14
 class StepBench:
     """Settings of every measurement of optimizer steps."""
 
-    rounds: int = 3
+    rounds: Count = 3
     """Measured rounds, after one warm-up round."""
-    steps: int = 5
+    steps: Count = 5
     """Optimizer steps per program and round."""
     transformers: bool = False
     """Measure transformers too."""
@@ -66,11 +66,6 @@ class StepBench:
     """Show the time of our steps by torch operator."""
     json: Path | None = None
     """A file for the results."""
-
-    def __post_init__(self):
-        for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be 1 or more")
 
 
 @dataclass(frozen=True, config=STRICT)
