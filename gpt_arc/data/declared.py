@@ -17,13 +17,10 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gpt_arc.errors import UserError
 from gpt_arc.reading import read_bytes, read_json
-
-if TYPE_CHECKING:
-    from gpt_arc.data.tokenizer import Tokenizer
 
 SETTINGS_FILE, SPECIAL_FILE = "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE_FILE, GENERATION_FILE, CHAT_FILE = "chat_template.jinja", "generation_config.json", "chat.json"
@@ -31,6 +28,15 @@ KEPT = (SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE, GENERATION_FILE)  # copied u
 ID_KEYS = ("eos_token_id", "bos_token_id", "pad_token_id")
 CONTENT = "{content}"  # in a template of chat.json
 MARK = re.compile(r"(<\|\w+\|>)")
+
+
+class Vocabulary(Protocol):
+    """What a `Tokenizer` knows by itself."""
+
+    vocab_size: int
+    end_of_text: int | None
+
+    def special_token(self, text: str) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Declared:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-def read_declared(folder: Path, tokenizer: "Tokenizer", prefix: tuple[int, ...] | None) -> Declared:
+def read_declared(folder: Path, tokenizer: Vocabulary, prefix: tuple[int, ...] | None) -> Declared:
     """Returns what the files in `folder` declare. Raises UserError naming a damaged file.
 
     The tokenizer's end_of_text is used if no eos_token is declared. `prefix` is that of tokenizer.json, or None without
@@ -94,7 +100,7 @@ def end_mark(assistant: str) -> str | None:
     return match and match.group()
 
 
-def _response_end(chat: dict[str, Any], tokenizer: "Tokenizer") -> int | None:
+def _response_end(chat: dict[str, Any], tokenizer: Vocabulary) -> int | None:
     """Returns the id that ends a response by a chat.json; None for a damaged one, which `load_chat` refuses."""
     try:
         mark = end_mark(chat["template"]["assistant"])
