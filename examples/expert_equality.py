@@ -34,7 +34,7 @@ from torch import Tensor
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.nn.experts import Experts
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Seed
 from gpt_arc.weights.directory import load_model
 from model import GPTConfig, make_experts
 
@@ -69,7 +69,7 @@ HEADINGS = ("variant", "shape", "float32: output", "gradients", "bfloat16: outpu
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the weights and tokens."""
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gpt_arc.errors import entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Positive
+from gpt_arc.settings import STRICT, Count, Positive, Seed
 from gpt_arc.tables import table, to_json
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
@@ -63,7 +63,7 @@ class Options:
     """Peak; rises over the first fiftieth of all updates, then falls to zero along a cosine."""
     functions: Annotated[int, Ge(2)] = 10_000
     """Test functions."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed."""
     output: Path = Path("out/in_context_linear")
     """Folder for the results."""

@@ -21,15 +21,15 @@ import sys
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import tyro
+from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed
 from gpt_arc.tables import to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
@@ -38,7 +38,7 @@ MOST = 18  # longest response in tokens
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str | None] = None
+    model: Positional[str | None] = None
     """A model trained by stages/sft.py, or one fine-tuned further from such a model."""
     rank: Path | None = None
     """Prompts; the model responds to them, and the judge ranks the responses."""
@@ -48,17 +48,17 @@ class Options:
     """Rankings; computes the best possible accuracy on their pairs."""
     output: Path | None = None
     """File for the rankings (.jsonl) or the figures (.json)."""
-    limit: int | None = None
+    limit: Count | None = None
     """Number of prompts to use, after `skip`. None: all."""
-    skip: int = 0
+    skip: Natural = 0
     """Number of prompts to skip."""
-    responses: int = 4
+    responses: Annotated[int, Ge(2)] = 4
     """Responses to rank per prompt."""
     flaw: float = 0.0
     """Utility the judge adds per letter of a response."""
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Sampling temperature."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed."""
 
 

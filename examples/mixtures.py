@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Seed
 
 if TYPE_CHECKING:  # slow to import: only after the flags are read
     import torch
@@ -44,7 +44,7 @@ EXACT = 1e-10  # relative, for sums of thousands of float64
 class Options:
     plot: Path | None = None
     """Folder for the figures. None: no figures."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed."""
 
 

@@ -1,28 +1,36 @@
-"""Command lines, parsed by tyro, with each mistake explained in one sentence."""
+"""Command lines: argparse takes them apart, and the types of the settings convert and check their values."""
 
-import contextlib
+import argparse
 import dataclasses
-import difflib
-import io
-import itertools
-import json
-import re
+import shutil
+import textwrap
 import types
-import typing
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
-
-import annotated_types
-import tyro
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from gpt_arc.errors import UserError
-from gpt_arc.settings import build, merge, read_value, settings_in, values_of
+from gpt_arc.settings import (
+    HIDDEN,
+    POSITIONAL,
+    Setting,
+    build,
+    kinds_of,
+    markers,
+    merge,
+    nearest,
+    read_text,
+    settings_in,
+    values_of,
+)
 
 T = TypeVar("T")
+WIDTH = 100  # columns of a help text, at most
+METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", Path: "PATH"}
 
 
 def parse_flags(cls: type[T], description: str | None, args: list[str], default: T | None = None) -> T:
-    """Builds the dataclass `cls` from flat `args`: --n_layer=6, --n-layer 6, --compile=False.
+    """Builds the dataclass `cls` from flat `args`: --n_layer=6, --n-layer 6, --compile.
 
     `default` has the values of flags that are not given. Raises UserError; --help prints and exits.
     """
@@ -33,111 +41,104 @@ def parse_flags(cls: type[T], description: str | None, args: list[str], default:
 
 
 def read_flags(cls: type, description: str | None, args: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of `cls` given in `args`, by flat name; --help and absent positionals use `defaults`.
+    """Returns the settings of `cls` given in `args`, by flat name. `defaults` replace those of `cls`.
 
-    Checks only their types. Raises UserError; --help prints and exits.
+    A setting that is true or false may stand without a value, which means true. Raises UserError; --help prints and
+    exits.
     """
-    old, args = _old_flags(cls, args) if hasattr(cls, "OLD") else ({}, args)
-    screen = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(screen):
-            parsed, unknown = tyro.cli(
-                _mirror(cls, defaults),
-                description=description,
-                args=args,
-                return_unknown_args=True,
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UserError(_unboxed(screen.getvalue())) from None
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        if not flag.startswith("-"):
-            raise UserError(f"the argument {flag} is not understood: write --name=value")
-        name = flag.lstrip("-").replace("-", "_")
-        near = difflib.get_close_matches(name, (known for known in settings_in(cls) if known != name), n=1)
-        raise UserError(f"there is no flag {flag}; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
-    named = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in args if arg.startswith("--")}
-    values = values_of(parsed)
-    positional = {name for name, setting in settings_in(cls).items() if tyro.conf.Positional in _markers(setting.hint)}
-    named |= {name for name in positional if name not in defaults or values[name] != defaults[name]}
-    return {name: value for name, value in values.items() if name in named} | old
+    settings = {name: one for name, one in settings_in(cls).items() if HIDDEN not in markers(one.hint)}
+    positionals = [name for name, one in settings.items() if POSITIONAL in markers(one.hint)]
+    hints = getattr(cls, "OLD", {}) | {name: one.hint for name, one in settings.items()}
+    parser = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name in hints.keys() - set(positionals):
+        parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None)
+    args = list(spelled_out(args, hints))
+    if {"-h", "--help"} & set(args):
+        print(help_text(settings, positionals, description, defaults))
+        raise SystemExit(0)
+    parsed, others = parser.parse_known_args(args)
+    texts: dict[str, Any] = vars(parsed)
+    for flag in [other.split("=")[0] for other in others if other.startswith("-") and other != "-"]:
+        raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), cls, '--')}")
+    for name in positionals:
+        if others:
+            texts[name], others = (others, []) if is_list(hints[name]) else (others[0], others[1:])
+    if others:
+        raise UserError(f"the argument {others[0]} is not understood: write --name=value")
+    for name, setting in settings.items():
+        if setting.default is dataclasses.MISSING and not {name} & (texts.keys() | defaults.keys()):
+            flag = name.upper() if name in positionals else f"--{name}"
+            raise UserError(f"{flag} is missing: {setting.help or '--help lists the flags'}")
+    return {name: read_text(hints[name], name, text) for name, text in texts.items()}
 
 
-def _old_flags(cls: type, args: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values of flags with former names, and the other arguments."""
-    old, others, rest = {}, [], iter(args)
-    names = cls.OLD.keys() - settings_in(cls).keys()
-    for arg in rest:
-        name, given, value = arg.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        if not arg.startswith("--") or name not in names:
-            others.append(arg)
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+
+def spelled_out(args: list[str], hints: Mapping[str, Any]) -> Iterator[str]:
+    """Yields arguments with names in underscores, and with the value True for truth values that have none."""
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if not arg.startswith("--"):
+            yield arg
             continue
-        value = value if given else next(rest, "")
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-        old[name] = read_value(cls, name, value, "the command line")
-    return old, others
+        name = flag[2:].replace("-", "_")
+        kinds = [kind for kind, _ in kinds_of(hints[name])] if name in hints else []
+        following = args[i + 1].lower() if i + 1 < len(args) else ""
+        options = {"true", "false", "1", "0", "none"} | {each for kind in kinds for each in get_args(kind)}
+        if bool in kinds and str not in kinds and not equals and following not in options:
+            equals, value = "=", "True"
+        yield f"--{name}{equals}{value}"
 
 
-def _markers(hint: Any) -> tuple:
-    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+def is_list(hint: Any) -> bool:
+    return any(get_origin(kind) is tuple for kind, _ in kinds_of(hint))
 
 
-def _mirror(cls: type, defaults: Mapping[str, Any]) -> type:
-    """Returns `cls` in a form for tyro: a plain dataclass without bounds, with help texts and `defaults`."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    fields: list[Any] = []
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        default = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if dataclasses.is_dataclass(hint):
-            known = values_of(default) if dataclasses.is_dataclass(default) else {}
-            inner = _mirror(hint, known | dict(defaults))
-            fields.append((field.name, inner, dataclasses.MISSING))
-        elif tyro.conf.Suppress not in _markers(hint):
-            default = defaults.get(field.name, default)
-            text = next((text for base in cls.__mro__ if (text := _help(base, field.name))), None)
-            fields.append((field.name, Annotated[_unbounded(hint), tyro.conf.arg(help=text)], default))
-    columns = [
-        (n, hint) if d is dataclasses.MISSING else (n, hint, dataclasses.field(default=d)) for n, hint, d in fields
-    ]
-    namespace = {"__doc__": cls.__doc__} if cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}(") else {}
-    return dataclasses.make_dataclass(cls.__name__, columns, frozen=True, kw_only=True, namespace=namespace)
+def help_text(
+    settings: Mapping[str, Setting], positionals: list[str], description: str | None, defaults: Mapping[str, Any]
+) -> str:
+    """Describes the flags, by table, at most WIDTH columns wide."""
+    width = max(40, min(WIDTH, shutil.get_terminal_size().columns))
+    parser = argparse.ArgumentParser(
+        description=reflowed(description or "", width),
+        add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width),
+        usage=" ".join(["%(prog)s", *(name.upper() for name in positionals), "[--name=value ...]"]),
+    )
+    groups: dict[str | None, argparse._ArgumentGroup] = {}
+    for name, setting in settings.items():
+        title = "arguments" if name in positionals else f"[{setting.table}]" if setting.table else "flags"
+        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        default = defaults.get(name, setting.default)
+        shown = "required" if default is dataclasses.MISSING else f"default: {default_text(default)}"
+        group.add_argument(
+            name if name in positionals else f"--{name}",
+            metavar=name.upper() if name in positionals else metavar(setting.hint),
+            help=f"{setting.help} ({shown})".strip().replace("%", "%%"),
+        )
+    return parser.format_help()
 
 
-def _help(cls: type, name: str) -> str | None:
-    field = cls.__dict__.get("__pydantic_fields__", {}).get(name)
-    return field.description if field else None
+def metavar(hint: Any) -> str:
+    names = []
+    for kind, _ in kinds_of(hint):
+        if get_origin(kind) is tuple:
+            names.append(f"{metavar(get_args(kind)[0])} ...")
+        elif get_origin(kind) is Literal:
+            names.append("{" + ",".join(map(str, get_args(kind))) + "}")
+        elif kind is not types.NoneType:
+            names.append(METAVARS.get(kind, "TEXT"))
+    return "|".join(names)
 
 
-def _unbounded(hint: Any) -> Any:
-    """Returns a type without its bounds."""
-    if typing.get_origin(hint) is Annotated:
-        inner = _unbounded(hint.__origin__)
-        markers = tuple(one for one in hint.__metadata__ if not isinstance(one, annotated_types.BaseMetadata))
-        return Annotated[(inner, *markers)] if markers else inner
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return typing.Union[tuple(map(_unbounded, typing.get_args(hint)))]  # noqa: UP007  types known only at run time
-    if typing.get_origin(hint) is tuple:
-        return tuple[tuple(one if one is ... else _unbounded(one) for one in typing.get_args(hint))]
-    return hint
+def default_text(default: Any) -> str:
+    return " ".join(map(str, default)) or "none" if isinstance(default, tuple) else str(default)
 
 
-def _unboxed(message: str) -> str:
-    """Returns the first part of a message in tyro's box, as a sentence."""
-    lines = [line.strip("\u2502| ") for line in message.splitlines()[1:]]
-    border = set("\u2500\u256d\u256e\u256f\u2570-+")
-    lines = list(itertools.dropwhile(lambda line: set(line) <= border, lines))
-    end = next((i for i, line in enumerate(lines) if set(line) <= border), len(lines))
-    words = re.sub(r"^Error parsing (?!--)[^:]*: ", "", " ".join(lines[:end]))  # a table's name doesn't help
-    words = words.removeprefix("Error parsing ")
-    if wrong := re.match(
-        r"(--\S+): (?:no type matching|Could not find|invalid literal|could not convert).*?('.*')", words
-    ):
-        words = f"{wrong[1]}: {wrong[2]} is not understood"  # instead of Python's types and functions
-    return words.rstrip(".") + "; --help lists the flags and their values"
+def reflowed(text: str, width: int) -> str:
+    """Wraps paragraphs; indented lines stay as they are."""
+    paragraphs = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs if p)

@@ -14,7 +14,7 @@ import functools
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -38,6 +38,15 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+# settings by the names that other programs give them
+ELSEWHERE = {
+    **{"lr": "learning_rate", "max_lr": "learning_rate", "bs": "batch_size", "micro_batch_size": "batch_size"},
+    **{"max_steps": "max_iters", "steps": "max_iters", "num_steps": "max_iters", "num_train_epochs": "epochs"},
+    **{"context_length": "block_size", "max_seq_len": "block_size", "seq_len": "block_size", "wd": "weight_decay"},
+    **{"n_layers": "n_layer", "num_layers": "n_layer", "n_heads": "n_head", "num_heads": "n_head", "dim": "n_embd"},
+    **{"max_tokens": "max_new_tokens", "prompt": "start", "temp": "temperature", "warmup_steps": "warmup_iters"},
+    **{"grad_accum_steps": "gradient_accumulation_steps", "output_dir": "out_dir", "num_beam": "num_beams"},
+}
 NAMES = {  # one and several
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
@@ -48,11 +57,18 @@ NAMES = {  # one and several
 BOUNDS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"}
 
 
+POSITIONAL, HIDDEN = "positional", "hidden"
+Positional = Annotated[T, POSITIONAL]  # on the command line, stands without its name
+Hidden = Annotated[T, HIDDEN]  # has no flag
+
+
 class Setting(NamedTuple):
     """One setting of a dataclass, or of a dataclass nested in it."""
 
     table: str | None  # the field that holds the nested dataclass
     hint: Any
+    default: Any  # dataclasses.MISSING if there is none
+    help: str
 
 
 @functools.cache
@@ -62,11 +78,30 @@ def settings_in(cls: type) -> dict[str, Setting]:
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if dataclasses.is_dataclass(hint):
-            settings |= {name: Setting(field.name, inner.hint) for name, inner in settings_in(hint).items()}
+            defaults = values_of(default) if dataclasses.is_dataclass(default) else {}
+            for name, inner in settings_in(hint).items():
+                settings[name] = inner._replace(
+                    table=inner.table or field.name, default=defaults.get(name, inner.default)
+                )
         else:
-            settings[field.name] = Setting(None, hint)
+            settings[field.name] = Setting(None, hint, default, _help(cls, field.name))
     return settings
+
+
+def _help(cls: type, name: str) -> str:
+    """The text below a field, in the class or in a class that it extends."""
+    for base in cls.__mro__:
+        field = base.__dict__.get("__pydantic_fields__", {}).get(name)
+        if field and field.description:
+            return field.description
+    return ""
+
+
+def markers(hint: Any) -> tuple:
+    """What `Positional` and `Hidden` add to a type."""
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
 
 
 def values_of(settings: Any) -> dict[str, Any]:
@@ -130,7 +165,7 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
     hints = {known: setting.hint for known, setting in settings_in(cls).items()} | getattr(cls, "OLD", {})
     if name not in hints:
         raise UserError(f"{source}: there is no setting {name}{nearest(name, cls)}")
-    if value == "None" and types.NoneType in dict(_kinds(hints[name])):
+    if value == "None" and types.NoneType in dict(kinds_of(hints[name])):
         return None
     try:  # no setting takes a date, which JSON doesn't have
         content = json.dumps(value, default=lambda odd: {type(odd).__name__: str(odd)})
@@ -139,10 +174,26 @@ def read_value(cls: type, name: str, value: Any, source: str) -> Any:
         raise UserError(f"{source}: {_sentence(error, hints[name], name, located=False)}") from None
 
 
-def nearest(name: str, cls: type) -> str:
-    """Returns the end of a sentence that rejects `name`: the most similar setting of `cls`."""
-    near = difflib.get_close_matches(name.replace("-", "_"), settings_in(cls), n=1)
-    return f"; did you mean {near[0]}?" if near else f"; {getattr(cls, 'LISTED', '--help')} lists them all"
+def read_text(hint: Any, name: str, text: str | list[str]) -> Any:
+    """Converts the text of a flag, or the texts of a list, to the type of setting `name`. Raises UserError."""
+    if isinstance(text, list):
+        (inner,) = {typing.get_args(kind)[0] for kind, _ in kinds_of(hint) if typing.get_origin(kind) is tuple}
+        return tuple(read_text(inner, name, one) for one in text)
+    if text == "None" and types.NoneType in dict(kinds_of(hint)):
+        return None
+    try:
+        return TypeAdapter(hint, config=VALUES).validate_strings(text)
+    except ValidationError as error:
+        raise UserError(f"--{_sentence(error, hint, name, located=False, shown=str)}") from None
+
+
+def nearest(name: str, cls: type, prefix: str = "") -> str:
+    """Returns the end of a sentence that rejects `name`: the most similar setting, or its name here."""
+    name, names = name.replace("-", "_"), settings_in(cls)
+    near = [ELSEWHERE[name]] if ELSEWHERE.get(name) in names else difflib.get_close_matches(name, names, n=1)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; {getattr(cls, 'LISTED', '--help')} lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:
@@ -186,14 +237,16 @@ def read_files(cls: type, paths: typing.Iterable[str]) -> tuple[dict[str, Any], 
     return settings, {name: source for name, source in sources.items() if name in settings}
 
 
-def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True) -> str:
+def _sentence(
+    error: ValidationError, hint: Any, name: str, located: bool = True, shown: Callable[[Any], str] | None = None
+) -> str:
     """Describes the first mistake; `hint` is the type of setting `name`, with which locations begin if `located`."""
     errors = error.errors(include_url=False)
     first = errors[0]
     place = first["loc"][1:] if located else first["loc"]
     prefix = ""
     for step in place:
-        kinds = [kind for kind, _ in _kinds(hint)]
+        kinds = [kind for kind, _ in kinds_of(hint)]
         entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
         values = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), None)
         nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
@@ -211,7 +264,8 @@ def _sentence(error: ValidationError, hint: Any, name: str, located: bool = True
         return f"{prefix}there is no setting {name}"
     name = "" if prefix and dataclasses.is_dataclass(hint) else f"{name} = "
     name = "" if prefix and isinstance(place[-1], int) else name
-    return f"{prefix}{name}{_shown(first['input'])} must be {_expected(hint, {one['type'] for one in errors})}"
+    expected = _expected(hint, {one["type"] for one in errors})
+    return f"{prefix}{name}{(shown or _shown)(first['input'])} must be {expected}"
 
 
 def _shown(value: Any) -> str:
@@ -222,21 +276,21 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, Path) else json.dumps(value, default=str)
 
 
-def _kinds(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
+def kinds_of(hint: Any, bounds: tuple = ()) -> Iterator[tuple[Any, tuple]]:
     """Yields the types in a union, or the one type, each with its bounds."""
     if typing.get_origin(hint) is Annotated:
         own = tuple(one for one in hint.__metadata__ if isinstance(one, annotated_types.BaseMetadata))
-        yield from _kinds(hint.__origin__, own or bounds)
+        yield from kinds_of(hint.__origin__, own or bounds)
     elif typing.get_origin(hint) in (types.UnionType, typing.Union):
         for option in typing.get_args(hint):
-            yield from _kinds(option, bounds)
+            yield from kinds_of(option, bounds)
     else:
         yield hint, bounds
 
 
 def _expected(hint: Any, broken: set[str]) -> str:
     """Describes valid values of `hint`, given the kinds of rule that were `broken` (pydantic's error types)."""
-    kinds = list(_kinds(hint))
+    kinds = list(kinds_of(hint))
     ranges = [_range(bounds, broken) for _, bounds in kinds if bounds]
     finite = "finite" if "finite_number" in broken else ""
     if broken & BOUNDS:
@@ -266,12 +320,12 @@ def _range(bounds: tuple, broken: set[str]) -> str:
 def _named(kind: Any, bounds: tuple) -> str:
     if typing.get_origin(kind) is tuple:
         least = next((f"{bound.min_length} or more " for bound in bounds if isinstance(bound, MinLen)), "")
-        inner = next(_kinds(typing.get_args(kind)[0]))[0]
+        inner = next(kinds_of(typing.get_args(kind)[0]))[0]
         if typing.get_origin(inner) is Literal:
             return f"a list of {least or 'any '}of {_choices(inner)}"
         return f"a list of {least}{_tables(inner) if dataclasses.is_dataclass(inner) else NAMES[inner][1]}"
     if typing.get_origin(kind) is Literal:
-        return f"one of {_choices(kind)}"
+        return f"one of {_choices(kind)}" if len(typing.get_args(kind)) > 1 else _choices(kind)
     if typing.get_origin(kind) is dict:
         return "a table"
     if dataclasses.is_dataclass(kind):

@@ -44,7 +44,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
 from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
@@ -53,13 +52,13 @@ from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count
+from gpt_arc.settings import STRICT, Count, Positional
 from gpt_arc.tables import to_json
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options(FilterSettings, InputSettings):
-    task: tyro.conf.Positional[Literal["clean", "report"]]
+    task: Positional[Literal["clean", "report"]]
     """clean: write the corpus without the text it shares with the items. report: write each item's overlap with it."""
     items: tuple[str, ...]
     """Files of a benchmark: .jsonl and .txt files, folders and glob patterns."""

@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
-from gpt_arc.data.prepare import CorpusSettings, prepare_documents
+from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
@@ -31,7 +31,7 @@ class Options(CorpusSettings):
     """Which sample to stream, of 10, 100 or 350 billion tokens. None: sample-10BT."""
     name: str = "fineweb"
     """Name of the dataset, written to data/NAME."""
-    val_fraction: float = 0.001
+    val_fraction: ValFraction = 0.001
     """Share of the documents for val."""
 
 

@@ -15,7 +15,7 @@ import sys
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
-from gpt_arc.data.prepare import CorpusSettings, prepare_documents
+from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
@@ -25,7 +25,7 @@ from gpt_arc.settings import STRICT
 class Options(CorpusSettings):
     input: tuple[str, ...] = ()
     """Its parquet files, or folders of them. Empty: stream it from the hub."""
-    val_fraction: float = 0.0005
+    val_fraction: ValFraction = 0.0005
     """Share of the documents for val, as in nanoGPT."""
 
 

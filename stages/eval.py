@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.chat.format import require_chat
@@ -45,14 +44,14 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Natural
+from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import table, to_json
 from gpt_arc.weights.directory import load_text_model, model_directory
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME."""
     tasks: tuple[str, ...] = ()
     """Names of tasks, or your own task files (.toml)."""

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import tyro
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
@@ -63,7 +62,7 @@ from gpt_arc.finetuning.predictions import (
     prediction_lines,
 )
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, PositiveShare, Seed, Share
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import table, to_json
 from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import read_options, start_stage
@@ -82,7 +81,7 @@ LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and somet
 
 @dataclass(frozen=True, config=STRICT)
 class Options(ExampleOptions):
-    model: tyro.conf.Positional[str | None] = None
+    model: Positional[str | None] = None
     """The model to fine-tune: a run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME.
     Or a fine-tuned model: to measure it, to predict with it, or to fine-tune it on another task."""
     val: Path | None = None

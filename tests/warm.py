@@ -19,7 +19,7 @@ from types import ModuleType
 
 IMPORTED = """
 torch torch._dynamo torch.distributed.run torch.nn.attention.flex_attention
-numpy numpy.random pydantic.dataclasses safetensors.torch tomli_w tqdm tyro
+numpy numpy.random pydantic.dataclasses safetensors.torch tomli_w tqdm
 """.split()
 PR_SET_CHILD_SUBREAPER = 36
 ONE_REQUEST = threading.Lock()

@@ -20,13 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural
+from gpt_arc.settings import STRICT, Count, Natural, Positional
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published mixture: hf:OWNER/NAME."""
     text: Path | None = None
     """A text file to read."""

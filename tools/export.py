@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
@@ -30,7 +29,7 @@ from gpt_arc.files import name_failed_writes, new_directory, replacing, write_fi
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
-from gpt_arc.settings import STRICT
+from gpt_arc.settings import STRICT, Positional
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +47,9 @@ LAYOUTS = {
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    output: tyro.conf.Positional[Path]
+    output: Positional[Path]
     """The folder to write."""
     to: Literal["hf"] = "hf"
     """hf: the format of Hugging Face's transformers."""

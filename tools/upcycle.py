@@ -16,21 +16,20 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, mistake
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed, mistake
 
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
-    output: tyro.conf.Positional[Path]
+    output: Positional[Path]
     """The folder to write."""
     n_experts: Annotated[int, Ge(2)] = 8
     """Experts per block."""
@@ -43,7 +42,7 @@ class Options:
     """New experts that process every token and output zero until they are trained."""
     balance_rate: NonNegative = 0.0
     """Change per update of the biases that balance the experts' load (.001 in arXiv:2408.15664). 0: no biases."""
-    seed: int = 1337
+    seed: Seed = 1337
     """Seed of the new routers' weights."""
 
 

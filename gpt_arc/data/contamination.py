@@ -617,7 +617,7 @@ def substrings_of(letters: np.ndarray, seed: str) -> list[np.ndarray]:
     return [letters[start : start + LETTERS] for start in sorted(chosen)]
 
 
-class _Search(NamedTuple):
+class _Windows(NamedTuple):
     """Windows of one length to look for."""
 
     index: WindowIndex
@@ -625,7 +625,7 @@ class _Search(NamedTuple):
     seen: np.ndarray  # whether each distinct window was found
 
     @classmethod
-    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Search]":
+    def of(cls, sequences: Sequences, lengths: np.ndarray, owners: np.ndarray) -> "list[_Windows]":
         """Builds the searches, one per distinct length; each sequence has one of `lengths` and an item in `owners`."""
         searches = []
         for length in np.unique(lengths[lengths > 0]).tolist():
@@ -673,16 +673,16 @@ def measure(
     report: list[dict[str, Any]] = [
         {"file": name, "items": part.stop - part.start} for name, part in zip(items.files, slices)
     ]
-    searches: dict[str, list[_Search]] = {"gpt3": [], "gpt4": []}
+    searches: dict[str, list[_Windows]] = {"gpt3": [], "gpt4": []}
     if "gpt3" in methods:
         words = words_of(items.texts, vocabulary)
         compared = [words_compared(words.lengths[part]) for part in slices]
-        searches["gpt3"] = _Search.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
+        searches["gpt3"] = _Windows.of(words, np.minimum(np.array(compared)[by_file], words.lengths), np.arange(count))
     vocabulary.growing = False
     if "gpt4" in methods:
         samples = [substrings_of(letters_of(text), f"{seed} {text}") for text in items.texts]
         parts = Sequences.of([part for parts in samples for part in parts])
-        searches["gpt4"] = _Search.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
+        searches["gpt4"] = _Windows.of(parts, parts.lengths, np.repeat(np.arange(count), [*map(len, samples)]))
 
     indexes = ([search.index for search in searches[method]] for method in ("gpt3", "gpt4"))
     look = functools.partial(_look, vocabulary, *indexes, "gpt2" in methods)

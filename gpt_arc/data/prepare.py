@@ -44,8 +44,10 @@ from gpt_arc.data.tokenizer import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
+from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
 
+ValFraction = Annotated[float, Gt(0), Lt(1)]
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
 SPLITS = ("train", "val")
@@ -60,7 +62,7 @@ class CorpusSettings:
     """char: one token per character. gpt2: GPT-2's BPE. Else a tokenizer's folder or file, or NAME in data/."""
     split: Literal["auto", "hash", "tail"] = "auto"
     """hash: choose val documents by a hash of their text. tail: val is the end. auto: tail for one text, else hash."""
-    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
+    val_fraction: ValFraction = 0.1
     """Share for val: of the documents, or with tail of the characters."""
     shard_tokens: Annotated[int, Ge(1), Le(MAX_TOKENS)] = 100_000_000
     """Maximum tokens per token file."""
@@ -153,7 +155,8 @@ def _write_shards(
     documents: Documents, settings: CorpusSettings, tokenizer: Tokenizer, boundary: int | None, work: Path
 ) -> PreparationProgress:
     """Encode into the token files of `work`, from the position saved in progress.json."""
-    saved = PreparationProgress(**(read_object(work / "progress.json") or {}))
+    path = work / "progress.json"
+    saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
     if saved.position is not None:
         print(f"resuming after {saved.train + saved.val:,} tokens", flush=True)
     writers = {

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, PositiveShare, Seed
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, PositiveShare, Seed
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -29,7 +28,7 @@ class Sampling:
 
 @dataclass(frozen=True, config=STRICT)
 class SampleConfig:
-    model: tyro.conf.Positional[str | None] = None
+    model: Positional[str | None] = None
     """A model directory, a run folder (its best checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
     out_dir: str | None = None

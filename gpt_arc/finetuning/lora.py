@@ -12,6 +12,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from model import GPT
+
 
 class LowRankLinear(nn.Module):
     """`linear`, frozen, plus alpha / rank times the product of `up` (out, rank) and `down` (rank, in).
@@ -61,7 +63,7 @@ class NewRows(nn.Module):
         return self.module.requires_grad_()
 
 
-def learn_new_tokens(model: nn.Module, count: int) -> None:
+def learn_new_tokens(model: GPT, count: int) -> None:
     """Freezes the embedding of a model, and its head if that isn't tied, except for the last `count` tokens."""
     for name in ("token_embedding",) if model.config.tied_head else ("token_embedding", "head"):
         setattr(model, name, NewRows(getattr(model, name), count))

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
+import pydantic.dataclasses
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK
 from gpt_arc.errors import UserError
 from gpt_arc.flags import read_flags
-from gpt_arc.settings import build, merge, mistake, read_files, values_of
+from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record
@@ -25,11 +25,11 @@ from gpt_arc.weights.directory import OF_TRAINING, load_config
 from model import GPTConfig
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Arguments:
     """The command line of train.py."""
 
-    config_files: tyro.conf.Positional[tuple[str, ...]] = ()
+    config_files: Positional[tuple[str, ...]] = ()
     """Config files (.toml), later ones winning; flags win over files."""
     config: Config = field(default_factory=Config)
 
@@ -102,7 +102,6 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
 
 def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings given as flags. Raises UserError."""
-    args = files + [arg for arg in args if arg not in files]  # tyro needs positional arguments side by side
     flags = read_flags(Arguments, description, args, settings)
     for file in set(flags.pop("config_files", ())) - set(files):
         raise UserError(f"{file} is not a config file (.toml); write flags as --name=value")

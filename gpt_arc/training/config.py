@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tomli_w
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
 from gpt_arc.settings import (
     STRICT,
     Count,
+    Hidden,
     Natural,
     NonNegative,
     Positive,
@@ -44,7 +44,7 @@ class DataConfig:
     dataset: str | None = None
     """A prepared dataset: a name below data/, or the path of any folder that a prepare script wrote. A config file can
     instead mix several, in tables [[data.mixture]] with name and weight. None: the mixture, or python_manual."""
-    mixture: tyro.conf.Suppress[tuple[Source, ...]] = ()
+    mixture: Hidden[tuple[Source, ...]] = ()
     """Tables [[data.mixture]]; no flag."""
     document_mask: bool = False
     """Attend only within a document, which an end-of-text token begins. False: across documents (GPT-2, GPT-3)."""

@@ -7,14 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.reading import read_json
-from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Seed, Share, UnitInterval, build, read_value
+from gpt_arc.settings import (
+    STRICT,
+    Count,
+    NonNegative,
+    Positional,
+    Positive,
+    Seed,
+    Share,
+    UnitInterval,
+    build,
+    read_value,
+)
 from gpt_arc.training.config import TrainingConfig, check_batch
 from gpt_arc.training.epochs import held_out
 from gpt_arc.training.runs import Record
@@ -27,7 +37,7 @@ E = TypeVar("E")
 class StageOptions:
     """The settings that every training stage has."""
 
-    model: tyro.conf.Positional[str | None] = None
+    model: Positional[str | None] = None
     """The model to start from: a run folder, a model directory, or a published model: gpt2, openai-gpt,
     hf:OWNER/NAME."""
     batch_size: Count = 8

@@ -91,7 +91,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     # a resumed run keeps the precision and compilation that "auto" meant when it started
     training = config.training
     dtype, compile_setting = training.dtype, training.compile
-    if launch.checkpoint and trained:
+    if launch.checkpoint and launch.resumed and trained:
         state = load_state(launch.checkpoint)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])

@@ -17,8 +17,9 @@ def step_of(directory: Path) -> int | None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Returns the checkpoints in a run folder, the newest last."""
-    found = [path for path in run.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: tuple(int(part or 0) for part in CHECKPOINT.fullmatch(path.name).groups()))
+    matches = ((path, CHECKPOINT.fullmatch(path.name)) for path in run.glob("step-*") if path.is_dir())
+    numbers = {path: tuple(int(part or 0) for part in match.groups()) for path, match in matches if match}
+    return sorted(numbers, key=lambda path: numbers[path])
 
 
 def named_checkpoint(run: Path, link: str) -> Path | None:

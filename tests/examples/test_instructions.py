@@ -155,6 +155,7 @@ def test_rankings_of_a_model(files, chat_model, tmp_path, output_of):
 def test_mistakes_are_reported(output_of, tmp_path):
     main = entry_point(instruction_judge.main), "instruction_judge"
     assert "--rank" in output_of(*main)
+    assert "--responses = 1 must be at least 2" in output_of(*main, "--responses=1")
     assert "can't be read" in output_of(*main, f"--bayes={tmp_path / 'none.jsonl'}")
     assert "at least 1" in output_of(entry_point(instructions_data.main), "instructions_data", "--test=0")
     assert "has no runs" in output_of(

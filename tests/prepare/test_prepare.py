@@ -563,6 +563,11 @@ def test_mistakes_are_reported_in_one_sentence(prepare, library, tmp_path, args,
     assert not Path("data").exists()
 
 
+@pytest.mark.parametrize("script", ["openwebtext.py", "fineweb.py"])
+def test_a_share_with_another_default_has_the_same_bounds(prepare, script):
+    assert "--val_fraction = 1.0 must be between 0 and 1, 0 and 1 excluded" in prepare(script, "--val_fraction=1")
+
+
 def test_a_full_disk_is_reported_in_one_sentence(prepare, book, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

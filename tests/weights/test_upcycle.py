@@ -95,6 +95,7 @@ def test_a_mixture_trains_further(run, workplace):
         (["--n_experts=1"], "n_experts = 1 must be at least 2"),
         (["--n_experts=0"], "n_experts = 0 must be at least 2"),
         (["--n_experts=-3"], "n_experts = -3 must be at least 2"),
+        ([f"--seed={2**64}"], f"seed = {2**64} must be at least 0 and less than 2^63"),
         (["--expert_interval=0"], "expert_interval = 0 must be at least 1"),
         (["--shared_experts=-1"], "shared_experts = -1 must be at least 0"),
         (["--expert_interval=3"], "expert_interval = 3 leaves 2 blocks without experts"),

@@ -17,13 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import tyro
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Seed
+from gpt_arc.settings import STRICT, Count, Positional, Seed
 from gpt_arc.tables import to_json
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
@@ -39,7 +38,7 @@ Call = Callable[[str | None], Any]
 class ModelBench:
     """Settings of the benchmarks that measure one architecture."""
 
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
     alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     rounds: Count = 3

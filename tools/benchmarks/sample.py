@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any, Literal, NamedTuple
 
-import tyro
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
@@ -47,7 +46,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
-from gpt_arc.settings import STRICT, Count
+from gpt_arc.settings import STRICT, Count, Positional
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
@@ -55,7 +54,7 @@ PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which me
 
 @dataclass(frozen=True, config=STRICT)
 class SampleBench(ModelBench):
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
     or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: Count = 1

@@ -1,0 +1,138 @@
+"""Errors of reading name their cause: a file is missing, unreadable, too large or damaged, and each is said as such."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, load_chat_model
+from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.evaluation.tasks import load_task
+from gpt_arc.reading import read_bytes, read_json, read_toml, reading
+from gpt_arc.training.log import read_metrics
+from gpt_arc.weights.directory import load_model, save_model
+from helpers import TEXT, TINY_FLAGS
+from model import GPT, GPTConfig
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic in Rust."""
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a"), "^a is missing$"),
+        (PermissionError(13, "Permission denied", "a"), "^a can't be read: permission denied$"),
+        (OSError(5, "Input/output error"), "^a can't be read: input/output error$"),
+        (OSError("odd"), "^a can't be read: odd$"),
+        (MemoryError(), "^a can't be read: out of memory$"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "^a can't be read: out of memory$"),
+        (
+            RuntimeError("PytorchStreamReader failed\nException raised from ..."),
+            "^a is damaged: PytorchStream",
+        ),
+        (RecursionError("maximum recursion depth exceeded"), "^a is damaged: it is nested too deeply$"),
+        (UnicodeDecodeError("utf-8", b"a\xff", 1, 2, "invalid"), "^a is damaged: byte 1 is not UTF-8$"),
+        (KeyError("model_type"), "^a is damaged: it lacks 'model_type'$"),
+        (PanicException("Error while\nmatching"), "^a is damaged: Error while$"),
+        (ValueError(), "^a is damaged: ValueError$"),
+    ],
+)
+def test_an_error_is_a_sentence_by_its_cause(error, sentence):
+    with pytest.raises(UserError, match=sentence), reading("a"):
+        raise error
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_what_is_no_error_of_the_file_passes(stop):
+    with pytest.raises(stop), reading("a"):
+        raise stop
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "a", 5) == b"12345"
+    with pytest.raises(UserError, match="a has more than 4 bytes"):
+        read_bytes(tmp_path / "a", 4)
+    with pytest.raises(UserError, match="is not a plain file"):
+        read_bytes("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"[" * 100_000, "it is not JSON: recursion limit exceeded"),
+        (b'{"a": {"b": Infinity}}', "a.b = Infinity: Input should be a finite number"),
+        (b'{"a": {"b": "1"}}', 'a.b = "1": Input should be a valid number'),
+        (b'{"a": "\xff"}', "it is not JSON: invalid unicode"),
+        (b'{"a": {"b": ' + b"9" * 9999 + b"}}", "it is not JSON: number out of range"),
+    ],
+)
+def test_json_is_checked_against_a_schema(tmp_path, content, sentence):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match="a.json is damaged: ") as refusal:
+        read_json(tmp_path / "a.json", dict[str, dict[str, float]])
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"a = '\xff'", b"a = 1 1", b"a = " + b"{b=" * 9999])
+def test_toml_of_any_content_is_refused_in_a_sentence(tmp_path, content):
+    (tmp_path / "a.toml").write_bytes(content)
+    for read in (read_toml, lambda path: load_task(str(path))):
+        with pytest.raises(UserError, match="a.toml is not valid TOML: ") as refusal:
+            read(tmp_path / "a.toml")
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_line_of_the_log_does_not_block_resuming(workplace, stage_runner):
+    stage_runner(train, "sums.toml", *TINY_FLAGS, "--out_dir=run")
+    path = Path("run/metrics.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    odd = [b'{"step": 3, \xff}\n', b"[" * 100_000 + b"\n", b'{"step": "3"}\n', b'{"step": true}\n', b"7\n", b"9" * 5000]
+    path.write_bytes(b"".join(lines[:2] + odd + [b"\n"] + lines[2:]))
+    assert "finished step 9" in stage_runner(train, "--resume=run", "--max_iters=9")
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("count", [b"Infinity", b"1e999", b'"9"', b"-1", b"[]"])
+def test_a_count_that_is_none_is_refused_by_name(workplace, count):
+    meta = Path("data/sums/meta.json")
+    (meta.parent / "manifest.json").unlink(missing_ok=True)
+    meta.write_bytes(b'{"tokens": {"train": %s}}' % count)
+    corpus = open_corpus([Source("sums", 1.0)])
+    with pytest.raises(UserError, match=r"meta.json is damaged: tokens.train = "):
+        corpus.split("train", 8, 100, False)
+
+
+def test_a_pattern_that_backtracks_without_end_is_a_sentence(tmp_path):
+    """Oniguruma gives up after so many steps, and the library panics."""
+    table = json.loads(BPETokenizer.train([TEXT], 270).files()["tokenizer.json"])
+    table["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer can't encode 'aaaa"):
+        tokenizer.encode("a" * 30 + "b")
+
+
+def test_a_mark_beyond_the_model_is_refused(tmp_path):
+    letters = CharTokenizer("abcdefgh")
+    save_model(GPT(GPTConfig(8, 11, 1, 1, 8)), letters, tmp_path)
+    ChatFormat.new(TEMPLATES["markers"], letters, 8).save(tmp_path)
+    with pytest.raises(UserError, match=r"chat.json has a token of the id 11, and the model 11 rows"):
+        load_chat_model(tmp_path)
+
+
+def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
+    save_model(GPT(GPTConfig(8, 8, 1, 1, 8)), None, tmp_path)
+
+    def to(self, *args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    with pytest.raises(UserError, match="model.safetensors can't be read: out of memory"):
+        load_model(tmp_path)
