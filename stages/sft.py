@@ -7,8 +7,9 @@
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
-A row has a prompt and a response, or messages: {"role": ..., "content": ...}, with "weight": 0 if a response isn't to be
-learned; other keys are refused. `gpt_arc/chat/files.py` describes files, `gpt_arc/chat/format.py` templates. A run writes
+A row has a prompt and a response, or messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is
+not learned. Other keys are refused. `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates.
+A run writes
 out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
