@@ -415,7 +415,7 @@ def test_a_long_chat_forgets_and_skips_bad_lines(talker):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--chat=out/letters"], "has no chat.json: train it on conversations first, by stages/sft.py"),
+        (["--chat=out/letters"], "doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
         (["--chat="], "chat is an empty name"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt_arc.data.declared import Declared
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.harness import HarnessModel
@@ -670,7 +671,7 @@ def test_an_option_that_adds_no_token_is_refused(reader):
     class Trimming:
         """A tokenizer that drops white space at the end."""
 
-        start_token = 0
+        start_token, declared = 0, Declared()
 
         def encode(self, text):
             return TOKENIZER.encode(text.rstrip())
