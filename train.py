@@ -336,14 +336,16 @@ def train(run: Run) -> int:
                 updater.backward(loss.total * (WORLD_SIZE / tokens_per_step) + auxiliary)
             step_loss += loss.total.detach()
             routers.add()
-        step_loss = step_loss * math.nan if run.failure else step_loss
+        if run.failure:  # the batch that stood in doesn't count: no process makes the update
+            step_loss *= math.nan
 
         # the update, if everything is finite; has a process been asked to stop?
         finite, grad_norm, (loss_sum, stopped) = updater.update(learning_rate, step_loss, run.stop.number)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         routers.step(finite)
-        progress.consumed += sequences * (finite or not stopped)
+        if finite or not stopped:  # otherwise the resumed run reads the batch again
+            progress.consumed += sequences
         if finite:
             progress.step += 1
             meter.add(loss_sum, tokens_per_step, seconds)
