@@ -579,9 +579,9 @@ def test_a_run_is_not_overwritten_by_one_that_can_t_start(documents, run, flags)
 
 
 def test_a_flag_overrides_a_mixture_and_changed_weights_are_refused(documents, run):
-    assert "100.0% sums" in run("mixed.toml", "--dataset=sums", "--max_iters=2")
+    assert "100.0% sums" in run("mixed.toml", "--dataset=sums", "--max_iters=2", "--warmup_iters=1")
     assert "100.0% sums" in run("mixed.toml", "--init_from=resume", "--max_iters=3", tiny=False)
-    run("mixed.toml", "--max_iters=2", "--out_dir=mixture")
+    run("mixed.toml", "--max_iters=2", "--warmup_iters=1", "--out_dir=mixture")
     Path("mixed.toml").write_text(Path("mixed.toml").read_text().replace("weight = 3", "weight = 30"))
     resumed = run("mixed.toml", "--init_from=resume", "--max_iters=3", "--out_dir=mixture", tiny=False)
     assert "differ from what the run has seen" in resumed
