@@ -46,7 +46,7 @@ class Template:
         for name, text in asdict(self).items():
             if not isinstance(text, str) or text.count(CONTENT) != 1:
                 raise UserError(f"the template's {name} = {text!r} must be a text that contains {CONTENT} once")
-        if end_mark(self.assistant) is None:
+        if not end_mark(self.assistant):
             raise UserError(f"the template's assistant = {self.assistant!r} must have a <|token|> after {CONTENT}")
 
     @property
@@ -287,4 +287,4 @@ def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     largest, rows = max(chat.ids.values()), model.config.vocab_size
     if largest >= rows:
         raise UserError(f"{directory / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
-    return model, tokenizer, chat
+    return model, chat.tokenizer, chat

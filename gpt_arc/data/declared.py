@@ -86,7 +86,7 @@ def read_declared(folder: Path, tokenizer: Vocabulary, prefix: tuple[int, ...] |
         files[GENERATION_FILE] = (json.dumps(generation | others, indent=1) + "\n").encode()
     return Declared(
         end,
-        frozenset({*(ids["eos_token_id"] or [end]), _response_end(chat, tokenizer)} - {None}),
+        frozenset(id for id in (*(ids["eos_token_id"] or [end]), _response_end(chat, tokenizer)) if id is not None),
         known(ids["bos_token_id"]) if start is None else start,
         prefix,
         known(ids["pad_token_id"]) if pad is None else pad,
@@ -94,10 +94,10 @@ def read_declared(folder: Path, tokenizer: Vocabulary, prefix: tuple[int, ...] |
     )
 
 
-def end_mark(assistant: str) -> str | None:
-    """Returns the <|token|> after the {content} of a template's text for the assistant, which ends a response."""
+def end_mark(assistant: str) -> str:
+    """Returns the <|token|> after the {content} of a template's text for the assistant; empty if there is none."""
     match = MARK.match(assistant.partition(CONTENT)[2])
-    return match and match.group()
+    return match.group() if match else ""
 
 
 def _response_end(chat: dict[str, Any], tokenizer: Vocabulary) -> int | None:

@@ -69,7 +69,7 @@ class Tokenizer(abc.ABC):
     @property
     def ends(self) -> frozenset[int]:
         """The tokens that end a continuation."""
-        return self.declared.ends or frozenset({self.end_of_text} - {None})
+        return self.declared.ends or frozenset(() if self.end_of_text is None else (self.end_of_text,))
 
     @property
     def start_token(self) -> int:
