@@ -38,7 +38,7 @@ OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dr
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "block_size"}
-ATTEMPTS = 5  # to read a checkpoint that a run deletes meanwhile
+ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
 T = TypeVar("T")
