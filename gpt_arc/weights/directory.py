@@ -77,10 +77,14 @@ def model_directory(path: Path | str) -> Path:
 def local_directory(path: Path | str) -> Path | None:
     """`model_directory` without the hub: None if there is none on this machine."""
     path = whole(Path(path))
-    for directory in (follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")):
-        if directory and (directory / "config.json").is_file():
-            return directory
-    return None
+    for _ in range(ATTEMPTS):
+        directories = [follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")]
+        for directory in directories:
+            if directory and (directory / "config.json").is_file():
+                return directory
+        if all(directory in (None, path) or directory.exists() for directory in directories):
+            return None
+    return None  # each was deleted as soon as it was named
 
 
 def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
