@@ -38,7 +38,7 @@ OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dr
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "block_size"}
-ATTEMPTS = 5  # to read a checkpoint that a run deletes meanwhile
+ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -77,10 +77,14 @@ def model_directory(path: Path | str) -> Path:
 def local_directory(path: Path | str) -> Path | None:
     """`model_directory` without the hub: None if there is none on this machine."""
     path = whole(Path(path))
-    for directory in (follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")):
-        if directory and (directory / "config.json").is_file():
-            return directory
-    return None
+    for _ in range(ATTEMPTS):
+        directories = [follow(path), named_checkpoint(path, "best"), named_checkpoint(path, "last")]
+        for directory in directories:
+            if directory and (directory / "config.json").is_file():
+                return directory
+        if all(directory in (None, path) or directory.exists() for directory in directories):
+            return None
+    return None  # each was deleted as soon as it was named
 
 
 def _directory(path: Path | str, files: tuple[str, ...]) -> Path:

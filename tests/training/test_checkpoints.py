@@ -13,9 +13,10 @@ import torch
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.files import follow
 from gpt_arc.manifest import record_files
 from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
-from gpt_arc.weights.directory import load_model, model_directory, of_one_checkpoint, save_model
+from gpt_arc.weights.directory import ATTEMPTS, load_model, model_directory, of_one_checkpoint, save_model
 from helpers import killed_at_each_call
 from model import GPT, GPTConfig
 
@@ -248,12 +249,26 @@ def test_a_live_run_is_read_one_checkpoint_at_a_time(tmp_path):
             return first, None
         return first, (directory / "weights").read_text()
 
-    for saves in (0, 1, 4):
+    for saves in (0, 1, ATTEMPTS - 1):
         attempts = 0
         assert read(tmp_path, saves) == (str(step), str(step))
     attempts = 0
     with pytest.raises(UserError, match="are deleted before they are read"):
-        read(tmp_path, 5)
+        read(tmp_path, ATTEMPTS)
+
+
+def test_a_checkpoint_deleted_while_its_link_is_followed_is_looked_for_again(tmp_path, monkeypatch):
+    small_checkpoint(tmp_path, 1, 1, "1")
+    steps = itertools.count(2)
+
+    def follow_then_save(link):
+        directory = follow(link)
+        if (step := next(steps)) < 5:
+            small_checkpoint(tmp_path, step, step, str(step))
+        return directory
+
+    monkeypatch.setattr("gpt_arc.weights.directory.follow", follow_then_save)
+    assert marks(model_directory(tmp_path / "last")) == {"4"}
 
 
 def test_loads_of_a_live_run_never_mix_checkpoints(tmp_path, monkeypatch):
