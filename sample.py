@@ -65,16 +65,16 @@ def typed_prompts() -> Iterator[list[str]]:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
-    """Returns the prompt's tokens, or the start token of an empty one. Raises UserError for text without tokens."""
+    """Returns the prompt's tokens as `Tokenizer.encode_prompt` does. Raises UserError for text without tokens."""
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
     try:
-        tokens = tokenizer.encode(prompt)
+        tokens = tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
     if len(tokens) > context:
         print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
-    return tokens or [tokenizer.start_token]
+    return tokens
 
 
 class Sampler:
@@ -82,7 +82,7 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
-        from gpt_arc.chat.format import load_chat
+        from gpt_arc.chat.format import require_chat
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.load import load_decoder
         from gpt_arc.decoding.speculative import Acceptance
@@ -99,14 +99,12 @@ class Sampler:
         @of_one_checkpoint
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
-            return directory, decoder, tokenizer, load_chat(directory, tokenizer) if config.chat else None
+            return directory, decoder, tokenizer, require_chat(directory, tokenizer) if config.chat else None
 
         name = config.names[0] if config.names else runs.newest_run()
         self.directory, self.decoder, self.tokenizer, chat = load(name)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         if config.chat:
-            if chat is None:
-                raise UserError(f"{self.directory} has no chat.json: train it on conversations first, by stages/sft.py")
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)
         if config.draft:
             self.draft, draft_tokenizer = of_one_checkpoint(load_decoder)(config.draft, config, rows, steps)
@@ -149,8 +147,7 @@ class Sampler:
         from gpt_arc.decoding.beam import beam_search
         from gpt_arc.decoding.generate import Step
 
-        config, end = self.config, self.tokenizer.end_of_text
-        ends = [] if end is None else [end]
+        config, ends = self.config, sorted(self.tokenizer.ends)
         beams = beam_search(self.decoder, prompt, config.max_new_tokens, config.num_beams, config.length_penalty, ends)
         for row, beam in enumerate(beams[:count]):
             for token, log_probability in zip(beam.tokens, beam.log_probabilities):

@@ -15,8 +15,9 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
-import itertools
+import math
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -80,6 +81,7 @@ class Run:
     log: MetricsLog | None = None
     wandb: Any = None
     saved_step: int = 0
+    failure: Exception | None = None  # of this process's data, which stops all processes
 
     @property
     def progress(self) -> Progress:
@@ -118,6 +120,20 @@ class Run:
         windows = config.logging.eval_iters * config.data.batch_size
         return self.plan.val_tokens.evaluation_starts(config.model.block_size, windows)
 
+    def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        """The next batch. Raises UserError or OSError if it can't be read.
+
+        Among several processes such a failure asks all of them to stop, and `last`, the batch before, stands in: the
+        others wait for this process's part of the step, which isn't made.
+        """
+        try:
+            return next(batches, last)
+        except (UserError, OSError) as error:
+            if WORLD_SIZE == 1 or last is None:
+                raise
+            self.failure, self.stop.received = error, signal.SIGTERM
+            return last
+
     def save(self) -> None:
         plan, progress = self.plan, self.progress
         state = {
@@ -145,6 +161,10 @@ class Run:
             self.save()
             say(f"step {self.progress.step} is saved; resume with: {self.resume}")
             raise error
+        except RuntimeError:  # such as the end of another process
+            if WORLD_SIZE > 1 and self.saved_step:
+                say(f"step {self.saved_step} is the last one saved; resume with: {self.resume}")
+            raise
 
     @property
     def resume(self) -> str:
@@ -263,7 +283,7 @@ def train(run: Run) -> int:
     batches = training_batches(plan.train_tokens, plan.order, progress.consumed, sequences, *share)
     batches = prefetch(batches, device)
     meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
-    learning_rate = grad_norm = None
+    learning_rate = grad_norm = batch = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
@@ -306,7 +326,8 @@ def train(run: Run) -> int:
         started = time.perf_counter()
         learning_rate = learning_rate_at(progress.step, training)
         step_loss = torch.zeros((), device=device)
-        for i, batch in enumerate(itertools.islice(batches, plan.micro_steps), start=1):
+        for i in range(1, plan.micro_steps + 1):
+            batch = run.next_batch(batches, batch)
             more_to_come = WORLD_SIZE > 1 and i < plan.micro_steps
             with run.replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with autocast(device, dtype):
@@ -315,25 +336,30 @@ def train(run: Run) -> int:
                 updater.backward(loss.total * (WORLD_SIZE / tokens_per_step) + auxiliary)
             step_loss += loss.total.detach()
             routers.add()
-        progress.consumed += sequences
+        step_loss = step_loss * math.nan if run.failure else step_loss
 
         # the update, if everything is finite; has a process been asked to stop?
         finite, grad_norm, (loss_sum, stopped) = updater.update(learning_rate, step_loss, run.stop.number)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         routers.step(finite)
+        progress.consumed += sequences * (finite or not stopped)
         if finite:
             progress.step += 1
             meter.add(loss_sum, tokens_per_step, seconds)
             bar.update()
-        else:
+        elif not stopped:
             progress.skipped += 1
             say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
             if updater.diverged:
                 bar.close()
                 return report_divergence(run, progress.step + 1)
     bar.close()
-    return finish(run, bool(stopped))
+    code = finish(run, bool(stopped))
+    distributed.from_main(None)  # torchrun ends all processes when one ends in an error
+    if run.failure:
+        raise run.failure
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------------

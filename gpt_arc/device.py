@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import platform
 from collections.abc import Sequence
 from typing import TypeVar
@@ -89,6 +90,15 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 def to_device(batch: Sequence[T], device: torch.device) -> list[T]:
     """Move the tensors of `batch` to the device; None stays. Copies of pinned tensors to a GPU are asynchronous."""
     return [tensor if tensor is None else tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory that the device has; None where that isn't known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
 
 
 def device_name(device: torch.device) -> str:

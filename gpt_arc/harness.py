@@ -3,6 +3,7 @@
     pip install -e ".[eval]"
     python -m gpt_arc.harness --model gpt-arc --model_args pretrained=out/gpt2 --tasks lambada_openai,hellaswag
     python -m gpt_arc.harness --model gpt-arc --model_args pretrained=gpt2,dtype=bfloat16 --tasks wikitext --limit 20
+    python -m gpt_arc.harness --model gpt-arc --model_args pretrained=out/sft --tasks gsm8k --apply_chat_template
     python -m gpt_arc.harness ls tasks
 
 This is the harness's own command line with the model type `gpt-arc` added. `--model_args` are the arguments of

@@ -7,7 +7,8 @@ from gpt_arc.errors import UserError, first_line
 PREFIX = "hf:"  # any other repository: hf:OWNER/NAME
 NAMES = {name: f"openai-community/{name}" for name in ("openai-gpt", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 CONFIG = ("config.json",)
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json")
+TOKENIZER += ("special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -82,7 +83,9 @@ def read_toml(path: Path | str) -> dict[str, Any]:
     try:
         return tomllib.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid TOML: {_reason(error)}") from None
+        words = re.findall(rb"(?m)^\s*\w+\s*=\s*(True|False|None)\b", content)
+        hint = "; TOML writes true and false in lower case, and leaves out what is None" if words else ""
+        raise UserError(f"{path} is not valid TOML: {_reason(error)}{hint}") from None
 
 
 @functools.cache

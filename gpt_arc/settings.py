@@ -95,7 +95,7 @@ def _help(cls: type, name: str) -> str:
     for base in cls.__mro__:
         field = base.__dict__.get("__pydantic_fields__", {}).get(name)
         if field and field.description:
-            return field.description
+            return " ".join(field.description.split())
     return ""
 
 

@@ -7,6 +7,7 @@
     python stages/eval.py gpt2 --perplexity wiki.test.tokens --detokenizer wikitext --stride 512
     python stages/eval.py out/quickstart --perplexity python_manual           the val split of a prepared dataset
     python stages/eval.py out/gpt2 --tasks hellaswag --checkpoints=True --plot scores.png     over a training run
+    python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
 The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard error
@@ -32,6 +33,7 @@ from typing import Any, Literal
 import torch
 from pydantic.dataclasses import dataclass
 
+from gpt_arc.chat.format import require_chat
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.evaluation.measure import Result, TaskItems, gather, measure_task, measure_text, with_overlap
@@ -61,6 +63,8 @@ class Options:
     """Items to draw demonstrations from. None: the hub's train split, or with data its other items."""
     limit: Count | None = None
     """Maximum number of items, drawn by the seed."""
+    chat: bool = False
+    """Give each prompt as a user's turn in the model's template (chat.json), and read the response to it."""
     shuffled_answers: bool = False
     """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
     demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
@@ -97,6 +101,8 @@ class Options:
             raise ValueError("plot draws the figures of checkpoints: add --checkpoints=True, or leave it out")
         if self.plot and self.plot.suffix != ".png":
             raise ValueError(f"plot = {self.plot} must end in .png")
+        if self.chat and not self.tasks:
+            raise ValueError("chat is for the prompts of tasks: name some, or leave it out")
         if self.training_text and not self.tasks:
             raise ValueError("training_text is looked through for the items of tasks: name some")
 
@@ -129,7 +135,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
     model, tokenizer = load_text_model(directory, dtype=dtype)
-    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens)
+    chat = require_chat(directory, tokenizer) if options.chat else None
+    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
     entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}

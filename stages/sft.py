@@ -7,7 +7,9 @@
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
-A row has a prompt and a response, or messages; `gpt_arc/chat/format.py` describes files and templates. A run writes
+A row has a prompt and a response, or messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is
+not learned. Other keys are refused. `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates.
+A run writes
 out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
@@ -88,7 +90,7 @@ def train(options: Options, run: StageRun) -> int:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
-        model = with_more_tokens(model, len(chat.added))
+        model = with_more_tokens(model, max(chat.vocab_size - model.config.vocab_size, 0))
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
     model.activation_checkpointing = options.activation_checkpointing

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
-    "evaluation": ("ground", "nn", "model", "data", "weights", "decoding"),
+    "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
 }
 ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands, above all packages
 READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS

@@ -101,7 +101,7 @@ def test_precision_and_compilation(letters, say):
         (["nowhere"], "there is no model directory nowhere"),
         (["out"], "out is not a model directory"),
         (["--start=FILE:nowhere.txt"], "nowhere.txt can't be read"),
-        (["--temperature=-1"], "temperature = -1.0 must be at least 0"),
+        (["--temperature=-1"], "temperature = -1 must be at least 0"),
         (["--top_k=0"], "top_k = 0"),
         (["--top_p=1.5"], "top_p = 1.5"),
         (["--num_samples=0"], "num_samples = 0"),
@@ -110,10 +110,10 @@ def test_precision_and_compilation(letters, say):
         (["--tempratur=1"], "did you mean --temperature"),
         (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
-        (["--min_p=0"], "min_p = 0.0 must be between 0 and 1, 0 excluded"),
+        (["--min_p=0"], "min_p = 0 must be between 0 and 1, 0 excluded"),
         (["--min_p=1.5"], "min_p = 1.5"),
-        (["--repetition_penalty=0"], "repetition_penalty = 0.0 must be between 0.01 and 100"),
-        (["--repetition_penalty=-2"], "repetition_penalty = -2.0"),
+        (["--repetition_penalty=0"], "repetition_penalty = 0 must be between 0.01 and 100"),
+        (["--repetition_penalty=-2"], "repetition_penalty = -2"),
         (["--batch_size=0"], "batch_size = 0"),
         (["--seed=-1"], "seed = -1"),
         (["--start=a", "--prompts=some.txt"], "both start and prompts say where prompts come from"),
@@ -128,7 +128,7 @@ def test_precision_and_compilation(letters, say):
         (["--num_beams=2", "--draft=out/letters"], "leave draft or num_beams out"),
         (["--num_beams=2", "--num_samples=3"], "num_samples = 3 is more than num_beams = 2"),
         (["--num_beams=0"], "num_beams = 0"),
-        (["--num_beams=2", "--length_penalty=-1"], "length_penalty = -1.0"),
+        (["--num_beams=2", "--length_penalty=-1"], "length_penalty = -1"),
         (["--draft=nowhere"], "there is no model directory nowhere"),
         (["--draft=out/letters", "--draft_tokens=0"], "draft_tokens = 0"),
         (["--int8=True", "--compile=True", "--num_samples=2"], "int8 is for one row at a time"),
@@ -141,7 +141,8 @@ def test_mistakes_are_reported_in_one_sentence(letters, say, args, sentence):
 
 
 def test_no_run_and_no_tokenizer(letters, say, tmp_path):
-    (letters / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "manifest.json"):
+        (letters / name).unlink()
     assert "has no tokenizer, so it can't read text" in say()
     (letters.parent / "last").unlink()
     assert "train one first" in say()
@@ -414,7 +415,7 @@ def test_a_long_chat_forgets_and_skips_bad_lines(talker):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--chat=out/letters"], "has no chat.json: train it on conversations first, by stages/sft.py"),
+        (["--chat=out/letters"], "doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
         (["--chat="], "chat is an empty name"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),
@@ -429,7 +430,7 @@ def test_a_long_chat_forgets_and_skips_bad_lines(talker):
             "the system turn take 20 of the 20 tokens for a prompt",
         ),
         (["--chat=talker", "--system=X"], "the character 'X'"),
-        (["--chat=talker", "--temperature=-1"], "temperature = -1.0"),
+        (["--chat=talker", "--temperature=-1"], "temperature = -1"),
     ],
 )
 def test_mistakes_about_a_chat(talker, say, args, sentence):

@@ -173,12 +173,13 @@ def main() -> None:
     from gpt_arc.evaluation.expert_use import expert_use
     from gpt_arc.files import write_file
     from gpt_arc.tables import to_json
-    from gpt_arc.weights.directory import load_text_model
+    from gpt_arc.weights.directory import load_text_model, model_directory
 
     device = resolve_device(options.device)
     dtype = DTYPES[resolve_dtype(options.dtype, device)]
     set_up_device(device, options.dtype)
-    model, tokenizer = load_text_model(options.model, dtype=dtype)
+    directory = model_directory(options.model).resolve()
+    model, tokenizer = load_text_model(directory, dtype=dtype)
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
@@ -188,7 +189,8 @@ def main() -> None:
     if options.plot:
         draw(uses, options.plot)
     if options.json:
-        write_file(options.json, to_json(report(uses, options), indent=1, default=str) + "\n")
+        content = {"checkpoint": directory, **report(uses, options)}
+        write_file(options.json, to_json(content, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

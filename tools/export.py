@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, SETTINGS_FILE, Tokenizer
+from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
+from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     import torch
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
-NAMES = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-NAMES |= {FILE_NAME, SETTINGS_FILE, SENTENCEPIECE_FILE, "chat.json", MANIFEST}  # nor is a folder with any other file
+NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors", FILE_NAME, SETTINGS_FILE, TEMPLATE_FILE}
+NAMES |= {SENTENCEPIECE_FILE, CHAT_FILE, MANIFEST}  # nor is a folder with any other file
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
@@ -72,25 +73,54 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds an export already: name another folder, or add --overwrite=True")
 
 
-def generation_config(config: dict) -> dict:
-    """The default generation settings, as transformers derives them from config.json."""
-    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id") if config[key] is not None}
+def special_ids(tokenizer: Tokenizer, declared: dict, chat_end: int | None) -> dict[str, int | list[int] | None]:
+    """The ids in config.json: those `declared` by a generation_config.json, else the tokenizer's.
+
+    The token that ends a chat's response comes first among several ends.
+    """
+    main = tokenizer.end_of_text if chat_end is None else chat_end
+    ends = sorted(tokenizer.ends, key=lambda id: (id != main, id))
+    ids = {
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+    if declared:
+        keys = ids.keys() if chat_end is None else ids.keys() - {"eos_token_id"}
+        return ids | {key: declared.get(key) for key in keys}
+    start = tokenizer.start_token if ends and not tokenizer.declared.files else tokenizer.declared.start
+    return ids | {"bos_token_id": start, "pad_token_id": tokenizer.declared.pad}
+
+
+def generation_config(config: dict, declared: dict) -> dict:
+    """The default generation settings: those `declared`, else as transformers derives them from config.json."""
+    tokens = {key: config[key] for key in ID_KEYS if config[key] is not None}
+    version = {"transformers_version": config["transformers_version"]}
+    if declared:
+        return declared | tokens | version
     cache = {"use_cache": config["use_cache"]} if "use_cache" in config else {}
     outputs = {"output_attentions": False, "output_hidden_states": False}
-    version = {"transformers_version": config["transformers_version"]}
     return {"_from_model_config": True, **tokens, **outputs, **version, **cache}
 
 
 def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     """The tokenizer's files, with settings that make transformers' AutoTokenizer read them unchanged."""
-    files = tokenizer.files()
-    if SETTINGS_FILE in files or FILE_NAME not in files:
+    files = dict(tokenizer.files())
+    special = json.loads(files.pop(SPECIAL_FILE, b"{}"))
+    special = {key: value["content"] if "content" in value else value for key, value in special.items()}
+    if FILE_NAME not in files:
+        return files
+    if SETTINGS_FILE in files:
+        settings = json.loads(files[SETTINGS_FILE])
+        if special and "added_tokens_decoder" not in settings:
+            files[SETTINGS_FILE] = as_json(settings | special)
         return files
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     settings["clean_up_tokenization_spaces"] = False  # otherwise decode removes spaces
-    if tokenizer.end_of_text is not None:
-        settings["bos_token"] = settings["eos_token"] = tokenizer.decode([tokenizer.end_of_text])
-    return files | {SETTINGS_FILE: as_json(settings)}
+    end, declared = tokenizer.end_of_text, tokenizer.declared
+    tokens = {"bos_token": declared.start if declared.files else end, "eos_token": end, "pad_token": declared.pad}
+    settings |= {key: tokenizer.decode([id]) for key, id in tokens.items() if id is not None}
+    return files | {SETTINGS_FILE: as_json(settings | special)}
 
 
 def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: dict) -> dict[str, bytes] | None:
@@ -162,24 +192,22 @@ def main() -> None:
         directory = model_directory(options.model)
         model, tokenizer = load_model(directory)
         chat = tokenizer and load_chat(directory, tokenizer)
-    end = start = None
-    if tokenizer is not None and tokenizer.end_of_text is not None:
-        end, start = tokenizer.end_of_text, tokenizer.start_token
-    end = chat.end if chat else end
-    config, dtype = hf_config(model.config, options.dtype, start, end), getattr(torch, options.dtype)
+    config, dtype = hf_config(model.config, options.dtype), getattr(torch, options.dtype)
+    files = {} if tokenizer is None else tokenizer_files(tokenizer, model.config.block_size)
+    declared = json.loads(files.pop(GENERATION_FILE, b"{}"))
+    if tokenizer is not None:
+        config |= special_ids(tokenizer, declared, chat.end if chat else None)
     if classifier is None:
         form, tensors = config["model_type"], dict(hf_tensors(model, dtype))
-        files = {"generation_config.json": as_json(generation_config(config))}
+        files[GENERATION_FILE] = as_json(generation_config(config, declared))
     else:
         special = trained.special
         config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
         tensors = dict(hf_classifier_tensors(model, classifier.head.weight, trained.task, dtype))
-        form, files = config["architectures"][0], {}
+        form = config["architectures"][0]
     check_range(tensors, options.model, options.dtype)
     files["config.json"] = as_json(config)
     readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
-    if tokenizer is not None:
-        files |= tokenizer_files(tokenizer, model.config.block_size)
     if classifier is not None:
         # padding must match config.json
         padding = {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
@@ -188,7 +216,8 @@ def main() -> None:
         readme += usage(trained.task, special, trained.max_tokens, named=extended is not None)
     if chat:
         mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
-        extended = with_special_tokens(files, chat.added, {"chat_template": chat.template.jinja, "eos_token": mark})
+        files.pop(TEMPLATE_FILE, None)  # of the model that it was trained from
+        extended = with_special_tokens(files, chat.added, {"chat_template": chat.jinja, "eos_token": mark})
         files = extended or files
     files["README.md"] = readme.encode()
     with new_directory(options.output.resolve()) as temporary:

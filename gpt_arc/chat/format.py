@@ -8,14 +8,14 @@ chat = load_chat(directory, tokenizer)
 """
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NotRequired
 
 from typing_extensions import TypedDict
 
+from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
@@ -24,15 +24,14 @@ from gpt_arc.reading import read_json, read_toml
 from gpt_arc.weights.directory import load_model, of_one_checkpoint
 from model import GPT
 
-FILE_NAME, FORMAT_VERSION = "chat.json", 1
+FORMAT_VERSION = 1
 ROLES = ("system", "user", "assistant")
-CONTENT = "{content}"
-MARK = re.compile(r"(<\|\w+\|>)")
 
 
 class Turn(NamedTuple):
     role: str  # one of ROLES
     content: str
+    weight: int = 1  # 0: a response that isn't learned
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Template:
         for name, text in asdict(self).items():
             if not isinstance(text, str) or text.count(CONTENT) != 1:
                 raise UserError(f"the template's {name} = {text!r} must be a text that contains {CONTENT} once")
-        if not MARK.match(self.assistant.split(CONTENT)[1]):
+        if end_mark(self.assistant) is None:
             raise UserError(f"the template's assistant = {self.assistant!r} must have a <|token|> after {CONTENT}")
 
     @property
@@ -55,14 +54,10 @@ class Template:
         """Its <|name|> tokens, in order of first occurrence."""
         return list(dict.fromkeys(MARK.findall(f"{self.system} {self.user} {self.assistant}")))
 
-    @property
-    def jinja(self) -> str:
-        """The template in jinja, for transformers' tokenizers."""
-        texts = {role: getattr(self, role).replace(CONTENT, "{{ message.content }}") for role in ROLES}
-        cases = "{% elif ".join(f"message.role == '{role}' %}}{text}" for role, text in texts.items())
-        opening = self.assistant.split(CONTENT)[0]
-        turns = "{% for message in messages %}{% if " + cases + "{% endif %}{% endfor %}"
-        return turns + ("{% if add_generation_prompt %}" + opening + "{% endif %}" if opening else "")
+    def parts(self, role: str) -> tuple[str, str]:
+        """Returns the texts before and after the content of a role's turn."""
+        before, _, after = getattr(self, role).partition(CONTENT)
+        return before, after
 
 
 def _chatml(role: str) -> str:
@@ -82,68 +77,136 @@ class ChatFile(TypedDict):
     format_version: int
     template: Template
     added_tokens: dict[str, int]
+    prefix: NotRequired[list[int]]
 
 
 class ChatFormat:
-    """A template in a tokenizer's tokens, with added tokens for marks that the tokenizer lacks."""
+    """A template in a tokenizer's tokens, with added tokens for marks that the tokenizer lacks.
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, added: dict[str, int]):
-        self.template, self.tokenizer, self.added = template, tokenizer, added
+    Text between two marks is encoded as one, as transformers does with a rendered template.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer, added: dict[str, int], prefix: Sequence[int] = ()):
+        """`prefix`: tokens before each conversation."""
+        self.template, self.tokenizer, self.added, self.prefix = template, tokenizer, added, list(prefix)
         ids = {mark: added.get(mark, tokenizer.special_token(mark)) for mark in template.marks}
         missing = [mark for mark, id in ids.items() if id is None]
         if missing:
             raise UserError(f"the template's {missing[0]} is not a token of the tokenizer")
         self.ids = {mark: id for mark, id in ids.items() if id is not None}
-        halves = {role: getattr(template, role).split(CONTENT) for role in ROLES}
-        self.parts = {role: [self._encode(half) for half in pair] for role, pair in halves.items()}
-        self.end = self.parts["assistant"][1][0]  # the token that ends a response
+        self.end = self.ids[end_mark(template.assistant)]  # the token that ends a response
+        for half in (half for role in ROLES for half in template.parts(role)):
+            try:
+                self._encode(self._split(half), [])
+            except UserError as error:
+                raise UserError(f"the template's text {half!r}: {error}") from None
 
     @classmethod
     def new(cls, template: Template, tokenizer: Tokenizer, vocab_size: int) -> "ChatFormat":
-        """Returns a format for a model of `vocab_size` tokens, which then needs `len(added)` more."""
+        """Returns a format for a model of `vocab_size` tokens, which may then need more: the format's `vocab_size`."""
+        first = max(vocab_size, tokenizer.vocab_size)
         unknown = [mark for mark in template.marks if tokenizer.special_token(mark) is None]
-        return cls(template, tokenizer, {mark: vocab_size + i for i, mark in enumerate(unknown)})
+        added = {mark: first + i for i, mark in enumerate(unknown)}
+        return cls(template, tokenizer, added, tokenizer.declared.prefix)
+
+    @property
+    def vocab_size(self) -> int:
+        """The least number of tokens that a model of this format has."""
+        return max(self.ids.values()) + 1
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ChatFormat) and (self.template, self.ids) == (other.template, other.ids)
-
-    def _encode(self, text: str) -> list[int]:
-        """Encodes a piece of the template; marks are single tokens."""
-        try:
-            pieces = [[self.ids[p]] if p in self.ids else self.tokenizer.encode(p) for p in MARK.split(text) if p]
-        except UserError as error:
-            raise UserError(f"the template's text {text!r}: {error}") from None
-        return [token for piece in pieces for token in piece]
-
-    def turn(self, turn: Turn) -> tuple[list[int], list[bool]]:
-        """Returns the tokens of a turn and whether each is learned: a response and its end token are."""
-        before, after = self.parts[turn.role]
-        content = self.tokenizer.encode(turn.content)
-        learned = len(content) + 1 if turn.role == "assistant" else 0
-        tokens = [*before, *content, *after]
-        return tokens, [len(before) <= i < len(before) + learned for i in range(len(tokens))]
+        if not isinstance(other, ChatFormat):
+            return False
+        return (self.template, self.ids, self.prefix) == (other.template, other.ids, other.prefix)
 
     def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """Returns the tokens of a conversation and whether each is scored; the first never is, as nothing predicts it.
+        """Returns the tokens of a conversation and whether each is scored: those of responses and their end tokens.
 
-        Raises UserError for text that can't be encoded.
+        The first token never is, as nothing predicts it. Raises UserError for text that can't be encoded.
         """
-        tokens, scored = [], []
-        for turn in turns:
-            encoded, learned = self.turn(turn)
-            if not tokens and learned[:1] == [True]:
-                tokens, scored = [self.tokenizer.start_token], [False]
-            tokens += encoded
-            scored += learned
-        return tokens, scored
+        return self._encode([part for turn in turns for part in self._parts(turn)], self._start(turns))
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Returns the tokens of the turns and of the opening of a response."""
-        return [*self.encode(turns)[0], *self.parts["assistant"][0]] or [self.tokenizer.start_token]
+        parts = [part for turn in turns for part in self._parts(turn)]
+        parts += self._split(self.template.parts("assistant")[0])
+        return self._encode(parts, self._start(turns))[0] or [self.tokenizer.start_token]
+
+    def render(self, turns: Sequence[Turn], continued: bool = False) -> str:
+        """Returns the text of the turns and of the opening of a response.
+
+        `continued`: instead, the last turn is the beginning of a response, and the text ends with it.
+        """
+        texts = [turn.content.join(self.template.parts(turn.role)) for turn in turns]
+        opening, closing = self.template.parts("assistant")
+        return "".join(texts).removesuffix(closing) if continued else "".join(texts) + opening
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Returns the tokens of a text made by `render`. A mark's spelling is the mark, also within a content."""
+        return self._encode(self._split(text), self.prefix)[0]
+
+    def _start(self, turns: Sequence[Turn]) -> list[int]:
+        """Returns the tokens before the turns. A response that would come first has a start token that predicts it."""
+        starts_with_content = bool(turns) and turns[0].role == "assistant" and not self.template.parts("assistant")[0]
+        return self.prefix or [self.tokenizer.start_token] * starts_with_content
+
+    def _encode(self, parts: Sequence[tuple[str | int, bool]], start: list[int]) -> tuple[list[int], list[bool]]:
+        """Encodes texts and marks after the tokens `start`. Returns the tokens and whether each is scored.
+
+        Each part comes with whether it is learned; a learned text is followed by a mark.
+        """
+        tokens, scored = list(start), [False] * len(start)
+        text, begin = "", None  # the text since the last mark, and where a learned one begins in it
+        for part, learned in [*parts, (-1, False)]:  # the -1 only ends the last text
+            if isinstance(part, str):
+                begin = len(text) if learned else begin
+                text += part
+                continue
+            begin = len(text) if begin is None else begin
+            ids, unlearned = self.tokenizer.encode_from(text, begin, bool(tokens)) if text else ([], 0)
+            tokens += [*ids, part]
+            scored += [*(i >= unlearned or not begin for i in range(len(ids))), learned]
+            text, begin = "", None
+        return tokens[:-1], [False, *scored[1:-1]] if tokens[1:] else []
+
+    def _parts(self, turn: Turn) -> list[tuple[str | int, bool]]:
+        """Returns the texts and the marks' ids that a turn consists of, and whether each is learned."""
+        before, after = map(self._split, self.template.parts(turn.role))
+        learned = turn.role == "assistant" and turn.weight > 0
+        if learned:
+            after[:2] = [(self.end, True)]  # in place of an empty text and the end mark
+        return [*before, (turn.content, learned), *after]
+
+    def _split(self, text: str) -> list[tuple[str | int, bool]]:
+        """Splits a text of the template at its marks, which become ids."""
+        return [(self.ids.get(piece, piece), False) for piece in MARK.split(text)]
+
+    @property
+    def jinja(self) -> str:
+        """The template in Jinja. What it renders, transformers' tokenizers encode as `encode` does.
+
+        All texts are literals in expressions, from which Jinja strips no white space. {% generation %} encloses what is
+        learned. A mark spelled in a content is text here, and the mark for transformers.
+        """
+
+        def literal(text: str) -> str:
+            return f"{{{{ {text!r} }}}}" if text else ""
+
+        texts = {role: "{{ message['content'] }}".join(map(literal, self.template.parts(role))) for role in ROLES}
+        opening, closing = self.template.parts("assistant")
+        mark = end_mark(self.template.assistant)
+        response = "{% generation %}{{ message['content'] }}" + literal(mark) + "{% endgeneration %}"
+        texts["assistant"] = literal(opening) + response + literal(closing.removeprefix(mark))
+        start = literal(self.tokenizer.decode(self.prefix or [self.tokenizer.start_token]))
+        if not self.prefix:
+            start = "" if opening else f"{{% if messages and messages[0]['role'] == 'assistant' %}}{start}{{% endif %}}"
+        cases = "{% elif ".join(f"message['role'] == '{role}' %}}{text}" for role, text in texts.items())
+        turns = "{% for message in messages %}{% if " + cases + "{% endif %}{% endfor %}"
+        return start + turns + ("{% if add_generation_prompt %}" + literal(opening) + "{% endif %}" if opening else "")
 
     def response(self, content: str) -> list[int]:
         """Returns the tokens of a response, with its end token."""
-        return [*self.tokenizer.encode(content), self.end]
+        return [*self.tokenizer.encode_from(content, 0, after_special=True)[0], self.end]
 
     def decode(self, response: Sequence[int]) -> str:
         """Returns the text of a response, up to its end token."""
@@ -168,13 +231,14 @@ class ChatFormat:
     def save(self, directory: Path | str) -> None:
         """Writes chat.json."""
         content = {"format_version": FORMAT_VERSION, "template": asdict(self.template), "added_tokens": self.added}
-        write_file(Path(directory) / FILE_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        record_files(Path(directory), FILE_NAME)
+        content |= {"prefix": self.prefix} if self.prefix else {}
+        write_file(Path(directory) / CHAT_FILE, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        record_files(Path(directory), CHAT_FILE)
 
 
 def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     """Reads a model directory's chat.json; None if it has none. Raises UserError if it is damaged."""
-    path = Path(directory) / FILE_NAME
+    path = Path(directory) / CHAT_FILE
     if not path.exists():
         return None
     content = read_json(path, ChatFile)
@@ -185,7 +249,7 @@ def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.text_size):
         raise UserError(f"{path}: added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
     try:
-        return ChatFormat(content["template"], tokenizer, added)
+        return ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -206,15 +270,21 @@ def load_template(name: str) -> Template:
         raise UserError(f"{path}: {error}") from None
 
 
+def require_chat(directory: Path | str, tokenizer: Tokenizer | None) -> ChatFormat:
+    """`load_chat` for a model directory that must have a chat.json. Raises UserError if it has none."""
+    chat = tokenizer and load_chat(directory, tokenizer)
+    if chat is None:
+        raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
+    return chat
+
+
 @of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
     directory = Path(path)
     model, tokenizer = load_model(directory)
-    chat = tokenizer and load_chat(directory, tokenizer)
-    if tokenizer is None or chat is None:
-        raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
+    chat = require_chat(directory, tokenizer)
     largest, rows = max(chat.ids.values()), model.config.vocab_size
     if largest >= rows:
-        raise UserError(f"{directory / FILE_NAME} has a token of the id {largest}, and the model {rows} rows")
+        raise UserError(f"{directory / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
     return model, tokenizer, chat

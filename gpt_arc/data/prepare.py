@@ -28,10 +28,19 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
+from gpt_arc.data.declared import SETTINGS_FILE
 from gpt_arc.data.documents import BEGINNING, Cut, Documents
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
-from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import (
+    END_OF_TEXT,
+    MAIN_FILES,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
@@ -355,9 +364,14 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
 
 
 def _digest(tokenizer: Tokenizer) -> str:
-    parts = [tokenizer.files()]
     if isinstance(tokenizer, BPETokenizer):  # computing GPT-2's merges for its file takes a second
-        parts = [tokenizer.ranks, tokenizer.special]
+        parts: list[dict] = [tokenizer.ranks, tokenizer.special]
+    else:
+        files = tokenizer.files()
+        parts = [{name: files[name] for name in files if name in (*MAIN_FILES, SETTINGS_FILE)}]
+    usual = tokenizer.special_token(END_OF_TEXT)
+    if tokenizer.end_of_text != usual and (usual is not None or isinstance(tokenizer, BPETokenizer)):
+        parts.append({"end_of_text": tokenizer.end_of_text})  # only then, as older datasets have digests without it
     return hashlib.sha256(repr([sorted(part.items()) for part in parts]).encode()).hexdigest()
 
 

@@ -11,21 +11,21 @@ CONTEXT = 8  # tokens
 class TextStream:
     """The text of a continuation as it grows. Incomplete characters and beginnings of the stop text are held back.
 
-    A continuation ends at the end-of-text token, at the token `end` or where the text `stop` begins. The text excludes
-    all three.
+    A continuation ends at one of the tokenizer's `ends`, at the token `end` or where the text `stop` begins. The text
+    excludes all three.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: str | None = None, end: int | None = None
     ):
         self.tokenizer, self.stop = tokenizer, stop
-        self._ends = {tokenizer.end_of_text, end}
+        self._ends = {*tokenizer.ends, end}
         self.text = ""
         self.ended = False  # by a token or the stop text
         self.complete = False  # ended, or because there are no more tokens
         self._held = 0  # characters of `text` that may be the beginning of the stop text
         # Tokens are decoded with a few before them, because some tokenizers drop the space before a text's first word.
-        self._before = self._last([token for token in prompt[-2 * CONTEXT :] if token != tokenizer.end_of_text])
+        self._before = self._last([token for token in prompt[-2 * CONTEXT :] if token not in self._ends])
         self._tokens: list[int] = []  # tokens after those, ending within a character
         self._decoded = 0  # their characters that are already in `text`
 

@@ -10,26 +10,26 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 """
 
 import abc
+import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from gpt_arc import hub
+from gpt_arc.data.declared import SETTINGS_FILE, Declared, read_declared
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, write_file
 from gpt_arc.manifest import check_files
-from gpt_arc.reading import read_bytes, reading
+from gpt_arc.reading import read_bytes, read_json, reading
 
 FILE_NAME = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"  # of transformers; declares the end-of-text token, among other things
 SENTENCEPIECE_FILE = "tokenizer.model"
 MAIN_FILES = (FILE_NAME, "vocab.json", SENTENCEPIECE_FILE)  # in the order they are looked for in a folder
 END_OF_TEXT = "<|endoftext|>"
@@ -51,6 +51,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     text_size: int  # vocab_size without the special tokens at its end, which no text is encoded to
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
+    declared = Declared()  # by the directory that the tokenizer was loaded from
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
 
     @abc.abstractmethod
@@ -66,22 +67,56 @@ class Tokenizer(abc.ABC):
         """Returns the text of the ids."""
 
     @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a continuation."""
+        return self.declared.ends or frozenset({self.end_of_text} - {None})
+
+    @property
     def start_token(self) -> int:
-        """First token of an empty prompt: the end-of-text token, else a newline, else token 0."""
-        if self.end_of_text is not None:
-            return self.end_of_text
+        """First token of an empty prompt: the declared one, else the end-of-text token, a newline or token 0."""
+        start = self.end_of_text if self.declared.start is None else self.declared.start
+        if start is not None:
+            return start
         try:
             return next(iter(self.encode("\n")), 0)
         except UserError:
             return 0
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the ids that a model reads for `text`, which begin with the tokens declared to precede each text."""
+        return [*self.declared.prefix, *self.encode(text)] or [self.start_token]
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        """Returns the ids of `text`, and how many of them hold none of its characters from `start` on.
+
+        `after_special`: `text` follows a special token, instead of beginning a text.
+        """
+        tokens = self.encode(text)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(tokens, self.encode(text[:start])))
+        return tokens, sum(1 for _ in alike)
+
     def special_token(self, text: str) -> int | None:
         """Returns the id of a special token such as <|endoftext|>, or None if the vocabulary doesn't have it."""
         return None
 
-    @abc.abstractmethod
     def files(self) -> dict[str, bytes]:
         """Contents of the files that `save` writes, by name; `load_tokenizer` rebuilds an equal tokenizer from them."""
+        return self._vocabulary_files() | self.declared.files
+
+    @abc.abstractmethod
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        """Contents of the files that determine the ids of a text."""
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that its own file puts before a text."""
+        return ()
+
+    def declare(self, folder: Path, prefix: tuple[int, ...] | None = None) -> "Tokenizer":
+        """Takes over what the files in `folder` declare, see `read_declared`, and returns itself."""
+        self.declared = read_declared(folder, self, prefix)
+        self.end_of_text = self.declared.end_of_text
+        return self
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer's files to `directory`."""
@@ -89,7 +124,9 @@ class Tokenizer(abc.ABC):
             write_file(Path(directory) / name, content)
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.files() == other.files()
+        if type(self) is not type(other) or self.end_of_text != other.end_of_text:
+            return False
+        return self._vocabulary_files() == other._vocabulary_files()
 
 
 def well_formed(text: str) -> str:
@@ -142,10 +179,13 @@ class CharTokenizer(Tokenizer):
             )
         return self._order[indices].astype(np.uint32)
 
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        return self.encode(text), start
+
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.characters[token] for token in tokens if token < self.vocab_size)
 
-    def files(self) -> dict[str, bytes]:
+    def _vocabulary_files(self) -> dict[str, bytes]:
         vocab = {character: id for id, character in enumerate(self.characters)}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
         return _tokenizer_json(model, pre_tokenizer=EACH_CHARACTER, decoder={"type": "Fuse"})
@@ -228,7 +268,12 @@ class BPETokenizer(Tokenizer):
         if len(text) >= 500_000:  # GPT2_PATTERN also splits before white space and before its last character
             cuts[1:1] = [cut for space in LONG_SPACE.finditer(text) for cut in (space.start(), space.end() - 1)]
         encode = self._encoding.encode_to_numpy
-        return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in pairwise(cuts)])
+        return np.concatenate([encode(text[a:b], disallowed_special=()) for a, b in itertools.pairwise(cuts)])
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        tokens, before = self.encode(text), len(well_formed(text[:start]).encode())
+        ends = itertools.accumulate(len(self._bytes_by_id[token]) for token in tokens)
+        return tokens, sum(end <= before for end in ends)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Returns the text. Invalid UTF-8, such as part of a character, becomes U+FFFD; unknown ids are skipped."""
@@ -238,13 +283,15 @@ class BPETokenizer(Tokenizer):
         return self.special.get(text)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, BPETokenizer) and (self.ranks, self.special) == (other.ranks, other.special)
+        if not isinstance(other, BPETokenizer) or self.end_of_text != other.end_of_text:
+            return False
+        return (self.ranks, self.special) == (other.ranks, other.special)
 
     @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
         return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
 
-    def files(self) -> dict[str, bytes]:
+    def _vocabulary_files(self) -> dict[str, bytes]:
         printable = _byte_alphabet()
         spelled = {token: "".join(printable[b] for b in token) for token in self.ranks}
         vocab = {spelled[token]: id for token, id in self.ranks.items()} | self.special
@@ -269,43 +316,102 @@ class LibraryTokenizer(Tokenizer):
     """Any other tokenizer.json (GPT-1's, Qwen's, Llama's), run by the `tokenizers` library.
 
     A special token spelled out in a text is encoded as ordinary text, and no tokens are added before or after.
-    `settings` is the tokenizer_config.json in the same folder; its eos_token ends a text if the vocabulary has no
-    <|endoftext|>.
     """
 
-    def __init__(self, content: bytes, settings: bytes | None = None):
-        from tokenizers import Tokenizer as Library
-
-        self._content, self._settings = content, settings
+    def __init__(self, content: bytes):
+        self._content = content
         _check_growth(content)
-        self._library = Library.from_buffer(content)
-        self._library.encode_special_tokens = True
-        self._library.no_truncation()
-        self._library.no_padding()
+        self._library = _library(content)
         special = {id for id, token in self._library.get_added_tokens_decoder().items() if token.special}
         ids = self._library.get_vocab().values()
         self.vocab_size = max(ids, default=-1) + 1
         self.text_size = max((id for id in ids if id not in special), default=-1) + 1
         self.end_of_text = self._library.token_to_id(END_OF_TEXT)
-        if self.end_of_text is None and settings is not None:
-            self.end_of_text = self._library.token_to_id(_declared_end(settings))
 
     def __reduce__(self):  # pickling self._library would lose encode_special_tokens
-        return LibraryTokenizer, (self._content, self._settings)
+        state = {name: getattr(self, name) for name in ("declared", "end_of_text")}
+        return LibraryTokenizer, (self._content,), state
 
     def encode(self, text: str) -> list[int]:
+        return self._encode(self._library, text).ids
+
+    def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
+        encoding = self._encode(self._library_within if after_special else self._library, text)
+        return encoding.ids, sum(end <= start for _, end in encoding.offsets)
+
+    def _encode(self, library, text: str):
+        text = well_formed(text)
         try:
-            return self._library.encode(well_formed(text), add_special_tokens=False).ids
-        except BaseException as error:  # a pattern that backtracks too much ends in Rust's PanicException
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            encoding = library.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # Rust's, of a pattern that backtracks too much
+                raise UserError(f"the tokenizer can't encode {text[:30]!r}: {first_line(error)}") from None
+            if not isinstance(error, Exception):
                 raise
-            raise UserError(f"the tokenizer can't encode {text[:30]!r}: {first_line(error)}") from None
+            raise UserError(_lacking(*self._first_refused(text))) from None  # text that the vocabulary lacks
+        if self._may_drop and (lost := self._first_dropped(text)):
+            raise UserError(_lacking(*lost))
+        return encoding
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens], skip_special_tokens=False)
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @cached_property
+    def _may_drop(self) -> bool:
+        """Whether the library may drop characters: a BPE does, unless it has all bytes or an unknown token."""
+        table = json.loads(self._library.to_str())
+        model = table["model"]
+        if model["type"] != "BPE" or model["unk_token"] is not None:
+            return False
+        spelled = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else _byte_alphabet()
+        byte_level = model["byte_fallback"] or '"ByteLevel"' in json.dumps(table["pre_tokenizer"])
+        return not (byte_level and all(token in model["vocab"] for token in spelled))
+
+    def _first_dropped(self, text: str) -> tuple[str, int] | None:
+        """Returns the first character that gets no token, and its position in the normalized text, if there is one."""
+        model, (text, split) = self._library.model, self._steps(text)
+        prefix, suffix = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
+        forms = {*itertools.product({"", prefix}, {"", suffix})}
+
+        def lacks(character: str) -> bool:
+            spelled = {spelling for piece, _ in split(character) for spelling in piece}
+            return any(model.token_to_id(a + c + b) is None for c in spelled for a, b in forms)
+
+        lacking = set(filter(lacks, set(text)))
+        if not lacking or len(forms) == 1:
+            return next(((c, i) for i, c in enumerate(text) if c in lacking), None)
+        for piece, (start, _) in split(text):  # a character has several forms, and the one that is needed may be there
+            spelled = "".join(t.value.removeprefix(prefix).removesuffix(suffix) for t in model.tokenize(piece))
+            if spelled != piece:
+                place = next(i for i, (a, b) in enumerate(itertools.zip_longest(piece, spelled)) if a != b)
+                return piece[place], start + place
+        return None
+
+    def _first_refused(self, text: str) -> tuple[str, int]:
+        """Returns the first piece that the model can't tokenize, and its position in the normalized text."""
+        text, pieces_of = self._steps(text)
+        for piece, (start, _) in pieces_of(text):
+            try:
+                self._library.model.tokenize(piece)
+            except Exception:
+                return piece, start
+        return text, 0
+
+    def _steps(self, text: str) -> tuple[str, Callable[[str], list[tuple[str, tuple[int, int]]]]]:
+        """Returns the normalized text, and the function that splits a text into the pieces that the model gets."""
+        normalizer, pre_tokenizer = self._library.normalizer, self._library.pre_tokenizer
+        split = pre_tokenizer.pre_tokenize_str if pre_tokenizer else lambda text: [(text, (0, len(text)))]
+        return normalizer.normalize_str(text) if normalizer else text, split
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that the post-processor puts before a text."""
+        encoding = self._library.encode("a", add_special_tokens=True)
+        count = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), 0)
+        return tuple(encoding.ids[:count])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LibraryTokenizer) and self._ids_follow_from == other._ids_follow_from
@@ -316,8 +422,32 @@ class LibraryTokenizer(Tokenizer):
         table = json.loads(self._library.to_str())
         return self.end_of_text, *(table[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
-    def files(self) -> dict[str, bytes]:
-        return {FILE_NAME: self._content} | ({} if self._settings is None else {SETTINGS_FILE: self._settings})
+    @cached_property
+    def _library_within(self):
+        """The library for text after a special token, where Metaspace's prepend_scheme "first" prepends nothing."""
+        return _library(self._library.to_str().replace('"prepend_scheme":"first"', '"prepend_scheme":"never"').encode())
+
+    def _vocabulary_files(self) -> dict[str, bytes]:
+        return {FILE_NAME: self._content}
+
+
+def _lacking(piece: str, position: int) -> str:
+    code = f" (U+{ord(piece):04X})" if len(piece) == 1 else ""
+    return (
+        f"{piece[:40]!r}{code} at position {position} of the text is not in the tokenizer's vocabulary, which has no "
+        "token for unknown text"
+    )
+
+
+def _library(content: bytes):
+    """Returns the library's tokenizer for a tokenizer.json, without what would change the ids of plain text."""
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_buffer(content)
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    return library
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -331,8 +461,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def start_token(self) -> int:
-        """The model's beginning-of-text token if it has one, else as in `Tokenizer`."""
-        return self._library.bos_id() if self._library.bos_id() >= 0 else super().start_token
+        """The declared token, else the model's beginning-of-text token if it has one, else as in `Tokenizer`."""
+        bos = self._library.bos_id()
+        return bos if bos >= 0 and self.declared.start is None else super().start_token
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(well_formed(text))
@@ -340,7 +471,11 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, tokens: Iterable[int]) -> str:
         return self._library.decode([int(token) for token in tokens if token < self.vocab_size])
 
-    def files(self) -> dict[str, bytes]:
+    def special_token(self, text: str) -> int | None:
+        id = self._library.piece_to_id(text)
+        return id if self._library.is_control(id) else None
+
+    def _vocabulary_files(self) -> dict[str, bytes]:
         return {SENTENCEPIECE_FILE: self._content}
 
 
@@ -432,13 +567,7 @@ def _growth(step: dict) -> float:
     return max(1.0, length / len(replaced)) if replaced else 1.0 + length  # a regex may match between characters
 
 
-def _declared_end(settings: bytes) -> str:
-    """Returns the eos_token of a tokenizer_config.json, stored as a string or as an object; empty if there is none."""
-    token = json.loads(settings).get("eos_token") or ""
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
+def _read_json(content: bytes) -> Tokenizer:
     """Reads a tokenizer.json: as CharTokenizer or BPETokenizer if it describes one, else as LibraryTokenizer."""
     table = json.loads(content)
     model, vocab, added = table["model"], table["model"]["vocab"], table.get("added_tokens") or []
@@ -452,21 +581,22 @@ def _read_json(content: bytes, settings: bytes | None) -> Tokenizer:
             return CharTokenizer(characters)
     special = {token["content"]: token["id"] for token in added}
     as_gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True, "trim_offsets": True}
+    post_processor = table.get("post_processor") or as_gpt2
     if (
         plain
         and kind == "BPE"
         and {"use_regex": True, **pre_tokenizer, "trim_offsets": True} == as_gpt2
-        and (table.get("post_processor") or as_gpt2)["type"] in ("ByteLevel", "TemplateProcessing")  # no token is added
+        and post_processor["type"] in ("ByteLevel", "TemplateProcessing")
+        and all("Sequence" in piece for piece in post_processor.get("single", ()))  # no token is added
         and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback"))
         and not any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
         and all(token["special"] for token in added)
         and not model.get("ignore_merges")
-        and (END_OF_TEXT in special or settings is None or not _declared_end(settings))
     ):
         tokenizer = _byte_level(vocab, model["merges"], special)
         if tokenizer is not None:
             return tokenizer
-    return LibraryTokenizer(content, settings)
+    return LibraryTokenizer(content)
 
 
 def _byte_level(vocab: dict[str, int], merges: list, special: dict[str, int]) -> BPETokenizer | None:
@@ -523,25 +653,44 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         path = next((path / name for name in MAIN_FILES if (path / name).exists()), path / FILE_NAME)
-    others = {name: folder / name for name in (SETTINGS_FILE, "merges.txt")}
-    needed = [path, others["merges.txt"]] if path.name == "vocab.json" else [path]
-    for file in needed:
+    for file in (path, folder / "merges.txt") if path.name == "vocab.json" else (path,):
         if not file.exists():
             raise UserError(f"{folder} has no {file.name}")
     content = read_bytes(path, LARGEST_FILE)
-    settings = read_bytes(others[SETTINGS_FILE]) if others[SETTINGS_FILE].exists() else None
     try:
         with reading(path):
-            if path.suffix == ".model":
-                return SentencePieceTokenizer(content)
-            if path.name != "vocab.json":
-                return _read_json(content, settings)
-            kind = json.loads(settings or b"{}").get("tokenizer_class") or "GPT2"
-            if kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
-                return _read_vocab_and_merges(content, read_bytes(others["merges.txt"], LARGEST_FILE))
-            raise UserError(f"{path}: vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
+            tokenizer = _read(path, content)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    if path.name != "vocab.json":
+        return tokenizer.declare(folder, None if path.suffix == ".model" else tokenizer.prefix)
+    tokenizer.declare(folder)
+    prefix = tokenizer.declared.prefix
+    return _with_prefix(tokenizer, prefix).declare(folder, prefix) if prefix else tokenizer
+
+
+def _read(path: Path, content: bytes) -> Tokenizer:
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(content)
+    if path.name != "vocab.json":
+        return _read_json(content)
+    settings = path.with_name(SETTINGS_FILE)
+    kind = (read_json(settings) if settings.exists() else {}).get("tokenizer_class") or "GPT2"
+    if not kind.startswith(("GPT2", "OpenAIGPT")):  # only code says how others split text before merging
+        raise UserError(f"vocab.json and merges.txt don't describe a {kind}: save it as {FILE_NAME}")
+    return _read_vocab_and_merges(content, read_bytes(path.with_name("merges.txt"), LARGEST_FILE))
+
+
+def _with_prefix(tokenizer: Tokenizer, prefix: tuple[int, ...]) -> LibraryTokenizer:
+    """Returns a tokenizer of vocab.json and merges.txt as one whose tokenizer.json has the prefix."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_buffer(tokenizer.files()[FILE_NAME])
+    special = [(library.id_to_token(id), id) for id in prefix]
+    single = [*(text for text, _ in special), "$A"]
+    library.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    return LibraryTokenizer(library.to_str().encode())
 
 
 def find_tokenizer(name: str) -> Tokenizer:
@@ -556,7 +705,7 @@ def find_tokenizer(name: str) -> Tokenizer:
             check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)
     if hub.is_name(name):
-        return load_tokenizer(hub.download(name, hub.TOKENIZER))
+        return load_tokenizer(hub.download(name, hub.CONFIG + hub.TOKENIZER))
     raise UserError(
         f"there is no tokenizer {name}: give gpt2 (or char, for prepare/text.py), the name of a dataset under "
         f"{DATA_ROOT}/, a run, a folder with {FILE_NAME}, vocab.json with merges.txt or {SENTENCEPIECE_FILE}, one of "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from gpt_arc.chat.format import ChatFormat, Turn, require_chat
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
@@ -16,7 +17,7 @@ from gpt_arc.errors import UserError, naming
 from gpt_arc.evaluation.score import Request, encode_pairs, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
-from gpt_arc.weights.directory import load_text_model
+from gpt_arc.weights.directory import load_text_model, model_directory
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -40,7 +41,8 @@ class HarnessModel(TemplateLM):
     `pretrained` is a run folder, a model directory or the name of a published model, as for sample.py. `dtype` is the
     type of the weights; auto is the fastest that the device has. `batch_tokens` bounds the tokens of a batch; `seed` is
     for tasks that sample. Each text is read after the tokenizer's start_token, and text that spells a special token is
-    encoded as text. Raises UserError if the model can't be loaded or has no tokenizer.
+    encoded as text. With --apply_chat_template, texts are turns in the template of the model's chat.json, where text
+    that spells one of its marks is the mark. Raises UserError if the model can't be loaded or has no tokenizer.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class HarnessModel(TemplateLM):
             raise UserError(f"batch_tokens = {batch_tokens} must be at least 1, and seed = {seed} at least 0")
         self._device = resolve_device(device)
         weights = DTYPES[resolve_dtype(dtype, self._device)]
-        model, tokenizer = load_text_model(str(pretrained), dtype=weights)
+        self.directory = model_directory(str(pretrained))
+        model, tokenizer = load_text_model(self.directory, dtype=weights)
         self.model, self.text_tokenizer = model.to(self._device).eval(), tokenizer
         self.batch_tokens, self.seed, self.name = batch_tokens, seed, str(pretrained)
+        self.chat: ChatFormat | None = None  # once a template is applied
 
     @property
     def max_length(self) -> int:
@@ -85,9 +89,33 @@ class HarnessModel(TemplateLM):
         """The token before the first of a text, which also stands for an empty context."""
         return self.text_tokenizer.start_token
 
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for the harness's cache of prompts."""
+        return str(self.directory.resolve()).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """Returns the chat template in Jinja, for the harness's report. Raises UserError if there is none."""
+        if not chat_template:
+            return None
+        self.chat = require_chat(self.directory, self.text_tokenizer)
+        return self.chat.jinja
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns the text of a conversation, up to an answer or, without `add_generation_prompt`, within one."""
+        self.chat = self.chat or require_chat(self.directory, self.text_tokenizer)
+        turns = [Turn(message["role"], message["content"]) for message in chat_history]
+        return self.chat.render(turns, continued=not add_generation_prompt)
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
-        """Returns the ids of the text; `add_special_tokens` has no effect. Raises UserError, see `Tokenizer.encode`."""
-        return self.text_tokenizer.encode(string)
+        """Returns the ids of the text, after the declared prefix unless `add_special_tokens` is False.
+
+        Raises UserError, see `Tokenizer.encode`.
+        """
+        if self.chat and add_special_tokens is not False:
+            return self.chat.encode_rendered(string)
+        prefix = self.text_tokenizer.declared.prefix if add_special_tokens is not False else ()
+        return [*prefix, *self.text_tokenizer.encode(string)]
 
     def loglikelihood(self, requests: Sequence["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns each continuation's log-probability in nats, and whether greedy decoding would produce it.
@@ -95,6 +123,8 @@ class HarnessModel(TemplateLM):
         Where a token spans the end of the context, the continuation begins with it, see `encode_pairs`. Raises
         UserError.
         """
+        if self.chat:
+            return super().loglikelihood(requests, disable_tqdm)
         pairs = [request.args for request in requests]
         places = [f"{request.task_name}, document {request.doc_id}, option {request.idx}" for request in requests]
         encoded = encode_pairs(self.text_tokenizer, pairs, self.max_length, places).requests
@@ -123,7 +153,7 @@ class HarnessModel(TemplateLM):
         """Returns the log-probability in nats of each text of any length, read in `rolling_windows`."""
         windows, owners = [], []
         for number, request in enumerate(requests):
-            tokens = self.tok_encode(request.args[0])
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             text_windows = list(rolling_windows(tokens, self.prefix_token_id, self.max_length))
             windows += text_windows
             owners += [number] * len(text_windows)
@@ -188,7 +218,10 @@ class HarnessModel(TemplateLM):
     ) -> list[str]:
         """Returns the continuations of a batch of (request number, prompt); the number decides what is sampled."""
         prompts = [tokens for _, tokens in batch]
-        streams = [TextStream(self.text_tokenizer, tokens) for tokens in prompts]
+        if self.chat:  # a response is decoded without its prompt
+            streams = [TextStream(self.text_tokenizer, end=self.chat.end) for _ in prompts]
+        else:
+            streams = [TextStream(self.text_tokenizer, tokens) for tokens in prompts]
 
         def stopped(row: int, token: int) -> bool:
             streams[row].push(token)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from gpt_arc.evaluation.reader import Reader
-from gpt_arc.evaluation.score import encode_pairs
 from gpt_arc.evaluation.statistics import standard_error
 from gpt_arc.evaluation.tasks import Question, Task
 from gpt_arc.evaluation.text_metrics import bleu, bleu_counts, first_sentences, rouge
@@ -55,7 +54,7 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
         scores = reader.score(pairs, task.name, places)
         right = [score.is_greedy for score in scores]
         if task.stop_word_filter:
-            tokens = encode_pairs(reader.tokenizer, pairs, reader.model.config.block_size, places).requests
+            tokens = reader.encode_pairs(pairs, places).requests
             words = WordTokens(reader.tokenizer)
             right = likeliest_words(words, reader.model, tokens, STOP_WORDS, reader.batch_tokens, task.name)
         return {

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from gpt_arc.chat.format import ChatFormat, Turn
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.beam import beam_search
@@ -20,18 +21,43 @@ from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
-from gpt_arc.evaluation.score import Score, encode_pairs, score_continuations
+from gpt_arc.evaluation.score import Encoded, Request, Score, encode_pairs, score_continuations
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
 from model import GPT
 
 
 class Reader(NamedTuple):
-    """A model with its tokenizer, which scores texts and answers prompts."""
+    """A model with its tokenizer, which scores texts and answers prompts.
+
+    With `chat`, each prompt is a user's turn, and what follows it is the response.
+    """
 
     model: GPT
     tokenizer: Tokenizer
     batch_tokens: int
+    chat: ChatFormat | None = None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens that the model reads before it answers."""
+        return self.tokenizer.encode_prompt(text) if self.chat is None else self.chat.prompt([Turn("user", text)])
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]], places: Sequence[str] | None = None) -> Encoded:
+        """Encodes contexts and continuations as `score.encode_pairs` does, or as users' turns and responses to them."""
+        if self.chat is None:
+            return encode_pairs(self.tokenizer, pairs, self.model.config.block_size, places)
+        places = places or [f"text {number} of {len(pairs)}" for number in range(1, len(pairs) + 1)]
+        requests = []
+        for place, (context, continuation) in zip(places, pairs):
+            try:
+                request = Request(self.encode_prompt(context), self.chat.response(continuation.lstrip())[:-1])
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
+            size, most = len(request.continuation), self.model.config.block_size
+            if not 0 < size <= most:
+                raise UserError(f"{place}: the answer or option has {size} tokens, and 1 to {most} can be scored")
+            requests.append(request)
+        return Encoded(requests, 0)
 
     def score(self, pairs: Sequence[tuple[str, str]], label: str, places: Sequence[str] | None = None) -> list[Score]:
         """Scores the second text of each pair after the first, as `encode_pairs` splits them. Raises UserError.
@@ -39,7 +65,7 @@ class Reader(NamedTuple):
         `label` names the texts in the progress bar, and with `places`, one for each pair, in messages.
         """
         try:
-            requests, merged = encode_pairs(self.tokenizer, pairs, self.model.config.block_size, places)
+            requests, merged = self.encode_pairs(pairs, places)
         except UserError as error:
             raise UserError(f"{label}, {error}") from None
         if merged:
@@ -64,8 +90,8 @@ class Reader(NamedTuple):
         start, so that the answer fits into the context.
         """
         room = max(self.model.config.block_size - task.max_new_tokens, 1)
-        tokens = [(self.tokenizer.encode(prompt) or [self.tokenizer.start_token])[-room:] for prompt in prompts]
-        streams = [TextStream(self.tokenizer, prompt) for prompt in tokens]
+        tokens = [self.encode_prompt(prompt)[-room:] for prompt in prompts]
+        streams = [self._stream(prompt) for prompt in tokens]
         bar = tqdm(total=len(prompts), desc=task.name, unit="answer", leave=False, disable=None)
         if task.num_beams > 1:
             ends = self._stop_tokens(task)
@@ -88,6 +114,11 @@ class Reader(NamedTuple):
         stop = "|".join(map(re.escape, task.stop))
         return [re.split(stop, stream.text)[0] if stop else stream.text for stream in streams]
 
+    def _stream(self, prompt: list[int]) -> TextStream:
+        if self.chat is None:
+            return TextStream(self.tokenizer, prompt)
+        return TextStream(self.tokenizer, end=self.chat.end)  # a response is decoded without its prompt
+
     def _generate(
         self, prompts: list[list[int]], streams: list[TextStream], task: Task, generators: list[torch.Generator]
     ) -> None:
@@ -102,7 +133,8 @@ class Reader(NamedTuple):
             pass
 
     def _stop_tokens(self, task: Task) -> list[int]:
-        """Returns the tokens that end a beam: end-of-text, and every token that contains a stop text."""
+        """Returns the tokens that end a beam: those that end a text, and every token that contains a stop text."""
         pieces = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocab_size))
         tokens = [token for token, piece in pieces if any(stop in piece for stop in task.stop)]
-        return tokens if self.tokenizer.end_of_text is None else [*tokens, self.tokenizer.end_of_text]
+        ends = self.tokenizer.ends if self.chat is None else {*self.tokenizer.ends, self.chat.end}
+        return [*tokens, *ends]

@@ -136,7 +136,8 @@ def encode_pairs(
             raise UserError(f"{place}: the answer or option adds no token to its context")
         if size > block_size:
             raise UserError(f"{place}: a continuation of {size} tokens exceeds the context of {block_size}")
-        requests.append(Request(tokens[:start] or [tokenizer.start_token], tokens[start:]))
+        before = [*tokenizer.declared.prefix, *tokens[:start]] or [tokenizer.start_token]
+        requests.append(Request(before, tokens[start:]))
     return Encoded(requests, sum(kept[context] < len(contexts[context]) for context, _ in texts))
 
 

@@ -1,6 +1,7 @@
 """The command lines of train.py and of the stages."""
 
 import dataclasses
+import difflib
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import pydantic.dataclasses
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE
 from gpt_arc.errors import UserError
+from gpt_arc.files import resource
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
@@ -34,9 +36,25 @@ class Arguments:
     config: Config = field(default_factory=Config)
 
 
-def config_files(args: list[str]) -> list[str]:
-    """Returns the command-line arguments that are config files (.toml)."""
-    return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+def config_file(name: str) -> str:
+    """Returns the path of a config file: `name` itself, or that of a config that comes with gpt-arc, such as gpt2.
+
+    Raises UserError.
+    """
+    if name.endswith(".toml"):
+        return name
+    preset = resource(f"configs/{name}.toml")
+    if name == Path(name).name and preset.is_file():
+        local = Path("configs", preset.name)
+        return str(local if local.is_file() else preset)
+    if name.endswith(".py"):
+        raise UserError(
+            f"{name} is not a config file (.toml): write the lines of a nanoGPT config as TOML, with true and false in "
+            "lower case and without those that are None"
+        )
+    near = difflib.get_close_matches(name, [path.stem for path in resource("configs").glob("*.toml")], n=1)
+    hint = f"did you mean {near[0]}?" if near else "write flags as --name=value"
+    raise UserError(f"{name} is not a config file (.toml); {hint}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +77,11 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    files = config_files(args)
+    shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
+    flags = read_flags(Arguments, description, args, shown)
+    files = [config_file(name) for name in flags.pop("config_files", ())]
     name = _name_of(Path(files[-1])) if files else ""
     settings, sources = read_files(Config, files)
-    flags = _flags(args, description, files, settings)
     given = merge(Config, settings, flags)
     run_settings = {setting: value for setting, value in given.items() if SETTINGS[setting].table == "run"}
     run = build(RunConfig, run_settings, {name: source for name, source in sources.items() if name not in flags})
@@ -98,14 +117,6 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
-
-
-def _flags(args: list[str], description: str | None, files: list[str], settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings given as flags. Raises UserError."""
-    flags = read_flags(Arguments, description, args, settings)
-    for file in set(flags.pop("config_files", ())) - set(files):
-        raise UserError(f"{file} is not a config file (.toml); write flags as --name=value")
-    return flags
 
 
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
@@ -203,4 +214,8 @@ def start_stage(
             return train(options, run)
         except UserError:
             run.abandon()
+            raise
+        except RuntimeError:  # such as the end of another process
+            if WORLD_SIZE > 1:
+                run.say_saved()
             raise

@@ -206,7 +206,10 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
-    INSTEAD: ClassVar[dict[str, str]] = {"mixture": "dataset", "dataset": "mixture"}
+    INSTEAD: ClassVar[dict[str, str]] = {
+        **{"mixture": "dataset", "dataset": "mixture"},
+        **{"warmup": "warmup_iters", "warmup_iters": "warmup"},
+    }
 
     @property
     def sequences_per_step(self) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
-from gpt_arc.device import device_name, resolve_dtype
+from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.errors import UserError
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
@@ -25,6 +27,8 @@ from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.weights.directory import load_config
 from model import GPT
+
+MANY_EPOCHS = 400  # a model repeats the text long before
 
 
 @pydantic.dataclasses.dataclass(config=CHECKED)
@@ -102,6 +106,11 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         if state["runtime"]["device"] == device.type:
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
             compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
+    elif training.warmup_steps >= training.max_iters:
+        raise UserError(
+            f"the warmup takes {training.warmup_steps:,} steps and the run has {training.max_iters:,}, so the learning "
+            "rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
+        )
     dtype = resolve_dtype(dtype, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     with torch.device("meta"):
@@ -134,6 +143,8 @@ def print_plan(plan: Plan) -> None:
     config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
     with torch.device("meta"):
         sketch = GPT(config.model)
+    if len(launch.files) > 1:
+        say(f"settings       of {', then '.join(launch.files)}, which wins")
     if launch.adopted:
         say(f"architecture   of {launch.imported}: {', '.join(f'{n} = {v}' for n, v in launch.adopted.items())}")
     without_embeddings = sketch.num_parameters(embeddings=False)
@@ -147,5 +158,19 @@ def print_plan(plan: Plan) -> None:
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
     memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
     say(f"memory         about {human(memory, 'B')} on each device")
+    for line in doubts(plan, memory):
+        say(f"warning        {line}")
     compiled = "compiled" if plan.compile else "not compiled"
     say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
+
+
+def doubts(plan: Plan, memory: int) -> Iterator[str]:
+    """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
+    room, steps = memory_of(plan.device), plan.config.training.max_iters
+    if room and memory > room:
+        flags = "a smaller --batch_size, with --gradient_accumulation_steps, or --activation_checkpointing"
+        yield f"the device has {human(room, 'B')} of memory: {flags} takes less"
+    epochs = steps * plan.tokens_per_step / len(plan.train_tokens) if plan.train_tokens else 0
+    if epochs > MANY_EPOCHS:
+        fewer = f"--max_iters={math.ceil(20 / epochs * steps)} makes about 20"
+        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {fewer}, or prepare more text"

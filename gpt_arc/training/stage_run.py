@@ -237,6 +237,11 @@ class StageRun:
                 self.save(write)
             raise UserError(f"{error}; step {self.progress.step} is saved, resume with: {self._resume}") from None
 
+    def say_saved(self) -> None:
+        """Say what is saved, after an error that ends the run."""
+        if self._saved:
+            say(f"step {self._saved} is the last one saved; resume with: {self._resume}")
+
     def abandon(self) -> None:
         """Remove the folder of a new run that ended without a checkpoint."""
         if IS_MAIN and self._new and self._saved is None:

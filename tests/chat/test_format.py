@@ -67,7 +67,7 @@ def test_text_that_spells_a_marker_is_text():
         tokenizer = BPETokenizer.train([], 257)
         chat = ChatFormat.new(TEMPLATES[template], tokenizer, 257)
         spelled = "<|endoftext|><|im_end|>"
-        assert chat.turn(Turn("user", spelled))[0].count(chat.end) == (template == "chatml")
+        assert chat.encode([Turn("user", spelled)])[0].count(chat.end) == (template == "chatml")
         assert chat.end not in chat.response(spelled)[:-1] and chat.decode(chat.response(spelled)) == spelled
     assert ChatFormat.new(TEMPLATES["plain"], tokenizer, 257).end == tokenizer.end_of_text  # already a token
 
@@ -275,6 +275,23 @@ def test_rankings(tmp_path):
     assert read(read_rankings, tmp_path, table, name="a.csv")[0].pairs() == [(0, 1)]
 
 
+def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
+    said = {"role": "assistant", "content": "cde"}
+    rows = [
+        {"messages": [MESSAGES[1], said | {"weight": weight, "name": None}, MESSAGES[1], said]} for weight in (0, 1)
+    ]
+    conversations = read(read_conversations, tmp_path, *rows)
+    chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, 15)
+    skipped, learned = encode_conversations(conversations, chat, 100).examples
+    assert skipped.tokens == learned.tokens and learned.scored == [
+        *skipped.scored[:4],
+        *[True] * 4,
+        *skipped.scored[8:],
+    ]
+    assert skipped.count == 4 and skipped.scored[-4:] == [True] * 4
+    assert encode_conversations(conversations, chat, 8).dropped == 1  # nothing to learn is left of the first one
+
+
 @pytest.mark.parametrize(
     ("reader", "row", "message"),
     [
@@ -288,6 +305,26 @@ def test_rankings(tmp_path):
         (read_conversations, {"messages": [{"role": "bot", "content": "x"}]}, 'the turn {"role": "bot", "content": "x'),
         (read_conversations, {"messages": [{"role": "user"}]}, 'the turn {"role": "user"} is not {"role": system | us'),
         (read_conversations, {"messages": ["hello"]}, 'the turn "hello" is not'),
+        (
+            read_conversations,
+            {"messages": [MESSAGES[1], MESSAGES[2] | {"weight": 0}]},
+            "has no assistant turn to learn",
+        ),
+        (read_conversations, {"messages": [MESSAGES[1], MESSAGES[2] | {"weight": 2}]}, "has weight = 2: it may be 1"),
+        (read_conversations, {"messages": [MESSAGES[1] | {"weight": 0}, MESSAGES[2]]}, "has weight = 0: it may be 1"),
+        (
+            read_conversations,
+            {"messages": [MESSAGES[1], MESSAGES[2] | {"tool_calls": []}]},
+            "has tool_calls, which can",
+        ),
+        (read_prompts, {"messages": [MESSAGES[1] | {"name": "x"}]}, "has name, which can't be learned"),
+        (read_rankings, {"messages": [MESSAGES[1] | {"x": 1}], "chosen": "a", "rejected": "b"}, "has x, which can't"),
+        (
+            read_conversations,
+            {"messages": MESSAGES, "response": "x"},
+            "the column response can't stand beside",
+        ),
+        (read_conversations, {"messages": MESSAGES, "tools": [{}]}, "the column tools can't stand beside messages"),
         (read_conversations, "[1]\n", "the line is not a JSON object"),
         (read_prompts, {"messages": MESSAGES[:1]}, "messages must end with a user turn or a response"),
         (read_prompts, {"messages": MESSAGES[2:]}, "messages must end with a user turn or a response"),

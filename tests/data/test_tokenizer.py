@@ -263,10 +263,13 @@ def test_lone_surrogates_become_the_replacement_character(bpe):
 
 @pytest.mark.parametrize("make", ["bpe", "characters", "library", "sentencepiece"])
 def test_every_tokenizer_encodes_arrays_and_survives_saving_and_pickling(make, bpe, sentencepiece_model, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+    library = LibraryTokenizer(bpe.files()["tokenizer.json"]).declare(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = {
         "bpe": bpe,
         "characters": CharTokenizer.from_text("The cat.\n"),
-        "library": LibraryTokenizer(bpe.files()["tokenizer.json"], b'{"eos_token": "<|endoftext|>"}'),
+        "library": library,
         "sentencepiece": SentencePieceTokenizer(sentencepiece_model),
     }[make]
     array = tokenizer.encode_array("The cat.")
@@ -363,6 +366,45 @@ def test_other_tokenizers_use_the_library(foreign, name, tmp_path):
     assert special not in spelled and tokenizer.decode([special, 9999]) == "<|im_end|>"
     tokenizer.save(tmp_path / ".")
     assert load_tokenizer(tmp_path) == tokenizer
+
+
+def test_text_that_a_vocabulary_lacks_is_named_and_never_dropped():
+    """Where the library's tokens don't spell the text, or it has none."""
+    suffixed = Reference(models.BPE({"a": 0, "b": 1, "ab": 2, "b</w>": 3}, [("a", "b")], end_of_word_suffix="</w>"))
+    spaced = Reference(models.BPE({"Ġ": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    lower = Reference(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    words = Reference(models.WordLevel({"a": 0, "b": 1, "ab": 2}))
+    unigram = Reference(models.Unigram([("a", -1.0), ("b", -1.0)]))
+    suffixed.pre_tokenizer = words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    spaced.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    lower.normalizer = normalizers.Lowercase()
+    known, without_spaces = {spaced: "ab ", lower: "abAB"}, {suffixed, words}
+    draw, outcomes = random.Random(0), set()
+    for _ in range(400):
+        text = "".join(draw.choice("aabBä x"[: draw.choice((3, 7))]) for _ in range(draw.randrange(1, 6)))
+        for library in (suffixed, spaced, lower, words, unigram):
+            try:
+                spelled = "".join(library.encode(text).tokens).replace("</w>", "").replace("Ġ", " ")
+                expected = text.replace(" ", "") if library in without_spaces else text
+                whole = spelled == (expected.lower() if library is lower else expected)
+            except Exception:  # the library's own type
+                whole = False
+            outcomes.add((library, whole))
+            tokenizer = LibraryTokenizer(library.to_str().encode())
+            if whole:
+                assert tokenizer.encode(text) == library.encode(text).ids
+                continue
+            with pytest.raises(UserError) as refused:
+                tokenizer.encode(text)
+            assert "of the text is not in the tokenizer's vocabulary, which has no token for unknown" in str(
+                refused.value
+            )
+            if library in known:
+                place = next(i for i, character in enumerate(text) if character not in known[library])
+                assert str(refused.value).startswith(f"{text[place]!r} (U+{ord(text[place]):04X}) at position {place} ")
+    assert len(outcomes) == 10
+    with pytest.raises(UserError, match=r"'a' \(U\+0061\) at position 1 "):  # there is no a</w>
+        LibraryTokenizer(suffixed.to_str().encode()).encode("ba")
 
 
 def test_truncation_padding_and_templates_of_a_file_are_ignored(foreign, tmp_path):

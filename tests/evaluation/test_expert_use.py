@@ -277,6 +277,7 @@ def test_the_command_line(run, workplace):
     shares = (uses[0].by_class[0] / uses[0].by_class[0].sum()).tolist()
     assert [float(x) for x in rows[0].split()[2:]] == pytest.approx([100 * x for x in shares], abs=0.051)
     content = json.loads((workplace / "use.json").read_text())
+    assert content["checkpoint"] == str(workplace / "mixture")
     assert [list(block["choices"].values()) for block in content["blocks"]] == [u.by_class.tolist() for u in uses]
     assert [block["cv"] for block in content["blocks"]] == [u.cv for u in uses]
     assert (workplace / "use.png").read_bytes().startswith(b"\x89PNG")

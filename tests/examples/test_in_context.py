@@ -196,7 +196,7 @@ def test_a_short_training_run_learns_in_context(tmp_path, monkeypatch, output_of
         (in_context_linear, "--examples=5", "must be more than dimensions = 5"),
         (in_context_linear, "--n_layer=0", "--n_layer = 0 must be at least 1"),
         (in_context_linear, "--functions=1", "--functions = 1 must be at least 2"),
-        (in_context_linear, "--noise=0", "--noise = 0.0 must be more than 0"),
+        (in_context_linear, "--noise=0", "--noise = 0 must be more than 0"),
         (in_context_linear, "--n_head=7", "does not divide n_embd"),
         (in_context_linear, "--max_iter=7", "did you mean --max_iters"),
         (in_context_data, "--most_equal=10", "--most_equal = 10 must be between 0 and 10, 10 excluded"),

@@ -76,7 +76,7 @@ def test_a_cleaned_corpus_has_no_overlap(folder):
         ("clean --output=a.jsonl --seed=2", "--seed has no effect on clean"),
         ("report --output=a.jsonl --words=8", "--words has no effect on report"),
         ("report --output=a.jsonl --methods", 'methods = [] must be a list of 1 or more of "gpt2", "gpt3", "gpt4"'),
-        ("neither --output=a.jsonl", "invalid choice 'neither'"),
+        ("neither --output=a.jsonl", '--task = neither must be one of "clean", "report"'),
     ],
 )
 def test_mistakes_are_refused_in_one_sentence(folder, output_of, args, sentence):

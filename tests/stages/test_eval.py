@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gpt_arc.data.declared import Declared
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.harness import HarnessModel
@@ -517,7 +518,7 @@ def test_each_checkpoint_is_measured(run):
         assert model["texts"]["text.txt"] == pytest.approx(figures_of(TEXT, table=table), rel=1e-5)
     assert [model["tasks"][0]["value"] for model in models] == pytest.approx([4 / 6, 3 / 6])
     assert load_file("out/run/best/model.safetensors").keys() and models[0]["weights"] != models[1]["weights"]
-    assert one_model(run("out/run", *flags))["model"] == "out/run/best"
+    assert one_model(run("out/run", *flags))["model"] == "out/run/step-00001000"  # which best names
 
 
 def test_checkpoints_are_plotted_against_updates(run, monkeypatch):
@@ -622,7 +623,7 @@ def test_an_error_of_the_hub_is_reported(run, monkeypatch):
         (("--tasks", "addition_2", "--training_text", "text.txt"), "which are generated: leave it out"),
         (("--tasks", "choice.toml", "--data=items.jsonl", "--training_text", "no.txt"), "no.txt can't be read"),
         (("--tasks", "sst2", "--data=none.jsonl"), "there is no file none.jsonl"),
-        (("--tasks", "sst2", "--shots=-1"), "number 1 of --shots: -1 must be at least 0"),
+        (("--tasks", "sst2", "--shots=-1"), "--shots = -1 must be at least 0"),
         (("--tasks", "sst2", "--limit=0"), "limit = 0 must be at least 1"),
         (("--tasks", "sst2", "--seed=-1"), "seed = -1 must be at least 0"),
         (("--perplexity", "text.txt", "--stride=0"), "stride = 0 must be at least 1"),
@@ -670,7 +671,7 @@ def test_an_option_that_adds_no_token_is_refused(reader):
     class Trimming:
         """A tokenizer that drops white space at the end."""
 
-        start_token = 0
+        start_token, declared = 0, Declared()
 
         def encode(self, text):
             return TOKENIZER.encode(text.rstrip())

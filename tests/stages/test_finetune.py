@@ -324,7 +324,7 @@ def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplac
         ((*TRAIN, "--lstm=True", "--lstm_iters=2"), "lstm_dataset and lstm_iters go together"),
         ((*TRAIN, "--lstm=True", "--lstm_iters=2", "--lstm_dataset=none"), "there is no prepared dataset of that name"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
-        ((*TRAIN, "--warmup=0"), "warmup = 0.0 must be between 0 and 1, 0 excluded"),
+        ((*TRAIN, "--warmup=0"), "warmup = 0 must be between 0 and 1, 0 excluded"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
         (("base", "--resume=True"), "base is not a run of finetune.py that could go on"),
         ((*TRAIN, "--epoch=2"), "there is no flag --epoch; did you mean --epochs?"),

@@ -257,7 +257,7 @@ def test_the_published_settings():
         ((*TRAIN, "--demonstrations=odd.jsonl"), "odd.jsonl, line 1: there is no column response"),
         ((*TRAIN, "--demonstrations=long.jsonl"), "no conversation of long.jsonl fits into the context of 16 tokens"),
         ((*TRAIN, "--epochs=0"), "epochs = 0 must be at least 1"),
-        ((*TRAIN, "--val_fraction=1"), "val_fraction = 1.0 must be between 0 and 1, 1 excluded"),
+        ((*TRAIN, "--val_fraction=1"), "val_fraction = 1 must be between 0 and 1, 1 excluded"),
         ((*TRAIN, "--out_dir=base"), "out_dir = base holds the model that model names"),
         (("base", "--resume=True"), "base is not a run of reward.py that could go on"),
     ],

@@ -105,12 +105,12 @@ def test_the_floor_reads_each_context_once_and_skips_last_tokens():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "model"),
+        ([], "MODEL is missing: A config file (.toml), whose architecture may be changed by flags"),
         (["tiny.toml", "--item=3"], "there is no flag --item; did you mean --items?"),
         (["tiny.toml", "--items=0"], "items = 0 must be at least 1"),
         (["tiny.toml", "--max_context=3"], "max_context = 3 is less than min_context = 4"),
         (["tiny.toml", "--max_option=9"], "max_context + max_option - 1 = 17 is more than the context"),
-        (["tiny.toml", "--batch_sizes", "0"], "number 1 of --batch_sizes: 0 must be at least 1"),
+        (["tiny.toml", "--batch_sizes", "0"], "--batch_sizes = 0 must be at least 1"),
         (["tiny.toml", "--batch_sizes"], "--batch_sizes = [] must be a list of 1 or more whole numbers"),
         (["tiny.toml", f"--seed={2**63}"], "must be at least 0 and less than 2^63"),
         (["tiny.toml", "--transformers=True", "--positions=sinusoidal"], "no supported architecture of transformers"),

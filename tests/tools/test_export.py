@@ -173,7 +173,7 @@ def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("template", ["markers", "plain"])
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, monkeypatch, output_of):
-    """transformers' tokenizer encodes a conversation as ours does, and its model stops at the same token."""
+    """transformers' tokenizer encodes a conversation as ours does, and its model stops at the same tokens."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat
@@ -191,5 +191,7 @@ def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, mo
     assert loaded.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == chat.prompt(turns)
     assert loaded.apply_chat_template(messages)["input_ids"] == chat.encode(turns)[0]
     generation = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").generation_config
-    assert generation.eos_token_id == loaded.eos_token_id == chat.end
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    assert ends[0] == loaded.eos_token_id == chat.end
+    assert set(ends) == load_tokenizer(tmp_path / "model").ends == {chat.end, tokenizer.end_of_text} - {None}
     assert load_chat(tmp_path / "exported", tokenizer) == chat

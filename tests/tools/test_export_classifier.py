@@ -143,7 +143,7 @@ def test_half_precision(tokenizer, exported):
     assert torch.equal(loaded.score.weight, classifier.head.weight.bfloat16())
 
 
-def as_qwen(tokenizer):
+def as_qwen(tokenizer, folder):
     """The tokenizer as in Qwen's files: another pre-tokenizer, and the name of a transformers class."""
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -154,7 +154,8 @@ def as_qwen(tokenizer):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     settings = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    return LibraryTokenizer(library.to_str().encode(), json.dumps(settings).encode())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return LibraryTokenizer(library.to_str().encode()).declare(folder)
 
 
 def as_gpt1(folder):
@@ -172,7 +173,7 @@ def test_auto_tokenizer_knows_the_special_tokens(kind, rows, tokenizer, exported
     if kind == "characters":
         tokenizer = CharTokenizer.from_text(TEXT)
     elif kind == "qwen":
-        tokenizer = as_qwen(tokenizer)
+        tokenizer = as_qwen(tokenizer, tmp_path)
     elif kind == "gpt1":
         tokenizer = as_gpt1(tmp_path)
     special = SpecialTokens.after(tokenizer.vocab_size + rows)

@@ -216,6 +216,8 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--overwrite=True"], "overwrite needs out_dir"),
         (["--max_iters=0"], "--max_iters = 0 must be at least 1"),
         (["stray"], "stray is not a config file"),
+        (["quickstrat"], "quickstrat is not a config file .*; did you mean quickstart"),
+        (["config/train_gpt2.py"], "write the lines of a nanoGPT config as TOML"),
     ],
 )
 def test_mistakes_in_flags(workplace, flags, sentence):

@@ -1,6 +1,7 @@
 """Output that can't be written doesn't end a run, and bad data end it only after it has saved."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 
 import train
 from gpt_arc import errors
+from gpt_arc.data.order import TrainingOrder
+from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.weights.directory import save_model
-from helpers import TINY_FLAGS
+from helpers import TINY_FLAGS, command
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -142,6 +145,7 @@ def test_a_run_saves_before_bad_data_end_it_and_resumes_as_if_they_had_been_good
     step = int(Path("halves/last").resolve().name.removeprefix("step-"))
     assert 4 <= step <= 6  # batches are read ahead
     tokens.write_bytes(content)
+    gc.collect()  # the failed run's lock
     assert "finished step 8" in stage_runner(train, "--resume=halves", "--device=cpu")
     first, second = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -158,3 +162,24 @@ def test_a_file_that_vanishes_ends_a_run_that_has_saved(workplace, stage_runner,
     stopped = stage_runner(train, "sums.toml", *TINY_FLAGS, "--eval_interval=100")
     assert stopped.code == 2 and "train.bin: No such file or directory" in stopped.message
     assert "is saved; resume with: " in stopped.output and Path("out/sums/last/model.safetensors").exists()
+
+
+def test_bad_data_of_one_of_two_processes_stop_both_after_they_have_saved(workplace):
+    """The token that only the second process reads is made invalid, and mended before the run goes on."""
+    flags = ["sums.toml", *TINY_FLAGS, "--eval_interval=100", "--dtype=float32"]
+    assert command("train.py", *flags, "--out_dir=whole", processes=2).returncode == 0
+    tokens = TokenFiles(Path("data/sums"), "train")
+    starts = TrainingOrder(len(tokens), 16, 1337).starts(0, 8 * 4)
+    bad = int(starts[4 * 4 + 2]) + 5  # in the fifth step, in the second half of its four windows
+    first = [step for step in range(8) if any(s <= bad <= s + 16 for s in starts[4 * step : 4 * step + 4])]
+    path = Path("data/sums/train.bin")
+    content = path.read_bytes()
+    path.write_bytes(content[: 1024 + 2 * bad] + b"\xff\xff" + content[1026 + 2 * bad :])
+    stopped = command("train.py", *flags, "--out_dir=halves", processes=2)
+    assert stopped.returncode and "data/sums has the token id 65535, beyond vocab_size" in stopped.stderr
+    assert f"stopped at step {first[0]}, saved; resume with: torchrun" in stopped.stdout
+    path.write_bytes(content)
+    resumed = command("train.py", "--resume=halves", processes=2)
+    assert "finished step 8" in resumed.stdout, resumed.stderr
+    first, second = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

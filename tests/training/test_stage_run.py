@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT, mistake
+from gpt_arc.training import command_line
 from gpt_arc.training import epochs as epochs_module
 from gpt_arc.training import stage_run as stage_run_module
 from gpt_arc.training.command_line import read_options, run_stage
@@ -21,6 +23,7 @@ from gpt_arc.training.options import StageOptions, record_options, recorded_opti
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.stage_run import StageRun
 from helpers import refusal
+from train import Run
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -288,3 +291,29 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/step-00000005"
     with pytest.raises(UserError, match="run was started on other data or another model"):
         resumed.open("others")
+
+
+def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
+
+    def train(options, run):
+        run.open("data")
+        run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
+        run.progress.step = 3
+        run.save(lambda directory: None)
+        monkeypatch.setattr(command_line, "WORLD_SIZE", 2)
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("sys.argv", ["sft.py", "base", "--device=cpu", "--out_dir=a run"])
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        run_stage(Options, None, "sft", train)
+    assert "step 3 is the last one saved; resume with: python sft.py '--resume=a run'\n" in capsys.readouterr().out
+
+
+def test_the_end_of_another_process_of_train_leaves_the_command_that_resumes(monkeypatch, capsys):
+    monkeypatch.setattr("train.WORLD_SIZE", 2)
+    run = SimpleNamespace(saved_step=3, resume="torchrun train.py --resume=run")
+    with pytest.raises(RuntimeError, match="closed by peer"), Run.keeping(run):
+        raise RuntimeError("Connection closed by peer")
+    assert capsys.readouterr().out == "step 3 is the last one saved; resume with: torchrun train.py --resume=run\n"

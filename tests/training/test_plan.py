@@ -1,0 +1,55 @@
+"""What a plan refuses, and what it doubts."""
+
+import re
+
+import pytest
+
+import train
+from gpt_arc.data.tokenizer import CharTokenizer
+from helpers import TEXT, TINY_FLAGS, write_dataset
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch, stage_runner):
+    """Prints the plan of a tiny run on some sums."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = CharTokenizer.from_text(TEXT)
+    write_dataset(
+        tmp_path / "data" / "sums", tokenizer, {"train": tokenizer.encode(TEXT), "val": tokenizer.encode(TEXT)}
+    )
+    (tmp_path / "sums.toml").write_text('dataset = "sums"\n')
+    return lambda *flags: stage_runner(train, "sums.toml", *TINY_FLAGS[:-1], "--dry_run", *flags)
+
+
+@pytest.mark.parametrize("steps", [8, 2000])
+def test_a_warmup_longer_than_the_run_is_refused_with_a_flag_that_mends_it(plan, steps, tmp_path):
+    (tmp_path / "slow.toml").write_text(f"warmup_iters = {steps}")
+    refused = plan("slow.toml")
+    assert refused.code == 2 and "so the learning rate never reaches its peak" in refused.message
+    mend = re.search(r"--warmup=\S+", refused.message)[0]
+    assert "device         cpu" in plan("slow.toml", mend)
+
+
+def test_the_warmup_of_a_preset_follows_a_shortened_run(plan, stage_runner):
+    for preset in ("gpt2", "modern", "moe", "gpt1", "quickstart", "tinyshakespeare"):
+        shown = stage_runner(train, preset, "--dataset=sums", "--max_iters=200", "--dry_run", "--device=cpu")
+        assert "steps          200" in shown
+
+
+def test_very_many_epochs_get_a_warning_whose_flag_leaves_twenty(plan):
+    assert "warning" not in plan("--max_iters=100")
+    shown = plan("--max_iters=1000000")
+    epochs, mend = re.search(r"warning +([\d,]+) passes over .*?(--max_iters=\d+)", shown).groups()
+    assert int(epochs.replace(",", "")) == round(1_000_000 * 4 * 16 / len(TEXT))
+    shown = plan(mend)
+    assert "warning" not in shown and re.search(r": 20(\.\d)? epochs of", shown)
+
+
+def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
+    monkeypatch.setattr("gpt_arc.training.plan.memory_of", lambda device: 4000)
+    assert re.search(r"memory .*\nwarning +the device has \S+ of memory: a smaller --batch_size", plan())
+
+
+def test_several_files_are_named_in_the_order_in_which_they_win(plan, tmp_path):
+    (tmp_path / "more.toml").write_text("n_layer = 3")
+    assert "settings       of sums.toml, then more.toml, which wins" in plan("more.toml")
