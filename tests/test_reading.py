@@ -1,5 +1,6 @@
 """Errors of reading name their cause: a file is missing, unreadable, too large or damaged, and each is said as such."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -13,10 +14,15 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.reading import read_bytes, read_json, read_toml, reading
+from gpt_arc.settings import build
+from gpt_arc.training.config import Config
 from gpt_arc.training.log import read_metrics
+from gpt_arc.training.options import record_options, recorded_options
+from gpt_arc.training.runs import read_record, write_record
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import TEXT, TINY_FLAGS
+from helpers import ROOT, TEXT, TINY_FLAGS
 from model import GPT, GPTConfig
+from stages import sft
 
 
 class PanicException(BaseException):
@@ -136,3 +142,55 @@ def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     with pytest.raises(UserError, match="model.safetensors can't be read: out of memory"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"batch_size": 2**40}, r"run.json: batch_size = \d+ must be between 1 and 2147483647"),
+        ({"batch_size": 2**20}, r"batch_size x block_size = 1073741824 is more than 16777216: lower batch_size"),
+        ({"gradient_accumulation_steps": 2**24}, "batch_size x gradient_accumulation_steps = .* is more than 1048576"),
+        ({"n_layer": 10**9}, "n_layer = 1000000000 must be between 1 and 1024"),
+        ({"out_dir": "elsewhere"}, "run.json is damaged: out_dir is never recorded"),
+        ({"overwrite": True}, "run.json is damaged: overwrite is never recorded"),
+    ],
+)
+def test_a_record_of_a_run_is_bounded(tmp_path, changes, sentence):
+    write_record(tmp_path, Config(), "tiny", changes)
+    with pytest.raises(UserError, match=sentence):
+        build(Config, read_record(tmp_path)[1])
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 2**40}, {"batch_size": 2**21}, {"epochs": 2**40}])
+def test_a_record_of_a_stage_is_bounded(tmp_path, changes):
+    record_options(tmp_path, "sft", sft.Options(model="base"))
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | {"options": record["options"] | changes}))
+    with pytest.raises(UserError, match=f"run.json: .*{next(iter(changes))}.* (must be between|is more than)"):
+        recorded_options(tmp_path, sft.Options, "sft")
+
+
+IMPORTS_BY_NAME = {
+    "gpt_arc/alignment/rewards.py",
+    "gpt_arc/extras.py",
+    "tools/bench.py",
+}  # a flag, or names in the code
+
+
+def test_nothing_that_is_read_is_executed():
+    sources = [
+        *ROOT.glob("*.py"),
+        *(path for name in ("gpt_arc", "stages", "tools") for path in (ROOT / name).rglob("*.py")),
+    ]
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
+            assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
+            if not isinstance(node, ast.Call):
+                continue
+            called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert not {"trust_remote_code", "allow_pickle"} & keywords.keys(), path
+            assert called not in ("eval", "exec"), path
+            assert called != "torch.load" or keywords.get("weights_only") == "True", path
+            if called == "importlib.import_module":
+                assert str(path.relative_to(ROOT)) in IMPORTS_BY_NAME, path
