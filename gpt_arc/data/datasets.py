@@ -14,10 +14,10 @@ from typing_extensions import TypedDict
 
 from gpt_arc.data.order import MixtureOrder, TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
-from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, resource, whole
-from gpt_arc.manifest import check_files
+from gpt_arc.manifest import MANIFEST, check_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Natural, Positive
 
@@ -68,6 +68,9 @@ class Corpus:
                 f"document_mask = true needs an end-of-text token between documents, and {self.directories[0]} has "
                 "no tokenizer with one: prepare the text with a BPE tokenizer, or remove document_mask"
             )
+        if not (self.directories[0] / MANIFEST).exists():  # an older version's: <|endoftext|>, if there was one
+            former = self.tokenizer.special_token(END_OF_TEXT)
+            return self.tokenizer.end_of_text if former is None else former
         return self.tokenizer.end_of_text
 
     def split(self, name: str, block_size: int, vocab_size: int, document_mask: bool) -> "Split":

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches, windows
-from gpt_arc.data.datasets import Source, Split, open_corpus
+from gpt_arc.data.datasets import Corpus, Source, Split, open_corpus
 from gpt_arc.data.order import TrainingOrder, _mix, evaluation_starts, permute
 from gpt_arc.data.token_files import TokenFiles
-from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.manifest import record_files
 from helpers import write_dataset, write_tokens
 
 
@@ -412,3 +413,13 @@ def test_what_one_call_of_the_system_can_not_read_is_read_in_several(tmp_path, m
     original = os.pread
     monkeypatch.setattr(os, "pread", lambda file, count, offset: original(file, min(count, 1000), offset))
     assert TokenFiles(tmp_path, "train").read(0, 5000).tolist() == list(range(5000))
+
+
+def test_documents_of_an_older_dataset_are_separated_as_they_were(tmp_path):
+    """Older versions took <|endoftext|> where a model declares another end; datasets without a manifest are theirs."""
+    tokenizer = BPETokenizer.train(["aa ab ba bb"], 258)
+    tokenizer.end_of_text = 7  # as a model's files may declare
+    corpus = Corpus(("a",), (tmp_path,), (1.0,), tokenizer)
+    assert corpus.separator() == tokenizer.special["<|endoftext|>"] != 7
+    record_files(tmp_path)
+    assert corpus.separator() == 7
