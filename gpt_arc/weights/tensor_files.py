@@ -39,7 +39,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
     tensors = {}
     for name, shape in shapes.items():
         # reopened each time: an open file keeps what was read in memory
-        with open_tensors(path, ADVICE) as file, reading(path, ADVICE):
+        with reading(path, ADVICE), safe_open(path, framework="pt") as file:
             header = file.get_slice(name)
             if tuple(header.get_shape()) != tuple(shape):
                 raise UserError(f"{path}: {name} has the shape {tuple(header.get_shape())}, not {tuple(shape)}")
