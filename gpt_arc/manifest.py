@@ -6,6 +6,7 @@ are read as they are.
 
 import contextlib
 import json
+import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -21,7 +22,6 @@ from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT
 
 MANIFEST = "manifest.json"
-BLOCK = 2**20  # bytes read at once
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -91,8 +91,7 @@ def _read(directory: Path) -> dict[str, RecordedFile]:
 
 
 def _checksum(path: Path) -> str:
-    checksum, block = xxhash.xxh3_64(), memoryview(bytearray(BLOCK))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            checksum.update(block[:size])
-    return checksum.hexdigest()
+    if not path.stat().st_size:  # can't be mapped
+        return xxhash.xxh3_64_hexdigest(b"")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return xxhash.xxh3_64_hexdigest(content)
