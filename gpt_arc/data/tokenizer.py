@@ -103,9 +103,9 @@ class Tokenizer(abc.ABC):
         """Contents of the files that `save` writes, by name; `load_tokenizer` rebuilds an equal tokenizer from them."""
         return self._vocabulary_files() | self.declared.files
 
-    @abc.abstractmethod
     def _vocabulary_files(self) -> dict[str, bytes]:
-        """Contents of the files that determine the ids of a text."""
+        """Contents of the files that determine the ids of a text; {} for a tokenizer that can't be saved."""
+        return {}
 
     @property
     def prefix(self) -> tuple[int, ...]:
