@@ -4,9 +4,10 @@
     python tools/export.py out/gpt2 exported --to hf --dtype bfloat16     in half the space
     python tools/export.py out/finetune exported --to hf                  a model from stages/finetune.py, with its head
     python tools/export.py out/ppo exported --to hf                       a chat model, with its template
+    python tools/export.py out/reward exported --to hf                    a reward model
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
-transformers.AutoModelForCausalLM.from_pretrained("exported"), a fine-tuned model with
+transformers.AutoModelForCausalLM.from_pretrained("exported"), a fine-tuned or reward model with
 AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A
 model that the other library can't compute is refused.
 """
@@ -15,10 +16,11 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -34,15 +36,25 @@ from gpt_arc.settings import STRICT, Positional
 if TYPE_CHECKING:
     import torch
 
+    from gpt_arc.chat.format import ChatFormat
+    from model import GPT
+
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors", FILE_NAME, SETTINGS_FILE, TEMPLATE_FILE}
 NAMES |= {SENTENCEPIECE_FILE, CHAT_FILE, MANIFEST}  # nor is a folder with any other file
+PAD = "<|pad|>"
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
     "classification": "[start] text [extract]",
     "entailment": "[start] premise [delimiter] hypothesis [extract]",
     "multiple_choice": "[start] context [delimiter] option [extract] of each option (mc_token_ids: where [extract] is)",
 }
+REWARD_USAGE = """
+    tokenizer = transformers.AutoTokenizer.from_pretrained("FOLDER")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("FOLDER")
+    batch = tokenizer.apply_chat_template(conversations, padding=True, return_dict=True, return_tensors="pt")
+    scores = model(**batch).logits[:, 0]
+"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -55,6 +67,8 @@ class Options:
     """hf: the format of Hugging Face's transformers."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
+    drop_bias: bool = False
+    """Leave out the bias of a reward model's head where transformers has none: moves all scores by a constant."""
     overwrite: bool = False
     """Replace the folder if it contains an older export."""
 
@@ -211,74 +225,153 @@ def check_range(tensors: dict[str, "torch.Tensor"], model: str, dtype: str) -> N
             raise UserError(f"{name} of {model} has values beyond the range of {dtype}: export in float32")
 
 
+@dataclasses.dataclass
+class Export:
+    """A model in transformers' format."""
+
+    config: dict[str, Any]  # config.json
+    tensors: dict[str, "torch.Tensor"]
+    files: dict[str, bytes]  # the others, except README.md
+    chat: "ChatFormat | None" = None
+    about: str = ""  # more of README.md
+    note: str = ""  # for the user
+
+    @property
+    def form(self) -> str:
+        """The class; for a language model the architecture."""
+        return self.config["model_type"] if GENERATION_FILE in self.files else self.config["architectures"][0]
+
+
+def basis(
+    model: "GPT", tokenizer: Tokenizer | None, chat_end: int | None, dtype: str
+) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]:
+    """Returns config.json, the tokenizer's files, and the generation settings that were declared with them."""
+    from gpt_arc.weights.huggingface import hf_config
+
+    config = hf_config(model.config, dtype)
+    files = {} if tokenizer is None else tokenizer_files(tokenizer, model.config.block_size)
+    declared = json.loads(files.pop(GENERATION_FILE, b"{}"))
+    if tokenizer is not None:
+        config |= special_ids(tokenizer, declared, chat_end)
+    return config, files, declared
+
+
+def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template: str, more: dict[str, Any]) -> None:
+    """Adds a chat format to an export: the tokens `added`, a template in Jinja and `more` settings."""
+    mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
+    export.chat = chat
+    export.files.pop(TEMPLATE_FILE, None)  # of the model that it was trained from
+    extended = with_special_tokens(export.files, added, {"chat_template": template, "eos_token": mark, **more})
+    if extended is None:
+        export.note = f"AutoTokenizer doesn't know the ids of the chat's marks: {added}"
+    export.files = extended or export.files
+
+
+def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
+    from gpt_arc.chat.format import load_chat
+    from gpt_arc.weights.directory import load_model, model_directory
+    from gpt_arc.weights.huggingface import hf_tensors
+
+    directory = model_directory(options.model)
+    model, tokenizer = load_model(directory)
+    chat = tokenizer and load_chat(directory, tokenizer)
+    config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
+    files[GENERATION_FILE] = as_json(generation_config(config, declared))
+    export = Export(config, dict(hf_tensors(model, dtype)), files)
+    if chat:
+        add_chat(export, chat, chat.added, chat.jinja, {})
+    elif tokenizer is None:
+        export.note = "it has no tokenizer, because the model has none"
+    return export
+
+
+def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
+    from gpt_arc.finetuning.classifier import load_classifier
+    from gpt_arc.weights.huggingface import hf_classifier_config, hf_classifier_tensors
+
+    model, tokenizer = load_classifier(options.model)
+    trained, special = model.config, model.config.special
+    if trained.lstm:
+        raise UserError("the model is an LSTM, and transformers has no architecture for it")
+    config, files, _ = basis(model.trunk, tokenizer, None, options.dtype)
+    # only an input's first token is [start]
+    config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
+    tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, trained.task, dtype))
+    extended = classifier_files(files, trained.task, special, trained.max_tokens)
+    about = usage(trained.task, special, trained.max_tokens, named=extended is not None)
+    note = f"AutoTokenizer doesn't know {describe_ids(special)}: put these ids around those of a text"
+    return Export(config, tensors, extended or files, None, about, "" if extended else note)
+
+
+def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
+    from torch.nn.init import zeros_
+
+    from gpt_arc.alignment.reward_model import fold_bias, load_reward_model
+    from gpt_arc.weights.edit import with_more_tokens
+    from gpt_arc.weights.huggingface import hf_classifier_config, hf_classifier_tensors
+
+    model, tokenizer, chat = load_reward_model(options.model)
+    known = (tokenizer.declared.pad, tokenizer.end_of_text)
+    pad, added = next((id for id in known if id not in (None, chat.end)), None), chat.added
+    if pad is None:  # the padding must differ from the token at the end, where the score is read
+        pad = model.trunk.config.vocab_size
+        model.trunk, added = with_more_tokens(model.trunk, 1), added | {PAD: pad}
+        zeros_(model.trunk.token_embedding.weight[pad])
+    config, files, _ = basis(model.trunk, tokenizer, chat.end, options.dtype)
+    config = hf_classifier_config(config, "reward", None, pad)
+    fold_bias(model)
+    bias = model.head.bias.item()
+    if bias and not options.drop_bias:
+        raise UserError(
+            f"the head of {options.model} has a bias of {bias:.4g}, which {config['architectures'][0]} has no place "
+            "for: --drop_bias leaves it out, which moves all scores by that constant"
+        )
+    tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, "reward", dtype))
+    about = f"\nIts output is the score of a conversation that ends with a response.\n{REWARD_USAGE}"
+    about += f"\nAdd {bias:.9g} for the scores that gpt-arc gives.\n" if bias else ""
+    export = Export(config, tensors, files, about=about)
+    name = PAD if PAD in added else tokenizer.decode([pad])
+    add_chat(export, chat, added, chat.scored_jinja, {"pad_token": name, "padding_side": "right"})
+    return export
+
+
+def write(export: Export, options: Options) -> None:
+    from safetensors.torch import save_file
+
+    from gpt_arc.weights.huggingface import WEIGHTS
+
+    readme = f"{MARK} from {options.model}, as {export.form} of transformers.\n{export.about}"
+    with new_directory(options.output.resolve()) as temporary:
+        with name_failed_writes(options.output), replacing(temporary / WEIGHTS) as path:
+            save_file(export.tensors, path, {"format": "pt"})
+        for name, content in {**export.files, "config.json": as_json(export.config), "README.md": readme}.items():
+            write_file(temporary / name, content)
+        if export.chat:
+            export.chat.save(temporary)
+        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check_output(options.output, options.overwrite)
 
     import torch  # slow: import once the settings are valid
-    from safetensors.torch import save_file
 
     from gpt_arc.alignment.reward_model import is_reward_model
-    from gpt_arc.chat.format import load_chat
-    from gpt_arc.finetuning.classifier import is_classifier, load_classifier
-    from gpt_arc.weights.directory import load_model, model_directory
-    from gpt_arc.weights.huggingface import WEIGHTS, hf_classifier_config, hf_classifier_tensors, hf_config, hf_tensors
+    from gpt_arc.finetuning.classifier import is_classifier
 
-    classifier = chat = None
     if is_classifier(options.model):
-        classifier, tokenizer = load_classifier(options.model)
-        model, trained = classifier.trunk, classifier.config
-        if trained.lstm:
-            raise UserError("the model is an LSTM, and transformers has no architecture for it")
-    elif is_reward_model(options.model):
-        raise UserError(f"{options.model} is a reward model, and transformers has no class for its head")
+        convert = from_classifier
     else:
-        directory = model_directory(options.model)
-        model, tokenizer = load_model(directory)
-        chat = tokenizer and load_chat(directory, tokenizer)
-    config, dtype = hf_config(model.config, options.dtype), getattr(torch, options.dtype)
-    files = {} if tokenizer is None else tokenizer_files(tokenizer, model.config.block_size)
-    declared = json.loads(files.pop(GENERATION_FILE, b"{}"))
-    if tokenizer is not None:
-        config |= special_ids(tokenizer, declared, chat.end if chat else None)
-    if classifier is None:
-        form, tensors = config["model_type"], dict(hf_tensors(model, dtype))
-        files[GENERATION_FILE] = as_json(generation_config(config, declared))
-    else:
-        special = trained.special
-        config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
-        tensors = dict(hf_classifier_tensors(model, classifier.head.weight, trained.task, dtype))
-        form = config["architectures"][0]
-    check_range(tensors, options.model, options.dtype)
-    files["config.json"] = as_json(config)
-    readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
-    if classifier is not None:
-        extended = classifier_files(files, trained.task, special, trained.max_tokens)
-        files = extended or files
-        readme += usage(trained.task, special, trained.max_tokens, named=extended is not None)
-    if chat:
-        mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
-        files.pop(TEMPLATE_FILE, None)  # of the model that it was trained from
-        extended = with_special_tokens(files, chat.added, {"chat_template": chat.jinja, "eos_token": mark})
-        files = extended or files
-    files["README.md"] = readme.encode()
-    with new_directory(options.output.resolve()) as temporary:
-        with name_failed_writes(options.output), replacing(temporary / WEIGHTS) as path:
-            save_file(tensors, path, {"format": "pt"})
-        for name, content in files.items():
-            write_file(temporary / name, content)
-        if chat:
-            chat.save(temporary)
-        record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{options.output}: {form}, {parameters:,} parameters in {options.dtype}")
-    if classifier is not None and not extended:
-        print(f"AutoTokenizer doesn't know {describe_ids(special)}: put these ids around those of a text")
-    if chat and not extended:
-        print(f"AutoTokenizer doesn't know the ids of the chat's marks: {chat.added}")
-    if tokenizer is None:
-        print("it has no tokenizer, because the model has none")
-    elif SENTENCEPIECE_FILE in files:
+        convert = from_reward_model if is_reward_model(options.model) else from_language_model
+    export = convert(options, getattr(torch, options.dtype))
+    check_range(export.tensors, options.model, options.dtype)
+    write(export, options)
+    parameters = sum(tensor.numel() for tensor in export.tensors.values())
+    print(f"{options.output}: {export.form}, {parameters:,} parameters in {options.dtype}")
+    if export.note:
+        print(export.note)
+    if SENTENCEPIECE_FILE in export.files:
         print(f"AutoTokenizer may read {SENTENCEPIECE_FILE} otherwise than SentencePiece: encode with that library")
 
 

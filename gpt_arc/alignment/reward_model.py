@@ -65,6 +65,17 @@ class RewardModel(nn.Module):
 
 
 @torch.no_grad()
+def fold_bias(model: RewardModel) -> None:
+    """Moves the head's bias into that of the last norm, if it has one. The scores stay the same."""
+    trunk, head = model.trunk, model.head
+    last = trunk.blocks[-1].mlp_norm if trunk.config.norm_position == "post" else trunk.final_norm
+    bias = getattr(last, "bias", None)
+    if bias is not None and head.bias.item():
+        bias += head.bias * head.weight[0] / head.weight.square().sum()
+        head.bias.zero_()
+
+
+@torch.no_grad()
 def score_sequences(
     model: RewardModel, sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device, dtype: str
 ) -> Tensor:

@@ -188,6 +188,15 @@ class ChatFormat:
         All texts are literals in expressions, from which Jinja strips no white space. {% generation %} encloses what is
         learned. A mark spelled in a content is text here, and the mark for transformers.
         """
+        return self._in_jinja("{after}")
+
+    @property
+    def scored_jinja(self) -> str:
+        """`jinja` for reward models: a response that comes last ends with the token at which it is scored."""
+        return self._in_jinja("{{% if not loop.last %}}{after}{{% endif %}}")
+
+    def _in_jinja(self, ending: str) -> str:
+        """Returns the template in Jinja; `ending` is formatted with the text after the mark that ends a response."""
 
         def literal(text: str) -> str:
             return f"{{{{ {text!r} }}}}" if text else ""
@@ -196,7 +205,8 @@ class ChatFormat:
         opening, closing = self.template.parts("assistant")
         mark = end_mark(self.template.assistant)
         response = "{% generation %}{{ message['content'] }}" + literal(mark) + "{% endgeneration %}"
-        texts["assistant"] = literal(opening) + response + literal(closing.removeprefix(mark))
+        after = literal(closing.removeprefix(mark))
+        texts["assistant"] = literal(opening) + response + (after and ending.format(after=after))
         start = literal(self.tokenizer.decode(self.prefix or [self.tokenizer.start_token]))
         if not self.prefix:
             start = "" if opening else f"{{% if messages and messages[0]['role'] == 'assistant' %}}{start}{{% endif %}}"

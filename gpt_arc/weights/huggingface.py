@@ -397,12 +397,13 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
 
 
 def hf_classifier_config(
-    content: dict[str, Any], task: str, classes: Sequence[str] | None, start: int, dropout: float
+    content: dict[str, Any], task: str, classes: Sequence[str] | None, pad: int, dropout: float = 0.0
 ) -> dict[str, Any]:
     """Returns `hf_config`'s `content` changed for the transformers class that computes a classifier's logits.
 
-    `classes` names the outputs; None: a single output, for a number or an option. `start` is the id of [start].
-    Raises UserError if transformers has no such class.
+    `task` may also be "reward". `classes` names the outputs; None: a single output, for a number, a score or an option.
+    `pad` is the id of the padding, which isn't any input's last token. Raises UserError if transformers has no such
+    class.
     """
     kind, by_option = content["model_type"], task == "multiple_choice"
     class_name = ARCHITECTURES[kind].multiple_choice if by_option else ARCHITECTURES[kind].classifier
@@ -416,13 +417,9 @@ def hf_classifier_config(
             f"task = multiple_choice can't be exported: transformers has no {kind} class with one logit per option"
         )
     labels = classes or ("LABEL_0",)  # transformers' name for a single output
-    content = content | {
-        "architectures": [class_name],
-        "id2label": dict(enumerate(labels)),
-    }  # sets num_labels
+    content = content | {"architectures": [class_name], "id2label": dict(enumerate(labels))}  # sets num_labels
     content["label2id"] = {label: number for number, label in enumerate(labels)}
-    # the class reads the rightmost token that isn't padding: [extract], as [start] only comes first
-    content["pad_token_id"] = start
+    content["pad_token_id"] = pad  # the class reads the rightmost token that isn't padding
     if by_option:
         content["summary_first_dropout"] = dropout
     else:
