@@ -9,8 +9,9 @@
     python stages/finetune.py out/finetune --classify "a film to remember"    the texts of one example
     python stages/finetune.py --resume=out/finetune                           continue a stopped run
 
-Examples are rows of .jsonl, .csv or .tsv files. A run writes out/finetune/ (or -2, -3 ...): run.json, metrics.jsonl,
-report.json, and the models after the last epoch and the best one by the val split, each a model directory with a head.
+Examples are rows of .jsonl, .json, .csv, .tsv or .parquet files. A run writes out/finetune/ (or -2, -3 ...): run.json,
+metrics.jsonl, report.json, and the models after the last epoch and the best one by the val split, each a model
+directory with a head.
 """
 
 if __name__ == "__main__":
