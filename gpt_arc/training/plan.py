@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pydantic.dataclasses
@@ -26,7 +25,7 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
-from gpt_arc.training.threads import resolve_threads, step_timer
+from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
 from model import GPT
 
@@ -122,8 +121,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     flops_left = flops * config.sequences_per_step * block_size * steps_left
     compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
-    timer = partial(step_timer, config, micro_batch, device, dtype)
-    torch.set_num_threads(resolve_threads(training.threads, threads, device, flops * micro_batch * block_size, timer))
+    torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
     return Plan(
         launch=launch,
         config=config,

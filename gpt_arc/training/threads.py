@@ -14,20 +14,21 @@ from gpt_arc.training.optim import Updater
 from model import GPT
 
 MEASURED_FOR = 0.15  # seconds, for each number of threads
-LARGE = 20e9  # FLOPs of a batch: from here on, threads spend little of their time waiting for one another
+MEASURED = 20e9  # FLOPs of a measured step; a larger batch is measured in part
+LARGE = 50e9  # FLOPs of one sequence: from here on, threads spend little of their time waiting for one another
 WORTHWHILE = 0.9  # of the time with half the threads; cores that become busy later cost far more than a tenth
 
 
 def resolve_threads(
-    setting: int | str, saved: int | None, device: torch.device, flops: float, timer: Callable[[], Callable]
+    config: Config, saved: int | None, sequences: int, flops: int, device: torch.device, dtype: str
 ) -> int:
     """Returns the number of threads for a run; auto doubles them for as long as that saves a tenth of a step's time.
 
-    `saved`: the number that a resumed run began with, since sums in another order would change its results. `flops`
-    counts a forward and backward pass, and `timer` returns a `step_timer`. OMP_NUM_THREADS, which torchrun sets too,
-    wins over auto.
+    `saved`: the number that a resumed run began with, since sums in another order would change its results.
+    OMP_NUM_THREADS, which torchrun sets too, wins over auto. `flops` counts a token's forward and backward pass.
     """
-    most = torch.get_num_threads()
+    setting, most = config.training.threads, torch.get_num_threads()
+    flops *= config.model.block_size
     if setting != "auto":
         return int(setting)
     if "OMP_NUM_THREADS" in os.environ:
@@ -36,8 +37,8 @@ def resolve_threads(
         return min(saved, os.cpu_count() or saved)
     if device.type != "cpu" or WORLD_SIZE > 1 or flops > LARGE or most == 1:
         return most
-    seconds_with, threads = timer(), 1
-    seconds = seconds_with(threads)
+    seconds_with = step_timer(config, max(1, min(sequences, int(MEASURED / flops))), device, dtype)
+    threads, seconds = 1, seconds_with(1)
     while threads < most:
         more = min(2 * threads, most)
         seconds, before = seconds_with(more), seconds

@@ -8,7 +8,7 @@ import torch
 import train
 from gpt_arc.training import threads
 from gpt_arc.training.checkpoints import load_state
-from gpt_arc.training.config import Config
+from gpt_arc.training.config import Config, TrainingConfig
 from helpers import TINY_FLAGS
 from model import GPTConfig
 
@@ -22,14 +22,21 @@ def four_threads(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
 
 
-def resolve(setting="auto", saved=None, device=CPU, flops=1e9, seconds=None):
+@pytest.fixture
+def resolve(monkeypatch):
     """Resolves the setting where a step takes as long as `seconds` says for each number of threads."""
 
-    def timer():
-        assert seconds, "nothing is to be measured"
-        return seconds.__getitem__
+    def call(setting="auto", saved=None, device=CPU, flops=1e6, seconds=None, batch=4):
+        def timer(config, sequences, *others):
+            assert seconds, "nothing is to be measured"
+            assert sequences == batch
+            return seconds.__getitem__
 
-    return threads.resolve_threads(setting, saved, device, flops, timer)
+        monkeypatch.setattr(threads, "step_timer", timer)
+        config = Config(training=TrainingConfig(threads=setting))  # with sequences of 1024 tokens
+        return threads.resolve_threads(config, saved, 4, flops, device, "float32")
+
+    return call
 
 
 @pytest.mark.parametrize(
@@ -41,19 +48,24 @@ def resolve(setting="auto", saved=None, device=CPU, flops=1e9, seconds=None):
         ({1: 1.0, 2: 0.6, 4: 0.4}, 4),
     ],
 )
-def test_threads_are_doubled_while_a_step_gets_a_tenth_faster(seconds, expected):
+def test_threads_are_doubled_while_a_step_gets_a_tenth_faster(resolve, seconds, expected):
     assert resolve(seconds=seconds) == expected
 
 
-def test_a_number_of_threads_that_no_doubling_reaches_is_tried_too(monkeypatch):
+def test_a_number_of_threads_that_no_doubling_reaches_is_tried_too(resolve, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert resolve(seconds={1: 1.0, 2: 0.6, 3: 0.4}) == 3
 
 
-def test_what_is_set_recorded_or_large_is_not_measured(monkeypatch):
+def test_a_large_batch_is_measured_in_part(resolve):
+    assert resolve(flops=8e6, seconds={1: 1.0, 2: 1.0}, batch=2) == 1
+    assert resolve(flops=4e7, seconds={1: 1.0, 2: 1.0}, batch=1) == 1
+
+
+def test_what_is_set_recorded_or_large_is_not_measured(resolve, monkeypatch):
     assert resolve(setting=3, saved=2) == 3
     assert resolve(saved=1) == 1
-    assert resolve(flops=1e12) == 4
+    assert resolve(flops=1e8) == 4
     assert resolve(device=torch.device("cuda")) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert resolve() == 4 and resolve(saved=1) == 4 and resolve(setting=2) == 2
