@@ -2,6 +2,7 @@
 
     python stages/dpo.py out/sft --train rankings.jsonl
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
+    python stages/dpo.py out/sft --train rankings.jsonl --preview 3         show rows as tokens, and which are scored
     python stages/dpo.py --resume=out/dpo                                   resume a run that was stopped
     torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
 
@@ -14,6 +15,7 @@ if __name__ == "__main__":
 
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from gpt_arc import distributed
 from gpt_arc.alignment.losses import agreement, dpo_loss, log_probabilities, response_states
 from gpt_arc.alignment.policy import fingerprint, load_policy
-from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
+from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
 from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
@@ -33,7 +35,7 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
@@ -41,7 +43,7 @@ from model import GPT
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
+class Options(ChatOptions):
     beta: Positive = 0.1
     """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
     gradient_accumulation_steps: Count = 8
@@ -96,9 +98,11 @@ def train(options: Options, run: StageRun) -> int:
     reference, tokenizer, chat = load_policy(options.model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
-    splits = options.splits(read_rankings)
+    read, context = partial(read_rankings, columns=options.columns), reference.config.block_size
+    if options.preview:
+        return preview_rankings(read(options.train)[: options.preview], chat, context)
+    splits = options.splits(read)
     say(f"parameters     {describe_parameters(reference)}")
-    context = reference.config.block_size
     encoded = {name: encode_split(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)

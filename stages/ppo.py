@@ -67,7 +67,9 @@ from model import GPT
 @dataclass(frozen=True, config=STRICT)
 class Options(StageOptions):
     prompts: Path | None = None
-    """Prompts (.jsonl, .csv, .tsv): rows with a prompt, or with messages."""
+    """Prompts (.jsonl, .json, .csv, .tsv, .parquet): rows as for stages/sft.py, whose last response isn't read."""
+    columns: tuple[str, ...] = ()
+    """Columns of prompts that have other names than ours: prompt=question."""
     reward: str | None = None
     """A reward model's directory, or a Python function of rows and responses, as module:function."""
     monitor: str | None = None
@@ -264,7 +266,7 @@ def load_setup(options: Options, run: StageRun) -> Setup:
     average = None
     if options.ema_decay is not None:
         average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
-    prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens)
+    prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens, options.columns)
     text = None
     if options.pretraining_dataset:
         text = PretrainingText(options, tokenizer, context, policy.config.vocab_size)

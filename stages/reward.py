@@ -2,12 +2,13 @@
 
     python stages/reward.py out/sft --train rankings.jsonl
     python stages/reward.py out/sft --train rankings.jsonl --val held_out.jsonl --demonstrations chats.jsonl
+    python stages/reward.py out/sft --train rankings.jsonl --preview 3      show rows as tokens, and which are scored
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
     python stages/reward.py --resume=out/reward                             continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
-see `gpt_arc/chat/format.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
+see `gpt_arc/chat/files.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
 and checkpoints.
 """
 
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.alignment.losses import agreement, ranking_loss
-from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of
+from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
 from gpt_arc.alignment.reward_model import (
     RewardModel,
     is_reward_model,
@@ -44,14 +46,14 @@ from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.edit import with_settings
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
+class Options(ChatOptions):
     demonstrations: Path | None = None
     """Conversations whose last responses should score 0 on average; sets the head's bias. None: the bias stays 0."""
     epochs: Count = 1
@@ -95,18 +97,21 @@ def train(options: Options, run: StageRun) -> int:
     model.head.bias.requires_grad_(False)  # the pairwise loss doesn't depend on it
     context = model.trunk.config.block_size
     model.trunk.activation_checkpointing = options.activation_checkpointing
+    read = partial(read_rankings, columns=options.columns)
+    if options.preview and (source := options.train or options.val):
+        return preview_rankings(read(source)[: options.preview], chat, context)
     if options.train is None:
         if options.val is None or not is_reward_model(run.origin):
             raise UserError(
                 "name the rankings to learn from by --train, or a reward model and its test rankings by --val"
             )
-        examples = encode_split("val", read_rankings(options.val), chat, context)
+        examples = encode_split("val", read(options.val), chat, context)
         with naming(options.model):
             show(measure(model.to(run.device), examples, options, run))
         return 0
 
     # ---- the rankings, and the plan in figures
-    splits = options.splits(read_rankings)
+    splits = options.splits(read)
     say(f"parameters     {describe_parameters(model)}")
     encoded = {name: encode_split(name, split, chat, context) for name, split in splits.items()}
     examples = encoded["train"]

@@ -2,15 +2,17 @@
 
     python stages/sft.py out/gpt2 --train chats.jsonl
     python stages/sft.py gpt2 --train chats.jsonl --val held_out.jsonl --template chatml --packing=False
+    python stages/sft.py gpt2 --train chats.parquet --columns prompt=question response=answer
+    python stages/sft.py gpt2 --train chats.jsonl --preview 3               show rows as tokens, and which are scored
     python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file; flags win
     python stages/sft.py --resume=out/sft                                   continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
-A row has a prompt and a response, or messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is
-not learned. Other keys are refused. `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates.
-A run writes
-out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
+A row has a prompt and a response; or instruction, input and output, as Alpaca; or conversations, as ShareGPT; or
+messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned. Other keys are refused.
+`gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates. A run writes out/sft/ (or out/sft-2,
+-3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
 """
 
 if __name__ == "__main__":
@@ -18,6 +20,7 @@ if __name__ == "__main__":
 
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +30,7 @@ from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
 from gpt_arc.chat.format import ChatFormat, load_chat, load_template
+from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
@@ -34,7 +38,7 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import load_text_model, model_directory, save_model
@@ -43,7 +47,7 @@ from model import GPT
 
 
 @dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
+class Options(ChatOptions):
     template: str = "markers"
     """Markers around turns: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
     for each role. A model that has a template keeps it."""
@@ -96,7 +100,10 @@ def train(options: Options, run: StageRun) -> int:
     model.activation_checkpointing = options.activation_checkpointing
 
     # ---- the conversations, and the plan in figures
-    splits = options.splits(read_conversations)
+    read = partial(read_conversations, columns=options.columns)
+    if options.preview:
+        return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
+    splits = options.splits(read)
     encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
     say(f"parameters     {describe_parameters(model)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gpt_arc.chat.files import Ranking
 from gpt_arc.chat.format import ChatFormat, Turn
+from gpt_arc.chat.preview import marked
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
@@ -66,6 +67,18 @@ def encode_split(split: str, rankings: Sequence[Ranking], chat: ChatFormat, cont
             f"no ranking of the {split} split fits into {context} tokens and prefers one response to another"
         )
     return examples
+
+
+def preview_rankings(rankings: Sequence[Ranking], chat: ChatFormat, context: int) -> int:
+    """Prints rankings as they are trained on, with the responses marked. Returns the exit code."""
+    for ranking in rankings:
+        encoded = encode_rankings([ranking], chat, context)
+        say(ranking.place + "; dropped: all ties, or too long" * encoded.dropped)
+        for example in encoded.examples:
+            for rank, response in zip(ranking.ranks, example.responses):
+                scored = [False] * len(example.prompt) + [True] * len(response)
+                say(f"{rank:g}: {marked(example.prompt + response, scored, chat)}")
+    return 0
 
 
 def fitting_prompt(chat: ChatFormat, turns: Sequence[Turn], room: int) -> list[int] | None:

@@ -33,10 +33,10 @@ class Prompt(NamedTuple):
     row: dict[str, Any]  # as read from the file
 
 
-def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int) -> list[Prompt]:
+def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int, columns: Sequence[str] = ()) -> list[Prompt]:
     """Reads prompts, dropping old turns until each fits into `room` tokens. Raises UserError if none fits."""
     prompts, dropped = [], 0
-    for conversation in read_prompts(path):
+    for conversation in read_prompts(path, columns):
         try:
             tokens = fitting_prompt(chat, conversation.turns, room)
         except UserError as error:

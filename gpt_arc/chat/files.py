@@ -1,25 +1,45 @@
-"""Reads files of conversations, prompts and rankings.
+"""Reads files of conversations, prompts and rankings: .jsonl, .json, .csv, .tsv and .parquet; not all have lists.
 
-Files are .jsonl, .csv or .tsv; lists are for .jsonl. A row of a conversation has `prompt`, optionally `system`, and
-`response`; or `messages`, a list of {"role": "system" | "user" | "assistant", "content": TEXT}. An assistant's message
-may have "weight": 0, which keeps it from being learned; a message with any other key is refused. A row of a ranking has
-a prompt, or messages that end with the user's turn, and either `chosen` and `rejected`, or `responses`, best first or
-with a list of `ranks`, where 1 is best and equal ranks are ties.
+The context of a response is given in one of four forms, and a conversation has the response too:
 
-Other columns don't matter, except to the reward functions of PPO, which get the whole row; but beside `messages` a
-column that would change the conversation (prompt, response, system, tools, functions) is refused.
+    prompt, response           {"prompt": TEXT, "response": TEXT}, optionally with "system"
+    Alpaca                     {"instruction": TEXT, "input": TEXT, "output": TEXT}, optionally with "system"; an input
+                               that isn't empty follows the instruction after an empty line
+    messages                   {"messages": [{"role": "system" | "user" | "assistant", "content": TEXT}, ...]}
+    ShareGPT                   {"conversations": [{"from": "system" | "human" | "gpt", "value": TEXT}, ...]}
+
+An assistant's message may have "weight": 0, which keeps it from being learned; a message with any other key is refused.
+
+A ranking is one of these forms, ending with the user's turn, and either `chosen` and `rejected`, or `responses`, best
+first or with a list of `ranks`, where 1 is best and equal ranks are ties. `chosen` and `rejected` are texts, messages,
+or lists of messages. Such lists may be whole conversations that differ in the last turn; then no other form is needed.
+
+A row that has two forms is refused, and so are prompt, response, system, tools and functions beside a list of messages.
+Other columns don't matter, except to the reward functions of PPO, which get the whole row. `columns`, "prompt=question"
+and the like, name columns that are called otherwise, and choose the form of a row that has two.
 """
 
-import json
 import math
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gpt_arc.chat.format import ROLES, Turn
-from gpt_arc.data.rows import parsed_rows, shown, text_of
+from gpt_arc.data.rows import missing_column, parsed_rows, shown, text_of
+from gpt_arc.errors import UserError
 
-CONTRADICTIONS = ("prompt", "response", "system", "tools", "functions")  # no columns beside messages
+T = TypeVar("T")
+FORMS = {  # column of each form that contains the user's turn -> the others
+    "messages": (),
+    "conversations": (),
+    "prompt": ("response",),
+    "instruction": ("input", "output"),
+}
+OPTIONAL = ("system", "input")
+NAMES = (*FORMS, "response", "output", *OPTIONAL, "chosen", "rejected", "responses", "ranks")
+CONTRADICTIONS = ("prompt", "response", "system", "tools", "functions")  # not allowed beside a list of messages
+ROLE_OF = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 class Conversation(NamedTuple):
@@ -46,90 +66,171 @@ class Ranking(NamedTuple):
         ]
 
 
-def read_conversations(path: Path) -> list[Conversation]:
+def read_conversations(path: Path, columns: Sequence[str] = ()) -> list[Conversation]:
     """Reads training conversations, each with a response. Raises UserError naming the first bad row."""
 
-    def parse(row: dict[str, Any], place: str) -> Conversation:
-        if "messages" in row:
-            turns = _messages(row)
-        else:
-            turns = (*_prompt(row), Turn("assistant", text_of(row, "response")))
+    def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Conversation:
+        turns = _context(row)
+        if _form(row) in ("prompt", "instruction"):
+            response = text_of(row, "output" if _form(row) == "instruction" else "response")
+            turns = (*turns, Turn("assistant", response))
         if all(turn.role != "assistant" or turn.weight == 0 for turn in turns):
             raise ValueError("messages has no assistant turn to learn from")
-        return Conversation(turns, place, row)
+        return Conversation(turns, place, original)
 
-    return parsed_rows(path, parse)
+    return _parsed(path, columns, parse)
 
 
-def read_prompts(path: Path) -> list[Conversation]:
+def read_prompts(path: Path, columns: Sequence[str] = ()) -> list[Conversation]:
     """Reads prompts: conversations without their last response. Raises UserError naming the first bad row."""
 
-    def parse(row: dict[str, Any], place: str) -> Conversation:
-        turns = _messages(row) if "messages" in row else _prompt(row)
+    def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Conversation:
+        turns = _context(row)
         turns = turns[:-1] if turns[-1].role == "assistant" else turns
         if not turns or turns[-1].role != "user":
             raise ValueError("messages must end with a user turn or a response to one")
-        return Conversation(turns, place, row)
+        return Conversation(turns, place, original)
 
-    return parsed_rows(path, parse)
+    return _parsed(path, columns, parse)
 
 
-def read_rankings(path: Path) -> list[Ranking]:
+def read_rankings(path: Path, columns: Sequence[str] = ()) -> list[Ranking]:
     """Reads rankings of two or more responses. Raises UserError naming the first bad row."""
 
-    def parse(row: dict[str, Any], place: str) -> Ranking:
-        turns = _messages(row) if "messages" in row else _prompt(row)
+    def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Ranking:
+        if row.get("responses") is None:
+            turns, responses = _pair(row)
+            ranks = [1, 2]
+        elif row.get("chosen") is not None:
+            raise ValueError("the column chosen can't stand beside responses")
+        else:
+            turns, responses, ranks = _context(row), *_responses(row)
         if turns[-1].role != "user":
             raise ValueError("messages must end with a user turn")
-        if "responses" not in row:
-            return Ranking(turns, (text_of(row, "chosen"), text_of(row, "rejected")), (1, 2), place)
-        responses = _list(row, "responses", str, "texts")
-        ranks = _list(row, "ranks", (int, float), "numbers") if "ranks" in row else list(range(1, len(responses) + 1))
-        if any(map(math.isnan, ranks)):
-            raise ValueError("ranks contains NaN")
-        if len(responses) < 2 or len(ranks) != len(responses):
-            raise ValueError(
-                f"{len(responses)} responses with {len(ranks)} ranks: a ranking needs two or more "
-                "responses, and a rank for each"
-            )
         return Ranking(turns, tuple(responses), tuple(ranks), place)
 
-    return parsed_rows(path, parse)
+    return _parsed(path, columns, parse)
 
 
-def _prompt(row: dict[str, Any]) -> tuple[Turn, ...]:
+def _parsed(path: Path, columns: Sequence[str], parse: Callable[[dict[str, Any], str, dict[str, Any]], T]) -> list[T]:
+    """Calls `parse` with each row under our names, its place, and the row as it is."""
+    names = _column_names(columns)
+    return parsed_rows(path, lambda row, place: parse(_renamed(row, names), place, row))
+
+
+def _column_names(columns: Sequence[str]) -> dict[str, str]:
+    """Returns the file's column by our name. Raises UserError."""
+    pairs = [column.partition("=") for column in columns]
+    for name, _, column in pairs:
+        if name not in NAMES or not column:
+            written = f"{name}={column}" if column else name
+            raise UserError(f"columns = {written} is not NAME=COLUMN; the names are {', '.join(NAMES)}")
+    return {name: column for name, _, column in pairs}
+
+
+def _renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Returns a row under our names. Forms that `names` doesn't choose are dropped if it chooses one."""
+    missing = next((c for name, c in names.items() if c not in row and name not in OPTIONAL), None)
+    if missing:
+        raise ValueError(missing_column(row, missing))
+    chosen = names.keys() & FORMS.keys()
+    dropped = {each for form in FORMS.keys() - chosen for each in (form, *FORMS[form])} if chosen else set()
+    dropped |= set(names.values())
+    kept = {name: value for name, value in row.items() if name not in dropped}
+    return kept | {name: row[column] for name, column in names.items() if column in row}
+
+
+def _form(row: dict[str, Any]) -> str:
+    """Returns the column that a row's form is named after. Raises ValueError if it has two forms."""
+    present = [form for form in FORMS if row.get(form) is not None]
+    if len(present) < 2:
+        return (present or [form for form in FORMS if form in row] or ["prompt"])[0]
+    if present[0] in ("messages", "conversations") and present[1] in CONTRADICTIONS:
+        raise ValueError(f"the column {present[1]} can't stand beside {present[0]}")
+    raise ValueError(
+        f"the columns {present[0]} and {present[1]} both hold a prompt: choose one, for instance with "
+        f"--columns {present[0]}={present[0]}"
+    )
+
+
+def _context(row: dict[str, Any]) -> tuple[Turn, ...]:
+    """Returns the turns of a row's form, without those in columns for responses."""
+    form = _form(row)
+    if form in ("messages", "conversations"):
+        return _messages(row, form)
     system = (Turn("system", text_of(row, "system")),) if row.get("system") else ()
-    return *system, Turn("user", text_of(row, "prompt"))
+    request = text_of(row, form)
+    if form == "instruction" and row.get("input"):
+        request += "\n\n" + text_of(row, "input")
+    return *system, Turn("user", request)
 
 
-def _messages(row: dict[str, Any]) -> tuple[Turn, ...]:
+def _messages(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
     contradiction = next((name for name in CONTRADICTIONS if row.get(name)), None)
     if contradiction:
-        raise ValueError(f"the column {contradiction} can't stand beside messages")
-    messages = row["messages"]
+        raise ValueError(f"the column {contradiction} can't stand beside {column}")
+    messages = row[column]
     if not isinstance(messages, list) or not messages:
-        raise ValueError("messages is not a list of turns")
+        raise ValueError(f"{column} is not a list of turns")
     return tuple(map(_turn, messages))
 
 
+def _pair(row: dict[str, Any]) -> tuple[tuple[Turn, ...], tuple[str, str]]:
+    """Returns the context and the texts of `chosen` and `rejected`."""
+    chosen, rejected = (_answer(row, column) for column in ("chosen", "rejected"))
+    before = chosen[:-1]
+    if before != rejected[:-1]:
+        raise ValueError("chosen and rejected differ before their last turns")
+    if before and row.get("prompt") is not None and text_of(row, "prompt") != before[-1].content:
+        raise ValueError("prompt is not the last user turn of chosen")
+    return before or _context(row), (chosen[-1].content, rejected[-1].content)
+
+
+def _answer(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
+    """Returns the turns in a column: a text or turn of the assistant, or a list of turns that ends with one."""
+    value = row.get(column)
+    if not isinstance(value, list | dict):
+        return (Turn("assistant", text_of(row, column)),)
+    turns = tuple(map(_turn, value if isinstance(value, list) else [value]))
+    if not turns or turns[-1].role != "assistant":
+        raise ValueError(f"{column} must be a text, or end with an assistant turn")
+    return turns
+
+
+def _responses(row: dict[str, Any]) -> tuple[list[str], Sequence[float]]:
+    responses = _list(row, "responses", str, "texts")
+    ranks = _list(row, "ranks", (int, float), "numbers") if "ranks" in row else range(1, len(responses) + 1)
+    if any(map(math.isnan, ranks)):
+        raise ValueError("ranks contains NaN")
+    if len(responses) < 2 or len(ranks) != len(responses):
+        raise ValueError(
+            f"{len(responses)} responses with {len(ranks)} ranks: a ranking needs two or more "
+            "responses, and a rank for each"
+        )
+    return responses, ranks
+
+
 def _turn(message: Any) -> Turn:
-    valid = isinstance(message, dict) and isinstance(message.get("content"), str) and message.get("role") in ROLES
-    if not valid:
+    present = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    if "from" in present and "role" not in present and "content" not in present:  # as in ShareGPT
+        role = present.pop("from")
+        present["role"] = ROLE_OF.get(role, role) if isinstance(role, str) else role
+        present["content"] = present.pop("value", None)
+    if not isinstance(present.get("content"), str) or present.get("role") not in ROLES:
         raise ValueError(f'the turn {shown(message)} is not {{"role": {" | ".join(ROLES)}, "content": TEXT}}')
-    message = {key: value for key, value in message.items() if value is not None}
-    unknown = message.keys() - {"role", "content", "weight"}
+    unknown = present.keys() - {"role", "content", "weight"}
     if unknown:
         raise ValueError(f"the turn {shown(message)} has {min(unknown)}, which can't be learned: remove it or the row")
-    weight = message.get("weight", 1)
-    if weight not in ((0, 1) if message["role"] == "assistant" else (1,)):
+    weight = present.get("weight", 1)
+    if weight not in ((0, 1) if present["role"] == "assistant" else (1,)):
         raise ValueError(
             f"the turn {shown(message)} has weight = {shown(weight)}: it may be 1, or 0 for an assistant's"
         )
-    return Turn(message["role"], message["content"], int(weight))
+    return Turn(present["role"], present["content"], int(weight))
 
 
 def _list(row: dict[str, Any], column: str, kind: type | tuple, noun: str) -> list:
     value = row[column]
     if not isinstance(value, list) or not all(isinstance(x, kind) and not isinstance(x, bool) for x in value):
-        raise ValueError(f"{column} = {json.dumps(value)[:60]} is not a list of {noun}")
+        raise ValueError(f"{column} = {shown(value)} is not a list of {noun}")
     return value

@@ -1,4 +1,7 @@
-"""Rows of .jsonl, .csv and .tsv files, parsed by the caller. Errors name the file and line of a bad row."""
+"""Rows of .jsonl, .json, .csv, .tsv and .parquet files, parsed by the caller. Errors name the file and the bad row.
+
+A .json file holds a list of objects, or lines as in a .jsonl.
+"""
 
 import csv
 import itertools
@@ -9,9 +12,11 @@ from typing import Any, TypeVar
 
 from gpt_arc.data.documents import read_text
 from gpt_arc.data.json_lines import parse_as
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.extras import import_extra
 
-FORMATS = (".jsonl", ".csv", ".tsv")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+PARQUET_ROWS = 128  # held at a time
 T = TypeVar("T")
 
 
@@ -42,11 +47,20 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Yields the place and content of each row; the content of a JSON line that isn't an object is None."""
     kind = path.suffix.lower()
     if kind not in FORMATS:
-        raise UserError(f"{path}: labelled examples are read from {', '.join(FORMATS)} files")
+        raise UserError(f"{path}: examples are read from {', '.join(FORMATS)} files")
+    if kind == ".parquet":
+        yield from _parquet_rows(path)
+        return
     csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
-            if kind == ".jsonl":
+            if kind in (".jsonl", ".json"):
+                items = parse_as(list, file.read()) if kind == ".json" else None
+                for number, item in enumerate(items or (), start=1):
+                    yield f"{path}, item {number}", item if isinstance(item, dict) else None
+                if items is not None:
+                    return
+                file.seek(0)
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         yield f"{path}, line {number}", parse_as(dict, line)
@@ -73,6 +87,19 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    parquet, arrow = import_extra("pyarrow.parquet"), import_extra("pyarrow")
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(PARQUET_ROWS, use_threads=False) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path}, row {number}", row
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read as parquet: {first_line(error)}") from None
+
+
 def text_of(row: dict[str, Any], column: str) -> str:
     """The text in a column; a number is converted. Raises ValueError saying what the column holds instead."""
     value = row.get(column)
@@ -92,4 +119,4 @@ def missing_column(row: dict[str, Any], column: str) -> str:
 
 def shown(value: Any) -> str:
     """The beginning of a value as JSON, for messages."""
-    return json.dumps(value)[:60]
+    return json.dumps(value, default=str)[:60]  # a .parquet has dates and bytes

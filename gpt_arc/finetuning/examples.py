@@ -68,7 +68,7 @@ class SpecialTokens(NamedTuple):
 
 
 def read_examples(path: Path, task: TaskKind, columns: Columns, labelled: bool = True) -> list[Example]:
-    """Reads the examples of a .jsonl, .csv or .tsv file; the first line of a .csv or .tsv names its columns.
+    """Reads the examples of a file, see `data.rows`; the first line of a .csv or .tsv names its columns.
 
     Without `labelled`, labels are ignored and None. Raises UserError naming file and line of the first bad row, and the
     number of further ones.

@@ -16,6 +16,7 @@ from gpt_arc.reading import read_json
 from gpt_arc.settings import (
     STRICT,
     Count,
+    Natural,
     NonNegative,
     Positional,
     Positive,
@@ -126,7 +127,7 @@ class ExampleOptions(StageOptions):
     """The further settings of stages that go through a file of examples, epoch after epoch."""
 
     train: Path | None = None
-    """Examples to learn from (.jsonl, .csv, .tsv)."""
+    """Examples to learn from (.jsonl, .json, .csv, .tsv, .parquet)."""
     val: Path | None = None
     """Examples to measure on; the epoch of the lowest loss is the best. None: val_fraction of the training ones."""
     val_fraction: Share = 0.05
@@ -140,6 +141,16 @@ class ExampleOptions(StageOptions):
         if self.val:
             return {"train": examples, "val": read(self.val)}
         return held_out(examples, self.val_fraction, self.seed)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ChatOptions(ExampleOptions):
+    """The further settings of stages that learn from conversations or rankings."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of train and val that have other names than ours: prompt=question response=answer."""
+    preview: Natural = 0
+    """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:

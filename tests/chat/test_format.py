@@ -358,8 +358,142 @@ def test_missing_empty_and_unsupported_files_are_refused(tmp_path):
         read(read_conversations, tmp_path)
     with pytest.raises(UserError, match="there is no file"):
         read_conversations(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match=r"are read from .jsonl, .csv, .tsv files"):
-        read_conversations(tmp_path / "a.json")
+    with pytest.raises(UserError, match=r"are read from .jsonl, .json, .csv, .tsv, .parquet files"):
+        read_conversations(tmp_path / "a.txt")
+
+
+# ---- files as people have them
+
+ALPACA = {"instruction": "ab", "input": "", "output": "cde", "system": "f"}
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "f"},
+        {"from": "human", "value": "ab"},
+        {"from": "gpt", "value": "cde"},
+    ]
+}
+
+
+@pytest.mark.parametrize("row", [ALPACA, SHAREGPT, {"messages": SHAREGPT["conversations"], "prompt": None}])
+def test_alpaca_and_sharegpt_rows_are_the_same_conversation(tmp_path, row):
+    (conversation,) = read(read_conversations, tmp_path, row)
+    assert conversation.turns == (SYSTEM, ASK, SAY) and conversation.row == row
+    assert read(read_prompts, tmp_path, row)[0].turns == (SYSTEM, ASK)
+    turns = row.get("conversations") or row.get("messages")
+    context = {"messages": turns[:-1]} if turns else row
+    assert read(read_rankings, tmp_path, context | {"chosen": "c", "rejected": "d"})[0].turns == (SYSTEM, ASK)
+
+
+def test_alpaca_s_input_follows_the_instruction(tmp_path):
+    (conversation,) = read(read_conversations, tmp_path, ALPACA | {"input": "f"})
+    assert conversation.turns[1] == Turn("user", "ab\n\nf")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.parquet"])
+def test_rows_of_json_and_parquet_files(tmp_path, name):
+    rows = [{"messages": MESSAGES}, SHAREGPT, ALPACA]
+    if name == "rows.json":
+        (tmp_path / name).write_text(json.dumps(rows, indent=1))
+        assert [c.place for c in read_conversations(tmp_path / name)] == [
+            f"{tmp_path}/{name}, item {i}" for i in (1, 2, 3)
+        ]
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        rows = [dict.fromkeys(rows[0] | rows[1] | rows[2]) | row for row in rows]
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), tmp_path / name)
+    conversations = read_conversations(tmp_path / name)
+    assert [conversation.turns for conversation in conversations] == [(SYSTEM, ASK, SAY)] * 3
+    assert conversations[2].place.endswith("3")
+    with pytest.raises(UserError, match=f"{name}, (line|row) 1: there is no column chosen"):
+        read_rankings(tmp_path / name)
+
+
+def test_a_damaged_parquet_file_and_a_value_without_a_json_form_are_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": b"a", "response": "b"}]), path)
+    with pytest.raises(UserError, match="a.parquet, row 1: prompt = .* is not a text"):
+        read_conversations(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="a.parquet can't be read as parquet: "):
+        read_conversations(path)
+    with pytest.raises(UserError, match="there is no file .*b.parquet"):
+        read_conversations(tmp_path / "b.parquet")
+
+
+def test_rankings_of_whole_conversations(tmp_path):
+    """As in UltraFeedback; and with the last turns alone, as in ShareGPT's preferences."""
+    whole = {name: [*MESSAGES[:2], {"role": "assistant", "content": name[0]}] for name in ("chosen", "rejected")}
+    turns = {name: {"from": "gpt", "value": name[0]} for name in ("chosen", "rejected")}
+    rows = [whole, whole | {"prompt": "ab"}, QUESTION | turns, QUESTION | {n: [turn] for n, turn in turns.items()}]
+    for ranking in read(read_rankings, tmp_path, *rows):
+        assert ranking.turns == (SYSTEM, ASK) and ranking.responses == ("c", "r")
+
+
+@pytest.mark.parametrize(
+    ("reader", "row", "message"),
+    [
+        (read_conversations, ALPACA | {"prompt": "x"}, "columns prompt and instruction both hold a prompt: choose one"),
+        (read_conversations, SHAREGPT | {"messages": MESSAGES}, "columns messages and conversations both hold"),
+        (read_conversations, SHAREGPT | {"system": "x"}, "the column system can't stand beside conversations"),
+        (read_conversations, {"conversations": [{"from": "tool", "value": "x"}]}, 'the turn {"from": "tool", "value"'),
+        (read_conversations, {"conversations": [{"from": "human"}]}, 'the turn {"from": "human"} is not'),
+        (read_conversations, {"conversations": [{"from": ["gpt"], "value": "x"}]}, 'the turn {"from": ["gpt"]'),
+        (
+            read_conversations,
+            {"conversations": [{"from": "gpt", "content": "x"}]},
+            'the turn {"from": "gpt", "content"',
+        ),
+        (
+            read_conversations,
+            {"instruction": "a", "response": "b"},
+            "there is no column output; the columns are: instr",
+        ),
+        (
+            read_rankings,
+            {"chosen": [*MESSAGES], "rejected": MESSAGES[1:]},
+            "chosen and rejected differ before their last turns",
+        ),
+        (read_rankings, {"chosen": MESSAGES, "rejected": MESSAGES, "prompt": "x"}, "prompt is not the last user turn"),
+        (read_rankings, {"prompt": "x", "chosen": MESSAGES[1], "rejected": "b"}, "chosen must be a text, or end with"),
+        (read_rankings, {"prompt": "x", "chosen": [], "rejected": "b"}, "chosen must be a text, or end with"),
+        (
+            read_rankings,
+            {"prompt": "a", "chosen": "c", "rejected": "d", "responses": ["c", "d"]},
+            "the column chosen can't stand beside responses",
+        ),
+    ],
+)
+def test_an_ambiguous_row_is_named(tmp_path, reader, row, message):
+    with pytest.raises(UserError) as refused:
+        read(reader, tmp_path, row)
+    assert str(refused.value).startswith(f"{tmp_path}/rows.jsonl, line 1: ") and message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "row", "content"),
+    [
+        (["prompt=question", "response=answer"], {"question": "q", "answer": "a"}, ("q", "a")),
+        (["prompt=response", "response=prompt"], {"prompt": "a", "response": "q"}, ("q", "a")),
+        (["output=response", "input=context"], {"instruction": "q", "response": "a", "context": "c"}, ("q\n\nc", "a")),
+        (["input=context"], {"instruction": "q", "output": "a"}, ("q", "a")),  # the input may be missing
+        (["prompt=prompt"], {"prompt": "q", "response": "a", "instruction": "x", "output": "y"}, ("q", "a")),
+        (["instruction=instruction"], {"prompt": "x", "instruction": "q", "output": "a"}, ("q", "a")),
+        (["messages=turns"], {"turns": MESSAGES[1:], "prompt": "x", "response": "y"}, ("ab", "cde")),
+    ],
+)
+def test_columns_are_mapped_and_choose_the_form(tmp_path, columns, row, content):
+    (conversation,) = read(lambda path: read_conversations(path, columns), tmp_path, row)
+    assert tuple(turn.content for turn in conversation.turns) == content and conversation.row == row
+
+
+def test_a_wrong_mapping_is_refused(tmp_path):
+    with pytest.raises(UserError, match="line 1: there is no column qestion; the columns are: question"):
+        read(lambda path: read_conversations(path, ["prompt=qestion"]), tmp_path, {"question": "a"})
+    for wrong in ("prompt", "prompt=", "question=prompt"):
+        with pytest.raises(UserError, match=f"columns = {wrong.strip('=')} is not NAME=COLUMN; the names are messages"):
+            read_conversations(tmp_path / "rows.jsonl", [wrong])
 
 
 # ---- batches

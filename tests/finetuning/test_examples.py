@@ -259,7 +259,7 @@ BAD_ROWS = [
     ("rows.csv", "", "rows.csv holds no examples"),
     ("rows.tsv", "", "rows.tsv holds no examples"),
     ("rows.jsonl", "\n\n", "rows.jsonl holds no examples"),
-    ("rows.txt", "a", "rows.txt: labelled examples are read from .jsonl, .csv, .tsv files"),
+    ("rows.txt", "a", "rows.txt: examples are read from .jsonl, .json, .csv, .tsv, .parquet files"),
 ]
 
 

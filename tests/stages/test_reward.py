@@ -19,7 +19,7 @@ from helpers import command, interrupt_at, kill_at, randomised, write
 from model import GPT
 from policy_tree import save_chat_model
 from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, lines_of, rankings, tiny_config, utility
-from stages import reward
+from stages import dpo, reward
 
 TRAIN = ("base", "--train=train.jsonl", *QUICK)
 
@@ -97,6 +97,14 @@ def test_an_update_is_the_gradient_of_the_mean_over_pairs_then_prompts(run, monk
     report = json.loads(Path("out/reward/report.json").read_text())
     assert report["loss"] == pytest.approx(sum(losses).item() / 6, rel=1e-5) == line["val_loss"]
     assert report["pairs"] == len(gaps) and report["accuracy"] == pytest.approx(sum(g > 0 for g in gaps) / len(gaps))
+
+
+@pytest.mark.parametrize("stage", [reward, dpo])
+def test_the_preview_shows_each_response(workplace, stage_runner, stage):
+    write("train.jsonl", [{"prompt": "h", "responses": ["a", "b"], "ranks": [2, 1]}])
+    (first, *rest) = stage_runner(stage, "base", "--train=train.jsonl", "--preview=2").splitlines()
+    assert first == "train.jsonl, line 1" and not Path("out").exists()
+    assert rest == ["2: <|user|>·h·<|assistant|>·[a·<|end|>]", "1: <|user|>·h·<|assistant|>·[b·<|end|>]"]
 
 
 def test_the_report_is_that_of_the_checkpoint_it_names(run):

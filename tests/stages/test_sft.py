@@ -94,6 +94,21 @@ def test_a_model_learns_to_answer_and_to_end(run):
     assert all(line["tokens"] == 24 for line in lines)
 
 
+def test_the_preview_marks_what_is_scored(run, monkeypatch):
+    write("train.jsonl", [{"q": "ab", "r": "cc"}, {"q": "a" * 30, "r": "b"}, {"q": "c", "r": ""}, {"q": "d", "r": "e"}])
+    flags = ("base", "--train=train.jsonl", "--preview=3", "--columns", "prompt=q", "response=r")
+    expected = [
+        "train.jsonl, line 1",
+        "<|user|>·a·b·<|assistant|>·[c·c·<|end|>]",
+        "train.jsonl, line 2; dropped: too long",
+        "train.jsonl, line 3",
+        "<|user|>·c·<|assistant|>·[<|end|>]",
+    ]
+    assert run(*flags).splitlines() == expected and not Path("out").exists()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert run(*flags).splitlines()[1] == "<|user|>·a·b·<|assistant|>·\033[32mc·c·<|end|>\033[0m"
+
+
 # ---- the loss
 
 
