@@ -11,6 +11,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import resource
 
 COMMANDS = {
+    "new": ("new.py", "train on your own text, chosen settings included: gpt-arc new book.txt"),
     "train": ("train.py", "train a GPT: gpt-arc train configs/quickstart.toml"),
     "sample": ("sample.py", "continue a prompt with a trained model"),
     "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
