@@ -144,7 +144,12 @@ class Run:
             "progress": dataclasses.asdict(progress),
             **self.updater.state_dict(),
             "generators": distributed.gather(rng_state(plan.device)),
-            "runtime": {"device": plan.device.type, "dtype": plan.dtype, "compile": self.compiled},
+            "runtime": {
+                "device": plan.device.type,
+                "dtype": plan.dtype,
+                "compile": self.compiled,
+                "threads": torch.get_num_threads(),
+            },
             "data": plan.corpus.fingerprint,
         }
         whole = self.sharing.whole(self.model)

@@ -185,7 +185,7 @@ class Options(ExampleOptions):
 
 
 @dataclass(config=CHECKED)
-class Progress(StageProgress):
+class FinetuneProgress(StageProgress):
     """How far a run has come. `best` is the best epoch's metric and then its negative loss."""
 
     best: list[float] | None = None
@@ -499,7 +499,7 @@ def main() -> int:
         raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
     if options.resume or options.train is not None:
         import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
-        return start_stage(options, "finetune", train, Progress)
+        return start_stage(options, "finetune", train, FinetuneProgress)
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")

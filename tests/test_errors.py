@@ -100,7 +100,13 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
     (tmp_path / "torch.py").write_text("import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
     script = [sys.executable, str(ROOT / "stages" / "sft.py"), "--help"]
-    process = subprocess.Popen(script, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        script,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while not (tmp_path / "importing").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -313,7 +313,7 @@ def test_ten_training_steps_equal_transformers_gpt2():
         ({"positions": "sinusoidal", "n_embd": 9, "n_head": 3}, "n_embd = 9 must be even"),
         ({"dropout": 1.0}, "dropout = 1.0 must be between 0 and 1, 1 excluded"),
         ({"attention_dropout": -0.1}, "attention_dropout = -0.1"),
-        ({"n_layer": 0}, "n_layer = 0 must be at least 1"),
+        ({"n_layer": 0}, "n_layer = 0 must be between 1 and 1024"),
         ({"mlp_size": 0}, "mlp_size = 0"),
         ({"attention_band": 0}, "attention_band = 0"),
         ({"ngrams": TINY.block_size + 1}, "are longer than the context, block_size = "),

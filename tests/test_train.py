@@ -104,7 +104,7 @@ def test_resuming_needs_no_repeated_flags_or_config(workplace, run):
 
 
 def test_a_run_remembers_its_flags_however_it_is_resumed(workplace, run):
-    run("--max_iters=2", "--tokens_per_step=128", "--seed=7")
+    run("--max_iters=2", "--tokens_per_step=128", "--seed=7", "--warmup_iters=0")
     run("--init_from=resume", "--out_dir=out/sums", "--max_iters=3", tiny=False)  # by its own config.toml
     assert "from step 3" in run("--init_from=resume", "--max_iters=4", "--tokens_per_step=192", tiny=False)
     overrides = json.loads(Path("out/sums/run.json").read_text())["overrides"]
@@ -125,7 +125,7 @@ def test_a_finished_run_says_how_to_go_on(workplace, run):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_run_may_resume_in_another_precision(workplace, run, dtype):
-    run("--max_iters=2", "--dtype=float32")
+    run("--max_iters=2", "--dtype=float32", "--warmup_iters=0")
     assert dtype in run("--init_from=resume", f"--dtype={dtype}", "--max_iters=4", tiny=False)
     assert "float32" in run("--init_from=resume", "--dtype=float32", "--max_iters=6", tiny=False)
 
@@ -560,7 +560,14 @@ def test_a_document_mask_changes_training_and_needs_a_separator(documents, run):
 def test_training_starts_from_a_model_with_its_architecture(documents, run):
     model = GPT(GPTConfig(24, 260, n_layer=3, n_head=3, n_embd=12, bias=False))  # more rows than tokens, as in Qwen
     save_model(model, load_tokenizer(documents / "data/one"), documents / "model")
-    output = run("--dataset=one", "--init_from=model", "--dropout=0.1", "--max_iters=1", "--learning_rate=1e-30")
+    output = run(
+        "--dataset=one",
+        "--init_from=model",
+        "--dropout=0.1",
+        "--max_iters=1",
+        "--learning_rate=1e-30",
+        "--warmup_iters=0",
+    )
     assert "architecture   of model: vocab_size = 260, n_layer = 3, n_head = 3, n_embd = 12, bias = False" in output
     trained, _ = load_model("out/sums")
     assert trained.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
@@ -579,7 +586,7 @@ def test_a_run_is_not_overwritten_by_one_that_can_t_start(documents, run, flags)
     save_model(GPT(GPTConfig(24, 260, n_layer=1, n_head=1, n_embd=4)), load_tokenizer(documents / "data/one"), "model")
     table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
     Path("thin.toml").write_text(table.format("one", 1) + table.format("two", 1e-9))
-    run("--out_dir=x", "--max_iters=2")
+    run("--out_dir=x", "--max_iters=2", "--warmup_iters=0")
     before = weights("x/last")
     result = run("--out_dir=x", "--overwrite=True", *flags)
     assert result.code == 2

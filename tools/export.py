@@ -123,8 +123,13 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
     return files | {SETTINGS_FILE: as_json(settings | special)}
 
 
-def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: dict) -> dict[str, bytes] | None:
-    """The tokenizer's files with more special tokens and settings; None if the tokens can't get those ids."""
+def with_special_tokens(
+    files: dict[str, bytes], named: dict[str, int], more: dict, layout: str | None = None
+) -> dict[str, bytes] | None:
+    """Returns the tokenizer's files with more special tokens and settings; None if the tokens can't get those ids.
+
+    `layout`: post-processor that adds tokens to each text, in JSON, instead of the tokenizer's.
+    """
     from tokenizers import Tokenizer as Library
 
     if FILE_NAME not in files:
@@ -135,19 +140,58 @@ def with_special_tokens(files: dict[str, bytes], named: dict[str, int], more: di
     table["added_tokens"] = [*(table.get("added_tokens") or ()), *new]
     if isinstance(table["model"]["vocab"], dict):  # ids in it may have gaps, as when the model has extra rows
         table["model"]["vocab"] |= {token["content"]: token["id"] for token in table["added_tokens"]}
+    if layout is not None:
+        table["post_processor"] = json.loads(layout)
     content = json.dumps(table, ensure_ascii=False, indent=1).encode()
     if named.keys() & known.keys() or Library.from_buffer(content).get_vocab() != known | named:
         return None
     return files | {FILE_NAME: content, SETTINGS_FILE: as_json(json.loads(files[SETTINGS_FILE]) | more)}
 
 
+def classifier_files(
+    files: dict[str, bytes], task: str, special: SpecialTokens, max_tokens: int
+) -> dict[str, bytes] | None:
+    """Returns the tokenizer's files changed to lay out a classifier's input; None if it can't have the tokens."""
+    from tokenizers.processors import TemplateProcessing
+
+    if FILE_NAME not in files:
+        return None
+    start, delimiter, extract = SPECIAL_NAMES
+    named = dict(zip(SPECIAL_NAMES, special))
+    # transformers takes an empty second text for none
+    single = f"{start} $A {extract}" if task == "classification" else f"{start} $A {delimiter} {extract}"
+    pair = f"{start} $A {delimiter} $B {extract}"
+    layout = TemplateProcessing(single=single, pair=pair, special_tokens=[*named.items()])
+    settings = json.loads(files[SETTINGS_FILE])
+    for key in ("add_bos_token", "add_eos_token"):  # transformers would replace the layout by these
+        settings.pop(key, None)
+    more = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # others may have a layout of their own
+        "model_input_names": ["input_ids", "attention_mask"],  # GPT-2 would embed token_type_ids
+        "model_max_length": max_tokens,
+        "pad_token": start,  # as in config.json
+        "padding_side": "right",
+        "split_special_tokens": True,  # a special token spelled out in a text is text
+    }
+    return with_special_tokens(files | {SETTINGS_FILE: as_json(settings)}, named, more, layout.__getstate__())
+
+
 def usage(task: str, special: SpecialTokens, max_tokens: int, named: bool) -> str:
-    """README.md's text on a classifier's input; `named`: the tokenizer's files have the SPECIAL_NAMES."""
-    names = f", which AutoTokenizer reads as {', '.join(SPECIAL_NAMES)}" if named else ""
-    return (
-        f"\nIts input is {LAYOUTS[task]} with the ids {describe_ids(special)}{names}; at most {max_tokens} tokens in "
-        "all, shorter ones padded at the end by [start]. No token is to be added besides: add_special_tokens=False.\n"
-    )
+    """README.md's text on a classifier's input; `named`: the tokenizer adds the special tokens."""
+    text = f"\nIts input is {LAYOUTS[task]} with the ids {describe_ids(special)}; at most {max_tokens} tokens in all, "
+    text += "shorter inputs padded at the end by [start].\n"
+    if not named:
+        return text + "The tokenizer doesn't know these tokens: put their ids around those of a text.\n"
+    text += "AutoTokenizer adds them, and lays out a text and its pair. Called with truncation=True, it cuts what is "
+    text += "too long; of two long texts it may keep one token less of the first and one more of the second than "
+    text += "gpt-arc does.\n"
+    if task == "multiple_choice":
+        return text
+    example = '"a text"' if task == "classification" else '{"text": "a premise", "text_pair": "a hypothesis"}'
+    return f"""{text}
+    classify = transformers.pipeline("text-classification", "FOLDER", truncation=True)
+    classify([{example}])
+"""
 
 
 def describe_ids(special: SpecialTokens) -> str:
@@ -209,9 +253,7 @@ def main() -> None:
     files["config.json"] = as_json(config)
     readme = f"{MARK} from {options.model}, as {form} of transformers.\n"
     if classifier is not None:
-        # padding must match config.json
-        padding = {"pad_token": SPECIAL_NAMES[0], "padding_side": "right"}
-        extended = with_special_tokens(files, dict(zip(SPECIAL_NAMES, special)), padding)
+        extended = classifier_files(files, trained.task, special, trained.max_tokens)
         files = extended or files
         readme += usage(trained.task, special, trained.max_tokens, named=extended is not None)
     if chat:

@@ -23,6 +23,7 @@ from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import discard, follow, is_failed_write, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, check_files, record_files
 from gpt_arc.reading import open_plain, reading
+from gpt_arc.settings import Count
 from gpt_arc.weights.checkpoint_folders import CHECKPOINT, checkpoints, named_checkpoint, step_of, undamaged_before
 
 ADVICE = "use another checkpoint"
@@ -44,6 +45,7 @@ class Runtime(TypedDict):
     device: str
     dtype: Literal["float32", "bfloat16", "float16"]
     compile: NotRequired[bool]
+    threads: NotRequired[Count]
 
 
 @with_config(CHECKED)

@@ -115,6 +115,9 @@ class TrainingConfig:
     """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs."""
     compile: bool | Literal["auto"] = "auto"
     """torch.compile the model. auto: if it can work and the run is long enough for it to pay off."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
+    up to a second shows that they pay."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"

@@ -25,6 +25,7 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
+from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
 from model import GPT
 
@@ -92,9 +93,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         )
         order = train_tokens.training_order(block_size, config.training.seed)
 
-    # a resumed run keeps the precision and compilation that "auto" meant when it started
+    # a resumed run keeps the precision, compilation and threads that "auto" meant when it started
     training = config.training
-    dtype, compile_setting = training.dtype, training.compile
+    dtype, compile_setting, threads = training.dtype, training.compile, None
     if launch.checkpoint and launch.resumed and trained:
         state = load_state(launch.checkpoint)
         with reading(state_file(launch.checkpoint), ADVICE):
@@ -106,6 +107,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         if state["runtime"]["device"] == device.type:
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
             compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
+            threads = state["runtime"].get("threads", torch.get_num_threads())
     elif training.warmup_steps >= training.max_iters:
         raise UserError(
             f"the warmup takes {training.warmup_steps:,} steps and the run has {training.max_iters:,}, so the learning "
@@ -119,6 +121,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     flops_left = flops * config.sequences_per_step * block_size * steps_left
     compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
+    torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
     return Plan(
         launch=launch,
         config=config,

@@ -545,6 +545,7 @@ def test_the_configuration_is_saved_and_an_older_one_is_dense(tmp_path):
             del content[name]
     assert len(content) == len(dataclasses.fields(GPTConfig)) + 2 - 11
     path.write_text(json.dumps(content))
+    (tmp_path / "old" / "manifest.json").unlink()
     assert load_model(tmp_path / "old")[0].config == GPTConfig(**{**dataclasses.asdict(TINY), "n_experts": 0})
 
 

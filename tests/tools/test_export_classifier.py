@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from exports import described, with_version
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer, SentencePieceTokenizer, load_tokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_batch, save_classifier
+from gpt_arc.finetuning.encoding import encode_examples
 from gpt_arc.finetuning.examples import Columns, Example, SpecialTokens, sequences_of
 from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.finetuning.predictions import predict
 from helpers import randomised
 from model import GPT, GPTConfig
 from tools import export
@@ -59,9 +62,11 @@ def exported(run, tmp_path):
     return call
 
 
-def classifier_of(config, task="classification", labels=("bad", "good"), special=SPECIAL, trunk=GPT, **settings):
+def classifier_of(
+    config, task="classification", labels=("bad", "good"), special=SPECIAL, trunk=GPT, max_tokens=20, **settings
+):
     columns = Columns.usual(task)
-    trained = ClassifierConfig(task, labels, special, columns, max_tokens=20, **settings)
+    trained = ClassifierConfig(task, labels, special, columns, max_tokens, **settings)
     return randomised(Classifier(trunk(config), trained))
 
 
@@ -167,15 +172,18 @@ def as_gpt1(folder):
     return load_tokenizer(folder / "vocab.json")
 
 
+def tokenizer_of(kind, trained, folder):
+    if kind == "characters":
+        return CharTokenizer.from_text(TEXT)
+    if kind == "qwen":
+        return as_qwen(trained, folder)
+    return as_gpt1(folder) if kind == "gpt1" else trained
+
+
 @pytest.mark.parametrize("rows", [0, 5], ids=["next", "after-a-gap"])
 @pytest.mark.parametrize("kind", ["characters", "trained", "qwen", "gpt1"])
 def test_auto_tokenizer_knows_the_special_tokens(kind, rows, tokenizer, exported, tmp_path):
-    if kind == "characters":
-        tokenizer = CharTokenizer.from_text(TEXT)
-    elif kind == "qwen":
-        tokenizer = as_qwen(tokenizer, tmp_path)
-    elif kind == "gpt1":
-        tokenizer = as_gpt1(tmp_path)
+    tokenizer = tokenizer_of(kind, tokenizer, tmp_path)
     special = SpecialTokens.after(tokenizer.vocab_size + rows)
     config = dataclasses.replace(CONFIGS["gpt2"], vocab_size=special.extract + 1)
     classifier = classifier_of(config, "entailment", special=special)
@@ -184,21 +192,65 @@ def test_auto_tokenizer_knows_the_special_tokens(kind, rows, tokenizer, exported
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     start, delimiter, extract = special
     text_ids, other_ids = tokenizer.encode("some text"), tokenizer.encode("The cat")
-    read = loaded("_start_some text_classify_", add_special_tokens=False)
-    assert read.input_ids == loaded("_start_some text_classify_").input_ids == [start, *text_ids, extract]
-    assert loaded("_start_some text_delimiter_The cat_classify_").input_ids == [
-        start, *text_ids, delimiter, *other_ids, extract
-    ]  # fmt: skip
-    assert loaded("mat, didn't it? 1234").input_ids == tokenizer.encode("mat, didn't it? 1234")
+    assert loaded("some text", "The cat").input_ids == [start, *text_ids, delimiter, *other_ids, extract]
+    assert loaded("some text", "").input_ids == [start, *text_ids, delimiter, extract]
+    spelled = loaded.tokenize("_start_some text", split_special_tokens=False)
+    assert loaded.convert_tokens_to_ids(spelled) == [start, *text_ids]
+    assert loaded("mat, didn't it? 1234", add_special_tokens=False).input_ids == tokenizer.encode(
+        "mat, didn't it? 1234"
+    )
     assert loaded.decode([start, *text_ids, extract], skip_special_tokens=True) == tokenizer.decode(text_ids)
     # the tokenizer's batch is all that the model needs
     pairs = [("The cat sat", "it sat"), ("text", "1234 . , !")]
-    batch = loaded([f"_start_{a}_delimiter_{b}_classify_" for a, b in pairs], padding=True, return_tensors="pt")
+    batch = loaded(*map(list, zip(*pairs)), padding=True, return_tensors="pt")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     examples = [sequences_of(Example(pair, None, ""), "entailment", tokenizer, special, 24)[0] for pair in pairs]
     with torch.no_grad():
         expected = classifier(*make_batch(examples, [0, 0])).logits
         torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def drawn_text(draw, longest, kind):
+    """A text of up to `longest` characters; unless `kind` is "characters", some spell special tokens."""
+    text = "".join(draw.choice(TEXT) for _ in range(draw.randrange(longest + 1)))
+    spelled = ("", "", "_start_", "_classify_s", "<|endoftext|>") if kind != "characters" else ("",)
+    return text + draw.choice(spelled)
+
+
+@pytest.mark.parametrize("task", ["classification", "entailment", "regression"])
+@pytest.mark.parametrize("kind, name", [
+    ("characters", "gpt2"), ("trained", "gpt2"), ("trained", "qwen3"), ("qwen", "qwen3"), ("gpt1", "openai-gpt"),
+])  # fmt: skip
+def test_a_pipeline_answers_as_predict_does(kind, name, task, tokenizer, exported, tmp_path):
+    """Over texts that are empty, cut, or spell special tokens, alone and in padded batches."""
+    tokenizer, labels = tokenizer_of(kind, tokenizer, tmp_path), LABELS[task]
+    task = "classification" if task == "regression" else task
+    special = SpecialTokens.after(tokenizer.vocab_size)
+    config = dataclasses.replace(CONFIGS[name], vocab_size=special.extract + 1)
+    # of two long texts, the tokenizers library gives an odd token to the second: an even number is left for them
+    classifier = classifier_of(config, task, labels, special, max_tokens=20 if task == "classification" else 21)
+    folder, _ = exported(classifier, tokenizer)
+    draw, texts = random.Random(0), 1 if task == "classification" else 2
+    rows = [tuple(drawn_text(draw, 24 // texts, kind) for _ in range(texts)) for _ in range(100)]
+    encoded = encode_examples([Example(row, None, "") for row in rows], classifier.config, tokenizer)
+    assert 9 < encoded.cut < 90 and any("" in row for row in rows)
+    predicted = predict(classifier, encoded, 16, torch.device("cpu"), "float32")
+    expected = predicted.logits if labels is None else predicted.probabilities
+    classify = transformers.pipeline("text-classification", str(folder), truncation=True, top_k=None)
+    inputs = [dict(zip(("text", "text_pair"), one.texts)) for one in encoded.examples]
+    for batch_size in (1, 8):
+        answers = [{one["label"]: one["score"] for one in each} for each in classify(inputs, batch_size=batch_size)]
+        scores = [[each[label] for label in labels or ("LABEL_0",)] for each in answers]
+        torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected).float(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_declared_start_token_is_not_added_to_a_classifier_s_texts(tokenizer, exported, tmp_path):
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<|endoftext|>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    declared = LibraryTokenizer(tokenizer.files()["tokenizer.json"]).declare(tmp_path)
+    folder, _ = exported(classifier_of(CONFIGS["gpt2"]), declared)
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert loaded("The cat").input_ids == [SPECIAL.start, *tokenizer.encode("The cat"), SPECIAL.extract]
 
 
 def test_special_ids_that_a_tokenizer_can_t_have_are_reported(tokenizer, sentencepiece_model, exported):

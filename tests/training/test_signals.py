@@ -12,6 +12,8 @@ from gpt_arc.training.signals import StopSignal
 @pytest.fixture
 def stop():
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)  # nohup and a shell's background jobs ignore some
     yield StopSignal()
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""How many CPU threads a training step is worth, by measurement: a small model on busy cores is fastest with one."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from gpt_arc.device import autocast
+from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.training.config import Config
+from gpt_arc.training.optim import Updater
+from model import GPT
+
+MEASURED_FOR = 0.15  # seconds, for each number of threads
+MEASURED = 20e9  # FLOPs of a measured step; a larger batch is measured in part
+LARGE = 50e9  # FLOPs of one sequence: from here on, threads spend little of their time waiting for one another
+WORTHWHILE = 0.9  # of the time with half the threads; cores that become busy later cost far more than a tenth
+
+
+def resolve_threads(
+    config: Config, saved: int | None, sequences: int, flops: int, device: torch.device, dtype: str
+) -> int:
+    """Returns the number of threads for a run; auto doubles them for as long as that saves a tenth of a step's time.
+
+    `saved`: the number that a resumed run began with, since sums in another order would change its results.
+    OMP_NUM_THREADS, which torchrun sets too, wins over auto. `flops` counts a token's forward and backward pass.
+    """
+    setting, most = config.training.threads, torch.get_num_threads()
+    flops *= config.model.block_size
+    if setting != "auto":
+        return int(setting)
+    if "OMP_NUM_THREADS" in os.environ:
+        return most
+    if saved:
+        return min(saved, os.cpu_count() or saved)
+    if device.type != "cpu" or WORLD_SIZE > 1 or flops > LARGE or most == 1:
+        return most
+    seconds_with = step_timer(config, max(1, min(sequences, int(MEASURED / flops))), device, dtype)
+    threads, seconds = 1, seconds_with(1)
+    while threads < most:
+        more = min(2 * threads, most)
+        seconds, before = seconds_with(more), seconds
+        if seconds > WORTHWHILE * before:
+            break
+        threads = more
+    return threads
+
+
+def step_timer(config: Config, sequences: int, device: torch.device, dtype: str) -> Callable[[int], float]:
+    """Returns a function that measures the mean time of a training step with some number of threads, in seconds.
+
+    The step reads random tokens. torch's number of threads stays as measured last.
+    """
+    model = GPT(config.model).to(device)
+    updater = Updater(model, config.training, device, dtype)
+    tokens = torch.randint(config.model.vocab_size, (sequences, config.model.block_size), device=device)
+
+    def step() -> float:
+        started = time.perf_counter()
+        with autocast(device, dtype):
+            loss = model(tokens, tokens)
+        updater.backward(loss.total / tokens.numel())
+        updater.update(config.training.learning_rate, loss.total.detach())
+        return time.perf_counter() - started
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        times = [step()]
+        while sum(times) < MEASURED_FOR:
+            times.append(step())
+        return statistics.mean(times[1:] or times)  # the first one also chooses kernels
+
+    step()
+    return seconds
