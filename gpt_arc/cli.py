@@ -22,6 +22,7 @@ COMMANDS = {
     "dpo": ("stages/dpo.py", "learn from preferences without a reward model"),
     "finetune": ("stages/finetune.py", "fine-tune on labels"),
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
+    "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
