@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-RESOURCES = ("train.py", "sample.py", "stages", "prepare", "tools", "configs", "tasks")
+RESOURCES = ("new.py", "train.py", "sample.py", "stages", "prepare", "tools", "configs", "tasks")
 
 
 class BuildWithResources(build_py):

@@ -95,6 +95,10 @@ class Run:
         patience = config.training.patience
         return patience is not None and waited >= patience * config.logging.eval_interval
 
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.plan.config.training.max_iters or self.out_of_patience
+
     @torch.no_grad()
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
@@ -294,7 +298,7 @@ def train(run: Run) -> int:
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
-        done = progress.step >= training.max_iters or run.out_of_patience
+        done = run.finished
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = run.val_loss() if due and not stopped else None
         stopped = stopped or (due and val_loss is None)
@@ -409,6 +413,10 @@ def main() -> int:
         run = build(plan)
         if launch.config.run.eval_only:
             return evaluate_only(run)
+        if launch.resumed and run.finished:
+            setting = "patience" if run.out_of_patience else "max_iters"
+            value = getattr(plan.config.training, setting)
+            say(f"{run.folder} is finished: a {setting} above {value} goes on, such as --{setting}={2 * value}")
         with run.keeping():
             return train(run)
 

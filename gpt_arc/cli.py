@@ -11,6 +11,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import resource
 
 COMMANDS = {
+    "new": ("new.py", "train on your own text, chosen settings included: gpt-arc new book.txt"),
     "train": ("train.py", "train a GPT: gpt-arc train configs/quickstart.toml"),
     "sample": ("sample.py", "continue a prompt with a trained model"),
     "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
@@ -21,6 +22,7 @@ COMMANDS = {
     "dpo": ("stages/dpo.py", "learn from preferences without a reward model"),
     "finetune": ("stages/finetune.py", "fine-tune on labels"),
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
+    "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),

@@ -45,6 +45,7 @@ def test_no_arguments_show_the_help(capsys, monkeypatch):
     "name, arguments, expected",
     [
         ("train", ["mine.toml", "--seed=1"], ["train.py", "mine.toml", "--seed=1"]),
+        ("new", ["book.txt"], ["new.py", "book.txt"]),
         ("sft", ["out/gpt2"], ["stages/sft.py", "out/gpt2"]),
         ("expert-use", [], ["tools/expert_use.py"]),
         ("chat", ["out/sft", "--seed=1"], ["sample.py", "--chat", "out/sft", "--seed=1"]),
@@ -69,7 +70,7 @@ def test_a_config_missing_from_the_current_folder_is_the_packaged_one(tmp_path, 
 
 
 def test_an_unknown_command_or_dataset_is_refused_with_a_list():
-    with pytest.raises(UserError, match="no command 'trian'; the commands are train, sample, chat"):
+    with pytest.raises(UserError, match="no command 'trian'; the commands are new, train, sample, chat"):
         cli.script_command("trian", [])
     for arguments in ([], ["novels"]):
         with pytest.raises(UserError, match="name what to prepare: gpt-arc prepare decontaminate, fineweb"):
@@ -134,7 +135,7 @@ def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
     code = "import gpt_arc.evaluation.tasks as t, model; t.load_task('lambada'); print(t.__file__, model.__file__)"
     modules = subprocess.run([python, "-c", code], capture_output=True, text=True).stdout.split()
     assert len(modules) == 2 and all(Path(module).is_relative_to(site) for module in modules)
-    for name in ("train", "sample", "stages", "prepare", "tools", "benchmarks"):
+    for name in ("new", "train", "sample", "stages", "prepare", "tools", "benchmarks"):
         absent = subprocess.run([python, "-I", "-c", f"import {name}"], capture_output=True, text=True)
         assert "ModuleNotFoundError" in absent.stderr
 

@@ -86,7 +86,12 @@ def test_output_in_ascii_escapes_what_it_lacks(monkeypatch):
     assert output.getvalue() == b"out/caf\\xe9\n" and errors.getvalue().endswith(b"out/\\udcff can't be read\n")
 
 
-SCRIPTS = ["train.py", "sample.py", *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("[pst]*/*.py")))]
+SCRIPTS = [
+    "new.py",
+    "train.py",
+    "sample.py",
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("[pst]*/*.py"))),
+]
 SCRIPTS = [script for script in SCRIPTS if script.split("/")[0] in ("prepare", "stages", "tools", script)]
 
 

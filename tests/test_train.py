@@ -114,6 +114,15 @@ def test_a_run_remembers_its_flags_however_it_is_resumed(workplace, run):
     assert result.returncode == 0 and "from step 4" in result.stdout, result.stderr
 
 
+def test_a_finished_run_says_how_to_go_on(workplace, run):
+    run("--max_iters=3")
+    sentence = "out/sums is finished: a max_iters above 3 goes on, such as --max_iters=6"
+    assert sentence in run("--resume=out/sums", tiny=False)
+    assert "is finished" not in run("--resume=out/sums", "--max_iters=4", tiny=False)
+    run("--max_iters=9", "--patience=1", "--eval_interval=1", "--learning_rate=1e-30", "--out_dir=patient")
+    assert "a patience above 1 goes on, such as --patience=2" in run("--resume=patient", tiny=False)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_run_may_resume_in_another_precision(workplace, run, dtype):
     run("--max_iters=2", "--dtype=float32", "--warmup_iters=0")

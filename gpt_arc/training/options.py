@@ -187,6 +187,12 @@ def record_options(run: Path, stage: str, options: Any) -> None:
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
 
 
+def record_steps(run: Path, steps: int) -> None:
+    """Adds to run.json how many steps the run has in all."""
+    path = run / "run.json"
+    write_file(path, json.dumps(read_json(path, Record) | {"steps": steps}, indent=1) + "\n")
+
+
 def recorded_options(run: Path, cls: type[O], stage: str) -> O:
     """The options in the run.json that `record_options` wrote. Raises UserError."""
     path = run / "run.json"

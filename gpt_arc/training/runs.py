@@ -1,10 +1,11 @@
-"""Run folders: names, locks, and the settings that runs were started with."""
+"""Run folders: names, locks, the settings that runs were started with, and summaries."""
 
 import contextlib
 import itertools
 import json
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -13,12 +14,14 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, take_lock, write_file
 from gpt_arc.reading import read_json
-from gpt_arc.settings import read_value, values_of
+from gpt_arc.settings import build, read_files, read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
 from gpt_arc.training.config import SETTINGS, Config, write_settings
-from gpt_arc.weights.checkpoint_folders import named_checkpoint
+from gpt_arc.training.log import read_metrics
+from gpt_arc.weights.checkpoint_folders import named_checkpoint, step_of
 
 OUT_ROOT = Path("out")
+TRIAL_STEPS = 50  # a run whose last checkpoint has fewer is a trial
 
 
 class Record(TypedDict):
@@ -28,15 +31,20 @@ class Record(TypedDict):
     overrides: dict[str, Any]  # settings of train.py that came from flags
     stage: NotRequired[str]
     options: NotRequired[dict[str, Any]]  # all settings of a stage
+    steps: NotRequired[int]  # of a stage, in all
 
 
 def newest_run(name: str | None = None) -> Path:
-    """Returns the run below out/ with the newest checkpoint, of config `name` if given. Raises UserError if none."""
-    written = {}  # time of the newest checkpoint of each run
+    """Returns the run below out/ with the newest checkpoint, of config `name` if given. Raises UserError if none.
+
+    Trials are taken only if there are no other runs.
+    """
+    written = {}  # of each run: whether it is more than a trial, and the time of its newest checkpoint
     for run in OUT_ROOT.glob("*/"):
         last = named_checkpoint(run, "last")
         if last and (last / "config.json").exists() and stage_of(run) == "train":
-            written[run] = last.stat().st_mtime_ns
+            step = step_of(last)
+            written[run] = step is None or step >= TRIAL_STEPS, last.stat().st_mtime_ns
     for run in sorted(written, key=written.__getitem__, reverse=True):
         with contextlib.suppress(UserError):  # a damaged run can't be resumed
             if name is None or read_record(run)[0] == name:
@@ -46,6 +54,66 @@ def newest_run(name: str | None = None) -> Path:
         f"there is no {kind} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
         "`python train.py configs/quickstart.toml`, or name its folder"
     )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the files of a run folder say about the run."""
+
+    folder: Path
+    stage: str
+    origin: str  # the config of train.py, or the model that a stage started from
+    data: str
+    settings: dict[str, Any]
+    step: int  # of the last checkpoint
+    steps: int | None  # in all; None if that isn't recorded
+    metrics: list[dict[str, Any]]
+    written: float  # time
+    size: int  # bytes
+
+    @property
+    def val_loss(self) -> float | None:
+        """The lowest."""
+        return min((line["val_loss"] for line in self.metrics if "val_loss" in line), default=None)
+
+    @property
+    def finished(self) -> bool | None:
+        """Whether the run has come to its end, by its steps or by its patience; None if its end isn't recorded."""
+        if self.steps is None:
+            return None
+        evaluated = [(line["val_loss"], line["step"]) for line in self.metrics if "val_loss" in line]
+        patience = self.settings.get("patience")
+        if patience and evaluated:
+            waited = evaluated[-1][1] - min(evaluated)[1]
+            return self.step >= self.steps or waited >= patience * self.settings["eval_interval"]
+        return self.step >= self.steps
+
+
+def summary(run: Path) -> Summary:
+    """Reads a run folder. Raises UserError if run.json or config.toml is missing or damaged."""
+    record, metrics = read_json(run / "run.json", Record), read_metrics(run / "metrics.jsonl")
+    options = record.get("options")
+    if options is None:
+        config = build(Config, read_files(Config, [str(run / "config.toml")])[0])
+        settings, origin, steps = values_of(config), record["config"], config.training.max_iters
+        data = ", ".join(source.name for source in config.data.sources)
+    else:
+        settings, origin, steps = options, _shortened(options.get("model")), record.get("steps")
+        data = _shortened(options.get("train") or options.get("prompts"))
+    last = named_checkpoint(run, "last")
+    step = step_of(last) if last else 0
+    files = [path.lstat() for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
+    return Summary(
+        run, record.get("stage", "train"), origin, data, settings, metrics[-1]["step"] if step is None else step,
+        steps, metrics, (last or run / "run.json").stat().st_mtime, sum(file.st_size for file in files),
+    )  # fmt: skip
+
+
+def _shortened(path: str | None) -> str:
+    """Returns a recorded path relative to the current folder if it is below it."""
+    if path is None:
+        return ""
+    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else path
 
 
 class Lock:

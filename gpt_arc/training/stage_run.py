@@ -37,7 +37,7 @@ from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options, resume_command
+from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.tensor_files import check_tensors
@@ -181,6 +181,10 @@ class StageRun:
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
         if self.bar is None:
+            if IS_MAIN:
+                record_steps(self.folder, steps)
+            if self.progress.step >= steps:
+                say(f"{self.folder} has made all its {steps:,} {unit}s: to train it further, start a new run from it")
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
         return self.progress.step < steps and not self.stopped
 

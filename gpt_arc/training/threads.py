@@ -9,6 +9,7 @@ import torch
 
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config
 from gpt_arc.training.optim import Updater
 from model import GPT
@@ -74,3 +75,13 @@ def step_timer(config: Config, sequences: int, device: torch.device, dtype: str)
 
     step()
     return seconds
+
+
+def tokens_per_second(config: Config, device: torch.device, dtype: str) -> float:
+    """Measures how many tokens a new run would train on in a second on this device, with the threads it would use."""
+    with torch.device("meta"):
+        flops = flops_per_token(GPT(config.model))
+    sequences = config.data.batch_size
+    threads = resolve_threads(config, None, sequences, flops, device, dtype)
+    seconds = step_timer(config, sequences, device, dtype)(threads)
+    return sequences * config.model.block_size / seconds

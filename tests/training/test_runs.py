@@ -43,6 +43,18 @@ def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
         runs.newest_run("b")
 
 
+def test_the_newest_run_is_no_trial_if_there_are_others(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path, "whole")
+    (tmp_path / "out/whole/step-00000001").rename(tmp_path / "out/whole/step-00000600")
+    (tmp_path / "out/whole/last").unlink()
+    (tmp_path / "out/whole/last").symlink_to("step-00000600")
+    finished(tmp_path, "trial", config="whole")
+    assert runs.newest_run().name == runs.newest_run("whole").name == "whole"
+    finished(tmp_path, "other")
+    assert runs.newest_run("other").name == "other"
+
+
 def test_new_runs_get_the_next_free_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     finished(tmp_path, "a")
