@@ -18,6 +18,7 @@ from tools import export
 
 TEXT = "Name a colour: Red, or blue. 🙂 1234\n"
 QWEN3 = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True)
+MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, n_experts=3, mlp_size=21)
 
 
 def bpe():
@@ -54,6 +55,7 @@ MODELS = {
     "language model": lambda folder: save_language_model(folder, bpe()),
     "without a tokenizer": save_language_model,
     "rotary": lambda folder: save_language_model(folder, bpe(), **QWEN3),
+    "experts of an odd width": lambda folder: save_language_model(folder, bpe(), **MIXTRAL),
     "chat": save_chat_model,
     "classes": save_labelled,
     "two texts": lambda folder: save_labelled(folder, "entailment", **QWEN3),
