@@ -1,14 +1,17 @@
 """tools/export.py --verify: what it compares with transformers, and its exit code."""
 
 import re
+import string
 import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
 
 from gpt_arc.alignment.reward_model import RewardModel, save_reward_model
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
-from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, save_classifier
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.weights.directory import save_model
@@ -23,6 +26,14 @@ MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=Fal
 
 def bpe():
     return BPETokenizer.train([TEXT * 9], 270)
+
+
+def with_a_low_special_token():
+    """A tokenizer of few tokens, the first of which is special, so that some drawn texts spell it."""
+    library = Library(models.WordLevel({t: i for i, t in enumerate(["<unk>", *string.ascii_letters])}, "<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    library.add_special_tokens(["<unk>"])
+    return LibraryTokenizer(library.to_str().encode())
 
 
 def save_language_model(folder, tokenizer=None, **settings):
@@ -54,6 +65,7 @@ def save_labelled(folder, task="classification", classes=("bad", "good"), **sett
 MODELS = {
     "language model": lambda folder: save_language_model(folder, bpe()),
     "without a tokenizer": save_language_model,
+    "a special token among others": lambda folder: save_language_model(folder, with_a_low_special_token()),
     "rotary": lambda folder: save_language_model(folder, bpe(), **QWEN3),
     "experts of an odd width": lambda folder: save_language_model(folder, bpe(), **MIXTRAL),
     "chat": save_chat_model,
