@@ -74,16 +74,16 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
     data = {"dataset": name, "vocab_size": load_tokenizer(directory).vocab_size}
     device = resolve_device("auto")
     presets, rates = {}, {}
-    for preset in RECIPES:
-        presets[preset] = read_settings(resource(f"configs/{preset}.toml")) | data
-        config = build_config(presets[preset], preset)
-        rates[preset] = tokens_per_second(config, device, resolve_dtype("auto", device))
-    preset, settings = choose(train, val, rates, minutes)
-    settings = presets[preset] | settings | {"compile": False}  # as measured
+    for key, recipe in RECIPES.items():
+        presets[key] = read_settings(resource(f"configs/{recipe.config}.toml")) | recipe.settings | data
+        config = build_config(presets[key], recipe.config)
+        rates[key] = tokens_per_second(config, device, resolve_dtype("auto", device))
+    key, settings = choose(train, val, rates, minutes)
+    settings = presets[key] | settings | {"compile": False}  # as measured
     tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
-    steps, rate = settings["max_iters"], rates[preset]
+    steps, rate = settings["max_iters"], rates[key]
     print(
-        f"recipe         {preset}, {steps:,} steps, {tokens / train:.2g} epochs: about {tokens / rate:,.0f} s at the "
+        f"recipe         {key}, {steps:,} steps, {tokens / train:.2g} epochs: about {tokens / rate:,.0f} s at the "
         f"{rate:,.0f} tokens/s measured, besides evaluations",
         flush=True,
     )
