@@ -27,6 +27,7 @@ from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
+from gpt_arc.weights.huggingface import nearest_architecture
 from model import GPT
 
 MANY_EPOCHS = 400  # a model repeats the text long before
@@ -169,6 +170,10 @@ def print_plan(plan: Plan) -> None:
     say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
+    kind, foreign = nearest_architecture(config.model)
+    if foreign and not (launch.imported or launch.resumed):
+        flags = " ".join(f"--{name}={value}" for name, value in foreign.items())
+        say(f"export         not to transformers, except as a {kind}: {flags}")
     compiled = "compiled" if plan.compile else "not compiled"
     say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
 
