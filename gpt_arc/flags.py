@@ -59,8 +59,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
     for flag in [other.split("=")[0] for other in others if other.startswith("-") and other != "-"]:
-        if (name := flag.removeprefix("--no_")) in hints:
-            raise UserError(f"there is no flag {flag}; did you mean --{name}=False?")
+        if flag[2:].startswith("no_") and flag[5:] in hints:
+            raise UserError(f"there is no flag {flag}; did you mean --{flag[5:]}=False?")
         raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), cls, '--')}")
     for name in positionals:
         if others:
