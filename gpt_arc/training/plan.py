@@ -101,10 +101,16 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         state = load_state(launch.checkpoint)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
+        if training.max_iters < progress.step:
+            raise UserError(
+                f"max_iters = {training.max_iters} lies below step {progress.step}, which the run {launch.resumed} has "
+                "reached: name a larger one to go on"
+            )
         check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
+            progress.best_val_loss = math.inf  # losses on other texts don't compare
         if state["runtime"]["device"] == device.type:
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
             compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
@@ -176,9 +182,12 @@ def doubts(plan: Plan, memory: int) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
     room, steps = memory_of(plan.device), plan.config.training.max_iters
     if room and memory > room:
-        flags = "a smaller --batch_size, with --gradient_accumulation_steps, or --activation_checkpointing"
-        yield f"the device has {human(room, 'B')} of memory: {flags} takes less"
+        less = ["a smaller model"]
+        less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
+        less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
+        yield f"the device has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     epochs = steps * plan.tokens_per_step / len(plan.train_tokens) if plan.train_tokens else 0
     if epochs > MANY_EPOCHS:
-        fewer = f"--max_iters={math.ceil(20 / epochs * steps)} makes about 20"
-        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {fewer}, or prepare more text"
+        fewer = math.ceil(20 / epochs * steps)
+        mend = f"--max_iters={fewer} makes about 20, or " if fewer > 1 else ""
+        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {mend}prepare more text"

@@ -47,7 +47,8 @@ def test_very_many_epochs_get_a_warning_whose_flag_leaves_twenty(plan):
 
 def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
     monkeypatch.setattr("gpt_arc.training.plan.memory_of", lambda device: 4000)
-    assert re.search(r"memory .*\nwarning +the device has \S+ of memory: a smaller --batch_size", plan())
+    advice = "a smaller model or a smaller --batch_size or --activation_checkpointing takes less"
+    assert re.search(rf"memory .*\nwarning +the device has \S+ of memory: {advice}", plan())
 
 
 def test_several_files_are_named_in_the_order_in_which_they_win(plan, tmp_path):
