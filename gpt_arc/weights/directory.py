@@ -157,8 +157,7 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
         tensors = sum(1 for _ in stored_tensors(directory))
         if config.n_layer > tensors:
             raise UserError(
-                f"{path} describes {counted(config.n_layer, 'block')}, and the weights beside it "
-                f"are {counted(tensors, 'tensor')}"
+                f"{path} describes {config.n_layer} blocks, and the weights beside it are {counted(tensors, 'tensor')}"
             )
     return kind, config
 
