@@ -31,6 +31,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import resource, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positional, Positive
+from gpt_arc.tables import counted
 
 HEADER = "# Written by new.py, which replaces it: copy it to change it.\n\n"
 
@@ -83,8 +84,8 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
     tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
     steps, rate = settings["max_iters"], rates[key]
     print(
-        f"recipe         {key}, {steps:,} steps, {tokens / train:.2g} epochs: about {tokens / rate:,.0f} s at the "
-        f"{rate:,.0f} tokens/s measured, besides evaluations",
+        f"recipe         {key}, {counted(steps, 'step')}, {counted(tokens / train, 'epoch', '.2g')}: "
+        f"about {tokens / rate:,.0f} s at the {rate:,.0f} tokens/s measured, besides evaluations",
         flush=True,
     )
     return settings

@@ -49,6 +49,7 @@ from gpt_arc.errors import UserError, check_finite, entry_point, first_line, nam
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
+from gpt_arc.tables import counted
 from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import compile_in_place
@@ -269,11 +270,11 @@ def evaluate_only(run: Run) -> int:
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
-    windows = f"{len(run.val_starts):,} windows of {plan.config.model.block_size} in {len(plan.val_tokens):,} tokens"
+    windows = f"{counted(len(run.val_starts), 'window')} of {plan.config.model.block_size}"
     which = f"step {plan.progress.step}" if run.folder else plan.launch.imported or "an untrained model"
     with naming(which):
         check_finite([val_loss])
-    say(f"{which}: val loss {val_loss:.4f} over {windows}")
+    say(f"{which}: val loss {val_loss:.4f} over {windows} in {counted(len(plan.val_tokens), 'token')}")
     return 0
 
 

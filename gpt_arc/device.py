@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_arc.errors import UserError
+from gpt_arc.tables import counted
 
 T = TypeVar("T", Tensor, Tensor | None)
 
@@ -107,7 +108,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
         name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
-        return f"{name}, {torch.get_num_threads()} threads"
+        return f"{name}, {counted(torch.get_num_threads(), 'thread')}"
     return device.type
 
 

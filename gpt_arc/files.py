@@ -6,13 +6,14 @@ Symbolic links, locks and flushing a folder are used where the system has them.
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt_arc.errors import UserError, first_line
+from gpt_arc.errors import first_line
 
 try:
     import fcntl
@@ -45,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a path in the same folder; the file that the block writes there replaces `path` if the block succeeds."""
     temporary = hidden(path)
     try:
-        with name_failed_writes(path):
+        with name_failed_writes(path, temporary):
             yield temporary
             sync(temporary)
             with contextlib.suppress(OSError):  # some file systems have no permissions
@@ -64,8 +65,9 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary = hidden(path)
     temporary.mkdir()
     try:
-        yield temporary
-        put_directory(temporary, path)
+        with name_failed_writes(path, temporary):
+            yield temporary
+            put_directory(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -181,31 +183,32 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def name_failed_writes(path: Path) -> Iterator[None]:
+def name_failed_writes(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Runs the block, which writes to `path`, so that the error of a full disk names `path`.
 
-    An OSError without a file name gets this one. Raises UserError in place of what safetensors and torch.save raise.
+    An OSError without a file name gets this one; in a name that begins with `temporary`, it replaces that part. Raises
+    OSError, without an errno if the cause is unknown, in place of what safetensors and torch.save raise.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        name = str(path if error.filename is None else error.filename)
+        error.filename = name if temporary is None else name.replace(str(temporary), str(path), 1)
         raise
     except Exception as error:
-        if not is_failed_write(error):
+        if not _is_failed_write(error):
             raise
-        raise UserError(f"{path} can't be written: {first_line(error)}") from None
+        number = re.search(r"os error (\d+)", str(error))  # safetensors has it, torch doesn't
+        cause = (int(number[1]), os.strerror(int(number[1]))) if number else (None, "the write failed")
+        raise OSError(*cause, str(path)) from None
 
 
-def is_failed_write(error: BaseException) -> bool:
-    """Whether a write failed, for example because the disk is full: Python, safetensors and torch.save each have an
-    error of their own for it.
-    """
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether the error is one of those that safetensors and torch.save raise, for example on a full disk."""
     from_torch = isinstance(error, RuntimeError) and any(
         words in str(error) for words in ("unexpected pos", "PytorchStreamWriter failed")
     )
-    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or from_torch
+    return type(error).__name__ == "SafetensorError" or from_torch
 
 
 def _umask() -> int:

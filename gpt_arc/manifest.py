@@ -54,17 +54,25 @@ def check_files(directory: Path, sizes_only: tuple[str, ...] = ()) -> None:
 
     Raises DamagedFile naming the first that differs.
     """
-    for name, recorded in _read(directory).items():
+    manifest = _read(directory)
+    is_dataset = any(name.endswith(".bin") for name in manifest)
+    remedy = f"restore it from a copy or {'prepare the dataset again' if is_dataset else 'use another checkpoint'}"
+    for name, recorded in manifest.items():
         path = directory / name
+        if not path.exists():
+            raise DamagedFile(
+                f"{path} is missing, but {MANIFEST} there lists it: {remedy}; if you removed it on purpose, delete "
+                f"{directory / MANIFEST}"
+            )
         if not path.is_file() or path.stat().st_size != recorded.size:
-            difference = "has another size than" if path.exists() else "is missing, but is listed in"
+            difference = "has another size than"
         elif not name.endswith(sizes_only) and _checksum(path) != recorded.xxh3_64:
             difference = "has other contents than"
         else:
             continue
         raise DamagedFile(
-            f"{path} {difference} {MANIFEST} there: it is damaged or comes from elsewhere; if you changed it on "
-            f"purpose, delete {directory / MANIFEST}"
+            f"{path} {difference} {MANIFEST} there, so it is damaged or comes from elsewhere: {remedy}; if you "
+            f"changed it on purpose, delete {directory / MANIFEST}"
         )
 
 

@@ -25,6 +25,11 @@ from gpt_arc.errors import UserError, first_line, is_out_of_memory
 
 LIMIT = 4 << 20  # bytes of a file of settings
 FINITE = ConfigDict(allow_inf_nan=False)
+EXPECTED = {  # by pydantic's type of error
+    **{"string_type": "a text", "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"},
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    **dict.fromkeys(("dict_type", "dataclass_type"), "a table"),
+}
 
 
 @contextlib.contextmanager
@@ -119,5 +124,8 @@ def mistake_in(error: ValidationError) -> str:
         return f"it lacks {key}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"it has the unknown key {key}"
-    reason = str(first.get("ctx", {}).get("error")) if first["type"] == "value_error" else first["msg"]
-    return f"{key} = {json.dumps(first['input'], default=repr)[:60]}: {reason}" if key else reason
+    place = f"{key} = {json.dumps(first['input'], default=repr)[:60]}" if key else "it"
+    if first["type"] == "value_error":
+        return f"{place}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+    rule = re.sub(r"^\w+ should", "must", first["msg"])  # such as "List should have at least 1 item"
+    return f"{place} must be {EXPECTED[first['type']]}" if first["type"] in EXPECTED else f"{place} {rule}"

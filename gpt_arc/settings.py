@@ -202,7 +202,7 @@ def read_file(cls: type, path: Path) -> dict[str, Any]:
     """Reads the settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ", configs/ has those that come with gpt-arc"
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; configs/ has those that come with gpt-arc"
         raise UserError(f"there is no config file {path}{hint}")
     content = read_toml(path)
     known, settings = settings_in(cls), {}

@@ -14,6 +14,12 @@ def human(value: float, unit: str = "") -> str:
     return f"{value:.3g}{unit}"
 
 
+def counted(number: float, noun: str, form: str = ",") -> str:
+    """Format a number and what it counts: "1 thread", "1,200 pairs". `noun` is singular and takes an s."""
+    text = format(number, form)
+    return f"{text} {noun}" + "s" * (text != "1")
+
+
 def cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -53,7 +53,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Positional
-from gpt_arc.tables import to_json
+from gpt_arc.tables import counted, to_json
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,11 +102,13 @@ def check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
 def summary(report: dict[str, Any]) -> str:
     """Summarizes the report of `clean` in two sentences."""
     documents, ngrams, characters = report["documents"], report["ngrams"], report["characters"]
+    gram = f"{ngrams['words']}-gram"
     removed = documents["dropped"] + documents["left_without_pieces"]
     return (
-        f"{documents['read']:,} documents: {documents['unchanged']:,} unchanged, {documents['cut']:,} cut, {removed:,} "
-        f"dropped; {characters['removed']:,} of {characters['read']:,} characters removed\n"
-        f"{ngrams['different']:,} {ngrams['words']}-grams of the items: {ngrams['found']:,} found, "
+        f"{counted(documents['read'], 'document')}: {documents['unchanged']:,} unchanged, "
+        f"{documents['cut']:,} cut, {removed:,} dropped; "
+        f"{characters['removed']:,} of {characters['read']:,} characters removed\n"
+        f"{counted(ngrams['different'], gram)} of the items: {ngrams['found']:,} found, "
         f"{ngrams['ignored']:,} of them ignored as common"
     )
 
@@ -122,7 +124,7 @@ def lines(report: dict[str, Any]) -> str:
             parts.append(f"{entry['gpt3']['dirty']:,} dirty by {entry['gpt3']['words']}-grams (gpt3)")
         if "gpt4" in entry:
             parts.append(f"{entry['gpt4']['contaminated']:,} contaminated (gpt4)")
-        rows.append(f"{entry['file']}, {entry['items']:,} items: {', '.join(parts)}")
+        rows.append(f"{entry['file']}, {counted(entry['items'], 'item')}: {', '.join(parts)}")
     return "\n".join(rows)
 
 
@@ -131,7 +133,7 @@ def main() -> None:
     documents, paths = options.files(), find_files(options.items)
     check_output(options.output, [*documents.paths, *paths], options.overwrite)
     items = read_items(paths, options.item_fields)
-    print(f"{options.task}: {documents.name} against {len(items.texts):,} items", flush=True)
+    print(f"{options.task}: {documents.name} against {counted(len(items.texts), 'item')}", flush=True)
     if options.task == "clean":
         report = decontaminate(documents, items, options, options.output, options.workers)
         print(summary(report))

@@ -40,7 +40,7 @@ def texts_of(files: Files) -> Iterator[str]:
         yield text
         empty = empty and not text
     if empty:
-        raise UserError(f"{files.name} has no text")
+        raise UserError(f"there is no text in {files.name}")
 
 
 def refuse_other_contents(directory: Path, overwrite: bool) -> None:
@@ -66,7 +66,7 @@ def main() -> None:
         tokenizer.save(directory)
     print(f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < options.vocab_size:
-        print(f"note: {files.name} has no more pairs to merge, so there are fewer than {options.vocab_size:,}")
+        print(f"note: no pairs are left to merge in {files.name}, so there are fewer than {options.vocab_size:,}")
 
 
 if __name__ == "__main__":

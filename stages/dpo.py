@@ -33,6 +33,7 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
+from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
@@ -107,7 +108,7 @@ def train(options: Options, run: StageRun) -> int:
     examples = encoded["train"]
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
-    say(f"updates        {updates:,} of {options.examples_per_update} rankings")
+    say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
     run.open(digest([fingerprint(reference), examples]))
     scorer = ResponseLikelihood(reference.to(run.device)).eval()
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}

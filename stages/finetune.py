@@ -64,7 +64,7 @@ from gpt_arc.finetuning.predictions import (
 )
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
-from gpt_arc.tables import table, to_json
+from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
@@ -250,7 +250,7 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
     if (options.max_tokens or 0) > context:
         raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
     if (options.transfer_blocks or 0) > blocks:
-        raise UserError(f"transfer_blocks = {options.transfer_blocks}, but the model has {blocks} blocks")
+        raise UserError(f"transfer_blocks = {options.transfer_blocks}, but the model has {counted(blocks, 'block')}")
     if isinstance(trunk, LSTM) and (options.lora_rank or options.transfer_blocks is not None):
         raise UserError(f"{options.model} is an LSTM: it has no blocks for lora_rank or transfer_blocks")
     if options.lstm:
@@ -326,10 +326,11 @@ def prepare(options: Options) -> Material:
     say(f"parameters     {describe_parameters(classifier)}; {trained:,} learn")
     for name, split in splits.items():
         cut = f", {split.cut:,} of them cut to {config.max_tokens} tokens" if split.cut else ""
-        say(f"{name:<15}{len(split):,} examples{cut}")
+        say(f"{name:<15}{counted(len(split), 'example')}{cut}")
     if config.classes:
         say(f"classes        {len(config.classes)}: {', '.join(config.classes[:20])}")
-    say(f"updates        {updates:,} of {options.examples_per_update} examples in {options.epochs} epochs")
+    size, epochs = counted(options.examples_per_update, "example"), counted(options.epochs, "epoch")
+    say(f"updates        {updates:,} of {size} in {epochs}")
     return Material(classifier, tokenizer, splits, updates, updates_per_epoch)
 
 
@@ -467,7 +468,7 @@ def use(options: Options) -> None:
     def predicted(examples: list[Example]) -> tuple[EncodedExamples, Predictions]:
         encoded = encode_examples(examples, config, tokenizer)
         if encoded.cut:
-            print(f"{encoded.cut:,} examples were cut to {config.max_tokens} tokens", file=sys.stderr)
+            print(f"cut {counted(encoded.cut, 'example')} to {config.max_tokens} tokens", file=sys.stderr)
         return encoded, predict(classifier, encoded, options.batch_size, device, dtype)
 
     if options.test:
@@ -478,7 +479,7 @@ def use(options: Options) -> None:
         path = predictions_file(options)
         lines = prediction_lines(predictions, config)
         write_file(path, "".join(to_json(line, ensure_ascii=False) + "\n" for line in lines))
-        print(f"{path}: {len(encoded):,} predictions")
+        print(f"{path}: {counted(len(encoded), 'prediction')}")
     if options.classify:
         needed = {"classification": 1, "multiple_choice": 3}.get(config.task, 2)
         given = len(options.classify)

@@ -53,6 +53,7 @@ from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
+from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
@@ -346,7 +347,7 @@ def train(options: Options, run: StageRun) -> int:
     iterations = math.ceil(options.episodes / size)
     updates = options.inner_epochs * options.minibatches  # per iteration
     say(f"parameters     {describe_parameters(policy)}; critic {describe_parameters(critic)}")
-    say(f"iterations     {iterations:,} of {size:,} episodes, {updates} updates each")
+    say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))

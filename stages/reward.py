@@ -43,7 +43,7 @@ from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import write_file
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
-from gpt_arc.tables import table, to_json
+from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
@@ -123,7 +123,7 @@ def train(options: Options, run: StageRun) -> int:
             raise UserError(f"no conversation of {options.demonstrations} fits into the context of {context} tokens")
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
-    say(f"updates        {updates:,} of {options.examples_per_update} rankings")
+    say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([examples, demonstrations]))

@@ -36,6 +36,7 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
+from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
@@ -115,7 +116,8 @@ def train(options: Options, run: StageRun) -> int:
     examples = encoded["train"].examples
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
-    say(f"updates        {updates:,} of {options.examples_per_update} conversations in {options.epochs} epochs")
+    size, epochs = counted(options.examples_per_update, "conversation"), counted(options.epochs, "epoch")
+    say(f"updates        {updates:,} of {size} in {epochs}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.open(digest([split.examples for split in encoded.values()]))
@@ -165,7 +167,7 @@ def train(options: Options, run: StageRun) -> int:
 
 def describe(split: EncodedConversations) -> str:
     tokens = sum(example.count for example in split.examples)
-    parts = [f"{len(split.examples):,} conversations, {tokens:,} tokens of responses"]
+    parts = [f"{counted(len(split.examples), 'conversation')}, {counted(tokens, 'token')} of responses"]
     parts += [f"{split.cut:,} cut at a turn to fit the context"] * (split.cut > 0)
     parts += [f"{split.dropped:,} dropped: too long"] * (split.dropped > 0)
     return "; ".join(parts)

@@ -35,6 +35,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_a_failed_write_names_the_destination(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as refused, new_directory(tmp_path / "d") as temporary:
+        write_file(temporary / "x", "half")
+    assert refused.value.filename == str(tmp_path / "d" / "x") and not os.listdir(tmp_path)
+
+
 def test_a_directory_appears_once_it_is_complete(tmp_path):
     with pytest.raises(RuntimeError), new_directory(tmp_path / "d") as temporary:
         (temporary / "x").write_text("half")

@@ -3,6 +3,7 @@
 import ast
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.tasks import load_task
+from gpt_arc.manifest import RecordedFile
 from gpt_arc.reading import read_bytes, read_json, read_toml, reading
 from gpt_arc.settings import build
 from gpt_arc.training.config import Config
@@ -73,8 +75,8 @@ def test_a_file_is_read_up_to_its_limit(tmp_path):
     ("content", "sentence"),
     [
         (b"[" * 100_000, "it is not JSON: recursion limit exceeded"),
-        (b'{"a": {"b": Infinity}}', "a.b = Infinity: Input should be a finite number"),
-        (b'{"a": {"b": "1"}}', 'a.b = "1": Input should be a valid number'),
+        (b'{"a": {"b": Infinity}}', "a.b = Infinity must be a finite number"),
+        (b'{"a": {"b": "1"}}', 'a.b = "1" must be a number'),
         (b'{"a": "\xff"}', "it is not JSON: invalid unicode"),
         (b'{"a": {"b": ' + b"9" * 9999 + b"}}", "it is not JSON: number out of range"),
     ],
@@ -84,6 +86,32 @@ def test_json_is_checked_against_a_schema(tmp_path, content, sentence):
     with pytest.raises(UserError, match="a.json is damaged: ") as refusal:
         read_json(tmp_path / "a.json", dict[str, dict[str, float]])
     assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "expected"),
+    [
+        (str, "3", "a text"),
+        (int, "1.5", "a whole number"),
+        (float, "true", "a number"),
+        (bool, "1", "true or false"),
+        (list[int], "{}", "a list"),
+        (tuple[int, ...], "3", "a list"),
+        (dict[str, int], "[]", "a table"),
+        (RecordedFile, "[]", "a table"),
+        (Literal[1], "2", "1"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_in_plain_words(tmp_path, schema, value, expected):
+    path = tmp_path / "a.json"
+    path.write_text(f'{{"a": {value}}}')
+    with pytest.raises(UserError) as refusal:
+        read_json(path, dict[str, schema])
+    assert str(refusal.value) == f"{path} is damaged: a = {value} must be {expected}"
+    path.write_text(value)
+    with pytest.raises(UserError) as refusal:
+        read_json(path, schema)
+    assert str(refusal.value) == f"{path} is damaged: it must be {expected}"
 
 
 @pytest.mark.parametrize("content", [b"a = " + b"[" * 100_000, b"a = '\xff'", b"a = 1 1", b"a = " + b"{b=" * 9999])

@@ -32,7 +32,7 @@ from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import name_failed_writes, new_directory, replacing, write_file
+from gpt_arc.files import new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
@@ -388,7 +388,7 @@ def write(export: Export, options: Options) -> None:
 
     readme = f"{MARK} from {options.model}, as {export.form} of transformers.\n{export.about}"
     with new_directory(options.output.resolve()) as temporary:
-        with name_failed_writes(options.output), replacing(temporary / WEIGHTS) as path:
+        with replacing(temporary / WEIGHTS) as path:
             save_file(export.tensors, path, {"format": "pt"})
         for name, content in {**export.files, "config.json": as_json(export.config), "README.md": readme}.items():
             write_file(temporary / name, content)

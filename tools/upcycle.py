@@ -20,7 +20,7 @@ from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import name_failed_writes, new_directory
+from gpt_arc.files import new_directory
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed, mistake
 
@@ -77,10 +77,9 @@ def main() -> None:
     except ValueError as error:  # settings that don't fit together
         raise UserError(mistake(error, GPTConfig)) from None
     with new_directory(options.output.resolve()) as temporary:
-        with name_failed_writes(options.output):
-            save_model(mixture, tokenizer, temporary)
-            if chat:
-                chat.save(temporary)
+        save_model(mixture, tokenizer, temporary)
+        if chat:
+            chat.save(temporary)
     print(f"{options.output}: {describe_parameters(mixture, ' parameters')}, made from {model.num_parameters():,}")
 
 

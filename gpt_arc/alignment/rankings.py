@@ -13,6 +13,7 @@ from gpt_arc.chat.preview import marked
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
+from gpt_arc.tables import counted
 
 
 class EncodedRanking(NamedTuple):
@@ -58,9 +59,9 @@ def encode_rankings(rankings: Sequence[Ranking], chat: ChatFormat, context: int)
 def encode_split(split: str, rankings: Sequence[Ranking], chat: ChatFormat, context: int) -> list[EncodedRanking]:
     """Encodes the rankings of a split and prints how many were kept. Raises UserError if none was."""
     examples, pairs, ties, dropped = encode_rankings(rankings, chat, context)
-    parts = [f"{len(examples):,} rankings, {pairs:,} pairs"]
-    parts += [f"{ties:,} ties or equal responses dropped"] * (ties > 0)
-    parts += [f"{dropped:,} rankings dropped: all ties, or too long"] * (dropped > 0)
+    parts = [f"{counted(len(examples), 'ranking')}, {counted(pairs, 'pair')}"]
+    parts += [f"{counted(ties, 'pair')} dropped: tied, or equal responses"] * (ties > 0)
+    parts += [f"{counted(dropped, 'ranking')} dropped: all ties, or too long"] * (dropped > 0)
     say(f"{split:<15}{'; '.join(parts)}")
     if not examples:
         raise UserError(

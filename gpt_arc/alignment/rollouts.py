@@ -25,6 +25,7 @@ from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.tables import counted
 from model import GPT
 
 
@@ -48,7 +49,8 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int, columns: Se
     say(f"prompts        {len(prompts):,}" + (f"; {dropped:,} dropped: too long" if dropped else ""))
     if not prompts:
         raise UserError(
-            f"no prompt of {path} fits: max_new_tokens leaves {max(room, 0)} tokens of the context for it; lower it"
+            f"no prompt of {path} fits: max_new_tokens leaves {counted(max(room, 0), 'token')} "
+            "of the context for it; lower it"
         )
     return prompts
 

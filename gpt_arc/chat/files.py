@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 from gpt_arc.chat.format import ROLES, Turn
 from gpt_arc.data.rows import missing_column, parsed_rows, shown, text_of
 from gpt_arc.errors import UserError
+from gpt_arc.tables import counted
 
 T = TypeVar("T")
 FORMS = {  # column of each form that contains the user's turn -> the others
@@ -213,7 +214,7 @@ def _responses(row: dict[str, Any]) -> tuple[list[str], Sequence[float]]:
         raise ValueError("ranks contains NaN")
     if len(responses) < 2 or len(ranks) != len(responses):
         raise ValueError(
-            f"{len(responses)} responses with {len(ranks)} ranks: a ranking needs two or more "
+            f"{counted(len(responses), 'response')} with {counted(len(ranks), 'rank')}: a ranking needs two or more "
             "responses, and a rank for each"
         )
     return responses, ranks

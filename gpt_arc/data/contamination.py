@@ -40,6 +40,7 @@ from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
 from gpt_arc.settings import STRICT, Count, Natural
+from gpt_arc.tables import counted
 
 BATCH = 2**20  # characters given to a process at a time
 BLOCK = 2**16  # windows hashed at a time; they fit in the CPU cache
@@ -513,7 +514,7 @@ class _Ngrams(NamedTuple):
     def of(cls, words: Sequences, items: Items, length: int) -> "_Ngrams":
         starts, owners = words.windows(length)
         if not len(starts):
-            raise UserError(f"no item has {length} words, so there is nothing to look for: lower --words")
+            raise UserError(f"no item has {counted(length, 'word')}, so there is nothing to look for: lower --words")
         index = WindowIndex(words.numbers, starts, length)
         of_files = np.unique(index.numbers * np.int64(len(items.files)) + items.file_of[owners])
         index.numbers = np.empty(0, np.int32)  # no longer needed; frees memory

@@ -20,6 +20,7 @@ from gpt_arc.files import DATA_ROOT, resource, whole
 from gpt_arc.manifest import MANIFEST, check_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Natural, Positive
+from gpt_arc.tables import counted
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 
@@ -84,11 +85,11 @@ class Corpus:
                     f"last target take {block_size + 1} tokens and it has {len(files)}; prepare more text, "
                     "or train a model of a smaller block_size"
                 )
-            counted = _tokens_of(directory, name)
-            if counted not in (None, len(files)):
+            recorded = _tokens_of(directory, name)
+            if recorded not in (None, len(files)):
                 raise UserError(
-                    f"{directory} has {len(files):,} tokens in its {name} split, its meta.json counts {counted:,}: a "
-                    "token file is missing or surplus; prepare the dataset again"
+                    f"{directory} has {counted(len(files), 'token')} in its {name} split, its meta.json counts "
+                    f"{recorded:,}: a token file is missing or surplus; prepare the dataset again"
                 )
             parts.append(files)
         return Split(parts, self.weights, self.separator() if document_mask else None)
@@ -137,7 +138,9 @@ def data_plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> 
     """One line per dataset: its share of `tokens` and, if it is prepared, the number of epochs."""
     lines = []
     for source, share, part in zip(sources, mixture_shares(sources), split.parts if split else [None] * len(sources)):
-        epochs = f"{tokens * share / len(part):.3g} epochs of {len(part):,} tokens" if part else "not prepared yet"
+        epochs = "not prepared yet"
+        if part:
+            epochs = f"{counted(tokens * share / len(part), 'epoch', '.3g')} of {counted(len(part), 'token')}"
         lines.append(f"{share:.1%} {source.name}: {epochs}")
     return lines
 

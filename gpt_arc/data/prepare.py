@@ -46,6 +46,7 @@ from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore,
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import counted
 
 ValFraction = Annotated[float, Gt(0), Lt(1)]
 BATCH = 2**20  # characters per unit of work
@@ -131,7 +132,9 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
                 total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
                 tokenizer = CharTokenizer(sorted(characters)) if by_characters and characters else tokenizer
                 if total < 2:
-                    raise UserError(f"{documents.name} has {total} characters: at least two are needed for a split")
+                    raise UserError(
+                        f"{counted(total, 'character')} in {documents.name}: at least two are needed for a split"
+                    )
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
             done = _write_shards(documents, settings, tokenizer, boundary, work)
@@ -146,9 +149,9 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
             record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
             put_directory(dataset, directory)
-    counts = ", ".join(f"{split} {count:,} tokens" for split, count in tokens.items())
-    empty = f", {done.empty:,} empty document{'s' if done.empty > 1 else ''} skipped" if done.empty else ""
-    print(f"{directory}: {done.characters:,} characters, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
+    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
+    empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
+    print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
 
 def _write_shards(
@@ -158,7 +161,7 @@ def _write_shards(
     path = work / "progress.json"
     saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
     if saved.position is not None:
-        print(f"resuming after {saved.train + saved.val:,} tokens", flush=True)
+        print(f"resuming after {counted(saved.train + saved.val, 'token')}", flush=True)
     writers = {
         split: ShardWriter(work / "dataset", split, tokenizer.vocab_size, settings.shard_tokens, getattr(saved, split))
         for split in SPLITS
@@ -274,11 +277,11 @@ def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, set[str
 
 def _refuse_an_empty_split(done: PreparationProgress, name: str, rule: str) -> None:
     if done.documents == 0:
-        raise UserError(f"{name} has no text")
+        raise UserError(f"there is no text in {name}")
     for split, change in (("train", "lower"), ("val", "raise")):
         if getattr(done, split) == 0:
             remedy = f"{change} --val_fraction" + (", or split with --split=tail" if rule == "hash" else "")
-            raise UserError(f"none of the {done.documents:,} documents of {name} falls into {split}: {remedy}")
+            raise UserError(f"{counted(done.documents, 'document')} in {name}, and none falls into {split}: {remedy}")
 
 
 @contextlib.contextmanager

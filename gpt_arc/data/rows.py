@@ -14,6 +14,7 @@ from gpt_arc.data.documents import read_text
 from gpt_arc.data.json_lines import parse_as
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
+from gpt_arc.tables import counted
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 128  # held at a time
@@ -36,7 +37,7 @@ def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T
         except ValueError as error:
             first, bad = first or f"{place}: {error}", bad + 1
     if first:
-        more = f"; {bad - 1} more rows of {len(parsed) + bad} can't be used" if bad > 1 else ""
+        more = f"; {counted(bad - 1, 'more row')} of {len(parsed) + bad} can't be used" if bad > 1 else ""
         raise UserError(f"{first}{more}")
     if not parsed:
         raise UserError(f"{path} holds no examples")

@@ -32,9 +32,9 @@ class SampleConfig:
     """A model directory, a run folder (its best checkpoint), or gpt2, gpt2-medium, gpt2-large, gpt2-xl,
     openai-gpt, or hf:OWNER/NAME. None: the newest run under out/."""
     out_dir: str | None = None
-    """The same, as a flag."""
+    """The model by its run folder or directory, as a flag instead of the first argument."""
     init_from: str = "resume"
-    """The same again, as in nanoGPT. resume: use the other two."""
+    """The model by its name, as in nanoGPT, such as gpt2-xl. resume: the model that `model` or `out_dir` names."""
     start: str = ""
     """The prompt; FILE:prompt.txt reads it from a file. Empty: start from nothing."""
     prompts: Path | None = None

@@ -15,6 +15,7 @@ from gpt_arc.errors import UserError, first_line
 from gpt_arc.evaluation.detokenize import penn_treebank
 from gpt_arc.evaluation.tasks import Task, looked_up
 from gpt_arc.extras import import_extra
+from gpt_arc.tables import counted
 
 POSSESSIVES = {"my", "his", "her", "our", "their"}
 NOT_NAMES = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"}  # lower case within a sentence
@@ -181,7 +182,8 @@ def demonstrations(
         places = [i for i, item in enumerate(pool) if looked_up(task.group, item) == group]
         condition = f" with {task.group} = {json.dumps(group)}"
     if shots >= len(places):
-        raise UserError(f"can't draw {shots} demonstrations from {len(places)} items{condition}, one of them left out")
+        pool_size = f"{counted(len(places), 'item')}{condition}"
+        raise UserError(f"can't draw {counted(shots, 'demonstration')} from {pool_size}, one of them left out")
     rng = random.Random(f"{seed} {number}")
     texts = []
     for i in [i for i in rng.sample(places, shots + 1) if i != number][:shots]:

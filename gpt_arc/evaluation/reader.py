@@ -24,6 +24,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.evaluation.score import Encoded, Request, Score, encode_pairs, score_continuations
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
+from gpt_arc.tables import counted
 from model import GPT
 
 
@@ -70,8 +71,8 @@ class Reader(NamedTuple):
             raise UserError(f"{label}, {error}") from None
         if merged:
             print(
-                f"{label}: in {merged:,} of {len(requests):,} texts a token spans the end of the context; their scores "
-                "begin with that token",
+                f"{label}: in {merged:,} of {counted(len(requests), 'text')} a token spans the end of the context; "
+                "their scores begin with that token",
                 file=sys.stderr,
             )
         scores = score_continuations(self.model, requests, self.batch_tokens, progress=label)
@@ -79,7 +80,8 @@ class Reader(NamedTuple):
         cut = sum(len(request.context) + len(request.continuation) > room for request in requests)
         if cut:
             print(
-                f"{label}: {cut:,} of {len(requests):,} texts were cut at the start to fit the context", file=sys.stderr
+                f"{label}: cut {cut:,} of {counted(len(requests), 'text')} at the start to fit the context",
+                file=sys.stderr,
             )
         return scores
 

@@ -9,7 +9,7 @@ from typing import Any
 from gpt_arc.evaluation.measure import Result, TaskItems
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
-from gpt_arc.tables import table
+from gpt_arc.tables import counted, table
 
 
 def weight_hash(directory: Path) -> str:
@@ -55,7 +55,7 @@ def plot_checkpoints(report: dict[str, Any], path: Path) -> None:
     for model in report["models"]:
         update = int(Path(model["model"]).name.removeprefix("step-"))
         points = [
-            (f"{r['task']}, {r['shots']} shots, {r['metric']}", r["metric"], r["value"], r["standard_error"])
+            (f"{r['task']}, {counted(r['shots'], 'shot')}, {r['metric']}", r["metric"], r["value"], r["standard_error"])
             for r in model["tasks"]
         ]
         points += [(name, "perplexity", figures["perplexity"], 0.0) for name, figures in model["texts"].items()]

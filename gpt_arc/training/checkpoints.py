@@ -19,8 +19,8 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import discard, follow, is_failed_write, new_directory, point, write_file
+from gpt_arc.errors import UserError
+from gpt_arc.files import discard, follow, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, check_files, record_files
 from gpt_arc.reading import open_plain, reading
 from gpt_arc.settings import Count
@@ -92,13 +92,12 @@ def save_checkpoint(
             record_files(temporary, "training_state.pt")
             written = [*recorded(run), directory.name]
             write_file(run / RECORD, json.dumps(written) + "\n")
-    except Exception as error:
-        if not is_failed_write(error):
-            raise
+    except OSError as error:
         free = shutil.disk_usage(run).free / 1e6
+        reason = f" ({error.strerror})" if error.errno else ""
+        kept = "; earlier checkpoints are kept" if recorded(run) else ""
         raise UserError(
-            f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk ({first_line(error)}); "
-            "earlier checkpoints are kept"
+            f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk{reason}{kept}"
         ) from None
     point(run / "last", directory.name)
     if best_step == step:

@@ -53,7 +53,8 @@ class DataConfig:
     gradient_accumulation_steps: Count | None = None
     """Micro-batches in one step, over all processes. None: 1, or what tokens_per_step asks for."""
     tokens_per_step: Count | None = None
-    """Tokens in one optimizer step; gradient_accumulation_steps is derived from it. None: the reverse."""
+    """Tokens in one optimizer step; gradient_accumulation_steps is derived from it.
+    None: it follows from gradient_accumulation_steps instead."""
 
     def __post_init__(self):
         names = [source.name for source in self.mixture]

@@ -33,6 +33,7 @@ from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural
+from gpt_arc.tables import counted
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.log import MetricsLog
@@ -184,7 +185,10 @@ class StageRun:
             if IS_MAIN:
                 record_steps(self.folder, steps)
             if self.progress.step >= steps:
-                say(f"{self.folder} has made all its {steps:,} {unit}s: to train it further, start a new run from it")
+                say(
+                    f"{self.folder} is finished after {counted(steps, unit)}: to train it further, "
+                    "start a new run from it"
+                )
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
         return self.progress.step < steps and not self.stopped
 

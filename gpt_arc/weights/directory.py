@@ -24,6 +24,7 @@ from gpt_arc.files import follow, replacing, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
+from gpt_arc.tables import counted
 from gpt_arc.weights.checkpoint_folders import named_checkpoint, undamaged_before
 from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
@@ -156,7 +157,7 @@ def _read_config(directory: Path) -> tuple[str, GPTConfig]:
         tensors = sum(1 for _ in stored_tensors(directory))
         if config.n_layer > tensors:
             raise UserError(
-                f"{path} describes {config.n_layer} blocks, and the weights beside it are {tensors} tensors"
+                f"{path} describes {config.n_layer} blocks, and the weights beside it are {counted(tensors, 'tensor')}"
             )
     return kind, config
 

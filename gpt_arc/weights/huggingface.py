@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.reading import mistake_in, read_json
 from gpt_arc.settings import mistake
+from gpt_arc.tables import counted
 from gpt_arc.weights.tensor_files import and_more, open_tensors
 from model import GPT, GPTConfig
 
@@ -478,7 +479,9 @@ def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str
         architecture = replace(architecture, block=architecture.block | architecture.fused)
     elif config.n_experts * config.n_layer > len(stored):
         total = config.n_experts * config.n_layer
-        raise UserError(f"{directory} has {len(stored)} tensors, too few for the {total} experts of its config.json")
+        raise UserError(
+            f"{directory} has {counted(len(stored), 'tensor')}, too few for the {total} experts of its config.json"
+        )
     embedding = f"{architecture.outside['token_embedding']}.weight"
     if config.tied_head and embedding not in stored and "lm_head.weight" in stored:  # a tied pair
         stored[embedding] = stored.pop("lm_head.weight")

@@ -334,10 +334,10 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
         (
             read_rankings,
             {"prompt": "a", "responses": ["c"]},
-            "1 responses with 1 ranks: a ranking needs two or more responses",
+            "1 response with 1 rank: a ranking needs two or more responses",
         ),
         (read_rankings, {"prompt": "a", "responses": ["c", 1]}, 'responses = ["c", 1] is not a list of texts'),
-        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1]}, "2 responses with 1 ranks"),
+        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1]}, "2 responses with 1 rank:"),
         (
             read_rankings,
             {"prompt": "a", "responses": ["c", "d"], "ranks": [1, True]},

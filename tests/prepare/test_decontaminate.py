@@ -46,7 +46,7 @@ def test_a_cleaned_corpus_has_no_overlap(folder):
     result = command(SCRIPT, *"clean --input pages --items items.jsonl --output clean.jsonl".split())
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert "3 documents: 2 unchanged, 1 cut, 0 dropped" in result.stdout
-    assert "1 13-grams of the items: 1 found, 0 of them ignored" in result.stdout
+    assert "1 13-gram of the items: 1 found, 0 of them ignored" in result.stdout
     assert [row["text"] for row in lines_of("clean.jsonl")] == ["x" * 200, "y" * 300, "short", "größer\u2028"]
     report = json.loads((folder / "clean.report.json").read_text())
     assert report["files"][0]["items_too_short"] == 1

@@ -390,7 +390,7 @@ def test_shots_are_compared_item_by_item(run):
 def test_demonstrations_come_from_train_data_if_given(run):
     Path("cloze.toml").write_text(CLOZE.replace('" "', '"r"'))
     write("items.jsonl", [{"q": "", "a": "b"}])
-    assert "can't draw 1 demonstrations from 1 items" in (
+    assert "can't draw 1 demonstration from 1 item," in (
         run("base", "--tasks", "cloze.toml", "--data=items.jsonl", "--shots", 1).message
     )
     write("train.jsonl", [{"q": "q", "a": "a"}] * 3)

@@ -400,8 +400,8 @@ def test_predictions_replace_files_only_with_overwrite(trained):
     trained(*USE, "--predict=new.jsonl")
     refused = trained(*USE, "--predict=new.jsonl")
     assert refused.code == 2 and "new.predictions.jsonl is there already" in refused.message
-    assert "1 predictions" in trained(*USE, "--predict=new.jsonl", "--overwrite=True")
-    assert "1 predictions" in trained(*USE, "--predict=new.jsonl", "--output=other.jsonl")
+    assert "1 prediction\n" in trained(*USE, "--predict=new.jsonl", "--overwrite=True")
+    assert "1 prediction\n" in trained(*USE, "--predict=new.jsonl", "--output=other.jsonl")
 
 
 def test_classes_only_in_held_out_examples_count(run):

@@ -198,9 +198,10 @@ def test_batching_and_processes_change_only_rounding(run):
 
 
 def test_a_finished_run_says_how_to_go_on(run):
-    assert "has made all" not in run(*TRAIN)
+    assert "is finished after" not in run(*TRAIN)
     assert json.loads(Path("out/sft/run.json").read_text())["steps"] == 6
-    assert "out/sft has made all its 6 updates: to train it further, start a new run from it" in run("--resume=out/sft")
+    message = "out/sft is finished after 6 updates: to train it further, start a new run from it"
+    assert message in run("--resume=out/sft")
 
 
 @pytest.mark.parametrize("updates", [2, 4])  # within an epoch and at its end

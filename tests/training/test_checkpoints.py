@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import re
 import shutil
 import threading
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
@@ -20,6 +22,7 @@ from gpt_arc.weights.directory import ATTEMPTS, load_model, model_directory, of_
 from helpers import killed_at_each_call
 from model import GPT, GPTConfig
 
+FULL = OSError(errno.ENOSPC, "No space left on device")
 CONFIG = GPTConfig(8, 11, 2, 2, 16, positions="rotary", norm="rmsnorm", head_bias=True, dropout=0.1)
 TOKENIZER = CharTokenizer("abcdefghij\n")
 STATE = {"generators": [{"cpu": torch.get_rng_state()}], "scaler": {}, "data": ""}
@@ -64,15 +67,34 @@ def test_a_run_resumes_from_last_only(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004.1"]
 
 
-def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    checkpoint(tmp_path, 1, 1)
-
+@pytest.mark.parametrize(
+    ("writer", "error", "reason"),
+    [
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), ""),
+        ("torch.save", FULL, " (No space left on device)"),
+        ("os.fsync", FULL, " (No space left on device)"),  # while the model is saved
+        (
+            "gpt_arc.weights.directory.save_file",
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            " (No space left on device)",
+        ),
+    ],
+)
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch, writer, error, reason):
     def full(*args, **kwargs):
-        raise RuntimeError("unexpected pos 64 vs 0")  # torch.save's message for a full disk
+        raise type(error)(*error.args)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match="can't be written, with .* earlier checkpoints are kept"):
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        with pytest.raises(UserError) as refusal:
+            checkpoint(tmp_path, 1, 1)
+    message = rf"the checkpoint {tmp_path}/step-0000000\d can't be written, with [\d,]+ MB free on its disk"
+    assert re.fullmatch(message + re.escape(reason), str(refusal.value)) and not list(tmp_path.iterdir())
+    checkpoint(tmp_path, 1, 1)
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(UserError) as refusal:
         checkpoint(tmp_path, 2, 1)
+    assert re.fullmatch(message + re.escape(f"{reason}; earlier checkpoints are kept"), str(refusal.value))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoints.json", "last", "step-00000001"]
 
 
@@ -273,7 +295,7 @@ def test_a_checkpoint_deleted_while_its_link_is_followed_is_looked_for_again(tmp
 
 def test_loads_of_a_live_run_never_mix_checkpoints(tmp_path, monkeypatch):
     """A thread saves models whose weights are all equal to their step; best is every third."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
     config, stop = GPTConfig(4, 11, 2, 1, 4), threading.Event()
 
     def save(step):
@@ -336,11 +358,14 @@ def test_a_damaged_model_is_named_with_the_checkpoint_before_it(tmp_path):
     for name, bit in (("config.json", 4300), ("tokenizer.json", 900), ("model.safetensors", -77)):
         before = (tmp_path / "best" / name).read_bytes()
         flip(tmp_path / "best" / name, bit)
-        with pytest.raises(UserError, match=rf"step-00000002/{name} .*damaged.*step-00000001 is undamaged"):
+        remedy = "restore it from a copy or use another checkpoint"
+        with pytest.raises(UserError, match=rf"{name} .*damaged.*: {remedy}; .*step-00000001 is undamaged"):
             load_model(tmp_path)
         (tmp_path / "best" / name).write_bytes(before)
     (tmp_path / "best" / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match="tokenizer.json is missing, but is listed in manifest.json"):
+    with pytest.raises(
+        UserError, match="tokenizer.json is missing, but manifest.json there lists it: restore it from a copy or use"
+    ):
         load_model(tmp_path)
     (tmp_path / "best" / "manifest.json").unlink()  # how to accept a change
     assert load_model(tmp_path)[1] is None

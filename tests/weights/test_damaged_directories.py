@@ -52,7 +52,7 @@ def foreign(tmp_path):
         ({"n_layer": 1000}, "describes 1000 blocks, and the weights beside it are 28 tensors"),
         ({"model_type": ...}, "it lacks model_type"),
         ({"model_type": None}, "model_type = null"),
-        ({"activation_function": ["gelu"]}, "activation_function = .*valid string"),
+        ({"activation_function": ["gelu"]}, "activation_function = .* must be a text"),
         ({"layer_types": [["full_attention"]]}, "layer_types.0 = "),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1 must be true or false"),
         ({"embd_pdrop": float("nan")}, "embd_pdrop = nan must be"),

@@ -44,6 +44,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import counted
 
 TRIALS = 2  # batches per candidate size when choosing the harness's batch size
 
@@ -272,7 +273,7 @@ def bench_eval(args: list[str]) -> None:
         end="",
     )
     print(f" to {settings.max_context} tokens, options of {settings.min_option} to {settings.max_option}", end="")
-    print(f", {settings.rounds} rounds after a warm-up round", flush=True)
+    print(f", {counted(settings.rounds, 'round')} after a warm-up round", flush=True)
 
     def rates() -> dict[str, float | None]:
         name = device_name(device)

@@ -47,6 +47,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT, Count, NonNegative
+from gpt_arc.tables import counted
 
 LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
 
@@ -346,7 +347,8 @@ def bench_finetune(args: list[str]) -> None:
         f"work         {settings.batch_size} examples of {settings.min_tokens} to {settings.max_tokens} tokens per",
         end="",
     )
-    print(f" update, {settings.rounds} rounds of {steps} updates after a warm-up round", flush=True)
+    rounds, updates = counted(settings.rounds, "round"), counted(steps, "update")
+    print(f" update, {rounds} of {updates} after a warm-up round", flush=True)
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-arc-bench-")))

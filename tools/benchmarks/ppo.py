@@ -57,6 +57,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Seed, UnitInterval
+from gpt_arc.tables import counted
 
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
 UNCOUNTED = 2  # iterations at the start whose time doesn't count
@@ -476,9 +477,10 @@ def bench_ppo(args: list[str]) -> None:
         with torch.device("meta"):
             parameters = GPT(config).num_parameters()
         least, most = PROMPT_LETTERS
-        print(f"machine      {machine}, {torch.get_num_threads()} threads")
+        print(f"machine      {machine}, {counted(torch.get_num_threads(), 'thread')}")
         print(f"policy       {parameters:,} parameters, {settings.prompts:,} prompts of {least} to {most} letters")
-        print(f"work         {settings.seeds} runs of {settings.iterations} iterations, each", end="")
+        seeds = counted(settings.seeds, "run")
+        print(f"work         {seeds} of {counted(settings.iterations, 'iteration')}, each", end="")
         print(
             f" {settings.episodes_per_iteration} responses and {settings.inner_epochs * settings.minibatches} updates"
         )

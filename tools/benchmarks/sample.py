@@ -47,6 +47,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
 from gpt_arc.settings import STRICT, Count, Positional
+from gpt_arc.tables import counted
 
 OURS, PEERS = "ours.safetensors", "peers.safetensors"  # weights under our names and under transformers'
 PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which memory is read
@@ -337,7 +338,7 @@ def bench_sample(args: list[str]) -> None:
             f"work         {settings.batch_size} x ({settings.prompt_tokens} + {settings.max_new_tokens}) tokens",
             end="",
         )
-        print(f", {settings.rounds} rounds after a warm-up", flush=True)
+        print(f", {counted(settings.rounds, 'round')} after a warm-up", flush=True)
         write_weights(model, folder, peers=len(workers) > 1)
         del model
         job = SampleJob(settings, config, str(device), dtype, prompts, folder)

@@ -53,6 +53,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positive, Seed
+from gpt_arc.tables import counted
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 TRAIN_FILE = "train.bin"  # tokens in nanoGPT's format: 16 bits each, no header
@@ -385,7 +386,8 @@ def show(results: dict[str, Any]) -> None:
     for name, rows in results["programs"].items():
         hits = [row["reached"]["seconds"] for row in rows if row["reached"]]
         if hits:
-            print(f"{name:12} takes {median(hits):.2f} s of training, the median of {len(hits)} of {len(rows)} runs")
+            share = f"{len(hits)} of {counted(len(rows), 'run')}"
+            print(f"{name:12} takes {median(hits):.2f} s of training, the median of {share}")
         for row in rows:
             if row["reached"] is None:
                 best = row["best"]
@@ -396,7 +398,7 @@ def show(results: dict[str, Any]) -> None:
         print(f"{'':12} nanoGPT, seed {row['seed']}, ends at {end['val_loss']:.4f} after {end['seconds']:.2f} s")
     times = [row["compilation_seconds"] for row in results["programs"]["ours"]]
     compiled = [seconds for seconds in times if seconds is not None]
-    partly = f", in {len(compiled)} of {len(times)} runs" * (len(compiled) < len(times))
+    partly = f", in {len(compiled)} of {counted(len(times), 'run')}" * (len(compiled) < len(times))
     shown = f"ours was, in {median(compiled):.1f} s that don't count{partly}" if compiled else "ours was not"
     print(f"compiled     {shown}")
     if results["ratios"]:
@@ -450,7 +452,7 @@ def bench_speedrun(args: list[str]) -> int:
         check_nanogpt_reads(nanogpt_recipe(vocab_size, 0), corpus, vocab_size)
     machine = machine_name(device)
     print(f"machine      {machine}")
-    print(f"model        {describe_parameters(sketch, ' parameters')}, {config.training.max_iters:,} steps")
+    print(f"model        {describe_parameters(sketch, ' parameters')}, {counted(config.training.max_iters, 'step')}")
     print(f"data         {', '.join(corpus.names)}, {vocab_size} different tokens", flush=True)
 
     runs: dict[int, dict[str, SpeedrunRun]] = {}  # by seed and program
@@ -477,7 +479,7 @@ def bench_speedrun(args: list[str]) -> int:
         except KeyboardInterrupt:
             if not runs:
                 raise
-            interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {len(settings.seeds)} seeds")
+            interrupted = KeyboardInterrupt(f"interrupted after {len(runs)} of {counted(len(settings.seeds), 'seed')}")
 
     target, target_is = settings.target, "as given"
     if target in (None, "nanogpt"):

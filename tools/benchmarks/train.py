@@ -46,6 +46,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import counted
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 
 PHASES = ("data", "forward", "backward", "update")
@@ -306,7 +307,8 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
     print(f"model        {describe_parameters(model, ' parameters')}, {dtype}", end="")
     print(f", {'compiled' if compile else 'not compiled'}")
     print(f"work         {config.data.batch_size} x {config.model.block_size} tokens per step,", end="")
-    print(f" {settings.rounds} rounds of {settings.steps} steps after a warm-up round", flush=True)
+    rounds, steps = counted(settings.rounds, "round"), counted(settings.steps, "step")
+    print(f" {rounds} of {steps} after a warm-up round", flush=True)
     return TrainJob(settings, config, str(device), dtype, compile)
 
 
