@@ -126,6 +126,7 @@ def mistake_in(error: ValidationError) -> str:
         return f"it has the unknown key {key}"
     place = f"{key} = {json.dumps(first['input'], default=repr)[:60]}" if key else "it"
     if first["type"] == "value_error":
-        return f"{place}: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        problem = first.get("ctx", {}).get("error")
+        return f"{place}: {problem}" if key else str(problem)
     rule = re.sub(r"^\w+ should", "must", first["msg"])  # such as "List should have at least 1 item"
     return f"{place} must be {EXPECTED[first['type']]}" if first["type"] in EXPECTED else f"{place} {rule}"

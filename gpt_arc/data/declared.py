@@ -104,7 +104,8 @@ def _response_end(chat: dict[str, Any], tokenizer: Vocabulary) -> int | None:
     """Returns the id that ends a response by a chat.json; None for a damaged one, which `load_chat` refuses."""
     try:
         mark = end_mark(chat["template"]["assistant"])
-        return chat["added_tokens"].get(mark, tokenizer.special_token(mark))
+        token = chat["added_tokens"].get(mark, tokenizer.special_token(mark))
+        return token if type(token) is int else None
     except (KeyError, TypeError, AttributeError):
         return None
 
