@@ -44,8 +44,8 @@ class Options:
     """Time for training, at most; it takes less if the text is read often enough before."""
     name: str | None = None
     """Name of the dataset, the config and the run. None: after the first input."""
-    field: str = "text"
-    """Field of JSON lines, or column of parquet, with the text."""
+    field: str | None = None
+    """Field of JSON lines, or column of parquet, with the text. None: text."""
     pattern: str | None = None
     """Files to read in a folder, at any depth. None: .txt, .jsonl and .parquet."""
     overwrite: bool = False
@@ -56,7 +56,7 @@ def prepare(options: Options, name: str) -> None:
     """Writes data/NAME, whose val split is the end of the text, by characters if these are few."""
     from gpt_arc.training.recipes import tokenizer_for
 
-    documents, distinct = Files(find_files(options.input, options.pattern), options.field), set()
+    documents, distinct = Files(find_files(options.input, options.pattern), options.field or "text"), set()
     for text, _ in documents.pieces("anywhere"):
         distinct.update(text)
     settings = CorpusSettings(tokenizer=tokenizer_for(len(distinct)), split="tail", overwrite=options.overwrite)
@@ -75,16 +75,16 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
     data = {"dataset": name, "vocab_size": load_tokenizer(directory).vocab_size}
     device = resolve_device("auto")
     presets, rates = {}, {}
-    for preset in RECIPES:
-        presets[preset] = read_settings(resource(f"configs/{preset}.toml")) | data
-        config = build_config(presets[preset], preset)
-        rates[preset] = tokens_per_second(config, device, resolve_dtype("auto", device))
-    preset, settings = choose(train, val, rates, minutes)
-    settings = presets[preset] | settings | {"compile": False}  # as measured
+    for key, recipe in RECIPES.items():
+        presets[key] = read_settings(resource(f"configs/{recipe.config}.toml")) | recipe.settings | data
+        config = build_config(presets[key], recipe.config)
+        rates[key] = tokens_per_second(config, device, resolve_dtype("auto", device))
+    key, settings = choose(train, val, rates, minutes)
+    settings = presets[key] | settings | {"compile": False}  # as measured
     tokens = settings["max_iters"] * settings["batch_size"] * settings["block_size"]
-    steps, rate = settings["max_iters"], rates[preset]
+    steps, rate = settings["max_iters"], rates[key]
     print(
-        f"recipe         {preset}, {counted(steps, 'step')}, {counted(tokens / train, 'epoch', '.2g')}: "
+        f"recipe         {key}, {counted(steps, 'step')}, {counted(tokens / train, 'epoch', '.2g')}: "
         f"about {tokens / rate:,.0f} s at the {rate:,.0f} tokens/s measured, besides evaluations",
         flush=True,
     )
@@ -109,10 +109,11 @@ def main() -> int:
     if code:
         return code
     run = newest_run(name)
-    code = subprocess.call([sys.executable, resource("sample.py"), run, "--max_new_tokens=300", "--temperature=0.8"])
+    code = subprocess.call([sys.executable, resource("sample.py"), run])
     if code:
         return code
-    again = shlex.join((*options.input, f"--name={name}", f"--minutes={5 * options.minutes:g}"))
+    flags = {"name": name, "field": options.field, "pattern": options.pattern, "minutes": f"{5 * options.minutes:g}"}
+    again = shlex.join((*options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value)))
     print(
         f"\nnext:\n  python sample.py {run} --start=TEXT\n"
         f"  python new.py {again}   more time, so more steps or a larger model\n"

@@ -59,10 +59,15 @@ def script_command(name: str, arguments: list[str]) -> list[str]:
     script = resource(COMMANDS[name][0])
     if name == "prepare":
         names = sorted(path.stem for path in script.glob("*.py"))
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(f"usage: gpt-arc prepare NAME ARGUMENTS\n\nNAME is one of {', '.join(names)}.")
+            raise SystemExit(0)
         if not arguments or arguments[0] not in names:
             raise UserError(f"name what to prepare: gpt-arc prepare {', '.join(names)}")
         script, arguments = script / f"{arguments[0]}.py", arguments[1:]
     if name == "chat" and arguments[:1] not in (["-h"], ["--help"]):
+        if not arguments or arguments[0].startswith("-"):
+            raise UserError("name the model to talk with: gpt-arc chat out/sft")
         arguments = ["--chat", *arguments]
     return [str(script), *with_packaged_configs(arguments)]
 

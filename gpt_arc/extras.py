@@ -15,6 +15,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "scipy": "metrics",
     "sentencepiece": "sentencepiece",
     "sklearn": "metrics",
+    "transformers": "dev",
 }
 PACKAGES = {"lm_eval": "EleutherAI's lm-evaluation-harness", "rouge_score": "rouge-score", "sklearn": "scikit-learn"}
 

@@ -59,6 +59,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
     for flag in [other.split("=")[0] for other in others if other.startswith("-") and other != "-"]:
+        if flag[2:].startswith("no_") and flag[5:] in hints:
+            raise UserError(f"there is no flag {flag}; did you mean --{flag[5:]}=False?")
         raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), cls, '--')}")
     for name in positionals:
         if others:
@@ -74,7 +76,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        flag, _, problem = message.removeprefix("argument ").partition(": ")
+        raise UserError(f"{flag} needs a value: {flag}=VALUE" if problem.startswith("expected") else message)
 
 
 def spelled_out(args: list[str], hints: Mapping[str, Any]) -> Iterator[str]:

@@ -181,6 +181,8 @@ def read_text(hint: Any, name: str, text: str | list[str]) -> Any:
         return tuple(read_text(inner, name, one) for one in text)
     if text == "None" and types.NoneType in dict(kinds_of(hint)):
         return None
+    if not text and (str not in dict(kinds_of(hint)) or types.NoneType in dict(kinds_of(hint))):
+        raise UserError(f"--{name} is empty: give it a value, or leave it out")
     try:
         return TypeAdapter(hint, config=VALUES).validate_strings(text)
     except ValidationError as error:

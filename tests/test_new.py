@@ -44,7 +44,7 @@ def start(tmp_path, monkeypatch, stage_runner, called):
 def test_a_book_becomes_a_dataset_a_config_a_run_and_a_sample(start, called, tmp_path):
     (tmp_path / "my sums.txt").write_text(TEXT)
     output = start("my sums.txt", "--minutes=0.01")
-    assert "recipe         speedrun_cpu, 3 steps, " in output and "about 0 s" in output
+    assert "recipe         ngrams, 3 steps, " in output and "about 0 s" in output
     assert "finished step 3: best val loss" in output
     assert (tmp_path / "out" / "my-sums" / "best" / "model.safetensors").exists()
     assert [command[1] for command in called] == ["data/my-sums.toml", "out/my-sums"]

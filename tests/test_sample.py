@@ -106,7 +106,7 @@ def test_precision_and_compilation(letters, say):
         (["--top_p=1.5"], "top_p = 1.5"),
         (["--num_samples=0"], "num_samples = 0"),
         (["--max_new_tokens=-1"], "max_new_tokens = -1"),
-        (["--stop="], "stop is an empty text"),
+        (["--stop="], "--stop is empty"),
         (["--tempratur=1"], "did you mean --temperature"),
         (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
@@ -417,7 +417,7 @@ def test_a_long_chat_forgets_and_skips_bad_lines(talker):
     [
         (["--chat=out/letters"], "doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
-        (["--chat="], "chat is an empty name"),
+        (["--chat="], "--chat is empty"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),
         (["--chat=talker", "--start=a"], "both start and chat say where prompts come from"),
         (["--chat=talker", "--prompts=a"], "both prompts and chat"),

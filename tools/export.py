@@ -10,6 +10,10 @@ MODEL is a run folder, a model directory, or the name of a published model, as i
 transformers.AutoModelForCausalLM.from_pretrained("exported"), a fine-tuned or reward model with
 AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A
 model that the other library can't compute is refused.
+
+--verify loads the folder with transformers and prints the largest difference of logits over a few sequences, and how
+many of a few texts get other token ids. The exit code is 1 if any does, or if the difference is above 1e-4, or above
+1e-4 of the largest logit if that is above 1.
 """
 
 if __name__ == "__main__":
@@ -27,6 +31,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import NotFinite, UserError, entry_point
+from gpt_arc.extras import import_extra
 from gpt_arc.files import new_directory, replacing, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
@@ -36,7 +41,8 @@ from gpt_arc.settings import STRICT, Positional
 if TYPE_CHECKING:
     import torch
 
-    from gpt_arc.chat.format import ChatFormat
+    from gpt_arc.chat.format import ChatFormat, Turn
+    from gpt_arc.weights.verification import Reference
     from model import GPT
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
@@ -71,6 +77,8 @@ class Options:
     """Leave out the bias of a reward model's head where transformers has none: moves all scores by a constant."""
     overwrite: bool = False
     """Replace the folder if it contains an older export."""
+    verify: bool = False
+    """Compare logits and token ids with those of transformers, which must be installed; exit code 1 if they differ."""
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -171,7 +179,7 @@ def classifier_files(
     if FILE_NAME not in files:
         return None
     start, delimiter, extract = SPECIAL_NAMES
-    named = dict(zip(SPECIAL_NAMES, special))
+    named: dict[str, int] = dict(zip(SPECIAL_NAMES, special))
     # transformers takes an empty second text for none
     single = f"{start} $A {extract}" if task == "classification" else f"{start} $A {delimiter} {extract}"
     pair = f"{start} $A {delimiter} $B {extract}"
@@ -232,6 +240,8 @@ class Export:
     config: dict[str, Any]  # config.json
     tensors: dict[str, "torch.Tensor"]
     files: dict[str, bytes]  # the others, except README.md
+    reference: "Reference"
+    tokenizer: Tokenizer | None
     chat: "ChatFormat | None" = None
     about: str = ""  # more of README.md
     note: str = ""  # for the user
@@ -256,6 +266,13 @@ def basis(
     return config, files, declared
 
 
+def conversation(text: str) -> list["Turn"]:
+    """Returns a conversation to compare encodings: `text`, and itself as the response."""
+    from gpt_arc.chat.format import Turn
+
+    return [Turn("user", text), Turn("assistant", text)]
+
+
 def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template: str, more: dict[str, Any]) -> None:
     """Adds a chat format to an export: the tokens `added`, a template in Jinja and `more` settings."""
     mark = next(mark for mark, id in chat.ids.items() if id == chat.end)
@@ -264,6 +281,11 @@ def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template
     extended = with_special_tokens(export.files, added, {"chat_template": template, "eos_token": mark, **more})
     if extended is None:
         export.note = f"AutoTokenizer doesn't know the ids of the chat's marks: {added}"
+        export.reference.encode = None
+    else:
+        export.reference.encode_theirs = lambda theirs, text: theirs.apply_chat_template(
+            [turn._asdict() for turn in conversation(text)], return_dict=True
+        )["input_ids"]
     export.files = extended or export.files
 
 
@@ -271,14 +293,20 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.chat.format import load_chat
     from gpt_arc.weights.directory import load_model, model_directory
     from gpt_arc.weights.huggingface import hf_tensors
+    from gpt_arc.weights.verification import Reference
 
     directory = model_directory(options.model)
     model, tokenizer = load_model(directory)
     chat = tokenizer and load_chat(directory, tokenizer)
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     files[GENERATION_FILE] = as_json(generation_config(config, declared))
-    export = Export(config, dict(hf_tensors(model, dtype)), files)
+    reference = Reference(model, lambda tokens, _: model(tokens))
+    if tokenizer and FILE_NAME in files:
+        reference.encode = tokenizer.encode
+        reference.encode_theirs = lambda theirs, text: theirs(text, add_special_tokens=False).input_ids
+    export = Export(config, dict(hf_tensors(model, dtype)), files, reference, tokenizer)
     if chat:
+        reference.encode = lambda text: chat.encode(conversation(text))[0]
         add_chat(export, chat, chat.added, chat.jinja, {})
     elif tokenizer is None:
         export.note = "it has no tokenizer, because the model has none"
@@ -286,8 +314,10 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
 
 
 def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
-    from gpt_arc.finetuning.classifier import load_classifier
+    from gpt_arc.finetuning.classifier import load_classifier, make_batch
+    from gpt_arc.finetuning.examples import Example, sequences_of
     from gpt_arc.weights.huggingface import hf_classifier_config, hf_classifier_tensors
+    from gpt_arc.weights.verification import Reference
 
     model, tokenizer = load_classifier(options.model)
     trained, special = model.config, model.config.special
@@ -300,7 +330,18 @@ def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
     extended = classifier_files(files, trained.task, special, trained.max_tokens)
     about = usage(trained.task, special, trained.max_tokens, named=extended is not None)
     note = f"AutoTokenizer doesn't know {describe_ids(special)}: put these ids around those of a text"
-    return Export(config, tensors, extended or files, None, about, "" if extended else note)
+
+    def outputs(tokens: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
+        rows = [[row[:length]] for row, length in zip(tokens.tolist(), lengths)]
+        return model(*make_batch(rows, [0.0 if trained.is_regression else 0] * len(rows))).logits
+
+    reference, count = Reference(model, outputs, special.extract), 1 if trained.task == "classification" else 2
+    if extended:
+        reference.encode = lambda text: sequences_of(
+            Example((text,) * count, None, text), trained.task, tokenizer, special, trained.max_tokens
+        )[0][0]
+        reference.encode_theirs = lambda theirs, text: theirs(*(text,) * count, truncation=True).input_ids
+    return Export(config, tensors, extended or files, reference, tokenizer, None, about, "" if extended else note)
 
 
 def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
@@ -309,6 +350,7 @@ def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.alignment.reward_model import fold_bias, load_reward_model
     from gpt_arc.weights.edit import with_more_tokens
     from gpt_arc.weights.huggingface import hf_classifier_config, hf_classifier_tensors
+    from gpt_arc.weights.verification import Reference
 
     model, tokenizer, chat = load_reward_model(options.model)
     known = (tokenizer.declared.pad, tokenizer.end_of_text)
@@ -329,7 +371,11 @@ def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
     tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, "reward", dtype))
     about = f"\nIts output is the score of a conversation that ends with a response.\n{REWARD_USAGE}"
     about += f"\nAdd {bias:.9g} for the scores that gpt-arc gives.\n" if bias else ""
-    export = Export(config, tensors, files, about=about)
+    zeros_(model.head.bias)
+    reference = Reference(
+        model, model, chat.end, lambda text: chat.prompt(conversation(text)[:1]) + chat.response(text)
+    )
+    export = Export(config, tensors, files, reference, tokenizer, about=about)
     name = PAD if PAD in added else tokenizer.decode([pad])
     add_chat(export, chat, added, chat.scored_jinja, {"pad_token": name, "padding_side": "right"})
     return export
@@ -351,9 +397,29 @@ def write(export: Export, options: Options) -> None:
         record_files(temporary, *sorted(path.name for path in temporary.iterdir()))
 
 
-def main() -> None:
+def verified(export: Export, folder: Path) -> bool:
+    """Prints how the export in `folder` differs from our model in transformers; returns whether within the bounds."""
+    from gpt_arc.weights.verification import difference, differing_texts
+
+    block_size = next(export.config[key] for key in ("n_positions", "max_position_embeddings") if key in export.config)
+    largest, bound = difference(export.reference, folder, export.config, block_size)
+    print(f"verified: the largest difference of logits is {largest:.2g}, the bound {bound:.2g}")
+    if export.tokenizer is None or export.reference.encode is None:
+        print("token ids are not compared")
+        return largest <= bound
+    differing, compared = differing_texts(export.reference, folder, export.tokenizer)
+    example = f", such as {differing[0][:60]!r}" if differing else ""
+    print(f"verified: the token ids of {len(differing)} of {compared} texts differ{example}")
+    return largest <= bound and not differing
+
+
+def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check_output(options.output, options.overwrite)
+    if options.verify:
+        logging = import_extra("transformers").utils.logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
     import torch  # slow: import once the settings are valid
 
@@ -373,6 +439,7 @@ def main() -> None:
         print(export.note)
     if SENTENCEPIECE_FILE in export.files:
         print(f"AutoTokenizer may read {SENTENCEPIECE_FILE} otherwise than SentencePiece: encode with that library")
+    return 0 if not options.verify or verified(export, options.output) else 1
 
 
 if __name__ == "__main__":

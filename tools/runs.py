@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 STATES = {True: "finished", False: "unfinished", None: ""}
 COMPARED_STEPS = 20  # at most
+NOT_COMPARED = {"out_dir", "overwrite", "resume"}  # settings that say nothing about what is trained
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -80,12 +81,12 @@ def listing() -> str:
 def comparison(a: "Summary", b: "Summary") -> str:
     """Returns tables of the settings that differ and of the losses at equal steps."""
     names = [run.folder.name for run in (a, b)]
-    facts = [{"stage": run.stage, "from": run.origin} | run.settings for run in (a, b)]
+    facts = [{"stage": run.stage} | run.settings for run in (a, b)]
     rows = [["setting", *names]]
     rows += [
         [name, *(str(each.get(name, "")) for each in facts)]
         for name in facts[0] | facts[1]
-        if facts[0].get(name) != facts[1].get(name)
+        if name not in NOT_COMPARED and facts[0].get(name) != facts[1].get(name)
     ]
     curves = [losses(run) for run in (a, b)]
     steps = [step for step in curves[0] if step in curves[1]]

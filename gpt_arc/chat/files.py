@@ -115,8 +115,17 @@ def read_rankings(path: Path, columns: Sequence[str] = ()) -> list[Ranking]:
 
 def _parsed(path: Path, columns: Sequence[str], parse: Callable[[dict[str, Any], str, dict[str, Any]], T]) -> list[T]:
     """Calls `parse` with each row under our names, its place, and the row as it is."""
-    names = _column_names(columns)
-    return parsed_rows(path, lambda row, place: parse(_renamed(row, names), place, row))
+    names, present = _column_names(columns), set()
+
+    def renamed(row: dict[str, Any], place: str) -> T:
+        present.update(row)
+        return parse(_renamed(row, names), place, row)
+
+    parsed = parsed_rows(path, renamed)
+    for name, column in names.items():
+        if column not in present:
+            raise UserError(f"{path}: columns = {name}={column}, and no row has {column}")
+    return parsed
 
 
 def _column_names(columns: Sequence[str]) -> dict[str, str]:
@@ -143,7 +152,7 @@ def _renamed(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
 
 def _form(row: dict[str, Any]) -> str:
     """Returns the column that a row's form is named after. Raises ValueError if it has two forms."""
-    present = [form for form in FORMS if row.get(form) is not None]
+    present = [form for form in FORMS if row.get(form) not in (None, "")]  # a .csv has no null
     if len(present) < 2:
         return (present or [form for form in FORMS if form in row] or ["prompt"])[0]
     if present[0] in ("messages", "conversations") and present[1] in CONTRADICTIONS:

@@ -130,10 +130,10 @@ class TokenFiles:
             start, count = start + size, count - size
         tokens = np.concatenate(parts).astype(np.int64)
         if tokens.max(initial=0) >= self.vocab_size:
-            raise UserError(
-                f"{self.paths[0].parent} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: set "
-                "--vocab_size of train.py, or give the dataset its own tokenizer.json"
-            )
+            folder = self.paths[0].parent
+            has_tokenizer = (folder / "tokenizer.json").exists()
+            mend = "prepare the dataset again" if has_tokenizer else "set --vocab_size of train.py"
+            raise UserError(f"{folder} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: {mend}")
         return tokens
 
 

@@ -409,7 +409,10 @@ class LibraryTokenizer(Tokenizer):
     @property
     def prefix(self) -> tuple[int, ...]:
         """The tokens that the post-processor puts before a text."""
-        encoding = self._library.encode("a", add_special_tokens=True)
+        try:
+            encoding = self._library.encode("a", add_special_tokens=True)
+        except Exception:  # the vocabulary lacks the letter
+            encoding = self._library.encode("", add_special_tokens=True)
         count = next((i for i, added in enumerate(encoding.special_tokens_mask) if not added), 0)
         return tuple(encoding.ids[:count])
 

@@ -20,7 +20,7 @@ from gpt_arc.flags import read_flags
 from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
-from gpt_arc.training.runs import Lock, newest_run, read_record
+from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config
@@ -89,14 +89,13 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if run.resume or run.init_from == "resume":
         folder = run.resume or run.out_dir
         resumed = newest_run(name or None) if folder is None else Path(folder)
-        if named_checkpoint(resumed, "last") is None:
-            started = (resumed / "run.json").exists()
-            start_over = f"start it over with --out_dir={shlex.quote(str(resumed))} --overwrite=True"
-            remedy = start_over if started else "name another run, or start a new one"
-            raise UserError(f"there is no checkpoint to resume from in {resumed}: {remedy}")
-        recorded = read_record(resumed)[1]
+        check_resumable(resumed)
+        recorded_name, recorded = read_record(resumed)
         if not files:
             files = [str(resumed / "config.toml")]
+            if not Path(files[0]).exists():
+                again = shlex.join(("python", sys.argv[0], recorded_name, f"--resume={resumed}"))
+                raise UserError(f"{files[0]} is missing: name the run's config file, for instance: {again}")
             settings, sources = read_files(Config, files)
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
     values = merge(Config, merge(Config, settings, recorded), flags)
@@ -117,6 +116,25 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
+
+
+def check_resumable(run: Path) -> None:
+    """Raises UserError, with what to do instead, if a folder isn't a run of train.py that has a checkpoint."""
+    if (stage := stage_of(run)) != "train":
+        again = shlex.join(("python", f"stages/{stage}.py", f"--resume={run}"))
+        raise UserError(f"{run} is a run of {stage}.py; resume it with: {again}")
+    if named_checkpoint(run, "last") is not None:
+        return
+    if (run / "training_state.pt").exists():
+        raise UserError(f"{run} is a checkpoint: name the folder of its run, --resume={shlex.quote(str(run.parent))}")
+    if not (run / "run.json").exists():
+        raise UserError(f"there is no checkpoint to resume from in {run}: name another run, or start a new one")
+    if IS_MAIN:
+        Lock(run)  # another process may be about to write the first one
+    name, overrides = read_record(run)
+    flags = (f"--{setting}={value}" for setting, value in overrides.items())
+    again = shlex.join(("python", sys.argv[0], name, *flags, f"--out_dir={run}", "--overwrite"))
+    raise UserError(f"there is no checkpoint to resume from in {run}: start it over with: {again}")
 
 
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
@@ -169,7 +187,9 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
     if options.model is None and not options.resume:
-        raise UserError(f"name a model to start from: python stages/{name}.py MODEL; --help lists the settings")
+        raise UserError(
+            f"name a model to start from: python {shlex.quote(sys.argv[0])} MODEL; --help lists the settings"
+        )
     return start_stage(options, name, train)
 
 

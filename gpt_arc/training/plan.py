@@ -27,6 +27,7 @@ from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
+from gpt_arc.weights.huggingface import nearest_architecture
 from model import GPT
 
 MANY_EPOCHS = 400  # a model repeats the text long before
@@ -100,10 +101,16 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         state = load_state(launch.checkpoint)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
+        if training.max_iters < progress.step:
+            raise UserError(
+                f"max_iters = {training.max_iters} lies below step {progress.step}, which the run {launch.resumed} has "
+                "reached: name a larger one to go on"
+            )
         check_same_model(config.model, trained, launch.resumed)
         check_same_optimizer(training.optimizer, state)
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
+            progress.best_val_loss = math.inf  # losses on other texts don't compare
         if state["runtime"]["device"] == device.type:
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
             compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
@@ -163,6 +170,10 @@ def print_plan(plan: Plan) -> None:
     say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
+    kind, foreign = nearest_architecture(config.model)
+    if foreign and not (launch.imported or launch.resumed):
+        flags = " ".join(f"--{name}={value}" for name, value in foreign.items())
+        say(f"export         not to transformers, except as a {kind}: {flags}")
     compiled = "compiled" if plan.compile else "not compiled"
     say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
 
@@ -171,9 +182,12 @@ def doubts(plan: Plan, memory: int) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
     room, steps = memory_of(plan.device), plan.config.training.max_iters
     if room and memory > room:
-        flags = "a smaller --batch_size, with --gradient_accumulation_steps, or --activation_checkpointing"
-        yield f"the device has {human(room, 'B')} of memory: {flags} takes less"
+        less = ["a smaller model"]
+        less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
+        less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
+        yield f"the device has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     epochs = steps * plan.tokens_per_step / len(plan.train_tokens) if plan.train_tokens else 0
     if epochs > MANY_EPOCHS:
-        fewer = f"--max_iters={math.ceil(20 / epochs * steps)} makes about 20"
-        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {fewer}, or prepare more text"
+        fewer = math.ceil(20 / epochs * steps)
+        mend = f"--max_iters={fewer} makes about 20, or " if fewer > 1 else ""
+        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {mend}prepare more text"

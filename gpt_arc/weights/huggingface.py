@@ -312,37 +312,44 @@ def architecture_of(config: GPTConfig) -> str:
 
     Dropouts, initialisation and router losses don't matter: a trained model computes the same without them.
     """
+    nearest, foreign = nearest_architecture(config)
+    if foreign:
+        settings = (f"{name} = {json.dumps(getattr(config, name))}" for name in foreign)
+        raise UserError(
+            f"no supported architecture of transformers ({', '.join(ARCHITECTURES)}) matches this model: the nearest, "
+            f"{nearest}, has no {' and no '.join(settings)}"
+        )
+    return nearest
+
+
+def nearest_architecture(config: GPTConfig) -> tuple[str, dict[str, Any]]:
+    """Returns the model_type nearest to `config`, and the settings that it can't express, each with a value it can."""
     foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
     alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
     nearest = min(alike, key=lambda kind: len(foreign[kind]))
-    if foreign[nearest]:
-        raise UserError(
-            f"no supported architecture of transformers ({', '.join(foreign)}) matches this model: the nearest, "
-            f"{nearest}, has no {' and no '.join(foreign[nearest])}"
-        )
-    return nearest
+    return nearest, foreign[nearest]
 
 
 def _has_experts(architecture: Architecture) -> bool:
     return "mlp.router" in architecture.block
 
 
-def _foreign_settings(architecture: Architecture, config: GPTConfig) -> list[str]:
-    """Returns the settings of `config` that the architecture can't express, as name = value."""
-    free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation"}
+def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str, Any]:
+    """Returns the settings of `config` that the architecture can't express, each with a value that it can."""
+    free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation", "ngram_rows"}
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
-    free |= {"ngram_rows"} if config.ngrams == 1 else set()
     values, fixed = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
     values |= {name: None for name, value in usual.items() if values[name] == value}  # the default, spelled out
-    foreign = [name for name in values if name not in free and values[name] != fixed[name]]
-    if config.activation not in architecture.activations[1].values():
-        foreign.append("activation")
+    foreign = {name: fixed[name] for name in values if name not in free and values[name] != fixed[name]}
+    known = list(architecture.activations[1].values())
+    if config.activation not in known:
+        foreign["activation"] = known[0]
     if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
-        foreign.append("experts_per_token")  # their single gate is 1, ours is a probability
-    return [f"{name} = {json.dumps(values[name])}" for name in foreign]
+        foreign["experts_per_token"] = 2  # their single gate is 1, ours is a probability
+    return foreign
 
 
 def _lacks_biases(architecture: Architecture, config: GPTConfig) -> bool:

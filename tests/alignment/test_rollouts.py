@@ -187,6 +187,8 @@ def test_long_prompts_are_shortened_or_dropped(tmp_path, capsys):
     for room in (2, -5):
         with pytest.raises(UserError, match=f"no prompt of .* fits: max_new_tokens leaves {max(room, 0)} tokens"):
             read_and_encode_prompts(path, CHAT, room)
+    path.write_text('{"q": "ab", "prompt": "c"}\n')
+    assert read_and_encode_prompts(path, CHAT, 6, ["prompt=q"])[0].tokens == [9, 0, 1, 10]
     path.write_text('{"prompt": "X"}\n')
     with pytest.raises(UserError, match="p.jsonl, line 1: the character 'X'"):
         read_and_encode_prompts(path, CHAT, 6)

@@ -477,7 +477,6 @@ def test_an_ambiguous_row_is_named(tmp_path, reader, row, message):
         (["prompt=question", "response=answer"], {"question": "q", "answer": "a"}, ("q", "a")),
         (["prompt=response", "response=prompt"], {"prompt": "a", "response": "q"}, ("q", "a")),
         (["output=response", "input=context"], {"instruction": "q", "response": "a", "context": "c"}, ("q\n\nc", "a")),
-        (["input=context"], {"instruction": "q", "output": "a"}, ("q", "a")),  # the input may be missing
         (["prompt=prompt"], {"prompt": "q", "response": "a", "instruction": "x", "output": "y"}, ("q", "a")),
         (["instruction=instruction"], {"prompt": "x", "instruction": "q", "output": "a"}, ("q", "a")),
         (["messages=turns"], {"turns": MESSAGES[1:], "prompt": "x", "response": "y"}, ("ab", "cde")),
@@ -486,6 +485,19 @@ def test_an_ambiguous_row_is_named(tmp_path, reader, row, message):
 def test_columns_are_mapped_and_choose_the_form(tmp_path, columns, row, content):
     (conversation,) = read(lambda path: read_conversations(path, columns), tmp_path, row)
     assert tuple(turn.content for turn in conversation.turns) == content and conversation.row == row
+
+
+def test_a_mapped_input_may_be_missing_in_some_rows(tmp_path):
+    rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "output": "a", "context": "c"}]
+    short, long = read(lambda path: read_conversations(path, ["input=context"]), tmp_path, *rows)
+    assert (short.turns[0].content, long.turns[0].content) == ("q", "q\n\nc")
+    with pytest.raises(UserError, match=r"rows.jsonl: columns = input=contxt, and no row has contxt"):
+        read(lambda path: read_conversations(path, ["input=contxt"]), tmp_path, *rows)
+
+
+def test_an_empty_cell_is_no_second_form(tmp_path):
+    table = "prompt,response,instruction,output\nab,cde,,\n,,ab,cde\n"
+    assert [each.turns for each in read(read_conversations, tmp_path, table, name="a.csv")] == [(ASK, SAY)] * 2
 
 
 def test_a_wrong_mapping_is_refused(tmp_path):

@@ -576,3 +576,12 @@ def test_a_missing_or_unknown_file_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(UserError, match="tokenizer.model is damaged"):
         load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_without_the_unknown_token_it_names_is_read():
+    """Such a vocabulary has whole words only, and not the letter by which a prefix is looked for."""
+    content = {"model": {"type": "WordLevel", "vocab": {"good": 0, "bad": 1}, "unk_token": "[UNK]"}}
+    tokenizer = LibraryTokenizer(json.dumps({"added_tokens": [], **content}).encode())
+    assert tokenizer.prefix == () and tokenizer.encode("bad") == [1]
+    with pytest.raises(UserError, match="'a.*' .*is not in the tokenizer's vocabulary"):
+        tokenizer.encode("a")

@@ -85,6 +85,24 @@ def test_two_runs_are_compared_by_settings_and_losses_at_equal_steps(begin, outp
     assert last == ["4", *(f"{line[name]:.4g}" for name in ("train_loss", "val_loss") for line in lines)]
 
 
+def test_runs_of_two_stages_are_compared_by_what_they_have():
+    settings = {"model": "m", "epochs": 1, "out_dir": None}, {"model": "n", "epochs": 1, "out_dir": "b", "beta": 0.1}
+    metrics = [{"step": 1, "loss": 2.0}, {"step": 1, "val_loss": 3.0}], [{"step": 1, "loss": 0.5}, {"step": 2}]
+    a, b = (
+        runs.Summary(Path(name), stage, "m", "d", each, 1, 1, lines, 0.0, 0)
+        for name, stage, each, lines in zip("ab", ("sft", "dpo"), settings, metrics)
+    )
+    assert [line.split() for line in tool.comparison(a, b).splitlines()] == [
+        ["setting", "a", "b"],
+        ["stage", "sft", "dpo"],
+        ["model", "m", "n"],
+        ["beta", "0.1"],
+        [],
+        ["step", "train", "a", "train", "b", "val", "a", "val", "b"],
+        ["1", "2", "0.5", "3"],
+    ]
+
+
 def test_a_comparison_is_short_and_has_the_last_step(begin, output_of):
     for name in ("a", "b"):
         begin(f"out/{name}", "--max_iters=3")

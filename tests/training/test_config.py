@@ -3,6 +3,8 @@
 import ast
 import dataclasses
 import inspect
+import shlex
+import sys
 import textwrap
 import tomllib
 from pathlib import Path
@@ -11,11 +13,14 @@ import pytest
 import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import point
 from gpt_arc.settings import values_of
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, write_settings
+from gpt_arc.training.runs import Lock, write_record
+from gpt_arc.weights.directory import save_model
 from helpers import ROOT
-from model import GPT
+from model import GPT, GPTConfig
 
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
 
@@ -209,8 +214,10 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--learing_rate=1"], "there is no flag --learing_rate; did you mean --learning_rate"),
         (["--n-layers", "3"], "there is no flag --n_layers; did you mean --n_layer"),
         (["--n_layer=six"], "--n_layer = six must be a whole number"),
-        (["--n_layer"], "--n_layer: expected one argument"),
+        (["--n_layer"], "--n_layer needs a value: --n_layer=VALUE"),
         (["--compile=maybe"], '--compile = maybe must be true or false or "auto"'),
+        (["--n_layer="], "--n_layer is empty: give it a value, or leave it out"),
+        (["--no-compile"], "there is no flag --no_compile; did you mean --compile=False"),
         (["--n_head=5"], "n_head = 5 does not divide n_embd = 768"),
         (["--overwrite=True", "--init_from=resume"], "choose one"),
         (["--overwrite=True"], "overwrite needs out_dir"),
@@ -282,3 +289,35 @@ def test_both_forms_of_the_resume_flag_work(workplace):
     ):
         with pytest.raises(UserError, match=sentence):
             launch(*flags)
+
+
+def test_a_folder_that_cant_be_resumed_names_the_command_that_can(workplace, monkeypatch):
+    """Each command is run, as far as its plan."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (workplace / "small.toml").write_text("n_layer = 2")
+
+    def refusal(*flags):
+        with pytest.raises(UserError) as error:
+            read_command_line(list(flags), None)
+        return str(error.value)
+
+    run = workplace / "out" / "begun"
+    run.mkdir(parents=True)
+    write_record(run, build_config({"n_layer": 2}, ""), "small.toml", {"max_iters": 7})
+    lock = Lock(run)
+    assert "another process is training in" in refusal("--resume=out/begun")
+    del lock
+    _, _, command = refusal("--resume=out/begun").partition("start it over with: python train.py ")
+    launch = read_command_line(shlex.split(command), None)
+    assert launch.config.run.overwrite and launch.config.training.max_iters == 7 and launch.config.model.n_layer == 2
+
+    (run / "step-00000001").mkdir()
+    save_model(GPT(GPTConfig(8, 11, 1, 1, 4)), None, run / "step-00000001")
+    (run / "step-00000001" / "training_state.pt").touch()
+    point(run / "last", "step-00000001")
+    assert refusal("--resume=out/begun/last").endswith("name the folder of its run, --resume=out/begun")
+    (run / "config.toml").unlink()
+    _, _, command = refusal("--resume=out/begun").partition("for instance: python train.py ")
+    assert read_command_line(shlex.split(command), None).resumed == Path("out/begun")
+    (run / "run.json").write_text('{"stage": "sft", "options": {}}')
+    assert refusal("--resume=out/begun").endswith("resume it with: python stages/sft.py --resume=out/begun")

@@ -47,9 +47,32 @@ def test_very_many_epochs_get_a_warning_whose_flag_leaves_twenty(plan):
 
 def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
     monkeypatch.setattr("gpt_arc.training.plan.memory_of", lambda device: 4000)
-    assert re.search(r"memory .*\nwarning +the device has \S+ of memory: a smaller --batch_size", plan())
+    advice = "a smaller model or a smaller --batch_size or --activation_checkpointing takes less"
+    assert re.search(rf"memory .*\nwarning +the device has \S+ of memory: {advice}", plan())
 
 
 def test_several_files_are_named_in_the_order_in_which_they_win(plan, tmp_path):
     (tmp_path / "more.toml").write_text("n_layer = 3")
     assert "settings       of sums.toml, then more.toml, which wins" in plan("more.toml")
+
+
+@pytest.mark.parametrize("flags, mends", [
+    (["quickstart"], "as a qwen3: --activation=swiglu"),
+    (["speedrun"], "as a gpt2: --positions=learned --qk_norm=False"),
+    (["speedrun_cpu"], "as a gpt2: --ngrams=1"),
+    (["char_tiny"], "as a gpt2: --head_bias=False"),
+    (["moe_mini"], "as a mixtral: --activation=swiglu"),
+    (["moe", "--experts_per_token=1"], "as a mixtral: --experts_per_token=2"),
+    (["gpt2", "--attention_band=5", "--n_kv_head=4"], "as a gpt2: --n_kv_head=None --attention_band=None"),
+])  # fmt: skip
+def test_a_model_that_has_no_export_is_named_with_the_flags_that_give_it_one(plan, stage_runner, flags, mends):
+    shown = stage_runner(train, *flags, "--dataset=sums", "--dry_run", "--device=cpu")
+    line = re.search(r"\nexport         not to transformers, except (as a \S+: (.*))\n", shown)
+    assert line[1] == mends
+    files = [flag for flag in flags if not flag.startswith("--")]
+    assert "export" not in stage_runner(train, *files, "--dataset=sums", "--dry_run", "--device=cpu", *line[2].split())
+
+
+def test_a_model_that_can_be_exported_gets_no_line(plan, stage_runner):
+    for preset in ("gpt2", "gpt1", "modern", "moe", "tinyshakespeare"):
+        assert "export" not in stage_runner(train, preset, "--dataset=sums", "--dry_run", "--device=cpu")

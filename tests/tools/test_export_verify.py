@@ -1,0 +1,135 @@
+"""tools/export.py --verify: what it compares with transformers, and its exit code."""
+
+import re
+import string
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
+
+from gpt_arc.alignment.reward_model import RewardModel, save_reward_model
+from gpt_arc.chat.format import TEMPLATES, ChatFormat
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
+from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, save_classifier
+from gpt_arc.finetuning.examples import Columns, SpecialTokens
+from gpt_arc.weights.directory import save_model
+from helpers import randomised
+from model import GPT, GPTConfig
+from tools import export
+
+TEXT = "Name a colour: Red, or blue. 🙂 1234\n"
+QWEN3 = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, qk_norm=True)
+MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, n_experts=3, mlp_size=21)
+
+
+def bpe():
+    return BPETokenizer.train([TEXT * 9], 270)
+
+
+def with_a_low_special_token():
+    """A tokenizer of few tokens, the first of which is special, so that some drawn texts spell it."""
+    library = Library(models.WordLevel({t: i for i, t in enumerate(["<unk>", *string.ascii_letters])}, "<unk>"))
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    library.add_special_tokens(["<unk>"])
+    return LibraryTokenizer(library.to_str().encode())
+
+
+def save_language_model(folder, tokenizer=None, **settings):
+    save_model(randomised(GPT(GPTConfig(24, 276, 2, 2, 16, **settings))), tokenizer, folder)
+
+
+def save_chat_model(folder):
+    tokenizer = bpe()
+    save_language_model(folder, tokenizer)
+    ChatFormat.new(TEMPLATES["chatml"], tokenizer, 270).save(folder)
+
+
+def save_reward(folder):
+    tokenizer = CharTokenizer.from_text(TEXT)
+    chat = ChatFormat.new(TEMPLATES["markers"], tokenizer, 40)
+    model = randomised(RewardModel(GPT(GPTConfig(24, chat.vocab_size, 2, 2, 16))))
+    torch.nn.init.constant_(model.head.bias, 0.7)
+    save_reward_model(model, tokenizer, chat, folder)
+
+
+def save_labelled(folder, task="classification", classes=("bad", "good"), **settings):
+    tokenizer = bpe()
+    special = SpecialTokens.after(tokenizer.vocab_size)
+    config = GPTConfig(48, special.extract + 1, 2, 2, 16, **settings)
+    trained = ClassifierConfig(task, classes, special, Columns.usual(task), 41)
+    save_classifier(randomised(Classifier(GPT(config), trained)), tokenizer, folder)
+
+
+MODELS = {
+    "language model": lambda folder: save_language_model(folder, bpe()),
+    "without a tokenizer": save_language_model,
+    "a special token among others": lambda folder: save_language_model(folder, with_a_low_special_token()),
+    "rotary": lambda folder: save_language_model(folder, bpe(), **QWEN3),
+    "experts of an odd width": lambda folder: save_language_model(folder, bpe(), **MIXTRAL),
+    "chat": save_chat_model,
+    "classes": save_labelled,
+    "two texts": lambda folder: save_labelled(folder, "entailment", **QWEN3),
+    "numbers": lambda folder: save_labelled(folder, classes=None),
+    "options": lambda folder: save_labelled(folder, "multiple_choice", None),
+    "options of a GPT-1": lambda folder: save_labelled(folder, "multiple_choice", None, norm_position="post"),
+    "reward": save_reward,
+}
+
+
+@pytest.fixture
+def run(stage_runner, tmp_path):
+    return lambda *flags: stage_runner(export, tmp_path / "ours", tmp_path / "export", "--verify", *flags)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_export_is_verified(kind, dtype, run, tmp_path):
+    MODELS[kind](tmp_path / "ours")
+    shown = run(f"--dtype={dtype}")
+    assert 0 <= float(re.search(r"difference of logits is (\S+),", shown)[1]) < 2e-5
+    compared = re.search(r"token ids of 0 of (\d+) texts differ\n", shown)
+    assert "not compared" in shown if kind == "without a tokenizer" else int(compared[1]) > 9
+
+
+@pytest.mark.parametrize("kind", ["language model", "classes", "options", "reward"])
+def test_another_weight_is_noticed(kind, run, tmp_path, monkeypatch):
+    MODELS[kind](tmp_path / "ours")
+    check_range = export.check_range
+
+    def changed(tensors, *others):
+        next(tensor for name, tensor in tensors.items() if name.endswith("h.0.ln_1.weight"))[0] += 0.05
+        check_range(tensors, *others)
+
+    monkeypatch.setattr(export, "check_range", changed)
+    stopped = run()
+    assert stopped.code == 1 and "texts differ" in stopped.output
+    largest, bound = re.search(r"difference of logits is (\S+), the bound (\S+)", stopped.output).groups()
+    assert float(largest) > float(bound)
+
+
+@pytest.mark.parametrize("kind", ["language model", "chat", "classes"])
+def test_another_tokenizer_is_noticed(kind, run, tmp_path, monkeypatch):
+    MODELS[kind](tmp_path / "ours")
+    tokenizer_files = export.tokenizer_files
+
+    def lowercase(*others):
+        files = tokenizer_files(*others)
+        return files | {
+            "tokenizer.json": files["tokenizer.json"].replace(
+                b'"normalizer": null', b'"normalizer": {"type": "Lowercase"}'
+            )
+        }
+
+    monkeypatch.setattr(export, "tokenizer_files", lowercase)
+    stopped = run()
+    assert stopped.code == 1 and re.search(r"token ids of [1-9]\d* of \d+ texts differ, such as ", stopped.output)
+
+
+def test_verification_without_transformers_is_refused_before_anything_is_written(run, tmp_path, monkeypatch):
+    MODELS["language model"](tmp_path / "ours")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    stopped = run()
+    assert stopped.code == 2 and "transformers is not installed" in stopped.message
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
