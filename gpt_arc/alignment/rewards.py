@@ -93,9 +93,13 @@ def _import_function(name: str) -> Function:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder
     try:
-        value = getattr(importlib.import_module(module), function)
+        value = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # a module may raise anything
-        raise UserError(f"reward = {name} can't be imported: {_describe(error)}") from None
+        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        reason = f"there is no module {error.name} in this folder or installed" if is_absent else _describe(error)
+        raise UserError(f"reward = {name} can't be imported: {reason}") from None
+    if value is None:
+        raise UserError(f"reward = {name} can't be imported: {module} has no function {function}")
     if not callable(value):
         raise UserError(f"reward = {name} is not a function")
     return value

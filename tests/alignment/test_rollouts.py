@@ -220,10 +220,11 @@ def rules(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rules_of_test.py").write_text(RULES)
     Path("broken_rules.py").write_text("import json\njson.loads('{')\n")
+    Path("needy_rules.py").write_text("import absent\n")
     Path("unreadable_rules.py").write_text("def length(rows:\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("rules_of_test", "broken_rules", "unreadable_rules"):
+    for name in ("rules_of_test", "needy_rules", "broken_rules", "unreadable_rules"):
         sys.modules.pop(name, None)
 
 
@@ -248,9 +249,16 @@ def test_reward_functions(rules, function, expected):
         ("rules_of_test:none", "must return a list of numbers, one per response, not None"),
         ("rules_of_test:words", "must return a list of numbers, one per response, not ['ab', 'c']"),
         ("rules_of_test:broken", "rules_of_test:broken failed: rules_of_test.py, line 12: KeyError: 'no such column'"),
-        ("rules_of_test:absent", "can't be imported: AttributeError: module 'rules_of_test' has no attribute 'absent'"),
+        (
+            "rules_of_test:absent",
+            "reward = rules_of_test:absent can't be imported: rules_of_test has no function absent",
+        ),
         ("rules_of_test:constant", "reward = rules_of_test:constant is not a function"),
-        ("no_such_rules:length", "can't be imported: ModuleNotFoundError: No module named 'no_such_rules'"),
+        ("no_such_rules:length", "can't be imported: there is no module no_such_rules in this folder or installed"),
+        (
+            "needy_rules:length",
+            "can't be imported: needy_rules.py, line 1: ModuleNotFoundError: No module named 'absent'",
+        ),
         ("broken_rules:length", "can't be imported: broken_rules.py, line 2: JSONDecodeError: Expecting property name"),
         ("unreadable_rules:length", "can't be imported: SyntaxError"),
         ("rules_of_test", "is neither a reward model's directory nor a function (module:function)"),

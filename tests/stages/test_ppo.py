@@ -486,8 +486,14 @@ def test_the_published_settings():
         ((*TRAIN, "--prompts=odd.jsonl"), "odd.jsonl, line 1: there is no column prompt"),
         ((*TRAIN, "--max_new_tokens=16"), "no prompt of prompts.jsonl fits: max_new_tokens leaves 0 tokens"),
         ((*TRAIN, "--reward=base"), "base is neither a reward model's directory nor a function"),
-        ((*TRAIN, "--reward=no_such_rules:f"), "reward = no_such_rules:f can't be imported: ModuleNotFoundError"),
-        ((*TRAIN, "--reward=rules_of_ppo:f"), "reward = rules_of_ppo:f can't be imported: AttributeError"),
+        (
+            (*TRAIN, "--reward=no_such_rules:f"),
+            "reward = no_such_rules:f can't be imported: there is no module no_such_rules in this folder",
+        ),
+        (
+            (*TRAIN, "--reward=rules_of_ppo:f"),
+            "reward = rules_of_ppo:f can't be imported: rules_of_ppo has no function f",
+        ),
         ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken failed: rules_of_ppo.py, line 6: ZeroDivisionError: "),
         ((*TRAIN, "--reward=rules_of_ppo:short"), "must return one number per response, not 1 for 16"),
         ((*TRAIN, "--monitor=rules_of_ppo:nan"), "rules_of_ppo:nan must return finite numbers, not nan"),
