@@ -501,8 +501,8 @@ def test_an_empty_cell_is_no_second_form(tmp_path):
 
 
 def test_a_wrong_mapping_is_refused(tmp_path):
-    with pytest.raises(UserError, match="line 1: there is no column qestion; the columns are: question"):
-        read(lambda path: read_conversations(path, ["prompt=qestion"]), tmp_path, {"question": "a"})
+    with pytest.raises(UserError, match="line 1: there is no column topic; the columns are: question"):
+        read(lambda path: read_conversations(path, ["prompt=topic"]), tmp_path, {"question": "a"})
     for wrong in ("prompt", "prompt=", "question=prompt"):
         with pytest.raises(UserError, match=f"columns = {wrong.strip('=')} is not NAME=COLUMN; the names are messages"):
             read_conversations(tmp_path / "rows.jsonl", [wrong])
