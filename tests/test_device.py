@@ -106,6 +106,7 @@ def test_generator_states_are_restored():
     assert torch.equal(torch.rand(3), drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
 def test_freed_memory_is_kept():
     """In its own process: otherwise each block of 64 MB is newly allocated and zeroed every time."""

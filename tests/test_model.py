@@ -510,7 +510,7 @@ def test_the_cost_of_banded_attention_grows_with_the_band():
     assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # linear in the context
 
 
-@pytest.mark.parametrize("band", [None, 50])
+@pytest.mark.parametrize("band", [None, pytest.param(50, marks=pytest.mark.slow)])
 def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, monkeypatch):
     """Traced as for a GPU and run by the reference implementation: inductor's CPU kernels don't take masks."""
     config = GPTConfig(200, 23, n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary", attention_band=band)

@@ -79,7 +79,7 @@ def test_the_same_command_gives_the_same_weights_in_a_new_folder(workplace, run)
 MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--ngrams=3", "--ngram_rows=100")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("extra", [(), MUON], ids=["adamw", "muon"])
 def test_twenty_steps_and_twenty_resumed_ones_equal_forty(workplace, run, dtype, extra):
     flags = ("--max_iters=40", "--eval_interval=20", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=40", *extra)

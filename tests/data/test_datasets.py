@@ -194,6 +194,7 @@ def resident_anonymous() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
 
 
+@pytest.mark.slow
 def test_resident_memory_stays_flat_over_ten_thousand_steps(tmp_path):
     write_tokens(tmp_path / "train.bin", np.arange(4_000_000) % 50_000, 50_000)
     files = Split([TokenFiles(tmp_path, "train")], [1.0])

@@ -491,7 +491,7 @@ def test_the_step_compiled_for_gpus_has_fixed_shapes(change, compilations):
     assert set(shapes) == {(3, 1, 3, 16)} and compilations() == 1
 
 
-@pytest.mark.parametrize("route", ["eager", "packed", "compiled"])
+@pytest.mark.parametrize("route", ["eager", "packed", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("change", [{}, {**GROUPED, **BIASED}], ids=name_of)
 def test_decoding_in_bfloat16_is_as_precise_as_the_model(change, route, monkeypatch, compilations):
     """Against float32 with the same weights. Both round to 8 bits some tens of times, each time by at most 2^-9 of the

@@ -388,6 +388,7 @@ def test_identical_members_gain_nothing_and_diverse_members_do(random):
 # ---- the script
 
 
+@pytest.mark.slow
 def test_the_script_shows_all_parts_and_writes_two_figures(tmp_path, monkeypatch, capsys):
     smaller = {
         "show_likelihood": dict(updates=20),

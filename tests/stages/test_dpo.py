@@ -191,6 +191,7 @@ def test_architectures(run, settings):
 # ---- batches and processes
 
 
+@pytest.mark.slow
 def test_batching_and_processes_change_only_rounding(run):
     """13 rankings in updates of 4, so the last update has one, and one of two processes has none."""
     flags = (*TRAIN, "--val=val.jsonl", "--adam_eps=1e-4", "--epochs=2")

@@ -142,6 +142,7 @@ def test_the_policy_reaches_the_optimum(workplace, beta, most):
     assert total_variation(distribution("out/ppo"), best) <= most
 
 
+@pytest.mark.slow
 def test_a_bandit_learns_the_rewarded_letter(run):
     """The reward is for beginning the response with the prompt's first letter."""
     write("prompts.jsonl", [{"prompt": a * n, "answer": a} for a in "abcd" for n in (1, 2)])
@@ -328,6 +329,7 @@ def test_the_coefficient_follows_the_kl(run):
 # ---- batches, processes and architectures
 
 
+@pytest.mark.slow
 def test_batching_and_processes_change_only_rounding(run, workplace):
     write_dataset(workplace / "data" / "letters", LETTERS, {"train": list(range(8)) * 60, "val": list(range(8)) * 10})
     flags = (*TRAIN, "--pretraining_dataset=letters", "--pretraining_batch_size=3", "--ema_decay=0.5",

@@ -50,6 +50,7 @@ def check(programs):
         assert 0 <= row["tokens"] <= 4 and 0.05 < row["peak_memory_gb"] < 8
 
 
+@pytest.mark.slow
 def test_a_run_measures_ours(tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
     output, results = measured(output_of)

@@ -255,6 +255,7 @@ def test_a_diverged_run_counts_and_a_failed_one_does_not(fake_train):
 # ---- the benchmark
 
 
+@pytest.mark.slow
 def test_a_speedrun_measures_both_competitors(place, stage_runner):
     (place / "tmp").mkdir()
     flags = ["--nanogpt=nanoGPT", "--seeds", "5", "sums.toml", *FLAGS, "--target", "1", "--json=record.json"]

@@ -126,6 +126,7 @@ def test_table_ratios_and_floor_follow_from_the_times(place, monkeypatch, output
     assert "at 2 GFLOP/s of float32 products" in output and "first step   36.0 s for ours" in output
 
 
+@pytest.mark.slow
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --block_size=8 --dtype=bfloat16 --rounds=2 --steps=3 --device=cpu --learning_rate=1e-3"
     peers = "--nanogpt=nanoGPT --transformers=True --json=results.json --beta2=0.9"

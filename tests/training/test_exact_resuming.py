@@ -38,10 +38,15 @@ def equal(a, b):
     "shape",
     [
         (),
-        ("--n_embd=48", "--n_head=3", "--mlp_size=40", "--n_experts=4"),
-        ("--n_layer=3", "--n_embd=40", "--n_head=4", "--mlp_size=72", "--n_experts=6", "--shared_experts=1"),
-        ("--n_experts=5", "--experts_per_token=3", "--mlp_size=20", "--activation=swiglu"),
-        ("--n_experts=0", "--n_embd=36", "--n_head=2", "--bias=True"),
+        pytest.param(("--n_embd=48", "--n_head=3", "--mlp_size=40", "--n_experts=4"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--n_layer=3", "--n_embd=40", "--n_head=4", "--mlp_size=72", "--n_experts=6", "--shared_experts=1"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--n_experts=5", "--experts_per_token=3", "--mlp_size=20", "--activation=swiglu"), marks=pytest.mark.slow
+        ),
+        pytest.param(("--n_experts=0", "--n_embd=36", "--n_head=2", "--bias=True"), marks=pytest.mark.slow),
     ],
     ids=["preset", "narrow", "shared", "swiglu", "dense"],
 )

@@ -58,6 +58,7 @@ def test_experts_in_several_processes_train_as_in_one(run, processes, sharing, f
     assert any(clipped)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_experts_in_another_number_of_processes(run):
     """Each expert's moments move along, both from one process to two and back."""
     whole = run("one")

@@ -67,6 +67,7 @@ def test_shared_experts_start_at_zero_and_learn(settings):
     assert all(expert.projection.weight.grad.abs().min() > 0 for expert in shared)
 
 
+@pytest.mark.slow
 def test_a_mixture_trains_further(run, workplace):
     train = ["train.py", "sums.toml", *TINY_FLAGS, "--compile=False", "--dtype=float32"]
     result = command(*train, "--out_dir=dense", "--max_iters=30", "--eval_interval=30")
