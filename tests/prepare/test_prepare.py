@@ -529,7 +529,7 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
     ("args", "sentence"),
     [
         (["--input=nowhere.txt", "--name=x"], "nowhere.txt can't be read"),
-        (["--input=empty.txt", "--name=x", "--tokenizer=char"], "empty.txt has 0 characters"),
+        (["--input=empty.txt", "--name=x", "--tokenizer=char"], "0 characters in empty.txt: at least two are needed"),
         (["--input=empty.jsonl", "--name=x"], "there is no text in empty.jsonl"),
         (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
         (["--name=x", "--input="], "--input is empty"),

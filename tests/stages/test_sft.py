@@ -423,7 +423,7 @@ def test_a_mistake_in_a_settings_file_is_reported_in_one_sentence(run, content, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "name a model to start from: python stages/sft.py MODEL"),
+        ((), "name a model to start from: python sft.py MODEL"),
         (("base",), "name the conversations to learn from by --train"),
         (("nowhere", *TRAIN[1:]), "there is no model directory nowhere"),
         (("mute", *TRAIN[1:]), "mute has no tokenizer, so it can't read text"),

@@ -154,7 +154,7 @@ def test_a_command_takes_what_a_kill_of_overwriting_leaves(tmp_path, monkeypatch
 
 def test_a_run_without_a_checkpoint_is_started_over(tmp_path):
     begin(tmp_path / "a b", "train")
-    with pytest.raises(UserError, match=r"start it over with --out_dir='.*/a b' --overwrite=True"):
+    with pytest.raises(UserError, match=r"start it over with: python .* '--out_dir=.*/a b' --overwrite"):
         read_command_line([f"--resume={tmp_path / 'a b'}"], None)
     with pytest.raises(UserError, match="a run without a checkpoint: start it over with --overwrite=True"):
         runs.claim_new(str(tmp_path / "a b"), "a", overwrite=False)
