@@ -1,8 +1,10 @@
 """Shared by the tests: a tiny dataset, randomised models, and commands run as a user runs them."""
 
+import contextlib
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -89,6 +91,14 @@ def run_python(*args: str, timeout: float = 120, input: str = "", **environment:
     return subprocess.CompletedProcess(args, process.returncode, output, errors)
 
 
+def free_port() -> int:
+    """Returns an unused port below those that connections of other tests are given, which could take it meanwhile."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with contextlib.suppress(OSError), socket.create_server(("localhost", port)):
+            return port
+    raise AssertionError("a hundred ports are in use")
+
+
 def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) -> subprocess.CompletedProcess:
     """Runs a script of the repository in `processes` processes, which torchrun starts if `torchrun`."""
     script, *rest = str(ROOT / args[0]), *args[1:]
@@ -97,9 +107,7 @@ def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) ->
     if torchrun:
         launcher = torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={processes}"
         return run_python(*launcher, script, *rest, **kwargs)
-    with socket.create_server(("localhost", 0)) as server:
-        port = str(server.getsockname()[1])
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": port, **kwargs}
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), **kwargs}
     with ThreadPoolExecutor(processes) as pool:
         numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         ranks = [pool.submit(run_python, script, *rest, **number, **shared) for number in numbers]
