@@ -132,7 +132,7 @@ def point(link: Path, target: str) -> None:
     temporary = hidden(link)
     try:
         os.symlink(target, temporary)
-    except (OSError, AttributeError, NotImplementedError):
+    except (OSError, AttributeError, NotImplementedError):  # what Python raises where there are no links
         write_file(link, target)
     else:
         os.replace(temporary, link)

@@ -396,7 +396,7 @@ class LibraryTokenizer(Tokenizer):
         for piece, (start, _) in pieces_of(text):
             try:
                 self._library.model.tokenize(piece)
-            except Exception:
+            except Exception:  # a type of the library's own, which Python can't name
                 return piece, start
         return text, 0
 

@@ -1,0 +1,48 @@
+"""Prompts of sample.py: where they come from, and their tokens."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from gpt_arc.data.documents import read_text
+from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.settings import SampleConfig
+from gpt_arc.errors import UserError
+
+
+def prompt_batches(config: SampleConfig) -> Iterable[list[str]]:
+    """Returns the prompts, in lists that may be continued together."""
+    if config.typed:
+        return typed_prompts()
+    if config.prompts is not None:
+        lines = read_text(config.prompts).removesuffix("\n").split("\n")
+        if lines == [""]:
+            raise UserError(f"{config.prompts} holds no prompts")
+        return [[line.removesuffix("\r") for line in lines]]
+    if config.start.startswith("FILE:"):
+        return [[read_text(Path(config.start.removeprefix("FILE:")))]]
+    return [[config.start]]
+
+
+def typed_prompts() -> Iterator[list[str]]:
+    """Yields each line of the input."""
+    while sys.stdin is not None:
+        try:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)  # stdout may be a file
+            yield [input().removesuffix("\r")]
+        except EOFError:
+            return
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+    """Returns the prompt's tokens as `Tokenizer.encode_prompt` does. Raises UserError for text without tokens."""
+    if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
+    try:
+        tokens = tokenizer.encode_prompt(prompt)
+    except UserError as error:
+        raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
+    if len(tokens) > context:
+        print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
+    return tokens
