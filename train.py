@@ -45,14 +45,14 @@ from gpt_arc.device import (
     to_device,
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError, check_finite, entry_point, first_line, naming
+from gpt_arc.errors import UserError, check_finite, entry_point, naming
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
 from gpt_arc.tables import counted
 from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.command_line import read_command_line
-from gpt_arc.training.compile import compile_in_place
+from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.log import Meter, MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
@@ -80,7 +80,6 @@ class Run:
     stop: StopSignal
     compiled: bool
     log: MetricsLog | None = None
-    wandb: Any = None
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
 
@@ -179,19 +178,12 @@ class Run:
     @property
     def resume(self) -> str:
         """The command that resumes this run."""
-        python = "python" if WORLD_SIZE == 1 else f"torchrun --standalone --nproc_per_node={WORLD_SIZE}"
-        return f"{python} {shlex.join((sys.argv[0], *self.plan.launch.files, f'--resume={self.folder}'))}"
+        return distributed.launch_command(sys.argv[0], *self.plan.launch.files, f"--resume={self.folder}")
 
     def write_log(self, line: dict[str, Any], bar: tqdm) -> None:
-        """Write a line of metrics.jsonl, to Weights & Biases if asked for, and show it. Main process only."""
+        """Write a line of the log and show it. Main process only."""
         line = {name: value for name, value in line.items() if value is not None}
         self.log.write(line)
-        if self.wandb:
-            try:
-                self.wandb.log(line, step=line["step"])
-            except Exception as error:  # whatever kind it is, a log doesn't end a run
-                say(f"Weights & Biases: {first_line(error)}; training goes on without it")
-                self.wandb = None
         figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
         shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
         bar.set_postfix_str(shown)
@@ -220,7 +212,9 @@ def build(plan: Plan) -> Run:
     sharing = ExpertParallel(model, training.expert_processes, device)
     model.to(device).activation_checkpointing = training.activation_checkpointing
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-    compiled = plan.compile and compile_model(plan, model, replica)
+    inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
+    example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
+    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state:
@@ -232,10 +226,10 @@ def build(plan: Plan) -> Run:
     stop = StopSignal()
     run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
-        run.wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
+        wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides)
-        run.log = MetricsLog(folder, progress.step)
+        run.log = MetricsLog(folder, progress.step, wandb)
     return run
 
 
@@ -250,19 +244,6 @@ def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
             f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
         )
     return model, tokenizer or trained_tokenizer
-
-
-def compile_model(plan: Plan, model: GPT, replica: nn.Module) -> bool:
-    """Compile the model in place; returns whether it worked. Raises UserError if it was demanded and doesn't."""
-    say("compiling      takes a minute or so")
-    inputs = 3 if plan.config.data.document_mask else 2
-    example = [torch.zeros(plan.micro_batch, plan.config.model.block_size, dtype=torch.int64)] * inputs
-    failure = compile_in_place(model, replica, example, plan.device, plan.dtype)
-    if failure and plan.config.training.compile is True:
-        raise UserError(f"compile = true can't work here; --compile=False does without it: {failure}")
-    if failure:
-        say(f"not compiled   {failure}")
-    return not failure
 
 
 def evaluate_only(run: Run) -> int:
@@ -386,8 +367,8 @@ def finish(run: Run, stopped: bool) -> int:
     progress, training = run.progress, run.plan.config.training
     if run.saved_step != progress.step:
         run.save()
-    if run.wandb:
-        run.wandb.finish()
+    if run.log:
+        run.log.close()
     if stopped:
         say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
         return 128 + run.stop.anywhere()

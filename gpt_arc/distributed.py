@@ -5,6 +5,7 @@ Every function also works in a single process started without torchrun.
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,15 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 IS_MAIN = RANK == 0  # only this process writes files and prints
 
 
+def launch_command(script: str, *arguments: str) -> str:
+    """Returns the shell command that runs a script with as many processes as now."""
+    command = shlex.join((script, *arguments))
+    if WORLD_SIZE == 1:
+        return f"python {command}"
+    separator = "-- " if any(one.startswith("--monitor") for one in arguments) else ""  # torchrun has a --monitor too
+    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {separator}{command}"
+
+
 def say(text: str) -> None:
     """Print a line from the main process, above the progress bar if there is one, or lose it if that fails."""
     if IS_MAIN:
@@ -36,7 +46,9 @@ def say(text: str) -> None:
 def process_group(backend: str, device: torch.device) -> Iterator[None]:
     """Runs the block in a process group. Raises UserError for a backend that doesn't support the device.
 
-    After an error the group is not destroyed, because destroying it could wait for the other processes forever.
+    After an error the group is not destroyed, because destroying it could wait for the other processes forever. A gloo
+    group isn't destroyed either: it would hold Python's lock while it waits for its threads, which may need the lock to
+    release their last tensors. It ends with the process, at the `os._exit` of `entry_point`.
     """
     if WORLD_SIZE == 1:
         yield
@@ -49,7 +61,8 @@ def process_group(backend: str, device: torch.device) -> Iterator[None]:
         raise UserError(f"backend = nccl needs GPUs, but the device is {device.type}: use gloo or auto")
     dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
     yield
-    dist.destroy_process_group()
+    if backend == "nccl":
+        dist.destroy_process_group()
 
 
 def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from gpt_arc.device import autocast, to_device
-from gpt_arc.errors import first_line
+from gpt_arc.distributed import say
+from gpt_arc.errors import UserError, first_line
 from model import GPT
 
 # On a CPU, compiling takes 15 to 60 seconds and then saves about a twentieth of the time, so it pays off after some
@@ -62,3 +63,16 @@ def compile_in_place(
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.zero_grad()
+
+
+def try_compiling(
+    model: GPT, replica: torch.nn.Module, batch: Sequence[Tensor], device: torch.device, dtype: str, required: bool
+) -> bool:
+    """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if a `required` one fails."""
+    say("compiling      takes a minute or so")
+    failure = compile_in_place(model, replica, batch, device, dtype)
+    if failure and required:
+        raise UserError(f"compile = true can't work here; --compile=False does without it: {failure}")
+    if failure:
+        say(f"not compiled   {failure}")
+    return not failure

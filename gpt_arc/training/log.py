@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError
+from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import write_file
 from gpt_arc.reading import open_plain, reading
 from gpt_arc.tables import to_json
@@ -32,11 +32,14 @@ class Meter:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, in the order of steps."""
+    """metrics.jsonl: one JSON object per line, in the order of steps. Also goes to Weights & Biases if wanted."""
 
-    def __init__(self, directory: Path, keep_until: int):
-        """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`."""
-        self.path = directory / "metrics.jsonl"
+    def __init__(self, directory: Path, keep_until: int, wandb: Any = None):
+        """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`.
+
+        `wandb` is what `start_wandb` returned.
+        """
+        self.path, self._wandb = directory / "metrics.jsonl", wandb
         kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "ab", buffering=0)
@@ -57,6 +60,17 @@ class MetricsLog:
             if not self._warned:
                 say(f"{self.path} can't be written ({error.strerror}): training goes on, later lines are tried again")
             self._warned = True
+        if self._wandb:
+            try:
+                self._wandb.log(line, step=line["step"])
+            except Exception as error:  # whatever kind it is, a log doesn't end a run
+                say(f"Weights & Biases: {first_line(error)}; training goes on without it")
+                self._wandb = None
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

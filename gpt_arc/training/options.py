@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.distributed import launch_command
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.reading import read_json
@@ -169,11 +168,7 @@ def located(options: O) -> O:
 
 def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
     """Returns the command that resumes a run of a stage, with as many processes as now."""
-    arguments = shlex.join((script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items())))
-    if WORLD_SIZE == 1:
-        return f"python {arguments}"
-    separator = "-- " if "monitor" in options.code else ""  # torchrun has a --monitor too
-    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {separator}{arguments}"
+    return launch_command(script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items()))
 
 
 def record_options(run: Path, stage: str, options: Any) -> None:
