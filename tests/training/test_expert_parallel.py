@@ -69,7 +69,7 @@ def test_a_run_resumes_with_its_experts_in_another_number_of_processes(run):
 
 
 EXCHANGE = """
-import copy, sys
+import copy, os, sys
 import torch
 import torch.distributed as dist
 from gpt_arc import distributed
@@ -116,6 +116,8 @@ with distributed.process_group("gloo", cpu):
                 for (name, x), y in zip(gathered.state_dict().items(), whole.state_dict().values()):
                     assert torch.equal(x, y), name
             print("equal", dtype, k)
+sys.stdout.flush()
+os._exit(0)  # as scripts end
 """
 
 
