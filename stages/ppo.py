@@ -59,7 +59,7 @@ from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
-from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.routers import RouterMeter, freeze_routers
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -354,7 +354,7 @@ def train(options: Options, run: StageRun) -> int:
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
     if isinstance(critic, RewardModel):
-        RouterMeter(critic.trunk, frozen=True)
+        freeze_routers(critic.trunk)
     replica = run.place(actor)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))

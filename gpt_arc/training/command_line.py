@@ -79,7 +79,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     """
     shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
-    files = [config_file(name) for name in flags.pop("config_files", ())]
+    files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
     settings, sources = read_files(Config, files)
     given = merge(Config, settings, flags)

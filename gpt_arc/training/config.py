@@ -213,6 +213,7 @@ class Config:
     INSTEAD: ClassVar[dict[str, str]] = {
         **{"mixture": "dataset", "dataset": "mixture"},
         **{"warmup": "warmup_iters", "warmup_iters": "warmup"},
+        **{"tokens_per_step": "gradient_accumulation_steps", "gradient_accumulation_steps": "tokens_per_step"},
     }
 
     @property

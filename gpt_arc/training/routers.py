@@ -7,6 +7,12 @@ from gpt_arc import distributed
 from model import GPT
 
 
+def freeze_routers(model: GPT) -> None:
+    """Takes the routers out of training. Does nothing for a dense model."""
+    for experts in model.experts:
+        experts.router.weight.requires_grad_(False)
+
+
 class RouterMeter:
     """Collects statistics of the routers and updates the biases that balance them. Does nothing for a dense model."""
 
@@ -15,8 +21,8 @@ class RouterMeter:
         self.model, self.blocks, self.frozen = model, model.experts, frozen
         for experts in self.blocks:
             experts.observed = frozen
-            if frozen:
-                experts.router.weight.requires_grad_(False)
+        if frozen:
+            freeze_routers(model)
         self._loads: list[Tensor] = []  # (blocks, E) of each batch of this step
         self._sums = torch.zeros(0)
         self._steps = 0

@@ -51,9 +51,18 @@ def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
     assert re.search(rf"memory .*\nwarning +the device has \S+ of memory: {advice}", plan())
 
 
+def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):
+    (tmp_path / "large.toml").write_text("tokens_per_step = 640")
+    assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("large.toml", "sums.toml")
+    assert "tokens a step  128 = 1 x 2 batches of 4 x 16" in plan("large.toml", "--gradient_accumulation_steps=2")
+    (tmp_path / "steps.toml").write_text("gradient_accumulation_steps = 3")
+    assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("steps.toml", "--tokens_per_step=640")
+
+
 def test_several_files_are_named_in_the_order_in_which_they_win(plan, tmp_path):
     (tmp_path / "more.toml").write_text("n_layer = 3")
     assert "settings       of sums.toml, then more.toml, which wins" in plan("more.toml")
+    assert "settings " not in plan("sums.toml")  # the same file again
 
 
 @pytest.mark.parametrize("flags, mends", [
