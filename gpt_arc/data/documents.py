@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import orjson
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.json_lines import parse_line
@@ -245,7 +246,7 @@ def _holds_many(path: Path) -> bool:
 def _opened(path: Path, offset: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
-        with open(path, "rb") as raw:
+        with open(path, "rb", PIECE) as raw:
             file = raw
             if path.suffix.lower() == ".gz":
                 file = gzip.open(raw)
@@ -311,11 +312,17 @@ def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterato
         for line in file:
             begin, number = offset, number + 1
             offset += len(line)
-            if line.isspace():
-                continue
-            text = _decode(bytes.decode, line, f"{path}:{number}", begin)
-            row = parse_line(text.removeprefix("\ufeff") if begin == 0 else text, f"{path}:{number}")
-            yield _text_of(row, field, f"{path}:{number}"), [offset, number], raw.tell()
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError:  # blank, or what only the standard library's parser takes or explains
+                if line.isspace():
+                    continue
+                content = _decode(bytes.decode, line, f"{path}:{number}", begin)
+                row = parse_line(content.removeprefix("\ufeff") if begin == 0 else content, f"{path}:{number}")
+            text = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.isascii():
+                text = _text_of(row, field, f"{path}:{number}")
+            yield text, [offset, number], offset if file is raw else raw.tell()
 
 
 def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[str, int, int]]:
