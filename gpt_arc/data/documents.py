@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -242,7 +242,7 @@ def _holds_many(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, offset: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _opened(path: Path, offset: int) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
         with open(path, "rb") as raw:
