@@ -93,13 +93,6 @@ def to_device(batch: Sequence[T], device: torch.device) -> list[T]:
     return [tensor if tensor is None else tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
 
 
-def available_cores() -> int:
-    """The number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # macOS has none
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory that the device has; None where that isn't known."""
     if device.type == "cuda":

@@ -34,10 +34,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from gpt_arc.data.documents import Files, read_text
+from gpt_arc.data.documents import Files, available_cores, read_text
 from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
-from gpt_arc.device import available_cores
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing
 from gpt_arc.settings import STRICT, Count, Natural

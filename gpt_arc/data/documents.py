@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections import deque
@@ -40,6 +41,13 @@ JSON_LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
 KNOWN = (".txt", ".jsonl", ".parquet")  # the files read from a folder without a pattern
 BOUNDARY = re.compile(r"\S[ \n]")
 Cut = Literal["anywhere", "space", "never"]  # where a document may be split; "space" means before white space
+
+
+def available_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Documents(abc.ABC):

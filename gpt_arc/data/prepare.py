@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.declared import SETTINGS_FILE
-from gpt_arc.data.documents import BEGINNING, Cut, Documents
+from gpt_arc.data.documents import BEGINNING, Cut, Documents, available_cores
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import (
@@ -41,7 +41,6 @@ from gpt_arc.data.tokenizer import (
     find_tokenizer,
     load_tokenizer,
 )
-from gpt_arc.device import available_cores
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
