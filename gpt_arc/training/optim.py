@@ -218,7 +218,7 @@ def check_moments(
     for i, moments in state.items():
         if i not in weights:
             raise ValueError(f"it has moments of weight {i} of {len(weights)}")
-        expected: dict[str, Tensor] = dict.fromkeys(MOMENTS[type(optimizer)], weights[i].detach())
+        expected = {name: weights[i].detach() for name in MOMENTS[type(optimizer)]}
         if isinstance(optimizer, torch.optim.AdamW):
             expected["step"] = torch.tensor(0.0)
         check_tensors(moments, expected, f"{names[weights[i]]}: ")

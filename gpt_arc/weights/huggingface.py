@@ -261,7 +261,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     if activation not in activations:
         raise _unknown(key, activation, kind, f"{', '.join(activations)} are known")
     settings: dict[str, Any] = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
-    dropouts = dict.fromkeys(PLACES, 0.0)
+    dropouts: dict[str, Any] = dict.fromkeys(PLACES, 0.0)
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
     if len(set(dropouts.values())) == 1:  # so that the single setting still changes all of them
         dropouts = {"dropout": dropouts[PLACES[0]]}
