@@ -4,6 +4,7 @@ Losses are in nats a token. N counts parameters, D tokens and C FLOPs of trainin
 Kaplan counts N without embeddings, Hoffmann and GPT-3's table with them.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from gpt_arc.extras import import_extra
 
 PF_DAY = 1e15 * 86_400  # FLOPs
 HUBER = 1e-3  # log-residuals beyond it count linearly, as in arXiv:2203.15556, D.3
-STARTS = 16  # of the grid, the best of which are followed to their minimum
+STARTS = 8  # of the grid, the best of which are followed to their minimum
 STEP = 1e-20  # imaginary, of derivatives by complex steps, which are exact
 
 
@@ -36,7 +37,7 @@ class Form(NamedTuple):
 
 def log_sum_exp(*terms: Any) -> Any:
     """Logarithm of a sum of exponentials; of complex numbers, for derivatives by complex steps."""
-    largest = np.max([np.real(term) for term in terms], axis=0)
+    largest = functools.reduce(np.maximum, (np.real(term) for term in terms))
     return largest + np.log(sum(np.exp(term - largest) for term in terms))
 
 
@@ -47,7 +48,7 @@ def _power(theta: Any, x: Any) -> Any:
 
 def _power_and_floor(theta: Any, x: Any) -> Any:
     exponent, scale, floor = theta
-    return log_sum_exp(exponent * (scale - x), floor + 0 * x)
+    return log_sum_exp(exponent * (scale - x), floor)
 
 
 def _kaplan(theta: Any, n: Any, d: Any) -> Any:
@@ -57,7 +58,7 @@ def _kaplan(theta: Any, n: Any, d: Any) -> Any:
 
 def _chinchilla(theta: Any, n: Any, d: Any) -> Any:
     e, a, b, alpha, beta = theta
-    return log_sum_exp(e + 0 * n, a - alpha * n, b - beta * d)
+    return log_sum_exp(e, a - alpha * n, b - beta * d)
 
 
 EXPONENTS = (0.05, 0.1, 0.2, 0.4, 0.7)
