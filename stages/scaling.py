@@ -313,6 +313,7 @@ def predict(options: PredictOptions) -> int:
             "val_loss": float(law.law.loss(n=n, d=run.tokens)),
             "interval": [low, high],
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, to_json(prediction, indent=1) + "\n")
         source = f"{counted(len(used), 'run')} of at most {prediction['largest_share']:.2%} of its compute"
         print(f"{run.name}: val loss {prediction['val_loss']:.4f}, 95% interval {low:.4f} to {high:.4f}, from {source}")
