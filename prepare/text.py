@@ -3,10 +3,11 @@
     python prepare/text.py --input book.txt --name book --tokenizer char
     python prepare/text.py --input folder/ more.jsonl.gz 'crawl/*.parquet' --name papers --tokenizer gpt2
 
-A document is a text file, a line of JSON (.jsonl) or a row of parquet, with its text in --field. --pattern '*.md' reads
-other files of a folder, as text. Text and JSON may be compressed (.gz, .zst). With the tokenizer char or one like
-GPT-2's, a text file may be larger than memory; any other document is held whole. The same command resumes after an
-interruption.
+A document is a file of text or HTML, a line of JSON (.jsonl, .ndjson), an element of a JSON array, or a row of .csv, .tsv or
+parquet, with its text in --field. A name that says nothing leaves it to the content. All except parquet may be packed
+(.gz, .bz2, .xz, .zst). --pattern '*.md' reads other files of a folder; --input - reads standard input. With the tokenizer
+char or one like GPT-2's, a text file may be larger than memory; any other document is held whole. The same command
+resumes after an interruption.
 Then: python train.py CONFIG --dataset=NAME
 """
 

@@ -128,6 +128,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             if read_object(work / "plan.json") in (None, made_of):  # left by a process killed at the very end
                 _remove(work)
             return
+        _refuse_glued_documents(documents, tokenizer, settings.tokenizer)
         print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
         with _work_folder(made_of, work, settings.overwrite):
             documents.revision = (read_object(work / "progress.json") or {}).get("revision")
@@ -316,6 +317,17 @@ def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, list[st
         bar.at(documents.bytes_read)
     bar.close()
     return total, list(map(chr, np.flatnonzero(seen)))
+
+
+def _refuse_glued_documents(documents: Documents, tokenizer: Tokenizer | None, name: str) -> None:
+    """Raises UserError for documents that nothing would separate; characters, which have no special tokens, may."""
+    if tokenizer is None or isinstance(tokenizer, CharTokenizer) or documents.is_one:
+        return
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token, so the documents of {documents.name} would run into one "
+            f"another: name the special token that ends a text as eos_token in {SETTINGS_FILE} beside the tokenizer"
+        )
 
 
 def _refuse_an_empty_split(done: PreparationProgress, name: str, rule: str) -> None:

@@ -433,6 +433,19 @@ def test_a_tokenizer_that_forbids_cuts_encodes_whole_documents(prepare, tmp_path
     assert tokens_of(Path("data/x"), "train").tolist() == expected
 
 
+def test_documents_that_nothing_would_separate_are_refused(prepare, tmp_path, library):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text(library[0].to_str().replace("<|endoftext|>", "<|end|>"))
+    write_lines(tmp_path / "a.jsonl", pages(20))
+    (tmp_path / "a.txt").write_text("\n".join(pages(20)))
+    flags = ("--name=x", "--tokenizer=other", "--split=tail")
+    message = prepare("text.py", "--input=a.jsonl", *flags)
+    assert "the documents of a.jsonl would run into one another: name the" in message and not Path("data").exists()
+    assert "data/x:" in prepare("text.py", "--input=a.txt", *flags)  # a single text has no neighbour
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    assert "data/x:" in prepare("text.py", "--input=a.jsonl", *flags, "--overwrite=True")
+
+
 def test_progress_never_exceeds_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
     """`disk` holds each file and folder as it was last flushed."""
     monkeypatch.setattr(prepare_module, "BATCH", 4000)
