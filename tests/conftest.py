@@ -1,6 +1,9 @@
 """Fixtures shared by several test files."""
 
+import functools
+import gc
 import io
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,7 +14,28 @@ import pytest
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
+from gpt_arc.planning import cost
 from helpers import TEXT, write_dataset
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keeps the garbage collector away from what the test modules import: hardly any of it is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_that_start_and_save_quickly():
+    """The CPU's speed is measured once instead of by each run, and nothing in this process waits for the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

@@ -120,6 +120,11 @@ FORKING = """
 import multiprocessing, os, runpy, sys
 context = multiprocessing.get_context("fork")
 multiprocessing.get_context = lambda method: context
+def pipe():
+    ends = multiprocessing.Pipe()
+    os.register_at_fork(after_in_child=ends[0].close)  # or a child, having it too, would wait for its parent to hang up
+    return ends
+context.Pipe = pipe
 del sys.argv[0]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
