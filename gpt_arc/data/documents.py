@@ -9,11 +9,13 @@ empty document.
 """
 
 import abc
+import bisect
 import codecs
 import contextlib
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import lzma
@@ -115,9 +117,16 @@ class Files(Documents):
         self.paths, self.field = paths, field
         self.kinds = [_kind_of(path, field) for path in paths]
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
+        self.end = len(paths)  # `pieces` stops before this file
         self._stats = [path.stat() for path in paths]
-        self.total_bytes = sum(stat.st_size for stat in self._stats)
+        self.total_bytes: int = sum(stat.st_size for stat in self._stats)
         self.is_one = len(paths) == 1 and self.kinds[0] not in WITH_FIELDS
+
+    def share(self, number: int, count: int) -> tuple[int, int]:
+        """The first and last + 1 of the files that are part `number` of `count`, of about equal bytes."""
+        begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats)]
+        bounds = [bisect.bisect_left(begins, -(-self.total_bytes * part // count)) for part in (number, number + 1)]
+        return bounds[0], len(self.paths) if number + 1 == count else bounds[1]
 
     def label(self, path: Path) -> str:
         """What messages call a file."""
@@ -142,7 +151,7 @@ class Files(Documents):
     def pieces(self, cut: Cut, position: list | None = None) -> Iterator[tuple[str, bool]]:
         first, place = self._position = position or [0, None]
         before = sum(stat.st_size for stat in self._stats[:first])
-        for index, path in enumerate(self.paths[first:], first):
+        for index, path in enumerate(self.paths[first : self.end], first):
             kind = self.kinds[index]
             many = kind in WITH_FIELDS
             if kind == "text":
@@ -173,6 +182,12 @@ class Piped(Files):
         self._file.flush()
         super().__init__([Path(self._file.name)], field)
         self.name = self.label(self.paths[0])
+
+    def share(self, number: int, count: int) -> tuple[int, int]:
+        """The first and last + 1 of the files that are part `number` of `count`, of about equal bytes."""
+        begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats)]
+        bounds = [bisect.bisect_left(begins, -(-self.total_bytes * part // count)) for part in (number, number + 1)]
+        return bounds[0], len(self.paths) if number + 1 == count else bounds[1]
 
     def label(self, path: Path) -> str:
         return "standard input"

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.declared import SETTINGS_FILE
-from gpt_arc.data.documents import BEGINNING, Cut, Documents, available_cores
+from gpt_arc.data.documents import BEGINNING, Cut, Documents, Files, available_cores
 from gpt_arc.data.engine import Encode, corpus_encoder
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
@@ -99,14 +100,17 @@ class PreparationProgress:
     val: int = 0
 
 
-def prepare_documents(documents: Documents, settings: CorpusSettings, name: str) -> None:
+def prepare_documents(documents: Documents, settings: CorpusSettings, name: str, shard: str | None = None) -> None:
     """Write data/NAME from `documents`: shards of train and val, tokenizer.json and meta.json.
 
     The tokenizer's end-of-text token, if any, follows every document; empty documents are skipped. The bytes written
     depend only on the documents and settings, not on the number of workers or on interruptions. A dataset of this name
     is kept if it was made from the same documents and settings; otherwise this raises UserError, unless `overwrite`.
+
+    A `shard` I/N is part I of N of the files, written to data/NAME-I-of-N. Where such parts are, they are joined.
     """
-    directory = dataset_directory(name)
+    number, count = (0, 1) if shard is None else _part_of_all(shard, documents, settings)
+    directory = dataset_directory(name if shard is None else f"{name}-{number}-of-{count}")
     by_characters = settings.tokenizer == "char"
     tokenizer = None if by_characters else find_tokenizer(settings.tokenizer)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
@@ -117,6 +121,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
         "val_fraction": settings.val_fraction,
         "shard_tokens": settings.shard_tokens,
     }
+    parts = _parts(directory, made_of) if shard is None else []
+    made_of |= {} if shard is None else {"part": [number, count]}
     part = settings.val_fraction
     val = f"{part:g} of the documents, by a hash" if rule == "hash" else f"the last {part:g} of the characters"
 
@@ -133,7 +139,9 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
         with _work_folder(made_of, work, settings.overwrite):
             documents.revision = (read_object(work / "progress.json") or {}).get("revision")
             boundary = None
-            if tokenizer is None or rule == "tail":
+            if parts:
+                tokenizer = load_tokenizer(parts[0])
+            elif tokenizer is None or rule == "tail":
                 total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
                 if total < 2:
                     raise UserError(
@@ -142,30 +150,102 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
                 tokenizer = CharTokenizer(characters) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
-            done = _write_shards(documents, settings, tokenizer, boundary, work)
-            _refuse_an_empty_split(done, documents.name, rule)
-            tokens = {"train": done.train, "val": done.val}
-            dataset = work / "dataset"
-            assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
-            meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
-            meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
-            meta |= {"revision": documents.revision} if documents.revision else {}
-            tokenizer.save(dataset)
-            write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
-            record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
-            put_directory(dataset, directory)
+            if parts:
+                done = _join(parts, tokenizer.vocab_size, settings.shard_tokens, work)
+            else:
+                done = _write_shards(documents, settings, tokenizer, boundary, work, (number, count))
+            if shard is None:
+                _refuse_an_empty_split(done, documents.name, rule)
+            _finish(work / "dataset", done, tokenizer, documents, made_of)
+            put_directory(work / "dataset", directory)
+    tokens = {"train": done.train, "val": done.val}
     counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
 
+def _finish(
+    dataset: Path, done: PreparationProgress, tokenizer: Tokenizer, documents: Documents, made_of: dict[str, Any]
+) -> None:
+    """Write what belongs beside the token files."""
+    tokens = {"train": done.train, "val": done.val}
+    assert tokens == {split: _written(dataset, split, tokens[split]) for split in SPLITS}
+    meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
+    meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
+    meta |= {"revision": documents.revision} if documents.revision else {}
+    meta |= {"empty": done.empty, "characters": done.characters} if "part" in made_of else {}
+    tokenizer.save(dataset)
+    write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
+    record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
+
+
+def _written(dataset: Path, split: str, tokens: int) -> int:
+    """How many tokens the files of a split have; a part of a corpus may lack a split."""
+    return len(TokenFiles(dataset, split)) if tokens else len(list(dataset.glob(f"{split}_*.bin")))
+
+
+def _part_of_all(shard: str, documents: Documents, settings: CorpusSettings) -> tuple[int, int]:
+    """I and N of a shard I/N. Raises UserError if the documents can't be prepared in such parts."""
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"shard = {shard} must be I/N, with I from 0 to N - 1")
+    if settings.split == "tail" or documents.is_one or not isinstance(documents, Files):
+        raise UserError("--shard needs several files, whose documents go to a split by --split=hash")
+    if int(count) > len(documents.paths):
+        raise UserError(f"--shard={shard}: {documents.name} can't be divided into {count} parts, as no file is divided")
+    return int(number), int(count)
+
+
+def _parts(directory: Path, made_of: dict[str, Any]) -> list[Path]:
+    """The folders of the parts that --shard prepared, in order. Raises UserError if one is missing or differs."""
+    pattern = re.compile(re.escape(directory.name) + r"-\d+-of-(\d+)")
+    counts = {int(match[1]) for path in directory.parent.glob("*") if (match := pattern.fullmatch(path.name))}
+    parts = [directory.with_name(f"{directory.name}-{i}-of-{count}") for count in counts for i in range(count)]
+    for path in parts:
+        number, _, count = path.name.removeprefix(f"{directory.name}-").split("-")
+        meta = read_object(path / "meta.json") or {}
+        if meta.get("made_of") != made_of | {"part": [int(number), int(count)]}:
+            raise UserError(
+                f"{path} is missing, or made of other texts or settings: prepare it with --shard={number}/{count}, or "
+                f"delete the folders {directory}-I-of-N to prepare everything here"
+            )
+        check_files(path)
+    return parts
+
+
+def _join(parts: list[Path], vocab_size: int, shard_tokens: int, work: Path) -> PreparationProgress:
+    """Copy the tokens of the parts into the token files of `work`."""
+    done = PreparationProgress()
+    writers = {split: ShardWriter(work / "dataset", split, vocab_size, shard_tokens) for split in SPLITS}
+    for path in parts:
+        meta = read_json(path / "meta.json")
+        for split, writer in writers.items():
+            for start in range(0, meta["tokens"][split], SAVE_EVERY):
+                writer.append(TokenFiles(path, split).read(start, SAVE_EVERY))
+        for count in ("documents", "empty", "characters"):
+            setattr(done, count, getattr(done, count) + meta[count])
+    for split, writer in writers.items():
+        writer.close()
+        setattr(done, split, writer.written)
+    print(f"joined {', '.join(map(str, parts))}, which can be deleted")
+    return done
+
+
 def _write_shards(
-    documents: Documents, settings: CorpusSettings, tokenizer: Tokenizer, boundary: int | None, work: Path
+    documents: Documents,
+    settings: CorpusSettings,
+    tokenizer: Tokenizer,
+    boundary: int | None,
+    work: Path,
+    part: tuple[int, int],
 ) -> PreparationProgress:
     """Encode into the token files of `work`, from the position saved in progress.json."""
     path = work / "progress.json"
     saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
-    if saved.position is not None:
+    if isinstance(documents, Files) and part != (0, 1):
+        first, documents.end = documents.share(*part)
+        saved.position = saved.position or [first, None]
+    if saved.train + saved.val:
         print(f"resuming after {counted(saved.train + saved.val, 'token')}", flush=True)
     cut: Cut = "never"
     if tokenizer.cuts_at_space:
@@ -407,13 +487,14 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
         files = tokenizer.files()
         if {path.name for path in directory.iterdir()} == set(files) and load_tokenizer(directory) == tokenizer:
             return False  # only the tokenizer, as written by prepare/tokenizer.py
-    if (read_object(directory / "meta.json") or {}).get("made_of") != made_of:
+    meta = read_object(directory / "meta.json") or {}
+    if meta.get("made_of") != made_of:
         raise UserError(
             f"{directory} exists and holds something else: replace it with --overwrite=True, or choose another name"
         )
     try:
         for split in SPLITS:
-            TokenFiles(directory, split)
+            _written(directory, split, meta["tokens"][split])
         load_tokenizer(directory)
         check_files(directory)
     except UserError:

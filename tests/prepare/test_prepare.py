@@ -438,6 +438,42 @@ def test_a_tokenizer_that_forbids_cuts_encodes_whole_documents(prepare, tmp_path
     assert tokens_of(Path("data/x"), "train").tolist() == expected
 
 
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_parts_are_joined_into_what_one_machine_writes(prepare, library, tmp_path, tokenizer):
+    texts = pages(60)
+    for number in range(6):
+        write_lines(tmp_path / f"{number}.jsonl", texts[number * 10 : number * 10 + 10])
+    (tmp_path / "7.jsonl").write_text("")
+    named = "char" if tokenizer == "char" else library[1]
+    flags = ("--input=*.jsonl", "--name=x", f"--tokenizer={named}", "--shard_tokens=3000", "--val_fraction=0.05")
+    prepare("text.py", *flags)
+    Path("data/x").rename("alone")
+    for number in (2, 0):
+        prepare("text.py", *flags, f"--shard={number}/3")
+    assert "data/x-1-of-3 is missing, or made of other texts" in prepare("text.py", *flags)
+    prepare("text.py", *flags, "--shard=1/3")
+    assert "data/x-1-of-3 is prepared already" in prepare("text.py", *flags, "--shard=1/3")
+    assert "data/x-0-of-3 is missing, or made of other" in prepare("text.py", *flags, "--shard_tokens=4000")
+    assert "joined data/x-0-of-3, data/x-1-of-3, data/x-2-of-3" in prepare("text.py", *flags)
+    assert contents("data/x") == contents("alone") and len(contents("alone")) > 6
+    counts = [json.loads(Path(f"data/x-{i}-of-3/meta.json").read_text())["documents"] for i in range(3)]
+    assert sum(counts) == 60 and min(counts) > 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--shard=3/3"], "shard = 3/3 must be I/N, with I from 0 to N - 1"),
+        (["--shard=1"], "shard = 1 must be I/N"),
+        (["--shard=0/2"], "can't be divided into 2 parts, as no file is divided"),
+        (["--shard=0/1", "--split=tail"], "--shard needs several files"),
+    ],
+)
+def test_impossible_parts_are_refused(prepare, tmp_path, flags, sentence):
+    write_lines(tmp_path / "a.jsonl", pages(5))
+    assert sentence in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=char", *flags)
+
+
 def test_documents_that_nothing_would_separate_are_refused(prepare, tmp_path, library):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tokenizer.json").write_text(library[0].to_str().replace("<|endoftext|>", "<|end|>"))
