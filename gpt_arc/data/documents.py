@@ -141,9 +141,8 @@ class Files(Documents):
         return f"reading {counts[0]}" + (f"; skipping {counts[1]} (--pattern chooses others)" if skipped else "")
 
     def identity(self) -> dict[str, Any]:
-        listing = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, self._stats)]
-        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()  # a million names would swell meta.json
-        return {"files": len(listing), "bytes": self.total_bytes, "names_sizes_times": digest, "field": self.field}
+        digest = _names_sizes_times(self.paths, self._stats)
+        return {"files": len(self.paths), "bytes": self.total_bytes, "names_sizes_times": digest, "field": self.field}
 
     def position(self) -> list:
         return self._position
@@ -197,17 +196,29 @@ class Piped(Files):
 
 
 class HubDocuments(Documents):
-    """The rows of a dataset on the Hugging Face hub, streamed. `options` are passed to `datasets.load_dataset`.
+    """The rows of a dataset on the Hugging Face hub, or of a local folder laid out like one, streamed.
 
+    `branch` is a branch, tag or commit; None: the main branch. `options` are passed to `datasets.load_dataset`.
     `revision` is a commit, so that resuming reads the same data even if the owner has changed the dataset since.
     """
 
-    def __init__(self, dataset: str, field: str = "text", **options: Any):
+    def __init__(
+        self, dataset: str, field: str = "text", split: str = "train", branch: str | None = None, **options: Any
+    ):
         self.name, self.dataset, self.field, self.options = dataset, dataset, field, options
+        self.split, self.branch = split, branch
         self._rows: Any = None
 
     def identity(self) -> dict[str, Any]:
-        return {"dataset": self.dataset, "field": self.field, **self.options}
+        identity = {"dataset": self.dataset, "field": self.field, **self.options}
+        if self.split != "train":
+            identity["split"] = self.split
+        if self.branch is not None:
+            identity["branch"] = self.branch
+        if Path(self.dataset).is_dir():
+            paths = [path for path in sorted(Path(self.dataset).rglob("*")) if path.is_file()]
+            identity["names_sizes_times"] = _names_sizes_times(paths, [path.stat() for path in paths])
+        return identity
 
     def position(self) -> dict:
         return self._rows.state_dict()
@@ -215,7 +226,7 @@ class HubDocuments(Documents):
     def pieces(self, cut: Cut, position: dict | None = None) -> Iterator[tuple[str, bool]]:
         try:
             try:
-                self._rows = self._load("main")
+                self._rows = self._load(self.branch or "main")
             except RuntimeError:  # the dataset is a script: the hub keeps a parquet copy
                 self._rows = self._load("refs/convert/parquet")
             if position is not None:
@@ -235,8 +246,10 @@ class HubDocuments(Documents):
     def _load(self, branch: str) -> Any:
         datasets, hub = import_extra("datasets"), import_extra("huggingface_hub")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
-        commit = self.revision or hub.HfApi().dataset_info(self.dataset, revision=branch).sha
-        rows = datasets.load_dataset(self.dataset, split="train", streaming=True, revision=commit, **self.options)
+        commit = self.revision
+        if commit is None and not Path(self.dataset).is_dir():
+            commit = hub.HfApi().dataset_info(self.dataset, revision=branch).sha
+        rows = datasets.load_dataset(self.dataset, split=self.split, streaming=True, revision=commit, **self.options)
         self.revision = commit
         return rows.select_columns([self.field])
 
@@ -350,6 +363,12 @@ def _kind_of(path: Path, field: str) -> Kind:
         return kind
     with _opened(path, 0) as (file, _):
         return kind_of_content(file.read(PIECE), path, field)
+
+
+def _names_sizes_times(paths: list[Path], stats: list[os.stat_result]) -> str:
+    """A hash, since a million names would swell meta.json."""
+    listing = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -689,6 +689,87 @@ def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
     assert "is prepared already" in prepare(script, *flags)
 
 
+def test_a_folder_with_the_hub_s_layout(prepare, library, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    texts = pages(120)
+    corpus = tmp_path / "owner" / "pages"
+    for config in ("de", "en"):
+        (corpus / config).mkdir(parents=True)
+        for number, split in enumerate(("train", "train", "validation")):
+            rows = [f"{config} {text}" for text in texts[number * 40 : number * 40 + 40]]
+            path = corpus / config / f"{split}-0000{number}-of-00002.parquet"
+            parquet.write_table(arrow.table({"body": rows, "id": range(40)}), path)
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("de", "en"))
+    (corpus / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    flags = ("owner/pages", "--config=en", "--field=body", f"--tokenizer={library[1]}", "--val_fraction=0.2")
+    monkeypatch.setattr(prepare_module, "BATCH", 4000)
+    encode, calls = _encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(prepare_module, "_encode", stopped)
+    with pytest.raises(AssertionError, match="130"):  # of a process ended by Ctrl-C
+        prepare("hub.py", *flags, "--shard_tokens=1000", "--workers=1")
+    assert "resuming after" in prepare("hub.py", *flags, "--shard_tokens=1000")
+    for split, side in (("train", False), ("val", True)):
+        expected = [f"en {text}" for text in texts[:80] if in_val(f"en {text}", 0.2) == side]
+        assert tokens_of(Path("data/pages"), split).tolist() == encoded(library[0], expected)
+    assert "is prepared already" in prepare("hub.py", *flags, "--shard_tokens=1000")
+    prepare("hub.py", *flags, "--hub_split=validation", "--name=held_out", "--split=tail")
+    tokens = [token for split in ("train", "val") for token in tokens_of(Path("data/held_out"), split).tolist()]
+    end = library[0].token_to_id("<|endoftext|>")
+    assert tokens.count(end) in (40, 41)
+    (corpus / "en" / "train-00000-of-00002.parquet").unlink()
+    assert "holds something else" in prepare("hub.py", *flags, "--shard_tokens=1000")
+
+
+def test_the_hub_scripts_differ_in_what_they_stream(prepare, monkeypatch):
+    settings = []
+    monkeypatch.setattr("gpt_arc.data.hub_corpora.prepare_documents", lambda *args: settings.append(args))
+    prepare("openwebtext.py")
+    prepare("fineweb.py", "--sample=sample-100BT", "--name=large")
+    prepare("fineweb.py")
+    prepare("hub.py", "owner/pages", "--branch=v1", "--hub_split=test")
+    assert [(documents.identity(), name) for documents, _, name in settings] == [
+        ({"dataset": "Skylion007/openwebtext", "field": "text"}, "openwebtext"),  # as in older datasets
+        ({"dataset": "HuggingFaceFW/fineweb-edu", "field": "text", "name": "sample-100BT"}, "large"),
+        ({"dataset": "HuggingFaceFW/fineweb-edu", "field": "text", "name": "sample-10BT"}, "fineweb"),
+        ({"dataset": "owner/pages", "field": "text", "split": "test", "branch": "v1"}, "pages"),
+    ]
+    assert [one.val_fraction for _, one, _ in settings] == [0.0005, 0.001, 0.001, 0.1]
+
+
+def test_what_a_dataset_holds_is_shown(prepare, library, tmp_path):
+    texts = [f"{number} is a number" for number in range(50)]
+    write_lines(tmp_path / "a.jsonl", texts)
+    prepare("text.py", "--input=a.jsonl", "--name=x", f"--tokenizer={library[1]}", "--val_fraction=0.2")
+    prepare("text.py", "--input=a.jsonl", "--name=y", f"--tokenizer={library[1]}", "--val_fraction=0.3")
+    counts = {name: json.loads(Path(f"data/{name}/meta.json").read_text())["tokens"] for name in "xy"}
+    output = prepare("show.py", "x", "--documents=2")
+    train = [text for text in texts if not in_val(text, 0.2)]
+    for part in (
+        f"train        {counts['x']['train']} tokens in 1 file",
+        f"documents    50, {sum(counts['x'].values()) / 50:.1f} tokens each",
+        "end of text  600, '<|endoftext|>'",
+        "special      600 '<|endoftext|>'",
+        f"--- 1: {len(library[0].encode(train[0]).ids) + 1} tokens\n{train[0]}<|endoftext|>\n--- 2: ",
+        open_corpus([Source("x", 1.0)]).fingerprint,
+    ):
+        assert part in output
+    Path("m.toml").write_text("".join(f'[[data.mixture]]\nname = "{name}"\nweight = 1\n' for name in "xy"))
+    total = sum(sum(count.values()) for count in counts.values())
+    for names in (("x", "y"), ("m.toml",)):
+        last = prepare("show.py", *names, "--documents=0").splitlines()[-1].split()
+        assert last[:2] == ["sum", "100"] and last[-1] == f"{total:,}"
+    assert "there is no dataset nowhere" in prepare("show.py", "nowhere")
+
+
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(3))
     message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
