@@ -32,6 +32,7 @@ CONFIGS = {
     "openai-gpt": GPTConfig(24, 303, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "openai-gpt-untied": GPTConfig(24, 303, 1, 2, 20, norm_position="post", tied_head=False),
     "qwen3": GPTConfig(24, 303, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
+    "llama": GPTConfig(24, 303, 1, 4, 32, 2, mlp_size=44, **QWEN3 | {"qk_norm": False}),
 }
 LABELS = {"classification": ("bad", "so-so", "good"), "entailment": ("no", "yes"), "regression": None}
 TEXTS = {
@@ -86,7 +87,7 @@ def assert_saves_the_same(folder, loaded, resaved):
 
 
 @pytest.mark.parametrize("task", ["classification", "entailment", "regression"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt2-unbiased", "openai-gpt", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt2-unbiased", "openai-gpt", "qwen3", "llama"])
 def test_logits_of_a_padded_batch(name, task, tokenizer, exported, tmp_path):
     labels, task = LABELS[task], "classification" if task == "regression" else task
     classifier = classifier_of(CONFIGS[name], task, labels)
