@@ -160,3 +160,10 @@ def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, mon
     assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
     assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
     assert not list(tmp_path.iterdir())
+
+
+def test_scripts_that_train_start_without_torch_s_compiler():
+    """Its import takes as long as that of all the rest of torch."""
+    code = "import sys, train, gpt_arc.training.command_line; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr
