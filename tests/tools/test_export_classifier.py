@@ -119,6 +119,25 @@ def test_logits_of_a_padded_batch(name, task, tokenizer, exported, tmp_path):
     assert type(loaded).__name__ in readme and export.LAYOUTS[task] in readme and "[extract] = 302" in readme
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "openai-gpt", "gpt2-unbiased", "qwen3", "llama"])
+def test_numbers_have_their_own_units(name, tokenizer, exported):
+    classifier = classifier_of(CONFIGS[name], "classification", None, mean=50.0, scale=10.0)
+    folder, output = exported(classifier, tokenizer)
+    dropped = 0.0 if name in ("gpt2", "gpt2-untied", "openai-gpt") else 50.0
+    if dropped:
+        assert "has a bias of 50, which " in output and "moves all values by that constant" in output
+        folder, _ = exported(classifier, tokenizer, "--drop_bias")
+        assert "Add 50 for the values" in (folder / "README.md").read_text()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = batch_of(classifier, tokenizer, "classification")
+    padding = torch.arange(batch.tokens.size(2)) >= batch.lengths
+    tokens = batch.tokens[:, 0].masked_fill(padding, loaded.config.pad_token_id)
+    with torch.no_grad():
+        expected = classifier(*batch).logits
+        assert expected.std() > 0.05
+        torch.testing.assert_close(loaded(tokens).logits + dropped, expected, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "openai-gpt", "openai-gpt-untied"])
 def test_logits_of_options(name, tokenizer, exported, tmp_path):
     classifier = classifier_of(CONFIGS[name], "multiple_choice", None, dropout=0.3)
