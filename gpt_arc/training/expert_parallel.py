@@ -91,15 +91,20 @@ class ExpertParallel:
         outputs = compute(take_rows(rows, order, back), incoming.sum(0).cumsum(0))
         return AllToAll.apply(take_rows(outputs, back, order), received, sent, self.group)
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of this process's experts."""
+        return [p.grad for p in self.shares if p.grad is not None]
+
     def reduce_gradients(self) -> None:
         """Averages the gradients of this process's experts, as DistributedDataParallel does for all other parameters.
 
         An expert has already seen the tokens of its whole group; the other groups hold the missing terms.
         """
-        for parameter in self.shares:
-            parameter.grad /= WORLD_SIZE
+        for gradient in self.gradients:
+            gradient /= WORLD_SIZE
             if self.n_copies > 1:
-                dist.all_reduce(parameter.grad, group=self.copies)
+                dist.all_reduce(gradient, group=self.copies)
 
     def whole(self, model: GPT) -> GPT:
         """Returns, in the main process, the model with all its experts, to be saved. Every process must call this."""
