@@ -54,7 +54,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
         parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None)
     args = list(spelled_out(args, hints))
     if {"-h", "--help"} & set(args):
-        print(help_text(settings, positionals, description, defaults))
+        first = [name for name in getattr(cls, "FIRST", ()) if name in settings]
+        print(help_text(settings, positionals, first, description, defaults))
         raise SystemExit(0)
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
@@ -101,10 +102,14 @@ def is_list(hint: Any) -> bool:
 
 
 def help_text(
-    settings: Mapping[str, Setting], positionals: list[str], description: str | None, defaults: Mapping[str, Any]
+    settings: Mapping[str, Setting],
+    positionals: list[str],
+    first: list[str],
+    description: str | None,
+    defaults: Mapping[str, Any],
 ) -> str:
-    """Describes the flags, by table, at most WIDTH columns wide."""
-    width = max(40, min(WIDTH, shutil.get_terminal_size().columns))
+    """Describes the flags, those in `first` and then by table, at most WIDTH columns wide."""
+    width = help_width()
     parser = argparse.ArgumentParser(
         description=reflowed(description or "", width),
         add_help=False,
@@ -112,8 +117,10 @@ def help_text(
         usage=" ".join(["%(prog)s", *(name.upper() for name in positionals), "[--name=value ...]"]),
     )
     groups: dict[str | None, argparse._ArgumentGroup] = {}
-    for name, setting in settings.items():
-        title = "arguments" if name in positionals else f"[{setting.table}]" if setting.table else "flags"
+    for name in dict.fromkeys([*positionals, *first, *settings]):
+        setting = settings[name]
+        title = f"[{setting.table}]" if setting.table else "other flags" if first else "flags"
+        title = "arguments" if name in positionals else "most used flags" if name in first else title
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = defaults.get(name, setting.default)
@@ -124,6 +131,10 @@ def help_text(
             help=f"{setting.help} ({shown})".strip().replace("%", "%%"),
         )
     return parser.format_help()
+
+
+def help_width() -> int:
+    return max(40, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def metavar(hint: Any) -> str:

@@ -26,7 +26,7 @@ from dataclasses import field
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -158,6 +158,11 @@ class Options(ExampleOptions):
     """A prepared dataset on which the LSTM is trained as a language model first."""
     lstm_iters: Natural = 0
     """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("train", "val", "test", "predict", "classify", "task", "numbers"),
+        *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -162,6 +162,17 @@ def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
+
+
+@pytest.mark.parametrize("script", FIRST_FLAGS)
+def test_help_shows_the_most_used_flags_first_and_each_once(script):
+    shown = run_python(str(ROOT / script), "--help").stdout
+    flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
+    assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 100
+
+
 def test_scripts_that_train_start_without_torch_s_compiler():
     """Its import takes as long as that of all the rest of torch."""
     code = "import sys, train, gpt_arc.training.command_line; print('torch._dynamo' in sys.modules)"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic.dataclasses
 
@@ -34,6 +34,11 @@ class Arguments:
     config_files: Positional[tuple[str, ...]] = ()
     """Config files (.toml), later ones winning; flags win over files."""
     config: Config = field(default_factory=Config)
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("dataset", "max_iters", "batch_size", "learning_rate", "warmup", "block_size", "n_layer", "n_head", "n_embd"),
+        *("eval_interval", "out_dir", "init_from", "resume", "dry_run"),
+    )
 
 
 def config_file(name: str) -> str:
