@@ -143,10 +143,11 @@ def test_a_script_s_docstring_says_how_to_run_it(path):
 
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
 def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
-    """Slow modules are imported where they are used; only the loops of train.py and stages/ need torch."""
+    """Slow modules are imported where they are used; only the loops of train.py and most stages need torch."""
     monkeypatch.chdir(tmp_path)
     slow = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb"}
-    slow |= {"sklearn", "scipy"} | ({"torch"} if script != "train.py" and not script.startswith("stages/") else set())
+    trains = script == "train.py" or script.startswith("stages/") and script != "stages/eval.py"
+    slow |= {"sklearn", "scipy"} | (set() if trains else {"torch"})
     code = (
         "import atexit, runpy, sys\n"
         f"atexit.register(lambda: print('imported', sorted({slow} & sys.modules.keys())))\n"

@@ -104,7 +104,8 @@ def test_labels_of_one_text_and_of_two(name, task, tokenizer, exported, tmp_path
     labels, count = LABELS[task], 2 if task == "entailment" else 1
     kind, special, draw = "entailment" if count == 2 else "classification", SpecialTokens.after(300), random.Random(1)
     # of two long texts, the tokenizers library gives an odd token to the second: an even number is left for them
-    config = ClassifierConfig(kind, labels, special, Columns.usual(kind), 20 + (count == 2))
+    units = dict(mean=5.0, scale=2.0) if labels is None and SETTINGS[name].get("bias", True) else {}
+    config = ClassifierConfig(kind, labels, special, Columns.usual(kind), 20 + (count == 2), **units)
     classifier = randomised(Classifier(trunk(name, 303), config), scale=0.2)
     save_classifier(classifier, tokenizer, tmp_path / "ours")
     folder = exported()
