@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import shutil
 import textwrap
 import types
@@ -154,6 +155,26 @@ def default_text(default: Any) -> str:
 
 
 def reflowed(text: str, width: int) -> str:
-    """Wraps paragraphs; indented lines stay as they are."""
+    """Wraps paragraphs and lists, and puts comments below the commands that they don't fit beside."""
     paragraphs = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
-    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs if p)
+    return "\n\n".join(
+        "\n".join(example(line, width) for line in p.splitlines()) if p.startswith(" ") else wrapped(p, width)
+        for p in paragraphs
+        if p
+    )
+
+
+def wrapped(paragraph: str, width: int) -> str:
+    items = (" ".join(item.split()) for item in re.split(r"\n *(?=- )", paragraph))
+    return "\n".join(textwrap.fill(item, width, subsequent_indent="  " * item.startswith("- ")) for item in items)
+
+
+def example(line: str, width: int) -> str:
+    """Returns an indented line, `command   comment`, or two if it is wider than `width`; a command stays whole."""
+    command, *comment = re.split(r" {2,}", line.strip(), maxsplit=1)
+    if line.startswith(" " * 9):  # more of the comment above
+        command, comment = "", [line.strip()]
+    if len(line) <= width or not comment:
+        return line
+    below = textwrap.fill(comment[0], width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return f"    {command}\n{below}" if command else below

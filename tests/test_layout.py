@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gpt_arc.flags import reflowed
 from helpers import ROOT, run_python
 
 # Package -> the packages it may import besides itself. Read from top to bottom, this is the architecture: each line
@@ -171,7 +172,16 @@ def test_help_shows_the_most_used_flags_first_and_each_once(script):
     shown = run_python(str(ROOT / script), "--help").stdout
     flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
     assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
-    assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 100
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
+
+
+def test_descriptions_are_wrapped_and_commands_stay_whole():
+    short, command, more = "    python a.py      short", "    python a.py " + "--c " * 9 + "--d", " " * 21 + "and more"
+    text = f"{short}\n    python b.py      too long for its line\n{more}\n{command}"
+    expected = [short, "    python b.py", "        too long for its line", more, command]
+    assert reflowed(text, 36).splitlines() == expected
+    listed = "Words and\nwords:\n- one item\n  of two lines\n  - another"
+    assert reflowed(f"{listed}\n\nend", 14) == "Words and\nwords:\n- one item of\n  two lines\n- another\n\nend"
 
 
 def test_scripts_that_train_start_without_torch_s_compiler():
