@@ -38,7 +38,7 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
-REPLACEABLE = OF_TRAINING | {"init", "block_size"}
+REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
 ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
