@@ -23,6 +23,12 @@ from gpt_arc.settings import STRICT, Natural, Positive
 from gpt_arc.tables import counted
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
+EXAMPLES = {  # dataset -> the example that makes it
+    "gpt1_text": "gpt1_arc.sh",
+    "in_context_text": "in_context_arc.sh",
+    "instructgpt_text": "instructgpt_arc.sh",
+    "toy": "toy_sentiment.sh",
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -194,6 +200,7 @@ def prepare_dataset(name: str) -> Path:
         folder = shlex.quote(Path(name).stem.lstrip(".") or "NAME")
         command = f"`python prepare/text.py --input {text} --name {folder} --tokenizer gpt2`"
         command = f"`python prepare/{name}.py`" if script.exists() else f"{command} on your own text"
+        command = f"`bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else command
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
             f"{command}, or name a prepared one with --dataset"

@@ -149,7 +149,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
             record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
             put_directory(dataset, directory)
-    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
+    share = f" ({tokens['val'] / sum(tokens.values()):.1%} of the tokens)"
+    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
