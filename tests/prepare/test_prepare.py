@@ -364,8 +364,10 @@ def test_a_second_run_uses_the_dataset_that_the_first_prepared(prepare, book, mo
     Path("data/x").rename("elsewhere")
 
     def first_ends(*args):  # just before the second gets the lock
+        monkeypatch.setattr(fcntl, "flock", flock)
         Path("elsewhere").rename("data/x")
 
+    flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", first_ends)
     assert "is prepared already" in prepare("text.py", *flags)
 
@@ -394,7 +396,7 @@ def test_empty_documents_are_skipped_and_counted(prepare, library, tmp_path, mon
     else:
         write_lines(tmp_path / "a.jsonl", texts)
     flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
-    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents skipped\n")
+    assert prepare("text.py", *flags, "--name=x").endswith("of the tokens), 3 empty documents skipped\n")
     assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
     write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
     assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
