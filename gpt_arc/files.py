@@ -144,7 +144,7 @@ def follow(link: Path) -> Path:
         link = link.parent / link.readlink()
     if link.is_file() and link.stat().st_size < 256:
         with contextlib.suppress(OSError, ValueError):  # it holds something else than a name
-            target = link.with_name(link.read_text().strip())
+            target = link.with_name(link.read_text("utf-8").strip())
             return target if target.is_dir() else link
     return link
 
@@ -182,7 +182,8 @@ def release(path: Path, lock: "BaseFileLock | None") -> None:
 def sync(path: Path) -> None:
     """Flush a file's contents to disk; a directory's entries too, where the system can."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        flags = os.O_RDWR if os.name == "nt" and path.is_file() else os.O_RDONLY  # Windows flushes what it may write
+        descriptor = os.open(path, flags)
         try:
             os.fsync(descriptor)
         finally:

@@ -1,5 +1,7 @@
 """Reads files of conversations, prompts and rankings: .jsonl, .json, .csv, .tsv and .parquet; not all have lists.
 
+`gpt_arc/data/hub_sets.py` has the names of data sets on the hub, which may stand in place of files.
+
 The context of a response is given in one of four forms, and a conversation has the response too:
 
     prompt, response           {"prompt": TEXT, "response": TEXT}, optionally with "system"
