@@ -55,7 +55,9 @@ def result_tables(tasks: Sequence[TaskItems], results: Sequence[Result]) -> Iter
     ] * any(r.p_value is not None for r in results)
     yield "\n".join(shown)
     rows = [["task", "shots", "metric", "all", "clean", "±", "items", "dirty", "±", "items", "words compared"]]
-    for r in (result for result in results if result.overlap is not None):
+    for r in results:
+        if r.overlap is None:
+            continue
         parts: list[Any] = cells(r.metric, r.value)
         for figures in (r.overlap["clean"], r.overlap["dirty"]):
             parts += [*cells(r.metric, figures["value"], figures["standard_error"]), figures["items"]]
@@ -69,7 +71,7 @@ def plot_checkpoints(report: dict[str, Any], path: Path) -> None:
 
     Figures of tasks have error bars of one standard error. Perplexities have a logarithmic panel to themselves.
     """
-    curves: dict[str, dict[str, list[tuple[int, float, float]]]] = {"per cent": {}, "perplexity": {}}
+    curves: dict[str, dict[str, list[tuple[int, float | None, float | None]]]] = {"per cent": {}, "perplexity": {}}
     for model in report["models"]:
         update = int(Path(model["model"]).name.removeprefix("step-"))
         points = [
