@@ -11,7 +11,7 @@ A run records the commit, so that it reads the same rows when it is resumed.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
@@ -26,17 +26,25 @@ def names_hub_set(path: Path | str | None) -> bool:
     return str(path).startswith(PREFIX)
 
 
-def _parts(path: Path | str) -> dict[str, str | None]:
+class Parts(NamedTuple):
+    """The parts of a name."""
+
+    name: str
+    revision: str | None
+    config: str | None
+    split: str | None
+
+
+def _parts(path: Path | str) -> Parts:
     match = NAME.fullmatch(str(path))
     if match is None:
         raise UserError(f"{path} is not hf:OWNER/NAME, with @REVISION, :CONFIG and :SPLIT if needed, in that order")
-    return match.groupdict()
+    return Parts(**match.groupdict())
 
 
 def pinned(path: Path) -> Path:
     """Returns the name with the commit of its revision, that of a folder with its absolute path. Raises UserError."""
-    parts = _parts(path)
-    name, revision = parts["name"], parts["revision"]
+    name, revision, config, split = _parts(path)
     if Path(name).is_dir():
         name = str(Path(name).resolve())
     elif not COMMIT.fullmatch(revision or ""):
@@ -45,17 +53,16 @@ def pinned(path: Path) -> Path:
             revision = hub.HfApi().dataset_info(name, revision=revision).sha
         except Exception as error:  # each library between here and the network raises its own type
             raise _unreadable(path, error) from None
-    following = "".join(f":{parts[part]}" for part in ("config", "split") if parts[part])
+    following = "".join(f":{part}" for part in (config, split) if part)
     return Path(f"{PREFIX}{name}" + (f"@{revision}" if revision else "") + following)
 
 
 def hub_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place and content of each row. Raises UserError."""
-    parts = _parts(path)
+    name, revision, config, split = _parts(path)
     datasets = import_extra("datasets")
-    split = parts["split"] or "train"
     try:
-        rows = datasets.load_dataset(parts["name"], parts["config"], split=split, revision=parts["revision"])
+        rows = datasets.load_dataset(name, config, split=split or "train", revision=revision)
     except Exception as error:  # as above
         raise _unreadable(path, error) from None
     for number, row in enumerate(rows, start=1):
