@@ -54,7 +54,7 @@ from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumabl
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
-from gpt_arc.training.log import Meter, MetricsLog, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
@@ -109,12 +109,14 @@ class Run:
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
         plan, block_size = self.plan, self.plan.config.model.block_size
-        batches = evaluation_batches(self.data.val, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
+        starts = self.val_starts
+        batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         batches = prefetch(batches, plan.device)
+        count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
         with self.updater.averaged():
-            for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
@@ -285,7 +287,9 @@ def train(run: Run) -> int:
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
     batches = prefetch(batches, device)
-    meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
+    meter, routers = Meter(), RouterMeter(model)
+    measure_peak = partial(peak_flops, device, device_name(device), dtype)
+    utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
     learning_rate = grad_norm = batch = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
@@ -315,7 +319,7 @@ def train(run: Run) -> int:
                 "tokens": progress.consumed * block_size,
                 "tokens_per_second": rate,
                 "seconds": progress.seconds,
-                "mfu": rate * plan.flops_per_token / (peak * WORLD_SIZE) if peak and rate else None,
+                "mfu": utilization.at(rate),
                 "skipped": progress.skipped or None,
                 **routers.take(),
             }

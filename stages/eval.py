@@ -10,9 +10,9 @@
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
-The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard error
-and, from the second shot count on, a p-value (McNemar's exact test) against the first. `--json FILE` writes all
-figures with the hashes of weights and items, seeds and versions.
+The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard
+error, the accuracy of guessing if the task is a choice and, from the second shot count on, a p-value (McNemar's exact
+test) against the first. `--json FILE` writes all figures with the hashes of weights and items, seeds and versions.
 
 --training_text searches raw text for the tasks' items by GPT-3's rule, which `prepare/decontaminate.py` documents. All
 strings of an item count. Generated arithmetic is left out. Each figure is then also given for the clean and for the
@@ -194,8 +194,10 @@ def main() -> None:
             report["models"].append(evaluate(directory, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)
+        print(f"plot           {options.plot}")
     if options.json:
         write_file(options.json, to_json(report, indent=1, default=str, ensure_ascii=False) + "\n")
+        print(f"figures        {options.json}")
 
 
 if __name__ == "__main__":

@@ -265,7 +265,9 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trunk = with_settings(trunk, dropout=options.dropout, **places)
     context, blocks = trunk.config.block_size, trunk.config.n_layer
     if context < LEAST_TOKENS:
-        raise UserError(f"{options.model} has a context of {context} tokens: an example takes {LEAST_TOKENS} or more")
+        raise UserError(
+            f"{options.model} has a context of {counted(context, 'token')}: an example takes {LEAST_TOKENS} or more"
+        )
     if (options.max_tokens or 0) > context:
         raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
     if (options.transfer_blocks or 0) > blocks:

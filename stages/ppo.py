@@ -267,11 +267,12 @@ def load_setup(options: Options, run: StageRun) -> Setup:
         critic.trunk.activation_checkpointing = options.activation_checkpointing
     policy.activation_checkpointing = options.activation_checkpointing
 
-    def scorer(name: str) -> Scorer:
-        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size)
+    def scorer(setting: str) -> Scorer:
+        name = getattr(options, setting)
+        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size, setting)
 
-    score = scorer(options.reward)
-    monitor = None if options.monitor is None else scorer(options.monitor)
+    score = scorer("reward")
+    monitor = None if options.monitor is None else scorer("monitor")
     average = None
     if options.ema_decay is not None:
         average = copy.deepcopy(policy).to(run.device).requires_grad_(False)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import train
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
@@ -190,6 +191,23 @@ def test_evaluation_does_not_disturb_training(workplace, run):
     run("--eval_interval=1", "--eval_iters=0", "--dropout=0.2", "--out_dir=often")
     run("--eval_interval=8", "--eval_iters=1", "--dropout=0.2", "--out_dir=seldom")
     assert_same_weights("often/last", "seldom/last")
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_evaluations_show_their_progress_once_with_its_end(workplace, run, monkeypatch, is_main):
+    """The main process of several shows a bar that counts the batches; the others show none."""
+    bars = []
+
+    def bar(*args, **settings):
+        bars.append((tqdm(*args, **settings), settings["disable"]))
+        return bars[-1][0]
+
+    monkeypatch.setattr(train, "tqdm", bar)
+    run("--max_iters=3", "--eval_iters=3", "--batch_size=5", "--gradient_accumulation_steps=2")
+    monkeypatch.setattr(train, "IS_MAIN", is_main)
+    run("--init_from=resume", "--eval_only=True", tiny=False)
+    evaluation, disable = bars[-1]
+    assert evaluation.total == 3 and disable is (None if is_main else True)  # None: shown on a terminal
 
 
 def test_eval_only_reports_the_run_s_loss_and_writes_nothing(workplace, run):

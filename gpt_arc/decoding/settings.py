@@ -36,7 +36,7 @@ class SampleConfig:
     init_from: str = "resume"
     """The model by its name, as in nanoGPT, such as gpt2-xl. resume: the model that `model` or `out_dir` names."""
     start: str = ""
-    """The prompt; FILE:prompt.txt reads it from a file. Empty: start from nothing."""
+    """The prompt; FILE:prompt.txt reads it from a file, without the line break that ends it. Empty: none."""
     prompts: Path | None = None
     """A file of prompts, one per line."""
     interactive: bool = False

@@ -119,7 +119,7 @@ def _unused_name(run: Path, step: int) -> str:
 def recorded(run: Path) -> list[str]:
     """Returns the names of the checkpoints that the run wrote and that are still there."""
     try:
-        names = json.loads((run / RECORD).read_text())
+        names = json.loads((run / RECORD).read_text("utf-8"))
         names = [name for name in names if CHECKPOINT.fullmatch(name)]
     except FileNotFoundError:  # a run of an older version
         names = [directory.name for directory in checkpoints(run)]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,30 @@ class Meter:
         loss_sum, tokens, seconds = self.loss_sum, self.tokens, self.seconds
         self.loss_sum, self.tokens, self.seconds = 0.0, 0, 0.0
         return (loss_sum / tokens, tokens / seconds) if tokens else (None, None)
+
+
+class Utilization:
+    """Model FLOPs utilization: the share of the devices' peak rate that a run reaches.
+
+    A CPU's peak is measured, and too low if other processes were busy meanwhile. Where the share is higher than
+    training ever reaches, it is measured again, a few times in all.
+    """
+
+    HIGHEST, AGAIN = 0.9, 5
+
+    def __init__(self, measure: Callable[[], float | None], flops_per_token: float, processes: int):
+        """`measure` returns a device's peak in FLOPs per second; None if it is unknown."""
+        self._measure, self._peak = measure, measure()
+        self._flops, self._again = flops_per_token / processes, self.AGAIN
+
+    def at(self, rate: float | None) -> float | None:
+        """Returns the utilization at `rate` tokens per second; None if it is unknown."""
+        if not (rate and self._peak):
+            return None
+        if self._flops * rate > self.HIGHEST * self._peak and self._again:
+            self._again -= 1
+            self._peak = max(self._peak, self._measure() or 0.0)
+        return self._flops * rate / self._peak
 
 
 class MetricsLog:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
+from gpt_arc.data.hub_sets import names_hub_set, pinned
 from gpt_arc.distributed import launch_command
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
@@ -128,7 +129,7 @@ class ExampleOptions(StageOptions):
     """The further settings of stages that go through a file of examples, epoch after epoch."""
 
     train: Path | None = None
-    """Examples to learn from (.jsonl, .json, .csv, .tsv, .parquet)."""
+    """Examples to learn from (.jsonl, .json, .csv, .tsv, .parquet), or hf:OWNER/NAME:SPLIT on the hub."""
     val: Path | None = None
     """Examples to measure on; the epoch of the lowest loss is the best. None: val_fraction of the training ones."""
     val_fraction: Share = 0.05
@@ -164,10 +165,15 @@ def refuse_others(options: Any, allowed: set[str], why: str) -> None:
 
 
 def located(options: O) -> O:
-    """The options, what is on this disk of the models in them by its absolute path: the same when a run goes on."""
+    """The options, with models on this disk by their absolute paths and data sets on the hub by their commits.
+
+    So a resumed run reads the same. Raises UserError.
+    """
     named = {name: getattr(options, name) for name in options.PATHS}
     whole = {name: str(Path(value).resolve()) for name, value in named.items() if value and Path(value).exists()}
-    return dataclasses.replace(options, **whole)
+    values = {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
+    sets = {name: pinned(value) for name, value in values.items() if isinstance(value, Path) and names_hub_set(value)}
+    return dataclasses.replace(options, **whole, **sets)
 
 
 def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
@@ -180,7 +186,9 @@ def record_options(run: Path, stage: str, options: Any) -> None:
     recorded = dataclasses.asdict(options)
     for name, value in recorded.items():
         may_be_path = name in getattr(options, "PATHS", ("model",))
-        if value is not None and (isinstance(value, Path) or may_be_path and Path(value).exists()):
+        if value is None or names_hub_set(value):
+            continue
+        if isinstance(value, Path) or may_be_path and Path(value).exists():
             recorded[name] = str(Path(value).resolve())
     content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
