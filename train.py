@@ -182,8 +182,8 @@ class Run:
 
     def write_log(self, line: dict[str, Any], bar: tqdm) -> None:
         """Write a line of the log and show it. Main process only."""
-        line = {name: value for name, value in line.items() if value is not None}
         self.log.write(line)
+        line = {name: value for name, value in line.items() if value is not None}
         figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
         shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
         bar.set_postfix_str(shown)
@@ -226,7 +226,9 @@ def build(plan: Plan) -> Run:
     stop = StopSignal()
     run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
-        wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
+        logging, wandb = config.logging, None
+        if logging.wandb_log:
+            wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides)
         run.log = MetricsLog(folder, progress.step, wandb)

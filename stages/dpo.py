@@ -153,20 +153,23 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, sums = result
         progress.step += 1
-        line = dict(zip(("loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
+        line = dict(zip(("train_loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
         line |= {"learning_rate": rate, "grad_norm": norm, **routers.take()}
         epoch_ended = progress.step % order.per_epoch == 0
+        line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
             after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)
             line["val_accuracy"] = right.sum().item() / len(after)
-        run.tell(line, f"loss {line['loss']:.4f}", updates)
+        run.tell(line, f"loss {line['train_loss']:.4f}", updates)
         if epoch_ended:
             say(
                 f"epoch {progress.step // order.per_epoch}: "
-                + ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "val_loss", "val_accuracy") if name in line)
+                + ", ".join(
+                    f"{name} {line[name]:.4f}" for name in ("train_loss", "val_loss", "val_accuracy") if name in line
+                )
             )
             run.save(write, line.get("val_loss"))
     return run.finish(write)

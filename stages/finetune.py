@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import sys
-import time
 from dataclasses import field
 from functools import partial
 from pathlib import Path
@@ -355,7 +354,6 @@ def train(options: Options, run: StageRun) -> int:
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
-        started = time.perf_counter()
         first = place * options.gradient_accumulation_steps
         micros = batches[first : first + options.gradient_accumulation_steps]
         count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
@@ -373,9 +371,9 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, (task_loss, language_loss) = result
         progress.step += 1
-        for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
+        for i, value in enumerate((task_loss, language_loss, run.seconds)):
             progress.sums[i] += value
-        line = {"task_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
+        line = {"train_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
         run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
         if progress.step % updates_per_epoch == 0:
             end_epoch(options, run, material, language)
@@ -384,7 +382,7 @@ def train(options: Options, run: StageRun) -> int:
 
     if progress.step < updates:
         return run.finish(write)
-    run.bar.close()
+    run.close()
     write_report(options, run, material)
     if options.predict or options.classify:
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
@@ -409,7 +407,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     line["examples_per_second"] = len(training) / progress.sums[2]
     progress.epochs.append(line)
     progress.sums = [0.0, 0.0, 0.0]
-    run.log(line)
+    run.log({"train_loss" if name == "loss" else name: value for name, value in line.items()})
     header = [] if epoch > 1 else [list(line)]
     say(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
 

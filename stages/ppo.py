@@ -413,7 +413,7 @@ def train(options: Options, run: StageRun) -> int:
             "grad_norm": norm,
             **routers.take(),
             "rollout_seconds": rollout_seconds,
-            "seconds": time.perf_counter() - started,
+            "iteration_seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
         run.tell(line, shown, iterations)

@@ -161,11 +161,12 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, (loss, right) = result
         progress.step += 1
-        line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
+        line = {"train_loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
         line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
         report = None
         if epoch_ended:
+            line["epoch"] = progress.step // order.per_epoch
             run.check_finite()
             centre(model, demonstrations, options, run)
         if epoch_ended and "val" in encoded:

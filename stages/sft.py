@@ -132,6 +132,7 @@ def train(options: Options, run: StageRun) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's response tokens.
     progress = run.progress
+    learned = sum(examples[row].count for row in order.before(progress.step))  # tokens of a resumed run
     model.train()
     while run.goes_on(updates):
         rows = order.rows(progress.step)
@@ -152,9 +153,11 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, (total,) = result
         progress.step += 1
-        line = {"loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
-        line |= routers.take()
+        learned += tokens
+        line = {"train_loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": learned}
+        line |= {"tokens_per_second": tokens / run.seconds, **routers.take()}
         epoch_ended = progress.step % order.per_epoch == 0
+        line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
             line["val_loss"] = val_loss(model, encoded["val"].examples, options, run)
         shown = f"loss {total / tokens:.4f}" + (f", val {line['val_loss']:.4f}" if "val_loss" in line else "")

@@ -76,8 +76,14 @@ class StageOptions:
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    wandb_log: bool | None = None
+    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    wandb_project: str = "gpt-arc"
+    """Weights & Biases project."""
+    wandb_run_name: str | None = None
+    """Weights & Biases run name. None: the name of the run's folder."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device and backend may change."""
+    """Run folder to resume with its original settings; only device, backend and wandb_log may change."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("model",)  # settings that may be paths, beside those of the type Path
 

@@ -16,6 +16,7 @@ def train(options: Options, run: StageRun) -> int:
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import field
 from pathlib import Path
@@ -31,12 +32,12 @@ from gpt_arc import distributed
 from gpt_arc.device import align, device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
-from gpt_arc.reading import reading
-from gpt_arc.settings import Natural
+from gpt_arc.reading import read_json, reading
+from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
-from gpt_arc.training.log import MetricsLog
+from gpt_arc.training.log import MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.schedule import learning_rate_at
@@ -50,6 +51,7 @@ class StageProgress:
 
     step: Natural = 0  # updates made, or whatever the stage counts
     skipped: Natural = 0  # updates skipped because their gradient was not finite
+    seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
     best: float | None = None  # the lowest loss on the val split, or what else chooses the best checkpoint
     best_step: Natural | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
@@ -82,6 +84,7 @@ class StageRun:
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
         self.stopped = 0  # number of the signal that any process received
+        self.seconds = 0.0  # that the last update took, with its data
         self._new = False  # whether this process made the folder
         self._saved = self.progress.step if self._state else None
         self.bar: tqdm | None = None
@@ -106,10 +109,17 @@ class StageRun:
                 self._new = True
                 record_options(self.folder, self.name, self.options)
             clean_run(self.folder, self.progress.step, self.progress.best_step)
-            self._log = MetricsLog(self.folder, self.progress.step)
+            self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
+
+    def _start_wandb(self) -> Any:
+        options = self.options
+        if not options.wandb_log:
+            return None
+        settings = read_json(self.folder / "run.json", runs.Record)["options"]
+        return start_wandb(self.folder, options.wandb_project, options.wandb_run_name, settings)
 
     def _refuse_own_folder(self) -> None:
         out_dir = self.options.out_dir
@@ -190,6 +200,7 @@ class StageRun:
                     "start a new run from it"
                 )
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
+        self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
     def last_sync(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
@@ -207,6 +218,9 @@ class StageRun:
         rate = learning_rate_at(step, self._training) if rate is None else rate
         finite, norm, (*sums, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
+        now = time.perf_counter()
+        self.seconds, self._since = now - self._since, now
+        self.progress.seconds += self.seconds
         if finite:
             return rate, norm, sums
         self.progress.skipped += 1
@@ -215,14 +229,16 @@ class StageRun:
         return None
 
     def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl."""
+        """Write a line of metrics.jsonl; METRICS lists its keys."""
         if IS_MAIN:
-            self._log.write({"step": self.progress.step, **line})
+            progress = self.progress
+            common = {"seconds": progress.seconds, "skipped": progress.skipped or None}
+            self._log.write({"step": progress.step, **line, **common})
 
     def tell(self, line: dict[str, float | None], shown: str, steps: int) -> None:
-        """Log a line without its None values, and show `shown` beside the progress bar, or sometimes without a bar."""
+        """Log a line, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
-        self.log({name: value for name, value in line.items() if value is not None})
+        self.log(line)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and step % max(1, steps // 20) == 0:
@@ -257,11 +273,18 @@ class StageRun:
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
 
+    def close(self) -> None:
+        """Close the progress bar and the log."""
+        self.bar.close()
+        if IS_MAIN:
+            self._log.close()
+
     def finish(self, write: Callable[[Path], None]) -> int:
         """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
         self.bar.close()
         if self._saved != self.progress.step:
             self.save(write)
+        self.close()
         if self.stopped:
             say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")
             return 128 + self.stopped
