@@ -34,6 +34,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.device import (
     align,
     autocast,
@@ -79,6 +80,7 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
+    sampler: TrainingSampler | None
     log: MetricsLog | None = None
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
@@ -123,6 +125,15 @@ class Run:
         config = self.plan.config
         windows = config.logging.eval_iters * config.data.batch_size
         return self.plan.val_tokens.evaluation_starts(config.model.block_size, windows)
+
+    def sample(self) -> None:
+        """Print and log a text by the model as it was evaluated, if one is due. Main process only."""
+        logging, step = self.plan.config.logging, self.progress.step
+        if self.sampler and (self.finished or step % logging.sample_interval < logging.eval_interval):
+            with self.updater.averaged():
+                text = self.sampler.sample()
+            say(f"sample of step {step}:\n{text}\n")
+            self.log.write_sample(step, text)
 
     def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The next batch. Raises UserError or OSError if it can't be read.
@@ -198,6 +209,9 @@ def build(plan: Plan) -> Run:
     training, device, dtype = config.training, plan.device, plan.dtype
     torch.manual_seed(training.seed)
     model, tokenizer = build_model(plan)
+    sampler = None
+    if config.logging.sample_interval and not config.run.eval_only:
+        sampler = TrainingSampler(model, tokenizer, config.logging.sample_start, training.seed)
     folder, lock = launch.resumed, None
     if IS_MAIN and not config.run.eval_only:
         if folder:
@@ -224,7 +238,8 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
+    parts = model, replica, tokenizer, sharing, updater, stop, compiled, sampler
+    run = Run(plan, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
         logging, wandb = config.logging, None
         if logging.wandb_log:
@@ -312,6 +327,8 @@ def train(run: Run) -> int:
             run.write_log(line, bar)
         if val_loss is not None:
             run.save()
+            if IS_MAIN:
+                run.sample()
         if done or stopped:
             break
 

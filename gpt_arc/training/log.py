@@ -114,6 +114,12 @@ class MetricsLog:
             self._warned = True
         self._to_wandb("log", line, step=line["step"])
 
+    def write_sample(self, step: int, text: str) -> None:
+        """Append a text by the model to samples.txt; a full disk doesn't end the run."""
+        with contextlib.suppress(OSError), open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+        self._to_wandb("log", {"sample": text}, step=step)
+
     def close(self) -> None:
         self._file.close()
         self._to_wandb("finish")
