@@ -109,6 +109,7 @@ def train(options: Options, run: StageRun) -> int:
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
+    run.set_threads(reference.config)
     run.open(digest([fingerprint(reference), examples]))
     scorer = ResponseLikelihood(reference.to(run.device)).eval()
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}

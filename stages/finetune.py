@@ -339,6 +339,7 @@ def train(options: Options, run: StageRun) -> int:
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
+    run.set_threads(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)

@@ -350,6 +350,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy

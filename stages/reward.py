@@ -126,6 +126,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(model.trunk.config)
     run.open(digest([examples, demonstrations]))
     replica = run.place(model)
     updater, routers = run.updater(model, updates), RouterMeter(model.trunk)

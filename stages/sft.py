@@ -120,6 +120,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {size} in {epochs}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(model.config)
     run.open(digest([split.examples for split in encoded.values()]))
     replica = run.place(model)
     updater, routers = run.updater(model, updates), RouterMeter(model)

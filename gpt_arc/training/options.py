@@ -68,6 +68,9 @@ class StageOptions:
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
+    up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
     seed: Seed = 1337
@@ -118,7 +121,7 @@ class StageOptions:
 
     def training(self, updates: int) -> TrainingConfig:
         """Settings of the optimizer and of the learning rate over `updates` updates."""
-        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
+        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "threads")
         return TrainingConfig(
             max_iters=max(updates, 1),
             warmup_iters=round(self.warmup * updates),

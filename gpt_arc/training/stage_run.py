@@ -3,6 +3,7 @@
 def train(options: Options, run: StageRun) -> int:
     model, tokenizer = load_model(run.origin)
     ...                                       # data and plan
+    run.set_threads(model.config)
     run.open(fingerprint)                     # from here on this process holds the folder
     replica = run.place(model)                # on the device; under torchrun one of several
     updater = run.updater(model, updates)
@@ -32,17 +33,21 @@ from gpt_arc import distributed
 from gpt_arc.device import align, device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
+from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
+from model import GPT, GPTConfig
 
 
 @dataclass(config=CHECKED)
@@ -94,6 +99,19 @@ class StageRun:
     def origin(self) -> str:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
         return str(self.checkpoint or self.options.model)
+
+    def set_threads(self, model: GPTConfig) -> None:
+        """Set the number of CPU threads for training this model; a resumed run keeps the one it began with."""
+        runtime = self._state["runtime"] if self._state else {}
+        saved = None
+        if runtime.get("device") == self.device.type:
+            saved = runtime.get("threads", torch.get_num_threads())
+        config = Config(model=model, training=self.options.training(1))
+        with torch.device("meta"):
+            flops = flops_per_token(GPT(model))
+        with torch.random.fork_rng(devices=[]):
+            threads = resolve_threads(config, saved, self.options.batch_size, flops, self.device, self.dtype)
+        torch.set_num_threads(threads)
 
     def open(self, fingerprint: str) -> None:
         """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
@@ -172,7 +190,7 @@ class StageRun:
             **self._updater.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "generators": distributed.gather(rng_state(self.device)),
-            "runtime": {"device": self.device.type, "dtype": self.dtype},
+            "runtime": {"device": self.device.type, "dtype": self.dtype, "threads": torch.get_num_threads()},
             "data": self.fingerprint,
         }
         if IS_MAIN:
