@@ -31,6 +31,7 @@ from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.next_steps import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
@@ -173,7 +174,11 @@ def train(options: Options, run: StageRun) -> int:
                 )
             )
             run.save(write, line.get("val_loss"))
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/eval.py", run.folder, "--chat", "--tasks=TASK.toml", "--data=ITEMS.jsonl"): "measure it",
+    }
+    return run.finish(write, steps)
 
 
 def main() -> int:

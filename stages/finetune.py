@@ -61,6 +61,7 @@ from gpt_arc.finetuning.predictions import (
     predict,
     prediction_lines,
 )
+from gpt_arc.next_steps import command, next_steps
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import counted, table, to_json
@@ -387,6 +388,14 @@ def train(options: Options, run: StageRun) -> int:
     write_report(options, run, material)
     if options.predict or options.classify:
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
+    texts = {"classification": ["TEXT"], "multiple_choice": ["CONTEXT", "OPTION", "OPTION"]}
+    classify = texts.get(options.task, ["TEXT", "TEXT"])
+    steps = {
+        command("stages/finetune.py", run.folder, "--classify", *classify): "predict the label of an example",
+        command("stages/finetune.py", run.folder, "--predict=FILE.csv"): "of all examples in a file",
+        command("stages/finetune.py", run.folder, "--test=FILE.csv"): "measure it on others",
+    }
+    say(next_steps(steps))
     return 0
 
 

@@ -51,6 +51,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.next_steps import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
@@ -423,7 +424,11 @@ def train(options: Options, run: StageRun) -> int:
         progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
             run.save(write)
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/eval.py", run.folder, "--chat", "--tasks=TASK.toml", "--data=ITEMS.jsonl"): "measure it",
+    }
+    return run.finish(write, steps)
 
 
 def main() -> int:

@@ -41,6 +41,7 @@ from gpt_arc.device import autocast
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import write_file
+from gpt_arc.next_steps import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted, table, to_json
@@ -178,7 +179,12 @@ def train(options: Options, run: StageRun) -> int:
             show(report)
         if epoch_ended:
             run.save(write, report and report["loss"])
-    code = run.finish(write)
+    policy = "MODEL" if is_reward_model(options.model) else options.model
+    steps = {
+        command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
+        command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
+    }
+    code = run.finish(write, steps)
     if IS_MAIN and progress.step == updates and "val" in encoded:
         model = load_reward_model(run.folder)[0].to(run.device)  # the best, which may not be the last
         report = {"step": progress.best_step, **measure(model, encoded["val"], options, run)}

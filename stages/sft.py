@@ -34,6 +34,7 @@ from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.next_steps import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted
@@ -166,7 +167,12 @@ def train(options: Options, run: StageRun) -> int:
         if epoch_ended:
             say(f"epoch {progress.step // order.per_epoch}: {shown}")
             run.save(write, line.get("val_loss"))
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/dpo.py", run.folder, "--train=RANKINGS.jsonl"): "learn from preferences",
+        command("stages/reward.py", run.folder, "--train=RANKINGS.jsonl"): "or a reward model, for stages/ppo.py",
+    }
+    return run.finish(write, steps)
 
 
 def describe(split: EncodedConversations) -> str:

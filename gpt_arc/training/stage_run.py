@@ -33,6 +33,7 @@ from gpt_arc import distributed
 from gpt_arc.device import align, device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Natural, NonNegative
@@ -297,8 +298,11 @@ class StageRun:
         if IS_MAIN:
             self._log.close()
 
-    def finish(self, write: Callable[[Path], None]) -> int:
-        """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
+    def finish(self, write: Callable[[Path], None], steps: dict[str, str] | None = None) -> int:
+        """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code.
+
+        `steps`: commands to type next, with what each is for.
+        """
         self.bar.close()
         if self._saved != self.progress.step:
             self.save(write)
@@ -308,4 +312,6 @@ class StageRun:
             return 128 + self.stopped
         best = "" if self.progress.best_step is None else f"{self.folder}/best (step {self.progress.best_step}), "
         say(f"finished step {self.progress.step}: {best}{self.folder}/last")
+        if steps:
+            say(next_steps(steps))
         return 0

@@ -1,21 +1,34 @@
-"""What train.py and all stages have in common: the keys of metrics.jsonl, and Weights & Biases."""
+"""What train.py and all stages have in common: metrics.jsonl, Weights & Biases, the commands to type next."""
 
 import json
 import re
+import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import sample
 import train
+from gpt_arc.cli import script_command
+from gpt_arc.data.documents import merge_inputs
+from gpt_arc.decoding.settings import SampleConfig
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+from gpt_arc.training.command_line import read_command_line, read_options
 from gpt_arc.training.log import METRICS, MetricsLog, read_metrics
 from helpers import ROOT, TINY_FLAGS, interrupt_at, randomised, write, write_dataset
 from model import GPT
 from policy_tree import save_chat_model
+from prepare import decontaminate, text, tokenizer
 from ranked_texts import CHAT, LETTERS, rankings, tiny_config
 from stages import dpo, finetune, ppo, reward, sft
+from stages import eval as evaluation
+
+STAGE_MODULES = (dpo, finetune, ppo, reward, sft)
 
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=4", "--out_dir=run")
 TRAINING = (train, "letters.toml", *TINY_FLAGS, "--out_dir=run")
@@ -193,3 +206,64 @@ def test_weights_and_biases_that_fails_later_does_not_end_the_run(workplace, sta
     module, *flags = STAGES["sft"]
     output = stage_runner(module, *flags, "--wandb_log")
     assert output.count("Weights & Biases: no network; the run goes on without it") == 1
+
+
+# ---- what to type next
+
+
+def parsers():
+    """What reads the command line of each command of gpt-arc."""
+    stages = {module.__name__.split(".")[-1]: partial(read_options, module.Options, None) for module in STAGE_MODULES}
+    return stages | {
+        "train": lambda arguments: read_command_line(arguments, None),
+        "sample": partial(parse_flags, SampleConfig, None),
+        "eval": partial(parse_flags, evaluation.Options, None),
+        "prepare": lambda arguments: parse_flags(text.Options, None, merge_inputs(arguments[1:])),
+    }
+
+
+def commands_in(output):
+    lines = output[output.index("next:\n") + 6 :].splitlines()
+    return [shlex.split(line.split("   ")[0]) for line in map(str.strip, lines) if line]
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_the_commands_to_type_next_are_understood(script, workplace, stage_runner, output_of):
+    module, *flags = ALL[script]
+    commands = commands_in(stage_runner(module, *flags))
+    assert len(commands) >= 2
+    for program, *words in commands:
+        if program == "python":  # the script that has just run, by its path
+            name, arguments = Path(words[0]).stem, words[1:]
+        else:
+            assert program == "gpt-arc"
+            name, *arguments = words
+            script_command(name, arguments)
+        parsers()[name](arguments)
+        assert "run" in arguments or "--resume=run" in arguments or "--reward=run" in arguments
+    if script == "train":
+        program, name, *arguments = commands[0]
+        assert output_of(entry_point(sample.main), "sample.py", *arguments, "--max_new_tokens=9")
+        assert "finished step 16" in stage_runner(train, *commands[-1][2:])
+
+
+@pytest.mark.parametrize("script", [text, tokenizer, decontaminate], ids=["text", "tokenizer", "decontaminate"])
+def test_the_commands_to_type_after_preparing_are_understood(script, workplace, output_of):
+    write("items.jsonl", [{"words": "a question that is nowhere in the book and has more than thirteen words"}])
+    write("book.jsonl", [{"words": "one two three four five six seven eight nine ten " * 9}] * 9)
+    flags = {
+        text: ["--input", "book.jsonl", "--field=words", "--name=book", "--tokenizer=char", "--split=tail"],
+        tokenizer: ["--input", "book.jsonl", "--field=words", "--name=book", "--vocab_size=270"],
+        decontaminate: ["clean", "--input", "book.jsonl", "--field=words", "--items=items.jsonl", "--item_fields=words"]
+        + ["--output=clean.jsonl"],
+    }[script]
+    commands = commands_in(output_of(entry_point(script.main), f"prepare/{script.__name__}.py", *flags))
+    for program, name, *arguments in commands:
+        assert program == "gpt-arc"
+        script_command(name, arguments)
+        if name == "train":
+            arguments[0] = str(ROOT / arguments[0])
+        parsers()[name](arguments)
+    if script is not text:
+        changed = ("--split=tail", "--name=new", *["--tokenizer=char"] * (script is decontaminate))
+        assert "data/new: " in output_of(entry_point(text.main), "prepare/text.py", *commands[0][3:], *changed)

@@ -1,0 +1,29 @@
+"""What to type next, at the end of a script. Words in capitals stand for what only the user knows."""
+
+import shlex
+from pathlib import Path
+
+from gpt_arc.files import resource
+
+
+def command(script: str, *arguments: object) -> str:
+    """Returns the command that runs a script of gpt-arc, such as "stages/sft.py", from the current folder."""
+    path, words = resource(script), [str(argument) for argument in arguments]
+    if path.is_relative_to(Path.cwd()):
+        return shlex.join(("python", str(path.relative_to(Path.cwd())), *words))
+    return shlex.join(("gpt-arc", *(("prepare",) * (path.parent.name == "prepare")), path.stem, *words))
+
+
+def next_steps(purposes: dict[str, str]) -> str:
+    """Returns lines with commands and what each is for."""
+    width = max(map(len, purposes))
+    return "\n".join(["next:", *(f"  {each:<{width}}   {purpose}" for each, purpose in purposes.items())])
+
+
+def after_preparation(name: str) -> str:
+    """What to type once data/NAME is prepared."""
+    dataset = f"--dataset={name}"
+    return next_steps({
+        command("train.py", "configs/quickstart.toml", dataset): "train a small model in minutes",
+        command("train.py", "configs/gpt2_modern.toml", dataset, "--dry_run"): "what GPT-2's size would take",
+    })  # fmt: skip
