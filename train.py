@@ -399,7 +399,7 @@ def finish(run: Run, stopped: bool) -> int:
     if run.tokenizer:
         dataset = run.plan.config.data.sources[0].name
         steps = {
-            command("sample.py", run.folder): "continue a prompt, --start=TEXT",
+            command("sample.py", run.folder): "write text with it",
             command("stages/eval.py", run.folder, "--perplexity", dataset): "measure it",
             command("stages/sft.py", run.folder, "--train=CHATS.jsonl"): "teach it to answer",
             command("stages/finetune.py", run.folder, "--train=LABELLED.csv"): "teach it to classify",

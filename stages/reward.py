@@ -16,7 +16,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,15 +179,20 @@ def train(options: Options, run: StageRun) -> int:
             show(report)
         if epoch_ended:
             run.save(write, report and report["loss"])
+    return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
+
+
+def finish(options: Options, run: StageRun, write: Callable[[Path], None], val: Sequence[EncodedRanking] | None) -> int:
+    """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
     policy = "MODEL" if is_reward_model(options.model) else options.model
     steps = {
         command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
     }
     code = run.finish(write, steps)
-    if IS_MAIN and progress.step == updates and "val" in encoded:
+    if IS_MAIN and val:
         model = load_reward_model(run.folder)[0].to(run.device)  # the best, which may not be the last
-        report = {"step": progress.best_step, **measure(model, encoded["val"], options, run)}
+        report = {"step": run.progress.best_step, **measure(model, val, options, run)}
         write_file(run.folder / "report.json", to_json(report, indent=1) + "\n")
     return code
 

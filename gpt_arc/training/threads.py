@@ -12,7 +12,6 @@ from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config
-from gpt_arc.training.optim import Updater
 from model import GPT
 
 MEASURED_FOR = 0.15  # seconds, for each number of threads
@@ -62,6 +61,8 @@ def choose_threads(
 
 def step_timer(config: Config, sequences: int, device: torch.device, dtype: str) -> Callable[[int], float]:
     """Returns `timed` of a training step that reads random tokens."""
+    from gpt_arc.training.optim import Updater  # imports torch.distributed.device_mesh, which sampling doesn't need
+
     model = GPT(config.model).to(device)
     updater = Updater(model, config.training, device, dtype)
     tokens = torch.randint(config.model.vocab_size, (sequences, config.model.block_size), device=device)
