@@ -412,9 +412,10 @@ class GPT(nn.Module):
         return router_losses(self.routings, self.config.balance_loss, self.config.router_z_loss)
 
     def num_parameters(self, embeddings: bool = True, active: bool = False) -> int:
-        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them.
+        """Number of trained values, a tied head counted once.
 
-        `active`: count only as many experts as a token uses.
+        Without `embeddings`, leaves out all tables and the head, as scaling laws do (arXiv:2001.08361). `active`: count
+        only as many experts as a token uses.
         """
         total = sum(p.numel() for p in self.parameters())
         if active:
@@ -425,5 +426,5 @@ class GPT(nn.Module):
             )
         if embeddings:
             return total
-        tables = (module for name, module in self.named_children() if name.endswith("embedding"))
-        return total - sum(p.numel() for table in tables for p in table.parameters())
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "head")
+        return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

@@ -251,7 +251,7 @@ class Config:
             )
 
 
-TABLES: dict[str, type] = {field.name: field.type for field in dataclasses.fields(Config)}
+TABLES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 SETTINGS = settings_in(Config)  # setting -> its table and type
 
 
@@ -271,6 +271,7 @@ def write_settings(settings: dict[str, Any]) -> str:
     for name, value in settings.items():
         if name == "mixture":
             value = [dataclasses.asdict(source) for source in value] or None
-        if value is not None:
-            tables.setdefault(SETTINGS[name].table, {})[name] = value
+        table = SETTINGS[name].table
+        if table and value is not None:
+            tables.setdefault(table, {})[name] = value
     return tomli_w.dumps(tables)

@@ -86,7 +86,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._names)
-        self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self.average = [] if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
 
     @property
@@ -118,7 +118,7 @@ class Updater:
         values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
         if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
             self.sharing.reduce_gradients()
-            values.append(get_total_norm([p.grad for p in shares]).square() / self.sharing.n_copies)
+            values.append(get_total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
         total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
         if self.sharing:
             total_norm = math.hypot(total_norm, math.sqrt(summed.pop()))
@@ -130,7 +130,7 @@ class Updater:
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     group["lr"] = learning_rate * (optimizer.defaults["lr"] / self.config.learning_rate)
                 self.scaler.step(optimizer)
-            if self.average is not None:
+            if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
         self.scaler.update()
@@ -148,21 +148,21 @@ class Updater:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, mean in zip(self.parameters, self.average or ()):
+        for parameter, mean in zip(self.parameters, self.average):
             kept = parameter.detach().clone()
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
     def state_dict(self) -> dict:
         """The state to save, complete in the main process. Every process has to call it."""
-        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.sharing:
             main = self.optimizers["optimizer"]
             state["optimizer"]["state"] = self.sharing.reshaped(
                 main, state["optimizer"]["state"], self.sharing.gathered
             )
         state |= {"optimizer_name": self.config.optimizer, "scaler": self.scaler.state_dict()}
-        if self.average is not None:  # the model's file holds the average
+        if self.average:  # the model's file holds the average
             state["weights"] = [p.detach() for p in self.parameters]
         return state
 
@@ -183,10 +183,10 @@ class Updater:
             check_tensors(dict(enumerate(weights)), dict(enumerate(self.parameters)), "weights.")
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, {"state": moments[name]})
-        if self.average is not None:
-            torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
-        if weights is not None:
-            torch._foreach_copy_([p.detach() for p in self.parameters], weights)
+        for mean, parameter in zip(self.average, self.parameters):
+            mean.copy_(parameter.detach())
+        for parameter, weight in zip(self.parameters, weights or ()):
+            parameter.detach().copy_(weight)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -208,7 +208,7 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
 
 
 def check_moments(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[Tensor, str]
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[nn.Parameter, str]
 ) -> None:
     """Raises ValueError unless `state` has moments of the optimizer's weights, in their shapes and types.
 
@@ -218,7 +218,7 @@ def check_moments(
     for i, moments in state.items():
         if i not in weights:
             raise ValueError(f"it has moments of weight {i} of {len(weights)}")
-        expected = dict.fromkeys(MOMENTS[type(optimizer)], weights[i].detach())
+        expected = {name: weights[i].detach() for name in MOMENTS[type(optimizer)]}
         if isinstance(optimizer, torch.optim.AdamW):
             expected["step"] = torch.tensor(0.0)
         check_tensors(moments, expected, f"{names[weights[i]]}: ")

@@ -18,7 +18,7 @@ def train(options: Options, run: StageRun) -> int:
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,6 +66,9 @@ class StageProgress:
 class StageRun:
     """One run of a training stage."""
 
+    folder: Path  # a new run's only after `open`
+    bar: tqdm  # from the first call of `goes_on`
+
     def __init__(
         self,
         name: str,
@@ -80,20 +83,21 @@ class StageRun:
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
-        self.folder, self._lock = folder, lock
+        self._resumed, self._lock = folder is not None, lock
+        if folder:
+            self.folder = folder
         self.progress = progress()
-        self._state: dict[str, Any] | None = None
+        self._state: dict[str, Any] = {}
         self.checkpoint = resumable(folder) if folder else None
         if self.checkpoint:
             self._state = load_state(self.checkpoint)
             with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
-        self.stopped = 0  # number of the signal that any process received
         self.seconds = 0.0  # that the last update took, with its data
         self._new = False  # whether this process made the folder
+        self.stopped = 0  # number of the signal that any process received
         self._saved = self.progress.step if self._state else None
-        self.bar: tqdm | None = None
         torch.manual_seed(options.seed)
 
     @property
@@ -103,7 +107,7 @@ class StageRun:
 
     def set_threads(self, model: GPTConfig) -> None:
         """Set the number of CPU threads for training this model; a resumed run keeps the one it began with."""
-        runtime = self._state["runtime"] if self._state else {}
+        runtime = self._state.get("runtime", {})
         saved = None
         if runtime.get("device") == self.device.type:
             saved = runtime.get("threads", torch.get_num_threads())
@@ -120,16 +124,16 @@ class StageRun:
         if self._state and self._state["data"] != fingerprint:
             raise UserError(f"{self.folder} was started on other data or another model: start a new run")
         if IS_MAIN:
-            if self.folder is None:
+            if not self._resumed:
                 self._refuse_own_folder()
-                resume = resume_command(self.script, self.options.out_dir, self.options)
+                resume = self.options.out_dir and resume_command(self.script, self.options.out_dir, self.options)
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
                 record_options(self.folder, self.name, self.options)
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
-        self.folder = distributed.from_main(self.folder)
+        self.folder = distributed.from_main(self.folder if IS_MAIN else None)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
 
@@ -159,11 +163,11 @@ class StageRun:
         self._training = self.options.training(updates)
         return Updater(module, self._training, self.device, self.dtype)
 
-    def restore(self, updater: Updater, parts: dict[str, nn.Module]) -> None:
+    def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
-        if self._state is None:
+        if not self.checkpoint:
             return
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
         generators = self._state["generators"]
@@ -210,7 +214,7 @@ class StageRun:
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
-        if self.bar is None:
+        if not hasattr(self, "bar"):
             if IS_MAIN:
                 record_steps(self.folder, steps)
             if self.progress.step >= steps:
@@ -222,10 +226,6 @@ class StageRun:
         self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
-    def last_sync(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Context for a backward pass that shares gradients between processes only if it is the update's last."""
-        return contextlib.nullcontext() if last or WORLD_SIZE == 1 else replica.no_sync()
-
     def update(
         self, updater: Updater, step: int, *sums: Tensor | float, rate: float | None = None
     ) -> tuple[float, float, list[float]] | None:
@@ -235,26 +235,26 @@ class StageRun:
         of `sums` wasn't finite. Raises UserError if that happens again and again.
         """
         rate = learning_rate_at(step, self._training) if rate is None else rate
-        finite, norm, (*sums, stopped) = updater.update(rate, *sums, self.stop.number)
+        finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
         now = time.perf_counter()
         self.seconds, self._since = now - self._since, now
         self.progress.seconds += self.seconds
         if finite:
-            return rate, norm, sums
+            return rate, norm, totals
         self.progress.skipped += 1
         if updater.diverged:
             self._diverge(step + 1, "is not finite")
         return None
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Mapping[str, Any]) -> None:
         """Write a line of metrics.jsonl; METRICS lists its keys."""
         if IS_MAIN:
             progress = self.progress
             common = {"seconds": progress.seconds, "skipped": progress.skipped or None}
             self._log.write({"step": progress.step, **line, **common})
 
-    def tell(self, line: dict[str, float | None], shown: str, steps: int) -> None:
+    def tell(self, line: Mapping[str, float | None], shown: str, steps: int) -> None:
         """Log a line, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
         self.log(line)

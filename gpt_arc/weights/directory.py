@@ -103,7 +103,7 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
 
 
-def of_one_checkpoint(load: Callable[Concatenate[Path | str, P], T]) -> Callable[Concatenate[Path | str, P], T]:
+def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path | str, P], T]:
     """Decorates a function that loads from a model directory: it gets what `model_directory` returns for its `path`.
 
     If a run deletes that checkpoint meanwhile, the function is called again with the present one, so that all it reads
