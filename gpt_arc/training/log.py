@@ -4,6 +4,8 @@ import contextlib
 import json
 import math
 import shutil
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,20 @@ def with_present_names(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line = line | {"tokens": tokens}
         present.append({names.get(name, name): value for name, value in line.items()})
     return present
+
+
+def movement(losses: Sequence[float]) -> int:
+    """Returns -1 if a loss falls from the first third of `losses` to the last, 1 if it rises, and 0 for neither.
+
+    A change counts from a hundredth of the loss on, and from two standard errors of the difference.
+    """
+    count = len(losses) // 3
+    first, last = losses[:count], losses[-count:]
+    before, after = statistics.mean(first), statistics.mean(last)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / count)
+    if abs(after - before) <= max(0.01 * abs(before), 2 * error):
+        return 0
+    return -1 if after < before else 1
 
 
 def start_wandb(folder: Path, project: str, name: str | None, settings: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ from gpt_arc.tables import counted
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import MetricsLog, start_wandb
+from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.schedule import learning_rate_at
@@ -49,6 +49,8 @@ from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig
+
+LEAST_LOSSES = 15  # updates in the first tenth of a run, after the warmup, for their losses to show anything
 
 
 @dataclass(config=CHECKED)
@@ -262,6 +264,19 @@ class StageRun:
         self.bar.update(step - self.bar.n)
         if self.bar.disable and step % max(1, steps // 20) == 0:
             say(f"step {step:,} of {steps:,}: {shown}")
+        if IS_MAIN and step == round((self.options.warmup + 0.1) * steps):
+            self._doubt_learning_rate()
+
+    def _doubt_learning_rate(self) -> None:
+        """Say which learning rate to try if the loss hasn't fallen so far."""
+        lines = [line for line in read_metrics(self._log.path) if "grad_norm" in line]  # finetune.py has others
+        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self.options.learning_rate
+        change = movement(losses) if len(losses) >= LEAST_LOSSES else -1
+        updates = f"in {counted(len(losses), 'update')}"
+        if change == 0:
+            say(f"the loss hasn't moved {updates}: if it stays so, try --learning_rate={10 * rate:g}")
+        elif change > 0:
+            say(f"the loss has risen {updates}: if it goes on rising, try --learning_rate={rate / 10:g}")
 
     @property
     def _resume(self) -> str:

@@ -1,6 +1,7 @@
 """What train.py and all stages have in common: metrics.jsonl, Weights & Biases, the commands to type next."""
 
 import json
+import random
 import re
 import shlex
 import sys
@@ -19,7 +20,7 @@ from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.training.command_line import read_command_line, read_options
-from gpt_arc.training.log import METRICS, MetricsLog, read_metrics
+from gpt_arc.training.log import METRICS, MetricsLog, movement, read_metrics
 from helpers import ROOT, TINY_FLAGS, interrupt_at, randomised, write, write_dataset
 from model import GPT
 from policy_tree import save_chat_model
@@ -267,3 +268,37 @@ def test_the_commands_to_type_after_preparing_are_understood(script, workplace, 
     if script is not text:
         changed = ("--split=tail", "--name=new", *["--tokenizer=char"] * (script is decontaminate))
         assert "data/new: " in output_of(entry_point(text.main), "prepare/text.py", *commands[0][3:], *changed)
+
+
+# ---- a loss that doesn't move
+
+
+def test_a_loss_moves_if_it_changes_by_more_than_its_noise():
+    noise = random.Random(0)
+    steps = range(60)
+    assert movement([3 - 0.02 * i + noise.gauss(0, 0.1) for i in steps]) == -1
+    assert movement([3 + 0.02 * i + noise.gauss(0, 0.1) for i in steps]) == 1
+    assert movement([3 - 0.0004 * i for i in steps]) == 0  # half a hundredth
+    still = [movement([0.7 + noise.gauss(0, 0.1) for _ in steps]) for _ in range(400)]
+    assert still.count(0) > 370  # two standard errors leave out 4.6%, of which a hundredth takes some
+    slow = [movement([0.7 - 0.002 * i + noise.gauss(0, 0.05) for i in steps]) for _ in range(400)]
+    assert slow.count(-1) > 390
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "dpo", "finetune"])
+def test_a_loss_that_does_not_move_gets_a_line(script, workplace, stage_runner, monkeypatch):
+    module, *flags = STAGES[script]
+    write("clear.jsonl", [{"prompt": "h", "chosen": text, "rejected": text[::-1]} for text in ("ab", "ac", "bc")] * 4)
+    flags += ["--epochs=50", "--batch_size=4", "--val_fraction=0"]
+    flags += ["--train=clear.jsonl"] * (script in ("reward", "dpo"))
+    flags += ["--residual_dropout=0"] * (script == "sft")
+    flags += ["--language_weight=0"] * (script == "finetune")
+    still = stage_runner(module, *flags, "--learning_rate=1e-9", "--out_dir=still")
+    assert still.count("try --learning_rate=1e-08") == 1 and "the loss hasn't moved in" in still
+    learning = stage_runner(module, *flags, "--learning_rate=2e-2", "--out_dir=learning", "--schedule=constant")
+    assert "the loss has" not in learning
+    if script == "sft":
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, 5)
+            stage_runner(module, *flags, "--learning_rate=1e-9", "--out_dir=halves")
+        assert "the loss hasn't moved in" in stage_runner(module, "--resume=halves")
