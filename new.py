@@ -27,9 +27,9 @@ from gpt_arc.data.prepare import CorpusSettings, dataset_directory, prepare_docu
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import load_tokenizer
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import resource, write_file
+from gpt_arc.files import command, resource, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.next_steps import command, next_steps
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Positional, Positive
 from gpt_arc.tables import counted
 
@@ -94,7 +94,7 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if not options.input:
-        raise UserError("name a text: python new.py book.txt")
+        raise UserError(f"name a text: {command('new.py', 'book.txt')}")
     name = options.name or re.sub(r"[^\w-]+", "-", Path(options.input[0]).resolve().stem).strip("-") or "text"
     prepare(options, name)
     settings = configure(name, options.minutes)

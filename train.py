@@ -47,7 +47,8 @@ from gpt_arc.device import (
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
-from gpt_arc.next_steps import command, next_steps
+from gpt_arc.files import command
+from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of

@@ -1,17 +1,6 @@
 """What to type next, at the end of a script. Words in capitals stand for what only the user knows."""
 
-import shlex
-from pathlib import Path
-
-from gpt_arc.files import resource
-
-
-def command(script: str, *arguments: object) -> str:
-    """Returns the command that runs a script of gpt-arc, such as "stages/sft.py", from the current folder."""
-    path, words = resource(script), [str(argument) for argument in arguments]
-    if path.is_relative_to(Path.cwd()):
-        return shlex.join(("python", str(path.relative_to(Path.cwd())), *words))
-    return shlex.join(("gpt-arc", *(("prepare",) * (path.parent.name == "prepare")), path.stem, *words))
+from gpt_arc.files import command
 
 
 def next_steps(purposes: dict[str, str]) -> str:

@@ -50,9 +50,9 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
 from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.next_steps import command, next_steps
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Count, Positional
 from gpt_arc.tables import counted, to_json
 

@@ -20,8 +20,9 @@ from gpt_arc.data.documents import Files, InputSettings, merge_inputs
 from gpt_arc.data.prepare import dataset_directory, locked
 from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
-from gpt_arc.next_steps import command, next_steps
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT
 
 

@@ -31,7 +31,7 @@ from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say, sharing_gradients
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.next_steps import command
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted

@@ -23,31 +23,29 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+# Modules that need torch are imported in functions, so that wrong settings are refused at once.
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.chat.format import require_chat
-from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point, naming
-from gpt_arc.evaluation.measure import Result, TaskItems, gather, measure_task, measure_text, with_overlap
-from gpt_arc.evaluation.reader import Reader
-from gpt_arc.evaluation.report import plot_checkpoints, result_tables, weight_hash
 from gpt_arc.evaluation.tasks import Task, load_task
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import table, to_json
-from gpt_arc.training.threads import set_reading_threads
-from gpt_arc.weights.directory import load_text_model, model_directory
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt_arc.evaluation.measure import Result, TaskItems
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -124,6 +122,8 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
 
 def model_directories(options: Options) -> list[Path]:
     """Returns the model's directory, or those of a run's checkpoints in order. Raises UserError."""
+    from gpt_arc.weights.directory import model_directory
+
     if not options.checkpoints:
         return [model_directory(options.model)]
     directories = sorted(path.parent for path in Path(options.model).glob("step-*/config.json"))
@@ -135,9 +135,17 @@ def model_directories(options: Options) -> list[Path]:
 
 
 def evaluate(
-    directory: Path, all_items: Sequence[TaskItems], options: Options, dtype: torch.dtype, device: torch.device
+    directory: Path, all_items: Sequence["TaskItems"], options: Options, dtype: "torch.dtype", device: "torch.device"
 ) -> dict[str, Any]:
     """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
+    from gpt_arc.chat.format import require_chat
+    from gpt_arc.evaluation.measure import measure_task, measure_text
+    from gpt_arc.evaluation.reader import Reader
+    from gpt_arc.evaluation.report import result_tables, weight_hash
+    from gpt_arc.planning.cost import describe_parameters
+    from gpt_arc.training.threads import set_reading_threads
+    from gpt_arc.weights.directory import load_text_model
+
     model, tokenizer = load_text_model(directory, dtype=dtype)
     chat = require_chat(directory, tokenizer) if options.chat else None
     set_reading_threads(options.threads, model.to(device).eval(), options.batch_tokens)
@@ -168,6 +176,11 @@ def main() -> None:
         raise UserError("there is nothing to do: name --tasks or --perplexity")
     tasks = [load_task(name) for name in options.tasks]
     check(options, tasks)
+
+    from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
+    from gpt_arc.evaluation.measure import gather, with_overlap
+    from gpt_arc.evaluation.report import plot_checkpoints
+
     device = resolve_device(options.device)
     dtype = DTYPES[resolve_dtype(options.dtype, device)]
     set_up_device(device, options.dtype)

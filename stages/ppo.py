@@ -51,7 +51,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say, sharing_gradients
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.next_steps import command
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
@@ -130,6 +130,14 @@ class Options(StageOptions):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "prompts",
+        "reward",
+        "episodes",
+        "max_new_tokens",
+        "kl_coef",
+        *StageOptions.FIRST,
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
 
     def __post_init__(self):

@@ -40,8 +40,7 @@ from gpt_arc.chat.format import load_chat_model
 from gpt_arc.device import autocast
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say, sharing_gradients
 from gpt_arc.errors import UserError, entry_point, naming
-from gpt_arc.files import write_file
-from gpt_arc.next_steps import command
+from gpt_arc.files import command, write_file
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted, table, to_json

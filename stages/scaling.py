@@ -1,11 +1,11 @@
 """Scaling laws: train a config at several sizes and budgets, fit laws to the losses, and plan or predict a larger run.
 
-    python stages/scaling.py sweep configs/scaling_mini.toml                trains into out/scaling_mini/
-    python stages/scaling.py sweep configs/scaling_mini.toml --commands     prints the commands, to run them elsewhere
+    python stages/scaling.py sweep configs/sweeps/scaling_mini.toml         trains into out/scaling_mini/
+    python stages/scaling.py sweep mine.toml --commands                     prints the commands, to run them elsewhere
     python stages/scaling.py fit out/scaling_mini                           laws, intervals, pictures
     python stages/scaling.py plan --accelerator=h100 --devices=8 --days=2 --price=2.5
     python stages/scaling.py plan --flops=1e21 --law=hoffmann --output=mine.toml
-    python stages/scaling.py predict out/scaling_mini configs/scaling_large.toml
+    python stages/scaling.py predict out/scaling_mini large.toml
     python stages/scaling.py compare configs/gpt2.toml configs/moe.toml
     python stages/scaling.py claim --total=1.8e12 --active=220e9 --experts=8 --experts_per_token=2
 
@@ -211,7 +211,7 @@ def plan(options: PlanOptions) -> int:
     per_step = batch * base.data.batch_size * model.block_size
     steps = max(1, round(d / per_step))
     noun = "parameters" if embeddings else "parameters without embeddings and head"
-    print(f"budget         {flops:.4g} FLOPs: {cost(hardware, flops)}")
+    print(f"budget         {flops:.4g} FLOPs: {hardware.cost(flops)}")
     print(f"law            {options.law} ({law.source})")
     print(
         f"optimum        {amount(best.n)} {noun}, {amount(best.d)} tokens, {best.tokens_per_parameter:.3g} a parameter"
@@ -230,12 +230,6 @@ def plan(options: PlanOptions) -> int:
         write_file(options.output, write_settings(kept | shape | chosen))
         print(f"wrote {options.output}; train with: python train.py {shlex.quote(str(options.output))} --dataset=NAME")
     return 0
-
-
-def cost(hardware: Hardware, flops: float) -> str:
-    days, money = hardware.days(flops), hardware.money(flops)
-    where = f"{days:,.3g} days on {hardware.devices:,} {hardware.accelerator} at {hardware.mfu:.0%} of peak"
-    return where + ("" if money is None else f", {money:,.0f} at {hardware.price:g} an hour")
 
 
 def law_named(name: str) -> tuple[Law, list[Law], bool]:

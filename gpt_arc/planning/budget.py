@@ -45,6 +45,12 @@ class Hardware:
     def money(self, flops: float) -> float | None:
         return None if self.price is None else 24 * self.days(flops) * self.devices * self.price
 
+    def cost(self, flops: float) -> str:
+        """Describes the days and the money that `flops` take."""
+        where = f"{self.days(flops):,.3g} days on {self.devices:,} {self.accelerator} at {self.mfu:.0%} of peak"
+        money = self.money(flops)
+        return where if money is None else f"{where}, {money:,.0f} at {self.price:g} an hour"
+
 
 def accelerator_peak(name: str) -> float:
     """Peak FLOPs a second in 16 bits of an accelerator, by its name in any case. Raises UserError."""

@@ -191,6 +191,14 @@ class RunConfig:
     """Evaluate and stop."""
     dry_run: bool = False
     """Print what would be run and stop."""
+    accelerator: str | None = None
+    """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
+    devices: Count = 1
+    """How many of them."""
+    device_mfu: UnitInterval = 0.4
+    """Share of their peak that training is expected to reach."""
+    device_price: Positive | None = None
+    """Price of an hour of one, in any currency."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 

@@ -15,6 +15,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.weights.tensor_files import check_tensors
+from model import GPT
 
 # what each optimizer keeps for a weight, in its shape and type
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
@@ -29,19 +30,23 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torc
     alone.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ratio = model.config.width_ratio if isinstance(model, GPT) else 1.0
     match config.optimizer:
         case "adamw":
-            return {"optimizer": build_adamw(parameters, config)}
+            return {"optimizer": build_adamw(parameters, config, ratio)}
         case "muon":  # it can't orthogonalise the stacked matrices of experts
             hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
             others = {name: p for name, p in parameters.items() if name not in hidden}
-            return {"optimizer": build_adamw(others, config), "muon": build_muon(hidden.values(), config)}
+            return {"optimizer": build_adamw(others, config, ratio), "muon": build_muon(hidden.values(), config)}
     assert_never(config.optimizer)
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+def build_adamw(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig, width_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head."""
     return torch.optim.AdamW(
-        decay_groups(parameters, config.weight_decay),
+        decay_groups(parameters, config.weight_decay, width_ratio),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -58,14 +63,23 @@ def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torc
     return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
-def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    parameters: dict[str, nn.Parameter], weight_decay: float, width_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """An optimizer's parameter groups, with weight decay on matrices only.
 
-    The stacked biases of experts form a matrix, but count as biases.
+    The stacked biases of experts form a matrix, but count as biases. A ratio other than 1 divides the matrices into
+    embeddings and others, whose learning rates have the factor `rate`; their decay per step stays what it was.
     """
-    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
-    vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")}
+    vectors = [p for name, p in parameters.items() if name not in matrices]
+    groups = [{"params": list(matrices.values()), "weight_decay": weight_decay}]
+    if width_ratio != 1.0:
+        tables = [p for name, p in matrices.items() if name.endswith("embedding.weight")]
+        others = [p for name, p in matrices.items() if not name.endswith("embedding.weight")]
+        scaled = {"params": others, "weight_decay": weight_decay / width_ratio, "rate": width_ratio}
+        groups = [{"params": tables, "weight_decay": weight_decay}, scaled]
+    return [*groups, {"params": vectors, "weight_decay": 0.0}]
 
 
 class Updater:
@@ -128,7 +142,8 @@ class Updater:
                 clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, total_norm))
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
-                    group["lr"] = learning_rate * (optimizer.defaults["lr"] / self.config.learning_rate)
+                    share = optimizer.defaults["lr"] / self.config.learning_rate
+                    group["lr"] = learning_rate * share * group.get("rate", 1.0)
                 self.scaler.step(optimizer)
             if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)

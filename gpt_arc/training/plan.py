@@ -15,6 +15,7 @@ from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
@@ -166,6 +167,11 @@ def print_plan(plan: Plan) -> None:
     batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
     say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
     say(f"steps          {config.training.max_iters:,}")
+    if accelerator := config.run.accelerator:
+        run = config.run
+        hardware = Hardware(accelerator, run.devices, run.device_mfu, run.device_price)
+        flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+        say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
     train = plan.data and plan.data.train
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")

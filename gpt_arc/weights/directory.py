@@ -38,7 +38,7 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
-REPLACEABLE = OF_TRAINING | {"init", "block_size"}
+REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
 ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
@@ -168,8 +168,8 @@ def load_model(
 ) -> tuple[GPT, Tokenizer | None]:
     """Returns the model, on the CPU, in `dtype` and in training mode, and its tokenizer if it has one.
 
-    `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
-    the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
+    `path` is a model directory, a run folder, a directory saved by transformers (one of its ARCHITECTURES) or the hub
+    name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
     the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
     rows than the tokenizer has tokens, as Qwen's does. Special tokens may lie beyond it, as a [PAD] that was added
     without a row often does.

@@ -14,7 +14,6 @@ import torch
 
 import sample
 import train
-from gpt_arc.cli import script_command
 from gpt_arc.data.documents import merge_inputs
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import entry_point
@@ -219,7 +218,7 @@ def parsers():
         "train": lambda arguments: read_command_line(arguments, None),
         "sample": partial(parse_flags, SampleConfig, None),
         "eval": partial(parse_flags, evaluation.Options, None),
-        "prepare": lambda arguments: parse_flags(text.Options, None, merge_inputs(arguments[1:])),
+        "text": lambda arguments: parse_flags(text.Options, None, merge_inputs(arguments)),
     }
 
 
@@ -233,13 +232,9 @@ def test_the_commands_to_type_next_are_understood(script, workplace, stage_runne
     module, *flags = ALL[script]
     commands = commands_in(stage_runner(module, *flags))
     assert len(commands) >= 2
-    for program, *words in commands:
-        if program == "python":  # the script that has just run, by its path
-            name, arguments = Path(words[0]).stem, words[1:]
-        else:
-            assert program == "gpt-arc"
-            name, *arguments = words
-            script_command(name, arguments)
+    for program, path, *arguments in commands:
+        name = Path(path).stem
+        assert program == "python" and (name == "train" or (ROOT / path).is_file())
         parsers()[name](arguments)
         assert "run" in arguments or "--resume=run" in arguments or "--reward=run" in arguments
     if script == "train":
@@ -259,15 +254,15 @@ def test_the_commands_to_type_after_preparing_are_understood(script, workplace, 
         + ["--output=clean.jsonl"],
     }[script]
     commands = commands_in(output_of(entry_point(script.main), f"prepare/{script.__name__}.py", *flags))
-    for program, name, *arguments in commands:
-        assert program == "gpt-arc"
-        script_command(name, arguments)
+    for program, path, *arguments in commands:
+        assert program == "python" and (ROOT / path).is_file()
+        name = Path(path).stem
         if name == "train":
             arguments[0] = str(ROOT / arguments[0])
         parsers()[name](arguments)
     if script is not text:
         changed = ("--split=tail", "--name=new", *["--tokenizer=char"] * (script is decontaminate))
-        assert "data/new: " in output_of(entry_point(text.main), "prepare/text.py", *commands[0][3:], *changed)
+        assert "data/new: " in output_of(entry_point(text.main), "prepare/text.py", *commands[0][2:], *changed)
 
 
 # ---- a loss that doesn't move
