@@ -35,13 +35,13 @@ def resource(name: str) -> Path:
     return (packaged if packaged.is_dir() else PACKAGE.parent) / name
 
 
-def command(script: str, *arguments: str) -> str:
+def command(script: str, *arguments: object) -> str:
     """Returns the shell command that runs a script, such as "tools/runs.py": a wheel has gpt-arc's commands instead."""
     path, program = Path(script), ["python", script]
     if (PACKAGE / "resources").is_dir():
         name = ["prepare", path.stem] if path.parent.name == "prepare" else [path.stem.replace("_", "-")]
         program = ["gpt-arc", *name]
-    return shlex.join((*program, *arguments))
+    return shlex.join((*program, *map(str, arguments)))
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -85,6 +85,9 @@ class Options:
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware; results then depend on the machine."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
+    they pay."""
     seed: Natural = 0
     """Seed for drawing items, demonstrations, and the answers of tasks that sample them."""
     json: Path | None = None
@@ -140,11 +143,13 @@ def evaluate(
     from gpt_arc.evaluation.reader import Reader
     from gpt_arc.evaluation.report import result_tables, weight_hash
     from gpt_arc.planning.cost import describe_parameters
+    from gpt_arc.training.threads import set_reading_threads
     from gpt_arc.weights.directory import load_text_model
 
     model, tokenizer = load_text_model(directory, dtype=dtype)
     chat = require_chat(directory, tokenizer) if options.chat else None
-    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
+    set_reading_threads(options.threads, model.to(device).eval(), options.batch_tokens)
+    reader = Reader(model, tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
     entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}

@@ -101,11 +101,11 @@ def comparison(a: "Summary", b: "Summary") -> str:
 
 
 def losses(run: "Summary") -> dict[int, tuple[float | None, float | None]]:
-    """Returns the train and val loss by step. The stages call the first one loss."""
+    """Returns the train and val loss by step."""
     curve: dict[int, tuple[float | None, float | None]] = {}
     for line in run.metrics:
         train, val = curve.get(line["step"], (None, None))
-        curve[line["step"]] = line.get("train_loss", line.get("loss", train)), line.get("val_loss", val)
+        curve[line["step"]] = line.get("train_loss", train), line.get("val_loss", val)
     return {step: pair for step, pair in curve.items() if pair != (None, None)}
 
 

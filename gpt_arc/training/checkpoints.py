@@ -29,7 +29,7 @@ from gpt_arc.weights.checkpoint_folders import CHECKPOINT, checkpoints, named_ch
 ADVICE = "use another checkpoint"
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 RECORD = "checkpoints.json"
-RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "report.json", "wandb", RECORD, "run.json")
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "wandb", RECORD, "run.json")
 STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]
 

@@ -69,6 +69,9 @@ class StageOptions:
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
+    up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
     seed: Seed = 1337
@@ -77,8 +80,14 @@ class StageOptions:
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    wandb_log: bool | None = None
+    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    wandb_project: str = "gpt-arc"
+    """Weights & Biases project."""
+    wandb_run_name: str | None = None
+    """Weights & Biases run name. None: the name of the run's folder."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device and backend may change."""
+    """Run folder to resume with its original settings; only device, backend and wandb_log may change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
@@ -115,7 +124,7 @@ class StageOptions:
 
     def training(self, updates: int) -> TrainingConfig:
         """Settings of the optimizer and of the learning rate over `updates` updates."""
-        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
+        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "threads")
         return TrainingConfig(
             max_iters=max(updates, 1),
             warmup_iters=round(self.warmup * updates),
