@@ -22,6 +22,7 @@ from gpt_arc.data.hub_corpora import HubSettings, prepare_from_hub
 from gpt_arc.data.prepare import ValFraction
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT
 
 
@@ -40,7 +41,14 @@ def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     if options.input and options.sample:
         raise UserError(f"--sample={options.sample} selects what to stream, but --input names files: give only one")
+<<<<<<< HEAD
     prepare_from_hub(dataclasses.replace(options, config=options.sample or options.config or "sample-10BT"))
+=======
+    local = options.input and Files(find_files(options.input), "text")
+    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
+    prepare_documents(local or streamed, options, options.name)
+    print(after_preparation(options.name))
+>>>>>>> main
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from gpt_arc.data.hub_corpora import HubSettings, prepare_from_hub
 from gpt_arc.data.prepare import ValFraction
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT
 
 
@@ -30,7 +31,14 @@ class Options(HubSettings):
 
 
 def main() -> None:
+<<<<<<< HEAD
     prepare_from_hub(parse_flags(Options, __doc__, merge_inputs(sys.argv[1:])))
+=======
+    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
+    local = options.input and Files(find_files(options.input), "text")
+    prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
+    print(after_preparation("openwebtext"))
+>>>>>>> main
 
 
 if __name__ == "__main__":

@@ -11,8 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
+<<<<<<< HEAD
 import os
 import re
+=======
+>>>>>>> main
 import shutil
 import sys
 import time
@@ -45,7 +48,7 @@ from gpt_arc.data.tokenizer import (
     load_tokenizer,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
+from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, release, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
@@ -150,6 +153,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
                 tokenizer = CharTokenizer(characters) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
+<<<<<<< HEAD
             if parts:
                 done = _join(parts, tokenizer.vocab_size, settings.shard_tokens, work)
             else:
@@ -160,6 +164,22 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
             put_directory(work / "dataset", directory)
     tokens = {"train": done.train, "val": done.val}
     counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
+=======
+            done = _write_shards(documents, settings, tokenizer, boundary, work)
+            _refuse_an_empty_split(done, documents.name, rule)
+            tokens = {"train": done.train, "val": done.val}
+            dataset = work / "dataset"
+            assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
+            meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
+            meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
+            meta |= {"revision": documents.revision} if documents.revision else {}
+            tokenizer.save(dataset)
+            write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
+            record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
+            put_directory(dataset, directory)
+    share = f" ({tokens['val'] / sum(tokens.values()):.1%} of the tokens)"
+    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
+>>>>>>> main
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
@@ -459,22 +479,15 @@ def _remove(folder: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Runs the block with an exclusive lock on `directory`. Raises UserError if another process holds it."""
     path = directory.with_name(f".{directory.name}.lock")
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        try:
-            descriptor = take_lock(path)
-        except BlockingIOError:
-            raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
-        if descriptor is None or path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
-        os.close(descriptor)  # another process has just finished and removed the file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(path)
+    except BlockingIOError:
+        raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
     try:
         yield
     finally:
-        path.unlink()
-        if descriptor is not None:
-            os.close(descriptor)
+        release(path, lock)
         with contextlib.suppress(OSError):
             DATA_ROOT.rmdir()  # if nothing was put there
 
