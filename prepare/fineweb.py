@@ -41,14 +41,11 @@ def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     if options.input and options.sample:
         raise UserError(f"--sample={options.sample} selects what to stream, but --input names files: give only one")
-<<<<<<< HEAD
-    prepare_from_hub(dataclasses.replace(options, config=options.sample or options.config or "sample-10BT"))
-=======
-    local = options.input and Files(find_files(options.input), "text")
-    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
-    prepare_documents(local or streamed, options, options.name)
-    print(after_preparation(options.name))
->>>>>>> main
+    print(
+        after_preparation(
+            prepare_from_hub(dataclasses.replace(options, config=options.sample or options.config or "sample-10BT"))
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.hub_corpora import HubSettings, prepare_from_hub
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT, Positional
 
 
@@ -28,7 +29,7 @@ class Options(HubSettings):
 
 
 def main() -> None:
-    prepare_from_hub(parse_flags(Options, __doc__, sys.argv[1:]))
+    print(after_preparation(prepare_from_hub(parse_flags(Options, __doc__, sys.argv[1:]))))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,7 @@ class Options(HubSettings):
 
 
 def main() -> None:
-<<<<<<< HEAD
-    prepare_from_hub(parse_flags(Options, __doc__, merge_inputs(sys.argv[1:])))
-=======
-    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
-    local = options.input and Files(find_files(options.input), "text")
-    prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
-    print(after_preparation("openwebtext"))
->>>>>>> main
+    print(after_preparation(prepare_from_hub(parse_flags(Options, __doc__, merge_inputs(sys.argv[1:])))))
 
 
 if __name__ == "__main__":

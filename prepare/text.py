@@ -40,12 +40,9 @@ class Options(CorpusSettings, InputSettings):
 
 def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
-<<<<<<< HEAD
     prepare_documents(options.files(), options, options.name, options.shard)
-=======
-    prepare_documents(options.files(), options, options.name)
-    print(after_preparation(options.name))
->>>>>>> main
+    if options.shard is None:
+        print(after_preparation(options.name))
 
 
 if __name__ == "__main__":

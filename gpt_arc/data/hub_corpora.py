@@ -33,6 +33,8 @@ class HubSettings(CorpusSettings):
         return HubDocuments(self.dataset, self.field, self.hub_split, self.branch, **options)
 
 
-def prepare_from_hub(settings: HubSettings) -> None:
-    """Write data/NAME from a corpus of the hub."""
-    prepare_documents(settings.documents(), settings, settings.name or settings.dataset.rstrip("/").split("/")[-1])
+def prepare_from_hub(settings: HubSettings) -> str:
+    """Writes data/NAME from a corpus of the hub, and returns NAME."""
+    name = settings.name or settings.dataset.rstrip("/").split("/")[-1]
+    prepare_documents(settings.documents(), settings, name)
+    return name

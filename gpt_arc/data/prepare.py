@@ -11,11 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
-<<<<<<< HEAD
-import os
 import re
-=======
->>>>>>> main
 import shutil
 import sys
 import time
@@ -153,7 +149,6 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
                 tokenizer = CharTokenizer(characters) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
-<<<<<<< HEAD
             if parts:
                 done = _join(parts, tokenizer.vocab_size, settings.shard_tokens, work)
             else:
@@ -163,23 +158,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
             _finish(work / "dataset", done, tokenizer, documents, made_of)
             put_directory(work / "dataset", directory)
     tokens = {"train": done.train, "val": done.val}
-    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
-=======
-            done = _write_shards(documents, settings, tokenizer, boundary, work)
-            _refuse_an_empty_split(done, documents.name, rule)
-            tokens = {"train": done.train, "val": done.val}
-            dataset = work / "dataset"
-            assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
-            meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
-            meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
-            meta |= {"revision": documents.revision} if documents.revision else {}
-            tokenizer.save(dataset)
-            write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
-            record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
-            put_directory(dataset, directory)
-    share = f" ({tokens['val'] / sum(tokens.values()):.1%} of the tokens)"
+    share = f" ({tokens['val'] / max(sum(tokens.values()), 1):.1%} of the tokens)"
     counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
->>>>>>> main
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 

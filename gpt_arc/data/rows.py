@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_arc.data.documents import read_text
-<<<<<<< HEAD
 from gpt_arc.data.formats import table_rows
-=======
 from gpt_arc.data.hub_sets import hub_rows, names_hub_set
->>>>>>> main
 from gpt_arc.data.json_lines import parse_as
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
