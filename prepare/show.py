@@ -26,7 +26,6 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import counted, table
-from gpt_arc.training.config import read_settings
 
 SPLITS = ("train", "val")
 READ_AT_ONCE = 1 << 16  # tokens
@@ -44,6 +43,8 @@ class Options:
 
 def sources_of(names: tuple[str, ...]) -> tuple[Source, ...]:
     if len(names) == 1 and names[0].endswith(".toml"):
+        from gpt_arc.training.config import read_settings
+
         settings = read_settings(Path(names[0]))
         return settings.get("mixture") or sources_of((settings.get("dataset") or "python_manual",))
     return tuple(Source(name, 1.0) for name in names)
