@@ -43,6 +43,9 @@ TRAINING_PIECE = 1 << 16  # characters; bounds the memory and time that training
 LARGEST_FILE = 64 << 20  # bytes; Gemma's tokenizer.json has 33 million
 MOST_GROWTH = 1000  # times that a text may become longer on its way to tokens
 LONGEST_TOKEN = 128  # bytes, as in GPT-2; without it a page of dashes in a small corpus would become one token
+TRAINING_SAMPLE = 1 << 26  # characters; of longer text, every second, fourth, eighth ... piece is taken
+# letters, digits, symbols or white space that GPT-2's pattern keeps together; training on a long run takes minutes
+LONG_RUN = re.compile(r"[^\W\d_]{129,}|\d{129,}|(?:[^\w\s]|_){129,}|\s{129,}")
 
 
 class Tokenizer(abc.ABC):
@@ -245,8 +248,9 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Trains a tokenizer of `vocab_size` tokens on `texts`: 256 bytes, the merges, and <|endoftext|> last.
 
-        Reads the texts once, in order. The vocabulary is smaller if the corpus has too few pairs to merge. Merges stay
-        within the pieces that GPT-2's pattern splits text into. Raises UserError for fewer than 257 tokens.
+        Reads the texts once, in order, and learns from an even sample of at most TRAINING_SAMPLE characters. The
+        vocabulary is smaller if the corpus has too few pairs to merge. Merges stay within the pieces that GPT-2's
+        pattern splits text into. Raises UserError for fewer than 257 tokens.
         """
         from tokenizers import Tokenizer as Library
         from tokenizers import models, pre_tokenizers, trainers
@@ -258,7 +262,7 @@ class BPETokenizer(Tokenizer):
         library = Library(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        pieces = (piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
+        pieces = _sample(piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             initial_alphabet=alphabet,
@@ -266,7 +270,7 @@ class BPETokenizer(Tokenizer):
             max_token_length=LONGEST_TOKEN + 1,  # exclusive bound in the library
             show_progress=sys.stderr.isatty(),
         )
-        library.train_from_iterator(pieces, trainer)
+        library.train_from_iterator((part for piece in pieces for part in _without_long_runs(piece)), trainer)
         ranks = {_bytes_of(spelled): id for spelled, id in library.get_vocab().items()}
         return cls(ranks, {END_OF_TEXT: len(ranks)})
 
@@ -506,6 +510,26 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _sample(pieces: Iterable[str]) -> list[str]:
+    """Returns every n-th piece, from the first, for the least power of two at which they fit into TRAINING_SAMPLE."""
+    kept, size, stride = [], 0, 1
+    for number, piece in enumerate(pieces):
+        if number % stride == 0:
+            kept.append(piece)
+            size += len(piece)
+        while size > TRAINING_SAMPLE and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
+    return kept
+
+
+def _without_long_runs(piece: str) -> Iterator[str]:
+    """Yields a piece, cut within runs that are longer than the longest token."""
+    cuts = [cut for run in LONG_RUN.finditer(piece) for cut in range(run.start(), run.end(), LONGEST_TOKEN)]
+    for start, end in itertools.pairwise([0, *(cut for cut in cuts if cut), len(piece)]):
+        yield piece[start:end]
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
