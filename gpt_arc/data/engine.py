@@ -47,7 +47,7 @@ class FastEncoder:
         self._load: Callable[[str], Any] = gigatoken_rs.load_hf_json
         self._tokenizer, self._content = tokenizer, content
         self._thread, self._engines = threading.local(), 0
-        self._engine(0)  # raises RuntimeError for a tokenizer that it can't encode with
+        self._spare = [self._load(content)]  # raises RuntimeError for a tokenizer that it can't encode with
         self._compared = False
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,10 @@ class FastEncoder:
         """The engine of this thread, which must not encode in two threads at once."""
         thread, limit = self._thread, MEMORY + self._engines * ENGINE_MEMORY
         if getattr(thread, "engine", None) is None:
-            thread.engine, thread.encoded = self._load(self._content), 0
+            try:
+                thread.engine, thread.encoded = self._spare.pop(), 0
+            except IndexError:
+                thread.engine, thread.encoded = self._load(self._content), 0
             self._engines += 1
         elif thread.encoded >= RENEW_AFTER and _resident() >= limit:
             thread.engine = None  # before the next one takes memory
@@ -96,14 +99,14 @@ def _gigatoken_json(tokenizer: Tokenizer) -> str | None:
     table = json.loads(tokenizer.files()[FILE_NAME])
     model, added = table["model"], table.get("added_tokens") or []
     changing = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-    added = [token for token in added if not token["special"]]
+    added = [token for token in added if not token.get("special")]
     if (
         model.get("type") != "BPE"
         or any(model.get(key) for key in changing)
         or not set(byte_alphabet()) <= model["vocab"].keys()
         or table.get("normalizer") not in (None, {"type": "NFC"})
         or not _splits_into_bytes(table.get("pre_tokenizer") or {})
-        or any(token["single_word"] or token["normalized"] and table.get("normalizer") for token in added)
+        or any(token.get("single_word") or token.get("normalized") and table.get("normalizer") for token in added)
     ):
         return None
     return json.dumps(table | {"added_tokens": added})

@@ -151,7 +151,7 @@ def test_a_difference_is_refused_in_the_first_batch_and_later(tokenizer):
     texts = ["the first", "self.random", "the third"]
     encode(texts)
     for changed in (encode, corpus_encoder(tokenizer)):
-        changed._content = other._content
+        changed._content, changed._spare = other._content, []
         changed._thread.engine = None
         with pytest.raises(UserError, match="gigatoken encodes .* differently .* --fast=False"):
             changed(texts)
@@ -167,7 +167,7 @@ def test_a_panic_leaves_the_batch_to_the_tokenizer(tokenizer):
             raise PanicException("index out of bounds")
 
     encode = corpus_encoder(tokenizer)
-    encode._thread.engine = Engine()
+    encode._spare = [Engine()]
     assert encode(["a text"])[0].tolist() == tokenizer.encode("a text")
 
 
