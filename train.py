@@ -47,8 +47,7 @@ from gpt_arc.device import (
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
-from gpt_arc.files import command
-from gpt_arc.next_steps import next_steps
+from gpt_arc.next_steps import after_training
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
@@ -409,16 +408,8 @@ def finish(run: Run, stopped: bool) -> int:
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
     say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
-    steps = {f"{run.resume} --max_iters={2 * training.max_iters}": "train for as long again"}
-    if run.tokenizer:
-        dataset = run.plan.config.data.sources[0].name
-        steps = {
-            command("sample.py", run.folder): "write text with it",
-            command("stages/eval.py", run.folder, "--perplexity", dataset): "measure it",
-            command("stages/sft.py", run.folder, "--train=CHATS.jsonl"): "teach it to answer",
-            command("stages/finetune.py", run.folder, "--train=LABELLED.csv"): "teach it to classify",
-        } | steps
-    say(next_steps(steps))
+    dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
+    say(after_training(run.folder, dataset, f"{run.resume} --max_iters={2 * training.max_iters}"))
     return 0
 
 
