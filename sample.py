@@ -42,7 +42,7 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
-        from gpt_arc.chat.format import require_chat
+        from gpt_arc.chat.format import load_chat, require_chat
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.load import load_decoder
         from gpt_arc.decoding.speculative import Acceptance
@@ -59,7 +59,8 @@ class Sampler:
         @of_one_checkpoint
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
-            return directory, decoder, tokenizer, require_chat(directory, tokenizer) if config.chat else None
+            chat = require_chat(directory, load_chat(directory, tokenizer)) if config.chat else None
+            return directory, decoder, tokenizer, chat
 
         name = config.names[0] if config.names else runs.newest_run()
         self.directory, self.decoder, self.tokenizer, chat = load(name)

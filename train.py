@@ -380,11 +380,13 @@ def finish(run: Run, stopped: bool) -> int:
 
 def main() -> int:
     launch = read_command_line(sys.argv[1:], __doc__)
-    trained_on = None
+    trained_on, hold = None, None
     if launch.resumed:
-        if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
+        if launch.config.run.eval_only or launch.config.run.dry_run:
+            hold = contextlib.ExitStack()  # the run may go on in another process
+        elif IS_MAIN:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed))
+        launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed, hold))
         trained_on = load_state(launch.checkpoint, peek=True)["runtime"]["device"]
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
     with distributed.process_group(launch.config.training.backend, device):

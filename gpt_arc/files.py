@@ -150,23 +150,37 @@ def follow(link: Path) -> Path:
     return link
 
 
-def take_lock(path: Path) -> int | None:
+def take_lock(path: Path, shared: bool = False, quiet: bool = False) -> int | None:
     """Lock a file or directory until the descriptor returned is closed or the process ends.
 
-    Prints a line where there are no locks. Raises BlockingIOError if another process holds it.
+    Prints a line where there are no locks, unless `quiet`. Raises BlockingIOError if another process holds it; a
+    `shared` lock may be held by many.
     """
     if fcntl is None:
-        print(f"{path} can't be locked on this system: let no other process write to it", file=sys.stderr)
+        if not quiet:
+            print(f"{path} can't be locked on this system: let no other process write to it", file=sys.stderr)
         return None
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise
     except OSError as error:
-        print(f"{path} can't be locked ({first_line(error)}): let no other process write to it", file=sys.stderr)
+        if not quiet:
+            print(f"{path} can't be locked ({first_line(error)}): let no other process write to it", file=sys.stderr)
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path, shared: bool = False) -> Iterator[None]:
+    """Runs the block with a lock on `path`, if the system has locks. Raises BlockingIOError like `take_lock`."""
+    descriptor = take_lock(path, shared, quiet=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def sync(path: Path) -> None:

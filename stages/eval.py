@@ -28,12 +28,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.chat.format import require_chat
+from gpt_arc.chat.format import ChatFormat, load_text_with_chat, require_chat
+from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.evaluation.measure import Result, TaskItems, gather, measure_task, measure_text, with_overlap
@@ -46,7 +47,8 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import table, to_json
-from gpt_arc.weights.directory import load_text_model, model_directory
+from gpt_arc.weights.directory import model_directory, of_one_checkpoint
+from model import GPT
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -118,10 +120,11 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
         import_extra(module)
 
 
-def model_directories(options: Options) -> list[Path]:
-    """Returns the model's directory, or those of a run's checkpoints in order. Raises UserError."""
+def models(options: Options) -> Sequence[Path | str]:
+    """Returns what to measure: the model, or the directories of a run's checkpoints in order. Raises UserError."""
     if not options.checkpoints:
-        return [model_directory(options.model)]
+        model_directory(options.model)
+        return [options.model]
     directories = sorted(path.parent for path in Path(options.model).glob("step-*/config.json"))
     if not directories:
         raise UserError(
@@ -130,16 +133,29 @@ def model_directories(options: Options) -> list[Path]:
     return directories
 
 
+class Loaded(NamedTuple):
+    directory: Path
+    model: GPT
+    tokenizer: Tokenizer
+    chat: ChatFormat | None
+    hash: str  # of the weights
+
+
+@of_one_checkpoint
+def load(path: Path | str, dtype: torch.dtype) -> Loaded:
+    return Loaded(*load_text_with_chat(path, dtype), weight_hash(Path(path)))
+
+
 def evaluate(
-    directory: Path, all_items: Sequence[TaskItems], options: Options, dtype: torch.dtype, device: torch.device
+    loaded: Loaded, all_items: Sequence[TaskItems], options: Options, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
-    model, tokenizer = load_text_model(directory, dtype=dtype)
-    chat = require_chat(directory, tokenizer) if options.chat else None
+    directory, model, tokenizer, chat, hash = loaded
+    chat = require_chat(directory, chat) if options.chat else None
     reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
-    entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}
+    entry |= {"weights": hash, "tasks": [], "texts": {}}
 
     # ---- tasks
     results: list[Result] = []
@@ -168,7 +184,7 @@ def main() -> None:
     set_up_device(device, options.dtype)
 
     # ---- what to measure, and on which items
-    directories = model_directories(options)
+    paths = models(options)
     sources = options.data, options.train_data, options.limit
     all_items = [gather(task, options.shots, options.seed, *sources) for task in tasks]
     if options.training_text:
@@ -176,9 +192,10 @@ def main() -> None:
     report: dict[str, Any] = {"options": asdict(options), "models": []}
     report["versions"] = {name: importlib.metadata.version(name) for name in ("gpt-arc", "torch", "tokenizers")}
 
-    for directory in directories:
-        with naming(directory):
-            report["models"].append(evaluate(directory, all_items, options, dtype, device))
+    for path in paths:
+        loaded = load(path, dtype)
+        with naming(loaded.directory):
+            report["models"].append(evaluate(loaded, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)
     if options.json:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, NotRequired
 
+import torch
 from typing_extensions import TypedDict
 
 from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
@@ -21,7 +22,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, of_one_checkpoint
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -280,21 +281,35 @@ def load_template(name: str) -> Template:
         raise UserError(f"{path}: {error}") from None
 
 
-def require_chat(directory: Path | str, tokenizer: Tokenizer | None) -> ChatFormat:
-    """`load_chat` for a model directory that must have a chat.json. Raises UserError if it has none."""
-    chat = tokenizer and load_chat(directory, tokenizer)
+def require_chat(directory: Path | str, chat: ChatFormat | None) -> ChatFormat:
+    """Returns `chat`, which was read from a model directory. Raises UserError if it has none."""
     if chat is None:
         raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
     return chat
 
 
 @of_one_checkpoint
+def load_with_chat(path: Path | str) -> tuple[GPT, Tokenizer | None, ChatFormat | None]:
+    """Returns what `load_model` and `load_chat` read from a model directory."""
+    model, tokenizer = load_model(path)
+    return model, tokenizer, tokenizer and load_chat(path, tokenizer)
+
+
+@of_one_checkpoint
+def load_text_with_chat(
+    path: Path | str, dtype: torch.dtype = torch.float32
+) -> tuple[Path, GPT, Tokenizer, ChatFormat | None]:
+    """Returns the model directory, and what `load_text_model` and `load_chat` read from it."""
+    model, tokenizer = load_text_model(path, dtype=dtype)
+    return Path(path), model, tokenizer, load_chat(path, tokenizer)
+
+
+@of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
-    directory = Path(path)
-    model, tokenizer = load_model(directory)
-    chat = require_chat(directory, tokenizer)
+    model, _, chat = load_with_chat(path)
+    chat = require_chat(path, chat)
     largest, rows = max(chat.ids.values()), model.config.vocab_size
     if largest >= rows:
-        raise UserError(f"{directory / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
+        raise UserError(f"{Path(path) / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
     return model, chat.tokenizer, chat
