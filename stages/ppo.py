@@ -281,16 +281,16 @@ def roll_out(
     """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
     share = prompts[RANK::WORLD_SIZE]
     responses = write_responses(
-        decoder, share, setup.chat.end, options.max_new_tokens, options.temperature, options.seed,
+        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed,
         range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
     )  # fmt: skip
     outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
     scores = setup.score(share, responses)
     monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
-        ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
+        ended = torch.tensor([response[-1] in setup.chat.ends for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
-    return gather_rollouts(prompts, responses, outputs, scores, monitored, setup.chat.end)
+    return gather_rollouts(prompts, responses, outputs, scores, monitored, setup.chat.ends)
 
 
 def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,8 @@ class ChatFormat:
         if missing:
             raise UserError(f"the template's {missing[0]} is not a token of the tokenizer")
         self.ids = {mark: id for mark, id in ids.items() if id is not None}
-        self.end = self.ids[end_mark(template.assistant)]  # the token that ends a response
+        self.end = self.ids[end_mark(template.assistant)]  # the token that ends a response in training
+        self.ends = {*tokenizer.ends, self.end}  # those that end what a model writes
         for half in (half for role in ROLES for half in template.parts(role)):
             try:
                 self._encode(self._split(half), [])
@@ -220,8 +221,8 @@ class ChatFormat:
         return [*self.tokenizer.encode_from(content, 0, after_special=True)[0], self.end]
 
     def decode(self, response: Sequence[int]) -> str:
-        """Returns the text of a response, up to its end token."""
-        length = response.index(self.end) if self.end in response else len(response)
+        """Returns the text of a response, up to the first of `ends`."""
+        length = next((i for i, token in enumerate(response) if token in self.ends), len(response))
         return self.tokenizer.decode(response[:length])
 
     def latest(self, turns: Sequence[Turn], room: int) -> list[Turn]:
