@@ -15,12 +15,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import math
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
 from model import GPT
 
 
@@ -79,6 +79,7 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
+    example: list[Tensor]  # of a batch
     log: MetricsLog | None = None
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
@@ -104,7 +105,7 @@ class Run:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
         plan, block_size = self.plan, self.plan.config.model.block_size
         batches = evaluation_batches(plan.val_tokens, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
-        batches = prefetch(batches, plan.device)
+        batches = self.readable(prefetch(batches, plan.device))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
         with self.updater.averaged():
@@ -124,19 +125,19 @@ class Run:
         windows = config.logging.eval_iters * config.data.batch_size
         return self.plan.val_tokens.evaluation_starts(config.model.block_size, windows)
 
-    def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """The next batch. Raises UserError or OSError if it can't be read.
+    def readable(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
+        """Yields the batches. Raises UserError or OSError if one can't be read.
 
-        Among several processes such a failure asks all of them to stop, and `last`, the batch before, stands in: the
+        Among several processes such a failure asks all of them to stop, and `example` stands in for the batches: the
         others wait for this process's part of the step, which isn't made.
         """
         try:
-            return next(batches, last)
+            yield from batches
         except (UserError, OSError) as error:
-            if WORLD_SIZE == 1 or last is None:
+            if WORLD_SIZE == 1:
                 raise
             self.failure, self.stop.received = error, signal.SIGTERM
-            return last
+            yield from itertools.repeat(self.example)
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
@@ -224,7 +225,8 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
+    run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, example)
+    run.saved_step = progress.step
     if IS_MAIN and not config.run.eval_only:
         wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
         name = read_record(folder)[0] if launch.resumed else launch.name
@@ -234,20 +236,17 @@ def build(plan: Plan) -> Run:
 
 
 def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
-    tokenizer = plan.corpus and plan.corpus.tokenizer
-    origin = plan.launch.checkpoint or plan.launch.imported
-    if not origin:
-        return GPT(plan.config.model), tokenizer
-    model, trained_tokenizer = load_model(origin, plan.config.model)
-    if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(
-            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
-        )
-    return model, tokenizer or trained_tokenizer
+    if not plan.origin:
+        return GPT(plan.config.model), plan.tokenizer
+    model, trained_tokenizer = load_model(plan.origin, plan.config.model)
+    plan.check_tokenizer(trained_tokenizer)
+    return model, plan.tokenizer or trained_tokenizer
 
 
 def evaluate_only(run: Run) -> int:
     val_loss = run.val_loss()
+    if run.failure:
+        raise run.failure
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
@@ -272,9 +271,9 @@ def train(run: Run) -> int:
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(plan.train_tokens, plan.order, progress.consumed, sequences, *share)
-    batches = prefetch(batches, device)
+    batches = run.readable(prefetch(batches, device))
     meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
-    learning_rate = grad_norm = batch = None
+    learning_rate = grad_norm = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
@@ -318,7 +317,7 @@ def train(run: Run) -> int:
         learning_rate = learning_rate_at(progress.step, training)
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
-            batch = run.next_batch(batches, batch)
+            batch = next(batches)
             more_to_come = WORLD_SIZE > 1 and i < plan.micro_steps
             with run.replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with autocast(device, dtype):
@@ -370,7 +369,8 @@ def finish(run: Run, stopped: bool) -> int:
     if run.log:
         run.log.close()
     if stopped:
-        say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
+        saved = f", saved; resume with: {run.resume}" if run.saved_step else ""
+        say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
@@ -393,6 +393,8 @@ def main() -> int:
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:
+            if plan.origin and local_directory(plan.origin):
+                plan.check_tokenizer(read_tokenizer(plan.origin))
             return 0
         run = build(plan)
         if launch.config.run.eval_only:

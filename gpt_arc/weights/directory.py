@@ -141,6 +141,12 @@ def load_config(path: Path | str) -> GPTConfig:
     return _read_config(_directory(path, hub.CONFIG))[1]
 
 
+@of_one_checkpoint
+def read_tokenizer(path: Path | str) -> Tokenizer | None:
+    """Returns a model's tokenizer without reading its weights; None if it has none."""
+    return load_tokenizer(Path(path)) if holds_tokenizer(Path(path)) else None
+
+
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Returns a model directory's model_type, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
