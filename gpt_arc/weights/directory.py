@@ -205,7 +205,8 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     try:
         with meta_device():
             model = GPT(config)
-            shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
+            trained_model = model if config == stored else GPT(stored)
+            shapes = {name: tensor.shape for name, tensor in trained_model.state_dict().items()}
     except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
         raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
     if kind == MODEL_TYPE:
