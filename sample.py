@@ -59,7 +59,10 @@ class Sampler:
         @of_one_checkpoint
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
-            chat = require_chat(directory, load_chat(directory, tokenizer)) if config.chat else None
+            chat = None
+            if config.chat:
+                chat = load_chat(directory, tokenizer, decoder.model.config.vocab_size)
+                chat = require_chat(directory, chat)
             return directory, decoder, tokenizer, chat
 
         name = config.names[0] if config.names else runs.newest_run()

@@ -248,8 +248,11 @@ class ChatFormat:
         record_files(Path(directory), CHAT_FILE)
 
 
-def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
-    """Reads a model directory's chat.json; None if it has none. Raises UserError if it is damaged."""
+def load_chat(directory: Path | str, tokenizer: Tokenizer, rows: int | None = None) -> ChatFormat | None:
+    """Reads a model directory's chat.json; None if it has none.
+
+    Raises UserError if it is damaged or names a token beyond the model's `rows`.
+    """
     path = Path(directory) / CHAT_FILE
     if not path.exists():
         return None
@@ -261,9 +264,13 @@ def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.text_size):
         raise UserError(f"{path}: added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
     try:
-        return ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
+        chat = ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    largest = max((*chat.ids.values(), *chat.prefix))
+    if rows is not None and largest >= rows:
+        raise UserError(f"{path} has a token of the id {largest}, and the model {rows} rows")
+    return chat
 
 
 def load_template(name: str) -> Template:
@@ -293,7 +300,7 @@ def require_chat(directory: Path | str, chat: ChatFormat | None) -> ChatFormat:
 def load_with_chat(path: Path | str) -> tuple[GPT, Tokenizer | None, ChatFormat | None]:
     """Returns what `load_model` and `load_chat` read from a model directory."""
     model, tokenizer = load_model(path)
-    return model, tokenizer, tokenizer and load_chat(path, tokenizer)
+    return model, tokenizer, tokenizer and load_chat(path, tokenizer, model.config.vocab_size)
 
 
 @of_one_checkpoint
@@ -302,7 +309,7 @@ def load_text_with_chat(
 ) -> tuple[Path, GPT, Tokenizer, ChatFormat | None]:
     """Returns the model directory, and what `load_text_model` and `load_chat` read from it."""
     model, tokenizer = load_text_model(path, dtype=dtype)
-    return Path(path), model, tokenizer, load_chat(path, tokenizer)
+    return Path(path), model, tokenizer, load_chat(path, tokenizer, model.config.vocab_size)
 
 
 @of_one_checkpoint
@@ -310,7 +317,4 @@ def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
     model, _, chat = load_with_chat(path)
     chat = require_chat(path, chat)
-    largest, rows = max(chat.ids.values()), model.config.vocab_size
-    if largest >= rows:
-        raise UserError(f"{Path(path) / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
     return model, chat.tokenizer, chat
