@@ -5,7 +5,6 @@ Every function also works in a single process started without torchrun.
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc.errors import UserError, lose_output
+from gpt_arc.files import command
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -26,11 +26,13 @@ IS_MAIN = RANK == 0  # only this process writes files and prints
 
 def launch_command(script: str, *arguments: str) -> str:
     """Returns the shell command that runs a script with as many processes as now."""
-    command = shlex.join((script, *arguments))
+    again = command(script, *arguments)
     if WORLD_SIZE == 1:
-        return f"python {command}"
+        return again
     separator = "-- " if any(one.startswith("--monitor") for one in arguments) else ""  # torchrun has a --monitor too
-    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {separator}{command}"
+    program, _, after_program = again.partition(" ")
+    launched = f"{separator}{after_program}" if program == "python" else f"--no-python {separator}{again}"
+    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {launched}"
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,15 @@ def resource(name: str) -> Path:
     """
     packaged = PACKAGE / "resources"
     return (packaged if packaged.is_dir() else PACKAGE.parent) / name
+
+
+def command(script: str, *arguments: str) -> str:
+    """Returns the shell command that runs a script, such as "tools/runs.py": a wheel has gpt-arc's commands instead."""
+    path, program = Path(script), ["python", script]
+    if (PACKAGE / "resources").is_dir():
+        name = ["prepare", path.stem] if path.parent.name == "prepare" else [path.stem.replace("_", "-")]
+        program = ["gpt-arc", *name]
+    return shlex.join((*program, *arguments))
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -3,9 +3,9 @@
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
 unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Three class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+Four class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
 current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
-settings instead of --help.
+settings instead of --help. FIRST names the most used settings, which --help shows first.
 """
 
 import dataclasses

@@ -23,32 +23,29 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+# Modules that need torch are imported in functions, so that wrong settings are refused at once.
+
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.chat.format import ChatFormat, load_text_with_chat, require_chat
-from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
 from gpt_arc.errors import UserError, entry_point, naming
-from gpt_arc.evaluation.measure import Result, TaskItems, gather, measure_task, measure_text, with_overlap
-from gpt_arc.evaluation.reader import Reader
-from gpt_arc.evaluation.report import plot_checkpoints, result_tables, weight_hash
 from gpt_arc.evaluation.tasks import Task, load_task
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, Positional
 from gpt_arc.tables import table, to_json
-from gpt_arc.weights.directory import model_directory, of_one_checkpoint
-from model import GPT
+
+if TYPE_CHECKING:
+    import torch
+
+    from gpt_arc.evaluation.measure import Result, TaskItems
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -122,6 +119,8 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
 
 def models(options: Options) -> Sequence[Path | str]:
     """Returns what to measure: the model, or the directories of a run's checkpoints in order. Raises UserError."""
+    from gpt_arc.weights.directory import model_directory
+
     if not options.checkpoints:
         model_directory(options.model)
         return [options.model]
@@ -133,23 +132,29 @@ def models(options: Options) -> Sequence[Path | str]:
     return directories
 
 
-class Loaded(NamedTuple):
-    directory: Path
-    model: GPT
-    tokenizer: Tokenizer
-    chat: ChatFormat | None
-    hash: str  # of the weights
+def load(path: Path | str, dtype: "torch.dtype") -> tuple:
+    """Returns a model's directory, what `load_text_model` and `load_chat` read from it, and the hash of its weights."""
+    from gpt_arc.chat.format import load_text_with_chat
+    from gpt_arc.evaluation.report import weight_hash
+    from gpt_arc.weights.directory import of_one_checkpoint
 
+    @of_one_checkpoint
+    def read(directory: Path) -> tuple:
+        return *load_text_with_chat(directory, dtype), weight_hash(directory)
 
-@of_one_checkpoint
-def load(path: Path | str, dtype: torch.dtype) -> Loaded:
-    return Loaded(*load_text_with_chat(path, dtype), weight_hash(Path(path)))
+    return read(path)
 
 
 def evaluate(
-    loaded: Loaded, all_items: Sequence[TaskItems], options: Options, dtype: torch.dtype, device: torch.device
+    loaded: tuple, all_items: Sequence["TaskItems"], options: Options, dtype: "torch.dtype", device: "torch.device"
 ) -> dict[str, Any]:
     """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
+    from gpt_arc.chat.format import require_chat
+    from gpt_arc.evaluation.measure import measure_task, measure_text
+    from gpt_arc.evaluation.reader import Reader
+    from gpt_arc.evaluation.report import result_tables
+    from gpt_arc.planning.cost import describe_parameters
+
     directory, model, tokenizer, chat, hash = loaded
     chat = require_chat(directory, chat) if options.chat else None
     reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
@@ -179,6 +184,11 @@ def main() -> None:
         raise UserError("there is nothing to do: name --tasks or --perplexity")
     tasks = [load_task(name) for name in options.tasks]
     check(options, tasks)
+
+    from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
+    from gpt_arc.evaluation.measure import gather, with_overlap
+    from gpt_arc.evaluation.report import plot_checkpoints
+
     device = resolve_device(options.device)
     dtype = DTYPES[resolve_dtype(options.dtype, device)]
     set_up_device(device, options.dtype)
@@ -194,7 +204,7 @@ def main() -> None:
 
     for path in paths:
         loaded = load(path, dtype)
-        with naming(loaded.directory):
+        with naming(loaded[0]):
             report["models"].append(evaluate(loaded, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)

@@ -25,7 +25,8 @@ import time
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from statistics import fmean, pstdev
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -47,6 +48,7 @@ from gpt_arc.finetuning.classifier import (
     combined_loss,
     is_classifier,
     load_classifier,
+    read_config,
     save_classifier,
     with_special_tokens,
 )
@@ -109,7 +111,8 @@ class Options(ExampleOptions):
     label: str | None = None
     """Column of the label. Of an option: its number from 0, letter from A, column or text. None: label."""
     numbers: bool = False
-    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes."""
+    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes. The head learns them
+    standardised by the mean and standard deviation of the training labels, and starts at their mean."""
     max_tokens: Annotated[int, Ge(LEAST_TOKENS)] | None = None
     """Longer sequences are cut to this, the longest text first. None: the model's context."""
     batch_size: Count = 32
@@ -155,6 +158,11 @@ class Options(ExampleOptions):
     """A prepared dataset on which the LSTM is trained as a language model first."""
     lstm_iters: Natural = 0
     """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("train", "val", "test", "predict", "classify", "task", "numbers"),
+        *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -233,7 +241,18 @@ def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tupl
     return classes
 
 
-def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier, Tokenizer]:
+def scale_to_learn(options: Options, examples: list[Example], checkpoint: Path | None) -> dict[str, float]:
+    """The mean and scale of numeric labels; a resumed run keeps those of its checkpoint."""
+    if not options.numbers:
+        return {}
+    if checkpoint:
+        config = read_config(checkpoint)
+        return {"mean": config.mean, "scale": config.scale}
+    labels = [label_value(example) for example in examples]
+    return {"mean": fmean(labels), "scale": pstdev(labels) or 1.0}
+
+
+def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, float]) -> tuple[Classifier, Tokenizer]:
     """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
     if is_classifier(options.model):
         trained, tokenizer = load_classifier(options.model)
@@ -267,8 +286,11 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
             learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
-    config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm)
-    return Classifier(trunk, config), tokenizer
+    config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm, **scale)
+    classifier = Classifier(trunk, config)
+    if config.is_regression:
+        torch.nn.init.zeros_(classifier.head.weight)  # the first prediction is the mean
+    return classifier, tokenizer
 
 
 def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
@@ -311,13 +333,14 @@ class Material(NamedTuple):
         return "pearson" if self.classifier.config.is_regression else "accuracy"
 
 
-def prepare(options: Options) -> Material:
+def prepare(options: Options, checkpoint: Path | None) -> Material:
     """Read the examples, build the classifier and print the plan. Raises UserError."""
     examples = read_splits(options)
     if options.predict:
         read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
         predictions_file(options)
-    classifier, tokenizer = build(options, classes_to_learn(options, examples))
+    scale = scale_to_learn(options, examples["train"], checkpoint)
+    classifier, tokenizer = build(options, classes_to_learn(options, examples), scale)
     config = classifier.config
     splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
     updates_per_epoch = math.ceil(len(splits["train"]) / options.examples_per_update)
@@ -336,7 +359,7 @@ def prepare(options: Options) -> Material:
 
 def train(options: Options, run: StageRun) -> int:
     """Fine-tune, choose the best epoch, measure it."""
-    material = prepare(options)
+    material = prepare(options, run.checkpoint)
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
@@ -372,6 +395,7 @@ def train(options: Options, run: StageRun) -> int:
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue
         rate, norm, (task_loss, language_loss) = result
+        task_loss *= classifier.config.scale**2
         progress.step += 1
         for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
             progress.sums[i] += value

@@ -130,6 +130,14 @@ class Options(StageOptions):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "prompts",
+        "reward",
+        "episodes",
+        "max_new_tokens",
+        "kl_coef",
+        *StageOptions.FIRST,
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
 
     def __post_init__(self):

@@ -47,7 +47,7 @@ from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.planning.fits import Laws, Result, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
 from gpt_arc.reading import read_json
-from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, UnitInterval
+from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare, UnitInterval
 from gpt_arc.tables import amount, counted, human, table, to_json
 from gpt_arc.training.command_line import config_file
 from gpt_arc.training.config import build_config, read_settings, write_settings
@@ -55,8 +55,6 @@ from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
 from model import GPT
 
 CHINCHILLAS = "L(N, D), Chinchilla's form"
-SHARE = 0.01  # of a run's compute, that the runs which predict it may have
-
 
 @dataclass(frozen=True, config=STRICT)
 class SweepOptions:
@@ -268,6 +266,8 @@ class PredictOptions:
     """A sweep's file with the run or runs to predict."""
     embeddings: bool = False
     """Count embeddings and head as parameters."""
+    share: PositiveShare = 0.01
+    """Share of the predicted run's compute that the runs which predict it may have, at most."""
     resamplings: Count = 1000
     """Fits to resampled runs, for the interval."""
 
@@ -282,7 +282,7 @@ def predict(options: PredictOptions) -> int:
             continue
         if run.step:
             raise UserError(f"{run.folder} has begun to train: a prediction comes before it")
-        used = [result for result in results if result.flops <= SHARE * run.flops]
+        used = [result for result in results if result.flops <= options.share * run.flops]
         n = run.parameters if options.embeddings else run.parameters_without_embeddings
         sizes = [size_of(result, options.embeddings) for result in used]
         try:
@@ -294,7 +294,7 @@ def predict(options: PredictOptions) -> int:
             )
         except ValueError as error:
             raise UserError(
-                f"{file} has {counted(len(used), 'run')} of at most {SHARE:.0%} of {run.name}'s compute: {error}"
+                f"{file} has {counted(len(used), 'run')} of at most {options.share:.0%} of {run.name}'s compute: {error}"
             ) from None
         low, high = law.interval(lambda law, n=n, d=run.tokens: float(law.loss(n=n, d=d)))
         prediction = {

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positional
 from gpt_arc.tables import human, table
@@ -74,7 +75,7 @@ def listing() -> str:
         figures = [steps, run.val_loss, written, human(run.size, "B"), STATES[run.finished]]
         rows.append([run.folder.name, run.stage, run.origin, run.data, *figures])
     if not summaries and not damaged:
-        return f"there are no runs under {OUT_ROOT}/: python train.py configs/quickstart.toml starts one"
+        return f"there are no runs under {OUT_ROOT}/: {command('train.py', 'configs/quickstart.toml')} starts one"
     return "\n".join([table(rows), *damaged])
 
 
@@ -142,7 +143,7 @@ def main() -> None:
 
         print(comparison(*(summary(folder_of(name)) for name in options.names)))
     else:
-        raise UserError(f"two runs are compared, not {len(options.names)}: python tools/runs.py RUN RUN")
+        raise UserError(f"two runs are compared, not {len(options.names)}: {command('tools/runs.py', 'RUN', 'RUN')}")
 
 
 if __name__ == "__main__":

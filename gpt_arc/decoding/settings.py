@@ -1,7 +1,7 @@
 """The settings of sampling."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
@@ -74,6 +74,11 @@ class SampleConfig:
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoding step. auto: if it saves more time than it takes; not available with a draft."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("start", "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "chat", "interactive"),
+        *("prompts", "json", "seed"),
+    )
 
     @property
     def names(self) -> list[str]:

@@ -79,6 +79,8 @@ class StageOptions:
     resume: str | None = None
     """Run folder to resume with its original settings; only device and backend may change."""
 
+    FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
+
     PATHS: ClassVar[tuple[str, ...]] = ("model",)  # settings that may be paths, beside those of the type Path
 
     OLD: ClassVar[dict[str, Any]] = {"final_learning_rate": UnitInterval, "resume": bool | str | None}

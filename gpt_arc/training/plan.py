@@ -188,9 +188,9 @@ def print_plan(plan: Plan) -> None:
     batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
     say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
     say(f"steps          {config.training.max_iters:,}")
-    if config.run.accelerator:
+    if accelerator := config.run.accelerator:
         run = config.run
-        hardware = Hardware(run.accelerator, run.devices, run.device_mfu, run.device_price)
+        hardware = Hardware(accelerator, run.devices, run.device_mfu, run.device_price)
         flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
         say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
     train = plan.data and plan.data.train

@@ -14,7 +14,7 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, take_lock, write_file
+from gpt_arc.files import command, discard, take_lock, write_file
 from gpt_arc.reading import read_json
 from gpt_arc.settings import build, read_files, read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
@@ -54,7 +54,7 @@ def newest_run(name: str | None = None) -> Path:
     kind = f"run of {name}" if name else "run"
     raise UserError(
         f"there is no {kind} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
-        "`python train.py configs/quickstart.toml`, or name its folder"
+        f"`{command('train.py', 'configs/quickstart.toml')}`, or name its folder"
     )
 
 

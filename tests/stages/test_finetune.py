@@ -229,6 +229,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, updates, fl
     assert unmeasured(whole.pop("epochs")) == unmeasured(halves.pop("epochs")) and whole == halves
 
 
+def write_numbers():
+    """Files of the toy task with numbers of mean 50 and standard deviation 10 as labels."""
+    for seed, (split, count) in enumerate({"train": 40, "val": 16, "test": 16}.items()):
+        rows = toy(count, seed)
+        write(f"{split}.jsonl", [row | {"label": 40 if row["label"] == "no" else 60} for row in rows])
+
+
+def test_numbers_are_learned_from_their_mean_in_their_own_units(run):
+    write_numbers()
+    splits = ("--val=val.jsonl", "--test=test.jsonl", "--predict=test.jsonl")
+    run(*TRAIN, "--numbers=True", *splits, "--epochs=12", "--classifier_dropout=0")
+    updates = [line for line in read_metrics(Path("out/finetune/metrics.jsonl")) if "task_loss" in line]
+    assert updates[0]["task_loss"] == pytest.approx(100)  # all labels lie 10 from the mean, which is predicted first
+    report = json.loads(Path("out/finetune/report.json").read_text())
+    assert report["epochs"][0]["loss"] < 110 and report["epochs"][-1]["val_mean_squared_error"] < 20
+    predicted = [json.loads(line)["prediction"] for line in Path("test.predictions.jsonl").read_text().splitlines()]
+    labels = [json.loads(line)["label"] for line in Path("test.jsonl").read_text().splitlines()]
+    errors = sum((value - label) ** 2 for value, label in zip(predicted, labels)) / 16
+    assert report["test"]["mean_squared_error"] == pytest.approx(errors, rel=1e-5)
+    assert report["test"]["loss"] == pytest.approx(errors, rel=1e-5)
+    config = json.loads(Path("out/finetune/best/classifier.json").read_text())
+    assert (config["mean"], config["scale"]) == (50, 10)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_keeps_the_scale_of_its_numbers(run, monkeypatch, older):
+    write_numbers()
+    flags = (*TRAIN, "--numbers=True", "--epochs=2", "--val_fraction=0")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 3)
+        run(*flags, "--out_dir=halves")
+    last = Path("halves/last")
+    if older:  # a run of the version without scales
+        content = json.loads((last / "classifier.json").read_text())
+        del content["mean"], content["scale"]
+        (last / "classifier.json").write_text(json.dumps(content))
+        (last / "manifest.json").unlink()
+    run("--resume=halves")
+    config = load_classifier(last)[0].config
+    assert (config.mean, config.scale) == ((0, 1) if older else (50, 10))
+    if not older:
+        run(*flags, "--out_dir=whole")
+        assert_same_weights("whole/last", last)
+
+
 @pytest.mark.parametrize("untied", [False, True])
 def test_special_tokens_depend_only_on_the_seed(run, untied):
     if untied:
