@@ -10,9 +10,9 @@
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
-The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard error
-and, from the second shot count on, a p-value (McNemar's exact test) against the first. `--json FILE` writes all
-figures with the hashes of weights and items, seeds and versions.
+The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard
+error, the accuracy of guessing if the task is a choice and, from the second shot count on, a p-value (McNemar's exact
+test) against the first. `--json FILE` writes all figures with the hashes of weights and items, seeds and versions.
 
 --training_text searches raw text for the tasks' items by GPT-3's rule, which `prepare/decontaminate.py` documents. All
 strings of an item count. Generated arithmetic is left out. Each figure is then also given for the clean and for the
@@ -85,6 +85,9 @@ class Options:
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware; results then depend on the machine."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
+    they pay."""
     seed: Natural = 0
     """Seed for drawing items, demonstrations, and the answers of tasks that sample them."""
     json: Path | None = None
@@ -154,10 +157,12 @@ def evaluate(
     from gpt_arc.evaluation.reader import Reader
     from gpt_arc.evaluation.report import result_tables
     from gpt_arc.planning.cost import describe_parameters
+    from gpt_arc.training.threads import set_reading_threads
 
     directory, model, tokenizer, chat, hash = loaded
     chat = require_chat(directory, chat) if options.chat else None
-    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
+    set_reading_threads(options.threads, model.to(device).eval(), options.batch_tokens)
+    reader = Reader(model, tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
     entry |= {"weights": hash, "tasks": [], "texts": {}}
@@ -208,8 +213,10 @@ def main() -> None:
             report["models"].append(evaluate(loaded, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)
+        print(f"plot           {options.plot}")
     if options.json:
         write_file(options.json, to_json(report, indent=1, default=str, ensure_ascii=False) + "\n")
+        print(f"figures        {options.json}")
 
 
 if __name__ == "__main__":

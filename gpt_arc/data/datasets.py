@@ -22,6 +22,12 @@ from gpt_arc.settings import STRICT, Natural, Positive
 from gpt_arc.tables import counted
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
+EXAMPLES = {  # dataset -> the example that makes it
+    "gpt1_text": "gpt1_arc.sh",
+    "in_context_text": "in_context_arc.sh",
+    "instructgpt_text": "instructgpt_arc.sh",
+    "toy": "toy_sentiment.sh",
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -204,6 +210,7 @@ def prepare_dataset(name: str) -> Path:
         flags = ("--input", text, "--name", Path(name).stem.lstrip(".") or "NAME", "--tokenizer", "gpt2")
         prepare = f"`{command('prepare/text.py', *flags)}` on your own text"
         prepare = f"`{command(f'prepare/{name}.py')}`" if script.exists() else prepare
+        prepare = f"`bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else prepare
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
             f"{prepare}, or name a prepared one with --dataset"

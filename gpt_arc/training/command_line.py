@@ -230,10 +230,12 @@ def start_stage(
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
+        allowed = {"resume", "device", "backend", "wandb_log", *recorded.code} | ({"model"} if is_old_form else set())
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
+        wandb_log = recorded.wandb_log if options.wandb_log is None else options.wandb_log
+        given = {"device": options.device, "backend": options.backend, "wandb_log": wandb_log, "resume": str(folder)}
+        options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
         options = located(options)
