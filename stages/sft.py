@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
-from gpt_arc.chat.format import ChatFormat, load_chat, load_template
+from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say, sharing_gradients
@@ -43,7 +43,7 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
-from gpt_arc.weights.directory import load_text_model, model_directory, save_model
+from gpt_arc.weights.directory import save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -88,9 +88,7 @@ def train(options: Options, run: StageRun) -> int:
         raise UserError("name the conversations to learn from by --train")
 
     # ---- the model, with a token for each mark that the template adds
-    directory = model_directory(run.origin)
-    model, tokenizer = load_text_model(directory)
-    chat = load_chat(directory, tokenizer)
+    _, model, tokenizer, chat = load_text_with_chat(run.origin)
     if chat is not None and options.template != Options.template and not options.resume:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
