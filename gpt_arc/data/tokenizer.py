@@ -303,18 +303,18 @@ class BPETokenizer(Tokenizer):
         return (self.ranks, self.special) == (other.ranks, other.special)
 
     @cached_property
-    def _merges(self) -> list[tuple[bytes, bytes]]:
-        return merges_of(self.ranks)
-
-    @cached_property
     def _bytes_by_id(self) -> dict[int, bytes]:
         return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
 
     def _vocabulary_files(self) -> dict[str, bytes]:
+        return self._file
+
+    @cached_property
+    def _file(self) -> dict[str, bytes]:
         printable = byte_alphabet()
         spelled = {token: "".join(printable[b] for b in token) for token in self.ranks}
         vocab = {spelled[token]: id for token, id in self.ranks.items()} | self.special
-        merges = [[spelled[a], spelled[b]] for a, b in self._merges]
+        merges = [[spelled[a], spelled[b]] for a, b in merges_of(self.ranks)]
         model = {
             "type": "BPE",
             "dropout": None,
