@@ -28,7 +28,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import orjson
 from pydantic.dataclasses import dataclass
@@ -134,11 +134,10 @@ class Files(Documents):
 
     def summary(self, skipped: Counter[str]) -> str:
         """How many files of each ending are read, and how many are skipped."""
-        read = Counter(f"{ending(path)}{path.suffix if path.suffix.lower() in PACKED else ''}" for path in self.paths)
-        counts = [
-            ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in c.items()) for c in (read, skipped)
-        ]
-        return f"reading {counts[0]}" + (f"; skipping {counts[1]} (--pattern chooses others)" if skipped else "")
+        packings = (path.suffix if path.suffix.lower() in PACKED else "" for path in self.paths)
+        read = Counter(f"{ending(path)}{packing}" for path, packing in zip(self.paths, packings))
+        left = f"; skipping {_listed(skipped)} (--pattern chooses others)" if skipped else ""
+        return f"reading {_listed(read)}{left}"
 
     def identity(self) -> dict[str, Any]:
         digest = _names_sizes_times(self.paths, self._stats)
@@ -167,32 +166,26 @@ class Files(Documents):
 
 
 class Piped(Files):
-    """The documents of standard input, which is copied to a temporary file, for it may be read twice.
+    """The documents of standard input or another pipe, which is copied to a temporary file, as it may be read twice.
 
     A resumed preparation needs the same content again.
     """
 
-    def __init__(self, field: str):
-        self._file = tempfile.NamedTemporaryFile(prefix="gpt-arc-")  # noqa: SIM115, deleted with this object
-        self._digest = hashlib.sha256()
-        while block := sys.stdin.buffer.read(PIECE):
-            self._digest.update(block)
-            self._file.write(block)
-        self._file.flush()
-        super().__init__([Path(self._file.name)], field)
-        self.name = self.label(self.paths[0])
-
-    def share(self, number: int, count: int) -> tuple[int, int]:
-        """The first and last + 1 of the files that are part `number` of `count`, of about equal bytes."""
-        begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats)]
-        bounds = [bisect.bisect_left(begins, -(-self.total_bytes * part // count)) for part in (number, number + 1)]
-        return bounds[0], len(self.paths) if number + 1 == count else bounds[1]
+    def __init__(self, pipe: BinaryIO, name: str, field: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="gpt-arc-")  # deleted with this object
+        path, digest = Path(self._folder.name, "content"), hashlib.sha256()
+        with open(path, "wb") as file:
+            while block := pipe.read(PIECE):
+                digest.update(block)
+                file.write(block)
+        super().__init__([path], field)
+        self.name, self._digest = name, digest.hexdigest()
 
     def label(self, path: Path) -> str:
-        return "standard input"
+        return self.name
 
     def identity(self) -> dict[str, Any]:
-        return {"sha256": self._digest.hexdigest(), "field": self.field}
+        return {"sha256": self._digest, "field": self.field}
 
 
 class HubDocuments(Documents):
@@ -272,7 +265,10 @@ class InputSettings:
         """
         field = self.field or "text"
         if self.input == ("-",):
-            return self._checked(Piped(field))
+            return self._checked(Piped(sys.stdin.buffer, "standard input", field))
+        if len(self.input) == 1 and Path(self.input[0]).is_fifo():
+            with open(self.input[0], "rb") as pipe:
+                return self._checked(Piped(pipe, self.input[0], field))
         skipped: Counter[str] = Counter()
         files = self._checked(Files(find_files(self.input, self.pattern, skipped), field))
         if any(Path(name).is_dir() for name in self.input):
@@ -363,6 +359,10 @@ def _kind_of(path: Path, field: str) -> Kind:
         return kind
     with _opened(path, 0) as (file, _):
         return kind_of_content(file.read(PIECE), path, field)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in counts.items())
 
 
 def _names_sizes_times(paths: list[Path], stats: list[os.stat_result]) -> str:

@@ -366,3 +366,13 @@ def test_a_pipe_is_read_whole(tmp_path):
     writer.start()
     assert read_text(pipe) == "ün\n"
     writer.join()
+
+
+def test_a_named_pipe_is_read_like_standard_input(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text('{"text": "a"}\n{"text": "b"}\n'), daemon=True)
+    writer.start()
+    source = InputSettings(input=(str(pipe),)).files()
+    assert read(source)[0] == ["a", "b"] and source.name == str(pipe) and not source.is_one
+    writer.join()
