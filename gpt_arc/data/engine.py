@@ -52,7 +52,7 @@ class FastEncoder:
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         samples = [text[:SAMPLE] for text in (texts[len(texts) // 2 :][:1] if self._compared else texts)]
-        self._compared = True
+        self._compared |= bool(texts)
         try:
             rows = self._engine(sum(map(len, texts))).encode_batch([*texts, *samples], parallel=False)
         except BaseException as error:

@@ -337,21 +337,16 @@ def _encode(
 ) -> tuple[PreparationProgress, dict[str, np.ndarray]]:
     """Returns the progress after a batch and, by split, its tokens, with end_of_text after every document."""
     parts, progress = batch
-    tokens = {}
-    for split in SPLITS:
-        chosen = [(text, ends) for side, text, ends in parts if side == split]
-        ids, counts = encode([text for text, _ in chosen])
-        size = len(ids) + (0 if end_of_text is None else sum(ends for _, ends in chosen))
-        fits = max(ids.max(initial=0), end_of_text or 0) < 2**16
-        joined = np.full(
-            size, end_of_text or 0, np.uint16 if fits else np.uint32
-        )  # the former waits in half the memory
-        start = at = 0
-        for count, (_, ends) in zip(counts.tolist(), chosen):
-            joined[at : at + count] = ids[start : start + count]
-            start, at = start + count, at + count + (ends and end_of_text is not None)
-        tokens[split] = joined
-    return progress, tokens
+    ids, counts = encode([text for _, text, _ in parts])
+    separator = np.array([] if end_of_text is None else [end_of_text], dtype=np.uint32)
+    if max(ids.max(initial=0), separator.max(initial=0)) < 2**16:  # half the memory while they wait to be written
+        ids, separator = ids.astype(np.uint16), separator.astype(np.uint16)
+    tokens = {split: [separator[:0]] for split in SPLITS}
+    start = 0
+    for (side, _, ends), count in zip(parts, counts.tolist()):
+        tokens[side] += (ids[start : start + count], separator) if ends else (ids[start : start + count],)
+        start += count
+    return progress, {split: np.concatenate(arrays) for split, arrays in tokens.items()}
 
 
 def _in_order(

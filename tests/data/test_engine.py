@@ -153,6 +153,7 @@ def test_a_difference_is_refused_in_the_first_batch_and_later(tokenizer):
     for changed in (encode, corpus_encoder(tokenizer)):
         changed._content, changed._spare = other._content, []
         changed._thread.engine = None
+        changed([])
         with pytest.raises(UserError, match="gigatoken encodes .* differently .* --fast=False"):
             changed(texts)
 
