@@ -11,6 +11,7 @@ import json
 import math
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 
 def corpus_encoder(tokenizer: Tokenizer, fast: bool = True) -> Encode:
     """Returns the fastest function that encodes texts as `tokenizer.encode_batch` does."""
-    content = _gigatoken_json(tokenizer) if fast else None
+    description = _for_gigatoken(tokenizer) if fast else None
     try:
-        return tokenizer.encode_batch if content is None else FastEncoder(tokenizer, content)
+        return tokenizer.encode_batch if description is None else FastEncoder(tokenizer, *description)
     except (ImportError, RuntimeError):  # not installed, or a pattern that it doesn't know
         return tokenizer.encode_batch
 
@@ -41,24 +42,38 @@ class FastEncoder:
     left to the tokenizer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, content: str):
+    def __init__(self, tokenizer: Tokenizer, content: str, nfc: bool):
         from gigatoken import gigatoken_rs
 
         self._load: Callable[[str], Any] = gigatoken_rs.load_hf_json
-        self._tokenizer, self._content = tokenizer, content
+        self._tokenizer, self._content, self._nfc = tokenizer, content, nfc
         self._thread, self._engines = threading.local(), 0
         self._spare = [self._load(content)]  # raises RuntimeError for a tokenizer that it can't encode with
         self._compared = False
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        samples = [text[:SAMPLE] for text in (texts[len(texts) // 2 :][:1] if self._compared else texts)]
-        self._compared |= bool(texts)
+        # `tokenizers` has NFC of an old version of Unicode, which leaves what is normalized by a later one as it is
+        others = [i for i, text in enumerate(texts) if self._nfc and not unicodedata.is_normalized("NFC", text)]
+        known = list(texts)
+        for i in others:
+            known[i] = ""
         try:
-            rows = self._engine(sum(map(len, texts))).encode_batch([*texts, *samples], parallel=False)
+            ids, counts = self._encode(known)
         except BaseException as error:
             if type(error).__name__ != "PanicException":
                 raise
             return self._tokenizer.encode_batch(texts)
+        if not others:
+            return ids, counts
+        arrays = np.split(ids, np.cumsum(counts)[:-1])
+        for i in others:
+            arrays[i] = self._tokenizer.encode_array(texts[i])
+        return np.concatenate(arrays), np.array([len(array) for array in arrays])
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        samples = [text[:SAMPLE] for text in (texts[len(texts) // 2 :][:1] if self._compared else texts)]
+        self._compared |= bool(texts)
+        rows = self._engine(sum(map(len, texts))).encode_batch([*texts, *samples], parallel=False)
         ids, ends = rows.layout.content.data, rows.layout.offsets.data
         expected, _ = self._tokenizer.encode_batch(samples)
         if not np.array_equal(ids[ends[len(texts)] :], expected):
@@ -89,10 +104,11 @@ class FastEncoder:
         )
 
 
-def _gigatoken_json(tokenizer: Tokenizer) -> str | None:
-    """Returns what gigatoken needs to encode as `tokenizer` does; None unless that is certain for all but the pattern.
+def _for_gigatoken(tokenizer: Tokenizer) -> tuple[str, bool] | None:
+    """Returns a tokenizer.json with which gigatoken encodes text as `tokenizer` does, and whether text must be NFC.
 
-    Special tokens are left out, since a corpus that spells one out contains ordinary text.
+    None unless that is certain for all but the pattern. Special tokens are left out, since a corpus that spells one out
+    contains ordinary text.
     """
     if not isinstance(tokenizer, BPETokenizer | LibraryTokenizer):
         return None
@@ -109,7 +125,7 @@ def _gigatoken_json(tokenizer: Tokenizer) -> str | None:
         or any(token.get("single_word") or token.get("normalized") and table.get("normalizer") for token in added)
     ):
         return None
-    return json.dumps(table | {"added_tokens": added})
+    return json.dumps(table | {"added_tokens": added, "normalizer": None}), table.get("normalizer") is not None
 
 
 def _splits_into_bytes(pre_tokenizer: dict[str, Any]) -> bool:

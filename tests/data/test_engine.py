@@ -106,7 +106,7 @@ def fuzzed(size, seed=0):
 def test_both_engines_give_the_same_ids(tokenizer, size):
     encode, texts = corpus_encoder(tokenizer), list(fuzzed(size))
     assert isinstance(encode, FastEncoder)
-    texts += ["", "\u0301", "a" * 100_000, " " * 70_000 + "x", "\n" * 70_000]
+    texts += ["", "\u0301", "e\u0301", "\u0e49\u0c3c", ">\u0338", "a" * 100_000, " " * 70_000 + "x", "\n" * 70_000]
     for start in range(0, len(texts), 40):
         batch = texts[start : start + 40]
         ids, counts = encode(batch)
