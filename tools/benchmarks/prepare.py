@@ -14,7 +14,8 @@ are too few (which the output says). It is written in each form that --cases nam
 - floors: gigatoken alone on the first ten times as many megabytes; and reading the corpus and writing as many bytes as
   the dataset has, with fsync.
 
-A ratio compares the rates in MB of text a second within a round.
+A ratio compares the rates in MB of text a second within a round. That by CPU time compares MB a second of all cores'
+work, which says more on a machine that others use.
 """
 
 import contextlib
@@ -25,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
@@ -139,75 +143,106 @@ def first_texts(folder: Path, size: int) -> list[str]:
     return texts
 
 
-def peer_seconds(tokenizer: Tokenizer, texts: list[str]) -> float:
-    began = time.perf_counter()
+class Cost(NamedTuple):
+    """What a program took for so many MB of text."""
+
+    megabytes: float
+    seconds: float
+    cpu_seconds: float  # of all threads, and of a child process
+
+
+def cost(megabytes: float, program: Callable[[], Any]) -> tuple[Cost, Any]:
+    """Runs a program. Returns its cost and its result."""
+
+    def cpu_seconds() -> float:
+        return time.process_time() + sum(os.times()[2:4])  # the latter of children, in hundredths
+
+    before, began = cpu_seconds(), time.perf_counter()
+    result = program()
+    return Cost(megabytes, time.perf_counter() - began, cpu_seconds() - before), result
+
+
+def encode_by_peer(tokenizer: Tokenizer, texts: list[str]) -> None:
     if isinstance(tokenizer, BPETokenizer):
         tokenizer._encoding.encode_ordinary_batch(texts, num_threads=available_cores())
     elif isinstance(tokenizer, LibraryTokenizer):
         tokenizer._library.encode_batch(texts, add_special_tokens=False)
-    return time.perf_counter() - began
 
 
-def engine_seconds(encode: FastEncoder, texts: list[str], workers: ThreadPoolExecutor) -> float:
-    """Seconds of gigatoken on all cores, in batches as they are prepared."""
+def in_batches(texts: list[str]) -> list[list[str]]:
+    """The texts in batches as they are prepared."""
     numbers = (place // BATCH for place in itertools.accumulate(map(len, texts)))
-    batches = [[text for _, text in group] for _, group in itertools.groupby(zip(numbers, texts), itemgetter(0))]
-    began = time.perf_counter()
-    for _ in workers.map(encode, batches):
-        pass
-    return time.perf_counter() - began
+    return [[text for _, text in group] for _, group in itertools.groupby(zip(numbers, texts), itemgetter(0))]
 
 
-def copy_seconds(corpus: Path, dataset: Path) -> float:
-    """Seconds of reading a corpus and writing as many bytes as its dataset has."""
+def copy(corpus: Path, dataset: Path) -> None:
+    """Reads a corpus and writes as many bytes as its dataset has."""
     size = sum(path.stat().st_size for path in dataset.glob("*.bin"))
-    began = time.perf_counter()
-    with open(corpus, "rb", buffering=0) as source, open(dataset.with_name("copy"), "wb", buffering=0) as copy:
+    with open(corpus, "rb", buffering=0) as source, tempfile.TemporaryFile(dir=dataset, buffering=0) as written:
         block = memoryview(bytearray(1 << 24))
         while source.readinto(block):
             pass
         for start in range(0, size, len(block)):
-            copy.write(block[: size - start])
-        os.fsync(copy.fileno())
-    seconds = time.perf_counter() - began
-    dataset.with_name("copy").unlink()
-    return seconds
+            written.write(block[: size - start])
+        os.fsync(written.fileno())
 
 
-def prepare(folder: Path, case: Case, tokenizer: str) -> tuple[float, float]:
-    """Prepares a form of the corpus in another process. Returns its seconds and its resident memory in MB."""
+def prepare(folder: Path, case: Case, tokenizer: str) -> float:
+    """Prepares a form of the corpus in another process. Returns its peak memory in MB."""
     flags = [f"--input={folder / FILES[case]}", f"--name={case}", "--overwrite=True"]
     flags.append(f"--tokenizer={'char' if case == 'char' else tokenizer}")
     tools, script = Path(__file__).resolve().parents[1], resource("prepare") / "text.py"
     command = [sys.executable, "-c", CHILD, str(tools), str(tools.parent), str(script), *flags]
-    began = time.perf_counter()
     completed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
     if completed.returncode:
         raise UserError(f"{case}: {completed.stderr.strip() or completed.returncode}")
-    return seconds, int(completed.stdout.split()[-1]) / 1e6
+    return int(completed.stdout.split()[-1]) / 1e6
 
 
-def measure(settings: PrepareBench, folder: Path, tokenizer: Tokenizer, name: str, size: int) -> dict[str, Any]:
-    """Runs the rounds. Returns the rates in MB/s by case, the peer's and the floors', and resident memory."""
+def measure(
+    settings: PrepareBench, folder: Path, tokenizer: Tokenizer, name: str, megabytes: float
+) -> tuple[dict[str, list[Cost]], dict[str, float]]:
+    """Runs the rounds. Returns the costs by program, and the peak memory of our cases in MB."""
     texts = first_texts(folder, settings.peer_megabytes * 10**6)
     more = first_texts(folder, 10 * settings.peer_megabytes * 10**6)
     peer_size, engine_size = (sum(len(text.encode()) for text in one) / 1e6 for one in (texts, more))
-    encode = corpus_encoder(tokenizer)
-    rates: dict[str, list[float]] = {}
+    encode, batches = corpus_encoder(tokenizer), in_batches(more)
+    costs: dict[str, list[Cost]] = {}
     memory: dict[str, float] = {}
+
+    def run(program: str, size: float, *call: Any) -> Any:
+        one, result = cost(size, partial(*call))
+        costs.setdefault(program, []).append(one)
+        return result
+
     with ThreadPoolExecutor(available_cores()) as workers:
         for _ in tqdm(range(settings.rounds), "rounds", leave=False, disable=None):
-            rates.setdefault("peer", []).append(peer_size / peer_seconds(tokenizer, texts))
+            run("peer", peer_size, encode_by_peer, tokenizer, texts)
             if isinstance(encode, FastEncoder):
-                rates.setdefault("engine alone", []).append(engine_size / engine_seconds(encode, more, workers))
+                run("engine alone", engine_size, lambda: deque(workers.map(encode, batches), maxlen=0))
             for case in settings.cases:
-                seconds, megabytes = prepare(folder, case, name)
-                rates.setdefault(case, []).append(size / 1e6 / seconds)
-                memory[case] = max(memory.get(case, 0.0), megabytes)
-                copied = copy_seconds(folder / FILES[case], folder / "data" / case)
-                rates.setdefault(f"{case}: reading and writing", []).append(size / 1e6 / copied)
-    return {"rates": rates, "resident_mb": memory}
+                memory[case] = max(memory.get(case, 0.0), run(case, megabytes, prepare, folder, case, name))
+                dataset = folder / "data" / case
+                run(f"{case}: reading and writing", megabytes, copy, folder / FILES[case], dataset)
+    return costs, memory
+
+
+def figures(costs: dict[str, list[Cost]], memory: dict[str, float], megabytes: float) -> dict[str, dict[str, Any]]:
+    """Medians by program: the rate, seconds for the whole corpus, and how many times as fast as the peer it is."""
+    rows = {}
+    for program, rounds in costs.items():
+        pairs = list(zip(rounds, costs["peer"]))
+        rates = [one.megabytes / one.seconds for one in rounds]
+        cpu_rates = [one.megabytes / one.cpu_seconds for one in rounds]
+        rows[program] = {
+            "megabytes_per_second": spread(rates),
+            "seconds": megabytes / median(rates),
+            "cpu_seconds": megabytes / median(cpu_rates),
+            "of_the_peer": spread([rate * peer.seconds / peer.megabytes for rate, (_, peer) in zip(rates, pairs)]),
+            "by_cpu_time": spread([r * peer.cpu_seconds / peer.megabytes for r, (_, peer) in zip(cpu_rates, pairs)]),
+            "peak_megabytes": memory.get(program),
+        }
+    return rows
 
 
 def bench_prepare(args: list[str]) -> None:
@@ -231,15 +266,20 @@ def bench_prepare(args: list[str]) -> None:
         size, documents = write_corpora(again, settings.megabytes * 10**6, folder, settings.cases)
         passes = next(repeats)
         print(f"corpus       {size / 1e6:,.0f} MB in {documents:,} documents, {passes} times the text at hand")
-        results = measure(settings, folder, tokenizer, name, size)
-    rates, memory = results["rates"], results["resident_mb"]
-    rows = [["", "MB/s", "seconds", "of the peer", "resident MB"]]
-    for case, values in rates.items():
-        ratio = spread([rate / peer for rate, peer in zip(values, rates["peer"])])
-        rate = spread(values)["median"]
-        cells = [f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})", f"{memory.get(case, 0):.0f}"]
-        rows.append([case, f"{rate:.1f}", f"{size / 1e6 / rate:.1f}", *cells])
-    print(table(rows))
-    write_results(
-        settings.json, {"settings": json_settings(settings), "bytes": size, "documents": documents, **results}
-    )
+        costs, memory = measure(settings, folder, tokenizer, name, size / 1e6)
+    rows = figures(costs, memory, size / 1e6)
+    cells: list[list[Any]] = [["", "MB/s", "seconds", "CPU s", "of the peer", "by CPU time", "peak MB"]]
+    for program, row in rows.items():
+        ratio, peak = row["of_the_peer"], row["peak_megabytes"]
+        cells.append([
+            program,
+            f"{row['megabytes_per_second']['median']:.1f}",
+            f"{row['seconds']:.1f}",
+            f"{row['cpu_seconds']:.1f}",
+            f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+            f"{row['by_cpu_time']['median']:.2f}",
+            peak and f"{peak:.0f}",
+        ])  # fmt: skip
+    print(table(cells))
+    corpus = {"bytes": size, "documents": documents}
+    write_results(settings.json, {"settings": json_settings(settings), **corpus, "programs": rows})
