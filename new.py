@@ -47,7 +47,7 @@ class Options:
     field: str | None = None
     """Field of JSON lines, or column of parquet, with the text. None: text."""
     pattern: str | None = None
-    """Files to read in a folder, at any depth. None: .txt, .jsonl and .parquet."""
+    """Files to read in a folder, at any depth. None: .txt, JSON lines and parquet."""
     overwrite: bool = False
     """Replace data/NAME, whatever it contains."""
 

@@ -256,7 +256,7 @@ class InputSettings:
     field: str | None = None
     """Field of JSON, or column of a table or parquet, with the text. None: text."""
     pattern: str | None = None
-    """Files to read in a folder, at any depth. None: .txt, .jsonl, .ndjson, .jsonlines and .parquet."""
+    """Files to read in a folder, at any depth. None: .txt, JSON lines and parquet."""
 
     def files(self) -> Files:
         """The documents, after printing what was found in folders.

@@ -141,9 +141,13 @@ def _splits_into_bytes(pre_tokenizer: dict[str, Any]) -> bool:
 
 
 def _resident() -> float:
-    """Bytes of memory that the process holds; infinite where the system doesn't say."""
+    """Bytes of memory that the process holds; where the system doesn't say, what it held at most, or infinity."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        return math.inf
+        try:
+            import resource
+        except ImportError:  # Windows
+            return math.inf
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac
