@@ -45,7 +45,7 @@ class Sampler:
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
         from gpt_arc.chat.format import require_chat
         from gpt_arc.decoding.dialogue import Dialogue
-        from gpt_arc.decoding.load import load_decoder
+        from gpt_arc.decoding.load import load_decoder, set_decoding_threads
         from gpt_arc.decoding.speculative import Acceptance
         from gpt_arc.training import runs
         from gpt_arc.weights.directory import of_one_checkpoint
@@ -64,6 +64,7 @@ class Sampler:
 
         name = config.names[0] if config.names else runs.newest_run()
         self.directory, self.decoder, self.tokenizer, chat = load(name)
+        set_decoding_threads(self.decoder, config.threads, rows)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         if config.chat:
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.device import (
     align,
     autocast,
@@ -46,6 +47,7 @@ from gpt_arc.device import (
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
+from gpt_arc.next_steps import after_training
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
@@ -54,7 +56,7 @@ from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumabl
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
-from gpt_arc.training.log import Meter, MetricsLog, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
@@ -80,6 +82,7 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
+    sampler: TrainingSampler | None
     log: MetricsLog | None = None  # of the main process
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
@@ -109,12 +112,14 @@ class Run:
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
         plan, block_size = self.plan, self.plan.config.model.block_size
-        batches = evaluation_batches(self.data.val, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
+        starts = self.val_starts
+        batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         batches = prefetch(batches, plan.device)
+        count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
         with self.updater.averaged():
-            for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
@@ -129,6 +134,15 @@ class Run:
         config = self.plan.config
         windows = config.logging.eval_iters * config.data.batch_size
         return self.data.val.evaluation_starts(config.model.block_size, windows)
+
+    def sample(self) -> None:
+        """Print and log a text by the model as it was evaluated, in the main process, if one is due."""
+        logging, step = self.plan.config.logging, self.progress.step
+        if self.log and self.sampler and (self.finished or step % logging.sample_interval < logging.eval_interval):
+            with self.updater.averaged():
+                text = self.sampler.sample()
+            say(f"sample of step {step}:\n{text}\n")
+            self.log.write_sample(step, text)
 
     def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The next batch. Raises UserError or OSError if it can't be read.
@@ -191,8 +205,8 @@ class Run:
 
 def write_log(log: MetricsLog, line: dict[str, Any], bar: tqdm) -> None:
     """Write a line of the log and show it."""
-    line = {name: value for name, value in line.items() if value is not None}
     log.write(line)
+    line = {name: value for name, value in line.items() if value is not None}
     figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
     shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
     bar.set_postfix_str(shown)
@@ -209,6 +223,9 @@ def build(plan: Plan) -> Run:
     assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
     model, tokenizer = build_model(plan)
+    sampler = None
+    if config.logging.sample_interval and not config.run.eval_only:
+        sampler = TrainingSampler(model, tokenizer, config.logging.sample_start, training.seed)
     folder, lock = launch.resumed, None
     if IS_MAIN and not config.run.eval_only:
         if folder:
@@ -235,10 +252,12 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    parts = model, replica, tokenizer, sharing, updater, stop, compiled
+    parts = model, replica, tokenizer, sharing, updater, stop, compiled, sampler
     run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
-        wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
+        logging, wandb = config.logging, None
+        if logging.wandb_log:
+            wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides)
         run.log = MetricsLog(folder, progress.step, wandb)
@@ -285,7 +304,9 @@ def train(run: Run) -> int:
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
     batches = prefetch(batches, device)
-    meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
+    meter, routers = Meter(), RouterMeter(model)
+    measure_peak = partial(peak_flops, device, device_name(device), dtype)
+    utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
     learning_rate = grad_norm = batch = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
@@ -315,13 +336,14 @@ def train(run: Run) -> int:
                 "tokens": progress.consumed * block_size,
                 "tokens_per_second": rate,
                 "seconds": progress.seconds,
-                "mfu": rate * plan.flops_per_token / (peak * WORLD_SIZE) if peak and rate else None,
+                "mfu": utilization.at(rate),
                 "skipped": progress.skipped or None,
                 **routers.take(),
             }
             write_log(run.log, line, bar)
         if val_loss is not None:
             run.save()
+            run.sample()
         if done or stopped:
             break
 
@@ -386,6 +408,8 @@ def finish(run: Run, stopped: bool) -> int:
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
     say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
+    dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
+    say(after_training(run.folder, dataset, f"{run.resume} --max_iters={2 * training.max_iters}"))
     return 0
 
 

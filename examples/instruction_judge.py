@@ -30,7 +30,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed
-from gpt_arc.tables import to_json
+from gpt_arc.tables import counted, to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
 MOST = 18  # longest response in tokens
@@ -155,14 +155,17 @@ def main() -> None:
     rows = read(path)[options.skip :][: options.limit]
     if options.bayes:
         accuracy, pairs = bayes_accuracy(rows)
-        print(f"{pairs:,} pairs: the best possible accuracy is {accuracy:.4f}")
+        print(f"{counted(pairs, 'pair')}: the best possible accuracy is {accuracy:.4f}")
     elif options.rank:
         if options.output is None:
             raise UserError("name the file for the rankings with --output")
         rankings = rank(options, rows)
         write_file(options.output, "".join(to_json(row) + "\n" for row in rankings))
         accuracy, pairs = bayes_accuracy(rankings)
-        print(f"{options.output}: {len(rankings):,} rankings, {pairs:,} pairs; best possible accuracy {accuracy:.4f}")
+        print(
+            f"{options.output}: {counted(len(rankings), 'ranking')}, {counted(pairs, 'pair')}; "
+            f"best possible accuracy {accuracy:.4f}"
+        )
     else:
         figures = measure(options, rows)
         print(to_json(figures, indent=1))

@@ -51,6 +51,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say, sharing_gradients
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
@@ -129,6 +130,14 @@ class Options(StageOptions):
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
+    FIRST: ClassVar[tuple[str, ...]] = (
+        "prompts",
+        "reward",
+        "episodes",
+        "max_new_tokens",
+        "kl_coef",
+        *StageOptions.FIRST,
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
 
     def __post_init__(self):
@@ -259,11 +268,12 @@ def load_setup(options: Options, run: StageRun) -> Setup:
         critic.trunk.activation_checkpointing = options.activation_checkpointing
     policy.activation_checkpointing = options.activation_checkpointing
 
-    def scorer(name: str) -> Scorer:
-        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size)
+    def scorer(setting: str) -> Scorer:
+        name = getattr(options, setting)
+        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size, setting)
 
-    score = scorer(options.reward)
-    monitor = None if options.monitor is None else scorer(options.monitor)
+    score = scorer("reward")
+    monitor = None if options.monitor is None else scorer("monitor")
     average = None
     if options.ema_decay is not None:
         average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
@@ -350,6 +360,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
@@ -413,7 +424,7 @@ def train(options: Options, run: StageRun) -> int:
             "grad_norm": norm,
             **routers.take(),
             "rollout_seconds": rollout_seconds,
-            "seconds": time.perf_counter() - started,
+            "iteration_seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
         run.tell(line, shown, iterations)
@@ -422,7 +433,11 @@ def train(options: Options, run: StageRun) -> int:
         progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
             run.save(write)
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/eval.py", run.folder, "--chat", "--tasks=TASK.toml", "--data=ITEMS.jsonl"): "measure it",
+    }
+    return run.finish(write, steps)
 
 
 def main() -> int:

@@ -188,9 +188,11 @@ def main() -> None:
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
     if options.plot:
         draw(uses, options.plot)
+        print(f"plot           {options.plot}")
     if options.json:
         content = {"checkpoint": directory, **report(uses, options)}
         write_file(options.json, to_json(content, indent=1, default=str) + "\n")
+        print(f"figures        {options.json}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from gpt_arc.weights.checkpoint_folders import CHECKPOINT, checkpoints, named_ch
 ADVICE = "use another checkpoint"
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 RECORD = "checkpoints.json"
-RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "report.json", "wandb", RECORD, "run.json")
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "wandb", RECORD, "run.json")
 STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]
 
@@ -119,7 +119,7 @@ def _unused_name(run: Path, step: int) -> str:
 def recorded(run: Path) -> list[str]:
     """Returns the names of the checkpoints that the run wrote and that are still there."""
     try:
-        names = json.loads((run / RECORD).read_text())
+        names = json.loads((run / RECORD).read_text("utf-8"))
         names = [name for name in names if CHECKPOINT.fullmatch(name)]
     except FileNotFoundError:  # a run of an older version
         names = [directory.name for directory in checkpoints(run)]

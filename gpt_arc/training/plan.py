@@ -19,7 +19,7 @@ from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
-from gpt_arc.tables import human
+from gpt_arc.tables import counted, human
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
@@ -124,8 +124,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             threads = state["runtime"].get("threads", torch.get_num_threads())
     elif training.warmup_steps >= training.max_iters:
         raise UserError(
-            f"the warmup takes {training.warmup_steps:,} steps and the run has {training.max_iters:,}, so the learning "
-            "rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
+            f"the warmup takes {counted(training.warmup_steps, 'step')} and the run has {training.max_iters:,}, so the "
+            "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)

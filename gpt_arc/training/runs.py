@@ -3,16 +3,16 @@
 import contextlib
 import itertools
 import json
-import os
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, take_lock, write_file
+from gpt_arc.files import command, discard, release, take_lock, write_file
 from gpt_arc.reading import read_json
 from gpt_arc.settings import build, read_files, read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
@@ -52,7 +52,7 @@ def newest_run(name: str | None = None) -> Path:
     kind = f"run of {name}" if name else "run"
     raise UserError(
         f"there is no {kind} below {OUT_ROOT}/ with a checkpoint: train one first, for instance with "
-        "`python train.py configs/quickstart.toml`, or name its folder"
+        f"`{command('train.py', 'configs/quickstart.toml')}`, or name its folder"
     )
 
 
@@ -117,21 +117,22 @@ def _shortened(path: str | None) -> str:
 
 
 class Lock:
-    """Locks a run folder until this object is deleted or the process ends, in whatever way."""
+    """Locks a run folder, by a file in it, until this object is deleted or the process ends, in whatever way."""
 
-    _descriptor: int | None = None
+    FILE = ".lock"
 
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         try:
-            self._descriptor = take_lock(directory)
+            path = directory / self.FILE
+            self._release = partial(release, path, take_lock(path))
         except BlockingIOError:
             message = f"another process is training in {directory}: wait for it, or name another --out_dir"
             raise UserError(message) from None
 
     def __del__(self):
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if hasattr(self, "_release"):
+            self._release()
 
 
 def claim_new(
@@ -162,7 +163,7 @@ def claim_new(
 
 def _is_free(directory: Path) -> bool:
     """Whether a folder holds nothing, or only unfinished files of a run that was killed before it had written any."""
-    return all(STRAY.fullmatch(path.name) for path in directory.iterdir())
+    return all(STRAY.fullmatch(path.name) or path.name == Lock.FILE for path in directory.iterdir())
 
 
 def _refuse(directory: Path, overwrite: bool, stage: str, resume: str) -> None:

@@ -168,8 +168,8 @@ def load_model(
 ) -> tuple[GPT, Tokenizer | None]:
     """Returns the model, on the CPU, in `dtype` and in training mode, and its tokenizer if it has one.
 
-    `path` is a model directory, a run folder, a directory saved by transformers (gpt2, openai-gpt, qwen3 or mixtral) or
-    the hub name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
+    `path` is a model directory, a run folder, a directory saved by transformers (one of its ARCHITECTURES) or the hub
+    name of such a model; a local folder takes precedence. `config` replaces the stored one. It may differ in
     the REPLACEABLE settings only, and learned positions allow only a smaller block_size. The vocabulary may have more
     rows than the tokenizer has tokens, as Qwen's does. Special tokens may lie beyond it, as a [PAD] that was added
     without a row often does.

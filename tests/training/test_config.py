@@ -234,6 +234,9 @@ def test_mistakes_in_flags(workplace, flags, sentence):
 
 
 def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):
+    Path("pyproject.toml").write_text("")
+    with pytest.raises(UserError, match="there is no config file myproject.toml; did you mean sums.toml"):
+        launch("myproject.toml")
     with pytest.raises(UserError, match="there is no config file sumz.toml; did you mean sums.toml"):
         launch("sumz.toml")
     with pytest.raises(UserError, match="name a config file"):

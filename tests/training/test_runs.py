@@ -174,4 +174,6 @@ def test_unfinished_files_keep_no_run_from_a_name(tmp_path, monkeypatch):
     (tmp_path / "out" / "a" / ".step-00000001.0a1b2c3d").mkdir(parents=True)
     (tmp_path / "out" / "a" / ".run.json.0a1b2c3d").touch()
     folder, lock = runs.claim_new(None, "a", overwrite=False)
-    assert folder.name == "a" and list(folder.iterdir()) == []
+    assert folder.name == "a" and list(folder.iterdir()) == [folder / runs.Lock.FILE]
+    del lock
+    assert list(folder.iterdir()) == []
