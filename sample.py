@@ -46,7 +46,7 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
-        from gpt_arc.chat.format import require_chat
+        from gpt_arc.chat.format import load_chat, require_chat
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.images import load_images
         from gpt_arc.decoding.load import load_decoder, set_decoding_threads
@@ -65,7 +65,10 @@ class Sampler:
         @of_one_checkpoint
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
-            chat = require_chat(directory, tokenizer) if config.chat or config.image else None
+            chat = None
+            if config.chat or config.image:
+                chat = load_chat(directory, tokenizer, decoder.model.config.vocab_size)
+                chat = require_chat(directory, chat)
             images = load_images(directory, decoder) if config.image or chat and reads_images(directory) else None
             return directory, decoder, tokenizer, chat, images
 

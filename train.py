@@ -15,12 +15,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import math
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
 from model import GPT
 
 
@@ -82,6 +82,7 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
+    example: list[Tensor]  # of a batch
     sampler: TrainingSampler | None
     log: MetricsLog | None = None  # of the main process
     saved_step: int = 0
@@ -114,7 +115,7 @@ class Run:
         plan, block_size = self.plan, self.plan.config.model.block_size
         starts = self.val_starts
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
-        batches = prefetch(batches, plan.device)
+        batches = self.readable(prefetch(batches, plan.device))
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
@@ -144,21 +145,19 @@ class Run:
             say(f"sample of step {step}:\n{text}\n")
             self.log.write_sample(step, text)
 
-    def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """The next batch. Raises UserError or OSError if it can't be read.
+    def readable(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
+        """Yields the batches. Raises UserError or OSError if one can't be read.
 
-        Among several processes such a failure asks all of them to stop, and `last`, the batch before, stands in: the
+        Among several processes such a failure asks all of them to stop, and `example` stands in for the batches: the
         others wait for this process's part of the step, which isn't made.
         """
-        if last is None:
-            return next(batches)
         try:
-            return next(batches, last)
+            yield from batches
         except (UserError, OSError) as error:
             if WORLD_SIZE == 1:
                 raise
             self.failure, self.stop.received = error, signal.SIGTERM
-            return last
+            yield from itertools.repeat(self.example)
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
@@ -252,7 +251,7 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    parts = model, replica, tokenizer, sharing, updater, stop, compiled, sampler
+    parts = model, replica, tokenizer, sharing, updater, stop, compiled, example, sampler
     run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
         logging, wandb = config.logging, None
@@ -265,20 +264,17 @@ def build(plan: Plan) -> Run:
 
 
 def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
-    tokenizer = plan.data and plan.data.corpus.tokenizer
-    origin = plan.launch.checkpoint or plan.launch.imported
-    if not origin:
-        return GPT(plan.config.model), tokenizer
-    model, trained_tokenizer = load_model(origin, plan.config.model)
-    if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(
-            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
-        )
-    return model, tokenizer or trained_tokenizer
+    if not plan.origin:
+        return GPT(plan.config.model), plan.tokenizer
+    model, trained_tokenizer = load_model(plan.origin, plan.config.model)
+    plan.check_tokenizer(trained_tokenizer)
+    return model, plan.tokenizer or trained_tokenizer
 
 
 def evaluate_only(run: Run) -> int:
     val_loss = run.val_loss()
+    if run.failure:
+        raise run.failure
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
@@ -303,11 +299,11 @@ def train(run: Run) -> int:
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
-    batches = prefetch(batches, device)
+    batches = run.readable(prefetch(batches, device))
     meter, routers = Meter(), RouterMeter(model)
     measure_peak = partial(peak_flops, device, device_name(device), dtype)
     utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
-    learning_rate = grad_norm = batch = None
+    learning_rate = grad_norm = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
@@ -352,7 +348,7 @@ def train(run: Run) -> int:
         learning_rate = learning_rate_at(progress.step, training)
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
-            batch = run.next_batch(batches, batch)
+            batch = next(batches)
             with distributed.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
@@ -403,7 +399,8 @@ def finish(run: Run, stopped: bool) -> int:
     if run.log:
         run.log.close()
     if stopped:
-        say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
+        saved = f", saved; resume with: {run.resume}" if run.saved_step else ""
+        say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
@@ -415,11 +412,13 @@ def finish(run: Run, stopped: bool) -> int:
 
 def main() -> int:
     launch = read_command_line(sys.argv[1:], __doc__)
-    trained_on = None
+    trained_on, hold = None, None
     if launch.resumed:
-        if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
+        if launch.config.run.eval_only or launch.config.run.dry_run:
+            hold = contextlib.ExitStack()  # the run may go on in another process
+        elif IS_MAIN:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        checkpoint = resumable(launch.resumed)
+        checkpoint = resumable(launch.resumed, hold)
         launch = dataclasses.replace(launch, checkpoint=checkpoint)
         trained_on = load_state(checkpoint, peek=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
@@ -427,6 +426,8 @@ def main() -> int:
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:
+            if plan.origin and local_directory(plan.origin):
+                plan.check_tokenizer(read_tokenizer(plan.origin))
             return 0
         run = build(plan)
         if launch.config.run.eval_only:

@@ -113,7 +113,7 @@ def written(options: Options, rows: Sequence[dict[str, Any]], each: int) -> list
         for first in range(0, len(prompts), 256):
             batch = prompts[first : first + 256]
             generators = row_generators(options.seed, range(first, first + len(batch)))
-            stopped = lambda row, token: token == chat.end  # noqa: E731
+            stopped = lambda row, token: token in chat.ends  # noqa: E731
             for step in generate(decoder, batch, MOST, sampling, generators=generators, stopped=stopped):
                 for i, token in zip(step.rows, step.tokens):
                     tokens[first + i].append(token)

@@ -17,6 +17,11 @@ from typing import TYPE_CHECKING
 
 from gpt_arc.errors import first_line
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
@@ -187,6 +192,27 @@ def release(path: Path, lock: "BaseFileLock | None") -> None:
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextlib.contextmanager
+def locked(directory: Path, shared: bool = False) -> Iterator[None]:
+    """Runs the block with a lock on a directory, where there are such locks; a `shared` one may be held by many.
+
+    Raises BlockingIOError if another process holds it, and FileNotFoundError.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

@@ -36,6 +36,7 @@ from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
 from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
 from gpt_arc.alignment.rollouts import (
+    ModelOutputs,
     Prompt,
     Rollouts,
     gather_rollouts,
@@ -287,20 +288,23 @@ def load_setup(options: Options, run: StageRun) -> Setup:
 def roll_out(
     setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
     run: StageRun,
-) -> Rollouts:  # fmt: skip
-    """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
+) -> tuple[list[list[int]], ModelOutputs, Tensor, Tensor]:  # fmt: skip
+    """Has this process's share of the responses to an iteration's prompts written and scored.
+
+    The iteration's episodes are `first` and following. Returns arguments of `gather_rollouts`.
+    """
     share = prompts[RANK::WORLD_SIZE]
     responses = write_responses(
-        decoder, share, setup.chat.end, options.max_new_tokens, options.temperature, options.seed,
+        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed,
         range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
     )  # fmt: skip
     outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
     scores = setup.score(share, responses)
     monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
-        ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
+        ended = torch.tensor([response[-1] in setup.chat.ends for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
-    return gather_rollouts(prompts, responses, outputs, scores, monitored, setup.chat.end)
+    return responses, outputs, scores, monitored
 
 
 def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) -> tuple[Tensor, Tensor]:
@@ -389,7 +393,8 @@ def train(options: Options, run: StageRun) -> int:
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
-            rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
+            share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
+        rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started
 
         # advantages

@@ -34,7 +34,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
-from gpt_arc.chat.format import ChatFormat, load_chat, load_template
+from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, to_device
@@ -52,7 +52,7 @@ from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
 from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
 from gpt_arc.vision.new import new_vision_model
-from gpt_arc.weights.directory import load_text_model, model_directory, save_model
+from gpt_arc.weights.directory import of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -136,10 +136,11 @@ def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | No
     return model
 
 
-def load(options: Options, directory: Path) -> tuple[GPT, Tokenizer, ChatFormat]:
-    """Returns the model, with a token for each mark that the template adds, its tokenizer and its chat format."""
-    model, tokenizer = load_text_model(directory)
-    chat = load_chat(directory, tokenizer)
+@of_one_checkpoint
+def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tokenizer, ChatFormat]:
+    """Returns the text model, with a token for each mark that the template adds, the model that reads images if it is
+    one, the tokenizer and the chat format."""
+    directory, model, tokenizer, chat = load_text_with_chat(path)
     if chat is not None and options.template != Options.template and not options.resume:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
@@ -149,16 +150,14 @@ def load(options: Options, directory: Path) -> tuple[GPT, Tokenizer, ChatFormat]
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
     model.activation_checkpointing = options.activation_checkpointing
-    return model, tokenizer, chat
+    return model, vision_model(options, directory, model), tokenizer, chat
 
 
 def train(options: Options, run: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
 
-    directory = model_directory(run.origin)
-    model, tokenizer, chat = load(options, directory)
-    vision = vision_model(options, directory, model)
+    model, vision, tokenizer, chat = load(run.origin, options)
     whole: GPT | VisionGPT = vision or model
 
     # ---- the conversations, and the plan in figures

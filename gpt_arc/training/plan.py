@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic.dataclasses
@@ -12,6 +14,7 @@ import torch
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
+from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError
@@ -76,6 +79,24 @@ class Plan:
     @property
     def tokens_per_step(self) -> int:
         return self.config.sequences_per_step * self.config.model.block_size
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The dataset's."""
+        return self.data and self.data.corpus.tokenizer
+
+    @property
+    def origin(self) -> Path | str | None:
+        """The model to start from."""
+        return self.launch.checkpoint or self.launch.imported
+
+    def check_tokenizer(self, trained: Tokenizer | None) -> None:
+        """Raises UserError if the dataset has another tokenizer than `trained`, the one of `origin`."""
+        if self.tokenizer and trained and self.tokenizer != trained:
+            raise UserError(
+                f"the dataset has another tokenizer than {self.origin}: prepare it with --tokenizer "
+                f"{shlex.quote(str(self.origin))}"
+            )
 
 
 def make_plan(launch: Launch, device: torch.device) -> Plan:

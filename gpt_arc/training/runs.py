@@ -3,7 +3,10 @@
 import contextlib
 import itertools
 import json
+import os
 import shlex
+import stat
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +45,9 @@ def newest_run(name: str | None = None) -> Path:
     written = {}  # of each run: whether it is more than a trial, and the time of its newest checkpoint
     for run in OUT_ROOT.glob("*/"):
         last = named_checkpoint(run, "last")
-        if last and (last / "config.json").exists() and stage_of(run) == "train":
+        if last and (not last.exists() or (last / "config.json").exists()) and stage_of(run) == "train":
             step = step_of(last)
-            written[run] = step is None or step >= TRIAL_STEPS, last.stat().st_mtime_ns
+            written[run] = step is None or step >= TRIAL_STEPS, _time_of(last)
     for run in sorted(written, key=written.__getitem__, reverse=True):
         with contextlib.suppress(UserError):  # a damaged run can't be resumed
             if name is None or read_record(run)[0] == name:
@@ -102,11 +105,29 @@ def summary(run: Path) -> Summary:
         data = _shortened(options.get("train") or options.get("prompts"))
     last = named_checkpoint(run, "last")
     step = step_of(last) if last else 0
-    files = [path.lstat() for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
     return Summary(
         run, record.get("stage", "train"), origin, data, settings, metrics[-1]["step"] if step is None else step,
-        steps, metrics, (last or run / "run.json").stat().st_mtime, sum(file.st_size for file in files),
+        steps, metrics, _time_of(last or run / "run.json"), _size_of(run),
     )  # fmt: skip
+
+
+def _time_of(path: Path) -> float:
+    """Returns when a file or folder was written: now if it is a checkpoint that its run has just deleted."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def _size_of(run: Path) -> int:
+    """Returns the bytes of a run's files, some of which may be deleted meanwhile."""
+    size = 0
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                file = os.lstat(Path(folder, name))
+                size += file.st_size if stat.S_ISREG(file.st_mode) else 0
+    return size
 
 
 def _shortened(path: str | None) -> str:

@@ -284,16 +284,27 @@ class StageRun:
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """Runs the block so that an error of data or of a reward loses no step of a single process."""
+        """Runs the block so that an error of data or of a reward in any process loses no step.
+
+        The block mustn't wait for other processes: they stop after it.
+        """
+        failure = ""
         try:
             yield
         except (UserError, OSError) as error:
-            if WORLD_SIZE > 1 or not self.progress.step:
+            if WORLD_SIZE == 1 and not self.progress.step:
                 raise
-            self.bar.close()
+            failure = str(error)
+        failure = next(filter(None, distributed.gather(failure)), "")
+        if not failure:
+            return
+        self.bar.close()
+        if self.progress.step:
             if self._saved != self.progress.step:
                 self.save(write)
-            raise UserError(f"{error}; step {self.progress.step} is saved, resume with: {self._resume}") from None
+            failure += f"; step {self.progress.step} is saved, resume with: {self._resume}"
+        distributed.from_main(None)  # torchrun ends all processes when one ends in an error
+        raise UserError(failure)
 
     def say_saved(self) -> None:
         """Say what is saved, after an error that ends the run."""

@@ -724,6 +724,10 @@ def test_an_old_dataset_survives_a_kill_at_any_call_of_overwriting(prepare, tmp_
         prepare_documents(Files([tmp_path / end], "text"), settings, "x")
         assert decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val") == text
         assert end == "old" or os.listdir("data") == ["x"]
+        replaced = dataclasses.replace(settings, overwrite=True)
+        prepare_documents(Files([tmp_path / "new"], "text"), replaced, "x")  # goes on with what the kill left
+        directory = open_corpus([Source("x", 1.0)], verify=True).directories[0]
+        assert decoded(directory, "train") + decoded(directory, "val") == texts["new"] and os.listdir("data") == ["x"]
     assert ends == {"old", "new"}
 
 

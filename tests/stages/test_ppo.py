@@ -51,6 +51,12 @@ def bandit(rows, responses): return [float(text[:1] == row["answer"]) for row, t
 def broken(rows, responses): return [1 / (len(text) - len(text)) for text in responses]
 def short(rows, responses): return [1.0]
 def nan(rows, responses): return [float("nan")] * len(rows)
+calls = []
+def fails_once(rows, responses):
+    import os
+    calls.append(rows)
+    if os.environ["RANK"] == "1" and len(calls) == 2: raise ValueError("no judge")
+    return [1.0] * len(rows)
 """
 
 
@@ -556,3 +562,15 @@ def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeyp
     assert stopped.code == 2 and "train.bin was changed or replaced while it was in use" in stopped.message
     assert "; step 1 is saved, resume with: python ppo.py --resume=out/ppo" in stopped.message
     assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1
+
+
+def test_a_reward_that_fails_in_one_of_two_processes_ends_both_after_they_have_saved(workplace):
+    flags = ("base", "--prompts=prompts.jsonl", "--reward=rules_of_ppo:fails_once", *QUICK, "--backend=gloo")
+    stopped = command("stages/ppo.py", *flags, processes=2)
+    sentence = (
+        "fails_once failed: rules_of_ppo.py, line 13: ValueError: no judge; step 1 is saved, resume with: torchrun"
+    )
+    assert stopped.returncode == 2 and stopped.stderr.count(sentence) == 2
+    assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1
+    resumed = command("stages/ppo.py", "--resume=out/ppo", "--reward=rules_of_ppo:fails_once", processes=2)
+    assert "finished step 2" in resumed.stdout, resumed.stderr
