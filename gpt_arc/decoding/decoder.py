@@ -34,6 +34,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.sequences: list[list[int]] = []  # tokens of each row
+        self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
         self.cache = empty_cache(model, 0, 0, torch.float32)
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         with self._eager():
             views = [part.view(len(rows), longest, None) for part in cache]
-            hidden = self.model.hidden(tokens, cache=views)
+            hidden = self.model.hidden(tokens, cache=views, images=self.images)
         for part, new in zip(self.cache, [] if whole else cache):
             part.keys[rows, :, :longest], part.values[rows, :, :longest] = new.keys, new.values
         last = torch.tensor([len(tokens) - 1 for tokens in sequences], device=self._device)

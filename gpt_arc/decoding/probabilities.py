@@ -24,7 +24,7 @@ def tokens_seen(sampling: Sampling, sequences: Sequence[Sequence[int]], logits: 
         return None
     seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     for row, sequence in enumerate(sequences):
-        seen[row, list(sequence)] = True
+        seen[row, [token for token in sequence if token >= 0]] = True  # others are images
     return seen
 
 

@@ -1,11 +1,11 @@
-"""Causal self-attention: the cache of keys and values, which keys a query sees, and the fastest kernel for the device.
+"""Self-attention: the cache of keys and values, which keys a query sees, and the fastest kernel for the device.
 
 Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
-Mask = Tensor | BlockMask | None  # None: every query sees the keys up to its own place
+# None: every query sees the keys up to its own place. "all": every query sees every key
+Mask = Tensor | BlockMask | Literal["all"] | None
 
 
 def positions_and_masks(
@@ -102,6 +103,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
 
     `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place.
     """
+    if mask == "all":
+        grouped = query.size(1) != key.size(1)
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_rate, enable_gqa=grouped)
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
         assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)

@@ -31,9 +31,10 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torc
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ratio = model.config.width_ratio if isinstance(model, GPT) else 1.0
+    rates = getattr(model, "rates", {})  # of a model's parts
     match config.optimizer:
         case "adamw":
-            return {"optimizer": build_adamw(parameters, config, ratio)}
+            return {"optimizer": build_adamw(parameters, config, ratio, rates)}
         case "muon":  # it can't orthogonalise the stacked matrices of experts
             hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
             others = {name: p for name, p in parameters.items() if name not in hidden}
@@ -42,11 +43,25 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torc
 
 
 def build_adamw(
-    parameters: dict[str, nn.Parameter], config: TrainingConfig, width_ratio: float = 1.0
+    parameters: dict[str, nn.Parameter],
+    config: TrainingConfig,
+    width_ratio: float = 1.0,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head."""
+    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head.
+
+    `rates` multiply those of the model's parts, by name: every parameter is in one of them.
+    """
+    parts = {name + ".": rate for name, rate in (rates or {}).items()} or {"": 1.0}
+    groups = [
+        group | {"rate": rate * group.get("rate", 1.0)}
+        for part, rate in parts.items()
+        for group in decay_groups(
+            {name: p for name, p in parameters.items() if name.startswith(part)}, config.weight_decay, width_ratio
+        )
+    ]
     return torch.optim.AdamW(
-        decay_groups(parameters, config.weight_decay, width_ratio),
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
