@@ -168,10 +168,14 @@ class Loss(NamedTuple):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with its weight cast to the input's type: the fused kernel refuses two types under autocast."""
+    """torch's, with its weight cast to the input's type on a CPU, whose fused kernel refuses two types under autocast.
+
+    On a GPU autocast computes the norm in float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        weight = self.weight.type_as(x) if x.device.type == "cpu" else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:

@@ -64,6 +64,8 @@ from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, save_model
 from model import GPT
 
+ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
+
 
 @dataclass
 class Run:
@@ -108,11 +110,11 @@ class Run:
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
         with self.updater.averaged():
-            for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+            for i, batch in enumerate(tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True), 1):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
-                if self.stop.anywhere():
+                if i % ASK_EVERY == 0 and self.stop.anywhere():
                     break
         self.model.train()
         total, count = distributed.sum_over_ranks(sums).tolist()
@@ -203,7 +205,9 @@ def build(plan: Plan) -> Run:
         if folder:
             clean_run(folder, progress.step, progress.best_step)
         else:
-            folder, lock = claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+            folder, lock = claim_new(
+                config.run.out_dir, launch.name, config.run.overwrite or config.run.init_from == "auto"
+            )
         say(f"run            {folder}" + (f", from step {progress.step}" if state else ""))
     folder = distributed.from_main(folder)
 
@@ -385,9 +389,10 @@ def main() -> int:
         if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
         launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed))
-        trained_on = load_state(launch.checkpoint, peek=True)["runtime"]["device"]
+        trained_on = load_state(launch.checkpoint, on_disk=True)["runtime"]["device"]
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
-    with distributed.process_group(launch.config.training.backend, device):
+    training = launch.config.training
+    with distributed.process_group(training.backend, device, training.timeout_minutes):
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:

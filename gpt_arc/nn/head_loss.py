@@ -6,12 +6,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ALIGNED = 64  # a GPU multiplies matrices slowly unless the rows have a multiple of so many numbers
+ALIGNED_DEVICES = ("cuda",)
 IGNORED = -1  # a target that isn't scored: padding, prompts, the masked part of a sequence
 
 
 def logits_at_once(device: str) -> int:
     """How many logits `HeadLoss` computes at a time: a GPU likes large products, a CPU what its caches hold."""
     return 1 << 28 if device == "cuda" else 1 << 25
+
+
+@torch.library.custom_op("gpt_arc::add_product", mutates_args=("total",))
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Adds `scale` times the product of left (V, N) and right (N, C) to total (V, C).
+
+    It is a custom operator because a compiler would otherwise put all such sums off to the end, and keep their terms.
+    """
+    total.add_(left @ right, alpha=scale)
+
+
+@add_product.register_fake
+def _(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    pass
 
 
 class HeadLoss(torch.autograd.Function):
@@ -31,6 +47,9 @@ class HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         exact = torch.promote_types(dtype, torch.float32)
         matrix, offset = head.to(dtype), None if bias is None else bias.to(dtype)
+        surplus = -vocabulary % ALIGNED if device in ALIGNED_DEVICES else 0
+        if surplus:  # logits of no token
+            matrix, offset = F.pad(matrix, (0, 0, 0, surplus)), None if offset is None else F.pad(offset, (0, surplus))
         scored, targets = (targets != IGNORED).to(exact)[:, None], targets.clamp(min=0)[:, None]
         scored = scored if weights is None else scored * weights[:, None]
         total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
@@ -44,7 +63,10 @@ class HeadLoss(torch.autograd.Function):
         )  # chunks of equal size, so that one compiled kernel fits all
         for x, target, weight in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
             x = x.to(dtype)
-            logs = F.linear(x, matrix, offset).to(exact).log_softmax(-1)  # (rows, V)
+            logits = F.linear(x, matrix, offset)  # (rows, V), and surplus columns
+            if surplus:
+                logits[:, vocabulary:] = -math.inf
+            logs = logits.to(exact).log_softmax(-1)
             chosen = logs.gather(1, target)
             total -= chosen.mul(weight).sum()
             if with_gradients:
@@ -53,9 +75,9 @@ class HeadLoss(torch.autograd.Function):
                 gradient = logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
                 gradients.append((gradient @ matrix).mul(weight).type_as(hidden))
                 if head_gradient is not None:
-                    head_gradient.add_(gradient.mT @ (x * (weight * shrunk)), alpha=1 / shrunk)
+                    add_product(head_gradient, gradient[:, :vocabulary].mT, x * (weight * shrunk), 1 / shrunk)
                 if bias_gradient is not None:
-                    bias_gradient += gradient.mul(weight).sum(0, dtype=exact)
+                    bias_gradient += gradient[:, :vocabulary].mul(weight).sum(0, dtype=exact)
         if with_gradients:
             ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
         return total

@@ -14,10 +14,12 @@ from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.muon import BatchedMuon
 from gpt_arc.weights.tensor_files import check_tensors
 
 # what each optimizer keeps for a weight, in its shape and type
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+MOMENTS |= dict.fromkeys((torch.optim.Muon, BatchedMuon), ("momentum_buffer",))
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
@@ -55,7 +57,9 @@ def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torc
     That is the scale of https://github.com/KellerJordan/Muon.
     """
     rate, decay = config.muon_rate, config.weight_decay
-    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+    matrices = list(matrices)
+    kind = BatchedMuon if any(matrix.is_cuda for matrix in matrices) else torch.optim.Muon
+    return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
 def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -129,7 +133,7 @@ class Updater:
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     group["lr"] = learning_rate * (optimizer.defaults["lr"] / self.config.learning_rate)
-                self.scaler.step(optimizer)
+                optimizer.step()  # the scaler's would ask the device again whether all is finite
             if self.average is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
@@ -203,8 +207,7 @@ def check_same_optimizer(name: str, state: dict) -> None:
 
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
-    for mean, weight in zip(average, weights):
-        mean.lerp_(weight.detach(), 1 - decay)
+    torch._foreach_lerp_(list(average), [weight.detach() for weight in weights], 1 - decay)
 
 
 def check_moments(
