@@ -112,6 +112,9 @@ class GPTConfig:
     """Dropout on each sublayer's output before it joins the residual stream. None: dropout."""
     init: Literal["gpt1", "gpt2"] = "gpt2"
     """gpt1: every weight N(0, .02). gpt2: also positions N(0, .01) and residual projections over sqrt(2 n_layer)."""
+    base_width: Count | None = None
+    """Width at which the learning rate was tuned, so that it suits a width of n_embd: initial weights and rates of
+    matrices follow the width (muP, arXiv:2203.03466). Wider models then have more heads of the same size. None: off."""
 
     def __post_init__(self):
         if self.ngrams > self.block_size:
@@ -126,6 +129,8 @@ class GPTConfig:
             raise ValueError(
                 f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}: change one, or state head_size"
             )
+        if self.base_width and self.tied_head:
+            raise ValueError("base_width gives the head a learning rate of its own: it needs tied_head = false")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
         if self.positions == "rotary" and self.head_width % 2:
@@ -150,6 +155,11 @@ class GPTConfig:
     @property
     def gated(self) -> bool:
         return self.activation in GATED
+
+    @property
+    def width_ratio(self) -> float:
+        """base_width over n_embd: what learning rates of matrices are multiplied by."""
+        return self.base_width / self.n_embd if self.base_width else 1.0
 
     def has_experts(self, block: int) -> bool:
         return self.n_experts > 0 and (block + 1) % self.expert_interval == 0
@@ -299,16 +309,20 @@ class GPT(nn.Module):
 
         gpt1: openai/finetune-transformer-lm train.py:106. gpt2: openai/gpt-2 src/model.py:50,152, with the residual
         projections scaled by 1/sqrt(N) as in the paper, where N = 2 n_layer is the number of residual layers.
+        base_width: matrices over the square root of the width, the head over the width (arXiv:2203.03466, table 3).
         """
         as_gpt2 = self.config.init == "gpt2"
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer) if as_gpt2 else 0.02
+        std = 0.02 * math.sqrt(self.config.width_ratio)
+        residual_std = std / math.sqrt(2 * self.config.n_layer) if as_gpt2 else std
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=residual_std if name.endswith("projection") else 0.02)
+                head_std = 0.02 * self.config.width_ratio
+                is_residual = name.endswith("projection")
+                nn.init.normal_(module.weight, std=head_std if name == "head" else residual_std if is_residual else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Experts):
-                nn.init.normal_(module.up, std=0.02)
+                nn.init.normal_(module.up, std=std)
                 nn.init.normal_(module.projection, std=residual_std)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.01 if as_gpt2 and name == "position_embedding" else 0.02)
@@ -416,9 +430,10 @@ class GPT(nn.Module):
         return router_losses(self.routings, self.config.balance_loss, self.config.router_z_loss)
 
     def num_parameters(self, embeddings: bool = True, active: bool = False) -> int:
-        """Number of trained values, a tied head counted once; without `embeddings`, as scaling laws count them.
+        """Number of trained values, a tied head counted once.
 
-        `active`: count only as many experts as a token uses.
+        Without `embeddings`, leaves out all tables and the head, as scaling laws do (arXiv:2001.08361). `active`: count
+        only as many experts as a token uses.
         """
         total = sum(p.numel() for p in self.parameters())
         if active:
@@ -429,5 +444,5 @@ class GPT(nn.Module):
             )
         if embeddings:
             return total
-        tables = (module for name, module in self.named_children() if name.endswith("embedding"))
-        return total - sum(p.numel() for table in tables for p in table.parameters())
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "head")
+        return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

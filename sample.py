@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 # Modules that need torch are imported in functions, so that wrong settings are refused at once.
 
+import io
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,20 +96,20 @@ class Sampler:
         generators = row_generators(config.seed, range(first, first + len(batch)))
         settings = {"sampling": config.sampling, "stopped": lambda row, token: batch[row].ended}
         if config.num_beams:
-            yield from self._beam_steps(prompts[0], len(batch))
+            yield from self._beam_steps(prompts[0], config.num_beams, len(batch))
         elif config.draft:
             settings |= {"draft_tokens": config.draft_tokens, "generator": generators[0], "acceptance": self.acceptance}
             yield from speculative(self.decoder, self.draft, prompts[0], config.max_new_tokens, **settings)
         else:
             yield from generate(self.decoder, prompts, config.max_new_tokens, generators=generators, **settings)
 
-    def _beam_steps(self, prompt: list[int], count: int) -> Iterator["Step"]:
+    def _beam_steps(self, prompt: list[int], width: int, count: int) -> Iterator["Step"]:
         """Yields the best `count` continuations, one after the other."""
         from gpt_arc.decoding.beam import beam_search
         from gpt_arc.decoding.generate import Step
 
         config, ends = self.config, sorted(self.tokenizer.ends)
-        beams = beam_search(self.decoder, prompt, config.max_new_tokens, config.num_beams, config.length_penalty, ends)
+        beams = beam_search(self.decoder, prompt, config.max_new_tokens, width, config.length_penalty, ends)
         for row, beam in enumerate(beams[:count]):
             for token, log_probability in zip(beam.tokens, beam.log_probabilities):
                 yield Step([row], [token], [log_probability])
@@ -143,8 +144,9 @@ def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:
 def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
     batches = prompt_batches(config)
-    sampler = Sampler(config, first_prompts=1 if config.typed else len(batches[0]))
-    sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
+    sampler = Sampler(config, first_prompts=len(batches[0]) if isinstance(batches, list) else 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark
     show_all(sampler, batches)
     if config.draft:
         acceptance = sampler.acceptance

@@ -56,7 +56,7 @@ from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.log import Meter, MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.plan import Plan, Progress, make_plan, print_plan
+from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
@@ -72,7 +72,8 @@ class Run:
     """A run under way: what the loop works on, and what it evaluates, saves and logs with."""
 
     plan: Plan
-    folder: Path | None  # None for an evaluation alone of a model that isn't a run's
+    data: Data
+    directory: Path | None  # None for an evaluation alone of a model that isn't a run's
     lock: Lock | None  # holds the folder
     model: GPT
     replica: nn.Module  # the model, or the DistributedDataParallel to call instead
@@ -81,9 +82,14 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
-    log: MetricsLog | None = None
+    log: MetricsLog | None = None  # of the main process
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
+
+    @property
+    def folder(self) -> Path:
+        assert self.directory is not None, "an evaluation alone writes nothing"
+        return self.directory
 
     @property
     def progress(self) -> Progress:
@@ -105,7 +111,7 @@ class Run:
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
         plan, block_size = self.plan, self.plan.config.model.block_size
-        batches = evaluation_batches(plan.val_tokens, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
+        batches = evaluation_batches(self.data.val, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         batches = prefetch(batches, plan.device)
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
@@ -124,7 +130,7 @@ class Run:
     def val_starts(self) -> Any:
         config = self.plan.config
         windows = config.logging.eval_iters * config.data.batch_size
-        return self.plan.val_tokens.evaluation_starts(config.model.block_size, windows)
+        return self.data.val.evaluation_starts(config.model.block_size, windows)
 
     def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
         """The next batch. Raises UserError or OSError if it can't be read.
@@ -132,10 +138,12 @@ class Run:
         Among several processes such a failure asks all of them to stop, and `last`, the batch before, stands in: the
         others wait for this process's part of the step, which isn't made.
         """
+        if last is None:
+            return next(batches)
         try:
             return next(batches, last)
         except (UserError, OSError) as error:
-            if WORLD_SIZE == 1 or last is None:
+            if WORLD_SIZE == 1:
                 raise
             self.failure, self.stop.received = error, signal.SIGTERM
             return last
@@ -152,7 +160,7 @@ class Run:
                 "compile": self.compiled,
                 "threads": torch.get_num_threads(),
             },
-            "data": plan.corpus.fingerprint,
+            "data": self.data.corpus.fingerprint,
         }
         whole = self.sharing.whole(self.model)
         if IS_MAIN:
@@ -182,22 +190,25 @@ class Run:
         """The command that resumes this run."""
         return distributed.launch_command(sys.argv[0], *self.plan.launch.files, f"--resume={self.folder}")
 
-    def write_log(self, line: dict[str, Any], bar: tqdm) -> None:
-        """Write a line of the log and show it. Main process only."""
-        line = {name: value for name, value in line.items() if value is not None}
-        self.log.write(line)
-        figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
-        shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
-        bar.set_postfix_str(shown)
-        if bar.disable or "val_loss" in line:
-            rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
-            say(f"step {line['step']}: {shown}{rate}")
+
+def write_log(log: MetricsLog, line: dict[str, Any], bar: tqdm) -> None:
+    """Write a line of the log and show it."""
+    line = {name: value for name, value in line.items() if value is not None}
+    log.write(line)
+    figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
+    shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
+    bar.set_postfix_str(shown)
+    if bar.disable or "val_loss" in line:
+        rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
+        say(f"step {line['step']}: {shown}{rate}")
 
 
 def build(plan: Plan) -> Run:
     """The model (new, resumed or imported), its optimizer and the run's folder. Raises UserError."""
     launch, config, state, progress = plan.launch, plan.config, plan.state, plan.progress
     training, device, dtype = config.training, plan.device, plan.dtype
+    data = plan.data
+    assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
     model, tokenizer = build_model(plan)
     folder, lock = launch.resumed, None
@@ -221,14 +232,15 @@ def build(plan: Plan) -> Run:
     compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
-    if state:
+    if state and launch.checkpoint:
         with reading(state_file(launch.checkpoint), ADVICE):
             updater.load_state_dict(state)
             if RANK < len(state["generators"]):
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    run = Run(plan, folder, lock, model, replica, tokenizer, sharing, updater, stop, compiled, saved_step=progress.step)
+    parts = model, replica, tokenizer, sharing, updater, stop, compiled
+    run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
         wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
         name = read_record(folder)[0] if launch.resumed else launch.name
@@ -238,7 +250,7 @@ def build(plan: Plan) -> Run:
 
 
 def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
-    tokenizer = plan.corpus and plan.corpus.tokenizer
+    tokenizer = plan.data and plan.data.corpus.tokenizer
     origin = plan.launch.checkpoint or plan.launch.imported
     if not origin:
         return GPT(plan.config.model), tokenizer
@@ -256,10 +268,10 @@ def evaluate_only(run: Run) -> int:
         return 128 + run.stop.anywhere()
     plan = run.plan
     windows = f"{counted(len(run.val_starts), 'window')} of {plan.config.model.block_size}"
-    which = f"step {plan.progress.step}" if run.folder else plan.launch.imported or "an untrained model"
+    which = f"step {plan.progress.step}" if plan.launch.resumed else plan.launch.imported or "an untrained model"
     with naming(which):
         check_finite([val_loss])
-    say(f"{which}: val loss {val_loss:.4f} over {windows} in {counted(len(plan.val_tokens), 'token')}")
+    say(f"{which}: val loss {val_loss:.4f} over {windows} in {counted(len(run.data.val), 'token')}")
     return 0
 
 
@@ -275,7 +287,7 @@ def train(run: Run) -> int:
     training, logging, block_size = config.training, config.logging, config.model.block_size
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
-    batches = training_batches(plan.train_tokens, plan.order, progress.consumed, sequences, *share)
+    batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
     batches = prefetch(batches, device)
     meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
     learning_rate = grad_norm = batch = None
@@ -296,7 +308,7 @@ def train(run: Run) -> int:
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
             done = done or run.out_of_patience
-        if IS_MAIN and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
+        if run.log and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
             train_loss, rate = meter.take()
             line = {
                 "step": progress.step,
@@ -311,7 +323,7 @@ def train(run: Run) -> int:
                 "skipped": progress.skipped or None,
                 **routers.take(),
             }
-            run.write_log(line, bar)
+            write_log(run.log, line, bar)
         if val_loss is not None:
             run.save()
         if done or stopped:
@@ -323,8 +335,7 @@ def train(run: Run) -> int:
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
             batch = run.next_batch(batches, batch)
-            more_to_come = WORLD_SIZE > 1 and i < plan.micro_steps
-            with run.replica.no_sync() if more_to_come else contextlib.nullcontext():
+            with distributed.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
                 auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # of routers, a mean
@@ -388,8 +399,9 @@ def main() -> int:
     if launch.resumed:
         if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        launch = dataclasses.replace(launch, checkpoint=resumable(launch.resumed))
-        trained_on = load_state(launch.checkpoint, on_disk=True)["runtime"]["device"]
+        checkpoint = resumable(launch.resumed)
+        launch = dataclasses.replace(launch, checkpoint=checkpoint)
+        trained_on = load_state(checkpoint, on_disk=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
     training = launch.config.training
     with distributed.process_group(training.backend, device, training.timeout_minutes):

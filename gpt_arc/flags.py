@@ -114,10 +114,11 @@ def help_text(
     groups: dict[str | None, argparse._ArgumentGroup] = {}
     for name, setting in settings.items():
         title = "arguments" if name in positionals else f"[{setting.table}]" if setting.table else "flags"
-        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         default = defaults.get(name, setting.default)
         shown = "required" if default is dataclasses.MISSING else f"default: {default_text(default)}"
-        group.add_argument(
+        groups[title].add_argument(
             name if name in positionals else f"--{name}",
             metavar=name.upper() if name in positionals else metavar(setting.hint),
             help=f"{setting.help} ({shown})".strip().replace("%", "%%"),

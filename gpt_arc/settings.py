@@ -27,7 +27,7 @@ from gpt_arc.reading import read_toml
 
 T = TypeVar("T")
 VALUES = ConfigDict(strict=True, allow_inf_nan=False)
-STRICT = ConfigDict(**VALUES, extra="forbid", use_attribute_docstrings=True)
+STRICT: ConfigDict = {**VALUES, "extra": "forbid", "use_attribute_docstrings": True}
 
 LARGEST = 2**31 - 1  # of a count: beyond it a damaged file asks for more than any memory
 Count = Annotated[int, Ge(1), Le(LARGEST)]
@@ -75,12 +75,10 @@ class Setting(NamedTuple):
 def settings_in(cls: type) -> dict[str, Setting]:
     """The settings of `cls` by flat name."""
     settings: dict[str, Setting] = {}
-    hints = typing.get_type_hints(cls, include_extras=True)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
+    for field, hint in _fields(cls):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if dataclasses.is_dataclass(hint):
-            defaults = values_of(default) if dataclasses.is_dataclass(default) else {}
+        if is_settings(hint):
+            defaults = values_of(default) if is_settings(default) else {}
             for name, inner in settings_in(hint).items():
                 settings[name] = inner._replace(
                     table=inner.table or field.name, default=defaults.get(name, inner.default)
@@ -88,6 +86,18 @@ def settings_in(cls: type) -> dict[str, Setting]:
         else:
             settings[field.name] = Setting(None, hint, default, _help(cls, field.name))
     return settings
+
+
+def _fields(cls: type) -> Iterator[tuple[dataclasses.Field, Any]]:
+    """Yields the fields of a dataclass and their types."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        yield field, hints[field.name]
+
+
+def is_settings(hint: Any) -> bool:
+    """Whether a type, or the type of a value, is a dataclass."""
+    return dataclasses.is_dataclass(hint)
 
 
 def _help(cls: type, name: str) -> str:
@@ -109,7 +119,7 @@ def values_of(settings: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        values |= values_of(value) if dataclasses.is_dataclass(value) else {field.name: value}
+        values |= values_of(value) if is_settings(value) else {field.name: value}
     return values
 
 
@@ -119,12 +129,10 @@ def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | 
     `sources` names the file that each value came from; a value without one came from a flag. Raises UserError.
     """
     sources = sources or {}
-    values = cls.translate(dict(values)) if hasattr(cls, "translate") else values
+    values = getattr(cls, "translate", dict)(dict(values))
     arguments: dict[str, Any] = {}
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if not dataclasses.is_dataclass(hint):
+    for field, hint in _fields(cls):
+        if not is_settings(hint):
             arguments |= {field.name: values[field.name]} if field.name in values else {}
             continue
         inner = {name: values[name] for name in settings_in(hint) if name in values}
@@ -251,7 +259,7 @@ def _sentence(
         kinds = [kind for kind, _ in kinds_of(hint)]
         entries = next((typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple), None)
         values = next((typing.get_args(kind)[1] for kind in kinds if typing.get_origin(kind) is dict), None)
-        nested = next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+        nested = next((kind for kind in kinds if is_settings(kind)), None)
         if isinstance(step, int) and entries is not None:
             prefix, hint = f"number {step + 1} of {name}: ", entries
         elif isinstance(step, str) and values is not None:
@@ -259,12 +267,12 @@ def _sentence(
         elif nested and isinstance(step, str):
             hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
     if first["type"] == "value_error":
-        return prefix + str(first["ctx"]["error"])
+        return prefix + str(first.get("ctx", {})["error"])
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{prefix}{name} is missing"
     if hint is None:
         return f"{prefix}there is no setting {name}"
-    name = "" if prefix and dataclasses.is_dataclass(hint) else f"{name} = "
+    name = "" if prefix and is_settings(hint) else f"{name} = "
     name = "" if prefix and isinstance(place[-1], int) else name
     expected = _expected(hint, {one["type"] for one in errors})
     return f"{prefix}{name}{(shown or _shown)(first['input'])} must be {expected}"
@@ -273,7 +281,7 @@ def _sentence(
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return str(value)
-    if dataclasses.is_dataclass(value):
+    if is_settings(value):
         value = dataclasses.asdict(value)
     return str(value) if isinstance(value, Path) else json.dumps(value, default=str)
 
@@ -325,12 +333,12 @@ def _named(kind: Any, bounds: tuple) -> str:
         inner = next(kinds_of(typing.get_args(kind)[0]))[0]
         if typing.get_origin(inner) is Literal:
             return f"a list of {least or 'any '}of {_choices(inner)}"
-        return f"a list of {least}{_tables(inner) if dataclasses.is_dataclass(inner) else NAMES[inner][1]}"
+        return f"a list of {least}{_tables(inner) if is_settings(inner) else NAMES[inner][1]}"
     if typing.get_origin(kind) is Literal:
         return f"one of {_choices(kind)}" if len(typing.get_args(kind)) > 1 else _choices(kind)
     if typing.get_origin(kind) is dict:
         return "a table"
-    if dataclasses.is_dataclass(kind):
+    if is_settings(kind):
         return _tables(kind)
     return NAMES[kind][0] + (" that isn't empty" if MinLen(1) in bounds else "")
 

@@ -14,6 +14,11 @@ def human(value: float, unit: str = "") -> str:
     return f"{value:.3g}{unit}"
 
 
+def amount(value: float) -> str:
+    """Format a large number as papers write it: 124M, 1.56B, 300B, 15T."""
+    return human(value).replace("G", "B").replace("k", "K")
+
+
 def counted(number: float, noun: str, form: str = ",") -> str:
     """Format a number and what it counts: "1 thread", "1,200 pairs". `noun` is singular and takes an s."""
     text = format(number, form)

@@ -1,6 +1,9 @@
-"""Fixtures shared by several test files."""
+"""Fixtures shared by several test files. Imports no torch, so that pytest starts its two processes at once."""
 
+import functools
+import gc
 import io
+import os
 import signal
 import sys
 from pathlib import Path
@@ -11,12 +14,39 @@ import pytest
 
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
-from helpers import TEXT, write_dataset
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
+os.environ["WANDB_MODE"] = "offline"
+os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Keeps the garbage collector away from what the test modules import: hardly any of it is garbage."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs_that_start_and_save_quickly():
+    """The CPU's speed is measured once instead of by each run, and nothing in this process waits for the disk."""
+    from gpt_arc.planning import cost
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """An empty current folder with the dataset data/sums and the config sums.toml."""
+    from helpers import TEXT, write_dataset
+
     monkeypatch.chdir(tmp_path)
     tokenizer = CharTokenizer.from_text(TEXT)
     tokens = np.array(tokenizer.encode(TEXT))
@@ -83,6 +113,8 @@ def stage_runner(monkeypatch, capsys):
 def sentencepiece_model(tmp_path_factory):
     """The bytes of a tiny SentencePiece model with the usual control tokens: <unk> 0, <s> 1, </s> 2."""
     import sentencepiece
+
+    from helpers import TEXT
 
     written, sentences = io.BytesIO(), [*TEXT.splitlines(), "naïve 漢字"]
     sentencepiece.SentencePieceTrainer.train(

@@ -23,18 +23,6 @@ from warm import WarmPopen
 ROOT = Path(__file__).parents[1]
 
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
-
-
-os.environ["WANDB_MODE"] = "offline"
-
-
-os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
-
-
-torch.set_num_threads(1)
-
-
 # flags of a tiny training run, added to a config or the defaults
 TINY_FLAGS = (
     "--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=8 --eval_interval=4 --eval_iters=2 "
@@ -120,6 +108,11 @@ FORKING = """
 import multiprocessing, os, runpy, sys
 context = multiprocessing.get_context("fork")
 multiprocessing.get_context = lambda method: context
+def pipe():
+    ends = multiprocessing.Pipe()
+    os.register_at_fork(after_in_child=ends[0].close)  # or a child, having it too, would wait for its parent to hang up
+    return ends
+context.Pipe = pipe
 del sys.argv[0]
 sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")

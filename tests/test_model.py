@@ -60,6 +60,12 @@ def test_parameters_without_embeddings_are_12_l_c_squared_and_vectors():
     assert model.num_parameters(embeddings=False) == 12 * (12 * 768**2 + 13 * 768) + 2 * 768
 
 
+@pytest.mark.parametrize("settings", [{}, {"tied_head": False, "head_bias": True}, {"ngrams": 4, "ngram_rows": 100}])
+def test_parameters_without_embeddings_leave_out_tables_and_head(settings):
+    char = GPTConfig(8, 65, 4, 4, 64, **settings)  # configs/char_tiny.toml has the second settings
+    assert on_meta(char).num_parameters(embeddings=False) == 4 * (12 * 64**2 + 13 * 64) + 2 * 64 == 200_064
+
+
 def random_weights(model: torch.nn.Module, seed: int = 0) -> None:
     """Sets weights and biases large enough that each affects the logits."""
     generator = torch.Generator().manual_seed(seed)

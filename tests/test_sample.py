@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -309,12 +308,11 @@ def test_ctrl_c_ends_a_continuation_and_ctrl_d_the_program(talker, way):
 
     controller, terminal = pty.openpty()
 
-    def attach():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
-        os.login_tty(terminal)
-
-    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
-    process = subprocess.Popen([*SAMPLE, way, "--max_new_tokens=1000000"], preexec_fn=attach, env=buffered)
+    python, script, *flags = SAMPLE
+    attached = "import os, runpy, sys; os.login_tty(os.dup(0)); del sys.argv[0]; "
+    attached += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = [python, "-c", attached, script, *flags, way, "--max_new_tokens=1000000"]
+    process = WarmPopen(arguments, stdin=terminal, stdout=terminal, stderr=terminal)
     os.close(terminal)
     try:
         read_until(controller, b"> ")

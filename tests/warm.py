@@ -4,6 +4,7 @@ The forks differ from `python SCRIPT ARGS` in nothing that scripts see, except t
 and variables that the interpreter or these modules read when they start, such as PYTHONPATH, are those of pytest.
 """
 
+import atexit
 import ctypes
 import functools
 import gc
@@ -46,9 +47,11 @@ class WarmPopen(subprocess.Popen):
 
     def _execute_child(
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
-        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *others,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite,
+        restore_signals, gid, gids, uid, umask, start_new_session, *others,
     ):  # fmt: skip
-        request = pickle.dumps((list(args)[1:], cwd or os.getcwd(), dict(os.environ if env is None else env)))
+        arguments, environment = [os.fspath(arg) for arg in args[1:]], dict(os.environ if env is None else env)
+        request = pickle.dumps((arguments, cwd or os.getcwd(), environment, start_new_session))
         streams = [given if given >= 0 else inherited for inherited, given in enumerate((p2cread, c2pwrite, errwrite))]
         with ONE_REQUEST:
             channel = warm_process()
@@ -63,8 +66,8 @@ if sys.platform != "linux":
     WarmPopen = subprocess.Popen
 
 
-def forked(channel: socket.socket) -> tuple[list[str], str, dict[str, str]]:
-    """Fork for each request: returns, in the fork, its arguments, folder and environment."""
+def forked(channel: socket.socket) -> tuple[list[str], str, dict[str, str], bool]:
+    """Fork for each request: returns, in the fork, its arguments, folder, environment and start_new_session."""
     while True:
         request, streams, *_ = socket.recv_fds(channel, 1 << 20, 3)
         if not request:
@@ -90,7 +93,9 @@ if __name__ == "__main__":
         __import__(name)
     gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages, when it ends
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    arguments, folder, environment = forked(socket.socket(fileno=int(sys.argv[1])))
+    arguments, folder, environment, start_new_session = forked(socket.socket(fileno=int(sys.argv[1])))
+    if start_new_session:
+        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
     os.environ.clear()
@@ -103,4 +108,16 @@ if __name__ == "__main__":
     sys.modules["__main__"] = ModuleType("__main__")
     if script != "-c":
         sys.modules["__main__"].__file__ = script
-    exec(compile(source, script, "exec"), sys.modules["__main__"].__dict__)
+    status = 0
+    try:
+        exec(compile(source, script, "exec"), sys.modules["__main__"].__dict__)
+    except SystemExit as stop:
+        status = stop.code or 0
+    if isinstance(status, str) or threading.active_count() > 1 or "WORLD_SIZE" in environment:
+        sys.exit(status)
+    # The end spares the 0.3 s in which Python destroys all modules, except where that may hang or crash: with threads
+    # or a process group.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

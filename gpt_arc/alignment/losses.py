@@ -135,7 +135,7 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> t
     return 0.5 * torch.maximum(plain, clipped), clipped > plain
 
 
-def explained_variance(values: Sequence[float], returns: Sequence[float]) -> float:
+def explained_variance(values: Sequence[float] | Tensor, returns: Sequence[float] | Tensor) -> float:
     """1 - Var(returns - values) / Var(returns): 1 is perfect, 0 is a constant's; nan if the returns are constant."""
     values, returns = torch.as_tensor(values).double(), torch.as_tensor(returns).double()
     variance = returns.var(correction=0).item()

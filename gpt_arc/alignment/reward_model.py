@@ -93,7 +93,7 @@ def score_sequences(
     return scores
 
 
-def preference_report(gaps: Sequence[float], groups: int = 5) -> dict[str, Any]:
+def preference_report(gaps: Sequence[float] | np.ndarray, groups: int = 5) -> dict[str, Any]:
     """Reports how well scores agree with preferences. A gap is the better response's score minus the worse one's.
 
     `accuracy` is the share of pairs in the right order, with its standard error; equal scores count half. `by_gap`

@@ -25,7 +25,7 @@ from gpt_arc.chat.format import ChatFormat
 from gpt_arc.errors import UserError, first_line, naming
 
 Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
-Function = Callable[[list[dict[str, Any]], list[str]], Sequence[float]]
+Function = Callable[[list[dict[str, Any]], list[str]], Any]  # returns a number for each text, which is checked
 LIBRARIES = (sysconfig.get_paths()["stdlib"], *site.getsitepackages())
 
 
@@ -95,8 +95,9 @@ def _import_function(name: str) -> Function:
     try:
         value = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # a module may raise anything
-        is_absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        reason = f"there is no module {error.name} in this folder or installed" if is_absent else _describe(error)
+        reason = _describe(error)
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            reason = f"there is no module {error.name} in this folder or installed"
         raise UserError(f"reward = {name} can't be imported: {reason}") from None
     if value is None:
         raise UserError(f"reward = {name} can't be imported: {module} has no function {function}")

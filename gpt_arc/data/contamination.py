@@ -9,13 +9,13 @@ in memory, by hash, while the corpus is read in batches on all cores. A window w
 before it counts, so everything except GPT-2's Bloom filter is exact.
 """
 
+import abc
 import contextlib
 import functools
 import hashlib
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import signal
@@ -34,7 +34,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from gpt_arc.data.documents import Files, read_text
+from gpt_arc.data.documents import Files, available_cores, read_text
 from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError
@@ -148,8 +148,12 @@ def word_of(token: str) -> str:
     return token.translate(_without_punctuation).lower()
 
 
-class _WordCache(dict):
+class _WordCache(dict[str, int], abc.ABC):
     """Cache of `compute(word)` for short words; the long strings of data in some pages would fill memory."""
+
+    @abc.abstractmethod
+    def compute(self, word: str) -> int:
+        """Returns the number of a word."""
 
     def __missing__(self, word: str) -> int:
         number = self.compute(word)
@@ -172,8 +176,8 @@ class Vocabulary(_WordCache):
         self.words: dict[str, int] = {}
         self.growing = True  # while the items are read
 
-    def compute(self, token: str) -> int:
-        word = word_of(token)
+    def compute(self, word: str) -> int:
+        word = word_of(word)
         if not word:
             return NO_WORD
         if self.growing:
@@ -396,8 +400,7 @@ def _each_batch(
     documents: Files, task: Callable[[list[str]], Any], workers: int | None, title: str
 ) -> Iterator[tuple[list[str], Any]]:
     """Yields batches of the documents' texts, in order, with the result of `task`, computed by `workers` processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
-    workers = workers or cores
+    workers = workers or available_cores()
     with tqdm(total=documents.total_bytes, desc=title, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         in_process = ((texts, documents.bytes_read, task(texts)) for texts, _ in _batches(documents))
         for texts, read, result in _in_processes(documents, task, workers) if workers > 1 else in_process:

@@ -16,13 +16,14 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
@@ -40,6 +41,13 @@ JSON_LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
 KNOWN = (".txt", ".jsonl", ".parquet")  # the files read from a folder without a pattern
 BOUNDARY = re.compile(r"\S[ \n]")
 Cut = Literal["anywhere", "space", "never"]  # where a document may be split; "space" means before white space
+
+
+def available_cores() -> int:
+    """The number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS has none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class Documents(abc.ABC):
@@ -242,7 +250,7 @@ def _holds_many(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, offset: int) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def _opened(path: Path, offset: int) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
     """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
         with open(path, "rb") as raw:

@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.declared import SETTINGS_FILE
-from gpt_arc.data.documents import BEGINNING, Cut, Documents
+from gpt_arc.data.documents import BEGINNING, Cut, Documents, available_cores
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import (
@@ -108,7 +108,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
     made_of = {
         **documents.identity(),
-        "tokenizer": "char" if by_characters else _digest(tokenizer),
+        "tokenizer": "char" if tokenizer is None else _digest(tokenizer),
         "split": rule,
         "val_fraction": settings.val_fraction,
         "shard_tokens": settings.shard_tokens,
@@ -128,13 +128,13 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
         with _work_folder(made_of, work, settings.overwrite):
             documents.revision = (read_object(work / "progress.json") or {}).get("revision")
             boundary = None
-            if by_characters or rule == "tail":
+            if tokenizer is None or rule == "tail":
                 total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
-                tokenizer = CharTokenizer(sorted(characters)) if by_characters and characters else tokenizer
                 if total < 2:
                     raise UserError(
                         f"{counted(total, 'character')} in {documents.name}: at least two are needed for a split"
                     )
+                tokenizer = CharTokenizer(sorted(characters)) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
             done = _write_shards(documents, settings, tokenizer, boundary, work)
@@ -170,11 +170,10 @@ def _write_shards(
     if tokenizer.cuts_at_space:
         cut = "anywhere" if isinstance(tokenizer, CharTokenizer) else "space"
     batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
     documents.bytes_read = saved.bytes_read
     bar = _ProgressBar("encoding", documents.total_bytes, saved.bytes_read)
     done = saved
-    for done, tokens in _in_order(partial(_encode, tokenizer), batches, settings.workers or cores):
+    for done, tokens in _in_order(partial(_encode, tokenizer), batches, settings.workers or available_cores()):
         for split, writer in writers.items():
             writer.append(tokens[split])
         done = replace(done, **{split: writer.written for split, writer in writers.items()})
@@ -202,15 +201,16 @@ def _batches(
     size = 0
     seen = replace(start)
     for text, ends in documents.pieces(cut, start.position):
-        if text and boundary is None:
+        if not text:
+            seen.empty += 1  # pieces of a longer text are never empty
+        elif boundary is None:
             seen.side = seen.side or _side(text, val_fraction)
             batch.append((seen.side, text, ends))
-        elif text:
+        else:
             at = min(max(boundary - seen.characters, 0), len(text))
             parts = [("train", text[:at], ends or seen.characters + at == boundary), ("val", text[at:], ends)]
             batch += [part for part in parts if part[1]]
         seen.documents += bool(text) and ends
-        seen.empty += not text  # pieces of a longer text are never empty
         seen.characters += len(text)
         seen.side = None if ends else seen.side
         size += len(text)

@@ -67,17 +67,18 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                         yield f"{path}, line {number}", parse_as(dict, line)
                 return
             # quotation marks have no meaning in a .tsv, as in GLUE's files
-            style = {"dialect": "excel"} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-            reader = csv.reader(file, **style)
+            is_tsv = kind == ".tsv"
+            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
             columns, before = next(reader, []), reader.line_num
             twice = next((name for name in columns if columns.count(name) > 1), None)
             if twice is not None:
                 raise UserError(f"{path}: two columns are named {twice!r}")
             for cells in reader:
                 if cells:
-                    row = dict(itertools.zip_longest(columns, cells[: len(columns)]))
-                    more = {None: cells[len(columns) :]} if len(cells) > len(columns) else {}
-                    yield f"{path}, line {before + 1}", row | more
+                    row: dict[Any, Any] = dict(itertools.zip_longest(columns, cells[: len(columns)]))
+                    if len(cells) > len(columns):
+                        row[None] = cells[len(columns) :]
+                    yield f"{path}, line {before + 1}", row
                 before = reader.line_num
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None

@@ -124,7 +124,7 @@ class Tokenizer(abc.ABC):
             write_file(Path(directory) / name, content)
 
     def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other) or self.end_of_text != other.end_of_text:
+        if not isinstance(other, Tokenizer) or type(self) is not type(other) or self.end_of_text != other.end_of_text:
             return False
         return self._vocabulary_files() == other._vocabulary_files()
 
@@ -565,7 +565,7 @@ def _growth(step: dict) -> float:
     if inner:
         return math.prod(map(_growth, inner))
     if step.get("type") != "Replace":
-        return {"ByteLevel": 2.0, "Precompiled": 30.0}.get(step.get("type"), 1.0)
+        return {"ByteLevel": 2.0, "Precompiled": 30.0}.get(step.get("type", ""), 1.0)
     replaced, length = step["pattern"].get("String"), len(step["content"])
     return max(1.0, length / len(replaced)) if replaced else 1.0 + length  # a regex may match between characters
 
@@ -627,7 +627,8 @@ def _read_vocab_and_merges(vocab: bytes, merges: bytes) -> Tokenizer:
 
     ids = json.loads(vocab)
     lines = merges.decode().replace("\r\n", "\n").split("\n")
-    pairs = [tuple(line.split(" ")) for line in (lines[1:] if lines[0].startswith("#version") else lines) if line]
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    pairs = [(first, second) for first, second in (line.split(" ") for line in lines if line)]
     if "<unk>" in ids and any(token.endswith("</w>") for token in ids):  # like transformers' OpenAIGPTTokenizer
         library = Library(models.BPE(ids, pairs, unk_token="<unk>", end_of_word_suffix="</w>"))
         library.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -1,5 +1,8 @@
 """Caches of keys and values, for decoding and for scoring."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -29,6 +32,7 @@ class BlockCache(nn.Module):
         return KVCache(self.keys[:rows, :, :slots], self.values[:rows, :, :slots], positions)
 
 
-def empty_cache(model: GPT, rows: int, slots: int, dtype: torch.dtype) -> nn.ModuleList:
-    """Returns a `BlockCache` for each block of the model."""
-    return nn.ModuleList(BlockCache(model, rows, slots, dtype) for _ in model.blocks)
+def empty_cache(model: GPT, rows: int, slots: int, dtype: torch.dtype) -> Sequence[BlockCache]:
+    """Returns a `BlockCache` for each block of the model, in a `ModuleList`."""
+    blocks = nn.ModuleList(BlockCache(model, rows, slots, dtype) for _ in model.blocks)
+    return cast(Sequence[BlockCache], blocks)  # torch doesn't type the elements

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt_arc.data.batches import pad_rows
-from gpt_arc.decoding.cache import empty_cache
+from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.sequences: list[list[int]] = []  # tokens of each row
-        self.cache = nn.ModuleList()  # a `BlockCache` for each block
+        self.cache = empty_cache(model, 0, 0, torch.float32)
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
         self.one_step = self.forward  # used for one token per row
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
         self.sequences = [[] for _ in range(rows)]
         self._reserve(rows, slots, keep=False)
 
-    def _empty_cache(self, rows: int, slots: int) -> nn.ModuleList:
+    def _empty_cache(self, rows: int, slots: int) -> Sequence[BlockCache]:
         dtype = self.model.token_embedding.weight.dtype
         if self._device.type == "cpu" and self.compiled == "no":
             dtype = torch.float32  # a CPU's library takes three times as long for one query in 16 bits
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         ):  # a view of all rows or slots has another layout, which would be compiled separately
             need_rows, need_slots = rows + (rows > 1), slots + 1
         old = self.cache
-        have_rows, have_slots = (old[0].keys.size(0), old[0].keys.size(2)) if old else (0, 0)
+        have_rows, have_slots = old[0].keys.size(0), old[0].keys.size(2)
         if have_rows < need_rows or have_slots < need_slots:
             if keep:
                 if need_slots > have_slots:  # doubled, so that a long sequence is rarely copied

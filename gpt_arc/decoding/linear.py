@@ -40,6 +40,10 @@ def _(x: Tensor, key: Tensor, width: int) -> Tensor:
 class InferenceLinear(nn.Module):
     """x (..., K) -> (..., N), for constant weight (N, K) and bias (N,)."""
 
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, layout: Layout):
         super().__init__()
         if layout == "packed" and weight.numel() < PACKED_FROM:

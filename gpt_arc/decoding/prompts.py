@@ -1,7 +1,7 @@
 """Prompts of sample.py: where they come from, and their tokens."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_arc.data.documents import read_text
@@ -10,7 +10,7 @@ from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError
 
 
-def prompt_batches(config: SampleConfig) -> Iterable[list[str]]:
+def prompt_batches(config: SampleConfig) -> list[list[str]] | Iterator[list[str]]:
     """Returns the prompts, in lists that may be continued together."""
     if config.typed:
         return typed_prompts()

@@ -197,6 +197,12 @@ def expert_use(model: GPT, windows: Sequence[Window], batch_tokens: int = 8192) 
     check_finite(entropies)
     total = sum(len(window.tokens) for window in windows)
     return [
-        Use(block, *(c.view(-1, config.n_experts) for c in pair), config.experts_per_token, entropy_sum / total)
-        for block, pair, entropy_sum in zip(blocks, counts, entropies)
+        Use(
+            block,
+            by_class.view(-1, config.n_experts),
+            by_token.view(-1, config.n_experts),
+            config.experts_per_token,
+            entropy_sum / total,
+        )
+        for block, (by_class, by_token), entropy_sum in zip(blocks, counts, entropies)
     ]

@@ -124,15 +124,18 @@ class HarnessModel(TemplateLM):
         UserError.
         """
         if self.chat:
-            return super().loglikelihood(requests, disable_tqdm)
-        pairs = [request.args for request in requests]
+            return super().loglikelihood(list(requests), disable_tqdm)
+        pairs = [request.arguments for request in requests]
         places = [f"{request.task_name}, document {request.doc_id}, option {request.idx}" for request in requests]
         encoded = encode_pairs(self.text_tokenizer, pairs, self.max_length, places).requests
         tokens = [(pair, request.context, request.continuation) for pair, request in zip(pairs, encoded)]
         return self._loglikelihood_tokens(tokens, disable_tqdm)
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs
+        self,
+        requests: Sequence[tuple[tuple[str, str], Sequence[int], Sequence[int]]],
+        disable_tqdm: bool = False,
+        **kwargs,
     ) -> list[tuple[float, bool]]:
         """Returns each continuation's log-probability in nats, and whether greedy decoding would produce it.
 
@@ -176,7 +179,7 @@ class HarnessModel(TemplateLM):
         """
         by_settings: dict[tuple[Sampling, tuple[str, ...], int], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, request in enumerate(requests):
-            context, settings = request.args
+            context, settings = request.arguments
             sampling, until, length = key = self._generation(settings)
             room = self.max_length - length if length < self.max_length else self.max_length
             by_settings[key].append((number, (self.tok_encode(context) or [self.prefix_token_id])[-room:]))
@@ -198,7 +201,7 @@ class HarnessModel(TemplateLM):
 
     def _generation(self, settings: dict[str, Any]) -> tuple[Sampling, tuple[str, ...], int]:
         """Returns sampling, stop texts and length from a task's generation_kwargs. Raises UserError."""
-        remaining = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        remaining: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         until = tuple(text for text in remaining.pop("until") if text)
         length, temperature = remaining.pop("max_gen_toks"), remaining.pop("temperature", 1.0)
         filters = {

@@ -144,8 +144,8 @@ def measure_task(
         for metric, values in item_values(task, reader, questions, seed).items():
             value, error = summary(metric, values)
             first = next((result for result in results if result.metric == metric), None)
-            paired = first is not None and metric in ("accuracy", "exact match")
-            p_value = paired_p_value(first.values, values) if paired else None
+            paired = metric in ("accuracy", "exact match")
+            p_value = paired_p_value(first.values, values) if paired and first is not None else None
             overlap = overlap_figures(task_items, metric, values)
             results.append(Result(task.name, count, metric, value, error, len(values), p_value, values, overlap))
     return results

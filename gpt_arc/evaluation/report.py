@@ -36,7 +36,9 @@ def result_tables(tasks: Sequence[TaskItems], results: Sequence[Result]) -> Iter
         rows.append([r.task, r.shots, r.metric, value, error, r.items, r.p_value, known])
     yield table(rows)
     rows = [["task", "shots", "metric", "all", "clean", "±", "items", "dirty", "±", "items", "words compared"]]
-    for r in (result for result in results if result.overlap is not None):
+    for r in results:
+        if r.overlap is None:
+            continue
         cells = []
         for figures in (r.overlap["clean"], r.overlap["dirty"]):
             cells += [display(figures["value"], r.metric), display(figures["standard_error"], r.metric)]
@@ -51,7 +53,7 @@ def plot_checkpoints(report: dict[str, Any], path: Path) -> None:
 
     Figures of tasks have error bars of one standard error. Perplexities have a logarithmic panel to themselves.
     """
-    curves: dict[str, dict[str, list[tuple[int, float, float]]]] = {"per cent": {}, "perplexity": {}}
+    curves: dict[str, dict[str, list[tuple[int, float | None, float | None]]]] = {"per cent": {}, "perplexity": {}}
     for model in report["models"]:
         update = int(Path(model["model"]).name.removeprefix("step-"))
         points = [

@@ -185,7 +185,7 @@ def score_continuations(
             shared.append(group)
         else:
             alone += [Group(group.context, [item]) for item in group.continuations]
-    scores: list[Score | None] = [None] * count
+    scores: dict[int, Score] = {}
     bar = tqdm(total=count, desc=progress, unit="request", leave=False, disable=None if progress else True)
     numbered = chain(_score_alone(model, alone, batch_tokens), _score_shared(model, shared, batch_tokens))
     with autocast(_device(model), dtype):
@@ -193,7 +193,7 @@ def score_continuations(
             scores[number] = score
             bar.update()
     bar.close()
-    return scores
+    return [scores[number] for number in range(count)]
 
 
 def _device(model: GPT) -> torch.device:
@@ -275,7 +275,8 @@ def _read_on(
     branches = [Branches(c.keys[:, :, slots], c.values[:, :, slots], positions, owners) for c in cache]
     columns, offsets = steps + tails.size(1) - 1, range(1, model.config.ngrams)
     previous = torch.stack([sequences.gather(1, columns - k) for k in offsets], dim=-1) if offsets else None
-    return model.hidden(sequences.gather(1, columns), cache=branches, previous=previous)
+    tokens = sequences.gather(1, columns)
+    return model.hidden(tokens, cache=branches, previous=previous)  # type: ignore  they stand in for a `KVCache`
 
 
 def _cache_dtype(model: GPT) -> torch.dtype:
@@ -287,11 +288,11 @@ def _cache_dtype(model: GPT) -> torch.dtype:
 
 def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
     """Yields the score of each row, from the hidden states (tokens, C) that predict its tokens."""
-    hidden = torch.cat(list(hidden))
-    targets = send([token for row in rows for token in row.tokens], hidden.device)
-    at_once = max(logits_at_once(hidden.device.type) // model.config.vocab_size, 1)
+    joined = torch.cat(list(hidden))
+    targets = send([token for row in rows for token in row.tokens], joined.device)
+    at_once = max(logits_at_once(joined.device.type) // model.config.vocab_size, 1)
     logs, greedy = [], []
-    for states, tokens in zip(hidden.split(at_once), targets.split(at_once)):
+    for states, tokens in zip(joined.split(at_once), targets.split(at_once)):
         logits = model.logits(states).float()
         logs.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         greedy.append(logits.argmax(-1) == tokens)

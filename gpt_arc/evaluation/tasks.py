@@ -190,7 +190,9 @@ class Task:
         return plain[0] == plain[1]
 
 
-KIND_OF = dict.fromkeys(("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice")
+KIND_OF: dict[str, str] = dict.fromkeys(
+    ("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice"
+)
 KIND_OF |= {"stop_word_filter": "cloze"} | dict.fromkeys(
     ("stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"), "generate"
 )

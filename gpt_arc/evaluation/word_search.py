@@ -90,7 +90,7 @@ class _Search:
         """Adds the prefixes `tokens` + one token of `after`, from index `at` on; `chances` are their sorted logs."""
         if at < len(after):
             siblings = tokens, chances, after, at + 1
-            heapq.heappush(self._open, (-chances[at].item(), [*tokens, after[at].item()], siblings))
+            heapq.heappush(self._open, (-chances[at].item(), [*tokens, int(after[at])], siblings))
 
     def pop(self) -> tuple[float, list[int]]:
         """Returns the likeliest prefix's log-probability and tokens. If none is left, the answer is right."""

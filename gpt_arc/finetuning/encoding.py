@@ -27,7 +27,7 @@ class EncodedExamples(NamedTuple):
         """Tokens in the longest sequence of each example, (N,)."""
         return np.array([max(map(len, sequences)) for sequences in self.sequences])
 
-    def batch(self, rows: Sequence[int]) -> Batch:
+    def batch(self, rows: Sequence[int] | np.ndarray) -> Batch:
         return make_batch([self.sequences[row] for row in rows], [self.labels[row] for row in rows])
 
 

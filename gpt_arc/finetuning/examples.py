@@ -83,7 +83,7 @@ def _example(row: dict[str, Any], task: TaskKind, columns: Columns, labelled: bo
         context = first if columns.text_b is None else f"{first} {text_of(row, columns.text_b)}"
         texts = (context, *_options(row, columns.options))
     else:
-        texts = (first,) if task == "classification" else (first, text_of(row, columns.text_b))
+        texts = (first,) if task == "classification" else (first, text_of(row, columns.text_b or "text_b"))
     if not labelled:
         return Example(texts, None, place)
     value = row.get(columns.label)
@@ -101,16 +101,17 @@ def _example(row: dict[str, Any], task: TaskKind, columns: Columns, labelled: bo
 
 
 def _options(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
-    if len(columns) > 1:
-        return [text_of(row, column) for column in columns]
-    value = row.get(columns[0])
+    column, *others = columns
+    if others:
+        return [text_of(row, name) for name in columns]
+    value = row.get(column)
     if isinstance(value, str):  # a .csv holds the list as JSON
         parsed = parse_as(list, value)
         value = value if parsed is None else parsed
     if value is None:
-        raise ValueError(missing_column(row, columns[0]))
+        raise ValueError(missing_column(row, column))
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(option, str) for option in value):
-        raise ValueError(f"{columns[0]} = {shown(value)} is not a list of two texts or more")
+        raise ValueError(f"{column} = {shown(value)} is not a list of two texts or more")
     return value
 
 
@@ -137,7 +138,7 @@ def _option_number(label: str, options: Sequence[str], columns: tuple[str, ...])
 
 def classes_of(examples: Sequence[Example]) -> tuple[str, ...]:
     """Returns the distinct labels, sorted as numbers if they all are numbers, otherwise alphabetically."""
-    labels = {example.label for example in examples}
+    labels = {example.label for example in examples if example.label is not None}
     try:
         return tuple(sorted(labels, key=lambda label: (float(label), label)))
     except ValueError:

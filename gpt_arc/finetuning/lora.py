@@ -7,12 +7,15 @@ merge_adapters(model)                           # adds both to the weights: an o
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from model import GPT
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class LowRankLinear(nn.Module):
@@ -89,7 +92,7 @@ def merge_adapters(module: nn.Module) -> None:
                 setattr(parent, name, child.merged())
 
 
-def with_merged_adapters(module: nn.Module) -> nn.Module:
+def with_merged_adapters(module: M) -> M:
     """Returns a copy of `module` with its adapters merged, or `module` if it has none."""
     if not any(isinstance(part, LowRankLinear) for part in module.modules()):
         return module

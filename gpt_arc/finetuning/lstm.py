@@ -34,9 +34,6 @@ class LSTM(GPT):
         nn.init.normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
 
-    def num_parameters(self, embeddings: bool = True) -> int:
-        return sum(p.numel() for p in self.parameters()) - (0 if embeddings else self.token_embedding.weight.numel())
-
     @property
     def experts(self) -> list[Experts]:
         return []

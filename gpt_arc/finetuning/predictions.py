@@ -90,7 +90,7 @@ def metrics_of(predictions: Predictions, config: ClassifierConfig) -> dict[str, 
         }
     scores = import_extra("sklearn.metrics")
     labels, classes = predictions.labels, predictions.classes
-    metrics = {"accuracy": float(scores.accuracy_score(labels, classes))}
+    metrics: dict[str, float | None] = {"accuracy": float(scores.accuracy_score(labels, classes))}
     if config.classes is not None:
         with warnings.catch_warnings():  # a class that is never predicted has an F1 of 0
             warnings.simplefilter("ignore")
@@ -104,7 +104,8 @@ def confusion_matrix(predictions: Predictions, config: ClassifierConfig) -> list
     if config.classes is None:
         return None
     matrix = np.zeros((len(config.classes),) * 2, dtype=int)
-    np.add.at(matrix, (predictions.labels, predictions.classes), 1)
+    for label, number in zip(predictions.labels, predictions.classes):
+        matrix[int(label), number] += 1
     return matrix.tolist()
 
 

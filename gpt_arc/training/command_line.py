@@ -216,9 +216,10 @@ def start_stage(
     folder, lock = None, None
     if options.resume:
         is_old_form = options.resume == "True"  # RUN --resume=True
-        if is_old_form and options.model is None:
+        resumed = options.model if is_old_form else options.resume
+        if resumed is None:
             raise UserError("name the run to resume: --resume=RUN")
-        folder = Path(options.model if is_old_form else options.resume)
+        folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
         allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")

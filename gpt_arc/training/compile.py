@@ -1,6 +1,6 @@
 """torch.compile for training: whether it pays off, and compiling in place."""
 
-import contextlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import say
+from gpt_arc.distributed import say, sharing_gradients
 from gpt_arc.errors import UserError, first_line
 from model import GPT
 
@@ -23,9 +23,7 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
     if setting != "auto":
         return bool(setting), "as set or as recorded"
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401  torch's GPU wheels include it on supported platforms
-        except ImportError:
+        if importlib.util.find_spec("triton") is None:  # torch's GPU wheels include it on supported platforms
             return False, "Triton is not installed"
         if torch.cuda.get_device_capability(device) < (7, 0):
             return False, "Triton needs a GPU of compute capability 7.0 or more"
@@ -49,10 +47,10 @@ def compile_in_place(
     try:
         if device.type == "cpu":  # else kernels add in the order their threads finish: no exact resume
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  a property of the module
         model.compile()
         batch = [tensor.clone() for tensor in to_device(batch, device)]  # aliased tensors would specialize the code
-        with replica.no_sync() if replica is not model else contextlib.nullcontext():
+        with sharing_gradients(replica, False):
             with autocast(device, dtype):
                 loss = replica(*batch)
             loss.total.backward()

@@ -191,6 +191,14 @@ class RunConfig:
     """Evaluate and stop."""
     dry_run: bool = False
     """Print what would be run and stop."""
+    accelerator: str | None = None
+    """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
+    devices: Count = 1
+    """How many of them."""
+    device_mfu: UnitInterval = 0.4
+    """Share of their peak that training is expected to reach."""
+    device_price: Positive | None = None
+    """Price of an hour of one, in any currency."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 
@@ -255,7 +263,7 @@ class Config:
             )
 
 
-TABLES: dict[str, type] = {field.name: field.type for field in dataclasses.fields(Config)}
+TABLES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 SETTINGS = settings_in(Config)  # setting -> its table and type
 
 
@@ -275,6 +283,7 @@ def write_settings(settings: dict[str, Any]) -> str:
     for name, value in settings.items():
         if name == "mixture":
             value = [dataclasses.asdict(source) for source in value] or None
-        if value is not None:
-            tables.setdefault(SETTINGS[name].table, {})[name] = value
+        table = SETTINGS[name].table
+        if table and value is not None:
+            tables.setdefault(table, {})[name] = value
     return tomli_w.dumps(tables)

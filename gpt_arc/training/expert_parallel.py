@@ -54,7 +54,7 @@ class ExpertParallel:
         mesh = init_device_mesh(device.type, (self.n_copies, processes), mesh_dim_names=("copies", "experts"))
         self.copies, self.group = mesh.get_group("copies"), mesh.get_group("experts")
         for experts in model.experts:
-            experts.exchange = self.exchange
+            experts.exchange = torch.compiler.disable(self.exchange)
             for parameter in experts.parameters(recurse=False):
                 parameter.data = self.share_of(parameter.data)
                 self.shares[parameter] = None
@@ -71,7 +71,6 @@ class ExpertParallel:
         dist.all_gather(parts, share.contiguous(), group=self.group)
         return torch.cat(parts).cpu() if IS_MAIN else share
 
-    @torch.compiler.disable
     def exchange(self, compute: Callable[[Tensor, Tensor], Tensor], x: Tensor, ends: Tensor) -> Tensor:
         """Replaces `Experts.compute`: sends rows to the processes that hold their experts, and the outputs back.
 
@@ -90,15 +89,20 @@ class ExpertParallel:
         outputs = compute(take_rows(rows, order, back), incoming.sum(0).cumsum(0))
         return AllToAll.apply(take_rows(outputs, back, order), received, sent, self.group)
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of this process's experts."""
+        return [p.grad for p in self.shares if p.grad is not None]
+
     def reduce_gradients(self) -> None:
         """Averages the gradients of this process's experts, as DistributedDataParallel does for all other parameters.
 
         An expert has already seen the tokens of its whole group; the other groups hold the missing terms.
         """
-        for parameter in self.shares:
-            parameter.grad /= WORLD_SIZE
+        for gradient in self.gradients:
+            gradient /= WORLD_SIZE
             if self.n_copies > 1:
-                dist.all_reduce(parameter.grad, group=self.copies)
+                dist.all_reduce(gradient, group=self.copies)
 
     def whole(self, model: GPT) -> GPT:
         """Returns, in the main process, the model with all its experts, to be saved. Every process must call this."""

@@ -93,5 +93,5 @@ def start_wandb(logging: LoggingConfig, settings: dict[str, Any], folder: Path) 
     name = logging.wandb_run_name or folder.name
     try:
         return wandb.init(project=logging.wandb_project, name=name, config=settings, dir=folder)
-    except wandb.errors.Error as error:
+    except wandb.Error as error:
         raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None

@@ -16,6 +16,7 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.muon import BatchedMuon
 from gpt_arc.weights.tensor_files import check_tensors
+from model import GPT
 
 # what each optimizer keeps for a weight, in its shape and type
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
@@ -31,19 +32,23 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torc
     alone.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ratio = model.config.width_ratio if isinstance(model, GPT) else 1.0
     match config.optimizer:
         case "adamw":
-            return {"optimizer": build_adamw(parameters, config)}
+            return {"optimizer": build_adamw(parameters, config, ratio)}
         case "muon":  # it can't orthogonalise the stacked matrices of experts
             hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
             others = {name: p for name, p in parameters.items() if name not in hidden}
-            return {"optimizer": build_adamw(others, config), "muon": build_muon(hidden.values(), config)}
+            return {"optimizer": build_adamw(others, config, ratio), "muon": build_muon(hidden.values(), config)}
     assert_never(config.optimizer)
 
 
-def build_adamw(parameters: dict[str, nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+def build_adamw(
+    parameters: dict[str, nn.Parameter], config: TrainingConfig, width_ratio: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head."""
     return torch.optim.AdamW(
-        decay_groups(parameters, config.weight_decay),
+        decay_groups(parameters, config.weight_decay, width_ratio),
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -62,14 +67,23 @@ def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torc
     return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
-def decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    parameters: dict[str, nn.Parameter], weight_decay: float, width_ratio: float = 1.0
+) -> list[dict[str, Any]]:
     """An optimizer's parameter groups, with weight decay on matrices only.
 
-    The stacked biases of experts form a matrix, but count as biases.
+    The stacked biases of experts form a matrix, but count as biases. A ratio other than 1 divides the matrices into
+    embeddings and others, whose learning rates have the factor `rate`; their decay per step stays what it was.
     """
-    matrices = [p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")]
-    vectors = [p for name, p in parameters.items() if p.dim() < 2 or name.endswith("bias")]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices = {name: p for name, p in parameters.items() if p.dim() >= 2 and not name.endswith("bias")}
+    vectors = [p for name, p in parameters.items() if name not in matrices]
+    groups = [{"params": list(matrices.values()), "weight_decay": weight_decay}]
+    if width_ratio != 1.0:
+        tables = [p for name, p in matrices.items() if name.endswith("embedding.weight")]
+        others = [p for name, p in matrices.items() if not name.endswith("embedding.weight")]
+        scaled = {"params": others, "weight_decay": weight_decay / width_ratio, "rate": width_ratio}
+        groups = [{"params": tables, "weight_decay": weight_decay}, scaled]
+    return [*groups, {"params": vectors, "weight_decay": 0.0}]
 
 
 class Updater:
@@ -90,7 +104,7 @@ class Updater:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._names)
-        self.average = None if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
+        self.average = [] if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
 
     @property
@@ -122,7 +136,7 @@ class Updater:
         values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
         if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
             self.sharing.reduce_gradients()
-            values.append(get_total_norm([p.grad for p in shares]).square() / self.sharing.n_copies)
+            values.append(get_total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
         total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
         if self.sharing:
             total_norm = math.hypot(total_norm, math.sqrt(summed.pop()))
@@ -132,9 +146,10 @@ class Updater:
                 clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, total_norm))
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
-                    group["lr"] = learning_rate * (optimizer.defaults["lr"] / self.config.learning_rate)
+                    share = optimizer.defaults["lr"] / self.config.learning_rate
+                    group["lr"] = learning_rate * share * group.get("rate", 1.0)
                 optimizer.step()  # the scaler's would ask the device again whether all is finite
-            if self.average is not None:
+            if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
         self.scaler.update()
@@ -152,21 +167,21 @@ class Updater:
             self._swap()
 
     def _swap(self) -> None:
-        for parameter, mean in zip(self.parameters, self.average or ()):
+        for parameter, mean in zip(self.parameters, self.average):
             kept = parameter.detach().clone()
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
     def state_dict(self) -> dict:
         """The state to save, complete in the main process. Every process has to call it."""
-        state = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         if self.sharing:
             main = self.optimizers["optimizer"]
             state["optimizer"]["state"] = self.sharing.reshaped(
                 main, state["optimizer"]["state"], self.sharing.gathered
             )
         state |= {"optimizer_name": self.config.optimizer, "scaler": self.scaler.state_dict()}
-        if self.average is not None:  # the model's file holds the average
+        if self.average:  # the model's file holds the average
             state["weights"] = [p.detach() for p in self.parameters]
         return state
 
@@ -187,10 +202,10 @@ class Updater:
             check_tensors(dict(enumerate(weights)), dict(enumerate(self.parameters)), "weights.")
         for name, optimizer in self.optimizers.items():
             load_optimizer_state(optimizer, {"state": moments[name]})
-        if self.average is not None:
-            torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
-        if weights is not None:
-            torch._foreach_copy_([p.detach() for p in self.parameters], weights)
+        for mean, parameter in zip(self.average, self.parameters):
+            mean.copy_(parameter.detach())
+        for parameter, weight in zip(self.parameters, weights or ()):
+            parameter.detach().copy_(weight)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -211,7 +226,7 @@ def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: 
 
 
 def check_moments(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[Tensor, str]
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[nn.Parameter, str]
 ) -> None:
     """Raises ValueError unless `state` has moments of the optimizer's weights, in their shapes and types.
 
@@ -221,7 +236,7 @@ def check_moments(
     for i, moments in state.items():
         if i not in weights:
             raise ValueError(f"it has moments of weight {i} of {len(weights)}")
-        expected = dict.fromkeys(MOMENTS[type(optimizer)], weights[i].detach())
+        expected = {name: weights[i].detach() for name in MOMENTS[type(optimizer)]}
         if isinstance(optimizer, torch.optim.AdamW):
             expected["step"] = torch.tensor(0.0)
         check_tensors(moments, expected, f"{names[weights[i]]}: ")

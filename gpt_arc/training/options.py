@@ -138,6 +138,8 @@ class ExampleOptions(StageOptions):
 
     def splits(self, read: Callable[[Path], list[E]]) -> dict[str, list[E]]:
         """What `read` makes of the splits train and val. Raises UserError."""
+        if self.train is None:
+            raise UserError("name the examples to learn from by --train")
         examples = read(self.train)
         if self.val:
             return {"train": examples, "val": read(self.val)}

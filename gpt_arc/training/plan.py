@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic.dataclasses
 import torch
@@ -15,6 +15,7 @@ from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
@@ -46,16 +47,22 @@ class Progress:
     best_step: Natural | None = None
 
 
+class Data(NamedTuple):
+    """What a run trains and evaluates on."""
+
+    corpus: Corpus
+    train: Split
+    val: Split
+    order: TrainingOrder | MixtureOrder  # of the training windows
+
+
 @dataclass
 class Plan:
     """What a run will do. `config` has the dataset's vocabulary."""
 
     launch: Launch
     config: Config
-    corpus: Corpus | None  # None where a dry run finds no dataset
-    train_tokens: Split | None
-    val_tokens: Split | None
-    order: TrainingOrder | MixtureOrder | None  # of the training windows
+    data: Data | None  # None where a dry run finds no dataset
     device: torch.device
     dtype: str
     compile: bool
@@ -88,12 +95,12 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     if vocab_size != config.model.vocab_size:
         say(f"vocabulary     {vocab_size}, as in the dataset, instead of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    train_tokens = val_tokens = order = None
+    data = None
     if corpus:
-        train_tokens, val_tokens = (
+        train, val = (
             corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
         )
-        order = train_tokens.training_order(block_size, config.training.seed)
+        data = Data(corpus, train, val, train.training_order(block_size, config.training.seed))
 
     # a resumed run keeps the precision, compilation and threads that "auto" meant when it started
     training = config.training
@@ -133,10 +140,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     return Plan(
         launch=launch,
         config=config,
-        corpus=corpus,
-        train_tokens=train_tokens,
-        val_tokens=val_tokens,
-        order=order,
+        data=data,
         device=device,
         dtype=dtype,
         compile=compiled,
@@ -164,7 +168,13 @@ def print_plan(plan: Plan) -> None:
     batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
     say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
     say(f"steps          {config.training.max_iters:,}")
-    for line in data_plan(config.data.sources, plan.train_tokens, config.training.max_iters * plan.tokens_per_step):
+    if config.run.accelerator:
+        run = config.run
+        hardware = Hardware(run.accelerator, run.devices, run.device_mfu, run.device_price)
+        flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+        say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
+    train = plan.data and plan.data.train
+    for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
     device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
@@ -188,8 +198,9 @@ def doubts(plan: Plan, memory: int) -> Iterator[str]:
         less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
         less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
         yield f"the device has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
-    epochs = steps * plan.tokens_per_step / len(plan.train_tokens) if plan.train_tokens else 0
+    tokens = len(plan.data.train) if plan.data else 0
+    epochs = steps * plan.tokens_per_step / tokens if tokens else 0
     if epochs > MANY_EPOCHS:
         fewer = math.ceil(20 / epochs * steps)
         mend = f"--max_iters={fewer} makes about 20, or " if fewer > 1 else ""
-        yield f"{epochs:,.0f} passes over {len(plan.train_tokens or ()):,} tokens: {mend}prepare more text"
+        yield f"{epochs:,.0f} passes over {tokens:,} tokens: {mend}prepare more text"

@@ -16,7 +16,7 @@ def train(options: Options, run: StageRun) -> int:
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +58,9 @@ class StageProgress:
 class StageRun:
     """One run of a training stage."""
 
+    folder: Path  # a new run's only after `open`
+    bar: tqdm  # from the first call of `goes_on`
+
     def __init__(
         self,
         name: str,
@@ -72,19 +75,20 @@ class StageRun:
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
-        self.folder, self._lock = folder, lock
+        self._resumed, self._lock = folder is not None, lock
+        if folder:
+            self.folder = folder
         self.progress = progress()
-        self._state: dict[str, Any] | None = None
+        self._state: dict[str, Any] = {}
         self.checkpoint = resumable(folder) if folder else None
         if self.checkpoint:
             self._state = load_state(self.checkpoint)
             with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
-        self.stopped = 0  # number of the signal that any process received
         self._new = False  # whether this process made the folder
+        self.stopped = 0  # number of the signal that any process received
         self._saved = self.progress.step if self._state else None
-        self.bar: tqdm | None = None
         torch.manual_seed(options.seed)
 
     @property
@@ -98,16 +102,16 @@ class StageRun:
         if self._state and self._state["data"] != fingerprint:
             raise UserError(f"{self.folder} was started on other data or another model: start a new run")
         if IS_MAIN:
-            if self.folder is None:
+            if not self._resumed:
                 self._refuse_own_folder()
-                resume = resume_command(self.script, self.options.out_dir, self.options)
+                resume = self.options.out_dir and resume_command(self.script, self.options.out_dir, self.options)
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
                 record_options(self.folder, self.name, self.options)
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step)
-        self.folder = distributed.from_main(self.folder)
+        self.folder = distributed.from_main(self.folder if IS_MAIN else None)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
 
@@ -130,11 +134,11 @@ class StageRun:
         self._training = self.options.training(updates)
         return Updater(module, self._training, self.device, self.dtype)
 
-    def restore(self, updater: Updater, parts: dict[str, nn.Module]) -> None:
+    def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
-        if self._state is None:
+        if not self.checkpoint:
             return
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
         generators = self._state["generators"]
@@ -181,7 +185,7 @@ class StageRun:
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
-        if self.bar is None:
+        if not hasattr(self, "bar"):
             if IS_MAIN:
                 record_steps(self.folder, steps)
             if self.progress.step >= steps:
@@ -192,10 +196,6 @@ class StageRun:
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
         return self.progress.step < steps and not self.stopped
 
-    def last_sync(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """Context for a backward pass that shares gradients between processes only if it is the update's last."""
-        return contextlib.nullcontext() if last or WORLD_SIZE == 1 else replica.no_sync()
-
     def update(
         self, updater: Updater, step: int, *sums: Tensor | float, rate: float | None = None
     ) -> tuple[float, float, list[float]] | None:
@@ -205,10 +205,10 @@ class StageRun:
         of `sums` wasn't finite. Raises UserError if that happens again and again.
         """
         rate = learning_rate_at(step, self._training) if rate is None else rate
-        finite, norm, (*sums, stopped) = updater.update(rate, *sums, self.stop.number)
+        finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
         if finite:
-            return rate, norm, sums
+            return rate, norm, totals
         self.progress.skipped += 1
         if updater.diverged:
             self._diverge(step + 1, "is not finite")
@@ -219,7 +219,7 @@ class StageRun:
         if IS_MAIN:
             self._log.write({"step": self.progress.step, **line})
 
-    def tell(self, line: dict[str, float | None], shown: str, steps: int) -> None:
+    def tell(self, line: Mapping[str, float | None], shown: str, steps: int) -> None:
         """Log a line without its None values, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
         self.log({name: value for name, value in line.items() if value is not None})

@@ -38,7 +38,7 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
-REPLACEABLE = OF_TRAINING | {"init", "block_size"}
+REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
 ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
@@ -103,7 +103,7 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
 
 
-def of_one_checkpoint(load: Callable[Concatenate[Path | str, P], T]) -> Callable[Concatenate[Path | str, P], T]:
+def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path | str, P], T]:
     """Decorates a function that loads from a model directory: it gets what `model_directory` returns for its `path`.
 
     If a run deletes that checkpoint meanwhile, the function is called again with the present one, so that all it reads

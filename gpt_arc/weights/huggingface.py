@@ -22,6 +22,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
+from gpt_arc.nn.functional import Activation
 from gpt_arc.reading import mistake_in, read_json
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
@@ -45,7 +46,7 @@ class Architecture:
     ours: dict[str, Any]  # constant settings; those that the table doesn't name have GPTConfig's defaults
     sizes: dict[str, tuple[str, Any]]  # key: (our setting, transformers' default)
     dropouts: dict[str, tuple[str, float]]  # the same
-    activations: tuple[str, dict[str, str]]  # key, {its value: our value}; the first is the default
+    activations: tuple[str, dict[str, Activation]]  # key, {its value: our value}; the first is the default
     fixed: dict[str, tuple]  # key: supported values; the first is the default
     inert: dict[str, Any]  # keys that don't affect the computation, with transformers' defaults
     prefix: str  # of every tensor except the head's; files without a head lack it
@@ -238,7 +239,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
 
     Raises UserError naming the key and its value if our model would compute something else.
     """
-    kind = content.get("model_type")
+    kind = str(content.get("model_type"))
     architecture = ARCHITECTURES.get(kind)
     if architecture is None:
         known = ", ".join(ARCHITECTURES)
@@ -259,8 +260,8 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     activation = content.get(key, next(iter(activations)))
     if activation not in activations:
         raise _unknown(key, activation, kind, f"{', '.join(activations)} are known")
-    settings = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
-    dropouts = dict.fromkeys(PLACES, 0.0)
+    settings: dict[str, Any] = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
+    dropouts: dict[str, Any] = dict.fromkeys(PLACES, 0.0)
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
     if len(set(dropouts.values())) == 1:  # so that the single setting still changes all of them
         dropouts = {"dropout": dropouts[PLACES[0]]}
@@ -369,7 +370,7 @@ def hf_config(
     if _has_experts(architecture):
         ours["head_size"] = config.head_size
         ours["balance_loss"] = _rounded(config.balance_loss * _balance_unit(config))
-    ours |= {place: config.dropout_of(place.removesuffix("_dropout")) for place in PLACES}
+    ours |= {f"{place}_dropout": config.dropout_of(place) for place in ("embedding", "attention", "residual")}
     content = {
         "architectures": [architecture.class_name],
         "model_type": kind,

@@ -370,7 +370,9 @@ def test_parameters_and_flops_match_mixtral():
         model = GPT(mixtral)
     assert model.num_parameters() == 46_702_792_704
     assert model.num_parameters(active=True) == 12_879_925_248
-    multiplying = 12_879_925_248 - 32_000 * 4096
+    norms = (2 * 32 + 1) * 4096
+    multiplying = 12_879_925_248 - 32_000 * 4096 - norms
+    assert model.num_parameters(embeddings=False, active=True) == multiplying + norms - 32_000 * 4096  # of the head
     assert flops_per_token(model) == 6 * multiplying + 12 * 4096 * 4096 * 32
     biased = GPT(changed(shared_experts=1, expert_interval=2))
     sizes = {name: p.numel() for name, p in biased.named_parameters()}

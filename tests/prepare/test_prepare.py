@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -93,9 +94,13 @@ def in_val(text, fraction):
     return int.from_bytes(hashlib.sha256(text[: 2**16].encode()).digest()[:8], "big") / 2**64 < fraction
 
 
+@functools.cache
+def encoded_document(library, text):
+    return [*library.encode(text).ids, library.token_to_id("<|endoftext|>")]
+
+
 def encoded(library, texts):
-    end = library.token_to_id("<|endoftext|>")
-    return [token for text in texts for token in [*library.encode(text).ids, end]]
+    return [token for text in texts for token in encoded_document(library, text)]
 
 
 def test_the_python_manual_is_pydoc_s_text(prepare):

@@ -20,6 +20,7 @@ from gpt_arc.weights.directory import save_model
 from helpers import ROOT, forking_command, randomised
 from model import GPT, GPTConfig
 from tools import bench
+from warm import WarmPopen
 
 CONFIG = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=16, activation="gelu")
 TOML = "[model]\nblock_size = 32\nvocab_size = 50\nn_layer = 2\nn_head = 2\nn_embd = 16\n"
@@ -317,14 +318,13 @@ def wait_until(condition, seconds=30):
 def test_an_interruption_leaves_no_process_and_no_folder(number, code, tmp_path):
     (tmp_path / "tiny.toml").write_text(TOML)
     (tmp_path / "tmp").mkdir()
-    running = subprocess.Popen(
+    running = WarmPopen(
         [sys.executable, ROOT / "tools/bench.py", "sample", tmp_path / "tiny.toml", *EAGER, "--rounds=100000"],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         # the script, multiprocessing's tracker and our worker

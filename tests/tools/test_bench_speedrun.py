@@ -38,6 +38,7 @@ from gpt_arc.training.config import Config, DataConfig, LoggingConfig, TrainingC
 from helpers import ROOT, TINY_FLAGS, forking_command
 from model import GPTConfig
 from tools import bench
+from warm import WarmPopen
 
 FLAGS = [flag for flag in TINY_FLAGS if not flag.startswith("--eval_iters")]
 # the interface of nanoGPT's model.py for training; logits depend on the position and on all earlier tokens
@@ -364,14 +365,13 @@ def children(number):
 )
 def test_an_interruption_leaves_no_process_and_no_folder(flags, started, number, place):
     (place / "tmp").mkdir()
-    running = subprocess.Popen(
+    running = WarmPopen(
         [sys.executable, ROOT / "tools/bench.py", "speedrun", "sums.toml", *FLAGS, "--max_iters=100000", *flags],
         env={**os.environ, "TMPDIR": str(place / "tmp")},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         deadline = time.monotonic() + 60

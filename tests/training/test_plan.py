@@ -52,6 +52,18 @@ def test_the_warmup_of_a_preset_follows_a_shortened_run(plan, stage_runner):
         assert "steps          200" in shown
 
 
+def test_the_cost_of_a_run_in_days_and_money(plan, stage_runner):
+    """GPT-3's table D.1 has 3.14e23 FLOPs for 175B parameters and 300B tokens, without attention's."""
+    flags = ("--accelerator=v100", "--devices=1000", "--device_mfu=0.3", "--device_price=2", "--device=cpu")
+    shown = stage_runner(train, "gpt3_175b", "--dry_run", *flags)
+    pattern = r"cost +(\S+) FLOPs: (\S+) days on 1,000 v100 at 30% of peak, ([\d,]+) at 2 an hour"
+    flops, days, money = (float(each.replace(",", "")) for each in re.search(pattern, shown).groups())
+    assert flops == pytest.approx(3.14e23, rel=0.035)
+    assert days == pytest.approx(flops / (1000 * 0.3 * 125e12) / 86_400, rel=0.01)
+    assert money == pytest.approx(1000 * 24 * 2 * days, rel=0.01)
+    assert "cost" not in plan()
+
+
 def test_very_many_epochs_get_a_warning_whose_flag_leaves_twenty(plan):
     assert "warning" not in plan("--max_iters=100")
     shown = plan("--max_iters=1000000")

@@ -1,0 +1,407 @@
+"""Scaling laws: train a config at several sizes and budgets, fit laws to the losses, and plan or predict a larger run.
+
+    python stages/scaling.py sweep configs/sweeps/scaling_mini.toml         trains into out/scaling_mini/
+    python stages/scaling.py sweep mine.toml --commands                     prints the commands, to run them elsewhere
+    python stages/scaling.py fit out/scaling_mini                           laws, intervals, pictures
+    python stages/scaling.py plan --accelerator=h100 --devices=8 --days=2 --price=2.5
+    python stages/scaling.py plan --flops=1e21 --law=hoffmann --output=mine.toml
+    python stages/scaling.py predict out/scaling_mini large.toml
+    python stages/scaling.py compare configs/gpt2.toml configs/moe.toml
+    python stages/scaling.py claim --total=1.8e12 --active=220e9 --experts=8 --experts_per_token=2
+
+`python stages/scaling.py ACTION --help` describes each. A sweep repeats no run that is done, and resumes one that was
+killed.
+"""
+
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
+import datetime
+import hashlib
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import resource, write_file
+from gpt_arc.flags import parse_flags
+from gpt_arc.planning import pictures
+from gpt_arc.planning.budget import (
+    Hardware,
+    MixtureClaim,
+    gpt3_batch,
+    gpt3_rate,
+    nearest_shape,
+    serving_memory,
+)
+from gpt_arc.planning.cost import flops_per_token, memory_estimate
+from gpt_arc.planning.fits import Laws, Result, fit_laws, size_of
+from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, UnitInterval
+from gpt_arc.tables import amount, counted, human, table, to_json
+from gpt_arc.training.command_line import config_file
+from gpt_arc.training.config import build_config, read_settings, write_settings
+from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
+from model import GPT
+
+CHINCHILLAS = "L(N, D), Chinchilla's form"
+SHARE = 0.01  # of a run's compute, that the runs which predict it may have
+
+
+@dataclass(frozen=True, config=STRICT)
+class SweepOptions:
+    file: Positional[Path]
+    """The sweep: a config of train.py with a table [sweep]."""
+    jobs: Count = 1
+    """Runs at a time."""
+    commands: bool = False
+    """Print the commands of the runs that are left instead of running them."""
+    launcher: str = "python"
+    """What starts train.py, such as "torchrun --standalone --nproc_per_node=8", for runs after one another."""
+
+
+def sweep(options: SweepOptions) -> int:
+    runs = sweep_runs(options.file)
+    left = [run for run in runs if not run.finished]
+    if options.commands:
+        for run in left:
+            print(shlex.join(command(run, options)))
+        return 0
+    tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
+    print(f"{counted(len(runs), 'run')}, {len(left)} left: {amount(tokens)} tokens, {human(flops, 'FLOP')}", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        codes = list(pool.map(lambda run: train(run, options, threads), left))
+    results = [run.result() for run in runs if run.finished]
+    path = runs[0].folder.parent / "results.json"
+    write_file(path, write_table(results))
+    print(
+        f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit them with: python stages/scaling.py fit {path}"
+    )
+    return max(codes, default=0)
+
+
+def command(run: SweepRun, options: SweepOptions) -> list[str]:
+    """The command that starts or resumes a run; its config is written beside its folder."""
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    config = run.folder.with_name(run.name + ".toml")
+    write_file(config, write_settings(run.settings))
+    launcher = [sys.executable] if options.launcher == "python" else shlex.split(options.launcher)
+    target = f"--resume={run.folder}" if run.resumable else f"--out_dir={run.folder}"
+    return [*launcher, str(resource("train.py")), str(config), target, *["--overwrite"] * (not run.resumable)]
+
+
+def train(run: SweepRun, options: SweepOptions, threads: int) -> int:
+    """Trains one run; its output goes to a log beside its folder."""
+    log = run.folder.with_name(run.name + ".log")
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if options.jobs > 1 else {})
+    arguments = command(run, options)
+    with open(log, "ab") as file:
+        code = subprocess.call(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+    end = f"val loss {run.result().val_loss:.4f}" if run.finished else f"ended with exit code {code}: see {log}"
+    print(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens: {end}", flush=True)
+    return code
+
+
+@dataclass(frozen=True, config=STRICT)
+class FitOptions:
+    results: Positional[Path]
+    """The folder of a sweep, out/NAME, or its results.json."""
+    embeddings: bool = False
+    """Count embeddings and head as parameters, as Chinchilla does. False: leave them out, as Kaplan does."""
+    resamplings: Natural = 200
+    """Fits to resampled runs, for the intervals."""
+    seed: Natural = 0
+    """Of the resampling."""
+    pictures: bool = True
+    """Draw PNG and SVG pictures beside the results."""
+
+
+def read_results(path: Path) -> tuple[list[Result], Path]:
+    """The results of a sweep and their file. Raises UserError."""
+    file = path / "results.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"there is no {file}: train with python stages/scaling.py sweep FILE.toml")
+    results = read_json(file, list[Result])
+    if not results:
+        raise UserError(f"{file} has no results: train with python stages/scaling.py sweep FILE.toml")
+    return results, file
+
+
+def fit_results(options: FitOptions) -> int:
+    results, file = read_results(options.results)
+    laws = fit_laws(results, options.embeddings, options.resamplings, options.seed)
+    show(laws)
+    write_file(file.with_name("laws.json"), to_json(laws.figures()) + "\n")
+    written = [file.with_name("laws.json")]
+    if options.pictures:
+        written += pictures.draw_all(results, laws, file.parent)
+    print(f"wrote {', '.join(path.name for path in written)} to {file.parent}")
+    return 0
+
+
+def show(laws: Laws) -> None:
+    noun = "with" if laws.embeddings else "without"
+    print(f"{counted(laws.runs, 'run')}; N counts parameters {noun} embeddings and head; intervals of 95%\n")
+    for name, each in laws.fits.items():
+        error = (each.residuals**2).mean() ** 0.5
+        print(f"{name}, source {each.law.source}, error {error:.2%}")
+        for constant, value in each.law.constants.items():
+            low, high = each.intervals[constant] if each.draws else (float("nan"),) * 2
+            print(f"  {constant:<10} {value:<12.5g} {low:.4g} to {high:.4g}")
+    for name, each in laws.trends.items():
+        print(f"best N by {name}: {each.factor:.4g} C^{each.exponent:.3f}, so D as C^{1 - each.exponent:.3f}")
+    for name, reason in laws.missing.items():
+        print(f"not fitted: {name}: {reason}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class PlanOptions:
+    flops: Positive | None = None
+    """The budget. None: what the devices do in `days`."""
+    accelerator: str = "h100"
+    """The kind of device: h100, a100, h200, rtx 4090 ..."""
+    devices: Count = 1
+    """Number of devices."""
+    days: Positive | None = None
+    """Days of training, in place of flops."""
+    mfu: UnitInterval = 0.4
+    """Share of the devices' peak that training reaches."""
+    price: Positive | None = None
+    """Price of a device's hour, in any currency."""
+    law: str = "besiroglu"
+    """hoffmann, besiroglu or kaplan; or the folder of a sweep that was fitted, for its law and intervals."""
+    config: str = "modern"
+    """The config whose architecture and settings the plan takes, at another size."""
+    aspect_ratio: Positive = 64.0
+    """Width for each layer."""
+    head_width: Count = 64
+    """Width of a head."""
+    output: Path | None = None
+    """The config file to write. None: none."""
+
+
+def plan(options: PlanOptions) -> int:
+    if (options.flops is None) == (options.days is None):
+        raise UserError("name a budget: either --flops, or --days with --accelerator and --devices")
+    hardware = Hardware(options.accelerator, options.devices, options.mfu, options.price)
+    flops = options.flops or hardware.flops_per_second * 86_400 * (options.days or 0)
+    law, draws, embeddings = law_named(options.law)
+    best = kaplan_optimum(flops) if options.law == "kaplan" else optimum(law.constants, flops)
+    source = config_file(options.config)
+    settings = read_settings(Path(source))
+    base = build_config(settings, source)
+    model = nearest_shape(base.model, best.n, options.aspect_ratio, options.head_width, embeddings)
+    with torch.device("meta"):
+        gpt = GPT(model)
+    n = gpt.num_parameters(embeddings, active=True)
+    d = flops / flops_per_token(gpt)
+    rate = gpt3_rate(n)
+    batch = max(1, round(gpt3_batch(n) / (base.data.batch_size * model.block_size)))
+    per_step = batch * base.data.batch_size * model.block_size
+    steps = max(1, round(d / per_step))
+    noun = "parameters" if embeddings else "parameters without embeddings and head"
+    print(f"budget         {flops:.4g} FLOPs: {hardware.cost(flops)}")
+    print(f"law            {options.law} ({law.source})")
+    print(
+        f"optimum        {amount(best.n)} {noun}, {amount(best.d)} tokens, {best.tokens_per_parameter:.3g} a parameter"
+    )
+    print(f"model          {model.n_layer} layers of width {model.n_embd}, {model.n_head} heads: {n:,} {noun}")
+    print(f"tokens         {amount(steps * per_step)}, {steps:,} steps of {per_step:,}; learning rate {rate:.2g}")
+    print(f"predicted loss {predicted(law, draws, n, steps * per_step)}")
+    memory = memory_estimate(gpt, base.data.batch_size, "bfloat16", "cuda")
+    print(f"memory         {human(memory, 'B')} on one device with a micro-batch of {base.data.batch_size}")
+    if options.output:
+        kept = {
+            name: value for name, value in settings.items() if name not in ("gradient_accumulation_steps", "min_lr")
+        }
+        shape = {name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "mlp_size")}
+        chosen = {"learning_rate": rate, "min_lr": rate / 10, "max_iters": steps, "tokens_per_step": per_step}
+        write_file(options.output, write_settings(kept | shape | chosen))
+        print(f"wrote {options.output}; train with: python train.py {shlex.quote(str(options.output))} --dataset=NAME")
+    return 0
+
+
+def law_named(name: str) -> tuple[Law, list[Law], bool]:
+    """A published law, or that of a fitted sweep with its resamplings; and whether its N counts embeddings."""
+    if name in ("hoffmann", "besiroglu", "kaplan"):
+        return PUBLISHED[name], [], name != "kaplan"
+    file = Path(name) / "laws.json"
+    if not file.exists():
+        raise UserError(f"law = {name} is none of hoffmann, besiroglu and kaplan, and there is no {file}")
+    figures = read_json(file)
+    if CHINCHILLAS not in figures["laws"]:
+        raise UserError(f"{file} has no fit of {CHINCHILLAS}: {figures['missing'].get(CHINCHILLAS)}")
+    own = figures["laws"][CHINCHILLAS]
+    draws = [Law(CHINCHILLA, dict(zip(CHINCHILLA.constants, values))) for values in own["draws"]]
+    return Law(CHINCHILLA, own["constants"], str(file)), draws, figures["embeddings"]
+
+
+def predicted(law: Law, draws: list[Law], n: float, d: float) -> str:
+    loss = f"{float(law.loss(n=n, d=d)):.3f} nats a token"
+    if not draws:
+        return loss
+    low, high = interval(draws, n, d)
+    return f"{loss}, 95% interval {low:.3f} to {high:.3f}"
+
+
+def interval(draws: list[Law], n: float, d: float) -> tuple[float, float]:
+    losses = sorted(float(law.loss(n=n, d=d)) for law in draws)
+    return losses[int(0.025 * len(losses))], losses[int(0.975 * (len(losses) - 1))]
+
+
+@dataclass(frozen=True, config=STRICT)
+class PredictOptions:
+    results: Positional[Path]
+    """The folder of a sweep, or its results.json."""
+    target: Positional[Path]
+    """A sweep's file with the run or runs to predict."""
+    embeddings: bool = False
+    """Count embeddings and head as parameters."""
+    resamplings: Count = 1000
+    """Fits to resampled runs, for the interval."""
+
+
+def predict(options: PredictOptions) -> int:
+    """Writes down a run's loss before it is trained, and how far it was missed once it is."""
+    results, file = read_results(options.results)
+    for run in sweep_runs(options.target):
+        path = run.folder.with_name(run.name + ".prediction.json")
+        if path.exists():
+            compare_with_prediction(run, read_json(path), path)
+            continue
+        if run.step:
+            raise UserError(f"{run.folder} has begun to train: a prediction comes before it")
+        used = [result for result in results if result.flops <= SHARE * run.flops]
+        n = run.parameters if options.embeddings else run.parameters_without_embeddings
+        sizes = [size_of(result, options.embeddings) for result in used]
+        try:
+            law = fit(
+                CHINCHILLA,
+                {"n": sizes, "d": [result.tokens for result in used]},
+                [result.val_loss for result in used],
+                options.resamplings,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{file} has {counted(len(used), 'run')} of at most {SHARE:.0%} of {run.name}'s compute: {error}"
+            ) from None
+        low, high = law.interval(lambda law, n=n, d=run.tokens: float(law.loss(n=n, d=d)))
+        prediction = {
+            "run": run.name,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "results": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "runs": len(used),
+            "largest_share": max(result.flops for result in used) / run.flops,
+            "constants": law.law.constants,
+            "val_loss": float(law.law.loss(n=n, d=run.tokens)),
+            "interval": [low, high],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, to_json(prediction, indent=1) + "\n")
+        source = f"{counted(len(used), 'run')} of at most {prediction['largest_share']:.2%} of its compute"
+        print(f"{run.name}: val loss {prediction['val_loss']:.4f}, 95% interval {low:.4f} to {high:.4f}, from {source}")
+        print(f"written to {path}; train it with: python stages/scaling.py sweep {shlex.quote(str(options.target))}")
+    return 0
+
+
+def compare_with_prediction(run: SweepRun, prediction: dict[str, Any], path: Path) -> None:
+    said = f"{run.name}: predicted {prediction['val_loss']:.4f} on {prediction['date']} ({path})"
+    if not run.finished:
+        print(f"{said}; not trained yet")
+        return
+    actual, (low, high) = run.result().val_loss, prediction["interval"]
+    miss, where = actual / prediction["val_loss"] - 1, "in" if low <= actual <= high else "outside"
+    print(f"{said}; trained to {actual:.4f}: missed by {miss:+.2%}, {where} the interval {low:.4f} to {high:.4f}")
+
+
+@dataclass(frozen=True, config=STRICT)
+class CompareOptions:
+    configs: Positional[tuple[str, ...]]
+    """Two config files or more, or names of configs that come with gpt-arc."""
+    sequences: Count = 1
+    """Full contexts that serving keeps keys and values of."""
+
+
+def compare(options: CompareOptions) -> int:
+    rows: list[list[Any]] = [
+        ["", *map(str, options.configs)],
+        *([name] for name in ("parameters", "active", "without embeddings", "FLOPs a token", "weights", "cache")),
+    ]
+    for name in options.configs:
+        source = config_file(name)
+        with torch.device("meta"):
+            model = GPT(build_config(read_settings(Path(source)), source).model)
+        serving = serving_memory(model, options.sequences)
+        column = [f"{model.num_parameters():,}", f"{model.num_parameters(active=True):,}"]
+        column += [f"{model.num_parameters(embeddings=False):,}", human(flops_per_token(model))]
+        column += [human(serving["weights"], "B"), human(serving["keys and values"], "B")]
+        for row, value in zip(rows[1:], column):
+            row.append(value)
+    print(table(rows))
+    print("\nweights and cache: bytes that serving keeps in 16 bits; all of a mixture's experts are among the weights")
+    return 0
+
+
+@dataclass(frozen=True, config=STRICT)
+class ClaimOptions:
+    total: Positive
+    """Parameters in all."""
+    active: Positive
+    """Parameters that a token uses."""
+    experts: Count = 8
+    """Experts of equal size."""
+    experts_per_token: Count = 2
+    """Experts that a token uses."""
+
+
+def claim(options: ClaimOptions) -> int:
+    """Whether a mixture of equal experts can have the parameters that are claimed for it."""
+    if options.experts_per_token >= options.experts:
+        raise UserError("experts_per_token must be less than experts")
+    mixture = MixtureClaim(options.total, options.active, options.experts, options.experts_per_token)
+    print(f"expert         {amount(mixture.expert)} parameters, over all layers")
+    if mixture.shared < 0:
+        print(
+            f"impossible: what all tokens share would have -{amount(-mixture.shared)} parameters; with "
+            f"{options.experts} equal experts, {options.experts_per_token} a token, a model of {amount(options.total)} "
+            f"has at least {amount(mixture.least_active)} active"
+        )
+        return 1
+    print(f"shared         {amount(mixture.shared)} parameters")
+    return 0
+
+
+ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "sweep": (SweepOptions, sweep),
+    "fit": (FitOptions, fit_results),
+    "plan": (PlanOptions, plan),
+    "predict": (PredictOptions, predict),
+    "compare": (CompareOptions, compare),
+    "claim": (ClaimOptions, claim),
+}
+
+
+def main() -> int:
+    action, *args = sys.argv[1:] or [""]
+    if action in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if action not in ACTIONS:
+        raise UserError(f"name what to do: python stages/scaling.py {', '.join(ACTIONS)}")
+    options, perform = ACTIONS[action]
+    return perform(parse_flags(options, __doc__, args))
+
+
+if __name__ == "__main__":
+    entry_point(main)()

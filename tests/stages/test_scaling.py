@@ -1,0 +1,210 @@
+"""stages/scaling.py as a user runs it: sweeps that go on where they stopped, fits, plans and predictions."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_arc.errors import UserError
+from gpt_arc.planning.fits import Result, fit_laws, size_of
+from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
+from gpt_arc.training.config import write_settings
+from gpt_arc.training.sweeps import sweep_runs, write_table
+from helpers import ROOT, command, refusal, write
+from stages import scaling
+
+pytest.importorskip("scipy")
+LAW = PUBLISHED["besiroglu"]
+JOINT = "L(N, D), Chinchilla's form"
+SWEEP = """
+[sweep]
+layers = [1, 2]
+aspect_ratio = 16
+head_width = 8
+tokens = [64, 256]
+rate_exponent = 1.0
+[data]
+dataset = "sums"
+batch_size = 2
+[model]
+block_size = 16
+[training]
+learning_rate = 1e-2
+device = "cpu"
+threads = 1
+[logging]
+eval_iters = 2
+"""
+
+
+@pytest.fixture
+def scaling_run(stage_runner):
+    return lambda *args: stage_runner(scaling, *args)
+
+
+def exact_results(sizes=12, budgets=6):
+    """Results of runs that follow a published law exactly, each budget's sizes around its best."""
+    results = []
+    for flops in np.geomspace(1e18, 1e20, budgets):
+        best = optimum(LAW.constants, flops).n
+        for n in best * np.geomspace(0.4, 2.5, sizes):
+            tokens = int(flops / 6 / n)
+            share = np.array([0.25, 0.5, 1.0])
+            curve = [(int(s * tokens), float(LAW.loss(n=n, d=s * tokens))) for s in share]
+            results.append(Result("run", 4, 64, 1, int(n), int(n), tokens, 6 * n * tokens, curve[-1][1], 1.0, curve))
+    return results
+
+
+def test_a_sweep_trains_each_run_once_and_resumes(workplace):
+    Path("small.toml").write_text(SWEEP)
+    runs = sweep_runs(Path("small.toml"))
+    assert [run.name for run in runs] == ["1x16-2", "2x32-2", "1x16-8", "2x32-8"]
+    assert [run.settings["learning_rate"] for run in sorted(runs, key=lambda run: run.name)] == [1e-2, 1e-2, 5e-3, 5e-3]
+    Path("one.toml").write_text(write_settings(runs[-1].settings | {"max_iters": 4}))
+    stopped = command("train.py", "one.toml", f"--out_dir={runs[-1].folder}")
+    assert stopped.returncode == 0 and runs[-1].step == 4 and not runs[-1].finished
+    printed = command("stages/scaling.py", "sweep", "small.toml", "--commands").stdout.splitlines()
+    assert len(printed) == 4 and f"--resume={runs[-1].folder}" in printed[-1]
+    first = command("stages/scaling.py", "sweep", "small.toml", "--jobs=2")
+    assert first.returncode == 0 and "4 runs, 4 left" in first.stdout, first.stdout + first.stderr
+    results = json.loads(Path("out/small/results.json").read_text())
+    assert [result["run"] for result in results] == [run.name for run in runs]
+    for run, result in zip(runs, results):
+        config = tomllib.loads((run.folder / "config.toml").read_text())
+        assert (config["model"]["n_layer"], config["training"]["max_iters"]) == (result["n_layer"], run.steps)
+        assert result["tokens"] == 32 * run.steps and 0 < result["val_loss"] < 10
+        assert result["curve"][-1] == [result["tokens"], result["val_loss"]]
+    second = command("stages/scaling.py", "sweep", "small.toml")
+    assert "4 runs, 0 left" in second.stdout and json.loads(Path("out/small/results.json").read_text()) == results
+
+
+def test_budgets_in_flops_and_by_parameter(workplace):
+    for line in ("flops = [2e8, 8e8]", "tokens_per_parameter = [0.5, 2]"):
+        Path("s.toml").write_text(SWEEP.replace("tokens = [64, 256]", line))
+        for run in sweep_runs(Path("s.toml")):
+            wanted = {"f": (2e8, 8e8), "t": (0.5, 2)}[line[0]]
+            reached = run.flops if line[0] == "f" else run.tokens / run.parameters_without_embeddings
+            step = reached / run.steps
+            assert min(abs(reached - each) for each in wanted) <= step / 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[sweep]", "[swep]", "s.toml has no table [sweep]"),
+        ("tokens = [64, 256]", "", "budgets are missing"),
+        ("tokens = [64, 256]", "tokens = [64]\nflops = [1e9]", "not by tokens and flops"),
+        ("layers = [1, 2]", "layers = [0]", "layers"),
+        ("layers = [1, 2]", "", "layers is missing"),
+        ("layers = [1, 2]", "layers = [2, 2]", "two runs are 2x32-2"),
+        ("block_size = 16", "n_layer = 3", "n_layer follows from the table [sweep]"),
+        ("block_size = 16", "block_siz = 3", "did you mean block_size"),
+        ("aspect_ratio", "aspect_rati", "did you mean aspect_ratio"),
+    ],
+)
+def test_a_sweep_s_mistakes_are_named(workplace, old, new, message):
+    Path("s.toml").write_text(SWEEP.replace(old, new))
+    with pytest.raises(UserError, match=re.escape(message)):
+        sweep_runs(Path("s.toml"))
+
+
+def test_every_law_is_fitted_to_runs_that_follow_one(scaling_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = exact_results()
+    (tmp_path / "results.json").write_text(write_table(results))
+    output = scaling_run("fit", "results.json", "--embeddings", "--resamplings=5", "--pictures=False")
+    figures = json.loads((tmp_path / "laws.json").read_text())
+    assert figures["laws"][JOINT]["constants"] == pytest.approx(LAW.constants, rel=1e-4)
+    exponent = LAW.constants["beta"] / (LAW.constants["alpha"] + LAW.constants["beta"])
+    for approach in ("approach 2", "approach 3"):
+        assert figures["best_size"][approach]["exponent"] == pytest.approx(exponent, rel=0.01)
+    assert figures["best_size"]["approach 1"]["exponent"] == pytest.approx(exponent, rel=0.15)  # of five sizes a budget
+    assert "best N by approach 2" in output and JOINT in output
+    planned = scaling_run("plan", "--flops=1e20", "--law=.", "--head_width=64")
+    best = optimum(LAW.constants, 1e20)
+    assert f"{best.tokens_per_parameter:.3g} a parameter" in planned and "95% interval" in planned
+
+
+def test_what_the_runs_cannot_determine_is_said(scaling_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = [result._replace(curve=result.curve[-1:]) for result in exact_results(2, 1)]
+    (tmp_path / "results.json").write_text(write_table(results))
+    output = scaling_run("fit", "results.json", "--pictures=False")
+    assert f"not fitted: {JOINT}: it needs three values or more" in output
+    assert "not fitted: approach 1: runs were evaluated at their ends only" in output
+    assert "not fitted: approach 2: it needs the parabolas of two budgets" in output
+
+
+def test_sizes_count_what_the_setting_says():
+    result = Result("run", 1, 8, 1, 100, 60, 10, 1e3, 2.0, 1.0, [])
+    assert (size_of(result, True), size_of(result, False)) == (100, 60)
+    assert fit_laws([result] * 3, True, 0).missing.keys() >= {JOINT}
+
+
+def test_pictures_are_drawn(scaling_run, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.json").write_text(write_table(exact_results(5, 3)))
+    scaling_run("fit", "results.json", "--resamplings=0")
+    for name in ("compute", "isoflop", "residuals", "predicted"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
+            tmp_path / f"{name}.svg"
+        ).read_text()
+
+
+def test_a_loss_is_predicted_before_it_is_trained_and_compared_after(scaling_run, workplace):
+    Path("large.toml").write_text(SWEEP.replace("layers = [1, 2]", "layers = [2]").replace("[64, 256]", "[25600]"))
+    run = sweep_runs(Path("large.toml"))[0]
+    small = [r._replace(flops=r.flops * run.flops / 1e23, tokens=r.tokens // 10**6) for r in exact_results(6, 3)]
+    small = [r._replace(curve=[]) for r in small]
+    Path("results.json").write_text(write_table([*small, small[0]._replace(flops=run.flops / 50, val_loss=99.0)]))
+    output = scaling_run("predict", "results.json", "large.toml", "--resamplings=5")
+    path = run.folder.with_name(run.name + ".prediction.json")
+    prediction = json.loads(path.read_text())
+    assert prediction["runs"] == len(small) and prediction["largest_share"] <= 0.01  # not the larger one
+    assert str(path) in output and len(prediction["results"]) == 64
+    assert "not trained yet" in scaling_run("predict", "results.json", "large.toml")
+    loss = prediction["val_loss"] * 1.01
+    run.folder.mkdir(parents=True)
+    write(run.folder / "metrics.jsonl", [{"step": run.steps, "val_loss": loss, "tokens": 1, "seconds": 1.0}])
+    assert "missed by +1.00%" in scaling_run("predict", "results.json", "large.toml")
+    path.unlink()
+    assert "has begun to train" in refusal("stages/scaling.py", "predict", "results.json", "large.toml")
+
+
+def test_a_plan_s_config_trains_what_it_says(scaling_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = scaling_run("plan", "--accelerator=h100", "--days=1", "--price=2.5", "--output=mine.toml")
+    assert f"{0.4 * 989e12 * 86_400:.4g} FLOPs: 1 days on 1 h100 at 40% of peak, 60 at 2.5 an hour" in output
+    result = command("train.py", "mine.toml", "--dry_run", "--dataset=none", "--device=cpu")
+    parameters = re.search(r"heads: ([\d,]+) parameters", output).group(1)
+    assert f"parameters     {parameters} " in result.stdout, result.stdout + result.stderr
+    tokens_per_step = re.search(r"steps of ([\d,]+);", output).group(1)
+    assert f"tokens a step  {tokens_per_step} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "name what to do: python stages/scaling.py sweep, fit, plan"),
+        (("plan",), "name a budget: either --flops, or --days"),
+        (("plan", "--days=1", "--accelerator=h1"), "accelerator = h1 is not known"),
+        (("plan", "--flops=1e20", "--law=nowhere"), "law = nowhere is none of hoffmann, besiroglu and kaplan"),
+        (("fit", "nowhere"), "there is no nowhere"),
+        (("claim", "--total=1e9", "--active=1e9", "--experts=2"), "experts_per_token must be less than experts"),
+    ],
+)
+def test_mistakes_are_refused(stage_runner, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    refused = stage_runner(scaling, *args)
+    assert refused.code == 2 and message in refused.message
+
+
+def test_claims_and_comparisons(scaling_run, stage_runner):
+    impossible = stage_runner(scaling, "claim", "--total=1.8e12", "--active=220e9")
+    assert impossible.code == 1 and "-307B" in impossible.output and "at least 450B active" in impossible.output
+    output = scaling_run("compare", str(ROOT / "configs/gpt2.toml"), str(ROOT / "configs/moe.toml"))
+    assert re.search(r"active +124,439,808 +114,187,776", output)

@@ -1,0 +1,90 @@
+"""base_width: learning rates that are right at one width are right at others (muP, arXiv:2203.03466)."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.optim import Updater, build_optimizers
+from model import GPT, GPTConfig
+
+SMALL = GPTConfig(
+    block_size=16, vocab_size=40, n_layer=2, n_head=4, n_embd=64, tied_head=False, positions="rotary", base_width=64
+)
+CPU = torch.device("cpu")
+
+
+def at(width, config=SMALL):
+    """The config at another width, with heads of the same size."""
+    return dataclasses.replace(config, n_embd=width, n_head=width // 16)
+
+
+def sizes_after_training(config, rate=0.02, steps=4):
+    """Root mean squares of hidden states' and logits' change in a few steps of AdamW on one batch."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    tokens, targets = torch.randint(40, (2, 4, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        hidden, logits = model.hidden(tokens), model(tokens)
+    updater = Updater(model, TrainingConfig(learning_rate=rate, weight_decay=0.0, warmup_iters=0), CPU, "float32")
+    for _ in range(steps):
+        loss = model(tokens, targets)
+        updater.backward(loss.total / loss.count)
+        updater.update(rate, loss.total.detach())
+    with torch.no_grad():
+        changes = model.hidden(tokens) - hidden, model(tokens) - logits
+    return [change.square().mean().sqrt().item() for change in changes]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw"])
+def test_what_a_step_changes_does_not_depend_on_the_width(optimizer):
+    """The coordinate check: without base_width, logits move with the width."""
+    narrow, wide = sizes_after_training(SMALL), sizes_after_training(at(512))
+    assert wide == pytest.approx(narrow, rel=0.35)
+    plain = dataclasses.replace(SMALL, base_width=None)
+    (_, narrow_logits), (_, wide_logits) = sizes_after_training(plain), sizes_after_training(at(512, plain))
+    assert wide_logits > 2.5 * narrow_logits
+
+
+def test_initial_weights_follow_the_width():
+    torch.manual_seed(0)
+    model = GPT(at(256))
+    head, query = model.head.weight.std().item(), model.blocks[0].attention.qkv.weight.std().item()
+    assert head == pytest.approx(0.02 / 4, rel=0.05) and query == pytest.approx(0.02 / 2, rel=0.05)
+    assert model.blocks[0].mlp.projection.weight.std().item() == pytest.approx(0.02 / 2 / math.sqrt(4), rel=0.05)
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_rates_and_decay_follow_the_width():
+    model = GPT(at(256))
+    config = TrainingConfig(learning_rate=0.1, weight_decay=0.2)
+    groups = build_optimizers(model, config)["optimizer"].param_groups
+    names = {p: name for name, p in model.named_parameters()}
+    tables, matrices, vectors = ({names[p] for p in group["params"]} for group in groups)
+    assert tables == {"token_embedding.weight"} and "head.weight" in matrices
+    assert all(name.endswith(("bias", "norm.weight")) or "norm" in name for name in vectors)
+    assert [group.get("rate", 1.0) for group in groups] == [1.0, 0.25, 1.0]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.8, 0.0]  # times the rate, as much as before
+
+
+def test_at_its_own_width_nothing_changes():
+    plain = dataclasses.replace(SMALL, base_width=None)
+    torch.manual_seed(0)
+    a = GPT(SMALL)
+    torch.manual_seed(0)
+    b = GPT(plain)
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    groups = [build_optimizers(model, TrainingConfig())["optimizer"].param_groups for model in (a, b)]
+    assert [len(group["params"]) for group in groups[0]] == [len(group["params"]) for group in groups[1]]
+
+
+def test_a_tied_head_is_refused():
+    with pytest.raises(ValueError, match="needs tied_head = false"):
+        dataclasses.replace(SMALL, tied_head=True)
+
+
+def test_other_modules_have_no_width():
+    assert len(build_optimizers(nn.Linear(3, 3), TrainingConfig())["optimizer"].param_groups) == 2
