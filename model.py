@@ -289,6 +289,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -373,6 +374,7 @@ class GPT(nn.Module):
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
         positions, masks = positions_and_masks(tokens, documents, cache, config.attention_band, attention_dropout)
         x, rotary, routings = self.embed(tokens, positions, previous), self.rotary(positions), []
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -54,6 +54,7 @@ from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumabl
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.log import Meter, MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
@@ -225,11 +226,11 @@ def build(plan: Plan) -> Run:
     set_up_device(device, dtype)
     align(model)
     sharing = ExpertParallel(model, training.expert_processes, device)
-    model.to(device).activation_checkpointing = training.activation_checkpointing
+    choose_kernels(model.to(device), training)
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
+    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile)
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:

@@ -15,9 +15,13 @@ import pytest
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,6 +63,8 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def documents(workplace):
     """Datasets one and two, whose documents end-of-text tokens separate, and mixed.toml, a mixture of both."""
+    from helpers import TEXT, write_dataset
+
     tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
     for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
         tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -579,6 +580,16 @@ def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypat
     for x, expected in zip(actual, gradients_of(plain_loss, *inputs), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
     assert torch.allclose(HeadLoss.apply(*inputs, None, False), actual[0])
+
+
+def test_the_gradient_of_logits_as_compiled_for_gpus_equals_the_other(monkeypatch):
+    logs = torch.randn(6, 11).log_softmax(-1)
+    target = torch.randint(11, (6, 1))
+    expected = head_loss.logit_gradient(logs.clone(), target, logs.gather(1, target), torch.bfloat16)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), size=logs.size, exp=logs.exp)
+    monkeypatch.setattr(torch, "arange", lambda size, device: torch.tensor(range(size)))
+    assert torch.equal(head_loss.logit_gradient(on_gpu, target, logs.gather(1, target), torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

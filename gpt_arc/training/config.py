@@ -117,8 +117,15 @@ class TrainingConfig:
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs.
     tf32: float32 rounded to 10 bits of mantissa, on NVIDIA's GPUs."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model. auto: if it can work and the run is long enough for it to pay off."""
+    compile: bool | Literal["auto", "blocks"] = "auto"
+    """torch.compile the model. auto: if it can work and the run is long enough for it to pay off. blocks: one block,
+    whose code the others share, which takes a small part of the time and gives slower code."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
+    flash_attention: Literal["2", "3", "4"] = "2"
+    """Version of flash attention on GPUs. 3 (for Hopper) and 4 (for Blackwell) need packages of their own."""
+    float8: bool = False
+    """Multiply the blocks' matrices in 8 bits, on GPUs from Hopper on. Needs torchao."""
     threads: Count | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""

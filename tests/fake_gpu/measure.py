@@ -68,6 +68,7 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
     from gpt_arc.device import autocast
     from gpt_arc.planning.cost import memory_estimate
     from gpt_arc.training.config import TrainingConfig
+    from gpt_arc.training.kernels import choose_kernels
     from gpt_arc.training.optim import Updater
     from model import GPT, GPTConfig
 
@@ -76,7 +77,7 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
     with FakeDevice() as fake:
         with gpu:
             model = GPT(GPTConfig(**config))
-        model.activation_checkpointing = settings.activation_checkpointing
+        choose_kernels(model, settings)
         compile_step(model)
         updater = Updater(model, settings, gpu, dtype)
         tokens = [torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=gpu) for _ in range(2)]
@@ -91,7 +92,30 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
             updater.update(1e-3, loss.total.detach())
             peaks["update"] = fake.peak
         estimate = memory_estimate(model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True)
-    return {**compilations(), **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+    moments = 8 * model.num_parameters()
+    return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+
+
+def peer(name: str, checkout: str, layers: int, rows: int) -> dict[str, Any]:
+    """Forward and backward pass of another trainer's model on `rows` sequences of 1,024 tokens: memory and kernels."""
+    import torch
+
+    from fake_gpu import peers
+    from fake_gpu.counting import FakeDevice
+
+    with FakeDevice() as fake:
+        with torch.device("cuda"):
+            model, loss_of = getattr(peers, name)(Path(checkout), layers)
+            tokens = [torch.zeros(rows, 1024, dtype=torch.int64) for _ in range(2)]
+        compile_step(model)
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            start_counting(fake)
+            with torch.autocast("cuda", torch.bfloat16, enabled=name != "nanochat"):  # which casts by itself
+                loss = loss_of(*tokens)
+            loss.backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**compilations(), "parameters": parameters, "peak": fake.peak, **counted(fake)}
 
 
 def start_counting(fake: Any) -> None:

@@ -53,6 +53,7 @@ def test_a_norm_s_weight_stays_in_float32():
 @needs_triton
 @pytest.mark.slow
 def test_the_head_s_gradient_takes_no_memory_for_each_chunk():
-    """Five chunks of a vocabulary of 151,936: if the compiler kept their products, the peak would lie at 20 GiB."""
+    """Nineteen chunks of a vocabulary of 151,936: the compiler would keep their products, of 0.6 GB each."""
     config = {"vocab_size": 151_936, "n_embd": 2048, "n_head": 16, "n_layer": 2, "block_size": 4096}
-    assert measure("step", config, 8)["forward"] <= 11.5 * 2**30
+    update = measure("step", config, 8)
+    assert update["forward"] - update["moments"] <= 11.5 * 2**30
