@@ -583,27 +583,31 @@ def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypat
 
 
 def test_the_gradient_of_logits_as_compiled_for_gpus_equals_the_other(monkeypatch):
-    logs = torch.randn(6, 11).log_softmax(-1)
-    target = torch.randint(11, (6, 1))
-    expected = head_loss.logit_gradient(logs.clone(), target, logs.gather(1, target), torch.bfloat16)
+    logits, target = torch.randn(6, 11), torch.randint(11, (6, 1))
+    logits[:, 9:] = -math.inf  # surplus columns
+    target %= 9
+    expected = head_loss.log_probabilities(logits, target, torch.float32, True)
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), size=logs.size, exp=logs.exp)
-    monkeypatch.setattr(torch, "arange", lambda size, device: torch.tensor(range(size)))
-    assert torch.equal(head_loss.logit_gradient(on_gpu, target, logs.gather(1, target), torch.bfloat16), expected)
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda size, device: arange(size))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), to=logits.to, size=logits.size, dtype=logits.dtype)
+    monkeypatch.setattr(torch.Tensor, "type_as", lambda x, other: x.to(other.dtype))
+    actual = head_loss.log_probabilities(on_gpu, target, torch.float32, True)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_rows_of_logits_that_are_aligned_for_gpus_change_nothing(with_bias, monkeypatch):
     monkeypatch.setattr(head_loss, "ALIGNED_DEVICES", ("cpu",))
     monkeypatch.setattr(head_loss, "logits_at_once", lambda device: 20 * 11)
-    products = []
-    monkeypatch.setattr(head_loss, "add_product", lambda *inputs: products.append(inputs) or add_product(*inputs))
+    gradients = []
+    monkeypatch.setattr(head_loss, "add_product", lambda *inputs: gradients.append(inputs[1]) or add_product(*inputs))
     hidden, head, bias, targets = head_inputs(50)
     inputs = hidden, head, bias if with_bias else None, targets
     actual = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
     for x, expected in zip(actual, gradients_of(plain_loss, *inputs), strict=True):
         torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
-    assert all(left.size(0) == 11 and left.stride(1) == 64 for _, left, *_ in products) and products
+    assert gradients and all(gradient.size(0) == 11 and gradient.stride(1) == 64 for gradient in gradients)
 
 
 def test_the_loss_in_chunks_is_as_precise_in_16_bits_as_autocast():

@@ -16,31 +16,51 @@ def logits_at_once(device: str) -> int:
     return 1 << 28 if device == "cuda" else 1 << 25
 
 
-@torch.library.custom_op("gpt_arc::add_product", mutates_args=("total",))
-def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Adds `scale` times the product of left (V, N) and right (N, C) to total (V, C).
+def add_sum(total: Tensor, terms: Tensor) -> None:
+    """Adds the sum of all terms to total ()."""
+    total.add_(terms.sum())
 
-    It is a custom operator because a compiler would otherwise put all such sums off to the end, and keep their terms.
-    """
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Adds `scale` times the product of left (V, N) and right (N, C) to total (V, C)."""
     total.add_(left @ right, alpha=scale)
 
 
-@add_product.register_fake
+# Operators of their own for compiled code: a compiler would put all sums off to the end, and keep what they sum.
+compiled_add_sum = torch.library.custom_op("gpt_arc::add_sum", add_sum, mutates_args=("total",))
+compiled_add_product = torch.library.custom_op("gpt_arc::add_product", add_product, mutates_args=("total",))
+
+
+@compiled_add_sum.register_fake
+def _(total: Tensor, terms: Tensor) -> None:
+    pass
+
+
+@compiled_add_product.register_fake
 def _(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     pass
 
 
-def logit_gradient(logs: Tensor, target: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns softmax minus 1 at the targets (N, 1). Overwrites the log-probabilities `logs` (N, V); `chosen` (N, 1)
-    are those of the targets.
+def log_probabilities(
+    logits: Tensor, target: Tensor, exact: torch.dtype, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of the targets (N, 1), in the type `exact`, and the gradient of minus their sum by the logits.
 
-    Code compiled for GPUs has one expression that fuses with the softmax. Before Hopper, a compiler would scatter
-    16-bit numbers with a separate kernel, and write the log-probabilities in float32 first.
+    The gradient (N, V) has the logits' type: softmax, minus 1 at the target. Code compiled for GPUs has an expression
+    that writes nothing as large as the logits in float32. It scatters nothing either, because before Hopper that takes
+    a separate kernel for 16-bit numbers.
     """
-    if torch.compiler.is_compiling() and logs.device.type == "cuda":
-        columns = torch.arange(logs.size(1), device=logs.device)
-        return torch.where(columns == target, chosen.expm1(), logs.exp()).to(dtype)
-    return logs.exp_().to(dtype).scatter_(1, target, chosen.expm1().to(dtype))
+    if torch.compiler.is_compiling() and logits.device.type == "cuda":
+        values = logits.to(exact)
+        normaliser = values.logsumexp(-1, keepdim=True)
+        chosen = values.gather(1, target) - normaliser
+        is_target = torch.arange(logits.size(1), device=logits.device) == target
+        return chosen, torch.where(is_target, chosen.expm1(), (values - normaliser).exp()).type_as(logits)
+    logs = logits.to(exact).log_softmax(-1)
+    chosen = logs.gather(1, target)
+    if not with_gradient:
+        return chosen, None
+    return chosen, logs.exp_().type_as(logits).scatter_(1, target, chosen.expm1().type_as(logits))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -68,6 +88,8 @@ class HeadLoss(torch.autograd.Function):
         total, gradients = torch.zeros((), dtype=exact, device=hidden.device), []
         head_gradient = torch.zeros_like(head) if with_gradients and ctx.needs_input_grad[1] else None
         bias_gradient = torch.zeros_like(bias) if with_gradients and bias is not None else None
+        compiling = torch.compiler.is_compiling()
+        add_loss, add_gradient = (compiled_add_sum, compiled_add_product) if compiling else (add_sum, add_product)
         # in float16 a sum over many rows overflows before the loss scale adapts, so it is computed at 1/64
         shrunk = 2**-6 if dtype == torch.float16 else 1.0
         chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
@@ -79,17 +101,16 @@ class HeadLoss(torch.autograd.Function):
             logits = F.linear(x, matrix, offset)  # (rows, V), and surplus columns
             if surplus:
                 logits[:, vocabulary:] = -math.inf
-            logs = logits.to(exact).log_softmax(-1)
-            chosen = logs.gather(1, target)
-            total -= chosen.mul(weight).sum()
-            if with_gradients:
+            chosen, gradient = log_probabilities(logits, target, exact, with_gradients)
+            add_loss(total, -chosen * weight)
+            if gradient is not None:
                 weight = weight.to(dtype)
-                gradient = logit_gradient(logs, target, chosen, dtype)
                 gradients.append((gradient @ matrix).mul(weight).type_as(hidden))
+                gradient = gradient[:, :vocabulary]
                 if head_gradient is not None:
-                    add_product(head_gradient, gradient[:, :vocabulary].mT, x * (weight * shrunk), 1 / shrunk)
+                    add_gradient(head_gradient, gradient.mT, x * (weight * shrunk), 1 / shrunk)
                 if bias_gradient is not None:
-                    bias_gradient += gradient[:, :vocabulary].mul(weight).sum(0, dtype=exact)
+                    bias_gradient += gradient.mul(weight).sum(0, dtype=exact)
         if with_gradients:
             ctx.save_for_backward(torch.cat(gradients), head_gradient, bias_gradient)
         return total

@@ -13,9 +13,6 @@ from model import GPT, GPTConfig
 # Peak FLOPs per second of dense matrix products, from data sheets: (16-bit with float32 accumulation, float32).
 # Keys match whole words of the device's name; the first match counts.
 ACCELERATORS = {
-    "GB200": (2500e12, 80e12),
-    "B200": (2250e12, 75e12),
-    "GH200": (989e12, 67e12),
     "H200 NVL": (835e12, 60e12),
     "H200": (989e12, 67e12),
     "H100 NVL": (835e12, 60e12),
@@ -38,6 +35,9 @@ ACCELERATORS = {
     "RTX 5090": (209.5e12, 104.8e12),
     "RTX 4090": (165.2e12, 82.6e12),
     "RTX 3090": (71e12, 35.6e12),
+    "GB200": (2500e12, 80e12),
+    "B200": (2250e12, 75e12),
+    "GH200": (989e12, 67e12),
 }
 
 
