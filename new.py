@@ -14,7 +14,6 @@ if __name__ == "__main__":
 # Modules that need torch are imported in functions, so that wrong settings are refused at once.
 
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -28,8 +27,9 @@ from gpt_arc.data.prepare import CorpusSettings, dataset_directory, prepare_docu
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import load_tokenizer
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import resource, write_file
+from gpt_arc.files import command, resource, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Positional, Positive
 from gpt_arc.tables import counted
 
@@ -94,7 +94,7 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if not options.input:
-        raise UserError("name a text: python new.py book.txt")
+        raise UserError(f"name a text: {command('new.py', 'book.txt')}")
     name = options.name or re.sub(r"[^\w-]+", "-", Path(options.input[0]).resolve().stem).strip("-") or "text"
     prepare(options, name)
     settings = configure(name, options.minutes)
@@ -113,12 +113,13 @@ def main() -> int:
     if code:
         return code
     flags = {"name": name, "field": options.field, "pattern": options.pattern, "minutes": f"{5 * options.minutes:g}"}
-    again = shlex.join((*options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value)))
-    print(
-        f"\nnext:\n  python sample.py {run} --start=TEXT\n"
-        f"  python new.py {again}   more time, so more steps or a larger model\n"
-        f"  python train.py {config} --seed=1   the same settings; others: python train.py --help"
-    )
+    again = (*options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value))
+    steps = {
+        command("sample.py", run, "--start=TEXT"): "continue a prompt",
+        command("new.py", *again): "more time, so more steps or a larger model",
+        command("train.py", config, "--seed=1"): "the same settings; --help lists others",
+    }
+    print(f"\n{next_steps(steps)}")
     return 0
 
 

@@ -5,7 +5,6 @@ Every function also works in a single process started without torchrun.
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc.errors import UserError, lose_output
+from gpt_arc.files import command
+from gpt_arc.tables import counted
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -27,11 +28,13 @@ IS_MAIN = RANK == 0  # only this process writes files and prints
 
 def launch_command(script: str, *arguments: str) -> str:
     """Returns the shell command that runs a script with as many processes as now."""
-    command = shlex.join((script, *arguments))
+    again = command(script, *arguments)
     if WORLD_SIZE == 1:
-        return f"python {command}"
+        return again
     separator = "-- " if any(one.startswith("--monitor") for one in arguments) else ""  # torchrun has a --monitor too
-    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {separator}{command}"
+    program, _, after_program = again.partition(" ")
+    launched = f"{separator}{after_program}" if program == "python" else f"--no-python {separator}{again}"
+    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {launched}"
 
 
 def say(text: str) -> None:
@@ -78,8 +81,8 @@ def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
     """
     if sequences % WORLD_SIZE:
         raise UserError(
-            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be divided equally "
-            f"among {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
+            f"the {counted(sequences, 'sequence')} of a step (batch_size x gradient_accumulation_steps) can't be "
+            f"divided equally among {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
         )
     share = sequences // WORLD_SIZE
     size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)

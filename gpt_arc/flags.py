@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import shutil
 import textwrap
 import types
@@ -54,7 +55,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
         parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None)
     args = list(spelled_out(args, hints))
     if {"-h", "--help"} & set(args):
-        print(help_text(settings, positionals, description, defaults))
+        first = [name for name in getattr(cls, "FIRST", ()) if name in settings]
+        print(help_text(settings, positionals, first, description, defaults))
         raise SystemExit(0)
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
@@ -101,10 +103,14 @@ def is_list(hint: Any) -> bool:
 
 
 def help_text(
-    settings: Mapping[str, Setting], positionals: list[str], description: str | None, defaults: Mapping[str, Any]
+    settings: Mapping[str, Setting],
+    positionals: list[str],
+    first: list[str],
+    description: str | None,
+    defaults: Mapping[str, Any],
 ) -> str:
-    """Describes the flags, by table, at most WIDTH columns wide."""
-    width = max(40, min(WIDTH, shutil.get_terminal_size().columns))
+    """Describes the flags, those in `first` and then by table, at most WIDTH columns wide."""
+    width = help_width()
     parser = argparse.ArgumentParser(
         description=reflowed(description or "", width),
         add_help=False,
@@ -112,8 +118,10 @@ def help_text(
         usage=" ".join(["%(prog)s", *(name.upper() for name in positionals), "[--name=value ...]"]),
     )
     groups: dict[str | None, argparse._ArgumentGroup] = {}
-    for name, setting in settings.items():
-        title = "arguments" if name in positionals else f"[{setting.table}]" if setting.table else "flags"
+    for name in dict.fromkeys([*positionals, *first, *settings]):
+        setting = settings[name]
+        title = f"[{setting.table}]" if setting.table else "other flags" if first else "flags"
+        title = "arguments" if name in positionals else "most used flags" if name in first else title
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = defaults.get(name, setting.default)
@@ -124,6 +132,10 @@ def help_text(
             help=f"{setting.help} ({shown})".strip().replace("%", "%%"),
         )
     return parser.format_help()
+
+
+def help_width() -> int:
+    return max(40, min(WIDTH, shutil.get_terminal_size().columns))
 
 
 def metavar(hint: Any) -> str:
@@ -143,6 +155,26 @@ def default_text(default: Any) -> str:
 
 
 def reflowed(text: str, width: int) -> str:
-    """Wraps paragraphs; indented lines stay as they are."""
+    """Wraps paragraphs and lists, and puts comments below the commands that they don't fit beside."""
     paragraphs = (paragraph.strip("\n") for paragraph in text.split("\n\n"))
-    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in paragraphs if p)
+    return "\n\n".join(
+        "\n".join(example(line, width) for line in p.splitlines()) if p.startswith(" ") else wrapped(p, width)
+        for p in paragraphs
+        if p
+    )
+
+
+def wrapped(paragraph: str, width: int) -> str:
+    items = (" ".join(item.split()) for item in re.split(r"\n *(?=- )", paragraph))
+    return "\n".join(textwrap.fill(item, width, subsequent_indent="  " * item.startswith("- ")) for item in items)
+
+
+def example(line: str, width: int) -> str:
+    """Returns an indented line, `command   comment`, or two if it is wider than `width`; a command stays whole."""
+    command, *comment = re.split(r" {2,}", line.strip(), maxsplit=1)
+    if line.startswith(" " * 9):  # more of the comment above
+        command, comment = "", [line.strip()]
+    if len(line) <= width or not comment:
+        return line
+    below = textwrap.fill(comment[0], width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return f"    {command}\n{below}" if command else below

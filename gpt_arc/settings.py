@@ -3,9 +3,9 @@
 A settings dataclass declares its bounds in its types; `__post_init__` checks relations between settings only. Names are
 unique within a dataclass and the dataclasses nested in it, so a flat name identifies a setting everywhere.
 
-Three class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
+Four class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
 current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
-settings instead of --help.
+settings instead of --help. FIRST names the most used settings, which --help shows first.
 """
 
 import dataclasses
@@ -209,7 +209,8 @@ def nearest(name: str, cls: type, prefix: str = "") -> str:
 def read_file(cls: type, path: Path) -> dict[str, Any]:
     """Reads the settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
+        names = [other.name for other in path.parent.glob("*.toml") if other.name != "pyproject.toml"]
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; configs/ has those that come with gpt-arc"
         raise UserError(f"there is no config file {path}{hint}")
     content = read_toml(path)

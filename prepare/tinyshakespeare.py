@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.documents import Text, read_text
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
 
@@ -41,9 +42,9 @@ def download() -> str:
     except (urllib.error.URLError, OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"TinyShakespeare can't be downloaded ({reason}): give the file with `python prepare/tinyshakespeare.py "
-            "--input FILE`, or train on the Python manual, which needs no download: `python train.py "
-            "configs/quickstart.toml`"
+            f"TinyShakespeare can't be downloaded ({reason}): give the file with "
+            f"`{command('prepare/tinyshakespeare.py', '--input', 'FILE')}`, or train on the Python manual, which needs "
+            f"no download: `{command('train.py', 'configs/quickstart.toml')}`"
         ) from None
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     if digest != SHA256:
         raise UserError(
             f"{options.input or URL} is not TinyShakespeare: its SHA-256 is {digest[:12]}..., not {SHA256[:12]}...; "
-            "prepare other texts with `python prepare/text.py`"
+            f"prepare other texts with `{command('prepare/text.py')}`"
         )
     settings = CorpusSettings(tokenizer="char", overwrite=options.overwrite)
     prepare_documents(Text(text, "TinyShakespeare"), settings, "tinyshakespeare")

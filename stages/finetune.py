@@ -21,11 +21,11 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import sys
-import time
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from statistics import fmean, pstdev
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge
@@ -40,13 +40,14 @@ from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.finetuning.classifier import (
     Classifier,
     ClassifierConfig,
     combined_loss,
     is_classifier,
     load_classifier,
+    read_config,
     save_classifier,
     with_special_tokens,
 )
@@ -62,6 +63,7 @@ from gpt_arc.finetuning.predictions import (
     predict,
     prediction_lines,
 )
+from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import counted, table, to_json
@@ -109,7 +111,8 @@ class Options(ExampleOptions):
     label: str | None = None
     """Column of the label. Of an option: its number from 0, letter from A, column or text. None: label."""
     numbers: bool = False
-    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes."""
+    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes. The head learns them
+    standardised by the mean and standard deviation of the training labels, and starts at their mean."""
     max_tokens: Annotated[int, Ge(LEAST_TOKENS)] | None = None
     """Longer sequences are cut to this, the longest text first. None: the model's context."""
     batch_size: Count = 32
@@ -155,6 +158,11 @@ class Options(ExampleOptions):
     """A prepared dataset on which the LSTM is trained as a language model first."""
     lstm_iters: Natural = 0
     """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("train", "val", "test", "predict", "classify", "task", "numbers"),
+        *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -233,7 +241,18 @@ def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tupl
     return classes
 
 
-def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier, Tokenizer]:
+def scale_to_learn(options: Options, examples: list[Example], checkpoint: Path | None) -> dict[str, float]:
+    """The mean and scale of numeric labels; a resumed run keeps those of its checkpoint."""
+    if not options.numbers:
+        return {}
+    if checkpoint:
+        config = read_config(checkpoint)
+        return {"mean": config.mean, "scale": config.scale}
+    labels = [label_value(example) for example in examples]
+    return {"mean": fmean(labels), "scale": pstdev(labels) or 1.0}
+
+
+def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, float]) -> tuple[Classifier, Tokenizer]:
     """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
     if is_classifier(options.model):
         trained, tokenizer = load_classifier(options.model)
@@ -246,7 +265,9 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
         trunk = with_settings(trunk, dropout=options.dropout, **places)
     context, blocks = trunk.config.block_size, trunk.config.n_layer
     if context < LEAST_TOKENS:
-        raise UserError(f"{options.model} has a context of {context} tokens: an example takes {LEAST_TOKENS} or more")
+        raise UserError(
+            f"{options.model} has a context of {counted(context, 'token')}: an example takes {LEAST_TOKENS} or more"
+        )
     if (options.max_tokens or 0) > context:
         raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
     if (options.transfer_blocks or 0) > blocks:
@@ -267,8 +288,11 @@ def build(options: Options, classes: tuple[str, ...] | None) -> tuple[Classifier
             learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
-    config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm)
-    return Classifier(trunk, config), tokenizer
+    config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm, **scale)
+    classifier = Classifier(trunk, config)
+    if config.is_regression:
+        torch.nn.init.zeros_(classifier.head.weight)  # the first prediction is the mean
+    return classifier, tokenizer
 
 
 def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
@@ -311,13 +335,14 @@ class Material(NamedTuple):
         return "pearson" if self.classifier.config.is_regression else "accuracy"
 
 
-def prepare(options: Options) -> Material:
+def prepare(options: Options, checkpoint: Path | None) -> Material:
     """Read the examples, build the classifier and print the plan. Raises UserError."""
     examples = read_splits(options)
     if options.predict:
         read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
         predictions_file(options)
-    classifier, tokenizer = build(options, classes_to_learn(options, examples))
+    scale = scale_to_learn(options, examples["train"], checkpoint)
+    classifier, tokenizer = build(options, classes_to_learn(options, examples), scale)
     config = classifier.config
     splits = {name: encode_examples(split, config, tokenizer) for name, split in examples.items()}
     updates_per_epoch = math.ceil(len(splits["train"]) / options.examples_per_update)
@@ -336,10 +361,11 @@ def prepare(options: Options) -> Material:
 
 def train(options: Options, run: StageRun) -> int:
     """Fine-tune, choose the best epoch, measure it."""
-    material = prepare(options)
+    material = prepare(options, run.checkpoint)
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
+    run.set_threads(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
@@ -355,7 +381,6 @@ def train(options: Options, run: StageRun) -> int:
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
-        started = time.perf_counter()
         first = place * options.gradient_accumulation_steps
         micros = batches[first : first + options.gradient_accumulation_steps]
         count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
@@ -372,10 +397,11 @@ def train(options: Options, run: StageRun) -> int:
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue
         rate, norm, (task_loss, language_loss) = result
+        task_loss *= classifier.config.scale**2
         progress.step += 1
-        for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
+        for i, value in enumerate((task_loss, language_loss, run.seconds)):
             progress.sums[i] += value
-        line = {"task_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
+        line = {"train_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
         run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
         if progress.step % updates_per_epoch == 0:
             end_epoch(options, run, material, language)
@@ -384,10 +410,18 @@ def train(options: Options, run: StageRun) -> int:
 
     if progress.step < updates:
         return run.finish(write)
-    run.bar.close()
+    run.close()
     write_report(options, run, material)
     if options.predict or options.classify:
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
+    texts = {"classification": ["TEXT"], "multiple_choice": ["CONTEXT", "OPTION", "OPTION"]}
+    classify = texts.get(options.task, ["TEXT", "TEXT"])
+    steps = {
+        command("stages/finetune.py", run.folder, "--classify", *classify): "predict the label of an example",
+        command("stages/finetune.py", run.folder, "--predict=FILE.csv"): "of all examples in a file",
+        command("stages/finetune.py", run.folder, "--test=FILE.csv"): "measure it on others",
+    }
+    say(next_steps(steps))
     return 0
 
 
@@ -409,7 +443,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     line["examples_per_second"] = len(training) / progress.sums[2]
     progress.epochs.append(line)
     progress.sums = [0.0, 0.0, 0.0]
-    run.log(line)
+    run.log({"train_loss" if name == "loss" else name: value for name, value in line.items()})
     header = [] if epoch > 1 else [list(line)]
     say(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_arc import cli
+from gpt_arc import cli, distributed, files
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
 from helpers import ROOT
@@ -77,6 +77,21 @@ def test_an_unknown_command_or_dataset_is_refused_with_a_list():
             cli.script_command("prepare", arguments)
 
 
+def test_messages_name_commands_that_a_wheel_has(tmp_path, monkeypatch):
+    """A wheel has no train.py in the current folder; its scripts are in gpt_arc/resources."""
+    resume = ("--resume=out/x y",)
+    assert files.command("stages/sft.py", *resume) == "python stages/sft.py '--resume=out/x y'"
+    monkeypatch.setattr(files, "PACKAGE", tmp_path)
+    (tmp_path / "resources").mkdir()
+    for name, (script, _) in cli.COMMANDS.items():
+        if name not in ("chat", "prepare"):
+            assert files.command(script, *resume) == f"gpt-arc {name} '--resume=out/x y'"
+    assert files.command(str(tmp_path / "prepare" / "python_manual.py")) == "gpt-arc prepare python_manual"
+    monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
+    launched = "torchrun --standalone --nproc_per_node=2 --no-python gpt-arc train --seed=1"
+    assert distributed.launch_command("train.py", "--seed=1") == launched
+
+
 def test_the_script_runs_in_the_current_folder_with_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = gpt_arc("sample", "--help")
@@ -128,7 +143,7 @@ def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
 
     def run(*arguments):
         command = [tmp_path / "venv" / "bin" / "gpt-arc", *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -144,7 +159,13 @@ def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
     assert "--max_new_tokens" in run("sample", "--help")
     assert "--tasks" in run("eval", "--help")
     assert "speedrun" in run("bench", "--help")
+    assert "gpt-arc train configs/quickstart.toml starts one" in run("runs")
     tiny = "--n_layer=1 --n_embd=16 --n_head=2 --max_iters=2 --eval_iters=1 --compile=False --device=cpu".split()
     run("train", "configs/quickstart.toml", *tiny)  # prepares its dataset with a packaged script
     assert (tmp_path / "data" / "python_manual" / "meta.json").exists()
     run("sample", "--max_new_tokens=5", "--device=cpu")
+    run("eval", "out/quickstart", "--perplexity", "python_manual", "--tasks", "addition_2", "--limit=2", "--device=cpu")
+    (tmp_path / "book.txt").write_text("".join(f"This is line {n} of a small book.\n" for n in range(2000)))
+    shown = run("new", "book.txt", "--minutes=0.01")
+    assert "\n  gpt-arc sample out/book --start=TEXT\n  gpt-arc new book.txt " in shown
+    assert all(name in run("runs") for name in ("quickstart", "book"))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gpt_arc.flags import reflowed
 from helpers import ROOT, run_python
 
 # Package -> the packages it may import besides itself. Read from top to bottom, this is the architecture: each line
@@ -104,9 +105,9 @@ def test_nn_modules_import_only_torch(path):
     assert top_level(path) <= {"torch", "gpt_arc", *sys.stdlib_module_names}
 
 
-def test_only_files_imports_what_windows_lacks():
+def test_nothing_imports_what_windows_lacks():
     for path in LIBRARY + SCRIPTS:
-        assert not top_level(path) & {"fcntl", "pwd", "grp", "resource", "termios"} or place(path) == "gpt_arc/files.py"
+        assert not top_level(path) & {"fcntl", "pwd", "grp", "resource", "termios"}
 
 
 @pytest.mark.parametrize("path", LIBRARY + SCRIPTS + BENCHMARKS, ids=place)
@@ -143,10 +144,11 @@ def test_a_script_s_docstring_says_how_to_run_it(path):
 
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
 def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
-    """Slow modules are imported where they are used; only the loops of train.py and stages/ need torch."""
+    """Slow modules are imported where they are used; only the loops of train.py and most stages need torch."""
     monkeypatch.chdir(tmp_path)
     slow = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb"}
-    slow |= {"sklearn", "scipy"} | ({"torch"} if script != "train.py" and not script.startswith("stages/") else set())
+    trains = script == "train.py" or script.startswith("stages/") and script != "stages/eval.py"
+    slow |= {"sklearn", "scipy"} | (set() if trains else {"torch"})
     code = (
         "import atexit, runpy, sys\n"
         f"atexit.register(lambda: print('imported', sorted({slow} & sys.modules.keys())))\n"
@@ -160,3 +162,30 @@ def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, mon
     assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
     assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
     assert not list(tmp_path.iterdir())
+
+
+FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
+
+
+@pytest.mark.parametrize("script", FIRST_FLAGS)
+def test_help_shows_the_most_used_flags_first_and_each_once(script):
+    shown = run_python(str(ROOT / script), "--help").stdout
+    flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
+    assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
+
+
+def test_descriptions_are_wrapped_and_commands_stay_whole():
+    short, command, more = "    python a.py      short", "    python a.py " + "--c " * 9 + "--d", " " * 21 + "and more"
+    text = f"{short}\n    python b.py      too long for its line\n{more}\n{command}"
+    expected = [short, "    python b.py", "        too long for its line", more, command]
+    assert reflowed(text, 36).splitlines() == expected
+    listed = "Words and\nwords:\n- one item\n  of two lines\n  - another"
+    assert reflowed(f"{listed}\n\nend", 14) == "Words and\nwords:\n- one item of\n  two lines\n- another\n\nend"
+
+
+def test_scripts_that_train_start_without_torch_s_compiler():
+    """Its import takes as long as that of all the rest of torch."""
+    code = "import sys, train, gpt_arc.training.command_line; print('torch._dynamo' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "False\n", result.stderr

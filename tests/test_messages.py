@@ -30,20 +30,27 @@ OF_TORCHRUN = {"standalone", "nproc_per_node", "no-python", "help"}
 
 
 def texts(path):
-    """Every text in a module that isn't a docstring, with {} where a value is put in."""
+    """Every text in a module that isn't a docstring, with {} where a value is put in, and what `command` returns."""
     tree = ast.parse(path.read_text())
     nodes = list(ast.walk(tree))
     skipped = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
     skipped |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)} - {
         id(node) for node in nodes if isinstance(node, ast.JoinedStr)
     }
+    commands = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "command"]
+    yield from (" ".join(["python", *map(written, call.args)]) for call in commands)
+    skipped |= {id(part) for call in commands for part in ast.walk(call)}
     for node in nodes:
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.JoinedStr):
-            yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+        is_text = isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and id(node) not in skipped:
+            yield written(node)
+
+
+def written(node):
+    """The text of a node, with {} for what isn't constant."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(written, node.values))
+    return str(node.value) if isinstance(node, ast.Constant) else "{}"
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ import signal
 import sys
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
+from gpt_arc.flags import help_width, reflowed
 
 BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "speedrun", "gpu")
 
@@ -31,10 +33,11 @@ def main() -> int | None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nSettings: " + ", ".join(f"python tools/bench.py {name} --help" for name in BENCHMARKS))
+        helps = ", ".join(command("tools/bench.py", name, "--help") for name in BENCHMARKS)
+        print(reflowed(f"{__doc__}\nSettings: {helps}", help_width()))
         return None
     if name not in BENCHMARKS:
-        raise UserError(f"name a benchmark: python tools/bench.py {', '.join(BENCHMARKS)}")
+        raise UserError(f"name a benchmark: {command('tools/bench.py')} {', '.join(BENCHMARKS)}")
     benchmark = importlib.import_module(f"benchmarks.{name}")
     return getattr(benchmark, f"bench_{name}")(args)
 

@@ -74,7 +74,7 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     drop_bias: bool = False
-    """Leave out the bias of a reward model's head where transformers has none: moves all scores by a constant."""
+    """Leave out the bias of a head for scores or numbers where transformers has none: moves them by a constant."""
     overwrite: bool = False
     """Replace the folder if it contains an older export."""
     verify: bool = False
@@ -290,14 +290,11 @@ def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template
 
 
 def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
-    from gpt_arc.chat.format import load_chat
-    from gpt_arc.weights.directory import load_model, model_directory
+    from gpt_arc.chat.format import load_with_chat
     from gpt_arc.weights.huggingface import hf_tensors
     from gpt_arc.weights.verification import Reference
 
-    directory = model_directory(options.model)
-    model, tokenizer = load_model(directory)
-    chat = tokenizer and load_chat(directory, tokenizer)
+    model, tokenizer, chat = load_with_chat(options.model)
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     files[GENERATION_FILE] = as_json(generation_config(config, declared))
     reference = Reference(model, lambda tokens, _: model(tokens))
@@ -316,6 +313,7 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
 def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.finetuning.classifier import load_classifier, make_batch
     from gpt_arc.finetuning.examples import Example, sequences_of
+    from gpt_arc.weights.edit import fold_shift
     from gpt_arc.weights.huggingface import hf_classifier_config, hf_classifier_tensors
     from gpt_arc.weights.verification import Reference
 
@@ -326,9 +324,14 @@ def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
     config, files, _ = basis(model.trunk, tokenizer, None, options.dtype)
     # only an input's first token is [start]
     config = hf_classifier_config(config, trained.task, trained.classes, special.start, trained.dropout)
-    tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, trained.task, dtype))
     extended = classifier_files(files, trained.task, special, trained.max_tokens)
     about = usage(trained.task, special, trained.max_tokens, named=extended is not None)
+    if trained.is_regression:
+        model.head.weight.data *= trained.scale
+        shift = fold_shift(model.trunk, model.head.weight, trained.mean)
+        about += dropped(shift, options, config, "values")
+        model.config = dataclasses.replace(trained, mean=0.0, scale=1.0)
+    tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, trained.task, dtype))
     note = f"AutoTokenizer doesn't know {describe_ids(special)}: put these ids around those of a text"
 
     def outputs(tokens: "torch.Tensor", lengths: "torch.Tensor") -> "torch.Tensor":
@@ -342,6 +345,16 @@ def from_classifier(options: Options, dtype: "torch.dtype") -> Export:
         )[0][0]
         reference.encode_theirs = lambda theirs, text: theirs(*(text,) * count, truncation=True).input_ids
     return Export(config, tensors, extended or files, reference, tokenizer, None, about, "" if extended else note)
+
+
+def dropped(bias: float, options: Options, config: dict[str, Any], outputs: str) -> str:
+    """Returns README.md's text on the bias of a head that is left out, if any. Raises UserError unless it may be."""
+    if bias and not options.drop_bias:
+        raise UserError(
+            f"the head of {options.model} has a bias of {bias:.4g}, which {config['architectures'][0]} has no place "
+            f"for: --drop_bias leaves it out, which moves all {outputs} by that constant"
+        )
+    return f"\nAdd {bias:.9g} for the {outputs} that gpt-arc gives.\n" if bias else ""
 
 
 def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
@@ -362,15 +375,9 @@ def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
     config, files, _ = basis(model.trunk, tokenizer, chat.end, options.dtype)
     config = hf_classifier_config(config, "reward", None, pad)
     fold_bias(model)
-    bias = model.head.bias.item()
-    if bias and not options.drop_bias:
-        raise UserError(
-            f"the head of {options.model} has a bias of {bias:.4g}, which {config['architectures'][0]} has no place "
-            "for: --drop_bias leaves it out, which moves all scores by that constant"
-        )
     tensors = dict(hf_classifier_tensors(model.trunk, model.head.weight, "reward", dtype))
     about = f"\nIts output is the score of a conversation that ends with a response.\n{REWARD_USAGE}"
-    about += f"\nAdd {bias:.9g} for the scores that gpt-arc gives.\n" if bias else ""
+    about += dropped(model.head.bias.item(), options, config, "scores")
     zeros_(model.head.bias)
     reference = Reference(
         model, model, chat.end, lambda text: chat.prompt(conversation(text)[:1]) + chat.response(text)

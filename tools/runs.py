@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positional
 from gpt_arc.tables import human, table
@@ -74,7 +75,7 @@ def listing() -> str:
         figures = [steps, run.val_loss, written, human(run.size, "B"), STATES[run.finished]]
         rows.append([run.folder.name, run.stage, run.origin, run.data, *figures])
     if not summaries and not damaged:
-        return f"there are no runs under {OUT_ROOT}/: python train.py configs/quickstart.toml starts one"
+        return f"there are no runs under {OUT_ROOT}/: {command('train.py', 'configs/quickstart.toml')} starts one"
     return "\n".join([table(rows), *damaged])
 
 
@@ -100,11 +101,11 @@ def comparison(a: "Summary", b: "Summary") -> str:
 
 
 def losses(run: "Summary") -> dict[int, tuple[float | None, float | None]]:
-    """Returns the train and val loss by step. The stages call the first one loss."""
+    """Returns the train and val loss by step."""
     curve: dict[int, tuple[float | None, float | None]] = {}
     for line in run.metrics:
         train, val = curve.get(line["step"], (None, None))
-        curve[line["step"]] = line.get("train_loss", line.get("loss", train)), line.get("val_loss", val)
+        curve[line["step"]] = line.get("train_loss", train), line.get("val_loss", val)
     return {step: pair for step, pair in curve.items() if pair != (None, None)}
 
 
@@ -113,7 +114,7 @@ def remove(folder: Path, without_asking: bool) -> None:
     from gpt_arc.training import runs
 
     try:
-        lock = runs.Lock(folder)  # noqa: F841  until the function returns
+        lock = runs.Lock(folder)
     except UserError:
         raise UserError(f"{folder} can't be removed: a process is training in it") from None
     if not without_asking:
@@ -123,6 +124,7 @@ def remove(folder: Path, without_asking: bool) -> None:
             print("nothing is removed")
             return
     runs.clear(folder)
+    del lock  # a file in the folder
     with contextlib.suppress(OSError):  # it holds files that the run didn't write
         folder.rmdir()
     kept = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.exists() else ""
@@ -142,7 +144,7 @@ def main() -> None:
 
         print(comparison(*(summary(folder_of(name)) for name in options.names)))
     else:
-        raise UserError(f"two runs are compared, not {len(options.names)}: python tools/runs.py RUN RUN")
+        raise UserError(f"two runs are compared, not {len(options.names)}: {command('tools/runs.py', 'RUN', 'RUN')}")
 
 
 if __name__ == "__main__":

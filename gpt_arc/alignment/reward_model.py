@@ -22,6 +22,7 @@ from gpt_arc.errors import UserError, check_finite
 from gpt_arc.files import replacing
 from gpt_arc.manifest import record_files
 from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
+from gpt_arc.weights.edit import fold_shift
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT
 
@@ -67,12 +68,7 @@ class RewardModel(nn.Module):
 @torch.no_grad()
 def fold_bias(model: RewardModel) -> None:
     """Moves the head's bias into that of the last norm, if it has one. The scores stay the same."""
-    trunk, head = model.trunk, model.head
-    last = trunk.blocks[-1].mlp_norm if trunk.config.norm_position == "post" else trunk.final_norm
-    bias = getattr(last, "bias", None)
-    if bias is not None and head.bias.item():
-        bias += head.bias * head.weight[0] / head.weight.square().sum()
-        head.bias.zero_()
+    model.head.bias.fill_(fold_shift(model.trunk, model.head.weight, model.head.bias.item()))
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.reading import read_json, reading
+from gpt_arc.settings import Positive
 from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
 from gpt_arc.weights.meta import meta_device
@@ -53,6 +54,8 @@ class ClassifierConfig:
     max_tokens: int  # longer sequences are cut to this
     dropout: float = 0.1  # on the head's input
     lstm: bool = False  # whether the trunk is an LSTM
+    mean: float = 0.0  # in regression: the head's output is (value - mean) / scale
+    scale: Positive = 1.0
 
     @property
     def outputs(self) -> int:
@@ -75,8 +78,10 @@ class Batch(NamedTuple):
 class Outcome(NamedTuple):
     """A classifier's logits and losses for a batch."""
 
-    logits: Tensor  # (B, classes); multiple choice (B, O), -inf for missing options; regression (B, 1)
-    task_loss: Tensor  # () sum over examples: cross-entropy in nats or squared error; in training plus router losses
+    logits: Tensor  # (B, classes); multiple choice (B, O), -inf for missing options; regression (B, 1), the values
+    # () sum over examples: cross-entropy in nats or squared error; in training the latter in units of scale^2, and with
+    # router losses
+    task_loss: Tensor
     language_loss: Tensor  # () nats per token, averaged over an example's sequences, summed over examples
 
 
@@ -125,7 +130,9 @@ class Classifier(nn.Module):
             )  # (B, O or 1, K)
             logits = logits.squeeze(-1).masked_fill(~present, -math.inf) if self.by_option else logits.squeeze(1)
             if config.is_regression:
+                logits = config.mean + config.scale * logits
                 task_loss = (logits.squeeze(1) - labels).square().sum()
+                task_loss = task_loss / config.scale**2 if self.training else task_loss
             else:
                 task_loss = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
         if self.training:  # a mixture of experts has router losses, means over the batch
@@ -183,7 +190,7 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     `path` is its directory or run folder. Raises UserError naming the file if something is missing or damaged.
     """
     directory = Path(path)
-    config = _read_config(directory / CONFIG)
+    config = read_config(directory)
     if config.lstm:
         trunk, tokenizer = _load_lstm(directory, dtype), load_tokenizer(directory)
     else:
@@ -206,7 +213,8 @@ def _load_lstm(directory: Path, dtype: torch.dtype) -> LSTM:
     return lstm
 
 
-def _read_config(path: Path) -> ClassifierConfig:
+def read_config(directory: Path) -> ClassifierConfig:
+    path = directory / CONFIG
     if not path.exists():
         raise UserError(f"{path.parent} is a model without a classifier's head: train one with --train FILE")
     content = read_json(path, limit=LARGEST_CONFIG)

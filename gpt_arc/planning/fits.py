@@ -1,7 +1,7 @@
 """Laws fitted to the results of a sweep: which runs each law takes, and its figures as JSON."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -86,7 +86,7 @@ def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200
     fits: dict[str, Fit] = {}
     missing: dict[str, str] = {}
 
-    def attempt(name: str, form: Form, rows: Sequence[Result], variables: dict[str, Sequence[float]]) -> None:
+    def attempt(name: str, form: Form, rows: Sequence[Result], variables: Mapping[str, Sequence[float]]) -> None:
         if any(len(set(values)) < 3 for values in variables.values()):
             missing[name] = f"it needs three values or more of each of its variables, {', '.join(variables)}"
             return

@@ -71,7 +71,7 @@ POWER_AND_FLOOR = Form(
     frozenset({"scale", "floor"}),
     ("x",),
     _power_and_floor,
-    POWER.starts | {"floor": (-2, -1, 0, 0.5, 1)},
+    {**POWER.starts, "floor": (-2, -1, 0, 0.5, 1)},
 )
 # L = [(n_c / N)^(a_n / a_d) + d_c / D]^a_d (arXiv:2001.08361, eq. 1.5)
 KAPLAN = Form(

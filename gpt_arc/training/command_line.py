@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pydantic.dataclasses
 
@@ -15,7 +15,7 @@ from gpt_arc import distributed
 from gpt_arc.device import resolve_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE
 from gpt_arc.errors import UserError
-from gpt_arc.files import resource
+from gpt_arc.files import command, resource
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
 from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
@@ -34,6 +34,11 @@ class Arguments:
     config_files: Positional[tuple[str, ...]] = ()
     """Config files (.toml), later ones winning; flags win over files."""
     config: Config = field(default_factory=Config)
+
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("dataset", "max_iters", "batch_size", "learning_rate", "warmup", "block_size", "n_layer", "n_head", "n_embd"),
+        *("eval_interval", "out_dir", "init_from", "resume", "dry_run"),
+    )
 
 
 def config_file(name: str) -> str:
@@ -94,14 +99,14 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         if not files:
             files = [str(resumed / "config.toml")]
             if not Path(files[0]).exists():
-                again = shlex.join(("python", sys.argv[0], recorded_name, f"--resume={resumed}"))
+                again = command(sys.argv[0], _findable(recorded_name), f"--resume={resumed}")
                 raise UserError(f"{files[0]} is missing: name the run's config file, for instance: {again}")
             settings, sources = read_files(Config, files)
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
     values = merge(Config, merge(Config, settings, recorded), flags)
     config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
     if not files:
-        raise UserError("name a config file, for instance: python train.py configs/quickstart.toml")
+        raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
     file_values = values_of(Config()) | settings
     overrides = {
         setting: value
@@ -121,7 +126,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
 def check_resumable(run: Path) -> None:
     """Raises UserError, with what to do instead, if a folder isn't a run of train.py that has a checkpoint."""
     if (stage := stage_of(run)) != "train":
-        again = shlex.join(("python", f"stages/{stage}.py", f"--resume={run}"))
+        again = command(f"stages/{stage}.py", f"--resume={run}")
         raise UserError(f"{run} is a run of {stage}.py; resume it with: {again}")
     if named_checkpoint(run, "last") is not None:
         return
@@ -132,8 +137,9 @@ def check_resumable(run: Path) -> None:
     if IS_MAIN:
         Lock(run)  # another process may be about to write the first one
     name, overrides = read_record(run)
+    file = str(run / "config.toml") if (run / "config.toml").exists() else _findable(name)
     flags = (f"--{setting}={value}" for setting, value in overrides.items())
-    again = shlex.join(("python", sys.argv[0], name, *flags, f"--out_dir={run}", "--overwrite"))
+    again = command(sys.argv[0], file, *flags, f"--out_dir={run}", "--overwrite")
     raise UserError(f"there is no checkpoint to resume from in {run}: start it over with: {again}")
 
 
@@ -155,6 +161,11 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
         raise UserError(f"with the architecture of {name}: {mistake(error, Config)}") from None
+
+
+def _findable(name: str) -> str:
+    """Returns a recorded config as it may be named: by its name if it comes with gpt-arc, else by a file's."""
+    return name if name.endswith(".toml") or resource(f"configs/{name}.toml").is_file() else f"{name}.toml"
 
 
 def _name_of(config_file: Path) -> str:
@@ -187,9 +198,7 @@ def run_stage(cls: type[O], description: str | None, name: str, train: Callable[
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
     if options.model is None and not options.resume:
-        raise UserError(
-            f"name a model to start from: python {shlex.quote(sys.argv[0])} MODEL; --help lists the settings"
-        )
+        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
     return start_stage(options, name, train)
 
 
@@ -221,10 +230,12 @@ def start_stage(
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
+        allowed = {"resume", "device", "backend", "wandb_log", *recorded.code} | ({"model"} if is_old_form else set())
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
+        wandb_log = recorded.wandb_log if options.wandb_log is None else options.wandb_log
+        given = {"device": options.device, "backend": options.backend, "wandb_log": wandb_log, "resume": str(folder)}
+        options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
         options = located(options)

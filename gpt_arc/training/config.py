@@ -170,6 +170,11 @@ class LoggingConfig:
     """Batches per evaluation; their fixed windows are spread evenly over the val split. 0: the whole split."""
     log_interval: Count = 1
     """Steps between lines of metrics.jsonl."""
+    sample_interval: Natural = 0
+    """Steps between samples of some 200 characters, each after an evaluation; they are printed and written to
+    samples.txt. 0: none."""
+    sample_start: str = ""
+    """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
     wandb_log: bool = False
@@ -257,6 +262,11 @@ class Config:
         micro_batch = self.data.batch_size * self.model.block_size
         check_batch("batch_size x block_size", micro_batch, LARGEST_MICRO_BATCH)
         check_batch("batch_size x gradient_accumulation_steps", self.sequences_per_step)
+        if self.logging.sample_interval and self.training.expert_processes > 1:
+            raise ValueError(
+                f"sample_interval = {self.logging.sample_interval} samples from a whole model, and expert_processes = "
+                f"{self.training.expert_processes} splits it: leave one out"
+            )
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch
             raise ValueError(

@@ -54,7 +54,7 @@ class ExpertParallel:
         mesh = init_device_mesh(device.type, (self.n_copies, processes), mesh_dim_names=("copies", "experts"))
         self.copies, self.group = mesh.get_group("copies"), mesh.get_group("experts")
         for experts in model.experts:
-            experts.exchange = torch.compiler.disable(self.exchange)
+            experts.exchange = torch.compiler.disable(self.exchange)  # as a decorator it would slow every import
             for parameter in experts.parameters(recurse=False):
                 parameter.data = self.share_of(parameter.data)
                 self.shares[parameter] = None

@@ -30,6 +30,20 @@ def with_more_tokens(model: GPT, count: int) -> GPT:
     return with_settings(model, tensors, vocab_size=config.vocab_size + count)
 
 
+@torch.no_grad()
+def fold_shift(model: GPT, weight: Tensor, shift: float) -> float:
+    """Adds `shift` to the output of a head with `weight` (1, C) by the bias of the last norm. Returns what is left.
+
+    That is `shift` itself if the norm has no bias, else 0.
+    """
+    last = model.blocks[-1].mlp_norm if model.config.norm_position == "post" else model.final_norm
+    bias = getattr(last, "bias", None)
+    if bias is None or not weight.any():
+        return shift
+    bias += shift * weight[0] / weight.square().sum()
+    return 0.0
+
+
 def transfer(model: GPT, blocks: int | None) -> GPT:
     """Returns a model that keeps the embeddings and the first `blocks` blocks; all other weights are new.
 

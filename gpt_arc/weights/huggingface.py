@@ -3,7 +3,7 @@
 A table for each architecture maps its config.json and tensor names to ours. An architecture that differs only in
 settings and names takes one more table.
 
-    config = config_from_hf(json.loads(...))                  # for gpt2, openai-gpt (GPT-1), qwen3 or mixtral
+    config = config_from_hf(json.loads(...))                  # for gpt2, openai-gpt (GPT-1), qwen3, llama ...
     tensors = read_tensors(directory, "gpt2", config, shapes) # under our names, in float32
     content, tensors = hf_config(config), hf_tensors(model)   # and back
 """
@@ -56,6 +56,7 @@ class Architecture:
     transposed: bool = False  # Conv1D stores the blocks' matrices as (in, out)
     aliases: dict[str, str] = field(default_factory=dict)  # other spellings of keys
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # for files with all experts in one tensor
+    heads_divide_width: bool = False  # required even if config.json has another width of a head
 
     def full_name(self, name: str) -> str:
         return name if name == "lm_head.weight" else self.prefix + name
@@ -174,6 +175,34 @@ ARCHITECTURES = {
             "mlp_norm": ("post_attention_layernorm",),
             "mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.projection": ("mlp.down_proj",),
         },
+    ),
+    "llama": Architecture(
+        class_name="LlamaForCausalLM",
+        classifier="LlamaForSequenceClassification",
+        multiple_choice=None,
+        ours={"norm": "rmsnorm", "positions": "rotary", "bias": False},
+        sizes={
+            "vocab_size": ("vocab_size", 32000), "max_position_embeddings": ("block_size", 2048),
+            "hidden_size": ("n_embd", 4096), "intermediate_size": ("mlp_size", 11008),
+            "num_hidden_layers": ("n_layer", 32), "num_attention_heads": ("n_head", 32),
+            "num_key_value_heads": ("n_kv_head", None), "head_dim": ("head_size", None),
+            "rms_norm_eps": ("norm_eps", 1e-6), "rope_theta": ("rotary_base", 10_000.0),
+            "tie_word_embeddings": ("tied_head", False),
+        },
+        dropouts={"attention_dropout": ("attention_dropout", 0.0)},
+        activations=("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
+        fixed={"attention_bias": (False,), "mlp_bias": (False,)},
+        inert={"initializer_range": 0.02, "pretraining_tp": 1, "use_cache": True},
+        prefix="model.", layers="layers",
+        outside={"token_embedding": "embed_tokens", "final_norm": "norm", "head": "lm_head"},
+        block={
+            "attention_norm": ("input_layernorm",),
+            "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "attention.projection": ("self_attn.o_proj",),
+            "mlp_norm": ("post_attention_layernorm",),
+            "mlp.up": ("mlp.gate_proj", "mlp.up_proj"), "mlp.projection": ("mlp.down_proj",),
+        },
+        heads_divide_width=True,
     ),
     "mixtral": Architecture(
         class_name="MixtralForCausalLM",
@@ -348,6 +377,8 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str
     known = list(architecture.activations[1].values())
     if config.activation not in known:
         foreign["activation"] = known[0]
+    if architecture.heads_divide_width and config.n_embd % config.n_head:
+        foreign["n_head"] = math.gcd(config.n_embd, config.n_head)
     if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
         foreign["experts_per_token"] = 2  # their single gate is 1, ours is a probability
     return foreign

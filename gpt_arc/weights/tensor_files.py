@@ -26,8 +26,8 @@ def open_tensors(path: Path, advice: str = "") -> Any:
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Reads a file that holds exactly the tensors in `shapes`, as `dtype`. Raises UserError naming file and tensor."""
-    with open_tensors(path, ADVICE) as file:
-        stored = set(file.keys())
+    file = open_tensors(path, ADVICE)
+    stored = set(file.keys())
     if "lstm.weight_ih_l0" in stored - shapes.keys():
         raise UserError(f"{path.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
     for problem, names in (
@@ -38,8 +38,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
             raise UserError(f"{path} {problem} {min(names)}{and_more(names)}")
     tensors = {}
     for name, shape in shapes.items():
-        # reopened each time: an open file keeps what was read in memory
-        with reading(path, ADVICE), safe_open(path, framework="pt") as file:
+        with reading(path, ADVICE):
             header = file.get_slice(name)
             if tuple(header.get_shape()) != tuple(shape):
                 raise UserError(f"{path}: {name} has the shape {tuple(header.get_shape())}, not {tuple(shape)}")
@@ -47,6 +46,8 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
             tensors[name] = tensor.to(dtype)
+            if tensor.dtype != dtype:  # an open file keeps what was converted in memory
+                file = safe_open(path, framework="pt")
     return tensors
 
 

@@ -120,6 +120,17 @@ def test_the_loss_of_a_number_is_the_squared_error():
     assert outcome.task_loss.item() == pytest.approx((prediction_1 - 0.5) ** 2 + (prediction_2 + 2) ** 2, rel=1e-5)
 
 
+def test_standardised_numbers_are_predicted_in_their_own_units():
+    plain, scaled = classifier_of("classification"), classifier_of("classification", mean=50.0, scale=10.0)
+    batch = make_batch([sequences("classification", text) for text in ("ab", "cde")], [45.0, 62.0])
+    expected = 50 + 10 * plain(*batch).logits
+    torch.testing.assert_close(scaled(*batch).logits, expected)
+    errors = (expected[:, 0] - batch.labels).square().sum()
+    torch.testing.assert_close(scaled(*batch).task_loss, errors)
+    scaled.config = dataclasses.replace(scaled.config, dropout=0.0)
+    torch.testing.assert_close(scaled.train()(*batch).task_loss, errors / 100)
+
+
 def test_unknown_labels_add_no_loss():
     classifier = classifier_of("classification", ("a", "b"))
     examples = [sequences("classification", text) for text in ("ab", "cde")]
@@ -381,7 +392,8 @@ def test_settings_change_without_changing_weights():
 def test_a_saved_classifier_computes_the_same(tmp_path, task, generation):
     classes, texts, labels = TASKS[task]
     classifier = classifier_of(task, classes, "gpt1" if generation == "lstm" else generation)
-    config = dataclasses.replace(classifier.config, columns=Columns("x", "y", ("1", "2"), "z"), max_tokens=20)
+    columns = Columns("x", "y", ("1", "2"), "z")
+    config = dataclasses.replace(classifier.config, columns=columns, max_tokens=20, mean=2.5, scale=3.0)
     trunk = classifier.trunk
     if generation == "lstm":
         config = dataclasses.replace(config, lstm=True)

@@ -21,7 +21,7 @@ from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, load_text_model, save_model
-from helpers import write, write_dataset
+from helpers import untimed, write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -105,13 +105,13 @@ def test_a_run_learns_its_task_and_reports_its_quality(run):
     assert load_model(folder)[0].config.vocab_size == 20
     assert json.loads((folder / "run.json").read_text())["options"]["epochs"] == 12
 
-    updates = [line for line in read_metrics(folder / "metrics.jsonl") if "task_loss" in line]
+    updates = [line for line in read_metrics(folder / "metrics.jsonl") if "grad_norm" in line]
     assert [line["step"] for line in updates] == list(range(1, 61))
     for line in updates:
         assert line["learning_rate"] == pytest.approx(
             1e-2 * (min((line["step"] - 1) / 60 / 0.002, 1) * (1 - (line["step"] - 1) / 60))
         )
-    means = [sum(line["task_loss"] for line in updates[5 * i : 5 * i + 5]) / 5 for i in range(12)]
+    means = [sum(line["train_loss"] for line in updates[5 * i : 5 * i + 5]) / 5 for i in range(12)]
     assert [epoch["loss"] for epoch in report["epochs"]] == pytest.approx(means, rel=1e-5)
     assert means[-1] < 0.1 < means[0]
 
@@ -219,14 +219,54 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, updates, fl
     for name in ("last", "best"):
         assert_same_weights(f"whole/{name}", f"halves/{name}")
 
-    def unmeasured(lines):
-        return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-    assert unmeasured(read_metrics(Path("whole/metrics.jsonl"))) == unmeasured(
-        read_metrics(Path("halves/metrics.jsonl"))
-    )
+    assert untimed(read_metrics(Path("whole/metrics.jsonl"))) == untimed(read_metrics(Path("halves/metrics.jsonl")))
     whole, halves = (json.loads(Path(folder, "report.json").read_text()) for folder in ("whole", "halves"))
-    assert unmeasured(whole.pop("epochs")) == unmeasured(halves.pop("epochs")) and whole == halves
+    assert untimed(whole.pop("epochs")) == untimed(halves.pop("epochs")) and whole == halves
+
+
+def write_numbers():
+    """Files of the toy task with numbers of mean 50 and standard deviation 10 as labels."""
+    for seed, (split, count) in enumerate({"train": 40, "val": 16, "test": 16}.items()):
+        rows = toy(count, seed)
+        write(f"{split}.jsonl", [row | {"label": 40 if row["label"] == "no" else 60} for row in rows])
+
+
+def test_numbers_are_learned_from_their_mean_in_their_own_units(run):
+    write_numbers()
+    splits = ("--val=val.jsonl", "--test=test.jsonl", "--predict=test.jsonl")
+    run(*TRAIN, "--numbers=True", *splits, "--epochs=12", "--classifier_dropout=0")
+    updates = [line for line in read_metrics(Path("out/finetune/metrics.jsonl")) if "task_loss" in line]
+    assert updates[0]["task_loss"] == pytest.approx(100)  # all labels lie 10 from the mean, which is predicted first
+    report = json.loads(Path("out/finetune/report.json").read_text())
+    assert report["epochs"][0]["loss"] < 110 and report["epochs"][-1]["val_mean_squared_error"] < 20
+    predicted = [json.loads(line)["prediction"] for line in Path("test.predictions.jsonl").read_text().splitlines()]
+    labels = [json.loads(line)["label"] for line in Path("test.jsonl").read_text().splitlines()]
+    errors = sum((value - label) ** 2 for value, label in zip(predicted, labels)) / 16
+    assert report["test"]["mean_squared_error"] == pytest.approx(errors, rel=1e-5)
+    assert report["test"]["loss"] == pytest.approx(errors, rel=1e-5)
+    config = json.loads(Path("out/finetune/best/classifier.json").read_text())
+    assert (config["mean"], config["scale"]) == (50, 10)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_keeps_the_scale_of_its_numbers(run, monkeypatch, older):
+    write_numbers()
+    flags = (*TRAIN, "--numbers=True", "--epochs=2", "--val_fraction=0")
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 3)
+        run(*flags, "--out_dir=halves")
+    last = Path("halves/last")
+    if older:  # a run of the version without scales
+        content = json.loads((last / "classifier.json").read_text())
+        del content["mean"], content["scale"]
+        (last / "classifier.json").write_text(json.dumps(content))
+        (last / "manifest.json").unlink()
+    run("--resume=halves")
+    config = load_classifier(last)[0].config
+    assert (config.mean, config.scale) == ((0, 1) if older else (50, 10))
+    if not older:
+        run(*flags, "--out_dir=whole")
+        assert_same_weights("whole/last", last)
 
 
 @pytest.mark.parametrize("untied", [False, True])

@@ -18,7 +18,7 @@ from tools import export
 
 TEXT = "The cat sat on the mat, didn't it? 1234 naïve 漢字 🙂🙃\n\n  indented\ttext . , !"
 QWEN3 = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False, qk_norm=True)
-MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
+LLAMA = MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
 CONFIGS = {
     "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
     "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
@@ -26,6 +26,8 @@ CONFIGS = {
     "openai-gpt": GPTConfig(17, 300, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "qwen3": GPTConfig(19, 300, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
     "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
+    "llama": GPTConfig(19, 300, 2, 6, 36, 2, 10, 44, **LLAMA, rotary_base=5e3),
+    "llama-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **LLAMA),
     "mixtral": GPTConfig(19, 300, 2, 6, 32, 2, 10, 20, **MIXTRAL, n_experts=5, experts_per_token=3, rotary_base=5e3),
     "mixtral-untied": GPTConfig(19, 300, 1, 4, 24, 1, **MIXTRAL, n_experts=4, tied_head=False),
     "mixtral-ungrouped": GPTConfig(19, 300, 3, 4, 24, **MIXTRAL, n_experts=2, balance_loss=0.03, router_jitter=0.1),
@@ -67,7 +69,7 @@ def test_an_export_equals_what_transformers_writes(name, tokenizer, run, tmp_pat
     assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama", "mixtral"])
 def test_a_transformers_model_survives_the_round_trip_exactly(name, run, tmp_path):
     size = dict(vocab_size=29, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, max_position_embeddings=9)
     if name != "gpt2":
@@ -159,6 +161,11 @@ def test_a_mixture_that_is_not_a_mixtral_is_refused(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_heads_that_do_not_divide_the_width_are_no_llama_s(run, tmp_path):
+    save_model(GPT(GPTConfig(19, 300, 1, 6, 32, 2, 10, **LLAMA)), None, tmp_path / "ours")
+    assert "has no qk_norm = false\n" in run(tmp_path / "ours", tmp_path / "export")
+
+
 def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
     save_model(GPT(CONFIGS["gpt2"]), None, tmp_path / "ours")
 
@@ -195,3 +202,4 @@ def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, mo
     assert ends[0] == loaded.eos_token_id == chat.end
     assert set(ends) == load_tokenizer(tmp_path / "model").ends == {chat.end, tokenizer.end_of_text} - {None}
     assert load_chat(tmp_path / "exported", tokenizer) == chat
+    assert load_model(tmp_path / "exported")[1].declared.ends == set(ends)

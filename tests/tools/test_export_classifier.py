@@ -32,6 +32,7 @@ CONFIGS = {
     "openai-gpt": GPTConfig(24, 303, 3, 2, 20, norm_position="post", attention_dropout=0.2),
     "openai-gpt-untied": GPTConfig(24, 303, 1, 2, 20, norm_position="post", tied_head=False),
     "qwen3": GPTConfig(24, 303, 2, 6, 32, 2, 10, 44, **QWEN3, rotary_base=5e3),
+    "llama": GPTConfig(24, 303, 1, 4, 32, 2, mlp_size=44, **QWEN3 | {"qk_norm": False}),
 }
 LABELS = {"classification": ("bad", "so-so", "good"), "entailment": ("no", "yes"), "regression": None}
 TEXTS = {
@@ -86,7 +87,7 @@ def assert_saves_the_same(folder, loaded, resaved):
 
 
 @pytest.mark.parametrize("task", ["classification", "entailment", "regression"])
-@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt2-unbiased", "openai-gpt", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "gpt2-unbiased", "openai-gpt", "qwen3", "llama"])
 def test_logits_of_a_padded_batch(name, task, tokenizer, exported, tmp_path):
     labels, task = LABELS[task], "classification" if task == "regression" else task
     classifier = classifier_of(CONFIGS[name], task, labels)
@@ -116,6 +117,25 @@ def test_logits_of_a_padded_batch(name, task, tokenizer, exported, tmp_path):
     assert_saves_the_same(folder, loaded, tmp_path / "again")
     readme = (folder / "README.md").read_text()
     assert type(loaded).__name__ in readme and export.LAYOUTS[task] in readme and "[extract] = 302" in readme
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "openai-gpt", "gpt2-unbiased", "qwen3", "llama"])
+def test_numbers_have_their_own_units(name, tokenizer, exported):
+    classifier = classifier_of(CONFIGS[name], "classification", None, mean=50.0, scale=10.0)
+    folder, output = exported(classifier, tokenizer)
+    dropped = 0.0 if name in ("gpt2", "gpt2-untied", "openai-gpt") else 50.0
+    if dropped:
+        assert "has a bias of 50, which " in output and "moves all values by that constant" in output
+        folder, _ = exported(classifier, tokenizer, "--drop_bias")
+        assert "Add 50 for the values" in (folder / "README.md").read_text()
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    batch = batch_of(classifier, tokenizer, "classification")
+    padding = torch.arange(batch.tokens.size(2)) >= batch.lengths
+    tokens = batch.tokens[:, 0].masked_fill(padding, loaded.config.pad_token_id)
+    with torch.no_grad():
+        expected = classifier(*batch).logits
+        assert expected.std() > 0.05
+        torch.testing.assert_close(loaded(tokens).logits + dropped, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-untied", "openai-gpt", "openai-gpt-untied"])

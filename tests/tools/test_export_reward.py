@@ -25,9 +25,10 @@ SETTINGS = {
     "gpt2-unbiased": dict(n_layer=1, n_head=2, n_embd=16, bias=False),
     "openai-gpt": dict(n_layer=2, n_head=2, n_embd=16, norm_position="post"),
     "qwen3": dict(n_layer=2, n_head=4, n_embd=16, n_kv_head=2, qk_norm=True, **ROTARY),
+    "llama": dict(n_layer=1, n_head=4, n_embd=16, n_kv_head=2, **ROTARY),
     "mixtral": dict(n_layer=1, n_head=2, n_embd=16, mlp_size=20, n_experts=3, **ROTARY),
 }
-CLASSES = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT", "qwen3": "Qwen3", "mixtral": "Mixtral"}
+CLASSES = {"gpt2": "GPT2", "openai-gpt": "OpenAIGPT", "qwen3": "Qwen3", "llama": "Llama", "mixtral": "Mixtral"}
 
 
 @pytest.fixture

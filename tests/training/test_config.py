@@ -176,7 +176,7 @@ def test_written_settings_read_back_the_same(workplace):
         ("[model]\nn_layer = true", "n_layer = true must be a whole number"),
         ("[model]\nbias = 1", "bias = 1 must be true or false"),
         ('[model]\nnorm = "batchnorm"', 'norm = "batchnorm" must be one of "layernorm", "rmsnorm"'),
-        ('[training]\ncompile = "yes"', 'compile = "yes" must be true or false or "auto"'),
+        ('[training]\ncompile = "yes"', 'compile = "yes" must be true or false or one of "auto", "blocks"'),
         ("[training]\nlearning_rate = true", "learning_rate = true must be a number"),
         ("[model]\nlearning_rate = 1.0", r"learning_rate stands in \[model\] and belongs in \[training\]"),
         ("n_layer = 1\n[model]\nn_layer = 2", "n_layer is set twice"),
@@ -215,7 +215,7 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--n-layers", "3"], "there is no flag --n_layers; did you mean --n_layer"),
         (["--n_layer=six"], "--n_layer = six must be a whole number"),
         (["--n_layer"], "--n_layer needs a value: --n_layer=VALUE"),
-        (["--compile=maybe"], '--compile = maybe must be true or false or "auto"'),
+        (["--compile=maybe"], '--compile = maybe must be true or false or one of "auto", "blocks"'),
         (["--n_layer="], "--n_layer is empty: give it a value, or leave it out"),
         (["--no-compile"], "there is no flag --no_compile; did you mean --compile=False"),
         (["--n_head=5"], "n_head = 5 does not divide n_embd = 768"),
@@ -234,6 +234,9 @@ def test_mistakes_in_flags(workplace, flags, sentence):
 
 
 def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):
+    Path("pyproject.toml").write_text("")
+    with pytest.raises(UserError, match="there is no config file myproject.toml; did you mean sums.toml"):
+        launch("myproject.toml")
     with pytest.raises(UserError, match="there is no config file sumz.toml; did you mean sums.toml"):
         launch("sumz.toml")
     with pytest.raises(UserError, match="name a config file"):
@@ -303,20 +306,22 @@ def test_a_folder_that_cant_be_resumed_names_the_command_that_can(workplace, mon
 
     run = workplace / "out" / "begun"
     run.mkdir(parents=True)
-    write_record(run, build_config({"n_layer": 2}, ""), "small.toml", {"max_iters": 7})
     lock = Lock(run)
+    write_record(run, build_config({"n_layer": 2}, ""), "small", {"max_iters": 7})
     assert "another process is training in" in refusal("--resume=out/begun")
     del lock
-    _, _, command = refusal("--resume=out/begun").partition("start it over with: python train.py ")
-    launch = read_command_line(shlex.split(command), None)
-    assert launch.config.run.overwrite and launch.config.training.max_iters == 7 and launch.config.model.n_layer == 2
+    for file in ("out/begun/config.toml", "small.toml"):
+        _, _, command = refusal("--resume=out/begun").partition("start it over with: python train.py ")
+        launch = read_command_line(shlex.split(command), None)
+        assert launch.config.run.overwrite and launch.config.training.max_iters == 7 and launch.files == (file,)
+        assert launch.config.model.n_layer == 2
+        (run / "config.toml").unlink(missing_ok=True)
 
     (run / "step-00000001").mkdir()
     save_model(GPT(GPTConfig(8, 11, 1, 1, 4)), None, run / "step-00000001")
     (run / "step-00000001" / "training_state.pt").touch()
     point(run / "last", "step-00000001")
     assert refusal("--resume=out/begun/last").endswith("name the folder of its run, --resume=out/begun")
-    (run / "config.toml").unlink()
     _, _, command = refusal("--resume=out/begun").partition("for instance: python train.py ")
     assert read_command_line(shlex.split(command), None).resumed == Path("out/begun")
     (run / "run.json").write_text('{"stage": "sft", "options": {}}')

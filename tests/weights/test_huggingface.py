@@ -150,9 +150,9 @@ def test_gpt2_s_published_config():
     ("kind", "content", "sentence"),
     [
         (
-            "llama",
+            "mistral",
             {},
-            'model_type = "llama" is not a supported architecture: choose one of gpt2, openai-gpt, qwen3, mixtral',
+            'model_type = "mistral" is not a supported architecture: choose one of gpt2, openai-gpt, qwen3, llama, mix',
         ),
         ("gpt2", {"activation_function": "silu"}, 'activation_function = "silu" can\'t be computed for a gpt2'),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights = false"),
@@ -170,6 +170,9 @@ def test_gpt2_s_published_config():
         ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, '"rope_type": "linear"'),
         ("qwen3", {"rope_scaling": {"type": "dynamic"}}, '"type": "dynamic"'),
         ("qwen3", {"partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
+        ("llama", {"attention_bias": True}, "attention_bias = true"),
+        ("llama", {"mlp_bias": True}, "mlp_bias = true"),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'llama: only the rope_type "default"'),
         ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096 can't be computed for a mixtral"),
         ("mixtral", {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 can't be computed for a mixtral"),
@@ -193,6 +196,10 @@ def test_keys_are_honoured():
     assert (gpt2.n_embd, gpt2.activation, gpt2.dropout) == (96, "gelu_tanh", 0.1)
     assert config_from_hf({"model_type": "gpt2", "attn_pdrop": 0}).attention_dropout == 0
     assert config_from_hf({"model_type": "openai-gpt", "afn": "relu"}).activation == "relu"
+    llama = config_from_hf(
+        {"model_type": "llama", "num_key_value_heads": 4, "hidden_size": 96, "num_attention_heads": 8}
+    )
+    assert (llama.kv_heads, llama.head_width, llama.mlp_width, llama.qk_norm) == (4, 12, 11008, False)
     mixtral = config_from_hf({"model_type": "mixtral", "num_experts": 6, "rope_theta": 5.0})
     assert (mixtral.n_experts, mixtral.rotary_base, mixtral.head_width, mixtral.router_z_loss) == (6, 5.0, 128, 0.0)
 
@@ -212,7 +219,7 @@ def test_keys_are_honoured():
         ({"norm_position": "post", "mlp_size": 7}, 'gpt2, has no norm_position = "post"'),
         ({"norm_position": "post", "activation": "gelu", "mlp_size": 7}, 'gpt2, has no norm_position = "post"'),
         ({"attention_band": 4}, "no attention_band = 4"),
-        (dict(norm="rmsnorm", positions="rotary", bias=False, activation="swiglu"), "qwen3, has no qk_norm = false"),
+        (dict(norm="rmsnorm", positions="rotary", activation="swiglu"), "llama, has no bias = true"),
         (dict(norm="rmsnorm", positions="rotary", bias=False, qk_norm=True), 'qwen3, has no activation = "gelu_tanh"'),
         ({"n_experts": 4}, 'mixtral, has no norm = "layernorm" and no '),
         (MIXTURE | {"bias": True}, "mixtral, has no bias = true"),
