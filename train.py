@@ -56,6 +56,7 @@ from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumabl
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
@@ -65,6 +66,8 @@ from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
 from model import GPT
+
+ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
 
 
 @dataclass
@@ -120,11 +123,12 @@ class Run:
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         self.model.eval()
         with self.updater.averaged():
-            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
+            shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
+            for i, batch in enumerate(shown, 1):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
-                if self.stop.anywhere():
+                if i % ASK_EVERY == 0 and self.stop.anywhere():
                     break
         self.model.train()
         total, count = distributed.sum_over_ranks(sums).tolist()
@@ -230,18 +234,20 @@ def build(plan: Plan) -> Run:
         if folder:
             clean_run(folder, progress.step, progress.best_step)
         else:
-            folder, lock = claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+            folder, lock = claim_new(
+                config.run.out_dir, launch.name, config.run.overwrite or config.run.init_from == "auto"
+            )
         say(f"run            {folder}" + (f", from step {progress.step}" if state else ""))
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
     align(model)
     sharing = ExpertParallel(model, training.expert_processes, device)
-    model.to(device).activation_checkpointing = training.activation_checkpointing
+    choose_kernels(model.to(device), training)
     replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
+    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile)
     updater = Updater(model, training, device, dtype, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:
@@ -420,9 +426,10 @@ def main() -> int:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
         checkpoint = resumable(launch.resumed, hold)
         launch = dataclasses.replace(launch, checkpoint=checkpoint)
-        trained_on = load_state(checkpoint, peek=True)["runtime"]["device"] if checkpoint else None
+        trained_on = load_state(checkpoint, on_disk=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
-    with distributed.process_group(launch.config.training.backend, device):
+    training = launch.config.training
+    with distributed.process_group(training.backend, device, training.timeout_minutes):
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:

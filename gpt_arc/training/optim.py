@@ -14,11 +14,13 @@ from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.muon import BatchedMuon
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT
 
 # what each optimizer keeps for a weight, in its shape and type
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+MOMENTS |= dict.fromkeys((torch.optim.Muon, BatchedMuon), ("momentum_buffer",))
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
@@ -75,7 +77,9 @@ def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torc
     That is the scale of https://github.com/KellerJordan/Muon.
     """
     rate, decay = config.muon_rate, config.weight_decay
-    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+    matrices = list(matrices)
+    kind = BatchedMuon if any(matrix.is_cuda for matrix in matrices) else torch.optim.Muon
+    return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
 def decay_groups(
@@ -159,7 +163,7 @@ class Updater:
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     share = optimizer.defaults["lr"] / self.config.learning_rate
                     group["lr"] = learning_rate * share * group.get("rate", 1.0)
-                self.scaler.step(optimizer)
+                optimizer.step()  # the scaler's would ask the device again whether all is finite
             if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
@@ -233,8 +237,7 @@ def check_same_optimizer(name: str, state: dict) -> None:
 
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
-    for mean, weight in zip(average, weights):
-        mean.lerp_(weight.detach(), 1 - decay)
+    torch._foreach_lerp_(list(average), [weight.detach() for weight in weights], 1 - decay)
 
 
 def check_moments(
