@@ -28,14 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import (
-    align,
     autocast,
     device_name,
     resolve_device,
@@ -56,12 +54,15 @@ from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.log import Meter, MetricsLog, start_wandb
 from gpt_arc.training.optim import Updater
+from gpt_arc.training.parallel import Parallel
+from gpt_arc.training.parallel_modes import make_parallel
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.meta import meta_device
 from model import GPT
 
 
@@ -76,6 +77,7 @@ class Run:
     model: GPT
     replica: nn.Module  # the model, or the DistributedDataParallel to call instead
     tokenizer: Tokenizer | None
+    parallel: Parallel
     sharing: ExpertParallel
     updater: Updater
     stop: StopSignal
@@ -112,15 +114,13 @@ class Run:
         batches = evaluation_batches(self.data.val, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         batches = prefetch(batches, plan.device)
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
-        self.model.eval()
-        with self.updater.averaged():
+        with self.updater.averaged(), self.parallel.evaluating(self.model):
             for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
                 if self.stop.anywhere():
                     break
-        self.model.train()
         total, count = distributed.sum_over_ranks(sums).tolist()
         return None if self.stop.anywhere() else total / count
 
@@ -160,7 +160,8 @@ class Run:
             },
             "data": self.data.corpus.fingerprint,
         }
-        whole = self.sharing.whole(self.model)
+        with self.updater.averaged():
+            whole = self.sharing.whole(self.parallel.whole(self.model))
         if IS_MAIN:
             write = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
             keep_all = plan.config.logging.keep_all_checkpoints
@@ -208,7 +209,8 @@ def build(plan: Plan) -> Run:
     data = plan.data
     assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
-    model, tokenizer = build_model(plan)
+    parallel = make_parallel(training, device)
+    model, tokenizer = build_model(plan, parallel)
     folder, lock = launch.resumed, None
     if IS_MAIN and not config.run.eval_only:
         if folder:
@@ -219,14 +221,14 @@ def build(plan: Plan) -> Run:
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
-    align(model)
     sharing = ExpertParallel(model, training.expert_processes, device)
-    model.to(device).activation_checkpointing = training.activation_checkpointing
-    replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    model.activation_checkpointing = training.activation_checkpointing
+    replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
-    updater = Updater(model, training, device, dtype, sharing)
+    how = example, device, dtype, parallel, training.compile is True
+    compiled = plan.compile and try_compiling(model, replica, *how)
+    updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:
         with reading(state_file(launch.checkpoint), ADVICE):
@@ -235,7 +237,7 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    parts = model, replica, tokenizer, sharing, updater, stop, compiled
+    parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled
     run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
         wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
@@ -245,8 +247,11 @@ def build(plan: Plan) -> Run:
     return run
 
 
-def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
+def build_model(plan: Plan, parallel: Parallel) -> tuple[GPT, Tokenizer | None]:
     tokenizer = plan.data and plan.data.corpus.tokenizer
+    if parallel.is_sharded and not IS_MAIN:  # `place` gives it its shard of the main process's model
+        with meta_device():
+            return GPT(plan.config.model), tokenizer
     origin = plan.launch.checkpoint or plan.launch.imported
     if not origin:
         return GPT(plan.config.model), tokenizer
@@ -331,7 +336,7 @@ def train(run: Run) -> int:
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
             batch = run.next_batch(batches, batch)
-            with distributed.sharing_gradients(run.replica, i == plan.micro_steps):
+            with run.parallel.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
                 auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # of routers, a mean

@@ -123,6 +123,13 @@ class TrainingConfig:
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes share the work. ddp: each has the whole model; fsdp: each has a shard of every weight, gradient and
+    moment; auto: none for one process, else ddp."""
+    reshard_after_forward: bool = True
+    """Under fsdp, drop a block's gathered weights until its backward pass: less memory, more communication."""
+    replicas: Count = 1
+    """Under fsdp, divide as many whole models, each among an equal part of the processes. 1: one model among all."""
 
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
@@ -135,6 +142,10 @@ class TrainingConfig:
             )
         if self.ema_decay is not None and self.expert_processes > 1:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
+        if self.parallel == "fsdp" and self.expert_processes > 1:
+            raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
+        if self.replicas > 1 and self.parallel != "fsdp":
+            raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
