@@ -3,16 +3,18 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train
+from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import TINY_FLAGS, command
+from helpers import TEXT, TINY_FLAGS, command, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -29,7 +31,10 @@ ACCUMULATION = ("--batch_size=3", "--gradient_accumulation_steps=4")
 @pytest.fixture
 def run(workplace, output_of):
     """Returns a function that trains into a folder with some processes and returns the metrics and the final
-    tensors."""
+    tensors. Beside data/sums there is data/lines, whose lines are documents."""
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    tokens = np.concatenate([[*tokenizer.encode(line), 256] for line in TEXT.splitlines()])
+    write_dataset(workplace / "data" / "lines", tokenizer, {"train": tokens[:-500], "val": tokens[-500:]})
 
     def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
         args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
@@ -63,7 +68,12 @@ def test_two_shards_train_as_one_process(run):
 
 VARIANTS = {
     "untied": ("--tied_head=False", "--positions=rotary", "--activation=swiglu", "--norm=rmsnorm", "--qk_norm=True"),
-    "documents": ("--document_mask=True", "--activation_checkpointing=True", "--reshard_after_forward=False"),
+    "documents": (
+        "--dataset=lines",
+        "--document_mask=True",
+        "--activation_checkpointing=True",
+        "--reshard_after_forward=False",
+    ),
     "ngrams": ("--ngrams=3", "--ngram_rows=100", "--head_bias=True", "--norm_position=post"),
     "experts": ("--n_experts=4", "--experts_per_token=2", "--mlp_size=16", "--balance_rate=0.01", "--dropout=0.0"),
 }
@@ -163,14 +173,14 @@ with distributed.process_group("gloo", cpu):
         assert torch.equal(muon.state[p]["momentum_buffer"].full_tensor(), expected.state[q]["momentum_buffer"])
     print("equal matrices")
 
-    tokens = batches[0, :, :-1]
+    tokens, parameters = batches[0, :, :-1], list(model.parameters())  # the optimizer's
     for _ in range(2):  # the second time with other weights, of which none may be left from the first
         with torch.no_grad(), sharded.evaluating(model):
             logits = replica(tokens)
         expected = whole.eval()(tokens)
         assert (logits - expected).abs().max() < 1e-3  # stale weights would be 0.1 off
         with torch.no_grad():
-            for p, q in zip(model.parameters(), whole.parameters()):
+            for p, q in zip(parameters, whole.parameters()):
                 p.add_(0.1)
                 q.add_(0.1)
     print("equal outputs")
