@@ -29,6 +29,7 @@ from gpt_arc.data.tokenizer import load_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command, resource, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Positional, Positive
 from gpt_arc.tables import counted
 
@@ -112,12 +113,13 @@ def main() -> int:
     if code:
         return code
     flags = {"name": name, "field": options.field, "pattern": options.pattern, "minutes": f"{5 * options.minutes:g}"}
-    again = command("new.py", *options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value))
-    print(
-        f"\nnext:\n  {command('sample.py', str(run), '--start=TEXT')}\n"
-        f"  {again}   more time, so more steps or a larger model\n"
-        f"  {command('train.py', str(config), '--seed=1')}   the same settings; others: {command('train.py', '--help')}"
-    )
+    again = (*options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value))
+    steps = {
+        command("sample.py", run, "--start=TEXT"): "continue a prompt",
+        command("new.py", *again): "more time, so more steps or a larger model",
+        command("train.py", config, "--seed=1"): "the same settings; --help lists others",
+    }
+    print(f"\n{next_steps(steps)}")
     return 0
 
 

@@ -43,9 +43,9 @@ class Sampler:
 
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
-        from gpt_arc.chat.format import require_chat
+        from gpt_arc.chat.format import load_chat, require_chat
         from gpt_arc.decoding.dialogue import Dialogue
-        from gpt_arc.decoding.load import load_decoder
+        from gpt_arc.decoding.load import load_decoder, set_decoding_threads
         from gpt_arc.decoding.speculative import Acceptance
         from gpt_arc.training import runs
         from gpt_arc.weights.directory import of_one_checkpoint
@@ -60,10 +60,15 @@ class Sampler:
         @of_one_checkpoint
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
-            return directory, decoder, tokenizer, require_chat(directory, tokenizer) if config.chat else None
+            chat = None
+            if config.chat:
+                chat = load_chat(directory, tokenizer, decoder.model.config.vocab_size)
+                chat = require_chat(directory, chat)
+            return directory, decoder, tokenizer, chat
 
         name = config.names[0] if config.names else runs.newest_run()
         self.directory, self.decoder, self.tokenizer, chat = load(name)
+        set_decoding_threads(self.decoder, config.threads, rows)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         if config.chat:
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)

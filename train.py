@@ -15,12 +15,12 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import itertools
 import math
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.device import (
     autocast,
     device_name,
@@ -44,6 +45,7 @@ from gpt_arc.device import (
 )
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
+from gpt_arc.next_steps import after_training
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
@@ -52,7 +54,7 @@ from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumabl
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
-from gpt_arc.training.log import Meter, MetricsLog, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
@@ -61,7 +63,7 @@ from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
 from gpt_arc.weights.meta import meta_device
 from model import GPT
 
@@ -82,6 +84,8 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
+    example: list[Tensor]  # of a batch
+    sampler: TrainingSampler | None
     log: MetricsLog | None = None  # of the main process
     saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
@@ -111,11 +115,13 @@ class Run:
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
         plan, block_size = self.plan, self.plan.config.model.block_size
-        batches = evaluation_batches(self.data.val, self.val_starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
-        batches = prefetch(batches, plan.device)
+        starts = self.val_starts
+        batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
+        batches = self.readable(prefetch(batches, plan.device))
+        count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
-            for batch in tqdm(batches, "evaluating", leave=False, disable=None if IS_MAIN else True):
+            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
@@ -130,21 +136,28 @@ class Run:
         windows = config.logging.eval_iters * config.data.batch_size
         return self.data.val.evaluation_starts(config.model.block_size, windows)
 
-    def next_batch(self, batches: Iterator[tuple[Tensor, ...]], last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
-        """The next batch. Raises UserError or OSError if it can't be read.
+    def sample(self) -> None:
+        """Print and log a text by the model as it was evaluated, in the main process, if one is due."""
+        logging, step = self.plan.config.logging, self.progress.step
+        if self.log and self.sampler and (self.finished or step % logging.sample_interval < logging.eval_interval):
+            with self.updater.averaged():
+                text = self.sampler.sample()
+            say(f"sample of step {step}:\n{text}\n")
+            self.log.write_sample(step, text)
 
-        Among several processes such a failure asks all of them to stop, and `last`, the batch before, stands in: the
+    def readable(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
+        """Yields the batches. Raises UserError or OSError if one can't be read.
+
+        Among several processes such a failure asks all of them to stop, and `example` stands in for the batches: the
         others wait for this process's part of the step, which isn't made.
         """
-        if last is None:
-            return next(batches)
         try:
-            return next(batches, last)
+            yield from batches
         except (UserError, OSError) as error:
             if WORLD_SIZE == 1:
                 raise
             self.failure, self.stop.received = error, signal.SIGTERM
-            return last
+            yield from itertools.repeat(self.example)
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
@@ -192,8 +205,8 @@ class Run:
 
 def write_log(log: MetricsLog, line: dict[str, Any], bar: tqdm) -> None:
     """Write a line of the log and show it."""
-    line = {name: value for name, value in line.items() if value is not None}
     log.write(line)
+    line = {name: value for name, value in line.items() if value is not None}
     figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
     shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
     bar.set_postfix_str(shown)
@@ -211,6 +224,9 @@ def build(plan: Plan) -> Run:
     torch.manual_seed(training.seed)
     parallel = make_parallel(training, device)
     model, tokenizer = build_model(plan, parallel)
+    sampler = None
+    if config.logging.sample_interval and not config.run.eval_only:
+        sampler = TrainingSampler(model, tokenizer, config.logging.sample_start, training.seed)
     folder, lock = launch.resumed, None
     if IS_MAIN and not config.run.eval_only:
         if folder:
@@ -237,10 +253,12 @@ def build(plan: Plan) -> Run:
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled
+    parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled, example, sampler
     run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
-        wandb = start_wandb(config.logging, values_of(config), folder) if config.logging.wandb_log else None
+        logging, wandb = config.logging, None
+        if logging.wandb_log:
+            wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides)
         run.log = MetricsLog(folder, progress.step, wandb)
@@ -248,23 +266,20 @@ def build(plan: Plan) -> Run:
 
 
 def build_model(plan: Plan, parallel: Parallel) -> tuple[GPT, Tokenizer | None]:
-    tokenizer = plan.data and plan.data.corpus.tokenizer
     if parallel.is_sharded and not IS_MAIN:  # `place` gives it its shard of the main process's model
         with meta_device():
-            return GPT(plan.config.model), tokenizer
-    origin = plan.launch.checkpoint or plan.launch.imported
-    if not origin:
-        return GPT(plan.config.model), tokenizer
-    model, trained_tokenizer = load_model(origin, plan.config.model)
-    if tokenizer and trained_tokenizer and tokenizer != trained_tokenizer:
-        raise UserError(
-            f"the dataset has another tokenizer than {origin}: prepare it with --tokenizer {shlex.quote(str(origin))}"
-        )
-    return model, tokenizer or trained_tokenizer
+            return GPT(plan.config.model), plan.tokenizer
+    if not plan.origin:
+        return GPT(plan.config.model), plan.tokenizer
+    model, trained_tokenizer = load_model(plan.origin, plan.config.model)
+    plan.check_tokenizer(trained_tokenizer)
+    return model, plan.tokenizer or trained_tokenizer
 
 
 def evaluate_only(run: Run) -> int:
     val_loss = run.val_loss()
+    if run.failure:
+        raise run.failure
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
@@ -289,9 +304,11 @@ def train(run: Run) -> int:
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
-    batches = prefetch(batches, device)
-    meter, routers, peak = Meter(), RouterMeter(model), peak_flops(device, device_name(device), dtype)
-    learning_rate = grad_norm = batch = None
+    batches = run.readable(prefetch(batches, device))
+    meter, routers = Meter(), RouterMeter(model)
+    measure_peak = partial(peak_flops, device, device_name(device), dtype)
+    utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
+    learning_rate = grad_norm = None
     stopped = False
     bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
     model.train()
@@ -320,13 +337,14 @@ def train(run: Run) -> int:
                 "tokens": progress.consumed * block_size,
                 "tokens_per_second": rate,
                 "seconds": progress.seconds,
-                "mfu": rate * plan.flops_per_token / (peak * WORLD_SIZE) if peak and rate else None,
+                "mfu": utilization.at(rate),
                 "skipped": progress.skipped or None,
                 **routers.take(),
             }
             write_log(run.log, line, bar)
         if val_loss is not None:
             run.save()
+            run.sample()
         if done or stopped:
             break
 
@@ -335,7 +353,7 @@ def train(run: Run) -> int:
         learning_rate = learning_rate_at(progress.step, training)
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
-            batch = run.next_batch(batches, batch)
+            batch = next(batches)
             with run.parallel.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
@@ -386,21 +404,26 @@ def finish(run: Run, stopped: bool) -> int:
     if run.log:
         run.log.close()
     if stopped:
-        say(f"stopped at step {progress.step}, saved; resume with: {run.resume}")
+        saved = f", saved; resume with: {run.resume}" if run.saved_step else ""
+        say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
     say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
+    dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
+    say(after_training(run.folder, dataset, f"{run.resume} --max_iters={2 * training.max_iters}"))
     return 0
 
 
 def main() -> int:
     launch = read_command_line(sys.argv[1:], __doc__)
-    trained_on = None
+    trained_on, hold = None, None
     if launch.resumed:
-        if IS_MAIN and not (launch.config.run.eval_only or launch.config.run.dry_run):
+        if launch.config.run.eval_only or launch.config.run.dry_run:
+            hold = contextlib.ExitStack()  # the run may go on in another process
+        elif IS_MAIN:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
-        checkpoint = resumable(launch.resumed)
+        checkpoint = resumable(launch.resumed, hold)
         launch = dataclasses.replace(launch, checkpoint=checkpoint)
         trained_on = load_state(checkpoint, peek=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
@@ -408,6 +431,8 @@ def main() -> int:
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:
+            if plan.origin and local_directory(plan.origin):
+                plan.check_tokenizer(read_tokenizer(plan.origin))
             return 0
         run = build(plan)
         if launch.config.run.eval_only:

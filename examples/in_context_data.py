@@ -40,6 +40,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import counted
 
 LETTERS = "abcdefghij"
 WORD = 3  # letters of the longest words, which the questions have
@@ -110,7 +111,9 @@ def main() -> None:
             (folder / str(number) / "pool.jsonl").write_text("\n".join(rows[options.items :]) + "\n")
         with open(folder / "corpus.jsonl", "w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in documents(options, held_out, rng))
-    print(f"{options.output}: {options.documents:,} documents, {options.held_out} mappings held out")
+    print(
+        f"{options.output}: {counted(options.documents, 'document')}, {counted(options.held_out, 'mapping')} held out"
+    )
 
 
 if __name__ == "__main__":

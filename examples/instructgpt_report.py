@@ -21,6 +21,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from gpt_arc.tables import counted
 from instruction_judge import bayes_accuracy
 
 ROWS = {
@@ -87,7 +88,7 @@ def policies(folders: Sequence[Path]) -> str:
         cells += [f"{statistics.fmean(losses[name]):.3f}", "" if baseline else interval(increases)]
         rows.append("| " + " | ".join(cells) + " |")
     prompts = figures["sft"][0]["prompts"]
-    return "\n".join([*rows, "", f"{prompts:,} held-out prompts each, {len(folders)} seeds"])
+    return "\n".join([*rows, "", f"{counted(prompts, 'held-out prompt')} each, {counted(len(folders), 'seed')}"])
 
 
 def curves(folder: Path) -> dict[str, list[dict[str, Any]]]:

@@ -30,7 +30,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Seed
-from gpt_arc.tables import to_json
+from gpt_arc.tables import counted, to_json
 
 SCALE = 10.0  # utility of a right response; one letter of five is worth 2 and wins 88% of comparisons
 MOST = 18  # longest response in tokens
@@ -113,7 +113,7 @@ def written(options: Options, rows: Sequence[dict[str, Any]], each: int) -> list
         for first in range(0, len(prompts), 256):
             batch = prompts[first : first + 256]
             generators = row_generators(options.seed, range(first, first + len(batch)))
-            stopped = lambda row, token: token == chat.end  # noqa: E731
+            stopped = lambda row, token: token in chat.ends  # noqa: E731
             for step in generate(decoder, batch, MOST, sampling, generators=generators, stopped=stopped):
                 for i, token in zip(step.rows, step.tokens):
                     tokens[first + i].append(token)
@@ -155,14 +155,17 @@ def main() -> None:
     rows = read(path)[options.skip :][: options.limit]
     if options.bayes:
         accuracy, pairs = bayes_accuracy(rows)
-        print(f"{pairs:,} pairs: the best possible accuracy is {accuracy:.4f}")
+        print(f"{counted(pairs, 'pair')}: the best possible accuracy is {accuracy:.4f}")
     elif options.rank:
         if options.output is None:
             raise UserError("name the file for the rankings with --output")
         rankings = rank(options, rows)
         write_file(options.output, "".join(to_json(row) + "\n" for row in rankings))
         accuracy, pairs = bayes_accuracy(rankings)
-        print(f"{options.output}: {len(rankings):,} rankings, {pairs:,} pairs; best possible accuracy {accuracy:.4f}")
+        print(
+            f"{options.output}: {counted(len(rankings), 'ranking')}, {counted(pairs, 'pair')}; "
+            f"best possible accuracy {accuracy:.4f}"
+        )
     else:
         figures = measure(options, rows)
         print(to_json(figures, indent=1))

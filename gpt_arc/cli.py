@@ -5,6 +5,7 @@ that isn't in the current folder is the one that comes with gpt-arc.
 """
 
 import os
+import subprocess
 import sys
 
 from gpt_arc.errors import UserError, entry_point
@@ -78,7 +79,10 @@ def run() -> int | None:
     if name in ("-h", "--help"):
         print(usage())
         return None
-    os.execv(sys.executable, [sys.executable, *script_command(name, arguments)])
+    command = [sys.executable, *script_command(name, arguments)]
+    if os.name == "nt":  # its execv doesn't wait for the end of the command
+        return subprocess.call(command)
+    os.execv(sys.executable, command)
 
 
 main = entry_point(run)

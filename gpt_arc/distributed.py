@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from gpt_arc.errors import UserError, lose_output
 from gpt_arc.files import command
+from gpt_arc.tables import counted
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -74,8 +75,8 @@ def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
     """
     if sequences % WORLD_SIZE:
         raise UserError(
-            f"the {sequences} sequences of a step (batch_size x gradient_accumulation_steps) can't be divided equally "
-            f"among {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
+            f"the {counted(sequences, 'sequence')} of a step (batch_size x gradient_accumulation_steps) can't be "
+            f"divided equally among {WORLD_SIZE} processes: make them a multiple of {WORLD_SIZE}"
         )
     share = sequences // WORLD_SIZE
     size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)

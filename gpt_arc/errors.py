@@ -106,7 +106,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             code = main() or 0
         except BrokenPipeError:  # the reader of our output (head, less) has gone: exit quietly, as SIGPIPE would
             mute()
-            sys.exit(128 + signal.SIGPIPE)
+            sys.exit(128 + getattr(signal, "SIGPIPE", 13))  # Windows has none
         except UserError as error:
             message, code = str(error), 1 if isinstance(error, NotFinite) else 2
         except OSError as error:

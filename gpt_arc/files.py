@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt_arc.errors import first_line
 
@@ -20,6 +21,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 DATA_ROOT = Path("data")  # the folder of prepared datasets
 PACKAGE = Path(__file__).resolve().parent
@@ -36,13 +40,13 @@ def resource(name: str) -> Path:
     return (packaged if packaged.is_dir() else PACKAGE.parent) / name
 
 
-def command(script: str, *arguments: str) -> str:
+def command(script: str, *arguments: object) -> str:
     """Returns the shell command that runs a script, such as "tools/runs.py": a wheel has gpt-arc's commands instead."""
     path, program = Path(script), ["python", script]
     if (PACKAGE / "resources").is_dir():
         name = ["prepare", path.stem] if path.parent.name == "prepare" else [path.stem.replace("_", "-")]
         program = ["gpt-arc", *name]
-    return shlex.join((*program, *arguments))
+    return shlex.join((*program, *map(str, arguments)))
 
 
 def write_file(path: Path, content: bytes | str) -> None:
@@ -155,34 +159,67 @@ def follow(link: Path) -> Path:
         link = link.parent / link.readlink()
     if link.is_file() and link.stat().st_size < 256:
         with contextlib.suppress(OSError, ValueError):  # it holds something else than a name
-            target = link.with_name(link.read_text().strip())
+            target = link.with_name(link.read_text("utf-8").strip())
             return target if target.is_dir() else link
     return link
 
 
-def take_lock(path: Path) -> int | None:
-    """Lock a file or directory until the descriptor returned is closed or the process ends.
+def take_lock(path: Path) -> "BaseFileLock | None":
+    """Creates and locks the file `path`, until `release` or the end of the process, in whatever way it ends.
 
-    Prints a line where there are no locks. Raises BlockingIOError if another process holds it.
+    Prints a line and returns None where there are no locks. Raises BlockingIOError if another process holds it.
+    """
+    import filelock  # takes a quarter of a second
+
+    # long enough to try again if the holder has just deleted the file
+    lock = filelock.FileLock(path, 0.1, thread_local=False, poll_interval=0.02, fallback_to_soft=False)
+    try:
+        lock.acquire()
+        return lock
+    except filelock.Timeout:
+        raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path)) from None
+    except (OSError, NotImplementedError) as error:
+        print(f"{path} can't be locked ({first_line(error)}): let no other process write there", file=sys.stderr)
+        return None
+
+
+def release(path: Path, lock: "BaseFileLock | None") -> None:
+    """Deletes the file `path` and releases the `lock` that `take_lock` returned for it."""
+    try:
+        if lock is None or lock.is_locked:  # a forked process doesn't hold it
+            with contextlib.suppress(OSError):  # Windows deletes no open file; the lock does it there
+                path.unlink()
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+@contextlib.contextmanager
+def locked(directory: Path, shared: bool = False) -> Iterator[None]:
+    """Runs the block with a lock on a directory, where there are such locks; a `shared` one may be held by many.
+
+    Raises BlockingIOError if another process holds it, and FileNotFoundError.
     """
     if fcntl is None:
-        print(f"{path} can't be locked on this system: let no other process write to it", file=sys.stderr)
-        return None
-    descriptor = os.open(path, os.O_RDONLY)
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):
+                raise
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    except OSError as error:
-        print(f"{path} can't be locked ({first_line(error)}): let no other process write to it", file=sys.stderr)
-    return descriptor
 
 
 def sync(path: Path) -> None:
     """Flush a file's contents to disk; a directory's entries too, where the system can."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        flags = os.O_RDWR if os.name == "nt" and path.is_file() else os.O_RDONLY  # Windows flushes what it may write
+        descriptor = os.open(path, flags)
         try:
             os.fsync(descriptor)
         finally:

@@ -12,11 +12,16 @@ of a batch. From Python: `import gpt_arc.harness`, then
 `lm_eval.simple_evaluate("gpt-arc", {"pretrained": "out/gpt2"}, ...)`.
 """
 
+import sys
+
 from gpt_arc.errors import entry_point
+from gpt_arc.extras import import_extra
 
 
 def main() -> None:
-    from lm_eval.__main__ import cli_evaluate
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__, flush=True)
+    cli_evaluate = import_extra("lm_eval.__main__").cli_evaluate
 
     import gpt_arc.evaluation.harness  # noqa: F401  registers the model type
 

@@ -41,9 +41,14 @@ class DamagedFile(UserError):
 
 
 def record_files(directory: Path, *names: str, removed: Collection[str] = ()) -> None:
-    """Adds files to the manifest of their folder, in place of older entries, and drops those of `removed` files."""
+    """Adds files to the manifest of their folder, in place of older entries, and drops those of `removed` files.
+
+    `names` may include the manifest's.
+    """
     recorded = {name: file for name, file in _read(directory).items() if name not in removed}
     for name in names:
+        if name == MANIFEST:
+            continue
         path = directory / name
         recorded[name] = RecordedFile(path.stat().st_size, _checksum(path))
     write_file(directory / MANIFEST, json.dumps(asdict(Manifest(1, recorded)), indent=1) + "\n")
@@ -93,7 +98,8 @@ def checking(directory: Path, sizes_only: tuple[str, ...] = ()) -> Iterator[None
 def _read(directory: Path) -> dict[str, RecordedFile]:
     path = directory / MANIFEST
     try:
-        return read_json(path, Manifest).files if path.exists() else {}
+        recorded = read_json(path, Manifest).files if path.exists() else {}
+        return {name: file for name, file in recorded.items() if name != MANIFEST}  # some have listed themselves
     except UserError as error:
         raise DamagedFile(str(error)) from None
 

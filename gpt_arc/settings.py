@@ -209,7 +209,8 @@ def nearest(name: str, cls: type, prefix: str = "") -> str:
 def read_file(cls: type, path: Path) -> dict[str, Any]:
     """Reads the settings of a TOML file by flat name, with or without the tables of `cls`. Raises UserError."""
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1, cutoff=0.4)
+        names = [other.name for other in path.parent.glob("*.toml") if other.name != "pyproject.toml"]
+        near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; configs/ has those that come with gpt-arc"
         raise UserError(f"there is no config file {path}{hint}")
     content = read_toml(path)

@@ -50,8 +50,9 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.contamination import METHODS, FilterSettings, Method, decontaminate, measure, read_items
 from gpt_arc.data.documents import InputSettings, find_files, merge_inputs
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Count, Positional
 from gpt_arc.tables import counted, to_json
 
@@ -142,6 +143,9 @@ def main() -> None:
         print(lines(report))
     write_file(report_of(options.output), to_json(report, indent=1) + "\n")
     print(f"{options.output} and {report_of(options.output)} written")
+    if options.task == "clean":
+        step = command("prepare/text.py", "--input", options.output, "--name=NAME")
+        print(next_steps({step: "make a dataset of it"}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT
 
 
@@ -42,6 +43,7 @@ def main() -> None:
     local = options.input and Files(find_files(options.input), "text")
     streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
     prepare_documents(local or streamed, options, options.name)
+    print(after_preparation(options.name))
 
 
 if __name__ == "__main__":

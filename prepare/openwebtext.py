@@ -18,6 +18,7 @@ from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     local = options.input and Files(find_files(options.input), "text")
     prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
+    print(after_preparation("openwebtext"))
 
 
 if __name__ == "__main__":

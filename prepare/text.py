@@ -22,6 +22,7 @@ from gpt_arc.data.documents import InputSettings, merge_inputs
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import after_preparation
 from gpt_arc.settings import STRICT
 
 
@@ -34,6 +35,7 @@ class Options(CorpusSettings, InputSettings):
 def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     prepare_documents(options.files(), options, options.name)
+    print(after_preparation(options.name))
 
 
 if __name__ == "__main__":

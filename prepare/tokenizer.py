@@ -20,7 +20,9 @@ from gpt_arc.data.documents import Files, InputSettings, merge_inputs
 from gpt_arc.data.prepare import dataset_directory, locked
 from gpt_arc.data.tokenizer import BPETokenizer, holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT
 
 
@@ -67,6 +69,10 @@ def main() -> None:
     print(f"{directory / 'tokenizer.json'}: {tokenizer.vocab_size:,} tokens")
     if tokenizer.vocab_size < options.vocab_size:
         print(f"note: no pairs are left to merge in {files.name}, so there are fewer than {options.vocab_size:,}")
+    flags = {"field": options.field, "pattern": options.pattern, "tokenizer": options.name, "name": options.name}
+    flags = (f"--{flag}={value}" for flag, value in flags.items() if value not in (None, InputSettings.field))
+    step = command("prepare/text.py", "--input", *options.input, *flags)
+    print(next_steps({step: "encode text with it"}))
 
 
 if __name__ == "__main__":

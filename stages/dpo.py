@@ -31,6 +31,7 @@ from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
@@ -109,6 +110,7 @@ def train(options: Options, run: StageRun) -> int:
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
+    run.set_threads(reference.config)
     run.open(digest([fingerprint(reference), examples]))
     scorer = ResponseLikelihood(reference.to(run.device)).eval()
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}
@@ -153,23 +155,30 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, sums = result
         progress.step += 1
-        line = dict(zip(("loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
+        line = dict(zip(("train_loss", "accuracy", "margin"), (value / len(rows) for value in sums)))
         line |= {"learning_rate": rate, "grad_norm": norm, **routers.take()}
         epoch_ended = progress.step % order.per_epoch == 0
+        line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
             after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)
             line["val_accuracy"] = right.sum().item() / len(after)
-        run.tell(line, f"loss {line['loss']:.4f}", updates)
+        run.tell(line, f"loss {line['train_loss']:.4f}", updates)
         if epoch_ended:
             say(
                 f"epoch {progress.step // order.per_epoch}: "
-                + ", ".join(f"{name} {line[name]:.4f}" for name in ("loss", "val_loss", "val_accuracy") if name in line)
+                + ", ".join(
+                    f"{name} {line[name]:.4f}" for name in ("train_loss", "val_loss", "val_accuracy") if name in line
+                )
             )
             run.save(write, line.get("val_loss"))
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/eval.py", run.folder, "--chat", "--tasks=TASK.toml", "--data=ITEMS.jsonl"): "measure it",
+    }
+    return run.finish(write, steps)
 
 
 def main() -> int:

@@ -10,9 +10,9 @@
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
-The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard error
-and, from the second shot count on, a p-value (McNemar's exact test) against the first. `--json FILE` writes all
-figures with the hashes of weights and items, seeds and versions.
+The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard
+error, the accuracy of guessing if the task is a choice and, from the second shot count on, a p-value (McNemar's exact
+test) against the first. `--json FILE` writes all figures with the hashes of weights and items, seeds and versions.
 
 --training_text searches raw text for the tasks' items by GPT-3's rule, which `prepare/decontaminate.py` documents. All
 strings of an item count. Generated arithmetic is left out. Each figure is then also given for the clean and for the
@@ -85,6 +85,9 @@ class Options:
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware; results then depend on the machine."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
+    they pay."""
     seed: Natural = 0
     """Seed for drawing items, demonstrations, and the answers of tasks that sample them."""
     json: Path | None = None
@@ -117,12 +120,13 @@ def check(options: Options, tasks: Sequence[Task]) -> None:
         import_extra(module)
 
 
-def model_directories(options: Options) -> list[Path]:
-    """Returns the model's directory, or those of a run's checkpoints in order. Raises UserError."""
+def models(options: Options) -> Sequence[Path | str]:
+    """Returns what to measure: the model, or the directories of a run's checkpoints in order. Raises UserError."""
     from gpt_arc.weights.directory import model_directory
 
     if not options.checkpoints:
-        return [model_directory(options.model)]
+        model_directory(options.model)
+        return [options.model]
     directories = sorted(path.parent for path in Path(options.model).glob("step-*/config.json"))
     if not directories:
         raise UserError(
@@ -131,23 +135,37 @@ def model_directories(options: Options) -> list[Path]:
     return directories
 
 
+def load(path: Path | str, dtype: "torch.dtype") -> tuple:
+    """Returns a model's directory, what `load_text_model` and `load_chat` read from it, and the hash of its weights."""
+    from gpt_arc.chat.format import load_text_with_chat
+    from gpt_arc.evaluation.report import weight_hash
+    from gpt_arc.weights.directory import of_one_checkpoint
+
+    @of_one_checkpoint
+    def read(directory: Path) -> tuple:
+        return *load_text_with_chat(directory, dtype), weight_hash(directory)
+
+    return read(path)
+
+
 def evaluate(
-    directory: Path, all_items: Sequence["TaskItems"], options: Options, dtype: "torch.dtype", device: "torch.device"
+    loaded: tuple, all_items: Sequence["TaskItems"], options: Options, dtype: "torch.dtype", device: "torch.device"
 ) -> dict[str, Any]:
     """Measures a model, prints its figures and returns its entry of the report. Raises UserError."""
     from gpt_arc.chat.format import require_chat
     from gpt_arc.evaluation.measure import measure_task, measure_text
     from gpt_arc.evaluation.reader import Reader
-    from gpt_arc.evaluation.report import result_tables, weight_hash
+    from gpt_arc.evaluation.report import result_tables
     from gpt_arc.planning.cost import describe_parameters
-    from gpt_arc.weights.directory import load_text_model
+    from gpt_arc.training.threads import set_reading_threads
 
-    model, tokenizer = load_text_model(directory, dtype=dtype)
-    chat = require_chat(directory, tokenizer) if options.chat else None
-    reader = Reader(model.to(device).eval(), tokenizer, options.batch_tokens, chat)
+    directory, model, tokenizer, chat, hash = loaded
+    chat = require_chat(directory, chat) if options.chat else None
+    set_reading_threads(options.threads, model.to(device).eval(), options.batch_tokens)
+    reader = Reader(model, tokenizer, options.batch_tokens, chat)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
-    entry |= {"weights": weight_hash(directory), "tasks": [], "texts": {}}
+    entry |= {"weights": hash, "tasks": [], "texts": {}}
 
     # ---- tasks
     results: list[Result] = []
@@ -181,7 +199,7 @@ def main() -> None:
     set_up_device(device, options.dtype)
 
     # ---- what to measure, and on which items
-    directories = model_directories(options)
+    paths = models(options)
     sources = options.data, options.train_data, options.limit
     all_items = [gather(task, options.shots, options.seed, *sources) for task in tasks]
     if options.training_text:
@@ -189,13 +207,16 @@ def main() -> None:
     report: dict[str, Any] = {"options": asdict(options), "models": []}
     report["versions"] = {name: importlib.metadata.version(name) for name in ("gpt-arc", "torch", "tokenizers")}
 
-    for directory in directories:
-        with naming(directory):
-            report["models"].append(evaluate(directory, all_items, options, dtype, device))
+    for path in paths:
+        loaded = load(path, dtype)
+        with naming(loaded[0]):
+            report["models"].append(evaluate(loaded, all_items, options, dtype, device))
     if options.plot:
         plot_checkpoints(report, options.plot)
+        print(f"plot           {options.plot}")
     if options.json:
         write_file(options.json, to_json(report, indent=1, default=str, ensure_ascii=False) + "\n")
+        print(f"figures        {options.json}")
 
 
 if __name__ == "__main__":

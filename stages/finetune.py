@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import dataclasses
 import math
 import sys
-import time
 from dataclasses import field
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.finetuning.classifier import (
     Classifier,
     ClassifierConfig,
@@ -64,6 +63,7 @@ from gpt_arc.finetuning.predictions import (
     predict,
     prediction_lines,
 )
+from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import counted, table, to_json
@@ -265,7 +265,9 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trunk = with_settings(trunk, dropout=options.dropout, **places)
     context, blocks = trunk.config.block_size, trunk.config.n_layer
     if context < LEAST_TOKENS:
-        raise UserError(f"{options.model} has a context of {context} tokens: an example takes {LEAST_TOKENS} or more")
+        raise UserError(
+            f"{options.model} has a context of {counted(context, 'token')}: an example takes {LEAST_TOKENS} or more"
+        )
     if (options.max_tokens or 0) > context:
         raise UserError(f"max_tokens = {options.max_tokens} is more than the model's context, {context}")
     if (options.transfer_blocks or 0) > blocks:
@@ -363,6 +365,7 @@ def train(options: Options, run: StageRun) -> int:
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
+    run.set_threads(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
@@ -378,7 +381,6 @@ def train(options: Options, run: StageRun) -> int:
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
-        started = time.perf_counter()
         first = place * options.gradient_accumulation_steps
         micros = batches[first : first + options.gradient_accumulation_steps]
         count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
@@ -397,9 +399,9 @@ def train(options: Options, run: StageRun) -> int:
         rate, norm, (task_loss, language_loss) = result
         task_loss *= classifier.config.scale**2
         progress.step += 1
-        for i, value in enumerate((task_loss, language_loss, time.perf_counter() - started)):
+        for i, value in enumerate((task_loss, language_loss, run.seconds)):
             progress.sums[i] += value
-        line = {"task_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
+        line = {"train_loss": task_loss / count, "language_loss": language_loss / count, **routers.take()}
         run.tell(line | {"learning_rate": rate, "grad_norm": norm}, f"loss {task_loss / count:.4f}", updates)
         if progress.step % updates_per_epoch == 0:
             end_epoch(options, run, material, language)
@@ -408,10 +410,18 @@ def train(options: Options, run: StageRun) -> int:
 
     if progress.step < updates:
         return run.finish(write)
-    run.bar.close()
+    run.close()
     write_report(options, run, material)
     if options.predict or options.classify:
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
+    texts = {"classification": ["TEXT"], "multiple_choice": ["CONTEXT", "OPTION", "OPTION"]}
+    classify = texts.get(options.task, ["TEXT", "TEXT"])
+    steps = {
+        command("stages/finetune.py", run.folder, "--classify", *classify): "predict the label of an example",
+        command("stages/finetune.py", run.folder, "--predict=FILE.csv"): "of all examples in a file",
+        command("stages/finetune.py", run.folder, "--test=FILE.csv"): "measure it on others",
+    }
+    say(next_steps(steps))
     return 0
 
 
@@ -433,7 +443,7 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
     line["examples_per_second"] = len(training) / progress.sums[2]
     progress.epochs.append(line)
     progress.sums = [0.0, 0.0, 0.0]
-    run.log(line)
+    run.log({"train_loss" if name == "loss" else name: value for name, value in line.items()})
     header = [] if epoch > 1 else [list(line)]
     say(table([*header, list(line.values())], [max(len(name), 7) for name in line]))
 

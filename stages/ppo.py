@@ -36,6 +36,7 @@ from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
 from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
 from gpt_arc.alignment.rollouts import (
+    ModelOutputs,
     Prompt,
     Rollouts,
     gather_rollouts,
@@ -51,6 +52,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
@@ -267,11 +269,12 @@ def load_setup(options: Options, run: StageRun) -> Setup:
         critic.trunk.activation_checkpointing = options.activation_checkpointing
     policy.activation_checkpointing = options.activation_checkpointing
 
-    def scorer(name: str) -> Scorer:
-        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size)
+    def scorer(setting: str) -> Scorer:
+        name = getattr(options, setting)
+        return load_reward(name, chat, run.device, run.dtype, options.rollout_batch_size, setting)
 
-    score = scorer(options.reward)
-    monitor = None if options.monitor is None else scorer(options.monitor)
+    score = scorer("reward")
+    monitor = None if options.monitor is None else scorer("monitor")
     average = None
     if options.ema_decay is not None:
         average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
@@ -285,20 +288,23 @@ def load_setup(options: Options, run: StageRun) -> Setup:
 def roll_out(
     setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
     run: StageRun,
-) -> Rollouts:  # fmt: skip
-    """Has responses to the prompts of an iteration written and scored; they are episodes `first` and following."""
+) -> tuple[list[list[int]], ModelOutputs, Tensor, Tensor]:  # fmt: skip
+    """Has this process's share of the responses to an iteration's prompts written and scored.
+
+    The iteration's episodes are `first` and following. Returns arguments of `gather_rollouts`.
+    """
     share = prompts[RANK::WORLD_SIZE]
     responses = write_responses(
-        decoder, share, setup.chat.end, options.max_new_tokens, options.temperature, options.seed,
+        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed,
         range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
     )  # fmt: skip
     outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
     scores = setup.score(share, responses)
     monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
-        ended = torch.tensor([response[-1] == setup.chat.end for response in responses], dtype=torch.bool)
+        ended = torch.tensor([response[-1] in setup.chat.ends for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
-    return gather_rollouts(prompts, responses, outputs, scores, monitored, setup.chat.end)
+    return responses, outputs, scores, monitored
 
 
 def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) -> tuple[Tensor, Tensor]:
@@ -358,6 +364,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
@@ -386,7 +393,8 @@ def train(options: Options, run: StageRun) -> int:
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
-            rollouts = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
+            share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
+        rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started
 
         # advantages
@@ -421,7 +429,7 @@ def train(options: Options, run: StageRun) -> int:
             "grad_norm": norm,
             **routers.take(),
             "rollout_seconds": rollout_seconds,
-            "seconds": time.perf_counter() - started,
+            "iteration_seconds": time.perf_counter() - started,
         }
         shown = f"score {line['score']:.3f}, KL {line['kl_k1']:.3f}"
         run.tell(line, shown, iterations)
@@ -430,7 +438,11 @@ def train(options: Options, run: StageRun) -> int:
         progress.numbers["kl_coef"] = kl_coef
         if progress.step % options.save_interval == 0:
             run.save(write)
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/eval.py", run.folder, "--chat", "--tasks=TASK.toml", "--data=ITEMS.jsonl"): "measure it",
+    }
+    return run.finish(write, steps)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from gpt_arc.chat.format import load_chat_model
 from gpt_arc.device import autocast
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point, naming
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted, table, to_json
@@ -126,6 +126,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(model.trunk.config)
     run.open(digest([examples, demonstrations]))
     replica = run.place(model)
     updater, routers = run.updater(model, updates), RouterMeter(model.trunk)
@@ -161,11 +162,12 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, (loss, right) = result
         progress.step += 1
-        line = {"loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
+        line = {"train_loss": loss / len(rows), "accuracy": right / len(rows), "learning_rate": rate, "grad_norm": norm}
         line |= routers.take()
         epoch_ended = progress.step % order.per_epoch == 0
         report = None
         if epoch_ended:
+            line["epoch"] = progress.step // order.per_epoch
             run.check_finite()
             centre(model, demonstrations, options, run)
         if epoch_ended and "val" in encoded:
@@ -176,10 +178,20 @@ def train(options: Options, run: StageRun) -> int:
             show(report)
         if epoch_ended:
             run.save(write, report and report["loss"])
-    code = run.finish(write)
-    if IS_MAIN and progress.step == updates and "val" in encoded:
+    return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
+
+
+def finish(options: Options, run: StageRun, write: Callable[[Path], None], val: Sequence[EncodedRanking] | None) -> int:
+    """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
+    policy = "MODEL" if is_reward_model(options.model) else options.model
+    steps = {
+        command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
+        command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
+    }
+    code = run.finish(write, steps)
+    if IS_MAIN and val:
         model = load_reward_model(run.folder)[0].to(run.device)  # the best, which may not be the last
-        report = {"step": progress.best_step, **measure(model, encoded["val"], options, run)}
+        report = {"step": run.progress.best_step, **measure(model, val, options, run)}
         write_file(run.folder / "report.json", to_json(report, indent=1) + "\n")
     return code
 

@@ -32,7 +32,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import resource, write_file
+from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning import pictures
 from gpt_arc.planning.budget import (
@@ -56,6 +56,7 @@ from model import GPT
 
 CHINCHILLAS = "L(N, D), Chinchilla's form"
 
+
 @dataclass(frozen=True, config=STRICT)
 class SweepOptions:
     file: Positional[Path]
@@ -73,7 +74,7 @@ def sweep(options: SweepOptions) -> int:
     left = [run for run in runs if not run.finished]
     if options.commands:
         for run in left:
-            print(shlex.join(command(run, options)))
+            print(shlex.join(run.command(options.launcher)))
         return 0
     tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
     print(f"{counted(len(runs), 'run')}, {len(left)} left: {amount(tokens)} tokens, {human(flops, 'FLOP')}", flush=True)
@@ -89,21 +90,11 @@ def sweep(options: SweepOptions) -> int:
     return max(codes, default=0)
 
 
-def command(run: SweepRun, options: SweepOptions) -> list[str]:
-    """The command that starts or resumes a run; its config is written beside its folder."""
-    run.folder.parent.mkdir(parents=True, exist_ok=True)
-    config = run.folder.with_name(run.name + ".toml")
-    write_file(config, write_settings(run.settings))
-    launcher = [sys.executable] if options.launcher == "python" else shlex.split(options.launcher)
-    target = f"--resume={run.folder}" if run.resumable else f"--out_dir={run.folder}"
-    return [*launcher, str(resource("train.py")), str(config), target, *["--overwrite"] * (not run.resumable)]
-
-
 def train(run: SweepRun, options: SweepOptions, threads: int) -> int:
     """Trains one run; its output goes to a log beside its folder."""
     log = run.folder.with_name(run.name + ".log")
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if options.jobs > 1 else {})
-    arguments = command(run, options)
+    arguments = run.command(options.launcher)
     with open(log, "ab") as file:
         code = subprocess.call(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
     end = f"val loss {run.result().val_loss:.4f}" if run.finished else f"ended with exit code {code}: see {log}"
@@ -293,9 +284,8 @@ def predict(options: PredictOptions) -> int:
                 options.resamplings,
             )
         except ValueError as error:
-            raise UserError(
-                f"{file} has {counted(len(used), 'run')} of at most {options.share:.0%} of {run.name}'s compute: {error}"
-            ) from None
+            known = f"{file} has {counted(len(used), 'run')} of at most {options.share:.0%} of {run.name}'s compute"
+            raise UserError(f"{known}: {error}") from None
         low, high = law.interval(lambda law, n=n, d=run.tokens: float(law.loss(n=n, d=d)))
         prediction = {
             "run": run.name,

@@ -29,11 +29,12 @@ from pydantic.dataclasses import dataclass
 from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
-from gpt_arc.chat.format import ChatFormat, load_chat, load_template
+from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted
@@ -42,7 +43,7 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
-from gpt_arc.weights.directory import load_text_model, model_directory, save_model
+from gpt_arc.weights.directory import save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -87,9 +88,7 @@ def train(options: Options, run: StageRun) -> int:
         raise UserError("name the conversations to learn from by --train")
 
     # ---- the model, with a token for each mark that the template adds
-    directory = model_directory(run.origin)
-    model, tokenizer = load_text_model(directory)
-    chat = load_chat(directory, tokenizer)
+    _, model, tokenizer, chat = load_text_with_chat(run.origin)
     if chat is not None and options.template != Options.template and not options.resume:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
@@ -120,6 +119,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {size} in {epochs}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
+    run.set_threads(model.config)
     run.open(digest([split.examples for split in encoded.values()]))
     replica = run.place(model)
     updater, routers = run.updater(model, updates), RouterMeter(model)
@@ -132,6 +132,7 @@ def train(options: Options, run: StageRun) -> int:
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's response tokens.
     progress = run.progress
+    learned = sum(examples[row].count for row in order.before(progress.step))  # tokens of a resumed run
     model.train()
     while run.goes_on(updates):
         rows = order.rows(progress.step)
@@ -152,9 +153,11 @@ def train(options: Options, run: StageRun) -> int:
             continue
         rate, norm, (total,) = result
         progress.step += 1
-        line = {"loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": tokens}
-        line |= routers.take()
+        learned += tokens
+        line = {"train_loss": total / tokens, "learning_rate": rate, "grad_norm": norm, "tokens": learned}
+        line |= {"tokens_per_second": tokens / run.seconds, **routers.take()}
         epoch_ended = progress.step % order.per_epoch == 0
+        line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
             line["val_loss"] = val_loss(model, encoded["val"].examples, options, run)
         shown = f"loss {total / tokens:.4f}" + (f", val {line['val_loss']:.4f}" if "val_loss" in line else "")
@@ -162,7 +165,12 @@ def train(options: Options, run: StageRun) -> int:
         if epoch_ended:
             say(f"epoch {progress.step // order.per_epoch}: {shown}")
             run.save(write, line.get("val_loss"))
-    return run.finish(write)
+    steps = {
+        command("sample.py", "--chat", run.folder): "talk with it",
+        command("stages/dpo.py", run.folder, "--train=RANKINGS.jsonl"): "learn from preferences",
+        command("stages/reward.py", run.folder, "--train=RANKINGS.jsonl"): "or a reward model, for stages/ppo.py",
+    }
+    return run.finish(write, steps)
 
 
 def describe(split: EncodedConversations) -> str:

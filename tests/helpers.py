@@ -38,6 +38,11 @@ def write(name, rows):
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def untimed(lines):
+    """The lines of metrics.jsonl without measured times."""
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
 def write_tokens(path, tokens, vocab_size):
     """Writes one token file with any name."""
     writer = ShardWriter(path.parent, path.stem, vocab_size, MAX_TOKENS)

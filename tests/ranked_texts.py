@@ -8,6 +8,7 @@ from pathlib import Path
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.training.log import read_metrics
+from helpers import untimed
 from model import GPTConfig
 
 TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=3)]
@@ -21,7 +22,8 @@ def tiny_config(**settings):
 
 
 def lines_of(folder):
-    return read_metrics(Path(folder) / "metrics.jsonl")
+    """The lines of metrics.jsonl without measured times."""
+    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def utility(text):

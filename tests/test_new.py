@@ -48,7 +48,7 @@ def test_a_book_becomes_a_dataset_a_config_a_run_and_a_sample(start, called, tmp
     assert "finished step 3: best val loss" in output
     assert (tmp_path / "out" / "my-sums" / "best" / "model.safetensors").exists()
     assert [command[1] for command in called] == ["data/my-sums.toml", "out/my-sums"]
-    assert "python sample.py out/my-sums" in output
+    assert "python sample.py out/my-sums --start=TEXT" in output
     assert "python new.py 'my sums.txt' --name=my-sums --minutes=0.05" in output
     settings = read_settings(tmp_path / "data" / "my-sums.toml")
     assert settings["dataset"] == "my-sums" and settings["vocab_size"] == len(set(TEXT)) and settings["max_iters"] == 3

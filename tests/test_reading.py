@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import train
-from gpt_arc.chat.format import TEMPLATES, ChatFormat, load_chat_model
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, load_chat_model, load_text_with_chat, load_with_chat
 from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.manifest import RecordedFile
@@ -24,6 +25,7 @@ from gpt_arc.training.runs import read_record, write_record
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, TEXT, TINY_FLAGS
 from model import GPT, GPTConfig
+from sample import Sampler
 from stages import sft
 
 
@@ -138,9 +140,8 @@ def test_a_count_that_is_none_is_refused_by_name(workplace, count):
     meta = Path("data/sums/meta.json")
     (meta.parent / "manifest.json").unlink(missing_ok=True)
     meta.write_bytes(b'{"tokens": {"train": %s}}' % count)
-    corpus = open_corpus([Source("sums", 1.0)])
     with pytest.raises(UserError, match=r"meta.json is damaged: tokens.train = "):
-        corpus.split("train", 8, 100, False)
+        open_corpus([Source("sums", 1.0)])
 
 
 def test_a_pattern_that_backtracks_without_end_is_a_sentence(tmp_path):
@@ -153,12 +154,21 @@ def test_a_pattern_that_backtracks_without_end_is_a_sentence(tmp_path):
         tokenizer.encode("a" * 30 + "b")
 
 
-def test_a_mark_beyond_the_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "load",
+    [
+        load_chat_model,
+        load_with_chat,
+        load_text_with_chat,
+        lambda path: Sampler(SampleConfig(chat=str(path), device="cpu"), 1),
+    ],
+)
+def test_a_mark_beyond_the_model_is_refused(tmp_path, load):
     letters = CharTokenizer("abcdefgh")
     save_model(GPT(GPTConfig(8, 11, 1, 1, 8)), letters, tmp_path)
     ChatFormat.new(TEMPLATES["markers"], letters, 8).save(tmp_path)
     with pytest.raises(UserError, match=r"chat.json has a token of the id 11, and the model 11 rows"):
-        load_chat_model(tmp_path)
+        load(tmp_path)
 
 
 def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):

@@ -61,6 +61,11 @@ def test_the_newest_run_is_the_default(letters, say, tmp_path):
 def test_prompts(letters, say, tmp_path):
     (tmp_path / "prompt.txt").write_text("cd")
     assert say(*GREEDY, "--start=FILE:prompt.txt") == "cdefgh\n\n"
+    for ending in ("\n", "\r\n"):  # which an editor puts there
+        (tmp_path / "prompt.txt").write_bytes(b"cd" + ending.encode())
+        assert say(*GREEDY, "--start=FILE:prompt.txt") == "cdefgh\n\n"
+    (tmp_path / "prompt.txt").write_text("ab\n\n")
+    assert say(*GREEDY, "--start=FILE:prompt.txt") == "ab\nabcde\n"
     assert say(*GREEDY, "--start=") == "abcde\n"  # an empty prompt begins after a newline
     assert say(*GREEDY) == "abcde\n"
     assert say(*GREEDY, "--start=hhhhhhhhhha") == "hhhhhhhhhhabcdef\n"  # longer than the context of 4

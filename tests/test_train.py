@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import train
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, run_python, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, run_python, untimed, write_dataset
 from model import GPT, GPTConfig
 from warm import WarmPopen
 
@@ -192,6 +194,23 @@ def test_evaluation_does_not_disturb_training(workplace, run):
     assert_same_weights("often/last", "seldom/last")
 
 
+@pytest.mark.parametrize("is_main", [True, False])
+def test_evaluations_show_their_progress_once_with_its_end(workplace, run, monkeypatch, is_main):
+    """The main process of several shows a bar that counts the batches; the others show none."""
+    bars = []
+
+    def bar(*args, **settings):
+        bars.append((tqdm(*args, **settings), settings["disable"]))
+        return bars[-1][0]
+
+    monkeypatch.setattr(train, "tqdm", bar)
+    run("--max_iters=3", "--eval_iters=3", "--batch_size=5", "--gradient_accumulation_steps=2")
+    monkeypatch.setattr(train, "IS_MAIN", is_main)
+    run("--init_from=resume", "--eval_only=True", tiny=False)
+    evaluation, disable = bars[-1]
+    assert evaluation.total == 3 and disable is (None if is_main else True)  # None: shown on a terminal
+
+
 def test_eval_only_reports_the_run_s_loss_and_writes_nothing(workplace, run):
     run("--eval_iters=0")
     before = {path: path.stat().st_mtime_ns for path in Path("out/sums").rglob("*")}
@@ -233,7 +252,8 @@ def test_two_processes_equal_one(workplace, run):
 def test_two_processes_equal_one_with_muon_and_an_average(workplace, run):
     flags = (*MUON, "--max_iters=12", "--dtype=float32", "--eval_interval=6", "--gradient_accumulation_steps=2")
     run(*flags, "--out_dir=one", "--log_interval=1")
-    in_processes(*flags, "--out_dir=two", "--log_interval=1", processes=2)
+    output = in_processes(*flags, "--out_dir=two", "--log_interval=1", "--sample_interval=6", processes=2)
+    assert output.count("sample of step") == Path("two/samples.txt").read_text().count("--- step") == 2
     lines_1, lines_2 = (read_metrics(Path(f"{folder}/metrics.jsonl")) for folder in ("one", "two"))
     assert len(lines_1) == len(lines_2) == 12 and lines_1[-1]["train_loss"] < lines_1[0]["train_loss"] - 0.2
     for line_1, line_2 in zip(lines_1, lines_2):  # Muon multiplies in bfloat16: the order of additions shows more
@@ -477,11 +497,45 @@ def test_wandb_is_only_imported_if_enabled(workplace):
     assert list(Path("out/sums/wandb").glob("offline-run-*"))
 
 
+def test_samples_are_of_the_saved_model_and_change_nothing_else(workplace, run):
+    flags = ("--dropout=0.1", "--ema_decay=0.6", "--max_iters=10", "--eval_interval=2", "--keep_all_checkpoints=True")
+    sampled = ("--sample_interval=4", "--sample_start=2 times")
+    run(*flags, "--out_dir=without")
+    output = run(*flags, *sampled, "--out_dir=whole")
+    run(*flags, *sampled, "--max_iters=6", "--lr_decay_iters=10", "--out_dir=halves")
+    run("--resume=halves", "--max_iters=10", tiny=False)
+    for folder in ("whole", "halves"):
+        assert_same_weights("without/last", f"{folder}/last")
+        lines, expected = (untimed(read_metrics(Path(name) / "metrics.jsonl")) for name in (folder, "without"))
+        assert [line["train_loss"] for line in lines] == [line["train_loss"] for line in expected]
+    text = ""
+    for step in (4, 8, 10):
+        model, tokenizer = load_model(f"whole/step-{step:08}")
+        sample = TrainingSampler(model, tokenizer, "2 times", 1337).sample()
+        assert sample.startswith("2 times") and len(sample) == 207 and f"sample of step {step}:\n{sample}\n" in output
+        text += f"--- step {step}\n{sample}\n\n"
+    assert Path("whole/samples.txt").read_text() == text
+    halves = Path("halves/samples.txt").read_text()
+    assert halves.startswith(text[: text.index("--- step 8")]) and halves.endswith(text[text.index("--- step 8") :])
+    assert "--- step 6" in halves and halves.count("--- step") == 4  # also the last step of its first part
+
+
+def test_samples_that_cannot_be_drawn_are_refused_before_training(workplace, run):
+    refused = run("--sample_interval=4", "--sample_start=ü")
+    assert refused.code == 2 and "the prompt 'ü'" in refused.message
+    Path("data/sums/tokenizer.json").unlink()
+    refused = run("--sample_interval=4")
+    assert refused.code == 2 and "--sample_interval=0" in refused.message
+    assert not Path("out/sums/run.json").exists()
+
+
 @pytest.mark.slow
 def test_compiled_training_equals_eager_and_resumes_exactly(workplace):
     flags = ("--max_iters=12", "--eval_interval=6", "--lr_decay_iters=12", "--dtype=float32", "--eval_iters=0")
     in_processes(*flags, "--out_dir=eager", "--compile=False")
-    assert "float32, compiled" in in_processes(*flags, "--out_dir=whole", "--compile=True", timeout=400)
+    assert "float32, compiled" in in_processes(
+        *flags, "--out_dir=whole", "--compile=True", "--sample_interval=6", timeout=400
+    )
     in_processes(*flags, "--out_dir=halves", "--compile=True", "--max_iters=6", timeout=400)
     # auto is resolved once, when the run starts: a run this short wouldn't be compiled otherwise
     record = json.loads(Path("halves/run.json").read_text())

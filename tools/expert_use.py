@@ -169,17 +169,16 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     check(options)
 
+    from gpt_arc.chat.format import load_text_with_chat
     from gpt_arc.device import DTYPES, resolve_device, resolve_dtype, set_up_device
     from gpt_arc.evaluation.expert_use import expert_use
     from gpt_arc.files import write_file
     from gpt_arc.tables import to_json
-    from gpt_arc.weights.directory import load_text_model, model_directory
 
     device = resolve_device(options.device)
     dtype = DTYPES[resolve_dtype(options.dtype, device)]
     set_up_device(device, options.dtype)
-    directory = model_directory(options.model).resolve()
-    model, tokenizer = load_text_model(directory, dtype=dtype)
+    directory, model, tokenizer, _ = load_text_with_chat(options.model, dtype)
     if not model.experts:
         raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
@@ -188,9 +187,11 @@ def main() -> None:
     print(*(tables(use, tokenizer, options.top) for use in uses), sep="\n\n")
     if options.plot:
         draw(uses, options.plot)
+        print(f"plot           {options.plot}")
     if options.json:
-        content = {"checkpoint": directory, **report(uses, options)}
+        content = {"checkpoint": directory.resolve(), **report(uses, options)}
         write_file(options.json, to_json(content, indent=1, default=str) + "\n")
+        print(f"figures        {options.json}")
 
 
 if __name__ == "__main__":

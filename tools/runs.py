@@ -101,11 +101,11 @@ def comparison(a: "Summary", b: "Summary") -> str:
 
 
 def losses(run: "Summary") -> dict[int, tuple[float | None, float | None]]:
-    """Returns the train and val loss by step. The stages call the first one loss."""
+    """Returns the train and val loss by step."""
     curve: dict[int, tuple[float | None, float | None]] = {}
     for line in run.metrics:
         train, val = curve.get(line["step"], (None, None))
-        curve[line["step"]] = line.get("train_loss", line.get("loss", train)), line.get("val_loss", val)
+        curve[line["step"]] = line.get("train_loss", train), line.get("val_loss", val)
     return {step: pair for step, pair in curve.items() if pair != (None, None)}
 
 
@@ -114,7 +114,7 @@ def remove(folder: Path, without_asking: bool) -> None:
     from gpt_arc.training import runs
 
     try:
-        lock = runs.Lock(folder)  # noqa: F841  until the function returns
+        lock = runs.Lock(folder)
     except UserError:
         raise UserError(f"{folder} can't be removed: a process is training in it") from None
     if not without_asking:
@@ -124,6 +124,7 @@ def remove(folder: Path, without_asking: bool) -> None:
             print("nothing is removed")
             return
     runs.clear(folder)
+    del lock  # a file in the folder
     with contextlib.suppress(OSError):  # it holds files that the run didn't write
         folder.rmdir()
     kept = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.exists() else ""

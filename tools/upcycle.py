@@ -54,10 +54,10 @@ def main() -> None:
     import torch  # slow: import once the settings are valid
 
     from gpt_arc.alignment.reward_model import is_reward_model
-    from gpt_arc.chat.format import load_chat
+    from gpt_arc.chat.format import load_with_chat
     from gpt_arc.finetuning.classifier import is_classifier
     from gpt_arc.planning.cost import describe_parameters
-    from gpt_arc.weights.directory import load_model, model_directory, save_model
+    from gpt_arc.weights.directory import save_model
     from gpt_arc.weights.upcycle import upcycled
     from model import GPTConfig
 
@@ -65,9 +65,7 @@ def main() -> None:
         raise UserError(
             f"{options.model} has its own head, which the mixture would lose: name the model it was trained from"
         )
-    directory = model_directory(options.model)
-    model, tokenizer = load_model(directory)
-    chat = tokenizer and load_chat(directory, tokenizer)
+    model, tokenizer, chat = load_with_chat(options.model)
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
     torch.manual_seed(options.seed)

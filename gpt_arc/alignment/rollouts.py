@@ -1,11 +1,11 @@
 """Rollouts: responses that a policy writes to prompts, with the models' outputs and the scores for them.
 
-responses = write_responses(decoder, prompts, chat.end, 64, 1.0, seed, numbers, 128)
+responses = write_responses(decoder, prompts, chat.ends, 64, 1.0, seed, numbers, 128)
 outputs = model_outputs(actor, reference, prompts, responses, 8, device, "float32")
-rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.end)
+rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.ends)
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +56,13 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int, columns: Se
 
 
 def write_responses(
-    decoder: Decoder, prompts: Sequence[Prompt], end: int, max_new_tokens: int, temperature: float, seed: int,
+    decoder: Decoder, prompts: Sequence[Prompt], ends: Set[int], max_new_tokens: int, temperature: float, seed: int,
     numbers: Sequence[int], batch_size: int,
 ) -> list[list[int]]:  # fmt: skip
     """Samples a response to each prompt, `batch_size` at a time.
 
-    A response ends with the token `end`, or after `max_new_tokens`. Its random draws depend only on the seed and on its
-    number in `numbers`.
+    A response ends with one of the tokens `ends`, or after `max_new_tokens`. Its random draws depend only on the seed
+    and on its number in `numbers`.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))  # similar lengths share a batch
@@ -71,7 +71,7 @@ def write_responses(
         steps = generate(
             decoder, [prompts[row].tokens for row in rows], max_new_tokens, Sampling(temperature=temperature),
             generators=row_generators(seed, [numbers[row] for row in rows]),
-            stopped=lambda row, token: token == end,
+            stopped=lambda row, token: token in ends,
         )  # fmt: skip
         for step in steps:
             for row, token in zip(step.rows, step.tokens):
@@ -115,7 +115,7 @@ class Rollouts(NamedTuple):
     prompt_lengths: Tensor  # (N,) int64
     responses: Tensor  # (N, R) int64, padded with 0
     mask: Tensor  # (N, R) bool, False for padding
-    ended: Tensor  # (N,) bool: whether the response ends with the end token
+    ended: Tensor  # (N,) bool: whether the response ends with an end token
     outputs: ModelOutputs  # (N, R) each, 0 for padding
     scores: Tensor  # (N,)
     monitored: Tensor  # (N,) scores of the reward that is only logged
@@ -123,7 +123,7 @@ class Rollouts(NamedTuple):
 
 def gather_rollouts(
     prompts: Sequence[Prompt], responses: Sequence[list[int]], outputs: ModelOutputs, scores: Tensor, monitored: Tensor,
-    end: int,
+    ends: Set[int],
 ) -> Rollouts:  # fmt: skip
     """Gives every process the rollouts of all processes.
 
@@ -144,7 +144,7 @@ def gather_rollouts(
         torch.tensor([len(prompt.tokens) for prompt in prompts]),
         tokens,
         mask,
-        torch.tensor([response[-1] == end for response in responses]),
+        torch.tensor([response[-1] in ends for response in responses]),
         ModelOutputs(*torch.where(mask, all_outputs, 0.0)),
         *all_scores,
     )

@@ -1,5 +1,7 @@
 """Reads files of conversations, prompts and rankings: .jsonl, .json, .csv, .tsv and .parquet; not all have lists.
 
+`gpt_arc/data/hub_sets.py` has the names of data sets on the hub, which may stand in place of files.
+
 The context of a response is given in one of four forms, and a conversation has the response too:
 
     prompt, response           {"prompt": TEXT, "response": TEXT}, optionally with "system"
@@ -40,6 +42,8 @@ FORMS = {  # column of each form that contains the user's turn -> the others
 OPTIONAL = ("system", "input")
 NAMES = (*FORMS, "response", "output", *OPTIONAL, "chosen", "rejected", "responses", "ranks")
 CONTRADICTIONS = ("prompt", "response", "system", "tools", "functions")  # not allowed beside a list of messages
+OF_TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles, in several formats
+CALLS = {"tool_calls", "function_call"}  # keys of an assistant's message
 ROLE_OF = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
@@ -226,6 +230,11 @@ def _turn(message: Any) -> Turn:
         role = present.pop("from")
         present["role"] = ROLE_OF.get(role, role) if isinstance(role, str) else role
         present["content"] = present.pop("value", None)
+    if present.get("role") in OF_TOOLS or "content" not in present and present.keys() & CALLS:
+        raise ValueError(
+            f"the turn {shown(message)} calls a tool or answers for one, and templates have no such turns: write it "
+            "into the text of an assistant's or user's turn, or remove the row"
+        )
     if not isinstance(present.get("content"), str) or present.get("role") not in ROLES:
         raise ValueError(f'the turn {shown(message)} is not {{"role": {" | ".join(ROLES)}, "content": TEXT}}')
     unknown = present.keys() - {"role", "content", "weight"}

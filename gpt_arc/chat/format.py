@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, NotRequired
 
+import torch
 from typing_extensions import TypedDict
 
 from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
@@ -21,7 +22,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, of_one_checkpoint
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -94,7 +95,8 @@ class ChatFormat:
         if missing:
             raise UserError(f"the template's {missing[0]} is not a token of the tokenizer")
         self.ids = {mark: id for mark, id in ids.items() if id is not None}
-        self.end = self.ids[end_mark(template.assistant)]  # the token that ends a response
+        self.end = self.ids[end_mark(template.assistant)]  # the token that ends a response in training
+        self.ends = {*tokenizer.ends, self.end}  # those that end what a model writes
         for half in (half for role in ROLES for half in template.parts(role)):
             try:
                 self._encode(self._split(half), [])
@@ -219,8 +221,8 @@ class ChatFormat:
         return [*self.tokenizer.encode_from(content, 0, after_special=True)[0], self.end]
 
     def decode(self, response: Sequence[int]) -> str:
-        """Returns the text of a response, up to its end token."""
-        length = response.index(self.end) if self.end in response else len(response)
+        """Returns the text of a response, up to the first of `ends`."""
+        length = next((i for i, token in enumerate(response) if token in self.ends), len(response))
         return self.tokenizer.decode(response[:length])
 
     def latest(self, turns: Sequence[Turn], room: int) -> list[Turn]:
@@ -246,8 +248,11 @@ class ChatFormat:
         record_files(Path(directory), CHAT_FILE)
 
 
-def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
-    """Reads a model directory's chat.json; None if it has none. Raises UserError if it is damaged."""
+def load_chat(directory: Path | str, tokenizer: Tokenizer, rows: int | None = None) -> ChatFormat | None:
+    """Reads a model directory's chat.json; None if it has none.
+
+    Raises UserError if it is damaged or names a token beyond the model's `rows`.
+    """
     path = Path(directory) / CHAT_FILE
     if not path.exists():
         return None
@@ -259,9 +264,13 @@ def load_chat(directory: Path | str, tokenizer: Tokenizer) -> ChatFormat | None:
     if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[0] < tokenizer.text_size):
         raise UserError(f"{path}: added_tokens = {added} don't follow the tokenizer's {tokenizer.vocab_size}")
     try:
-        return ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
+        chat = ChatFormat(content["template"], tokenizer, added, content.get("prefix", ()))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    largest = max((*chat.ids.values(), *chat.prefix))
+    if rows is not None and largest >= rows:
+        raise UserError(f"{path} has a token of the id {largest}, and the model {rows} rows")
+    return chat
 
 
 def load_template(name: str) -> Template:
@@ -280,21 +289,32 @@ def load_template(name: str) -> Template:
         raise UserError(f"{path}: {error}") from None
 
 
-def require_chat(directory: Path | str, tokenizer: Tokenizer | None) -> ChatFormat:
-    """`load_chat` for a model directory that must have a chat.json. Raises UserError if it has none."""
-    chat = tokenizer and load_chat(directory, tokenizer)
+def require_chat(directory: Path | str, chat: ChatFormat | None) -> ChatFormat:
+    """Returns `chat`, which was read from a model directory. Raises UserError if it has none."""
     if chat is None:
         raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
     return chat
 
 
 @of_one_checkpoint
+def load_with_chat(path: Path | str) -> tuple[GPT, Tokenizer | None, ChatFormat | None]:
+    """Returns what `load_model` and `load_chat` read from a model directory."""
+    model, tokenizer = load_model(path)
+    return model, tokenizer, tokenizer and load_chat(path, tokenizer, model.config.vocab_size)
+
+
+@of_one_checkpoint
+def load_text_with_chat(
+    path: Path | str, dtype: torch.dtype = torch.float32
+) -> tuple[Path, GPT, Tokenizer, ChatFormat | None]:
+    """Returns the model directory, and what `load_text_model` and `load_chat` read from it."""
+    model, tokenizer = load_text_model(path, dtype=dtype)
+    return Path(path), model, tokenizer, load_chat(path, tokenizer, model.config.vocab_size)
+
+
+@of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
-    directory = Path(path)
-    model, tokenizer = load_model(directory)
-    chat = require_chat(directory, tokenizer)
-    largest, rows = max(chat.ids.values()), model.config.vocab_size
-    if largest >= rows:
-        raise UserError(f"{directory / CHAT_FILE} has a token of the id {largest}, and the model {rows} rows")
+    model, _, chat = load_with_chat(path)
+    chat = require_chat(path, chat)
     return model, chat.tokenizer, chat

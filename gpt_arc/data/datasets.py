@@ -22,6 +22,12 @@ from gpt_arc.settings import STRICT, Natural, Positive
 from gpt_arc.tables import counted
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
+EXAMPLES = {  # dataset -> the example that makes it
+    "gpt1_text": "gpt1_arc.sh",
+    "in_context_text": "in_context_arc.sh",
+    "instructgpt_text": "instructgpt_arc.sh",
+    "toy": "toy_sentiment.sh",
+}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -37,6 +43,7 @@ class Source:
 class Meta(TypedDict, total=False):
     """What is read of meta.json."""
 
+    vocab_size: Natural
     tokens: dict[str, Natural]  # by split
 
 
@@ -96,8 +103,12 @@ class Corpus:
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
+    return _meta(directory).get("tokens", {}).get(split)
+
+
+def _meta(directory: Path) -> Meta:
     path = directory / "meta.json"
-    return read_json(path, Meta).get("tokens", {}).get(split) if path.exists() else None
+    return read_json(path, Meta) if path.exists() else {}
 
 
 def prepare_missing(sources: Sequence[Source]) -> None:
@@ -120,6 +131,12 @@ def open_corpus(sources: Sequence[Source], verify: bool = False) -> Corpus | Non
         check_files(directory, sizes_only=() if verify else (".bin",))
     tokenizers = [load_tokenizer(d) if holds_tokenizer(d) else None for d in directories]
     for directory, tokenizer in zip(directories, tokenizers):
+        recorded = _meta(directory).get("vocab_size")
+        if tokenizer and recorded not in (None, tokenizer.vocab_size):
+            raise UserError(
+                f"the tokenizer in {directory} belongs to another dataset: it has {tokenizer.vocab_size:,} tokens, and "
+                f"meta.json there records {recorded:,}; prepare the dataset again"
+            )
         if tokenizer != tokenizers[0]:
             raise UserError(
                 f"{directory} and {directories[0]} have different tokenizers: the datasets of a mixture must share one"
@@ -193,6 +210,7 @@ def prepare_dataset(name: str) -> Path:
         flags = ("--input", text, "--name", Path(name).stem.lstrip(".") or "NAME", "--tokenizer", "gpt2")
         prepare = f"`{command('prepare/text.py', *flags)}` on your own text"
         prepare = f"`{command(f'prepare/{name}.py')}`" if script.exists() else prepare
+        prepare = f"`bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else prepare
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
             f"{prepare}, or name a prepared one with --dataset"

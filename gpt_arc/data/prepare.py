@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections import deque
@@ -42,7 +41,7 @@ from gpt_arc.data.tokenizer import (
     load_tokenizer,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, restore, sync, take_lock, write_file
+from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, release, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
@@ -149,7 +148,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
             record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
             put_directory(dataset, directory)
-    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items())
+    share = f" ({tokens['val'] / sum(tokens.values()):.1%} of the tokens)"
+    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
@@ -324,22 +324,15 @@ def _remove(folder: Path) -> None:
 def locked(directory: Path) -> Iterator[None]:
     """Runs the block with an exclusive lock on `directory`. Raises UserError if another process holds it."""
     path = directory.with_name(f".{directory.name}.lock")
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        try:
-            descriptor = take_lock(path)
-        except BlockingIOError:
-            raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
-        if descriptor is None or path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-            break
-        os.close(descriptor)  # another process has just finished and removed the file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(path)
+    except BlockingIOError:
+        raise UserError(f"{directory} is being prepared by another process: wait for it, or stop it") from None
     try:
         yield
     finally:
-        path.unlink()
-        if descriptor is not None:
-            os.close(descriptor)
+        release(path, lock)
         with contextlib.suppress(OSError):
             DATA_ROOT.rmdir()  # if nothing was put there
 

@@ -1,4 +1,6 @@
-"""Rows of .jsonl, .json, .csv, .tsv and .parquet files, parsed by the caller. Errors name the file and the bad row.
+"""Rows of .jsonl, .json, .csv, .tsv and .parquet files, or of data sets on the hub, parsed by the caller.
+
+Errors name the file and the bad row.
 
 A .json file holds a list of objects, or lines as in a .jsonl.
 """
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_arc.data.documents import read_text
+from gpt_arc.data.hub_sets import hub_rows, names_hub_set
 from gpt_arc.data.json_lines import parse_as
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
@@ -46,9 +49,12 @@ def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     """Yields the place and content of each row; the content of a JSON line that isn't an object is None."""
+    if names_hub_set(path):
+        yield from hub_rows(path)
+        return
     kind = path.suffix.lower()
     if kind not in FORMATS:
-        raise UserError(f"{path}: examples are read from {', '.join(FORMATS)} files")
+        raise UserError(f"{path}: examples are read from {', '.join(FORMATS)} files, or from the hub: hf:OWNER/NAME")
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return

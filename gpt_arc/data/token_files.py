@@ -49,9 +49,11 @@ class ShardWriter:
     def save(self) -> None:
         """Flush to disk, with a header that makes the file valid so far."""
         if self._file is not None:
-            self._file.flush()
             count = (self.written - 1) % self.shard_tokens + 1
-            os.pwrite(self._file.fileno(), _header(self._type, count), 0)
+            self._file.seek(0)
+            self._file.write(_header(self._type, count))
+            self._file.seek(0, os.SEEK_END)
+            self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -73,7 +75,7 @@ class ShardWriter:
 
 
 class TokenFiles:
-    """The token files of one split as one long sequence, read with `os.pread`, which keeps resident memory constant.
+    """The token files of one split as one long sequence, read in pieces, which keeps resident memory constant.
 
     A file belongs to the split if its name contains the split's name as a word: val.bin, fineweb_val_000000.bin. Raises
     UserError for a file that is not a token file or is truncated.
@@ -157,11 +159,11 @@ class Identity(NamedTuple):
 
 def _read(path: Path, count: int, offset: int) -> tuple[bytes, Identity]:
     """Read bytes of a file without keeping it open: a corpus may have more files than a process may open."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        content = os.pread(descriptor, count, offset)
-        # one call reads at most 2 GiB
-        while len(content) < count and (more := os.pread(descriptor, count - len(content), offset + len(content))):
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        content = os.read(descriptor, count)
+        while len(content) < count and (more := os.read(descriptor, count - len(content))):  # at most 2 GiB at once
             content += more
         status = os.fstat(descriptor)
         return content, Identity(status.st_ino, status.st_size, status.st_mtime_ns)

@@ -1,7 +1,9 @@
 """Loads a model for decoding, with the precision and compilation that pay off on the hardware."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -10,6 +12,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.device import DTYPES, resolve_device, resolve_dtype
 from gpt_arc.training.compile import resolve_compile
+from gpt_arc.training.threads import choose_threads, timed
 from gpt_arc.weights.directory import load_text_model
 from model import GPT
 
@@ -18,6 +21,7 @@ from model import GPT
 DECODING_SAVES_PER_BYTE, DECODING_SAVES_PER_BLOCK, DECODING_COMPILES_IN = 24e-12, 150e-6, 30.0
 # Bytes of float32 weights that fit a CPU's caches: halving them gains nothing, and 16-bit operations are slower.
 DECODING_SMALL = 8e6
+DECODING_LARGE = 200e6  # parameters, of which a step takes so long that threads hardly wait for one another
 
 
 def resolve_decoding_dtype(setting: str, device: torch.device, weights: int) -> torch.dtype:
@@ -36,6 +40,20 @@ def resolve_decoding_compile(setting: bool | str, device: torch.device, model: G
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     saved = steps * (weights * DECODING_SAVES_PER_BYTE + model.config.n_layer * DECODING_SAVES_PER_BLOCK)
     return saved > DECODING_COMPILES_IN and resolve_compile("auto", device, math.inf)[0]
+
+
+def set_decoding_threads(decoder: Decoder, setting: int | Literal["auto"], rows: int) -> None:
+    """Sets the number of CPU threads for decoding `rows` rows; auto measures the steps of a model that isn't large.
+
+    Compiled code isn't measured either, since that would compile it.
+    """
+    large = decoder.compiled != "no" or decoder.model.num_parameters() > DECODING_LARGE
+
+    def timer() -> Callable[[int], float]:
+        decoder.read([[0]] * rows)
+        return timed(lambda: decoder.step([0] * rows))
+
+    torch.set_num_threads(choose_threads(setting, decoder.model.token_embedding.weight.device, large, timer))
 
 
 def load_decoder(directory: Path, config: SampleConfig, rows: int, steps: int) -> tuple[Decoder, Tokenizer]:

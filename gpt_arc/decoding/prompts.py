@@ -20,7 +20,8 @@ def prompt_batches(config: SampleConfig) -> list[list[str]] | Iterator[list[str]
             raise UserError(f"{config.prompts} holds no prompts")
         return [[line.removesuffix("\r") for line in lines]]
     if config.start.startswith("FILE:"):
-        return [[read_text(Path(config.start.removeprefix("FILE:")))]]
+        text = read_text(Path(config.start.removeprefix("FILE:")))
+        return [[text.removesuffix("\n").removesuffix("\r")]]  # editors end a file with a line break
     return [[config.start]]
 
 

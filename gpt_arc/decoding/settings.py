@@ -36,7 +36,7 @@ class SampleConfig:
     init_from: str = "resume"
     """The model by its name, as in nanoGPT, such as gpt2-xl. resume: the model that `model` or `out_dir` names."""
     start: str = ""
-    """The prompt; FILE:prompt.txt reads it from a file. Empty: start from nothing."""
+    """The prompt; FILE:prompt.txt reads it from a file, without the line break that ends it. Empty: none."""
     prompts: Path | None = None
     """A file of prompts, one per line."""
     interactive: bool = False
@@ -72,6 +72,9 @@ class SampleConfig:
     """Type of the weights. auto: bfloat16 if the hardware multiplies it natively and the model isn't tiny."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
+    they pay."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the decoding step. auto: if it saves more time than it takes; not available with a draft."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from gpt_arc.chat.format import ChatFormat, Turn, require_chat
+from gpt_arc.chat.format import ChatFormat, Turn, load_text_with_chat, require_chat
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
@@ -17,7 +17,6 @@ from gpt_arc.errors import UserError, naming
 from gpt_arc.evaluation.score import Request, encode_pairs, rolling_windows, score_continuations
 from gpt_arc.extras import missing_extra
 from gpt_arc.settings import build
-from gpt_arc.weights.directory import load_text_model, model_directory
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -64,8 +63,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"batch_tokens = {batch_tokens} must be at least 1, and seed = {seed} at least 0")
         self._device = resolve_device(device)
         weights = DTYPES[resolve_dtype(dtype, self._device)]
-        self.directory = model_directory(str(pretrained))
-        model, tokenizer = load_text_model(self.directory, dtype=weights)
+        self.directory, model, tokenizer, self.declared_chat = load_text_with_chat(str(pretrained), weights)
         self.model, self.text_tokenizer = model.to(self._device).eval(), tokenizer
         self.batch_tokens, self.seed, self.name = batch_tokens, seed, str(pretrained)
         self.chat: ChatFormat | None = None  # once a template is applied
@@ -98,12 +96,12 @@ class HarnessModel(TemplateLM):
         """Returns the chat template in Jinja, for the harness's report. Raises UserError if there is none."""
         if not chat_template:
             return None
-        self.chat = require_chat(self.directory, self.text_tokenizer)
+        self.chat = require_chat(self.directory, self.declared_chat)
         return self.chat.jinja
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation, up to an answer or, without `add_generation_prompt`, within one."""
-        self.chat = self.chat or require_chat(self.directory, self.text_tokenizer)
+        self.chat = require_chat(self.directory, self.declared_chat)
         turns = [Turn(message["role"], message["content"]) for message in chat_history]
         return self.chat.render(turns, continued=not add_generation_prompt)
 

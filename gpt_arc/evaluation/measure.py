@@ -8,6 +8,7 @@ figures = measure_text("wiki.test.tokens", reader, stride=512, detokenizer="wiki
 import hashlib
 import json
 import math
+import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,7 @@ class Result:
     p_value: float | None = None  # of the difference from the first shot count
     values: list[Any] = field(default_factory=list, repr=False)  # one for each item; for BLEU see `bleu_counts`
     overlap: dict[str, Any] | None = None  # with training text: words compared, figures of clean and of dirty items
+    chance: float | None = None  # of a choice: the accuracy of guessing
 
 
 def gather(
@@ -141,13 +143,17 @@ def measure_task(
     task, results = task_items.task, []
     for count in shots:
         questions = list(prompts_of(task_items, count, seed, shuffled))
+        sizes = [len(question.continuations) for question, _ in questions]
+        chance = statistics.fmean(1 / size for size in sizes) if task.kind == "choice" else None
         for metric, values in item_values(task, reader, questions, seed).items():
             value, error = summary(metric, values)
             first = next((result for result in results if result.metric == metric), None)
             paired = metric in ("accuracy", "exact match")
             p_value = paired_p_value(first.values, values) if paired and first is not None else None
             overlap = overlap_figures(task_items, metric, values)
-            results.append(Result(task.name, count, metric, value, error, len(values), p_value, values, overlap))
+            results.append(
+                Result(task.name, count, metric, value, error, len(values), p_value, values, overlap, chance)
+            )
     return results
 
 

@@ -138,5 +138,4 @@ class Reader(NamedTuple):
         """Returns the tokens that end a beam: those that end a text, and every token that contains a stop text."""
         pieces = ((token, self.tokenizer.decode([token])) for token in range(self.tokenizer.vocab_size))
         tokens = [token for token, piece in pieces if any(stop in piece for stop in task.stop)]
-        ends = self.tokenizer.ends if self.chat is None else {*self.tokenizer.ends, self.chat.end}
-        return [*tokens, *ends]
+        return [*tokens, *(self.chat or self.tokenizer).ends]

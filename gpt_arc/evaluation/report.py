@@ -11,6 +11,8 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.tables import counted, table
 
+SHARES = ("accuracy", "exact match")  # the metrics that are shares of the items
+
 
 def weight_hash(directory: Path) -> str:
     """Returns the SHA-256 of a model directory's weights."""
@@ -26,24 +28,40 @@ def display(value: float | None, metric: str) -> float | None:
     return value if value is None or metric == "perplexity" else value * 100
 
 
+def percent(value: float | None) -> str | None:
+    """Returns a share in per cent, as text."""
+    return None if value is None else f"{100 * value:.4g}%"
+
+
+def cells(metric: str, *values: float | None) -> list[Any]:
+    """Returns figures as the cells of a table. BLEU and ROUGE are out of 100, not per cent."""
+    return [percent(value) if metric in SHARES else display(value, metric) for value in values]
+
+
 def result_tables(tasks: Sequence[TaskItems], results: Sequence[Result]) -> Iterator[str]:
     """Yields the table of figures, and a second one of clean and dirty items if there is training text."""
     published = {task_items.task.name: task_items.task.published for task_items in tasks}
-    rows: list[list[Any]] = [["task", "shots", "metric", "value", "±", "items", "p", "published"]]
+    rows: list[list[Any]] = [["task", "shots", "metric", "value", "±", "items", "chance", "p", "published"]]
     for r in results:
-        known = ", ".join(f"{name} {value:g}" for name, value in published[r.task].get(r.metric, {}).items())
-        value, error = display(r.value, r.metric), display(r.standard_error, r.metric)
-        rows.append([r.task, r.shots, r.metric, value, error, r.items, r.p_value, known])
-    yield table(rows)
+        unit = "%" * (r.metric in SHARES)
+        known = ", ".join(f"{name} {value:g}{unit}" for name, value in published[r.task].get(r.metric, {}).items())
+        figures = cells(r.metric, r.value, r.standard_error)
+        rows.append([r.task, r.shots, r.metric, *figures, r.items, percent(r.chance), r.p_value, known])
+    shown = [table(rows), "±: standard error"]
+    shown += ["chance: the accuracy of guessing"] * any(r.chance is not None for r in results)
+    shown += [
+        f"p: probability of a difference from {counted(results[0].shots, 'shot')} as large as this one if there were "
+        "none (McNemar's exact test)"
+    ] * any(r.p_value is not None for r in results)
+    yield "\n".join(shown)
     rows = [["task", "shots", "metric", "all", "clean", "±", "items", "dirty", "±", "items", "words compared"]]
     for r in results:
         if r.overlap is None:
             continue
-        cells = []
+        parts: list[Any] = cells(r.metric, r.value)
         for figures in (r.overlap["clean"], r.overlap["dirty"]):
-            cells += [display(figures["value"], r.metric), display(figures["standard_error"], r.metric)]
-            cells.append(figures["items"])
-        rows.append([r.task, r.shots, r.metric, display(r.value, r.metric), *cells, r.overlap["words"]])
+            parts += [*cells(r.metric, figures["value"], figures["standard_error"]), figures["items"]]
+        rows.append([r.task, r.shots, r.metric, *parts, r.overlap["words"]])
     if len(rows) > 1:
         yield table(rows)
 

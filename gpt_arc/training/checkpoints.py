@@ -20,16 +20,24 @@ from typing_extensions import TypedDict  # pydantic's condition before Python 3.
 
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
-from gpt_arc.files import discard, follow, new_directory, point, write_file
+from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, check_files, record_files
 from gpt_arc.reading import open_plain, reading
 from gpt_arc.settings import Count
-from gpt_arc.weights.checkpoint_folders import CHECKPOINT, checkpoints, named_checkpoint, step_of, undamaged_before
+from gpt_arc.weights.checkpoint_folders import (
+    ATTEMPTS,
+    CHECKPOINT,
+    checkpoints,
+    deleted_too_soon,
+    named_checkpoint,
+    step_of,
+    undamaged_before,
+)
 
 ADVICE = "use another checkpoint"
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 RECORD = "checkpoints.json"
-RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "report.json", "wandb", RECORD, "run.json")
+RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "wandb", RECORD, "run.json")
 STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]
 
@@ -106,7 +114,7 @@ def save_checkpoint(
     for other in (run / name for name in written):
         superseded = other == previous and step_of(other) == step
         if other not in (directory, best) and (superseded or not keep_all):
-            with contextlib.suppress(OSError):  # the next checkpoint tries again
+            with contextlib.suppress(OSError), locked(other):  # a reader may hold it: the next checkpoint tries again
                 discard(other)
 
 
@@ -119,7 +127,7 @@ def _unused_name(run: Path, step: int) -> str:
 def recorded(run: Path) -> list[str]:
     """Returns the names of the checkpoints that the run wrote and that are still there."""
     try:
-        names = json.loads((run / RECORD).read_text())
+        names = json.loads((run / RECORD).read_text("utf-8"))
         names = [name for name in names if CHECKPOINT.fullmatch(name)]
     except FileNotFoundError:  # a run of an older version
         names = [directory.name for directory in checkpoints(run)]
@@ -149,23 +157,33 @@ def clean_run(run: Path, step: int, best_step: int | None) -> None:
             point(link, directories[-1].name)
 
 
-def resumable(run: Path) -> Path | None:
+def resumable(run: Path, hold: contextlib.ExitStack | None = None) -> Path | None:
     """Returns the checkpoint to resume from: `last` or, if that is damaged, the newest one before it that isn't.
 
-    Returns None if the run has no checkpoint. Raises DamagedFile if all are damaged.
+    Returns None if the run has no checkpoint. Raises DamagedFile if all are damaged. A run that goes on doesn't delete
+    `last` until `hold` is closed.
     """
-    last = named_checkpoint(run, "last")
-    if last is None:
-        return None
-    try:
-        check_files(last)
-        return last
-    except DamagedFile as error:
-        older = undamaged_before(last)
-        if older is None:
-            raise
-        say(f"{error}; resuming from {older}")
-        return older
+    for _ in range(ATTEMPTS):
+        last = named_checkpoint(run, "last")
+        if last is None:
+            return None
+        try:
+            if hold:
+                hold.enter_context(locked(last, shared=True))
+            check_files(last)
+            if last.exists():  # otherwise its run has deleted it
+                return last
+        except (BlockingIOError, FileNotFoundError):
+            continue
+        except DamagedFile as error:
+            if not last.exists():
+                continue
+            older = undamaged_before(last)
+            if older is None:
+                raise
+            say(f"{error}; resuming from {older}")
+            return older
+    raise deleted_too_soon(run)
 
 
 def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:

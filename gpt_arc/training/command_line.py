@@ -99,7 +99,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         if not files:
             files = [str(resumed / "config.toml")]
             if not Path(files[0]).exists():
-                again = command(sys.argv[0], recorded_name, f"--resume={resumed}")
+                again = command(sys.argv[0], _findable(recorded_name), f"--resume={resumed}")
                 raise UserError(f"{files[0]} is missing: name the run's config file, for instance: {again}")
             settings, sources = read_files(Config, files)
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
@@ -137,8 +137,9 @@ def check_resumable(run: Path) -> None:
     if IS_MAIN:
         Lock(run)  # another process may be about to write the first one
     name, overrides = read_record(run)
+    file = str(run / "config.toml") if (run / "config.toml").exists() else _findable(name)
     flags = (f"--{setting}={value}" for setting, value in overrides.items())
-    again = command(sys.argv[0], name, *flags, f"--out_dir={run}", "--overwrite")
+    again = command(sys.argv[0], file, *flags, f"--out_dir={run}", "--overwrite")
     raise UserError(f"there is no checkpoint to resume from in {run}: start it over with: {again}")
 
 
@@ -160,6 +161,11 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
         raise UserError(f"with the architecture of {name}: {mistake(error, Config)}") from None
+
+
+def _findable(name: str) -> str:
+    """Returns a recorded config as it may be named: by its name if it comes with gpt-arc, else by a file's."""
+    return name if name.endswith(".toml") or resource(f"configs/{name}.toml").is_file() else f"{name}.toml"
 
 
 def _name_of(config_file: Path) -> str:
@@ -224,10 +230,12 @@ def start_stage(
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", *recorded.code} | ({"model"} if is_old_form else set())
+        allowed = {"resume", "device", "backend", "wandb_log", *recorded.code} | ({"model"} if is_old_form else set())
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        options = dataclasses.replace(recorded, device=options.device, backend=options.backend, resume=str(folder))
+        wandb_log = recorded.wandb_log if options.wandb_log is None else options.wandb_log
+        given = {"device": options.device, "backend": options.backend, "wandb_log": wandb_log, "resume": str(folder)}
+        options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
         options = located(options)

@@ -29,6 +29,11 @@ class EpochOrder:
         epoch, place = divmod(update, self.per_epoch)
         return self.take(epoch * self.count + place * self.size, min(self.size, self.count - place * self.size))
 
+    def before(self, update: int) -> list[int]:
+        """The numbers of the examples of all updates before an update, counted from 0 over all epochs."""
+        epoch, place = divmod(update, self.per_epoch)
+        return self.take(0, epoch * self.count + place * self.size) if update else []
+
     def take(self, first: int, count: int) -> list[int]:
         """The numbers of `count` examples from the `first` on, counted from 0 over all epochs."""
         epochs = range(first // self.count, (first + count - 1) // self.count + 1)

@@ -3,15 +3,69 @@
 import contextlib
 import json
 import math
+import shutil
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import write_file
-from gpt_arc.reading import open_plain, reading
+from gpt_arc.reading import open_plain, read_bytes, reading
 from gpt_arc.tables import to_json
-from gpt_arc.training.config import LoggingConfig
+
+METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in train.py and in every stage
+    "step": "updates so far; of stages/ppo.py, iterations",
+    "epoch": "epochs so far, in the line that ends one",
+    "train_loss": "mean since the line before it; in a line of stages/finetune.py with epoch, over that epoch",
+    "val_loss": "of the val split",
+    "learning_rate": "of the last update",
+    "grad_norm": "norm of the last update's gradient before it is clipped",
+    "tokens": "tokens so far whose prediction was learned",
+    "tokens_per_second": "since the line before it",
+    "seconds": "of training so far, without evaluations and checkpoints",
+    "mfu": "share of the device's peak rate",
+    "skipped": "updates skipped because their loss or gradient was not finite",
+    # mixtures of experts
+    "expert_cv": "standard deviation of the experts' load over its mean",
+    "expert_max": "largest load of an expert over the mean",
+    "router_entropy": "mean entropy of the routers' distributions, in nats",
+    "dropped": "share of the tokens' choices that found no room in an expert",
+    # classifiers, reward models and DPO
+    "accuracy": "share of the update's pairs that are ranked right",
+    "margin": "mean difference of rewards between the better and the worse response",
+    "language_loss": "of the texts, in nats a token",
+    "examples_per_second": "over an epoch",
+    "val_accuracy": "share of the val split's labels or pairs that are right",
+    "val_calibration_error": "mean distance between predicted and actual agreement",
+    "val_macro_f1": "mean F1 over the classes",
+    "val_matthews": "Matthews' correlation",
+    "val_mean_squared_error": "of numbers",
+    "val_pearson": "Pearson's correlation",
+    "val_spearman": "Spearman's correlation",
+    "val_language_loss": "of the val split's texts, in nats a token",
+    # PPO: means over an iteration's responses, tokens or updates
+    "episodes": "responses so far",
+    "score": "reward of a response without the KL penalty",
+    "score_std": "standard deviation of the scores",
+    "monitored": "reward that is not learned from",
+    "reward": "score less the KL penalty",
+    "kl_k1": "KL to the reference of a response, in nats: log-ratio",
+    "kl_k3": "the same by the estimator of lower variance",
+    "kl_coef": "coefficient of the KL penalty",
+    "entropy": "of the policy's distributions, in nats",
+    "response_tokens": "tokens of a response",
+    "ended": "share of the responses with an end token",
+    "explained_variance": "share of the returns' variance that the values explain",
+    "policy_loss": "clipped objective, negated",
+    "value_loss": "half the clipped squared error",
+    "clip_fraction": "share of the ratios that are clipped",
+    "value_clip_fraction": "share of the values that are clipped",
+    "pretraining_loss": "of the pre-training text, in nats a token",
+    "rollout_seconds": "of writing and scoring the responses",
+    "iteration_seconds": "of the whole iteration",
+}
 
 
 class Meter:
@@ -31,6 +85,30 @@ class Meter:
         return (loss_sum / tokens, tokens / seconds) if tokens else (None, None)
 
 
+class Utilization:
+    """Model FLOPs utilization: the share of the devices' peak rate that a run reaches.
+
+    A CPU's peak is measured, and too low if other processes were busy meanwhile. Where the share is higher than
+    training ever reaches, it is measured again, a few times in all.
+    """
+
+    HIGHEST, AGAIN = 0.9, 5
+
+    def __init__(self, measure: Callable[[], float | None], flops_per_token: float, processes: int):
+        """`measure` returns a device's peak in FLOPs per second; None if it is unknown."""
+        self._measure, self._peak = measure, measure()
+        self._flops, self._again = flops_per_token / processes, self.AGAIN
+
+    def at(self, rate: float | None) -> float | None:
+        """Returns the utilization at `rate` tokens per second; None if it is unknown."""
+        if not (rate and self._peak):
+            return None
+        if self._flops * rate > self.HIGHEST * self._peak and self._again:
+            self._again -= 1
+            self._peak = max(self._peak, self._measure() or 0.0)
+        return self._flops * rate / self._peak
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, in the order of steps. Also goes to Weights & Biases if wanted."""
 
@@ -47,12 +125,12 @@ class MetricsLog:
         self._warned = False
 
     def write(self, line: dict[str, Any]) -> None:
-        """Write a line, without numbers that are not finite: JSON has none.
+        """Write a line, without what is None or not finite: JSON has no such numbers.
 
         If the disk is full, lines are kept until there is room: a log doesn't end a run.
         """
-        finite = {name: v for name, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
-        self._unwritten += (to_json(finite) + "\n").encode()
+        line = {key: v for key, v in line.items() if v is not None and (not isinstance(v, float) or math.isfinite(v))}
+        self._unwritten += (to_json(line) + "\n").encode()
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -60,21 +138,29 @@ class MetricsLog:
             if not self._warned:
                 say(f"{self.path} can't be written ({error.strerror}): training goes on, later lines are tried again")
             self._warned = True
-        if self._wandb:
-            try:
-                self._wandb.log(line, step=line["step"])
-            except Exception as error:  # whatever kind it is, a log doesn't end a run
-                say(f"Weights & Biases: {first_line(error)}; training goes on without it")
-                self._wandb = None
+        self._to_wandb("log", line, step=line["step"])
+
+    def write_sample(self, step: int, text: str) -> None:
+        """Append a text by the model to samples.txt; a full disk doesn't end the run."""
+        with contextlib.suppress(OSError), open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{text}\n\n")
+        self._to_wandb("log", {"sample": text}, step=step)
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb:
-            self._wandb.finish()
+        self._to_wandb("finish")
+
+    def _to_wandb(self, method: str, *args: Any, **settings: Any) -> None:
+        try:
+            if self._wandb:
+                getattr(self._wandb, method)(*args, **settings)
+        except Exception as error:  # whatever kind it is, a log doesn't end a run
+            say(f"Weights & Biases: {first_line(error)}; the run goes on without it")
+            self._wandb = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without those that are cut short or damaged."""
+    """The lines of a metrics.jsonl, by present names, without those that are cut short or damaged."""
     if not path.exists():
         return []
     lines = []
@@ -83,15 +169,61 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
+    return with_present_names([line for line in lines if isinstance(line, dict) and type(line.get("step")) is int])
 
 
-def start_wandb(logging: LoggingConfig, settings: dict[str, Any], folder: Path) -> Any:
-    """A run of Weights & Biases that keeps its files in `folder`. Raises UserError."""
-    import wandb
+def with_present_names(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a run's lines with the names of METRICS for those of older versions.
 
-    name = logging.wandb_run_name or folder.name
+    The stages wrote loss or task_loss, sft.py the tokens of each update, and ppo.py an iteration's seconds as seconds.
+    """
+    tokens, present = 0, []
+    for line in lines:
+        names = {"loss": "train_loss", "task_loss": "train_loss"}
+        if "rollout_seconds" in line and "iteration_seconds" not in line:
+            names["seconds"] = "iteration_seconds"
+        if "loss" in line and type(line.get("tokens")) is int:
+            tokens += line["tokens"]
+            line = line | {"tokens": tokens}
+        present.append({names.get(name, name): value for name, value in line.items()})
+    return present
+
+
+def movement(losses: Sequence[float]) -> int:
+    """Returns -1 if a loss falls from the first third of `losses` to the last, 1 if it rises, and 0 for neither.
+
+    A change counts from a hundredth of the loss on, and from two standard errors of the difference.
+    """
+    count = len(losses) // 3
+    first, last = losses[:count], losses[-count:]
+    before, after = statistics.mean(first), statistics.mean(last)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / count)
+    if abs(after - before) <= max(0.01 * abs(before), 2 * error):
+        return 0
+    return -1 if after < before else 1
+
+
+def start_wandb(folder: Path, project: str, name: str | None, settings: dict[str, Any]) -> Any:
+    """A run of Weights & Biases with its files in `folder`; a resumed run continues the one it started with.
+
+    Raises UserError, after removing what a new run left.
+    """
+    path = folder / "wandb" / "id"
+    known = read_bytes(path).decode() if path.exists() else None
     try:
-        return wandb.init(project=logging.wandb_project, name=name, config=settings, dir=folder)
-    except wandb.Error as error:
-        raise UserError(f"Weights & Biases: {error}; WANDB_MODE=offline logs without an account") from None
+        import wandb
+
+        run = wandb.init(
+            project=project, name=name or folder.name, config=settings, dir=folder, id=known, resume="allow",
+            allow_val_change=True,
+        )  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, run.id)
+        return run
+    except Exception as error:  # whatever kind it is
+        if known is None:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        raise UserError(
+            f"Weights & Biases can't log this run ({first_line(error) or type(error).__name__}): --wandb_log=False "
+            "does without it, and the environment variable WANDB_MODE=offline without network and account"
+        ) from None

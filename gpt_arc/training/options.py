@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
+from gpt_arc.data.hub_sets import names_hub_set, pinned
 from gpt_arc.distributed import launch_command
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
@@ -68,6 +69,9 @@ class StageOptions:
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
+    threads: Count | Literal["auto"] = "auto"
+    """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
+    up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
     seed: Seed = 1337
@@ -76,8 +80,14 @@ class StageOptions:
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    wandb_log: bool | None = None
+    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    wandb_project: str = "gpt-arc"
+    """Weights & Biases project."""
+    wandb_run_name: str | None = None
+    """Weights & Biases run name. None: the name of the run's folder."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device and backend may change."""
+    """Run folder to resume with its original settings; only device, backend and wandb_log may change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
@@ -114,7 +124,7 @@ class StageOptions:
 
     def training(self, updates: int) -> TrainingConfig:
         """Settings of the optimizer and of the learning rate over `updates` updates."""
-        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")
+        same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "threads")
         return TrainingConfig(
             max_iters=max(updates, 1),
             warmup_iters=round(self.warmup * updates),
@@ -128,7 +138,7 @@ class ExampleOptions(StageOptions):
     """The further settings of stages that go through a file of examples, epoch after epoch."""
 
     train: Path | None = None
-    """Examples to learn from (.jsonl, .json, .csv, .tsv, .parquet)."""
+    """Examples to learn from (.jsonl, .json, .csv, .tsv, .parquet), or hf:OWNER/NAME:SPLIT on the hub."""
     val: Path | None = None
     """Examples to measure on; the epoch of the lowest loss is the best. None: val_fraction of the training ones."""
     val_fraction: Share = 0.05
@@ -164,10 +174,15 @@ def refuse_others(options: Any, allowed: set[str], why: str) -> None:
 
 
 def located(options: O) -> O:
-    """The options, what is on this disk of the models in them by its absolute path: the same when a run goes on."""
+    """The options, with models on this disk by their absolute paths and data sets on the hub by their commits.
+
+    So a resumed run reads the same. Raises UserError.
+    """
     named = {name: getattr(options, name) for name in options.PATHS}
     whole = {name: str(Path(value).resolve()) for name, value in named.items() if value and Path(value).exists()}
-    return dataclasses.replace(options, **whole)
+    values = {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
+    sets = {name: pinned(value) for name, value in values.items() if isinstance(value, Path) and names_hub_set(value)}
+    return dataclasses.replace(options, **whole, **sets)
 
 
 def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
@@ -180,7 +195,9 @@ def record_options(run: Path, stage: str, options: Any) -> None:
     recorded = dataclasses.asdict(options)
     for name, value in recorded.items():
         may_be_path = name in getattr(options, "PATHS", ("model",))
-        if value is not None and (isinstance(value, Path) or may_be_path and Path(value).exists()):
+        if value is None or names_hub_set(value):
+            continue
+        if isinstance(value, Path) or may_be_path and Path(value).exists():
             recorded[name] = str(Path(value).resolve())
     content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic.dataclasses
@@ -12,6 +14,7 @@ import torch
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
+from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError
@@ -19,7 +22,7 @@ from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
-from gpt_arc.tables import human
+from gpt_arc.tables import counted, human
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
@@ -78,6 +81,24 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.config.sequences_per_step * self.config.model.block_size
 
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The dataset's."""
+        return self.data and self.data.corpus.tokenizer
+
+    @property
+    def origin(self) -> Path | str | None:
+        """The model to start from."""
+        return self.launch.checkpoint or self.launch.imported
+
+    def check_tokenizer(self, trained: Tokenizer | None) -> None:
+        """Raises UserError if the dataset has another tokenizer than `trained`, the one of `origin`."""
+        if self.tokenizer and trained and self.tokenizer != trained:
+            raise UserError(
+                f"the dataset has another tokenizer than {self.origin}: prepare it with --tokenizer "
+                f"{shlex.quote(str(self.origin))}"
+            )
+
 
 def make_plan(launch: Launch, device: torch.device) -> Plan:
     """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
@@ -125,8 +146,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             threads = state["runtime"].get("threads", torch.get_num_threads())
     elif training.warmup_steps >= training.max_iters:
         raise UserError(
-            f"the warmup takes {training.warmup_steps:,} steps and the run has {training.max_iters:,}, so the learning "
-            "rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
+            f"the warmup takes {counted(training.warmup_steps, 'step')} and the run has {training.max_iters:,}, so the "
+            "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
     check_parallel(training)

@@ -5,14 +5,17 @@ import itertools
 import json
 import os
 import shlex
+import stat
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import command, discard, take_lock, write_file
+from gpt_arc.files import command, discard, release, take_lock, write_file
 from gpt_arc.reading import read_json
 from gpt_arc.settings import build, read_files, read_value, values_of
 from gpt_arc.training.checkpoints import RUN_FILES, STRAY, recorded, remove_strays
@@ -42,9 +45,9 @@ def newest_run(name: str | None = None) -> Path:
     written = {}  # of each run: whether it is more than a trial, and the time of its newest checkpoint
     for run in OUT_ROOT.glob("*/"):
         last = named_checkpoint(run, "last")
-        if last and (last / "config.json").exists() and stage_of(run) == "train":
+        if last and (not last.exists() or (last / "config.json").exists()) and stage_of(run) == "train":
             step = step_of(last)
-            written[run] = step is None or step >= TRIAL_STEPS, last.stat().st_mtime_ns
+            written[run] = step is None or step >= TRIAL_STEPS, _time_of(last)
     for run in sorted(written, key=written.__getitem__, reverse=True):
         with contextlib.suppress(UserError):  # a damaged run can't be resumed
             if name is None or read_record(run)[0] == name:
@@ -102,11 +105,29 @@ def summary(run: Path) -> Summary:
         data = _shortened(options.get("train") or options.get("prompts"))
     last = named_checkpoint(run, "last")
     step = step_of(last) if last else 0
-    files = [path.lstat() for path in run.rglob("*") if path.is_file() and not path.is_symlink()]
     return Summary(
         run, record.get("stage", "train"), origin, data, settings, metrics[-1]["step"] if step is None else step,
-        steps, metrics, (last or run / "run.json").stat().st_mtime, sum(file.st_size for file in files),
+        steps, metrics, _time_of(last or run / "run.json"), _size_of(run),
     )  # fmt: skip
+
+
+def _time_of(path: Path) -> float:
+    """Returns when a file or folder was written: now if it is a checkpoint that its run has just deleted."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def _size_of(run: Path) -> int:
+    """Returns the bytes of a run's files, some of which may be deleted meanwhile."""
+    size = 0
+    for folder, _, names in os.walk(run):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                file = os.lstat(Path(folder, name))
+                size += file.st_size if stat.S_ISREG(file.st_mode) else 0
+    return size
 
 
 def _shortened(path: str | None) -> str:
@@ -117,21 +138,22 @@ def _shortened(path: str | None) -> str:
 
 
 class Lock:
-    """Locks a run folder until this object is deleted or the process ends, in whatever way."""
+    """Locks a run folder, by a file in it, until this object is deleted or the process ends, in whatever way."""
 
-    _descriptor: int | None = None
+    FILE = ".lock"
 
     def __init__(self, directory: Path):
         """Raises UserError if another process holds the folder."""
         try:
-            self._descriptor = take_lock(directory)
+            path = directory / self.FILE
+            self._release = partial(release, path, take_lock(path))
         except BlockingIOError:
             message = f"another process is training in {directory}: wait for it, or name another --out_dir"
             raise UserError(message) from None
 
     def __del__(self):
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if hasattr(self, "_release"):
+            self._release()
 
 
 def claim_new(
@@ -162,7 +184,7 @@ def claim_new(
 
 def _is_free(directory: Path) -> bool:
     """Whether a folder holds nothing, or only unfinished files of a run that was killed before it had written any."""
-    return all(STRAY.fullmatch(path.name) for path in directory.iterdir())
+    return all(STRAY.fullmatch(path.name) or path.name == Lock.FILE for path in directory.iterdir())
 
 
 def _refuse(directory: Path, overwrite: bool, stage: str, resume: str) -> None:

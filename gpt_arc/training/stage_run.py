@@ -3,6 +3,7 @@
 def train(options: Options, run: StageRun) -> int:
     model, tokenizer = load_model(run.origin)
     ...                                       # data and plan
+    run.set_threads(model.config)
     run.open(fingerprint)                     # from here on this process holds the folder
     replica = run.place(model)                # on the device; under torchrun one of several
     updater = run.updater(model, updates)
@@ -16,6 +17,7 @@ def train(options: Options, run: StageRun) -> int:
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from pathlib import Path
@@ -30,18 +32,25 @@ from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
-from gpt_arc.reading import reading
-from gpt_arc.settings import Natural
+from gpt_arc.next_steps import next_steps
+from gpt_arc.planning.cost import flops_per_token
+from gpt_arc.reading import read_json, reading
+from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted
 from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
-from gpt_arc.training.log import MetricsLog
+from gpt_arc.training.config import Config
+from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.parallel import REPLICATED
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
+from model import GPT, GPTConfig
+
+LEAST_LOSSES = 15  # updates in the first tenth of a run, after the warmup, for their losses to show anything
 
 
 @dataclass(config=CHECKED)
@@ -50,6 +59,7 @@ class StageProgress:
 
     step: Natural = 0  # updates made, or whatever the stage counts
     skipped: Natural = 0  # updates skipped because their gradient was not finite
+    seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
     best: float | None = None  # the lowest loss on the val split, or what else chooses the best checkpoint
     best_step: Natural | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
@@ -87,6 +97,7 @@ class StageRun:
             with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
         self.stop = StopSignal()
+        self.seconds = 0.0  # that the last update took, with its data
         self._new = False  # whether this process made the folder
         self.stopped = 0  # number of the signal that any process received
         self._saved = self.progress.step if self._state else None
@@ -96,6 +107,19 @@ class StageRun:
     def origin(self) -> str:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
         return str(self.checkpoint or self.options.model)
+
+    def set_threads(self, model: GPTConfig) -> None:
+        """Set the number of CPU threads for training this model; a resumed run keeps the one it began with."""
+        runtime = self._state.get("runtime", {})
+        saved = None
+        if runtime.get("device") == self.device.type:
+            saved = runtime.get("threads", torch.get_num_threads())
+        config = Config(model=model, training=self.options.training(1))
+        with torch.device("meta"):
+            flops = flops_per_token(GPT(model))
+        with torch.random.fork_rng(devices=[]):
+            threads = resolve_threads(config, saved, self.options.batch_size, flops, self.device, self.dtype)
+        torch.set_num_threads(threads)
 
     def open(self, fingerprint: str) -> None:
         """Make the run's folder, or clean up that of a resumed run. Raises UserError if the run had other data."""
@@ -111,10 +135,17 @@ class StageRun:
                 self._new = True
                 record_options(self.folder, self.name, self.options)
             clean_run(self.folder, self.progress.step, self.progress.best_step)
-            self._log = MetricsLog(self.folder, self.progress.step)
+            self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
+
+    def _start_wandb(self) -> Any:
+        options = self.options
+        if not options.wandb_log:
+            return None
+        settings = read_json(self.folder / "run.json", runs.Record)["options"]
+        return start_wandb(self.folder, options.wandb_project, options.wandb_run_name, settings)
 
     def _refuse_own_folder(self) -> None:
         out_dir = self.options.out_dir
@@ -165,7 +196,7 @@ class StageRun:
             **self._updater.state_dict(),
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "generators": distributed.gather(rng_state(self.device)),
-            "runtime": {"device": self.device.type, "dtype": self.dtype},
+            "runtime": {"device": self.device.type, "dtype": self.dtype, "threads": torch.get_num_threads()},
             "data": self.fingerprint,
         }
         if IS_MAIN:
@@ -193,6 +224,7 @@ class StageRun:
                     "start a new run from it"
                 )
             self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
+        self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
     def update(
@@ -206,6 +238,9 @@ class StageRun:
         rate = learning_rate_at(step, self._training) if rate is None else rate
         finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
+        now = time.perf_counter()
+        self.seconds, self._since = now - self._since, now
+        self.progress.seconds += self.seconds
         if finite:
             return rate, norm, totals
         self.progress.skipped += 1
@@ -213,19 +248,34 @@ class StageRun:
             self._diverge(step + 1, "is not finite")
         return None
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl."""
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Write a line of metrics.jsonl; METRICS lists its keys."""
         if IS_MAIN:
-            self._log.write({"step": self.progress.step, **line})
+            progress = self.progress
+            common = {"seconds": progress.seconds, "skipped": progress.skipped or None}
+            self._log.write({"step": progress.step, **line, **common})
 
     def tell(self, line: Mapping[str, float | None], shown: str, steps: int) -> None:
-        """Log a line without its None values, and show `shown` beside the progress bar, or sometimes without a bar."""
+        """Log a line, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
-        self.log({name: value for name, value in line.items() if value is not None})
+        self.log(line)
         self.bar.set_postfix_str(shown)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and step % max(1, steps // 20) == 0:
             say(f"step {step:,} of {steps:,}: {shown}")
+        if IS_MAIN and step == round((self.options.warmup + 0.1) * steps):
+            self._doubt_learning_rate()
+
+    def _doubt_learning_rate(self) -> None:
+        """Say which learning rate to try if the loss hasn't fallen so far."""
+        lines = [line for line in read_metrics(self._log.path) if "grad_norm" in line]  # finetune.py has others
+        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self.options.learning_rate
+        change = movement(losses) if len(losses) >= LEAST_LOSSES else -1
+        updates = f"in {counted(len(losses), 'update')}"
+        if change == 0:
+            say(f"the loss hasn't moved {updates}: if it stays so, try --learning_rate={10 * rate:g}")
+        elif change > 0:
+            say(f"the loss has risen {updates}: if it goes on rising, try --learning_rate={rate / 10:g}")
 
     @property
     def _resume(self) -> str:
@@ -233,16 +283,27 @@ class StageRun:
 
     @contextlib.contextmanager
     def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
-        """Runs the block so that an error of data or of a reward loses no step of a single process."""
+        """Runs the block so that an error of data or of a reward in any process loses no step.
+
+        The block mustn't wait for other processes: they stop after it.
+        """
+        failure = ""
         try:
             yield
         except (UserError, OSError) as error:
-            if WORLD_SIZE > 1 or not self.progress.step:
+            if WORLD_SIZE == 1 and not self.progress.step:
                 raise
-            self.bar.close()
+            failure = str(error)
+        failure = next(filter(None, distributed.gather(failure)), "")
+        if not failure:
+            return
+        self.bar.close()
+        if self.progress.step:
             if self._saved != self.progress.step:
                 self.save(write)
-            raise UserError(f"{error}; step {self.progress.step} is saved, resume with: {self._resume}") from None
+            failure += f"; step {self.progress.step} is saved, resume with: {self._resume}"
+        distributed.from_main(None)  # torchrun ends all processes when one ends in an error
+        raise UserError(failure)
 
     def say_saved(self) -> None:
         """Say what is saved, after an error that ends the run."""
@@ -256,14 +317,26 @@ class StageRun:
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
 
-    def finish(self, write: Callable[[Path], None]) -> int:
-        """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
+    def close(self) -> None:
+        """Close the progress bar and the log."""
+        self.bar.close()
+        if IS_MAIN:
+            self._log.close()
+
+    def finish(self, write: Callable[[Path], None], steps: dict[str, str] | None = None) -> int:
+        """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code.
+
+        `steps`: commands to type next, with what each is for.
+        """
         self.bar.close()
         if self._saved != self.progress.step:
             self.save(write)
+        self.close()
         if self.stopped:
             say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")
             return 128 + self.stopped
         best = "" if self.progress.best_step is None else f"{self.folder}/best (step {self.progress.best_step}), "
         say(f"finished step {self.progress.step}: {best}{self.folder}/last")
+        if steps:
+            say(next_steps(steps))
         return 0

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +13,12 @@ import pydantic.dataclasses
 import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import resource, write_file
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.planning.fits import Result
 from gpt_arc.reading import read_toml
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Seed, build, read_value
-from gpt_arc.training.config import Config, build_config
+from gpt_arc.training.config import Config, build_config, write_settings
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.runs import OUT_ROOT
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
@@ -93,6 +96,15 @@ class SweepRun:
     @property
     def resumable(self) -> bool:
         return named_checkpoint(self.folder, "last") is not None
+
+    def command(self, launcher: str) -> list[str]:
+        """The command that starts or resumes this run. Writes its config beside its folder."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        config = self.folder.with_name(self.name + ".toml")
+        write_file(config, write_settings(self.settings))
+        program = [sys.executable] if launcher == "python" else shlex.split(launcher)
+        flags = [f"--resume={self.folder}"] if self.resumable else [f"--out_dir={self.folder}", "--overwrite"]
+        return [*program, str(resource("train.py")), str(config), *flags]
 
     def result(self) -> Result:
         """The result of a finished run."""

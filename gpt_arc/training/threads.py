@@ -1,9 +1,10 @@
-"""How many CPU threads a training step is worth, by measurement: a small model on busy cores is fastest with one."""
+"""How many CPU threads a step is worth, by measurement: a small model on busy cores is fastest with one."""
 
 import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,6 @@ from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config
-from gpt_arc.training.optim import Updater
 from model import GPT
 
 MEASURED_FOR = 0.15  # seconds, for each number of threads
@@ -23,22 +23,32 @@ WORTHWHILE = 0.9  # of the time with half the threads; cores that become busy la
 def resolve_threads(
     config: Config, saved: int | None, sequences: int, flops: int, device: torch.device, dtype: str
 ) -> int:
-    """Returns the number of threads for a run; auto doubles them for as long as that saves a tenth of a step's time.
+    """Returns the number of threads for a run, as `choose_threads` does.
 
-    `saved`: the number that a resumed run began with, since sums in another order would change its results.
-    OMP_NUM_THREADS, which torchrun sets too, wins over auto. `flops` counts a token's forward and backward pass.
+    `saved`: the number that a resumed run began with, since sums in another order would change its results; only
+    OMP_NUM_THREADS, which torchrun sets too, wins over it. `flops` counts a token's forward and backward pass.
     """
-    setting, most = config.training.threads, torch.get_num_threads()
     flops *= config.model.block_size
+    if saved and config.training.threads == "auto" and "OMP_NUM_THREADS" not in os.environ:
+        return min(saved, os.cpu_count() or saved)
+    measured = max(1, min(sequences, int(MEASURED / flops)))
+    setting, large = config.training.threads, flops > LARGE
+    return choose_threads(setting, device, large, lambda: step_timer(config, measured, device, dtype))
+
+
+def choose_threads(
+    setting: int | Literal["auto"], device: torch.device, large: bool, timer: Callable[[], Callable[[int], float]]
+) -> int:
+    """Returns the number of threads for the steps that `timer()` measures, as `timed` does; auto gives large ones all.
+
+    auto doubles the number for as long as that saves a tenth of a step's time. OMP_NUM_THREADS wins over it.
+    """
+    most = torch.get_num_threads()
     if setting != "auto":
         return int(setting)
-    if "OMP_NUM_THREADS" in os.environ:
+    if "OMP_NUM_THREADS" in os.environ or device.type != "cpu" or WORLD_SIZE > 1 or large or most == 1:
         return most
-    if saved:
-        return min(saved, os.cpu_count() or saved)
-    if device.type != "cpu" or WORLD_SIZE > 1 or flops > LARGE or most == 1:
-        return most
-    seconds_with = step_timer(config, max(1, min(sequences, int(MEASURED / flops))), device, dtype)
+    seconds_with = timer()
     threads, seconds = 1, seconds_with(1)
     while threads < most:
         more = min(2 * threads, most)
@@ -50,31 +60,52 @@ def resolve_threads(
 
 
 def step_timer(config: Config, sequences: int, device: torch.device, dtype: str) -> Callable[[int], float]:
-    """Returns a function that measures the mean time of a training step with some number of threads, in seconds.
+    """Returns `timed` of a training step that reads random tokens."""
+    from gpt_arc.training.optim import Updater  # imports torch.distributed.device_mesh, which sampling doesn't need
 
-    The step reads random tokens. torch's number of threads stays as measured last.
-    """
     model = GPT(config.model).to(device)
     updater = Updater(model, config.training, device, dtype)
     tokens = torch.randint(config.model.vocab_size, (sequences, config.model.block_size), device=device)
 
-    def step() -> float:
-        started = time.perf_counter()
+    def step() -> None:
         with autocast(device, dtype):
             loss = model(tokens, tokens)
         updater.backward(loss.total / tokens.numel())
         updater.update(config.training.learning_rate, loss.total.detach())
-        return time.perf_counter() - started
+
+    return timed(step)
+
+
+def timed(step: Callable[[], object]) -> Callable[[int], float]:
+    """Returns a function that measures the mean time of `step` with some number of threads, in seconds.
+
+    torch's number of threads stays as measured last.
+    """
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
-        times = [step()]
+        times: list[float] = []
         while sum(times) < MEASURED_FOR:
-            times.append(step())
+            started = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - started)
         return statistics.mean(times[1:] or times)  # the first one also chooses kernels
 
     step()
     return seconds
+
+
+def set_reading_threads(setting: int | Literal["auto"], model: GPT, tokens: int) -> None:
+    """Sets the number of threads for a model that reads up to `tokens` tokens at a time without learning."""
+    device, context = model.token_embedding.weight.device, model.config.block_size
+    flops = flops_per_token(model) / 3 * context  # of a forward pass alone
+    windows = max(1, min(tokens // context, int(MEASURED / flops)))
+
+    @torch.inference_mode()
+    def read() -> None:
+        model.hidden(torch.zeros(windows, context, dtype=torch.int64))
+
+    torch.set_num_threads(choose_threads(setting, device, flops > LARGE, lambda: timed(read)))
 
 
 def tokens_per_second(config: Config, device: torch.device, dtype: str) -> float:

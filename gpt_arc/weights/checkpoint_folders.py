@@ -3,10 +3,12 @@
 import re
 from pathlib import Path
 
+from gpt_arc.errors import UserError
 from gpt_arc.files import follow
 from gpt_arc.manifest import DamagedFile, check_files
 
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # the step, and which time it was saved
+ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 
 def step_of(directory: Path) -> int | None:
@@ -29,6 +31,11 @@ def named_checkpoint(run: Path, link: str) -> Path | None:
         return directory
     complete = (path for path in reversed(checkpoints(run)) if _is_undamaged(path, sizes_only=("",)))
     return next(complete, None) if link == "last" else None
+
+
+def deleted_too_soon(run: Path | str) -> UserError:
+    """The error after ATTEMPTS."""
+    return UserError(f"the checkpoints of {run} are deleted before they are read: try again when the run has ended")
 
 
 def undamaged_before(directory: Path) -> Path | None:

@@ -19,12 +19,12 @@ from typing_extensions import TypedDict
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import follow, whole, write_file
+from gpt_arc.files import follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
-from gpt_arc.weights.checkpoint_folders import named_checkpoint, undamaged_before
+from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named_checkpoint, undamaged_before
 from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
@@ -38,7 +38,6 @@ OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dr
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
-ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -108,8 +107,8 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
 def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path | str, P], T]:
     """Decorates a function that loads from a model directory: it gets what `model_directory` returns for its `path`.
 
-    If a run deletes that checkpoint meanwhile, the function is called again with the present one, so that all it reads
-    is of one checkpoint.
+    All that it reads is of one checkpoint, which its run doesn't delete meanwhile. Where there are no locks the run
+    may; then the function is called again with the present one.
     """
 
     @functools.wraps(load)
@@ -117,9 +116,13 @@ def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Conca
         for _ in range(ATTEMPTS):
             directory = model_directory(path)
             try:
-                loaded = load(directory, *args, **kwargs)
+                with locked(directory, shared=True):
+                    loaded = load(directory, *args, **kwargs)
+                    if (directory / "config.json").exists():
+                        return loaded
+            except (BlockingIOError, FileNotFoundError):
                 if (directory / "config.json").exists():
-                    return loaded
+                    raise
             except UserError as error:
                 if not (directory / "config.json").exists():
                     continue
@@ -127,7 +130,7 @@ def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Conca
                 if older is None:
                     raise
                 raise UserError(f"{error}; {older} is undamaged") from None
-        raise UserError(f"the checkpoints of {path} are deleted before they are read: try again when the run has ended")
+        raise deleted_too_soon(path)
 
     return wrapped
 
@@ -138,6 +141,12 @@ def load_config(path: Path | str) -> GPTConfig:
     Raises UserError if config.json is damaged or describes an unsupported architecture.
     """
     return _read_config(_directory(path, hub.CONFIG))[1]
+
+
+@of_one_checkpoint
+def read_tokenizer(path: Path | str) -> Tokenizer | None:
+    """Returns a model's tokenizer without reading its weights; None if it has none."""
+    return load_tokenizer(Path(path)) if holds_tokenizer(Path(path)) else None
 
 
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
@@ -198,7 +207,8 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     try:
         with meta_device():
             model = GPT(config)
-            shapes = {name: tensor.shape for name, tensor in GPT(stored).state_dict().items()}
+            trained_model = model if config == stored else GPT(stored)
+            shapes = {name: tensor.shape for name, tensor in trained_model.state_dict().items()}
     except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
         raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
     if kind == MODEL_TYPE:

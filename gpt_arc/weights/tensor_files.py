@@ -94,13 +94,13 @@ def _read(
     paths: Sequence[Path], whole: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Reads files that together hold exactly the tensors in `shapes`; messages about all name the path `whole`."""
-    stored: dict[str, Path] = {}
+    stored: dict[str, tuple[Path, Any]] = {}
     for path in paths:
-        with open_tensors(path, ADVICE) as file:
-            for name in file.keys():
-                if name in stored:
-                    raise UserError(f"{path} and {stored[name]} both have the tensor {name}: remove one of them")
-                stored[name] = path
+        file = open_tensors(path, ADVICE)
+        for name in file.keys():
+            if name in stored:
+                raise UserError(f"{path} and {stored[name][0]} both have the tensor {name}: remove one of them")
+            stored[name] = path, file
     if "lstm.weight_ih_l0" in stored.keys() - shapes.keys():
         raise UserError(f"{whole.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
     for problem, names in (
@@ -111,9 +111,8 @@ def _read(
             raise UserError(f"{whole} {problem} {min(names)}{and_more(names)}")
     tensors = {}
     for name, shape in shapes.items():
-        path = stored[name]
-        # reopened each time: an open file keeps what was read in memory
-        with reading(path, ADVICE), safe_open(path, framework="pt") as file:
+        path, file = stored[name]
+        with reading(path, ADVICE):
             header = file.get_slice(name)
             if tuple(header.get_shape()) != tuple(shape):
                 raise UserError(f"{path}: {name} has the shape {tuple(header.get_shape())}, not {tuple(shape)}")
@@ -121,6 +120,8 @@ def _read(
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
             tensors[name] = tensor.to(dtype)
+            if tensor.dtype != dtype:  # an open file keeps what was converted in memory
+                file = safe_open(path, framework="pt")
     return tensors
 
 

@@ -49,9 +49,9 @@ def model_of(seed=0, **settings):
     return randomised(GPT(GPTConfig(**usual | settings)), seed)
 
 
-def written(model, prompts=PROMPTS, at_once=8, seed=1, numbers=None, most=9, temperature=1.0, end=CHAT.end):
+def written(model, prompts=PROMPTS, at_once=8, seed=1, numbers=None, most=9, temperature=1.0, ends=CHAT.ends):
     numbers = range(len(prompts)) if numbers is None else numbers
-    return write_responses(Decoder(model), prompts, end, most, temperature, seed, numbers, at_once)
+    return write_responses(Decoder(model), prompts, ends, most, temperature, seed, numbers, at_once)
 
 
 # ---- responses
@@ -63,6 +63,19 @@ def test_a_response_ends_at_its_end_token_or_the_limit():
     assert {len(response) for response in responses} == {1, 2, 3, 4}
     assert all(CHAT.end not in response[:-1] for response in responses)
     assert all(len(response) == 4 or response[-1] == CHAT.end for response in responses)
+
+
+def test_a_response_ends_at_any_token_that_the_model_declares():
+    tokenizer = CharTokenizer("abcdefgh")
+    tokenizer.declared = dataclasses.replace(tokenizer.declared, ends=frozenset({2}))  # c
+    chat = ChatFormat.new(TEMPLATES["markers"], tokenizer, 8)
+    responses = written(model_of(), PROMPTS * 20, most=4, ends=chat.ends)
+    assert {response[-1] for response in responses if len(response) < 4} == chat.ends == {2, chat.end}
+    assert not chat.ends & {token for response in responses for token in response[:-1]}
+    assert chat.decode([0, 1, 2]) == chat.decode([0, 1, chat.end]) == "ab"
+    outputs, scores = ModelOutputs(*torch.zeros(4, len(responses), 4)), torch.zeros(len(responses))
+    rollouts = gather_rollouts(PROMPTS * 20, responses, outputs, scores, scores, chat.ends)
+    assert rollouts.ended.tolist() == [response[-1] in chat.ends for response in responses]
 
 
 def test_a_response_depends_only_on_its_number():
@@ -151,7 +164,7 @@ def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, wo
         "gather",
         lambda value: [(rows, torch.stack(outputs), *scores) for rows, outputs, *scores in shares],
     )
-    rollouts = gather_rollouts(PROMPTS, *shares[-1], CHAT.end)
+    rollouts = gather_rollouts(PROMPTS, *shares[-1], CHAT.ends)
     _, outputs, scores, monitored = share(0, 1)
     expected = ModelOutputs(*(torch.where(rollouts.mask, each, 0.0) for each in outputs))
     torch.testing.assert_close(rollouts.outputs, expected)

@@ -317,6 +317,16 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
             {"messages": [MESSAGES[1], MESSAGES[2] | {"tool_calls": []}]},
             "has tool_calls, which can",
         ),
+        (
+            read_conversations,
+            {"messages": [MESSAGES[1], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "calls a tool or answers for one, and templates have no such turns: write it into the text",
+        ),
+        (
+            read_conversations,
+            {"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "a"}]},
+            "calls a tool or answers for one, and templates have no such turns: write it into the text",
+        ),
         (read_prompts, {"messages": [MESSAGES[1] | {"name": "x"}]}, "has name, which can't be learned"),
         (read_rankings, {"messages": [MESSAGES[1] | {"x": 1}], "chosen": "a", "rejected": "b"}, "has x, which can't"),
         (

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -298,6 +299,17 @@ def test_datasets_of_a_mixture_must_share_a_tokenizer_and_documents_need_a_separ
         corpus("a", "b", "c")
     with pytest.raises(UserError, match="document_mask = true needs an end-of-text token between documents"):
         corpus("a").split("train", 4, 2, document_mask=True)
+
+
+def test_another_dataset_s_tokenizer_is_refused(tmp_path):
+    """Without a manifest, as older versions wrote datasets."""
+    for name, characters in (("a", "xy"), ("b", "xyz")):
+        write_dataset(tmp_path / name, CharTokenizer(characters), {"train": np.zeros(9, int)})
+    shutil.copy(tmp_path / "b" / "tokenizer.json", tmp_path / "a")
+    (tmp_path / "b" / "meta.json").unlink()  # others' shards have none
+    assert open_corpus([Source(str(tmp_path / "b"), 1.0)]).tokenizer.vocab_size == 3
+    with pytest.raises(UserError, match="a belongs to another dataset: it has 3 tokens, and meta.json .* records 2"):
+        open_corpus([Source(str(tmp_path / "a"), 1.0)])
 
 
 def test_a_missing_shard_is_refused(tmp_path):

@@ -311,6 +311,7 @@ def test_unreadable_input_is_refused(flags, sentence, run, workplace):
     for path in (workplace / "data" / "sums").iterdir():
         (workplace / "data" / "other" / path.name).write_bytes(path.read_bytes())
     CharTokenizer.from_text("abc").save(workplace / "data" / "other")
+    (workplace / "data" / "other" / "meta.json").unlink()  # it has the number of tokens
     (workplace / "empty.txt").write_text("")
     (workplace / "strange.txt").write_text("§")
     assert sentence in run("mixture", *flags)

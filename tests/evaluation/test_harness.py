@@ -317,3 +317,8 @@ def test_a_token_may_span_context_and_continuation(adapter):
     wholes = adapter._loglikelihood_tokens([(("", ""), text[:1], text[1:]) for text in texts], disable_tqdm=True)
     for log, (whole, _) in zip(logs, wholes):
         assert log - logs[0] == pytest.approx(whole - wholes[0][0], abs=1e-4)
+
+
+def test_help_begins_with_how_to_run_our_models(output_of):
+    output = output_of(entry_point(main), "harness.py", "--help")
+    assert output.index("--model gpt-arc") < output.index("usage: lm-eval")

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.tables import human
-from gpt_arc.training.log import Meter, MetricsLog
+from gpt_arc.training.log import Meter, MetricsLog, Utilization
 from model import GPT, GPTConfig
 
 MIXTURE = {"n_experts": 4, "experts_per_token": 2, "shared_experts": 1, "expert_interval": 2, "mlp_size": 48}
@@ -73,6 +73,22 @@ def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
     assert peak_flops(cuda, "NVIDIA RTX A1000", "bfloat16") is None
     assert peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
     assert peak_flops(torch.device("mps"), "mps", "float32") is None
+
+
+def test_a_peak_measured_under_load_is_measured_again():
+    peaks = iter([100.0, 80.0, 200.0])  # the machine is busy twice
+    utilization = Utilization(lambda: next(peaks), flops_per_token=6, processes=2)
+    assert utilization.at(None) is None
+    assert utilization.at(20.0) == 0.6
+    assert utilization.at(50.0) == 1.5  # 80 is no better than 100
+    assert utilization.at(50.0) == 0.75 and utilization.at(20.0) == 0.3
+    assert Utilization(lambda: None, 6, 1).at(20.0) is None
+
+
+def test_a_peak_is_measured_again_a_few_times_only():
+    measured = []
+    utilization = Utilization(lambda: measured.append(None) or 1.0, flops_per_token=1, processes=1)
+    assert [utilization.at(2.0) for _ in range(20)] == [2.0] * 20 and len(measured) == 1 + Utilization.AGAIN
 
 
 def test_a_resumed_log_continues_at_the_run_s_step(tmp_path):

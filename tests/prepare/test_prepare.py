@@ -156,6 +156,17 @@ def test_documents_go_to_a_split_by_a_hash_of_their_text(prepare, library, tmp_p
     assert meta["documents"] == 400 and meta["tokens"]["val"] == len(tokens_of(Path("data/y"), "val"))
 
 
+def test_the_share_of_tokens_is_printed(prepare, tmp_path):
+    """One document of two is long: with half of the documents, val has far more or less than half of the tokens."""
+    texts = ["ab", "e" * 100]
+    write_lines(tmp_path / "a.jsonl", texts)
+    (short_in_val, long_in_val) = (in_val(text, 0.5) for text in texts)
+    assert short_in_val != long_in_val
+    output = prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=char", "--val_fraction=0.5")
+    share = 100 / 102 if long_in_val else 2 / 102
+    assert "val: 0.5 of the documents" in output and f" ({share:.1%} of the tokens)" in output
+
+
 def test_a_folder_split_by_its_tail_ends_every_document(prepare, library, tmp_path):
     (tmp_path / "texts" / "below").mkdir(parents=True)
     (tmp_path / "texts" / "b.txt").write_text("the second <|endoftext|>")
@@ -358,8 +369,10 @@ def test_a_second_run_uses_the_dataset_that_the_first_prepared(prepare, book, mo
     Path("data/x").rename("elsewhere")
 
     def first_ends(*args):  # just before the second gets the lock
+        monkeypatch.setattr(fcntl, "flock", flock)
         Path("elsewhere").rename("data/x")
 
+    flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", first_ends)
     assert "is prepared already" in prepare("text.py", *flags)
 
@@ -388,7 +401,7 @@ def test_empty_documents_are_skipped_and_counted(prepare, library, tmp_path, mon
     else:
         write_lines(tmp_path / "a.jsonl", texts)
     flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
-    assert prepare("text.py", *flags, "--name=x").endswith("tokens, 3 empty documents skipped\n")
+    assert prepare("text.py", *flags, "--name=x").endswith("of the tokens), 3 empty documents skipped\n")
     assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
     write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
     assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
@@ -676,6 +689,17 @@ def test_training_prepares_a_small_corpus_and_names_the_command_for_others(tmp_p
         prepare_dataset("novels")
 
 
+@pytest.mark.parametrize("config", ["gpt1_mini", "in_context", "instructgpt_mini"])
+def test_a_config_whose_data_an_example_makes_names_the_example(config, tmp_path, monkeypatch):
+    """The config names the example that makes its data; so does the refusal, and that script prepares the dataset."""
+    text = (ROOT / f"configs/{config}.toml").read_text()
+    example, name = re.search(r"`(bash examples/\w+\.sh)`", text)[1], re.search(r'dataset = "(\w+)"', text)[1]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"prepare it with `{example}`"):
+        prepare_dataset(name)
+    assert f"--name {name}" in (ROOT / example.split()[1]).read_text()
+
+
 def test_an_old_dataset_survives_a_kill_at_any_call_of_overwriting(prepare, tmp_path, monkeypatch):
     settings, texts = CorpusSettings(tokenizer="char"), {"old": TEXT, "new": TEXT[::-1]}
     for name, text in texts.items():
@@ -700,6 +724,10 @@ def test_an_old_dataset_survives_a_kill_at_any_call_of_overwriting(prepare, tmp_
         prepare_documents(Files([tmp_path / end], "text"), settings, "x")
         assert decoded(Path("data/x"), "train") + decoded(Path("data/x"), "val") == text
         assert end == "old" or os.listdir("data") == ["x"]
+        replaced = dataclasses.replace(settings, overwrite=True)
+        prepare_documents(Files([tmp_path / "new"], "text"), replaced, "x")  # goes on with what the kill left
+        directory = open_corpus([Source("x", 1.0)], verify=True).directories[0]
+        assert decoded(directory, "train") + decoded(directory, "val") == texts["new"] and os.listdir("data") == ["x"]
     assert ends == {"old", "new"}
 
 

@@ -500,10 +500,27 @@ def test_the_report_identifies_model_items_and_versions(run):
     assert other_model["tasks"][0]["items_hash"] == other_items["tasks"][0]["items_hash"]
 
 
+def test_a_table_explains_its_columns(run):
+    """Half the items have two options, half four: a guess is right in (1/2 + 1/4) / 2 of them."""
+    Path("choice.toml").write_text(CHOICE.replace("{a}", "0"))
+    options = (["a", "b"], ["a", "b", "c", "é"])
+    write("items.jsonl", [{"q": "q", "options": options[number % 2]} for number in range(6)])
+    result = run("base", "--tasks", "choice.toml", "--data=items.jsonl", "--shots", 0, 1)
+    assert [figures["chance"] for figures in one_model(result)["tasks"]] == [0.375, 0.375]
+    lines = result.output.splitlines()
+    assert [line.split()[6] for line in lines if line.startswith("choice")] == ["37.5%", "37.5%"]
+    assert "±: standard error" in lines and "chance: the accuracy of guessing" in lines
+    assert lines[-2].startswith("p: ") and "from 0 shots" in lines[-2] and "McNemar's" in lines[-2]
+
+    write("items.jsonl", ITEMS)
+    output = run("base", "--tasks", "cloze.toml", "--data=items.jsonl").output
+    assert "±: standard error" in output and "chance: " not in output and "p: " not in output
+
+
 def test_published_figures_are_printed_beside_accuracy(run):
     Path("cloze.toml").write_text(CLOZE + "[published.accuracy]\nother = 12.5\n")
     lines = run("base", "--tasks", "cloze.toml", "--data=items.jsonl").output.splitlines()
-    assert [line.endswith("other 12.5") for line in lines if line.startswith("cloze")] == [True, False]
+    assert [line.endswith("other 12.5%") for line in lines if line.startswith("cloze")] == [True, False]
 
 
 def test_each_checkpoint_is_measured(run):
@@ -530,7 +547,9 @@ def test_checkpoints_are_plotted_against_updates(run, monkeypatch):
     for step, table in tables.items():
         save_model(bigrams(table), TOKENIZER, f"out/run/step-{step:08}")
     flags = ("--tasks", "cloze.toml", "--data=items.jsonl", "--perplexity", "text.txt", "--checkpoints=True")
-    models = run("out/run", *flags, "--plot=scores.png").report["models"]
+    result = run("out/run", *flags, "--plot=scores.png")
+    assert "plot           scores.png\n" in result.output and "figures        report.json\n" in result.output
+    models = result.report["models"]
     ((figure, _, options),) = drawn
     assert options == {"format": "png"} and Path("scores.png").exists()
     shares, perplexities = figure.axes
@@ -576,7 +595,7 @@ def test_items_in_the_training_text_are_reported_separately(run):
     nats = perplexity["values"]
     assert perplexity["overlap"]["dirty"]["value"] == pytest.approx(math.exp((nats[0] + nats[1]) / 2))
     (line,) = [line for line in result.output.splitlines() if line.startswith("cloze") and line.endswith("11")][:1]
-    assert line.split() == ["cloze", "0", "accuracy", "66.67", "75", "25", "4", "50", "50", "2", "11"]
+    assert line.split() == ["cloze", "0", "accuracy", "66.67%", "75%", "25%", "4", "50%", "50%", "2", "11"]
     for seed in range(3):  # the word count comes from all items, whatever the limit
         limited = one_model(run("base", *flags, "--training_text", "train", "--limit=3", f"--seed={seed}"))["tasks"][0]
         selected = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:3]

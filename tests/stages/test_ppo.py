@@ -23,7 +23,7 @@ from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, kill_at, randomised, write, write_dataset
+from helpers import command, interrupt_at, kill_at, randomised, untimed, write, write_dataset
 from model import GPT
 from policy_tree import (
     distribution,
@@ -51,6 +51,12 @@ def bandit(rows, responses): return [float(text[:1] == row["answer"]) for row, t
 def broken(rows, responses): return [1 / (len(text) - len(text)) for text in responses]
 def short(rows, responses): return [1.0]
 def nan(rows, responses): return [float("nan")] * len(rows)
+calls = []
+def fails_once(rows, responses):
+    import os
+    calls.append(rows)
+    if os.environ["RANK"] == "1" and len(calls) == 2: raise ValueError("no judge")
+    return [1.0] * len(rows)
 """
 
 
@@ -77,8 +83,7 @@ def run(workplace, stage_runner):
 
 def lines_of(folder):
     """The lines of metrics.jsonl without measured times."""
-    lines = read_metrics(Path(folder) / "metrics.jsonl")
-    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def assert_same_weights(a, b):
@@ -397,7 +402,8 @@ def assert_same_runs(a, b):
     assert_same_weights(f"{a}/last", f"{b}/last")
     assert lines_of(a) == lines_of(b)
     state_a, state_b = (load_state(Path(folder) / "last") for folder in (a, b))
-    assert state_a["progress"] == state_b["progress"] and state_a["progress"]["numbers"]["kl_coef"] != 0.02
+    assert untimed([state_a["progress"]]) == untimed([state_b["progress"]])
+    assert state_a["progress"]["numbers"]["kl_coef"] != 0.02
     for part in ("critic", "policy"):
         assert all(torch.equal(state_a["parts"][part][key], value) for key, value in state_b["parts"][part].items())
 
@@ -498,7 +504,10 @@ def test_the_published_settings():
         ),
         ((*TRAIN, "--reward=rules_of_ppo:broken"), "broken failed: rules_of_ppo.py, line 6: ZeroDivisionError: "),
         ((*TRAIN, "--reward=rules_of_ppo:short"), "must return one number per response, not 1 for 16"),
-        ((*TRAIN, "--monitor=rules_of_ppo:nan"), "rules_of_ppo:nan must return finite numbers, not nan"),
+        ((*TRAIN, "--monitor=rules_of_ppo:nan"), "monitor = rules_of_ppo:nan must return finite numbers, not nan"),
+        ((*TRAIN, "--monitor=rules_of_ppo:f"), "monitor = rules_of_ppo:f can't be imported: rules_of_ppo has no"),
+        ((*TRAIN, "--monitor=rules_of_ppo:broken"), "monitor = rules_of_ppo:broken failed: rules_of_ppo.py, line 6"),
+        ((*TRAIN, "--monitor=other"), "the monitor model other has another chat format"),
         ((*TRAIN, "--reward=other"), "other has another chat format or tokenizer than the policy"),
         ((*TRAIN, "--reward=narrow"), "the value network reads 8 tokens, the policy 16"),
         (
@@ -553,3 +562,15 @@ def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeyp
     assert stopped.code == 2 and "train.bin was changed or replaced while it was in use" in stopped.message
     assert "; step 1 is saved, resume with: python ppo.py --resume=out/ppo" in stopped.message
     assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1
+
+
+def test_a_reward_that_fails_in_one_of_two_processes_ends_both_after_they_have_saved(workplace):
+    flags = ("base", "--prompts=prompts.jsonl", "--reward=rules_of_ppo:fails_once", *QUICK, "--backend=gloo")
+    stopped = command("stages/ppo.py", *flags, processes=2)
+    sentence = (
+        "fails_once failed: rules_of_ppo.py, line 13: ValueError: no judge; step 1 is saved, resume with: torchrun"
+    )
+    assert stopped.returncode == 2 and stopped.stderr.count(sentence) == 2
+    assert load_state(Path("out/ppo/last"))["progress"]["step"] == 1
+    resumed = command("stages/ppo.py", "--resume=out/ppo", "--reward=rules_of_ppo:fails_once", processes=2)
+    assert "finished step 2" in resumed.stdout, resumed.stderr

@@ -19,7 +19,7 @@ from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_config, load_model, save_model
-from helpers import TEXT, command, interrupt_at, kill_at, randomised, write
+from helpers import TEXT, command, interrupt_at, kill_at, randomised, untimed, write
 from model import GPT, GPTConfig
 from stages import sft
 
@@ -55,7 +55,7 @@ def run(workplace, stage_runner):
 
 
 def updates_of(folder):
-    return read_metrics(Path(folder) / "metrics.jsonl")
+    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -90,8 +90,9 @@ def test_a_model_learns_to_answer_and_to_end(run):
         assert words in output
     assert [answer("out/sft/last", a * n) for a in "abcd" for n in (1, 3)] == list("hhggffee")
     lines = updates_of("out/sft")
-    assert [line["step"] for line in lines] == list(range(1, 121)) and lines[-1]["loss"] < 0.05 < lines[0]["loss"]
-    assert all(line["tokens"] == 24 for line in lines)
+    assert [line["step"] for line in lines] == list(range(1, 121))
+    assert lines[-1]["train_loss"] < 0.05 < lines[0]["train_loss"]
+    assert [line["tokens"] for line in lines] == list(range(24, 24 * 121, 24))
 
 
 def test_the_preview_marks_what_is_scored(run, monkeypatch):
@@ -140,7 +141,7 @@ def test_the_loss_is_the_mean_over_response_tokens(run, packing):
     losses = list(losses_one_by_one(model, rows))
     assert line["tokens"] == len(losses) == sum(len(row["response"]) + 1 for row in rows)
     mean = torch.stack(losses).mean()
-    assert line["loss"] == pytest.approx(mean.item(), rel=1e-5)
+    assert line["train_loss"] == pytest.approx(mean.item(), rel=1e-5)
     norm = torch.stack([g.norm() for g in torch.autograd.grad(mean, list(model.parameters()))]).norm()
     assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     of_val = [loss.item() for loss in losses_one_by_one(model, toy(5, seed=1))]
@@ -151,7 +152,8 @@ def test_empty_responses_teach_the_model_to_end_at_once(run):
     write("train.jsonl", [{"prompt": "a", "response": ""}] * 80)
     run(*TRAIN, "--epochs=2", "--val_fraction=0", "--residual_dropout=0")
     lines = updates_of("out/sft")
-    assert all(line["tokens"] == 4 and math.isfinite(line["loss"]) for line in lines) and lines[-1]["loss"] < 0.1
+    assert [line["tokens"] for line in lines] == [4 * line["step"] for line in lines]
+    assert all(math.isfinite(line["train_loss"]) for line in lines) and lines[-1]["train_loss"] < 0.1
     assert answer("out/sft/last", "a") == ""
 
 
@@ -159,7 +161,7 @@ def test_conversations_that_the_assistant_begins(run):
     save_model(GPT(GPTConfig(24, 9, 2, 2, 16)), CharTokenizer("\nabcdefgh"), "base")
     write("train.jsonl", [{"messages": [{"role": "assistant", "content": text}]} for text in ("", "ab", "", "a")])
     run(*TRAIN, "--template=plain", "--val_fraction=0")
-    assert [line["tokens"] for line in updates_of("out/sft")] == [7, 7]
+    assert [line["tokens"] for line in updates_of("out/sft")] == [7, 14]
 
 
 # ---- batches and processes
@@ -219,7 +221,7 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
         assert Path(f"whole/{name}").readlink() == Path(f"halves/{name}").readlink()
     assert updates_of("whole") == updates_of("halves")
     whole, halves = (load_state(Path(folder) / "last") for folder in ("whole", "halves"))
-    assert whole["progress"] == halves["progress"]
+    assert untimed([whole["progress"]]) == untimed([halves["progress"]])
 
 
 def test_a_killed_run_resumes_from_its_last_epoch(run, monkeypatch):
@@ -282,8 +284,8 @@ def test_an_overflowing_update_is_repeated(run, monkeypatch):
         "--adam_eps=1e-4",
         "--learning_rate=1e-3",
     )
-    assert [line["loss"] for line in updates_of("half")] == pytest.approx(
-        [line["loss"] for line in updates_of("single")], rel=5e-3
+    assert [line["train_loss"] for line in updates_of("half")] == pytest.approx(
+        [line["train_loss"] for line in updates_of("single")], rel=5e-3
     )
 
 

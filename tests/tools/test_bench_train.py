@@ -1,6 +1,7 @@
 """The training benchmark: it measures real optimizer steps, and the figures follow from their times."""
 
 import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks import speedrun
 from benchmarks import train as train_module
+from benchmarks.processes import ModelBench, read_model_arguments
 from benchmarks.train import (
     NanoGPTTrainer,
     OurTrainer,
@@ -20,9 +23,10 @@ from benchmarks.train import (
     TransformersTrainer,
     summarize,
 )
-from gpt_arc.errors import entry_point
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import resource
 from gpt_arc.planning import cost as cost_module
-from gpt_arc.training.config import Config, DataConfig, TrainingConfig
+from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 from helpers import command
 from model import GPT, GPTConfig
 from tools import bench
@@ -37,6 +41,32 @@ ROUNDS = [
     TrainRound([[0.25, 1, 2, 0.75], [0.5, 1, 2, 1]], [3.8, 3.7], 6 * 10**9),
     TrainRound([[0, 1.5, 3, 0.5], [0, 2, 5, 1]], [3.6, 3.5], 7 * 10**9),
 ]
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda args: train_module.read_arguments(args, TrainBench, "", "")[1].model,
+        lambda args: speedrun.read_arguments([*args, "--target=2"])[2].model,
+        lambda args: read_model_arguments(ModelBench, "", args)[1],
+    ],
+    ids=["train", "speedrun", "sample"],
+)
+def test_a_config_is_named_as_for_train(read):
+    model = build_config(read_settings(resource("configs/char_tiny.toml")), "").model
+    for name in ("char_tiny", str(resource("configs/char_tiny.toml"))):
+        assert read([name, "--n_layer=3"]) == dataclasses.replace(model, n_layer=3)
+
+
+def test_other_names_are_refused_or_those_of_models(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="char_tine is not a config file .*did you mean char_tiny"):
+        train_module.read_arguments(["char_tine"], TrainBench, "", "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "char_tiny").mkdir()
+    for name in ("gpt2", "char_tiny"):  # a published model, and a folder
+        settings, architecture = read_model_arguments(ModelBench, "", [name])
+        assert settings.model == name and architecture is None
+
 
 # the interface of nanoGPT's model.py for training, which records its calls
 NANOGPT = """

@@ -202,3 +202,4 @@ def test_a_chat_model_is_exported_with_its_template(kind, template, tmp_path, mo
     assert ends[0] == loaded.eos_token_id == chat.end
     assert set(ends) == load_tokenizer(tmp_path / "model").ends == {chat.end, tokenizer.end_of_text} - {None}
     assert load_chat(tmp_path / "exported", tokenizer) == chat
+    assert load_model(tmp_path / "exported")[1].declared.ends == set(ends)

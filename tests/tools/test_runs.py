@@ -87,7 +87,10 @@ def test_two_runs_are_compared_by_settings_and_losses_at_equal_steps(begin, outp
 
 def test_runs_of_two_stages_are_compared_by_what_they_have():
     settings = {"model": "m", "epochs": 1, "out_dir": None}, {"model": "n", "epochs": 1, "out_dir": "b", "beta": 0.1}
-    metrics = [{"step": 1, "loss": 2.0}, {"step": 1, "val_loss": 3.0}], [{"step": 1, "loss": 0.5}, {"step": 2}]
+    metrics = (
+        [{"step": 1, "train_loss": 2.0}, {"step": 1, "val_loss": 3.0}],
+        [{"step": 1, "train_loss": 0.5}, {"step": 2}],
+    )
     a, b = (
         runs.Summary(Path(name), stage, "m", "d", each, 1, 1, lines, 0.0, 0)
         for name, stage, each, lines in zip("ab", ("sft", "dpo"), settings, metrics)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole at every moment, found without links, deleted only if the run wrote them."""
 
+import contextlib
 import errno
 import itertools
 import os
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import follow
-from gpt_arc.manifest import record_files
+from gpt_arc.files import follow, locked
+from gpt_arc.manifest import check_files, record_files
 from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
-from gpt_arc.weights.directory import ATTEMPTS, load_model, model_directory, of_one_checkpoint, save_model
+from gpt_arc.weights.checkpoint_folders import ATTEMPTS
+from gpt_arc.weights.directory import load_model, model_directory, of_one_checkpoint, save_model
 from helpers import killed_at_each_call
 from model import GPT, GPTConfig
 
@@ -254,8 +256,9 @@ def test_a_copy_of_last_and_best_alone_goes_on(tmp_path):
     assert marks(copy / "last") == {"3"} and marks(copy / "best") == {"1"}
 
 
-def test_a_live_run_is_read_one_checkpoint_at_a_time(tmp_path):
+def test_a_live_run_is_read_one_checkpoint_at_a_time_without_locks(tmp_path, monkeypatch):
     """A reader between whose files the run saves and deletes."""
+    monkeypatch.setattr("gpt_arc.files.fcntl", None)
     small_checkpoint(tmp_path, 1, 1, "1")
     step, attempts = 1, 0
 
@@ -277,6 +280,45 @@ def test_a_live_run_is_read_one_checkpoint_at_a_time(tmp_path):
     attempts = 0
     with pytest.raises(UserError, match="are deleted before they are read"):
         read(tmp_path, ATTEMPTS)
+
+
+def test_a_run_does_not_delete_what_is_read(tmp_path):
+    """Two readers, and a check of `last`, during which the run saves; it deletes what they read at a later save."""
+    small_checkpoint(tmp_path, 1, None, "1")
+
+    @of_one_checkpoint
+    def read(directory):
+        first = (directory / "config.json").read_text()
+        for step in (2, 3):
+            small_checkpoint(tmp_path, step, None, str(step))
+        with contextlib.ExitStack() as hold:
+            assert resumable(tmp_path, hold) == tmp_path / "step-00000003"
+            small_checkpoint(tmp_path, 4, None, "4")
+            assert marks(tmp_path / "step-00000003") == {"3"} and not (tmp_path / "step-00000002").exists()
+        return {first, *marks(directory)}
+
+    assert read(tmp_path) == {"1"}
+    small_checkpoint(tmp_path, 5, None, "5")
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000005"]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_checkpoint_deleted_before_it_is_checked_is_looked_for_again(tmp_path, monkeypatch, held):
+    small_checkpoint(tmp_path, 1, None, "1")
+    steps = iter((2, 3))
+
+    def save_then(call):
+        def wrapped(*args, **kwargs):
+            for step in itertools.islice(steps, 1):
+                small_checkpoint(tmp_path, step, None, str(step))
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    name, call = ("locked", locked) if held else ("check_files", check_files)
+    monkeypatch.setattr(f"gpt_arc.training.checkpoints.{name}", save_then(call))
+    with contextlib.ExitStack() as stack:
+        assert resumable(tmp_path, stack if held else None) == tmp_path / "step-00000003"
 
 
 def test_a_checkpoint_deleted_while_its_link_is_followed_is_looked_for_again(tmp_path, monkeypatch):

@@ -234,6 +234,9 @@ def test_mistakes_in_flags(workplace, flags, sentence):
 
 
 def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):
+    Path("pyproject.toml").write_text("")
+    with pytest.raises(UserError, match="there is no config file myproject.toml; did you mean sums.toml"):
+        launch("myproject.toml")
     with pytest.raises(UserError, match="there is no config file sumz.toml; did you mean sums.toml"):
         launch("sumz.toml")
     with pytest.raises(UserError, match="name a config file"):
@@ -303,20 +306,22 @@ def test_a_folder_that_cant_be_resumed_names_the_command_that_can(workplace, mon
 
     run = workplace / "out" / "begun"
     run.mkdir(parents=True)
-    write_record(run, build_config({"n_layer": 2}, ""), "small.toml", {"max_iters": 7})
     lock = Lock(run)
+    write_record(run, build_config({"n_layer": 2}, ""), "small", {"max_iters": 7})
     assert "another process is training in" in refusal("--resume=out/begun")
     del lock
-    _, _, command = refusal("--resume=out/begun").partition("start it over with: python train.py ")
-    launch = read_command_line(shlex.split(command), None)
-    assert launch.config.run.overwrite and launch.config.training.max_iters == 7 and launch.config.model.n_layer == 2
+    for file in ("out/begun/config.toml", "small.toml"):
+        _, _, command = refusal("--resume=out/begun").partition("start it over with: python train.py ")
+        launch = read_command_line(shlex.split(command), None)
+        assert launch.config.run.overwrite and launch.config.training.max_iters == 7 and launch.files == (file,)
+        assert launch.config.model.n_layer == 2
+        (run / "config.toml").unlink(missing_ok=True)
 
     (run / "step-00000001").mkdir()
     save_model(GPT(GPTConfig(8, 11, 1, 1, 4)), None, run / "step-00000001")
     (run / "step-00000001" / "training_state.pt").touch()
     point(run / "last", "step-00000001")
     assert refusal("--resume=out/begun/last").endswith("name the folder of its run, --resume=out/begun")
-    (run / "config.toml").unlink()
     _, _, command = refusal("--resume=out/begun").partition("for instance: python train.py ")
     assert read_command_line(shlex.split(command), None).resumed == Path("out/begun")
     (run / "run.json").write_text('{"stage": "sft", "options": {}}')

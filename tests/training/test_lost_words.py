@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from gpt_arc import errors
-from gpt_arc.data.order import TrainingOrder
+from gpt_arc.data.order import TrainingOrder, evaluation_starts
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
@@ -162,6 +162,28 @@ def test_a_file_that_vanishes_ends_a_run_that_has_saved(workplace, stage_runner,
     stopped = stage_runner(train, "sums.toml", *TINY_FLAGS, "--eval_interval=100")
     assert stopped.code == 2 and "train.bin: No such file or directory" in stopped.message
     assert "is saved; resume with: " in stopped.output and Path("out/sums/last/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("split", "place", "ending"), [
+    ("val", 2, "stopped at step 4, saved; resume with: torchrun"),  # a window of the second process, in an evaluation
+    ("train", 1, "stopped at step 0\n"),  # in its first batch, before there is anything to save
+])  # fmt: skip
+def test_other_bad_data_of_one_of_two_processes(workplace, split, place, ending):
+    flags = ["sums.toml", *TINY_FLAGS, "--batch_size=2", "--dtype=float32", "--out_dir=run"]
+    tokens = TokenFiles(Path("data/sums"), split)
+    starts = {"train": TrainingOrder(len(tokens), 16, 1337).starts(0, 2), "val": evaluation_starts(len(tokens), 16, 4)}
+    path, bad = Path(f"data/sums/{split}.bin"), int(starts[split][place])
+    content = path.read_bytes()
+    path.write_bytes(content[: 1024 + 2 * bad] + b"\xff\xff" + content[1026 + 2 * bad :])
+    stopped = command("train.py", *flags, processes=2)
+    assert stopped.returncode and "data/sums has the token id 65535, beyond vocab_size" in stopped.stderr
+    assert ending in stopped.stdout
+    path.write_bytes(content)
+    if split == "val":
+        resumed = command("train.py", "--resume=run", processes=2)
+        assert "run, from step 4" in resumed.stdout and "finished step 8" in resumed.stdout, resumed.stderr
+    else:
+        assert not Path("run/last").exists()
 
 
 def test_bad_data_of_one_of_two_processes_stop_both_after_they_have_saved(workplace):

@@ -63,6 +63,16 @@ def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
     assert re.search(rf"memory .*\nwarning +the device has \S+ of memory: {advice}", plan())
 
 
+def test_a_dry_run_compares_the_tokenizers_of_model_and_dataset(plan, stage_runner, tmp_path):
+    tokenizer = CharTokenizer("".join(sorted(set(TEXT), reverse=True)))  # as many tokens, in another order
+    write_dataset(tmp_path / "data" / "other", tokenizer, dict.fromkeys(("train", "val"), tokenizer.encode(TEXT)))
+    stage_runner(train, "sums.toml", *TINY_FLAGS, "--out_dir=run", "--max_iters=1", "--warmup_iters=0")
+    for flag in ("--resume=run", "--init_from=run"):
+        for dataset, refused in (("sums", False), ("other", True)):
+            shown = stage_runner(train, "sums.toml", *TINY_FLAGS, flag, f"--dataset={dataset}", "--dry_run")
+            assert ("the dataset has another tokenizer than run" in getattr(shown, "message", "")) == refused
+
+
 def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):
     (tmp_path / "large.toml").write_text("tokens_per_step = 640")
     assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("large.toml", "sums.toml")

@@ -1,6 +1,8 @@
 """Run folders: names, the newest one, and who may write to them."""
 
 import json
+import os
+import shutil
 import time
 
 import pytest
@@ -41,6 +43,34 @@ def test_the_newest_run_of_a_config(tmp_path, monkeypatch):
     assert runs.newest_run().name == "z"
     with pytest.raises(UserError, match="there is no run of b"):
         runs.newest_run("b")
+
+
+def test_a_run_whose_checkpoint_was_just_replaced_is_the_newest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path, "live", config="a")
+    finished(tmp_path, "later", config="a")
+    (tmp_path / "out/live/config.toml").write_text("")
+    gone, find = tmp_path / "out/live/step-00000000", runs.named_checkpoint
+    monkeypatch.setattr(runs, "named_checkpoint", lambda run, link: gone if run.name == "live" else find(run, link))
+    assert runs.newest_run().name == "live"
+    assert runs.summary(tmp_path / "out/live").written >= time.time() - 60
+
+
+def test_files_deleted_while_their_sizes_are_read_count_nothing(tmp_path, monkeypatch):
+    for name in ("run.json", "step-00000001/config.json", "step-00000001/weights"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("12345")
+    (tmp_path / "last").symlink_to("step-00000001")
+    lstat = os.lstat
+
+    def deleted(path, **options):
+        if str(path).endswith("config.json") and not options:
+            monkeypatch.setattr(os, "lstat", lstat)
+            shutil.rmtree(path.parent)
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", deleted)
+    assert runs._size_of(tmp_path) in (5, 10)  # the other file of the folder came before or after
 
 
 def test_the_newest_run_is_no_trial_if_there_are_others(tmp_path, monkeypatch):
@@ -174,4 +204,6 @@ def test_unfinished_files_keep_no_run_from_a_name(tmp_path, monkeypatch):
     (tmp_path / "out" / "a" / ".step-00000001.0a1b2c3d").mkdir(parents=True)
     (tmp_path / "out" / "a" / ".run.json.0a1b2c3d").touch()
     folder, lock = runs.claim_new(None, "a", overwrite=False)
-    assert folder.name == "a" and list(folder.iterdir()) == []
+    assert folder.name == "a" and list(folder.iterdir()) == [folder / runs.Lock.FILE]
+    del lock
+    assert list(folder.iterdir()) == []

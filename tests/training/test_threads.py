@@ -4,13 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import train
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.decoding.load import set_decoding_threads
 from gpt_arc.training import threads
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.config import Config, TrainingConfig
-from helpers import TINY_FLAGS
-from model import GPTConfig
+from helpers import TINY_FLAGS, interrupt_at, write
+from model import GPT, GPTConfig
+from policy_tree import save_chat_model
+from ranked_texts import CHAT, tiny_config
+from stages import sft
 
 CPU = torch.device("cpu")
 
@@ -91,3 +97,51 @@ def test_a_resumed_run_has_the_number_it_began_with(workplace, stage_runner, mon
     counts.append(4)
     stage_runner(train, "--resume=out/sums", "--max_iters=8", "--threads=auto")
     assert load_state(Path("out/sums/last"))["runtime"]["threads"] == 2
+
+
+def test_a_stage_measures_once_and_resumes_with_its_number(tmp_path, monkeypatch, stage_runner):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_chat_model(GPT(tiny_config(n_layer=1)), CHAT, "base")
+    write("chats.jsonl", [{"prompt": "ab", "response": "c"}] * 8)
+    flags = ("base", "--train=chats.jsonl", "--val_fraction=0", "--batch_size=4", "--device=cpu", "--dtype=float32")
+    counts, measured = [4], []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(threads.os, "cpu_count", lambda: 8)
+
+    def timer(config, *others):
+        measured.append(config.model)
+        torch.rand(3)  # a measurement may draw random numbers
+        return {1: 1.0, 2: 0.6, 4: 0.6}.__getitem__
+
+    monkeypatch.setattr(threads, "step_timer", timer)
+    stage_runner(sft, *flags, "--epochs=2", "--out_dir=whole")
+    assert len(measured) == 1 and load_state(Path("whole/last"))["runtime"]["threads"] == 2
+    counts.append(4)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 2)
+        assert stage_runner(sft, *flags, "--epochs=2", "--out_dir=halves", "--threads=2").code == 130
+    counts.append(4)
+    stage_runner(sft, "--resume=halves")
+    assert len(measured) == 1 and load_state(Path("halves/last"))["runtime"]["threads"] == 2
+    whole, halves = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_decoding_and_evaluation_measure_what_they_do(monkeypatch):
+    counts = []
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    model = GPT(tiny_config(n_layer=1)).eval()
+    monkeypatch.setattr(threads, "MEASURED_FOR", 0.01)
+    threads.set_reading_threads("auto", model, 64)
+    set_decoding_threads(Decoder(model), "auto", 3)
+    assert counts.count(1) >= 2 and counts.count(2) >= 2 and counts[-1] in (1, 2, 4)
+    threads.set_reading_threads(3, model, 64)
+    assert counts[-1] == 3
+    set_decoding_threads(Decoder(model), 2, 3)
+    assert counts[-1] == 2
+    decoder = Decoder(model)
+    decoder.compiled = "blocks"
+    set_decoding_threads(decoder, "auto", 1)
+    assert counts[-1] == 4  # nothing is measured

@@ -19,8 +19,9 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
+from gpt_arc import hub
 from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
-from gpt_arc.files import write_file
+from gpt_arc.files import resource, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Positional, Seed
 from gpt_arc.tables import to_json
@@ -39,8 +40,8 @@ class ModelBench:
     """Settings of the benchmarks that measure one architecture."""
 
     model: Positional[str]
-    """A config file (.toml), whose architecture may be changed by flags such as --n_layer=6; or, for its architecture
-    alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    """A config (quickstart, or a .toml file), whose architecture may be changed by flags such as --n_layer=6; or, for
+    its architecture alone, a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     rounds: Count = 3
     """Measured rounds, after one warm-up round."""
     transformers: bool = False
@@ -53,6 +54,15 @@ class ModelBench:
     """A file for the results."""
 
 
+def with_config_file(args: list[str]) -> list[str]:
+    """Returns the arguments with the file of the config that the first one names, as for train.py. Raises UserError."""
+    if not args or args[0].startswith("-"):
+        return args
+    from gpt_arc.training.command_line import config_file  # imports torch
+
+    return [config_file(args[0]), *args[1:]]
+
+
 def config_files(args: Sequence[str]) -> list[str]:
     """The config files among command-line arguments."""
     return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
@@ -63,6 +73,9 @@ def read_model_arguments(cls: type[ModelBench], description: str, args: list[str
 
     The architecture is None if the setting `model` names a model instead of a config file.
     """
+    name = args[0] if args else ""
+    if resource(f"configs/{name}.toml").is_file() and not (hub.is_name(name) or Path(name).exists()):
+        args = with_config_file(args)
     files = config_files(args)
     if not files:
         return parse_flags(cls, description, args), None

@@ -56,8 +56,8 @@ PROBE_BYTES, PROBE_PASSES = 256 * 2**20, 5  # for measuring the rate at which me
 @dataclass(frozen=True, config=STRICT)
 class SampleBench(ModelBench):
     model: Positional[str]
-    """A config file (.toml), whose architecture gets random weights and may be changed by flags such as --n_layer=6;
-    or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
+    """A config (quickstart, or a .toml file), whose architecture gets random weights and may be changed by flags such
+    as --n_layer=6; or a run folder, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     batch_size: Count = 1
     """Rows that are continued in parallel."""
     prompt_tokens: Count = 16

@@ -48,6 +48,7 @@ from benchmarks.processes import (
     machine_name,
     spread,
     synchronized_time,
+    with_config_file,
     write_results,
 )
 from gpt_arc.errors import UserError
@@ -294,6 +295,7 @@ def read_arguments(args: list[str]) -> tuple[SpeedrunBench, list[str], Any]:
     if {"-h", "--help"} & set(train_args):
         benchmark_args.append("--help")
     settings = parse_flags(SpeedrunBench, __doc__, benchmark_args)
+    train_args = with_config_file(train_args)
     if not config_files(train_args):
         raise UserError("name a config file: python tools/bench.py speedrun configs/quickstart.toml --target=1.7")
     check_requirements(settings)

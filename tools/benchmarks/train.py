@@ -41,6 +41,7 @@ from benchmarks.processes import (
     spread,
     synchronized_time,
     take_turns,
+    with_config_file,
     write_results,
 )
 from gpt_arc.errors import UserError
@@ -268,6 +269,7 @@ class TransformersTrainer(PeerTrainer):
 
 def read_arguments(args: list[str], cls: type, description: str, example: str) -> tuple[Any, Config]:
     """Returns settings of the dataclass `cls` and the config file's `Config`, both with the flags applied."""
+    args = with_config_file(args)
     files = config_files(args)
     if len(files) != 1 and not {"-h", "--help"} & set(args):
         raise UserError(f"name one config file: python tools/bench.py {example}")
