@@ -111,7 +111,7 @@ class NearlyFull:
 def test_lines_that_find_no_room_are_written_when_there_is_some(tmp_path, capsys, room):
     log = MetricsLog(tmp_path, 0)
     log._file = NearlyFull(room)
-    lines = [{"step": step, "loss": 1 / step} for step in range(1, 6)]
+    lines = [{"step": step, "train_loss": 1 / step} for step in range(1, 6)]
     for line in lines[:3]:
         log.write(line)
     assert capsys.readouterr().out.count("metrics.jsonl can't be written (No space left on device)") == 1
