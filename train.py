@@ -50,7 +50,17 @@ from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
 from gpt_arc.tables import counted
-from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import (
+    ADVICE,
+    SHARDS,
+    clean_run,
+    load_state,
+    read_shards,
+    resumable,
+    save_checkpoint,
+    state_file,
+    write_shards,
+)
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
@@ -161,9 +171,10 @@ class Run:
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
+        is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         state = {
             "progress": dataclasses.asdict(progress),
-            **self.updater.state_dict(),
+            **self.updater.state_dict(gather=not is_sharded),
             "generators": distributed.gather(rng_state(plan.device)),
             "runtime": {
                 "device": plan.device.type,
@@ -173,12 +184,15 @@ class Run:
             },
             "data": self.data.corpus.fingerprint,
         }
+        shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
         if IS_MAIN:
             write = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
             keep_all = plan.config.logging.keep_all_checkpoints
-            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all)
+            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all, shards)
+        elif shards:
+            write_shards(shards)
         self.saved_step = progress.step
 
     @contextlib.contextmanager
@@ -248,6 +262,8 @@ def build(plan: Plan) -> Run:
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:
         with reading(state_file(launch.checkpoint), ADVICE):
+            if (launch.checkpoint / SHARDS).is_dir():
+                read_shards(updater.put_shards(state), launch.checkpoint)
             updater.load_state_dict(state)
             if RANK < len(state["generators"]):
                 set_rng_state(state["generators"][RANK], device)

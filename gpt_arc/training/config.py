@@ -131,6 +131,9 @@ class TrainingConfig:
     replicas: Count = 1
     """Under fsdp, divide as many whole models, each among an equal part of the processes. 1: one model among all."""
 
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
+    """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
+    one file per process. Any number of processes can resume from either."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 

@@ -184,15 +184,45 @@ class Updater:
         is_shared = self.sharing and weight in self.sharing.shares
         return self.sharing.share_of(whole) if is_shared else self.parallel.shard_of(whole, weight)
 
-    def state_dict(self) -> dict:
-        """The state to save, complete in the main process. Every process has to call it."""
+    def state_dict(self, gather: bool = True) -> dict:
+        """The state to save, complete in the main process or, without `gather`, divided as it is.
+
+        Every process has to call it.
+        """
         state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        keep = self._gathered if gather else lambda weight, tensor: tensor
         for name, optimizer in self.optimizers.items():
-            state[name]["state"] = map_moments(optimizer, state[name]["state"], self._gathered)
+            state[name]["state"] = map_moments(optimizer, state[name]["state"], keep)
         state |= {"optimizer_name": self.config.optimizer, "scaler": self.scaler.state_dict()}
         if self.average:  # the model's file holds the average
-            state["weights"] = [self._gathered(p, p.detach()) for p in self.parameters]
+            state["weights"] = [keep(p, p.detach()) for p in self.parameters]
         return state
+
+    def take_shards(self, state: dict) -> dict[str, Tensor]:
+        """Moves the moments and weights out of a state that `state_dict` didn't gather. Returns them by name."""
+        shards = {f"weights.{i}": weight for i, weight in enumerate(state.get("weights", ()))}
+        if shards:
+            state["weights"] = []
+        for name in self.optimizers:
+            for i, moments in state[name]["state"].items():
+                for moment in [moment for moment, x in moments.items() if x.dim()]:
+                    shards[f"{name}.{i}.{moment}"] = moments.pop(moment)
+        return shards
+
+    def put_shards(self, state: dict) -> dict[str, Tensor]:
+        """Reverses `take_shards`: puts tensors divided like the weights into `state`. Returns them, to be filled."""
+        if self.sharing:
+            raise UserError('checkpoint_format = "sharded" doesn\'t suit expert_processes: resume without them')
+        shards: dict[str, Tensor] = {}
+        if "weights" in state:
+            state["weights"] = [torch.empty_like(p) for p in self.parameters]
+            shards |= {f"weights.{i}": weight for i, weight in enumerate(state["weights"])}
+        for name, optimizer in self.optimizers.items():
+            weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+            for i, moments in state[name]["state"].items():
+                for moment in moments_of(optimizer):
+                    shards[f"{name}.{i}.{moment}"] = moments[moment] = torch.empty_like(weights[i])
+        return shards
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; rates, decay and betas stay those of the present settings.
@@ -246,6 +276,10 @@ def map_moments(
     }
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return next(moments for kind, moments in MOMENTS.items() if isinstance(optimizer, kind))
+
+
 def check_moments(
     optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]], names: Mapping[nn.Parameter, str]
 ) -> None:
@@ -257,8 +291,7 @@ def check_moments(
     for i, moments in state.items():
         if i not in weights:
             raise ValueError(f"it has moments of weight {i} of {len(weights)}")
-        names_of = next(moments for kind, moments in MOMENTS.items() if isinstance(optimizer, kind))
-        expected = {name: weights[i].detach() for name in names_of}
+        expected = {name: weights[i].detach() for name in moments_of(optimizer)}
         if isinstance(optimizer, torch.optim.AdamW):
             expected["step"] = torch.tensor(0.0)
         check_tensors(moments, expected, f"{names[weights[i]]}: ")

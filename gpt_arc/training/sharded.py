@@ -123,6 +123,8 @@ class Sharded(Parallel):
         return whole.cpu() if IS_MAIN else tensor
 
     def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
+        if isinstance(whole, DTensor):  # read from shards
+            return whole
         shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
         return shard.clone()  # instead of a view, which would keep the whole
 

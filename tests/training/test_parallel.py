@@ -108,15 +108,18 @@ def test_muon_trains_as_in_one_process(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_format", ["whole", "sharded"])
 @pytest.mark.parametrize("extra", [(), ("--optimizer=muon", "--ema_decay=0.9")], ids=["adamw", "muon"])
-def test_a_run_resumes_in_another_number_of_processes(run, extra):
+def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_format):
     """From two shards to one process, to two and to three shards, and from one process to two shards."""
-    flags, bounds = ("--batch_size=12", *extra), AS_MUON if extra else {}
+    flags = "--batch_size=12", f"--checkpoint_format={checkpoint_format}", "--parallel=fsdp", *extra
+    bounds = AS_MUON if extra else {}
     whole = run("whole", *flags)
     for before, after in ((2, 1), (2, 2), (2, 3), (1, 2)):
         folder = f"from-{before}-to-{after}"
-        run(folder, *flags, "--max_iters=10", "--parallel=fsdp", processes=before)
-        resumed = run(folder, *flags, "--init_from=resume", "--parallel=fsdp", processes=after)
+        run(folder, *flags, "--max_iters=10", processes=before)
+        assert Path(folder, "last/shards").is_dir() == (before > 1 and checkpoint_format == "sharded")
+        resumed = run(folder, *flags, "--init_from=resume", processes=after)
         assert_same_run(resumed, whole, **bounds)
 
 
