@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
 from gpt_arc.errors import UserError, lose_output
@@ -87,12 +86,6 @@ def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
     share = sequences // WORLD_SIZE
     size = max(n for n in range(1, min(batch_size, share) + 1) if share % n == 0)
     return share // size, size
-
-
-def sharing_gradients(replica: nn.Module, share: bool) -> contextlib.AbstractContextManager:
-    """Context for a backward pass, whose gradients are shared between processes only if `share`."""
-    is_parallel = isinstance(replica, DistributedDataParallel)
-    return replica.no_sync() if is_parallel and not share else contextlib.nullcontext()
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from gpt_arc.alignment.policy import fingerprint, load_policy
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
 from gpt_arc.chat.files import read_rankings
 from gpt_arc.device import autocast, send
-from gpt_arc.distributed import WORLD_SIZE, say, sharing_gradients
+from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
@@ -139,7 +139,7 @@ def train(options: Options, run: StageRun) -> int:
         for i, (micro, weight) in enumerate(micros, start=1):
             batch = [examples[row] for row in micro]
             pairs = pairs_of(batch, run.device)
-            with sharing_gradients(replica, i == len(micros)):
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
                 with autocast(run.device, run.dtype):
                     logs = replica(*batch_of(batch, run.device))
                 ratios = logs - torch.cat([base["train"][row] for row in micro])

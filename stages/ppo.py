@@ -52,7 +52,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import RANK, WORLD_SIZE, say, sharing_gradients
+from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
@@ -344,7 +344,7 @@ def accumulate_gradients(
     totals = torch.zeros(5, device=run.device)
     for i, (micro, weight) in enumerate(micros):
         windows = text.part(update, i, len(micros), run.device) if text else None
-        with sharing_gradients(replica, i + 1 == len(micros)):
+        with run.parallel.sharing_gradients(replica, i + 1 == len(micros)):
             sums, text_sum = minibatch_losses(replica, rollouts, advantages, returns, micro, windows, options, run)
             means = torch.stack((*sums * (weight / tokens), text_sum / (text.tokens if text else 1)))
             loss = means[0] + options.value_coef * means[1] + options.pretraining_coef * means[4]

@@ -135,6 +135,16 @@ class TrainingConfig:
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
     timeout_minutes: Count = 60
     """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How processes share the work. ddp: each has the whole model; fsdp: each has a shard of every weight, gradient and
+    moment; auto: none for one process, else ddp."""
+    reshard_after_forward: bool = True
+    """Under fsdp, drop a block's gathered weights until its backward pass: less memory, more communication."""
+    replicas: Count = 1
+    """Under fsdp, divide as many whole models, each among an equal part of the processes. 1: one model among all."""
+    checkpoint_format: Literal["whole", "sharded"] = "whole"
+    """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
+    one file per process. Any number of processes can resume from either."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
@@ -146,6 +156,10 @@ class TrainingConfig:
             )
         if self.ema_decay is not None and self.expert_processes > 1:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
+        if self.parallel == "fsdp" and self.expert_processes > 1:
+            raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
+        if self.replicas > 1 and self.parallel != "fsdp":
+            raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -262,10 +276,13 @@ class Config:
         micro_batch = self.data.batch_size * self.model.block_size
         check_batch("batch_size x block_size", micro_batch, LARGEST_MICRO_BATCH)
         check_batch("batch_size x gradient_accumulation_steps", self.sequences_per_step)
-        if self.logging.sample_interval and self.training.expert_processes > 1:
+        training, interval = self.training, self.logging.sample_interval
+        if interval and (training.expert_processes > 1 or training.parallel == "fsdp"):
+            splitting = "parallel = fsdp"
+            if training.expert_processes > 1:
+                splitting = f"expert_processes = {training.expert_processes}"
             raise ValueError(
-                f"sample_interval = {self.logging.sample_interval} samples from a whole model, and expert_processes = "
-                f"{self.training.expert_processes} splits it: leave one out"
+                f"sample_interval = {interval} samples from a whole model, and {splitting} splits it: leave one out"
             )
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch

@@ -29,6 +29,7 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
+from gpt_arc.training.parallel_modes import check_parallel
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
 from gpt_arc.weights.huggingface import nearest_architecture
@@ -127,7 +128,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     training = config.training
     dtype, compile_setting, threads = training.dtype, training.compile, None
     if launch.checkpoint and launch.resumed and trained:
-        state = load_state(launch.checkpoint, on_disk=device.type == "cuda")  # else it is what the run will change
+        # a GPU copies it from the disk, and under fsdp each process takes its shard; else it is what the run changes
+        on_disk = device.type == "cuda" or training.parallel == "fsdp"
+        state = load_state(launch.checkpoint, on_disk=on_disk)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
         if training.max_iters < progress.step:
@@ -150,6 +153,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
+    check_parallel(training)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     with torch.device("meta"):
         flops = flops_per_token(GPT(config.model))
