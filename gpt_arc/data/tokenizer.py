@@ -177,11 +177,12 @@ class CharTokenizer(Tokenizer):
     def encode_array(self, text: str) -> np.ndarray:
         text = well_formed(text)
         if text.isascii() and self._ascii_ids:
-            ids = np.frombuffer(text.encode().translate(self._ascii_ids), dtype=np.uint8)
+            ids, unknown = np.frombuffer(text.encode().translate(self._ascii_ids), dtype=np.uint8), 255
         else:
-            ids = self._ids.take(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), mode="clip")
-        if ids.max(initial=0) >= self.vocab_size:
-            place = int(np.argmax(ids >= self.vocab_size))
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+            ids, unknown = self._ids.take(codes, mode="clip"), self.vocab_size
+        if ids.max(initial=0) >= unknown:
+            place = int(np.argmax(ids >= unknown))
             raise UserError(
                 f"the character {text[place]!r} (U+{ord(text[place]):04X}) at position {place} of the text is not "
                 f"among the {self.vocab_size} characters in this tokenizer's vocabulary"
@@ -190,8 +191,12 @@ class CharTokenizer(Tokenizer):
 
     @cached_property
     def _ascii_ids(self) -> bytes | None:
-        """The table of ids for `bytes.translate`, the fastest; None if the ids don't fit into bytes."""
-        return self._ids.take(np.arange(256), mode="clip").astype(np.uint8).tobytes() if self.vocab_size < 256 else None
+        """The ids of ASCII for `bytes.translate`, the fastest way; 255 is unknown. None if an id isn't below that."""
+        ids = self._ids.take(np.arange(128), mode="clip")
+        known = ids < self.vocab_size
+        if ids[known].max(initial=0) >= 255:
+            return None
+        return np.where(known, ids, 255).astype(np.uint8).tobytes().ljust(256, b"\xff")
 
     def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
         return self.encode(text), start

@@ -612,3 +612,16 @@ def test_training_on_a_run_without_spaces_is_quick():
     for text in ("a" * 128, "word " * 100, "a-" * 100, "1a" * 500):
         assert list(tokenizer_module._without_long_runs(text)) == [text]
     assert list(map(len, tokenizer_module._without_long_runs("x " + "=" * 300 + "y"))) == [2, 128, 128, 45]
+
+
+@pytest.mark.parametrize("order", [sorted, lambda characters: sorted(characters, reverse=True)])
+@pytest.mark.parametrize("others", [0, 100, 127, 128, 1000])
+def test_characters_have_their_ids_whether_a_text_is_ascii_or_not(order, others):
+    characters = order([*map(chr, range(128)), *map(chr, range(0x400, 0x400 + others))])
+    tokenizer, ids = CharTokenizer(characters), {character: id for id, character in enumerate(characters)}
+    for text in ("".join(map(chr, range(128))), "a\u0400b" if others else "ab", "\x7f\0"):
+        assert tokenizer.encode(text) == [ids[character] for character in text]
+    without = CharTokenizer([character for character in characters if character != "q"])
+    for text in ("ab q", "ab q\u0401" if others > 1 else "ab q"):
+        with pytest.raises(UserError, match=r"the character 'q' \(U\+0071\) at position 3 of the text"):
+            without.encode(text)
