@@ -384,12 +384,8 @@ def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, list[st
     total, seen, ascii_seen = 0, np.zeros(sys.maxunicode + 1, dtype=bool), b""
     for text, _ in documents.pieces(cut):
         total += len(text)
-        if collect and text.isascii():
-            codes = np.frombuffer(text.encode().translate(None, ascii_seen), dtype=np.uint8)
-        elif collect:
-            codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        if collect and len(codes):
-            seen[codes] = True
+        if collect and (new := text.encode().translate(None, ascii_seen)):  # all but the ASCII that was seen before
+            seen[np.frombuffer(new.decode().encode("utf-32-le"), dtype=np.uint32)] = True
             ascii_seen = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
         bar.at(documents.bytes_read)
     bar.close()
