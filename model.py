@@ -178,10 +178,14 @@ class Loss(NamedTuple):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with its weight cast to the input's type: the fused kernel refuses two types under autocast."""
+    """torch's, with its weight cast to the input's type on a CPU, whose fused kernel refuses two types under autocast.
+
+    On a GPU autocast computes the norm in float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        weight = self.weight.type_as(x) if x.device.type == "cpu" else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -285,6 +289,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -378,6 +383,7 @@ class GPT(nn.Module):
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
         positions, masks = positions_and_masks(tokens, documents, cache, config.attention_band, attention_dropout)
         x, rotary, routings = self.embed(tokens, positions, previous, images), self.rotary(positions), []
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc import distributed
@@ -36,7 +35,6 @@ from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.device import (
-    align,
     autocast,
     device_name,
     resolve_device,
@@ -52,19 +50,35 @@ from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
 from gpt_arc.tables import counted
-from gpt_arc.training.checkpoints import ADVICE, clean_run, load_state, resumable, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import (
+    ADVICE,
+    SHARDS,
+    clean_run,
+    load_state,
+    read_shards,
+    resumable,
+    save_checkpoint,
+    state_file,
+    write_shards,
+)
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
+from gpt_arc.training.parallel import Parallel
+from gpt_arc.training.parallel_modes import make_parallel
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
+from gpt_arc.weights.meta import meta_device
 from model import GPT
+
+ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
 
 
 @dataclass
@@ -78,6 +92,7 @@ class Run:
     model: GPT
     replica: nn.Module  # the model, or the DistributedDataParallel to call instead
     tokenizer: Tokenizer | None
+    parallel: Parallel
     sharing: ExpertParallel
     updater: Updater
     stop: StopSignal
@@ -118,15 +133,14 @@ class Run:
         batches = self.readable(prefetch(batches, plan.device))
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
-        self.model.eval()
-        with self.updater.averaged():
-            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
+        with self.updater.averaged(), self.parallel.evaluating(self.model):
+            shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
+            for i, batch in enumerate(shown, 1):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
-                if self.stop.anywhere():
+                if i % ASK_EVERY == 0 and self.stop.anywhere():
                     break
-        self.model.train()
         total, count = distributed.sum_over_ranks(sums).tolist()
         return None if self.stop.anywhere() else total / count
 
@@ -161,9 +175,10 @@ class Run:
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
+        is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         state = {
             "progress": dataclasses.asdict(progress),
-            **self.updater.state_dict(),
+            **self.updater.state_dict(gather=not is_sharded),
             "generators": distributed.gather(rng_state(plan.device)),
             "runtime": {
                 "device": plan.device.type,
@@ -173,11 +188,15 @@ class Run:
             },
             "data": self.data.corpus.fingerprint,
         }
-        whole = self.sharing.whole(self.model)
+        shards = self.updater.take_shards(state) if is_sharded else {}
+        with self.updater.averaged():
+            whole = self.sharing.whole(self.parallel.whole(self.model))
         if IS_MAIN:
             write = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
             keep_all = plan.config.logging.keep_all_checkpoints
-            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all)
+            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all, shards)
+        elif shards:
+            write_shards(shards)
         self.saved_step = progress.step
 
     @contextlib.contextmanager
@@ -221,7 +240,8 @@ def build(plan: Plan) -> Run:
     data = plan.data
     assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
-    model, tokenizer = build_model(plan)
+    parallel = make_parallel(training, device)
+    model, tokenizer = build_model(plan, parallel)
     sampler = None
     if config.logging.sample_interval and not config.run.eval_only:
         sampler = TrainingSampler(model, tokenizer, config.logging.sample_start, training.seed)
@@ -230,28 +250,32 @@ def build(plan: Plan) -> Run:
         if folder:
             clean_run(folder, progress.step, progress.best_step)
         else:
-            folder, lock = claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+            folder, lock = claim_new(
+                config.run.out_dir, launch.name, config.run.overwrite or config.run.init_from == "auto"
+            )
         say(f"run            {folder}" + (f", from step {progress.step}" if state else ""))
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
-    align(model)
     sharing = ExpertParallel(model, training.expert_processes, device)
-    model.to(device).activation_checkpointing = training.activation_checkpointing
-    replica = model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    choose_kernels(model, training)
+    replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile is True)
-    updater = Updater(model, training, device, dtype, sharing)
+    how = example, device, dtype, parallel, training.compile
+    compiled = plan.compile and try_compiling(model, replica, *how)
+    updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:
         with reading(state_file(launch.checkpoint), ADVICE):
+            if (launch.checkpoint / SHARDS).is_dir():
+                read_shards(updater.put_shards(state), launch.checkpoint)
             updater.load_state_dict(state)
             if RANK < len(state["generators"]):
                 set_rng_state(state["generators"][RANK], device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
-    parts = model, replica, tokenizer, sharing, updater, stop, compiled, example, sampler
+    parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled, example, sampler
     run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
     if IS_MAIN and not config.run.eval_only:
         logging, wandb = config.logging, None
@@ -263,7 +287,10 @@ def build(plan: Plan) -> Run:
     return run
 
 
-def build_model(plan: Plan) -> tuple[GPT, Tokenizer | None]:
+def build_model(plan: Plan, parallel: Parallel) -> tuple[GPT, Tokenizer | None]:
+    if parallel.is_sharded and not IS_MAIN:  # `place` gives it its shard of the main process's model
+        with meta_device():
+            return GPT(plan.config.model), plan.tokenizer
     if not plan.origin:
         return GPT(plan.config.model), plan.tokenizer
     model, trained_tokenizer = load_model(plan.origin, plan.config.model)
@@ -349,7 +376,7 @@ def train(run: Run) -> int:
         step_loss = torch.zeros((), device=device)
         for i in range(1, plan.micro_steps + 1):
             batch = next(batches)
-            with distributed.sharing_gradients(run.replica, i == plan.micro_steps):
+            with run.parallel.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
                 auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # of routers, a mean
@@ -420,9 +447,10 @@ def main() -> int:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
         checkpoint = resumable(launch.resumed, hold)
         launch = dataclasses.replace(launch, checkpoint=checkpoint)
-        trained_on = load_state(checkpoint, peek=True)["runtime"]["device"] if checkpoint else None
+        trained_on = load_state(checkpoint, on_disk=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
-    with distributed.process_group(launch.config.training.backend, device):
+    training = launch.config.training
+    with distributed.process_group(training.backend, device, training.timeout_minutes):
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:

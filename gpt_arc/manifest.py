@@ -7,7 +7,7 @@ are read as they are.
 import contextlib
 import json
 import mmap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -40,9 +40,12 @@ class DamagedFile(UserError):
     """A file differs from its folder's manifest."""
 
 
-def record_files(directory: Path, *names: str) -> None:
-    """Adds files to the manifest of their folder, in place of older entries. `names` may include the manifest's."""
-    recorded = _read(directory)
+def record_files(directory: Path, *names: str, removed: Collection[str] = ()) -> None:
+    """Adds files to the manifest of their folder, in place of older entries, and drops those of `removed` files.
+
+    `names` may include the manifest's.
+    """
+    recorded = {name: file for name, file in _read(directory).items() if name not in removed}
     for name in names:
         if name == MANIFEST:
             continue

@@ -28,8 +28,8 @@ from gpt_arc.alignment.losses import agreement, dpo_loss, log_probabilities, res
 from gpt_arc.alignment.policy import fingerprint, load_policy
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
 from gpt_arc.chat.files import read_rankings
-from gpt_arc.device import autocast
-from gpt_arc.distributed import WORLD_SIZE, say, sharing_gradients
+from gpt_arc.device import autocast, send
+from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
@@ -74,7 +74,7 @@ def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[
     """The arguments of `ResponseLikelihood.forward`."""
     tokens, _ = padded([sequence[:-1] for ranking in rankings for sequence in ranking.sequences], device)
     responses, lengths = padded([response for ranking in rankings for response in ranking.responses], device)
-    prompts = torch.tensor([len(r.prompt) for r in rankings for _ in r.responses], device=device)
+    prompts = send([len(r.prompt) for r in rankings for _ in r.responses], device)
     return tokens, prompts, responses, torch.arange(responses.size(1), device=device) < lengths[:, None]
 
 
@@ -139,7 +139,7 @@ def train(options: Options, run: StageRun) -> int:
         for i, (micro, weight) in enumerate(micros, start=1):
             batch = [examples[row] for row in micro]
             pairs = pairs_of(batch, run.device)
-            with sharing_gradients(replica, i == len(micros)):
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
                 with autocast(run.device, run.dtype):
                     logs = replica(*batch_of(batch, run.device))
                 ratios = logs - torch.cat([base["train"][row] for row in micro])

@@ -42,7 +42,9 @@ from gpt_arc.alignment.rollouts import (
     gather_rollouts,
     model_outputs,
     read_and_encode_prompts,
+    update_writer,
     write_responses,
+    writer_of,
 )
 from gpt_arc.chat.format import ChatFormat
 from gpt_arc.data.batches import windows
@@ -50,7 +52,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import RANK, WORLD_SIZE, say, sharing_gradients
+from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
@@ -342,7 +344,7 @@ def accumulate_gradients(
     totals = torch.zeros(5, device=run.device)
     for i, (micro, weight) in enumerate(micros):
         windows = text.part(update, i, len(micros), run.device) if text else None
-        with sharing_gradients(replica, i + 1 == len(micros)):
+        with run.parallel.sharing_gradients(replica, i + 1 == len(micros)):
             sums, text_sum = minibatch_losses(replica, rollouts, advantages, returns, micro, windows, options, run)
             means = torch.stack((*sums * (weight / tokens), text_sum / (text.tokens if text else 1)))
             loss = means[0] + options.value_coef * means[1] + options.pretraining_coef * means[4]
@@ -373,7 +375,8 @@ def train(options: Options, run: StageRun) -> int:
     replica = run.place(actor)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
-    decoder = Decoder(policy)
+    writer = writer_of(policy, run.device, run.dtype)
+    decoder = Decoder(writer)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
@@ -393,6 +396,7 @@ def train(options: Options, run: StageRun) -> int:
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
+            update_writer(writer, policy)
             share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
         rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started

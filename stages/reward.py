@@ -38,7 +38,7 @@ from gpt_arc.chat.batches import encode_conversations
 from gpt_arc.chat.files import read_conversations, read_rankings
 from gpt_arc.chat.format import load_chat_model
 from gpt_arc.device import autocast
-from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say, sharing_gradients
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import command, write_file
 from gpt_arc.planning.cost import describe_parameters
@@ -147,7 +147,7 @@ def train(options: Options, run: StageRun) -> int:
         for i, (micro, weight) in enumerate(micros, start=1):
             batch = [examples[row] for row in micro]
             pairs = pairs_of(batch, run.device)
-            with sharing_gradients(replica, i == len(micros)):
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
                 with autocast(run.device, run.dtype):
                     scores = replica(*padded([s for example in batch for s in example.sequences], run.device))
                 loss = ranking_loss(scores, *pairs)

@@ -101,11 +101,10 @@ def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:
     log = run.folder.with_name(run.name + ".log")
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if options.jobs > 1 else {})
+    arguments = run.command(options.launcher)
     with open(log, "ab") as file:
         # a session of its own, or a terminal's Ctrl-C would reach it beside the signal that is passed on
-        process = subprocess.Popen(
-            run.command(options.launcher), stdout=file, stderr=file, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment, start_new_session=True)
     passed_on = False
     while process.poll() is None:
         if stop.received and not passed_on:

@@ -38,7 +38,7 @@ from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import WORLD_SIZE, say, sharing_gradients
+from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
@@ -210,7 +210,7 @@ def train(options: Options, run: StageRun) -> int:
         micros = list(micro_batches(rows, options.batch_size))
         total = torch.zeros((), device=run.device)
         for i, (micro, weight) in enumerate(micros, start=1):
-            with sharing_gradients(replica, i == len(micros)):
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
                 with autocast(run.device, run.dtype):
                     loss = replica(*batch_of(examples, micro, whole, options, run))
                 routing = sum(loss.auxiliary.values()) / len(micros)  # a mixture of experts' router losses

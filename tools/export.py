@@ -32,7 +32,7 @@ from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import NotFinite, UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import new_directory, replacing, write_file
+from gpt_arc.files import new_directory, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
@@ -47,7 +47,12 @@ if TYPE_CHECKING:
 
 MARK = "Written by gpt-arc's tools/export.py"  # README.md starts with it: a folder without it is never replaced
 NAMES = {"README.md", "config.json", GENERATION_FILE, "model.safetensors", FILE_NAME, SETTINGS_FILE, TEMPLATE_FILE}
-NAMES |= {SENTENCEPIECE_FILE, CHAT_FILE, MANIFEST}  # nor is a folder with any other file
+NAMES |= {
+    SENTENCEPIECE_FILE,
+    CHAT_FILE,
+    MANIFEST,
+    "model.safetensors.index.json",
+}  # nor is a folder with any other file
 PAD = "<|pad|>"
 SPECIAL_NAMES = ("_start_", "_delimiter_", "_classify_")  # in openai/finetune-transformer-lm
 LAYOUTS = {
@@ -88,7 +93,8 @@ def check_output(folder: Path, overwrite: bool) -> None:
     readme = folder / "README.md"
     if not readme.is_file() or not readme.read_text("utf-8", errors="replace").startswith(MARK):
         raise UserError(f"{folder} holds something other than an export: name another folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES)
+    parts = {path.name for path in folder.glob("model-*-of-*.safetensors")}
+    others = sorted(path.name for path in folder.iterdir() if path.name not in NAMES | parts)
     if others:
         raise UserError(f"{folder} holds more than an export, such as {others[0]}: name another folder")
     if not overwrite:
@@ -389,14 +395,11 @@ def from_reward_model(options: Options, dtype: "torch.dtype") -> Export:
 
 
 def write(export: Export, options: Options) -> None:
-    from safetensors.torch import save_file
-
-    from gpt_arc.weights.huggingface import WEIGHTS
+    from gpt_arc.weights.tensor_files import write_weights
 
     readme = f"{MARK} from {options.model}, as {export.form} of transformers.\n{export.about}"
     with new_directory(options.output.resolve()) as temporary:
-        with replacing(temporary / WEIGHTS) as path:
-            save_file(export.tensors, path, {"format": "pt"})
+        write_weights(temporary, export.tensors)
         for name, content in {**export.files, "config.json": as_json(export.config), "README.md": readme}.items():
             write_file(temporary / name, content)
         if export.chat:

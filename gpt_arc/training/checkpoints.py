@@ -8,7 +8,8 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NotRequired
 from zipfile import ZIP_STORED, ZipFile
@@ -18,23 +19,26 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
+from gpt_arc import distributed
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
-from gpt_arc.manifest import DamagedFile, check_files, record_files
+from gpt_arc.manifest import DamagedFile, record_files
 from gpt_arc.reading import open_plain, reading
 from gpt_arc.settings import Count
 from gpt_arc.weights.checkpoint_folders import (
     ATTEMPTS,
     CHECKPOINT,
+    SHARDS,
+    check_checkpoint,
     checkpoints,
     deleted_too_soon,
     named_checkpoint,
     step_of,
     undamaged_before,
 )
+from gpt_arc.weights.tensor_files import ADVICE, open_tensors
 
-ADVICE = "use another checkpoint"
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 RECORD = "checkpoints.json"
 RUN_FILES = ("last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "wandb", RECORD, "run.json")
@@ -51,7 +55,7 @@ class OptimizerState(TypedDict):
 @with_config(CHECKED)
 class Runtime(TypedDict):
     device: str
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "tf32", "bfloat16", "float16"]
     compile: NotRequired[bool]
     threads: NotRequired[Count]
 
@@ -84,11 +88,12 @@ def save_checkpoint(
     save: Callable[[Path], None],
     state: dict[str, Any],
     keep_all: bool,
+    shards: Tensors | None = None,
 ) -> None:
     """Writes the checkpoint of `step`, points `last` to it, and `best` if that is `best_step`; deletes the others.
 
-    `save` writes the model into a folder. If the process is killed, `last` still names a complete checkpoint.
-    Raises UserError if it can't be written.
+    `save` writes the model into a folder. If there are `shards`, the other processes must call `write_shards`. If the
+    process is killed, `last` still names a complete checkpoint. Raises UserError if it can't be written.
     """
     if not run.is_dir():
         raise UserError(f"the run folder {run} has been deleted or moved, so step {step} can't be saved")
@@ -97,6 +102,8 @@ def save_checkpoint(
         with new_directory(directory) as temporary:
             save(temporary)
             torch.save(state, temporary / "training_state.pt")
+            if shards:
+                write_shards(shards, temporary)
             record_files(temporary, "training_state.pt")
             written = [*recorded(run), directory.name]
             write_file(run / RECORD, json.dumps(written) + "\n")
@@ -116,6 +123,47 @@ def save_checkpoint(
         if other not in (directory, best) and (superseded or not keep_all):
             with contextlib.suppress(OSError), locked(other):  # a reader may hold it: the next checkpoint tries again
                 discard(other)
+
+
+def write_shards(shards: Tensors, directory: Path | None = None) -> None:
+    """Writes the processes' shards of the tensors into `directory`, which the main process names.
+
+    Every process must call this. Raises OSError in all of them if one can't write.
+    """
+    from torch.distributed import checkpoint  # takes a second to import
+
+    folder = distributed.from_main(directory) / SHARDS
+    with _distributed_checkpoint():
+        checkpoint.save(shards, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    if directory:
+        record_files(folder, *(path.name for path in folder.iterdir()))
+
+
+def read_shards(shards: Tensors, directory: Path) -> None:
+    """Fills the tensors, which may be divided otherwise than they were saved. Every process must call this.
+
+    Raises UserError if one is missing or damaged.
+    """
+    from torch.distributed import checkpoint
+
+    folder = directory / SHARDS
+    for path in folder.glob("*.safetensors"):
+        open_tensors(path, ADVICE)
+    with reading(folder, ADVICE), _distributed_checkpoint():
+        checkpoint.load(shards, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder)))
+
+
+@contextlib.contextmanager
+def _distributed_checkpoint() -> Iterator[None]:
+    """Runs the block so that a failure raises what it raised in the first process that failed."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a single process
+            yield
+    except CheckpointException as error:  # which isn't an Exception
+        raise error.failures[min(error.failures)][0] from None
 
 
 def _unused_name(run: Path, step: int) -> str:
@@ -170,7 +218,7 @@ def resumable(run: Path, hold: contextlib.ExitStack | None = None) -> Path | Non
         try:
             if hold:
                 hold.enter_context(locked(last, shared=True))
-            check_files(last)
+            check_checkpoint(last)
             if last.exists():  # otherwise its run has deleted it
                 return last
         except (BlockingIOError, FileNotFoundError):
@@ -186,10 +234,10 @@ def resumable(run: Path, hold: contextlib.ExitStack | None = None) -> Path | Non
     raise deleted_too_soon(run)
 
 
-def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
+def load_state(directory: Path, on_disk: bool = False) -> dict[str, Any]:
     """Returns the training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
 
-    With `peek`, tensors stay on disk until they are used.
+    With `on_disk`, tensors stay there until they are used, so that a machine's processes share one copy in memory.
     """
     path = state_file(directory)
     if not path.exists():
@@ -198,7 +246,7 @@ def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
         with open_plain(path) as file, ZipFile(file) as archive:
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save doesn't do")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
         return dict(TypeAdapter(TrainingState).validate_python(state))
 
 

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import say, sharing_gradients
+from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.training.parallel import REPLICATED, Parallel
 from model import GPT
 
 # On a CPU, compiling takes 15 to 60 seconds and then saves about a twentieth of the time, so it pays off after some
@@ -37,26 +38,37 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
 
 
 def compile_in_place(
-    model: GPT, replica: torch.nn.Module, batch: Sequence[Tensor], device: torch.device, dtype: str
+    model: GPT,
+    replica: nn.Module,
+    batch: Sequence[Tensor],
+    device: torch.device,
+    dtype: str,
+    parallel: Parallel = REPLICATED,
+    by_block: bool = False,
 ) -> str | None:
     """Compiles `model` and tries a step on `batch`. If that fails, undoes it and returns the reason in one line.
+
+    `by_block` compiles one block, whose code serves the others, and leaves the rest as it is.
 
     `replica` is the model or its DistributedDataParallel, from which the compiler gets the gradient buckets.
     `nn.Module.compile` keeps parameter names, so `_orig_mod.` never reaches a file.
     """
+    parts: list[nn.Module] = [*model.blocks] if by_block else parallel.compiled_parts(model)
     try:
         if device.type == "cpu":  # else kernels add in the order their threads finish: no exact resume
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  a property of the module
-        model.compile()
+        for part in parts:
+            part.compile()
         batch = [tensor.clone() for tensor in to_device(batch, device)]  # aliased tensors would specialize the code
-        with sharing_gradients(replica, False):
+        with parallel.sharing_gradients(replica, False):
             with autocast(device, dtype):
                 loss = replica(*batch)
             loss.total.backward()
         return None
     except Exception as error:  # a compiler, its cache or its driver may raise anything
-        model._compiled_call_impl = None
+        for part in parts:
+            part._compiled_call_impl = None
         torch.use_deterministic_algorithms(False)
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
@@ -64,13 +76,19 @@ def compile_in_place(
 
 
 def try_compiling(
-    model: GPT, replica: torch.nn.Module, batch: Sequence[Tensor], device: torch.device, dtype: str, required: bool
+    model: GPT,
+    replica: nn.Module,
+    batch: Sequence[Tensor],
+    device: torch.device,
+    dtype: str,
+    parallel: Parallel,
+    setting: bool | str,
 ) -> bool:
-    """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if a `required` one fails."""
+    """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if it fails, except for auto."""
     say("compiling      takes a minute or so")
-    failure = compile_in_place(model, replica, batch, device, dtype)
-    if failure and required:
-        raise UserError(f"compile = true can't work here; --compile=False does without it: {failure}")
+    failure = compile_in_place(model, replica, batch, device, dtype, parallel, setting == "blocks")
+    if failure and setting != "auto":
+        raise UserError(f"compile = {str(setting).lower()} can't work here; --compile=False does without it: {failure}")
     if failure:
         say(f"not compiled   {failure}")
     return not failure

@@ -4,7 +4,7 @@ Follows GShard (arXiv:2006.16668). Every process holds everything except the exp
 is smaller than the number of processes, each group has all the experts, and their gradients are summed over the groups.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -79,11 +79,9 @@ class ExpertParallel:
         outgoing = ends.diff(prepend=ends.new_zeros(1))
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
-        outgoing, incoming = (
-            outgoing.view(self.processes, -1),
-            incoming.view(self.processes, -1),
-        )  # (P, E / P)
-        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        both = torch.stack((outgoing, incoming)).view(2, self.processes, -1)  # (2, P, E / P)
+        sent, received = both.sum(2).tolist()  # the host waits here, since it has to know the sizes
+        incoming = both[1]
         rows = AllToAll.apply(x, sent, received, self.group)  # grouped by process, then by expert
         expert = torch.arange(incoming.size(1), device=x.device).expand_as(incoming).flatten()
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
@@ -119,17 +117,6 @@ class ExpertParallel:
             whole = GPT(model.config)
         whole.load_state_dict(tensors, assign=True)
         return whole
-
-    def reshaped(
-        self, optimizer: torch.optim.Optimizer, state: dict, change: Callable[[Tensor], Tensor]
-    ) -> dict[int, dict[str, Tensor]]:
-        """Returns the `state` of an optimizer's `state_dict`, with `change` applied to the moments of the experts."""
-        parameters: Iterable[nn.Parameter] = (p for group in optimizer.param_groups for p in group["params"])
-        shared = {i for i, parameter in enumerate(parameters) if parameter in self.shares}
-        return {
-            i: {name: change(x) if i in shared and x.dim() else x for name, x in moments.items()}
-            for i, moments in state.items()
-        }
 
 
 def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:

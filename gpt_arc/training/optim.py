@@ -3,27 +3,33 @@
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.muon import BatchedMuon
+from gpt_arc.training.parallel import REPLICATED, Parallel
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT
 
 # what each optimizer keeps for a weight, in its shape and type
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+MOMENTS |= dict.fromkeys((torch.optim.Muon, BatchedMuon), ("momentum_buffer",))
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torch.optim.Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a model, each built with its peak rate, by the keys of their moments in training_state.pt.
 
     One always has the key `optimizer`. It updates all stacked experts, because expert parallelism gathers its moments
@@ -38,7 +44,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> dict[str, torc
         case "muon":  # it can't orthogonalise the stacked matrices of experts
             hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
             others = {name: p for name, p in parameters.items() if name not in hidden}
-            return {"optimizer": build_adamw(others, config, ratio), "muon": build_muon(hidden.values(), config)}
+            return {"optimizer": build_adamw(others, config, ratio), "muon": build_muon(hidden.values(), config, muon)}
     assert_never(config.optimizer)
 
 
@@ -69,13 +75,18 @@ def build_adamw(
     )
 
 
-def build_muon(matrices: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Muon:
+def build_muon(
+    matrices: Iterable[nn.Parameter], config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+) -> torch.optim.Muon:
     """Muon, whose update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)).
 
     That is the scale of https://github.com/KellerJordan/Muon.
     """
     rate, decay = config.muon_rate, config.weight_decay
-    return torch.optim.Muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+    matrices = list(matrices)
+    is_batched = muon is torch.optim.Muon and any(matrix.is_cuda for matrix in matrices)
+    kind = BatchedMuon if is_batched else muon
+    return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
 def decay_groups(
@@ -106,12 +117,13 @@ class Updater:
         config: TrainingConfig,
         device: torch.device,
         dtype: str,
+        parallel: Parallel = REPLICATED,
         sharing: ExpertParallel | None = None,
     ):
         """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
-        self.model, self.config = model, config
+        self.model, self.config, self.parallel = model, config, parallel
         self.sharing = sharing if sharing and sharing.shares else None
-        self.optimizers = build_optimizers(model, config)
+        self.optimizers = build_optimizers(model, config, parallel.muon)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._names)
@@ -126,7 +138,7 @@ class Updater:
     @torch.no_grad()
     def finite(self, *figures: float) -> bool:
         """Whether the weights in every process and `figures` are finite. Every process must call this."""
-        largest = get_total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
+        largest = self.parallel.total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
         bad = distributed.sum_over_ranks((~largest.isfinite()).float())
         return not bad and all(map(math.isfinite, figures))
 
@@ -142,12 +154,12 @@ class Updater:
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
         shares = self.sharing.shares if self.sharing else {}
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
+        norm = self.parallel.total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
         values = [norm / distributed.WORLD_SIZE]
         values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
         if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
             self.sharing.reduce_gradients()
-            values.append(get_total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
+            values.append(self.parallel.total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
         total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
         if self.sharing:
             total_norm = math.hypot(total_norm, math.sqrt(summed.pop()))
@@ -159,7 +171,7 @@ class Updater:
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     share = optimizer.defaults["lr"] / self.config.learning_rate
                     group["lr"] = learning_rate * share * group.get("rate", 1.0)
-                self.scaler.step(optimizer)
+                optimizer.step()  # the scaler's would ask the device again whether all is finite
             if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
@@ -183,18 +195,55 @@ class Updater:
             parameter.data.copy_(mean)
             mean.copy_(kept)
 
-    def state_dict(self) -> dict:
-        """The state to save, complete in the main process. Every process has to call it."""
+    def _gathered(self, weight: nn.Parameter, tensor: Tensor) -> Tensor:
+        """Returns, in the main process, a tensor that is divided like `weight` whole. Every process must call this."""
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.gathered(tensor) if sharing else self.parallel.gathered(tensor)
+
+    def _kept(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
+        """Returns what this process keeps of a tensor shaped like the whole `weight`."""
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.share_of(whole) if sharing else self.parallel.shard_of(whole, weight)
+
+    def state_dict(self, gather: bool = True) -> dict:
+        """The state to save, complete in the main process or, without `gather`, divided as it is.
+
+        Every process has to call it.
+        """
         state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-        if self.sharing:
-            main = self.optimizers["optimizer"]
-            state["optimizer"]["state"] = self.sharing.reshaped(
-                main, state["optimizer"]["state"], self.sharing.gathered
-            )
+        keep = self._gathered if gather else lambda weight, tensor: tensor
+        for name, optimizer in self.optimizers.items():
+            state[name]["state"] = map_moments(optimizer, state[name]["state"], keep)
         state |= {"optimizer_name": self.config.optimizer, "scaler": self.scaler.state_dict()}
         if self.average:  # the model's file holds the average
-            state["weights"] = [p.detach() for p in self.parameters]
+            state["weights"] = [keep(p, p.detach()) for p in self.parameters]
         return state
+
+    def take_shards(self, state: dict) -> dict[str, Tensor]:
+        """Moves the moments and weights out of a state that `state_dict` didn't gather. Returns them by name."""
+        shards = {f"weights.{i}": weight for i, weight in enumerate(state.get("weights", ()))}
+        if shards:
+            state["weights"] = []
+        for name in self.optimizers:
+            for i, moments in state[name]["state"].items():
+                for moment in [moment for moment, x in moments.items() if x.dim()]:
+                    shards[f"{name}.{i}.{moment}"] = moments.pop(moment)
+        return shards
+
+    def put_shards(self, state: dict) -> dict[str, Tensor]:
+        """Reverses `take_shards`: puts tensors divided like the weights into `state`. Returns them, to be filled."""
+        if self.sharing:
+            raise UserError('checkpoint_format = "sharded" doesn\'t suit expert_processes: resume without them')
+        shards: dict[str, Tensor] = {}
+        if "weights" in state:
+            state["weights"] = [torch.empty_like(p) for p in self.parameters]
+            shards |= {f"weights.{i}": weight for i, weight in enumerate(state["weights"])}
+        for name, optimizer in self.optimizers.items():
+            weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+            for i, moments in state[name]["state"].items():
+                for moment in moments_of(optimizer):
+                    shards[f"{name}.{i}.{moment}"] = moments[moment] = torch.empty_like(weights[i])
+        return shards
 
     def load_state_dict(self, state: dict) -> None:
         """Restore what `state_dict` returned; rates, decay and betas stay those of the present settings.
@@ -202,11 +251,9 @@ class Updater:
         The model holds the weights of its file: their average, if one was kept. Raises ValueError or KeyError, and
         changes nothing, if `state` describes another model.
         """
-        moments = {name: state[name]["state"] for name in self.optimizers}
-        if self.sharing:
-            main = self.optimizers["optimizer"]
-            moments["optimizer"] = self.sharing.reshaped(main, moments["optimizer"], self.sharing.share_of)
+        moments = {}
         for name, optimizer in self.optimizers.items():
+            moments[name] = map_moments(optimizer, state[name]["state"], self._kept)
             check_moments(optimizer, moments[name], self._names)
         weights = state.get("weights")
         if weights is not None:
@@ -216,7 +263,7 @@ class Updater:
         for mean, parameter in zip(self.average, self.parameters):
             mean.copy_(parameter.detach())
         for parameter, weight in zip(self.parameters, weights or ()):
-            parameter.detach().copy_(weight)
+            parameter.detach().copy_(self._kept(parameter, weight))
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -233,8 +280,24 @@ def check_same_optimizer(name: str, state: dict) -> None:
 
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
-    for mean, weight in zip(average, weights):
-        mean.lerp_(weight.detach(), 1 - decay)
+    get_ema_multi_avg_fn(decay)(tuple(average), tuple(weight.detach() for weight in weights), None)
+
+
+def map_moments(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[int, Mapping[str, Tensor]],
+    change: Callable[[nn.Parameter, Tensor], Tensor],
+) -> dict[int, dict[str, Tensor]]:
+    """Returns the `state` of an optimizer's `state_dict` with `change` applied to the moments of each weight."""
+    weights = dict(enumerate(weight for group in optimizer.param_groups for weight in group["params"]))
+    return {
+        i: {name: change(weights[i], x) if x.dim() and i in weights else x for name, x in moments.items()}
+        for i, moments in state.items()
+    }
+
+
+def moments_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return next(moments for kind, moments in MOMENTS.items() if isinstance(optimizer, kind))
 
 
 def check_moments(
@@ -248,7 +311,7 @@ def check_moments(
     for i, moments in state.items():
         if i not in weights:
             raise ValueError(f"it has moments of weight {i} of {len(weights)}")
-        expected = {name: weights[i].detach() for name in MOMENTS[type(optimizer)]}
+        expected = {name: weights[i].detach() for name in moments_of(optimizer)}
         if isinstance(optimizer, torch.optim.AdamW):
             expected["step"] = torch.tensor(0.0)
         check_tensors(moments, expected, f"{names[weights[i]]}: ")

@@ -16,7 +16,7 @@ from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
-from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
@@ -29,6 +29,7 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.optim import check_same_optimizer
+from gpt_arc.training.parallel_modes import check_parallel
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import load_config
 from gpt_arc.weights.huggingface import nearest_architecture
@@ -102,9 +103,10 @@ class Plan:
 def make_plan(launch: Launch, device: torch.device) -> Plan:
     """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
     config, state, progress = launch.config, None, Progress()
-    if IS_MAIN and not config.run.dry_run:
-        prepare_missing(config.data.sources)
-    distributed.from_main(None)  # the other processes wait for the data
+    for prepares in (IS_MAIN, LOCAL_RANK == 0):  # other machines prepare what they don't find on the main one's disk
+        if prepares and not config.run.dry_run:
+            prepare_missing(config.data.sources)
+        distributed.from_main(None)  # the other processes wait for the data
     corpus = open_corpus(config.data.sources, config.run.verify)
 
     # a dataset's vocabulary replaces a preset's; a trained model keeps its own
@@ -126,7 +128,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     training = config.training
     dtype, compile_setting, threads = training.dtype, training.compile, None
     if launch.checkpoint and launch.resumed and trained:
-        state = load_state(launch.checkpoint)
+        # a GPU copies it from the disk, and under fsdp each process takes its shard; else it is what the run changes
+        on_disk = device.type == "cuda" or training.parallel == "fsdp"
+        state = load_state(launch.checkpoint, on_disk=on_disk)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
         if training.max_iters < progress.step:
@@ -149,6 +153,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
+    check_parallel(training)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     with torch.device("meta"):
         flops = flops_per_token(GPT(config.model))
@@ -197,7 +202,8 @@ def print_plan(plan: Plan) -> None:
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
-    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
+    device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
+    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, device, checkpointing, sharing, fused)
     say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")

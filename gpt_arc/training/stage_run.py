@@ -26,11 +26,10 @@ from typing import Any, NoReturn
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from gpt_arc import distributed
-from gpt_arc.device import align, device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
+from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.next_steps import next_steps
@@ -44,6 +43,7 @@ from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
+from gpt_arc.training.parallel import REPLICATED
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
@@ -70,6 +70,7 @@ class StageRun:
 
     folder: Path  # a new run's only after `open`
     bar: tqdm  # from the first call of `goes_on`
+    parallel = REPLICATED
 
     def __init__(
         self,
@@ -156,9 +157,7 @@ class StageRun:
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
         set_up_device(self.device, self.dtype)
-        align(module)
-        module.to(self.device)
-        return module if WORLD_SIZE == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        return self.parallel.place(module, self.device)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
         """The optimizer, with a learning rate scheduled over this many updates."""

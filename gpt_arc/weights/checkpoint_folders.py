@@ -7,6 +7,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import follow
 from gpt_arc.manifest import DamagedFile, check_files
 
+SHARDS = "shards"  # folder in a checkpoint for tensors of the training state that each process saved a part of
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.(\d+))?")  # the step, and which time it was saved
 ATTEMPTS = 20  # to read a checkpoint that a run deletes meanwhile
 
@@ -45,10 +46,17 @@ def undamaged_before(directory: Path) -> Path | None:
     return next(filter(_is_undamaged, reversed(older)), None)
 
 
+def check_checkpoint(directory: Path, sizes_only: tuple[str, ...] = ()) -> None:
+    """`check_files` for a checkpoint and its shards, which have a manifest of their own. Raises DamagedFile."""
+    check_files(directory, sizes_only)
+    if (directory / SHARDS).is_dir():
+        check_files(directory / SHARDS, sizes_only)
+
+
 def _is_undamaged(directory: Path, sizes_only: tuple[str, ...] = ()) -> bool:
     """Whether the files of a checkpoint are there, as they were written."""
     try:
-        check_files(directory, sizes_only)
+        check_checkpoint(directory, sizes_only)
     except DamagedFile:
         return False
     return (directory / "training_state.pt").exists()

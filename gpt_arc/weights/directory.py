@@ -1,8 +1,8 @@
 """Model directories: saving and loading models.
 
-A model directory holds config.json, model.safetensors and tokenizer.json, all that is needed to use the model, and
-their checksums, manifest.json. A checkpoint is a model directory `step-00002000` that also holds training_state.pt. In
-a run folder, `last` and `best` are links to two checkpoints.
+A model directory holds config.json, model.safetensors (for a large model in parts, with an index) and tokenizer.json,
+all that is needed to use the model, and their checksums, manifest.json. A checkpoint is a model directory
+`step-00002000` that also holds training_state.pt. In a run folder, `last` and `best` are links to two checkpoints.
 """
 
 import functools
@@ -14,13 +14,12 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from pydantic import ConfigDict, with_config
-from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import follow, locked, replacing, whole, write_file
+from gpt_arc.files import follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
@@ -29,7 +28,7 @@ from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named
 from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.meta import meta_device
-from gpt_arc.weights.tensor_files import read_tensors
+from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, read_weights, write_weights
 from model import GPT, GPTConfig
 
 MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
@@ -60,12 +59,15 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
     settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
     content = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **settings}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(directory / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    weights = write_weights(directory, tensors)
+    superseded = {path.name for path in directory.glob(PARTS)}.union((WEIGHTS, INDEX)).difference(weights)
+    for name in superseded:
+        (directory / name).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(directory)
     write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
-    record_files(directory, "config.json", "model.safetensors", *(tokenizer.files() if tokenizer is not None else ()))
+    tokenizer_files = tokenizer.files() if tokenizer is not None else ()
+    record_files(directory, "config.json", *weights, *tokenizer_files, removed=superseded)
 
 
 def model_directory(path: Path | str) -> Path:
@@ -213,7 +215,7 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
         raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
     if kind == MODEL_TYPE:
-        tensors = read_tensors(directory / "model.safetensors", shapes, dtype)
+        tensors = read_weights(directory, shapes, dtype)
     else:
         tensors = read_converted(directory, kind, stored, shapes)
         tensors = {name: tensors.pop(name).to(dtype) for name in shapes}

@@ -23,13 +23,12 @@ from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.functional import Activation
-from gpt_arc.reading import mistake_in, read_json
+from gpt_arc.reading import mistake_in
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
-from gpt_arc.weights.tensor_files import and_more, open_tensors
+from gpt_arc.weights.tensor_files import and_more, open_tensors, weight_files
 from model import GPT, GPTConfig
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F32", "BF16", "F16", "F64")
 TRANSFORMERS_VERSION = "5.0.0"  # the oldest that writes the same files
 # masks and tables that some files store beside the weights; they follow from the configuration
@@ -481,10 +480,6 @@ def hf_classifier_tensors(
         yield "score.weight", head
 
 
-class Index(TypedDict):
-    weight_map: dict[str, str]  # tensor: file
-
-
 class Stored(NamedTuple):
     """A tensor in a file."""
 
@@ -557,20 +552,6 @@ def read_tensors(
 
 def stored_tensors(directory: Path) -> Iterator[Stored]:
     """Yields the tensors in the safetensors of `directory`: one file, or the shards that an index names."""
-    single, index = directory / WEIGHTS, directory / INDEX
-    paths = [single]
-    if not single.exists() and index.exists():
-        names = read_json(index, Index, limit=16 << 20)["weight_map"].values()
-        for name in names:
-            if Path(name).name != name:  # a path might lead anywhere
-                raise UserError(f"{index} names the file {name}, which is not in its folder")
-        paths = sorted({directory / name for name in names})
-    elif not single.exists():
-        pickles = sorted(path.name for path in directory.glob("*.bin"))
-        other = (
-            f", only {pickles[0]}, a pickle, which can run any code: save it again with transformers" if pickles else ""
-        )
-        raise UserError(f"{directory} has no {WEIGHTS}{other}")
-    for path in paths:
+    for path in weight_files(directory):
         file = open_tensors(path)
         yield from (Stored(name, path, file) for name in file.keys())

@@ -1,14 +1,23 @@
-"""Files of tensors in the safetensors format."""
+"""Files of tensors in the safetensors format: one, or several with an index that says which tensor is where."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, with_config
 from safetensors import safe_open
+from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.reading import open_plain, reading
+from gpt_arc.files import replacing, write_file
+from gpt_arc.reading import open_plain, read_json, reading
+
+PARTS = "model-*-of-*.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_FILE = 5 * 10**9  # bytes of tensors in a file, as in transformers
 
 LONGEST_HEADER = 8 << 20  # bytes; the headers of Qwen3-235B have 5 million, over all its files
 ADVICE = "use another checkpoint"
@@ -24,20 +33,85 @@ def open_tensors(path: Path, advice: str = "") -> Any:
         return safe_open(path, framework="pt")
 
 
+@with_config(ConfigDict(extra="allow"))
+class Index(TypedDict):
+    weight_map: dict[str, str]  # tensor: file
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the files with a model's weights: model.safetensors, or those that its index names. Raises UserError."""
+    single, index = directory / WEIGHTS, directory / INDEX
+    if single.exists():
+        return [single]
+    if not index.exists():
+        pickles = sorted(path.name for path in directory.glob("*.bin"))
+        other = (
+            f", only {pickles[0]}, a pickle, which can run any code: save it again with transformers" if pickles else ""
+        )
+        raise UserError(f"{directory} has no {WEIGHTS}{other}")
+    names = set(read_json(index, Index, limit=16 << 20)["weight_map"].values())
+    for name in names:
+        if Path(name).name != name:  # a path might lead anywhere
+            raise UserError(f"{index} names the file {name}, which is not in its folder")
+    return sorted(directory / name for name in names)
+
+
+def write_weights(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Writes a model's weights as transformers does: one file or, if they are large, several and an index.
+
+    Returns the names of the files.
+    """
+    parts: list[dict[str, torch.Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if parts[-1] and sum(x.nbytes for x in parts[-1].values()) + tensor.nbytes > LARGEST_FILE:
+            parts.append({})
+        parts[-1][name] = tensor
+    numbered = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    files = numbered if len(parts) > 1 else [WEIGHTS]
+    for file, part in zip(files, parts):
+        with replacing(directory / file) as temporary:
+            save_file(part, temporary, {"format": "pt"})
+    if len(parts) == 1:
+        return files
+    places = {name: file for file, part in zip(files, parts) for name in part}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_file(directory / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2) + "\n")
+    return [*files, INDEX]
+
+
+def read_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """`read_tensors` for the files of `weight_files`."""
+    paths = weight_files(directory)
+    return _read(paths, paths[0] if len(paths) == 1 else directory / INDEX, shapes, dtype)
+
+
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Reads a file that holds exactly the tensors in `shapes`, as `dtype`. Raises UserError naming file and tensor."""
-    file = open_tensors(path, ADVICE)
-    stored = set(file.keys())
-    if "lstm.weight_ih_l0" in stored - shapes.keys():
-        raise UserError(f"{path.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
+    return _read([path], path, shapes, dtype)
+
+
+def _read(
+    paths: Sequence[Path], whole: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Reads files that together hold exactly the tensors in `shapes`; messages about all name the path `whole`."""
+    stored: dict[str, tuple[Path, Any]] = {}
+    for path in paths:
+        file = open_tensors(path, ADVICE)
+        for name in file.keys():
+            if name in stored:
+                raise UserError(f"{path} and {stored[name][0]} both have the tensor {name}: remove one of them")
+            stored[name] = path, file
+    if "lstm.weight_ih_l0" in stored.keys() - shapes.keys():
+        raise UserError(f"{whole.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
     for problem, names in (
         ("lacks the tensor", shapes.keys() - stored),
-        ("has the unexpected tensor", stored - shapes.keys()),
+        ("has the unexpected tensor", stored.keys() - shapes.keys()),
     ):
         if names:
-            raise UserError(f"{path} {problem} {min(names)}{and_more(names)}")
+            raise UserError(f"{whole} {problem} {min(names)}{and_more(names)}")
     tensors = {}
     for name, shape in shapes.items():
+        path, file = stored[name]
         with reading(path, ADVICE):
             header = file.get_slice(name)
             if tuple(header.get_shape()) != tuple(shape):

@@ -92,7 +92,7 @@ def test_ctrl_c_stops_a_sweep_and_its_runs_and_the_same_command_goes_on(workplac
     log, metrics = Path("out/long/1x16-200000.log"), Path("out/long/1x16-200000/metrics.jsonl")
     with WarmPopen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-            assert process.poll() is None
+            assert process.poll() is None, process.communicate()
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import follow, locked
-from gpt_arc.manifest import check_files, record_files
-from gpt_arc.training.checkpoints import clean_run, load_state, resumable, save_checkpoint
-from gpt_arc.weights.checkpoint_folders import ATTEMPTS
+from gpt_arc.manifest import record_files
+from gpt_arc.training.checkpoints import clean_run, load_state, read_shards, resumable, save_checkpoint
+from gpt_arc.weights.checkpoint_folders import ATTEMPTS, check_checkpoint
 from gpt_arc.weights.directory import load_model, model_directory, of_one_checkpoint, save_model
 from helpers import killed_at_each_call
 from model import GPT, GPTConfig
@@ -76,7 +76,7 @@ def test_a_run_resumes_from_last_only(tmp_path):
         ("torch.save", FULL, " (No space left on device)"),
         ("os.fsync", FULL, " (No space left on device)"),  # while the model is saved
         (
-            "gpt_arc.weights.directory.save_file",
+            "gpt_arc.weights.tensor_files.save_file",
             SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
             " (No space left on device)",
         ),
@@ -315,7 +315,7 @@ def test_a_checkpoint_deleted_before_it_is_checked_is_looked_for_again(tmp_path,
 
         return wrapped
 
-    name, call = ("locked", locked) if held else ("check_files", check_files)
+    name, call = ("locked", locked) if held else ("check_checkpoint", check_checkpoint)
     monkeypatch.setattr(f"gpt_arc.training.checkpoints.{name}", save_then(call))
     with contextlib.ExitStack() as stack:
         assert resumable(tmp_path, stack if held else None) == tmp_path / "step-00000003"
@@ -411,3 +411,61 @@ def test_a_damaged_model_is_named_with_the_checkpoint_before_it(tmp_path):
         load_model(tmp_path)
     (tmp_path / "best" / "manifest.json").unlink()  # how to accept a change
     assert load_model(tmp_path)[1] is None
+
+
+def sharded_checkpoint(run, step):
+    shards = {"optimizer.0.exp_avg": torch.full((4, 3), float(step)), "weights.0": torch.arange(5.0)}
+    save_checkpoint(run, step, None, lambda directory: None, {"step": step}, keep_all=True, shards=shards)
+    return shards
+
+
+def test_shards_are_read_as_they_were_written(tmp_path):
+    written = sharded_checkpoint(tmp_path, 10)
+    shards = {name: torch.empty_like(tensor) for name, tensor in written.items()}
+    read_shards(shards, tmp_path / "last")
+    assert all(torch.equal(shards[name], tensor) for name, tensor in written.items())
+    files = sorted(path.name for path in (tmp_path / "last" / "shards").iterdir())
+    assert files[0] == "manifest.json" and all(name.endswith(".safetensors") for name in files[1:])
+
+
+@pytest.mark.parametrize("damage", ["bit", "missing"])
+def test_damaged_shards_are_named_and_the_checkpoint_before_them_resumed(tmp_path, damage, capsys):
+    for step in (10, 20):
+        sharded_checkpoint(tmp_path, step)
+    path = next((tmp_path / "step-00000020" / "shards").glob("*.safetensors"))
+    flip(path, 8 * (path.stat().st_size - 2)) if damage == "bit" else path.unlink()
+    assert resumable(tmp_path) == tmp_path / "step-00000010"
+    assert str(path) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "content", "sentence"),
+    [
+        ({"other": torch.zeros(2)}, None, "is damaged"),
+        ({"weights.0": torch.zeros(6)}, None, "is damaged"),
+        ({"weights.0": torch.zeros(5)}, b"\xff" * 64, "it claims a header of"),
+        ({"weights.0": torch.zeros(5)}, b"", "is damaged"),
+    ],
+)
+def test_shards_that_do_not_fit_are_refused(tmp_path, wanted, content, sentence):
+    sharded_checkpoint(tmp_path, 10)
+    path = next((tmp_path / "last" / "shards").glob("*.safetensors"))
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as error:
+        read_shards(wanted, tmp_path / "last")
+    assert str(tmp_path / "last" / "shards") in str(error.value)
+
+
+def test_shards_that_can_t_be_written_keep_the_previous_checkpoint(tmp_path, monkeypatch):
+    from torch.distributed import checkpoint
+
+    sharded_checkpoint(tmp_path, 10)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", full)
+    with pytest.raises(UserError, match=r"can't be written.*No space left on device.*earlier checkpoints are kept"):
+        sharded_checkpoint(tmp_path, 20)
+    assert resumable(tmp_path).name == "step-00000010" and not list(tmp_path.glob("*00000020*"))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.weights import tensor_files
 from gpt_arc.weights.directory import load_model, save_model
 from model import GPT, GPTConfig
 
@@ -33,6 +34,40 @@ def test_a_saved_model_loads_equal_even_from_a_moved_folder(tmp_path):
     ]
     content = json.loads((tmp_path / "moved" / "config.json").read_text())
     assert content["model_type"] == "gpt-arc" and content["format_version"] == 1
+
+
+def test_a_large_model_is_saved_in_parts_that_transformers_index_describes(tmp_path, monkeypatch):
+    """Parts hold at most LARGEST_FILE bytes, or one tensor; a folder never has the files of two saves."""
+    model, folder = GPT(CONFIG), tmp_path / "model"
+    monkeypatch.setattr(tensor_files, "LARGEST_FILE", 4096)
+    save_model(model, TOKENIZER, folder)
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(names) > 2 and names == [f"model-{i + 1:05}-of-{len(names):05}.safetensors" for i in range(len(names))]
+    parts = {name: load_file(folder / name) for name in names}
+    assert all(len(part) == 1 or sum(x.nbytes for x in part.values()) <= 4096 for part in parts.values())
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {tensor: name for name, part in parts.items() for tensor in part}
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in model.state_dict().values())
+    for size in (10**9, 4096, 8192):
+        loaded = load_model(folder)[0].state_dict()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        monkeypatch.setattr(tensor_files, "LARGEST_FILE", size)
+        save_model(model, TOKENIZER, folder)
+    (folder / f"model-00001-of-{len(list(folder.glob('*.safetensors'))):05}.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00001-of-.* is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("problem", ["lacks", "both have"])
+def test_damaged_parts_are_named(tmp_path, monkeypatch, problem):
+    monkeypatch.setattr(tensor_files, "LARGEST_FILE", 4096)
+    save_model(GPT(CONFIG), None, tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    tensors = {"lacks": {}, "both have": load_file(first) | load_file(second)}[problem]
+    save_file(tensors, second)
+    with pytest.raises(UserError, match=rf"model[\w.-]*.* {problem} the tensor"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied_head": False}, {"norm_position": "post"}, {"bias": False}])

@@ -1,0 +1,66 @@
+"""How several processes train one model: with a replica each, or each with a shard of every tensor."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from gpt_arc.device import align
+from gpt_arc.distributed import WORLD_SIZE
+from model import GPT
+
+
+class Parallel:
+    """One process that trains alone, or several with a replica of the model each (DistributedDataParallel).
+
+    `gpt_arc.training.sharded.Sharded` overrides what differs under FSDP.
+    """
+
+    is_sharded = False
+    muon = torch.optim.Muon
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Moves a model to the device. Returns the module to call: the model, or its replica."""
+        align(model)
+        model.to(device)
+        return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that are compiled one by one."""
+        return [model]
+
+    def sharing_gradients(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Context for a forward and a backward pass; processes share their gradients in the `last` one of a step."""
+        is_replica = isinstance(replica, DistributedDataParallel)
+        return replica.no_sync() if is_replica and not last else contextlib.nullcontext()
+
+    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+        """The norm () of all elements of `tensors`, which belong to one model. Every process must call this."""
+        return get_total_norm(tensors, order)
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """Runs the block with the model in evaluation mode."""
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train()
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the model or its optimizer, whole in the main process. Every process must call this."""
+        return tensor
+
+    def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        """Returns what this process keeps of a tensor, divided like the weight `like`."""
+        return whole
+
+    def whole(self, model: GPT) -> GPT:
+        """Returns the model to save, whole in the main process. Every process must call this."""
+        return model
+
+
+REPLICATED = Parallel()

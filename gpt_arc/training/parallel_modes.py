@@ -1,0 +1,25 @@
+"""What the setting `parallel` means for the processes of a run."""
+
+import torch
+
+from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.errors import UserError
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.parallel import REPLICATED, Parallel
+
+
+def make_parallel(config: TrainingConfig, device: torch.device) -> Parallel:
+    """Returns what the setting `parallel` means for this number of processes."""
+    if config.parallel != "fsdp" or WORLD_SIZE == 1:
+        return REPLICATED
+    from gpt_arc.training.sharded import Sharded  # takes a second to import
+
+    return Sharded(device, config.reshard_after_forward, config.replicas)
+
+
+def check_parallel(config: TrainingConfig) -> None:
+    """Raises UserError if the processes can't be divided as set."""
+    if config.parallel == "none" and WORLD_SIZE > 1:
+        raise UserError(f'parallel = "none" is for one process, and torchrun started {WORLD_SIZE}: use ddp or fsdp')
+    if WORLD_SIZE > 1 and WORLD_SIZE % config.replicas:
+        raise UserError(f"replicas = {config.replicas} does not divide the number of processes, {WORLD_SIZE}")

@@ -1,0 +1,135 @@
+"""Fully sharded data parallelism (FSDP2): every process keeps a shard of each weight, gradient and moment.
+
+A block's weights are gathered while it computes. Gradients are summed where their shards are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
+from gpt_arc.training.expert_parallel import exchanged
+from gpt_arc.training.parallel import Parallel
+from gpt_arc.weights.edit import with_settings
+from model import GPT, Block
+
+
+class ShardedMuon(torch.optim.Muon):
+    """torch's Muon for matrices divided by rows: each process orthogonalises every n-th of them, whole."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        for group in self.param_groups:
+            matrices = [p for p in group["params"] if p.grad is not None]
+            steps = [self._momentum(p, group["momentum"]) for p in matrices]
+            while matrices:
+                count = dist.get_world_size(shard_group(matrices[0]))
+                self._round(matrices[:count], steps[:count], group)
+                matrices, steps = matrices[count:], steps[count:]
+
+    def _momentum(self, matrix: DTensor, decay: float) -> Tensor:
+        """Adds this step's gradient to its moving average. Returns the shard of Nesterov's."""
+        mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
+        gradient: Any = matrix.grad
+        mean.lerp_(gradient, 1 - decay)
+        return gradient.lerp(mean, decay).to_local()
+
+    def _round(self, matrices: Sequence[DTensor], steps: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """Updates as many matrices as there are processes, or fewer; process r orthogonalises number r."""
+        processes = shard_group(matrices[0])
+        rank, count = dist.get_rank(processes), dist.get_world_size(processes)
+        sent = [step.numel() for step in steps] + [0] * (count - len(steps))
+        received = [0] * count
+        whole = torch.zeros(matrices[rank].shape if rank < len(matrices) else (0, 0), device=steps[0].device)
+        if rank < len(matrices):
+            rows, columns = whole.shape
+            share = -(-rows // count)
+            received = [columns * max(0, min(share, rows - i * share)) for i in range(count)]
+        gradient = exchanged(torch.cat([step.flatten() for step in steps]), sent, received, processes)
+        if rank < len(matrices):  # a step from 0, without memory, is the orthogonalised gradient
+            parameter = nn.Parameter(whole)
+            parameter.grad = gradient.view_as(whole)
+            torch.optim.Muon([parameter], lr=group["lr"], weight_decay=0.0, momentum=0.0, nesterov=False).step()
+            whole = parameter.detach()
+        changes = exchanged(whole.flatten(), received, sent, processes).split(sent)
+        for matrix, change in zip(matrices, changes):
+            local = matrix.to_local()
+            local.mul_(1 - group["lr"] * group["weight_decay"]).add_(change.view_as(local))
+
+
+def shard_group(tensor: DTensor) -> dist.ProcessGroup:
+    """The processes that have the shards of a tensor, one each."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+
+
+class Sharded(Parallel):
+    """Processes with a shard each; with several `replicas`, as many groups of processes each divide a whole model."""
+
+    is_sharded = True
+    muon = ShardedMuon
+
+    def __init__(self, device: torch.device, reshard_after_forward: bool = True, replicas: int = 1):
+        self.reshard_after_forward = reshard_after_forward
+        shape, names = (replicas, WORLD_SIZE // replicas), ("replicas", "shards")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        self.mesh = mesh if replicas > 1 else mesh["shards"]
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
+        whole = model.state_dict() if IS_MAIN else {}
+        model.to("meta")
+        for module in model.modules():
+            if isinstance(module, Block):
+                fully_shard(module, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(model, mesh=self.mesh)
+        model.to_empty(device=device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, whole, options=options)
+        return model
+
+    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
+        """Blocks, since gathering weights interrupts a graph."""
+        return [module for module in model.modules() if isinstance(module, Block)]
+
+    def sharing_gradients(self, replica: FSDPModule, last: bool) -> contextlib.AbstractContextManager:
+        """Every backward pass adds to the shards, as whole gradients may not fit; replicas share them in the last."""
+        replica.set_requires_all_reduce(last)
+        return contextlib.nullcontext()
+
+    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+        norm: Any = super().total_norm(tensors, order)
+        return norm.full_tensor()
+
+    @contextlib.contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        with super().evaluating(model):
+            try:
+                yield
+            finally:  # without a backward pass, gathered weights stay, and outlive the shards' next update
+                for module in model.modules():
+                    if isinstance(module, FSDPModule):
+                        module.reshard()
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor
+        whole = tensor.full_tensor()
+        return whole.cpu() if IS_MAIN else tensor
+
+    def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
+        if isinstance(whole, DTensor):  # read from shards
+            return whole
+        shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
+        return shard.clone()  # instead of a view, which would keep the whole
+
+    def whole(self, model: GPT) -> GPT:
+        tensors = {name: self.gathered(tensor) for name, tensor in model.state_dict().items()}
+        return with_settings(model, tensors) if IS_MAIN else model

@@ -1,0 +1,223 @@
+"""Models divided among processes (FSDP2), against one process with all of them."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from gpt_arc.data.tokenizer import BPETokenizer
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.training import parallel_modes
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.log import read_metrics
+from helpers import TEXT, TINY_FLAGS, command, write_dataset
+
+FLAGS = (
+    *TINY_FLAGS,
+    "--dtype=float32",
+    "--compile=False",
+    "--learning_rate=1e-3",
+    "--log_interval=1",
+    "--grad_clip=0.5",
+)
+FLAGS += ("--max_iters=20", "--lr_decay_iters=20", "--eval_interval=10", "--batch_size=6", "--eval_iters=3")
+ACCUMULATION = ("--batch_size=3", "--gradient_accumulation_steps=4")
+
+
+@pytest.fixture
+def run(workplace, output_of):
+    """Returns a function that trains into a folder with some processes and returns the metrics and the final
+    tensors. Beside data/sums there is data/lines, whose lines are documents."""
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    tokens = np.concatenate([[*tokenizer.encode(line), 256] for line in TEXT.splitlines()])
+    write_dataset(workplace / "data" / "lines", tokenizer, {"train": tokens[:-500], "val": tokens[-500:]})
+
+    def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
+        if processes == 1:
+            output_of(entry_point(train.main), *args)
+        else:
+            result = command(*args, processes=processes)
+            assert result.returncode == 0, result.stdout + result.stderr
+        return read_metrics(Path(folder) / "metrics.jsonl"), load_file(Path(folder) / "last/model.safetensors")
+
+    return train_into
+
+
+def assert_same_run(
+    actual: tuple[list[dict], dict],
+    expected: tuple[list[dict], dict],
+    bound: float = 1e-5,
+    figures: tuple[str, ...] = ("train_loss", "val_loss", "grad_norm"),
+) -> None:
+    assert len(actual[0]) == len(expected[0]) == 20
+    for line, expected_line in zip(actual[0], expected[0]):
+        for name in figures:
+            assert (name in line) == (name in expected_line)
+            assert line.get(name, 0) == pytest.approx(expected_line.get(name, 0), rel=bound), (name, line["step"])
+    assert actual[1].keys() == expected[1].keys()
+    for name, tensor in actual[1].items():
+        torch.testing.assert_close(tensor, expected[1][name], rtol=0, atol=3 * bound, msg=name)
+    assert any(line["grad_norm"] > 0.5 for line in actual[0]), "clipping isn't tested"
+
+
+def test_two_shards_train_as_one_process(run):
+    """Accumulated gradients, clipped by the norm of all shards; the saved and evaluated model is an average."""
+    flags = *ACCUMULATION, "--ema_decay=0.9"
+    assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags))
+
+
+VARIANTS = {
+    "untied": ("--tied_head=False", "--positions=rotary", "--activation=swiglu", "--norm=rmsnorm", "--qk_norm=True"),
+    "documents": (
+        "--dataset=lines",
+        "--document_mask=True",
+        "--activation_checkpointing=True",
+        "--reshard_after_forward=False",
+    ),
+    "ngrams": ("--ngrams=3", "--ngram_rows=100", "--head_bias=True", "--activation_checkpointing=True"),
+    "experts": ("--n_experts=4", "--experts_per_token=2", "--mlp_size=16", "--balance_rate=0.01", "--dropout=0.0"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_as_in_one_process(run, mode, flags):
+    assert_same_run(run("two", *flags, f"--parallel={mode}", processes=2), run("one", *flags))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "flags"), [(3, ()), (4, ("--replicas=2", *ACCUMULATION))])
+def test_uneven_shards_and_replicas_of_shards_train_as_one_process(run, processes, flags):
+    flags = "--batch_size=12", *flags
+    assert_same_run(run("several", *flags, "--parallel=fsdp", processes=processes), run("one", *flags[:1], *flags[2:]))
+
+
+AS_MUON = {"bound": 2e-3, "figures": ("train_loss", "val_loss")}  # bfloat16, where the order of additions shows
+
+
+@pytest.mark.slow
+def test_muon_trains_as_in_one_process(run):
+    flags = "--optimizer=muon", "--ema_decay=0.9", *ACCUMULATION
+    assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags), **AS_MUON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_format", ["whole", "sharded"])
+@pytest.mark.parametrize("extra", [(), ("--optimizer=muon", "--ema_decay=0.9")], ids=["adamw", "muon"])
+def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_format):
+    """From two shards to one process, to two and to three shards, and from one process to two shards."""
+    flags = "--batch_size=12", f"--checkpoint_format={checkpoint_format}", "--parallel=fsdp", *extra
+    bounds = AS_MUON if extra else {}
+    whole = run("whole", *flags)
+    for before, after in ((2, 1), (2, 2), (2, 3), (1, 2)):
+        folder = f"from-{before}-to-{after}"
+        run(folder, *flags, "--max_iters=10", processes=before)
+        assert Path(folder, "last/shards").is_dir() == (before > 1 and checkpoint_format == "sharded")
+        resumed = run(folder, *flags, "--init_from=resume", processes=after)
+        assert_same_run(resumed, whole, **bounds)
+
+
+SHARDS = """
+import copy, os, sys
+import torch
+from gpt_arc import distributed
+from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE
+from gpt_arc.training.sharded import Sharded, ShardedMuon
+from gpt_arc.weights.meta import meta_device
+from model import GPT, GPTConfig
+
+cpu = torch.device("cpu")
+with distributed.process_group("gloo", cpu):
+    config = GPTConfig(n_layer=3, n_embd=20, n_head=2, vocab_size=19, block_size=8, n_experts=2, expert_interval=3,
+                       experts_per_token=1, balance_rate=0.1, balance_loss=0.0, router_z_loss=0.0, head_bias=True)
+    torch.manual_seed(0)
+    whole = GPT(config)
+    if IS_MAIN:
+        model = copy.deepcopy(whole)
+    else:
+        with meta_device():
+            model = GPT(config)
+    sharded = Sharded(cpu)
+    replica = sharded.place(model, cpu)
+
+    def same(exactly):
+        gathered = sharded.whole(model)
+        if IS_MAIN:
+            for (name, x), y in zip(gathered.state_dict().items(), whole.state_dict().values()):
+                assert torch.equal(x, y) if exactly else (x - y).abs().max() < 1e-6, name
+
+    same(exactly=True)
+    print("equal weights")
+
+    batches = torch.randint(19, (WORLD_SIZE, 2, 9))
+    for tokens in batches:
+        whole(tokens[:, :-1], tokens[:, 1:].contiguous()).total.backward()
+    (replica(batches[RANK, :, :-1], batches[RANK, :, 1:].contiguous()).total * WORLD_SIZE).backward()
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        gradient = sharded.gathered(p.grad)
+        if IS_MAIN:
+            assert (gradient - q.grad).abs().max() <= 1e-5 * q.grad.abs().max(), name
+    norm = torch.nn.utils.get_total_norm([q.grad for q in whole.parameters()])
+    assert abs(sharded.total_norm([p.grad for p in model.parameters()]) - norm) < 1e-5 * norm
+    print("equal gradients")
+
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("blocks.")}
+    twins = [dict(whole.named_parameters())[name] for name in matrices]
+    settings = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    muon, expected = ShardedMuon(matrices.values(), **settings), torch.optim.Muon(twins, **settings)
+    for step in range(3):
+        for p, q in zip(matrices.values(), twins):
+            torch.manual_seed(step)
+            q.grad = torch.randn(q.shape)
+            p.grad = sharded.shard_of(q.grad, p)
+        muon.step()
+        expected.step()
+    same(exactly=False)
+    for p, q in zip(matrices.values(), twins):
+        assert torch.equal(muon.state[p]["momentum_buffer"].full_tensor(), expected.state[q]["momentum_buffer"])
+    print("equal matrices")
+
+    tokens, parameters = batches[0, :, :-1], list(model.parameters())  # the optimizer's
+    for _ in range(2):  # the second time with other weights, of which none may be left from the first
+        with torch.no_grad(), sharded.evaluating(model):
+            logits = replica(tokens)
+        expected = whole.eval()(tokens)
+        assert (logits - expected).abs().max() < 1e-3  # stale weights would be 0.1 off
+        with torch.no_grad():
+            for p, q in zip(parameters, whole.parameters()):
+                p.add_(0.1)
+                q.add_(0.1)
+    print("equal outputs")
+sys.stdout.flush()
+os._exit(0)  # as scripts end
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_shards_add_up_to_the_model(tmp_path, processes):
+    """Initial weights to the bit, gradients, Muon's updates, and outputs after an update; uneven among three."""
+    script = tmp_path / "shards.py"
+    script.write_text(SHARDS)
+    result = command(str(script), processes=processes)
+    assert result.returncode == 0 and result.stdout.count("equal") == 4 * processes, result.stdout + result.stderr
+
+
+def test_impossible_divisions_are_refused(monkeypatch):
+    monkeypatch.setattr(parallel_modes, "WORLD_SIZE", 4)
+    sharded = TrainingConfig(parallel="fsdp")
+    parallel_modes.check_parallel(sharded)
+    parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=2))
+    with pytest.raises(UserError, match="replicas = 3 does not divide the number of processes, 4"):
+        parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3))
+    with pytest.raises(UserError, match="is for one process, and torchrun started 4"):
+        parallel_modes.check_parallel(TrainingConfig(parallel="none"))
+    with pytest.raises(ValueError, match="leave out expert_processes"):
+        TrainingConfig(parallel="fsdp", expert_processes=2)
+    with pytest.raises(ValueError, match="replicas = 2 is for parallel = fsdp"):
+        TrainingConfig(replicas=2)
