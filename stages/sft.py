@@ -168,6 +168,8 @@ def train(options: Options, run: StageRun) -> int:
     if options.preview:
         return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
     splits = options.splits(read)
+    if vision is None and any(each.row.get("image") or each.row.get("images") for each in splits["train"]):
+        say("images         ignored: name an --image_encoder to learn from them")
     encoded = {name: encode(split, chat, model.config.block_size) for name, split in splits.items()}
     say(f"parameters     {describe_parameters(whole)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))

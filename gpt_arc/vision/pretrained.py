@@ -1,6 +1,7 @@
 """Image encoders in the format of Hugging Face's transformers: ViT, SigLIP and CLIP, without that library."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -168,7 +169,7 @@ def _parts(name: str, source: Source) -> list[str]:
 
 def _plain_name(name: str) -> str:
     """Returns a tensor's name in transformers 5, without what encloses the encoder."""
-    name = re.sub(r"^(vit\.|(.*\.)?vision_model\.)", "", name)
+    name = re.sub(r"^(vit\.|vision_tower\.)?((.*\.)?vision_model\.)?", "", name)
     for former, present in FORMER.items():
         name = name.replace(former, present) if ".mlp." not in name else name
     return name
@@ -185,6 +186,11 @@ def read_encoder(directory: Path) -> tuple[ImageEncoder, Preprocessing]:
         kind, config = encoder_config(dict(read_json(path, Declared)))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    return read_encoder_tensors(directory, kind, config), read_preprocessing(directory)
+
+
+def read_encoder_tensors(directory: Path, kind: str, config: EncoderConfig) -> ImageEncoder:
+    """Returns an encoder with the tensors of `kind`, a key of SOURCES, in a directory. Raises UserError."""
     stored = {_plain_name(tensor.name): tensor for tensor in stored_tensors(directory)}
     with meta_device():
         encoder = ImageEncoder(config)
@@ -203,7 +209,15 @@ def read_encoder(directory: Path) -> tuple[ImageEncoder, Preprocessing]:
                 raise UserError(f"{stored[part].path}: {stored[part].name} has the type {header.get_dtype()}")
         tensors[name] = torch.cat([stored[part].read().reshape(-1) for part in parts]).reshape(empty.shape)
     encoder.load_state_dict(tensors, assign=True)
-    return encoder, read_preprocessing(directory)
+    return encoder
+
+
+def encoder_tensors(encoder: ImageEncoder, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the encoder's tensors, on the CPU in float32, named and shaped as in `kind`, a key of SOURCES."""
+    for name, tensor in encoder.state_dict().items():
+        parts = _parts(name, SOURCES[kind])
+        for part, rows in zip(parts, tensor.detach().float().cpu().chunk(len(parts))):
+            yield part, rows.contiguous()
 
 
 def read_preprocessing(directory: Path) -> Preprocessing:

@@ -491,15 +491,21 @@ class Stored(NamedTuple):
         return self.file.get_tensor(self.name).float()
 
 
-def read_tensors(directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+def read_tensors(
+    directory: Path, kind: str, config: GPTConfig, shapes: dict[str, torch.Size], within: str = ""
+) -> dict[str, Tensor]:
     """Reads tensors by our names and `shapes`, in float32, from a directory of the architecture `kind`.
+
+    `within` is the prefix of the language model's tensors in a larger model.
 
     Raises UserError naming the file and tensor if one is missing, unexpected, damaged, or has the wrong shape or type.
     """
     architecture = ARCHITECTURES[kind]
     stored = {}
     for tensor in stored_tensors(directory):
-        other = stored.setdefault(tensor.name.removeprefix(architecture.prefix), tensor)
+        if not tensor.name.startswith(within):
+            continue
+        other = stored.setdefault(tensor.name.removeprefix(within).removeprefix(architecture.prefix), tensor)
         if other is not tensor:
             raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: remove one of them")
     if any(".mlp.experts." in name for name in stored):

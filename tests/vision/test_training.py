@@ -146,6 +146,14 @@ def test_a_preview_shows_where_images_are(run):
     assert "<|user|>·<image>·<image>·<image>·<image>·h·<|assistant|>·[a·<|end|>]" in output
 
 
+def test_images_that_no_encoder_reads_are_mentioned(run):
+    write("train.jsonl", [row for row in rows() if "<image>" not in row["prompt"]])
+    assert "images         ignored: name an --image_encoder" in run("base", "--train=train.jsonl", *QUICK)
+    write("train.jsonl", rows()[-2:])
+    output = run("base", "--train=train.jsonl", *QUICK, "--out_dir=text")
+    assert "images" not in output and not Path("text/last/vision.json").exists()
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
