@@ -236,7 +236,7 @@ def build(plan: Plan) -> Run:
     data = plan.data
     assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
-    parallel = make_parallel(training, device)
+    parallel = make_parallel(training, device, dtype)
     model, tokenizer = build_model(plan, parallel)
     sampler = None
     if config.logging.sample_interval and not config.run.eval_only:

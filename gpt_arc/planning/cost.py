@@ -78,15 +78,20 @@ def memory_estimate(
     config: GPTConfig = model.config
     size = 4 if dtype == "float32" else 2
     tokens, width = sequences * config.block_size, config.n_embd
-    mlp = config.mlp_width * (4 if config.gated else 2)
-    experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
-    layers = [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
+    layers = layer_activations(config)
     activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
     logits = min(tokens * config.vocab_size, logits_at_once(device))
     in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
         1 - 1 / expert_processes
     )
     return 16 * int(model.num_parameters() - in_other_processes) + activations + logits * (size + 8)
+
+
+def layer_activations(config: GPTConfig) -> list[int]:
+    """How many values per token each layer keeps for its backward pass, see `memory_estimate`."""
+    width, mlp = config.n_embd, config.mlp_width * (4 if config.gated else 2)
+    experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
+    return [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
 
 
 def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:

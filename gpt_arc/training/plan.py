@@ -20,6 +20,7 @@ from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.planning.layout import Layout
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted, human
@@ -200,7 +201,13 @@ def print_plan(plan: Plan) -> None:
         say(f"data           {line}")
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
     memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
-    say(f"memory         about {human(memory, 'B')} on each device")
+    if config.training.parallel == "fsdp":
+        layout = layout_of(plan, sketch)
+        memory = 0 if config.run.accelerator else sum(layout.memory.values())
+        for line in layout.lines():
+            say(line)
+    else:
+        say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
     kind, foreign = nearest_architecture(config.model)
@@ -209,6 +216,17 @@ def print_plan(plan: Plan) -> None:
         say(f"export         not to transformers, except as a {kind}: {flags}")
     compiled = "compiled" if plan.compile else "not compiled"
     say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
+
+
+def layout_of(plan: Plan, sketch: GPT) -> Layout:
+    """How FSDP divides the model among the accelerators that a dry run names, or among this run's processes."""
+    config, training, run = plan.config, plan.config.training, plan.config.run
+    accelerator, devices = (run.accelerator or "").lower(), run.devices if run.accelerator else WORLD_SIZE
+    dtype = plan.dtype if training.dtype != "auto" or not accelerator else "bfloat16"
+    return Layout(
+        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, dtype,
+        training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
+    )  # fmt: skip
 
 
 def doubts(plan: Plan, memory: int) -> Iterator[str]:

@@ -108,6 +108,15 @@ def test_muon_trains_as_in_one_process(run):
 
 
 @pytest.mark.slow
+def test_matrices_gathered_in_bfloat16_compute_what_autocast_does(run):
+    """The first loss is the same; later ones differ by the order of additions in 16 bits."""
+    flags = *VARIANTS["experts"], "--qk_norm=True", "--norm=rmsnorm", "--dtype=bfloat16", "--balance_loss=0"
+    two, one = run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags)
+    assert two[0][0]["train_loss"] == pytest.approx(one[0][0]["train_loss"], rel=1e-6)
+    assert_same_run(two, one, **AS_MUON)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_format", ["whole", "sharded"])
 @pytest.mark.parametrize("extra", [(), ("--optimizer=muon", "--ema_decay=0.9")], ids=["adamw", "muon"])
 def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_format):
