@@ -178,10 +178,14 @@ class Loss(NamedTuple):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with its weight cast to the input's type: the fused kernel refuses two types under autocast."""
+    """torch's, with its weight cast to the input's type on a CPU, whose fused kernel refuses two types under autocast.
+
+    On a GPU autocast computes the norm in float32.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+        weight = self.weight.type_as(x) if x.device.type == "cpu" else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -285,6 +289,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -325,10 +330,18 @@ class GPT(nn.Module):
         if self.head_bias is not None:
             nn.init.zeros_(self.head_bias)
 
-    def embed(self, tokens: Tensor, positions: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, C) of tokens (B, T) at positions (T,) or (B, T); `previous`: see `ngram_ids`."""
+    def embed(
+        self, tokens: Tensor, positions: Tensor, previous: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings (B, T, C) of tokens (B, T) at positions (T,) or (B, T); `previous`: see `ngram_ids`.
+
+        With `images` (N, C), a token below 0 isn't text: -1 - i stands for row i of them.
+        """
         config = self.config
-        x = self.token_embedding(tokens)
+        x = self.token_embedding(tokens if images is None else tokens.clamp(min=0))
+        if images is not None:
+            in_image = tokens < 0
+            x[in_image] = images[-1 - tokens[in_image]].type_as(x)
         if config.ngrams > 1:
             x = x + self.ngram_embedding(ngram_ids(tokens, positions, previous, config.ngrams, config.ngram_rows)).sum(
                 -2
@@ -354,6 +367,7 @@ class GPT(nn.Module):
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
@@ -361,14 +375,15 @@ class GPT(nn.Module):
         positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
-        statistics.
+        statistics. `images`: see `embed`.
         """
         config = self.config
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
         positions, masks = positions_and_masks(tokens, documents, cache, config.attention_band, attention_dropout)
-        x, rotary, routings = self.embed(tokens, positions, previous), self.rotary(positions), []
+        x, rotary, routings = self.embed(tokens, positions, previous, images), self.rotary(positions), []
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -404,12 +419,14 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         documents: Tensor | None = None,
         lengths: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 isn't scored, their `Loss`.
 
-        `documents` confines attention to documents, and `lengths` tells routers where padding begins: see `hidden`.
+        `documents` confines attention to documents, and `lengths` tells routers where padding begins: see `hidden`;
+        `images` are embeddings that tokens stand for: see `embed`.
         """
-        hidden = self.hidden(tokens, documents, lengths=lengths)
+        hidden = self.hidden(tokens, documents, lengths=lengths, images=images)
         if targets is None:
             return self.logits(hidden)
         return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), self.router_losses())

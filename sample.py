@@ -9,6 +9,7 @@
     python sample.py gpt2-xl --draft=gpt2              speculative decoding: a small model proposes tokens
     python sample.py --interactive=True                prompts from the keyboard, one after the other
     python sample.py --chat out/sft                    a conversation; --system="Be brief." sets its tone
+    python sample.py out/sft --image=cat.png --start="What is this?"    a model trained on images; /image FILE in a chat
     python sample.py --prompts=FILE --json=True        one prompt per line in, one JSON object per line out
 
 A model is a run folder, a model directory, or the name of published weights.
@@ -37,6 +38,8 @@ from gpt_arc.tables import to_json
 if TYPE_CHECKING:
     from gpt_arc.decoding.generate import Step
 
+SHOW = "/image "  # in a chat, before the file of an image for the next question
+
 
 class Sampler:
     """A model that continues prompts as the settings say."""
@@ -45,9 +48,11 @@ class Sampler:
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
         from gpt_arc.chat.format import load_chat, require_chat
         from gpt_arc.decoding.dialogue import Dialogue
+        from gpt_arc.decoding.images import load_images
         from gpt_arc.decoding.load import load_decoder, set_decoding_threads
         from gpt_arc.decoding.speculative import Acceptance
         from gpt_arc.training import runs
+        from gpt_arc.vision.model import reads_images
         from gpt_arc.weights.directory import of_one_checkpoint
 
         self.config, self.acceptance = config, Acceptance()
@@ -61,16 +66,19 @@ class Sampler:
         def load(directory: Path) -> tuple:
             decoder, tokenizer = load_decoder(directory, config, rows, steps)
             chat = None
-            if config.chat:
+            if config.chat or config.image:
                 chat = load_chat(directory, tokenizer, decoder.model.config.vocab_size)
                 chat = require_chat(directory, chat)
-            return directory, decoder, tokenizer, chat
+            images = load_images(directory, decoder) if config.image or chat and reads_images(directory) else None
+            return directory, decoder, tokenizer, chat, images
 
         name = config.names[0] if config.names else runs.newest_run()
-        self.directory, self.decoder, self.tokenizer, chat = load(name)
+        self.directory, self.decoder, self.tokenizer, chat, self.images = load(name)
         set_decoding_threads(self.decoder, config.threads, rows)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
-        if config.chat:
+        for path in config.image:
+            self.images.show(path)
+        if chat:
             self.dialogue = Dialogue(chat, self.context, config.max_new_tokens, config.system)
         if config.draft:
             self.draft, draft_tokenizer = of_one_checkpoint(load_decoder)(config.draft, config, rows, steps)
@@ -80,10 +88,15 @@ class Sampler:
                 )
 
     def continuations(self, prompts: Sequence[str]) -> list[Continuation]:
-        """Returns the empty continuations of prompts, or the empty answer of a chat."""
+        """Returns the empty continuations of prompts, or the empty answer of a chat; none where an image is shown."""
         config = self.config
         if self.dialogue:
-            return [self.dialogue.ask(prompts[0], config.stop)]
+            if config.typed and prompts[0].startswith(SHOW):
+                if self.images is None:
+                    raise UserError(f"{self.directory} reads text alone: train it on images by stages/sft.py")
+                self.images.show(Path(prompts[0].removeprefix(SHOW).strip()))
+                return []
+            return [self.dialogue.ask(prompts[0], config.stop, self.images.take() if self.images else ())]
         encoded = [(prompt, encode_prompt(prompt, self.tokenizer, self.context)) for prompt in prompts]
         return [
             Continuation(prompt, tokens, self.tokenizer, config.stop)

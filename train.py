@@ -64,6 +64,7 @@ from gpt_arc.training.checkpoints import (
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.parallel import Parallel
@@ -76,6 +77,8 @@ from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
 from gpt_arc.weights.meta import meta_device
 from model import GPT
+
+ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
 
 
 @dataclass
@@ -131,11 +134,12 @@ class Run:
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
-            for batch in tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True):
+            shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
+            for i, batch in enumerate(shown, 1):
                 with autocast(plan.device, plan.dtype):
                     loss = self.model(*to_device(batch, plan.device))
                 sums += torch.stack((loss.total, loss.count))
-                if self.stop.anywhere():
+                if i % ASK_EVERY == 0 and self.stop.anywhere():
                     break
         total, count = distributed.sum_over_ranks(sums).tolist()
         return None if self.stop.anywhere() else total / count
@@ -246,17 +250,19 @@ def build(plan: Plan) -> Run:
         if folder:
             clean_run(folder, progress.step, progress.best_step)
         else:
-            folder, lock = claim_new(config.run.out_dir, launch.name, config.run.overwrite)
+            folder, lock = claim_new(
+                config.run.out_dir, launch.name, config.run.overwrite or config.run.init_from == "auto"
+            )
         say(f"run            {folder}" + (f", from step {progress.step}" if state else ""))
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
     sharing = ExpertParallel(model, training.expert_processes, device)
-    model.activation_checkpointing = training.activation_checkpointing
+    choose_kernels(model, training)
     replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    how = example, device, dtype, parallel, training.compile is True
+    how = example, device, dtype, parallel, training.compile
     compiled = plan.compile and try_compiling(model, replica, *how)
     updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
@@ -441,9 +447,10 @@ def main() -> int:
             lock = Lock(launch.resumed)  # noqa: F841  before its state is read, and until the process ends
         checkpoint = resumable(launch.resumed, hold)
         launch = dataclasses.replace(launch, checkpoint=checkpoint)
-        trained_on = load_state(checkpoint, peek=True)["runtime"]["device"] if checkpoint else None
+        trained_on = load_state(checkpoint, on_disk=True)["runtime"]["device"] if checkpoint else None
     device = resolve_device(launch.config.training.device, LOCAL_RANK, prefer=trained_on)
-    with distributed.process_group(launch.config.training.backend, device):
+    training = launch.config.training
+    with distributed.process_group(training.backend, device, training.timeout_minutes):
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:

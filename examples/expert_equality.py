@@ -42,6 +42,7 @@ LIMIT, ROUNDINGS = 1e-5, 4.0  # for float32; for bfloat16 in multiples of the lo
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "gelu": lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
     "relu": lambda x: x * (x > 0),
     "relu_squared": lambda x: (x * (x > 0)) ** 2,
     "swiglu": lambda x: x.chunk(2, -1)[0] * torch.sigmoid(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],

@@ -4,8 +4,9 @@ import ctypes
 import gc
 import os
 import platform
+import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from gpt_arc.tables import counted
 T = TypeVar("T", Tensor, Tensor | None)
 
 ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None) -> torch.device:
@@ -39,13 +40,32 @@ def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None)
         available = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
         raise UserError(f'device = "{setting}" is not available here, only {available}')
     if device.type == "cuda":
+        check_kernels(device)
         torch.cuda.set_device(device)  # make it torch's current device
     return device
+
+
+def check_kernels(device: torch.device) -> None:
+    """Raises UserError if this build of torch has no kernels for a GPU."""
+    names = (re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", name) for name in torch.cuda.get_arch_list())
+    built = [(match[1], (int(match[2]), int(match[3]))) for match in names if match]  # none for AMD's GPUs
+    capability = torch.cuda.get_device_capability(device) if built else (0, 0)
+    # sm: for GPUs of one generation; compute: for all later ones, compiled as they are loaded
+    if built and not any(
+        version <= capability and (kind == "compute" or version[0] == capability[0]) for kind, version in built
+    ):
+        raise UserError(
+            f"this torch, for CUDA {torch.version.cuda}, has no kernels for {torch.cuda.get_device_name(device)}, of "
+            f"compute capability {capability[0]}.{capability[1]}: install one that has; for GPUs before Turing it is "
+            "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+        )
 
 
 def resolve_dtype(setting: str, device: torch.device) -> str:
     """The precision of matrix products. auto means the fastest type that the hardware multiplies natively."""
     if setting != "auto":
+        if setting == "tf32" and device.type != "cuda":
+            raise UserError(f"dtype = tf32 is a type of NVIDIA's GPUs, and the device is {device.type}: use float32")
         return setting
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -58,8 +78,9 @@ def resolve_dtype(setting: str, device: torch.device) -> str:
 def set_up_device(device: torch.device, dtype: str) -> None:
     """Make training faster on the device, for the whole process.
 
-    On a GPU, products that autocast leaves in float32 use TF32. On a CPU with glibc, freed memory is kept: by default
-    blocks over 32 MiB go back to the system, which zeroes them page by page each time they are allocated again.
+    On a GPU, products that autocast leaves in float32 use TF32, unless the type is float32. On a CPU with glibc, freed
+    memory is kept: by default blocks over 32 MiB go back to the system, which zeroes them page by page each time they
+    are allocated again.
     Everywhere, objects created by imports are exempt from garbage collection, which would delay training steps.
     """
     gc.collect()
@@ -85,12 +106,20 @@ def align(module: nn.Module) -> None:
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
     """Context in which a forward pass multiplies in `dtype`."""
-    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+    return torch.autocast(device.type, DTYPES[dtype], enabled=DTYPES[dtype] != torch.float32)
 
 
 def to_device(batch: Sequence[T], device: torch.device) -> list[T]:
-    """Move the tensors of `batch` to the device; None stays. Copies of pinned tensors to a GPU are asynchronous."""
-    return [tensor if tensor is None else tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch]
+    """Move the tensors of `batch` to the device; None stays."""
+    return [tensor if tensor is None else send(tensor, device) for tensor in batch]
+
+
+def send(values: Tensor | Sequence[Any], device: torch.device) -> Tensor:
+    """Numbers on the device. A GPU receives them from pinned memory, so the host doesn't wait for the copy."""
+    tensor = torch.as_tensor(values)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def memory_of(device: torch.device) -> int | None:

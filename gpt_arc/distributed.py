@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,12 +47,14 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def process_group(backend: str, device: torch.device) -> Iterator[None]:
+def process_group(backend: str, device: torch.device, timeout_minutes: int = 60) -> Iterator[None]:
     """Runs the block in a process group. Raises UserError for a backend that doesn't support the device.
 
-    After an error the group is not destroyed, because destroying it could wait for the other processes forever. A gloo
-    group isn't destroyed either: it would hold Python's lock while it waits for its threads, which may need the lock to
-    release their last tensors. It ends with the process, at the `os._exit` of `entry_point`.
+    A process waits for the others for `timeout_minutes`. With nccl, Python objects go by gloo, past the GPUs.
+
+    The group is not destroyed: after an error this could wait for the other processes forever, and gloo would hold
+    Python's lock while it waits for its threads, which may need the lock to release their last tensors. It ends with
+    the process, at the `os._exit` of `entry_point`.
     """
     if WORLD_SIZE == 1:
         yield
@@ -62,10 +65,12 @@ def process_group(backend: str, device: torch.device) -> Iterator[None]:
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend = nccl needs GPUs, but the device is {device.type}: use gloo or auto")
-    dist.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if backend == "nccl" else None,
+    )
     yield
-    if backend == "nccl":
-        dist.destroy_process_group()
 
 
 def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:

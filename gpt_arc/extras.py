@@ -6,6 +6,7 @@ from typing import Any
 from gpt_arc.errors import UserError
 
 EXTRAS = {  # module -> the extra of pyproject.toml that installs it
+    "PIL": "vision",
     "datasets": "data",
     "lm_eval": "eval",
     "matplotlib": "plot",
@@ -17,7 +18,12 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "sklearn": "metrics",
     "transformers": "dev",
 }
-PACKAGES = {"lm_eval": "EleutherAI's lm-evaluation-harness", "rouge_score": "rouge-score", "sklearn": "scikit-learn"}
+PACKAGES = {
+    "PIL": "Pillow",
+    "lm_eval": "EleutherAI's lm-evaluation-harness",
+    "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn",
+}
 
 
 def import_extra(module: str) -> Any:

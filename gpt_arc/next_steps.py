@@ -6,9 +6,9 @@ from gpt_arc.files import command
 
 
 def next_steps(purposes: dict[str, str]) -> str:
-    """Returns lines with commands and what each is for."""
-    width = max(map(len, purposes))
-    return "\n".join(["next:", *(f"  {each:<{width}}   {purpose}" for each, purpose in purposes.items())])
+    """Returns lines with commands and, before each, what it is for."""
+    width = max(map(len, purposes.values()))
+    return "\n".join(["next:", *(f"  {purpose:<{width}}  {each}" for each, purpose in purposes.items())])
 
 
 def after_preparation(name: str) -> str:

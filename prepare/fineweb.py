@@ -11,13 +11,15 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+import dataclasses
 import sys
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
-from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
+from gpt_arc.data.documents import merge_inputs
+from gpt_arc.data.hub_corpora import HubSettings, prepare_from_hub
+from gpt_arc.data.prepare import ValFraction
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.next_steps import after_preparation
@@ -25,13 +27,12 @@ from gpt_arc.settings import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Options(CorpusSettings):
-    input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. Empty: stream it from the hub."""
-    sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] | None = None
-    """Which sample to stream, of 10, 100 or 350 billion tokens. None: sample-10BT."""
+class Options(HubSettings):
+    dataset: str = "HuggingFaceFW/fineweb-edu"
     name: str = "fineweb"
     """Name of the dataset, written to data/NAME."""
+    sample: Literal["sample-10BT", "sample-100BT", "sample-350BT"] | None = None
+    """Which sample to stream, of 10, 100 or 350 billion tokens. None: sample-10BT, or --config."""
     val_fraction: ValFraction = 0.001
     """Share of the documents for val."""
 
@@ -40,10 +41,11 @@ def main() -> None:
     options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
     if options.input and options.sample:
         raise UserError(f"--sample={options.sample} selects what to stream, but --input names files: give only one")
-    local = options.input and Files(find_files(options.input), "text")
-    streamed = HubDocuments("HuggingFaceFW/fineweb-edu", name=options.sample or "sample-10BT")
-    prepare_documents(local or streamed, options, options.name)
-    print(after_preparation(options.name))
+    print(
+        after_preparation(
+            prepare_from_hub(dataclasses.replace(options, config=options.sample or options.config or "sample-10BT"))
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import sys
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.documents import Files, HubDocuments, find_files, merge_inputs
-from gpt_arc.data.prepare import CorpusSettings, ValFraction, prepare_documents
+from gpt_arc.data.documents import merge_inputs
+from gpt_arc.data.hub_corpora import HubSettings, prepare_from_hub
+from gpt_arc.data.prepare import ValFraction
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.next_steps import after_preparation
@@ -23,18 +24,14 @@ from gpt_arc.settings import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Options(CorpusSettings):
-    input: tuple[str, ...] = ()
-    """Its parquet files, or folders of them. Empty: stream it from the hub."""
+class Options(HubSettings):
+    dataset: str = "Skylion007/openwebtext"
     val_fraction: ValFraction = 0.0005
     """Share of the documents for val, as in nanoGPT."""
 
 
 def main() -> None:
-    options = parse_flags(Options, __doc__, merge_inputs(sys.argv[1:]))
-    local = options.input and Files(find_files(options.input), "text")
-    prepare_documents(local or HubDocuments("Skylion007/openwebtext"), options, "openwebtext")
-    print(after_preparation("openwebtext"))
+    print(after_preparation(prepare_from_hub(parse_flags(Options, __doc__, merge_inputs(sys.argv[1:])))))
 
 
 if __name__ == "__main__":

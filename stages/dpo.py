@@ -28,7 +28,7 @@ from gpt_arc.alignment.losses import agreement, dpo_loss, log_probabilities, res
 from gpt_arc.alignment.policy import fingerprint, load_policy
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
 from gpt_arc.chat.files import read_rankings
-from gpt_arc.device import autocast
+from gpt_arc.device import autocast, send
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
@@ -74,7 +74,7 @@ def batch_of(rankings: Sequence[EncodedRanking], device: torch.device) -> tuple[
     """The arguments of `ResponseLikelihood.forward`."""
     tokens, _ = padded([sequence[:-1] for ranking in rankings for sequence in ranking.sequences], device)
     responses, lengths = padded([response for ranking in rankings for response in ranking.responses], device)
-    prompts = torch.tensor([len(r.prompt) for r in rankings for _ in r.responses], device=device)
+    prompts = send([len(r.prompt) for r in rankings for _ in r.responses], device)
     return tokens, prompts, responses, torch.arange(responses.size(1), device=device) < lengths[:, None]
 
 

@@ -8,6 +8,7 @@
     python stages/eval.py out/quickstart --perplexity python_manual           the val split of a prepared dataset
     python stages/eval.py out/gpt2 --tasks hellaswag --checkpoints=True --plot scores.png     over a training run
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
+    python stages/eval.py out/sft --chat=True --tasks images.toml --data images/test.jsonl      questions about images
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
 The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard
@@ -136,14 +137,18 @@ def models(options: Options) -> Sequence[Path | str]:
 
 
 def load(path: Path | str, dtype: "torch.dtype") -> tuple:
-    """Returns a model's directory, what `load_text_model` and `load_chat` read from it, and the hash of its weights."""
+    """Returns a model's directory, what `load_text_model` and `load_chat` read from it, the model with image encoder or
+    None, and the hash of the weights."""
     from gpt_arc.chat.format import load_text_with_chat
     from gpt_arc.evaluation.report import weight_hash
+    from gpt_arc.vision.model import load_vision, reads_images
     from gpt_arc.weights.directory import of_one_checkpoint
 
     @of_one_checkpoint
     def read(directory: Path) -> tuple:
-        return *load_text_with_chat(directory, dtype), weight_hash(directory)
+        directory, model, tokenizer, chat = load_text_with_chat(directory, dtype)
+        vision = load_vision(directory, model, dtype) if reads_images(directory) else None
+        return directory, model, tokenizer, chat, vision, weight_hash(directory)
 
     return read(path)
 
@@ -159,10 +164,12 @@ def evaluate(
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.training.threads import set_reading_threads
 
-    directory, model, tokenizer, chat, hash = loaded
+    directory, model, tokenizer, chat, vision, hash = loaded
     chat = require_chat(directory, chat) if options.chat else None
     set_reading_threads(options.threads, model.to(device).eval(), options.batch_tokens)
-    reader = Reader(model, tokenizer, options.batch_tokens, chat)
+    if vision:
+        vision.to(device).eval()
+    reader = Reader(model, tokenizer, options.batch_tokens, chat, vision)
     print(f"{directory}: {describe_parameters(model, ' parameters')}, {str(dtype).removeprefix('torch.')}")
     entry: dict[str, Any] = {"model": str(directory), "checkpoint": str(directory.resolve())}
     entry |= {"weights": hash, "tasks": [], "texts": {}}

@@ -42,7 +42,9 @@ from gpt_arc.alignment.rollouts import (
     gather_rollouts,
     model_outputs,
     read_and_encode_prompts,
+    update_writer,
     write_responses,
+    writer_of,
 )
 from gpt_arc.chat.format import ChatFormat
 from gpt_arc.data.batches import windows
@@ -373,7 +375,8 @@ def train(options: Options, run: StageRun) -> int:
     replica = run.place(actor)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
-    decoder = Decoder(policy)
+    writer = writer_of(policy, run.device, run.dtype)
+    decoder = Decoder(writer)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
@@ -393,6 +396,7 @@ def train(options: Options, run: StageRun) -> int:
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
+            update_writer(writer, policy)
             share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
         rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started

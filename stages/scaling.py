@@ -23,6 +23,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,7 +33,7 @@ import torch
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning import pictures
 from gpt_arc.planning.budget import (
@@ -51,6 +52,7 @@ from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, Posit
 from gpt_arc.tables import amount, counted, human, table, to_json
 from gpt_arc.training.command_line import config_file
 from gpt_arc.training.config import build_config, read_settings, write_settings
+from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
 from model import GPT
 
@@ -78,25 +80,38 @@ def sweep(options: SweepOptions) -> int:
         return 0
     tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
     print(f"{counted(len(runs), 'run')}, {len(left)} left: {amount(tokens)} tokens, {human(flops, 'FLOP')}", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    stop = StopSignal()
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda run: train(run, options, threads), left))
+        codes = list(pool.map(lambda run: train(run, options, stop), left))
+    if stop.received:
+        print("stopped, what has begun is saved; the same command goes on")
+        return 128 + stop.received
     results = [run.result() for run in runs if run.finished]
     path = runs[0].folder.parent / "results.json"
     write_file(path, write_table(results))
-    print(
-        f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit them with: python stages/scaling.py fit {path}"
-    )
+    again = command("stages/scaling.py", "fit", path.parent)
+    print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
     return max(codes, default=0)
 
 
-def train(run: SweepRun, options: SweepOptions, threads: int) -> int:
-    """Trains one run; its output goes to a log beside its folder."""
+def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:
+    """Trains one run; its output goes to a log beside its folder. Returns the exit code; None if it wasn't begun."""
+    if stop.received:
+        return None
     log = run.folder.with_name(run.name + ".log")
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if options.jobs > 1 else {})
     arguments = run.command(options.launcher)
     with open(log, "ab") as file:
-        code = subprocess.call(arguments, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        # a session of its own, or a terminal's Ctrl-C would reach it beside the signal that is passed on
+        process = subprocess.Popen(arguments, stdout=file, stderr=file, env=environment, start_new_session=True)
+    passed_on = False
+    while process.poll() is None:
+        if stop.received and not passed_on:
+            passed_on = True
+            process.send_signal(stop.received)
+        time.sleep(0.1)
+    code = process.returncode
     end = f"val loss {run.result().val_loss:.4f}" if run.finished else f"ended with exit code {code}: see {log}"
     print(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens: {end}", flush=True)
     return code
@@ -301,7 +316,7 @@ def predict(options: PredictOptions) -> int:
         write_file(path, to_json(prediction, indent=1) + "\n")
         source = f"{counted(len(used), 'run')} of at most {prediction['largest_share']:.2%} of its compute"
         print(f"{run.name}: val loss {prediction['val_loss']:.4f}, 95% interval {low:.4f} to {high:.4f}, from {source}")
-        print(f"written to {path}; train it with: python stages/scaling.py sweep {shlex.quote(str(options.target))}")
+        print(f"written to {path}; train it with: {command('stages/scaling.py', 'sweep', options.target)}")
     return 0
 
 

@@ -5,14 +5,18 @@
     python stages/sft.py gpt2 --train chats.parquet --columns prompt=question response=answer
     python stages/sft.py gpt2 --train chats.jsonl --preview 3               show rows as tokens, and which are scored
     python stages/sft.py sft.toml --learning_rate 2e-5                      settings from a file; flags win
+    python stages/sft.py out/base --train chats.jsonl --image_encoder clip/ --text_rate=0 --encoder_rate=0
+                                                                            images: first the projector alone, then
+    python stages/sft.py out/sft --train chats.jsonl --encoder_rate=0.1     all parts
     python stages/sft.py --resume=out/sft                                   continue a stopped run
     torchrun --standalone --nproc_per_node=8 stages/sft.py sft.toml
     python sample.py --chat out/sft                                         talk with it
 
 A row has a prompt and a response; or instruction, input and output, as Alpaca; or conversations, as ShareGPT; or
 messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned. Other keys are refused.
-`gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates. A run writes out/sft/ (or out/sft-2,
--3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
+`gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates, `gpt_arc/vision/data.py` rows with
+images. A run writes out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss
+as `best`.
 """
 
 if __name__ == "__main__":
@@ -22,28 +26,33 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 
 from gpt_arc import distributed
-from gpt_arc.chat.batches import EncodedConversation, EncodedConversations, conversation_batch, encode_conversations
+from gpt_arc.chat.batches import EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
 from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
+from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Positive, Share
+from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
-from gpt_arc.weights.directory import save_model
+from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
+from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
+from gpt_arc.vision.new import new_vision_model
+from gpt_arc.weights.directory import of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -60,10 +69,29 @@ class Options(ChatOptions):
     residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
     learning_rate: Positive = 1e-5
+    image_encoder: str | None = None
+    """Encoder to add to a text model so that it reads images: a ViT, CLIP or SigLIP saved by transformers, or a .toml
+    file with the settings of a new one."""
+    projector_layers: Literal[1, 2] = 2
+    """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
+    pixel_shuffle: Count = 1
+    """A new projector makes one embedding of squares of this many patches a side."""
+    text_rate: NonNegative = 1.0
+    """Learning rate of the text model of a model that reads images, as a multiple of learning_rate. 0: not trained."""
+    encoder_rate: NonNegative = 1.0
+    """The same of the image encoder."""
+    projector_rate: NonNegative = 1.0
+    """The same of the projector."""
+
+    PATHS = (*ChatOptions.PATHS, "image_encoder")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        return {"text": self.text_rate, "encoder": self.encoder_rate, "projector": self.projector_rate}
 
 
 @torch.no_grad()
-def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Options, run: StageRun) -> float:
+def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, run: StageRun) -> float:
     """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
     sums = torch.zeros(2, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
     model.eval()
@@ -77,18 +105,42 @@ def val_loss(model: GPT, examples: Sequence[EncodedConversation], options: Optio
 
 
 def batch_of(
-    examples: Sequence[EncodedConversation], rows: Sequence[int], model: GPT, options: Options, run: StageRun
+    examples: Sequence[Any], rows: Sequence[int], model: GPT | VisionGPT, options: Options, run: StageRun
 ) -> list[torch.Tensor | None]:
+    """Returns the arguments of the model for these rows; `examples` are its kind of encoded conversations."""
     context = model.config.block_size if options.packing else None
-    return to_device(conversation_batch([examples[row] for row in rows], context), run.device)
+    batch = [examples[row] for row in rows]
+    if isinstance(model, VisionGPT):
+        return to_device(image_batch(batch, context, model.preprocessing, model.image_size), run.device)
+    return to_device(conversation_batch(batch, context), run.device)
 
 
-def train(options: Options, run: StageRun) -> int:
-    if options.train is None:
-        raise UserError("name the conversations to learn from by --train")
+def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | None:
+    """Returns the model with the encoder in its directory or the one that the settings add; None: it reads text alone.
 
-    # ---- the model, with a token for each mark that the template adds
-    _, model, tokenizer, chat = load_text_with_chat(run.origin)
+    Raises UserError for settings of images that have no effect.
+    """
+    if reads_images(directory):
+        if options.image_encoder and not options.resume:
+            raise UserError(f"{options.model} has an image encoder: leave --image_encoder out")
+        model = load_vision(directory, text)
+    elif options.image_encoder:
+        model = new_vision_model(options.image_encoder, text, options.projector_layers, options.pixel_shuffle)
+    else:
+        if set(options.rates.values()) != {1.0}:
+            raise UserError("text_rate, encoder_rate and projector_rate are for images: name an --image_encoder")
+        return None
+    if not any(options.rates.values()):
+        raise UserError("text_rate, encoder_rate and projector_rate are 0: nothing would be trained")
+    model.set_rates(**options.rates)
+    return model
+
+
+@of_one_checkpoint
+def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tokenizer, ChatFormat]:
+    """Returns the text model, with a token for each mark that the template adds, the model that reads images if it is
+    one, the tokenizer and the chat format."""
+    directory, model, tokenizer, chat = load_text_with_chat(path)
     if chat is not None and options.template != Options.template and not options.resume:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
@@ -98,14 +150,26 @@ def train(options: Options, run: StageRun) -> int:
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
     model.activation_checkpointing = options.activation_checkpointing
+    return model, vision_model(options, directory, model), tokenizer, chat
+
+
+def train(options: Options, run: StageRun) -> int:
+    if options.train is None:
+        raise UserError("name the conversations to learn from by --train")
+
+    model, vision, tokenizer, chat = load(run.origin, options)
+    whole: GPT | VisionGPT = vision or model
 
     # ---- the conversations, and the plan in figures
-    read = partial(read_conversations, columns=options.columns)
+    read, encode = partial(read_conversations, columns=options.columns), encode_conversations
+    if vision:
+        read = partial(read_image_conversations, columns=options.columns, embeddings=vision.embeddings_per_image)
+        encode = encode_image_conversations
     if options.preview:
         return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
     splits = options.splits(read)
-    encoded = {name: encode_conversations(split, chat, model.config.block_size) for name, split in splits.items()}
-    say(f"parameters     {describe_parameters(model)}")
+    encoded = {name: encode(split, chat, model.config.block_size) for name, split in splits.items()}
+    say(f"parameters     {describe_parameters(whole)}")
     say(f"template       {chat.template.user}{chat.template.assistant}".replace("\n", "\\n"))
     for name, split in encoded.items():
         say(f"{name:<15}{describe(split)}")
@@ -120,20 +184,26 @@ def train(options: Options, run: StageRun) -> int:
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.set_threads(model.config)
-    run.open(digest([split.examples for split in encoded.values()]))
-    replica = run.place(model)
-    updater, routers = run.updater(model, updates), RouterMeter(model)
+    run.open(
+        digest(
+            [[identity(each) for each in split.examples] if vision else split.examples for split in encoded.values()]
+        )
+    )
+    replica = run.place(whole)
+    updater, routers = run.updater(whole, updates), RouterMeter(model)
     run.restore(updater, {})
 
     def write(directory: Path) -> None:
         save_model(model, tokenizer, directory)
         chat.save(directory)
+        if vision:
+            save_vision(vision, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's response tokens.
     progress = run.progress
     learned = sum(examples[row].count for row in order.before(progress.step))  # tokens of a resumed run
-    model.train()
+    whole.train()
     while run.goes_on(updates):
         rows = order.rows(progress.step)
         tokens = sum(examples[row].count for row in rows)  # an empty response has one, its end
@@ -142,7 +212,7 @@ def train(options: Options, run: StageRun) -> int:
         for i, (micro, weight) in enumerate(micros, start=1):
             with run.parallel.sharing_gradients(replica, i == len(micros)):
                 with autocast(run.device, run.dtype):
-                    loss = replica(*batch_of(examples, micro, model, options, run))
+                    loss = replica(*batch_of(examples, micro, whole, options, run))
                 routing = sum(loss.auxiliary.values()) / len(micros)  # a mixture of experts' router losses
                 updater.backward(weight * (loss.total * (WORLD_SIZE / tokens) + routing))
             total += loss.total.detach() * weight
@@ -159,7 +229,7 @@ def train(options: Options, run: StageRun) -> int:
         epoch_ended = progress.step % order.per_epoch == 0
         line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
-            line["val_loss"] = val_loss(model, encoded["val"].examples, options, run)
+            line["val_loss"] = val_loss(whole, encoded["val"].examples, options, run)
         shown = f"loss {total / tokens:.4f}" + (f", val {line['val_loss']:.4f}" if "val_loss" in line else "")
         run.tell(line, shown, updates)
         if epoch_ended:

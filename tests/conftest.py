@@ -12,12 +12,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
+
+
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the expected values are the CPU's
 
 
 @pytest.hookimpl(wrapper=True)
@@ -54,6 +58,21 @@ def workplace(tmp_path, monkeypatch):
     write_dataset(tmp_path / "data" / "sums", tokenizer, {"train": tokens[:cut], "val": tokens[cut:]})
     (tmp_path / "sums.toml").write_text('[data]\ndataset = "sums"\n')
     return tmp_path
+
+
+@pytest.fixture
+def documents(workplace):
+    """Datasets one and two, whose documents end-of-text tokens separate, and mixed.toml, a mixture of both."""
+    from helpers import TEXT, write_dataset
+
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
+        tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])
+        cut = len(tokens) * 9 // 10
+        write_dataset(workplace / "data" / name, tokenizer, {"train": tokens[:cut], "val": tokens[cut:]})
+    table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
+    (workplace / "mixed.toml").write_text(table.format("one", 3) + table.format("two", 1))
+    return workplace
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Devices, precision and compilation: what auto selects on real and simulated hardware."""
 
+import importlib
+import os
 import platform
 import subprocess
 import sys
@@ -8,7 +10,16 @@ from functools import partial
 import pytest
 import torch
 
-from gpt_arc.device import resolve_device, resolve_dtype, rng_state, set_rng_state
+from gpt_arc import startup
+from gpt_arc.device import (
+    autocast,
+    check_kernels,
+    resolve_device,
+    resolve_dtype,
+    rng_state,
+    set_rng_state,
+    set_up_device,
+)
 from gpt_arc.errors import UserError
 from gpt_arc.training.compile import compile_in_place, resolve_compile
 from model import GPT, GPTConfig
@@ -59,6 +70,50 @@ def test_auto_precision_on_a_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
         assert resolve_dtype("auto", CUDA) == expected
     assert resolve_dtype("auto", torch.device("mps")) == "float32"
+
+
+def test_tf32_by_name(monkeypatch):
+    with pytest.raises(UserError, match="tf32 is a type of NVIDIA's GPUs, and the device is cpu: use float32"):
+        resolve_dtype("tf32", CPU)
+    assert resolve_dtype("tf32", CUDA) == "tf32"
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    for dtype, expected in (("float32", []), ("tf32", ["high"]), ("bfloat16", ["high"])):
+        chosen.clear()
+        set_up_device(CUDA, dtype)
+        assert chosen == expected
+    assert not autocast(CPU, "tf32")._enabled
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "has"),
+    [
+        ((7, 0), ["sm_75", "sm_80", "sm_90", "compute_120"], False),
+        ((7, 0), ["sm_50", "sm_70", "sm_75"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_90a"], True),
+        ((12, 1), ["sm_90", "compute_120"], True),
+        ((12, 0), ["sm_80", "sm_90a", "sm_100a"], False),
+        ((9, 4), ["gfx90a", "gfx942"], True),
+    ],
+)
+def test_a_gpu_without_kernels_is_refused(capability, built, has, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    if has:
+        return check_kernels(CUDA)
+    message = "no kernels for Tesla V100, of compute capability .*--index-url https://download.pytorch.org/whl/cu126"
+    with pytest.raises(UserError, match=message):
+        check_kernels(CUDA)
+
+
+def test_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    importlib.reload(startup)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    importlib.reload(startup)
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
 
 
 def test_auto_compiles_where_it_pays_off(monkeypatch):

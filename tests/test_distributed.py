@@ -1,5 +1,7 @@
 """Process groups, without other processes."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,16 +9,18 @@ import torch.distributed as dist
 from gpt_arc import distributed
 
 
-@pytest.mark.parametrize(("backend", "device", "destroyed"), [("gloo", "cpu", False), ("nccl", "cuda:0", True)])
-def test_a_gloo_group_outlives_the_run(monkeypatch, backend, device, destroyed):
-    """Its destructor, called when the last module that uses it goes, can wait forever for Python's lock."""
+@pytest.mark.parametrize(("backends", "device"), [("gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cuda:0")])
+def test_a_group_sends_objects_by_gloo_and_outlives_the_run(monkeypatch, backends, device):
+    """Gloo's destructor, called when the last module that uses it goes, can wait forever for Python's lock."""
     calls = []
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, device_id: calls.append(backend))
+    monkeypatch.setattr(dist, "init_process_group", lambda *names, **settings: calls.append((*names, settings)))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
-    with distributed.process_group("auto", torch.device(device)):
-        assert calls == [backend]
-    assert calls == [backend] + ["destroyed"] * destroyed
+    with distributed.process_group("auto", torch.device(device), timeout_minutes=90):
+        pass
+    [(name, settings)] = calls
+    assert name == backends and settings["timeout"] == timedelta(minutes=90)
+    assert settings["device_id"] == (torch.device(device) if device != "cpu" else None)
 
 
 @pytest.mark.parametrize(

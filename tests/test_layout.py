@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "planning": ("ground", "nn", "model"),
     "training": ("ground", "nn", "model", "data", "weights", "planning"),
     "chat": ("ground", "nn", "model", "data", "weights"),
+    "vision": ("ground", "nn", "model", "data", "weights", "chat"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
-    "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat"),
+    "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat", "vision"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
-    "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
+    "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
 }
 ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands, above all packages
 READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS

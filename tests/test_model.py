@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -14,9 +15,16 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt_arc.nn import attention, head_loss
-from gpt_arc.nn.attention import attend_by_products, causal_mask, create_block_mask, repeat_heads
+from gpt_arc.nn.attention import (
+    attend_by_groups,
+    attend_by_products,
+    causal_mask,
+    create_block_mask,
+    positions_and_masks,
+    repeat_heads,
+)
 from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
-from gpt_arc.nn.head_loss import HeadLoss
+from gpt_arc.nn.head_loss import HeadLoss, add_product
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
@@ -443,7 +451,7 @@ def test_a_band_is_a_mask_over_the_scores(length, band):
     mixed = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     expected = attention.projection(mixed.transpose(1, 2).flatten(2))
     earliest = (torch.arange(length) - band + 1).clamp(min=0).expand(2, length)
-    mask = causal_mask(earliest, band, 0.0)
+    mask = causal_mask(earliest, band, 0.0, len(earliest))
     torch.testing.assert_close(attention(x, None, mask), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -574,6 +582,34 @@ def test_the_loss_in_chunks_is_cross_entropy(rows, with_bias, at_once, monkeypat
     assert torch.allclose(HeadLoss.apply(*inputs, None, False), actual[0])
 
 
+def test_the_gradient_of_logits_as_compiled_for_gpus_equals_the_other(monkeypatch):
+    logits, target = torch.randn(6, 11), torch.randint(11, (6, 1))
+    logits[:, 9:] = -math.inf  # surplus columns
+    target %= 9
+    expected = head_loss.log_probabilities(logits, target, torch.float32, True)
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda size, device: arange(size))
+    on_gpu = SimpleNamespace(device=SimpleNamespace(type="cuda"), to=logits.to, size=logits.size, dtype=logits.dtype)
+    monkeypatch.setattr(torch.Tensor, "type_as", lambda x, other: x.to(other.dtype))
+    actual = head_loss.log_probabilities(on_gpu, target, torch.float32, True)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_rows_of_logits_that_are_aligned_for_gpus_change_nothing(with_bias, monkeypatch):
+    monkeypatch.setattr(head_loss, "ALIGNED_DEVICES", ("cpu",))
+    monkeypatch.setattr(head_loss, "logits_at_once", lambda device: 20 * 11)
+    gradients = []
+    monkeypatch.setattr(head_loss, "add_product", lambda *inputs: gradients.append(inputs[1]) or add_product(*inputs))
+    hidden, head, bias, targets = head_inputs(50)
+    inputs = hidden, head, bias if with_bias else None, targets
+    actual = gradients_of(lambda *x: HeadLoss.apply(*x, None, True), *inputs)
+    for x, expected in zip(actual, gradients_of(plain_loss, *inputs), strict=True):
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+    assert gradients and all(gradient.size(0) == 11 and gradient.stride(1) == 64 for gradient in gradients)
+
+
 def test_the_loss_in_chunks_is_as_precise_in_16_bits_as_autocast():
     inputs = head_inputs(500)
     exact = gradients_of(plain_loss, *inputs)
@@ -643,6 +679,24 @@ def test_a_frozen_head_gets_no_gradient():
     assert hidden.grad.norm() > 0 and head.grad is None
 
 
+def test_one_query_attends_by_groups_as_by_repeated_heads():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, 8, 1, 6, generator=generator)
+    key, value = (torch.randn(3, 2, 20, 6, generator=generator) for _ in range(2))
+    mask = (torch.arange(20) < torch.tensor([[20], [7], [1]]))[:, None, None]
+    expected = F.scaled_dot_product_attention(query, repeat_heads(key, 8), repeat_heads(value, 8), mask)
+    torch.testing.assert_close(attend_by_groups(query, key, value, mask, 0.0), expected)
+
+
+def test_the_tiles_of_a_band_are_made_once_for_all_rows(monkeypatch):
+    monkeypatch.setattr("gpt_arc.nn.attention.FLEX_DEVICES", ("cpu",))
+    monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+    tokens = torch.zeros(4, 300, dtype=torch.int64)
+    for documents, rows in ((None, 1), (tokens, 4)):
+        band = positions_and_masks(tokens, documents, None, 50, 0.0)[1][1]
+        assert band.kv_num_blocks.size(0) == rows
+
+
 def test_repeated_heads_are_adjacent():
     x = torch.tensor([3.0, 5.0])[None, :, None, None]
     assert repeat_heads(x, 6).flatten().tolist() == [3, 3, 3, 5, 5, 5]
@@ -657,7 +711,7 @@ def test_attention_by_products_equals_pytorch_s(length, kv_heads, documents):
     key, value = (torch.randn(2, kv_heads, length, 6, generator=generator, requires_grad=True) for _ in range(2))
     outward = torch.randn(2, 4, length, 6, generator=generator)
     earliest = torch.arange(length) // 7 * 7 * torch.tensor([[1], [0]])
-    mask = causal_mask(earliest, None, 0.0) if documents else None
+    mask = causal_mask(earliest, None, 0.0, len(earliest)) if documents else None
     actual = attend_by_products(query, key, value, mask, 0.0)
     expected = F.scaled_dot_product_attention(query, key, value, mask, is_causal=not documents, enable_gqa=True)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

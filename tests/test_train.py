@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import train
-from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt_arc.data.tokenizer import CharTokenizer, load_tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
@@ -130,6 +130,27 @@ def test_a_run_may_resume_in_another_precision(workplace, run, dtype):
     run("--max_iters=2", "--dtype=float32", "--warmup_iters=0")
     assert dtype in run("--init_from=resume", f"--dtype={dtype}", "--max_iters=4", tiny=False)
     assert "float32" in run("--init_from=resume", "--dtype=float32", "--max_iters=6", tiny=False)
+
+
+def test_one_command_starts_and_restarts_a_run(workplace, run):
+    auto = "--init_from=auto", "--out_dir=out/job"
+    assert "finished step 8" in run(*auto)
+    assert "out/job, from step 8" in run(*auto, "--max_iters=12")
+    Path("out/killed").mkdir()
+    Path("out/killed/run.json").write_text(Path("out/job/run.json").read_text())  # before the first checkpoint
+    assert "finished step 8" in run("--init_from=auto", "--out_dir=out/killed")
+    refused = run("--init_from=auto")
+    assert refused.code == 2 and "init_from = auto needs out_dir" in refused.message
+
+
+@pytest.mark.parametrize(("ask_every", "asked"), [(1, 6), (4, 2)])
+def test_an_evaluation_asks_for_signals_now_and_then(workplace, run, monkeypatch, ask_every, asked):
+    """Processes ask one another, which costs them more than a batch: 5 batches, and the question at the end."""
+    questions = []
+    monkeypatch.setattr(train, "ASK_EVERY", ask_every)
+    monkeypatch.setattr(train.StopSignal, "anywhere", lambda stop: questions.append(1) and 0)
+    run("--eval_only", "--eval_iters=5")
+    assert len(questions) == asked
 
 
 def test_an_interrupted_evaluation_is_repeated_on_resume(workplace, run, monkeypatch):
@@ -576,19 +597,6 @@ def test_if_compilation_fails_auto_runs_uncompiled_and_true_is_refused(workplace
     assert "not compiled   RuntimeError: no compiler here" in output and "finished step 8" in output
     assert load_state(Path("out/sums/last"))["runtime"]["compile"] is False
     assert "compile = true can't work here" in run("--compile=True").message
-
-
-@pytest.fixture
-def documents(workplace):
-    """Datasets one and two, whose documents end-of-text tokens separate, and mixed.toml, a mixture of both."""
-    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
-    for name, texts in (("one", TEXT.splitlines()), ("two", [line[::-1] for line in TEXT.splitlines()])):
-        tokens = np.concatenate([[*tokenizer.encode(text), 256] for text in texts])
-        cut = len(tokens) * 9 // 10
-        write_dataset(workplace / "data" / name, tokenizer, {"train": tokens[:cut], "val": tokens[cut:]})
-    table = '[[data.mixture]]\nname = "{}"\nweight = {}\n'
-    (workplace / "mixed.toml").write_text(table.format("one", 3) + table.format("two", 1))
-    return workplace
 
 
 def test_a_mixture_trains_and_resumes_to_the_same_weights(documents, run):

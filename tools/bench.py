@@ -8,6 +8,8 @@
     python tools/bench.py finetune configs/gpt2.toml --n_layer=4 --transformers=True
     python tools/bench.py eval configs/gpt2.toml --transformers=True
     python tools/bench.py ppo --trl=True
+    python tools/bench.py prepare --megabytes=1000
+    python tools/bench.py gpu --json=gpu.json
     python tools/bench.py speedrun configs/speedrun_cpu.toml --target=1.886 --nanogpt=../nanoGPT
 
 Each benchmark is a module of tools/benchmarks. Its docstring says what is compared and how.
@@ -25,7 +27,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.flags import help_width, reflowed
 
-BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "speedrun")
+BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "prepare", "speedrun", "gpu")
 
 
 def main() -> int | None:

@@ -11,6 +11,7 @@ from gpt_arc.chat.files import Ranking
 from gpt_arc.chat.format import ChatFormat, Turn
 from gpt_arc.chat.preview import marked
 from gpt_arc.data.batches import pad_rows
+from gpt_arc.device import send
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError
 from gpt_arc.tables import counted
@@ -107,9 +108,9 @@ def pairs_of(rankings: Sequence[EncodedRanking], device: torch.device) -> Pairs:
         weighted_pairs += [(first + i, first + j, 1 / len(ranking.pairs)) for i, j in ranking.pairs]
         first += len(ranking.responses)
     better, worse, weights = zip(*weighted_pairs)
-    return Pairs(*(torch.tensor(x, device=device) for x in (better, worse, weights)))
+    return Pairs(*(send(x, device) for x in (better, worse, weights)))
 
 
 def padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns tokens (N, T) int64, padded with 0, and lengths (N,)."""
-    return pad_rows(sequences, device), torch.tensor([len(sequence) for sequence in sequences], device=device)
+    return pad_rows(sequences, device), send([len(sequence) for sequence in sequences], device)

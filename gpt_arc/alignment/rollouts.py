@@ -5,6 +5,7 @@ outputs = model_outputs(actor, reference, prompts, responses, 8, device, "float3
 rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, chat.ends)
 """
 
+import copy
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
-from gpt_arc.device import autocast
+from gpt_arc.device import DTYPES, autocast, send
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.tables import counted
@@ -53,6 +54,23 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int, columns: Se
             "of the context for it; lower it"
         )
     return prompts
+
+
+def writer_of(policy: GPT, device: torch.device, dtype: str) -> GPT:
+    """Returns the model that writes responses: on a GPU, a copy of the policy in 16 bits, which it reads twice as fast.
+
+    Elsewhere, and in float32, it is the policy itself. `update_writer` brings the copy up to date.
+    """
+    if device.type != "cuda" or DTYPES[dtype] == torch.float32:
+        return policy
+    return copy.deepcopy(policy).to(DTYPES[dtype]).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_writer(writer: GPT, policy: GPT) -> None:
+    """Copies the policy's weights to its writer."""
+    if writer is not policy:
+        torch._foreach_copy_([*writer.parameters(), *writer.buffers()], [*policy.parameters(), *policy.buffers()])
 
 
 def write_responses(
@@ -99,7 +117,7 @@ def model_outputs(
         rows = slice(start, start + batch_size)
         tokens, _ = padded([p.tokens + r[:-1] for p, r in zip(prompts[rows], responses[rows])], device)
         targets, _ = padded(responses[rows], device)
-        prompt_lengths = torch.tensor([len(p.tokens) for p in prompts[rows]], device=device)
+        prompt_lengths = send([len(p.tokens) for p in prompts[rows]], device)
         with autocast(device, dtype):
             logs, entropies, values, _ = actor(tokens, prompt_lengths, targets)
             states = response_states(reference.hidden(tokens), prompt_lengths, targets.size(1))

@@ -27,12 +27,14 @@ from model import GPT
 
 FORMAT_VERSION = 1
 ROLES = ("system", "user", "assistant")
+IMAGE = "<image>"  # where an image stands in a turn's content, as in LLaVA's files
 
 
 class Turn(NamedTuple):
     role: str  # one of ROLES
     content: str
     weight: int = 1  # 0: a response that isn't learned
+    images: tuple[range, ...] = ()  # for each <image> in the content, the ids of its embeddings: see `GPT.embed`
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,13 @@ class ChatFormat:
         learned = turn.role == "assistant" and turn.weight > 0
         if learned:
             after[:2] = [(self.end, True)]  # in place of an empty text and the end mark
-        return [*before, (turn.content, learned), *after]
+        if not turn.images:
+            return [*before, (turn.content, learned), *after]
+        first, *texts = turn.content.split(IMAGE, len(turn.images))
+        content: list[tuple[str | int, bool]] = [(first, learned)]
+        for ids, text in zip(turn.images, texts, strict=True):
+            content += [*((id, False) for id in ids), (text, learned)]
+        return [*before, *content, *after]
 
     def _split(self, text: str) -> list[tuple[str | int, bool]]:
         """Splits a text of the template at its marks, which become ids."""

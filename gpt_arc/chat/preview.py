@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gpt_arc.chat.batches import encode_conversations
 from gpt_arc.chat.files import Conversation
-from gpt_arc.chat.format import ChatFormat
+from gpt_arc.chat.format import IMAGE, ChatFormat
 from gpt_arc.distributed import say
 
 GREEN, PLAIN = "\033[32m", "\033[0m"
@@ -29,7 +29,7 @@ def marked(tokens: Sequence[int], scored: Sequence[bool], chat: ChatFormat) -> s
     Characters that don't print are escaped.
     """
     marks = {id: mark for mark, id in chat.ids.items()}
-    texts = [marks.get(token) or repr(chat.tokenizer.decode([token]))[1:-1] for token in tokens]
+    texts = [IMAGE if token < 0 else marks.get(token) or repr(chat.tokenizer.decode([token]))[1:-1] for token in tokens]
     opening, closing = (GREEN, PLAIN) if sys.stdout.isatty() else ("[", "]")
     runs = itertools.groupby(zip(texts, scored), key=lambda pair: pair[1])
     parts = [("·".join(text for text, _ in run), is_scored) for is_scored, run in runs]

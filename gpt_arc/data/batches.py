@@ -13,13 +13,16 @@ from torch.nn.utils.rnn import pad_sequence
 from gpt_arc.data.datasets import Split
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.device import send
 from gpt_arc.nn.head_loss import IGNORED
 
+CPU = torch.device("cpu")
 
-def pad_rows(rows: Iterable[Sequence[int]], device: torch.device | str = "cpu", value: int = 0) -> Tensor:
+
+def pad_rows(rows: Iterable[Sequence[int]], device: torch.device = CPU, value: int = 0) -> Tensor:
     """Stacks rows of different lengths: (rows, longest) int64, with `value` after the end of a row."""
     tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
+    return send(pad_sequence(tensors, batch_first=True, padding_value=value), device)
 
 
 def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:

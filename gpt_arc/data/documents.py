@@ -4,29 +4,47 @@
     for text, ends in documents.pieces("space"):      # `ends`: this text ends its document
         where = documents.position()                  # JSON; documents.pieces("space", where) resumes there
 
-Each text file, line of JSON and row of parquet is a document; null is an empty document.
+Each text file or page of HTML, and each line of JSON, element of an array and row of a table is a document; null is an
+empty document.
 """
 
 import abc
+import bisect
 import codecs
 import contextlib
 import glob
-import gzip
 import hashlib
 import io
+import itertools
 import json
 import logging
+import lzma
 import os
 import re
+import sys
+import tempfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+import orjson
 from pydantic.dataclasses import dataclass
 
+from gpt_arc.data.formats import (
+    KINDS,
+    PACKED,
+    WITH_FIELDS,
+    Kind,
+    array_elements,
+    ending,
+    kind_of_content,
+    table_rows,
+    text_of_page,
+    unpack,
+)
 from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import well_formed
 from gpt_arc.errors import UserError, first_line
@@ -36,9 +54,7 @@ from gpt_arc.settings import STRICT
 PIECE = 2**18  # bytes of a text file read at a time
 BEGINNING = 2**16  # minimum characters of a document's first piece, unless the document is shorter
 ROWS = 128  # of parquet held at a time
-PACKED = (".gz", ".zst")
-JSON_LINES, PARQUET = (".jsonl", ".json"), (".parquet",)
-KNOWN = (".txt", ".jsonl", ".parquet")  # the files read from a folder without a pattern
+KNOWN = (".txt", ".jsonl", ".ndjson", ".jsonlines", ".parquet")  # the files read from a folder without a pattern
 BOUNDARY = re.compile(r"\S[ \n]")
 Cut = Literal["anywhere", "space", "never"]  # where a document may be split; "space" means before white space
 
@@ -92,22 +108,40 @@ class Text(Documents):
 
 
 class Files(Documents):
-    """The documents of JSON lines (.jsonl, .json), parquet and text files (any other suffix).
+    """The documents of JSON, tables, parquet, HTML and text. The name, else the content, tells what a file is.
 
     All except parquet may be compressed.
     """
 
     def __init__(self, paths: list[Path], field: str):
         self.paths, self.field = paths, field
+        self.kinds = [_kind_of(path, field) for path in paths]
         self.name = str(paths[0]) if len(paths) == 1 else f"{len(paths):,} files"
+        self.end = len(paths)  # `pieces` stops before this file
         self._stats = [path.stat() for path in paths]
-        self.total_bytes = sum(stat.st_size for stat in self._stats)
-        self.is_one = len(paths) == 1 and not _holds_many(paths[0])
+        self.total_bytes: int = sum(stat.st_size for stat in self._stats)
+        self.is_one = len(paths) == 1 and self.kinds[0] not in WITH_FIELDS
+
+    def share(self, number: int, count: int) -> tuple[int, int]:
+        """The first and last + 1 of the files that are part `number` of `count`, of about equal bytes."""
+        begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats)]
+        bounds = [bisect.bisect_left(begins, -(-self.total_bytes * part // count)) for part in (number, number + 1)]
+        return bounds[0], len(self.paths) if number + 1 == count else bounds[1]
+
+    def label(self, path: Path) -> str:
+        """What messages call a file."""
+        return str(path)
+
+    def summary(self, skipped: Counter[str]) -> str:
+        """How many files of each ending are read, and how many are skipped."""
+        packings = (path.suffix if path.suffix.lower() in PACKED else "" for path in self.paths)
+        read = Counter(f"{ending(path)}{packing}" for path, packing in zip(self.paths, packings))
+        left = f"; skipping {_listed(skipped)} (--pattern chooses others)" if skipped else ""
+        return f"reading {_listed(read)}{left}"
 
     def identity(self) -> dict[str, Any]:
-        listing = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(self.paths, self._stats)]
-        digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()  # a million names would swell meta.json
-        return {"files": len(listing), "bytes": self.total_bytes, "names_sizes_times": digest, "field": self.field}
+        digest = _names_sizes_times(self.paths, self._stats)
+        return {"files": len(self.paths), "bytes": self.total_bytes, "names_sizes_times": digest, "field": self.field}
 
     def position(self) -> list:
         return self._position
@@ -115,14 +149,15 @@ class Files(Documents):
     def pieces(self, cut: Cut, position: list | None = None) -> Iterator[tuple[str, bool]]:
         first, place = self._position = position or [0, None]
         before = sum(stat.st_size for stat in self._stats[:first])
-        for index, path in enumerate(self.paths[first:], first):
-            many = _holds_many(path)
-            if _ends(path, PARQUET):
-                documents = _read_parquet(path, self.field, place)
-            elif _ends(path, JSON_LINES):
-                documents = _read_json_lines(path, self.field, place)
-            else:
+        for index, path in enumerate(self.paths[first : self.end], first):
+            kind = self.kinds[index]
+            many = kind in WITH_FIELDS
+            if kind == "text":
                 documents = _read_text(path, cut, place)
+            elif kind == "page":
+                documents = _read_page(path)
+            else:
+                documents = READERS[kind](path, self.field, place)
             for text, place, read in documents:
                 self._position = [index + 1, None] if place is None else [index, place]
                 self.bytes_read = before + read
@@ -130,18 +165,53 @@ class Files(Documents):
             before, place = before + self._stats[index].st_size, None
 
 
-class HubDocuments(Documents):
-    """The rows of a dataset on the Hugging Face hub, streamed. `options` are passed to `datasets.load_dataset`.
+class Piped(Files):
+    """The documents of standard input or another pipe, which is copied to a temporary file, as it may be read twice.
 
+    A resumed preparation needs the same content again.
+    """
+
+    def __init__(self, pipe: BinaryIO, name: str, field: str):
+        self._folder = tempfile.TemporaryDirectory(prefix="gpt-arc-")  # deleted with this object
+        path, digest = Path(self._folder.name, "content"), hashlib.sha256()
+        with open(path, "wb") as file:
+            while block := pipe.read(PIECE):
+                digest.update(block)
+                file.write(block)
+        super().__init__([path], field)
+        self.name, self._digest = name, digest.hexdigest()
+
+    def label(self, path: Path) -> str:
+        return self.name
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": self._digest, "field": self.field}
+
+
+class HubDocuments(Documents):
+    """The rows of a dataset on the Hugging Face hub, or of a local folder laid out like one, streamed.
+
+    `branch` is a branch, tag or commit; None: the main branch. `options` are passed to `datasets.load_dataset`.
     `revision` is a commit, so that resuming reads the same data even if the owner has changed the dataset since.
     """
 
-    def __init__(self, dataset: str, field: str = "text", **options: Any):
+    def __init__(
+        self, dataset: str, field: str = "text", split: str = "train", branch: str | None = None, **options: Any
+    ):
         self.name, self.dataset, self.field, self.options = dataset, dataset, field, options
+        self.split, self.branch = split, branch
         self._rows: Any = None
 
     def identity(self) -> dict[str, Any]:
-        return {"dataset": self.dataset, "field": self.field, **self.options}
+        identity = {"dataset": self.dataset, "field": self.field, **self.options}
+        if self.split != "train":
+            identity["split"] = self.split
+        if self.branch is not None:
+            identity["branch"] = self.branch
+        if Path(self.dataset).is_dir():
+            paths = [path for path in sorted(Path(self.dataset).rglob("*")) if path.is_file()]
+            identity["names_sizes_times"] = _names_sizes_times(paths, [path.stat() for path in paths])
+        return identity
 
     def position(self) -> dict:
         return self._rows.state_dict()
@@ -149,7 +219,7 @@ class HubDocuments(Documents):
     def pieces(self, cut: Cut, position: dict | None = None) -> Iterator[tuple[str, bool]]:
         try:
             try:
-                self._rows = self._load("main")
+                self._rows = self._load(self.branch or "main")
             except RuntimeError:  # the dataset is a script: the hub keeps a parquet copy
                 self._rows = self._load("refs/convert/parquet")
             if position is not None:
@@ -169,8 +239,10 @@ class HubDocuments(Documents):
     def _load(self, branch: str) -> Any:
         datasets, hub = import_extra("datasets"), import_extra("huggingface_hub")
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
-        commit = self.revision or hub.HfApi().dataset_info(self.dataset, revision=branch).sha
-        rows = datasets.load_dataset(self.dataset, split="train", streaming=True, revision=commit, **self.options)
+        commit = self.revision
+        if commit is None and not Path(self.dataset).is_dir():
+            commit = hub.HfApi().dataset_info(self.dataset, revision=branch).sha
+        rows = datasets.load_dataset(self.dataset, split=self.split, streaming=True, revision=commit, **self.options)
         self.revision = commit
         return rows.select_columns([self.field])
 
@@ -180,42 +252,86 @@ class InputSettings:
     """Files with the documents."""
 
     input: tuple[str, ...]
-    """Files, folders and glob patterns."""
-    field: str = "text"
-    """Field of JSON lines, or column of parquet, with the text."""
+    """Files, folders and glob patterns; - is standard input."""
+    field: str | None = None
+    """Field of JSON, or column of a table or parquet, with the text. None: text."""
     pattern: str | None = None
-    """Files to read in a folder, at any depth. None: .txt, .jsonl and .parquet."""
+    """Files to read in a folder, at any depth. None: .txt, .jsonl, .ndjson, .jsonlines and .parquet."""
 
     def files(self) -> Files:
-        """The documents. Raises UserError for an input that names no file."""
-        return Files(find_files(self.input, self.pattern), self.field)
+        """The documents, after printing what was found in folders.
+
+        Raises UserError for an input that names no file, and for a field of files that have none.
+        """
+        field = self.field or "text"
+        if self.input == ("-",):
+            return self._checked(Piped(sys.stdin.buffer, "standard input", field))
+        if len(self.input) == 1 and Path(self.input[0]).is_fifo():
+            with open(self.input[0], "rb") as pipe:
+                return self._checked(Piped(pipe, self.input[0], field))
+        skipped: Counter[str] = Counter()
+        files = self._checked(Files(find_files(self.input, self.pattern, skipped), field))
+        if any(Path(name).is_dir() for name in self.input):
+            print(files.summary(skipped), flush=True)
+        return files
+
+    def _checked(self, files: Files) -> Files:
+        without = next((path for path, kind in zip(files.paths, files.kinds) if kind not in WITH_FIELDS), None)
+        if self.field is not None and without:
+            raise UserError(f"{files.label(without)} is a text without fields: leave out --field={self.field}")
+        return files
 
 
-def find_files(inputs: Iterable[str], pattern: str | None = None) -> list[Path]:
+def find_files(inputs: Iterable[str], pattern: str | None = None, skipped: Counter[str] | None = None) -> list[Path]:
     """The files named by `inputs`, which may be files, folders or glob patterns; sorted per input, without duplicates.
 
-    A folder contributes the files at any depth that match `pattern` or, without a pattern, end in KNOWN. Raises
-    UserError for an input without files.
+    A folder contributes the files at any depth, also behind links, that match `pattern` or, without a pattern, end in
+    KNOWN; `skipped` counts the others by ending. Raises UserError for an input without files.
     """
     files: dict[Path, None] = {}
+    skipped = Counter() if skipped is None else skipped
     for name in inputs:
         if not name:
             raise UserError("--input is empty: give it files, folders or glob patterns")
         path = Path(name)
         if path.is_dir():
-            below = (file for file in path.rglob("*") if file.is_file())
-            matches = [file for file in below if (file.match(pattern) if pattern else _ends(file, KNOWN))]
+            matches = []
+            for file in _files_below(path, skipped):
+                if file.match(pattern) if pattern else ending(file) in KNOWN:
+                    matches.append(file)
+                else:
+                    skipped[ending(file) or "without an ending"] += 1
             if not matches:
                 condition = f"matches --pattern {pattern}" if pattern else f"ends in {', '.join(KNOWN)}"
                 raise UserError(f"no file below {name} {condition}: choose others, as with --pattern '*.md'")
         elif path.exists():
             matches = [path]
+        elif name == "-":
+            raise UserError("--input - reads standard input, and nothing beside it: give it alone")
         else:
             matches = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not matches:
                 raise UserError(f"{name} can't be read: there is no such file or folder, and no match as a pattern")
         files |= dict.fromkeys(sorted(matches))
     return list(files)
+
+
+def _files_below(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
+    """Yields the files below a folder. A folder that links lead to again is read once."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            skipped["of a folder that a link leads to again"] += 1
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        for path in (Path(parent, name) for name in names):
+            if path.is_file():
+                yield path
+            else:
+                skipped["that is no file or a broken link"] += 1
 
 
 def read_text(path: Path) -> str:
@@ -238,15 +354,21 @@ def merge_inputs(args: list[str]) -> list[str]:
     return others + (["--input", *inputs] if inputs else [])
 
 
-def _ends(path: Path, endings: tuple[str, ...]) -> bool:
-    name = path.name.lower()
-    for packed in PACKED:
-        name = name.removesuffix(packed)
-    return name.endswith(endings)
+def _kind_of(path: Path, field: str) -> Kind:
+    if kind := KINDS.get(ending(path)):
+        return kind
+    with _opened(path, 0) as (file, _):
+        return kind_of_content(file.read(PIECE), path, field)
 
 
-def _holds_many(path: Path) -> bool:
-    return _ends(path, (*JSON_LINES, *PARQUET))
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name or 'without an ending'}" for name, count in counts.items())
+
+
+def _names_sizes_times(paths: list[Path], stats: list[os.stat_result]) -> str:
+    """A hash, since a million names would swell meta.json."""
+    listing = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 @contextlib.contextmanager
@@ -254,18 +376,14 @@ def _opened(path: Path, offset: int) -> Iterator[tuple[io.BufferedIOBase, io.Buf
     """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
         with open(path, "rb") as raw:
-            file = raw
-            if path.suffix.lower() == ".gz":
-                file = gzip.open(raw)
-            elif path.suffix.lower() == ".zst":  # unlike zstandard's reader, arrow's detects truncation
-                file = io.BufferedReader(import_extra("pyarrow").CompressedInputStream(raw, "zstd"), PIECE)
+            file = unpack(raw, path)
             if file is raw:
                 raw.seek(offset)
             else:
                 while offset > 0 and (skipped := len(file.read(min(offset, PIECE)))):
                     offset -= skipped
             yield file, raw
-    except (EOFError, zlib.error, OSError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise UserError(f"{path} can't be read: {reason}") from None
 
@@ -319,11 +437,60 @@ def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterato
         for line in file:
             begin, number = offset, number + 1
             offset += len(line)
-            if line.isspace():
-                continue
-            text = _decode(bytes.decode, line, f"{path}:{number}", begin)
-            row = parse_line(text.removeprefix("\ufeff") if begin == 0 else text, f"{path}:{number}")
-            yield _text_of(row, field, f"{path}:{number}"), [offset, number], raw.tell()
+            try:
+                row = orjson.loads(line)
+            except orjson.JSONDecodeError:  # blank, or what only the standard library's parser takes or explains
+                if line.isspace():
+                    continue
+                content = _decode(bytes.decode, line, f"{path}:{number}", begin)
+                row = parse_line(content.removeprefix("\ufeff") if begin == 0 else content, f"{path}:{number}")
+            text = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.isascii():
+                text = _text_of(row, field, f"{path}:{number}")
+            yield text, [offset, number], offset if file is raw else raw.tell()
+
+
+def _read_page(path: Path) -> Iterator[tuple[str, None, int]]:
+    """Yields the text of a page of HTML, None and the bytes read from disk."""
+    ((html, _, read),) = _read_text(path, "never", None)
+    yield text_of_page(html), None, read
+
+
+def _read_table(path: Path, field: str, start: int | None) -> Iterator[tuple[str, int, int]]:
+    """Yields the text of each row of a .csv or .tsv, the number of rows so far and the bytes read from disk."""
+    with _opened(path, 0) as (file, raw):
+        for number, (line, row) in enumerate(table_rows(_decoded_lines(file, path), path), 1):
+            if None in row:
+                raise UserError(f"{path}:{line} has more cells than the first line has columns")
+            if number > (start or 0):
+                yield _text_of(row, field, f"{path}:{line}"), number, raw.tell()
+
+
+def _decoded_lines(file: io.BufferedIOBase, path: Path) -> Iterator[str]:
+    offset = 0
+    for number, line in enumerate(file, 1):
+        text = _decode(bytes.decode, line, f"{path}:{number}", offset)
+        yield text if offset else text.removeprefix("\ufeff")
+        offset += len(line)
+
+
+def _read_array(path: Path, field: str, start: int | None) -> Iterator[tuple[str, int, int]]:
+    """Yields the text of each element of an array of JSON, the number of them so far and the bytes read from disk."""
+    number = 0
+    read = 0
+
+    def blocks() -> Iterator[str]:
+        nonlocal read
+        for text, _, at in _read_text(path, "anywhere", None):
+            read = at
+            yield text
+
+    try:
+        for number, row in enumerate(array_elements(blocks()), 1):
+            if number > (start or 0):
+                yield _text_of(row, field, f"{path}, element {number}"), number, read
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, after element {number}, is not an array of JSON: {first_line(error)}") from None
 
 
 def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[str, int, int]]:
@@ -363,3 +530,6 @@ def _text_of(row: Any, field: str, place: str) -> str:
 
 def _fields(names: Iterable[str]) -> str:
     return f"there are {', '.join(map(repr, names)) or 'none'}; choose one with --field"
+
+
+READERS = {"lines": _read_json_lines, "array": _read_array, "table": _read_table, "parquet": _read_parquet}

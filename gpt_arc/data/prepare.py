@@ -1,6 +1,6 @@
 """Preparation of datasets from text, shared by the scripts in prepare/.
 
-A corpus of any size is streamed: the main thread reads, worker threads encode, and the results are written in order.
+A corpus of any size is streamed: the main thread reads, worker threads encode, and another writes the results in order.
 With char and GPT-2-style tokenizers a text file is read in pieces; with others it is held in memory whole, as lines of
 JSON and rows of parquet always are. Output accumulates in data/.NAME.partial until it is complete, so an interrupted
 preparation can resume from there.
@@ -11,11 +11,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
 from functools import partial
@@ -28,7 +30,8 @@ from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
 from gpt_arc.data.declared import SETTINGS_FILE
-from gpt_arc.data.documents import BEGINNING, Cut, Documents, available_cores
+from gpt_arc.data.documents import BEGINNING, Cut, Documents, Files, available_cores
+from gpt_arc.data.engine import Encode, corpus_encoder
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import (
@@ -68,6 +71,8 @@ class CorpusSettings:
     """Maximum tokens per token file."""
     workers: Count | None = None
     """Encoding threads. None: one per core."""
+    fast: bool = True
+    """Encode with gigatoken if it knows the tokenizer, comparing samples. The bytes written are the same either way."""
     overwrite: bool = False
     """Replace data/NAME, whatever it contains."""
 
@@ -94,14 +99,17 @@ class PreparationProgress:
     val: int = 0
 
 
-def prepare_documents(documents: Documents, settings: CorpusSettings, name: str) -> None:
+def prepare_documents(documents: Documents, settings: CorpusSettings, name: str, shard: str | None = None) -> None:
     """Write data/NAME from `documents`: shards of train and val, tokenizer.json and meta.json.
 
     The tokenizer's end-of-text token, if any, follows every document; empty documents are skipped. The bytes written
     depend only on the documents and settings, not on the number of workers or on interruptions. A dataset of this name
     is kept if it was made from the same documents and settings; otherwise this raises UserError, unless `overwrite`.
+
+    A `shard` I/N is part I of N of the files, written to data/NAME-I-of-N. Where such parts are, they are joined.
     """
-    directory = dataset_directory(name)
+    number, count = (0, 1) if shard is None else _part_of_all(shard, documents, settings)
+    directory = dataset_directory(name if shard is None else f"{name}-{number}-of-{count}")
     by_characters = settings.tokenizer == "char"
     tokenizer = None if by_characters else find_tokenizer(settings.tokenizer)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
@@ -112,6 +120,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
         "val_fraction": settings.val_fraction,
         "shard_tokens": settings.shard_tokens,
     }
+    parts = _parts(directory, made_of) if shard is None else []
+    made_of |= {} if shard is None else {"part": [number, count]}
     part = settings.val_fraction
     val = f"{part:g} of the documents, by a hash" if rule == "hash" else f"the last {part:g} of the characters"
 
@@ -123,71 +133,167 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str)
             if read_object(work / "plan.json") in (None, made_of):  # left by a process killed at the very end
                 _remove(work)
             return
+        _refuse_glued_documents(documents, tokenizer, settings.tokenizer)
         print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
         with _work_folder(made_of, work, settings.overwrite):
             documents.revision = (read_object(work / "progress.json") or {}).get("revision")
             boundary = None
-            if tokenizer is None or rule == "tail":
+            if parts:
+                tokenizer = load_tokenizer(parts[0])
+            elif tokenizer is None or rule == "tail":
                 total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
                 if total < 2:
                     raise UserError(
                         f"{counted(total, 'character')} in {documents.name}: at least two are needed for a split"
                     )
-                tokenizer = CharTokenizer(sorted(characters)) if tokenizer is None else tokenizer
+                tokenizer = CharTokenizer(characters) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
                     boundary = total - math.ceil(total * Fraction(str(part)))
-            done = _write_shards(documents, settings, tokenizer, boundary, work)
-            _refuse_an_empty_split(done, documents.name, rule)
-            tokens = {"train": done.train, "val": done.val}
-            dataset = work / "dataset"
-            assert tokens == {split: len(TokenFiles(dataset, split)) for split in SPLITS}
-            meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
-            meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
-            meta |= {"revision": documents.revision} if documents.revision else {}
-            tokenizer.save(dataset)
-            write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
-            record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
-            put_directory(dataset, directory)
-    share = f" ({tokens['val'] / sum(tokens.values()):.1%} of the tokens)"
+            if parts:
+                done = _join(parts, tokenizer.vocab_size, settings.shard_tokens, work)
+            else:
+                done = _write_shards(documents, settings, tokenizer, boundary, work, (number, count))
+            if shard is None:
+                _refuse_an_empty_split(done, documents.name, rule)
+            _finish(work / "dataset", done, tokenizer, documents, made_of)
+            put_directory(work / "dataset", directory)
+    tokens = {"train": done.train, "val": done.val}
+    share = f" ({tokens['val'] / max(sum(tokens.values()), 1):.1%} of the tokens)"
     counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
 
 
+def _finish(
+    dataset: Path, done: PreparationProgress, tokenizer: Tokenizer, documents: Documents, made_of: dict[str, Any]
+) -> None:
+    """Write what belongs beside the token files."""
+    tokens = {"train": done.train, "val": done.val}
+    assert tokens == {split: _written(dataset, split, tokens[split]) for split in SPLITS}
+    meta = {"format_version": 1, "vocab_size": tokenizer.vocab_size, "tokens": tokens}
+    meta |= {"documents": done.documents, "source": documents.name, "made_of": made_of}
+    meta |= {"revision": documents.revision} if documents.revision else {}
+    meta |= {"empty": done.empty, "characters": done.characters} if "part" in made_of else {}
+    tokenizer.save(dataset)
+    write_file(dataset / "meta.json", json.dumps(meta, indent=1) + "\n")
+    record_files(dataset, *sorted(path.name for path in dataset.iterdir()))
+
+
+def _written(dataset: Path, split: str, tokens: int) -> int:
+    """How many tokens the files of a split have; a part of a corpus may lack a split."""
+    return len(TokenFiles(dataset, split)) if tokens else len(list(dataset.glob(f"{split}_*.bin")))
+
+
+def _part_of_all(shard: str, documents: Documents, settings: CorpusSettings) -> tuple[int, int]:
+    """I and N of a shard I/N. Raises UserError if the documents can't be prepared in such parts."""
+    number, _, count = shard.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError(f"shard = {shard} must be I/N, with I from 0 to N - 1")
+    if settings.split == "tail" or documents.is_one or not isinstance(documents, Files):
+        raise UserError("--shard needs several files, whose documents go to a split by --split=hash")
+    if int(count) > len(documents.paths):
+        raise UserError(f"--shard={shard}: {documents.name} can't be divided into {count} parts, as no file is divided")
+    return int(number), int(count)
+
+
+def _parts(directory: Path, made_of: dict[str, Any]) -> list[Path]:
+    """The folders of the parts that --shard prepared, in order. Raises UserError if one is missing or differs."""
+    pattern = re.compile(re.escape(directory.name) + r"-\d+-of-(\d+)")
+    counts = {int(match[1]) for path in directory.parent.glob("*") if (match := pattern.fullmatch(path.name))}
+    parts = [directory.with_name(f"{directory.name}-{i}-of-{count}") for count in counts for i in range(count)]
+    for path in parts:
+        number, _, count = path.name.removeprefix(f"{directory.name}-").split("-")
+        meta = read_object(path / "meta.json") or {}
+        if meta.get("made_of") != made_of | {"part": [int(number), int(count)]}:
+            raise UserError(
+                f"{path} is missing, or made of other texts or settings: prepare it with --shard={number}/{count}, or "
+                f"delete the folders {directory}-I-of-N to prepare everything here"
+            )
+        check_files(path)
+    return parts
+
+
+def _join(parts: list[Path], vocab_size: int, shard_tokens: int, work: Path) -> PreparationProgress:
+    """Copy the tokens of the parts into the token files of `work`."""
+    done = PreparationProgress()
+    writers = {split: ShardWriter(work / "dataset", split, vocab_size, shard_tokens) for split in SPLITS}
+    for path in parts:
+        meta = read_json(path / "meta.json")
+        for split, writer in writers.items():
+            for start in range(0, meta["tokens"][split], SAVE_EVERY):
+                writer.append(TokenFiles(path, split).read(start, SAVE_EVERY))
+        for count in ("documents", "empty", "characters"):
+            setattr(done, count, getattr(done, count) + meta[count])
+    for split, writer in writers.items():
+        writer.close()
+        setattr(done, split, writer.written)
+    print(f"joined {', '.join(map(str, parts))}, which can be deleted")
+    return done
+
+
 def _write_shards(
-    documents: Documents, settings: CorpusSettings, tokenizer: Tokenizer, boundary: int | None, work: Path
+    documents: Documents,
+    settings: CorpusSettings,
+    tokenizer: Tokenizer,
+    boundary: int | None,
+    work: Path,
+    part: tuple[int, int],
 ) -> PreparationProgress:
     """Encode into the token files of `work`, from the position saved in progress.json."""
     path = work / "progress.json"
     saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
-    if saved.position is not None:
+    if isinstance(documents, Files) and part != (0, 1):
+        first, documents.end = documents.share(*part)
+        saved.position = saved.position or [first, None]
+    if saved.train + saved.val:
         print(f"resuming after {counted(saved.train + saved.val, 'token')}", flush=True)
-    writers = {
-        split: ShardWriter(work / "dataset", split, tokenizer.vocab_size, settings.shard_tokens, getattr(saved, split))
-        for split in SPLITS
-    }
     cut: Cut = "never"
     if tokenizer.cuts_at_space:
         cut = "anywhere" if isinstance(tokenizer, CharTokenizer) else "space"
-    batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
     documents.bytes_read = saved.bytes_read
-    bar = _ProgressBar("encoding", documents.total_bytes, saved.bytes_read)
-    done = saved
-    for done, tokens in _in_order(partial(_encode, tokenizer), batches, settings.workers or available_cores()):
-        for split, writer in writers.items():
+    output = _Output(documents, tokenizer.vocab_size, settings.shard_tokens, work, saved)
+    encode = partial(_encode, corpus_encoder(tokenizer, settings.fast), tokenizer.end_of_text)
+    batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
+    _in_order(encode, batches, output.append, settings.workers or available_cores())
+    output.close()
+    return output.done
+
+
+class _Output:
+    """The token files of a dataset in the making. progress.json beside them has the position to resume from."""
+
+    def __init__(
+        self, documents: Documents, vocab_size: int, shard_tokens: int, work: Path, saved: PreparationProgress
+    ):
+        self.documents, self.work, self.done, self._saved = documents, work, saved, saved
+        self._save_every = min(SAVE_EVERY, shard_tokens)
+        self._bar = _ProgressBar("encoding", documents.total_bytes, saved.bytes_read)
+        self._writers = {
+            split: ShardWriter(work / "dataset", split, vocab_size, shard_tokens, getattr(saved, split))
+            for split in SPLITS
+        }
+
+    def append(self, batch: tuple[PreparationProgress, dict[str, np.ndarray]]) -> None:
+        progress, tokens = batch
+        for split, writer in self._writers.items():
             writer.append(tokens[split])
-        done = replace(done, **{split: writer.written for split, writer in writers.items()})
-        if done.train + done.val - saved.train - saved.val >= min(SAVE_EVERY, settings.shard_tokens):
-            for writer in writers.values():
-                writer.save()
-            sync(work / "dataset")
-            write_file(work / "progress.json", json.dumps(asdict(replace(done, revision=documents.revision))))
-            saved = done
-        bar.at(done.bytes_read)
-    for writer in writers.values():
-        writer.close()
-    bar.close()
-    return done
+        self.done = replace(progress, **{split: writer.written for split, writer in self._writers.items()})
+        if self.done.train + self.done.val - self._saved.train - self._saved.val >= self._save_every:
+            self._save()
+        self._bar.at(self.done.bytes_read)
+
+    def _save(self) -> None:
+        for writer in self._writers.values():
+            writer.save()
+        sync(self.work / "dataset")
+        progress = replace(self.done, revision=self.documents.revision)
+        write_file(self.work / "progress.json", json.dumps(asdict(progress)))
+        self._saved = self.done
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        self._bar.close()
 
 
 def _batches(
@@ -227,52 +333,78 @@ def _side(text: str, val_fraction: float) -> str:
 
 
 def _encode(
-    tokenizer: Tokenizer, batch: tuple[list[Part], PreparationProgress]
+    encode: Encode, end_of_text: int | None, batch: tuple[list[Part], PreparationProgress]
 ) -> tuple[PreparationProgress, dict[str, np.ndarray]]:
+    """Returns the progress after a batch and, by split, its tokens, with end_of_text after every document."""
     parts, progress = batch
-    separator = np.array([] if tokenizer.end_of_text is None else [tokenizer.end_of_text], dtype=np.uint32)
+    ids, counts = encode([text for _, text, _ in parts])
+    separator = np.array([] if end_of_text is None else [end_of_text], dtype=np.uint32)
+    if max(ids.max(initial=0), separator.max(initial=0)) < 2**16:  # half the memory while they wait to be written
+        ids, separator = ids.astype(np.uint16), separator.astype(np.uint16)
     tokens = {split: [separator[:0]] for split in SPLITS}
-    for split, text, ends in parts:
-        tokens[split].append(tokenizer.encode_array(text))
-        if ends:
-            tokens[split].append(separator)
-    joined = {split: np.concatenate(arrays) for split, arrays in tokens.items()}
-    return progress, joined
+    start = 0
+    for (side, _, ends), count in zip(parts, counts.tolist()):
+        tokens[side] += (ids[start : start + count], separator) if ends else (ids[start : start + count],)
+        start += count
+    return progress, {split: np.concatenate(arrays) for split, arrays in tokens.items()}
 
 
 def _in_order(
-    encode: Callable, batches: Iterator[tuple[list[Part], PreparationProgress]], workers: int
-) -> Iterator[Any]:
-    """Apply `encode` to the batches on `workers` threads, in order, with a bounded amount of text in flight."""
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque = deque()
-    in_flight = 0
+    encode: Callable[[Any], Any], batches: Iterator[tuple[list[Part], Any]], write: Callable[[Any], None], workers: int
+) -> None:
+    """Encodes the batches on `workers` threads and writes them in order on another, with a bounded amount in flight."""
+    encoders, writer = ThreadPoolExecutor(workers), ThreadPoolExecutor(1)
+    waiting: deque[tuple[int, Future]] = deque()
+    in_flight, previous = 0, None
+
+    def write_after(previous: Future | None, encoded: Future) -> None:
+        if previous is not None:
+            previous.result()  # raises what went wrong there: nothing is written after it
+        write(encoded.result())
+
     try:
         for batch in batches:
-            size = sum(len(text) for _, text, _ in batch[0])
-            waiting.append((size, pool.submit(encode, batch)))
-            in_flight += size
+            previous = writer.submit(write_after, previous, encoders.submit(encode, batch))
+            waiting.append((sum(len(text) for _, text, _ in batch[0]), previous))
+            in_flight += waiting[-1][0]
             while in_flight > 4 * workers * BATCH:
-                size, result = waiting.popleft()
-                yield result.result()
+                size, written = waiting.popleft()
+                written.result()
                 in_flight -= size
         while waiting:
-            yield waiting.popleft()[1].result()
+            waiting.popleft()[1].result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        encoders.shutdown(wait=False, cancel_futures=True)
+        writer.shutdown(cancel_futures=True)
 
 
-def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, set[str]]:
-    """Count the characters, and collect the distinct ones if `collect`."""
+def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, list[str]]:
+    """Count the characters, and list the distinct ones by code point if `collect`."""
     bar = _ProgressBar("counting characters", documents.total_bytes, 0)
-    total, characters = 0, set()
+    total, seen, ascii_seen = 0, np.zeros(sys.maxunicode + 1, dtype=bool), b""
     for text, _ in documents.pieces(cut):
         total += len(text)
-        if collect:
-            characters.update(text)
+        if collect and text.isascii():
+            codes = np.frombuffer(text.encode().translate(None, ascii_seen), dtype=np.uint8)
+        elif collect:
+            codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        if collect and len(codes):
+            seen[codes] = True
+            ascii_seen = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
         bar.at(documents.bytes_read)
     bar.close()
-    return total, characters
+    return total, list(map(chr, np.flatnonzero(seen)))
+
+
+def _refuse_glued_documents(documents: Documents, tokenizer: Tokenizer | None, name: str) -> None:
+    """Raises UserError for documents that nothing would separate; characters, which have no special tokens, may."""
+    if tokenizer is None or isinstance(tokenizer, CharTokenizer) or documents.is_one:
+        return
+    if tokenizer.end_of_text is None:
+        raise UserError(
+            f"the tokenizer {name} has no end-of-text token, so the documents of {documents.name} would run into one "
+            f"another: name the special token that ends a text as eos_token in {SETTINGS_FILE} beside the tokenizer"
+        )
 
 
 def _refuse_an_empty_split(done: PreparationProgress, name: str, rule: str) -> None:
@@ -345,13 +477,14 @@ def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, ov
         files = tokenizer.files()
         if {path.name for path in directory.iterdir()} == set(files) and load_tokenizer(directory) == tokenizer:
             return False  # only the tokenizer, as written by prepare/tokenizer.py
-    if (read_object(directory / "meta.json") or {}).get("made_of") != made_of:
+    meta = read_object(directory / "meta.json") or {}
+    if meta.get("made_of") != made_of:
         raise UserError(
             f"{directory} exists and holds something else: replace it with --overwrite=True, or choose another name"
         )
     try:
         for split in SPLITS:
-            TokenFiles(directory, split)
+            _written(directory, split, meta["tokens"][split])
         load_tokenizer(directory)
         check_files(directory)
     except UserError:

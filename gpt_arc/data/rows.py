@@ -5,14 +5,13 @@ Errors name the file and the bad row.
 A .json file holds a list of objects, or lines as in a .jsonl.
 """
 
-import csv
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_arc.data.documents import read_text
+from gpt_arc.data.formats import table_rows
 from gpt_arc.data.hub_sets import hub_rows, names_hub_set
 from gpt_arc.data.json_lines import parse_as
 from gpt_arc.errors import UserError, first_line
@@ -58,7 +57,6 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
     if kind == ".parquet":
         yield from _parquet_rows(path)
         return
-    csv.field_size_limit(1 << 30)
     try:
         with open(path, encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
             if kind in (".jsonl", ".json"):
@@ -72,27 +70,13 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
                     if line.strip():
                         yield f"{path}, line {number}", parse_as(dict, line)
                 return
-            # quotation marks have no meaning in a .tsv, as in GLUE's files
-            is_tsv = kind == ".tsv"
-            reader = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(file)
-            columns, before = next(reader, []), reader.line_num
-            twice = next((name for name in columns if columns.count(name) > 1), None)
-            if twice is not None:
-                raise UserError(f"{path}: two columns are named {twice!r}")
-            for cells in reader:
-                if cells:
-                    row: dict[Any, Any] = dict(itertools.zip_longest(columns, cells[: len(columns)]))
-                    if len(cells) > len(columns):
-                        row[None] = cells[len(columns) :]
-                    yield f"{path}, line {before + 1}", row
-                before = reader.line_num
+            for number, row in table_rows(file, path):
+                yield f"{path}, line {number}", row
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except UnicodeDecodeError:  # its offset counts from the block that was read; read_text gives the file's
         read_text(path)
         raise
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

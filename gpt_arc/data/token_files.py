@@ -32,15 +32,15 @@ class ShardWriter:
         self._file: BinaryIO | None = None
 
     def append(self, tokens: np.ndarray) -> None:
-        outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
-        if len(outside):
+        if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.vocab_size:
+            outside = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
             raise UserError(
                 f"{self.directory}: the token id {outside[0]} lies outside the vocabulary of {self.vocab_size}"
             )
         while len(tokens):
             chunk = tokens[: self.shard_tokens - self.written % self.shard_tokens]
             self._file = self._file or self._open()
-            self._file.write(chunk.astype(self._type).tobytes())
+            self._file.write(np.ascontiguousarray(chunk, self._type).data)
             self.written += len(chunk)
             tokens = tokens[len(chunk) :]
             if self.written % self.shard_tokens == 0:

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,9 @@ TRAINING_PIECE = 1 << 16  # characters; bounds the memory and time that training
 LARGEST_FILE = 64 << 20  # bytes; Gemma's tokenizer.json has 33 million
 MOST_GROWTH = 1000  # times that a text may become longer on its way to tokens
 LONGEST_TOKEN = 128  # bytes, as in GPT-2; without it a page of dashes in a small corpus would become one token
+TRAINING_SAMPLE = 1 << 26  # characters; of longer text, every second, fourth, eighth ... piece is taken
+# letters, digits, symbols or white space that GPT-2's pattern keeps together; training on a long run takes minutes
+LONG_RUN = re.compile(r"[^\W\d_]{129,}|\d{129,}|(?:[^\w\s]|_){129,}|\s{129,}")
 
 
 class Tokenizer(abc.ABC):
@@ -61,6 +64,11 @@ class Tokenizer(abc.ABC):
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, but returns a uint32 array, without the cost of a list."""
         return np.array(self.encode(text), dtype=np.uint32)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of all texts in one array, and how many each text has."""
+        arrays = [self.encode_array(text) for text in texts]
+        return np.concatenate(arrays or [np.array([], np.uint32)]), np.array([len(ids) for ids in arrays], np.int64)
 
     @abc.abstractmethod
     def decode(self, tokens: Iterable[int]) -> str:
@@ -152,9 +160,9 @@ class CharTokenizer(Tokenizer):
         if not self.characters:
             raise ValueError("a vocabulary needs at least one character")
         self.vocab_size = self.text_size = len(self.characters)
-        codes = np.array([ord(c) for c in self.characters], dtype=np.uint32)
-        self._order = np.argsort(codes)
-        self._codes = codes[self._order]  # sorted, for binary search
+        codes = np.array([ord(c) for c in self.characters])
+        self._ids = np.full(codes.max() + 2, self.vocab_size, dtype=np.uint32)  # by code point; vocab_size: unknown
+        self._ids[codes] = np.arange(self.vocab_size)
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
@@ -168,16 +176,22 @@ class CharTokenizer(Tokenizer):
 
     def encode_array(self, text: str) -> np.ndarray:
         text = well_formed(text)
-        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        indices = np.searchsorted(self._codes, codes).clip(max=self.vocab_size - 1)
-        unknown = np.flatnonzero(self._codes[indices] != codes)
-        if len(unknown):
-            character = text[unknown[0]]
+        if text.isascii() and self._ascii_ids:
+            ids = np.frombuffer(text.encode().translate(self._ascii_ids), dtype=np.uint8)
+        else:
+            ids = self._ids.take(np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32), mode="clip")
+        if ids.max(initial=0) >= self.vocab_size:
+            place = int(np.argmax(ids >= self.vocab_size))
             raise UserError(
-                f"the character {character!r} (U+{ord(character):04X}) at position {unknown[0]} of the text is not "
+                f"the character {text[place]!r} (U+{ord(text[place]):04X}) at position {place} of the text is not "
                 f"among the {self.vocab_size} characters in this tokenizer's vocabulary"
             )
-        return self._order[indices].astype(np.uint32)
+        return ids.astype(np.uint32, copy=False)
+
+    @cached_property
+    def _ascii_ids(self) -> bytes | None:
+        """The table of ids for `bytes.translate`, the fastest; None if the ids don't fit into bytes."""
+        return self._ids.take(np.arange(256), mode="clip").astype(np.uint8).tobytes() if self.vocab_size < 256 else None
 
     def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
         return self.encode(text), start
@@ -204,7 +218,7 @@ class BPETokenizer(Tokenizer):
         self.ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
         self.special = special
         self.text_size = max(ranks.values()) + 1
-        self.vocab_size = max(self.text_size, *(id + 1 for id in special.values()))
+        self.vocab_size = max([self.text_size, *(id + 1 for id in special.values())])
         self.end_of_text = special.get(END_OF_TEXT)
 
     @cached_property
@@ -234,8 +248,9 @@ class BPETokenizer(Tokenizer):
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Trains a tokenizer of `vocab_size` tokens on `texts`: 256 bytes, the merges, and <|endoftext|> last.
 
-        Reads the texts once, in order. The vocabulary is smaller if the corpus has too few pairs to merge. Merges stay
-        within the pieces that GPT-2's pattern splits text into. Raises UserError for fewer than 257 tokens.
+        Reads the texts once, in order, and learns from an even sample of at most TRAINING_SAMPLE characters. The
+        vocabulary is smaller if the corpus has too few pairs to merge. Merges stay within the pieces that GPT-2's
+        pattern splits text into. Raises UserError for fewer than 257 tokens.
         """
         from tokenizers import Tokenizer as Library
         from tokenizers import models, pre_tokenizers, trainers
@@ -247,7 +262,7 @@ class BPETokenizer(Tokenizer):
         library = Library(models.BPE())
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        pieces = (piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
+        pieces = _sample(piece for text in texts for piece in _pieces(well_formed(text), TRAINING_PIECE))
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - 1,
             initial_alphabet=alphabet,
@@ -255,7 +270,7 @@ class BPETokenizer(Tokenizer):
             max_token_length=LONGEST_TOKEN + 1,  # exclusive bound in the library
             show_progress=sys.stderr.isatty(),
         )
-        library.train_from_iterator(pieces, trainer)
+        library.train_from_iterator((part for piece in pieces for part in _without_long_runs(piece)), trainer)
         ranks = {_bytes_of(spelled): id for spelled, id in library.get_vocab().items()}
         return cls(ranks, {END_OF_TEXT: len(ranks)})
 
@@ -292,7 +307,11 @@ class BPETokenizer(Tokenizer):
         return {id: token for token, id in self.ranks.items()} | {id: t.encode() for t, id in self.special.items()}
 
     def _vocabulary_files(self) -> dict[str, bytes]:
-        printable = _byte_alphabet()
+        return self._file
+
+    @cached_property
+    def _file(self) -> dict[str, bytes]:
+        printable = byte_alphabet()
         spelled = {token: "".join(printable[b] for b in token) for token in self.ranks}
         vocab = {spelled[token]: id for token, id in self.ranks.items()} | self.special
         merges = [[spelled[a], spelled[b]] for a, b in merges_of(self.ranks)]
@@ -366,7 +385,7 @@ class LibraryTokenizer(Tokenizer):
         model = table["model"]
         if model["type"] != "BPE" or model["unk_token"] is not None:
             return False
-        spelled = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else _byte_alphabet()
+        spelled = [f"<0x{byte:02X}>" for byte in range(256)] if model["byte_fallback"] else byte_alphabet()
         byte_level = model["byte_fallback"] or '"ByteLevel"' in json.dumps(table["pre_tokenizer"])
         return not (byte_level and all(token in model["vocab"] for token in spelled))
 
@@ -493,6 +512,26 @@ def _pieces(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def _sample(pieces: Iterable[str]) -> list[str]:
+    """Returns every n-th piece, from the first, for the least power of two at which they fit into TRAINING_SAMPLE."""
+    kept, size, stride = [], 0, 1
+    for number, piece in enumerate(pieces):
+        if number % stride == 0:
+            kept.append(piece)
+            size += len(piece)
+        while size > TRAINING_SAMPLE and len(kept) > 1:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
+    return kept
+
+
+def _without_long_runs(piece: str) -> Iterator[str]:
+    """Yields a piece, cut within runs that are longer than the longest token."""
+    cuts = [cut for run in LONG_RUN.finditer(piece) for cut in range(run.start(), run.end(), LONGEST_TOKEN)]
+    for start, end in itertools.pairwise([0, *(cut for cut in cuts if cut), len(piece)]):
+        yield piece[start:end]
+
+
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Recovers the merges from `ranks`, in order: encoding a multi-byte token ends with the merge that creates it."""
     merges = []
@@ -510,14 +549,14 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """Returns the character that represents each byte in a byte-level vocabulary (openai/gpt-2 src/encoder.py:9)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     substitutes = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(substitutes)) for b in range(256)]
 
 
-_BYTE_OF = {character: byte for byte, character in enumerate(_byte_alphabet())}
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_alphabet())}
 
 
 def _bytes_of(spelled: str) -> bytes:

@@ -23,6 +23,7 @@ from torch import Tensor
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
+from gpt_arc.device import send
 from gpt_arc.errors import UserError
 from model import GPT
 
@@ -34,6 +35,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.sequences: list[list[int]] = []  # tokens of each row
+        self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
         self.cache = empty_cache(model, 0, 0, torch.float32)
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
@@ -149,10 +151,11 @@ class Decoder(nn.Module):
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         with self._eager():
             views = [part.view(len(rows), longest, None) for part in cache]
-            hidden = self.model.hidden(tokens, cache=views)
+            hidden = self.model.hidden(tokens, cache=views, images=self.images)
+        places = send(rows, self._device)
         for part, new in zip(self.cache, [] if whole else cache):
-            part.keys[rows, :, :longest], part.values[rows, :, :longest] = new.keys, new.values
-        last = torch.tensor([len(tokens) - 1 for tokens in sequences], device=self._device)
+            part.keys[places, :, :longest], part.values[places, :, :longest] = new.keys, new.values
+        last = send([len(tokens) - 1 for tokens in sequences], self._device)
         return hidden[torch.arange(len(rows), device=self._device), last]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -173,9 +176,9 @@ class Decoder(nn.Module):
         self._slide(size)
         rows, slots = self._reserve(live, max(map(len, self.sequences)) + size)
         idle = [[0] * size] * (rows - live)  # unused rows of a fixed-size step
-        tokens = torch.tensor([*chunks, *idle], device=self._device)
+        tokens = send([*chunks, *idle], self._device)
         previous = self._previous([*chunks, *idle])
-        lengths = torch.tensor([*map(len, self.sequences), *repeat(0, rows - live)], device=self._device)
+        lengths = send([*map(len, self.sequences), *repeat(0, rows - live)], self._device)
         if size > 1:
             with self._eager():
                 logits = self.forward(tokens, lengths, slots, previous)
@@ -205,7 +208,7 @@ class Decoder(nn.Module):
             return None
         ends = [sequence[-count:] for sequence in self.sequences] + [[]] * (len(chunks) - len(self.sequences))
         rows = [[*repeat(0, count - len(end)), *end, *chunk] for end, chunk in zip(ends, chunks)]
-        return torch.tensor(rows, device=self._device).unfold(1, count, 1)[:, :-1].flip(-1)
+        return send(rows, self._device).unfold(1, count, 1)[:, :-1].flip(-1)
 
     def forward(self, tokens: Tensor, lengths: Tensor, slots: int, previous: Tensor | None) -> Tensor:
         """Returns logits (B, T, V) of tokens (B, T) that follow `lengths` (B,) tokens, attending to `slots` slots."""
@@ -223,7 +226,7 @@ class Decoder(nn.Module):
         moved = [place for place, row in enumerate(rows) if place != row]
         if not moved:
             return
-        places, origins = torch.tensor([moved, [rows[place] for place in moved]], device=self._device)
+        places, origins = send([moved, [rows[place] for place in moved]], self._device)
         for part in self.cache:
             for kept in (part.keys, part.values):
                 kept[places, :, :slots] = kept[origins, :, :slots]

@@ -6,8 +6,9 @@ answer = dialogue.ask("And another?")         # preceded by the first answer, as
 """
 
 import sys
+from collections.abc import Sequence
 
-from gpt_arc.chat.format import ChatFormat, Turn
+from gpt_arc.chat.format import IMAGE, ChatFormat, Turn
 from gpt_arc.decoding.screen import Continuation
 from gpt_arc.errors import UserError
 
@@ -35,12 +36,13 @@ class Dialogue:
         answered = [] if self._answer is None else [Turn("assistant", self._answer.text)]
         return [*self._prompt_turns, *answered]
 
-    def ask(self, text: str, stop: str | None = None) -> Continuation:
+    def ask(self, text: str, stop: str | None = None, images: Sequence[range] = ()) -> Continuation:
         """Returns the empty answer to the user's next turn, dropping the oldest turns if the context is too small.
 
-        Raises UserError, leaving the conversation unchanged, for a text that is too long or can't be encoded.
+        `images` come before the text, each by the ids of its embeddings. Raises UserError, leaving the conversation
+        unchanged, for a text that is too long or can't be encoded.
         """
-        turns = [*self.turns, Turn("user", text)]
+        turns = [*self.turns, Turn("user", IMAGE * len(images) + text, images=tuple(images))]
         kept = self.chat.latest(turns, self.room)
         if len(kept) < len(turns) and not self._forgot:
             self._forgot = True

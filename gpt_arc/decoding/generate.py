@@ -9,12 +9,13 @@ from torch import Tensor
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.probabilities import (
     draw,
-    log_probabilities_of,
     row_generators,
     sampling_probabilities,
     tokens_seen,
+    with_log_probabilities,
 )
 from gpt_arc.decoding.settings import Sampling
+from gpt_arc.device import send
 from model import GPT
 
 
@@ -54,19 +55,20 @@ def generate(
         place = {prompt: i for i, prompt in enumerate(distinct)}
         origins = [place[tuple(prompt)] for prompt in prompts]
         decoder.keep(origins)
-        logits = logits[origins]
+        logits = logits[send(origins, logits.device)]
     seen = tokens_seen(sampling, prompts, logits)
     for length in range(1, max_new_tokens + 1):
         probabilities = sampling_probabilities(sampling, logits, seen)
-        tokens = draw(probabilities, [generators[row] for row in rows])
-        yield Step(rows, tokens, log_probabilities_of(logits, tokens))
+        drawn = draw(probabilities, [generators[row] for row in rows])
+        tokens, log_probabilities = with_log_probabilities(logits, drawn)
+        yield Step(rows, tokens, log_probabilities)
         unfinished = [i for i, (row, token) in enumerate(zip(rows, tokens)) if not stopped(row, token)]
         if not unfinished or length == max_new_tokens:
             return
         if seen is not None:
-            seen[list(range(len(rows))), tokens] = True
+            seen.scatter_(1, drawn.to(seen.device)[:, None], True)
         if len(unfinished) < len(rows):
             decoder.keep(unfinished)
             rows, tokens = [rows[i] for i in unfinished], [tokens[i] for i in unfinished]
-            seen = None if seen is None else seen[unfinished]
+            seen = None if seen is None else seen[send(unfinished, seen.device)]
         logits = decoder.step(tokens)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc.decoding.settings import Sampling
+from gpt_arc.device import send
 from gpt_arc.errors import check_finite
 
 
@@ -24,7 +25,7 @@ def tokens_seen(sampling: Sampling, sequences: Sequence[Sequence[int]], logits: 
         return None
     seen = torch.zeros(logits.shape, dtype=torch.bool, device=logits.device)
     for row, sequence in enumerate(sequences):
-        seen[row, list(sequence)] = True
+        seen[row, send([token for token in sequence if token >= 0], logits.device)] = True  # others are images
     return seen
 
 
@@ -47,8 +48,9 @@ def filtered_probabilities(
     probabilities = logits.softmax(-1)
     if top_p is not None:
         size = probabilities.size(-1)
-        ordered, order = probabilities.topk(min(size, 1024), dim=-1)
-        if (ordered.sum(-1) < top_p).any():  # rare, so the whole vocabulary is seldom sorted
+        most = min(size, 1024) if probabilities.device.type == "cpu" else size  # a GPU sorts faster than it answers
+        ordered, order = probabilities.topk(most, dim=-1)
+        if most < size and (ordered.sum(-1) < top_p).any():  # rare, so the whole vocabulary is seldom sorted
             ordered, order = probabilities.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already reach p
         beyond[..., 0] = False
@@ -65,18 +67,21 @@ def row_generators(seed: int, rows: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(state) >> 1) for state in states]
 
 
-def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
-    """Draws a token for each row of probabilities (B, V), with one uniform number from that row's generator."""
+def draw(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Draws a token (B,) for each row of probabilities (B, V), with one uniform number from that row's generator."""
     uniform = torch.stack([torch.rand(1, generator=generator, dtype=torch.float64) for generator in generators])
     probabilities = probabilities.cpu() if probabilities.device.type == "mps" else probabilities  # mps has no float64
     cumulative = probabilities.double().cumsum(-1)
-    reached = cumulative[:, -1:] * uniform.to(cumulative)
-    return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1).tolist()
+    reached = cumulative[:, -1:] * send(uniform, cumulative.device)
+    return torch.searchsorted(cumulative, reached, right=True)[:, 0].clamp(max=probabilities.size(-1) - 1)
 
 
-def log_probabilities_of(logits: Tensor, tokens: list[int]) -> list[float]:
-    """Returns the log-probability of one token for each row of logits (B, V). Raises NotFinite."""
-    index = torch.tensor(tokens, device=logits.device)[:, None]
-    logs = (logits.gather(-1, index) - logits.logsumexp(-1, keepdim=True))[:, 0].tolist()
-    check_finite(logs)
-    return logs
+def with_log_probabilities(logits: Tensor, tokens: Tensor) -> tuple[list[int], list[float]]:
+    """Reads one token (B,) for each row of logits (B, V), and its log-probability. Raises NotFinite.
+
+    Both come from the device in one copy, the only time in a decoding step that the host waits for it.
+    """
+    logs = (logits.gather(-1, tokens.to(logits.device)[:, None]) - logits.logsumexp(-1, keepdim=True))[:, 0]
+    numbers, values = torch.stack((tokens.to(logs), logs)).tolist()  # float32 is exact up to 2^24
+    check_finite(values)
+    return [int(number) for number in numbers], values

@@ -37,12 +37,15 @@ class SampleConfig:
     """The model by its name, as in nanoGPT, such as gpt2-xl. resume: the model that `model` or `out_dir` names."""
     start: str = ""
     """The prompt; FILE:prompt.txt reads it from a file, without the line break that ends it. Empty: none."""
+    image: tuple[Path, ...] = ()
+    """Images that the prompt asks about (PNG, JPEG, WebP), for a model trained on them by stages/sft.py."""
     prompts: Path | None = None
     """A file of prompts, one per line."""
     interactive: bool = False
     """Read prompts until the input ends (Ctrl-D). Ctrl-C ends a continuation, or at the prompt the program."""
     chat: str | None = None
-    """Chat with this model, trained by stages/sft.py; reads the keyboard like interactive."""
+    """Chat with this model, trained by stages/sft.py; reads the keyboard like interactive. /image FILE shows it an
+    image."""
     system: str | None = None
     """The system turn that starts a chat."""
     json: bool = False
@@ -110,6 +113,14 @@ class SampleConfig:
                 raise ValueError(f"{name} is an empty name: leave it out to go on without one")
         if self.chat is not None and (self.num_samples > 1 or self.num_beams is not None):
             raise ValueError("a chat has one answer to each turn, and draws it: leave num_samples and num_beams out")
+        if self.image:
+            if self.chat is None and not self.start:
+                raise ValueError("image is what a question is about: ask it by --start, or name the model by --chat")
+            for name, alone in (("num_samples", 1), ("num_beams", None), ("draft", None)):
+                if getattr(self, name) != alone:
+                    raise ValueError(
+                        f"a question about an image has one answer, and the model draws it: leave {name} out"
+                    )
         if self.chat is None and self.system is not None:
             raise ValueError("system is what a chat begins with: name the model by --chat")
         if self.stop == "":

@@ -11,10 +11,10 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import Step
 from gpt_arc.decoding.probabilities import (
     draw,
-    log_probabilities_of,
     row_generators,
     sampling_probabilities,
     tokens_seen,
+    with_log_probabilities,
 )
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import NotFinite, UserError, check_finite
@@ -87,7 +87,7 @@ def speculative(
         q = []
         for _ in range(count):
             q.append(distributions(drafter.extend([unread])[:, -1], proposal)[0])
-            unread = draw(q[-1][None], [generator])
+            unread = draw(q[-1][None], [generator]).tolist()
             proposal += unread
         logits = decoder.extend([[tokens[-1], *proposal]])[0]  # (count + 1, V)
         p = distributions(logits, proposal)
@@ -106,7 +106,7 @@ def speculative(
         if accepted < count:
             residual = (p[accepted] - q[accepted]).clamp(min=0)
             residual = residual if residual.sum() > 0 else p[accepted]
-        new = [*proposal[:accepted], *draw(residual[None], [generator])]
+        new = [*proposal[:accepted], *draw(residual[None], [generator]).tolist()]
         decoder.rewind([count - accepted])
         if proposal:  # the draft has read all of it except the last token
             drafter.rewind([max(count - 1 - accepted, 0)])
@@ -114,7 +114,7 @@ def speculative(
         else:
             unread = unread + new
         unread = unread[-drafter.model.config.block_size :]
-        for token, log_probability in zip(new, log_probabilities_of(logits[: len(new)], new)):
+        for token, log_probability in zip(*with_log_probabilities(logits[: len(new)], torch.tensor(new))):
             yield Step([0], [token], [log_probability])
             produced += 1
             if stopped(0, token):

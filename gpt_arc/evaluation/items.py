@@ -16,6 +16,7 @@ from gpt_arc.evaluation.detokenize import penn_treebank
 from gpt_arc.evaluation.tasks import Task, looked_up
 from gpt_arc.extras import import_extra
 from gpt_arc.tables import counted
+from gpt_arc.vision.images import image_path
 
 POSSESSIVES = {"my", "his", "her", "our", "their"}
 NOT_NAMES = {"A", "An", "The", "She", "He", "It", "They", "My", "His", "Her", "Their"}  # lower case within a sentence
@@ -85,6 +86,17 @@ def prepared_items(task: Task, items: Sequence[dict[str, Any]]) -> list[dict[str
         except UserError as error:
             raise UserError(f"{task.name}, item {number}: {error}") from None
     return prepared
+
+
+def with_images(task: Task, items: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Returns the items with the paths of the images they name, in `folder`. Raises UserError naming a bad item."""
+    located = []
+    for number, item in enumerate(items, start=1):
+        try:
+            located.append(item | {task.image: str(image_path(folder, item.get(task.image)))})
+        except ValueError as error:
+            raise UserError(f"{task.name}, item {number}: {error}") from None
+    return located
 
 
 def load_items(task: Task, split: str, local: Path | None, seed: int, count: int | None = None) -> list[dict[str, Any]]:

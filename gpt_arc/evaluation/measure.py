@@ -22,7 +22,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.documents import Files, find_files, read_text
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.detokenize import DETOKENIZERS
-from gpt_arc.evaluation.items import demonstrations, load_items, prepared_items
+from gpt_arc.evaluation.items import demonstrations, load_items, prepared_items, with_images
 from gpt_arc.evaluation.metrics import item_values, summary
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.score import rolling_windows, score_continuations
@@ -78,8 +78,12 @@ def gather(
     limit: int | None = None,
 ) -> TaskItems:
     """Reads the task's items, and those of its train split if demonstrations come from there. Raises UserError."""
+    if task.image and (any(shots) or data is None):
+        raise UserError(f"{task.name} asks about images: name the file of items by --data, and leave shots out")
     raw = load_items(task, "test", data, seed, limit)
     items = pool = prepared_items(task, raw)
+    if task.image and data is not None:
+        items = pool = with_images(task, items, data.parent)
     if any(shots) and (train_data or ((task.generator or task.train) and not data)):
         pool = prepared_items(task, load_items(task, "train", train_data, seed))
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -61,7 +61,9 @@ def item_values(task: Task, reader: Reader, questions: list[tuple[Question, str]
             "accuracy": [float(correct) for correct in right],
             "perplexity": [-score.log_probability for score in scores],
         }
-    texts = reader.answers([before + question.contexts[0] for question, before in questions], task, seed)
+    prompts = [before + question.contexts[0] for question, before in questions]
+    images = [question.image for question, _ in questions] if task.image else None
+    texts = reader.answers(prompts, task, seed, images)
     if task.metric == "exact match":
         return {"exact match": [float(task.is_right(text, question)) for text, (question, _) in zip(texts, questions)]}
     texts = [first_sentences(text, task.sentences) if task.sentences else text.strip() for text in texts]

@@ -8,15 +8,17 @@ texts = reader.answers(["Q: What is 1 plus 1?\\nA:", ...], task, seed=0)
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from gpt_arc.chat.format import ChatFormat, Turn
+from gpt_arc.chat.format import IMAGE, ChatFormat, Turn
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.beam import beam_search
+from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
@@ -25,19 +27,23 @@ from gpt_arc.evaluation.score import Encoded, Request, Score, encode_pairs, scor
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.evaluation.word_search import length_batches
 from gpt_arc.tables import counted
+from gpt_arc.vision.data import load_pixels
+from gpt_arc.vision.model import VisionGPT
 from model import GPT
 
 
 class Reader(NamedTuple):
     """A model with its tokenizer, which scores texts and answers prompts.
 
-    With `chat`, each prompt is a user's turn, and what follows it is the response.
+    With `chat`, each prompt is a user's turn, and what follows it is the response. `vision` is the model with its image
+    encoder, for questions about images.
     """
 
     model: GPT
     tokenizer: Tokenizer
     batch_tokens: int
     chat: ChatFormat | None = None
+    vision: VisionGPT | None = None
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the tokens that the model reads before it answers."""
@@ -85,14 +91,32 @@ class Reader(NamedTuple):
             )
         return scores
 
-    def answers(self, prompts: Sequence[str], task: Task, seed: int) -> list[str]:
+    def encode_image_prompt(self, text: str, room: int) -> list[int]:
+        """Returns the tokens of a question about an image, placeholders from -1 on for its embeddings.
+
+        Raises UserError if they are more than `room` or the model reads text alone.
+        """
+        if self.vision is None or self.chat is None:
+            raise UserError("questions about images are for a model trained on them by stages/sft.py: add --chat=True")
+        ids = range(-1, -1 - self.vision.embeddings_per_image, -1)
+        tokens = self.chat.prompt([Turn("user", IMAGE + text, images=(ids,))])
+        if len(tokens) > room:
+            raise UserError(f"a question about an image takes {len(tokens)} tokens, and the context leaves {room}")
+        return tokens
+
+    def answers(
+        self, prompts: Sequence[str], task: Task, seed: int, images: Sequence[Path | None] | None = None
+    ) -> list[str]:
         """Returns the model's continuation of each prompt, up to one of the task's stop texts.
 
         A sampled answer depends only on the seed and on its prompt's index. A prompt that is too long is cut at the
-        start, so that the answer fits into the context.
+        start, so that the answer fits into the context. `images` has the image of each prompt.
         """
         room = max(self.model.config.block_size - task.max_new_tokens, 1)
-        tokens = [self.encode_prompt(prompt)[-room:] for prompt in prompts]
+        if images is None:
+            tokens = [self.encode_prompt(prompt)[-room:] for prompt in prompts]
+        else:
+            tokens = [self.encode_image_prompt(prompt, room) for prompt in prompts]
         streams = [self._stream(prompt) for prompt in tokens]
         bar = tqdm(total=len(prompts), desc=task.name, unit="answer", leave=False, disable=None)
         if task.num_beams > 1:
@@ -107,8 +131,10 @@ class Reader(NamedTuple):
         else:
             lengths = [len(prompt) + task.max_new_tokens for prompt in tokens]
             for batch in length_batches(lengths, self.batch_tokens):
-                rows = [tokens[i] for i in batch]
-                self._generate(rows, [streams[i] for i in batch], task, row_generators(seed, batch))
+                decoder, rows = Decoder(self.model), [tokens[i] for i in batch]
+                if images is not None:
+                    rows = self._show(decoder, rows, [images[i] for i in batch])
+                self._generate(decoder, rows, [streams[i] for i in batch], task, row_generators(seed, batch))
                 bar.update(len(batch))
         bar.close()
         for stream in streams:
@@ -121,8 +147,23 @@ class Reader(NamedTuple):
             return TextStream(self.tokenizer, prompt)
         return TextStream(self.tokenizer, end=self.chat.end)  # a response is decoded without its prompt
 
+    @torch.inference_mode()
+    def _show(self, decoder: Decoder, prompts: list[list[int]], images: Sequence[Path | None]) -> list[list[int]]:
+        """Embeds the image of each prompt for the decoder. Returns the prompts with placeholders for them."""
+        assert self.vision is not None  # `encode_image_prompt` saw to it
+        vision, weight = self.vision, self.vision.encoder.patches.weight
+        pixels = load_pixels([path for path in images if path], vision.preprocessing, vision.image_size)
+        decoder.images = vision.embed_images(pixels.to(weight)).flatten(0, 1)
+        firsts = range(0, len(prompts) * vision.embeddings_per_image, vision.embeddings_per_image)
+        return [[t - first if t < 0 else t for t in prompt] for first, prompt in zip(firsts, prompts)]
+
     def _generate(
-        self, prompts: list[list[int]], streams: list[TextStream], task: Task, generators: list[torch.Generator]
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        streams: list[TextStream],
+        task: Task,
+        generators: list[torch.Generator],
     ) -> None:
         """Pushes the tokens that follow each prompt into its stream."""
         sampling = Sampling(temperature=0) if task.top_k == 1 else Sampling(top_k=task.top_k)
@@ -131,7 +172,7 @@ class Reader(NamedTuple):
             streams[row].push(token)
             return streams[row].ended or any(stop in streams[row].text for stop in task.stop)
 
-        for _ in generate(self.model, prompts, task.max_new_tokens, sampling, generators=generators, stopped=stopped):
+        for _ in generate(decoder, prompts, task.max_new_tokens, sampling, generators=generators, stopped=stopped):
             pass
 
     def _stop_tokens(self, task: Task) -> list[int]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.cache import BlockCache, empty_cache
-from gpt_arc.device import autocast
+from gpt_arc.device import autocast, send
 from gpt_arc.errors import UserError, check_finite
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.head_loss import logits_at_once
@@ -242,13 +242,13 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
         slots = contexts.size(1) + longest if longest else 0  # without a second token nothing is cached
         cache = empty_cache(model, len(batch), slots, _cache_dtype(model)) if slots else []
         hidden = model.hidden(contexts, cache=[part.view(len(batch), slots, None) for part in cache] or None)
-        ends = torch.tensor([len(group.context) - 1 for group in batch], device=device)
+        ends = send([len(group.context) - 1 for group in batch], device)
         each = torch.arange(len(batch), device=device)
         back = torch.arange(model.config.ngrams - 1, -1, -1, device=device)
         tails = contexts.gather(1, (ends[:, None] - back).clamp(min=0))
         states = hidden[each, ends]
         for part in _batches(rows, lambda row: len(row.tokens) - 1, batch_tokens, device, before=contexts.size(1)):
-            owners = torch.tensor([row.context for row in part], device=device)
+            owners = send([row.context for row in part], device)
             row_states = states[owners].split(1)  # (1, C) each: these predict the first tokens
             if len(part[0].tokens) > 1:
                 later = _read_on(model, cache, contexts.size(1), part, owners, tails[owners], ends[owners])
@@ -269,7 +269,7 @@ def _read_on(
     longest, device = len(rows[0].tokens) - 1, owners.device
     sequences = torch.cat((tails, pad_rows([row.tokens for row in rows], device)), dim=1)
     # a shorter row repeats its last token, which writes the same keys and values to the same slot
-    sizes = torch.tensor([len(row.tokens) for row in rows], device=device)
+    sizes = send([len(row.tokens) for row in rows], device)
     steps = torch.arange(1, longest + 1, device=device).minimum(sizes[:, None] - 1)  # (R, T)
     slots, positions = slice(used + longest), ends[:, None] + steps
     branches = [Branches(c.keys[:, :, slots], c.values[:, :, slots], positions, owners) for c in cache]
@@ -289,7 +289,7 @@ def _cache_dtype(model: GPT) -> torch.dtype:
 def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
     """Yields the score of each row, from the hidden states (tokens, C) that predict its tokens."""
     joined = torch.cat(list(hidden))
-    targets = torch.tensor([token for row in rows for token in row.tokens], device=joined.device)
+    targets = send([token for row in rows for token in row.tokens], joined.device)
     at_once = max(logits_at_once(joined.device.type) // model.config.vocab_size, 1)
     logs, greedy = [], []
     for states, tokens in zip(joined.split(at_once), targets.split(at_once)):

@@ -37,6 +37,7 @@ class Question(NamedTuple):
     continuations: list[str]  # likewise; the answer if there are no options
     answer: int  # index of the right one
     place: str = "item 1"  # in the data, for messages
+    image: Path | None = None  # shown before the context
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -69,6 +70,9 @@ class Task:
     """choice: the context for normalise = "unconditional"."""
     stop_word_filter: bool = False
     """cloze: right if the answer is the likeliest word that isn't a stop word, see evaluation/word_search.py."""
+    image: str = ""
+    """generate: the column with the name of an image that the question is about, relative to the file of items. Such
+    questions are for models trained on images, and come without demonstrations."""
     description: str = ""
     """Template of a text before all demonstrations, filled from the item to answer."""
     separator: str = "\n\n"
@@ -133,7 +137,8 @@ class Task:
     def question(self, item: dict[str, Any]) -> Question:
         """Returns the item's contexts, continuations and answer. Raises UserError naming a missing column."""
         if self.kind != "choice":
-            return Question([filled(self.context, item)], [filled(self.answer, item)], 0)
+            image = Path(looked_up(self.image, item)) if self.image else None
+            return Question([filled(self.context, item)], [filled(self.answer, item)], 0, image=image)
         options = self.options_of(item)
         variants = [item | {"option": option} for option in options]
         contexts = [filled(self.context, variant) for variant in variants]
@@ -194,7 +199,8 @@ KIND_OF: dict[str, str] = dict.fromkeys(
     ("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice"
 )
 KIND_OF |= {"stop_word_filter": "cloze"} | dict.fromkeys(
-    ("stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"), "generate"
+    ("image", "stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"),
+    "generate",
 )
 
 

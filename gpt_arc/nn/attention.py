@@ -1,11 +1,11 @@
-"""Causal self-attention: the cache of keys and values, which keys a query sees, and the fastest kernel for the device.
+"""Self-attention: the cache of keys and values, which keys a query sees, and the fastest kernel for the device.
 
 Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,8 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
-Mask = Tensor | BlockMask | None  # None: every query sees the keys up to its own place
+# None: every query sees the keys up to its own place. "all": every query sees every key
+Mask = Tensor | BlockMask | Literal["all"] | None
 
 
 def positions_and_masks(
@@ -59,29 +60,29 @@ def positions_and_masks(
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
-        mask = causal_mask(first, None, dropout_rate)
+        mask = causal_mask(first, None, dropout_rate, batch)
     recent = mask
     if band is not None and band < length:
-        earliest = (positions - band + 1).clamp(min=0).expand(batch, length)
+        earliest = (positions - band + 1).clamp(min=0)[None]  # the same for all rows, unless they have documents
         earliest = earliest if first is None else torch.maximum(earliest, first)
-        recent = causal_mask(earliest, band, dropout_rate)
+        recent = causal_mask(earliest, band, dropout_rate, batch)
     return positions if first is None else positions - first, (mask, recent)
 
 
-def causal_mask(earliest: Tensor, band: int | None, dropout_rate: float) -> Tensor | BlockMask:
-    """The mask in which query i of row b sees the keys earliest[b, i] .. i. `earliest` is (B, T).
+def causal_mask(earliest: Tensor, band: int | None, dropout_rate: float, batch: int) -> Tensor | BlockMask:
+    """The mask in which query i of row b sees the keys earliest[b, i] .. i; `earliest` is (B, T), or (1, T) for all B.
 
     Returns booleans (B, 1, T, T). Where a query sees at most W = `band` keys and 2W < T, queries go in n chunks of W,
     each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W, not T T.
     In compiled CUDA code it is the tiles that `flex_attention` visits, which has no dropout, and no backward on CPUs.
     """
-    (batch, length), device = earliest.shape, earliest.device
+    (rows, length), device = earliest.shape, earliest.device
     if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout_rate:
-        earliest = earliest.contiguous()
         return create_block_mask(
             lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
-            batch, None, length, length, device=device,
+            rows if rows > 1 else None, None, length, length, device=device,
         )  # fmt: skip
+    earliest = earliest.expand(batch, length)
     queries = keys = torch.arange(length, device=device)
     if band is not None and 2 * band < length:
         chunks = math.ceil(length / band)
@@ -97,16 +98,29 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
+@torch.compiler.assume_constant_result
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU has flash attention, the fused kernel that knows groups of queries, for numbers of a type."""
+    return dtype != torch.float32 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
     `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place.
     """
+    if mask == "all":
+        grouped = query.size(1) != key.size(1)
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_rate, enable_gqa=grouped)
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
         assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)
-    if isinstance(mask, Tensor) and query.device.type == "cuda":
-        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))  # no fused kernel has masks and groups
+    heads = query.size(1)
+    if heads != key.size(1) and query.device.type == "cuda" and not isinstance(mask, BlockMask):
+        if query.size(2) == 1 and mask is not None:
+            return attend_by_groups(query, key, value, mask, dropout_rate)
+        if mask is not None or not has_flash_attention(value.device, value.dtype):
+            key, value = (repeat_heads(x, heads) for x in (key, value))  # the other fused kernel has no groups
     settings = {"dropout_p": dropout_rate, "enable_gqa": query.size(1) != key.size(1)}
     dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
     if not isinstance(mask, BlockMask) and dense and query.device.type == "cpu" and value.dtype != torch.float32:
@@ -150,6 +164,13 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
         mixed.append(dropout(scores.softmax(-1), dropout_rate) @ value[:, :stop])
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
+
+
+def attend_by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_rate: float) -> Tensor:
+    """`attend` for one query (B, H, 1, D). The queries of a group see the same keys, so they can pass as one head's."""
+    grouped = query.unflatten(1, (key.size(1), -1)).squeeze(3)  # (B, K, H / K, D)
+    mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout_rate)
+    return mixed.flatten(1, 2).unsqueeze(2)
 
 
 def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["gelu_tanh", "gelu", "relu", "relu_squared", "swiglu"]
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "relu_squared", "swiglu"]
 GATED = ("swiglu",)  # these multiply values by gates, so the MLP's first layer is twice as wide
 
 
@@ -19,6 +19,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
             return F.gelu(x, approximate="tanh")
         case "gelu":
             return F.gelu(x)
+        case "quick_gelu":  # CLIP's
+            return x * torch.sigmoid(1.702 * x)
         case "relu":
             return F.relu(x)
         case "relu_squared":

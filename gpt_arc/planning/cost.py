@@ -18,15 +18,26 @@ ACCELERATORS = {
     "H100 NVL": (835e12, 60e12),
     "H100 PCIe": (756e12, 51e12),
     "H100": (989e12, 67e12),
+    "H800": (989e12, 67e12),
+    "H20": (148e12, 44e12),
     "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
     "L40S": (362e12, 91.6e12),
     "L40": (181e12, 90.5e12),
     "L4": (121e12, 30.3e12),
     "A10": (125e12, 31.2e12),
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
+    "MI300X": (1307e12, 163.4e12),
+    "MI325X": (1307e12, 163.4e12),
+    "MI250X": (383e12, 95.7e12),
+    "RTX 5090": (209.5e12, 104.8e12),
     "RTX 4090": (165.2e12, 82.6e12),
     "RTX 3090": (71e12, 35.6e12),
+    "GB200": (2500e12, 80e12),
+    "B200": (2250e12, 75e12),
+    "GH200": (989e12, 67e12),
 }
 
 
@@ -66,6 +77,7 @@ def memory_estimate(
     device: str = "cpu",
     checkpointing: bool = False,
     expert_processes: int = 1,
+    compiled: bool = False,
 ) -> int:
     """Estimates the bytes that training needs in one of `expert_processes` processes, which divide the experts.
 
@@ -73,18 +85,19 @@ def memory_estimate(
     about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C
     bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert keeps 2 C more for its
     copies of the token. With activation checkpointing one layer keeps all this and the others only their input. The
-    head keeps three copies of the logits that it computes at once.
+    head keeps three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits.
     """
     config: GPTConfig = model.config
-    size = 4 if dtype == "float32" else 2
+    size = 4 if dtype in ("float32", "tf32") else 2
     tokens, width = sequences * config.block_size, config.n_embd
     layers = layer_activations(config)
     activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
-    logits = min(tokens * config.vocab_size, logits_at_once(device))
+    chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
+    logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
     in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
         1 - 1 / expert_processes
     )
-    return 16 * int(model.num_parameters() - in_other_processes) + activations + logits * (size + 8)
+    return 16 * int(model.num_parameters() - in_other_processes) + activations + logits
 
 
 def layer_activations(config: GPTConfig) -> list[int]:
@@ -101,7 +114,7 @@ def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:
     if device.type == "cuda":
         for accelerator, (half, single) in ACCELERATORS.items():
             if re.search(rf"\b{accelerator}\b", name):
-                return single if dtype == "float32" else half
+                return {"float32": single, "tf32": half / 2}.get(dtype, half)
     return None
 
 

@@ -18,13 +18,21 @@ MEMORY = {
     "h100 nvl": 94e9,
     "h100 pcie": 80e9,
     "h100": 80e9,
+    "h800": 80e9,
+    "h20": 96e9,
     "a100": 80e9,
+    "a800": 80e9,
+    "a40": 48e9,
     "l40s": 48e9,
     "l40": 48e9,
     "l4": 24e9,
     "a10": 24e9,
     "v100": 32e9,
     "t4": 16e9,
+    "mi300x": 192e9,
+    "mi325x": 256e9,
+    "mi250x": 128e9,
+    "rtx 5090": 32e9,
     "rtx 4090": 24e9,
     "rtx 3090": 24e9,
 }
@@ -61,7 +69,7 @@ class Layout:
         blocks = [sum(p.numel() for p in block.parameters()) for block in self.model.blocks]
         outside, block = parameters - sum(blocks), max(blocks)
         head, tokens = config.vocab_size * config.n_embd, self.micro_batch * config.block_size
-        size = 4 if self.dtype == "float32" else 2
+        size = 2 if self.dtype in ("bfloat16", "float16") else 4
         logits = min(tokens * config.vocab_size, logits_at_once("cuda"))
         layers = [size * tokens * values for values in layer_activations(config)]
         kept = FLOAT32 * tokens * config.n_layer * config.n_embd if self.checkpointing else sum(layers)
@@ -87,7 +95,7 @@ class Layout:
     @property
     def communicated(self) -> float:
         """Bytes that each device receives in a step: in a micro-batch weights once or twice, and float32 gradients."""
-        gathers = (2 if self.reshard else 1) * (4 if self.dtype == "float32" else 2)
+        gathers = (2 if self.reshard else 1) * (2 if self.dtype in ("bfloat16", "float16") else 4)
         received = self.model.num_parameters() * (self.devices - 1) / self.devices
         return self.share // self.micro_batch * (gathers + FLOAT32) * received
 

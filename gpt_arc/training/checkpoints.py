@@ -55,7 +55,7 @@ class OptimizerState(TypedDict):
 @with_config(CHECKED)
 class Runtime(TypedDict):
     device: str
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Literal["float32", "tf32", "bfloat16", "float16"]
     compile: NotRequired[bool]
     threads: NotRequired[Count]
 
@@ -234,10 +234,10 @@ def resumable(run: Path, hold: contextlib.ExitStack | None = None) -> Path | Non
     raise deleted_too_soon(run)
 
 
-def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
+def load_state(directory: Path, on_disk: bool = False) -> dict[str, Any]:
     """Returns the training state of a checkpoint, on the CPU. Raises UserError if it is missing or damaged.
 
-    With `peek`, tensors stay on disk until they are used.
+    With `on_disk`, tensors stay there until they are used, so that a machine's processes share one copy in memory.
     """
     path = state_file(directory)
     if not path.exists():
@@ -246,7 +246,7 @@ def load_state(directory: Path, peek: bool = False) -> dict[str, Any]:
         with open_plain(path) as file, ZipFile(file) as archive:
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save doesn't do")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=peek)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
         return dict(TypeAdapter(TrainingState).validate_python(state))
 
 

@@ -18,7 +18,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import command, resource
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
-from gpt_arc.training.config import SETTINGS, Config, RunConfig
+from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_run import StageProgress, StageRun
@@ -91,7 +91,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     run_settings = {setting: value for setting, value in given.items() if SETTINGS[setting].table == "run"}
     run = build(RunConfig, run_settings, {name: source for name, source in sources.items() if name not in flags})
     resumed, recorded = None, {}
-    if run.resume or run.init_from == "resume":
+    if run.resumes:
         folder = run.resume or run.out_dir
         resumed = newest_run(name or None) if folder is None else Path(folder)
         check_resumable(resumed)
@@ -116,7 +116,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         and (setting in recorded or value != file_values[setting])
     }
     imported, adopted = None, {}
-    if config.run.init_from not in ("scratch", "resume"):
+    if config.run.init_from not in OWN_RUNS:
         imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
@@ -240,7 +240,7 @@ def start_stage(
     else:
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
-    with distributed.process_group(options.backend, device):
+    with distributed.process_group(options.backend, device, options.timeout_minutes):
         run = StageRun(name, options, device, folder, lock, sys.argv[0], progress)
         try:
             return train(options, run)

@@ -27,8 +27,10 @@ from gpt_arc.settings import (
     read_file,
     settings_in,
 )
+from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from model import GPTConfig
 
+OWN_RUNS = ("scratch", "resume", "auto")  # values of init_from that name no model
 LARGEST_UPDATE = 2**20  # examples
 LARGEST_MICRO_BATCH = 2**24  # tokens that a device processes at once
 
@@ -112,10 +114,18 @@ class TrainingConfig:
     """The source of all randomness: weights, data order, dropout."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device: cpu, cuda, cuda:1, mps."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs."""
-    compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model. auto: if it can work and the run is long enough for it to pay off."""
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
+    """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs.
+    tf32: float32 rounded to 10 bits of mantissa, on NVIDIA's GPUs."""
+    compile: bool | Literal["auto", "blocks"] = "auto"
+    """torch.compile the model. auto: if it can work and the run is long enough for it to pay off. blocks: one block,
+    whose code the others share, which takes a small part of the time and gives slower code."""
+    residual: Literal["float32", "bfloat16"] = "float32"
+    """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
+    flash_attention: Literal["2", "3", "4"] = "2"
+    """Version of flash attention on GPUs. 3 (for Hopper) and 4 (for Blackwell) need packages of their own."""
+    float8: bool = False
+    """Multiply the blocks' matrices in 8 bits, on GPUs from Hopper on. Needs torchao."""
     threads: Count | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
@@ -123,14 +133,15 @@ class TrainingConfig:
     """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
+    timeout_minutes: Count = 60
+    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the work. ddp: each has the whole model; fsdp: each has a shard of every weight, gradient and
     moment; auto: none for one process, else ddp."""
     reshard_after_forward: bool = True
     """Under fsdp, drop a block's gathered weights until its backward pass: less memory, more communication."""
     replicas: Count = 1
-    """Under fsdp, divide as many whole models, each among an equal part of the processes. 1: one model among all."""
-
+    """Under fsdp, the number of whole models, each divided among an equal part of the processes."""
     checkpoint_format: Literal["whole", "sharded"] = "whole"
     """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
     one file per process. Any number of processes can resume from either."""
@@ -195,7 +206,8 @@ class RunConfig:
     out_dir: str | None = None
     """Folder of the run. None: out/NAME, after the config file, or out/NAME-2, -3 ... if that is taken."""
     init_from: str = "scratch"
-    """scratch; resume: resume out_dir, or the newest run of the config; or a model to start from: gpt2, gpt2-medium,
+    """scratch; resume: resume out_dir, or the newest run of the config; auto: resume out_dir if it has a checkpoint,
+    else start it from scratch, so that one command serves every restart; or a model to start from: gpt2, gpt2-medium,
     gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME from the Hugging Face hub, or any model directory."""
     resume: str | None = None
     """Run folder to resume; config files, if any are named, and flags may change its settings."""
@@ -217,14 +229,23 @@ class RunConfig:
     """Compare all token files with their checksums first; without it only their sizes."""
 
     def __post_init__(self):
-        if self.overwrite and (self.resume or self.init_from == "resume"):
-            raise ValueError("overwrite deletes the run that resume or init_from = resume would continue: choose one")
-        if self.resume and self.init_from not in ("scratch", "resume"):
+        if self.overwrite and (self.resume or self.init_from in ("resume", "auto")):
+            raise ValueError("overwrite deletes the run that resume or init_from would continue: choose one")
+        if self.init_from == "auto" and self.out_dir is None:
+            raise ValueError("init_from = auto needs out_dir: without it every run gets a new folder")
+        if self.resume and self.init_from not in OWN_RUNS:
             raise ValueError(f"resume = {self.resume} and init_from = {self.init_from} name two models: choose one")
         if self.resume and self.out_dir and Path(self.resume).resolve() != Path(self.out_dir).resolve():
             raise ValueError(f"resume = {self.resume} and out_dir = {self.out_dir} name two runs: leave out_dir out")
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
+        if self.init_from == "auto":
+            return named_checkpoint(Path(self.out_dir), "last") is not None
+        return bool(self.resume) or self.init_from == "resume"
 
 
 @dataclass(frozen=True, config=STRICT)

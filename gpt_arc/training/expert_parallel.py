@@ -79,11 +79,9 @@ class ExpertParallel:
         outgoing = ends.diff(prepend=ends.new_zeros(1))
         incoming = torch.empty_like(outgoing)
         dist.all_to_all_single(incoming, outgoing, group=self.group)
-        outgoing, incoming = (
-            outgoing.view(self.processes, -1),
-            incoming.view(self.processes, -1),
-        )  # (P, E / P)
-        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        both = torch.stack((outgoing, incoming)).view(2, self.processes, -1)  # (2, P, E / P)
+        sent, received = both.sum(2).tolist()  # the host waits here, since it has to know the sizes
+        incoming = both[1]
         rows = AllToAll.apply(x, sent, received, self.group)  # grouped by process, then by expert
         expert = torch.arange(incoming.size(1), device=x.device).expand_as(incoming).flatten()
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)

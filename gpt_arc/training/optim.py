@@ -14,18 +14,20 @@ from gpt_arc import distributed
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.muon import BatchedMuon
 from gpt_arc.training.parallel import REPLICATED, Parallel
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT
 
 # what each optimizer keeps for a weight, in its shape and type
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq")}
+MOMENTS |= dict.fromkeys((torch.optim.Muon, BatchedMuon), ("momentum_buffer",))
 # Muon takes the matrices between hidden states: no embeddings, heads, biases or routers.
 HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
 
 def build_optimizers(
-    model: nn.Module, config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+    model: nn.Module, config: TrainingConfig, muon: type[torch.optim.Muon] | None = None
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a model, each built with its peak rate, by the keys of their moments in training_state.pt.
 
@@ -34,9 +36,10 @@ def build_optimizers(
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ratio = model.config.width_ratio if isinstance(model, GPT) else 1.0
+    rates = getattr(model, "rates", {})  # of a model's parts
     match config.optimizer:
         case "adamw":
-            return {"optimizer": build_adamw(parameters, config, ratio)}
+            return {"optimizer": build_adamw(parameters, config, ratio, rates)}
         case "muon":  # it can't orthogonalise the stacked matrices of experts
             hidden = {name: p for name, p in parameters.items() if p.dim() == 2 and HIDDEN.fullmatch(name)}
             others = {name: p for name, p in parameters.items() if name not in hidden}
@@ -45,11 +48,25 @@ def build_optimizers(
 
 
 def build_adamw(
-    parameters: dict[str, nn.Parameter], config: TrainingConfig, width_ratio: float = 1.0
+    parameters: dict[str, nn.Parameter],
+    config: TrainingConfig,
+    width_ratio: float = 1.0,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head."""
+    """AdamW. `width_ratio` multiplies the learning rate of matrices between hidden states and of the head.
+
+    `rates` multiply those of the model's parts, by name: every parameter is in one of them.
+    """
+    parts = {name + ".": rate for name, rate in (rates or {}).items()} or {"": 1.0}
+    groups = [
+        group | {"rate": rate * group.get("rate", 1.0)}
+        for part, rate in parts.items()
+        for group in decay_groups(
+            {name: p for name, p in parameters.items() if name.startswith(part)}, config.weight_decay, width_ratio
+        )
+    ]
     return torch.optim.AdamW(
-        decay_groups(parameters, config.weight_decay, width_ratio),
+        groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.adam_eps,
@@ -58,14 +75,16 @@ def build_adamw(
 
 
 def build_muon(
-    matrices: Iterable[nn.Parameter], config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+    matrices: Iterable[nn.Parameter], config: TrainingConfig, muon: type[torch.optim.Muon] | None = None
 ) -> torch.optim.Muon:
     """Muon, whose update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)).
 
     That is the scale of https://github.com/KellerJordan/Muon.
     """
     rate, decay = config.muon_rate, config.weight_decay
-    return muon(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
+    matrices = list(matrices)
+    kind = muon or (BatchedMuon if any(matrix.is_cuda for matrix in matrices) else torch.optim.Muon)
+    return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 
 def decay_groups(
@@ -150,7 +169,7 @@ class Updater:
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     share = optimizer.defaults["lr"] / self.config.learning_rate
                     group["lr"] = learning_rate * share * group.get("rate", 1.0)
-                self.scaler.step(optimizer)
+                optimizer.step()  # the scaler's would ask the device again whether all is finite
             if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
         self._failures = 0 if finite else self._failures + 1
@@ -259,8 +278,7 @@ def check_same_optimizer(name: str, state: dict) -> None:
 
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
-    for mean, weight in zip(average, weights):
-        mean.lerp_(weight.detach(), 1 - decay)
+    torch._foreach_lerp_(list(average), [weight.detach() for weight in weights], 1 - decay)
 
 
 def map_moments(

@@ -67,13 +67,15 @@ class StageOptions:
     """Compute each block anew in the backward pass: less memory, a third slower."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
     threads: Count | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
+    timeout_minutes: Count = 60
+    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
     seed: Seed = 1337
     """The source of all randomness."""
     out_dir: str | None = None

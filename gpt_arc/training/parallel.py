@@ -20,17 +20,13 @@ class Parallel:
     """
 
     is_sharded = False
-    muon = torch.optim.Muon
+    muon: type[torch.optim.Muon] | None = None  # instead of the optimizer's choice
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Moves a model to the device. Returns the module to call: the model, or its replica."""
         align(model)
         model.to(device)
         return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that are compiled one by one."""
-        return [model]
 
     def sharing_gradients(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Context for a forward and a backward pass; processes share their gradients in the `last` one of a step."""

@@ -16,7 +16,7 @@ from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
-from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
@@ -104,9 +104,10 @@ class Plan:
 def make_plan(launch: Launch, device: torch.device) -> Plan:
     """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
     config, state, progress = launch.config, None, Progress()
-    if IS_MAIN and not config.run.dry_run:
-        prepare_missing(config.data.sources)
-    distributed.from_main(None)  # the other processes wait for the data
+    for prepares in (IS_MAIN, LOCAL_RANK == 0):  # other machines prepare what they don't find on the main one's disk
+        if prepares and not config.run.dry_run:
+            prepare_missing(config.data.sources)
+        distributed.from_main(None)  # the other processes wait for the data
     corpus = open_corpus(config.data.sources, config.run.verify)
 
     # a dataset's vocabulary replaces a preset's; a trained model keeps its own
@@ -128,7 +129,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     training = config.training
     dtype, compile_setting, threads = training.dtype, training.compile, None
     if launch.checkpoint and launch.resumed and trained:
-        state = load_state(launch.checkpoint, peek=training.parallel == "fsdp")  # of which each process takes its shard
+        on_disk = device.type == "cuda" or training.parallel == "fsdp"  # else it is what the run will change
+        state = load_state(launch.checkpoint, on_disk)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
         if training.max_iters < progress.step:
@@ -200,13 +202,14 @@ def print_plan(plan: Plan) -> None:
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
-    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, plan.device.type, checkpointing, sharing)
     if config.training.parallel == "fsdp":
         layout = layout_of(plan, sketch)
         memory = 0 if config.run.accelerator else sum(layout.memory.values())
         for line in layout.lines():
             say(line)
     else:
+        device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
+        memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, device, checkpointing, sharing, fused)
         say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")

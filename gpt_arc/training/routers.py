@@ -42,7 +42,7 @@ class RouterMeter:
         if not (loads and made):
             return
         means = distributed.sum_over_ranks(torch.stack(loads).mean(0)) / distributed.WORLD_SIZE
-        self._sums = means.cpu() + (self._sums if self._steps else 0.0)
+        self._sums = means + (self._sums if self._steps else 0.0)
         self._steps += 1
         rate, experts = self.model.config.balance_rate, self.model.config.n_experts
         for block, load in zip(self.blocks, means[:, :experts]):
@@ -57,7 +57,7 @@ class RouterMeter:
         """
         if not self._steps:
             return {}
-        figures, self._steps = self._sums / self._steps, 0
+        figures, self._steps = self._sums.cpu() / self._steps, 0
         loads = figures[:, :-2] * self.model.config.n_experts
         return {
             "expert_cv": loads.std(dim=1, correction=0).mean().item(),

@@ -110,10 +110,6 @@ class Sharded(Parallel):
         set_model_state_dict(model, whole, options=options)
         return model
 
-    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
-        """Blocks, since gathering weights interrupts a graph."""
-        return [module for module in model.modules() if isinstance(module, Block)]
-
     def sharing_gradients(self, replica: FSDPModule, last: bool) -> contextlib.AbstractContextManager:
         """Every backward pass adds to the shards, as whole gradients may not fit; replicas share them in the last."""
         replica.set_requires_all_reduce(last)

@@ -37,6 +37,7 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that may change on loading; a smaller context truncates learned positions
+LATER = {"base_width": None}  # settings that older versions don't know, and the value that means what these do
 REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
 
 P = ParamSpec("P")
@@ -54,7 +55,9 @@ def save_model(model: GPT, tokenizer: Tokenizer | None, directory: Path | str) -
     """Writes a model directory, replacing existing files one at a time."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    content = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **asdict(model.config)}
+    settings = asdict(model.config)
+    settings = {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+    content = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **settings}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     weights = write_weights(directory, tensors)
     superseded = {path.name for path in directory.glob(PARTS)}.union((WEIGHTS, INDEX)).difference(weights)

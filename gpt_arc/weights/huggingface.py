@@ -125,7 +125,7 @@ ARCHITECTURES = {
         sizes={**GPT_SIZES, "n_inner": ("mlp_size", None)},
         activations=("activation_function", {
             "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-            "gelu": "gelu", "relu": "relu", "relu2": "relu_squared",
+            "gelu": "gelu", "quick_gelu": "quick_gelu", "relu": "relu", "relu2": "relu_squared",
         }),
         fixed={
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),

@@ -236,7 +236,7 @@ def read(reader, tmp_path, *rows, name="rows.jsonl"):
     return reader(tmp_path / name)
 
 
-MESSAGES = [turn._asdict() for turn in (SYSTEM, ASK, SAY)]
+MESSAGES = [dict(role=turn.role, content=turn.content, weight=turn.weight) for turn in (SYSTEM, ASK, SAY)]
 QUESTION = {"messages": MESSAGES[:2]}
 
 

@@ -1,17 +1,22 @@
 """Documents from files and from the hub: the same in every format and from any position; damage is reported."""
 
+import bz2
+import csv
 import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
 import sys
 import threading
 import types
+from pathlib import Path
 
 import pytest
 
 from gpt_arc.data import documents
-from gpt_arc.data.documents import Files, HubDocuments, Text, find_files, merge_inputs, read_text
+from gpt_arc.data.documents import Files, HubDocuments, InputSettings, Text, find_files, merge_inputs, read_text
 from gpt_arc.errors import UserError
 
 TEXTS = [
@@ -21,7 +26,19 @@ TEXTS = [
     "x" * 500,
     *(f"{n} more of these, " * n for n in range(1, 200)),
 ]
-FORMATS = ["txt", "txt.gz", "txt.zst", "jsonl", "json.gz", "jsonl.zst", "parquet"]
+PACKED = ["txt", "txt.gz", "txt.zst", "txt.bz2", "txt.xz"]
+FORMATS = [
+    *PACKED,
+    "jsonl",
+    "json.gz",
+    "jsonl.zst",
+    "ndjson.xz",
+    "jsonlines.bz2",
+    "array.json",
+    "csv",
+    "csv.gz",
+    "parquet",
+]
 
 
 def pack(name, content):
@@ -31,7 +48,9 @@ def pack(name, content):
         zstandard = pytest.importorskip("zstandard")
         half = len(content) // 2  # two frames, as parallel compressors write
         return b"".join(zstandard.compress(part) for part in (content[:half], content[half:]))
-    return content
+    if name.endswith(".bz2"):
+        return bz2.compress(content)
+    return lzma.compress(content) if name.endswith(".xz") else content
 
 
 def write(folder, texts, form):
@@ -44,6 +63,12 @@ def write(folder, texts, form):
     elif form.startswith("txt"):
         for i, text in enumerate(texts):
             (folder / f"{i:06}.{form}").write_bytes(pack(form, text.encode()))
+    elif form.startswith("csv"):
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([("id", "text"), *enumerate(texts)])
+        (folder / f"a.{form}").write_bytes(pack(form, table.getvalue().encode()))
+    elif form == "array.json":
+        (folder / "a.json").write_text(json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)], indent=1))
     else:
         lines = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts))
         (folder / f"a.{form}").write_bytes(pack(form, lines.encode()))
@@ -73,7 +98,7 @@ def test_every_format_gives_the_same_documents_from_any_position(tmp_path, form)
         assert resumed.identity() == source.identity() and source.bytes_read == source.total_bytes
 
 
-@pytest.mark.parametrize("form", ["txt", "txt.gz", "txt.zst"])
+@pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("cut", ["anywhere", "space", "never"])
 def test_a_long_text_is_read_in_pieces_cut_before_white_space(tmp_path, monkeypatch, form, cut):
     monkeypatch.setattr(documents, "PIECE", 64)
@@ -142,6 +167,19 @@ def damaged(content, damage):
         ("a.jsonl.gz", "changed", "a.jsonl.gz can't be read"),
         ("a.txt.zst", b"no zstd", "a.txt.zst can't be read"),
         ("a.txt.zst", "cut", "a.txt.zst can't be read: Truncated"),
+        ("a.txt.bz2", "cut", "a.txt.bz2 can't be read: Compressed file ended before"),
+        ("a.txt.bz2", b"no bzip2", "a.txt.bz2 can't be read: Invalid data stream"),
+        ("a.txt.xz", "cut", "a.txt.xz can't be read: Compressed file ended before"),
+        ("a.txt.xz", b"no xz at all", "a.txt.xz can't be read: Input format not supported"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"', "a.json, after element 1, is not an array of JSON: Expecting"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "a.json, after element 1, is not an array of JSON"),
+        ("a.json", b'[{"text": "a"}] {', "a.json, after element 1, is not an array of JSON: more follows the array"),
+        ("a.json", b'["text"]', "a.json, element 1 is not an object"),
+        ("a.csv", b"id,text\n1,a,b\n", "a.csv:2 has more cells than the first line has columns"),
+        ("a.csv", b"text,text\n", "a.csv: two columns are named 'text'"),
+        ("a.csv", b"id,txt\n1,a\n", "a.csv:2 has no field 'text': there are 'id', 'txt'"),
+        ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv:2 is not UTF-8 text: byte 0xE9 at offset 13"),
+        ("a.csv", b"text\na\rb\n", "a.csv, line 2: new-line character seen in unquoted field"),
         ("a.parquet", "cut", "a.parquet can't be read as parquet"),
     ],
 )
@@ -195,11 +233,72 @@ def test_files_are_found_once_and_in_order(tmp_path, monkeypatch):
     assert paths("?.txt", "b") == ["a.txt", "c.txt", *of_b]
     assert paths("b/**/*.gz", "c.txt") == ["b/below/1.jsonl.gz", "c.txt"]
     assert paths("b", pattern="*.md") == paths("b/no.md") == ["b/no.md"]
-    for wrong in ("nowhere", "*.csv"):
-        with pytest.raises(UserError, match="can't be read: there is no such file or folder"):
+    for wrong in ("nowhere", "*.csv", "-"):
+        sentence = "give it alone" if wrong == "-" else "can't be read: there is no such file or folder"
+        with pytest.raises(UserError, match=sentence):
             find_files([wrong])
     with pytest.raises(UserError, match="no file below b matches --pattern"):
         find_files(["b"], "*.csv")
+
+
+def test_a_folder_s_summary_counts_what_is_read_and_skipped(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "a/1.txt",
+        "a/2.TXT",
+        "a/3.jsonl.gz",
+        "a/b/4.txt",
+        "a/b/5.pdf",
+        "a/b/README",
+        "a/6.md.gz",
+        "other/7.txt",
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_bytes(gzip.compress(b"") if name.endswith("gz") else b"")
+    os.symlink(tmp_path / "other", "a/linked")
+    os.symlink(tmp_path / "a", "a/b/loop")
+    os.symlink("nowhere", "a/broken.txt")
+    files = InputSettings(input=("a",)).files()
+    assert [str(path) for path in files.paths] == ["a/1.txt", "a/2.TXT", "a/3.jsonl.gz", "a/b/4.txt", "a/linked/7.txt"]
+    output = capsys.readouterr().out
+    assert output.startswith("reading 4 .txt, 1 .jsonl.gz; skipping ") and output.endswith(
+        "(--pattern chooses others)\n"
+    )
+    for part in (
+        "1 .pdf",
+        "1 .md",
+        "1 without an ending",
+        "1 that is no file",
+        "1 of a folder that a link leads to again",
+    ):
+        assert part in output
+    InputSettings(input=("a/1.txt",)).files()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_field_of_a_text_is_refused(tmp_path):
+    write_text = {"a.txt": "a", "b.html": "<p>b", "c.jsonl": '{"body": "c"}\n'}
+    for name, text in write_text.items():
+        (tmp_path / name).write_text(text)
+    for name in ("a.txt", "b.html"):
+        with pytest.raises(UserError, match=f"{name} is a text without fields: leave out --field=body"):
+            InputSettings(input=(str(tmp_path / "c.jsonl"), str(tmp_path / name)), field="body").files()
+    assert read(InputSettings(input=(str(tmp_path / "c.jsonl"),), field="body").files())[0] == ["c"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_standard_input_is_read_whatever_it_holds(tmp_path, monkeypatch, form):
+    texts = TEXTS[1:2] if form.startswith("txt") else TEXTS
+    (path,) = write(tmp_path, texts, form).iterdir()
+    results = []
+    for _ in range(2):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
+        source = InputSettings(input=("-",)).files()
+        results.append((source.identity(), source.name, source.is_one, read(source)[0]))
+    expected = texts
+    if form.startswith("csv"):  # has no sign of being a table
+        expected = [gzip.decompress(path.read_bytes()).decode() if form == "csv.gz" else path.read_bytes().decode()]
+    assert results[0] == results[1] and results[0][1:] == ("standard input", len(expected) == 1, expected)
 
 
 def test_inputs_may_be_given_by_one_flag_or_several():
@@ -266,4 +365,14 @@ def test_a_pipe_is_read_whole(tmp_path):
     writer = threading.Thread(target=lambda: pipe.write_bytes("\ufeffün\n".encode()), daemon=True)
     writer.start()
     assert read_text(pipe) == "ün\n"
+    writer.join()
+
+
+def test_a_named_pipe_is_read_like_standard_input(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text('{"text": "a"}\n{"text": "b"}\n'), daemon=True)
+    writer.start()
+    source = InputSettings(input=(str(pipe),)).files()
+    assert read(source)[0] == ["a", "b"] and source.name == str(pipe) and not source.is_one
     writer.join()

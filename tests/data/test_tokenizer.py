@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import sys
+import time
 
 import huggingface_hub
 import numpy as np
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Reference
 
+from gpt_arc.data import tokenizer as tokenizer_module
 from gpt_arc.data.tokenizer import (
     END_OF_TEXT,
+    LONGEST_TOKEN,
     WHITE_SPACE,
     BPETokenizer,
     CharTokenizer,
@@ -585,3 +588,27 @@ def test_a_vocabulary_without_the_unknown_token_it_names_is_read():
     assert tokenizer.prefix == () and tokenizer.encode("bad") == [1]
     with pytest.raises(UserError, match="'a.*' .*is not in the tokenizer's vocabulary"):
         tokenizer.encode("a")
+
+
+def test_training_takes_an_even_sample_of_a_long_text(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "TRAINING_SAMPLE", 1000)
+    monkeypatch.setattr(tokenizer_module, "TRAINING_PIECE", 50)
+    for count, stride in ((20, 1), (21, 2), (40, 2), (41, 4), (1000, 64)):
+        pieces = [f"{number:050}" for number in range(count)]
+        assert tokenizer_module._sample(iter(pieces)) == pieces[::stride]
+    many = "".join(f"{number:050}" for number in range(800))
+    few = [f"{number:050}" for number in range(0, 800, 64)]
+    assert BPETokenizer.train([many], 300) == BPETokenizer.train(few, 300)
+    assert tokenizer_module._sample(["x" * 5000, "y"]) == ["x" * 5000]
+
+
+def test_training_on_a_run_without_spaces_is_quick():
+    """Of 100,000 letters a token has at most 128; nothing else changes."""
+    letters = "".join(random.Random(0).choices("acgt", k=100_000))
+    began = time.process_time()
+    trained = BPETokenizer.train([letters, "7" * 100_000], 1000)
+    assert time.process_time() - began < 3  # 12 s if the run were one word
+    assert max(map(len, trained.ranks)) == LONGEST_TOKEN and b"7" * 128 in trained.ranks
+    for text in ("a" * 128, "word " * 100, "a-" * 100, "1a" * 500):
+        assert list(tokenizer_module._without_long_runs(text)) == [text]
+    assert list(map(len, tokenizer_module._without_long_runs("x " + "=" * 300 + "y"))) == [2, 128, 128, 45]

@@ -70,6 +70,11 @@ def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
     assert peak_flops(cuda, "NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak_flops(cuda, "NVIDIA H100 80GB HBM3", "float16") == 989e12
     assert peak_flops(cuda, "NVIDIA L40", "bfloat16") == 181e12
+    assert peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert peak_flops(cuda, "NVIDIA GB200", "bfloat16") == 2500e12
+    assert peak_flops(cuda, "NVIDIA H20", "bfloat16") == 148e12
+    assert peak_flops(cuda, "NVIDIA GeForce RTX 5090", "bfloat16") == 209.5e12
+    assert peak_flops(cuda, "AMD Instinct MI300X", "bfloat16") == 1307e12
     assert peak_flops(cuda, "NVIDIA RTX A1000", "bfloat16") is None
     assert peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
     assert peak_flops(torch.device("mps"), "mps", "float32") is None

@@ -401,7 +401,7 @@ def test_empty_documents_are_skipped_and_counted(prepare, library, tmp_path, mon
     else:
         write_lines(tmp_path / "a.jsonl", texts)
     flags = (f"--input=a.{form}", f"--tokenizer={library[1]}", f"--split={split}", "--val_fraction=0.2")
-    assert prepare("text.py", *flags, "--name=x").endswith("of the tokens), 3 empty documents skipped\n")
+    assert "of the tokens), 3 empty documents skipped\n" in prepare("text.py", *flags, "--name=x")
     assert json.loads(Path("data/x/meta.json").read_text())["documents"] == 21
     write_lines(tmp_path / "a.jsonl", [text for text in texts if text])
     assert "empty" not in prepare("text.py", "--input=a.jsonl", *flags[1:], "--name=y")
@@ -449,6 +449,55 @@ def test_a_tokenizer_that_forbids_cuts_encodes_whole_documents(prepare, tmp_path
     prepare("text.py", "--input=*.txt", "--name=x", "--tokenizer=other", "--val_fraction=0.4")
     expected = encoded(prefixing, [text for text in texts if not in_val(text, 0.4)])
     assert tokens_of(Path("data/x"), "train").tolist() == expected
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_parts_are_joined_into_what_one_machine_writes(prepare, library, tmp_path, tokenizer):
+    texts = pages(60)
+    for number in range(6):
+        write_lines(tmp_path / f"{number}.jsonl", texts[number * 10 : number * 10 + 10])
+    (tmp_path / "7.jsonl").write_text("")
+    named = "char" if tokenizer == "char" else library[1]
+    flags = ("--input=*.jsonl", "--name=x", f"--tokenizer={named}", "--shard_tokens=3000", "--val_fraction=0.05")
+    prepare("text.py", *flags)
+    Path("data/x").rename("alone")
+    for number in (2, 0):
+        prepare("text.py", *flags, f"--shard={number}/3")
+    assert "data/x-1-of-3 is missing, or made of other texts" in prepare("text.py", *flags)
+    prepare("text.py", *flags, "--shard=1/3")
+    assert "data/x-1-of-3 is prepared already" in prepare("text.py", *flags, "--shard=1/3")
+    assert "data/x-0-of-3 is missing, or made of other" in prepare("text.py", *flags, "--shard_tokens=4000")
+    assert "joined data/x-0-of-3, data/x-1-of-3, data/x-2-of-3" in prepare("text.py", *flags)
+    assert contents("data/x") == contents("alone") and len(contents("alone")) > 6
+    counts = [json.loads(Path(f"data/x-{i}-of-3/meta.json").read_text())["documents"] for i in range(3)]
+    assert sum(counts) == 60 and min(counts) > 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--shard=3/3"], "shard = 3/3 must be I/N, with I from 0 to N - 1"),
+        (["--shard=1"], "shard = 1 must be I/N"),
+        (["--shard=0/2"], "can't be divided into 2 parts, as no file is divided"),
+        (["--shard=0/1", "--split=tail"], "--shard needs several files"),
+    ],
+)
+def test_impossible_parts_are_refused(prepare, tmp_path, flags, sentence):
+    write_lines(tmp_path / "a.jsonl", pages(5))
+    assert sentence in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=char", *flags)
+
+
+def test_documents_that_nothing_would_separate_are_refused(prepare, tmp_path, library):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text(library[0].to_str().replace("<|endoftext|>", "<|end|>"))
+    write_lines(tmp_path / "a.jsonl", pages(20))
+    (tmp_path / "a.txt").write_text("\n".join(pages(20)))
+    flags = ("--name=x", "--tokenizer=other", "--split=tail")
+    message = prepare("text.py", "--input=a.jsonl", *flags)
+    assert "the documents of a.jsonl would run into one another: name the" in message and not Path("data").exists()
+    assert "data/x:" in prepare("text.py", "--input=a.txt", *flags)  # a single text has no neighbour
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    assert "data/x:" in prepare("text.py", "--input=a.jsonl", *flags, "--overwrite=True")
 
 
 def test_progress_never_exceeds_what_is_on_the_disk(prepare, library, tmp_path, monkeypatch):
@@ -651,6 +700,87 @@ def test_web_corpora_from_local_files(prepare, library, tmp_path, script):
         expected = encoded(library[0], [text for text in texts if in_val(text, 0.1) == side])
         assert tokens_of(folder, split).tolist() == expected
     assert "is prepared already" in prepare(script, *flags)
+
+
+def test_a_folder_with_the_hub_s_layout(prepare, library, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    texts = pages(120)
+    corpus = tmp_path / "owner" / "pages"
+    for config in ("de", "en"):
+        (corpus / config).mkdir(parents=True)
+        for number, split in enumerate(("train", "train", "validation")):
+            rows = [f"{config} {text}" for text in texts[number * 40 : number * 40 + 40]]
+            path = corpus / config / f"{split}-0000{number}-of-00002.parquet"
+            parquet.write_table(arrow.table({"body": rows, "id": range(40)}), path)
+    configs = "".join(f"- config_name: {name}\n  data_dir: {name}\n" for name in ("de", "en"))
+    (corpus / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    flags = ("owner/pages", "--config=en", "--field=body", f"--tokenizer={library[1]}", "--val_fraction=0.2")
+    monkeypatch.setattr(prepare_module, "BATCH", 4000)
+    encode, calls = _encode, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return encode(*args)
+
+    monkeypatch.setattr(prepare_module, "_encode", stopped)
+    with pytest.raises(AssertionError, match="130"):  # of a process ended by Ctrl-C
+        prepare("hub.py", *flags, "--shard_tokens=1000", "--workers=1")
+    assert "resuming after" in prepare("hub.py", *flags, "--shard_tokens=1000")
+    for split, side in (("train", False), ("val", True)):
+        expected = [f"en {text}" for text in texts[:80] if in_val(f"en {text}", 0.2) == side]
+        assert tokens_of(Path("data/pages"), split).tolist() == encoded(library[0], expected)
+    assert "is prepared already" in prepare("hub.py", *flags, "--shard_tokens=1000")
+    prepare("hub.py", *flags, "--hub_split=validation", "--name=held_out", "--split=tail")
+    tokens = [token for split in ("train", "val") for token in tokens_of(Path("data/held_out"), split).tolist()]
+    end = library[0].token_to_id("<|endoftext|>")
+    assert tokens.count(end) in (40, 41)
+    (corpus / "en" / "train-00000-of-00002.parquet").unlink()
+    assert "holds something else" in prepare("hub.py", *flags, "--shard_tokens=1000")
+
+
+def test_the_hub_scripts_differ_in_what_they_stream(prepare, monkeypatch):
+    settings = []
+    monkeypatch.setattr("gpt_arc.data.hub_corpora.prepare_documents", lambda *args: settings.append(args))
+    prepare("openwebtext.py")
+    prepare("fineweb.py", "--sample=sample-100BT", "--name=large")
+    prepare("fineweb.py")
+    prepare("hub.py", "owner/pages", "--branch=v1", "--hub_split=test")
+    assert [(documents.identity(), name) for documents, _, name in settings] == [
+        ({"dataset": "Skylion007/openwebtext", "field": "text"}, "openwebtext"),  # as in older datasets
+        ({"dataset": "HuggingFaceFW/fineweb-edu", "field": "text", "name": "sample-100BT"}, "large"),
+        ({"dataset": "HuggingFaceFW/fineweb-edu", "field": "text", "name": "sample-10BT"}, "fineweb"),
+        ({"dataset": "owner/pages", "field": "text", "split": "test", "branch": "v1"}, "pages"),
+    ]
+    assert [one.val_fraction for _, one, _ in settings] == [0.0005, 0.001, 0.001, 0.1]
+
+
+def test_what_a_dataset_holds_is_shown(prepare, library, tmp_path):
+    texts = [f"{number} is a number" for number in range(50)]
+    write_lines(tmp_path / "a.jsonl", texts)
+    prepare("text.py", "--input=a.jsonl", "--name=x", f"--tokenizer={library[1]}", "--val_fraction=0.2")
+    prepare("text.py", "--input=a.jsonl", "--name=y", f"--tokenizer={library[1]}", "--val_fraction=0.3")
+    counts = {name: json.loads(Path(f"data/{name}/meta.json").read_text())["tokens"] for name in "xy"}
+    output = prepare("show.py", "x", "--documents=2")
+    train = [text for text in texts if not in_val(text, 0.2)]
+    for part in (
+        f"train        {counts['x']['train']} tokens in 1 file",
+        f"documents    50, {sum(counts['x'].values()) / 50:.1f} tokens each",
+        "end of text  600, '<|endoftext|>'",
+        "special      600 '<|endoftext|>'",
+        f"--- 1: {len(library[0].encode(train[0]).ids) + 1} tokens\n{train[0]}<|endoftext|>\n--- 2: ",
+        open_corpus([Source("x", 1.0)]).fingerprint,
+    ):
+        assert part in output
+    Path("m.toml").write_text("".join(f'[[data.mixture]]\nname = "{name}"\nweight = 1\n' for name in "xy"))
+    total = sum(sum(count.values()) for count in counts.values())
+    for names in (("x", "y"), ("m.toml",)):
+        last = prepare("show.py", *names, "--documents=0").splitlines()[-1].split()
+        assert last[:2] == ["sum", "100"] and last[-1] == f"{total:,}"
+    assert "there is no dataset nowhere" in prepare("show.py", "nowhere")
 
 
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):

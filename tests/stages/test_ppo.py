@@ -507,7 +507,7 @@ def test_the_published_settings():
         ((*TRAIN, "--monitor=rules_of_ppo:nan"), "monitor = rules_of_ppo:nan must return finite numbers, not nan"),
         ((*TRAIN, "--monitor=rules_of_ppo:f"), "monitor = rules_of_ppo:f can't be imported: rules_of_ppo has no"),
         ((*TRAIN, "--monitor=rules_of_ppo:broken"), "monitor = rules_of_ppo:broken failed: rules_of_ppo.py, line 6"),
-        ((*TRAIN, "--monitor=other"), "the monitor model other has another chat format"),
+        ((*TRAIN, "--monitor=other"), "other has another chat format or tokenizer than the policy"),
         ((*TRAIN, "--reward=other"), "other has another chat format or tokenizer than the policy"),
         ((*TRAIN, "--reward=narrow"), "the value network reads 8 tokens, the policy 16"),
         (

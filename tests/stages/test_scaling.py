@@ -2,6 +2,10 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from gpt_arc.training.config import write_settings
 from gpt_arc.training.sweeps import sweep_runs, write_table
 from helpers import ROOT, command, refusal, write
 from stages import scaling
+from warm import WarmPopen
 
 pytest.importorskip("scipy")
 LAW = PUBLISHED["besiroglu"]
@@ -79,6 +84,22 @@ def test_a_sweep_trains_each_run_once_and_resumes(workplace):
         assert result["curve"][-1] == [result["tokens"], result["val_loss"]]
     second = command("stages/scaling.py", "sweep", "small.toml")
     assert "4 runs, 0 left" in second.stdout and json.loads(Path("out/small/results.json").read_text()) == results
+
+
+def test_ctrl_c_stops_a_sweep_and_its_runs_and_the_same_command_goes_on(workplace):
+    Path("long.toml").write_text(SWEEP.replace("[64, 256]", "[64, 6_400_000]"))
+    arguments = [sys.executable, str(ROOT / "stages/scaling.py"), "sweep", "long.toml"]
+    log, metrics = Path("out/long/1x16-200000.log"), Path("out/long/1x16-200000/metrics.jsonl")
+    with WarmPopen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on" in output, output + errors
+    assert "stopped at step" in log.read_text() and not Path("out/long/2x32-200000").exists()
+    printed = command("stages/scaling.py", "sweep", "long.toml", "--commands").stdout.splitlines()
+    assert len(printed) == 2 and "--resume=out/long/1x16-200000" in printed[0]
 
 
 def test_budgets_in_flops_and_by_parameter(workplace):

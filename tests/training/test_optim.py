@@ -10,6 +10,7 @@ import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.muon import BatchedMuon, shared
 from gpt_arc.training.optim import Updater, build_optimizers, check_same_optimizer, load_optimizer_state
 from gpt_arc.training.schedule import learning_rate_at
 from model import GPT, GPTConfig
@@ -266,3 +267,41 @@ def test_non_finite_values_change_nothing(non_finite, dtype, optimizer):
     finite, _, _ = updater.update(0.1, torch.tensor(math.inf if non_finite == "loss" else 1.0))
     assert not finite and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def after_three_updates(kind, shapes):
+    """The matrices and the optimizer after updates with random gradients."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer = kind(matrices, lr=0.02, weight_decay=0.1, momentum=0.95)
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        optimizer.step()
+    return matrices, optimizer
+
+
+SHAPES = [(24, 8), (8, 24), (24, 8), (8, 8), (24, 8)]
+
+
+def test_batched_muon_equals_torch_s():
+    expected, one_by_one = after_three_updates(torch.optim.Muon, SHAPES)
+    actual, batched = after_three_updates(BatchedMuon, SHAPES)
+    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=0)
+    assert batched.state_dict()["state"].keys() == one_by_one.state_dict()["state"].keys()
+    for i, moments in one_by_one.state_dict()["state"].items():
+        torch.testing.assert_close(batched.state_dict()["state"][i], moments)
+
+
+def test_processes_share_batched_muon_s_matrices(monkeypatch):
+    """Both processes have the same gradients, so each can stand in for the other in the exchange."""
+    _, optimizer = after_three_updates(BatchedMuon, SHAPES)
+    steps, group = [torch.randn(8, 24) for _ in range(3)], optimizer.param_groups[0]
+    alone, shares = shared(steps, group), []
+    monkeypatch.setattr("gpt_arc.distributed.WORLD_SIZE", 2)
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda whole, share: shares.append(share.clone()))
+    for rank in (0, 1):
+        monkeypatch.setattr("gpt_arc.distributed.RANK", rank)
+        assert shared(steps, group).shape == alone.shape
+    assert [len(share) for share in shares] == [2, 2] and not shares[1][1].any()
+    torch.testing.assert_close(torch.cat(shares)[:3], alone)

@@ -3,9 +3,12 @@
 import re
 
 import pytest
+import torch
 
 import train
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.training.command_line import read_command_line
+from gpt_arc.training.plan import make_plan
 from helpers import TEXT, TINY_FLAGS, write_dataset
 
 
@@ -19,6 +22,19 @@ def plan(tmp_path, monkeypatch, stage_runner):
     )
     (tmp_path / "sums.toml").write_text('dataset = "sums"\n')
     return lambda *flags: stage_runner(train, "sums.toml", *TINY_FLAGS[:-1], "--dry_run", *flags)
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "prepares"), [(0, 0, True), (3, 3, False), (8, 0, True)])
+def test_every_machine_prepares_what_it_does_not_find(plan, monkeypatch, rank, local_rank, prepares):
+    """The main process first, then the first one of each other machine, which may have another disk."""
+    events = []
+    monkeypatch.setattr("gpt_arc.training.plan.IS_MAIN", rank == 0)
+    monkeypatch.setattr("gpt_arc.training.plan.LOCAL_RANK", local_rank)
+    monkeypatch.setattr("gpt_arc.training.plan.prepare_missing", lambda sources: events.append("prepares"))
+    monkeypatch.setattr("gpt_arc.distributed.from_main", lambda value: events.append("waits") or value)
+    make_plan(read_command_line(["sums.toml", *TINY_FLAGS], None), torch.device("cpu"))
+    assert ("prepares" in events) == prepares
+    assert events[0] == ("prepares" if rank == 0 else "waits") and events.count("waits") == 2
 
 
 @pytest.mark.parametrize("steps", [8, 2000])

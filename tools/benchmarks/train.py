@@ -150,6 +150,7 @@ class OurTrainer(TrainWorker):
         from gpt_arc.data.order import TrainingOrder
         from gpt_arc.device import autocast, set_up_device, to_device
         from gpt_arc.training.compile import compile_in_place
+        from gpt_arc.training.kernels import choose_kernels
         from gpt_arc.training.optim import Updater
         from gpt_arc.training.routers import RouterMeter
         from gpt_arc.training.schedule import learning_rate_at
@@ -158,10 +159,11 @@ class OurTrainer(TrainWorker):
         config = self.job.config
         set_up_device(self.device, self.job.dtype)
         self.model = GPT(config.model).to(self.device)
-        self.model.activation_checkpointing = config.training.activation_checkpointing
+        choose_kernels(self.model, config.training)
         if self.job.compile:
             tokens = torch.zeros(self.shape, dtype=torch.int64)
-            failure = compile_in_place(self.model, self.model, [tokens, tokens], self.device, self.job.dtype)
+            by_block = config.training.compile == "blocks"
+            failure = compile_in_place(self.model, self.model, [tokens, tokens], self.device, self.job.dtype, by_block)
             if failure:
                 raise UserError(f"the model can't be compiled here: {failure}")
         self.routers = RouterMeter(self.model)

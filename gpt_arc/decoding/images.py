@@ -1,0 +1,49 @@
+"""Images in a dialogue: read, embedded, and kept for the decoder.
+
+images = Images(load_vision(directory, decoder.model), decoder)
+images.show(Path("cat.png"))                            # the next question is about it
+dialogue.ask("What is this?", images=images.take())
+"""
+
+from pathlib import Path
+
+import torch
+
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.errors import UserError
+from gpt_arc.vision.images import read_image
+from gpt_arc.vision.model import VisionGPT, load_vision, reads_images
+
+
+class Images:
+    """The images that a decoder has been shown, whose embeddings become `decoder.images`."""
+
+    def __init__(self, model: VisionGPT, decoder: Decoder):
+        self.model, self.decoder = model, decoder
+        self._waiting: list[range] = []  # ids of the embeddings of images that no question has shown yet
+
+    @torch.inference_mode()
+    def show(self, path: Path) -> None:
+        """Adds an image to the next question. Raises UserError if it can't be read."""
+        pixels = self.model.preprocessing.pixels(read_image(path), self.model.image_size)
+        embeddings = self.model.embed_images(pixels[None].to(self.model.encoder.patches.weight))[0]
+        known = self.decoder.images
+        first = 0 if known is None else len(known)
+        self.decoder.images = embeddings if known is None else torch.cat((known, embeddings))
+        self._waiting.append(range(-1 - first, -1 - first - len(embeddings), -1))
+
+    def take(self) -> tuple[range, ...]:
+        """Returns, once, the ids of the images for the next question."""
+        waiting, self._waiting = tuple(self._waiting), []
+        return waiting
+
+
+def load_images(directory: Path, decoder: Decoder) -> Images:
+    """Returns the images of a decoder whose model is that of `directory`. Raises UserError if it has no encoder."""
+    if not reads_images(directory):
+        raise UserError(f"{directory} reads text alone: train it on images by stages/sft.py --image_encoder first")
+    weight = decoder.model.token_embedding.weight
+    model = load_vision(directory, decoder.model, weight.dtype)
+    for part in (model.encoder, model.projector):
+        part.to(weight.device).eval()
+    return Images(model, decoder)

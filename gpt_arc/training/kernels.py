@@ -1,0 +1,38 @@
+"""The settings of training that choose how a model computes, beside its precision and compilation."""
+
+import torch
+from torch import nn
+
+from gpt_arc.errors import UserError, first_line
+from gpt_arc.training.config import TrainingConfig
+from model import GPT
+
+
+def choose_kernels(model: GPT, training: TrainingConfig) -> None:
+    """Applies the settings to a model on its device. Raises UserError if a package that one needs is missing."""
+    model.activation_checkpointing = training.activation_checkpointing
+    model.residual_dtype = torch.bfloat16 if training.residual == "bfloat16" else None
+    if training.flash_attention != "2":
+        choose_flash_attention(f"FA{training.flash_attention}")
+    if training.float8:
+        multiply_in_float8(model)
+
+
+def choose_flash_attention(version: str) -> None:
+    try:
+        torch.nn.attention.activate_flash_attention_impl(version)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise UserError(f"flash_attention = {version[-1]} isn't available here: {first_line(error)}") from None
+
+
+def multiply_in_float8(model: GPT) -> None:
+    """Replaces the blocks' linear layers by torchao's; parameters and their names stay. Routers keep float32."""
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError:
+        raise UserError('float8 = true needs torchao: pip install "gpt-arc[float8]"') from None
+
+    def takes_float8(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and "router" not in name and not any(n % 16 for n in module.weight.shape)
+
+    convert_to_float8_training(model.blocks, module_filter_fn=takes_float8)

@@ -1,0 +1,194 @@
+"""Measurements on the fake device, in a process of their own: see `build.measure`.
+
+Each function takes and returns what JSON can hold.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fake_gpu import device
+
+compiler: Any = None  # a `Compiler`, where Triton is at hand
+
+
+def compile_step(model: Any) -> None:
+    """Compiles as training does: by inductor, or where Triton isn't at hand up to what inductor would be given."""
+    model.compile(**({} if compiler else {"backend": "aot_eager"}))
+
+
+def compilations() -> dict[str, int]:
+    import torch
+
+    counters = torch._dynamo.utils.counters
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+
+
+def count_updates(run: Any) -> list[dict[str, Any]]:
+    """Calls `run`; returns for each update the waits by line, and the graphs and breaks up to its end."""
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.training.optim import Updater
+
+    Updater.finite = lambda *args: True
+    updates, update = [], Updater.update
+
+    def counted(*args: Any) -> Any:
+        result = update(*args)
+        updates.append({"waits": dict(fake.waits), **compilations()})
+        fake.waits.clear()
+        return result
+
+    Updater.update = counted
+    with FakeDevice() as fake:
+        run()
+    return updates
+
+
+def train(*flags: str) -> list[dict[str, Any]]:
+    """The updates of train.py with these flags."""
+    import train
+    from gpt_arc.device import resolve_device
+    from gpt_arc.training.command_line import read_command_line
+    from gpt_arc.training.plan import make_plan
+    from model import GPT
+
+    train.save_checkpoint = lambda *args: None
+    compile = GPT.compile
+    GPT.compile = lambda model: compile(model, backend="aot_eager")
+    launch = read_command_line(["sums.toml", *flags], None)
+    return count_updates(lambda: train.train(train.build(make_plan(launch, resolve_device("cuda")))))
+
+
+def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = None) -> dict[str, Any]:
+    """An update of a model on `rows` sequences: graphs, memory beside the plan's estimate and, by Triton, kernels."""
+    import torch
+
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.device import autocast
+    from gpt_arc.planning.cost import memory_estimate
+    from gpt_arc.training.config import TrainingConfig
+    from gpt_arc.training.kernels import choose_kernels
+    from gpt_arc.training.optim import Updater
+    from model import GPT, GPTConfig
+
+    settings = TrainingConfig(**{"dtype": "bfloat16"} | (training or {}))
+    dtype, gpu = settings.dtype, torch.device("cuda", 0)
+    with FakeDevice() as fake:
+        with gpu:
+            model = GPT(GPTConfig(**config))
+        choose_kernels(model, settings)
+        compile_step(model)
+        updater = Updater(model, settings, gpu, dtype)
+        tokens = [torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=gpu) for _ in range(2)]
+        peaks = {}
+        for _ in range(2):
+            start_counting(fake)
+            with autocast(gpu, dtype):
+                loss = model(*tokens)
+            peaks["forward"], fake.peak = fake.peak, fake.allocated
+            updater.backward(loss.total)
+            peaks["backward"], counts = fake.peak, counted(fake)
+            updater.update(1e-3, loss.total.detach())
+            peaks["update"] = fake.peak
+        estimate = memory_estimate(model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True)
+    moments = 8 * model.num_parameters()
+    return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+
+
+def peer(name: str, checkout: str, layers: int, rows: int) -> dict[str, Any]:
+    """Forward and backward pass of another trainer's model on `rows` sequences of 1,024 tokens: memory and kernels."""
+    import torch
+
+    from fake_gpu import peers
+    from fake_gpu.counting import FakeDevice
+
+    with FakeDevice() as fake:
+        with torch.device("cuda"):
+            model, loss_of = getattr(peers, name)(Path(checkout), layers)
+            tokens = [torch.zeros(rows, 1024, dtype=torch.int64) for _ in range(2)]
+        compile_step(model)
+        for _ in range(2):
+            model.zero_grad(set_to_none=True)
+            start_counting(fake)
+            with torch.autocast("cuda", torch.bfloat16, enabled=name != "nanochat"):  # which casts by itself
+                loss = loss_of(*tokens)
+            loss.backward()
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**compilations(), "parameters": parameters, "peak": fake.peak, **counted(fake)}
+
+
+def start_counting(fake: Any) -> None:
+    fake.peak, fake.moved = fake.allocated, 0
+    fake.operators.clear()
+    if compiler:
+        compiler.bytes = 0
+        compiler.launches.clear()
+
+
+def counted(fake: Any) -> dict[str, Any]:
+    """What has been launched since `start_counting`, and the bytes that it reads and writes; {} without a compiler."""
+    if not compiler:
+        return {}
+    return {
+        "kernels": len(compiler.kernels),
+        "launches": sum(compiler.launches.values()) + sum(fake.operators.values()),
+        "operators": dict(fake.operators),
+        "bytes": compiler.bytes + fake.moved,
+        "spills": compiler.spills(),
+    }
+
+
+def decode(config: dict[str, Any], rows: int, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The waits by line of the third token that `rows` prompts are continued by, and its largest allocation."""
+    import torch
+
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.decoding.decoder import Decoder
+    from gpt_arc.decoding.generate import generate
+    from gpt_arc.decoding.settings import Sampling
+    from model import GPT, GPTConfig
+
+    with FakeDevice() as fake:
+        with torch.device("cuda"):
+            model = GPT(GPTConfig(**config)).eval().to(torch.bfloat16)
+        decoder = Decoder(model)
+        prompts = [[1, 2, 3, row + 4] * 50 for row in range(rows)]
+        steps = generate(decoder, prompts, 8, Sampling(**sampling))
+        for _ in range(3):
+            fake.waits.clear()
+            fake.largest = 0
+            next(steps)
+    return {"waits": dict(fake.waits), "largest": fake.largest, "keys": decoder.cache[0].keys.nbytes}
+
+
+def norm() -> dict[str, int]:
+    """The operators of an RMSNorm of 16-bit numbers under autocast."""
+    import torch
+
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.device import autocast
+    from model import RMSNorm
+
+    with FakeDevice() as fake, autocast(gpu := torch.device("cuda", 0), "bfloat16"):
+        RMSNorm(8, device=gpu)(torch.ones(3, 8, dtype=torch.bfloat16, device=gpu))
+    return dict(fake.operators)
+
+
+def main() -> None:
+    global compiler
+    name, library, target, triton = json.loads(sys.argv[1])
+    gpu = device.GPUS[target]
+    device.install(gpu, Path(library))
+    from fake_gpu import attention
+
+    attention.install()
+    if triton:
+        from fake_gpu.compiler import Compiler
+
+        compiler = Compiler(gpu, Path(triton))
+    print("\n" + json.dumps(globals()[name](*json.loads(sys.argv[2]))))
+
+
+if __name__ == "__main__":
+    main()

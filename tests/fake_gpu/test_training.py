@@ -1,0 +1,59 @@
+"""Training on a GPU: one graph, no recompilation, one wait for the device an update, and the memory planned."""
+
+import pytest
+
+from fake_gpu.build import measure, needs_triton
+
+TINY = (
+    "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--max_iters=3",
+    "--eval_interval=100", "--eval_iters=2", "--device=cuda", "--compile=True",
+)  # fmt: skip
+MODERN = ("--n_kv_head=1", "--positions=rotary", "--qk_norm=True", "--norm=rmsnorm", "--activation=swiglu")
+VARIANTS = {
+    "dense": (),
+    "modern": MODERN,
+    "band": ("--attention_band=4",),
+    "documents": ("--dataset=one", "--document_mask=True"),
+    "mixture": ("--n_experts=4", "--log_interval=100"),
+    "ngrams": ("--ngrams=3",),
+    "float16": ("--dtype=float16",),
+    "muon and an average": ("--optimizer=muon", "--ema_decay=0.9"),
+    "float16 and muon": ("--dtype=float16", "--optimizer=muon"),
+    "checkpointing": ("--activation_checkpointing=True",),
+    "accumulation": ("--gradient_accumulation_steps=2",),
+}
+
+
+def check(updates):
+    assert [update["breaks"] for update in updates] == [0, 0, 0]
+    assert [update["graphs"] for update in updates] == [1, 1, 1]
+    for update in updates[1:]:
+        assert sum(update["waits"].values()) == 1, update["waits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_update_is_one_graph_and_waits_once(variant, documents):
+    check(measure("train", *TINY, *VARIANTS[variant], folder=documents))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [("--dtype=float16",), ("--dtype=float32",)], ids=str)
+def test_groups_of_queries_have_a_fused_kernel_on_every_gpu(settings, documents):
+    """Without flash attention, which is for 16 bits and from the A100 on, keys and values have to be repeated."""
+    check(measure("train", *TINY, *MODERN, *settings, target=75, folder=documents))
+
+
+@pytest.mark.slow
+def test_a_norm_s_weight_stays_in_float32():
+    """Autocast casts the input; the weight, cast to 16 bits and back, would be a second and a third."""
+    assert measure("norm")["aten::_to_copy"] == 1
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_head_s_gradient_takes_no_memory_for_each_chunk():
+    """Nineteen chunks of a vocabulary of 151,936: the compiler would keep their products, of 0.6 GB each."""
+    config = {"vocab_size": 151_936, "n_embd": 2048, "n_head": 16, "n_layer": 2, "block_size": 4096}
+    update = measure("step", config, 8)
+    assert update["forward"] - update["moments"] <= 11.5 * 2**30

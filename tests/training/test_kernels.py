@@ -1,0 +1,91 @@
+"""The settings that choose how a model computes."""
+
+import dataclasses
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gpt_arc.errors import UserError
+from gpt_arc.training import compile as compiling
+from gpt_arc.training.compile import compile_in_place
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.kernels import choose_kernels
+from model import GPT, GPTConfig
+
+TINY = GPTConfig(16, 23, 3, 2, 32, norm="rmsnorm", qk_norm=True, n_experts=2, expert_interval=3)
+
+
+def model_with(**settings):
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    choose_kernels(model, TrainingConfig(**settings))
+    return model
+
+
+def loss_of(model, tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens.roll(-1, 1)).total
+    loss.backward()
+    return loss.item()
+
+
+def test_a_residual_stream_in_16_bits_rounds_sums_only():
+    tokens, streams = torch.randint(23, (4, 16)), {}
+    losses = {}
+    for residual in ("float32", "bfloat16"):
+        model = model_with(residual=residual)
+        model.final_norm.register_forward_pre_hook(lambda module, x, name=residual: streams.update({name: x[0].dtype}))
+        losses[residual] = loss_of(model, tokens)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    assert streams == {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=5e-3)
+
+
+def test_blocks_share_their_compiled_code(monkeypatch):
+    config = dataclasses.replace(TINY, n_experts=0, expert_interval=1)
+    torch.manual_seed(0)
+    model, compiled = GPT(config), []
+    tokens = torch.randint(23, (2, 16))
+    expected = model(tokens, tokens).total.detach()
+    compile = torch.nn.Module.compile
+    backend = lambda graph, inputs: compiled.append(graph) or graph  # noqa: E731
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile(module, backend=backend))
+    assert compile_in_place(model, model, [tokens, tokens], torch.device("cpu"), "float32", by_block=True) is None
+    assert model._compiled_call_impl is None and all(block._compiled_call_impl for block in model.blocks)
+    torch.testing.assert_close(model(tokens, tokens).total.detach(), expected)
+    assert len(compiled) == 1
+    torch.use_deterministic_algorithms(False)
+
+
+def test_only_auto_goes_on_where_blocks_cannot_be_compiled(monkeypatch):
+    monkeypatch.setattr(compiling, "compile_in_place", lambda *args: "no compiler")
+    model = model_with()
+    assert not compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", "auto")
+    with pytest.raises(UserError, match="compile = blocks can't work here"):
+        compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", "blocks")
+
+
+def test_flash_attention_of_another_package(monkeypatch):
+    with pytest.raises(UserError, match="flash_attention = 3 isn't available here"):
+        model_with(flash_attention="3")
+    chosen = []
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", chosen.append)
+    model_with(flash_attention="4")
+    assert chosen == ["FA4"]
+
+
+def test_float8_is_for_the_blocks_linear_layers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(UserError, match=r"float8 = true needs torchao: pip install \"gpt-arc\[float8\]\""):
+        model_with(float8=True)
+    calls = []
+    package = SimpleNamespace(convert_to_float8_training=lambda *args, **settings: calls.append((args, settings)))
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=package))
+    monkeypatch.setitem(sys.modules, "torchao.float8", package)
+    model = model_with(float8=True)
+    [((converted,), settings)] = calls
+    names = [name for name, module in converted.named_modules() if settings["module_filter_fn"](module, name)]
+    layers = ("attention.qkv", "attention.projection", "mlp.up", "mlp.projection")
+    assert names == [f"{i}.{layer}" for i in range(3) for layer in layers][:-2] and converted is model.blocks

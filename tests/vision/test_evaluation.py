@@ -1,0 +1,167 @@
+"""stages/eval.py on questions about images, and the pictures of prepare/shapes.py."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
+from gpt_arc.vision.images import read_image
+from gpt_arc.vision.model import VisionGPT, save_vision
+from gpt_arc.vision.projector import Projector, ProjectorConfig
+from gpt_arc.weights.directory import save_model
+from helpers import randomised, write
+from model import GPT, GPTConfig
+from prepare import shapes
+from stages import eval as evaluation
+
+LETTERS = CharTokenizer("abcdefgh")
+COLOURS = ("red", "blue", "lime", "black", "white")
+TASK = 'title = "t"\nkind = "generate"\nimage = "image"\ncontext = "{q}"\nanswer = "{a}"\nmax_new_tokens = 4\n'
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for colour in COLOURS:
+        Image.new("RGB", (8, 8), colour).save(f"{colour}.png")
+    chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, 8)
+    encoder = ImageEncoder(EncoderConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=8))
+    text = GPT(GPTConfig(24, chat.vocab_size, 2, 2, 16))
+    model = randomised(VisionGPT(text, encoder, Projector(ProjectorConfig(), 8, 16)), seed=42, scale=0.6)
+    save_model(model.text, LETTERS, "seen")
+    save_vision(model, Path("seen"))
+    for folder in ("seen", "text"):
+        save_model(model.text, LETTERS, folder)
+        chat.save(folder)
+    Path("images.toml").write_text(TASK)
+    return model, chat
+
+
+@pytest.fixture
+def measure(model, stage_runner):
+    return partial(stage_runner, evaluation)
+
+
+@torch.no_grad()
+def answer(model, chat, colour, question):
+    """The greedy answer by full forward passes."""
+    tokens = chat.prompt([Turn("user", f"<image>{question}", images=(range(-1, -5, -1),))])
+    pixels = model.preprocessing.pixels(read_image(Path(f"{colour}.png")), 8)[None]
+    response = []
+    for _ in range(4):
+        response.append(model(torch.tensor([tokens + response]), pixels=pixels)[0, -1].argmax().item())
+    return chat.decode(response)
+
+
+@pytest.mark.parametrize("batch_tokens", [8192, 30])
+def test_exact_match_is_that_of_full_forward_passes(batch_tokens, model, measure):
+    rows = [(colour, question) for colour in COLOURS for question in ("abc", "d", "abc" * 2)]
+    answers = [answer(*model, *row) for row in rows]
+    assert len(set(answers)) > 2
+    wrong = [text if i % 3 else "hgfh" for i, text in enumerate(answers)]
+    items = [{"image": f"{colour}.png", "q": question, "a": a} for (colour, question), a in zip(rows, wrong)]
+    write("items.jsonl", items)
+    flags = ("seen", "--chat=True", "--tasks=images.toml", "--data=items.jsonl", "--device=cpu", "--json=report.json")
+    measure(*flags, f"--batch_tokens={batch_tokens}")
+    (result,) = json.loads(Path("report.json").read_text())["models"][0]["tasks"]
+    assert result["values"] == [float(i % 3 > 0) for i in range(len(rows))]
+
+
+@pytest.mark.parametrize(
+    "flags, item, message",
+    [
+        (("text", "--chat=True"), {}, "are for a model trained on them by stages/sft.py"),
+        (("seen",), {}, "add --chat=True"),
+        (("seen", "--chat=True", "--shots=1"), {}, "leave shots out"),
+        (("seen", "--chat=True"), {"image": "../a.png"}, "images, item 1: the image ../a.png is outside"),
+        (("seen", "--chat=True"), {"image": "none.png"}, "none.png is missing"),
+        (("seen", "--chat=True"), {"image": None}, "item 1: the image 'None' is not the name of a file"),
+        (("seen", "--chat=True"), {"q": "a" * 20}, "a question about an image takes 26 tokens"),
+    ],
+    ids=str,
+)
+def test_questions_that_cannot_be_put_are_refused(flags, item, message, measure):
+    write("items.jsonl", [{"image": "red.png", "q": "a", "a": "b"} | item])
+    refused = measure(*flags, "--tasks=images.toml", "--data=items.jsonl", "--device=cpu")
+    assert refused.code == 2 and message in refused.message, refused.message
+
+
+# ---- shapes
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["shapes.py", *flags])
+        shapes.main()
+        return {
+            split: [json.loads(line) for line in Path(f"data/shapes/{split}.jsonl").read_text().splitlines()]
+            for split in ("train", "test", "shuffled")
+        }
+
+    return call
+
+
+def seen_in(path, background=(255, 255, 255)):
+    """The colours in a picture, and the quarters that each is in."""
+    image = Image.open(path)
+    half = image.width // 2
+    names = {value: name for name, value in shapes.COLOURS.items()}
+    return {
+        (names[value], (x >= half) + 2 * (y >= half))
+        for x in range(image.width)
+        for y in range(image.height)
+        if (value := image.getpixel((x, y))) != background
+    }
+
+
+def test_pictures_show_what_the_answers_say(prepare):
+    splits = prepare("--count=60", "--test=40")
+    for row in splits["train"] + splits["test"]:
+        seen = seen_in(f"data/shapes/{row['image']}")
+        words = row["prompt"].rstrip("?").split()
+        if row["kind"] == "colour":
+            assert row["response"] in {colour for colour, _ in seen}
+        elif row["kind"] == "count":
+            assert shapes.NUMBERS.index(row["response"]) == len(seen)
+        elif row["kind"] == "position":
+            assert (words[3], shapes.QUARTERS.index(row["response"])) in seen
+        elif row["kind"] == "shape":
+            assert words[-1] in {colour for colour, _ in seen} and row["response"] in shapes.SHAPES
+        else:
+            assert len(seen) > 1 and row["response"] in row["prompt"]
+    assert {row["kind"] for row in splits["test"]} == set(shapes.KINDS)
+
+
+def test_no_training_picture_has_a_held_out_pair_and_every_test_picture_has(monkeypatch, prepare):
+    drawn = []
+    monkeypatch.setattr(shapes, "draw", lambda seen, size, rng: drawn.append(seen) or Image.new("RGB", (size, size)))
+    splits = prepare("--count=200", "--test=50")
+    pairs = [{thing.pair for thing in seen} & set(shapes.HELD_OUT) for seen in drawn]
+    assert not any(pairs[:200]) and all(pairs[200:])
+    shuffled = zip(splits["test"], splits["shuffled"])
+    assert all(a["prompt"] == b["prompt"] and a["response"] == b["response"] for a, b in shuffled)
+    assert sorted(row["image"] for row in splits["shuffled"]) == sorted(row["image"] for row in splits["test"])
+
+
+def test_the_same_seed_draws_the_same_and_another_is_not_mixed_in(prepare, capsys):
+    first = prepare("--count=10", "--test=5")
+    picture = Path("data/shapes/pictures/test-000003.png").read_bytes()
+    assert prepare("--count=10", "--test=5") == first and "prepared already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has other pictures"):
+        prepare("--count=10", "--test=5", "--seed=1")
+    assert prepare("--count=10", "--test=5", "--seed=1", "--overwrite=True") != first
+    assert prepare("--count=10", "--test=5", "--overwrite=True") == first
+    assert Path("data/shapes/pictures/test-000003.png").read_bytes() == picture
+    with pytest.raises(UserError, match="size = 8 is too small"):
+        prepare("--size=8")
