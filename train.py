@@ -262,8 +262,7 @@ def build(plan: Plan) -> Run:
     replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    how = example, device, dtype, parallel, training.compile
-    compiled = plan.compile and try_compiling(model, replica, *how)
+    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile, parallel)
     updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:

@@ -81,8 +81,8 @@ def try_compiling(
     batch: Sequence[Tensor],
     device: torch.device,
     dtype: str,
-    parallel: Parallel,
     setting: bool | str,
+    parallel: Parallel = REPLICATED,
 ) -> bool:
     """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if it fails, except for auto."""
     say("compiling      takes a minute or so")
