@@ -175,6 +175,13 @@ class Run:
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
+        if plan.config.training.compare_replicas:
+            shared = [p for p in self.model.parameters() if p not in self.sharing.shares]
+            if ranks := self.parallel.differing(shared):
+                raise UserError(
+                    f"step {progress.step} isn't saved, since the weights of process {', '.join(map(str, ranks))} have "
+                    f"come to differ from the others': test that machine's memory; resume with: {self.resume}"
+                )
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         state = {
             "progress": dataclasses.asdict(progress),

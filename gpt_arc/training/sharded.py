@@ -134,6 +134,9 @@ class Sharded(Parallel):
         whole = tensor.full_tensor()
         return whole.cpu() if IS_MAIN else tensor
 
+    def held(self, weight: DTensor) -> tuple[int, Tensor]:
+        return dist.get_rank(shard_group(weight)), weight.detach().to_local()
+
     def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
         if isinstance(whole, DTensor):  # read from shards
             return whole

@@ -67,7 +67,7 @@ def assert_same_run(
 
 def test_two_shards_train_as_one_process(run):
     """Accumulated gradients, clipped by the norm of all shards; the saved and evaluated model is an average."""
-    flags = *ACCUMULATION, "--ema_decay=0.9"
+    flags = *ACCUMULATION, "--ema_decay=0.9", "--compare_replicas=True"
     assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags))
 
 
@@ -137,6 +137,9 @@ import copy, os, sys
 import torch
 from gpt_arc import distributed
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.optim import Updater
+from gpt_arc.training.parallel import REPLICATED
 from gpt_arc.training.sharded import Sharded, ShardedMuon
 from gpt_arc.weights.meta import meta_device
 from model import GPT, GPTConfig
@@ -203,6 +206,22 @@ with distributed.process_group("gloo", cpu):
                 p.add_(0.1)
                 q.add_(0.1)
     print("equal outputs")
+
+    updater = Updater(model, TrainingConfig(), cpu, "float32", sharded)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    if RANK == 1:
+        parameters[0].grad.to_local()[0] = torch.nan
+    before = [p.detach().to_local().clone() for p in parameters]
+    assert not updater.update(1e-3, torch.tensor(1.0))[0]
+    assert all(torch.equal(p.to_local(), x) for p, x in zip(parameters, before))
+    print("skipped by all")
+
+    assert REPLICATED.differing(whole.parameters()) == sharded.differing(parameters) == []
+    if RANK == WORLD_SIZE - 1:
+        whole.final_norm.weight.data.view(torch.int32)[3] ^= 1 << 20
+    assert REPLICATED.differing(whole.parameters()) == [WORLD_SIZE - 1]
+    print("found the flipped bit")
 sys.stdout.flush()
 os._exit(0)  # as scripts end
 """
@@ -210,11 +229,15 @@ os._exit(0)  # as scripts end
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shards_add_up_to_the_model(tmp_path, processes):
-    """Initial weights to the bit, gradients, Muon's updates, and outputs after an update; uneven among three."""
+    """Initial weights to the bit, gradients, Muon's updates, and outputs after an update; uneven among three.
+
+    A gradient that isn't finite in one process is skipped by all, and a bit that flips in one replica is found.
+    """
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
     result = command(str(script), processes=processes)
     assert result.returncode == 0 and result.stdout.count("equal") == 4 * processes, result.stdout + result.stderr
+    assert result.stdout.count("skipped by all") == result.stdout.count("flipped bit") == processes
 
 
 def test_impossible_divisions_are_refused(monkeypatch):
