@@ -1,7 +1,7 @@
 """Muon for GPUs: the matrices of one shape are orthogonalised together, and shared among processes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,18 +24,18 @@ class BatchedMuon(torch.optim.Muon):
             for shape in dict.fromkeys(p.shape for p in matrices):
                 self._step_together([p for p in matrices if p.shape == shape], group)
 
-    def _step_together(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in matrices]
+    def _step_together(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in matrices if p.grad is not None]
         means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
         torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
         steps = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
         rows, columns = matrices[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
         torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(shared(steps, group)), alpha=-rate)
+        torch._foreach_add_(matrices, list(shared(list(steps), group)), alpha=-rate)
 
 
-def shared(steps: Sequence[Tensor], group: dict[str, Any]) -> Tensor:
+def shared(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
     """Orthogonalises N matrices (M, C) in all processes together: (N, M, C) bfloat16."""
     processes, size = distributed.WORLD_SIZE, math.ceil(len(steps) / distributed.WORLD_SIZE)
     share = torch.zeros(size, *steps[0].shape, dtype=torch.bfloat16, device=steps[0].device)

@@ -9,6 +9,7 @@ from typing import Any, assert_never
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gpt_arc import distributed
 from gpt_arc.errors import UserError
@@ -195,13 +196,13 @@ class Updater:
 
     def _gathered(self, weight: nn.Parameter, tensor: Tensor) -> Tensor:
         """Returns, in the main process, a tensor that is divided like `weight` whole. Every process must call this."""
-        is_shared = self.sharing and weight in self.sharing.shares
-        return self.sharing.gathered(tensor) if is_shared else self.parallel.gathered(tensor)
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.gathered(tensor) if sharing else self.parallel.gathered(tensor)
 
     def _kept(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
         """Returns what this process keeps of a tensor shaped like the whole `weight`."""
-        is_shared = self.sharing and weight in self.sharing.shares
-        return self.sharing.share_of(whole) if is_shared else self.parallel.shard_of(whole, weight)
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.share_of(whole) if sharing else self.parallel.shard_of(whole, weight)
 
     def state_dict(self, gather: bool = True) -> dict:
         """The state to save, complete in the main process or, without `gather`, divided as it is.
@@ -278,7 +279,7 @@ def check_same_optimizer(name: str, state: dict) -> None:
 
 def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
     """Move the moving average of a model's weights on by one update."""
-    torch._foreach_lerp_(list(average), [weight.detach() for weight in weights], 1 - decay)
+    get_ema_multi_avg_fn(decay)(tuple(average), tuple(weight.detach() for weight in weights), None)
 
 
 def map_moments(

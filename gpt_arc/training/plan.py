@@ -129,8 +129,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     training = config.training
     dtype, compile_setting, threads = training.dtype, training.compile, None
     if launch.checkpoint and launch.resumed and trained:
-        on_disk = device.type == "cuda" or training.parallel == "fsdp"  # else it is what the run will change
-        state = load_state(launch.checkpoint, on_disk)
+        # a GPU copies it from the disk, and under fsdp each process takes its shard; else it is what the run changes
+        on_disk = device.type == "cuda" or training.parallel == "fsdp"
+        state = load_state(launch.checkpoint, on_disk=on_disk)
         with reading(state_file(launch.checkpoint), ADVICE):
             progress = Progress(**state["progress"])
         if training.max_iters < progress.step:
@@ -232,7 +233,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     )  # fmt: skip
 
 
-def doubts(plan: Plan, memory: int) -> Iterator[str]:
+def doubts(plan: Plan, memory: float) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
     room, steps = memory_of(plan.device), plan.config.training.max_iters
     if room and memory > room:

@@ -41,8 +41,9 @@ class ShardedMuon(torch.optim.Muon):
     def _momentum(self, matrix: DTensor, decay: float) -> Tensor:
         """Adds this step's gradient to its moving average. Returns the shard of Nesterov's."""
         mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-        mean.lerp_(matrix.grad, 1 - decay)
-        return matrix.grad.lerp(mean, decay).to_local()
+        gradient: Any = matrix.grad
+        mean.lerp_(gradient, 1 - decay)
+        return gradient.lerp(mean, decay).to_local()
 
     def _round(self, matrices: Sequence[DTensor], steps: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates as many matrices as there are processes, or fewer; process r orthogonalises number r."""
@@ -78,7 +79,9 @@ def shard_block(block: Block, dtype: torch.dtype, **settings: Any) -> None:
     autocast alone would keep a copy in `dtype` of each gathered matrix until the whole forward pass ends.
     """
     if dtype != torch.float32:
-        exact = [m for name, m in block.named_modules() if isinstance(m, NORMS) or name.endswith("router")]
+        exact: list[nn.Module] = [
+            m for name, m in block.named_modules() if isinstance(m, NORMS) or name.endswith("router")
+        ]
         fully_shard(exact, **settings)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(block, mp_policy=policy, **settings)
@@ -116,7 +119,8 @@ class Sharded(Parallel):
         return contextlib.nullcontext()
 
     def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
-        return super().total_norm(tensors, order).full_tensor()
+        norm: Any = super().total_norm(tensors, order)
+        return norm.full_tensor()
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -135,7 +139,7 @@ class Sharded(Parallel):
         return whole.cpu() if IS_MAIN else tensor
 
     def held(self, weight: DTensor) -> tuple[int, Tensor]:
-        return dist.get_rank(shard_group(weight)), weight.detach().to_local()
+        return dist.get_rank(shard_group(weight)), weight.to_local().detach()
 
     def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
         if isinstance(whole, DTensor):  # read from shards
