@@ -1,6 +1,10 @@
 """Models divided among processes (FSDP2), against one process with all of them."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import TEXT, TINY_FLAGS, command, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -130,6 +134,32 @@ def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_for
         assert Path(folder, "last/shards").is_dir() == (before > 1 and checkpoint_format == "sharded")
         resumed = run(folder, *flags, "--init_from=resume", processes=after)
         assert_same_run(resumed, whole, **bounds)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--parallel=ddp",), ("--parallel=fsdp", "--checkpoint_format=sharded")])
+def test_a_killed_process_ends_the_others_and_a_restart_makes_the_same_weights(run, flags):
+    flags = *flags, "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=10", "--dropout=0.1"
+    undisturbed = run("undisturbed", *flags, processes=2)
+    arguments = ROOT / "train.py", "sums.toml", *FLAGS, *flags, "--out_dir=killed", "--init_from=auto"
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, *arguments], env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        deadline = time.monotonic() + 90
+        while not Path("killed/last").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].kill()
+        assert processes[0].wait(60) not in (0, None)
+    finally:
+        for process in processes:
+            process.kill()
+    assert 10 <= int(Path("killed/last").resolve().name.removeprefix("step-")) < 60
+    restarted = run("killed", *flags, "--init_from=auto", processes=2)
+    assert len(restarted[0]) == 60
+    assert all(torch.equal(tensor, undisturbed[1][name]) for name, tensor in restarted[1].items())
 
 
 SHARDS = """
