@@ -175,6 +175,13 @@ class Run:
 
     def save(self) -> None:
         plan, progress = self.plan, self.progress
+        if plan.config.training.compare_replicas:
+            shared = [p for p in self.model.parameters() if p not in self.sharing.shares]
+            if ranks := self.parallel.differing(shared):
+                raise UserError(
+                    f"step {progress.step} isn't saved, since the weights of process {', '.join(map(str, ranks))} have "
+                    f"come to differ from the others': test that machine's memory; resume with: {self.resume}"
+                )
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         state = {
             "progress": dataclasses.asdict(progress),
@@ -240,7 +247,7 @@ def build(plan: Plan) -> Run:
     data = plan.data
     assert data is not None, "only a dry run goes without data"
     torch.manual_seed(training.seed)
-    parallel = make_parallel(training, device)
+    parallel = make_parallel(training, device, dtype)
     model, tokenizer = build_model(plan, parallel)
     sampler = None
     if config.logging.sample_interval and not config.run.eval_only:
@@ -262,8 +269,7 @@ def build(plan: Plan) -> Run:
     replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
-    how = example, device, dtype, parallel, training.compile
-    compiled = plan.compile and try_compiling(model, replica, *how)
+    compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile, parallel)
     updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:

@@ -22,6 +22,7 @@ from gpt_arc.tables import counted
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+MACHINES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 IS_MAIN = RANK == 0  # only this process writes files and prints
 
 
@@ -33,7 +34,8 @@ def launch_command(script: str, *arguments: str) -> str:
     separator = "-- " if any(one.startswith("--monitor") for one in arguments) else ""  # torchrun has a --monitor too
     program, _, after_program = again.partition(" ")
     launched = f"{separator}{after_program}" if program == "python" else f"--no-python {separator}{again}"
-    return f"torchrun --standalone --nproc_per_node={WORLD_SIZE} {launched}"
+    place = "--standalone" if MACHINES == 1 else f"--nnodes={MACHINES} --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT"
+    return f"torchrun {place} --nproc_per_node={WORLD_SIZE // MACHINES} {launched}"
 
 
 def say(text: str) -> None:

@@ -24,14 +24,21 @@ def test_a_group_sends_objects_by_gloo_and_outlives_the_run(monkeypatch, backend
 
 
 @pytest.mark.parametrize(
-    ("processes", "command"),
+    ("processes", "machines", "command"),
     [
-        (1, "python 'a b.py' --resume=out/x"),
-        (2, "torchrun --standalone --nproc_per_node=2 'a b.py' --resume=out/x"),
+        (1, 1, "python 'a b.py' --resume=out/x"),
+        (2, 1, "torchrun --standalone --nproc_per_node=2 'a b.py' --resume=out/x"),
+        (
+            16,
+            2,
+            "torchrun --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:PORT --nproc_per_node=8 'a b.py' "
+            "--resume=out/x",
+        ),
     ],
 )
-def test_the_command_to_launch_again(monkeypatch, processes, command):
+def test_the_command_to_launch_again(monkeypatch, processes, machines, command):
     monkeypatch.setattr(distributed, "WORLD_SIZE", processes)
+    monkeypatch.setattr(distributed, "MACHINES", machines)
     assert distributed.launch_command("a b.py", "--resume=out/x") == command
     separated = distributed.launch_command("a b.py", "--monitor=m:f")
     assert ("-- 'a b.py' --monitor=m:f" in separated) == (processes > 1)

@@ -26,7 +26,7 @@ SCRIPTS = [path for path in SCRIPTS if path.name not in ("model.py", "setup.py",
 SOURCES = [*SCRIPTS, *sorted((ROOT / "gpt_arc").rglob("*.py"))]
 FLAG = re.compile(r"(?<![-\w])--([a-z][\w-]*)")
 COMMAND = re.compile(r"\bpython ((?:[a-z]+/)?[a-z]\w*\.py)([^`;]*)")
-OF_TORCHRUN = {"standalone", "nproc_per_node", "no-python", "help"}
+OF_TORCHRUN = {"standalone", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "no-python", "help"}
 
 
 def texts(path):

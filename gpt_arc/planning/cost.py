@@ -90,9 +90,7 @@ def memory_estimate(
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
     tokens, width = sequences * config.block_size, config.n_embd
-    mlp = config.mlp_width * (4 if config.gated else 2)
-    experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
-    layers = [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
+    layers = layer_activations(config)
     activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
@@ -100,6 +98,13 @@ def memory_estimate(
         1 - 1 / expert_processes
     )
     return 16 * int(model.num_parameters() - in_other_processes) + activations + logits
+
+
+def layer_activations(config: GPTConfig) -> list[int]:
+    """How many values per token each layer keeps for its backward pass, see `memory_estimate`."""
+    width, mlp = config.n_embd, config.mlp_width * (4 if config.gated else 2)
+    experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
+    return [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
 
 
 def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:

@@ -43,8 +43,8 @@ def compile_in_place(
     batch: Sequence[Tensor],
     device: torch.device,
     dtype: str,
-    parallel: Parallel = REPLICATED,
     by_block: bool = False,
+    parallel: Parallel = REPLICATED,
 ) -> str | None:
     """Compiles `model` and tries a step on `batch`. If that fails, undoes it and returns the reason in one line.
 
@@ -53,7 +53,7 @@ def compile_in_place(
     `replica` is the model or its DistributedDataParallel, from which the compiler gets the gradient buckets.
     `nn.Module.compile` keeps parameter names, so `_orig_mod.` never reaches a file.
     """
-    parts: list[nn.Module] = [*model.blocks] if by_block else parallel.compiled_parts(model)
+    parts: list[nn.Module] = [*model.blocks] if by_block else [model]
     try:
         if device.type == "cpu":  # else kernels add in the order their threads finish: no exact resume
             torch.use_deterministic_algorithms(True)
@@ -81,12 +81,13 @@ def try_compiling(
     batch: Sequence[Tensor],
     device: torch.device,
     dtype: str,
-    parallel: Parallel,
     setting: bool | str,
+    parallel: Parallel = REPLICATED,
 ) -> bool:
     """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if it fails, except for auto."""
     say("compiling      takes a minute or so")
-    failure = compile_in_place(model, replica, batch, device, dtype, parallel, setting == "blocks")
+    by_block = setting == "blocks" or parallel.is_sharded  # gathering weights interrupts a graph
+    failure = compile_in_place(model, replica, batch, device, dtype, by_block, parallel)
     if failure and setting != "auto":
         raise UserError(f"compile = {str(setting).lower()} can't work here; --compile=False does without it: {failure}")
     if failure:

@@ -141,7 +141,10 @@ class TrainingConfig:
     reshard_after_forward: bool = True
     """Under fsdp, drop a block's gathered weights until its backward pass: less memory, more communication."""
     replicas: Count = 1
-    """Under fsdp, divide as many whole models, each among an equal part of the processes. 1: one model among all."""
+    """Under fsdp, the number of whole models, each divided among an equal part of the processes."""
+    compare_replicas: bool = False
+    """Stop before a checkpoint if processes that should have the same weights differ by a bit, as after a fault of a
+    machine's memory."""
     checkpoint_format: Literal["whole", "sharded"] = "whole"
     """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
     one file per process. Any number of processes can resume from either."""

@@ -28,7 +28,7 @@ HIDDEN = re.compile(r"(.*\.)?blocks\.\d+\..*(?<!router\.)weight")
 
 
 def build_optimizers(
-    model: nn.Module, config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+    model: nn.Module, config: TrainingConfig, muon: type[torch.optim.Muon] | None = None
 ) -> dict[str, torch.optim.Optimizer]:
     """The optimizers of a model, each built with its peak rate, by the keys of their moments in training_state.pt.
 
@@ -76,7 +76,7 @@ def build_adamw(
 
 
 def build_muon(
-    matrices: Iterable[nn.Parameter], config: TrainingConfig, muon: type[torch.optim.Muon] = torch.optim.Muon
+    matrices: Iterable[nn.Parameter], config: TrainingConfig, muon: type[torch.optim.Muon] | None = None
 ) -> torch.optim.Muon:
     """Muon, whose update of an (M, C) matrix is an orthogonal one times sqrt(max(1, M / C)).
 
@@ -84,8 +84,7 @@ def build_muon(
     """
     rate, decay = config.muon_rate, config.weight_decay
     matrices = list(matrices)
-    is_batched = muon is torch.optim.Muon and any(matrix.is_cuda for matrix in matrices)
-    kind = BatchedMuon if is_batched else muon
+    kind = muon or (BatchedMuon if any(matrix.is_cuda for matrix in matrices) else torch.optim.Muon)
     return kind(matrices, lr=rate, weight_decay=decay, momentum=config.momentum, nesterov=True)
 
 

@@ -1,6 +1,7 @@
 """How several processes train one model: with a replica each, or each with a shard of every tensor."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from gpt_arc import distributed
 from gpt_arc.device import align
 from gpt_arc.distributed import WORLD_SIZE
 from model import GPT
@@ -20,17 +22,13 @@ class Parallel:
     """
 
     is_sharded = False
-    muon = torch.optim.Muon
+    muon: type[torch.optim.Muon] | None = None  # instead of the optimizer's choice
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Moves a model to the device. Returns the module to call: the model, or its replica."""
         align(model)
         model.to(device)
         return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
-        """The modules that are compiled one by one."""
-        return [model]
 
     def sharing_gradients(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Context for a forward and a backward pass; processes share their gradients in the `last` one of a step."""
@@ -57,6 +55,21 @@ class Parallel:
     def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:
         """Returns what this process keeps of a tensor, divided like the weight `like`."""
         return whole
+
+    def held(self, weight: Tensor) -> tuple[int, Tensor]:
+        """Returns the number of the part of a weight that this process has, and that part."""
+        return 0, weight.detach()
+
+    def differing(self, weights: Iterable[Tensor]) -> list[int]:
+        """Ranks of processes whose weights aren't, to the bit, what most have that hold the same parts of a model.
+
+        Every process must call this.
+        """
+        parts = [self.held(weight) for weight in weights]
+        total = torch.stack([part.view(torch.int32).sum(dtype=torch.int64) for _, part in parts]).sum()
+        sums = distributed.gather((parts[0][0], total.item()))
+        usual = {number: Counter(x for i, x in sums if i == number).most_common(1)[0][0] for number, _ in sums}
+        return [rank for rank, (number, x) in enumerate(sums) if x != usual[number]]
 
     def whole(self, model: GPT) -> GPT:
         """Returns the model to save, whole in the main process. Every process must call this."""

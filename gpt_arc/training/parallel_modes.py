@@ -8,13 +8,13 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.parallel import REPLICATED, Parallel
 
 
-def make_parallel(config: TrainingConfig, device: torch.device) -> Parallel:
+def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> Parallel:
     """Returns what the setting `parallel` means for this number of processes."""
     if config.parallel != "fsdp" or WORLD_SIZE == 1:
         return REPLICATED
     from gpt_arc.training.sharded import Sharded  # takes a second to import
 
-    return Sharded(device, config.reshard_after_forward, config.replicas)
+    return Sharded(device, dtype, config.reshard_after_forward, config.replicas)
 
 
 def check_parallel(config: TrainingConfig) -> None:

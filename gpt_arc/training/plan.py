@@ -20,6 +20,7 @@ from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.planning.layout import Layout
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted, human
@@ -202,9 +203,15 @@ def print_plan(plan: Plan) -> None:
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")
     checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
-    device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
-    memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, device, checkpointing, sharing, fused)
-    say(f"memory         about {human(memory, 'B')} on each device")
+    if config.training.parallel == "fsdp":
+        layout = layout_of(plan, sketch)
+        memory = 0 if config.run.accelerator else sum(layout.memory.values())
+        for line in layout.lines():
+            say(line)
+    else:
+        device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
+        memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, device, checkpointing, sharing, fused)
+        say(f"memory         about {human(memory, 'B')} on each device")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
     kind, foreign = nearest_architecture(config.model)
@@ -215,7 +222,18 @@ def print_plan(plan: Plan) -> None:
     say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
 
 
-def doubts(plan: Plan, memory: int) -> Iterator[str]:
+def layout_of(plan: Plan, sketch: GPT) -> Layout:
+    """How FSDP divides the model among the accelerators that a dry run names, or among this run's processes."""
+    config, training, run = plan.config, plan.config.training, plan.config.run
+    accelerator, devices = (run.accelerator or "").lower(), run.devices if run.accelerator else WORLD_SIZE
+    dtype = plan.dtype if training.dtype != "auto" or not accelerator else "bfloat16"
+    return Layout(
+        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, dtype,
+        training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
+    )  # fmt: skip
+
+
+def doubts(plan: Plan, memory: float) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
     room, steps = memory_of(plan.device), plan.config.training.max_iters
     if room and memory > room:

@@ -12,14 +12,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt_arc.device import DTYPES
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.training.expert_parallel import exchanged
 from gpt_arc.training.parallel import Parallel
 from gpt_arc.weights.edit import with_settings
 from model import GPT, Block
+
+NORMS = nn.LayerNorm, nn.RMSNorm
 
 
 class ShardedMuon(torch.optim.Muon):
@@ -70,14 +73,30 @@ def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
+def shard_block(block: Block, dtype: torch.dtype, **settings: Any) -> None:
+    """Divides a block. The matrices are gathered in `dtype`, norms and routers, which compute in float32, as they are.
+
+    autocast alone would keep a copy in `dtype` of each gathered matrix until the whole forward pass ends.
+    """
+    if dtype != torch.float32:
+        exact: list[nn.Module] = [
+            m for name, m in block.named_modules() if isinstance(m, NORMS) or name.endswith("router")
+        ]
+        fully_shard(exact, **settings)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(block, mp_policy=policy, **settings)
+
+
 class Sharded(Parallel):
     """Processes with a shard each; with several `replicas`, as many groups of processes each divide a whole model."""
 
     is_sharded = True
     muon = ShardedMuon
 
-    def __init__(self, device: torch.device, reshard_after_forward: bool = True, replicas: int = 1):
-        self.reshard_after_forward = reshard_after_forward
+    def __init__(
+        self, device: torch.device, dtype: str = "float32", reshard_after_forward: bool = True, replicas: int = 1
+    ):
+        self.dtype, self.reshard_after_forward = DTYPES[dtype], reshard_after_forward
         shape, names = (replicas, WORLD_SIZE // replicas), ("replicas", "shards")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.mesh = mesh if replicas > 1 else mesh["shards"]
@@ -86,18 +105,13 @@ class Sharded(Parallel):
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
         whole = model.state_dict() if IS_MAIN else {}
         model.to("meta")
-        for module in model.modules():
-            if isinstance(module, Block):
-                fully_shard(module, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
+        for module in [module for module in model.modules() if isinstance(module, Block)]:
+            shard_block(module, self.dtype, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, mesh=self.mesh)
         model.to_empty(device=device)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
         return model
-
-    def compiled_parts(self, model: nn.Module) -> list[nn.Module]:
-        """Blocks, since gathering weights interrupts a graph."""
-        return [module for module in model.modules() if isinstance(module, Block)]
 
     def sharing_gradients(self, replica: FSDPModule, last: bool) -> contextlib.AbstractContextManager:
         """Every backward pass adds to the shards, as whole gradients may not fit; replicas share them in the last."""
@@ -123,6 +137,9 @@ class Sharded(Parallel):
             return tensor
         whole = tensor.full_tensor()
         return whole.cpu() if IS_MAIN else tensor
+
+    def held(self, weight: DTensor) -> tuple[int, Tensor]:
+        return dist.get_rank(shard_group(weight)), weight.to_local().detach()
 
     def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
         if isinstance(whole, DTensor):  # read from shards

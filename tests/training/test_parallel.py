@@ -1,6 +1,10 @@
 """Models divided among processes (FSDP2), against one process with all of them."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import TEXT, TINY_FLAGS, command, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -67,7 +71,7 @@ def assert_same_run(
 
 def test_two_shards_train_as_one_process(run):
     """Accumulated gradients, clipped by the norm of all shards; the saved and evaluated model is an average."""
-    flags = *ACCUMULATION, "--ema_decay=0.9"
+    flags = *ACCUMULATION, "--ema_decay=0.9", "--compare_replicas=True"
     assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags))
 
 
@@ -108,6 +112,15 @@ def test_muon_trains_as_in_one_process(run):
 
 
 @pytest.mark.slow
+def test_matrices_gathered_in_bfloat16_compute_what_autocast_does(run):
+    """The first loss is the same; later ones differ by the order of additions in 16 bits."""
+    flags = *VARIANTS["experts"], "--qk_norm=True", "--norm=rmsnorm", "--dtype=bfloat16", "--balance_loss=0"
+    two, one = run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags)
+    assert two[0][0]["train_loss"] == pytest.approx(one[0][0]["train_loss"], rel=1e-6)
+    assert_same_run(two, one, **AS_MUON)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_format", ["whole", "sharded"])
 @pytest.mark.parametrize("extra", [(), ("--optimizer=muon", "--ema_decay=0.9")], ids=["adamw", "muon"])
 def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_format):
@@ -123,11 +136,40 @@ def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_for
         assert_same_run(resumed, whole, **bounds)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [("--parallel=ddp",), ("--parallel=fsdp", "--checkpoint_format=sharded")])
+def test_a_killed_process_ends_the_others_and_a_restart_makes_the_same_weights(run, flags):
+    flags = *flags, "--max_iters=60", "--lr_decay_iters=60", "--eval_interval=10", "--dropout=0.1"
+    undisturbed = run("undisturbed", *flags, processes=2)
+    arguments = ROOT / "train.py", "sums.toml", *FLAGS, *flags, "--out_dir=killed", "--init_from=auto"
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen([sys.executable, *arguments], env=environment | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        deadline = time.monotonic() + 90
+        while not Path("killed/last").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        processes[1].kill()
+        assert processes[0].wait(60) not in (0, None)
+    finally:
+        for process in processes:
+            process.kill()
+    assert 10 <= int(Path("killed/last").resolve().name.removeprefix("step-")) < 60
+    restarted = run("killed", *flags, "--init_from=auto", processes=2)
+    assert len(restarted[0]) == 60
+    assert all(torch.equal(tensor, undisturbed[1][name]) for name, tensor in restarted[1].items())
+
+
 SHARDS = """
 import copy, os, sys
 import torch
 from gpt_arc import distributed
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE
+from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.optim import Updater
+from gpt_arc.training.parallel import REPLICATED
 from gpt_arc.training.sharded import Sharded, ShardedMuon
 from gpt_arc.weights.meta import meta_device
 from model import GPT, GPTConfig
@@ -194,6 +236,22 @@ with distributed.process_group("gloo", cpu):
                 p.add_(0.1)
                 q.add_(0.1)
     print("equal outputs")
+
+    updater = Updater(model, TrainingConfig(), cpu, "float32", sharded)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    if RANK == 1:
+        parameters[0].grad.to_local()[0] = torch.nan
+    before = [p.detach().to_local().clone() for p in parameters]
+    assert not updater.update(1e-3, torch.tensor(1.0))[0]
+    assert all(torch.equal(p.to_local(), x) for p, x in zip(parameters, before))
+    print("skipped by all")
+
+    assert REPLICATED.differing(whole.parameters()) == sharded.differing(parameters) == []
+    if RANK == WORLD_SIZE - 1:
+        whole.final_norm.weight.data.view(torch.int32)[3] ^= 1 << 20
+    assert REPLICATED.differing(whole.parameters()) == [WORLD_SIZE - 1]
+    print("found the flipped bit")
 sys.stdout.flush()
 os._exit(0)  # as scripts end
 """
@@ -201,11 +259,15 @@ os._exit(0)  # as scripts end
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_shards_add_up_to_the_model(tmp_path, processes):
-    """Initial weights to the bit, gradients, Muon's updates, and outputs after an update; uneven among three."""
+    """Initial weights to the bit, gradients, Muon's updates, and outputs after an update; uneven among three.
+
+    A gradient that isn't finite in one process is skipped by all, and a bit that flips in one replica is found.
+    """
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
     result = command(str(script), processes=processes)
     assert result.returncode == 0 and result.stdout.count("equal") == 4 * processes, result.stdout + result.stderr
+    assert result.stdout.count("skipped by all") == result.stdout.count("flipped bit") == processes
 
 
 def test_impossible_divisions_are_refused(monkeypatch):

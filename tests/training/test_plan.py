@@ -64,6 +64,20 @@ def test_the_cost_of_a_run_in_days_and_money(plan, stage_runner):
     assert "cost" not in plan()
 
 
+def test_a_dry_run_shows_what_fsdp_takes_on_accelerators(plan, stage_runner):
+    flags = "--parallel=fsdp", "--accelerator=h100", "--activation_checkpointing=True", "--device=cpu", "--dry_run"
+    shown = stage_runner(train, "gpt3_175b", *flags, "--devices=768")
+    total, *parts = re.findall(r"([\d.]+)([MG])B", re.search("memory .*", shown)[0])
+    gigabytes = [float(number) / {"M": 1000, "G": 1}[prefix] for number, prefix in (total, *parts)]
+    assert gigabytes[0] == pytest.approx(sum(gigabytes[1:]), rel=0.01) and len(parts) == 6
+    assert "fits           yes, in 90% of the 80GB of each h100; 96 devices are enough" in shown
+    assert "checkpoint     2.1TB" in shown and "sequences of a step" not in shown
+    shown = stage_runner(train, "gpt3_175b", *flags, "--devices=1000")
+    assert "1,000 devices can't divide the 1,536 sequences of a step equally" in shown
+    assert "fits           no" in stage_runner(train, "gpt3_175b", *flags, "--devices=8")
+    assert "memory         " in plan("--parallel=fsdp") and "fits" not in plan("--parallel=fsdp")
+
+
 def test_very_many_epochs_get_a_warning_whose_flag_leaves_twenty(plan):
     assert "warning" not in plan("--max_iters=100")
     shown = plan("--max_iters=1000000")

@@ -1,0 +1,138 @@
+"""What a run under FSDP needs on each of its accelerators, and the smallest number of them that holds it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gpt_arc.nn.head_loss import logits_at_once
+from gpt_arc.planning.cost import layer_activations
+from gpt_arc.tables import human
+from model import GPT
+
+FLOAT32 = 4  # bytes
+ROOM = 0.9  # share of an accelerator's memory that tensors can fill; the rest is for its context, NCCL and gaps
+# Bytes of memory, from data sheets; of the larger variant where there are several.
+MEMORY = {
+    "h200 nvl": 141e9,
+    "h200": 141e9,
+    "h100 nvl": 94e9,
+    "h100 pcie": 80e9,
+    "h100": 80e9,
+    "h800": 80e9,
+    "h20": 96e9,
+    "a100": 80e9,
+    "a800": 80e9,
+    "a40": 48e9,
+    "l40s": 48e9,
+    "l40": 48e9,
+    "l4": 24e9,
+    "a10": 24e9,
+    "v100": 32e9,
+    "t4": 16e9,
+    "mi300x": 192e9,
+    "mi325x": 256e9,
+    "mi250x": 128e9,
+    "rtx 5090": 32e9,
+    "rtx 4090": 24e9,
+    "rtx 3090": 24e9,
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model divided among `devices`, each of which computes at most `batch_size` sequences at once."""
+
+    model: GPT  # on the meta device
+    accelerator: str
+    devices: int
+    sequences_per_step: int
+    batch_size: int
+    dtype: str
+    checkpointing: bool = False
+    reshard: bool = True  # gathered blocks are dropped between forward and backward pass
+    average: bool = False  # a moving average of the weights is kept
+
+    @property
+    def share(self) -> int:
+        """Sequences of a step that a device computes."""
+        return math.ceil(self.sequences_per_step / self.devices)
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences that a device computes at once."""
+        return max(n for n in range(1, min(self.batch_size, self.share) + 1) if self.share % n == 0)
+
+    @property
+    def memory(self) -> dict[str, float]:
+        """Bytes on each device at the peak of a step, by what they hold. Of AdamW's moments; Muon has fewer."""
+        config, parameters = self.model.config, self.model.num_parameters()
+        blocks = [sum(p.numel() for p in block.parameters()) for block in self.model.blocks]
+        outside, block = parameters - sum(blocks), max(blocks)
+        head, tokens = config.vocab_size * config.n_embd, self.micro_batch * config.block_size
+        size = 2 if self.dtype in ("bfloat16", "float16") else 4
+        logits = min(tokens * config.vocab_size, logits_at_once("cuda"))
+        layers = [size * tokens * values for values in layer_activations(config)]
+        kept = FLOAT32 * tokens * config.n_layer * config.n_embd if self.checkpointing else sum(layers)
+        gathered = FLOAT32 * outside + size * (2 * block if self.reshard else sum(blocks))
+        phases = [
+            {  # the head's loss, with a copy of the head, and the logits, their logarithms and their gradients
+                "gathered weights": gathered - self.reshard * size * 2 * block,
+                "whole gradients": FLOAT32 * head,
+                "activations": kept,
+                "logits": logits * (2 * size + FLOAT32) + size * head,
+            },
+            {  # the backward pass of the last block, while the next one is gathered
+                "gathered weights": gathered,
+                "whole gradients": FLOAT32 * (head + block) + size * block,
+                "activations": kept + self.checkpointing * max(layers),
+            },
+            {"gathered weights": FLOAT32 * outside, "whole gradients": 3 * FLOAT32 * outside},  # its end
+        ]
+        shard = FLOAT32 * parameters / self.devices
+        weights = {"weights": shard * (2 if self.average else 1), "gradients": shard, "moments": 2 * shard}
+        return weights | max(phases, key=lambda phase: sum(phase.values()))
+
+    @property
+    def communicated(self) -> float:
+        """Bytes that each device receives in a step: in a micro-batch weights once or twice, and float32 gradients."""
+        gathers = (2 if self.reshard else 1) * (2 if self.dtype in ("bfloat16", "float16") else 4)
+        received = self.model.num_parameters() * (self.devices - 1) / self.devices
+        return self.share // self.micro_batch * (gathers + FLOAT32) * received
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, two moments, and the average if there is one."""
+        return self.model.num_parameters() * FLOAT32 * (4 if self.average else 3)
+
+    def smallest(self) -> "Layout | None":
+        """Returns the layout of the fewest devices that it fits, or None if no number of them suffices.
+
+        The devices divide the sequences of a step, and are whole nodes of 8 if there are more than 8.
+        """
+        for devices in range(1, self.sequences_per_step + 1):
+            if self.sequences_per_step % devices == 0 and (devices < 8 or devices % 8 == 0):
+                layout = replace(self, devices=devices)
+                if layout.fits:
+                    return layout
+        return None
+
+    @property
+    def fits(self) -> bool:
+        return sum(self.memory.values()) <= ROOM * MEMORY[self.accelerator]
+
+    def lines(self) -> Iterator[str]:
+        """Yields what to print about the layout."""
+        parts = ", ".join(f"{name} {human(size, 'B')}" for name, size in self.memory.items())
+        yield f"memory         {human(sum(self.memory.values()), 'B')} on each device: {parts}"
+        if self.accelerator in MEMORY:
+            smallest, verdict = self.smallest(), "yes" if self.fits else "no"
+            fewest = f"{smallest.devices:,} devices are enough" if smallest else "no number of devices is enough"
+            room = f"{ROOM:.0%} of the {human(MEMORY[self.accelerator], 'B')} of each {self.accelerator}"
+            yield f"fits           {verdict}, in {room}; {fewest}"
+        yield f"communication  {human(self.communicated, 'B')} to each device a step"
+        yield f"checkpoint     {human(self.checkpoint, 'B')}"
+        if self.sequences_per_step % self.devices:
+            yield (
+                f"warning        {self.devices:,} devices can't divide the {self.sequences_per_step:,} sequences of a "
+                "step equally: training needs a number that does"
+            )
