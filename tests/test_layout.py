@@ -106,9 +106,10 @@ def test_nn_modules_import_only_torch(path):
     assert top_level(path) <= {"torch", "gpt_arc", *sys.stdlib_module_names}
 
 
-def test_nothing_imports_what_windows_lacks():
+def test_only_files_imports_what_windows_lacks():
+    """And only where it is: tests/windows.py does without."""
     for path in LIBRARY + SCRIPTS:
-        assert not top_level(path) & {"fcntl", "pwd", "grp", "resource", "termios"}
+        assert not top_level(path) & {"fcntl", "pwd", "grp", "resource", "termios"} or place(path) == "gpt_arc/files.py"
 
 
 @pytest.mark.parametrize("path", LIBRARY + SCRIPTS + BENCHMARKS, ids=place)

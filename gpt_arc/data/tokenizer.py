@@ -162,7 +162,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = self.text_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters])
         self._ids = np.full(codes.max() + 2, self.vocab_size, dtype=np.uint32)  # by code point; vocab_size: unknown
-        self._ids[codes] = np.arange(self.vocab_size)
+        self._ids[codes[::-1]] = np.arange(self.vocab_size)[::-1]  # the first of equal characters counts
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
