@@ -49,7 +49,7 @@ class FakeDevice:
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             if args[0].device.type == "cpu":  # whose values, if they are known, have no place there
                 with self._mode:
-                    return torch.empty_like(args[0], device="cuda", dtype=kwargs.get("dtype"))
+                    return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cuda")
         self._depth += 1  # of the operators that fake ones are made of, which a device doesn't run
         try:
             result = self._fake(func, types, args, kwargs)

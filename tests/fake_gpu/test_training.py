@@ -50,6 +50,20 @@ def test_a_norm_s_weight_stays_in_float32():
     assert measure("norm")["aten::_to_copy"] == 1
 
 
+@pytest.mark.slow
+def test_an_update_of_sft_waits_once(tmp_path):
+    from gpt_arc.data.tokenizer import CharTokenizer
+    from gpt_arc.weights.directory import save_model
+    from helpers import write
+    from model import GPT, GPTConfig
+
+    save_model(GPT(GPTConfig(24, 8, 2, 2, 16)), CharTokenizer("abcdefgh"), tmp_path / "base")
+    write(tmp_path / "train.jsonl", [{"prompt": "ab", "response": "c"}] * 12)
+    updates = measure("stage", "sft", "base", "--train=train.jsonl", "--epochs=1", "--batch_size=4", folder=tmp_path)
+    for update in updates[1:]:
+        assert sum(update["waits"].values()) == 1, update["waits"]
+
+
 @needs_triton
 @pytest.mark.slow
 def test_the_head_s_gradient_takes_no_memory_for_each_chunk():
