@@ -84,7 +84,7 @@ def test_losses_in_lower_precision(dtype):
 def test_compiled_code(variant, by_block):
     on_cpu, on_gpu = models(VARIANTS[variant])
     example = batch(documents=not REHEARSAL)
-    assert compile_in_place(on_gpu, on_gpu, example, GPU, "bfloat16", by_block) is None
+    assert compile_in_place(on_gpu, on_gpu, example, GPU, "bfloat16", by_block=by_block) is None
     expected = loss_and_gradients(on_cpu, CPU, documents=not REHEARSAL)[0]
     assert loss_and_gradients(on_gpu, GPU, "bfloat16", not REHEARSAL)[0] == pytest.approx(expected, rel=2e-3)
     torch.use_deterministic_algorithms(False)
