@@ -244,7 +244,7 @@ class RunConfig:
     def resumes(self) -> bool:
         """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
         if self.init_from == "auto":
-            return named_checkpoint(Path(self.out_dir), "last") is not None
+            return self.out_dir is not None and named_checkpoint(Path(self.out_dir), "last") is not None
         return bool(self.resume) or self.init_from == "resume"
 
 

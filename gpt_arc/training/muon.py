@@ -1,7 +1,7 @@
 """Muon for GPUs: the matrices of one shape are orthogonalised together, and shared among processes."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,23 +24,24 @@ class BatchedMuon(torch.optim.Muon):
             for shape in dict.fromkeys(p.shape for p in matrices):
                 self._step_together([p for p in matrices if p.shape == shape], group)
 
-    def _step_together(self, matrices: Sequence[Tensor], group: dict[str, Any]) -> None:
-        gradients = [p.grad for p in matrices]
+    def _step_together(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        steps = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
+        gradients = torch.stack([p.grad for p in matrices if p.grad is not None])  # (N, M, C)
+        mean = torch.stack(means).lerp_(gradients, 1 - group["momentum"])
+        steps = shared(gradients.lerp_(mean, group["momentum"]), group)  # Nesterov's
         rows, columns = matrices[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, list(shared(steps, group)), alpha=-rate)
+        for p, kept, new, step in zip(matrices, means, mean, steps):
+            kept.copy_(new)
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
 
 
-def shared(steps: Sequence[Tensor], group: dict[str, Any]) -> Tensor:
-    """Orthogonalises N matrices (M, C) in all processes together: (N, M, C) bfloat16."""
+def shared(steps: Tensor, group: dict[str, Any]) -> Tensor:
+    """Orthogonalises steps (N, M, C) in all processes together: (N, M, C) bfloat16."""
     processes, size = distributed.WORLD_SIZE, math.ceil(len(steps) / distributed.WORLD_SIZE)
-    share = torch.zeros(size, *steps[0].shape, dtype=torch.bfloat16, device=steps[0].device)
-    if part := steps[distributed.RANK * size : (distributed.RANK + 1) * size]:
-        share[: len(part)] = orthogonalised(torch.stack(part), group)
+    share = torch.zeros(size, *steps.shape[1:], dtype=torch.bfloat16, device=steps.device)
+    part = steps[distributed.RANK * size : (distributed.RANK + 1) * size]
+    share[: len(part)] = orthogonalised(part, group)
     if processes == 1:
         return share
     whole = share.new_empty(processes * size, *share.shape[1:])
