@@ -6,15 +6,13 @@ import os
 import platform
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gpt_arc.errors import UserError
 from gpt_arc.tables import counted
-
-T = TypeVar("T", Tensor, Tensor | None)
 
 ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,7 +107,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
     return torch.autocast(device.type, DTYPES[dtype], enabled=DTYPES[dtype] != torch.float32)
 
 
-def to_device(batch: Sequence[T], device: torch.device) -> list[T]:
+def to_device(batch: Sequence[Any], device: torch.device) -> list[Any]:
     """Move the tensors of `batch` to the device; None stays."""
     return [tensor if tensor is None else send(tensor, device) for tensor in batch]  # type: ignore  of the same kinds
 

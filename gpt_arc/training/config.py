@@ -243,8 +243,8 @@ class RunConfig:
     @property
     def resumes(self) -> bool:
         """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
-        if self.init_from == "auto":
-            return self.out_dir is not None and named_checkpoint(Path(self.out_dir), "last") is not None
+        if self.init_from == "auto" and self.out_dir:
+            return named_checkpoint(Path(self.out_dir), "last") is not None
         return bool(self.resume) or self.init_from == "resume"
 
 

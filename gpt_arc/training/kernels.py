@@ -28,7 +28,7 @@ def choose_flash_attention(version: str) -> None:
 def multiply_in_float8(model: GPT) -> None:
     """Replaces the blocks' linear layers by torchao's; parameters and their names stay. Routers keep float32."""
     try:
-        from torchao.float8 import convert_to_float8_training  # type: ignore  an extra
+        from torchao.float8 import convert_to_float8_training  # type: ignore[import-not-found]  # an extra
     except ImportError:
         raise UserError('float8 = true needs torchao: pip install "gpt-arc[float8]"') from None
 

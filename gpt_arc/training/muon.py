@@ -25,23 +25,22 @@ class BatchedMuon(torch.optim.Muon):
                 self._step_together([p for p in matrices if p.shape == shape], group)
 
     def _step_together(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = [p.grad for p in matrices if p.grad is not None]
         means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in matrices]
-        gradients = torch.stack([p.grad for p in matrices if p.grad is not None])  # (N, M, C)
-        mean = torch.stack(means).lerp_(gradients, 1 - group["momentum"])
-        steps = shared(gradients.lerp_(mean, group["momentum"]), group)  # Nesterov's
+        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+        steps = torch._foreach_lerp(gradients, means, group["momentum"])  # Nesterov's
         rows, columns = matrices[0].shape
         rate = group["lr"] * math.sqrt(max(1, rows / columns))
-        for p, kept, new, step in zip(matrices, means, mean, steps):
-            kept.copy_(new)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, list(shared(list(steps), group)), alpha=-rate)
 
 
-def shared(steps: Tensor, group: dict[str, Any]) -> Tensor:
-    """Orthogonalises steps (N, M, C) in all processes together: (N, M, C) bfloat16."""
+def shared(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
+    """Orthogonalises N matrices (M, C) in all processes together: (N, M, C) bfloat16."""
     processes, size = distributed.WORLD_SIZE, math.ceil(len(steps) / distributed.WORLD_SIZE)
-    share = torch.zeros(size, *steps.shape[1:], dtype=torch.bfloat16, device=steps.device)
-    part = steps[distributed.RANK * size : (distributed.RANK + 1) * size]
-    share[: len(part)] = orthogonalised(part, group)
+    share = torch.zeros(size, *steps[0].shape, dtype=torch.bfloat16, device=steps[0].device)
+    if part := steps[distributed.RANK * size : (distributed.RANK + 1) * size]:
+        share[: len(part)] = orthogonalised(torch.stack(part), group)
     if processes == 1:
         return share
     whole = share.new_empty(processes * size, *share.shape[1:])

@@ -197,13 +197,13 @@ class Updater:
 
     def _gathered(self, weight: nn.Parameter, tensor: Tensor) -> Tensor:
         """Returns, in the main process, a tensor that is divided like `weight` whole. Every process must call this."""
-        is_shared = self.sharing and weight in self.sharing.shares
-        return self.sharing.gathered(tensor) if is_shared else self.parallel.gathered(tensor)
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.gathered(tensor) if sharing else self.parallel.gathered(tensor)
 
     def _kept(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
         """Returns what this process keeps of a tensor shaped like the whole `weight`."""
-        is_shared = self.sharing and weight in self.sharing.shares
-        return self.sharing.share_of(whole) if is_shared else self.parallel.shard_of(whole, weight)
+        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
+        return sharing.share_of(whole) if sharing else self.parallel.shard_of(whole, weight)
 
     def state_dict(self, gather: bool = True) -> dict:
         """The state to save, complete in the main process or, without `gather`, divided as it is.

@@ -38,8 +38,9 @@ class ShardedMuon(torch.optim.Muon):
     def _momentum(self, matrix: DTensor, decay: float) -> Tensor:
         """Adds this step's gradient to its moving average. Returns the shard of Nesterov's."""
         mean = self.state[matrix].setdefault("momentum_buffer", torch.zeros_like(matrix))
-        mean.lerp_(matrix.grad, 1 - decay)
-        return matrix.grad.lerp(mean, decay).to_local()
+        gradient: Any = matrix.grad
+        mean.lerp_(gradient, 1 - decay)
+        return gradient.lerp(mean, decay).to_local()
 
     def _round(self, matrices: Sequence[DTensor], steps: Sequence[Tensor], group: dict[str, Any]) -> None:
         """Updates as many matrices as there are processes, or fewer; process r orthogonalises number r."""
@@ -104,7 +105,8 @@ class Sharded(Parallel):
         return contextlib.nullcontext()
 
     def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
-        return super().total_norm(tensors, order).full_tensor()
+        norm: Any = super().total_norm(tensors, order)
+        return norm.full_tensor()
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:

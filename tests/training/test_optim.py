@@ -296,7 +296,7 @@ def test_batched_muon_equals_torch_s():
 def test_processes_share_batched_muon_s_matrices(monkeypatch):
     """Both processes have the same gradients, so each can stand in for the other in the exchange."""
     _, optimizer = after_three_updates(BatchedMuon, SHAPES)
-    steps, group = torch.randn(3, 8, 24), optimizer.param_groups[0]
+    steps, group = [torch.randn(8, 24) for _ in range(3)], optimizer.param_groups[0]
     alone, shares = shared(steps, group), []
     monkeypatch.setattr("gpt_arc.distributed.WORLD_SIZE", 2)
     monkeypatch.setattr("torch.distributed.all_gather_into_tensor", lambda whole, share: shares.append(share.clone()))
