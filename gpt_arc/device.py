@@ -109,7 +109,7 @@ def autocast(device: torch.device, dtype: str) -> torch.autocast:
 
 def to_device(batch: Sequence[Any], device: torch.device) -> list[Any]:
     """Move the tensors of `batch` to the device; None stays."""
-    return [tensor if tensor is None else send(tensor, device) for tensor in batch]
+    return [tensor if tensor is None else send(tensor, device) for tensor in batch]  # type: ignore  of the same kinds
 
 
 def send(values: Tensor | Sequence[Any], device: torch.device) -> Tensor:

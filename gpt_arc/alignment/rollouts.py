@@ -70,7 +70,8 @@ def writer_of(policy: GPT, device: torch.device, dtype: str) -> GPT:
 def update_writer(writer: GPT, policy: GPT) -> None:
     """Copies the policy's weights to its writer."""
     if writer is not policy:
-        torch._foreach_copy_([*writer.parameters(), *writer.buffers()], [*policy.parameters(), *policy.buffers()])
+        for copied, tensor in zip(writer.state_dict().values(), policy.state_dict().values()):
+            copied.copy_(tensor)
 
 
 def write_responses(

@@ -20,7 +20,9 @@ from gpt_arc.alignment.rollouts import (
     gather_rollouts,
     model_outputs,
     read_and_encode_prompts,
+    update_writer,
     write_responses,
+    writer_of,
 )
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
@@ -55,6 +57,23 @@ def written(model, prompts=PROMPTS, at_once=8, seed=1, numbers=None, most=9, tem
 
 
 # ---- responses
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "copies"), [("cuda", "bfloat16", True), ("cuda", "float32", False), ("cpu", "bfloat16", False)]
+)
+def test_a_policy_on_a_gpu_has_a_writer_in_16_bits(device, dtype, copies):
+    """It follows the policy, buffers included, and no gradient reaches it."""
+    policy = model_of(n_experts=2, balance_rate=0.1)
+    writer = writer_of(policy, torch.device(device), dtype)
+    assert (writer is not policy) == copies
+    with torch.no_grad():
+        for tensor in (*policy.parameters(), *policy.buffers()):
+            tensor.mul_(1.7)
+    update_writer(writer, policy)
+    for ours, theirs in zip(writer.state_dict().values(), policy.state_dict().values()):
+        assert torch.equal(ours, theirs.to(torch.bfloat16 if copies else theirs.dtype))
+    assert any(p.requires_grad for p in writer.parameters()) != copies
 
 
 def test_a_response_ends_at_its_end_token_or_the_limit():

@@ -111,7 +111,8 @@ class Compiler:
 
     def spills(self) -> dict[str, int]:
         """The bytes that each kernel's registers spill to memory, by ptxas; kernels without are left out."""
-        ptxas = self.triton / "backends" / "nvidia" / "bin" / "ptxas"
+        name = "ptxas-blackwell" if self.gpu.target >= 100 else "ptxas"
+        ptxas = self.triton / "backends" / "nvidia" / "bin" / name
         architecture = f"sm_{self.gpu.target}" + "a" * (self.gpu.target >= 90)
         spilled = {}
         for kernel in self.kernels.values():

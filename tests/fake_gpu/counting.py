@@ -49,7 +49,7 @@ class FakeDevice:
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             if args[0].device.type == "cpu":  # whose values, if they are known, have no place there
                 with self._mode:
-                    return torch.empty_like(args[0], device="cuda", dtype=kwargs.get("dtype"))
+                    return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="cuda")
         self._depth += 1  # of the operators that fake ones are made of, which a device doesn't run
         try:
             result = self._fake(func, types, args, kwargs)
@@ -59,8 +59,8 @@ class FakeDevice:
             return result
         for tensor in tree_leaves(result):
             self._allocate(tensor)
-        if func.namespace != "prim" and not only_makes_views(func) and (size := bytes_of((args, kwargs, result))):
-            self.operators[func.overloadpacket._qualified_op_name] += 1
+        if not only_makes_views(func) and (size := bytes_of((args, kwargs, result))):
+            self.operators[str(func)] += 1
             self.moved += size
         return result
 
@@ -94,9 +94,11 @@ class FakeDevice:
 
 def only_makes_views(func: Any) -> bool:
     """Whether an operator computes nothing: it allocates memory, or looks at that of its arguments in another way."""
+    if not isinstance(func, torch._ops.OpOverload):  # an operator that takes functions, such as flex_attention
+        return False
     aliases = [result.alias_info for result in func._schema.returns]
     is_view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
-    return is_view or "empty" in func._schema.name or func is aten.detach.default
+    return is_view or "empty" in func._schema.name or func.namespace == "prim" or func is aten.detach.default
 
 
 def bytes_of(values: Any) -> int:

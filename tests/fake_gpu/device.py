@@ -66,16 +66,16 @@ def install(gpu: GPU, library: Path) -> None:
     torch.nn.Module.to = move
 
 
-def move(module: Any, *where: Any) -> Any:
+def move(module: Any, *where: Any, **types: Any) -> Any:
     """`nn.Module.to` with new parameters, since fake tensors can't change their device in place."""
     import torch
 
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            moved = parameter.detach().to(*where)
+            moved = parameter.detach().to(*where, **types)
             part.register_parameter(name, torch.nn.Parameter(moved, parameter.requires_grad))
         for name, buffer in part.named_buffers(recurse=False):
-            setattr(part, name, buffer.to(*where))
+            setattr(part, name, buffer.to(*where, **types))
     return module
 
 

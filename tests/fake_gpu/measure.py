@@ -3,6 +3,7 @@
 Each function takes and returns what JSON can hold.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -96,6 +97,26 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
     return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
 
 
+def stage(name: str, *flags: str) -> list[dict[str, Any]]:
+    """The updates of stages/NAME.py with these flags."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from gpt_arc.training import stage_run
+    from gpt_arc.weights import directory
+
+    load = directory.load_model
+
+    def load_model(*args: Any, **settings: Any) -> Any:
+        with unset_fake_temporarily():
+            return load(*args, **settings)
+
+    directory.load_model = load_model
+    module = importlib.import_module(f"stages.{name}")
+    stage_run.save_checkpoint = lambda *args, **settings: None
+    sys.argv = [f"{name}.py", *flags, "--device=cuda"]
+    return count_updates(module.main)
+
+
 def peer(name: str, checkout: str, layers: int, rows: int) -> dict[str, Any]:
     """Forward and backward pass of another trainer's model on `rows` sequences of 1,024 tokens: memory and kernels."""
     import torch
@@ -135,6 +156,7 @@ def counted(fake: Any) -> dict[str, Any]:
         "launches": sum(compiler.launches.values()) + sum(fake.operators.values()),
         "operators": dict(fake.operators),
         "bytes": compiler.bytes + fake.moved,
+        "fused_bytes": compiler.bytes,  # of Triton's kernels, which wait for memory alone
         "spills": compiler.spills(),
     }
 

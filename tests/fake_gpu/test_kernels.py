@@ -1,6 +1,6 @@
 """The kernels that Triton compiles for a training step of GPT-2's width, against those of the last time.
 
-Where a change is meant, `python tests/fake_gpu/test_kernels.py` writes kernels.json anew.
+Where a change is meant, `python tests/fake_gpu/test_kernels.py "dense, sm_90"` writes these cases, or all, anew.
 """
 
 import json
@@ -31,6 +31,7 @@ KEPT = ("graphs", "breaks", "kernels", "launches", "bytes", "peak", "spills")
 def counts(case):
     target, config, training = CASES[case]
     result = measure("step", {"n_layer": 2} | config, 12, training, target=target)
+    result["spills"] = sum(result["spills"].values())  # bytes, of all kernels
     return {name: result[name] for name in KEPT}, result["estimate"]
 
 
@@ -40,11 +41,13 @@ def counts(case):
 def test_a_step_launches_no_more_kernels_and_moves_no_more_bytes_than_before(case):
     actual, estimate = counts(case)
     expected = json.loads(GOLDEN.read_text())[case]
-    assert (actual["graphs"], actual["breaks"], actual["spills"]) == (1, 0, {})
-    for name in ("kernels", "launches", "bytes", "peak"):
+    assert (actual["graphs"], actual["breaks"]) == (1, 0)
+    for name in ("kernels", "launches", "bytes", "peak", "spills"):
         assert actual[name] <= expected[name], name
     assert actual["peak"] == pytest.approx(estimate, rel=0.15)
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text(json.dumps({case: counts(case)[0] for case in CASES}, indent=1) + "\n")
+    for case in sys.argv[1:] or CASES:
+        golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+        GOLDEN.write_text(json.dumps(golden | {case: counts(case)[0]}, indent=1) + "\n")

@@ -47,7 +47,21 @@ def test_groups_of_queries_have_a_fused_kernel_on_every_gpu(settings, documents)
 @pytest.mark.slow
 def test_a_norm_s_weight_stays_in_float32():
     """Autocast casts the input; the weight, cast to 16 bits and back, would be a second and a third."""
-    assert measure("norm")["aten::_to_copy"] == 1
+    assert measure("norm")["aten._to_copy.default"] == 1
+
+
+@pytest.mark.slow
+def test_an_update_of_sft_waits_once(tmp_path):
+    from gpt_arc.data.tokenizer import CharTokenizer
+    from gpt_arc.weights.directory import save_model
+    from helpers import write
+    from model import GPT, GPTConfig
+
+    save_model(GPT(GPTConfig(24, 8, 2, 2, 16)), CharTokenizer("abcdefgh"), tmp_path / "base")
+    write(tmp_path / "train.jsonl", [{"prompt": "ab", "response": "c"}] * 12)
+    updates = measure("stage", "sft", "base", "--train=train.jsonl", "--epochs=1", "--batch_size=4", folder=tmp_path)
+    for update in updates[1:]:
+        assert sum(update["waits"].values()) == 1, update["waits"]
 
 
 @needs_triton

@@ -80,11 +80,11 @@ def test_losses_in_lower_precision(dtype):
 
 
 @pytest.mark.parametrize("by_block", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS if not REHEARSAL else ["dense"])
 def test_compiled_code(variant, by_block):
     on_cpu, on_gpu = models(VARIANTS[variant])
     example = batch(documents=not REHEARSAL)
-    assert compile_in_place(on_gpu, on_gpu, example, GPU, "bfloat16", by_block) is None
+    assert compile_in_place(on_gpu, on_gpu, example, GPU, "bfloat16", by_block=by_block) is None
     expected = loss_and_gradients(on_cpu, CPU, documents=not REHEARSAL)[0]
     assert loss_and_gradients(on_gpu, GPU, "bfloat16", not REHEARSAL)[0] == pytest.approx(expected, rel=2e-3)
     torch.use_deterministic_algorithms(False)
@@ -116,12 +116,12 @@ def test_batched_muon():
     torch.testing.assert_close(*results, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("compile", [False, True] if not REHEARSAL else [False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_decoding(variant, compile):
     on_cpu, on_gpu = (randomised(model) for model in models(VARIANTS[variant]))
     decoder = Decoder(on_gpu)
-    decoder.prepare(3, compile and not REHEARSAL)
+    decoder.prepare(3, compile)
     prompts = [[1, 2, 3], [4, 5], [6]]
     expected, actual = (
         [step.tokens for step in generate(model, prompts, 20, Sampling(temperature=0.0))] for model in (on_cpu, decoder)

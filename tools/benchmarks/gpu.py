@@ -78,9 +78,11 @@ def bench_gpu(args: list[str]) -> None:
     options = parse_flags(GPUBench, __doc__, args)
     rounds, steps = (1, 1) if options.rehearse else (options.rounds, options.steps)
     shape = TINY if options.rehearse else ()
+    quickly = ["--compile=False"] if options.rehearse else []
     results: dict[str, Any] = {"training": {}, "decoding": {}}
     for name in ("defaults", *options.settings):
         flags = [*shape, *TRAINING[name], f"--rounds={rounds}", f"--steps={steps}"]
+        flags += quickly if not any("compile" in flag for flag in flags) else []
         flags += [f"--nanogpt={options.nanogpt}"] if options.nanogpt and name == "defaults" else []
         print(f"\n==== training: {name}", flush=True)
         results["training"][name] = measured("train", *flags)

@@ -163,7 +163,9 @@ class OurTrainer(TrainWorker):
         if self.job.compile:
             tokens = torch.zeros(self.shape, dtype=torch.int64)
             by_block = config.training.compile == "blocks"
-            failure = compile_in_place(self.model, self.model, [tokens, tokens], self.device, self.job.dtype, by_block)
+            failure = compile_in_place(
+                self.model, self.model, [tokens, tokens], self.device, self.job.dtype, by_block=by_block
+            )
             if failure:
                 raise UserError(f"the model can't be compiled here: {failure}")
         self.routers = RouterMeter(self.model)

@@ -1,0 +1,54 @@
+"""`bench.py gpu`: every setting by the other benchmarks, whose failures are reported."""
+
+import json
+import subprocess
+
+import pytest
+
+from benchmarks import gpu
+from gpt_arc.errors import UserError
+
+FIGURES = {"programs": {"ours": {"tokens_per_second": 1000.0, "peak_memory_gb": 1.5}}}
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands that are run; one with float8 fails."""
+    run = []
+
+    def answer(command, **settings):
+        run.append(command[2:])
+        if "--float8=True" in command:
+            return subprocess.CompletedProcess(command, 2, stderr="loading\nbench.py: float8 = true needs torchao\n")
+        path = next(flag.removeprefix("--json=") for flag in command if flag.startswith("--json="))
+        with open(path, "w") as file:
+            json.dump(FIGURES, file)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("benchmarks.gpu.subprocess.run", answer)
+    return run
+
+
+def test_settings_are_measured_one_at_a_time(commands, tmp_path, capsys):
+    gpu.bench_gpu(["--settings", "muon", "float8", f"--json={tmp_path}/gpu.json", "--nanogpt=../nanoGPT"])
+    flags = [[flag for flag in command if flag in sum(gpu.TRAINING.values(), ())] for command in commands]
+    assert flags == [[], ["--optimizer=muon"], ["--float8=True"], [], []]
+    assert [command[0] for command in commands] == ["train"] * 3 + ["sample"] * 2
+    assert ["--nanogpt=../nanoGPT" in command for command in commands] == [True] + [False] * 4
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert results["training"]["float8"] == {"failure": "bench.py: float8 = true needs torchao"}
+    assert results["training"]["muon"] == FIGURES == results["decoding"]["one row"]
+    assert "float8 = true needs torchao" in capsys.readouterr().out
+
+
+def test_a_rehearsal_compiles_blocks_alone_and_is_small(commands):
+    gpu.bench_gpu(["--settings", "blocks", "--decoding=False", "--rehearse=True"])
+    compiled = [[flag for flag in command if "compile" in flag] for command in commands]
+    assert compiled == [["--compile=False"], ["--compile=blocks"]]
+    assert all(set(gpu.TINY) < set(command) for command in commands)
+
+
+def test_other_settings_are_refused(commands):
+    with pytest.raises(UserError, match="settings has no fast: choose among defaults, eager"):
+        gpu.bench_gpu(["--settings", "fast"])
+    assert not commands
