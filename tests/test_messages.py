@@ -27,6 +27,7 @@ SOURCES = [*SCRIPTS, *sorted((ROOT / "gpt_arc").rglob("*.py"))]
 FLAG = re.compile(r"(?<![-\w])--([a-z][\w-]*)")
 COMMAND = re.compile(r"\bpython ((?:[a-z]+/)?[a-z]\w*\.py)([^`;]*)")
 OF_TORCHRUN = {"standalone", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "no-python", "help"}
+OF_OTHERS = OF_TORCHRUN | {"index-url"}
 
 
 def texts(path):
@@ -70,16 +71,16 @@ def flags_of():
 
 
 def test_messages_name_flags_and_commands_that_exist(flags_of):
-    anywhere = set().union(*flags_of.values()) | OF_TORCHRUN
+    anywhere = set().union(*flags_of.values()) | OF_OTHERS
     seen = 0
     for path in SOURCES:
         place = str(path.relative_to(ROOT))
-        known = flags_of.get(place, anywhere) | OF_TORCHRUN
+        known = flags_of.get(place, anywhere) | OF_OTHERS
         for text in texts(path):
             commands = COMMAND.findall(text)
             for script, arguments in commands:
                 assert (ROOT / script).is_file(), (place, text)
-                assert set(FLAG.findall(arguments)) <= flags_of.get(script, anywhere) | OF_TORCHRUN, (place, text)
+                assert set(FLAG.findall(arguments)) <= flags_of.get(script, anywhere) | OF_OTHERS, (place, text)
             others = set(FLAG.findall(COMMAND.sub("", text)))
             named = re.findall(r"[\w/]+\.py", text) + (["prepare/text.py"] if "prepare it" in text else [])
             allowed = known.union(*(flags_of.get(script, set()) for script in named))
