@@ -357,6 +357,8 @@ def merge_inputs(args: list[str]) -> list[str]:
 def _kind_of(path: Path, field: str) -> Kind:
     if kind := KINDS.get(ending(path)):
         return kind
+    if path.is_fifo():  # what is read of it is gone
+        return "text"
     with _opened(path, 0) as (file, _):
         return kind_of_content(file.read(PIECE), path, field)
 
