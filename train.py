@@ -134,6 +134,7 @@ class Run:
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
+            batches = itertools.islice(batches, count)  # as many in each process, even where data fail
             shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
             for i, batch in enumerate(shown, 1):
                 with autocast(plan.device, plan.dtype):

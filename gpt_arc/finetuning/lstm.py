@@ -45,9 +45,10 @@ class LSTM(GPT):
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
+        images: Tensor | None = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
-        assert documents is None and cache is None and previous is None
+        assert documents is None and cache is None and previous is None and images is None
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than the context, block_size = {self.config.block_size}"

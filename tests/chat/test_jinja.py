@@ -23,7 +23,7 @@ PIECES += ["漢", "🙂", "user", *"{{ }} {% %} {# #} < | > <| |>".split(), "{{ 
 TEXT = st.lists(st.sampled_from(PIECES), max_size=5).map("".join)
 MARKS = st.sampled_from(["", "", "<|user|>", "<|a|>", "<|b|>"])
 SIDE = st.tuples(TEXT, MARKS, TEXT).map("".join)
-TURNS = st.lists(st.builds(Turn, st.sampled_from(ROLES), TEXT, st.just(1)), min_size=1, max_size=4)
+TURNS = st.lists(st.builds(Turn, st.sampled_from(ROLES), TEXT, st.just(1), st.just(())), min_size=1, max_size=4)
 
 
 @st.composite

@@ -105,7 +105,7 @@ def test_the_floor_reads_each_context_once_and_skips_last_tokens():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "MODEL is missing: A config file (.toml), whose architecture may be changed by flags"),
+        ([], "MODEL is missing: A config (quickstart, or a .toml file), whose architecture may be changed by flags"),
         (["tiny.toml", "--item=3"], "there is no flag --item; did you mean --items?"),
         (["tiny.toml", "--items=0"], "items = 0 must be at least 1"),
         (["tiny.toml", "--max_context=3"], "max_context = 3 is less than min_context = 4"),

@@ -107,7 +107,7 @@ def test_all_competitors_train_on_whole_epochs_of_the_same_examples(worker, tmp_
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ([], "MODEL is missing: A config file (.toml), whose architecture may be changed by flags"),
+        ([], "MODEL is missing: A config (quickstart, or a .toml file), whose architecture may be changed by flags"),
         (["tidy.toml"], "there is no config file tidy.toml; did you mean tiny.toml?"),
         (["tiny.toml", "--round=3"], "there is no flag --round; did you mean --rounds?"),
         (["tiny.toml", "--steps=0"], "steps = 0 must be at least 1"),

@@ -12,7 +12,6 @@ from gpt_arc.training import compile as compiling
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.parallel import REPLICATED
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(16, 23, 3, 2, 32, norm="rmsnorm", qk_norm=True, n_experts=2, expert_interval=3)
@@ -63,9 +62,9 @@ def test_blocks_share_their_compiled_code(monkeypatch):
 def test_only_auto_goes_on_where_blocks_cannot_be_compiled(monkeypatch):
     monkeypatch.setattr(compiling, "compile_in_place", lambda *args: "no compiler")
     model = model_with()
-    assert not compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", REPLICATED, "auto")
+    assert not compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", "auto")
     with pytest.raises(UserError, match="compile = blocks can't work here"):
-        compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", REPLICATED, "blocks")
+        compiling.try_compiling(model, model, [], torch.device("cpu"), "float32", "blocks")
 
 
 def test_flash_attention_of_another_package(monkeypatch):
