@@ -98,11 +98,6 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
-def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GPU has flash attention, the fused kernel that knows groups of queries, for numbers of a type."""
-    return dtype != torch.float32 and torch.cuda.get_device_properties(device).major >= 8  # a constant if compiled
-
-
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
@@ -118,8 +113,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     if heads != key.size(1) and query.device.type == "cuda" and not isinstance(mask, BlockMask):
         if query.size(2) == 1 and mask is not None:
             return attend_by_groups(query, key, value, mask, dropout_rate)
-        if mask is not None or not has_flash_attention(value.device, value.dtype):
-            key, value = (repeat_heads(x, heads) for x in (key, value))  # the other fused kernel has no groups
+        # only flash attention knows groups; it is for 16 bits, on GPUs with bfloat16, and older ones compute in float16
+        if mask is not None or value.dtype != torch.bfloat16:
+            key, value = (repeat_heads(x, heads) for x in (key, value))
     settings = {"dropout_p": dropout_rate, "enable_gqa": query.size(1) != key.size(1)}
     dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))
     if not isinstance(mask, BlockMask) and dense and query.device.type == "cpu" and value.dtype != torch.float32:

@@ -40,7 +40,7 @@ def test_an_update_is_one_graph_and_waits_once(variant, documents):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [("--dtype=float16",), ("--dtype=float32",)], ids=str)
 def test_groups_of_queries_have_a_fused_kernel_on_every_gpu(settings, documents):
-    """Without flash attention, which is for 16 bits and from the A100 on, keys and values have to be repeated."""
+    """Flash attention is for 16 bits and from the A100 on; elsewhere keys and values have to be repeated."""
     check(measure("train", *TINY, *MODERN, *settings, target=75, folder=documents))
 
 
