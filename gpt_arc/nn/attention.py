@@ -113,8 +113,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     if heads != key.size(1) and query.device.type == "cuda" and not isinstance(mask, BlockMask):
         if query.size(2) == 1 and mask is not None:
             return attend_by_groups(query, key, value, mask, dropout_rate)
-        # only flash attention knows groups; it is for 16 bits, on GPUs with bfloat16, and older ones compute in float16
-        if mask is not None or value.dtype != torch.bfloat16:
+        # only flash attention knows groups; it is for 16 bits, on GPUs with bfloat16, and older ones compile in float16
+        is_old = not torch.compiler.is_compiling() and torch.cuda.get_device_capability(value.device) < (8, 0)
+        if mask is not None or value.dtype != torch.bfloat16 or is_old:
             key, value = (repeat_heads(x, heads) for x in (key, value))
     settings = {"dropout_p": dropout_rate, "enable_gqa": query.size(1) != key.size(1)}
     dense = mask is None or (isinstance(mask, Tensor) and mask.size(-1) == mask.size(-2) == query.size(2))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
@@ -29,6 +30,7 @@ class FakeDevice:
         self.moved = 0  # bytes that they read and write
         self._live: set[int] = set()
         self._depth = 0
+        fake_tensor.CONSTANT_NUMEL_LIMIT = 0  # or known single numbers would be computed with, on a device that can't
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake, self._mode.dispatch = self._mode.dispatch, self._dispatch
         FakeTensor.tolist = lambda tensor: self.read(tensor)  # torch's reads one value after another
