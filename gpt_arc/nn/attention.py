@@ -78,8 +78,9 @@ def causal_mask(earliest: Tensor, band: int | None, dropout_rate: float, batch: 
     """
     (rows, length), device = earliest.shape, earliest.device
     if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout_rate:
+        own = int(rows > 1)  # else all rows share the first, whatever their number
         return create_block_mask(
-            lambda b, h, query, key: (key <= query) & (key >= earliest[b, query]),
+            lambda b, h, query, key: (key <= query) & (key >= earliest[own * b, query]),
             rows if rows > 1 else None, None, length, length, device=device,
         )  # fmt: skip
     earliest = earliest.expand(batch, length)
