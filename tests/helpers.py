@@ -15,8 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed.run
+from safetensors.torch import load_file
 
+import train
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter
+from gpt_arc.errors import entry_point
+from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from warm import WarmPopen
 
@@ -107,6 +111,22 @@ def command(*args: str, processes: int = 1, torchrun: bool = False, **kwargs) ->
     results = [rank.result() for rank in ranks]
     codes, outputs, errors = zip(*((one.returncode, one.stdout, one.stderr) for one in results))
     return subprocess.CompletedProcess(args, next(filter(None, codes), 0), "".join(outputs), "".join(errors))
+
+
+def trains_into(output_of, flags):
+    """Returns a function that trains into a folder with some processes and returns the metrics and the final
+    tensors."""
+
+    def train_into(folder: str, *more: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
+        args = "train.py", "sums.toml", *flags, *more, f"--out_dir={folder}"
+        if processes == 1:
+            output_of(entry_point(train.main), *args)
+        else:
+            result = command(*args, processes=processes)
+            assert result.returncode == 0, result.stdout + result.stderr
+        return read_metrics(Path(folder) / "metrics.jsonl"), load_file(Path(folder) / "last/model.safetensors")
+
+    return train_into
 
 
 FORKING = """

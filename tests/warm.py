@@ -8,8 +8,8 @@ import atexit
 import ctypes
 import functools
 import gc
+import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -51,7 +51,7 @@ class WarmPopen(subprocess.Popen):
         restore_signals, gid, gids, uid, umask, start_new_session, *others,
     ):  # fmt: skip
         arguments, environment = [os.fspath(arg) for arg in args[1:]], dict(os.environ if env is None else env)
-        request = pickle.dumps((arguments, cwd or os.getcwd(), environment, start_new_session))
+        request = json.dumps((arguments, os.fspath(cwd or os.getcwd()), environment, start_new_session)).encode()
         streams = [given if given >= 0 else inherited for inherited, given in enumerate((p2cread, c2pwrite, errwrite))]
         with ONE_REQUEST:
             channel = warm_process()
@@ -85,7 +85,7 @@ def forked(channel: socket.socket) -> tuple[list[str], str, dict[str, str], bool
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    return pickle.loads(request)
+    return json.loads(request)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,12 @@
 """Experts split across processes, against all of them in one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import train
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError
 from gpt_arc.planning.cost import memory_estimate
 from gpt_arc.training.expert_parallel import check_expert_processes
-from gpt_arc.training.log import read_metrics
-from helpers import TINY_FLAGS, command, refusal
+from helpers import TINY_FLAGS, command, refusal, trains_into
 from model import GPT, GPTConfig
 
 FLAGS = (*TINY_FLAGS, "--n_experts=4", "--mlp_size=16", "--compile=False", "--dtype=float32", "--learning_rate=1e-3")
@@ -24,16 +19,7 @@ def run(workplace, output_of):
     """Returns a function that trains into a folder with some processes and returns the metrics and the final
     tensors."""
 
-    def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
-        if processes == 1:
-            output_of(entry_point(train.main), *args)
-        else:
-            result = command(*args, processes=processes)
-            assert result.returncode == 0, result.stdout + result.stderr
-        return read_metrics(Path(folder) / "metrics.jsonl"), load_file(Path(folder) / "last/model.safetensors")
-
-    return train_into
+    return trains_into(output_of, FLAGS)
 
 
 def assert_same_run(actual: tuple[list[dict], dict], expected: tuple[list[dict], dict]) -> None:

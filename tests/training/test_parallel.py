@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import train
 from gpt_arc.data.tokenizer import BPETokenizer
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import UserError
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.log import read_metrics
-from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -40,16 +37,7 @@ def run(workplace, output_of):
     tokens = np.concatenate([[*tokenizer.encode(line), 256] for line in TEXT.splitlines()])
     write_dataset(workplace / "data" / "lines", tokenizer, {"train": tokens[:-500], "val": tokens[-500:]})
 
-    def train_into(folder: str, *flags: str, processes: int = 1) -> tuple[list[dict], dict[str, torch.Tensor]]:
-        args = "train.py", "sums.toml", *FLAGS, *flags, f"--out_dir={folder}"
-        if processes == 1:
-            output_of(entry_point(train.main), *args)
-        else:
-            result = command(*args, processes=processes)
-            assert result.returncode == 0, result.stdout + result.stderr
-        return read_metrics(Path(folder) / "metrics.jsonl"), load_file(Path(folder) / "last/model.safetensors")
-
-    return train_into
+    return trains_into(output_of, FLAGS)
 
 
 def assert_same_run(
