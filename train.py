@@ -130,11 +130,10 @@ class Run:
         plan, block_size = self.plan, self.plan.config.model.block_size
         starts = self.val_starts
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
-        batches = self.readable(prefetch(batches, plan.device))
-        count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))
+        count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
+        batches = itertools.islice(self.readable(prefetch(batches, plan.device)), count)
         sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
-            batches = itertools.islice(batches, count)  # as many in each process, even where data fail
             shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
             for i, batch in enumerate(shown, 1):
                 with autocast(plan.device, plan.dtype):
