@@ -323,6 +323,7 @@ def test_models_without_an_architecture_in_transformers_are_refused(settings, se
         ("gpt2_xl", "gpt2"),
         ("tinyshakespeare", "gpt2"),
         ("modern", "qwen3"),
+        ("llama", "llama"),
         ("moe", "mixtral"),
         ("mixtral_8x7b", "mixtral"),
     ],
