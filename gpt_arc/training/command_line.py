@@ -24,6 +24,7 @@ from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
 
 
@@ -146,7 +147,8 @@ def check_resumable(run: Path) -> None:
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
     """Returns `config` with the architecture of the model `name`, and the settings that this changed.
 
-    Keeps settings that only training reads, such as dropout, and a context shorter than the model's. Raises UserError.
+    Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
+    extend_context also a longer one and rotary_scaling. Raises UserError.
     """
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
@@ -155,8 +157,17 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         )
     kept = {name: getattr(requested, name) for name in OF_TRAINING}
     kept["block_size"] = min(requested.block_size, imported.block_size)
-    model = dataclasses.replace(imported, **kept)
+    if config.run.extend_context:
+        kept["block_size"] = requested.block_size
+        if requested.rotary_scaling:
+            kept |= {name: getattr(requested, name) for name in STRETCHING}
+        if imported.positions == "learned" and requested.block_size > imported.block_size:
+            raise UserError(
+                f"{name} has learned {imported.block_size} positions and none for a block_size of "
+                f"{requested.block_size}: extend_context is for models with other positions"
+            )
     try:
+        model = dataclasses.replace(imported, **kept)
         adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
