@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError):
-    """A model computed NaN or infinity. The exit code is 1."""
+    """A model computed NaN or infinity, training diverged, or a type can't hold a weight. The exit code is 1."""
 
 
 def check_finite(numbers: Iterable[float]) -> None:
