@@ -145,6 +145,7 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
+        chat.check_opening()
         model = with_more_tokens(model, max(chat.vocab_size - model.config.vocab_size, 0))
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)

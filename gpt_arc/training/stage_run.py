@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.reading import read_json, reading
@@ -189,7 +189,7 @@ class StageRun:
     def save(self, write: Write, best: float | None = None) -> None:
         """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
 
-        Raises UserError, and writes nothing, if a weight or `best` is not finite.
+        Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
         progress = self.progress
         self.check_finite(*progress.numbers.values(), best or 0.0)
@@ -210,14 +210,14 @@ class StageRun:
         self._saved = progress.step
 
     def check_finite(self, *figures: float) -> None:
-        """Raises UserError if a weight or one of `figures`, such as the val loss, is not finite."""
+        """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""
         if not self._updater.finite(*figures):
             self._diverge(self.progress.step, "left weights or a val loss that are not finite")
 
     def _diverge(self, update: int, problem: str) -> NoReturn:
         last = self.folder / "last"
         kept = f"{last} is the last good checkpoint" if last.exists() else "there is no checkpoint yet"
-        raise UserError(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
+        raise NotFinite(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
@@ -239,7 +239,7 @@ class StageRun:
         """Make update number `step`, counted from 0, at the schedule's learning rate or at `rate`.
 
         Returns the learning rate, the gradient's norm and `sums` over the processes; None if the gradient or the first
-        of `sums` wasn't finite. Raises UserError if that happens again and again.
+        of `sums` wasn't finite. Raises NotFinite if that happens again and again.
         """
         rate = learning_rate_at(step, self._training) if rate is None else rate
         finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
