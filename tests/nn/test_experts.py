@@ -606,7 +606,7 @@ def test_two_processes_equal_one(workplace, output_of):
     """The router losses balance the load of all processes together."""
     flags = (*FLAGS, "--balance_loss=0.1", "--max_iters=6")
     output_of(entry_point(train.main), "train.py", "sums.toml", *flags, "--out_dir=one")
-    result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2, torchrun=True)
+    result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     one, two = (load_file(Path(f"{folder}/last/model.safetensors")) for folder in ("one", "two"))
     for name, tensor in one.items():
