@@ -25,6 +25,7 @@ from gpt_arc.nn.attention import (
 )
 from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss, add_product
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
@@ -34,7 +35,7 @@ GPT1 = dict(norm_position="post", init="gpt1")
 
 
 def on_meta(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
+    with meta_device():
         return GPT(config)
 
 

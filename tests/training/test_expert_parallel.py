@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import memory_estimate
 from gpt_arc.training.expert_parallel import check_expert_processes
 from helpers import TINY_FLAGS, command, refusal, trains_into
@@ -137,7 +138,7 @@ def test_the_command_line_refuses_an_impossible_split(workplace):
 
 
 def test_the_memory_estimate_counts_a_process_s_share_of_experts():
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(
             GPTConfig(n_layer=2, n_embd=16, mlp_size=24, n_head=2, n_experts=4, bias=False, activation="swiglu")
         )
