@@ -765,6 +765,7 @@ def test_cpu_dropout_has_the_right_rate_and_independent_draws(rate, dtype):
     assert torch.equal(dropout(x, rate), y)
 
 
+@pytest.mark.slow
 def test_compiled_dropout_draws_anew_per_call_and_matches_its_gradient():
     torch.manual_seed(0)
     x = torch.ones(64, 64, requires_grad=True)
@@ -825,7 +826,7 @@ def test_a_micro_batch_never_waits_for_the_device(change):
 
 
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2)], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()
     counters.clear()

@@ -35,7 +35,11 @@ def assert_same_run(actual: tuple[list[dict], dict], expected: tuple[list[dict],
 
 @pytest.mark.parametrize(
     ("processes", "sharing", "flags"),
-    [(2, 2, ("--experts_per_token=1", "--bias=True")), (2, 2, (*SWIGLU, "--balance_rate=0.01")), (4, 2, SWIGLU)],
+    [
+        (2, 2, ("--experts_per_token=1", "--bias=True")),
+        pytest.param(2, 2, (*SWIGLU, "--balance_rate=0.01"), marks=pytest.mark.slow),
+        pytest.param(4, 2, SWIGLU, marks=pytest.mark.slow),
+    ],
 )
 def test_experts_in_several_processes_train_as_in_one(run, processes, sharing, flags):
     """Twenty losses, gradient norms and router figures, including clipping and the router losses."""
