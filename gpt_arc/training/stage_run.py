@@ -34,6 +34,7 @@ from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state,
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.next_steps import next_steps
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Natural, NonNegative
@@ -118,7 +119,7 @@ class StageRun:
         if runtime.get("device") == self.device.type:
             saved = runtime.get("threads", torch.get_num_threads())
         config = Config(model=model, training=self.options.training(1))
-        with torch.device("meta"):
+        with meta_device():
             flops = flops_per_token(GPT(model))
         with torch.random.fork_rng(devices=[]):
             threads = resolve_threads(config, saved, self.options.batch_size, flops, self.device, self.dtype)

@@ -183,7 +183,7 @@ def test_batching_and_processes_change_only_rounding(run):
     for name, way in ways.items():
         run(*flags, *way, f"--out_dir={name}")
     several = ("--batch_size=1", "--gradient_accumulation_steps=4", "--backend=gloo", "--out_dir=two")
-    result = command("stages/sft.py", *flags, *several, processes=2, torchrun=True)
+    result = command("stages/sft.py", *flags, *several, processes=2)
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     for name in (*ways, "two"):
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-6)
