@@ -13,7 +13,7 @@
     python sample.py --chat out/sft                                         talk with it
 
 A row has a prompt and a response; or instruction, input and output, as Alpaca; or conversations, as ShareGPT; or
-messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned. Other keys are refused.
+messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned, and with tools and calls.
 `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates, `gpt_arc/vision/data.py` rows with
 images. A run writes out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss
 as `best`.

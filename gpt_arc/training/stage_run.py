@@ -271,7 +271,7 @@ class StageRun:
     def _doubt_learning_rate(self) -> None:
         """Say which learning rate to try if the loss hasn't fallen so far."""
         lines = [line for line in read_metrics(self._log.path) if "grad_norm" in line]  # finetune.py has others
-        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self.options.learning_rate
+        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self._training.learning_rate
         change = movement(losses) if len(losses) >= LEAST_LOSSES else -1
         updates = f"in {counted(len(losses), 'update')}"
         if change == 0:
