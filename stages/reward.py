@@ -177,13 +177,13 @@ def train(options: Options, run: StageRun) -> int:
         if report:
             show(report)
         if epoch_ended:
-            run.save(write, report and report["loss"])
+            run.save(write, report["loss"] if report else None)
     return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
 
 
 def finish(options: Options, run: StageRun, write: Callable[[Path], None], val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
-    policy = "MODEL" if is_reward_model(options.model) else options.model
+    policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
         command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
@@ -201,7 +201,7 @@ def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Opt
     """Sets the head's bias so that demonstrations score 0 on average; the pairwise loss doesn't depend on it."""
     if demonstrations:
         size = 4 * options.batch_size
-        model.head.bias -= score_sequences(model, demonstrations, size, run.device, run.dtype).mean().item()
+        model.head.bias.sub_(score_sequences(model, demonstrations, size, run.device, run.dtype).mean())
 
 
 def main() -> int:
