@@ -294,6 +294,17 @@ def test_both_forms_of_the_resume_flag_work(workplace):
             launch(*flags)
 
 
+def test_a_divided_model_shows_no_samples(capsys):
+    """A line says so if a config asks for them; the command line's wish is refused."""
+    assert launch("quickstart").config.logging.sample_interval == 200 and not capsys.readouterr().out
+    for flag, dividing in (("--parallel=fsdp", "parallel = fsdp"), ("--expert_processes=2", "expert_processes = 2")):
+        launched = launch("quickstart", "--n_experts=4", flag)
+        assert launched.config.logging.sample_interval == launched.overrides["sample_interval"] == 0
+        assert capsys.readouterr().out == f"samples        none: {dividing} divides the model\n"
+        with pytest.raises(UserError, match=f"sample_interval = 3 samples from a whole model, and {dividing} divides"):
+            launch("quickstart", "--n_experts=4", flag, "--sample_interval=3")
+
+
 def test_a_folder_that_cant_be_resumed_names_the_command_that_can(workplace, monkeypatch):
     """Each command is run, as far as its plan."""
     monkeypatch.setattr(sys, "argv", ["train.py"])

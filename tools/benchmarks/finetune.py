@@ -50,7 +50,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT, Count, NonNegative
 from gpt_arc.tables import counted
 
-LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
+LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # GPT-1's
 
 
 @dataclass(frozen=True, config=STRICT)
