@@ -91,7 +91,7 @@ def sweep(options: SweepOptions) -> int:
     write_file(path, write_table(results))
     again = command("stages/scaling.py", "fit", path.parent)
     print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
-    return max(codes, default=0)
+    return max(filter(None, codes), default=0)
 
 
 def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:

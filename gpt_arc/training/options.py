@@ -124,6 +124,12 @@ class StageOptions:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
     @property
+    def base_model(self) -> str:
+        """The model, which the command line or the record of a resumed run names."""
+        assert self.model is not None
+        return self.model
+
+    @property
     def code(self) -> dict[str, str]:
         """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
         return {}
