@@ -22,7 +22,6 @@ import dataclasses
 import math
 import sys
 from dataclasses import field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -371,7 +370,9 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(classifier, updates)
     routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
-    write = partial(save_classifier, classifier, material.tokenizer)
+
+    def write(whole: Classifier, directory: Path) -> None:
+        save_classifier(whole, material.tokenizer, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.

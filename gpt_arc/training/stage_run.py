@@ -12,7 +12,7 @@ def train(options: Options, run: StageRun) -> int:
         ...
         result = run.update(updater, run.progress.step, loss)
     ...
-    return run.finish(write)
+    return run.finish(write)                  # write(model, folder) saves the model
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,13 +44,14 @@ from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
-from gpt_arc.training.parallel import REPLICATED
+from gpt_arc.training.parallel_modes import check_parallel, make_parallel
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig
 
+Write = Callable[[Any, Path], None]  # puts what was placed, whole, into a folder
 LEAST_LOSSES = 15  # updates in the first tenth of a run, after the warmup, for their losses to show anything
 
 
@@ -70,7 +72,6 @@ class StageRun:
 
     folder: Path  # a new run's only after `open`
     bar: tqdm  # from the first call of `goes_on`
-    parallel = REPLICATED
 
     def __init__(
         self,
@@ -86,6 +87,8 @@ class StageRun:
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
+        check_parallel(options.training(1))
+        self.parallel = make_parallel(options.training(1), device, self.dtype)
         self._resumed, self._lock = folder is not None, lock
         if folder:
             self.folder = folder
@@ -157,12 +160,13 @@ class StageRun:
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
         set_up_device(self.device, self.dtype)
+        self._module = module
         return self.parallel.place(module, self.device)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
         """The optimizer, with a learning rate scheduled over this many updates."""
         self._training = self.options.training(updates)
-        return Updater(module, self._training, self.device, self.dtype)
+        return Updater(module, self._training, self.device, self.dtype, self.parallel)
 
     def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
@@ -182,7 +186,7 @@ class StageRun:
                 set_rng_state(generators[RANK], self.device)
         self._state = {}  # as large as the model, twice
 
-    def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
+    def save(self, write: Write, best: float | None = None) -> None:
         """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
 
         Raises UserError, and writes nothing, if a weight or `best` is not finite.
@@ -199,8 +203,10 @@ class StageRun:
             "runtime": {"device": self.device.type, "dtype": self.dtype, "threads": torch.get_num_threads()},
             "data": self.fingerprint,
         }
+        whole = self.parallel.whole(self._module)
         if IS_MAIN:
-            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
+            put = partial(write, whole)
+            save_checkpoint(self.folder, progress.step, progress.best_step, put, state, keep_all=False)
         self._saved = progress.step
 
     def check_finite(self, *figures: float) -> None:
@@ -282,7 +288,7 @@ class StageRun:
         return resume_command(self.script, self.folder, self.options)
 
     @contextlib.contextmanager
-    def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
+    def keeping(self, write: Write) -> Iterator[None]:
         """Runs the block so that an error of data or of a reward in any process loses no step.
 
         The block mustn't wait for other processes: they stop after it.
@@ -323,7 +329,7 @@ class StageRun:
         if IS_MAIN:
             self._log.close()
 
-    def finish(self, write: Callable[[Path], None], steps: dict[str, str] | None = None) -> int:
+    def finish(self, write: Write, steps: dict[str, str] | None = None) -> int:
         """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code.
 
         `steps`: commands to type next, with what each is for.

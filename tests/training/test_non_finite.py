@@ -87,7 +87,7 @@ def test_a_stage_saves_neither_bad_weights_nor_a_bad_loss(tmp_path, monkeypatch)
     run.open("data")
     module = run.place(torch.nn.Linear(2, 2))
     run.restore(run.updater(module, 10), {})
-    write = lambda directory: directory.mkdir(exist_ok=True)  # noqa: E731
+    write = lambda _, directory: directory.mkdir(exist_ok=True)  # noqa: E731
     run.progress.step = 1
     with pytest.raises(UserError, match="update 1 left .*, there is no checkpoint yet: lower learning_rate, or set"):
         run.save(write, float("nan"))
