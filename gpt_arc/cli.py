@@ -17,6 +17,7 @@ COMMANDS = {
     "sample": ("sample.py", "continue a prompt with a trained model"),
     "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
     "prepare": ("prepare", "turn text into token files: gpt-arc prepare text --input book.txt --name book"),
+    "pretrain-encoder": ("stages/pretrain_encoder.py", "train an image encoder on labelled images"),
     "sft": ("stages/sft.py", "fine-tune on conversations"),
     "reward": ("stages/reward.py", "train a reward model on rankings"),
     "ppo": ("stages/ppo.py", "learn from a reward"),
@@ -33,7 +34,7 @@ COMMANDS = {
 
 
 def usage() -> str:
-    commands = "\n".join(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{purpose}" for name, (_, purpose) in COMMANDS.items())
     return (
         f"usage: gpt-arc COMMAND ARGUMENTS\n\n{commands}\n\n"
         "`gpt-arc COMMAND --help` describes the arguments of one command. With several processes:\n"

@@ -2,8 +2,7 @@
 
     python prepare/shapes.py
     python prepare/shapes.py --count 20000 --size 48
-    python train.py --dataset=shapes_text ...               the texts alone, for a model to start from
-    python stages/sft.py out/shapes --train data/shapes/train.jsonl --image_encoder ENCODER.toml
+    bash examples/gpt4_arc.sh                               all stages: encoder, text model, both together
 
 A picture has one to three shapes in different quarters. A question asks for a colour, a shape, a count, a position or a
 relation. A tenth of the pairs of a colour and a shape are held out: no training picture has one, and every test picture
@@ -12,7 +11,11 @@ does, so that a model has to combine what it has learned apart. Nothing is downl
     shapes/pictures/*.png            the pictures
     shapes/{train,test}.jsonl        image, kind, prompt, response; stages/sft.py and stages/eval.py read them
     shapes/shuffled.jsonl            the test's questions about other pictures: what can be guessed without seeing
-    shapes_text/                     the training texts as characters, a prepared dataset
+    shapes/labels.jsonl              colour and shape in each quarter of the training pictures, or "none", for
+                                     stages/pretrain_encoder.py
+    shapes/tokenizer.json            a token for each word
+    shapes_text/                     the training questions with answers drawn at random, a prepared dataset: a text
+                                     model learns the language from it, and nothing about which answers are frequent
 """
 
 if __name__ == "__main__":
@@ -32,6 +35,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.data.documents import Text
 from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
+from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, new_directory
@@ -47,8 +51,11 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 HELD_OUT = (("red", "triangle"), ("blue", "ring"), ("yellow", "square"))
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
+LABELS = tuple(f"{quarter.replace(' ', '_')}_{name}" for quarter in QUARTERS for name in ("colour", "shape"))
 MADE_OF = "made_of.json"
 KINDS = ("colour", "shape", "count", "position", "relation")
+RELATIONS = (("left of", "right of"), ("above", "below"))
+VOCABULARY = 512  # more than all words take
 
 
 class Thing(NamedTuple):
@@ -128,7 +135,7 @@ def question(kind: str, seen: Sequence[Thing], rng: random.Random) -> tuple[str,
         return f"Where is the {first.colour} {first.shape}?", QUARTERS[first.quarter]
     other = rng.choice(others)
     across = rng.choice([axis for axis in (0, 1) if place(first)[axis] != place(other)[axis]])
-    words = (("left of", "right of"), ("above", "below"))[across]
+    words = RELATIONS[across]
     truth = words[place(first)[across] > place(other)[across]]
     return f"Is the {first.shape} {words[0]} or {words[1]} the {other.shape}?", truth
 
@@ -138,9 +145,26 @@ def place(thing: Thing) -> tuple[int, int]:
     return thing.quarter % 2, thing.quarter // 2
 
 
-def write_split(folder: Path, split: str, count: int, options: Options) -> list[dict[str, str]]:
-    """Writes pictures and questions, and returns the questions."""
-    rng, rows = random.Random(f"{options.seed} {split}"), []
+def labels_of(seen: Sequence[Thing]) -> dict[str, str]:
+    """Returns the colour and the shape in each quarter, "none" where there is nothing."""
+    labels = dict.fromkeys(LABELS, "none")
+    for thing in seen:
+        column = QUARTERS[thing.quarter].replace(" ", "_")
+        labels |= {f"{column}_colour": thing.colour, f"{column}_shape": thing.shape}
+    return labels
+
+
+def random_answer(row: dict[str, str], rng: random.Random) -> str:
+    """Returns an answer that the question of a row could have, whatever its picture."""
+    if row["kind"] == "relation":
+        return rng.choice(next(words for words in RELATIONS if words[0] in row["prompt"]))
+    answers = {"colour": list(COLOURS), "shape": SHAPES, "count": NUMBERS[1:], "position": QUARTERS}
+    return rng.choice(answers[row["kind"]])
+
+
+def write_split(folder: Path, split: str, count: int, options: Options) -> tuple[list[dict[str, str]], ...]:
+    """Writes pictures and questions. Returns the questions, and the labels of the pictures."""
+    rng, rows, labels = random.Random(f"{options.seed} {split}"), [], []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         seen = things(rng, split == "test")
@@ -150,8 +174,9 @@ def write_split(folder: Path, split: str, count: int, options: Options) -> list[
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
         rows.append({"image": name, "kind": kind, "prompt": prompt, "response": response})
+        labels.append({"image": name, **labels_of(seen)})
     write_rows(folder / f"{split}.jsonl", rows)
-    return rows
+    return rows, labels
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -171,16 +196,20 @@ def main() -> None:
     else:
         with new_directory(folder) as temporary:
             (temporary / "pictures").mkdir()
-            write_split(temporary, "train", options.count, options)
-            test = write_split(temporary, "test", options.test, options)
+            train, labels = write_split(temporary, "train", options.count, options)
+            write_rows(temporary / "labels.jsonl", labels)
+            rng = random.Random(options.seed)
+            text = "".join(f"{row['prompt']}\n{random_answer(row, rng)}\n" for row in train)
+            (temporary / "texts.txt").write_text(text, "utf-8")
+            BPETokenizer.train([text], VOCABULARY).save(temporary)
+            test, _ = write_split(temporary, "test", options.test, options)
             pictures = [row["image"] for row in test]
             random.Random(options.seed).shuffle(pictures)
             write_rows(temporary / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
             (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
         print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for the test")
-    texts = (json.loads(line) for line in (folder / "train.jsonl").read_text("utf-8").splitlines())
-    text = Text("".join(f"{row['prompt']} {row['response']}\n" for row in texts), f"the questions of {folder}")
-    prepare_documents(text, CorpusSettings(tokenizer="char", overwrite=options.overwrite), "shapes_text")
+    text = Text((folder / "texts.txt").read_text("utf-8"), f"the questions of {folder}")
+    prepare_documents(text, CorpusSettings(tokenizer=str(folder), overwrite=options.overwrite), "shapes_text")
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ class Options(ChatOptions):
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
     learning_rate: Positive = 1e-5
     image_encoder: str | None = None
-    """Encoder to add to a text model so that it reads images: a ViT, CLIP or SigLIP saved by transformers, or a .toml
-    file with the settings of a new one."""
+    """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
+    SigLIP saved by transformers, or a .toml file with the settings of a new one."""
     projector_layers: Literal[1, 2] = 2
     """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
     pixel_shuffle: Count = 1

@@ -82,7 +82,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
+    named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    shown = read_files(Config, named)[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
     files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
@@ -187,7 +188,7 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
-    count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
     flags = read_flags(cls, description, args[count:], shown)
