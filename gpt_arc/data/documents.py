@@ -404,12 +404,12 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
             at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # a short block is the last
             if at and sum(map(len, waiting)) + at >= BEGINNING:
                 piece = "".join((*waiting, text[:at]))
-                offset += len(piece.encode())
-                yield piece, offset, raw.tell()
+                offset += len(piece) if piece.isascii() else len(piece.encode())
+                yield piece, offset, read if file is raw else raw.tell()
                 waiting, text = [], text[at:]
             waiting.append(text)
         _decode(partial(decoder.decode, final=True), b"", path, read - len(decoder.getstate()[0]))
-        yield "".join(waiting), None, raw.tell()
+        yield "".join(waiting), None, read if file is raw else raw.tell()
 
 
 def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, offset: int) -> str:
@@ -503,16 +503,16 @@ def _read_parquet(path: Path, field: str, start: int | None) -> Iterator[tuple[s
         with parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
                 raise UserError(f"{path} has no field {field!r}: {_fields(file.schema_arrow.names)}")
-            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first = 0
-            while first < len(sizes) and row + sizes[first] <= skipped:
-                row, first = row + sizes[first], first + 1
-            for batch in file.iter_batches(ROWS, list(range(first, len(sizes))), columns=[field], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if row > skipped:
-                        read = size * row // file.metadata.num_rows
-                        yield _text_of({field: text}, field, f"{path}, row {row}"), row, read
+            for group in range(file.num_row_groups):  # one at a time: of several, all are held until the last is read
+                if row + (rows := file.metadata.row_group(group).num_rows) <= skipped:
+                    row += rows
+                    continue
+                for batch in file.iter_batches(ROWS, [group], columns=[field], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if row > skipped:
+                            read = size * row // file.metadata.num_rows
+                            yield _text_of({field: text}, field, f"{path}, row {row}"), row, read
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read as parquet: {first_line(error)}") from None
 

@@ -85,8 +85,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"there is no file {path}")
     try:
         with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(PARQUET_ROWS, use_threads=False) for row in batch.to_pylist())
-            for number, row in enumerate(rows, start=1):
+            groups = ([group] for group in range(file.num_row_groups))  # all are held if several are asked for at once
+            batches = (batch for group in groups for batch in file.iter_batches(PARQUET_ROWS, group, use_threads=False))
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
                 yield f"{path}, row {number}", row
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read as parquet: {first_line(error)}") from None
