@@ -141,8 +141,8 @@ def load(path: Path | str, dtype: "torch.dtype") -> tuple:
     None, and the hash of the weights."""
     from gpt_arc.chat.format import load_text_with_chat
     from gpt_arc.evaluation.report import weight_hash
-    from gpt_arc.vision.model import load_vision, reads_images
-    from gpt_arc.weights.directory import of_one_checkpoint
+    from gpt_arc.vision.model import load_vision
+    from gpt_arc.weights.directory import of_one_checkpoint, reads_images
 
     @of_one_checkpoint
     def read(directory: Path) -> tuple:

@@ -50,9 +50,9 @@ from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
-from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
+from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
 from gpt_arc.vision.new import new_vision_model
-from gpt_arc.weights.directory import of_one_checkpoint, save_model
+from gpt_arc.weights.directory import of_one_checkpoint, reads_images, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 

@@ -23,7 +23,7 @@ from gpt_arc.training.options import O, StageOptions, located, recorded_options,
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.directory import OF_TRAINING, load_config, refuse_images
 from model import GPTConfig
 
 
@@ -149,6 +149,7 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
 
     Keeps settings that only training reads, such as dropout, and a context shorter than the model's. Raises UserError.
     """
+    refuse_images(name)
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
         raise UserError(
