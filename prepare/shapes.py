@@ -5,14 +5,16 @@
     bash examples/gpt4_arc.sh                               all stages: encoder, text model, both together
 
 A picture has one to three shapes in different quarters. A question asks for a colour, a shape, a count, a position or a
-relation. A tenth of the pairs of a colour and a shape are held out: no training picture has one, and every test picture
-does, so that a model has to combine what it has learned apart. Nothing is downloaded. It writes to data/:
+relation. Two kinds of combinations are held out, so that a model has to combine what it has learned apart: a tenth of
+the triples of a colour, a shape and a quarter, and three pairs of a colour and a shape wherever they are. No training
+picture has one; the question of each test picture is about one. Nothing is downloaded. It writes to data/:
 
     shapes/pictures/*.png            the pictures
-    shapes/{train,test}.jsonl        image, kind, prompt, response; stages/sft.py and stages/eval.py read them
-    shapes/shuffled.jsonl            the test's questions about other pictures: what can be guessed without seeing
-    shapes/labels.jsonl              colour and shape in each quarter of the training pictures, or "none", for
-                                     stages/pretrain_encoder.py
+    shapes/train.jsonl               image, kind, prompt, response, for stages/sft.py
+    shapes/test.jsonl                the same about held-out triples, for stages/eval.py
+    shapes/pairs.jsonl               the same about held-out pairs, which are harder
+    shapes/shuffled.jsonl            the questions of test.jsonl about other pictures: what can be guessed unseen
+    shapes/labels.jsonl              image, colour, shape: pictures of one thing, for stages/pretrain_encoder.py
     shapes/tokenizer.json            a token for each word
     shapes_text/                     the training questions with answers drawn at random, a prepared dataset: a text
                                      model learns the language from it, and nothing about which answers are frequent
@@ -27,6 +29,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +54,6 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 HELD_OUT = (("red", "triangle"), ("blue", "ring"), ("yellow", "square"))
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
-LABELS = tuple(f"{quarter.replace(' ', '_')}_{name}" for quarter in QUARTERS for name in ("colour", "shape"))
 MADE_OF = "made_of.json"
 KINDS = ("colour", "shape", "count", "position", "relation")
 RELATIONS = (("left of", "right of"), ("above", "below"))
@@ -70,12 +72,28 @@ class Thing(NamedTuple):
         return self.colour, self.shape
 
 
+EVERY = [Thing(*names, quarter) for names in product(COLOURS, SHAPES) for quarter in range(len(QUARTERS))]
+
+
+def split_of(thing: Thing) -> str:
+    """Returns the split that a thing belongs to. Each colour, shape and quarter has its share of the test's triples."""
+    if thing.pair in HELD_OUT:
+        return "pairs"
+    number = list(COLOURS).index(thing.colour) + 2 * SHAPES.index(thing.shape) + 3 * thing.quarter
+    return "test" if number % 10 == 0 else "train"
+
+
+THINGS = {split: [thing for thing in EVERY if split_of(thing) == split] for split in ("train", "test", "pairs")}
+
+
 @dataclass(frozen=True, config=STRICT)
 class Options:
     count: Count = 12_000
     """Training questions, each about a picture of its own."""
+    labelled: Count = 12_000
+    """Pictures with labels."""
     test: Count = 1_000
-    """Test questions."""
+    """Questions of each test."""
     size: Count = 32
     """Side of the pictures in pixels."""
     seed: Seed = 0
@@ -108,18 +126,13 @@ def draw(things: Sequence[Thing], size: int, rng: random.Random) -> Any:
     return image
 
 
-def things(rng: random.Random, held_out: bool) -> list[Thing]:
-    """Returns one to three things of different colours and shapes; the first is a held-out pair, or none is."""
-    while True:
-        count = rng.randint(1, 3)
-        pairs = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)))
-        if held_out:
-            pairs[0] = rng.choice(HELD_OUT)
-        quarters = rng.sample(range(4), len(pairs))
-        chosen = [Thing(*pair, quarter) for pair, quarter in zip(pairs, quarters)]
-        unique = all(len({getattr(thing, name) for thing in chosen}) == len(chosen) for name in ("colour", "shape"))
-        if unique and any(thing.pair in HELD_OUT for thing in chosen) == held_out:
-            return chosen
+def things(rng: random.Random, split: str, least: int = 1, most: int = 3) -> list[Thing]:
+    """Returns `least` to `most` things that have nothing in common; the first is of the split, the others of train."""
+    chosen = [rng.choice(THINGS[split])]
+    for _ in range(rng.randint(least, most) - 1):
+        others = [thing for thing in THINGS["train"] if not any(set(thing) & set(other) for other in chosen)]
+        chosen.append(rng.choice(others))
+    return chosen
 
 
 def question(kind: str, seen: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
@@ -145,15 +158,6 @@ def place(thing: Thing) -> tuple[int, int]:
     return thing.quarter % 2, thing.quarter // 2
 
 
-def labels_of(seen: Sequence[Thing]) -> dict[str, str]:
-    """Returns the colour and the shape in each quarter, "none" where there is nothing."""
-    labels = dict.fromkeys(LABELS, "none")
-    for thing in seen:
-        column = QUARTERS[thing.quarter].replace(" ", "_")
-        labels |= {f"{column}_colour": thing.colour, f"{column}_shape": thing.shape}
-    return labels
-
-
 def random_answer(row: dict[str, str], rng: random.Random) -> str:
     """Returns an answer that the question of a row could have, whatever its picture."""
     if row["kind"] == "relation":
@@ -162,21 +166,29 @@ def random_answer(row: dict[str, str], rng: random.Random) -> str:
     return rng.choice(answers[row["kind"]])
 
 
-def write_split(folder: Path, split: str, count: int, options: Options) -> tuple[list[dict[str, str]], ...]:
-    """Writes pictures and questions. Returns the questions, and the labels of the pictures."""
-    rng, rows, labels = random.Random(f"{options.seed} {split}"), [], []
+def write_split(folder: Path, split: str, count: int, options: Options) -> list[dict[str, str]]:
+    """Writes pictures and questions, and returns the questions."""
+    rng, rows = random.Random(f"{options.seed} {split}"), []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        seen = things(rng, split == "test")
-        while kind == "relation" and len(seen) == 1:
-            seen = things(rng, split == "test")
+        seen = things(rng, split, least=2 if kind == "relation" else 1)
         name = f"pictures/{split}-{number:06}.png"
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
         rows.append({"image": name, "kind": kind, "prompt": prompt, "response": response})
-        labels.append({"image": name, **labels_of(seen)})
     write_rows(folder / f"{split}.jsonl", rows)
-    return rows, labels
+    return rows
+
+
+def write_labelled(folder: Path, options: Options) -> None:
+    """Writes pictures of one thing and their labels."""
+    rng, rows = random.Random(f"{options.seed} labels"), []
+    for number in range(options.labelled):
+        (thing,) = things(rng, "train", most=1)
+        name = f"pictures/labelled-{number:06}.png"
+        draw([thing], options.size, rng).save(folder / name)
+        rows.append({"image": name, "colour": thing.colour, "shape": thing.shape})
+    write_rows(folder / "labels.jsonl", rows)
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
@@ -196,13 +208,15 @@ def main() -> None:
     else:
         with new_directory(folder) as temporary:
             (temporary / "pictures").mkdir()
-            train, labels = write_split(temporary, "train", options.count, options)
-            write_rows(temporary / "labels.jsonl", labels)
+            train, test, _ = (
+                write_split(temporary, split, options.count if split == "train" else options.test, options)
+                for split in THINGS
+            )
+            write_labelled(temporary, options)
             rng = random.Random(options.seed)
             text = "".join(f"{row['prompt']}\n{random_answer(row, rng)}\n" for row in train)
             (temporary / "texts.txt").write_text(text, "utf-8")
             BPETokenizer.train([text], VOCABULARY).save(temporary)
-            test, _ = write_split(temporary, "test", options.test, options)
             pictures = [row["image"] for row in test]
             random.Random(options.seed).shuffle(pictures)
             write_rows(temporary / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])

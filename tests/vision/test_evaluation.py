@@ -102,11 +102,11 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["shapes.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["shapes.py", "--labelled=20", *flags])
         shapes.main()
         return {
             split: [json.loads(line) for line in Path(f"data/shapes/{split}.jsonl").read_text().splitlines()]
-            for split in ("train", "test", "shuffled")
+            for split in ("train", "test", "pairs", "shuffled", "labels")
         }
 
     return call
@@ -127,7 +127,7 @@ def seen_in(path, background=(255, 255, 255)):
 
 def test_pictures_show_what_the_answers_say(prepare):
     splits = prepare("--count=60", "--test=40")
-    for row in splits["train"] + splits["test"]:
+    for row in splits["train"] + splits["test"] + splits["pairs"]:
         seen = seen_in(f"data/shapes/{row['image']}")
         words = row["prompt"].rstrip("?").split()
         if row["kind"] == "colour":
@@ -143,15 +143,36 @@ def test_pictures_show_what_the_answers_say(prepare):
     assert {row["kind"] for row in splits["test"]} == set(shapes.KINDS)
 
 
-def test_no_training_picture_has_a_held_out_pair_and_every_test_picture_has(monkeypatch, prepare):
+def test_no_training_picture_has_a_held_out_combination_and_every_test_picture_has(monkeypatch, prepare):
     drawn = []
     monkeypatch.setattr(shapes, "draw", lambda seen, size, rng: drawn.append(seen) or Image.new("RGB", (size, size)))
     splits = prepare("--count=200", "--test=50")
-    pairs = [{thing.pair for thing in seen} & set(shapes.HELD_OUT) for seen in drawn]
-    assert not any(pairs[:200]) and all(pairs[200:])
+    triples, pairs = set(shapes.THINGS["test"]), {thing.pair for thing in shapes.THINGS["pairs"]}
+    assert pairs == set(shapes.HELD_OUT) and len(triples) == 10 and not pairs & {thing.pair for thing in triples}
+    trained, test, of_pairs, labelled = drawn[:200], drawn[200:250], drawn[250:300], drawn[300:]
+    for seen in (*trained, *labelled):
+        assert not triples & set(seen) and not pairs & {thing.pair for thing in seen}
+    assert all(len({value for thing in seen for value in thing}) == 3 * len(seen) <= 9 for seen in drawn)
+    assert all(seen[0] in triples for seen in test) and all(seen[0].pair in pairs for seen in of_pairs)
+    assert [(row["colour"], row["shape"]) for row in splits["labels"]] == [thing.pair for (thing,) in labelled]
     shuffled = zip(splits["test"], splits["shuffled"])
     assert all(a["prompt"] == b["prompt"] and a["response"] == b["response"] for a, b in shuffled)
     assert sorted(row["image"] for row in splits["shuffled"]) == sorted(row["image"] for row in splits["test"])
+
+
+def test_answers_drawn_at_random_fit_their_questions(prepare):
+    rows = prepare("--count=200", "--test=5")["train"]
+    lines = Path("data/shapes/texts.txt").read_text().splitlines()
+    assert lines[::2] == [row["prompt"] for row in rows]
+    for row, answer in zip(rows, lines[1::2]):
+        words = row["prompt"].rstrip("?").split(" or ")
+        answers = {
+            "colour": shapes.COLOURS, "shape": shapes.SHAPES, "count": shapes.NUMBERS, "position": shapes.QUARTERS,
+            "relation": ("left of", "right of") if "left of" in words[0] else ("above", "below"),
+        }[row["kind"]]  # fmt: skip
+        assert answer in answers
+    right = sum(answer == row["response"] for row, answer in zip(rows, lines[1::2]))
+    assert right < 100  # as often as guessing
 
 
 def test_the_same_seed_draws_the_same_and_another_is_not_mixed_in(prepare, capsys):
