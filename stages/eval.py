@@ -8,7 +8,8 @@
     python stages/eval.py out/quickstart --perplexity python_manual           the val split of a prepared dataset
     python stages/eval.py out/gpt2 --tasks hellaswag --checkpoints=True --plot scores.png     over a training run
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
-    python stages/eval.py out/sft --chat=True --tasks images.toml --data images/test.jsonl      questions about images
+    python stages/eval.py out/sft --chat=True --tasks images.toml --data images/test.jsonl      questions about images,
+                                                                              to choose an answer or to write it
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
 The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard

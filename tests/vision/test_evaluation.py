@@ -12,6 +12,7 @@ from PIL import Image
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.evaluation.reader import Reader
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import read_image
 from gpt_arc.vision.model import VisionGPT, save_vision
@@ -73,6 +74,40 @@ def test_exact_match_is_that_of_full_forward_passes(batch_tokens, model, measure
     measure(*flags, f"--batch_tokens={batch_tokens}")
     (result,) = json.loads(Path("report.json").read_text())["models"][0]["tasks"]
     assert result["values"] == [float(i % 3 > 0) for i in range(len(rows))]
+
+
+CHOICE = 'title = "t"\nkind = "choice"\nimage = "image"\ncontext = "{q}"\noptions = "options"\nanswer = "{best}"\n'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_tokens", [8192, 30])
+def test_options_are_scored_as_by_full_forward_passes(batch_tokens, model, measure):
+    (vision, chat), options, items, expected = model, ["a", "bcd", "ef"], [], []
+    for colour in COLOURS:
+        for question in ("abc", "d", "abc" * 2):
+            prompt = chat.prompt([Turn("user", f"<image>{question}", images=(range(-1, -5, -1),))])
+            pixels = vision.preprocessing.pixels(read_image(Path(f"{colour}.png")), 8)[None]
+            for option in options:
+                tokens = LETTERS.encode(option)
+                logits = vision(torch.tensor([prompt + tokens]), pixels=pixels)[0, len(prompt) - 1 : -1]
+                expected.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item())
+            best = max(range(3), key=lambda i: expected[i - 3])
+            items.append({"image": f"{colour}.png", "q": question, "options": options, "best": best})
+    assert len(set(expected)) == 45
+    reader = Reader(vision.text, LETTERS, batch_tokens, chat, vision)
+    pairs = [(item["q"], option) for item in items for option in options]
+    paths = [Path(item["image"]) for item in items for _ in options]
+    scores = reader.score_about_images(pairs, paths, "choice", ["item"] * 45)
+    assert [score.log_probability for score in scores] == pytest.approx(expected, abs=1e-4)
+
+    Path("choice.toml").write_text(CHOICE)
+    write("items.jsonl", [item | {"best": (item["best"] + (i % 3 == 0)) % 3} for i, item in enumerate(items)])
+    flags = ("seen", "--chat=True", "--tasks=choice.toml", "--data=items.jsonl", "--device=cpu", "--json=report.json")
+    measure(*flags, f"--batch_tokens={batch_tokens}")
+    (result,) = json.loads(Path("report.json").read_text())["models"][0]["tasks"]
+    assert result["values"] == [float(i % 3 > 0) for i in range(15)] and result["chance"] == pytest.approx(1 / 3)
+    write("items.jsonl", [items[0] | {"q": "a" * 20}])
+    assert "choice, item 1, option 0: a question about an image takes 26 tokens" in measure(*flags).message
 
 
 @pytest.mark.parametrize(
