@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 
 import dataclasses
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -35,16 +34,13 @@ from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.documents import Text
-from gpt_arc.data.json_lines import read_object
-from gpt_arc.data.prepare import CorpusSettings, prepare_documents
-from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT, new_directory
+from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Seed
 from gpt_arc.tables import counted
+from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_text
 
 COLOURS = {
     "red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 70, 230), "yellow": (235, 210, 30),
@@ -54,10 +50,8 @@ SHAPES = ("circle", "square", "triangle", "cross", "ring")
 HELD_OUT = (("red", "triangle"), ("blue", "ring"), ("yellow", "square"))
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
-MADE_OF = "made_of.json"
 KINDS = ("colour", "shape", "count", "position", "relation")
 RELATIONS = (("left of", "right of"), ("above", "below"))
-VOCABULARY = 512  # more than all words take
 
 
 class Thing(NamedTuple):
@@ -191,39 +185,28 @@ def write_labelled(folder: Path, options: Options) -> None:
     write_rows(folder / "labels.jsonl", rows)
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-
-
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.size < 16:
         raise UserError(f"size = {options.size} is too small to tell shapes apart: 16 is the least")
-    folder = DATA_ROOT / "shapes"
-    made_of = dataclasses.asdict(dataclasses.replace(options, overwrite=False))
-    if read_object(folder / MADE_OF) == made_of:
-        print(f"{folder} is prepared already")
-    elif folder.exists() and not options.overwrite:
-        raise UserError(f"{folder} has other pictures: --overwrite=True replaces them")
-    else:
-        with new_directory(folder) as temporary:
-            (temporary / "pictures").mkdir()
-            train, test, _ = (
-                write_split(temporary, split, options.count if split == "train" else options.test, options)
-                for split in THINGS
-            )
-            write_labelled(temporary, options)
-            rng = random.Random(options.seed)
-            text = "".join(f"{row['prompt']}\n{random_answer(row, rng)}\n" for row in train)
-            (temporary / "texts.txt").write_text(text, "utf-8")
-            BPETokenizer.train([text], VOCABULARY).save(temporary)
-            pictures = [row["image"] for row in test]
-            random.Random(options.seed).shuffle(pictures)
-            write_rows(temporary / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
-            (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
-        print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for the test")
-    text = Text((folder / "texts.txt").read_text("utf-8"), f"the questions of {folder}")
-    prepare_documents(text, CorpusSettings(tokenizer=str(folder), overwrite=options.overwrite), "shapes_text")
+    folder, made_of = DATA_ROOT / "shapes", dataclasses.asdict(dataclasses.replace(options, overwrite=False))
+    with new_questions(folder, made_of, options.overwrite) as temporary:
+        if temporary is not None:
+            write_all(temporary, options)
+            print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for each test")
+    prepare_text(folder, options.overwrite)
+
+
+def write_all(folder: Path, options: Options) -> None:
+    train, test, _ = (
+        write_split(folder, split, options.count if split == "train" else options.test, options) for split in THINGS
+    )
+    write_labelled(folder, options)
+    rng = random.Random(options.seed)
+    write_text(folder, [(row["prompt"], random_answer(row, rng)) for row in train])
+    pictures = [row["image"] for row in test]
+    random.Random(options.seed).shuffle(pictures)
+    write_rows(folder / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -49,10 +50,14 @@ class Options(ChatOptions):
     beta: Positive = 0.1
     """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
     gradient_accumulation_steps: Count = 8
-    learning_rate: Positive = 1e-6
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: the paper's 1e-6 for 2.8B parameters; for a smaller model, times (2.8B /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     min_lr: NonNegative | None = 0.0
     warmup: Share = 0.1
+
+    PUBLISHED = PublishedRate(1e-6, 2.8e9)  # arXiv:2305.18290
 
 
 class ResponseLikelihood(nn.Module):
@@ -110,7 +115,7 @@ def train(options: Options, run: StageRun) -> int:
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
-    run.set_threads(reference.config)
+    run.fit(reference.config)
     run.open(digest([fingerprint(reference), examples]))
     scorer = ResponseLikelihood(reference.to(run.device)).eval()
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}
@@ -125,8 +130,8 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(policy, updates)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+    def write(whole: ResponseLikelihood, directory: Path) -> None:
+        save_model(whole.model, tokenizer, directory)
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -160,7 +165,8 @@ def train(options: Options, run: StageRun) -> int:
         epoch_ended = progress.step % order.per_epoch == 0
         line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
-            after = likelihoods(policy, encoded["val"], options.batch_size, run)
+            with run.parallel.evaluating(policy):
+                after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)

@@ -22,7 +22,6 @@ import dataclasses
 import math
 import sys
 from dataclasses import field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -38,7 +37,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError, entry_point, naming
+from gpt_arc.errors import NotFinite, UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command, write_file
 from gpt_arc.finetuning.classifier import (
@@ -74,7 +73,7 @@ from gpt_arc.training.epochs import digest, epoch_batches, held_out
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import ExampleOptions, refuse_others
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import learning_rate_at, warmup_linear
+from gpt_arc.training.schedule import PublishedRate, learning_rate_at, warmup_linear
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, refuse_images
 from gpt_arc.weights.edit import transfer, with_settings
@@ -119,8 +118,9 @@ class Options(ExampleOptions):
     """Examples at a time."""
     epochs: Count = 3
     """Passes over the training examples."""
-    learning_rate: Positive = 6.25e-5
-    """Peak learning rate."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: GPT-1's 6.25e-5 for 117M parameters; for a smaller model, times (117M /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
     """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
     others: shape of the learning rate after the warmup, down to min_lr."""
@@ -134,7 +134,7 @@ class Options(ExampleOptions):
     """The source of all randomness: new weights, the order of examples, dropout."""
     language_weight: NonNegative = 0.5
     """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
-    sets there; on the four small ones of docs/gpt1_arc.md it costs .2 to 2.3 points against 0."""
+    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0."""
     classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
     dropout: Share | None = None
@@ -163,6 +163,7 @@ class Options(ExampleOptions):
         *("train", "val", "test", "predict", "classify", "task", "numbers"),
         *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
     )
+    PUBLISHED = PublishedRate(6.25e-5, 116_534_784)
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,9 +183,11 @@ class Options(ExampleOptions):
             return dataclasses.replace(self, schedule="linear").training(updates)
         return super().training(updates)
 
-    def rate(self, update: int, updates: int) -> float | None:
-        """The learning rate of update number `update`, counted from 0; None: by the schedule of `training`."""
-        return self.learning_rate * warmup_linear(update / updates, self.warmup) if self.schedule == "gpt1" else None
+    def rate(self, update: int, training: TrainingConfig) -> float:
+        """Returns the learning rate of an update, counted from 0, by the settings that `training` returned."""
+        if self.schedule == "gpt1":
+            return training.learning_rate * warmup_linear(update / training.max_iters, self.warmup)
+        return super().rate(update, training)
 
     def columns(self, usual: Columns) -> Columns:
         """The columns named, in the place of the usual ones."""
@@ -297,7 +300,10 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
 
 
 def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
-    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's."""
+    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's.
+
+    Raises NotFinite if training diverges.
+    """
     config, sequences = model.config, 32
     device = resolve_device(options.device)
     corpus = open_corpus((Source(options.lstm_dataset, 1.0),))
@@ -316,7 +322,7 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
     if not updater.finite(mean):
-        raise UserError(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
+        raise NotFinite(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
     say(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
     model.cpu()
 
@@ -366,13 +372,15 @@ def train(options: Options, run: StageRun) -> int:
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
-    run.set_threads(classifier.trunk.config)
+    run.fit(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
     routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
-    write = partial(save_classifier, classifier, material.tokenizer)
+
+    def write(whole: Classifier, directory: Path) -> None:
+        save_classifier(whole, material.tokenizer, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.
@@ -393,7 +401,7 @@ def train(options: Options, run: StageRun) -> int:
             updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
             losses += micro_losses.detach()
             routers.add()
-        result = run.update(updater, progress.step, *losses, rate=options.rate(progress.step, updates))
+        result = run.update(updater, progress.step, *losses)
         routers.step(result is not None)
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue

@@ -64,6 +64,7 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
 from gpt_arc.training.routers import RouterMeter, freeze_routers
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -129,7 +130,9 @@ class Options(StageOptions):
     weights themselves."""
     save_interval: Count = 20
     """Iterations between checkpoints."""
-    learning_rate: Positive = 9e-6
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: InstructGPT's 9e-6 for 1.3B parameters; for a smaller model, times (1.3B /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
@@ -142,6 +145,7 @@ class Options(StageOptions):
         *StageOptions.FIRST,
     )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
+    PUBLISHED = PublishedRate(9e-6, 1.3e9)  # arXiv:2203.02155
 
     def __post_init__(self):
         super().__post_init__()
@@ -366,7 +370,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
-    run.set_threads(policy.config)
+    run.fit(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
@@ -380,7 +384,7 @@ def train(options: Options, run: StageRun) -> int:
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
-    def write(directory: Path) -> None:
+    def write(_: ActorCritic, directory: Path) -> None:
         save_model(policy if average is None else average, setup.tokenizer, directory)
         setup.chat.save(directory)
 

@@ -13,7 +13,7 @@
     python sample.py --chat out/sft                                         talk with it
 
 A row has a prompt and a response; or instruction, input and output, as Alpaca; or conversations, as ShareGPT; or
-messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned. Other keys are refused.
+messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned, and with tools and calls.
 `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates, `gpt_arc/vision/data.py` rows with
 images. A run writes out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss
 as `best`.
@@ -48,6 +48,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
 from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
@@ -68,7 +69,9 @@ class Options(ChatOptions):
     """Pack several conversations into a row, isolated from each other: less padding, equal losses."""
     residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
-    learning_rate: Positive = 1e-5
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: InstructGPT's 1e-5 for 1.3B parameters; for a smaller model, times (1.3B /
+    parameters)^0.6, up to 0.01."""
     image_encoder: str | None = None
     """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
     SigLIP saved by transformers, or a .toml file with the settings of a new one."""
@@ -84,6 +87,7 @@ class Options(ChatOptions):
     """The same of the projector."""
 
     PATHS = (*ChatOptions.PATHS, "image_encoder")
+    PUBLISHED = PublishedRate(1e-5, 1.3e9)  # arXiv:2203.02155
 
     @property
     def rates(self) -> dict[str, float]:
@@ -94,12 +98,11 @@ class Options(ChatOptions):
 def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, run: StageRun) -> float:
     """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
     sums = torch.zeros(2, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
-    model.eval()
-    for rows, weight in micro_batches(range(len(examples)), options.batch_size):
-        with autocast(run.device, run.dtype):
-            loss = model(*batch_of(examples, rows, model, options, run))
-        sums += weight * torch.stack((loss.total, loss.count))
-    model.train()
+    with run.parallel.evaluating(model):
+        for rows, weight in micro_batches(range(len(examples)), options.batch_size):
+            with autocast(run.device, run.dtype):
+                loss = model(*batch_of(examples, rows, model, options, run))
+            sums += weight * torch.stack((loss.total, loss.count))
     total, count = distributed.sum_over_ranks(sums).tolist()
     return total / count
 
@@ -146,6 +149,7 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
+        chat.check_opening()
         model = with_more_tokens(model, max(chat.vocab_size - model.config.vocab_size, 0))
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
@@ -185,7 +189,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {size} in {epochs}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
-    run.set_threads(model.config)
+    run.fit(model.config)
     run.open(
         digest(
             [[identity(each) for each in split.examples] if vision else split.examples for split in encoded.values()]
@@ -195,11 +199,12 @@ def train(options: Options, run: StageRun) -> int:
     updater, routers = run.updater(whole, updates), RouterMeter(model)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+    def write(whole: GPT | VisionGPT, directory: Path) -> None:
+        text = whole.text if isinstance(whole, VisionGPT) else whole
+        save_model(text, tokenizer, directory)
         chat.save(directory)
-        if vision:
-            save_vision(vision, directory)
+        if isinstance(whole, VisionGPT):
+            save_vision(whole, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's response tokens.

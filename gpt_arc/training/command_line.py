@@ -13,7 +13,7 @@ import pydantic.dataclasses
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import command, resource
 from gpt_arc.flags import read_flags
@@ -106,6 +106,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
     values = merge(Config, merge(Config, settings, recorded), flags)
     config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
+    config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
     file_values = values_of(Config()) | settings
@@ -122,6 +123,25 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
+
+
+def without_samples(config: Config, requested: bool) -> Config:
+    """Returns `config` without samples if its model is divided among processes; a line says so.
+
+    Raises UserError if the command line `requested` them.
+    """
+    training, interval = config.training, config.logging.sample_interval
+    if not interval or training.expert_processes == 1 and training.parallel != "fsdp":
+        return config
+    dividing = f"expert_processes = {training.expert_processes}"
+    if training.expert_processes == 1:
+        dividing = "parallel = fsdp"
+    if requested:
+        raise UserError(
+            f"sample_interval = {interval} samples from a whole model, and {dividing} divides it: leave one out"
+        )
+    say(f"samples        none: {dividing} divides the model")
+    return dataclasses.replace(config, logging=dataclasses.replace(config.logging, sample_interval=0))
 
 
 def check_resumable(run: Path) -> None:

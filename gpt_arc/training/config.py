@@ -279,14 +279,6 @@ class Config:
         micro_batch = self.data.batch_size * self.model.block_size
         check_batch("batch_size x block_size", micro_batch, LARGEST_MICRO_BATCH)
         check_batch("batch_size x gradient_accumulation_steps", self.sequences_per_step)
-        training, interval = self.training, self.logging.sample_interval
-        if interval and (training.expert_processes > 1 or training.parallel == "fsdp"):
-            splitting = "parallel = fsdp"
-            if training.expert_processes > 1:
-                splitting = f"expert_processes = {training.expert_processes}"
-            raise ValueError(
-                f"sample_interval = {interval} samples from a whole model, and {splitting} splits it: leave one out"
-            )
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch
             raise ValueError(

@@ -180,10 +180,12 @@ def test_batching_and_processes_change_only_rounding(run):
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
         "--activation_checkpointing=True")  # fmt: skip
-    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, torchrun=True)
-    assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
+    for name, mode in {"two": "ddp", "shards": "fsdp"}.items():
+        several = f"--parallel={mode}", "--backend=gloo", f"--out_dir={name}"
+        result = command("stages/reward.py", *flags, *several, processes=2, torchrun=True)
+        assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     whole = load_reward_model("whole/last")[0]
-    for name in ("parts", "two"):
+    for name in ("parts", "two", "shards"):
         torch.testing.assert_close(
             whole.state_dict(), load_reward_model(f"{name}/last")[0].state_dict(), rtol=1e-4, atol=1e-5
         )
@@ -235,8 +237,11 @@ def test_a_killed_run_resumes_from_its_last_epoch(run):
 
 
 def test_the_published_settings():
-    """InstructGPT's: one epoch, 64 prompts per update, 9e-6, a cosine down to a tenth (arXiv:2203.02155, C.2)."""
-    options = reward.Options()
+    """InstructGPT's: one epoch, 64 prompts per update, 9e-6 for 6B parameters, a cosine down to a tenth.
+
+    arXiv:2203.02155, C.2.
+    """
+    options = reward.Options().with_rate(6 * 10**9)
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
     assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
 

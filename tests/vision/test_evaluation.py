@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.directory import save_model
 from helpers import randomised, write
 from model import GPT, GPTConfig
-from prepare import shapes
+from prepare import digits, shapes
 from stages import eval as evaluation
 
 LETTERS = CharTokenizer("abcdefgh")
@@ -221,3 +222,34 @@ def test_the_same_seed_draws_the_same_and_another_is_not_mixed_in(prepare, capsy
     assert Path("data/shapes/pictures/test-000003.png").read_bytes() == picture
     with pytest.raises(UserError, match="size = 8 is too small"):
         prepare("--size=8")
+
+
+# ---- digits
+
+
+def test_digits_are_divided_once_and_moved_only_for_labels(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    few = load_digits()
+    few.images, few.target = few.images[:40], few.target[:40]
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+    monkeypatch.setattr(sys, "argv", ["digits.py"])
+    digits.main()
+    names = ("train", "test", "shuffled", "labels")
+    train, test, shuffled, labels = (
+        [json.loads(line) for line in Path(f"data/digits/{name}.jsonl").read_text().splitlines()] for name in names
+    )
+    assert len(train) == 32 and len(test) == 8 and len(labels) == 9 * 32
+    numbers = [{int(Path(row["image"]).name[:4]) for row in rows} for rows in (train, test, labels)]
+    assert numbers[0] | numbers[1] == set(range(40)) and not numbers[0] & numbers[1] and numbers[2] == numbers[0]
+    for row in train + test:
+        number = int(Path(row["image"]).name[:4])
+        assert row["response"] == digits.WORDS[few.target[number]]
+        drawn = np.asarray(Image.open(f"data/digits/{row['image']}"))
+        assert np.abs(drawn / 255 - few.images[number] / 16).max() < 0.01
+    moved = {row["image"]: np.asarray(Image.open(f"data/digits/{row['image']}")) for row in labels}
+    still, right_down = (moved[f"pictures/{min(numbers[0]):04}-{move}.png"] for move in (0, 8))
+    assert digits.MOVES[8] == (1, 1) and (right_down[1:, 1:] == still[:-1, :-1]).all() and not right_down[0].any()
+    assert [row["response"] for row in shuffled] == [row["response"] for row in test]
+    assert sorted(row["image"] for row in shuffled) == sorted(row["image"] for row in test)
