@@ -4,7 +4,7 @@
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
     python stages/dpo.py out/sft --train rankings.jsonl --preview 3         show rows as tokens, and which are scored
     python stages/dpo.py --resume=out/dpo                                   resume a run that was stopped
-    torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
+    torchrun --standalone --nproc_per_node=8 stages/dpo.py dpo.toml
 
 The reference is the model that the run starts from (arXiv:2305.18290). Files of rankings are as for stages/reward.py. A
 run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.

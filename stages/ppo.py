@@ -5,7 +5,7 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
     python stages/ppo.py --resume=out/ppo                                   continue a stopped run; a reward
                                                                             function has to be named again
-    torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
+    torchrun --standalone --nproc_per_node=8 stages/ppo.py ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
 The policy writes responses to prompts. Each response is scored as a whole, less a penalty for its KL from the model

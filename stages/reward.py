@@ -5,7 +5,7 @@
     python stages/reward.py out/sft --train rankings.jsonl --preview 3      show rows as tokens, and which are scored
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
     python stages/reward.py --resume=out/reward                             continue a stopped run
-    torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
+    torchrun --standalone --nproc_per_node=8 stages/reward.py reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
 see `gpt_arc/chat/files.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
