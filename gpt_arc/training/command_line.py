@@ -21,9 +21,9 @@ from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_fil
 from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
-from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.training.stage_run import P, StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.directory import OF_TRAINING, load_config, refuse_images
 from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
 
@@ -83,7 +83,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
+    named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    shown = read_files(Config, named)[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
     files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
@@ -170,6 +171,7 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
     Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
     extend_context also a longer one and rotary_scaling. Raises UserError.
     """
+    refuse_images(name)
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
         raise UserError(
@@ -218,19 +220,23 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
-    count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
     flags = read_flags(cls, description, args[count:], shown)
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
 
 
+def check_model(options: StageOptions) -> None:
+    """Raises UserError unless a model is named."""
+    if options.model is None:
+        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
+
+
 def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
-    if options.model is None and not options.resume:
-        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
-    return start_stage(options, name, train)
+    return start_stage(options, name, train, StageProgress)
 
 
 def confirm_code(options: StageOptions, recorded: StageOptions, command: str) -> None:
@@ -249,9 +255,7 @@ def confirm_code(options: StageOptions, recorded: StageOptions, command: str) ->
             )
 
 
-def start_stage(
-    options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
-) -> int:
+def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], progress: type[P]) -> int:
     """Run a stage's `train`, new or resumed, among the processes that torchrun started. Returns the exit code."""
     folder, lock = None, None
     if options.resume:
@@ -269,10 +273,11 @@ def start_stage(
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
+        check_model(options)
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device, options.timeout_minutes):
-        run = StageRun(name, options, device, folder, lock, sys.argv[0], progress)
+        run = StageRun(name, options, device, folder, lock, progress, sys.argv[0])
         try:
             return train(options, run)
         except UserError:

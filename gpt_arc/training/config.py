@@ -20,6 +20,7 @@ from gpt_arc.settings import (
     Natural,
     NonNegative,
     Positive,
+    PositiveShare,
     Seed,
     Share,
     UnitInterval,
@@ -227,7 +228,7 @@ class RunConfig:
     """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
     devices: Count = 1
     """How many of them."""
-    device_mfu: UnitInterval = 0.4
+    device_mfu: PositiveShare = 0.4
     """Share of their peak that training is expected to reach."""
     device_price: Positive | None = None
     """Price of an hour of one, in any currency."""
