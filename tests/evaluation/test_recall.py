@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import long_context_data
+import long_context_memory
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.recall import copy_row, key_row, measure_recall, outcomes, stretched
@@ -134,3 +135,17 @@ def test_the_documents_are_prose_copies_and_keys(tmp_path, monkeypatch, output_o
     assert all(text[4:8] == text[-4:] and text[8] == ":" for text in keys)
     assert max(map(len, texts)) <= 100 and min(map(len, texts)) >= 12
     assert "longest = 9 must be more than 16" in output_of(main, "long_context_data.py", "--longest=9")
+
+
+@pytest.mark.parametrize("name", long_context_memory.READERS)
+def test_reading_is_measured_with_each_cache(name):
+    label, length, *figures = long_context_memory.reading(name, 40)
+    assert (label, length) == (name, 40) and all(float(figure) >= 0 for figure in figures)
+    bytes_per_token = next((size for dtype, size in (("bfloat16", 256), ("int8", 128 + 4 * 4)) if dtype in name), 512)
+    size = 4 * 2 * 44 * bytes_per_token / 2**20
+    assert float(figures[1]) == pytest.approx(size, abs=0.051)
+
+
+def test_training_is_measured_and_large_biases_are_left_out():
+    assert float(long_context_memory.training("forward and backward, activation checkpointing", 40)[4]) >= 0
+    assert long_context_memory.reading("alibi", 32_768)[2:] == [None] * 4
