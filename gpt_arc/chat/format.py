@@ -22,7 +22,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, require_causal
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -324,5 +324,6 @@ def load_text_with_chat(
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
     model, _, chat = load_with_chat(path)
+    require_causal(path, model)
     chat = require_chat(path, chat)
     return model, chat.tokenizer, chat

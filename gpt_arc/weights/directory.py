@@ -36,8 +36,9 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
+# settings that older versions don't know, and the value that means what these do
+LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
 # settings that may change on loading; a smaller context truncates learned positions
-LATER = {"base_width": None}  # settings that older versions don't know, and the value that means what these do
 REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
 
 P = ParamSpec("P")
@@ -232,10 +233,27 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     return model, tokenizer
 
 
+def require_causal(path: Path | str, model: GPT) -> GPT:
+    """Returns the model loaded from `path`. Raises UserError for a bidirectional one."""
+    if model.config.attention == "bidirectional":
+        raise UserError(
+            f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
+            "stages/finetune.py teaches it to classify"
+        )
+    return model
+
+
 @of_one_checkpoint
-def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
+def load_text_model(
+    path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True
+) -> tuple[GPT, Tokenizer]:
+    """`load_model` for a model that must have a tokenizer and, if `causal`, causal attention.
+
+    Raises UserError if it hasn't.
+    """
     model, tokenizer = load_model(path, dtype=dtype)
+    if causal:
+        require_causal(path, model)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer, so it can't read text")
     return model, tokenizer
