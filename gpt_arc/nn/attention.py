@@ -113,9 +113,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
     `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place,

@@ -244,9 +244,7 @@ def require_causal(path: Path | str, model: GPT) -> GPT:
 
 
 @of_one_checkpoint
-def load_text_model(
-    path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True
-) -> tuple[GPT, Tokenizer]:
+def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True) -> tuple[GPT, Tokenizer]:
     """`load_model` for a model that must have a tokenizer and, if `causal`, causal attention.
 
     Raises UserError if it hasn't.

@@ -406,7 +406,10 @@ def architecture_of(config: GPTConfig) -> str:
 def nearest_architecture(config: GPTConfig) -> tuple[str, dict[str, Any]]:
     """Returns the model_type nearest to `config`, and the settings that it can't express, each with a value it can."""
     foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
-    alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
+    alike = [kind for kind in foreign if ARCHITECTURES[kind].ours.get("attention", "causal") == config.attention]
+    mixtures = [kind for kind in alike if _has_experts(ARCHITECTURES[kind])]
+    if mixtures:
+        alike = mixtures if config.n_experts else [kind for kind in alike if kind not in mixtures]
     nearest = min(alike, key=lambda kind: len(foreign[kind]))
     return nearest, foreign[nearest]
 
