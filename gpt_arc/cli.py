@@ -4,7 +4,11 @@ gpt-arc COMMAND ARGUMENTS does what `python SCRIPT ARGUMENTS` does in a clone. A
 that isn't in the current folder is the one that comes with gpt-arc.
 """
 
+import gpt_arc.startup  # noqa: F401
+
+# isort: split
 import os
+import signal
 import subprocess
 import sys
 
@@ -82,6 +86,7 @@ def run() -> int | None:
     command = [sys.executable, *script_command(name, arguments)]
     if os.name == "nt":  # its execv doesn't wait for the end of the command
         return subprocess.call(command)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the script's `startup`
     os.execv(sys.executable, command)
 
 

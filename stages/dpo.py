@@ -125,8 +125,8 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(policy, updates)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+    def write(whole: ResponseLikelihood, directory: Path) -> None:
+        save_model(whole.model, tokenizer, directory)
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -160,7 +160,8 @@ def train(options: Options, run: StageRun) -> int:
         epoch_ended = progress.step % order.per_epoch == 0
         line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
-            after = likelihoods(policy, encoded["val"], options.batch_size, run)
+            with run.parallel.evaluating(policy):
+                after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)

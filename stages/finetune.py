@@ -22,7 +22,6 @@ import dataclasses
 import math
 import sys
 from dataclasses import field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -38,7 +37,7 @@ from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
-from gpt_arc.errors import UserError, entry_point, naming
+from gpt_arc.errors import NotFinite, UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command, write_file
 from gpt_arc.finetuning.classifier import (
@@ -299,7 +298,10 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
 
 
 def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
-    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's."""
+    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's.
+
+    Raises NotFinite if training diverges.
+    """
     config, sequences = model.config, 32
     device = resolve_device(options.device)
     corpus = open_corpus((Source(options.lstm_dataset, 1.0),))
@@ -318,7 +320,7 @@ def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) ->
         _, _, (mean,) = updater.update(learning_rate_at(step, training), loss.detach())
         bar.set_postfix_str(f"loss {mean:.4f}")
     if not updater.finite(mean):
-        raise UserError(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
+        raise NotFinite(f"pre-training the LSTM on {options.lstm_dataset} diverged: choose another seed or lstm_iters")
     say(f"LSTM           pre-trained to a loss of {mean:.4f} nats a token")
     model.cpu()
 
@@ -374,7 +376,9 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(classifier, updates)
     routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
-    write = partial(save_classifier, classifier, material.tokenizer)
+
+    def write(whole: Classifier, directory: Path) -> None:
+        save_classifier(whole, material.tokenizer, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.

@@ -380,7 +380,7 @@ def train(options: Options, run: StageRun) -> int:
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
-    def write(directory: Path) -> None:
+    def write(_: ActorCritic, directory: Path) -> None:
         save_model(policy if average is None else average, setup.tokenizer, directory)
         setup.chat.save(directory)
 

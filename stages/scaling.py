@@ -29,12 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning import pictures
 from gpt_arc.planning.budget import (
     Hardware,
@@ -206,7 +206,7 @@ def plan(options: PlanOptions) -> int:
     settings = read_settings(Path(source))
     base = build_config(settings, source)
     model = nearest_shape(base.model, best.n, options.aspect_ratio, options.head_width, embeddings)
-    with torch.device("meta"):
+    with meta_device():
         gpt = GPT(model)
     n = gpt.num_parameters(embeddings, active=True)
     d = flops / flops_per_token(gpt)
@@ -345,7 +345,7 @@ def compare(options: CompareOptions) -> int:
     ]
     for name in options.configs:
         source = config_file(name)
-        with torch.device("meta"):
+        with meta_device():
             model = GPT(build_config(read_settings(Path(source)), source).model)
         serving = serving_memory(model, options.sequences)
         column = [f"{model.num_parameters():,}", f"{model.num_parameters(active=True):,}"]

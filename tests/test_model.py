@@ -25,6 +25,7 @@ from gpt_arc.nn.attention import (
 )
 from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss, add_product
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
@@ -34,7 +35,7 @@ GPT1 = dict(norm_position="post", init="gpt1")
 
 
 def on_meta(config: GPTConfig) -> GPT:
-    with torch.device("meta"):
+    with meta_device():
         return GPT(config)
 
 
@@ -764,6 +765,7 @@ def test_cpu_dropout_has_the_right_rate_and_independent_draws(rate, dtype):
     assert torch.equal(dropout(x, rate), y)
 
 
+@pytest.mark.slow
 def test_compiled_dropout_draws_anew_per_call_and_matches_its_gradient():
     torch.manual_seed(0)
     x = torch.ones(64, 64, requires_grad=True)
@@ -824,7 +826,7 @@ def test_a_micro_batch_never_waits_for_the_device(change):
 
 
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2)], ids=str)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()
     counters.clear()

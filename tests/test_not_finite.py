@@ -32,7 +32,7 @@ from gpt_arc.weights.directory import load_model, save_model
 from model import GPT, GPTConfig
 from stages import eval as eval_stage
 from stages import finetune, reward
-from tools import expert_use, export
+from tools import expert_use, export, upcycle
 
 LETTERS = CharTokenizer(sorted("abcdefgh "))
 SHAPE = dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=8)
@@ -183,8 +183,14 @@ def test_an_export_names_the_tensor(run):
     save_model(model, LETTERS, "large")
     stopped = run(export, "large", "exported", "--dtype=float16")
     sentence = "transformer.h.0.mlp.c_fc.weight of large has values beyond the range of float16: export in float32"
-    assert stopped.code == 2 and sentence in stopped.message and not Path("exported").exists()
+    assert stopped.code == 1 and sentence in stopped.message and not Path("exported").exists()
     assert "parameters in bfloat16" in run(export, "large", "exported", "--dtype=bfloat16")
+
+
+def test_a_mixture_is_not_made_of_a_bad_model(run):
+    stopped = run(upcycle, "bad", "mixture")
+    assert stopped.code == 1 and "final_norm.weight of bad is not finite" in stopped.message
+    assert not Path("mixture").exists()
 
 
 def test_json_has_no_nan():

@@ -270,6 +270,7 @@ def test_two_processes_equal_one(workplace, run):
             assert line_1.get(name, 0) == pytest.approx(line_2.get(name, 0), rel=1e-5), (line_1["step"], name)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_muon_and_an_average(workplace, run):
     flags = (*MUON, "--max_iters=12", "--dtype=float32", "--eval_interval=6", "--gradient_accumulation_steps=2")
     run(*flags, "--out_dir=one", "--log_interval=1")

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import ACCELERATORS
 from model import GPT, GPTConfig
 
@@ -98,7 +98,7 @@ def nearest_shape(
 
     def size(layers: int) -> float:
         shape, period = shaped(config, layers, aspect_ratio, head_width), config.expert_interval
-        with torch.device("meta"):  # a deep model's size follows from those of two shallow ones
+        with meta_device():  # a deep model's size follows from those of two shallow ones
             models = (GPT(dataclasses.replace(shape, n_layer=depth)) for depth in (period, 2 * period))
             one, two = (model.num_parameters(embeddings, active=True) for model in models)
         return one + (layers / period - 1) * (two - one)

@@ -164,8 +164,16 @@ class ChatOptions(ExampleOptions):
 
     columns: tuple[str, ...] = ()
     """Columns of train and val that have other names than ours: prompt=question response=answer."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """What processes under torchrun divide. ddp: the examples; fsdp: also weights, gradients and moments. auto: ddp for
+    several processes."""
+    replicas: Count = 1
+    """fsdp: groups of processes that divide a whole model each."""
     preview: Natural = 0
     """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
+
+    def training(self, updates: int) -> TrainingConfig:
+        return dataclasses.replace(super().training(updates), parallel=self.parallel, replicas=self.replicas)
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pydantic.dataclasses
-import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource, write_file
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.planning.fits import Result
 from gpt_arc.reading import read_toml
@@ -146,7 +146,7 @@ def sweep_runs(path: Path) -> list[SweepRun]:
     for (layers, width), budget, seed in itertools.product(shapes, budgets, sweep.seeds):
         shape = {"n_layer": layers, "n_embd": width, "n_head": width // sweep.head_width, "seed": seed}
         config = build_config(common | shape, str(path))
-        with torch.device("meta"):
+        with meta_device():
             model = GPT(config.model)
         sizes = model.num_parameters(), model.num_parameters(embeddings=False)
         cost = flops_per_token(model)

@@ -21,13 +21,13 @@ from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
 from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named_checkpoint, undamaged_before
 from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
-from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, read_weights, write_weights
 from model import GPT, GPTConfig
 

@@ -28,6 +28,23 @@ def numbers(text):
 # ---- templates
 
 
+@pytest.mark.parametrize(
+    "opening, spans",
+    [("Bot: ", True), ("Bot:", False), ("Bot:\n", False), ("Bot: <|x|>", False), ("", False), ("B", True)],
+)
+def test_a_template_whose_prompts_end_otherwise_than_in_training_is_refused(opening, spans):
+    words = [text for a in "aA1" for text in (f"Bot: {a}", f"B{a}")]
+    chat = ChatFormat.new(
+        Template("{content}", "{content}\n", opening + "{content}<|end|>"), BPETokenizer.train(words * 9, 290), 290
+    )
+    prompt, whole = chat.prompt([Turn("user", "b")]), chat.encode([Turn("user", "b"), Turn("assistant", "a")])[0]
+    assert (whole[: len(prompt)] != prompt) == spans
+    if not spans:
+        return chat.check_opening()
+    with pytest.raises(UserError, match="a prompt would end otherwise than in training"):
+        chat.check_opening()
+
+
 def test_markers_by_hand():
     chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, vocab_size=20)  # a model may have more rows than tokens
     assert chat.added == {"<|system|>": 20, "<|user|>": 21, "<|assistant|>": 22, "<|end|>": 23} and chat.end == 23

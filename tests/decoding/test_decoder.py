@@ -406,6 +406,7 @@ def prepared(model: GPT, rows: int, int8: bool = False) -> Pair:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_one_row_of_compiled_code_equals_the_full_forward(compilations):
     """The first step compiles the head and a block, dense or banded; nothing is compiled later."""
     pair = prepared(tiny_gpt(block_size=16, **GROUPED, **BIASED), rows=1)
@@ -434,6 +435,7 @@ def rows_come_and_go(pair: Pair) -> None:
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_several_rows_of_compiled_code_equal_the_full_forward(monkeypatch, compilations):
     """The head and the blocks, which are all alike, are compiled once; a single row is computed as two."""
     monkeypatch.setattr(linear, "PACKED_FROM", 0)

@@ -670,9 +670,13 @@ class Table(Decoder):
 
 
 SPECULATED = [
-    (Sampling(), 1), (Sampling(1.6), 2), (Sampling(), 4), (Sampling(top_k=2), 2),
-    (Sampling(1.3, repetition_penalty=2.0), 2), (Sampling(0.8, top_p=0.9, repetition_penalty=0.7), 3),
-]  # fmt: skip
+    (Sampling(), 1),
+    (Sampling(1.3, repetition_penalty=2.0), 2),
+    pytest.param(Sampling(1.6), 2, marks=pytest.mark.slow),
+    pytest.param(Sampling(), 4, marks=pytest.mark.slow),
+    pytest.param(Sampling(top_k=2), 2, marks=pytest.mark.slow),
+    pytest.param(Sampling(0.8, top_p=0.9, repetition_penalty=0.7), 3, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("sampling", "draft_tokens"), SPECULATED, ids=str)

@@ -1,17 +1,18 @@
 """stages/scaling.py as a user runs it: sweeps that go on where they stopped, fits, plans and predictions."""
 
 import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import train
 from gpt_arc.errors import UserError
 from gpt_arc.planning.fits import Result, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
@@ -46,7 +47,8 @@ eval_iters = 2
 
 
 @pytest.fixture
-def scaling_run(stage_runner):
+def scaling_run(stage_runner, monkeypatch):
+    monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(Popen=WarmPopen))
     return lambda *args: stage_runner(scaling, *args)
 
 
@@ -63,18 +65,17 @@ def exact_results(sizes=12, budgets=6):
     return results
 
 
-def test_a_sweep_trains_each_run_once_and_resumes(workplace):
+def test_a_sweep_trains_each_run_once_and_resumes(workplace, scaling_run, stage_runner):
     Path("small.toml").write_text(SWEEP)
     runs = sweep_runs(Path("small.toml"))
     assert [run.name for run in runs] == ["1x16-2", "2x32-2", "1x16-8", "2x32-8"]
     assert [run.settings["learning_rate"] for run in sorted(runs, key=lambda run: run.name)] == [1e-2, 1e-2, 5e-3, 5e-3]
     Path("one.toml").write_text(write_settings(runs[-1].settings | {"max_iters": 4}))
-    stopped = command("train.py", "one.toml", f"--out_dir={runs[-1].folder}")
-    assert stopped.returncode == 0 and runs[-1].step == 4 and not runs[-1].finished
-    printed = command("stages/scaling.py", "sweep", "small.toml", "--commands").stdout.splitlines()
+    stage_runner(train, "one.toml", f"--out_dir={runs[-1].folder}")
+    assert runs[-1].step == 4 and not runs[-1].finished
+    printed = scaling_run("sweep", "small.toml", "--commands").splitlines()
     assert len(printed) == 4 and f"--resume={runs[-1].folder}" in printed[-1]
-    first = command("stages/scaling.py", "sweep", "small.toml", "--jobs=2")
-    assert first.returncode == 0 and "4 runs, 4 left" in first.stdout, first.stdout + first.stderr
+    assert "4 runs, 4 left" in scaling_run("sweep", "small.toml", "--jobs=2")
     results = json.loads(Path("out/small/results.json").read_text())
     assert [result["run"] for result in results] == [run.name for run in runs]
     for run, result in zip(runs, results):
@@ -82,23 +83,27 @@ def test_a_sweep_trains_each_run_once_and_resumes(workplace):
         assert (config["model"]["n_layer"], config["training"]["max_iters"]) == (result["n_layer"], run.steps)
         assert result["tokens"] == 32 * run.steps and 0 < result["val_loss"] < 10
         assert result["curve"][-1] == [result["tokens"], result["val_loss"]]
-    second = command("stages/scaling.py", "sweep", "small.toml")
-    assert "4 runs, 0 left" in second.stdout and json.loads(Path("out/small/results.json").read_text()) == results
+    assert "4 runs, 0 left" in scaling_run("sweep", "small.toml")
+    assert json.loads(Path("out/small/results.json").read_text()) == results
 
 
-def test_ctrl_c_stops_a_sweep_and_its_runs_and_the_same_command_goes_on(workplace):
+def test_ctrl_c_stops_a_sweep_and_its_runs_and_the_same_command_goes_on(workplace, scaling_run, monkeypatch):
     Path("long.toml").write_text(SWEEP.replace("[64, 256]", "[64, 6_400_000]"))
-    arguments = [sys.executable, str(ROOT / "stages/scaling.py"), "sweep", "long.toml"]
     log, metrics = Path("out/long/1x16-200000.log"), Path("out/long/1x16-200000/metrics.jsonl")
-    with WarmPopen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in output, output + errors
+
+    interrupts = []
+
+    def sleep(seconds):
+        if not interrupts and metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+            interrupts.append(os.kill(os.getpid(), signal.SIGINT))
+        time.sleep(seconds)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scaling, "time", SimpleNamespace(sleep=sleep))
+        stopped = scaling_run("sweep", "long.toml")
+    assert stopped.code == 130 and "the same command goes on" in stopped.output, stopped
     assert "stopped at step" in log.read_text() and not Path("out/long/2x32-200000").exists()
-    printed = command("stages/scaling.py", "sweep", "long.toml", "--commands").stdout.splitlines()
+    printed = scaling_run("sweep", "long.toml", "--commands").splitlines()
     assert len(printed) == 2 and "--resume=out/long/1x16-200000" in printed[0]
 
 

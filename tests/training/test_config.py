@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import point
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import values_of
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, write_settings
@@ -88,7 +88,7 @@ def test_a_truth_value_may_stand_alone(args, compiled, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
     config = build_config(read_settings(path), str(path))
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(config.model)
     expected = {
         "char_tiny": 208_961, "gpt1": 116_534_784, "gpt2": 124_439_808, "gpt2_medium": 354_823_168,

@@ -234,7 +234,7 @@ def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
     def train(options, run):
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
-        run.save(lambda directory: None)
+        run.save(lambda model, directory: None)
         recorded.append(options)
         return 0
 
@@ -274,7 +274,7 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     run.restore(run.updater(module, 10), {"part": torch.nn.Linear(1, 1)})
     written = []
 
-    def write(directory):
+    def write(_, directory):
         directory.mkdir(exist_ok=True)
         written.append(directory.name)
 
@@ -301,7 +301,7 @@ def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, mo
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
         run.progress.step = 3
-        run.save(lambda directory: None)
+        run.save(lambda model, directory: None)
         monkeypatch.setattr(command_line, "WORLD_SIZE", 2)
         raise RuntimeError("Connection closed by peer")
 

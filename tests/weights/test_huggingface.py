@@ -15,6 +15,7 @@ from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.training.config import build_config, read_settings
 from gpt_arc.weights.directory import REPLACEABLE, load_config, load_model, model_directory, save_model
 from gpt_arc.weights.huggingface import ARCHITECTURES, architecture_of, config_from_hf, hf_config, hf_tensors
@@ -130,7 +131,7 @@ def test_absent_keys_have_transformers_defaults(config):
 
 @pytest.mark.parametrize(("kind", "parameters"), [("openai-gpt", 116_534_784), ("gpt2", 124_439_808)])
 def test_published_models_have_their_published_sizes(kind, parameters):
-    with torch.device("meta"):
+    with meta_device():
         assert GPT(config_from_hf({"model_type": kind})).num_parameters() == parameters
 
 
@@ -263,7 +264,7 @@ def test_the_presets_map_to_architectures(name, kind):
 )
 def test_the_mixtures_have_their_stated_sizes(name, total, active):
     path = ROOT / "configs" / f"{name}.toml"
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(build_config(read_settings(path), str(path)).model)
     assert (model.num_parameters(), model.num_parameters(active=True)) == (total, active)
     assert f"{total:,} parameters" in path.read_text() and f"{active:,}" in path.read_text()

@@ -43,6 +43,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
 
@@ -238,8 +239,6 @@ def bench_eval(args: list[str]) -> None:
     settings, config = read_model_arguments(EvalBench, __doc__, args)
     check_requirements(settings, ("lm_eval", "transformers"))
 
-    import torch  # slow: import once the settings are valid
-
     from gpt_arc.device import device_name, resolve_device, resolve_dtype
     from gpt_arc.planning.cost import describe_parameters, peak_flops
     from gpt_arc.weights.directory import load_config
@@ -256,7 +255,7 @@ def bench_eval(args: list[str]) -> None:
         architecture_of(config)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device)
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(config)
     workers: dict[str, type[EvalWorker]] = {"ours": OurScorer}
     workers |= {"harness": HarnessScorer} if settings.transformers else {}

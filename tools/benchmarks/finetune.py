@@ -46,6 +46,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, NonNegative
 from gpt_arc.tables import counted
 
@@ -313,8 +314,6 @@ def bench_finetune(args: list[str]) -> None:
     settings, config = read_model_arguments(FinetuneBench, __doc__, args)
     check_requirements(settings, ("transformers", "accelerate"))
 
-    import torch  # slow: import once the settings are valid
-
     from gpt_arc.device import resolve_device, resolve_dtype
     from gpt_arc.finetuning.examples import SpecialTokens
     from gpt_arc.weights.directory import load_config
@@ -333,7 +332,7 @@ def bench_finetune(args: list[str]) -> None:
         raise UserError("the Trainer uses the first GPU: choose it with CUDA_VISIBLE_DEVICES and set --device=cuda")
     dtype = resolve_dtype(settings.dtype, device)
     config = replace(config, vocab_size=config.vocab_size + len(SpecialTokens._fields))
-    with torch.device("meta"):
+    with meta_device():
         parameters = GPT(config).num_parameters()
     workers: dict[str, type[FinetuneWorker]] = {"ours": OurFinetuner}
     workers |= {"ours + LM": OurFinetunerWithLanguage} if settings.language_weight else {}

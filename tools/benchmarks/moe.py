@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from benchmarks.processes import check_requirements, write_results
 from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare, prepare, read_arguments, show
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT
 
 Implementation = Literal["grouped_mm", "eager", "batched_mm"]
@@ -76,13 +77,11 @@ def bench_moe(args: list[str]) -> None:
     settings, config = read_arguments(args, MoeBench, __doc__, "moe configs/moe.toml")
     check_requirements(settings)
 
-    import torch  # slow: import once the settings are valid
-
     from gpt_arc.planning.cost import flops_per_token
     from gpt_arc.weights.huggingface import architecture_of
     from model import GPT
 
-    with torch.device("meta"):
+    with meta_device():
         model, dense = GPT(config.model), GPT(equal_dense(config.model))
     if not model.experts:
         raise UserError("n_experts = 0 leaves nothing to measure: name a config with experts, such as configs/moe.toml")

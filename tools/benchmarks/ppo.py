@@ -56,6 +56,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Seed, UnitInterval
 from gpt_arc.tables import counted
 
@@ -474,7 +475,7 @@ def bench_ppo(args: list[str]) -> None:
     runs: dict[str, list[PPORun]] = {name: [] for name in workers}
     with tempfile.TemporaryDirectory(prefix="gpt-arc-bench-") as folder:
         config = prepare(settings, Path(folder))
-        with torch.device("meta"):
+        with meta_device():
             parameters = GPT(config).num_parameters()
         least, most = PROMPT_LETTERS
         print(f"machine      {machine}, {counted(torch.get_num_threads(), 'thread')}")

@@ -46,6 +46,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, Positional
 from gpt_arc.tables import counted
 
@@ -105,7 +106,7 @@ class OurSampler:
         from model import GPT
 
         self.job = job
-        with torch.device("meta"):
+        with meta_device():
             model = GPT(job.config).to(getattr(torch, job.dtype))
         model = model.to_empty(device=job.device).eval()
         load_tensors(model, job.folder / OURS)

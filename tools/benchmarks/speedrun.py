@@ -53,6 +53,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Positive, Seed
 from gpt_arc.tables import counted
 
@@ -436,8 +437,6 @@ def bench_speedrun(args: list[str]) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, signal.default_int_handler)  # only this process acts on a closed terminal
 
-    import torch  # slow: import once the settings are valid
-
     from gpt_arc.data.datasets import open_corpus, prepare_missing
     from gpt_arc.device import device_name, resolve_device
     from gpt_arc.planning.cost import describe_parameters, flops_per_token, peak_flops
@@ -448,7 +447,7 @@ def bench_speedrun(args: list[str]) -> int:
     corpus = open_corpus(config.data.sources)
     vocab_size = corpus.tokenizer.vocab_size if corpus.tokenizer else config.model.vocab_size
     corpus.split("val", config.model.block_size, vocab_size, config.data.document_mask)
-    with torch.device("meta"):
+    with meta_device():
         sketch = GPT(dataclasses.replace(config.model, vocab_size=vocab_size))
     if settings.nanogpt is not None:
         check_nanogpt_reads(nanogpt_recipe(vocab_size, 0), corpus, vocab_size)

@@ -46,6 +46,7 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
@@ -291,7 +292,6 @@ def read_arguments(args: list[str], cls: type, description: str, example: str) -
 
 def prepare(settings: StepBench, config: Config) -> TrainJob:
     """Returns our job on this machine and prints it. Raises UserError for a config that can't be measured."""
-    import torch
 
     from gpt_arc.device import resolve_device, resolve_dtype
     from gpt_arc.planning.cost import describe_parameters
@@ -307,7 +307,7 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
     compile = resolve_compile(config.training.compile, device, 0)[0]
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(config.model)
     print(f"machine      {machine_name(device)}")
     print(f"model        {describe_parameters(model, ' parameters')}, {dtype}", end="")
@@ -357,7 +357,7 @@ def compare(job: TrainJob, workers: dict[str, tuple[type[TrainWorker], TrainJob]
     tokens = config.data.batch_size * config.model.block_size
     results["programs"] = {name: summarize(tokens, *its_rounds) for name, its_rounds in rounds.items()}
     results["ratios"] = round_ratios(rounds, median_step)
-    with torch.device("meta"):
+    with meta_device():
         flops = 6 * GPT(config.model).num_parameters(active=True)
     rate = None if rates[0] is None else median(rates)
     results["floor"] = {"flops_per_second": rate, "flops_per_token": flops}
