@@ -41,9 +41,12 @@ class Decoder(nn.Module):
     def __init__(self, model: GPT, cache_dtype: torch.dtype | None = None, prefill: int | None = None):
         """`cache_dtype` is the type of kept keys and values, as for weights if None; in int8 each has a scale.
 
-        `prefill` is how many tokens of a prompt are read at a time. None: all.
+        `prefill` is how many tokens of a prompt are read at a time. None: all. Raises ValueError for a bidirectional
+        model.
         """
         super().__init__()
+        if model.config.attention == "bidirectional":
+            raise ValueError("a model that reads in both directions has no next token: fill its gaps instead")
         self.model, self.cache_dtype, self.prefill = model, cache_dtype, prefill
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
