@@ -103,7 +103,12 @@ class Corpus:
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
-    return _meta(directory).get("tokens", {}).get(split)
+    return recorded_tokens(directory).get(split)
+
+
+def recorded_tokens(directory: Path) -> dict[str, int]:
+    """The number of tokens of each split, as recorded in meta.json; {} if there is none, as with others' shards."""
+    return _meta(directory).get("tokens", {})
 
 
 def _meta(directory: Path) -> Meta:
