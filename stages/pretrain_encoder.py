@@ -35,7 +35,7 @@ from gpt_arc.tables import counted
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import (
@@ -193,7 +193,7 @@ def main() -> int:
         raise UserError(
             "name an encoder to train further, or a .toml file with the settings of a new one by --image_encoder"
         )
-    return start_stage(options, "pretrain_encoder", train)
+    return start_stage(options, "pretrain_encoder", train, StageProgress)
 
 
 if __name__ == "__main__":
