@@ -20,7 +20,7 @@ from gpt_arc.decoding import in_training
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_config, load_model, save_model
-from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, run_python, untimed, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, assert_same_weights, command, refusal, run_python, untimed, write_dataset
 from model import GPT, GPTConfig
 from warm import WarmPopen
 
@@ -39,13 +39,6 @@ def in_processes(*flags, processes=1, **kwargs):
 
 def weights(directory):
     return load_file(Path(directory) / "model.safetensors")
-
-
-def assert_same_weights(a, b):
-    tensors_a, tensors_b = weights(a), weights(b)
-    assert tensors_a.keys() == tensors_b.keys()
-    for name, tensor in tensors_a.items():
-        assert torch.equal(tensor, tensors_b[name]), name
 
 
 def test_a_run_writes_metrics_checkpoints_and_its_settings(workplace, run):
