@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,21 +101,9 @@ class Run:
     def progress(self) -> Progress:
         return self.plan.progress
 
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were no better than an earlier one."""
-        config, progress = self.plan.config, self.progress
-        waited = progress.evaluated_step - (progress.best_step or 0)
-        patience = config.training.patience
-        return patience is not None and waited >= patience * config.logging.eval_interval
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.plan.config.training.max_iters or self.out_of_patience
-
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
-        plan, starts, block_size = self.plan, self.val_starts, self.plan.config.model.block_size
+        plan, starts, block_size = self.plan, self.plan.val_starts, self.plan.config.model.block_size
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
         batches = itertools.islice(self.readable(prefetch(batches, plan.device)), count)
@@ -132,16 +119,10 @@ class Run:
             if i % ASK_EVERY == 0 and self.stop.anywhere():
                 return
 
-    @property
-    def val_starts(self) -> Any:
-        config = self.plan.config
-        windows = config.logging.eval_iters * config.data.batch_size
-        return self.data.val.evaluation_starts(config.model.block_size, windows)
-
     def sample(self) -> None:
         """Print and log a text by the model as it was evaluated, in the main process, if one is due."""
         logging, step = self.plan.config.logging, self.progress.step
-        if self.log and self.sampler and (self.finished or step % logging.sample_interval < logging.eval_interval):
+        if self.log and self.sampler and (self.plan.finished or step % logging.sample_interval < logging.eval_interval):
             with self.updater.averaged():
                 text = self.sampler.sample()
             say(f"sample of step {step}:\n{text}\n")
@@ -274,7 +255,7 @@ def evaluate_only(run: Run) -> int:
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
-    windows = f"{counted(len(run.val_starts), 'window')} of {plan.config.model.block_size}"
+    windows = f"{counted(len(plan.val_starts), 'window')} of {plan.config.model.block_size}"
     which = f"step {plan.progress.step}" if plan.launch.resumed else plan.launch.imported or "an untrained model"
     with naming(which):
         check_finite([val_loss])
@@ -305,7 +286,7 @@ def train(run: Run) -> int:
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
-        done = run.finished
+        done = plan.finished
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = run.val_loss() if due and not stopped else None
         stopped = stopped or (due and val_loss is None)
@@ -316,7 +297,7 @@ def train(run: Run) -> int:
             progress.evaluated_step = progress.step
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
-            done = done or run.out_of_patience
+            done = done or plan.out_of_patience
         if run.log and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
             train_loss, rate = meter.take()
             line = {
@@ -430,8 +411,8 @@ def main() -> int:
         run = build(plan)
         if launch.config.run.eval_only:
             return evaluate_only(run)
-        if launch.resumed and run.finished:
-            setting = "patience" if run.out_of_patience else "max_iters"
+        if launch.resumed and plan.finished:
+            setting = "patience" if plan.out_of_patience else "max_iters"
             value = getattr(plan.config.training, setting)
             say(f"{run.folder} is finished: a {setting} above {value} goes on, such as --{setting}={2 * value}")
         with run.keeping():
