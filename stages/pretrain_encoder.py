@@ -19,6 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -140,12 +141,14 @@ def train(options: Options, run: StageRun) -> int:
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     patches = encoder.config.side**2
-    run.set_threads(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
+    run.fit(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
     run.open(digest([[[image.checksum, image.labels] for image in split] for split in images.values()]))
     replica = run.place(model)
     updater = run.updater(model, updates)
     run.restore(updater, {"heads": model.heads})
-    write = partial(write_encoder, encoder, preprocessing)
+
+    def write(whole: ImageClassifier, directory: Path) -> None:
+        write_encoder(whole.encoder, preprocessing, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's labels.
