@@ -5,6 +5,7 @@ and the older folder is deleted. checkpoints.json lists the folders that the run
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -20,12 +21,14 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
 from gpt_arc import distributed
-from gpt_arc.distributed import say
+from gpt_arc.device import rng_state, set_rng_state
+from gpt_arc.distributed import RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
 from gpt_arc.reading import open_plain, reading
 from gpt_arc.settings import Count
+from gpt_arc.training.optim import Updater
 from gpt_arc.weights.checkpoint_folders import (
     ATTEMPTS,
     CHECKPOINT,
@@ -125,6 +128,37 @@ def save_checkpoint(
         if other not in (directory, best) and (superseded or not keep_all):
             with contextlib.suppress(OSError), locked(other):  # a reader may hold it: the next checkpoint tries again
                 discard(other)
+
+
+def training_state(
+    progress: Any, updater: Updater, device: torch.device, dtype: str, data: str, gather: bool = True, **runtime: Any
+) -> dict[str, Any]:
+    """Returns the training state to save: complete in the main process or, without `gather`, divided as it is.
+
+    `data` is the fingerprint of the data, and `runtime` is recorded beside the device. Every process must call this.
+    """
+    return {
+        "progress": dataclasses.asdict(progress),
+        **updater.state_dict(gather),
+        "generators": distributed.gather(rng_state(device)),
+        "runtime": {"device": device.type, "dtype": dtype, "threads": torch.get_num_threads(), **runtime},
+        "data": data,
+    }
+
+
+def restore_state(updater: Updater, state: dict[str, Any], checkpoint: Path, device: torch.device) -> None:
+    """Restores the optimizer, and this process's random generators, from a checkpoint and the state in it.
+
+    Every process must call this. Raises UserError if it is damaged.
+    """
+    generators = state["generators"]
+    generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
+    with reading(state_file(checkpoint), ADVICE):
+        if (checkpoint / SHARDS).is_dir():
+            read_shards(updater.put_shards(state), checkpoint)
+        updater.load_state_dict(state)
+        if RANK < len(generators):
+            set_rng_state(generators[RANK], device)
 
 
 def write_shards(shards: Tensors, directory: Path | None = None) -> None:
