@@ -142,8 +142,10 @@ class MetricsLog:
 
     def write_sample(self, step: int, text: str) -> None:
         """Append a text by the model to samples.txt; a full disk doesn't end the run."""
-        with contextlib.suppress(OSError), open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+        path = self.path.with_name("samples.txt")
+        if path.is_file() or not path.exists():  # nobody may read from a pipe
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
         self._to_wandb("log", {"sample": text}, step=step)
 
     def close(self) -> None:
@@ -160,7 +162,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, by present names, without those that are cut short or damaged."""
+    """The lines of a metrics.jsonl, by present names, without those that are damaged and values that aren't numbers."""
     if not path.exists():
         return []
     lines = []
@@ -169,7 +171,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return with_present_names([line for line in lines if isinstance(line, dict) and type(line.get("step")) is int])
+    lines = [line for line in lines if isinstance(line, dict) and type(line.get("step")) is int]
+    return with_present_names([{name: value for name, value in line.items() if _is_figure(value)} for line in lines])
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a number of ordinary size."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def with_present_names(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
