@@ -26,8 +26,8 @@ from gpt_arc.distributed import RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
-from gpt_arc.reading import open_plain, reading
-from gpt_arc.settings import Count
+from gpt_arc.reading import open_plain, read_json, reading
+from gpt_arc.settings import Threads
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.checkpoint_folders import (
     ATTEMPTS,
@@ -62,7 +62,7 @@ class Runtime(TypedDict):
     device: str
     dtype: Literal["float32", "tf32", "bfloat16", "float16"]
     compile: NotRequired[bool]
-    threads: NotRequired[Count]
+    threads: NotRequired[Threads]
 
 
 @with_config(CHECKED)
@@ -210,13 +210,12 @@ def _unused_name(run: Path, step: int) -> str:
 
 def recorded(run: Path) -> list[str]:
     """Returns the names of the checkpoints that the run wrote and that are still there."""
-    try:
-        names = json.loads((run / RECORD).read_text("utf-8"))
-        names = [name for name in names if CHECKPOINT.fullmatch(name)]
-    except FileNotFoundError:  # a run of an older version
+    if not (run / RECORD).exists():  # a run of an older version
         names = [directory.name for directory in checkpoints(run)]
-    except (ValueError, TypeError):
+    else:
         names = []
+        with contextlib.suppress(UserError):  # it is damaged
+            names = [name for name in read_json(run / RECORD, list[str]) if CHECKPOINT.fullmatch(name)]
     return [name for name in names if (run / name).is_dir() and not (run / name).is_symlink()]
 
 

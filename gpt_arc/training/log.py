@@ -144,8 +144,10 @@ class MetricsLog:
 
     def write_sample(self, step: int, text: str) -> None:
         """Append a text by the model to samples.txt; a full disk doesn't end the run."""
-        with contextlib.suppress(OSError), open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+        path = self.path.with_name("samples.txt")
+        if path.is_file() or not path.exists():  # nobody may read from a pipe
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
         self._to_wandb("log", {"sample": text}, step=step)
 
     def close(self) -> None:
