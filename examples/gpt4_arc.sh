@@ -25,7 +25,7 @@ for task in $tasks; do
     out=out/gpt4_arc/$task data=data/$task
     case $task in
         shapes) labels="colour shape" epochs=8 tests="test pairs shuffled" ;;
-        digits) labels=label epochs=4 tests="test shuffled" ;;
+        digits) labels=label epochs=8 tests="test shuffled" ;;
         *) echo "unknown task $task" >&2; exit 1 ;;
     esac
     mkdir -p "$out"
