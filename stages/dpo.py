@@ -102,7 +102,7 @@ def likelihoods(
 
 def train(options: Options, run: StageRun) -> int:
     # ---- the rankings, and the reference's log-probabilities of them
-    reference, tokenizer, chat = load_policy(options.model)
+    reference, tokenizer, chat = load_policy(options.base_model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     read, context = partial(read_rankings, columns=options.columns), reference.config.block_size

@@ -183,13 +183,13 @@ def train(options: Options, run: StageRun) -> int:
         if report:
             show(report)
         if epoch_ended:
-            run.save(write, report and report["loss"])
+            run.save(write, report["loss"] if report else None)
     return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
 
 
 def finish(options: Options, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
-    policy = "MODEL" if is_reward_model(options.model) else options.model
+    policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
         command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
@@ -209,7 +209,7 @@ def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Opt
         size = 4 * options.batch_size
         with run.parallel.evaluating(model):
             scores = score_sequences(model, demonstrations, size, run.device, run.dtype)
-        model.head.bias -= scores.mean().item()
+        model.head.bias.sub_(scores.mean())
 
 
 def main() -> int:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -157,6 +157,16 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
     return model, vision_model(options, directory, model), tokenizer, chat
 
 
+def reader(
+    options: Options, vision: VisionGPT | None
+) -> tuple[Callable[[Path], list[Any]], Callable[..., EncodedConversations[Any]]]:
+    """Returns what reads a file's conversations, and what encodes them, for a model that reads images or text alone."""
+    if vision is None:
+        return partial(read_conversations, columns=options.columns), encode_conversations
+    embeddings = vision.embeddings_per_image
+    return partial(read_image_conversations, columns=options.columns, embeddings=embeddings), encode_image_conversations
+
+
 def train(options: Options, run: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
@@ -165,10 +175,7 @@ def train(options: Options, run: StageRun) -> int:
     whole: GPT | VisionGPT = vision or model
 
     # ---- the conversations, and the plan in figures
-    read, encode = partial(read_conversations, columns=options.columns), encode_conversations
-    if vision:
-        read = partial(read_image_conversations, columns=options.columns, embeddings=vision.embeddings_per_image)
-        encode = encode_image_conversations
+    read, encode = reader(options, vision)
     if options.preview:
         return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
     splits = options.splits(read)

@@ -124,6 +124,17 @@ class StageOptions:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
     @property
+    def base_model(self) -> str:
+        """The model, which the command line or the record of a resumed run names."""
+        assert self.model is not None
+        return self.model
+
+    @property
+    def start(self) -> str | None:
+        """What a new run starts from; None if the command line doesn't say."""
+        return self.model
+
+    @property
     def code(self) -> dict[str, str]:
         """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
         return {}
@@ -230,8 +241,8 @@ def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
     return launch_command(script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items()))
 
 
-def record_options(run: Path, stage: str, options: Any) -> None:
-    """run.json: the options that a run was started with, paths made absolute."""
+def record_options(run: Path, stage: str, options: Any, hardware: str | None = None) -> None:
+    """run.json: the options that a run was started with, paths made absolute, and the `hardware` it runs on."""
     recorded = dataclasses.asdict(options)
     for name, value in recorded.items():
         may_be_path = name in getattr(options, "PATHS", ("model",))
@@ -240,6 +251,7 @@ def record_options(run: Path, stage: str, options: Any) -> None:
         if isinstance(value, Path) or may_be_path and Path(value).exists():
             recorded[name] = str(Path(value).resolve())
     content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
+    content |= {"hardware": hardware} if hardware else {}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
 
 

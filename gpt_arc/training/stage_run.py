@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
@@ -67,10 +68,22 @@ class StageProgress:
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
 
 
-class StageRun:
+P = TypeVar("P", bound=StageProgress, default=StageProgress)
+
+
+class Part(Protocol):
+    """What a checkpoint holds besides the model: a module, or something with a state like one."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
+
+
+class StageRun(Generic[P]):
     """One run of a training stage."""
 
     folder: Path  # a new run's only after `open`
+    progress: P
     bar: tqdm  # from the first call of `goes_on`
 
     def __init__(
@@ -80,8 +93,8 @@ class StageRun:
         device: torch.device,
         folder: Path | None,
         lock: runs.Lock | None,
+        progress: type[P],
         script: str | None = None,
-        progress: type[StageProgress] = StageProgress,
     ):
         """`folder` and its `lock` belong to a run that is resumed; `script` is the command that resumes it."""
         self.script = script or f"stages/{name}.py"
@@ -141,7 +154,7 @@ class StageRun:
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
-                record_options(self.folder, self.name, self.options)
+                record_options(self.folder, self.name, self.options, runs.hardware(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
@@ -173,7 +186,7 @@ class StageRun:
         self._training = self.options.training(updates)
         return Updater(module, self._training, self.device, self.dtype, self.parallel)
 
-    def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
+    def restore(self, updater: Updater, parts: Mapping[str, Part]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
