@@ -229,7 +229,7 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
 
 def check_model(options: StageOptions) -> None:
     """Raises UserError unless a model or a run to resume is named."""
-    if options.model is None and not options.resume:
+    if options.start is None and not options.resume:
         raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
 
 

@@ -131,6 +131,11 @@ class StageOptions:
         return self.model
 
     @property
+    def start(self) -> str | None:
+        """What a new run starts from; None if the command line doesn't say."""
+        return self.model
+
+    @property
     def code(self) -> dict[str, str]:
         """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
         return {}

@@ -149,7 +149,7 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (TRAIN[1:], "name an encoder to train further, or a .toml file"),
+        (TRAIN[1:], "name a model to start from: "),
         (("red.png", *TRAIN), "name one of them"),
         (("nowhere", *TRAIN[1:]), "model = nowhere is neither a .toml file nor a folder"),
         ((*TRAIN, "--labels", "colour", "colour"), "labels = colour, colour: name one or more columns, each once"),
