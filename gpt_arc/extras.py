@@ -16,7 +16,9 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "scipy": "metrics",
     "sentencepiece": "sentencepiece",
     "sklearn": "metrics",
+    "starlette": "serve",
     "transformers": "dev",
+    "uvicorn": "serve",
 }
 PACKAGES = {
     "PIL": "Pillow",

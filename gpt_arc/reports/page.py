@@ -190,5 +190,5 @@ def checkpoint_table(runs: Sequence[RunContent]) -> str:
 
 
 def problems(runs: Sequence[RunContent]) -> str:
-    found = [f"<li>{escape(problem)}" for run in runs for problem in run.problems]
-    return section("Files that can't be read", f"<ul>{''.join(found)}</ul>" if found else "")
+    items = [f"<li>{escape(problem)}" for run in runs for problem in run.problems]
+    return section("Files that can't be read", f"<ul>{''.join(items)}</ul>" if items else "")
