@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import json
 import socket
 import threading
@@ -13,44 +12,18 @@ import openai
 import pytest
 import torch
 
-from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
-from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
+from gpt_arc.chat.format import Turn
+from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
 from gpt_arc.serving import engine as engines
-from gpt_arc.serving.server import HOST, Model, Playground, listen, server_of
-from helpers import randomised
-from model import GPT, GPTConfig
+from gpt_arc.serving.server import HOST, Model, listen
+from served import BYTES, CHAT, TOKEN, gpt, idle, serving
 
-TOKEN = "secret"
 LETTERS = CharTokenizer("abcdefghijklmnop \n")
-BYTES = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
-CHAT = ChatFormat.new(TEMPLATES["markers"], BYTES, 257)
-
-
-def gpt(vocab_size, scale=0.3, **change):
-    settings = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": vocab_size} | change
-    return randomised(GPT(GPTConfig(**settings)), scale=scale)
-
-
-@contextlib.contextmanager
-def serving(*models):
-    """Runs the block with a server of models in a thread. Yields the playground."""
-    listening = listen(0)
-    playground = Playground(models, TOKEN, listening.getsockname()[1])
-    server = server_of(playground)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    try:
-        yield playground
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +59,6 @@ def expected(playground, name, prompt, count, sampling=Sampling(), seed=0, rows=
         steps = list(generate(model, [prompt], count, sampling, generators=[generator]))
         answers.append(([step.tokens[0] for step in steps], [step.log_probabilities[0] for step in steps]))
     return answers
-
-
-def idle(playground):
-    """Waits until no engine has work. Returns whether that came within ten seconds."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end and not all(engine.idle for engine in playground.engines.values()):
-        time.sleep(0.01)
-    return all(engine.idle for engine in playground.engines.values())
 
 
 def test_the_models_are_listed(client):
