@@ -186,7 +186,7 @@ def checkpoint_table(runs: Sequence[RunContent]) -> str:
         for run in runs
         for each in run.checkpoints
     ]
-    return section("Checkpoints", table(["checkpoint", "step", "written", "size", ""], rows) if rows else "")
+    return section("Checkpoints", table(["checkpoint", "step", "written", "size", "named"], rows) if rows else "")
 
 
 def problems(runs: Sequence[RunContent]) -> str:

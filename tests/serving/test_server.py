@@ -226,7 +226,7 @@ def test_only_who_knows_the_token_is_answered(raw, playground):
         for path in ("/v1/models", "/v1/nothing", "/v1/completions"):
             answer = raw.get(path, headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
-    with openai.OpenAI(base_url=f"{raw.base_url}v1", api_key="wrong", max_retries=0) as stranger:
+    with openai.OpenAI(base_url=f"http://{HOST}:{playground.port}/v1", api_key="wrong", max_retries=0) as stranger:
         with pytest.raises(openai.AuthenticationError, match="the token is wrong or missing"):
             stranger.models.list()
 
