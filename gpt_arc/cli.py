@@ -4,7 +4,11 @@ gpt-arc COMMAND ARGUMENTS does what `python SCRIPT ARGUMENTS` does in a clone. A
 that isn't in the current folder is the one that comes with gpt-arc.
 """
 
+import gpt_arc.startup  # noqa: F401
+
+# isort: split
 import os
+import signal
 import subprocess
 import sys
 
@@ -17,6 +21,7 @@ COMMANDS = {
     "sample": ("sample.py", "continue a prompt with a trained model"),
     "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
     "prepare": ("prepare", "turn text into token files: gpt-arc prepare text --input book.txt --name book"),
+    "pretrain-encoder": ("stages/pretrain_encoder.py", "train an image encoder on labelled images"),
     "sft": ("stages/sft.py", "fine-tune on conversations"),
     "reward": ("stages/reward.py", "train a reward model on rankings"),
     "ppo": ("stages/ppo.py", "learn from a reward"),
@@ -30,12 +35,13 @@ COMMANDS = {
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
+    "image-attention": ("tools/image_attention.py", "draw where a model looks while it answers about an image"),
     "bench": ("tools/bench.py", "measure speed on this machine"),
 }
 
 
 def usage() -> str:
-    commands = "\n".join(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{purpose}" for name, (_, purpose) in COMMANDS.items())
     return (
         f"usage: gpt-arc COMMAND ARGUMENTS\n\n{commands}\n\n"
         "`gpt-arc COMMAND --help` describes the arguments of one command. With several processes:\n"
@@ -84,6 +90,7 @@ def run() -> int | None:
     command = [sys.executable, *script_command(name, arguments)]
     if os.name == "nt":  # its execv doesn't wait for the end of the command
         return subprocess.call(command)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the script's `startup`
     os.execv(sys.executable, command)
 
 

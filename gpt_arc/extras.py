@@ -18,6 +18,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "sklearn": "metrics",
     "starlette": "serve",
     "transformers": "dev",
+    "trl": "bench",
     "uvicorn": "serve",
 }
 PACKAGES = {

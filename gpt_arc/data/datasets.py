@@ -149,6 +149,15 @@ def open_corpus(sources: Sequence[Source], verify: bool = False) -> Corpus | Non
     return Corpus(tuple(source.name for source in sources), tuple(directories), mixture_shares(sources), tokenizers[0])
 
 
+def open_dataset(name: str, tokenizer: Tokenizer, setting: str) -> Corpus:
+    """Opens the prepared dataset that a setting names, for a model with this tokenizer. Raises UserError."""
+    corpus = open_corpus((Source(name, 1.0),))
+    if corpus is None or corpus.tokenizer != tokenizer:
+        problem = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
+        raise UserError(f"{setting} = {name}: {problem}")
+    return corpus
+
+
 def mixture_shares(sources: Sequence[Source]) -> tuple[float, ...]:
     """The weights of a mixture, divided by their sum."""
     total = sum(source.weight for source in sources)

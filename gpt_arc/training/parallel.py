@@ -37,9 +37,9 @@ class Parallel:
         is_replica = isinstance(replica, DistributedDataParallel)
         return replica.no_sync() if is_replica and not last else contextlib.nullcontext()
 
-    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """The norm () of all elements of `tensors`, which belong to one model. Every process must call this."""
-        return get_total_norm(tensors, order)
+        return get_total_norm(tensors)
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:

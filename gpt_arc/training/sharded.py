@@ -119,8 +119,8 @@ class Sharded(Parallel):
         replica.set_requires_all_reduce(last)
         return contextlib.nullcontext()
 
-    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
-        norm: Any = super().total_norm(tensors, order)
+    def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        norm: Any = super().total_norm(tensors)
         return norm.full_tensor()
 
     @contextlib.contextmanager

@@ -183,7 +183,7 @@ def test_batching_and_processes_change_only_rounding(run):
     for name, way in ways.items():
         run(*flags, *way, f"--out_dir={name}")
     several = ("--batch_size=1", "--gradient_accumulation_steps=4", "--backend=gloo", "--out_dir=two")
-    result = command("stages/sft.py", *flags, *several, processes=2, torchrun=True)
+    result = command("stages/sft.py", *flags, *several, processes=2)
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     for name in (*ways, "two"):
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-6)
@@ -321,13 +321,18 @@ def test_a_non_finite_loss_ends_the_run(run):
 
 
 def test_the_published_settings(run):
-    """InstructGPT's: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1)."""
+    """InstructGPT's: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1).
+
+    The learning rate follows from the model's size.
+    """
     run("base", "--train=train.jsonl", "--device=cpu", "--dtype=float32")
     lines, updates = updates_of("out/sft"), 16 * math.ceil(12 / 8)  # 5% of 13 conversations is one
+    rate = min(1e-5 * (1.3e9 / load_model("base")[0].num_parameters()) ** 0.6, 0.01)
+    assert json.loads(Path("out/sft/run.json").read_text())["options"]["learning_rate"] == rate
     assert len(lines) == updates == 32
     for line in lines:
         fallen = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / updates))
-        assert line["learning_rate"] == pytest.approx(1e-5 * (0.1 + 0.9 * fallen))
+        assert line["learning_rate"] == pytest.approx(rate * (0.1 + 0.9 * fallen))
     config = load_config("out/sft/last")
     assert (config.dropout_of("residual"), config.dropout_of("attention"), config.dropout_of("embedding")) == (
         0.2,
