@@ -26,7 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gpt_arc.nn.attention import KVCache, Mask, attend, positions_and_masks
+from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
@@ -78,6 +78,8 @@ class GPTConfig:
     """yarn and llama3 divide frequencies with fewer turns than this in rotary_context by rotary_factor."""
     rotary_attention_factor: Positive | None = None
     """yarn multiplies rotated queries and keys by this. None: 0.1 ln(rotary_factor) + 1."""
+    attention: Literal["causal", "bidirectional"] = "causal"
+    """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
     activation: Activation = "gelu_tanh"
@@ -88,6 +90,12 @@ class GPTConfig:
     """Use the token embedding as the output matrix."""
     head_bias: bool = False
     """A bias on the output logits."""
+    head_transform: bool = False
+    """A linear layer, the activation and a norm before the output matrix (BERT)."""
+    embedding_norm: bool = False
+    """A norm of the summed embeddings (BERT)."""
+    token_types: Natural = 0
+    """Embeddings of a token's type, such as first or second text of a pair (2 in BERT). 0: none."""
     n_experts: Natural = 0
     """Experts per block, each of which sees some of the tokens (mixture of experts). 0: one MLP for all tokens."""
     experts_per_token: int = 2
@@ -132,6 +140,16 @@ class GPTConfig:
     matrices follow the width (muP, arXiv:2203.03466). Wider models then have more heads of the same size. None: off."""
 
     def __post_init__(self):
+        if self.attention == "bidirectional" and self.positions == "alibi":
+            raise ValueError('positions = "alibi" is a distance to earlier tokens: it needs attention = "causal"')
+        if self.attention == "bidirectional" and self.attention_band is not None:
+            raise ValueError(
+                f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'
+            )
+        if self.head_transform and (self.attention == "causal" or self.gated):
+            raise ValueError(
+                'head_transform needs attention = "bidirectional" and an activation without a gate, as in BERT'
+            )
         if self.ngrams > self.block_size:
             raise ValueError(f"ngrams = {self.ngrams} are longer than the context, block_size = {self.block_size}")
         if self.n_experts and self.expert_interval > self.n_layer:
@@ -220,7 +238,7 @@ def make_norm(config: GPTConfig, size: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; `qkv` stacks H query heads, then K key heads, then K value heads."""
+    """Self-attention; `qkv` stacks H query heads, then K key heads, then K value heads."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -245,7 +263,8 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.add(key, value)
             query = query.type_as(key)
-        mixed = attend(query, key, value, mask, config.dropout_of("attention") if self.training else 0.0)
+        dropout = config.dropout_of("attention") if self.training else 0.0
+        mixed = attend(query, key, value, mask, dropout, config.attention == "causal")
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
@@ -270,7 +289,7 @@ def make_experts(config: GPTConfig) -> Experts:
 
 
 class Block(nn.Module):
-    """One layer of the Transformer decoder: attention, then the MLP, each with its norm and residual connection."""
+    """One layer of the Transformer: attention, then the MLP, each with its norm and residual connection."""
 
     def __init__(self, config: GPTConfig, number: int = 0):
         super().__init__()
@@ -321,9 +340,15 @@ class GPT(nn.Module):
             self.position_embedding = nn.Embedding(config.block_size, config.n_embd)
         if config.ngrams > 1:
             self.ngram_embedding = nn.Embedding((config.ngrams - 1) * config.ngram_rows, config.n_embd)
+        if config.token_types:
+            self.type_embedding = nn.Embedding(config.token_types, config.n_embd)
+        self.embedding_norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout_of("embedding"))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
+        if config.head_transform:
+            self.head_layer = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+            self.head_norm = make_norm(config, config.n_embd)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
@@ -356,11 +381,17 @@ class GPT(nn.Module):
             nn.init.zeros_(self.head_bias)
 
     def embed(
-        self, tokens: Tensor, positions: Tensor, previous: Tensor | None = None, images: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        previous: Tensor | None = None,
+        images: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (B, T, C) of tokens (B, T) at positions (T,) or (B, T); `previous`: see `ngram_ids`.
 
-        With `images` (N, C), a token below 0 isn't text: -1 - i stands for row i of them.
+        With `images` (N, C), a token below 0 isn't text: -1 - i stands for row i of them. `types` (B, T) are the
+        tokens' types; None: all 0.
         """
         config = self.config
         x = self.token_embedding(tokens if images is None else tokens.clamp(min=0))
@@ -376,7 +407,9 @@ class GPT(nn.Module):
         elif config.positions == "sinusoidal":
             cosines, sines = sinusoids(positions, config.n_embd, 10_000.0)
             x = x + torch.cat((sines, cosines), dim=-1).type_as(x)
-        return self.dropout(x)
+        if config.token_types:
+            x = x + self.type_embedding(torch.zeros_like(tokens) if types is None else types)
+        return self.dropout(self.embedding_norm(x))
 
     def rotary(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (..., 1, T, D / 2) of positions (..., T), shared by all heads; None for other encodings."""
@@ -397,6 +430,7 @@ class GPT(nn.Module):
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
@@ -404,7 +438,8 @@ class GPT(nn.Module):
         positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
-        statistics and dynamic rotary scaling depends on. `images`: see `embed`.
+        statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
+        `embed`.
         """
         config = self.config
         if tokens.size(1) > config.block_size:
@@ -414,7 +449,10 @@ class GPT(nn.Module):
         positions, masks = positions_and_masks(
             tokens, documents, cache, config.attention_band, attention_dropout, alibi_heads
         )
-        x, rotary, routings = self.embed(tokens, positions, previous, images), self.rotary(positions, lengths), []
+        if config.attention == "bidirectional":
+            masks = (bidirectional_mask(tokens, documents, lengths),) * 2
+        x, rotary = self.embed(tokens, positions, previous, images, types), self.rotary(positions, lengths)
+        routings = []
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
@@ -432,9 +470,15 @@ class GPT(nn.Module):
     def head_weight(self) -> Tensor:
         return self.token_embedding.weight if self.config.tied_head else self.head.weight
 
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What the output matrix reads of hidden states (..., C), shaped like them."""
+        if not self.config.head_transform:
+            return hidden
+        return self.head_norm(activate(self.head_layer(hidden), self.config.activation))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
-        return F.linear(hidden, self.head_weight, self.head_bias)
+        return F.linear(self.head_input(hidden), self.head_weight, self.head_bias)
 
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum () of the cross-entropies in nats of hidden states (B, T, C) at targets (B, T); -1 isn't scored.
@@ -442,7 +486,7 @@ class GPT(nn.Module):
         `weights` (B, T) multiply the cross-entropies.
         """
         weights = None if weights is None else weights.flatten()
-        inputs = hidden.flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), weights
+        inputs = self.head_input(hidden).flatten(0, 1), self.head_weight, self.head_bias, targets.flatten(), weights
         return HeadLoss.apply(*inputs, torch.is_grad_enabled())
 
     def forward(
@@ -452,13 +496,14 @@ class GPT(nn.Module):
         documents: Tensor | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 isn't scored, their `Loss`.
 
-        `documents` confines attention to documents, and `lengths` tells routers where padding begins: see `hidden`;
-        `images` are embeddings that tokens stand for: see `embed`.
+        `documents` confines attention to documents, and `lengths` tells where padding begins: see `hidden`; `images`
+        are embeddings that tokens stand for, and `types` the tokens' types: see `embed`.
         """
-        hidden = self.hidden(tokens, documents, lengths=lengths, images=images)
+        hidden = self.hidden(tokens, documents, lengths=lengths, images=images, types=types)
         if targets is None:
             return self.logits(hidden)
         return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), self.router_losses())
@@ -489,5 +534,5 @@ class GPT(nn.Module):
             )
         if embeddings:
             return total
-        ends = ("token_embedding", "position_embedding", "ngram_embedding", "head")
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head")
         return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

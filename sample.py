@@ -10,6 +10,7 @@
     python sample.py --interactive=True                prompts from the keyboard, one after the other
     python sample.py --chat out/sft                    a conversation; --system="Be brief." sets its tone
     python sample.py out/sft --image=cat.png --start="What is this?"    a model trained on images; /image FILE in a chat
+    python sample.py out/bert_mini --start="The [MASK] statement"    a bidirectional model fills gaps
     python sample.py --prompts=FILE --json=True        one prompt per line in, one JSON object per line out
 
 A model is a run folder, a model directory, or the name of published weights.
@@ -161,6 +162,12 @@ def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:
 def main() -> None:
     config = parse_flags(SampleConfig, __doc__, sys.argv[1:])
     batches = prompt_batches(config)
+
+    from gpt_arc.decoding.gaps import load_filler, show_filled
+
+    if filler := load_filler(config):
+        show_filled(filler, batches, config)
+        return
     sampler = Sampler(config, first_prompts=len(batches[0]) if isinstance(batches, list) else 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character shows a question mark

@@ -323,13 +323,14 @@ def evaluate_only(run: Run) -> int:
 def train(run: Run) -> int:
     """The training loop. Returns the exit code.
 
-    A loss is a sum over tokens, divided by the tokens of the global batch; each process multiplies by the number of
-    processes, since DistributedDataParallel averages their gradients.
+    A loss is a sum over tokens, divided by the scored tokens of the global batch; each process multiplies by the number
+    of processes, since DistributedDataParallel averages their gradients.
     """
     plan, progress, model, updater = run.plan, run.progress, run.model, run.updater
     config, device, dtype = plan.config, plan.device, plan.dtype
     training, logging, block_size = config.training, config.logging, config.model.block_size
     sequences, tokens_per_step = config.sequences_per_step, plan.tokens_per_step
+    scored_per_step = tokens_per_step * config.scored_share
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
     batches = run.readable(prefetch(batches, device))
@@ -386,7 +387,7 @@ def train(run: Run) -> int:
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
                 auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # of routers, a mean
-                updater.backward(loss.total * (WORLD_SIZE / tokens_per_step) + auxiliary)
+                updater.backward(loss.total * (WORLD_SIZE / scored_per_step) + auxiliary)
             step_loss += loss.total.detach()
             routers.add()
         if run.failure:  # the batch that stood in doesn't count: no process makes the update
@@ -401,7 +402,7 @@ def train(run: Run) -> int:
             progress.consumed += sequences
         if finite:
             progress.step += 1
-            meter.add(loss_sum, tokens_per_step, seconds)
+            meter.add(loss_sum / config.scored_share, tokens_per_step, seconds)
             bar.update()
         elif not stopped:
             progress.skipped += 1
@@ -439,7 +440,8 @@ def finish(run: Run, stopped: bool) -> int:
     best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
     say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
     dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
-    say(after_training(run.folder, dataset, f"{run.resume} --max_iters={2 * training.max_iters}"))
+    longer = f"{run.resume} --max_iters={2 * training.max_iters}"
+    say(after_training(run.folder, dataset, longer, run.plan.config.is_masked))
     return 0
 
 

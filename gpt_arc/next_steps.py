@@ -20,10 +20,16 @@ def after_preparation(name: str) -> str:
     })  # fmt: skip
 
 
-def after_training(run: Path, dataset: str | None, longer: str) -> str:
+def after_training(run: Path, dataset: str | None, longer: str, is_masked: bool = False) -> str:
     """What to type once a run of train.py has ended. `dataset` is None if its model has no tokenizer."""
     steps = {longer: "train for as long again"}
-    if dataset is not None:
+    if is_masked:
+        steps = {
+            command("sample.py", run, "--start=The [MASK] is"): "fill gaps with it",
+            command("stages/finetune.py", run, "--train=LABELLED.csv"): "teach it to classify",
+            **steps,
+        }
+    elif dataset is not None:
         steps = {
             command("sample.py", run): "write text with it",
             command("stages/eval.py", run, "--perplexity", dataset): "measure it",

@@ -134,7 +134,8 @@ class Options(ExampleOptions):
     """The source of all randomness: new weights, the order of examples, dropout."""
     language_weight: NonNegative = 0.5
     """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
-    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0."""
+    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0. A bidirectional
+    model has no such loss."""
     classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
     dropout: Share | None = None
@@ -262,8 +263,8 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trunk, special = trained.trunk, trained.config.special
     else:
         refuse_images(options.base_model)
-        model, tokenizer = load_text_model(options.base_model)
-        trunk, special = with_special_tokens(model)
+        model, tokenizer = load_text_model(options.base_model, causal=False)
+        trunk, special = with_special_tokens(model, tokenizer)
     if options.dropout is not None:
         places = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"))
         trunk = with_settings(trunk, dropout=options.dropout, **places)
@@ -278,6 +279,8 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         raise UserError(f"transfer_blocks = {options.transfer_blocks}, but the model has {counted(blocks, 'block')}")
     if isinstance(trunk, LSTM) and (options.lora_rank or options.transfer_blocks is not None):
         raise UserError(f"{options.model} is an LSTM: it has no blocks for lora_rank or transfer_blocks")
+    if options.lstm and trunk.config.attention == "bidirectional":
+        raise UserError(f"{options.model} reads in both directions, and an LSTM in one: compare it with a causal model")
     if options.lstm:
         trunk = LSTM(trunk.config)
         if options.lstm_dataset and not options.resume:
@@ -288,7 +291,7 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trunk.requires_grad_(False)
     if options.lora_rank:
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
-        if not is_classifier(options.base_model):  # its special tokens are new
+        if not is_classifier(options.base_model) and special.start >= tokenizer.vocab_size:  # tokens that are new
             learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
@@ -377,7 +380,8 @@ def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.
-    language = options.language_weight > 0 and not options.freeze_trunk
+    is_causal = classifier.trunk.config.attention == "causal"
+    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
     while run.goes_on(updates):
         epoch, place = divmod(progress.step, updates_per_epoch)
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)

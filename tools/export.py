@@ -7,9 +7,9 @@
     python tools/export.py out/reward exported --to hf                    a reward model
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
-transformers.AutoModelForCausalLM.from_pretrained("exported"), a fine-tuned or reward model with
-AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A
-model that the other library can't compute is refused.
+transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
+fine-tuned or reward model with AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or
+OpenAIGPTDoubleHeadsModel. A model that the other library can't compute is refused.
 
 --verify loads the folder with transformers and prints the largest difference of logits over a few sequences, and how
 many of a few texts get other token ids. The exit code is 1 if any does, or if the difference is above 1e-4, or above
@@ -288,6 +288,7 @@ def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template
 
 def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.chat.format import load_with_chat
+    from gpt_arc.data.masking import MASK, mask_token
     from gpt_arc.weights.directory import refuse_images
     from gpt_arc.weights.huggingface import hf_tensors
     from gpt_arc.weights.verification import Reference
@@ -295,7 +296,10 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     refuse_images(options.model, "tools/llava.py exports it with its images")
     model, tokenizer, chat = load_with_chat(options.model)
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
-    files[GENERATION_FILE] = as_json(generation_config(config, declared))
+    if model.config.attention == "causal":
+        files[GENERATION_FILE] = as_json(generation_config(config, declared))
+    elif tokenizer and (mask := mask_token(tokenizer)) >= tokenizer.vocab_size:
+        files = with_special_tokens(files, {MASK: mask}, {"mask_token": MASK}) or files
     reference = Reference(model, lambda tokens, _: model(tokens))
     if tokenizer and FILE_NAME in files:
         reference.encode = tokenizer.encode

@@ -23,7 +23,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, refuse_images
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, refuse_images, require_causal
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -369,5 +369,6 @@ def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
     """
     refuse_images(path)
     model, _, chat = load_with_chat(path)
+    require_causal(path, model)
     chat = require_chat(path, chat)
     return model, chat.tokenizer, chat

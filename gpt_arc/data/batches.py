@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gpt_arc.data.masking import Masking
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.device import send
@@ -30,6 +31,9 @@ class TokenSource(Protocol):
 
     @property
     def separator(self) -> int | None: ...
+
+    @property
+    def masking(self) -> Masking | None: ...
 
     def read(self, start: int, count: int) -> np.ndarray: ...
 
@@ -70,21 +74,28 @@ def training_batches(
     """
     share = sequences // ranks
     while True:
-        yield from evaluation_batches(split, order.starts(consumed + rank * share, share), size, block_size)
+        first = consumed + rank * share
+        numbers = np.arange(first, first + share)
+        yield from evaluation_batches(split, order.starts(first, share), size, block_size, numbers=numbers)
         consumed += sequences
 
 
 def evaluation_batches(
-    split: TokenSource, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[Tensor, ...]]:
+    split: TokenSource, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1,
+    numbers: np.ndarray | None = None,
+) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """Yields the model's arguments for the windows of process `rank`, each (size, block_size) int64.
 
     They are tokens, targets and, if the split has a separator, the number of each token's document; a document begins
-    with its separator. Rows that are not scored pad the last batch, so every batch has the same shape and every process
-    gets the same number of batches.
+    with its separator. Masks are drawn by the windows' `numbers`; None: by their starts. Rows that are not scored pad
+    the last batch, so every batch has the same shape and every process gets the same number of batches.
     """
     for first in range(rank * size, len(starts) + rank * size, size * ranks):
         tokens, targets = windows(split, starts[first : first + size], block_size)
+        documents = [] if split.separator is None else [(tokens == split.separator).cumsum(1)]
+        if split.masking:
+            real = F.pad(targets[:, :-1] != IGNORED, (1, 0), value=True)
+            seeds = (starts if numbers is None else numbers)[first : first + size]
+            tokens, targets = split.masking.hide(tokens, real, seeds)
         missing = (0, 0, 0, size - len(tokens))
-        tokens, targets = F.pad(tokens, missing), F.pad(targets, missing, value=IGNORED)
-        yield (tokens, targets) if split.separator is None else (tokens, targets, (tokens == split.separator).cumsum(1))
+        yield F.pad(tokens, missing), F.pad(targets, missing, value=IGNORED), *(F.pad(x, missing) for x in documents)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -20,6 +21,9 @@ from gpt_arc.manifest import MANIFEST, check_files
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Natural, Positive
 from gpt_arc.tables import counted
+
+if TYPE_CHECKING:
+    from gpt_arc.data.masking import Masking  # imports torch
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 EXAMPLES = {  # dataset -> the example that makes it
@@ -80,7 +84,9 @@ class Corpus:
             return self.tokenizer.end_of_text if former is None else former
         return self.tokenizer.end_of_text
 
-    def split(self, name: str, block_size: int, vocab_size: int, document_mask: bool) -> "Split":
+    def split(
+        self, name: str, block_size: int, vocab_size: int, document_mask: bool, masking: "Masking | None" = None
+    ) -> "Split":
         """The split `name` of every dataset. Raises UserError if one is shorter than a window."""
         parts = []
         for directory in self.directories:
@@ -98,7 +104,7 @@ class Corpus:
                     f"{recorded:,}: a token file is missing or surplus; prepare the dataset again"
                 )
             parts.append(files)
-        return Split(parts, self.weights, self.separator() if document_mask else None)
+        return Split(parts, self.weights, self.separator() if document_mask else None, masking)
 
 
 def _tokens_of(directory: Path, split: str) -> int | None:
@@ -176,10 +182,19 @@ def data_plan(sources: Sequence[Source], split: "Split | None", tokens: int) -> 
 
 
 class Split:
-    """One split of a corpus: the concatenated token files of its datasets. No window crosses from one to the next."""
+    """One split of a corpus: the concatenated token files of its datasets. No window crosses from one to the next.
 
-    def __init__(self, parts: Sequence[TokenFiles], weights: Sequence[float], separator: int | None = None):
-        self.parts, self.weights, self.separator = parts, weights, separator
+    `masking` hides tokens of its windows; None: each token predicts the next.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[TokenFiles],
+        weights: Sequence[float],
+        separator: int | None = None,
+        masking: "Masking | None" = None,
+    ):
+        self.parts, self.weights, self.separator, self.masking = parts, weights, separator, masking
         self.bounds = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:

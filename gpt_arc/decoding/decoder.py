@@ -34,7 +34,10 @@ class Decoder(nn.Module):
     """The sequences that a model in eval mode is decoding. The model may be trained between two calls of `read`."""
 
     def __init__(self, model: GPT):
+        """Raises ValueError for a bidirectional model."""
         super().__init__()
+        if model.config.attention == "bidirectional":
+            raise ValueError("a model that reads in both directions has no next token: fill its gaps instead")
         self.model = model
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt_arc.data.batches import pad_rows
+from gpt_arc.data.masking import sentence_marks
 from gpt_arc.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
@@ -99,7 +100,8 @@ def combined_loss(task_loss: Tensor, language_loss: Tensor, weight: float) -> Te
 
 
 class Classifier(nn.Module):
-    """A trunk, and a linear head on the hidden state of each sequence's last token, [extract].
+    """A trunk, and a linear head on the hidden state of each sequence's last token, [extract]; on that of its first
+    token, [start], if the trunk is bidirectional.
 
     Similarity adds the hidden states of both orders of the texts. Multiple choice has one logit per option and a
     softmax over options. The head has no bias (Radford et al. 2018, equation 3).
@@ -113,12 +115,15 @@ class Classifier(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
 
     def forward(self, tokens: Tensor, lengths: Tensor, labels: Tensor, with_language: bool = True) -> Outcome:
-        """Returns logits and losses of a `Batch`. Without `with_language` the language-model loss is 0."""
+        """Returns logits and losses of a `Batch`. The language-model loss is 0 without `with_language` and in a
+        bidirectional model."""
         (batch, options), config = lengths.shape, self.config
         present = lengths > 0
-        hidden = self.trunk.hidden(tokens.flatten(0, 1), lengths=lengths.flatten())  # (B O, T, C)
-        last = (lengths.flatten() - 1).clamp(min=0)
-        extracted = hidden[torch.arange(len(last), device=last.device), last].unflatten(0, (batch, options))
+        is_causal = self.trunk.config.attention == "causal"
+        types = self.types(tokens.flatten(0, 1))
+        hidden = self.trunk.hidden(tokens.flatten(0, 1), lengths=lengths.flatten(), types=types)  # (B O, T, C)
+        read = (lengths.flatten() - 1).clamp(min=0) if is_causal else torch.zeros_like(lengths.flatten())
+        extracted = hidden[torch.arange(len(read), device=read.device), read].unflatten(0, (batch, options))
         if config.task == "similarity":
             extracted = extracted.float().sum(1, keepdim=True)
         dropped = F.dropout(
@@ -138,9 +143,17 @@ class Classifier(nn.Module):
         if self.training:  # a mixture of experts has router losses, means over the batch
             task_loss = task_loss + batch * sum(self.trunk.router_losses().values())
         language_loss = task_loss.new_zeros(())
-        if with_language:
+        if with_language and is_causal:
             language_loss = self.trunk.loss(hidden, *self.language_targets(tokens, lengths))
         return Outcome(logits, task_loss, language_loss)
+
+    def types(self, tokens: Tensor) -> Tensor | None:
+        """Returns the types of tokens (B, T), the number of delimiters before each; None for a trunk without types."""
+        count = self.trunk.config.token_types
+        if not count:
+            return None
+        delimiters = (tokens == self.config.special.delimiter).long()
+        return (delimiters.cumsum(1) - delimiters).clamp(max=count - 1)
 
     @property
     def by_option(self) -> bool:
@@ -161,8 +174,11 @@ class Classifier(nn.Module):
         return targets.flatten(0, 1), weights.flatten(0, 1)
 
 
-def with_special_tokens(model: GPT) -> tuple[GPT, SpecialTokens]:
-    """Returns the model with GPT-1's three special tokens added."""
+def with_special_tokens(model: GPT, tokenizer: Tokenizer | None = None) -> tuple[GPT, SpecialTokens]:
+    """Returns the model with GPT-1's three special tokens added; a BERT has [CLS] and [SEP] for them."""
+    marks = tokenizer and sentence_marks(tokenizer)
+    if model.config.attention == "bidirectional" and marks:
+        return model, SpecialTokens(marks[0], marks[1], marks[1])
     return with_more_tokens(model, 3), SpecialTokens.after(model.config.vocab_size)
 
 
@@ -194,7 +210,7 @@ def load_classifier(path: Path | str, dtype: torch.dtype = torch.float32) -> tup
     if config.lstm:
         trunk, tokenizer = _load_lstm(directory, dtype), load_tokenizer(directory)
     else:
-        trunk, tokenizer = load_text_model(directory, dtype=dtype)
+        trunk, tokenizer = load_text_model(directory, dtype=dtype, causal=False)
     classifier = Classifier(trunk, config)
     if config.lstm:
         check_files(directory, sizes_only=(".pt",))

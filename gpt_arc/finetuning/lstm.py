@@ -46,9 +46,10 @@ class LSTM(GPT):
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
-        assert documents is None and cache is None and previous is None and images is None
+        assert documents is None and cache is None and previous is None and images is None and types is None
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than the context, block_size = {self.config.block_size}"

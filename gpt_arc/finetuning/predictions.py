@@ -22,13 +22,13 @@ class Predictions(NamedTuple):
     logits: list[list[float]]  # one per class or option; in regression the predicted value
     labels: list[float]
     task_loss: float | None  # None if any label is unknown
-    language_loss: float
+    language_loss: float | None  # None of a bidirectional model
 
     @property
     def losses(self) -> dict[str, float]:
         """The known mean losses by name."""
-        known = {} if self.task_loss is None else {"loss": self.task_loss}
-        return known | {"language_loss": self.language_loss}
+        losses = {"loss": self.task_loss, "language_loss": self.language_loss}
+        return {name: loss for name, loss in losses.items() if loss is not None}
 
     @property
     def classes(self) -> list[int]:
@@ -64,7 +64,8 @@ def predict(
         module.training = training
     task, language = (losses / len(encoded)).tolist()
     unknown = any(example.label is None for example in encoded.examples)
-    return Predictions(logits, encoded.labels, None if unknown else task, language)
+    is_causal = classifier.trunk.config.attention == "causal"
+    return Predictions(logits, encoded.labels, None if unknown else task, language if is_causal else None)
 
 
 def _by_length(encoded: EncodedExamples, size: int) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,8 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
-# None: every query sees the keys up to its own place. "all": every query sees every key. Numbers are added to scores
-Mask = Tensor | BlockMask | Literal["all"] | None
+# None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores
+Mask = Tensor | BlockMask | None
 
 
 def positions_and_masks(
@@ -113,22 +113,38 @@ def causal_mask(
     return allowed.flatten(0, -3)[:, None]
 
 
+def bidirectional_mask(tokens: Tensor, documents: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask (B, 1, T, T) in which each of tokens (B, T) sees all of its document in `documents` (B, T).
+
+    None is one document. No token sees the padding after `lengths` (B,), if they are given. Where there is neither,
+    the mask is None.
+    """
+    mask = None if documents is None else (documents[:, None] == documents[..., None])[:, None]
+    if lengths is None:
+        return mask
+    real = torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None].clamp(min=1)  # one key, or no softmax
+    real = real[:, None, None].expand(-1, -1, tokens.size(1), -1)
+    return real if mask is None else mask & real
+
+
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Repeats each head of x (B, K, S, D) for the query heads it serves: (B, heads, S, D)."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
     `mask` comes from `causal_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which GPUs use SDPA's
-    memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up to its own place.
+    memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up to its own place,
+    or all keys if the attention isn't `causal`.
     """
     if isinstance(mask, Tensor) and mask.is_floating_point():
         mask = mask.type_as(value)
-    if mask == "all":
-        grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_rate, enable_gqa=grouped)
+    if not causal:
+        assert not isinstance(mask, BlockMask)  # causal_mask alone makes them
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout_rate)
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
         assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)

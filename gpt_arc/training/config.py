@@ -13,6 +13,7 @@ import tomli_w
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
+from gpt_arc.data.masking import scored_tokens
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -75,6 +76,11 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainingConfig:
+    objective: Literal["next", "masked"] | None = None
+    """What the model learns. next: to predict each token from those before it. masked: to predict tokens hidden among
+    the others (BERT, arXiv:1810.04805). None: masked where attention is bidirectional, else next."""
+    mask_rate: PositiveShare = 0.15
+    """Share of the tokens that masked predicts; of these 80% are hidden, 10% replaced by random tokens, 10% shown."""
     max_iters: Count = 600_000
     """Optimizer steps in all."""
     learning_rate: Positive = 6e-4
@@ -274,6 +280,17 @@ class Config:
     }
 
     @property
+    def is_masked(self) -> bool:
+        """Whether the objective is masked."""
+        return self.model.attention == "bidirectional"
+
+    @property
+    def scored_share(self) -> float:
+        """Share of the tokens whose predictions are scored."""
+        length = self.model.block_size
+        return scored_tokens(self.training.mask_rate, length) / length if self.is_masked else 1.0
+
+    @property
     def sequences_per_step(self) -> int:
         """Sequences of the global batch, over all micro-batches and processes."""
         if self.data.tokens_per_step is None:
@@ -285,6 +302,17 @@ class Config:
         micro_batch = self.data.batch_size * self.model.block_size
         check_batch("batch_size x block_size", micro_batch, LARGEST_MICRO_BATCH)
         check_batch("batch_size x gradient_accumulation_steps", self.sequences_per_step)
+        training, interval = self.training, self.logging.sample_interval
+        if training.objective not in (None, "masked" if self.is_masked else "next"):
+            fitting = "bidirectional" if training.objective == "masked" else "causal"
+            raise ValueError(
+                f"objective = {training.objective} contradicts attention = {self.model.attention}: it needs attention "
+                f"= {fitting}"
+            )
+        if interval and self.is_masked:
+            raise ValueError(
+                f"sample_interval = {interval} continues a text, which a bidirectional model can't: set it to 0"
+            )
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch
             raise ValueError(

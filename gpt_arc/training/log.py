@@ -22,7 +22,7 @@ METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in tr
     "val_loss": "of the val split",
     "learning_rate": "of the last update",
     "grad_norm": "norm of the last update's gradient before it is clipped",
-    "tokens": "tokens so far whose prediction was learned",
+    "tokens": "tokens read so far; each is predicted, or with objective = masked a share of them",
     "tokens_per_second": "since the line before it",
     "seconds": "of training so far, without evaluations and checkpoints",
     "mfu": "share of the device's peak rate",

@@ -13,6 +13,7 @@ import torch
 
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
+from gpt_arc.data.masking import Masking, mask_token
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
@@ -115,14 +116,17 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     vocab_size, block_size = config.model.vocab_size, config.model.block_size
     trained = load_config(launch.checkpoint) if launch.checkpoint else None
     if corpus and corpus.tokenizer and not launch.imported:
-        vocab_size = trained.vocab_size if trained else corpus.tokenizer.vocab_size
+        vocab_size = trained.vocab_size if trained else least_vocabulary(config, corpus.tokenizer)
     if vocab_size != config.model.vocab_size:
-        say(f"vocabulary     {vocab_size}, as in the dataset, instead of {config.model.vocab_size}")
+        dataset = "the dataset with a token to hide others" if config.is_masked else "the dataset"
+        say(f"vocabulary     {vocab_size}, as in {dataset}, instead of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     data = None
     if corpus:
+        maskings = masking_of(config, corpus), masking_of(config, corpus, evaluating=True)
         train, val = (
-            corpus.split(name, block_size, vocab_size, config.data.document_mask) for name in ("train", "val")
+            corpus.split(name, block_size, vocab_size, config.data.document_mask, masking)
+            for name, masking in zip(("train", "val"), maskings)
         )
         data = Data(corpus, train, val, train.training_order(block_size, config.training.seed))
 
@@ -180,6 +184,28 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     )
 
 
+def least_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
+    """The tokenizer's vocabulary, with one more token if something must be hidden and the tokenizer lacks [MASK]."""
+    return max(tokenizer.vocab_size, mask_token(tokenizer) + 1) if config.is_masked else tokenizer.vocab_size
+
+
+def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Masking | None:
+    """How the objective hides tokens; None for `next`. An evaluation hides the same ones in every run."""
+    if not config.is_masked:
+        return None
+    if corpus.tokenizer is None:
+        raise UserError(
+            f"objective = masked hides tokens by one more token than the vocabulary has, and {corpus.directories[0]} "
+            "has no tokenizer that says how many these are: prepare the text with one"
+        )
+    token, rate = mask_token(corpus.tokenizer), config.training.mask_rate
+    if token >= config.model.vocab_size:
+        raise UserError(
+            f"objective = masked hides tokens by token {token}, and the model has {config.model.vocab_size:,} tokens"
+        )
+    return Masking(token, corpus.tokenizer.text_size, rate, 0 if evaluating else config.training.seed)
+
+
 def print_plan(plan: Plan) -> None:
     """Print what the run is about to do, one line a subject."""
     config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
@@ -194,6 +220,8 @@ def print_plan(plan: Plan) -> None:
     say(f"operations     {human(plan.flops_per_token, 'FLOP')} a token, forward and backward")
     batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
     say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
+    if config.is_masked:
+        say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted")
     say(f"steps          {config.training.max_iters:,}")
     if accelerator := config.run.accelerator:
         run = config.run

@@ -63,7 +63,7 @@ class EncoderConfig:
     def block(self) -> GPTConfig:
         """The settings of a block."""
         names = ("n_layer", "n_head", "n_embd", "mlp_size", "activation", "norm_eps")
-        return GPTConfig(**{name: getattr(self, name) for name in names})
+        return GPTConfig(attention="bidirectional", **{name: getattr(self, name) for name in names})
 
 
 class ImageEncoder(nn.Module):
@@ -113,7 +113,7 @@ class ImageEncoder(nn.Module):
             x = torch.cat((self.class_embedding.expand(len(x), 1, -1).type_as(x), x), dim=1)
         x = self.first_norm(x + self.positions(rows, columns))
         for block in self.blocks:
-            x = block(x, None, "all")
+            x = block(x, None, None)
         return self.final_norm(x)
 
     def grid(self, pixels: Tensor) -> Tensor:

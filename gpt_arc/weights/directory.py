@@ -40,6 +40,7 @@ OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance
 # settings that older versions don't know, and the value that means what these do
 LATER = {"base_width": None, "rotary_scaling": None, "rotary_factor": 1.0, "rotary_context": None, "rotary_fast": None}
 LATER |= {"rotary_slow": 1.0, "rotary_attention_factor": None}
+LATER |= {"attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | STRETCHING | {"init", "base_width", "block_size"}
 
@@ -247,10 +248,25 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     return model, tokenizer
 
 
+def require_causal(path: Path | str, model: GPT) -> GPT:
+    """Returns the model loaded from `path`. Raises UserError for a bidirectional one."""
+    if model.config.attention == "bidirectional":
+        raise UserError(
+            f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
+            "stages/finetune.py teaches it to classify"
+        )
+    return model
+
+
 @of_one_checkpoint
-def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[GPT, Tokenizer]:
-    """`load_model` for a model that must have a tokenizer. Raises UserError if it has none."""
+def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True) -> tuple[GPT, Tokenizer]:
+    """`load_model` for a model that must have a tokenizer and, if `causal`, causal attention.
+
+    Raises UserError if it hasn't.
+    """
     model, tokenizer = load_model(path, dtype=dtype)
+    if causal:
+        require_causal(path, model)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer, so it can't read text")
     return model, tokenizer

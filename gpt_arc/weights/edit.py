@@ -53,7 +53,7 @@ def transfer(model: GPT, blocks: int | None) -> GPT:
         return model
     fresh = type(model)(model.config)
     if blocks is not None:
-        embeddings = "token_embedding.", "position_embedding.", "ngram_embedding."
+        embeddings = "token_embedding.", "position_embedding.", "ngram_embedding.", "type_embedding.", "embedding_norm."
         kept = (*embeddings, *(f"blocks.{i}." for i in range(blocks)))
         fresh.load_state_dict({n: t for n, t in model.state_dict().items() if n.startswith(kept)}, strict=False)
     return fresh

@@ -34,7 +34,10 @@ from model import GPT, GPTConfig
 FLOATS = ("F32", "BF16", "F16", "F64")
 TRANSFORMERS_VERSION = "5.0.0"  # the oldest that writes the same files
 # masks and tables that some files store beside the weights; they follow from the configuration
-BUFFER = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|position_ids|.*rotary_emb\.inv_freq)$")
+BUFFER = re.compile(r"(h\.\d+\.attn\.(bias|masked_bias)|(embeddings\.)?position_ids|.*rotary_emb\.inv_freq)$")
+OLD_NORMS = {"gamma": "weight", "beta": "bias"}  # as BERT's files still have them
+# what BERT's files have besides: the bias a second time, and the head of another task
+BESIDES = re.compile(r"(cls\.predictions\.decoder\.bias|pooler\.dense\..*|cls\.seq_relationship\..*)$")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Architecture:
     """One of transformers' architectures in terms of ours. Keys refer to its config.json."""
 
     class_name: str
-    classifier: str  # class with a linear head on the last token that isn't padding
+    classifier: str | None  # class with a linear head on the last token that isn't padding, if any
     multiple_choice: str | None  # class with a language model and one logit per option, if any
     ours: dict[str, Any]  # constant settings; those that the table doesn't name have GPTConfig's defaults
     sizes: dict[str, tuple[str, Any]]  # key: (our setting, transformers' default)
@@ -59,8 +62,10 @@ class Architecture:
     fused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # for files with all experts in one tensor
     heads_divide_width: bool = False  # required even if config.json has another width of a head
 
+    head: str = "lm_head"  # of the output matrix; it and whatever else is not in the trunk lacks the prefix
+
     def full_name(self, name: str) -> str:
-        return name if name == "lm_head.weight" else self.prefix + name
+        return name if name.split(".")[0] == self.head.split(".")[0] else self.prefix + name
 
     def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["Part"]:
         """Returns the tensors of this architecture that our tensor `name` of `shape` stacks, in row order."""
@@ -69,6 +74,8 @@ class Architecture:
             if "{}" in matrices[0].name:
                 return [part._replace(name=part.name.format(expert)) for expert in range(shape[0]) for part in matrices]
             return [Part(matrices[0].name.removesuffix(".weight"), shape[0] * shape[1], tuple(shape), False)]
+        if name in self.outside:  # a vector of its own
+            return [Part(self.outside[name], shape[0], tuple(shape), False)]
         module, kind = name.rsplit(".", 1)
         if not module.startswith("blocks."):
             return [Part(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
@@ -241,11 +248,52 @@ ARCHITECTURES = {
             "mlp.projection": ("mlp.experts.down_proj",),
         },
     ),
+    "bert": Architecture(
+        class_name="BertForMaskedLM",
+        classifier=None,  # its classifiers read a layer of their own, the pooler
+        multiple_choice=None,
+        ours={
+            "attention": "bidirectional", "norm_position": "post", "embedding_norm": True, "head_transform": True,
+            "head_bias": True, "init": "gpt1",
+        },
+        sizes={
+            "vocab_size": ("vocab_size", 30522), "max_position_embeddings": ("block_size", 512),
+            "hidden_size": ("n_embd", 768), "intermediate_size": ("mlp_size", 3072),
+            "num_hidden_layers": ("n_layer", 12), "num_attention_heads": ("n_head", 12),
+            "layer_norm_eps": ("norm_eps", 1e-12), "type_vocab_size": ("token_types", 2),
+        },
+        dropouts={
+            "hidden_dropout_prob": ("residual_dropout", 0.1),  # and of the embeddings
+            "attention_probs_dropout_prob": ("attention_dropout", 0.1),
+        },
+        activations=("hidden_act", {
+            "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+        }),
+        fixed={
+            "tie_word_embeddings": (True,), "is_decoder": (False,), "add_cross_attention": (False,),
+            "position_embedding_type": ("absolute",),
+        },
+        inert={"initializer_range": 0.02, "classifier_dropout": None, "use_cache": True},
+        prefix="bert.", layers="encoder.layer", head="cls.predictions.decoder",
+        outside={
+            "token_embedding": "embeddings.word_embeddings", "position_embedding": "embeddings.position_embeddings",
+            "type_embedding": "embeddings.token_type_embeddings", "embedding_norm": "embeddings.LayerNorm",
+            "head_layer": "cls.predictions.transform.dense", "head_norm": "cls.predictions.transform.LayerNorm",
+            "head_bias": "cls.predictions.bias",
+        },
+        block={
+            "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+            "attention.projection": ("attention.output.dense",), "attention_norm": ("attention.output.LayerNorm",),
+            "mlp.up": ("intermediate.dense",), "mlp.projection": ("output.dense",), "mlp_norm": ("output.LayerNorm",),
+        },
+        heads_divide_width=True,
+    ),
 }  # fmt: skip
 PLACES = ("embedding_dropout", "attention_dropout", "residual_dropout")
 # settings that affect training only, and settings without meaning in a dense model
 TRAINING = {"dropout", *PLACES, "init", "expert_dropout", "expert_selection", "router_jitter"}
 TRAINING |= {"balance_loss", "router_z_loss"}
+UNBIASED = ("token_embedding.", "position_embedding.", "type_embedding.", "head.", "head_bias")  # tensors without one
 OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
 # rope_type: {key of rope_parameters: our setting}
 ROPE_KEYS = {
@@ -284,6 +332,7 @@ class HFConfig(TypedDict, total=False):
 
     activation_function: str
     afn: str
+    type_vocab_size: Annotated[int, Ge(1)]
     hidden_act: str
     num_local_experts: int
     num_experts_per_tok: int
@@ -323,6 +372,8 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     settings: dict[str, Any] = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
     dropouts: dict[str, Any] = dict.fromkeys(PLACES, 0.0)
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
+    if "hidden_dropout_prob" in architecture.dropouts:
+        dropouts["embedding_dropout"] = dropouts["residual_dropout"]
     if len(set(dropouts.values())) == 1:  # so that the single setting still changes all of them
         dropouts = {"dropout": dropouts[PLACES[0]]}
     for key, least in (("num_local_experts", 1), ("num_experts_per_tok", 2)) if _has_experts(architecture) else ():
@@ -420,7 +471,10 @@ def architecture_of(config: GPTConfig) -> str:
 def nearest_architecture(config: GPTConfig) -> tuple[str, dict[str, Any]]:
     """Returns the model_type nearest to `config`, and the settings that it can't express, each with a value it can."""
     foreign = {kind: _foreign_settings(architecture, config) for kind, architecture in ARCHITECTURES.items()}
-    alike = [kind for kind in foreign if _has_experts(ARCHITECTURES[kind]) == (config.n_experts > 0)]
+    alike = [kind for kind in foreign if ARCHITECTURES[kind].ours.get("attention", "causal") == config.attention]
+    mixtures = [kind for kind in alike if _has_experts(ARCHITECTURES[kind])]
+    if mixtures:
+        alike = mixtures if config.n_experts else [kind for kind in alike if kind not in mixtures]
     nearest = min(alike, key=lambda kind: len(foreign[kind]))
     return nearest, foreign[nearest]
 
@@ -445,6 +499,8 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str
         foreign["activation"] = known[0]
     if architecture.heads_divide_width and config.n_embd % config.n_head:
         foreign["n_head"] = math.gcd(config.n_embd, config.n_head)
+    if "type_vocab_size" in architecture.sizes and not config.token_types:
+        foreign["token_types"] = 1
     if config.n_experts and _has_experts(architecture) and config.experts_per_token == 1:
         foreign["experts_per_token"] = 2  # their single gate is 1, ours is a probability
     return foreign
@@ -500,7 +556,7 @@ def hf_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> Iterator[tuple
         for part, rows in zip(parts, tensor.split([part.rows for part in parts])):
             rows = rows.T if part.transposed else rows
             yield architecture.full_name(part.name), torch.empty(part.shape, dtype=dtype).copy_(rows)
-            if _lacks_biases(architecture, model.config) and name.startswith(("blocks.", "final_norm.")):
+            if _lacks_biases(architecture, model.config) and not name.startswith(UNBIASED):
                 bias = part.name.removesuffix("weight") + "bias"
                 yield architecture.full_name(bias), torch.zeros(part.rows, dtype=dtype)
 
@@ -523,7 +579,8 @@ def hf_classifier_config(
         )
     if class_name is None:
         raise UserError(
-            f"task = multiple_choice can't be exported: transformers has no {kind} class with one logit per option"
+            f"task = {task} can't be exported: transformers has no {kind} class with "
+            + ("one logit per option" if by_option else "a single linear layer as its head")
         )
     labels = classes or ("LABEL_0",)  # transformers' name for a single output
     content = content | {"architectures": [class_name], "id2label": dict(enumerate(labels))}  # sets num_labels
@@ -575,7 +632,9 @@ def read_tensors(
     for tensor in stored_tensors(directory):
         if not tensor.name.startswith(within):
             continue
-        other = stored.setdefault(tensor.name.removeprefix(within).removeprefix(architecture.prefix), tensor)
+        name = tensor.name.removeprefix(within).removeprefix(architecture.prefix)
+        name = re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda old: OLD_NORMS[old[0]], name)
+        other = stored.setdefault(name, tensor)
         if other is not tensor:
             raise UserError(f"{tensor.path} has {tensor.name}, and {other.path} has {other.name}: remove one of them")
     if any(".mlp.experts." in name for name in stored):
@@ -585,9 +644,9 @@ def read_tensors(
         raise UserError(
             f"{directory} has {counted(len(stored), 'tensor')}, too few for the {total} experts of its config.json"
         )
-    embedding = f"{architecture.outside['token_embedding']}.weight"
-    if config.tied_head and embedding not in stored and "lm_head.weight" in stored:  # a tied pair
-        stored[embedding] = stored.pop("lm_head.weight")
+    embedding, head = f"{architecture.outside['token_embedding']}.weight", f"{architecture.head}.weight"
+    if config.tied_head and embedding not in stored and head in stored:  # a tied pair
+        stored[embedding] = stored.pop(head)
     parts_of = {name: architecture.parts_of(name, shape, config) for name, shape in shapes.items()}
     expected = {part.name: part for parts in parts_of.values() for part in parts}
     missing = expected.keys() - stored
@@ -595,8 +654,9 @@ def read_tensors(
         paths = {tensor.path for tensor in stored.values()}
         place = paths.pop() if len(paths) == 1 else directory
         raise UserError(f"{place} lacks the tensor {architecture.full_name(min(missing))}{and_more(missing)}")
-    tied_copy = stored.pop("lm_head.weight", None) if config.tied_head else None
-    surplus = {name for name in stored.keys() - expected if not BUFFER.match(name)}
+    tied_copy = stored.pop(head, None) if config.tied_head else None
+    besides = [BUFFER, *([BESIDES] if kind == "bert" else [])]
+    surplus = {name for name in stored.keys() - expected if not any(pattern.match(name) for pattern in besides)}
     if surplus:
         extra = stored[min(surplus)]
         raise UserError(f"{extra.path} has the unexpected tensor {extra.name}{and_more(surplus)}")

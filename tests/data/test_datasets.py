@@ -327,7 +327,7 @@ def test_a_missing_shard_is_refused(tmp_path):
 class Counting:
     """A split whose token i is i."""
 
-    separator = None
+    separator = masking = None
 
     def read(self, start, count):
         return np.arange(start, start + count)

@@ -1,21 +1,25 @@
 """tools/export.py --verify: what it compares with transformers, and its exit code."""
 
+import math
 import re
 import string
 import sys
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
 from gpt_arc.alignment.reward_model import RewardModel, save_reward_model
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
+from gpt_arc.decoding.gaps import GapFiller
+from gpt_arc.decoding.settings import Sampling
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, save_classifier
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.weights import tensor_files
-from gpt_arc.weights.directory import save_model
+from gpt_arc.weights.directory import load_model, save_model
 from helpers import randomised
 from model import GPT, GPTConfig
 from tools import export
@@ -134,3 +138,25 @@ def test_verification_without_transformers_is_refused_before_anything_is_written
     stopped = run()
     assert stopped.code == 2 and "transformers is not installed" in stopped.message
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_an_exported_bert_fills_the_gaps_of_transformers_pipeline(tmp_path, monkeypatch, capsys):
+    """Its tokenizer gets the token that hides others."""
+    tokenizer = bpe()
+    bert = dict(attention="bidirectional", norm_position="post", embedding_norm=True, head_transform=True)
+    size = tokenizer.vocab_size + 1
+    config = GPTConfig(24, size, 2, 2, 16, **bert, head_bias=True, token_types=2, activation="gelu")
+    save_model(randomised(GPT(config)), tokenizer, tmp_path / "bert")
+    flags = (str(tmp_path / "bert"), str(tmp_path / "exported"), "--to", "hf", "--verify=True")
+    monkeypatch.setattr(sys, "argv", ["export.py", *flags])
+    assert export.main() == 0
+    assert "BertForMaskedLM" in capsys.readouterr().out
+    fill = transformers.pipeline("fill-mask", str(tmp_path / "exported"), device="cpu")
+    filler = GapFiller(load_model(tmp_path / "bert")[0], tokenizer, "bert")
+    filled = filler.fill("Red, or[MASK].", Sampling(temperature=0), torch.Generator())
+    best = next(guess for guess in fill("Red, or[MASK].", top_k=10) if guess["token"] != tokenizer.vocab_size)
+    assert [best["token"]] == filled.tokens and best["score"] == pytest.approx(
+        math.exp(filled.log_probabilities[0]), rel=0.1
+    )
+    again = load_model(tmp_path / "exported")[1]
+    assert again.special_token("[MASK]") == tokenizer.vocab_size

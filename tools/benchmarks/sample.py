@@ -320,7 +320,7 @@ def bench_sample(args: list[str]) -> None:
     from gpt_arc.decoding.load import resolve_decoding_dtype
     from gpt_arc.device import resolve_device
     from gpt_arc.planning.cost import describe_parameters
-    from gpt_arc.weights.directory import load_config, load_model
+    from gpt_arc.weights.directory import load_config, load_model, require_causal
     from model import GPT
 
     trained = config is None
@@ -337,7 +337,7 @@ def bench_sample(args: list[str]) -> None:
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gpt-arc-bench-")))
-        model = load_model(settings.model)[0] if trained else GPT(config)
+        model = require_causal(settings.model, load_model(settings.model)[0] if trained else GPT(config))
         dtype = str(resolve_decoding_dtype(settings.dtype, device, 4 * model.num_parameters()))
         dtype = dtype.removeprefix("torch.")
         print(f"model        {settings.model}, {describe_parameters(model, ' parameters')}, {dtype}")

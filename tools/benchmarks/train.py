@@ -214,7 +214,7 @@ class OurTrainer(TrainWorker):
 class RandomTokens:
     """Stands in for a split of token files."""
 
-    COUNT, separator = 1 << 22, None
+    COUNT, separator, masking = 1 << 22, None, None
 
     def __init__(self, vocab_size: int):
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=self.COUNT, dtype=np.uint16)
