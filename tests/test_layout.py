@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "vision": ("ground", "nn", "model", "data", "weights", "chat"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat", "vision"),
+    "serving": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
 }

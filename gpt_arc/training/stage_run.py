@@ -163,7 +163,7 @@ class StageRun(Generic[P]):
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
-                record_options(self.folder, self.name, self.options, runs.hardware(self.device, self.dtype))
+                record_options(self.folder, self.name, self.options, runs.hardware_of(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
