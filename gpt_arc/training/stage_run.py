@@ -114,7 +114,7 @@ class StageRun:
         """
         with torch.device("meta"):
             shape = GPT(model)
-        self.options = self.options.with_rate(shape.num_parameters(active=True))
+        self.options = self.options.with_rate(shape.num_parameters(embeddings=False, active=True))
         runtime = self._state.get("runtime", {})
         saved = None
         if runtime.get("device") == self.device.type:
