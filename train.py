@@ -46,6 +46,7 @@ from gpt_arc.device import (
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
 from gpt_arc.next_steps import after_training
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import peak_flops
 from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
@@ -71,11 +72,10 @@ from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
+from gpt_arc.training.runs import Lock, claim_new, hardware, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
-from gpt_arc.weights.meta import meta_device
 from model import GPT
 
 ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
@@ -288,7 +288,7 @@ def build(plan: Plan) -> Run:
         if logging.wandb_log:
             wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
-        write_record(folder, config, name, launch.overrides)
+        write_record(folder, config, name, launch.overrides, hardware(device, dtype))
         run.log = MetricsLog(folder, progress.step, wandb)
     return run
 

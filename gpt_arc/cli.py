@@ -4,7 +4,11 @@ gpt-arc COMMAND ARGUMENTS does what `python SCRIPT ARGUMENTS` does in a clone. A
 that isn't in the current folder is the one that comes with gpt-arc.
 """
 
+import gpt_arc.startup  # noqa: F401
+
+# isort: split
 import os
+import signal
 import subprocess
 import sys
 
@@ -25,6 +29,7 @@ COMMANDS = {
     "scaling": ("stages/scaling.py", "fit scaling laws, and plan or predict a run: gpt-arc scaling plan --days=1"),
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
     "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),
+    "report": ("tools/report.py", "write a page of a run's curves, samples and settings"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
@@ -82,6 +87,7 @@ def run() -> int | None:
     command = [sys.executable, *script_command(name, arguments)]
     if os.name == "nt":  # its execv doesn't wait for the end of the command
         return subprocess.call(command)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the script's `startup`
     os.execv(sys.executable, command)
 
 

@@ -16,7 +16,7 @@ class UserError(ValueError):
 
 
 class NotFinite(UserError):
-    """A model computed NaN or infinity. The exit code is 1."""
+    """A model computed NaN or infinity, training diverged, or a type can't hold a weight. The exit code is 1."""
 
 
 def check_finite(numbers: Iterable[float]) -> None:
@@ -80,11 +80,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def stop_at_once(number: int, frame: object) -> None:
-    """Handles Ctrl-C while a script imports its modules: an exception there could be lost or become a traceback."""
-    os._exit(128 + number)
-
-
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
     """Wrap a script's `main`: exit with its return value, or with a code by error.
 
@@ -93,7 +88,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapped() -> None:
-        if signal.getsignal(signal.SIGINT) is stop_at_once:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # by `startup`
             signal.signal(signal.SIGINT, signal.default_int_handler)
         is_distributed = int(os.environ.get("WORLD_SIZE", 1)) > 1
         message = None

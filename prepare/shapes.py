@@ -43,7 +43,7 @@ COLOURS = {
     "red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 70, 230), "yellow": (235, 210, 30),
     "purple": (150, 40, 180), "black": (20, 20, 20),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
 HELD_OUT = (("red", "triangle"), ("blue", "ring"), ("yellow", "square"))
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")

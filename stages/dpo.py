@@ -4,7 +4,7 @@
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
     python stages/dpo.py out/sft --train rankings.jsonl --preview 3         show rows as tokens, and which are scored
     python stages/dpo.py --resume=out/dpo                                   resume a run that was stopped
-    torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
+    torchrun --standalone --nproc_per_node=8 stages/dpo.py dpo.toml
 
 The reference is the model that the run starts from (arXiv:2305.18290). Files of rankings are as for stages/reward.py. A
 run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
@@ -102,7 +102,7 @@ def likelihoods(
 
 def train(options: Options, run: StageRun) -> int:
     # ---- the rankings, and the reference's log-probabilities of them
-    reference, tokenizer, chat = load_policy(options.model)
+    reference, tokenizer, chat = load_policy(options.base_model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     read, context = partial(read_rankings, columns=options.columns), reference.config.block_size
@@ -130,8 +130,8 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(policy, updates)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+    def write(whole: ResponseLikelihood, directory: Path) -> None:
+        save_model(whole.model, tokenizer, directory)
         chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,8 @@ def train(options: Options, run: StageRun) -> int:
         epoch_ended = progress.step % order.per_epoch == 0
         line |= {"epoch": progress.step // order.per_epoch} if epoch_ended else {}
         if epoch_ended and "val" in encoded:
-            after = likelihoods(policy, encoded["val"], options.batch_size, run)
+            with run.parallel.evaluating(policy):
+                after = likelihoods(policy, encoded["val"], options.batch_size, run)
             ratios, pairs = torch.cat(after) - torch.cat(base["val"]), pairs_of(encoded["val"], run.device)
             right = agreement(ratios[pairs.better] - ratios[pairs.worse]) * pairs.weights
             line["val_loss"] = dpo_loss(ratios, *pairs, options.beta).item() / len(after)

@@ -67,7 +67,7 @@ class Options:
     """Give each prompt as a user's turn in the model's template (chat.json), and read the response to it."""
     shuffled_answers: bool = False
     """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
-    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
+    demonstrations (arXiv:2202.12837), none of it in docs/results/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None

@@ -5,7 +5,7 @@
     python stages/reward.py out/sft --train rankings.jsonl --preview 3      show rows as tokens, and which are scored
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
     python stages/reward.py --resume=out/reward                             continue a stopped run
-    torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
+    torchrun --standalone --nproc_per_node=8 stages/reward.py reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
 see `gpt_arc/chat/files.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import PublishedRate
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageRun, Write
 from gpt_arc.weights.edit import with_settings
 
 
@@ -73,7 +73,8 @@ def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Opt
     """Reports loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
     sequences = [sequence for example in examples for sequence in example.sequences]
     size = 4 * options.batch_size
-    scores = score_sequences(model, sequences, size, run.device, run.dtype)
+    with run.parallel.evaluating(model):
+        scores = score_sequences(model, sequences, size, run.device, run.dtype)
     pairs = pairs_of(examples, torch.device("cpu"))
     report = preference_report((scores[pairs.better] - scores[pairs.worse]).tolist())
     loss = ranking_loss(scores, *pairs).item() / len(examples)
@@ -137,8 +138,8 @@ def train(options: Options, run: StageRun) -> int:
     updater, routers = run.updater(model, updates), RouterMeter(model.trunk)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_reward_model(model, tokenizer, chat, directory)
+    def write(whole: RewardModel, directory: Path) -> None:
+        save_reward_model(whole, tokenizer, chat, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. All responses to a prompt share a micro-batch. The loss is the mean over a prompt's pairs, then
@@ -182,13 +183,13 @@ def train(options: Options, run: StageRun) -> int:
         if report:
             show(report)
         if epoch_ended:
-            run.save(write, report and report["loss"])
+            run.save(write, report["loss"] if report else None)
     return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
 
 
-def finish(options: Options, run: StageRun, write: Callable[[Path], None], val: Sequence[EncodedRanking] | None) -> int:
+def finish(options: Options, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
-    policy = "MODEL" if is_reward_model(options.model) else options.model
+    policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
         command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
@@ -206,7 +207,9 @@ def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Opt
     """Sets the head's bias so that demonstrations score 0 on average; the pairwise loss doesn't depend on it."""
     if demonstrations:
         size = 4 * options.batch_size
-        model.head.bias -= score_sequences(model, demonstrations, size, run.device, run.dtype).mean().item()
+        with run.parallel.evaluating(model):
+            scores = score_sequences(model, demonstrations, size, run.device, run.dtype)
+        model.head.bias.sub_(scores.mean())
 
 
 def main() -> int:

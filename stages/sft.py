@@ -23,7 +23,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -98,12 +98,11 @@ class Options(ChatOptions):
 def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, run: StageRun) -> float:
     """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
     sums = torch.zeros(2, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
-    model.eval()
-    for rows, weight in micro_batches(range(len(examples)), options.batch_size):
-        with autocast(run.device, run.dtype):
-            loss = model(*batch_of(examples, rows, model, options, run))
-        sums += weight * torch.stack((loss.total, loss.count))
-    model.train()
+    with run.parallel.evaluating(model):
+        for rows, weight in micro_batches(range(len(examples)), options.batch_size):
+            with autocast(run.device, run.dtype):
+                loss = model(*batch_of(examples, rows, model, options, run))
+            sums += weight * torch.stack((loss.total, loss.count))
     total, count = distributed.sum_over_ranks(sums).tolist()
     return total / count
 
@@ -150,11 +149,22 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
         chat = ChatFormat.new(load_template(options.template), tokenizer, model.config.vocab_size)
+        chat.check_opening()
         model = with_more_tokens(model, max(chat.vocab_size - model.config.vocab_size, 0))
     if options.residual_dropout is not None:
         model = with_settings(model, residual_dropout=options.residual_dropout)
     model.activation_checkpointing = options.activation_checkpointing
     return model, vision_model(options, directory, model), tokenizer, chat
+
+
+def reader(
+    options: Options, vision: VisionGPT | None
+) -> tuple[Callable[[Path], list[Any]], Callable[..., EncodedConversations[Any]]]:
+    """Returns what reads a file's conversations, and what encodes them, for a model that reads images or text alone."""
+    if vision is None:
+        return partial(read_conversations, columns=options.columns), encode_conversations
+    embeddings = vision.embeddings_per_image
+    return partial(read_image_conversations, columns=options.columns, embeddings=embeddings), encode_image_conversations
 
 
 def train(options: Options, run: StageRun) -> int:
@@ -165,10 +175,7 @@ def train(options: Options, run: StageRun) -> int:
     whole: GPT | VisionGPT = vision or model
 
     # ---- the conversations, and the plan in figures
-    read, encode = partial(read_conversations, columns=options.columns), encode_conversations
-    if vision:
-        read = partial(read_image_conversations, columns=options.columns, embeddings=vision.embeddings_per_image)
-        encode = encode_image_conversations
+    read, encode = reader(options, vision)
     if options.preview:
         return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
     splits = options.splits(read)
@@ -199,11 +206,12 @@ def train(options: Options, run: StageRun) -> int:
     updater, routers = run.updater(whole, updates), RouterMeter(model)
     run.restore(updater, {})
 
-    def write(directory: Path) -> None:
-        save_model(model, tokenizer, directory)
+    def write(whole: GPT | VisionGPT, directory: Path) -> None:
+        text = whole.text if isinstance(whole, VisionGPT) else whole
+        save_model(text, tokenizer, directory)
         chat.save(directory)
-        if vision:
-            save_vision(vision, directory)
+        if isinstance(whole, VisionGPT):
+            save_vision(whole, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's response tokens.

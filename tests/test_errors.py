@@ -116,4 +116,25 @@ def test_ctrl_c_while_torch_is_imported_is_quiet(tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert (process.wait(timeout=30), process.stderr.read()) == (130, b"")
+    assert (process.wait(timeout=30), process.stderr.read()) == (-signal.SIGINT, b"")
+
+
+PENDING = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+execv = os.execv
+os.execv = lambda *command: (os.kill(os.getpid(), signal.SIGINT), execv(*command))
+sys.argv = ["gpt-arc", "sft", "--help"]
+from gpt_arc import cli
+cli.main()
+"""
+
+
+def test_ctrl_c_while_gpt_arc_starts_a_script_is_quiet():
+    """The signal comes just before the process becomes another Python's, whose own start can't be guarded."""
+    process = subprocess.run(
+        [sys.executable, "-c", PENDING],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    assert (process.returncode, process.stderr) == (-signal.SIGINT, b"")

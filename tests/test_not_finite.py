@@ -11,13 +11,15 @@ import sample
 import train
 from gpt_arc.alignment.reward_model import RewardModel, load_reward_model, save_reward_model, score_sequences
 from gpt_arc.chat.format import ChatFormat, load_template
+from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.decoding.speculative import speculative
-from gpt_arc.errors import NotFinite
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.evaluation.score import Request, score_continuations
+from gpt_arc.evaluation.tasks import filled
 from gpt_arc.evaluation.word_search import WordTokens, likeliest_words
 from gpt_arc.finetuning.classifier import (
     Classifier,
@@ -32,7 +34,7 @@ from gpt_arc.weights.directory import load_model, save_model
 from model import GPT, GPTConfig
 from stages import eval as eval_stage
 from stages import finetune, reward
-from tools import expert_use, export
+from tools import expert_use, export, upcycle
 
 LETTERS = CharTokenizer(sorted("abcdefgh "))
 SHAPE = dict(block_size=16, vocab_size=9, n_layer=1, n_head=1, n_embd=8)
@@ -183,8 +185,21 @@ def test_an_export_names_the_tensor(run):
     save_model(model, LETTERS, "large")
     stopped = run(export, "large", "exported", "--dtype=float16")
     sentence = "transformer.h.0.mlp.c_fc.weight of large has values beyond the range of float16: export in float32"
-    assert stopped.code == 2 and sentence in stopped.message and not Path("exported").exists()
+    assert stopped.code == 1 and sentence in stopped.message and not Path("exported").exists()
     assert "parameters in bfloat16" in run(export, "large", "exported", "--dtype=bfloat16")
+
+
+def test_a_mixture_is_not_made_of_a_bad_model(run):
+    stopped = run(upcycle, "bad", "mixture")
+    assert stopped.code == 1 and "final_norm.weight of bad is not finite" in stopped.message
+    assert not Path("mixture").exists()
+
+
+def test_no_text_is_made_of_nan():
+    assert parse_line('{"a": NaN, "b": [-Infinity, "NaN"]}', "x.jsonl, line 1") == {"a": None, "b": [None, "NaN"]}
+    for value in (None, math.nan):
+        with pytest.raises(UserError, match="is not a text or a number"):
+            filled("{a}", {"a": value})
 
 
 def test_json_has_no_nan():

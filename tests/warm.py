@@ -21,7 +21,8 @@ from types import ModuleType
 IMPORTED = """
 torch torch._dynamo torch.distributed.run torch.nn.attention.flex_attention
 numpy numpy.random pydantic.dataclasses safetensors.torch tomli_w tqdm
-""".split()
+gpt_arc.chat.format gpt_arc.data.datasets gpt_arc.decoding.decoder gpt_arc.training.config gpt_arc.weights.huggingface
+""".split()  # without gpt_arc.distributed, which reads the environment of each process
 PR_SET_CHILD_SUBREAPER = 36
 ONE_REQUEST = threading.Lock()
 
@@ -89,8 +90,10 @@ def forked(channel: socket.socket) -> tuple[list[str], str, dict[str, str], bool
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])
     for name in IMPORTED:
         __import__(name)
+    assert "gpt_arc.distributed" not in sys.modules
     gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages, when it ends
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     arguments, folder, environment, start_new_session = forked(socket.socket(fileno=int(sys.argv[1])))

@@ -30,7 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_FILE, SPECIAL_FILE, TEMPLATE_FILE
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
-from gpt_arc.errors import NotFinite, UserError, entry_point
+from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
 from gpt_arc.files import new_directory, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
@@ -230,15 +230,6 @@ def as_json(content: dict) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def check_range(tensors: dict[str, "torch.Tensor"], model: str, dtype: str) -> None:
-    """Raises UserError for a tensor with values beyond the range of the type it was converted to, or NotFinite."""
-    for name, tensor in tensors.items():
-        if tensor.isnan().any() or dtype == "float32" and tensor.isinf().any():
-            raise NotFinite(f"{name} of {model} is not finite: export another checkpoint")
-        if tensor.isinf().any():
-            raise UserError(f"{name} of {model} has values beyond the range of {dtype}: export in float32")
-
-
 @dataclasses.dataclass
 class Export:
     """A model in transformers' format."""
@@ -435,6 +426,7 @@ def main() -> int:
 
     from gpt_arc.alignment.reward_model import is_reward_model
     from gpt_arc.finetuning.classifier import is_classifier
+    from gpt_arc.weights.tensor_files import check_range
 
     if is_classifier(options.model):
         convert = from_classifier

@@ -17,7 +17,9 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import new_directory
 from gpt_arc.flags import parse_flags
+from gpt_arc.manifest import record_files
 from gpt_arc.settings import STRICT, Positional
 
 
@@ -35,22 +37,29 @@ def main() -> None:
     from gpt_arc.vision.llava import is_llava, read_llava, write_llava
     from gpt_arc.vision.model import load_vision, reads_images, save_vision
     from gpt_arc.weights.directory import load_model, model_directory, save_model
+    from gpt_arc.weights.tensor_files import check_range
 
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
         raise UserError(f"{options.folder} exists: name a new folder")
     if is_llava(Path(options.source)):
         source = Path(options.source)
         model, tokenizer = read_llava(source), load_tokenizer(source) if holds_tokenizer(source) else None
-        save_model(model.text, tokenizer, options.folder)
-        save_vision(model, options.folder)
+        check_range(model.state_dict(), options.source)
+        with new_directory(options.folder.resolve()) as temporary:
+            save_model(model.text, tokenizer, temporary)
+            save_vision(model, temporary)
     else:
         directory = model_directory(options.source)
         if not reads_images(directory):
             raise UserError(f"{directory} reads text alone: train it on images by stages/sft.py first")
         text, tokenizer = load_model(directory)
-        write_llava(load_vision(directory, text), options.folder)
-        if tokenizer is not None:
-            tokenizer.save(options.folder)
+        vision = load_vision(directory, text)
+        check_range(vision.state_dict(), options.source)
+        with new_directory(options.folder.resolve()) as temporary:
+            write_llava(vision, temporary)
+            if tokenizer is not None:
+                tokenizer.save(temporary)
+                record_files(temporary, *tokenizer.files())
     print(f"wrote {options.folder}")
 
 

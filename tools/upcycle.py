@@ -58,6 +58,7 @@ def main() -> None:
     from gpt_arc.finetuning.classifier import is_classifier
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.weights.directory import save_model
+    from gpt_arc.weights.tensor_files import check_range
     from gpt_arc.weights.upcycle import upcycled
     from model import GPTConfig
 
@@ -68,6 +69,7 @@ def main() -> None:
     model, tokenizer, chat = load_with_chat(options.model)
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")
+    check_range(model.state_dict(), options.model)
     torch.manual_seed(options.seed)
     names = ("experts_per_token", "expert_interval", "shared_experts", "balance_rate")
     try:

@@ -22,11 +22,11 @@ first or with a list of `ranks`, where 1 is best and equal ranks are ties. `chos
 or lists of messages. Such lists may be whole conversations that differ in the last turn; then no other form is needed.
 
 A row that has two forms is refused, and so are prompt, response, system and functions beside a list of messages.
-Other columns don't matter, except to the reward functions of PPO, which get the whole row. `columns`, "prompt=question"
+A conversation or ranking with a weight (unless it is 1), a history or functions in columns is refused. Other columns
+don't matter, except to the reward functions of PPO, which get the whole row. `columns`, "prompt=question"
 and the like, name columns that are called otherwise, and choose the form of a row that has two.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import combinations, groupby
 from pathlib import Path
@@ -48,6 +48,7 @@ FORMS = {  # column of each form that contains the user's turn -> the others
 OPTIONAL = ("system", "input", "tools")
 NAMES = (*FORMS, "response", "output", *OPTIONAL, "chosen", "rejected", "responses", "ranks")
 CONTRADICTIONS = ("prompt", "response", "system", "functions")  # not allowed beside a list of messages
+UNLEARNED = ("weight", "history", "functions")  # columns that say what to learn, in a way that isn't read
 ROLE_OF = {"human": "user", "gpt": "assistant", "function_call": "assistant"}  # ShareGPT's names
 RESULTS = ("tool", "function", "observation", "ipython")  # roles of a tool's result, in several formats
 TURN_ROLES = (*ROLES, "tool")
@@ -83,6 +84,7 @@ def read_conversations(path: Path, columns: Sequence[str] = ()) -> list[Conversa
 
     def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Conversation:
         turns = _context(row)
+        _refuse_unlearned(row)
         if _form(row) in ("prompt", "instruction"):
             response = text_of(row, "output" if _form(row) == "instruction" else "response")
             turns = (*turns, Turn("assistant", response))
@@ -111,12 +113,15 @@ def read_rankings(path: Path, columns: Sequence[str] = ()) -> list[Ranking]:
 
     def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Ranking:
         if row.get("responses") is None:
+            if row.get("ranks") is not None:
+                raise ValueError("the column ranks ranks responses, and can't stand beside chosen")
             turns, responses = _pair(row)
             ranks = [1, 2]
-        elif row.get("chosen") is not None:
-            raise ValueError("the column chosen can't stand beside responses")
+        elif pair := [column for column in ("chosen", "rejected") if row.get(column) is not None]:
+            raise ValueError(f"the column {pair[0]} can't stand beside responses")
         else:
             turns, responses, ranks = _context(row), *_responses(row)
+        _refuse_unlearned(row)
         if turns[-1].role != "user":
             raise ValueError("messages must end with a user turn")
         return Ranking(turns, tuple(responses), tuple(ranks), place)
@@ -186,6 +191,14 @@ def _context(row: dict[str, Any]) -> tuple[Turn, ...]:
     return *system, Turn("user", request)
 
 
+def _refuse_unlearned(row: dict[str, Any]) -> None:
+    """Raises ValueError for a column that would be ignored, though it says what to learn."""
+    for name in UNLEARNED:
+        value = row.get(name)
+        if value not in (None, "", [], "[]", "1") and not (name == "weight" and value == 1):
+            raise ValueError(f"the column {name} = {shown(value)} can't be learned: remove it or the row")
+
+
 def _messages(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
     contradiction = next((name for name in CONTRADICTIONS if row.get(name)), None)
     if contradiction:
@@ -237,14 +250,14 @@ def _answer(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
     turns = _turns(value if isinstance(value, list) else [value])
     if not turns or turns[-1].role != "assistant":
         raise ValueError(f"{column} must be a text, or end with an assistant turn")
+    if turns[-1].weight == 0:
+        raise ValueError(f"{column} has weight = 0, and every response of a ranking is learned")
     return turns
 
 
 def _responses(row: dict[str, Any]) -> tuple[list[str], Sequence[float]]:
     responses = _list(row, "responses", str, "texts")
     ranks = _list(row, "ranks", (int, float), "numbers") if "ranks" in row else range(1, len(responses) + 1)
-    if any(map(math.isnan, ranks)):
-        raise ValueError("ranks contains NaN")
     if len(responses) < 2 or len(ranks) != len(responses):
         raise ValueError(
             f"{counted(len(responses), 'response')} with {counted(len(ranks), 'rank')}: a ranking needs two or more "
@@ -281,6 +294,6 @@ def _turn(message: Any) -> Turn:
 
 def _list(row: dict[str, Any], column: str, kind: type | tuple, noun: str) -> list:
     value = row[column]
-    if not isinstance(value, list) or not all(isinstance(x, kind) and not isinstance(x, bool) for x in value):
+    if not isinstance(value, list) or any(not isinstance(x, kind) or isinstance(x, bool) or x != x for x in value):
         raise ValueError(f"{column} = {shown(value)} is not a list of {noun}")
     return value

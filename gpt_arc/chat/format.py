@@ -150,6 +150,24 @@ class ChatFormat:
         """Returns the tokens of a text made by `render`. A mark's spelling is the mark, also within a content."""
         return self._encode(self._split(text), self.prefix)[0]
 
+    def check_opening(self) -> None:
+        """Raises UserError if a token may span the text before a response and the beginning of the response.
+
+        Training reads both as one text. A prompt ends between them, so it would end in tokens never seen there.
+        """
+        text = MARK.split(self.render([Turn("user", "a")]))[-1]
+        for letter in "aA1":
+            try:
+                before, together = self.tokenizer.encode(text), self.tokenizer.encode(text + letter)
+            except UserError:  # the vocabulary lacks a character, so it has no tokens of several
+                continue
+            if together[: len(before)] != before:
+                raise UserError(
+                    f"the template's assistant = {self.template.assistant!r}: a token holds the end of the text before "
+                    f"{CONTENT} and the beginning of a response such as {letter!r}, so a prompt would end otherwise "
+                    f"than in training: let {CONTENT} follow a <|token|>, a colon or a line break, without a space"
+                )
+
     def _start(self, turns: Sequence[Turn]) -> list[int]:
         """Returns the tokens before the turns. A response that would come first has a start token that predicts it."""
         starts_with_content = bool(turns) and turns[0].role == "assistant" and not self.template.parts("assistant")[0]

@@ -142,12 +142,14 @@ def table_rows(lines: Iterable[str], path: Path) -> Iterator[tuple[int, dict[Any
 
 def array_elements(blocks: Iterable[str]) -> Iterator[Any]:
     """Yields the elements of an array of JSON whose text arrives in blocks. Raises ValueError if it isn't one."""
-    decoder, text, at, enough = json.JSONDecoder(), "", 0, 0
+    decoder, parts, length, enough = json.JSONDecoder(), [], 0, 0
     state = "["  # what comes next; "first": an element or ]
     for block in itertools.chain(blocks, [""]):
-        text, at = text[at:] + block, 0
-        if len(text) < enough and block:  # an element that isn't complete is tried again when the text has doubled
+        parts.append(block)
+        length += len(block)
+        if length < enough and block:  # an element that isn't complete is tried again when the text has doubled
             continue
+        text, at = "".join(parts), 0
         while state != "end" and (at := WHITESPACE.match(text, at).end()) < len(text):
             if text[at] == "]" and state in ("first", ","):
                 at, state = at + 1, "end"
@@ -165,7 +167,8 @@ def array_elements(blocks: Iterable[str]) -> Iterator[Any]:
                     break
                 yield element
                 state = ","
-        if state == "end" and text[at:].strip():
+        parts, length = [text[at:]], len(text) - at
+        if state == "end" and parts[0].strip():
             raise ValueError("more follows the array")
     if state != "end":
         raise ValueError("the array has no end")

@@ -232,7 +232,7 @@ def filled(template: str, item: dict[str, Any]) -> str:
 
     def entry(match: re.Match) -> str:
         value = looked_up(match[1], item)
-        if isinstance(value, (dict, list)) or value is None:
+        if isinstance(value, (dict, list)) or value is None or value != value:
             raise UserError(f"{{{match[1]}}} = {json.dumps(value)[:60]} is not a text or a number")
         return str(value)
 

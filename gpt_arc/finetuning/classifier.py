@@ -30,11 +30,11 @@ from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Positive
 from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
-from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT
 

@@ -21,9 +21,10 @@ from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_fil
 from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
-from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.training.stage_run import P, StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
 
 
@@ -166,7 +167,8 @@ def check_resumable(run: Path) -> None:
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
     """Returns `config` with the architecture of the model `name`, and the settings that this changed.
 
-    Keeps settings that only training reads, such as dropout, and a context shorter than the model's. Raises UserError.
+    Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
+    extend_context also a longer one and rotary_scaling. Raises UserError.
     """
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
@@ -175,8 +177,17 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         )
     kept = {name: getattr(requested, name) for name in OF_TRAINING}
     kept["block_size"] = min(requested.block_size, imported.block_size)
-    model = dataclasses.replace(imported, **kept)
+    if config.run.extend_context:
+        kept["block_size"] = requested.block_size
+        if requested.rotary_scaling:
+            kept |= {name: getattr(requested, name) for name in STRETCHING}
+        if imported.positions == "learned" and requested.block_size > imported.block_size:
+            raise UserError(
+                f"{name} has learned {imported.block_size} positions and none for a block_size of "
+                f"{requested.block_size}: extend_context is for models with other positions"
+            )
     try:
+        model = dataclasses.replace(imported, **kept)
         adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
@@ -214,12 +225,16 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
 
 
+def check_model(options: StageOptions) -> None:
+    """Raises UserError unless a model is named."""
+    if options.model is None:
+        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
+
+
 def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
-    if options.model is None and not options.resume:
-        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
-    return start_stage(options, name, train)
+    return start_stage(options, name, train, StageProgress)
 
 
 def confirm_code(options: StageOptions, recorded: StageOptions, command: str) -> None:
@@ -238,9 +253,7 @@ def confirm_code(options: StageOptions, recorded: StageOptions, command: str) ->
             )
 
 
-def start_stage(
-    options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
-) -> int:
+def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], progress: type[P]) -> int:
     """Run a stage's `train`, new or resumed, among the processes that torchrun started. Returns the exit code."""
     folder, lock = None, None
     if options.resume:
@@ -258,10 +271,11 @@ def start_stage(
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
+        check_model(options)
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device, options.timeout_minutes):
-        run = StageRun(name, options, device, folder, lock, sys.argv[0], progress)
+        run = StageRun(name, options, device, folder, lock, progress, sys.argv[0])
         try:
             return train(options, run)
         except UserError:

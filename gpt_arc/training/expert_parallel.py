@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.nn.experts import take_rows
-from gpt_arc.weights.meta import meta_device
+from gpt_arc.nn.meta import meta_device
 from model import GPT
 
 

@@ -8,7 +8,7 @@ from typing import Any, assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gpt_arc import distributed
@@ -137,7 +137,8 @@ class Updater:
     @torch.no_grad()
     def finite(self, *figures: float) -> bool:
         """Whether the weights in every process and `figures` are finite. Every process must call this."""
-        largest = self.parallel.total_norm(self.model.parameters(), math.inf)  # absolute value; NaN if a weight is
+        parts = [self.parallel.held(weight)[1] for weight in self.model.parameters()]
+        largest = get_total_norm([x for x in parts if x.numel()], math.inf)  # absolute value; NaN if a weight is
         bad = distributed.sum_over_ranks((~largest.isfinite()).float())
         return not bad and all(map(math.isfinite, figures))
 

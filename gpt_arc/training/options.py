@@ -124,6 +124,12 @@ class StageOptions:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
     @property
+    def base_model(self) -> str:
+        """The model, which the command line or the record of a resumed run names."""
+        assert self.model is not None
+        return self.model
+
+    @property
     def code(self) -> dict[str, str]:
         """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
         return {}
@@ -131,6 +137,11 @@ class StageOptions:
     @property
     def examples_per_update(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
+
+    @property
+    def dividing(self) -> TrainingConfig:
+        """Settings of how processes divide the model."""
+        return TrainingConfig()
 
     def with_rate(self: O, parameters: int) -> O:
         """Returns the options with the rate for a model of so many parameters without embeddings, if they have none.
@@ -188,8 +199,17 @@ class ChatOptions(ExampleOptions):
 
     columns: tuple[str, ...] = ()
     """Columns of train and val that have other names than ours: prompt=question response=answer."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """What processes under torchrun divide. ddp: the examples; fsdp: also weights, gradients and moments. auto: ddp for
+    several processes."""
+    replicas: Count = 1
+    """fsdp: groups of processes that divide a whole model each."""
     preview: Natural = 0
     """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
+
+    @property
+    def dividing(self) -> TrainingConfig:
+        return TrainingConfig(parallel=self.parallel, replicas=self.replicas)
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:
@@ -216,8 +236,8 @@ def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
     return launch_command(script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items()))
 
 
-def record_options(run: Path, stage: str, options: Any) -> None:
-    """run.json: the options that a run was started with, paths made absolute."""
+def record_options(run: Path, stage: str, options: Any, hardware: str | None = None) -> None:
+    """run.json: the options that a run was started with, paths made absolute, and the `hardware` it runs on."""
     recorded = dataclasses.asdict(options)
     for name, value in recorded.items():
         may_be_path = name in getattr(options, "PATHS", ("model",))
@@ -226,6 +246,7 @@ def record_options(run: Path, stage: str, options: Any) -> None:
         if isinstance(value, Path) or may_be_path and Path(value).exists():
             recorded[name] = str(Path(value).resolve())
     content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
+    content |= {"hardware": hardware} if hardware else {}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch.nn.utils import get_total_norm
 from gpt_arc import distributed
 from gpt_arc.device import align
 from gpt_arc.distributed import WORLD_SIZE
-from model import GPT
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Parallel:
@@ -35,18 +37,19 @@ class Parallel:
         is_replica = isinstance(replica, DistributedDataParallel)
         return replica.no_sync() if is_replica and not last else contextlib.nullcontext()
 
-    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
+    def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """The norm () of all elements of `tensors`, which belong to one model. Every process must call this."""
-        return get_total_norm(tensors, order)
+        return get_total_norm(tensors)
 
     @contextlib.contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """Runs the block with the model in evaluation mode."""
+        training = model.training
         model.eval()
         try:
             yield
         finally:
-            model.train()
+            model.train(training)
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the model or its optimizer, whole in the main process. Every process must call this."""
@@ -71,7 +74,7 @@ class Parallel:
         usual = {number: Counter(x for i, x in sums if i == number).most_common(1)[0][0] for number, _ in sums}
         return [rank for rank, (number, x) in enumerate(sums) if x != usual[number]]
 
-    def whole(self, model: GPT) -> GPT:
+    def whole(self, model: M) -> M:
         """Returns the model to save, whole in the main process. Every process must call this."""
         return model
 

@@ -18,6 +18,7 @@ from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
 from gpt_arc.planning.layout import Layout
@@ -156,7 +157,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     dtype = resolve_dtype(dtype, device)
     check_parallel(training)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
-    with torch.device("meta"):
+    with meta_device():
         flops = flops_per_token(GPT(config.model))
     steps_left = training.max_iters - progress.step
     flops_left = flops * config.sequences_per_step * block_size * steps_left
@@ -182,7 +183,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
 def print_plan(plan: Plan) -> None:
     """Print what the run is about to do, one line a subject."""
     config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
-    with torch.device("meta"):
+    with meta_device():
         sketch = GPT(config.model)
     if len(launch.files) > 1:
         say(f"settings       of {', then '.join(launch.files)}, which wins")

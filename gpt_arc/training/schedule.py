@@ -15,7 +15,7 @@ class PublishedRate(NamedTuple):
     parameters: float
 
     def at(self, parameters: int) -> float:
-        """Returns the rate for a model of another size, in two digits. docs/learning_rates.md has the measurements.
+        """Returns the rate for a model of another size, in two digits. docs/results/learning_rates.md has measurements.
 
         A smaller model's is higher, up to HIGHEST; a larger one keeps the published rate, as InstructGPT's of 6B
         parameters kept that of 1.3B.

@@ -4,6 +4,7 @@ A block's weights are gathered while it computes. Gradients are summed where the
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from gpt_arc.device import DTYPES
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.training.expert_parallel import exchanged
-from gpt_arc.training.parallel import Parallel
-from gpt_arc.weights.edit import with_settings
-from model import GPT, Block
+from gpt_arc.training.parallel import M, Parallel
+from model import Block
 
 NORMS = nn.LayerNorm, nn.RMSNorm
 
@@ -105,6 +105,7 @@ class Sharded(Parallel):
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
         whole = model.state_dict() if IS_MAIN else {}
         model.to("meta")
+        self._skeleton = copy.deepcopy(model)  # undivided, without weights
         for module in [module for module in model.modules() if isinstance(module, Block)]:
             shard_block(module, self.dtype, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, mesh=self.mesh)
@@ -118,8 +119,8 @@ class Sharded(Parallel):
         replica.set_requires_all_reduce(last)
         return contextlib.nullcontext()
 
-    def total_norm(self, tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
-        norm: Any = super().total_norm(tensors, order)
+    def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        norm: Any = super().total_norm(tensors)
         return norm.full_tensor()
 
     @contextlib.contextmanager
@@ -147,6 +148,10 @@ class Sharded(Parallel):
         shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
         return shard.clone()  # instead of a view, which would keep the whole
 
-    def whole(self, model: GPT) -> GPT:
+    def whole(self, model: M) -> M:
         tensors = {name: self.gathered(tensor) for name, tensor in model.state_dict().items()}
-        return with_settings(model, tensors) if IS_MAIN else model
+        if not IS_MAIN:
+            return model
+        whole: Any = copy.deepcopy(self._skeleton)
+        whole.load_state_dict(tensors, assign=True)
+        return whole

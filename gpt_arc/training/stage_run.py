@@ -12,7 +12,7 @@ def train(options: Options, run: StageRun) -> int:
         ...
         result = run.update(updater, run.progress.step, loss)
     ...
-    return run.finish(write)
+    return run.finish(write)                  # write(model, folder) saves the model
 """
 
 import contextlib
@@ -20,19 +20,22 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.next_steps import next_steps
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Natural, NonNegative
@@ -43,12 +46,13 @@ from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
-from gpt_arc.training.parallel import REPLICATED
+from gpt_arc.training.parallel_modes import check_parallel, make_parallel
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig
 
+Write = Callable[[Any, Path], None]  # puts what was placed, whole, into a folder
 LEAST_LOSSES = 15  # updates in the first tenth of a run, after the warmup, for their losses to show anything
 
 
@@ -64,12 +68,23 @@ class StageProgress:
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
 
 
-class StageRun:
+P = TypeVar("P", bound=StageProgress, default=StageProgress)
+
+
+class Part(Protocol):
+    """What a checkpoint holds besides the model: a module, or something with a state like one."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
+
+
+class StageRun(Generic[P]):
     """One run of a training stage."""
 
     folder: Path  # a new run's only after `open`
+    progress: P
     bar: tqdm  # from the first call of `goes_on`
-    parallel = REPLICATED
 
     def __init__(
         self,
@@ -78,13 +93,15 @@ class StageRun:
         device: torch.device,
         folder: Path | None,
         lock: runs.Lock | None,
+        progress: type[P],
         script: str | None = None,
-        progress: type[StageProgress] = StageProgress,
     ):
         """`folder` and its `lock` belong to a run that is resumed; `script` is the command that resumes it."""
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
+        check_parallel(options.dividing)
+        self.parallel = make_parallel(options.dividing, device, self.dtype)
         self._resumed, self._lock = folder is not None, lock
         if folder:
             self.folder = folder
@@ -112,7 +129,7 @@ class StageRun:
 
         A resumed run keeps those it began with.
         """
-        with torch.device("meta"):
+        with meta_device():
             shape = GPT(model)
         self.options = self.options.with_rate(shape.num_parameters(embeddings=False, active=True))
         runtime = self._state.get("runtime", {})
@@ -137,7 +154,7 @@ class StageRun:
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
-                record_options(self.folder, self.name, self.options)
+                record_options(self.folder, self.name, self.options, runs.hardware(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
@@ -161,14 +178,15 @@ class StageRun:
     def place(self, module: nn.Module) -> nn.Module:
         """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
         set_up_device(self.device, self.dtype)
+        self._module = module
         return self.parallel.place(module, self.device)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
         """The optimizer, with a learning rate scheduled over this many updates."""
         self._training = self.options.training(updates)
-        return Updater(module, self._training, self.device, self.dtype)
+        return Updater(module, self._training, self.device, self.dtype, self.parallel)
 
-    def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
+    def restore(self, updater: Updater, parts: Mapping[str, Part]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
@@ -186,10 +204,10 @@ class StageRun:
                 set_rng_state(generators[RANK], self.device)
         self._state = {}  # as large as the model, twice
 
-    def save(self, write: Callable[[Path], None], best: float | None = None) -> None:
+    def save(self, write: Write, best: float | None = None) -> None:
         """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
 
-        Raises UserError, and writes nothing, if a weight or `best` is not finite.
+        Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
         progress = self.progress
         self.check_finite(*progress.numbers.values(), best or 0.0)
@@ -203,19 +221,21 @@ class StageRun:
             "runtime": {"device": self.device.type, "dtype": self.dtype, "threads": torch.get_num_threads()},
             "data": self.fingerprint,
         }
+        whole = self.parallel.whole(self._module)
         if IS_MAIN:
-            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all=False)
+            put = partial(write, whole)
+            save_checkpoint(self.folder, progress.step, progress.best_step, put, state, keep_all=False)
         self._saved = progress.step
 
     def check_finite(self, *figures: float) -> None:
-        """Raises UserError if a weight or one of `figures`, such as the val loss, is not finite."""
+        """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""
         if not self._updater.finite(*figures):
             self._diverge(self.progress.step, "left weights or a val loss that are not finite")
 
     def _diverge(self, update: int, problem: str) -> NoReturn:
         last = self.folder / "last"
         kept = f"{last} is the last good checkpoint" if last.exists() else "there is no checkpoint yet"
-        raise UserError(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
+        raise NotFinite(f"update {update} {problem}, {kept}: lower learning_rate, or set dtype = float32")
 
     def goes_on(self, steps: int, unit: str = "update") -> bool:
         """Whether steps are left and no stop signal has come."""
@@ -235,7 +255,7 @@ class StageRun:
         """Make update number `step`, counted from 0, at the schedule's learning rate.
 
         Returns the learning rate, the gradient's norm and `sums` over the processes; None if the gradient or the first
-        of `sums` wasn't finite. Raises UserError if that happens again and again.
+        of `sums` wasn't finite. Raises NotFinite if that happens again and again.
         """
         rate = self.options.rate(step, self._training)
         finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
@@ -284,7 +304,7 @@ class StageRun:
         return resume_command(self.script, self.folder, self.options)
 
     @contextlib.contextmanager
-    def keeping(self, write: Callable[[Path], None]) -> Iterator[None]:
+    def keeping(self, write: Write) -> Iterator[None]:
         """Runs the block so that an error of data or of a reward in any process loses no step.
 
         The block mustn't wait for other processes: they stop after it.
@@ -325,7 +345,7 @@ class StageRun:
         if IS_MAIN:
             self._log.close()
 
-    def finish(self, write: Callable[[Path], None], steps: dict[str, str] | None = None) -> int:
+    def finish(self, write: Write, steps: dict[str, str] | None = None) -> int:
         """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code.
 
         `steps`: commands to type next, with what each is for.

@@ -10,6 +10,7 @@ import torch
 
 from gpt_arc.device import autocast
 from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token
 from gpt_arc.training.config import Config
 from model import GPT
@@ -110,7 +111,7 @@ def set_reading_threads(setting: int | Literal["auto"], model: GPT, tokens: int)
 
 def tokens_per_second(config: Config, device: torch.device, dtype: str) -> float:
     """Measures how many tokens a new run would train on in a second on this device, with the threads it would use."""
-    with torch.device("meta"):
+    with meta_device():
         flops = flops_per_token(GPT(config.model))
     sequences = config.data.batch_size
     threads = resolve_threads(config, None, sequences, flops, device, dtype)

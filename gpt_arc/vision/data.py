@@ -134,7 +134,7 @@ def with_images(conversation: Conversation, count: int, embeddings: int, first: 
 
 def encode_image_conversations(
     conversations: Sequence[ImageConversation], chat: ChatFormat, context: int
-) -> EncodedConversations:
+) -> EncodedConversations[ImageExample]:
     """`encode_conversations` with `ImageExample`s. A conversation that is cut loses the images of its end."""
     examples, cut, dropped = [], 0, 0
     for conversation in conversations:

@@ -20,6 +20,7 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.manifest import record_files
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json
 from gpt_arc.vision.encoder import EncoderConfig
 from gpt_arc.vision.model import VisionGPT
@@ -36,7 +37,6 @@ from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.edit import with_more_tokens
 from gpt_arc.weights.huggingface import TRANSFORMERS_VERSION, config_from_hf, hf_config, hf_tensors, read_tensors
 from gpt_arc.weights.huggingface import stored_tensors as all_tensors
-from gpt_arc.weights.meta import meta_device
 from model import GPT
 
 TEXT, PROJECTOR = "language_model.", "multi_modal_projector."

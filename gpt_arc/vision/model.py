@@ -21,11 +21,11 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.manifest import record_files
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.projector import Projector, ProjectorConfig
-from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT, GPTConfig, Loss
 

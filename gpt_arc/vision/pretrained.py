@@ -13,12 +13,12 @@ from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.functional import Activation
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json
 from gpt_arc.settings import mistake
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.weights.huggingface import FLOATS, stored_tensors
-from gpt_arc.weights.meta import meta_device
 
 
 class Source(NamedTuple):

@@ -21,13 +21,13 @@ from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
 from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named_checkpoint, undamaged_before
-from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
+from gpt_arc.weights.huggingface import STRETCHING, config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
-from gpt_arc.weights.meta import meta_device
 from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, read_weights, write_weights
 from model import GPT, GPTConfig
 
@@ -36,9 +36,11 @@ MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
+# settings that older versions don't know, and the value that means what these do
+LATER = {"base_width": None, "rotary_scaling": None, "rotary_factor": 1.0, "rotary_context": None, "rotary_fast": None}
+LATER |= {"rotary_slow": 1.0, "rotary_attention_factor": None}
 # settings that may change on loading; a smaller context truncates learned positions
-LATER = {"base_width": None}  # settings that older versions don't know, and the value that means what these do
-REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
+REPLACEABLE = OF_TRAINING | STRETCHING | {"init", "base_width", "block_size"}
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.weights.meta import meta_device
+from gpt_arc.nn.meta import meta_device
 from model import GPT
 
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.reading import open_plain, read_json, reading
 
@@ -123,6 +123,15 @@ def _read(
             if tensor.dtype != dtype:  # an open file keeps what was converted in memory
                 file = safe_open(path, framework="pt")
     return tensors
+
+
+def check_range(tensors: Mapping[str, torch.Tensor], model: Path | str, dtype: str = "float32") -> None:
+    """Raises NotFinite for a tensor of `model` that isn't, or that exceeds the range of the `dtype` it now has."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any() or dtype == "float32" and tensor.isinf().any():
+            raise NotFinite(f"{name} of {model} is not finite: name another checkpoint")
+        if tensor.isinf().any():
+            raise NotFinite(f"{name} of {model} has values beyond the range of {dtype}: export in float32")
 
 
 def and_more(names: set[str]) -> str:

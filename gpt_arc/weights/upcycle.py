@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from gpt_arc.nn.experts import Experts
-from gpt_arc.weights.meta import meta_device
+from gpt_arc.nn.meta import meta_device
 from model import GPT
 
 

@@ -28,6 +28,23 @@ def numbers(text):
 # ---- templates
 
 
+@pytest.mark.parametrize(
+    "opening, spans",
+    [("Bot: ", True), ("Bot:", False), ("Bot:\n", False), ("Bot: <|x|>", False), ("", False), ("B", True)],
+)
+def test_a_template_whose_prompts_end_otherwise_than_in_training_is_refused(opening, spans):
+    words = [text for a in "aA1" for text in (f"Bot: {a}", f"B{a}")]
+    chat = ChatFormat.new(
+        Template("{content}", "{content}\n", opening + "{content}<|end|>"), BPETokenizer.train(words * 9, 290), 290
+    )
+    prompt, whole = chat.prompt([Turn("user", "b")]), chat.encode([Turn("user", "b"), Turn("assistant", "a")])[0]
+    assert (whole[: len(prompt)] != prompt) == spans
+    if not spans:
+        return chat.check_opening()
+    with pytest.raises(UserError, match="a prompt would end otherwise than in training"):
+        chat.check_opening()
+
+
 def test_markers_by_hand():
     chat = ChatFormat.new(TEMPLATES["markers"], LETTERS, vocab_size=20)  # a model may have more rows than tokens
     assert chat.added == {"<|system|>": 20, "<|user|>": 21, "<|assistant|>": 22, "<|end|>": 23} and chat.end == 23
@@ -245,7 +262,7 @@ def test_conversations_and_prompts_in_both_forms(tmp_path):
         {"messages": MESSAGES, "source": "x"},
         {"prompt": "ab", "response": "cde", "system": "f"},
         {"prompt": "ab", "response": "", "system": ""},
-        {"prompt": 7, "response": 1.5},
+        {"prompt": 7, "response": 1.5, "system": float("nan"), "weight": 1.0, "history": []},
     ]
     messages, with_system, empty, numeric = read(read_conversations, tmp_path, *rows)
     assert messages.turns == with_system.turns == (SYSTEM, ASK, SAY) and messages.row == rows[0]
@@ -369,7 +386,32 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
             {"prompt": "a", "responses": ["c", "d"], "ranks": [1, True]},
             "ranks = [1, true] is not a list",
         ),
-        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]}, "ranks contains NaN"),
+        (
+            read_rankings,
+            {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]},
+            "ranks = [1, null] is not",
+        ),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "ranks": [2, 1]}, "can't stand beside chosen"),
+        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "rejected": "d"}, "rejected can't stand beside"),
+        (
+            read_rankings,
+            {"prompt": "a", "chosen": MESSAGES[2] | {"weight": 0}, "rejected": "d"},
+            "chosen has weight = 0",
+        ),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "weight": 0}, "the column weight = 0 can't be"),
+        (read_conversations, {"prompt": "a", "response": "b", "weight": 0}, "the column weight = 0 can't be learned"),
+        (read_conversations, {"messages": MESSAGES, "weight": 0.5}, "the column weight = 0.5 can't be learned"),
+        (
+            read_conversations,
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            'history = [["c", "d"]] can',
+        ),
+        (
+            read_conversations,
+            {"prompt": "a", "response": "b", "functions": [{}]},
+            "the column functions = [{}] can't be learned",
+        ),
+        (read_conversations, {"prompt": "a", "response": float("nan")}, "response is empty"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, reader, row, message):

@@ -11,12 +11,14 @@ import os
 import sys
 import threading
 import types
+from collections import deque
 from pathlib import Path
 
 import pytest
 
 from gpt_arc.data import documents
 from gpt_arc.data.documents import Files, HubDocuments, InputSettings, Text, find_files, merge_inputs, read_text
+from gpt_arc.data.rows import parsed_rows
 from gpt_arc.errors import UserError
 
 TEXTS = [
@@ -200,6 +202,23 @@ def test_damaged_files_are_named(tmp_path, name, content, sentence):
     with pytest.raises(UserError) as error:
         read(Files([tmp_path / name], "text"))
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("reader", ["documents", "rows"])
+def test_one_row_group_of_parquet_is_held_at_a_time(reader, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = [os.urandom(500).hex() for _ in range(4000)]
+    parquet.write_table(arrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=200)  # 0.2 MB each
+    before, held = arrow.total_allocated_bytes(), []
+
+    def measure(*_):
+        held.append(arrow.total_allocated_bytes() - before)
+
+    if reader == "documents":
+        deque(map(measure, Files([tmp_path / "a.parquet"], "text").pieces("never")), maxlen=0)
+    else:
+        parsed_rows(tmp_path / "a.parquet", measure)
+    assert len(held) == 4000 and max(held) < 1e6
 
 
 def test_a_parquet_column_must_exist_and_hold_text(tmp_path):

@@ -670,9 +670,13 @@ class Table(Decoder):
 
 
 SPECULATED = [
-    (Sampling(), 1), (Sampling(1.6), 2), (Sampling(), 4), (Sampling(top_k=2), 2),
-    (Sampling(1.3, repetition_penalty=2.0), 2), (Sampling(0.8, top_p=0.9, repetition_penalty=0.7), 3),
-]  # fmt: skip
+    (Sampling(), 1),
+    (Sampling(1.3, repetition_penalty=2.0), 2),
+    pytest.param(Sampling(1.6), 2, marks=pytest.mark.slow),
+    pytest.param(Sampling(), 4, marks=pytest.mark.slow),
+    pytest.param(Sampling(top_k=2), 2, marks=pytest.mark.slow),
+    pytest.param(Sampling(0.8, top_p=0.9, repetition_penalty=0.7), 3, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("sampling", "draft_tokens"), SPECULATED, ids=str)
@@ -700,6 +704,9 @@ def test_impossible_speculation_is_refused():
         next(speculative(small_gpt(), small_gpt(vocab=12), [1], 5))
     with pytest.raises(UserError, match="draft_tokens = 0"):
         next(speculative(small_gpt(), small_gpt(), [1], 5, draft_tokens=0))
+    dynamic = small_gpt(positions="rotary", rotary_scaling="dynamic", rotary_factor=2.0, rotary_context=4)
+    with pytest.raises(UserError, match="dynamic.*leave the draft out"):
+        next(speculative(dynamic, small_gpt(), [1], 5))
 
 
 def test_extreme_temperatures_give_distributions():

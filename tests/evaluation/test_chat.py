@@ -35,7 +35,7 @@ HARNESS_TASK = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["markers", "chatml"])
+@pytest.fixture(scope="module", params=["markers", pytest.param("chatml", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     """A folder with a chat model that has learned its sums, and the sums as tasks."""
     root = tmp_path_factory.mktemp("chat")

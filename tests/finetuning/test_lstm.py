@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt_arc.finetuning.lstm import LSTM
+from gpt_arc.nn.meta import meta_device
 from helpers import randomised
 from model import GPT, GPTConfig
 
@@ -13,7 +14,7 @@ TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=2, n_embd=32)
 
 
 def on_meta(kind, config):
-    with torch.device("meta"):
+    with meta_device():
         return kind(config)
 
 

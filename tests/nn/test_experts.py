@@ -25,6 +25,7 @@ from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.finetuning.lora import add_adapters, merge_adapters
 from gpt_arc.nn.experts import Experts
 from gpt_arc.nn.functional import Activation
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.settings import mistake
 from gpt_arc.training.config import TrainingConfig
@@ -366,7 +367,7 @@ def test_parameters_and_flops_match_mixtral():
         4096, 32_000, 32, 32, 4096, n_kv_head=8, mlp_size=14_336, n_experts=8, experts_per_token=2, norm="rmsnorm",
         positions="rotary", activation="swiglu", bias=False, tied_head=False,
     )  # fmt: skip
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(mixtral)
     assert model.num_parameters() == 46_702_792_704
     assert model.num_parameters(active=True) == 12_879_925_248
@@ -606,7 +607,7 @@ def test_two_processes_equal_one(workplace, output_of):
     """The router losses balance the load of all processes together."""
     flags = (*FLAGS, "--balance_loss=0.1", "--max_iters=6")
     output_of(entry_point(train.main), "train.py", "sums.toml", *flags, "--out_dir=one")
-    result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2, torchrun=True)
+    result = command("train.py", "sums.toml", *flags, "--out_dir=two", processes=2)
     assert result.returncode == 0, result.stdout + result.stderr
     one, two = (load_file(Path(f"{folder}/last/model.safetensors")) for folder in ("one", "two"))
     for name, tensor in one.items():

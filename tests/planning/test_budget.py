@@ -1,9 +1,9 @@
 """Budgets: days, money, shapes and claims, by hand."""
 
 import pytest
-import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import (
     GPT3,
     Hardware,
@@ -46,7 +46,7 @@ def test_rates_and_batches_are_gpt3_s_at_its_sizes_and_between_them_between():
 @pytest.mark.parametrize("embeddings", [True, False])
 def test_no_other_depth_comes_nearer(config, embeddings):
     def size(layers):
-        with torch.device("meta"):
+        with meta_device():
             return GPT(shaped(config, layers, 64, 64)).num_parameters(embeddings, active=True)
 
     sizes = {layers: size(layers) for layers in range(2, 25, 2)}

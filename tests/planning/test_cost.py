@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.tables import human
 from gpt_arc.training.log import Meter, MetricsLog, Utilization
@@ -51,16 +52,20 @@ def test_a_band_of_width_w_is_seen_by_2w_keys():
 
 
 def test_gpt2_takes_six_flops_per_weight_plus_attention():
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(GPTConfig())
     assert flops_per_token(model) == 6 * (12 * 12 * 768**2 + 50_257 * 768) + 12 * 12 * 768 * 1024
 
 
 def test_memory_of_weights_gradients_and_moments():
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(GPTConfig())
     assert memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
     assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
+    with torch.device("meta"):
+        alibi, plain = (GPT(GPTConfig(positions=name)) for name in ("alibi", "none"))
+    biases = memory_estimate(alibi, 8, "float32") - memory_estimate(plain, 8, "float32")
+    assert biases == 12 * 1024 * 1024 * 4
 
 
 def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():

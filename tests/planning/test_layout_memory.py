@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.layout import MEMORY, ROOM, Layout
-from gpt_arc.weights.meta import meta_device
 from model import GPT, GPTConfig
 
 MEDIUM = {"n_layer": 8, "n_embd": 4096, "n_head": 32, "block_size": 2048}

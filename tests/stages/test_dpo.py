@@ -198,9 +198,11 @@ def test_batching_and_processes_change_only_rounding(run):
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
         "--activation_checkpointing=True")  # fmt: skip
-    result = command("stages/dpo.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, torchrun=True)
-    assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
-    for name in ("parts", "two"):
+    for name, mode in {"two": "ddp", "shards": "fsdp"}.items():
+        several = f"--parallel={mode}", "--backend=gloo", f"--out_dir={name}"
+        result = command("stages/dpo.py", *flags, *several, processes=2, torchrun=True)
+        assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
+    for name in ("parts", "two", "shards"):
         torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)
         for expected, line in zip(lines_of("whole")[1:], lines_of(name)[1:], strict=True):
             assert line == {key: pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in expected.items()}

@@ -180,10 +180,12 @@ def test_batching_and_processes_change_only_rounding(run):
     run(*flags, "--out_dir=whole", "--batch_size=4", "--gradient_accumulation_steps=1")
     run(*flags, "--out_dir=parts", "--batch_size=1", "--gradient_accumulation_steps=4",
         "--activation_checkpointing=True")  # fmt: skip
-    result = command("stages/reward.py", *flags, "--backend=gloo", "--out_dir=two", processes=2, torchrun=True)
-    assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
+    for name, mode in {"two": "ddp", "shards": "fsdp"}.items():
+        several = f"--parallel={mode}", "--backend=gloo", f"--out_dir={name}"
+        result = command("stages/reward.py", *flags, *several, processes=2, torchrun=True)
+        assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     whole = load_reward_model("whole/last")[0]
-    for name in ("parts", "two"):
+    for name in ("parts", "two", "shards"):
         torch.testing.assert_close(
             whole.state_dict(), load_reward_model(f"{name}/last")[0].state_dict(), rtol=1e-4, atol=1e-5
         )

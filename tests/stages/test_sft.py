@@ -183,7 +183,7 @@ def test_batching_and_processes_change_only_rounding(run):
     for name, way in ways.items():
         run(*flags, *way, f"--out_dir={name}")
     several = ("--batch_size=1", "--gradient_accumulation_steps=4", "--backend=gloo", "--out_dir=two")
-    result = command("stages/sft.py", *flags, *several, processes=2, torchrun=True)
+    result = command("stages/sft.py", *flags, *several, processes=2)
     assert result.returncode == 0 and result.stdout.count("finished step 8") == 1, result.stderr
     for name in (*ways, "two"):
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-6)
@@ -194,6 +194,24 @@ def test_batching_and_processes_change_only_rounding(run):
         - load_file("base/model.safetensors")["blocks.0.mlp.up.weight"]
     )
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_shards_train_as_one_process_and_resume(run):
+    flags = (*TRAIN, "--residual_dropout=0", "--val=val.jsonl", "--learning_rate=1e-3", "--adam_eps=1e-4")
+    run(*flags, "--out_dir=whole")
+    several = ("--batch_size=1", "--gradient_accumulation_steps=4", "--backend=gloo", "--out_dir=shards")
+    result = command("stages/sft.py", *flags, *several, "--parallel=fsdp", processes=2, torchrun=True)
+    assert result.returncode == 0, result.stderr
+    assert_same_weights("whole/last", "shards/last", rtol=1e-4, atol=1e-6)
+    for expected, line in zip(updates_of("whole"), updates_of("shards"), strict=True):
+        assert line == {key: pytest.approx(value, rel=1e-4) for key, value in expected.items()}
+    if Path("shards/best").readlink() != Path("shards/last").readlink():  # a checkpoint before the end
+        Path("shards/last").unlink()
+        Path("shards/last").symlink_to(Path("shards/best").readlink())
+    result = command("stages/sft.py", "--resume=shards", processes=2, torchrun=True)
+    assert result.returncode == 0, result.stderr
+    assert_same_weights("whole/last", "shards/last", rtol=1e-4, atol=1e-6)
 
 
 # ---- interrupted runs

@@ -288,12 +288,16 @@ def test_a_loss_that_does_not_move_gets_a_line(script, workplace, stage_runner, 
     flags += ["--train=clear.jsonl"] * (script in ("reward", "dpo"))
     flags += ["--residual_dropout=0"] * (script == "sft")
     flags += ["--language_weight=0"] * (script == "finetune")
-    still = stage_runner(module, *flags, "--learning_rate=1e-9", "--out_dir=still")
+
+    def interrupted(update, *more):
+        with monkeypatch.context() as patched:
+            interrupt_at(patched, update)
+            return stage_runner(module, *more).output
+
+    still = interrupted(40, *flags, "--learning_rate=1e-9", "--out_dir=still")
     assert still.count("try --learning_rate=1e-08") == 1 and "the loss hasn't moved in" in still
-    learning = stage_runner(module, *flags, "--learning_rate=2e-2", "--out_dir=learning", "--schedule=constant")
+    learning = interrupted(40, *flags, "--learning_rate=2e-2", "--out_dir=learning", "--schedule=constant")
     assert "the loss has" not in learning
     if script == "sft":
-        with monkeypatch.context() as patched:
-            interrupt_at(patched, 5)
-            stage_runner(module, *flags, "--learning_rate=1e-9", "--out_dir=halves")
-        assert "the loss hasn't moved in" in stage_runner(module, "--resume=halves")
+        assert "the loss has" not in interrupted(5, *flags, "--learning_rate=1e-9", "--out_dir=halves")
+        assert "the loss hasn't moved in" in interrupted(40, "--resume=halves")

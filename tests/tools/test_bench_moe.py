@@ -161,6 +161,7 @@ def test_table_fastest_and_floor_follow_from_the_times(place, monkeypatch, outpu
     assert {len(row) for row in rows} == {len(header)}
 
 
+@pytest.mark.slow
 def test_a_run_measures_each_competitor_in_its_own_process(place):
     flags = "--batch_size=3 --dtype=bfloat16 --rounds=1 --steps=2 --device=cpu --json=results.json"
     peer_flags = "--transformers=True", "--implementations=eager"

@@ -361,7 +361,10 @@ def children(number):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="processes are counted in /proc")
 @pytest.mark.parametrize(
     ("flags", "started", "number"),
-    [(["--target=1"], "train.py", signal.SIGINT), (["--nanogpt=nanoGPT"], "spawn_main", signal.SIGTERM)],
+    [
+        (["--target=1"], "train.py", signal.SIGINT),
+        pytest.param(["--nanogpt=nanoGPT"], "spawn_main", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
 )
 def test_an_interruption_leaves_no_process_and_no_folder(flags, started, number, place):
     (place / "tmp").mkdir()

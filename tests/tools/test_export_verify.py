@@ -14,6 +14,7 @@ from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, save_classifier
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
+from gpt_arc.weights import tensor_files
 from gpt_arc.weights.directory import save_model
 from helpers import randomised
 from model import GPT, GPTConfig
@@ -96,13 +97,13 @@ def test_an_export_is_verified(kind, dtype, run, tmp_path):
 @pytest.mark.parametrize("kind", ["language model", "classes", "options", "reward"])
 def test_another_weight_is_noticed(kind, run, tmp_path, monkeypatch):
     MODELS[kind](tmp_path / "ours")
-    check_range = export.check_range
+    check_range = tensor_files.check_range
 
     def changed(tensors, *others):
         next(tensor for name, tensor in tensors.items() if name.endswith("h.0.ln_1.weight"))[0] += 0.05
         check_range(tensors, *others)
 
-    monkeypatch.setattr(export, "check_range", changed)
+    monkeypatch.setattr(tensor_files, "check_range", changed)
     stopped = run()
     assert stopped.code == 1 and "texts differ" in stopped.output
     largest, bound = re.search(r"difference of logits is (\S+), the bound (\S+)", stopped.output).groups()

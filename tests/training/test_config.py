@@ -10,10 +10,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.files import point
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import values_of
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, write_settings
@@ -88,13 +88,14 @@ def test_a_truth_value_may_stand_alone(args, compiled, tmp_path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_builds(path):
     config = build_config(read_settings(path), str(path))
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(config.model)
     expected = {
         "char_tiny": 208_961, "gpt1": 116_534_784, "gpt2": 124_439_808, "gpt2_medium": 354_823_168,
         "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "gpt3_small": 125_226_240, "gpt3_medium": 355_871_744,
         "gpt3_large": 760_300_032, "gpt3_xl": 1_315_723_264, "gpt3_2.7b": 2_651_553_280, "gpt3_6.7b": 6_658_404_352,
         "gpt3_13b": 12_853_386_240, "gpt3_175b": 174_604_259_328, "modern": 114_115_584, "gpt2_modern": 123_552_768,
+        "llama": 134_515_008,
     }  # fmt: skip
     assert model.num_parameters() == expected.get(path.stem, model.num_parameters())
     assert config.sequences_per_step % config.data.batch_size == 0

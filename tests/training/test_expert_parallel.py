@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import memory_estimate
 from gpt_arc.training.expert_parallel import check_expert_processes
 from helpers import TINY_FLAGS, command, refusal, trains_into
@@ -34,7 +35,11 @@ def assert_same_run(actual: tuple[list[dict], dict], expected: tuple[list[dict],
 
 @pytest.mark.parametrize(
     ("processes", "sharing", "flags"),
-    [(2, 2, ("--experts_per_token=1", "--bias=True")), (2, 2, (*SWIGLU, "--balance_rate=0.01")), (4, 2, SWIGLU)],
+    [
+        (2, 2, ("--experts_per_token=1", "--bias=True")),
+        pytest.param(2, 2, (*SWIGLU, "--balance_rate=0.01"), marks=pytest.mark.slow),
+        pytest.param(4, 2, SWIGLU, marks=pytest.mark.slow),
+    ],
 )
 def test_experts_in_several_processes_train_as_in_one(run, processes, sharing, flags):
     """Twenty losses, gradient norms and router figures, including clipping and the router losses."""
@@ -137,7 +142,7 @@ def test_the_command_line_refuses_an_impossible_split(workplace):
 
 
 def test_the_memory_estimate_counts_a_process_s_share_of_experts():
-    with torch.device("meta"):
+    with meta_device():
         model = GPT(
             GPTConfig(n_layer=2, n_embd=16, mlp_size=24, n_head=2, n_experts=4, bias=False, activation="swiglu")
         )

@@ -186,6 +186,7 @@ def test_other_bad_data_of_one_of_two_processes(workplace, split, place, ending)
         assert not Path("run/last").exists()
 
 
+@pytest.mark.slow
 def test_bad_data_of_one_of_two_processes_stop_both_after_they_have_saved(workplace):
     """The token that only the second process reads is made invalid, and mended before the run goes on."""
     flags = ["sums.toml", *TINY_FLAGS, "--eval_interval=100", "--dtype=float32"]

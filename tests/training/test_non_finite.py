@@ -14,7 +14,7 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import TINY_FLAGS
 from model import GPT, GPTConfig
@@ -84,12 +84,17 @@ def test_a_stage_saves_neither_bad_weights_nor_a_bad_loss(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # which would take this process's signals
     run = StageRun(
-        "sft", StageOptions("base", learning_rate=1e-5, out_dir="run", device="cpu"), torch.device("cpu"), None, None
+        "sft",
+        StageOptions("base", learning_rate=1e-5, out_dir="run", device="cpu"),
+        torch.device("cpu"),
+        None,
+        None,
+        StageProgress,
     )
     run.open("data")
     module = run.place(torch.nn.Linear(2, 2))
     run.restore(run.updater(module, 10), {})
-    write = lambda directory: directory.mkdir(exist_ok=True)  # noqa: E731
+    write = lambda _, directory: directory.mkdir(exist_ok=True)  # noqa: E731
     run.progress.step = 1
     with pytest.raises(UserError, match="update 1 left .*, there is no checkpoint yet: lower learning_rate, or set"):
         run.save(write, float("nan"))
@@ -155,7 +160,7 @@ def test_every_stage_stops_at_weights_that_are_not_finite(tmp_path, monkeypatch,
     model = "base" if stage in (finetune, sft) else "chat"
     stopped = stage_runner(stage, model, *flags, *COMMON, "--out_dir=run")
     assert (
-        stopped.code == 2
+        stopped.code == 1
         and "update 2 left weights or a val loss that are not finite, run/last is the" in stopped.message
     )
     assert [path.name for path in Path("run").glob("step-*")] == ["step-00000001"] and all_finite("run/last")

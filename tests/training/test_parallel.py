@@ -159,7 +159,7 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.parallel import REPLICATED
 from gpt_arc.training.sharded import Sharded, ShardedMuon
-from gpt_arc.weights.meta import meta_device
+from gpt_arc.nn.meta import meta_device
 from model import GPT, GPTConfig
 
 cpu = torch.device("cpu")

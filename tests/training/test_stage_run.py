@@ -21,7 +21,7 @@ from gpt_arc.training.command_line import read_options, run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
 from gpt_arc.training.options import StageOptions, record_options, recorded_options
 from gpt_arc.training.schedule import PublishedRate, learning_rate_at
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from helpers import refusal
 from model import GPTConfig
 from train import Run
@@ -253,7 +253,7 @@ def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
         rates.append(run.options.learning_rate)
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
-        run.save(lambda directory: None)
+        run.save(lambda model, directory: None)
         recorded.append(options)
         return 0
 
@@ -288,13 +288,13 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # it would handle this process's signals
     options = Options("base", learning_rate=1e-5, out_dir="run", device="cpu", dtype="float32")
-    run = StageRun("sft", options, torch.device("cpu"), None, None)
+    run = StageRun("sft", options, torch.device("cpu"), None, None, StageProgress)
     run.open("data")
     module = run.place(torch.nn.Linear(2, 2))
     run.restore(run.updater(module, 10), {"part": torch.nn.Linear(1, 1)})
     written = []
 
-    def write(directory):
+    def write(_, directory):
         directory.mkdir(exist_ok=True)
         written.append(directory.name)
 
@@ -307,7 +307,7 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     record = json.loads(Path("run/run.json").read_text())
     assert record["stage"] == "sft" and record["options"]["model"] == "base"
     del run  # releases the folder
-    resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
+    resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None, StageProgress)
     assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/step-00000005"
     with pytest.raises(UserError, match="run was started on other data or another model"):
         resumed.open("others")
@@ -321,7 +321,7 @@ def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, mo
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
         run.progress.step = 3
-        run.save(lambda directory: None)
+        run.save(lambda model, directory: None)
         monkeypatch.setattr(command_line, "WORLD_SIZE", 2)
         raise RuntimeError("Connection closed by peer")
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from gpt_arc.data.tokenizer import CharTokenizer
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
+from gpt_arc.manifest import check_files
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.llava import is_llava, read_llava, write_llava
-from gpt_arc.vision.model import VisionGPT, load_vision
+from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
 from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import randomised
@@ -100,11 +101,18 @@ def test_the_tool_converts_there_and_back(tmp_path, monkeypatch):
     assert all(
         torch.equal(a, b) for a, b in zip(ours.encoder.state_dict().values(), again.encoder.state_dict().values())
     )
+    check_files(tmp_path / "back")
+    assert "tokenizer.json" in json.loads((tmp_path / "back/manifest.json").read_text())["files"]
     with pytest.raises(UserError, match="back exists: name a new folder"):
         run(monkeypatch, tmp_path / "ours", tmp_path / "back")
     save_model(text, tokenizer, tmp_path / "text")
     with pytest.raises(UserError, match="text reads text alone"):
         run(monkeypatch, tmp_path / "text", tmp_path / "new")
+    next(iter(ours.projector.state_dict().values()))[0, 0] = torch.nan
+    save_vision(ours, tmp_path / "ours")
+    with pytest.raises(NotFinite, match=r"projector\.\w+\.weight of .*ours is not finite"):
+        run(monkeypatch, tmp_path / "ours", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_packing_batching_and_processes_change_only_rounding(run):
     run(*flags, "--packing=False", "--out_dir=padded")
     run(*flags, "--batch_size=1", "--gradient_accumulation_steps=4", "--out_dir=parts")
     several = ("--batch_size=1", "--gradient_accumulation_steps=4", "--backend=gloo", "--out_dir=two")
-    result = command("stages/sft.py", *flags, *several, processes=2, torchrun=True)
+    result = command("stages/sft.py", *flags, *several, processes=2)
     assert result.returncode == 0, result.stderr
     for name in ("padded", "parts", "two"):
         assert losses(name) == pytest.approx(losses("whole"), rel=1e-4)

@@ -24,7 +24,17 @@ from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_requirements, write_results
-from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare, prepare, read_arguments, show
+from benchmarks.train import (
+    OurTrainer,
+    StepBench,
+    TrainJob,
+    TrainWorker,
+    TransformersTrainer,
+    compare,
+    prepare,
+    read_arguments,
+    show,
+)
 from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT
 
@@ -76,13 +86,12 @@ def bench_moe(args: list[str]) -> None:
     settings, config = read_arguments(args, MoeBench, __doc__, "moe configs/moe.toml")
     check_requirements(settings)
 
-    import torch  # slow: import once the settings are valid
-
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import flops_per_token
     from gpt_arc.weights.huggingface import architecture_of
     from model import GPT
 
-    with torch.device("meta"):
+    with meta_device():
         model, dense = GPT(config.model), GPT(equal_dense(config.model))
     if not model.experts:
         raise UserError("n_experts = 0 leaves nothing to measure: name a config with experts, such as configs/moe.toml")
@@ -95,9 +104,10 @@ def bench_moe(args: list[str]) -> None:
 
     peers = {f"transformers {name}": IMPLEMENTATIONS[name] for name in settings.implementations}
     dense_job = dataclasses.replace(job, config=dataclasses.replace(config, model=dense.config))
+    workers: dict[str, tuple[type[TrainWorker], TrainJob]]
     workers = {"ours": (OurTrainer, job), "dense": (OurTrainer, dense_job)}
     workers |= {name: (worker, job) for name, worker in peers.items()} if settings.transformers else {}
-    results = compare(job, workers) | {"flops_per_token": flops}
+    results: dict[str, Any] = compare(job, workers) | {"flops_per_token": flops}
     show(results)
     if settings.transformers:
         results["fastest"] = min(peers, key=lambda name: results["ratios"][name]["median"])
