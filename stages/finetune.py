@@ -75,7 +75,7 @@ from gpt_arc.training.options import ExampleOptions, refuse_others
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import PublishedRate, learning_rate_at, warmup_linear
 from gpt_arc.training.stage_run import StageProgress, StageRun
-from gpt_arc.weights.directory import load_text_model
+from gpt_arc.weights.directory import load_text_model, refuse_images
 from gpt_arc.weights.edit import transfer, with_settings
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
@@ -261,6 +261,7 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trained, tokenizer = load_classifier(options.base_model)
         trunk, special = trained.trunk, trained.config.special
     else:
+        refuse_images(options.base_model)
         model, tokenizer = load_text_model(options.base_model)
         trunk, special = with_special_tokens(model)
     if options.dropout is not None:

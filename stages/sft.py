@@ -51,9 +51,9 @@ from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
-from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
+from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
 from gpt_arc.vision.new import new_vision_model
-from gpt_arc.weights.directory import of_one_checkpoint, save_model
+from gpt_arc.weights.directory import of_one_checkpoint, reads_images, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -73,8 +73,8 @@ class Options(ChatOptions):
     """Peak learning rate. None: InstructGPT's 1e-5 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
     parameters), up to 0.01."""
     image_encoder: str | None = None
-    """Encoder to add to a text model so that it reads images: a ViT, CLIP or SigLIP saved by transformers, or a .toml
-    file with the settings of a new one."""
+    """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
+    SigLIP saved by transformers, or a .toml file with the settings of a new one."""
     projector_layers: Literal[1, 2] = 2
     """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
     pixel_shuffle: Count = 1

@@ -23,7 +23,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, refuse_images
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -363,7 +363,11 @@ def load_text_with_chat(
 
 @of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
-    """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
+    """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError.
+
+    Refuses a model that reads images, because whoever trains it saves its text model alone.
+    """
+    refuse_images(path)
     model, _, chat = load_with_chat(path)
     chat = require_chat(path, chat)
     return model, chat.tokenizer, chat

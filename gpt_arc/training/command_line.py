@@ -23,7 +23,7 @@ from gpt_arc.training.options import O, StageOptions, located, recorded_options,
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_run import P, StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.directory import OF_TRAINING, load_config, refuse_images
 from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
 
@@ -83,7 +83,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
+    named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    shown = read_files(Config, named)[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
     files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
@@ -170,6 +171,7 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
     Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
     extend_context also a longer one and rotary_scaling. Raises UserError.
     """
+    refuse_images(name)
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
         raise UserError(
@@ -218,7 +220,7 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
-    count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
     flags = read_flags(cls, description, args[count:], shown)

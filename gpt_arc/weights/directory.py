@@ -33,6 +33,7 @@ from model import GPT, GPTConfig
 
 MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
+VISION_FILE = "vision.json"  # beside a model that reads images (gpt_arc/vision/model.py)
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
@@ -107,6 +108,18 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
             f"other as {hub.PREFIX}OWNER/NAME"
         )
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
+
+
+def reads_images(directory: Path) -> bool:
+    """Whether a model directory has an image encoder."""
+    return (directory / VISION_FILE).is_file()
+
+
+def refuse_images(path: Path | str, instead: str = "name the text model that it was made from") -> None:
+    """Raises UserError, with what to do instead, if a model reads images: its text model alone would be saved."""
+    directory = local_directory(path)
+    if directory and reads_images(directory):
+        raise UserError(f"{path} reads images, and only its text model would be saved: {instead}")
 
 
 def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path | str, P], T]:
