@@ -140,7 +140,7 @@ def train(options: Options, run: StageRun) -> int:
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     patches = encoder.config.side**2
-    run.fit(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
+    run.set_threads(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
     run.open(digest([[[image.checksum, image.labels] for image in split] for split in images.values()]))
     replica = run.place(model)
     updater = run.updater(model, updates)
