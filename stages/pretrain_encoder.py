@@ -19,6 +19,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -35,7 +36,7 @@ from gpt_arc.tables import counted
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import (
@@ -140,12 +141,14 @@ def train(options: Options, run: StageRun) -> int:
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     patches = encoder.config.side**2
-    run.set_threads(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
+    run.fit(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
     run.open(digest([[[image.checksum, image.labels] for image in split] for split in images.values()]))
     replica = run.place(model)
     updater = run.updater(model, updates)
     run.restore(updater, {"heads": model.heads})
-    write = partial(write_encoder, encoder, preprocessing)
+
+    def write(whole: ImageClassifier, directory: Path) -> None:
+        write_encoder(whole.encoder, preprocessing, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's labels.
@@ -193,7 +196,7 @@ def main() -> int:
         raise UserError(
             "name an encoder to train further, or a .toml file with the settings of a new one by --image_encoder"
         )
-    return start_stage(options, "pretrain_encoder", train)
+    return start_stage(options, "pretrain_encoder", train, StageProgress)
 
 
 if __name__ == "__main__":
