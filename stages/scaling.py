@@ -84,12 +84,12 @@ def sweep(options: SweepOptions) -> int:
     stop = StopSignal()
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = list(pool.map(lambda run: train(run, options, stop), left))
+    results, path = [run.result() for run in runs if run.finished], runs[0].folder.parent / "results.json"
+    if results:
+        write_file(path, write_table(results))
     if stop.received:
         print("stopped, what has begun is saved; the same command goes on")
         return 128 + stop.received
-    results = [run.result() for run in runs if run.finished]
-    path = runs[0].folder.parent / "results.json"
-    write_file(path, write_table(results))
     again = command("stages/scaling.py", "fit", path.parent)
     print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
     return max(codes, default=0)

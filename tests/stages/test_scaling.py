@@ -15,6 +15,7 @@ import pytest
 import train
 from gpt_arc.errors import UserError
 from gpt_arc.planning.fits import Result, fit_laws, size_of
+from gpt_arc.planning.pictures import draw_shapes
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
 from gpt_arc.training.config import write_settings
 from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
@@ -231,6 +232,15 @@ def test_pictures_are_drawn(scaling_run, tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
             tmp_path / f"{name}.svg"
         ).read_text()
+
+
+def test_shapes_of_one_size_are_drawn_as_a_line_of_means():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    base, shapes = exact_results(1, 1)[0], ((1, 128), (4, 64), (16, 32))
+    runs = [base._replace(n_layer=n, n_embd=c, seed=s, val_loss=2 + s + n / 10) for s in (0, 1) for n, c in shapes]
+    draw_shapes(axes, runs)
+    assert axes.lines[0].get_xdata().tolist() == [2, 16, 128]
+    assert axes.lines[0].get_ydata() == pytest.approx([4.1, 2.9, 2.6])
 
 
 def test_a_loss_is_predicted_before_it_is_trained_and_compared_after(scaling_run, workplace):
