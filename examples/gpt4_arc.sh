@@ -41,10 +41,12 @@ for task in $tasks; do
     chats=(--batch_size=64 --warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
     train "$first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" "${chats[@]}" \
         --image_encoder="$out/encoder" --encoder_rate=0.1 --learning_rate=2e-3 --epochs=8
-    if [ "$first" != "$out/seen" ]; then  # a second round, on other questions, with a faster encoder
+    if [ "$first" != "$out/seen" ]; then  # with a faster encoder, a round on other questions and one on all
         tail -n +12001 "$data/train.jsonl" > "$data/round_2.jsonl"
-        train "$out/seen" stages/sft.py "$first" --train="$data/round_2.jsonl" "${chats[@]}" \
+        train "$out/second" stages/sft.py "$first" --train="$data/round_2.jsonl" "${chats[@]}" \
             --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
+        train "$out/seen" stages/sft.py "$out/second" --train="$data/train.jsonl" "${chats[@]}" \
+            --encoder_rate=0.3 --learning_rate=1e-3 --epochs=1
     fi
 
     for items in $tests; do
