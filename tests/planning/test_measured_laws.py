@@ -1,4 +1,4 @@
-"""The figures of docs/scaling.md follow from the results that are committed beside it."""
+"""The figures of docs/results/scaling.md follow from the results that are committed beside it."""
 
 import hashlib
 import re
@@ -11,7 +11,7 @@ from gpt_arc.reading import read_json
 from helpers import ROOT
 
 pytest.importorskip("scipy")
-DOCS = ROOT / "docs"
+DOCS = ROOT / "docs/results"
 TEXT = (DOCS / "scaling.md").read_text()
 
 
