@@ -25,7 +25,7 @@ from gpt_arc.decoding.cache import BlockCache, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
-from model import GPT
+from model import GPT, Source
 
 
 class Decoder(nn.Module):
@@ -39,10 +39,16 @@ class Decoder(nn.Module):
         self.model = model
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
+        self.source: Source | None = None  # for a model with an encoder: one source, of all rows
         self.cache = empty_cache(model, 0, 0, torch.float32)
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
         self.one_step = self.forward  # used for one token per row
+
+    @torch.inference_mode()
+    def read_source(self, tokens: Sequence[int]) -> None:
+        """Lets the encoder read a source, to which all rows attend from now on."""
+        self.source = self.model.encode(send([list(tokens)], self._device))
 
     def prepare(self, rows: int, compile: bool, int8: bool = False) -> None:
         """Lays out the model for decoding `rows` at a time; it can't be trained or saved any more.
@@ -154,7 +160,7 @@ class Decoder(nn.Module):
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         with self._eager():
             views = [part.view(len(rows), longest, None) for part in cache]
-            hidden = self.model.hidden(tokens, cache=views, images=self.images)
+            hidden = self.model.hidden(tokens, cache=views, images=self.images, source=self.source)
         places = send(rows, self._device)
         for part, new in zip(self.cache, [] if whole else cache):
             part.keys[places, :, :longest], part.values[places, :, :longest] = new.keys, new.values
@@ -217,7 +223,7 @@ class Decoder(nn.Module):
         """Returns logits (B, T, V) of tokens (B, T) that follow `lengths` (B,) tokens, attending to `slots` slots."""
         positions = lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
         views = [part.view(len(tokens), slots, positions) for part in self.cache]
-        hidden = self.model.hidden(tokens, cache=views, previous=previous)
+        hidden = self.model.hidden(tokens, cache=views, previous=previous, source=self.source)
         return self.head(hidden).float()
 
     @torch.inference_mode()
