@@ -31,6 +31,7 @@ from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, posi
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
+from gpt_arc.nn.positions import RotaryScaling, Stretch, rotary_scaling
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
 
@@ -63,12 +64,26 @@ class GPTConfig:
     """Kind of every norm in the model."""
     norm_eps: Positive = 1e-5
     """Added to the variance inside every norm."""
-    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
-    """How positions are encoded: a trained table, fixed sinusoids, or rotated queries and keys."""
+    positions: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = "learned"
+    """How positions are encoded: a trained table, fixed sinusoids, rotated queries and keys, or scores that fall with
+    distance (ALiBi, arXiv:2108.12409). none: not at all, since causal attention can count (arXiv:2305.19466)."""
     rotary_base: Positive = 10_000.0
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
     attention: Literal["causal", "bidirectional"] = "causal"
     """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
+    rotary_scaling: Stretch | None = None
+    """How rotary positions stretch beyond the trained context: linear, ntk, dynamic, yarn or llama3, with the meanings
+    of rope_scaling in transformers. dynamic follows the length of a text and reads it anew at each token beyond it."""
+    rotary_factor: Annotated[float, Ge(1)] = 1.0
+    """How many times the trained context they stretch to."""
+    rotary_context: Count | None = None
+    """The trained context, in tokens, on which dynamic, yarn and llama3 depend."""
+    rotary_fast: Positive | None = None
+    """yarn and llama3 leave frequencies with more turns than this in rotary_context as they are. None: 32 and 4."""
+    rotary_slow: Positive = 1.0
+    """yarn and llama3 divide frequencies with fewer turns than this in rotary_context by rotary_factor."""
+    rotary_attention_factor: Positive | None = None
+    """yarn multiplies rotated queries and keys by this. None: 0.1 ln(rotary_factor) + 1."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
     activation: Activation = "gelu_tanh"
@@ -135,6 +150,8 @@ class GPTConfig:
             raise ValueError(
                 f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'
             )
+        if self.attention == "bidirectional" and self.positions == "alibi":
+            raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')
         if self.encoder_layers and (self.attention == "bidirectional" or self.n_experts):
             raise ValueError(
                 f'encoder_layers = {self.encoder_layers}: a decoder with an encoder needs attention = "causal" and has '
@@ -162,6 +179,9 @@ class GPTConfig:
             raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f'positions = "rotary" turns pairs of features: head size {self.head_width} must be even')
+        if self.rotary_scaling and self.positions != "rotary":
+            raise ValueError(f'rotary_scaling = "{self.rotary_scaling}" needs positions = "rotary"')
+        self.stretch  # noqa: B018  raises ValueError for settings that don't fit together
         if self.positions == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f'positions = "sinusoidal" needs pairs of features: n_embd = {self.n_embd} must be even')
 
@@ -172,6 +192,13 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head if self.head_size is None else self.head_size
+
+    @property
+    def stretch(self) -> RotaryScaling | None:
+        """How rotary positions are scaled, with all defaults filled in."""
+        kind, factor, context = self.rotary_scaling, self.rotary_factor, self.rotary_context
+        turns = self.rotary_fast, self.rotary_slow
+        return rotary_scaling(kind, factor, context, *turns, self.rotary_attention_factor, self.head_width)
 
     @property
     def mlp_width(self) -> int:
@@ -442,11 +469,15 @@ class GPT(nn.Module):
             x = x + self.type_embedding(torch.zeros_like(tokens) if types is None else types)
         return self.dropout(self.embedding_norm(x))
 
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def rotary(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines (..., 1, T, D / 2) of positions (..., T), shared by all heads; None for other encodings."""
-        if self.config.positions != "rotary":
+        config = self.config
+        if config.positions != "rotary":
             return None
-        cosines, sines = sinusoids(positions, self.config.head_width, self.config.rotary_base)
+        if config.stretch is None:
+            cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
+        else:
+            cosines, sines = config.stretch.waves(positions, lengths, config.head_width, config.rotary_base)
         return cosines.unsqueeze(-3), sines.unsqueeze(-3)
 
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Source:
@@ -458,7 +489,7 @@ class GPT(nn.Module):
             raise ValueError(f"a source has {tokens.size(1)} tokens, and block_size = {self.config.block_size}")
         positions = torch.arange(tokens.size(1), device=tokens.device)
         mask = bidirectional_mask(tokens, None, lengths)
-        x, rotary = self.embed(tokens, positions), self.rotary(positions)
+        x, rotary = self.embed(tokens, positions), self.rotary(positions, lengths)
         for block in self.encoder:
             x = block(x, rotary, mask)
         return Source(self.encoder_norm(x), None if mask is None else mask[:, :, :1])
@@ -480,8 +511,8 @@ class GPT(nn.Module):
         positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
-        statistics and bidirectional attention doesn't see. `images` and `types`: see `embed`. With an encoder,
-        `source` is what `encode` returned.
+        statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
+        `embed`. With an encoder, `source` is what `encode` returned.
         """
         config = self.config
         if (source is None) != (config.encoder_layers == 0):
@@ -489,10 +520,14 @@ class GPT(nn.Module):
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
-        positions, masks = positions_and_masks(tokens, documents, cache, config.attention_band, attention_dropout)
+        alibi_heads = config.n_head if config.positions == "alibi" else None
+        positions, masks = positions_and_masks(
+            tokens, documents, cache, config.attention_band, attention_dropout, alibi_heads
+        )
         if config.attention == "bidirectional":
             masks = (bidirectional_mask(tokens, documents, lengths),) * 2
-        x, rotary, routings = self.embed(tokens, positions, previous, images, types), self.rotary(positions), []
+        x, rotary = self.embed(tokens, positions, previous, images, types), self.rotary(positions, lengths)
+        routings = []
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):

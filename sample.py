@@ -55,8 +55,7 @@ class Sampler:
         from gpt_arc.decoding.load import load_decoder, set_decoding_threads
         from gpt_arc.decoding.speculative import Acceptance
         from gpt_arc.training import runs
-        from gpt_arc.vision.model import reads_images
-        from gpt_arc.weights.directory import of_one_checkpoint
+        from gpt_arc.weights.directory import of_one_checkpoint, reads_images
 
         self.config, self.acceptance = config, Acceptance()
         # beam search decodes one prompt at a time, speculation one continuation

@@ -72,7 +72,7 @@ from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.runs import Lock, claim_new, read_record, write_record
+from gpt_arc.training.runs import Lock, claim_new, hardware, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
@@ -288,7 +288,7 @@ def build(plan: Plan) -> Run:
         if logging.wandb_log:
             wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
-        write_record(folder, config, name, launch.overrides)
+        write_record(folder, config, name, launch.overrides, hardware(device, dtype))
         run.log = MetricsLog(folder, progress.step, wandb)
     return run
 

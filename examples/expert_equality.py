@@ -93,7 +93,7 @@ class Case:
 
 def make_case(variant: dict[str, Any], shape: tuple[int, int, int, int], seed: int) -> Case:
     tokens, width, number, inner = shape
-    settings = dict(n_head=1, n_embd=width, n_experts=number, mlp_size=inner) | variant
+    settings: dict[str, Any] = dict(n_head=1, n_embd=width, n_experts=number, mlp_size=inner) | variant
     starved, alone = settings.pop("starved", None), settings.pop("alone", False)
     if settings.get("experts_per_token", 2) is None:
         settings["experts_per_token"] = number
@@ -116,27 +116,30 @@ def by_loop(experts: Experts, weights: dict[str, Tensor], x: Tensor, drawn: Tens
     """
     config, k = experts.config, experts.config.experts_per_token
 
-    def mlp(x: Tensor, layers: Sequence[Tensor | None]) -> Tensor:
-        up, up_bias, projection, projection_bias = (None if t is None else t.to(dtype) for t in layers)
-        return F.linear(ACTIVATIONS[config.activation](F.linear(x.to(dtype), up, up_bias)), projection, projection_bias)
+    def mlp(x: Tensor, layers: dict[str, Tensor]) -> Tensor:
+        layers = {name: tensor.to(dtype) for name, tensor in layers.items()}
+        hidden = ACTIVATIONS[config.activation](F.linear(x.to(dtype), layers["up"], layers.get("up_bias")))
+        return F.linear(hidden, layers["projection"], layers.get("projection_bias"))
 
     probabilities = (x @ weights["router.weight"].T).softmax(-1)  # (N, E)
     biased = probabilities + experts.balance if config.balance_rate else probabilities
     chosen = biased.argsort(-1, descending=True)[:, :k] if drawn is None else drawn  # (N, k)
     gates = probabilities.gather(1, chosen)
     gates = gates / gates.sum(-1, keepdim=True) if k > 1 else gates
-    stacked = [weights.get(name) for name in ("up", "up_bias", "projection", "projection_bias")]
+    stacked = {name: weights[name] for name in ("up", "up_bias", "projection", "projection_bias") if name in weights}
     mixed = torch.zeros_like(x, dtype=dtype)
     for e in range(config.n_experts):
         rows, places = (chosen == e).nonzero(as_tuple=True)  # in token order
         if config.capacity_factor is not None:
             room = math.ceil(config.capacity_factor * chosen.numel() / config.n_experts)
             rows, places = rows[:room], places[:room]
-        outputs = mlp(x[rows], [None if tensor is None else tensor[e] for tensor in stacked])
+        outputs = mlp(x[rows], {name: tensor[e] for name, tensor in stacked.items()})
         mixed = mixed.index_add(0, rows, outputs * gates[rows, places, None].to(dtype))
-    if config.shared_experts:
-        names = ("up.weight", "up.bias", "projection.weight", "projection.bias")
-        mixed = mixed + mlp(x, [weights.get(f"shared.{name}") for name in names])
+    if experts.shared is not None:
+        names = {"up": "up.weight", "up_bias": "up.bias", "projection": "projection.weight"}
+        names |= {"projection_bias": "projection.bias"}
+        shared = {name: weights[f"shared.{key}"] for name, key in names.items() if f"shared.{key}" in weights}
+        mixed = mixed + mlp(x, shared)
     return mixed
 
 
@@ -196,10 +199,10 @@ def measure_mixtral(seed: int) -> tuple[float, float]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     config = transformers.MixtralConfig(
-        **sizes, num_key_value_heads=2, vocab_size=61, max_position_embeddings=24, bos_token_id=None, eos_token_id=None
-    )
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=61, max_position_embeddings=24, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     theirs, generator = transformers.MixtralForCausalLM(config).train(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in theirs.parameters():
@@ -211,6 +214,7 @@ def measure_mixtral(seed: int) -> tuple[float, float]:
         logits = theirs(tokens).logits
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").backward()
         for parameter in theirs.parameters():
+            assert parameter.grad is not None
             parameter.data = parameter.grad
         theirs.save_pretrained(folder)  # to load the gradients under our names
         gradients = dict(load_model(folder)[0].named_parameters())

@@ -293,12 +293,12 @@ def related_items(documents: list[Document], usable: set[str], size: int, rng: r
 
 
 def next_sentence_items(documents: list[Document], usable: set[str], size: int, rng: random.Random) -> Iterator[dict]:
-    triples = [(d, *(d.sentences[i : i + 3])) for d in documents for i in range(0, len(d.sentences) - 2, 3)]
-    triples = [triple for triple in triples if usable.issuperset(triple[1:])]
+    triples = [(d, d.sentences[i : i + 3]) for d in documents for i in range(0, len(d.sentences) - 2, 3)]
+    triples = [(document, sentences) for document, sentences in triples if usable.issuperset(sentences)]
     rng.shuffle(triples)
-    last = sorted({triple[3] for triple in triples}, key=lambda sentence: (len(sentence), sentence))
+    last = sorted({sentences[2] for _, sentences in triples}, key=lambda sentence: (len(sentence), sentence))
     labels = balanced(range(4), size, rng)
-    for document, first, second, true in triples:
+    for document, (first, second, true) in triples:
         if not labels:
             return
         place = last.index(true)

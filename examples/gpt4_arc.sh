@@ -1,32 +1,50 @@
 #!/usr/bin/env bash
-# GPT-4's other half: a model that answers questions about pictures, trained from nothing. It draws the pictures, trains a
-# small text model on the questions, adds an image encoder and trains both, and asks about combinations of colour and
-# shape that no training picture had, with the right pictures and, as a control, with shuffled ones. A second run
-# continues where the first stopped.
+# GPT-4's other half: models that answer questions about pictures, trained from nothing. For each task it prepares the
+# pictures; trains an image encoder to classify them and a text model on the questions; joins the two by a projector and
+# trains all three; and asks the test's questions, about the right pictures and, as a control, about shuffled ones.
+# docs/results/gpt4_arc.md discusses the results. A second run continues where the first stopped. It writes
+# out/gpt4_arc/table.md and, for each task, answers.png: questions, pictures, answers and where the model looks.
 #
 #   bash examples/gpt4_arc.sh
-#   EPOCHS=2 bash examples/gpt4_arc.sh     a shorter run
+#   TASKS=digits bash examples/gpt4_arc.sh     one of the tasks: shapes, digits
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
-out=out/gpt4_arc
-epochs=${EPOCHS:-12}
+tasks=${TASKS:-shapes digits}
 
-python "$repository/prepare/shapes.py"
+train() {  # folder, script and its arguments: a new run, or a stopped or finished one that goes on
+    local folder=$1 script=$2
+    shift 2
+    if [ -e "$folder/last" ]; then
+        python "$repository/$script" --resume="$folder"
+    else
+        python "$repository/$script" "$@" --overwrite=True --out_dir="$folder"
+    fi
+}
 
-if [ ! -e "$out/text/last" ]; then
-    python "$repository/train.py" "$repository/examples/shapes_text.toml" --out_dir="$out/text"
-fi
+for task in $tasks; do
+    out=out/gpt4_arc/$task data=data/$task
+    case $task in
+        shapes) labels="colour shape" epochs=8 tests="test pairs shuffled" ;;
+        digits) labels=label epochs=4 tests="test shuffled" ;;
+        *) echo "unknown task $task" >&2; exit 1 ;;
+    esac
+    mkdir -p "$out"
+    python "$repository/prepare/$task.py"
 
-if [ -e "$out/seen/last" ]; then
-    python "$repository/stages/sft.py" --resume="$out/seen"
-else
-    python "$repository/stages/sft.py" "$out/text" --train=data/shapes/train.jsonl --overwrite=True --out_dir="$out/seen" \
-        --image_encoder="$repository/examples/shapes_encoder.toml" --epochs="$epochs" --batch_size=32 \
-        --learning_rate=2e-3 --warmup=0.05 --residual_dropout=0 --val_fraction=0.01 --dtype=float32
-fi
+    # shellcheck disable=SC2086  # several labels are several arguments
+    train "$out/encoder" stages/pretrain_encoder.py --image_encoder="$repository/examples/${task}_encoder.toml" \
+        --train="$data/labels.jsonl" --labels $labels --epochs=8 --learning_rate=2e-3 --dtype=float32
+    train "$out/text" train.py "$repository/examples/pictures_text.toml" --dataset="${task}_text"
 
-for items in test shuffled; do
-    echo "$items pictures"
-    python "$repository/stages/eval.py" "$out/seen" --chat=True --tasks "$repository/examples/shapes.toml" \
-        --data "data/shapes/$items.jsonl" --json "$out/$items.json"
+    train "$out/seen" stages/sft.py "$out/text" --train="$data/train.jsonl" --image_encoder="$out/encoder" \
+        --encoder_rate=0.1 --epochs="$epochs" --batch_size=64 --learning_rate=2e-3 --warmup=0.05 --weight_decay=0.1 \
+        --residual_dropout=0 --val_fraction=0.02 --dtype=float32
+
+    for items in $tests; do
+        echo "$task, $items"
+        python "$repository/stages/eval.py" "$out/seen" --chat=True --tasks "$repository/examples/pictures.toml" \
+            --data "$data/$items.jsonl" --json "$out/$items.json"
+    done
 done
+
+python "$repository/examples/gpt4_report.py" --results out/gpt4_arc

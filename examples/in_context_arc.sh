@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # In-context learning, shown twice without a network. A small GPT trains on documents that each use another mapping of
 # letters, then applies mappings it has never seen, with 0 to 16 demonstrations in the prompt. A transformer on vectors
-# predicts linear functions from examples as well as least squares does. docs/in_context.md discusses the results. A
+# predicts linear functions from examples as well as least squares does. docs/results/in_context.md discusses the results. A
 # second run continues where the first stopped.
 #
 #   bash examples/in_context_arc.sh

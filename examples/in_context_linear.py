@@ -80,8 +80,14 @@ class Options:
 
     @property
     def training(self) -> TrainingConfig:
-        settings = dict(warmup_iters=self.max_iters // 50, min_lr=0.0, weight_decay=0.0, beta2=0.99)
-        return TrainingConfig(max_iters=self.max_iters, learning_rate=self.learning_rate, **settings)
+        return TrainingConfig(
+            max_iters=self.max_iters,
+            warmup_iters=self.max_iters // 50,
+            learning_rate=self.learning_rate,
+            min_lr=0.0,
+            weight_decay=0.0,
+            beta2=0.99,
+        )
 
 
 class Regressor(nn.Module):

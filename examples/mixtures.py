@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic.dataclasses import dataclass
@@ -429,7 +429,7 @@ def show_em(seed: int, count: int = 2000, restarts: int = 10, updates: int = 100
     starts = [random_start(x, y, 3, random) for _ in range(restarts)]
     ends = [em(start, x, y) for start in starts]
     others = [by_adam(start, x, y, updates) for start in starts]
-    rows = [["start", "EM", "iterations", "Adam", "updates"]]
+    rows: list[list[Any]] = [["start", "EM", "iterations", "Adam", "updates"]]
     for i, ((_, by_em), (_, adam)) in enumerate(zip(ends, others)):
         rows.append([str(i + 1), f"{by_em[-1]:.4f}", len(by_em) - 1, f"{adam[-1]:.4f}", len(adam) - 1])
     print(
@@ -440,7 +440,7 @@ def show_em(seed: int, count: int = 2000, restarts: int = 10, updates: int = 100
     print(f"the truth has {log_likelihood(TRUTH, x, y):.4f}; best of EM minus best of Adam {history[-1] - best:.1e}")
 
     gates = np.exp(log_gates(mixture.router, x))
-    mixture = ordered(mixture, np.argsort((gates * x[:, 1:]).sum(0) / gates.sum(0)))  # from left to right
+    mixture = ordered(mixture, np.argsort((gates * x[:, 1:]).sum(0) / gates.sum(0)).tolist())  # from left to right
     rows = [["", "true", "fitted", "standard error", "z"]]
     for name, *values in zip(Mixture._fields, TRUTH, mixture, standard_errors(mixture, x, y)):
         for index in np.ndindex(values[0].shape):
@@ -514,8 +514,11 @@ def as_experts(router: np.ndarray, weights: np.ndarray, experts_per_token: int |
     from model import GPTConfig, make_experts
 
     width, count = weights.shape
-    sizes = dict(n_head=1, n_embd=width, mlp_size=2, n_experts=count, experts_per_token=experts_per_token or count)
-    experts = make_experts(GPTConfig(**sizes, activation="relu", bias=False)).double().eval()
+    config = GPTConfig(
+        n_head=1, n_embd=width, mlp_size=2, n_experts=count, experts_per_token=experts_per_token or count,
+        activation="relu", bias=False,
+    )  # fmt: skip
+    experts = make_experts(config).double().eval()
     with torch.no_grad():
         experts.router.weight.copy_(torch.from_numpy(router.T))
         experts.up.copy_(torch.from_numpy(np.stack((weights.T, -weights.T), axis=1)))  # (M, 2, D)
@@ -554,12 +557,13 @@ def compared(x: np.ndarray, y: np.ndarray, test_x: np.ndarray, random: np.random
     constant = np.log(fixed) * np.array([[1.0], [0.0], [0.0]])
     np.testing.assert_allclose(first_output(bagged, test_x), (test_x @ lines).mean(1), rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(first_output(gated, test_x), mixture_mean(mixture, test_x), rtol=1e-8, atol=1e-10)
+    trees = boosted(x, y, MEMBERS, 3, 0.1)
     return {
         "one line": test_x @ np.linalg.lstsq(x, y)[0],
         f"{MEMBERS} lines, bagged": first_output(bagged, test_x),
         "one tree of depth 6": predicted(grow(x, y, 6), test_x),
         f"{MEMBERS} trees of depth 6, bagged": np.mean([predicted(grow(x[r], y[r], 6), test_x) for r in resampled], 0),
-        f"{MEMBERS} trees of depth 3, boosted": 0.1 * sum(predicted(t, test_x) for t in boosted(x, y, MEMBERS, 3, 0.1)),
+        f"{MEMBERS} trees of depth 3, boosted": 0.1 * np.sum([predicted(t, test_x) for t in trees], axis=0),
         "3 lines, gates by x (EM)": first_output(gated, test_x),
         "the same lines, averaged gates": first_output(as_experts(constant, mixture.weights), test_x),
         "the same lines, the likeliest only": first_output(as_experts(mixture.router, mixture.weights, 1), test_x),

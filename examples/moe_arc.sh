@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A mixture of experts against a dense model of the same cost on TinyShakespeare's characters, and against the same
-# mixture without its two losses, whose routers collapse. docs/moe.md discusses the results. It writes
+# mixture without its two losses, whose routers collapse. docs/results/moe.md discusses the results. It writes
 # out/moe_arc/table.md and training.png, and for each mixture use.txt and use.png, which show the experts its characters
 # are routed to. This takes about ten minutes on two CPU cores. A second run continues where the first stopped.
 #

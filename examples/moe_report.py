@@ -1,7 +1,7 @@
 """Writes the table and the figure of `bash examples/moe_arc.sh`.
 
     python examples/moe_report.py --results out/moe_arc
-    python examples/moe_report.py --results out/moe_arc --plot docs/moe_training.png
+    python examples/moe_report.py --results out/moe_arc --plot docs/results/moe_training.png
 
 Runs are in VARIANT/SEED. Losses are the lowest of a run's evaluations, in nats per character of the whole val split;
 differences are taken seed by seed, with their standard error. Load balance is averaged over blocks, seeds and the last

@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": ("sample.py", "continue a prompt with a trained model"),
     "chat": ("sample.py", "talk with a model that learned conversations: gpt-arc chat out/sft"),
     "prepare": ("prepare", "turn text into token files: gpt-arc prepare text --input book.txt --name book"),
+    "pretrain-encoder": ("stages/pretrain_encoder.py", "train an image encoder on labelled images"),
     "sft": ("stages/sft.py", "fine-tune on conversations"),
     "reward": ("stages/reward.py", "train a reward model on rankings"),
     "ppo": ("stages/ppo.py", "learn from a reward"),
@@ -30,15 +31,17 @@ COMMANDS = {
     "scaling": ("stages/scaling.py", "fit scaling laws, and plan or predict a run: gpt-arc scaling plan --days=1"),
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
     "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),
+    "report": ("tools/report.py", "write a page of a run's curves, samples and settings"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
+    "image-attention": ("tools/image_attention.py", "draw where a model looks while it answers about an image"),
     "bench": ("tools/bench.py", "measure speed on this machine"),
 }
 
 
 def usage() -> str:
-    commands = "\n".join(f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<18}{purpose}" for name, (_, purpose) in COMMANDS.items())
     return (
         f"usage: gpt-arc COMMAND ARGUMENTS\n\n{commands}\n\n"
         "`gpt-arc COMMAND --help` describes the arguments of one command. With several processes:\n"

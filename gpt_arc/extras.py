@@ -17,6 +17,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "sentencepiece": "sentencepiece",
     "sklearn": "metrics",
     "transformers": "dev",
+    "trl": "bench",
 }
 PACKAGES = {
     "PIL": "Pillow",

@@ -2,17 +2,22 @@
 
     python prepare/shapes.py
     python prepare/shapes.py --count 20000 --size 48
-    python train.py --dataset=shapes_text ...               the texts alone, for a model to start from
-    python stages/sft.py out/shapes --train data/shapes/train.jsonl --image_encoder ENCODER.toml
+    bash examples/gpt4_arc.sh                               all stages: encoder, text model, both together
 
 A picture has one to three shapes in different quarters. A question asks for a colour, a shape, a count, a position or a
-relation. A tenth of the pairs of a colour and a shape are held out: no training picture has one, and every test picture
-does, so that a model has to combine what it has learned apart. Nothing is downloaded. It writes to data/:
+relation. Two kinds of combinations are held out, so that a model has to combine what it has learned apart: a tenth of
+the triples of a colour, a shape and a quarter, and three pairs of a colour and a shape wherever they are. No training
+picture has one; the question of each test picture is about one. Nothing is downloaded. It writes to data/:
 
     shapes/pictures/*.png            the pictures
-    shapes/{train,test}.jsonl        image, kind, prompt, response; stages/sft.py and stages/eval.py read them
-    shapes/shuffled.jsonl            the test's questions about other pictures: what can be guessed without seeing
-    shapes_text/                     the training texts as characters, a prepared dataset
+    shapes/train.jsonl               image, kind, prompt, response, for stages/sft.py
+    shapes/test.jsonl                the same about held-out triples, for stages/eval.py
+    shapes/pairs.jsonl               the same about held-out pairs, which are harder
+    shapes/shuffled.jsonl            the questions of test.jsonl about other pictures: what can be guessed unseen
+    shapes/labels.jsonl              image, colour, shape: pictures of one thing, for stages/pretrain_encoder.py
+    shapes/tokenizer.json            a token for each word
+    shapes_text/                     the training questions with answers drawn at random, a prepared dataset: a text
+                                     model learns the language from it, and nothing about which answers are frequent
 """
 
 if __name__ == "__main__":
@@ -20,35 +25,33 @@ if __name__ == "__main__":
 
 
 import dataclasses
-import json
 import random
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.documents import Text
-from gpt_arc.data.json_lines import read_object
-from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT, new_directory
+from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Seed
 from gpt_arc.tables import counted
+from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_text
 
 COLOURS = {
     "red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 70, 230), "yellow": (235, 210, 30),
     "purple": (150, 40, 180), "black": (20, 20, 20),
 }  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
 HELD_OUT = (("red", "triangle"), ("blue", "ring"), ("yellow", "square"))
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
-MADE_OF = "made_of.json"
 KINDS = ("colour", "shape", "count", "position", "relation")
+RELATIONS = (("left of", "right of"), ("above", "below"))
 
 
 class Thing(NamedTuple):
@@ -63,12 +66,28 @@ class Thing(NamedTuple):
         return self.colour, self.shape
 
 
+EVERY = [Thing(*names, quarter) for names in product(COLOURS, SHAPES) for quarter in range(len(QUARTERS))]
+
+
+def split_of(thing: Thing) -> str:
+    """Returns the split that a thing belongs to. Each colour, shape and quarter has its share of the test's triples."""
+    if thing.pair in HELD_OUT:
+        return "pairs"
+    number = list(COLOURS).index(thing.colour) + 2 * SHAPES.index(thing.shape) + 3 * thing.quarter
+    return "test" if number % 10 == 0 else "train"
+
+
+THINGS = {split: [thing for thing in EVERY if split_of(thing) == split] for split in ("train", "test", "pairs")}
+
+
 @dataclass(frozen=True, config=STRICT)
 class Options:
     count: Count = 12_000
     """Training questions, each about a picture of its own."""
+    labelled: Count = 12_000
+    """Pictures with labels."""
     test: Count = 1_000
-    """Test questions."""
+    """Questions of each test."""
     size: Count = 32
     """Side of the pictures in pixels."""
     seed: Seed = 0
@@ -101,18 +120,13 @@ def draw(things: Sequence[Thing], size: int, rng: random.Random) -> Any:
     return image
 
 
-def things(rng: random.Random, held_out: bool) -> list[Thing]:
-    """Returns one to three things of different colours and shapes; the first is a held-out pair, or none is."""
-    while True:
-        count = rng.randint(1, 3)
-        pairs = list(zip(rng.sample(list(COLOURS), count), rng.sample(SHAPES, count)))
-        if held_out:
-            pairs[0] = rng.choice(HELD_OUT)
-        quarters = rng.sample(range(4), len(pairs))
-        chosen = [Thing(*pair, quarter) for pair, quarter in zip(pairs, quarters)]
-        unique = all(len({getattr(thing, name) for thing in chosen}) == len(chosen) for name in ("colour", "shape"))
-        if unique and any(thing.pair in HELD_OUT for thing in chosen) == held_out:
-            return chosen
+def things(rng: random.Random, split: str, least: int = 1, most: int = 3) -> list[Thing]:
+    """Returns `least` to `most` things that have nothing in common; the first is of the split, the others of train."""
+    chosen = [rng.choice(THINGS[split])]
+    for _ in range(rng.randint(least, most) - 1):
+        others = [thing for thing in THINGS["train"] if not any(set(thing) & set(other) for other in chosen)]
+        chosen.append(rng.choice(others))
+    return chosen
 
 
 def question(kind: str, seen: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
@@ -128,7 +142,7 @@ def question(kind: str, seen: Sequence[Thing], rng: random.Random) -> tuple[str,
         return f"Where is the {first.colour} {first.shape}?", QUARTERS[first.quarter]
     other = rng.choice(others)
     across = rng.choice([axis for axis in (0, 1) if place(first)[axis] != place(other)[axis]])
-    words = (("left of", "right of"), ("above", "below"))[across]
+    words = RELATIONS[across]
     truth = words[place(first)[across] > place(other)[across]]
     return f"Is the {first.shape} {words[0]} or {words[1]} the {other.shape}?", truth
 
@@ -138,14 +152,20 @@ def place(thing: Thing) -> tuple[int, int]:
     return thing.quarter % 2, thing.quarter // 2
 
 
+def random_answer(row: dict[str, str], rng: random.Random) -> str:
+    """Returns an answer that the question of a row could have, whatever its picture."""
+    if row["kind"] == "relation":
+        return rng.choice(next(words for words in RELATIONS if words[0] in row["prompt"]))
+    answers = {"colour": list(COLOURS), "shape": SHAPES, "count": NUMBERS[1:], "position": QUARTERS}
+    return rng.choice(answers[row["kind"]])
+
+
 def write_split(folder: Path, split: str, count: int, options: Options) -> list[dict[str, str]]:
     """Writes pictures and questions, and returns the questions."""
     rng, rows = random.Random(f"{options.seed} {split}"), []
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        seen = things(rng, split == "test")
-        while kind == "relation" and len(seen) == 1:
-            seen = things(rng, split == "test")
+        seen = things(rng, split, least=2 if kind == "relation" else 1)
         name = f"pictures/{split}-{number:06}.png"
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
@@ -154,33 +174,39 @@ def write_split(folder: Path, split: str, count: int, options: Options) -> list[
     return rows
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+def write_labelled(folder: Path, options: Options) -> None:
+    """Writes pictures of one thing and their labels."""
+    rng, rows = random.Random(f"{options.seed} labels"), []
+    for number in range(options.labelled):
+        (thing,) = things(rng, "train", most=1)
+        name = f"pictures/labelled-{number:06}.png"
+        draw([thing], options.size, rng).save(folder / name)
+        rows.append({"image": name, "colour": thing.colour, "shape": thing.shape})
+    write_rows(folder / "labels.jsonl", rows)
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.size < 16:
         raise UserError(f"size = {options.size} is too small to tell shapes apart: 16 is the least")
-    folder = DATA_ROOT / "shapes"
-    made_of = dataclasses.asdict(dataclasses.replace(options, overwrite=False))
-    if read_object(folder / MADE_OF) == made_of:
-        print(f"{folder} is prepared already")
-    elif folder.exists() and not options.overwrite:
-        raise UserError(f"{folder} has other pictures: --overwrite=True replaces them")
-    else:
-        with new_directory(folder) as temporary:
-            (temporary / "pictures").mkdir()
-            write_split(temporary, "train", options.count, options)
-            test = write_split(temporary, "test", options.test, options)
-            pictures = [row["image"] for row in test]
-            random.Random(options.seed).shuffle(pictures)
-            write_rows(temporary / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
-            (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
-        print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for the test")
-    texts = (json.loads(line) for line in (folder / "train.jsonl").read_text("utf-8").splitlines())
-    text = Text("".join(f"{row['prompt']} {row['response']}\n" for row in texts), f"the questions of {folder}")
-    prepare_documents(text, CorpusSettings(tokenizer="char", overwrite=options.overwrite), "shapes_text")
+    folder, made_of = DATA_ROOT / "shapes", dataclasses.asdict(dataclasses.replace(options, overwrite=False))
+    with new_questions(folder, made_of, options.overwrite) as temporary:
+        if temporary is not None:
+            write_all(temporary, options)
+            print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for each test")
+    prepare_text(folder, options.overwrite)
+
+
+def write_all(folder: Path, options: Options) -> None:
+    train, test, _ = (
+        write_split(folder, split, options.count if split == "train" else options.test, options) for split in THINGS
+    )
+    write_labelled(folder, options)
+    rng = random.Random(options.seed)
+    write_text(folder, [(row["prompt"], random_answer(row, rng)) for row in train])
+    pictures = [row["image"] for row in test]
+    random.Random(options.seed).shuffle(pictures)
+    write_rows(folder / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
 
 
 if __name__ == "__main__":

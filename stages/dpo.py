@@ -4,7 +4,7 @@
     python stages/dpo.py out/sft --train rankings.jsonl --beta 0.5 --learning_rate 5e-6
     python stages/dpo.py out/sft --train rankings.jsonl --preview 3         show rows as tokens, and which are scored
     python stages/dpo.py --resume=out/dpo                                   resume a run that was stopped
-    torchrun --standalone --nproc_per_node=8 stages/dpo.py configs/dpo.toml
+    torchrun --standalone --nproc_per_node=8 stages/dpo.py dpo.toml
 
 The reference is the model that the run starts from (arXiv:2305.18290). Files of rankings are as for stages/reward.py. A
 run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`.
@@ -39,6 +39,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -49,10 +50,14 @@ class Options(ChatOptions):
     beta: Positive = 0.1
     """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
     gradient_accumulation_steps: Count = 8
-    learning_rate: Positive = 1e-6
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: the paper's 1e-6 for 2.8B parameters; for a smaller model, times (2.8B /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     min_lr: NonNegative | None = 0.0
     warmup: Share = 0.1
+
+    PUBLISHED = PublishedRate(1e-6, 2.8e9)  # arXiv:2305.18290
 
 
 class ResponseLikelihood(nn.Module):
@@ -97,7 +102,7 @@ def likelihoods(
 
 def train(options: Options, run: StageRun) -> int:
     # ---- the rankings, and the reference's log-probabilities of them
-    reference, tokenizer, chat = load_policy(options.model)
+    reference, tokenizer, chat = load_policy(options.base_model)
     if options.train is None:
         raise UserError("name the rankings to learn from by --train")
     read, context = partial(read_rankings, columns=options.columns), reference.config.block_size
@@ -110,7 +115,7 @@ def train(options: Options, run: StageRun) -> int:
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
-    run.set_threads(reference.config)
+    run.fit(reference.config)
     run.open(digest([fingerprint(reference), examples]))
     scorer = ResponseLikelihood(reference.to(run.device)).eval()
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}

@@ -8,7 +8,8 @@
     python stages/eval.py out/quickstart --perplexity python_manual           the val split of a prepared dataset
     python stages/eval.py out/gpt2 --tasks hellaswag --checkpoints=True --plot scores.png     over a training run
     python stages/eval.py out/sft --chat=True --tasks mine.toml --data mine.jsonl    prompts as a user's turns
-    python stages/eval.py out/sft --chat=True --tasks images.toml --data images/test.jsonl      questions about images
+    python stages/eval.py out/sft --chat=True --tasks images.toml --data images/test.jsonl      questions about images,
+                                                                              to choose an answer or to write it
     python stages/eval.py out/gpt2 --tasks race --training_text pages/        clean and contaminated items apart
 
 The tasks are in tasks/; `gpt_arc/evaluation/tasks.py` documents the files. Each figure comes with its standard
@@ -67,7 +68,7 @@ class Options:
     """Give each prompt as a user's turn in the model's template (chat.json), and read the response to it."""
     shuffled_answers: bool = False
     """Give demonstrations random answers, to measure what the format alone teaches: most of what large models gain by
-    demonstrations (arXiv:2202.12837), none of it in docs/in_context.md."""
+    demonstrations (arXiv:2202.12837), none of it in docs/results/in_context.md."""
     perplexity: tuple[str, ...] = ()
     """Text files, or prepared datasets, whose val split is read."""
     stride: Count | None = None
@@ -141,8 +142,8 @@ def load(path: Path | str, dtype: "torch.dtype") -> tuple:
     None, and the hash of the weights."""
     from gpt_arc.chat.format import load_text_with_chat
     from gpt_arc.evaluation.report import weight_hash
-    from gpt_arc.vision.model import load_vision, reads_images
-    from gpt_arc.weights.directory import of_one_checkpoint
+    from gpt_arc.vision.model import load_vision
+    from gpt_arc.weights.directory import of_one_checkpoint, reads_images
 
     @of_one_checkpoint
     def read(directory: Path) -> tuple:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from gpt_arc import distributed
 from gpt_arc.data.batches import training_batches
-from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.datasets import Corpus, open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
 from gpt_arc.distributed import say
@@ -67,15 +67,15 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.checkpoints import CHECKED
-from gpt_arc.training.command_line import read_options, start_stage
+from gpt_arc.training.command_line import check_model, read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.epochs import digest, epoch_batches, held_out
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import ExampleOptions, refuse_others
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import learning_rate_at, warmup_linear
+from gpt_arc.training.schedule import PublishedRate, learning_rate_at, warmup_linear
 from gpt_arc.training.stage_run import StageProgress, StageRun
-from gpt_arc.weights.directory import load_text_model
+from gpt_arc.weights.directory import load_text_model, refuse_images
 from gpt_arc.weights.edit import transfer, with_settings
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
@@ -118,8 +118,9 @@ class Options(ExampleOptions):
     """Examples at a time."""
     epochs: Count = 3
     """Passes over the training examples."""
-    learning_rate: Positive = 6.25e-5
-    """Peak learning rate."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: GPT-1's 6.25e-5 for 117M parameters; for a smaller model, times (117M /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
     """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
     others: shape of the learning rate after the warmup, down to min_lr."""
@@ -133,7 +134,7 @@ class Options(ExampleOptions):
     """The source of all randomness: new weights, the order of examples, dropout."""
     language_weight: NonNegative = 0.5
     """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
-    sets there; on the four small ones of docs/gpt1_arc.md it costs .2 to 2.3 points against 0. A bidirectional
+    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0. A bidirectional
     model has no such loss."""
     classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
@@ -163,6 +164,7 @@ class Options(ExampleOptions):
         *("train", "val", "test", "predict", "classify", "task", "numbers"),
         *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
     )
+    PUBLISHED = PublishedRate(6.25e-5, 116_534_784)
 
     def __post_init__(self):
         super().__post_init__()
@@ -182,9 +184,11 @@ class Options(ExampleOptions):
             return dataclasses.replace(self, schedule="linear").training(updates)
         return super().training(updates)
 
-    def rate(self, update: int, updates: int) -> float | None:
-        """The learning rate of update number `update`, counted from 0; None: by the schedule of `training`."""
-        return self.learning_rate * warmup_linear(update / updates, self.warmup) if self.schedule == "gpt1" else None
+    def rate(self, update: int, training: TrainingConfig) -> float:
+        """Returns the learning rate of an update, counted from 0, by the settings that `training` returned."""
+        if self.schedule == "gpt1":
+            return training.learning_rate * warmup_linear(update / training.max_iters, self.warmup)
+        return super().rate(update, training)
 
     def columns(self, usual: Columns) -> Columns:
         """The columns named, in the place of the usual ones."""
@@ -236,7 +240,7 @@ def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tupl
     if options.task == "multiple_choice" or options.numbers:
         return None
     classes = classes_of(splits["train"] + ([] if options.val else splits.get("val", [])))
-    if len(classes) < 2:
+    if len(classes) == 1:
         raise UserError(f"{options.train}: every example has the label {classes[0]!r}: there is nothing to learn")
     return classes
 
@@ -254,11 +258,12 @@ def scale_to_learn(options: Options, examples: list[Example], checkpoint: Path |
 
 def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, float]) -> tuple[Classifier, Tokenizer]:
     """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
-    if is_classifier(options.model):
-        trained, tokenizer = load_classifier(options.model)
+    if is_classifier(options.base_model):
+        trained, tokenizer = load_classifier(options.base_model)
         trunk, special = trained.trunk, trained.config.special
     else:
-        model, tokenizer = load_text_model(options.model, causal=False)
+        refuse_images(options.base_model)
+        model, tokenizer = load_text_model(options.base_model, causal=False)
         trunk, special = with_special_tokens(model, tokenizer)
     if options.dropout is not None:
         places = dict.fromkeys(("embedding_dropout", "attention_dropout", "residual_dropout"))
@@ -278,15 +283,16 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         raise UserError(f"{options.model} reads in both directions, and an LSTM in one: compare it with a causal model")
     if options.lstm:
         trunk = LSTM(trunk.config)
-        if options.lstm_iters and not options.resume:
-            train_language_model(trunk, tokenizer, options)
+        if options.lstm_dataset and not options.resume:
+            train_language_model(trunk, open_dataset(options.lstm_dataset, tokenizer, "lstm_dataset"), options)
     elif options.from_scratch or options.transfer_blocks is not None:
         trunk = transfer(trunk, options.transfer_blocks)
     if options.freeze_trunk or options.lora_rank:
         trunk.requires_grad_(False)
     if options.lora_rank:
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
-        if not is_classifier(options.model) and special.start >= tokenizer.vocab_size:  # its special tokens are new
+        # its special tokens are new
+        if not is_classifier(options.base_model) and special.start >= tokenizer.vocab_size:
             learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
@@ -297,17 +303,10 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
     return classifier, tokenizer
 
 
-def train_language_model(model: LSTM, tokenizer: Tokenizer, options: Options) -> None:
-    """Pre-train an LSTM on the dataset named. Raises UserError if it isn't there or is another tokenizer's.
-
-    Raises NotFinite if training diverges.
-    """
+def train_language_model(model: LSTM, corpus: Corpus, options: Options) -> None:
+    """Pre-train an LSTM on a dataset. Raises NotFinite if training diverges."""
     config, sequences = model.config, 32
     device = resolve_device(options.device)
-    corpus = open_corpus((Source(options.lstm_dataset, 1.0),))
-    if corpus is None or corpus.tokenizer != tokenizer:
-        what = "there is no prepared dataset of that name" if corpus is None else "its tokenizer is not the model's"
-        raise UserError(f"lstm_dataset = {options.lstm_dataset}: {what}")
     training = TrainingConfig(max_iters=options.lstm_iters, learning_rate=1e-3, warmup_iters=options.lstm_iters // 20)
     updater = Updater(model.to(device), training, device, "float32")
     tokens = corpus.split("train", config.block_size, config.vocab_size, False)
@@ -345,7 +344,7 @@ def prepare(options: Options, checkpoint: Path | None) -> Material:
     examples = read_splits(options)
     if options.predict:
         read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
-        predictions_file(options)
+        predictions_file(options, options.predict)
     scale = scale_to_learn(options, examples["train"], checkpoint)
     classifier, tokenizer = build(options, classes_to_learn(options, examples), scale)
     config = classifier.config
@@ -364,13 +363,13 @@ def prepare(options: Options, checkpoint: Path | None) -> Material:
     return Material(classifier, tokenizer, splits, updates, updates_per_epoch)
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
     """Fine-tune, choose the best epoch, measure it."""
     material = prepare(options, run.checkpoint)
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
     training, progress = material.splits["train"], run.progress
     lengths = training.lengths
-    run.set_threads(classifier.trunk.config)
+    run.fit(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     run.place(classifier)
     updater = run.updater(classifier, updates)
@@ -396,11 +395,11 @@ def train(options: Options, run: StageRun) -> int:
             batch = to_device(training.batch(rows), run.device)
             with autocast(run.device, run.dtype):
                 outcome = classifier(*batch, with_language=language)
-            micro_losses = torch.stack((outcome.task_loss, outcome.language_loss))
+            micro_losses = outcome.task_loss, outcome.language_loss
             updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
-            losses += micro_losses.detach()
+            losses += torch.stack(micro_losses).detach()
             routers.add()
-        result = run.update(updater, progress.step, *losses, rate=options.rate(progress.step, updates))
+        result = run.update(updater, progress.step, *losses)
         routers.step(result is not None)
         if result is None:  # float16 finds its loss scale by overflowing, and tries again
             continue
@@ -433,19 +432,19 @@ def train(options: Options, run: StageRun) -> int:
     return 0
 
 
-def end_epoch(options: Options, run: StageRun, material: Material, language: bool) -> None:
+def end_epoch(options: Options, run: StageRun[FinetuneProgress], material: Material, language: bool) -> None:
     """Measure the val split, keep the epoch if it is the best, and print its line."""
     progress, training = run.progress, material.splits["train"]
     epoch = progress.step // material.updates_per_epoch
     line = {"epoch": epoch, "loss": progress.sums[0] / len(training)}
     line |= {"language_loss": progress.sums[1] / len(training)} if language else {}
-    scores = [progress.step]
+    scores: list[float] = [progress.step]
     run.check_finite()
     if "val" in material.splits:
-        metrics = measured(options, run, material.classifier, material.splits["val"])[1]
+        predictions, metrics = measured(options, run, material.classifier, material.splits["val"])
         line |= {f"val_{name}": value for name, value in metrics.items()}
         main = metrics[material.main_metric]
-        scores = [-1.0 if main is None else main, -metrics["loss"]]
+        scores = [-1.0 if main is None else main, -predictions.losses["loss"]]
     if scores > (progress.best or []):
         progress.best, progress.best_step = scores, progress.step
     line["examples_per_second"] = len(training) / progress.sums[2]
@@ -457,17 +456,18 @@ def end_epoch(options: Options, run: StageRun, material: Material, language: boo
 
 
 def measured(
-    options: Options, run: StageRun, classifier: Classifier, split: EncodedExamples
+    options: Options, run: StageRun[FinetuneProgress], classifier: Classifier, split: EncodedExamples
 ) -> tuple[Predictions, dict[str, float | None]]:
     predictions = predict(classifier, split, options.batch_size, run.device, run.dtype)
     return predictions, {**metrics_of(predictions, classifier.config), **predictions.losses}
 
 
-def write_report(options: Options, run: StageRun, material: Material) -> None:
+def write_report(options: Options, run: StageRun[FinetuneProgress], material: Material) -> None:
     """Write report.json, with the best epoch measured on the test split."""
     classifier, splits, progress = material.classifier, material.splits, run.progress
     config = classifier.config
-    report = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
+    assert progress.best_step is not None  # the first epoch has set it
+    report: dict[str, Any] = {"task": config.task, "classes": config.classes, "epochs": progress.epochs}
     report["step"] = progress.best_step
     report["best_epoch"] = progress.best_step // material.updates_per_epoch
     report["examples"] = {name: len(split) for name, split in splits.items()}
@@ -485,14 +485,14 @@ def show_test(predictions: Predictions, metrics: dict[str, float | None], config
     """Print how good the predictions are, and return their confusion matrix."""
     say("test: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if value is not None))
     matrix = confusion_matrix(predictions, config)
-    if matrix:
+    if matrix and config.classes:
         say(confusion_table(matrix, config.classes))
     return matrix
 
 
-def predictions_file(options: Options) -> Path:
-    """Where predictions go. Raises UserError if something is there already."""
-    path = options.output or Path(f"{options.predict.stem}.predictions.jsonl")
+def predictions_file(options: Options, examples: Path) -> Path:
+    """Where predictions for examples go. Raises UserError if something is there already."""
+    path = options.output or Path(f"{examples.stem}.predictions.jsonl")
     if path.exists() and not options.overwrite:
         raise UserError(f"{path} is there already: name another --output, or add --overwrite=True")
     return path
@@ -502,7 +502,7 @@ def use(options: Options) -> None:
     """Measure, predict and classify with a fine-tuned model."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    classifier, tokenizer = load_classifier(options.model)
+    classifier, tokenizer = load_classifier(options.base_model)
     classifier.to(device)
     config = classifier.config
     columns = options.columns(config.columns)
@@ -518,7 +518,7 @@ def use(options: Options) -> None:
         show_test(predictions, {**metrics_of(predictions, config), **predictions.losses}, config)
     if options.predict:
         encoded, predictions = predicted(read_examples(options.predict, config.task, columns, labelled=False))
-        path = predictions_file(options)
+        path = predictions_file(options, options.predict)
         lines = prediction_lines(predictions, config)
         write_file(path, "".join(to_json(line, ensure_ascii=False) + "\n" for line in lines))
         print(f"{path}: {counted(len(encoded), 'prediction')}")
@@ -546,6 +546,7 @@ def main() -> int:
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")
+    check_model(options)
     with naming(options.model):
         use(options)
     return 0

@@ -5,7 +5,7 @@
     python stages/ppo.py out/sft --prompts prompts.jsonl --reward out/reward --pretraining_dataset openwebtext
     python stages/ppo.py --resume=out/ppo                                   continue a stopped run; a reward
                                                                             function has to be named again
-    torchrun --standalone --nproc_per_node=8 stages/ppo.py configs/ppo.toml
+    torchrun --standalone --nproc_per_node=8 stages/ppo.py ppo.toml
     python sample.py --chat out/ppo                                         talk with it
 
 The policy writes responses to prompts. Each response is scored as a whole, less a penalty for its KL from the model
@@ -48,7 +48,7 @@ from gpt_arc.alignment.rollouts import (
 )
 from gpt_arc.chat.format import ChatFormat
 from gpt_arc.data.batches import windows
-from gpt_arc.data.datasets import Source, open_corpus
+from gpt_arc.data.datasets import Corpus, open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.device import autocast, to_device
@@ -64,6 +64,7 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
 from gpt_arc.training.options import StageOptions
 from gpt_arc.training.routers import RouterMeter, freeze_routers
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
@@ -129,7 +130,9 @@ class Options(StageOptions):
     weights themselves."""
     save_interval: Count = 20
     """Iterations between checkpoints."""
-    learning_rate: Positive = 9e-6
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: InstructGPT's 9e-6 for 1.3B parameters; for a smaller model, times (1.3B /
+    parameters)^0.6, up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
@@ -142,6 +145,7 @@ class Options(StageOptions):
         *StageOptions.FIRST,
     )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
+    PUBLISHED = PublishedRate(9e-6, 1.3e9)  # arXiv:2203.02155
 
     def __post_init__(self):
         super().__post_init__()
@@ -159,28 +163,22 @@ class Options(StageOptions):
         return self.examples_per_update * self.minibatches
 
 
-def build_critic(options: Options, policy: GPT) -> RewardModel | ScalarHead:
+def build_critic(reward: str, network: str | None, policy: GPT) -> RewardModel | ScalarHead:
     """Builds the value network. Raises UserError if it should be a reward model and there is none."""
-    from_reward = is_reward_model(options.reward)
-    if options.value_network == "shared":
+    from_reward = is_reward_model(reward)
+    if network == "shared":
         return ScalarHead(policy.config.n_embd, 0.0)
-    if options.value_network == "policy" or options.value_network is None and not from_reward:
+    if network == "policy" or network is None and not from_reward:
         return RewardModel(copy.deepcopy(policy), std=0.0)
     if not from_reward:
-        raise UserError(
-            f"value_network = reward, but reward = {options.reward} is not a reward model: use policy or shared"
-        )
-    return load_reward_model(options.reward)[0]
+        raise UserError(f"value_network = reward, but reward = {reward} is not a reward model: use policy or shared")
+    return load_reward_model(reward)[0]
 
 
 class PretrainingText:
     """Windows of a prepared dataset; the policy's language-model loss on them is mixed into the updates."""
 
-    def __init__(self, options: Options, tokenizer: Tokenizer, context: int, vocab_size: int):
-        corpus = open_corpus((Source(options.pretraining_dataset, 1.0),))
-        if corpus is None or corpus.tokenizer != tokenizer:
-            problem = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
-            raise UserError(f"pretraining_dataset = {options.pretraining_dataset}: {problem}")
+    def __init__(self, corpus: Corpus, options: Options, context: int, vocab_size: int):
         self.split = corpus.split("train", context, vocab_size, False)
         self.order = self.split.training_order(context, options.seed)
         self.context, self.windows = context, options.pretraining_batch_size
@@ -258,12 +256,13 @@ class Setup(NamedTuple):
 
 def load_setup(options: Options, run: StageRun) -> Setup:
     """Loads models, rewards, prompts and pre-training text. Raises UserError."""
-    for name in ("prompts", "reward"):
-        if getattr(options, name) is None:
-            raise UserError(f"name the {name} by --{name}")
+    if options.prompts is None:
+        raise UserError("name the prompts by --prompts")
+    if options.reward is None:
+        raise UserError("name the reward by --reward")
     policy, tokenizer, chat = load_policy(run.origin)
-    reference = load_policy(options.model)[0].to(run.device).eval().requires_grad_(False)
-    critic = build_critic(options, policy)
+    reference = load_policy(options.base_model)[0].to(run.device).eval().requires_grad_(False)
+    critic = build_critic(options.reward, options.value_network, policy)
     context = policy.config.block_size
     if isinstance(critic, RewardModel):
         if critic.trunk.config.block_size < context:
@@ -283,7 +282,8 @@ def load_setup(options: Options, run: StageRun) -> Setup:
     prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens, options.columns)
     text = None
     if options.pretraining_dataset:
-        text = PretrainingText(options, tokenizer, context, policy.config.vocab_size)
+        corpus = open_dataset(options.pretraining_dataset, tokenizer, "pretraining_dataset")
+        text = PretrainingText(corpus, options, context, policy.config.vocab_size)
     return Setup(policy, reference, critic, average, tokenizer, chat, score, monitor, prompts, text)
 
 
@@ -366,7 +366,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"iterations     {iterations:,} of {counted(size, 'episode')}, {counted(updates, 'update')} each")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
-    run.set_threads(policy.config)
+    run.fit(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
     actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
@@ -417,7 +417,7 @@ def train(options: Options, run: StageRun) -> int:
                 continue
             rate, norm, means = result
             totals, finite_updates = totals + torch.tensor(means), finite_updates + 1
-            if average is not None:
+            if average is not None and options.ema_decay is not None:
                 update_average(average.parameters(), policy.parameters(), options.ema_decay)
 
         # report

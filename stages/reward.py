@@ -5,7 +5,7 @@
     python stages/reward.py out/sft --train rankings.jsonl --preview 3      show rows as tokens, and which are scored
     python stages/reward.py out/reward --val other.jsonl                    measure a reward model
     python stages/reward.py --resume=out/reward                             continue a stopped run
-    torchrun --standalone --nproc_per_node=8 stages/reward.py configs/reward.toml
+    torchrun --standalone --nproc_per_node=8 stages/reward.py reward.toml
 
 A row has a prompt with chosen and rejected responses, or several responses from the best to the worst, or with ranks:
 see `gpt_arc/chat/files.py`. A run writes out/reward/ (or out/reward-2, -3 ...): run.json, metrics.jsonl, report.json
@@ -48,6 +48,7 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun, Write
 from gpt_arc.weights.edit import with_settings
 
@@ -61,7 +62,11 @@ class Options(ChatOptions):
     residual_dropout: Share | None = None
     """Dropout on each sublayer's output. None: the model's."""
     gradient_accumulation_steps: Count = 8
-    learning_rate: Positive = 9e-6
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: InstructGPT's 9e-6 for 6B parameters; for a smaller model, times (6B / parameters)^0.6,
+    up to 0.01."""
+
+    PUBLISHED = PublishedRate(9e-6, 6e9)  # arXiv:2203.02155
 
 
 def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, run: StageRun) -> dict[str, Any]:
@@ -127,7 +132,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
-    run.set_threads(model.trunk.config)
+    run.fit(model.trunk.config)
     run.open(digest([examples, demonstrations]))
     replica = run.place(model)
     updater, routers = run.updater(model, updates), RouterMeter(model.trunk)
@@ -178,13 +183,13 @@ def train(options: Options, run: StageRun) -> int:
         if report:
             show(report)
         if epoch_ended:
-            run.save(write, report and report["loss"])
+            run.save(write, report["loss"] if report else None)
     return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
 
 
 def finish(options: Options, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
-    policy = "MODEL" if is_reward_model(options.model) else options.model
+    policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
         command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
@@ -204,7 +209,7 @@ def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Opt
         size = 4 * options.batch_size
         with run.parallel.evaluating(model):
             scores = score_sequences(model, demonstrations, size, run.device, run.dtype)
-        model.head.bias -= scores.mean().item()
+        model.head.bias.sub_(scores.mean())
 
 
 def main() -> int:

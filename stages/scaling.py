@@ -27,8 +27,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
@@ -45,10 +46,10 @@ from gpt_arc.planning.budget import (
     serving_memory,
 )
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
-from gpt_arc.planning.fits import Laws, Result, fit_laws, size_of
+from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, fit_laws, grouped, same_but_rate, size_of
 from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
-from gpt_arc.reading import read_json
-from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare, UnitInterval
+from gpt_arc.reading import read_json, reading
+from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare
 from gpt_arc.tables import amount, counted, human, table, to_json
 from gpt_arc.training.command_line import config_file
 from gpt_arc.training.config import build_config, read_settings, write_settings
@@ -91,7 +92,7 @@ def sweep(options: SweepOptions) -> int:
     write_file(path, write_table(results))
     again = command("stages/scaling.py", "fit", path.parent)
     print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
-    return max(codes, default=0)
+    return max(filter(None, codes), default=0)
 
 
 def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:
@@ -112,7 +113,11 @@ def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:
             process.send_signal(stop.received)
         time.sleep(0.1)
     code = process.returncode
-    end = f"val loss {run.result().val_loss:.4f}" if run.finished else f"ended with exit code {code}: see {log}"
+    if run.finished:
+        end = f"val loss {run.result().val_loss:.4f}"
+    else:
+        *_, last = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["no output"]
+        end = f"ended with exit code {code}: {last} ({log})"
     print(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens: {end}", flush=True)
     return code
 
@@ -142,8 +147,22 @@ def read_results(path: Path) -> tuple[list[Result], Path]:
     return results, file
 
 
+def show_rates(results: list[Result]) -> None:
+    """Prints the losses by learning rate of the shapes and tokens that were trained with three rates or more."""
+    for rows in grouped(results, same_but_rate):
+        losses = {row.learning_rate: row.val_loss for row in rows if row.learning_rate}
+        if len(losses) > 2:
+            rates = sorted(losses)
+            best = best_rate(rates, [losses[rate] for rate in rates])
+            at = "at the end of the rates: add rates on that side" if best is None else f"{best:.2g}"
+            print(f"{rows[0].n_layer}x{rows[0].n_embd}, {amount(rows[0].tokens)} tokens: best learning rate {at}")
+            print(table([["rate", "val loss"], *([f"{rate:.3g}", f"{losses[rate]:.4f}"] for rate in rates)]))
+
+
 def fit_results(options: FitOptions) -> int:
     results, file = read_results(options.results)
+    show_rates(results)
+    results = best_of_rates(results)
     laws = fit_laws(results, options.embeddings, options.resamplings, options.seed)
     show(laws)
     write_file(file.with_name("laws.json"), to_json(laws.figures()) + "\n")
@@ -179,7 +198,7 @@ class PlanOptions:
     """Number of devices."""
     days: Positive | None = None
     """Days of training, in place of flops."""
-    mfu: UnitInterval = 0.4
+    mfu: PositiveShare = 0.4
     """Share of the devices' peak that training reaches."""
     price: Positive | None = None
     """Price of a device's hour, in any currency."""
@@ -187,9 +206,9 @@ class PlanOptions:
     """hoffmann, besiroglu or kaplan; or the folder of a sweep that was fitted, for its law and intervals."""
     config: str = "modern"
     """The config whose architecture and settings the plan takes, at another size."""
-    aspect_ratio: Positive = 64.0
+    aspect_ratio: Annotated[float, Gt(0), Le(10_000)] = 64.0
     """Width for each layer."""
-    head_width: Count = 64
+    head_width: Annotated[int, Ge(1), Le(10_000)] = 64
     """Width of a head."""
     output: Path | None = None
     """The config file to write. None: none."""
@@ -213,7 +232,12 @@ def plan(options: PlanOptions) -> int:
     rate = gpt3_rate(n)
     batch = max(1, round(gpt3_batch(n) / (base.data.batch_size * model.block_size)))
     per_step = batch * base.data.batch_size * model.block_size
-    steps = max(1, round(d / per_step))
+    steps = round(d / per_step)
+    if not steps:
+        raise UserError(
+            f"{flops:.3g} FLOPs are less than a step of the smallest model that {options.config} allows, "
+            f"{flops_per_token(gpt) * per_step:.3g}: name a larger budget"
+        )
     noun = "parameters" if embeddings else "parameters without embeddings and head"
     print(f"budget         {flops:.4g} FLOPs: {hardware.cost(flops)}")
     print(f"law            {options.law} ({law.source})")
@@ -244,11 +268,13 @@ def law_named(name: str) -> tuple[Law, list[Law], bool]:
     if not file.exists():
         raise UserError(f"law = {name} is none of hoffmann, besiroglu and kaplan, and there is no {file}")
     figures = read_json(file)
-    if CHINCHILLAS not in figures["laws"]:
-        raise UserError(f"{file} has no fit of {CHINCHILLAS}: {figures['missing'].get(CHINCHILLAS)}")
-    own = figures["laws"][CHINCHILLAS]
-    draws = [Law(CHINCHILLA, dict(zip(CHINCHILLA.constants, values))) for values in own["draws"]]
-    return Law(CHINCHILLA, own["constants"], str(file)), draws, figures["embeddings"]
+    with reading(file, f"fit again with: {command('stages/scaling.py', 'fit', name)}"):
+        if CHINCHILLAS not in figures["laws"]:
+            raise UserError(f"{file} has no fit of {CHINCHILLAS}: {figures['missing'][CHINCHILLAS]}")
+        record = figures["laws"][CHINCHILLAS]
+        constants = {constant: float(record["constants"][constant]) for constant in CHINCHILLA.constants}
+        draws = [Law(CHINCHILLA, dict(zip(CHINCHILLA.constants, values, strict=True))) for values in record["draws"]]
+        return Law(CHINCHILLA, constants, str(file)), draws, bool(figures["embeddings"])
 
 
 def predicted(law: Law, draws: list[Law], n: float, d: float) -> str:
@@ -288,7 +314,7 @@ def predict(options: PredictOptions) -> int:
             continue
         if run.step:
             raise UserError(f"{run.folder} has begun to train: a prediction comes before it")
-        used = [result for result in results if result.flops <= options.share * run.flops]
+        used = [result for result in best_of_rates(results) if result.flops <= options.share * run.flops]
         n = run.parameters if options.embeddings else run.parameters_without_embeddings
         sizes = [size_of(result, options.embeddings) for result in used]
         try:
@@ -300,8 +326,8 @@ def predict(options: PredictOptions) -> int:
             )
         except ValueError as error:
             known = f"{file} has {counted(len(used), 'run')} of at most {options.share:.0%} of {run.name}'s compute"
-            raise UserError(f"{known}: {error}") from None
-        low, high = law.interval(lambda law, n=n, d=run.tokens: float(law.loss(n=n, d=d)))
+            raise UserError(f"{known}: {error}; --share allows runs of more compute") from None
+        low, high = law.next_run(lambda law, n=n, d=run.tokens: float(law.loss(n=n, d=d)))
         prediction = {
             "run": run.name,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -374,6 +400,8 @@ def claim(options: ClaimOptions) -> int:
     """Whether a mixture of equal experts can have the parameters that are claimed for it."""
     if options.experts_per_token >= options.experts:
         raise UserError("experts_per_token must be less than experts")
+    if options.active > options.total:
+        raise UserError(f"active = {options.active:g} must be at most total = {options.total:g}")
     mixture = MixtureClaim(options.total, options.active, options.experts, options.experts_per_token)
     print(f"expert         {amount(mixture.expert)} parameters, over all layers")
     if mixture.shared < 0:

@@ -13,7 +13,7 @@
     python sample.py --chat out/sft                                         talk with it
 
 A row has a prompt and a response; or instruction, input and output, as Alpaca; or conversations, as ShareGPT; or
-messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned. Other keys are refused.
+messages: {"role": ..., "content": ...}, with "weight": 0 for a response that is not learned, and with tools and calls.
 `gpt_arc/chat/files.py` and `gpt_arc/chat/format.py` describe files and templates, `gpt_arc/vision/data.py` rows with
 images. A run writes out/sft/ (or out/sft-2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss
 as `best`.
@@ -23,7 +23,7 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -48,11 +48,12 @@ from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
-from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
+from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
 from gpt_arc.vision.new import new_vision_model
-from gpt_arc.weights.directory import of_one_checkpoint, save_model
+from gpt_arc.weights.directory import of_one_checkpoint, reads_images, save_model
 from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
@@ -68,10 +69,12 @@ class Options(ChatOptions):
     """Pack several conversations into a row, isolated from each other: less padding, equal losses."""
     residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
-    learning_rate: Positive = 1e-5
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: InstructGPT's 1e-5 for 1.3B parameters; for a smaller model, times (1.3B /
+    parameters)^0.6, up to 0.01."""
     image_encoder: str | None = None
-    """Encoder to add to a text model so that it reads images: a ViT, CLIP or SigLIP saved by transformers, or a .toml
-    file with the settings of a new one."""
+    """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
+    SigLIP saved by transformers, or a .toml file with the settings of a new one."""
     projector_layers: Literal[1, 2] = 2
     """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
     pixel_shuffle: Count = 1
@@ -84,6 +87,7 @@ class Options(ChatOptions):
     """The same of the projector."""
 
     PATHS = (*ChatOptions.PATHS, "image_encoder")
+    PUBLISHED = PublishedRate(1e-5, 1.3e9)  # arXiv:2203.02155
 
     @property
     def rates(self) -> dict[str, float]:
@@ -153,6 +157,16 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
     return model, vision_model(options, directory, model), tokenizer, chat
 
 
+def reader(
+    options: Options, vision: VisionGPT | None
+) -> tuple[Callable[[Path], list[Any]], Callable[..., EncodedConversations[Any]]]:
+    """Returns what reads a file's conversations, and what encodes them, for a model that reads images or text alone."""
+    if vision is None:
+        return partial(read_conversations, columns=options.columns), encode_conversations
+    embeddings = vision.embeddings_per_image
+    return partial(read_image_conversations, columns=options.columns, embeddings=embeddings), encode_image_conversations
+
+
 def train(options: Options, run: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
@@ -161,10 +175,7 @@ def train(options: Options, run: StageRun) -> int:
     whole: GPT | VisionGPT = vision or model
 
     # ---- the conversations, and the plan in figures
-    read, encode = partial(read_conversations, columns=options.columns), encode_conversations
-    if vision:
-        read = partial(read_image_conversations, columns=options.columns, embeddings=vision.embeddings_per_image)
-        encode = encode_image_conversations
+    read, encode = reader(options, vision)
     if options.preview:
         return preview_conversations(read(options.train)[: options.preview], chat, model.config.block_size)
     splits = options.splits(read)
@@ -185,7 +196,7 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {size} in {epochs}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
-    run.set_threads(model.config)
+    run.fit(model.config)
     run.open(
         digest(
             [[identity(each) for each in split.examples] if vision else split.examples for split in encoded.values()]

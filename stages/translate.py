@@ -40,7 +40,7 @@ from gpt_arc.tables import counted
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.epochs import EpochOrder, digest
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, save_model
 from model import GPT, GPTConfig
 
@@ -212,7 +212,7 @@ def main() -> int:
     options = read_options(Options, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
         raise UserError("translate.py runs in one process: start it with python, not torchrun")
-    return start_stage(options, "translate", train)
+    return start_stage(options, "translate", train, StageProgress)
 
 
 if __name__ == "__main__":

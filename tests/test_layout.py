@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "weights": ("ground", "nn", "model", "data"),
     "planning": ("ground", "nn", "model"),
     "training": ("ground", "nn", "model", "data", "weights", "planning"),
+    "reports": ("ground", "nn", "model", "data", "weights", "planning", "training"),
     "chat": ("ground", "nn", "model", "data", "weights"),
     "vision": ("ground", "nn", "model", "data", "weights", "chat"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),

@@ -20,13 +20,23 @@ from gpt_arc.weights.directory import save_model
 from helpers import ROOT
 from model import GPT, GPTConfig
 from prepare import text as prepare_text
+from stages.scaling import ACTIONS
 
 SCRIPTS = [path for folder in (".", "prepare", "stages", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [path for path in SCRIPTS if path.name not in ("model.py", "setup.py", "bench.py")]  # bench.py has commands
 SOURCES = [*SCRIPTS, *sorted((ROOT / "gpt_arc").rglob("*.py"))]
 FLAG = re.compile(r"(?<![-\w])--([a-z][\w-]*)")
 COMMAND = re.compile(r"\bpython ((?:[a-z]+/)?[a-z]\w*\.py)([^`;]*)")
-OF_TORCHRUN = {"standalone", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "no-python", "help"}
+OF_TORCHRUN = {
+    "standalone",
+    "nnodes",
+    "nproc_per_node",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "no-python",
+    "help",
+}
 OF_OTHERS = OF_TORCHRUN | {"index-url"}
 
 
@@ -58,15 +68,16 @@ def written(node):
 def flags_of():
     """The flags of each script, from its --help, by path in the repository."""
     flags = {}
-    for path in SCRIPTS:
+    commands = [(path,) for path in SCRIPTS] + [(ROOT / "stages" / "scaling.py", name) for name in ACTIONS]
+    for path, *command in commands:
         screen, argv = io.StringIO(), sys.argv
-        sys.argv = [str(path), "--help"]
+        sys.argv = [str(path), *command, "--help"]
         try:
             with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
                 runpy.run_path(str(path), run_name="__main__")
         finally:
             sys.argv = argv
-        flags[str(path.relative_to(ROOT))] = set(FLAG.findall(screen.getvalue()))
+        flags.setdefault(str(path.relative_to(ROOT)), set()).update(FLAG.findall(screen.getvalue()))
     return flags
 
 
@@ -109,6 +120,6 @@ def test_a_tokenizer_is_found_wherever_a_model_is(tmp_path, monkeypatch):
     for place in ("out/t0/step-00000002", "out/t1/step-00000002", "model"):
         save_model(GPT(GPTConfig(4, 3, 1, 1, 4)), tokenizer, place)
     Path("out/t0/last").symlink_to("step-00000002")
-    Path("out/t1/best").symlink_to("step-00000002")
-    for name in ("out/t0", "out/t1", "out/t0/last", "model"):
+    Path("out/t1/best").write_text("step-00000002")  # in place of a link, where there are none
+    for name in ("out/t0", "out/t1", "out/t0/last", "out/t1/best", "model"):
         assert find_tokenizer(name) == tokenizer

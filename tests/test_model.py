@@ -26,6 +26,7 @@ from gpt_arc.nn.attention import (
 from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss, add_product
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.nn.positions import Stretch, alibi_bias, alibi_slopes
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
@@ -154,12 +155,15 @@ def test_causal_attention_worked_by_hand():
 def variants():
     """One model per option, and some combinations."""
     changes = [
-        {}, GPT1, {"norm": "rmsnorm"}, {"positions": "sinusoidal"}, {"positions": "rotary"},
+        {}, GPT1, {"norm": "rmsnorm"}, *({"positions": name} for name in ("sinusoidal", "rotary", "alibi", "none")),
+        *({"positions": "rotary", "rotary_factor": 3.0, "rotary_context": 4, "rotary_scaling": kind}
+          for kind in get_args(Stretch) if kind != "dynamic"),
         *({"activation": activation} for activation in get_args(Activation)[1:]), {"bias": False},
         {"tied_head": False}, {"head_bias": True}, {"qk_norm": True}, {"n_kv_head": 2}, {"n_kv_head": 1},
         {"head_size": 6}, {"mlp_size": 20}, {"attention_band": 4}, {"dropout": 0.3},
         {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
         {"norm_position": "post", "positions": "rotary", "norm": "rmsnorm", "tied_head": False},
+        {"positions": "alibi", "attention_band": 4, "n_kv_head": 2, "dropout": 0.3},
     ]  # fmt: skip
     return [
         pytest.param(dataclasses.replace(TINY, **c), id=",".join(f"{k}={v}" for k, v in c.items())) for c in changes
@@ -319,6 +323,9 @@ def test_ten_training_steps_equal_transformers_gpt2():
     assert losses[0][-1] < losses[0][0]
 
 
+STRETCHED = {"positions": "rotary", "rotary_scaling": "ntk", "rotary_factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -326,6 +333,13 @@ def test_ten_training_steps_equal_transformers_gpt2():
         ({"n_kv_head": 3}, "n_kv_head = 3 does not divide n_head = 4"),
         ({"positions": "rotary", "head_size": 7}, "head size 7 must be even"),
         ({"positions": "sinusoidal", "n_embd": 9, "n_head": 3}, "n_embd = 9 must be even"),
+        ({"rotary_scaling": "ntk"}, 'rotary_scaling = "ntk" needs positions = "rotary"'),
+        (STRETCHED | {"rotary_scaling": None}, "rotary_factor = 4.0 stretches nothing: choose a rotary_scaling"),
+        (STRETCHED | {"rotary_scaling": "yarn"}, 'rotary_scaling = "yarn" needs rotary_context'),
+        (STRETCHED | {"head_size": 2}, "2 are too few"),
+        (STRETCHED | {"rotary_factor": 0.5}, "rotary_factor = 0.5 must be at least 1"),
+        (STRETCHED | {"rotary_attention_factor": 1.1}, 'is for rotary_scaling = "yarn", not "ntk"'),
+        (STRETCHED | {"rotary_fast": 1.0}, "rotary_fast = 1.0 must be more than rotary_slow = 1.0"),
         ({"dropout": 1.0}, "dropout = 1.0 must be between 0 and 1, 1 excluded"),
         ({"attention_dropout": -0.1}, "attention_dropout = -0.1"),
         ({"n_layer": 0}, "n_layer = 0 must be between 1 and 1024"),
@@ -352,7 +366,7 @@ def test_more_tokens_than_the_context_are_refused():
 @given(
     layers=st.integers(1, 3), kv_heads=st.integers(1, 3), group=st.integers(1, 3), size=st.integers(1, 4),
     norm=st.sampled_from(["layernorm", "rmsnorm"]), post=st.booleans(), bias=st.booleans(), tied=st.booleans(),
-    positions=st.sampled_from(["learned", "sinusoidal", "rotary"]), qk_norm=st.booleans(),
+    positions=st.sampled_from(["learned", "sinusoidal", "rotary", "alibi", "none"]), qk_norm=st.booleans(),
     activation=st.sampled_from(get_args(Activation)), length=st.integers(1, 7),
 )  # fmt: skip
 def test_any_valid_configuration_runs(
@@ -410,11 +424,13 @@ BANDED = [
     {"ngrams": 3, "ngram_rows": 50},
     {"positions": "rotary", "n_kv_head": 2, "qk_norm": True},
     {"positions": "sinusoidal", **GPT1},
+    {"positions": "alibi", "n_kv_head": 2},
+    {"positions": "rotary", "rotary_scaling": "dynamic", "rotary_factor": 3.0, "rotary_context": 2},
 ]
 
 
 @pytest.mark.parametrize("band", [None, 1, 3, 5, 11])
-@pytest.mark.parametrize("change", BANDED, ids=["n-grams", "rotary", "sinusoidal"])
+@pytest.mark.parametrize("change", BANDED, ids=["n-grams", "rotary", "sinusoidal", "alibi", "dynamic"])
 def test_documents_in_one_window_are_independent(change, band):
     config = dataclasses.replace(TINY, block_size=29, n_layer=4, attention_band=band, **change)
     model = GPT(config).eval()
@@ -684,9 +700,11 @@ def test_one_query_attends_by_groups_as_by_repeated_heads():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(3, 8, 1, 6, generator=generator)
     key, value = (torch.randn(3, 2, 20, 6, generator=generator) for _ in range(2))
-    mask = (torch.arange(20) < torch.tensor([[20], [7], [1]]))[:, None, None]
-    expected = F.scaled_dot_product_attention(query, repeat_heads(key, 8), repeat_heads(value, 8), mask)
-    torch.testing.assert_close(attend_by_groups(query, key, value, mask, 0.0), expected)
+    allowed = (torch.arange(20) < torch.tensor([[20], [7], [1]]))[:, None, None]
+    biases = alibi_bias(allowed, alibi_slopes(8), torch.tensor([[19], [6], [0]]))
+    for mask in (allowed, biases):
+        expected = F.scaled_dot_product_attention(query, repeat_heads(key, 8), repeat_heads(value, 8), mask)
+        torch.testing.assert_close(attend_by_groups(query, key, value, mask, 0.0), expected)
 
 
 def test_the_tiles_of_a_band_are_made_once_for_all_rows(monkeypatch):

@@ -11,13 +11,15 @@ import sample
 import train
 from gpt_arc.alignment.reward_model import RewardModel, load_reward_model, save_reward_model, score_sequences
 from gpt_arc.chat.format import ChatFormat, load_template
+from gpt_arc.data.json_lines import parse_line
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.decoding.beam import beam_search
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.decoding.speculative import speculative
-from gpt_arc.errors import NotFinite
+from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.evaluation.score import Request, score_continuations
+from gpt_arc.evaluation.tasks import filled
 from gpt_arc.evaluation.word_search import WordTokens, likeliest_words
 from gpt_arc.finetuning.classifier import (
     Classifier,
@@ -191,6 +193,13 @@ def test_a_mixture_is_not_made_of_a_bad_model(run):
     stopped = run(upcycle, "bad", "mixture")
     assert stopped.code == 1 and "final_norm.weight of bad is not finite" in stopped.message
     assert not Path("mixture").exists()
+
+
+def test_no_text_is_made_of_nan():
+    assert parse_line('{"a": NaN, "b": [-Infinity, "NaN"]}', "x.jsonl, line 1") == {"a": None, "b": [None, "NaN"]}
+    for value in (None, math.nan):
+        with pytest.raises(UserError, match="is not a text or a number"):
+            filled("{a}", {"a": value})
 
 
 def test_json_has_no_nan():

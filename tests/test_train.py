@@ -19,7 +19,7 @@ from gpt_arc.data.tokenizer import CharTokenizer, load_tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.log import read_metrics
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_config, load_model, save_model
 from helpers import ROOT, TEXT, TINY_FLAGS, command, refusal, run_python, untimed, write_dataset
 from model import GPT, GPTConfig
 from warm import WarmPopen
@@ -183,6 +183,31 @@ def test_float16_finds_its_loss_scale(workplace, run, monkeypatch):
 
 
 SCALER = torch.amp.GradScaler
+
+
+def test_a_model_is_extended_to_a_longer_context(run):
+    for name in ("rotary", "alibi", "learned"):
+        run(f"--positions={name}", "--max_iters=3", f"--out_dir={name}")
+    longer = "--block_size=64", "--max_iters=3"
+    yarn = "--positions=rotary", "--rotary_scaling=yarn", "--rotary_factor=4"
+    assert "of rotary: block_size = 16" in run("--init_from=rotary", *longer, *yarn, "--rotary_context=16", "--dry_run")
+    run("--init_from=rotary", *longer, "--extend_context=True", *yarn, "--rotary_context=16", "--out_dir=long")
+    config = load_config("long")
+    assert (config.block_size, config.stretch.kind, config.stretch.context) == (64, "yarn", 16)
+    assert "finished step 4" in run("--resume=long", "--max_iters=4", tiny=False)
+    assert load_config("long") == config
+    run("--init_from=alibi", *longer, "--extend_context=True", "--out_dir=farther")
+    assert load_config("farther") == dataclasses.replace(load_config("alibi"), block_size=64)
+    for flags, sentence in (
+        (("--init_from=learned", *longer), "learned has learned 16 positions and none for a block_size of 64"),
+        (
+            ("--init_from=alibi", *longer, *yarn, "--rotary_context=16"),
+            'the architecture of alibi: rotary_scaling = "y',
+        ),
+        ((), "extend_context needs init_from"),
+    ):
+        refused = run("--extend_context=True", *flags)
+        assert refused.code == 2 and sentence in refused.message
 
 
 def test_a_run_keeps_its_tokenizer_if_the_dataset_loses_it(workplace, run):

@@ -84,6 +84,7 @@ def read_windows(options: Options, tokenizer: "Tokenizer", vocab_size: int, bloc
         if not tokens:
             raise UserError(f"{options.text} is empty")
         return windows(tokenizer, lambda start, n: tokens[start : start + n], len(tokens), block_size, options.tokens)
+    assert options.dataset is not None  # `check` refuses both and neither
     corpus = open_corpus((Source(options.dataset, 1.0),))
     if corpus is None:
         raise UserError(f"there is no prepared dataset {options.dataset}, neither below data/ nor at that path")

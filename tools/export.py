@@ -289,9 +289,11 @@ def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template
 def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.chat.format import load_with_chat
     from gpt_arc.data.masking import MASK, mask_token
+    from gpt_arc.weights.directory import refuse_images
     from gpt_arc.weights.huggingface import hf_tensors
     from gpt_arc.weights.verification import Reference
 
+    refuse_images(options.model, "tools/llava.py exports it with its images")
     model, tokenizer, chat = load_with_chat(options.model)
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     if model.config.attention == "causal":

@@ -35,8 +35,8 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     from gpt_arc.data.tokenizer import holds_tokenizer, load_tokenizer
     from gpt_arc.vision.llava import is_llava, read_llava, write_llava
-    from gpt_arc.vision.model import load_vision, reads_images, save_vision
-    from gpt_arc.weights.directory import load_model, model_directory, save_model
+    from gpt_arc.vision.model import load_vision, save_vision
+    from gpt_arc.weights.directory import load_model, model_directory, reads_images, save_model
     from gpt_arc.weights.tensor_files import check_range
 
     if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):

@@ -47,17 +47,6 @@ class Options:
     """Delete without asking."""
 
 
-def folder_of(name: str) -> Path:
-    """Returns the folder of a run. Raises UserError if there is none."""
-    from gpt_arc.training.runs import OUT_ROOT
-
-    for folder in (OUT_ROOT / name, Path(name)):
-        if (folder / "run.json").is_file():
-            return folder
-    names = ", ".join(sorted(path.parent.name for path in OUT_ROOT.glob("*/run.json")))
-    raise UserError(f"there is no run {name}; the runs under {OUT_ROOT}/ are: {names or 'none'}")
-
-
 def listing() -> str:
     """Returns a table of the runs under out/, the newest last, and a line for each that can't be read."""
     from gpt_arc.training.runs import OUT_ROOT, summary
@@ -136,13 +125,15 @@ def main() -> None:
     if options.remove is not None:
         if options.names:
             raise UserError(f"--remove takes one run, and {options.names[0]} stands beside it")
-        remove(folder_of(options.remove), options.yes)
+        from gpt_arc.training.runs import run_folder
+
+        remove(run_folder(options.remove), options.yes)
     elif not options.names:
         print(listing())
     elif len(options.names) == 2:
-        from gpt_arc.training.runs import summary
+        from gpt_arc.training.runs import run_folder, summary
 
-        print(comparison(*(summary(folder_of(name)) for name in options.names)))
+        print(comparison(*(summary(run_folder(name)) for name in options.names)))
     else:
         raise UserError(f"two runs are compared, not {len(options.names)}: {command('tools/runs.py', 'RUN', 'RUN')}")
 

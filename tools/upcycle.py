@@ -57,7 +57,7 @@ def main() -> None:
     from gpt_arc.chat.format import load_with_chat
     from gpt_arc.finetuning.classifier import is_classifier
     from gpt_arc.planning.cost import describe_parameters
-    from gpt_arc.weights.directory import save_model
+    from gpt_arc.weights.directory import refuse_images, save_model
     from gpt_arc.weights.tensor_files import check_range
     from gpt_arc.weights.upcycle import upcycled
     from model import GPTConfig
@@ -66,6 +66,7 @@ def main() -> None:
         raise UserError(
             f"{options.model} has its own head, which the mixture would lose: name the model it was trained from"
         )
+    refuse_images(options.model)
     model, tokenizer, chat = load_with_chat(options.model)
     if model.experts:
         raise UserError(f"{options.model} is a mixture of {model.config.n_experts} experts already")

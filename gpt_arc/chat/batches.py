@@ -1,7 +1,7 @@
 """Encodes conversations and packs them into batches."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,20 @@ class EncodedConversation(NamedTuple):
         return sum(self.scored)
 
 
-class EncodedConversations(NamedTuple):
+E = TypeVar("E")
+
+
+class EncodedConversations(NamedTuple, Generic[E]):
     """The conversations of a file that fit into the context."""
 
-    examples: list[EncodedConversation]
+    examples: list[E]
     cut: int  # conversations that lost responses at their end
     dropped: int  # conversations whose first response doesn't fit
 
 
-def encode_conversations(conversations: Sequence[Conversation], chat: ChatFormat, context: int) -> EncodedConversations:
+def encode_conversations(
+    conversations: Sequence[Conversation], chat: ChatFormat, context: int
+) -> EncodedConversations[EncodedConversation]:
     """Encodes conversations; one of more than `context` + 1 tokens is cut after the last response that fits.
 
     Raises UserError naming the row whose text can't be encoded.

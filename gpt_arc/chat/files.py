@@ -12,22 +12,28 @@ The context of a response is given in one of four forms, and a conversation has 
 
 An assistant's message may have "weight": 0, which keeps it from being learned; a message with any other key is refused.
 
+A column `tools` beside messages describes tools, as a list or its JSON. An assistant's message may have `tool_calls`,
+and one of the role "tool" holds a result; its `tool_call_id` and `name` aren't shown. OpenAI's former `function_call`
+and role "function", and ShareGPT's roles "function_call" and "observation", mean the same. `chat.tools` has the texts
+that all of this becomes.
+
 A ranking is one of these forms, ending with the user's turn, and either `chosen` and `rejected`, or `responses`, best
 first or with a list of `ranks`, where 1 is best and equal ranks are ties. `chosen` and `rejected` are texts, messages,
 or lists of messages. Such lists may be whole conversations that differ in the last turn; then no other form is needed.
 
-A row that has two forms is refused, and so are prompt, response, system, tools and functions beside a list of messages.
-Other columns don't matter, except to the reward functions of PPO, which get the whole row. `columns`, "prompt=question"
+A row that has two forms is refused, and so are prompt, response, system and functions beside a list of messages.
+A conversation or ranking with a weight (unless it is 1), a history or functions in columns is refused. Other columns
+don't matter, except to the reward functions of PPO, which get the whole row. `columns`, "prompt=question"
 and the like, name columns that are called otherwise, and choose the form of a row that has two.
 """
 
-import math
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from gpt_arc.chat.format import ROLES, Turn
+from gpt_arc.chat.tools import calls_text, describe, result_text
 from gpt_arc.data.rows import missing_column, parsed_rows, shown, text_of
 from gpt_arc.errors import UserError
 from gpt_arc.tables import counted
@@ -39,12 +45,14 @@ FORMS = {  # column of each form that contains the user's turn -> the others
     "prompt": ("response",),
     "instruction": ("input", "output"),
 }
-OPTIONAL = ("system", "input")
+OPTIONAL = ("system", "input", "tools")
 NAMES = (*FORMS, "response", "output", *OPTIONAL, "chosen", "rejected", "responses", "ranks")
-CONTRADICTIONS = ("prompt", "response", "system", "tools", "functions")  # not allowed beside a list of messages
-OF_TOOLS = ("tool", "function", "function_call", "observation", "ipython")  # roles, in several formats
-CALLS = {"tool_calls", "function_call"}  # keys of an assistant's message
-ROLE_OF = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+CONTRADICTIONS = ("prompt", "response", "system", "functions")  # not allowed beside a list of messages
+UNLEARNED = ("weight", "history", "functions")  # columns that say what to learn, in a way that isn't read
+ROLE_OF = {"human": "user", "gpt": "assistant", "function_call": "assistant"}  # ShareGPT's names
+RESULTS = ("tool", "function", "observation", "ipython")  # roles of a tool's result, in several formats
+TURN_ROLES = (*ROLES, "tool")
+CALLS = ("tool_calls", "function_call")  # keys of an assistant's message
 
 
 class Conversation(NamedTuple):
@@ -76,6 +84,7 @@ def read_conversations(path: Path, columns: Sequence[str] = ()) -> list[Conversa
 
     def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Conversation:
         turns = _context(row)
+        _refuse_unlearned(row)
         if _form(row) in ("prompt", "instruction"):
             response = text_of(row, "output" if _form(row) == "instruction" else "response")
             turns = (*turns, Turn("assistant", response))
@@ -104,12 +113,15 @@ def read_rankings(path: Path, columns: Sequence[str] = ()) -> list[Ranking]:
 
     def parse(row: dict[str, Any], place: str, original: dict[str, Any]) -> Ranking:
         if row.get("responses") is None:
+            if row.get("ranks") is not None:
+                raise ValueError("the column ranks ranks responses, and can't stand beside chosen")
             turns, responses = _pair(row)
             ranks = [1, 2]
-        elif row.get("chosen") is not None:
-            raise ValueError("the column chosen can't stand beside responses")
+        elif pair := [column for column in ("chosen", "rejected") if row.get(column) is not None]:
+            raise ValueError(f"the column {pair[0]} can't stand beside responses")
         else:
             turns, responses, ranks = _context(row), *_responses(row)
+        _refuse_unlearned(row)
         if turns[-1].role != "user":
             raise ValueError("messages must end with a user turn")
         return Ranking(turns, tuple(responses), tuple(ranks), place)
@@ -179,14 +191,43 @@ def _context(row: dict[str, Any]) -> tuple[Turn, ...]:
     return *system, Turn("user", request)
 
 
+def _refuse_unlearned(row: dict[str, Any]) -> None:
+    """Raises ValueError for a column that would be ignored, though it says what to learn."""
+    for name in UNLEARNED:
+        value = row.get(name)
+        if value not in (None, "", [], "[]", "1") and not (name == "weight" and value == 1):
+            raise ValueError(f"the column {name} = {shown(value)} can't be learned: remove it or the row")
+
+
 def _messages(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
     contradiction = next((name for name in CONTRADICTIONS if row.get(name)), None)
     if contradiction:
-        raise ValueError(f"the column {contradiction} can't stand beside {column}")
+        mend = ": name it by --columns tools=functions" if contradiction == "functions" else ""
+        raise ValueError(f"the column {contradiction} can't stand beside {column}{mend}")
     messages = row[column]
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{column} is not a list of turns")
-    return tuple(map(_turn, messages))
+    return _with_tools(row, _turns(messages))
+
+
+def _turns(messages: list) -> tuple[Turn, ...]:
+    """Returns the turns of messages; results of tools that follow each other are one turn of the user."""
+    turns: list[Turn] = []
+    for is_result, same in groupby(map(_turn, messages), key=lambda turn: turn.role == "tool"):
+        group = list(same)
+        turns += [Turn("user", "\n".join(turn.content for turn in group))] if is_result else group
+    return tuple(turns)
+
+
+def _with_tools(row: dict[str, Any], turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+    """Returns the turns with the row's tools in the system turn."""
+    tools = describe(row["tools"]) if row.get("tools") else ""
+    if not tools:
+        return turns
+    first = turns[0]
+    if first.role == "system":
+        return first._replace(content=f"{first.content}\n\n{tools}"), *turns[1:]
+    return Turn("system", tools), *turns
 
 
 def _pair(row: dict[str, Any]) -> tuple[tuple[Turn, ...], tuple[str, str]]:
@@ -197,7 +238,8 @@ def _pair(row: dict[str, Any]) -> tuple[tuple[Turn, ...], tuple[str, str]]:
         raise ValueError("chosen and rejected differ before their last turns")
     if before and row.get("prompt") is not None and text_of(row, "prompt") != before[-1].content:
         raise ValueError("prompt is not the last user turn of chosen")
-    return before or _context(row), (chosen[-1].content, rejected[-1].content)
+    context = _with_tools(row, before) if before else _context(row)
+    return context, (chosen[-1].content, rejected[-1].content)
 
 
 def _answer(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
@@ -205,17 +247,17 @@ def _answer(row: dict[str, Any], column: str) -> tuple[Turn, ...]:
     value = row.get(column)
     if not isinstance(value, list | dict):
         return (Turn("assistant", text_of(row, column)),)
-    turns = tuple(map(_turn, value if isinstance(value, list) else [value]))
+    turns = _turns(value if isinstance(value, list) else [value])
     if not turns or turns[-1].role != "assistant":
         raise ValueError(f"{column} must be a text, or end with an assistant turn")
+    if turns[-1].weight == 0:
+        raise ValueError(f"{column} has weight = 0, and every response of a ranking is learned")
     return turns
 
 
 def _responses(row: dict[str, Any]) -> tuple[list[str], Sequence[float]]:
     responses = _list(row, "responses", str, "texts")
     ranks = _list(row, "ranks", (int, float), "numbers") if "ranks" in row else range(1, len(responses) + 1)
-    if any(map(math.isnan, ranks)):
-        raise ValueError("ranks contains NaN")
     if len(responses) < 2 or len(ranks) != len(responses):
         raise ValueError(
             f"{counted(len(responses), 'response')} with {counted(len(ranks), 'rank')}: a ranking needs two or more "
@@ -229,14 +271,15 @@ def _turn(message: Any) -> Turn:
     if "from" in present and "role" not in present and "content" not in present:  # as in ShareGPT
         role = present.pop("from")
         present["role"] = ROLE_OF.get(role, role) if isinstance(role, str) else role
-        present["content"] = present.pop("value", None)
-    if present.get("role") in OF_TOOLS or "content" not in present and present.keys() & CALLS:
-        raise ValueError(
-            f"the turn {shown(message)} calls a tool or answers for one, and templates have no such turns: write it "
-            "into the text of an assistant's or user's turn, or remove the row"
-        )
-    if not isinstance(present.get("content"), str) or present.get("role") not in ROLES:
-        raise ValueError(f'the turn {shown(message)} is not {{"role": {" | ".join(ROLES)}, "content": TEXT}}')
+        present["function_call" if role == "function_call" else "content"] = present.pop("value", None)
+    if present.get("role") in RESULTS:
+        present = {key: value for key, value in present.items() if key not in ("tool_call_id", "name")}
+        present["role"] = "tool"
+    elif present.get("role") == "assistant" and isinstance(content := present.get("content", ""), str):
+        calls = [calls_text(each) for key in CALLS if (each := present.pop(key, None))]
+        present |= {"content": "\n".join(filter(None, (content, *calls)))} if calls else {}
+    if not isinstance(present.get("content"), str) or present.get("role") not in TURN_ROLES:
+        raise ValueError(f'the turn {shown(message)} is not {{"role": {" | ".join(TURN_ROLES)}, "content": TEXT}}')
     unknown = present.keys() - {"role", "content", "weight"}
     if unknown:
         raise ValueError(f"the turn {shown(message)} has {min(unknown)}, which can't be learned: remove it or the row")
@@ -245,11 +288,12 @@ def _turn(message: Any) -> Turn:
         raise ValueError(
             f"the turn {shown(message)} has weight = {shown(weight)}: it may be 1, or 0 for an assistant's"
         )
-    return Turn(present["role"], present["content"], int(weight))
+    content = result_text(present["content"]) if present["role"] == "tool" else present["content"]
+    return Turn(present["role"], content, int(weight))
 
 
 def _list(row: dict[str, Any], column: str, kind: type | tuple, noun: str) -> list:
     value = row[column]
-    if not isinstance(value, list) or not all(isinstance(x, kind) and not isinstance(x, bool) for x in value):
+    if not isinstance(value, list) or any(not isinstance(x, kind) or isinstance(x, bool) or x != x for x in value):
         raise ValueError(f"{column} = {shown(value)} is not a list of {noun}")
     return value

@@ -16,13 +16,14 @@ from typing import NamedTuple, NotRequired
 import torch
 from typing_extensions import TypedDict
 
+from gpt_arc.chat.tools import CALL, CLOSING, OPENING, RESULT
 from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
-from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, require_causal
+from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, refuse_images, require_causal
 from model import GPT
 
 FORMAT_VERSION = 1
@@ -214,7 +215,8 @@ class ChatFormat:
         """The template in Jinja. What it renders, transformers' tokenizers encode as `encode` does.
 
         All texts are literals in expressions, from which Jinja strips no white space. {% generation %} encloses what is
-        learned. A mark spelled in a content is text here, and the mark for transformers.
+        learned. A mark spelled in a content is text here, and the mark for transformers. Tools, their calls and results
+        become what `chat.tools` makes of them.
         """
         return self._in_jinja("{after}")
 
@@ -229,18 +231,39 @@ class ChatFormat:
         def literal(text: str) -> str:
             return f"{{{{ {text!r} }}}}" if text else ""
 
-        texts = {role: "{{ message['content'] }}".join(map(literal, self.template.parts(role))) for role in ROLES}
+        def when(condition: str, text: str, otherwise: str = "") -> str:
+            return f"{{% if {condition} %}}{text}" + (otherwise and "{% else %}" + otherwise) + "{% endif %}"
+
+        content = "{{ message['content'] }}"
+        system, user = (tuple(map(literal, self.template.parts(role))) for role in ("system", "user"))
         opening, closing = self.template.parts("assistant")
         mark = end_mark(self.template.assistant)
-        response = "{% generation %}{{ message['content'] }}" + literal(mark) + "{% endgeneration %}"
         after = literal(closing.removeprefix(mark))
-        texts["assistant"] = literal(opening) + response + (after and ending.format(after=after))
+        name, arguments = "{{ call['name'] }}", "{{ call['arguments'] }}"
+        arguments = when("call['arguments'] is string", arguments, arguments.replace(" }}", " | tojson }}"))
+        call = literal(CALL[0]) + name + literal(CALL[1]) + arguments + literal(CALL[2])
+        calls = "{% for each in message['tool_calls'] or [] %}{% set call = each['function'] or each %}"
+        calls += when("message['content'] or not loop.first", literal("\n")) + call + "{% endfor %}"
+        response = "{{ message['content'] or '' }}" + calls + literal(mark)
+        texts = {
+            "system": when("not (tools and loop.first)", content.join(system)),
+            "user": content.join(user),
+            "assistant": literal(opening) + f"{{% generation %}}{response}{{% endgeneration %}}",
+            "tool": when("loop.previtem is defined and loop.previtem['role'] == 'tool'", literal("\n"), user[0])
+            + content.join(map(literal, RESULT))
+            + when("loop.last or loop.nextitem['role'] != 'tool'", user[1]),
+        }
+        texts["assistant"] += after and ending.format(after=after)
         start = literal(self.tokenizer.decode(self.prefix or [self.tokenizer.start_token]))
         if not self.prefix:
-            start = "" if opening else f"{{% if messages and messages[0]['role'] == 'assistant' %}}{start}{{% endif %}}"
+            start = "" if opening else when("not tools and messages and messages[0]['role'] == 'assistant'", start)
+        asked = when("messages[0]['role'] == 'system'", "{{ messages[0]['content'] }}" + literal("\n\n"))
+        each_tool = "{% for tool in tools %}" + literal("\n") + "{{ tool | tojson }}{% endfor %}"
+        tools = (asked + literal(OPENING) + each_tool + literal(CLOSING)).join(system)
         cases = "{% elif ".join(f"message['role'] == '{role}' %}}{text}" for role, text in texts.items())
         turns = "{% for message in messages %}{% if " + cases + "{% endif %}{% endfor %}"
-        return start + turns + ("{% if add_generation_prompt %}" + literal(opening) + "{% endif %}" if opening else "")
+        prompt = when("add_generation_prompt", literal(opening)) if opening else ""
+        return start + when("tools", tools) + turns + prompt
 
     def response(self, content: str) -> list[int]:
         """Returns the tokens of a response, with its end token."""
@@ -340,7 +363,11 @@ def load_text_with_chat(
 
 @of_one_checkpoint
 def load_chat_model(path: Path | str) -> tuple[GPT, Tokenizer, ChatFormat]:
-    """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError."""
+    """Loads a model trained on conversations, with its tokenizer and chat format. Raises UserError.
+
+    Refuses a model that reads images, because whoever trains it saves its text model alone.
+    """
+    refuse_images(path)
     model, _, chat = load_with_chat(path)
     require_causal(path, model)
     chat = require_chat(path, chat)

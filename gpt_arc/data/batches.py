@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt_arc.data.datasets import Split
+from gpt_arc.data.masking import Masking
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.device import send
@@ -25,7 +26,19 @@ def pad_rows(rows: Iterable[Sequence[int]], device: torch.device = CPU, value: i
     return send(pad_sequence(tensors, batch_first=True, padding_value=value), device)
 
 
-def windows(split: Split | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
+class TokenSource(Protocol):
+    """What windows are read from: a split, or a stand-in."""
+
+    @property
+    def separator(self) -> int | None: ...
+
+    @property
+    def masking(self) -> Masking | None: ...
+
+    def read(self, start: int, count: int) -> np.ndarray: ...
+
+
+def windows(split: TokenSource | TokenFiles, starts: np.ndarray, length: int) -> tuple[Tensor, Tensor]:
     """Tokens and targets, each (B, length) int64, of the windows at `starts`. Targets past the end are -1."""
     rows = np.full((len(starts), length + 1), IGNORED, dtype=np.int64)
     for row, start in zip(rows, starts.tolist()):
@@ -52,7 +65,7 @@ def prefetch(batches: Iterator[tuple[Tensor, ...]], device: torch.device) -> Ite
 
 
 def training_batches(
-    split: Split, order: TrainingOrder | MixtureOrder, consumed: int, sequences: int, size: int, block_size: int,
+    split: TokenSource, order: TrainingOrder | MixtureOrder, consumed: int, sequences: int, size: int, block_size: int,
     rank: int = 0, ranks: int = 1,
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """Yields batches of `size` forever: the slice of process `rank` of each global batch of `sequences`.
@@ -68,7 +81,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    split: Split, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1,
+    split: TokenSource, starts: np.ndarray, size: int, block_size: int, rank: int = 0, ranks: int = 1,
     numbers: np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
     """Yields the model's arguments for the windows of process `rank`, each (size, block_size) int64.

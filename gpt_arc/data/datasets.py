@@ -109,7 +109,12 @@ class Corpus:
 
 def _tokens_of(directory: Path, split: str) -> int | None:
     """The number of tokens recorded in meta.json, or None if there is none, as with others' shards."""
-    return _meta(directory).get("tokens", {}).get(split)
+    return recorded_tokens(directory).get(split)
+
+
+def recorded_tokens(directory: Path) -> dict[str, int]:
+    """The number of tokens of each split, as recorded in meta.json; {} if there is none, as with others' shards."""
+    return _meta(directory).get("tokens", {})
 
 
 def _meta(directory: Path) -> Meta:
@@ -148,6 +153,15 @@ def open_corpus(sources: Sequence[Source], verify: bool = False) -> Corpus | Non
                 f"{directory} and {directories[0]} have different tokenizers: the datasets of a mixture must share one"
             )
     return Corpus(tuple(source.name for source in sources), tuple(directories), mixture_shares(sources), tokenizers[0])
+
+
+def open_dataset(name: str, tokenizer: Tokenizer, setting: str) -> Corpus:
+    """Opens the prepared dataset that a setting names, for a model with this tokenizer. Raises UserError."""
+    corpus = open_corpus((Source(name, 1.0),))
+    if corpus is None or corpus.tokenizer != tokenizer:
+        problem = "there is no prepared dataset of that name" if corpus is None else "it has another tokenizer"
+        raise UserError(f"{setting} = {name}: {problem}")
+    return corpus
 
 
 def mixture_shares(sources: Sequence[Source]) -> tuple[float, ...]:

@@ -69,19 +69,15 @@ def read_declared(folder: Path, tokenizer: Vocabulary, prefix: tuple[int, ...] |
     def known(ids: list[int]) -> int | None:
         return next((id for id in ids if id < tokenizer.vocab_size), None)
 
-    ids = {
-        key: _ids(folder / GENERATION_FILE, key, generation) or _ids(folder / "config.json", key, config)
-        for key in ID_KEYS
-    }
+    generating = {key: _ids(folder / GENERATION_FILE, key, generation) for key in ID_KEYS}
+    ids = {key: generating[key] or _ids(folder / "config.json", key, config) for key in ID_KEYS}
     end, start, pad = token("eos_token", tokenizer.end_of_text), token("bos_token"), token("pad_token")
     end = known(ids["eos_token_id"]) if end is None else end
     if prefix is None:
         first = token("bos_token", tokenizer.end_of_text)
         prefix = (first,) if settings.get("add_bos_token") and first is not None else ()
     files = {name: read_bytes(folder / name) for name in KEPT if (folder / name).exists()}
-    others = {
-        key: value if len(value) > 1 else value[0] for key, value in ids.items() if value and not generation.get(key)
-    }
+    others = {key: value if len(value) > 1 else value[0] for key, value in ids.items() if value and not generating[key]}
     if others:  # from config.json, which isn't copied
         files[GENERATION_FILE] = (json.dumps(generation | others, indent=1) + "\n").encode()
     return Declared(
@@ -122,4 +118,4 @@ def _ids(path: Path, key: str, content: dict[str, Any]) -> list[int]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(each) is not int for each in values):
         raise UserError(f"{path}: {key} = {json.dumps(value)[:60]} is neither a token's id nor a list of ids")
-    return values
+    return [each for each in values if each >= 0]  # the first Llamas have -1 for none

@@ -8,12 +8,13 @@ from gpt_arc.errors import UserError, first_line
 from gpt_arc.reading import read_json
 
 T = TypeVar("T", dict, list)
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN and infinities, which JSON lacks, are null
 
 
 def parse_line(line: str, place: str) -> Any:
     """Parse a line of JSON. Raises UserError naming `place` if it isn't valid."""
     try:
-        return json.loads(line)
+        return DECODER.decode(line)
     except (ValueError, RecursionError) as error:  # RecursionError: nested too deeply
         raise UserError(f"{place} is not a line of JSON: {first_line(error)}") from None
 
@@ -21,7 +22,7 @@ def parse_line(line: str, place: str) -> Any:
 def parse_as(kind: type[T], text: str) -> T | None:
     """Parse JSON, a dict or a list. Returns None if `text` is anything else."""
     try:
-        value = json.loads(text)
+        value = DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, kind) else None

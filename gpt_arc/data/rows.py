@@ -35,6 +35,7 @@ def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T
                 raise ValueError("the line is not a JSON object")
             if None in row:  # `_rows` puts surplus cells there
                 raise ValueError("the row has more columns than the first line")
+            row = {name: None if value != value else value for name, value in row.items()}  # NaN is a missing value
             parsed.append(parse(row, place))
         except ValueError as error:
             first, bad = first or f"{place}: {error}", bad + 1

@@ -7,7 +7,8 @@
 
 Rows may differ in length: token i of row b has slot i, and a row never attends beyond its own tokens. When a row has
 filled the context, its oldest quarter is dropped and the rest is encoded again from position 0, whatever the kind of
-positions. From then on the model sees between three quarters and all of its context.
+positions. From then on the model sees between three quarters and all of its context. Dynamic rotary scaling changes
+what was read with the length of a row, so rows beyond the trained context are read anew at each step.
 """
 
 import contextlib
@@ -41,6 +42,8 @@ class Decoder(nn.Module):
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
         self.source: Source | None = None  # for a model with an encoder: one source, of all rows
         self.cache = empty_cache(model, 0, 0, torch.float32)
+        self.dynamic_context = model.config.rotary_context if model.config.rotary_scaling == "dynamic" else None
+        self.read_length = 0  # of the longest row when all rows were last read from their beginning
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
         self.one_step = self.forward  # used for one token per row
@@ -149,23 +152,26 @@ class Decoder(nn.Module):
         self.clear(len(prompts), None if room is None else longest + room)
         self.sequences = [list(prompt[-context:]) for prompt in prompts]
         with self._eager():
-            return self.head(self._encode(list(range(len(prompts))))).float()
+            return self.head(self._encode(list(range(len(prompts))))[:, -1]).float()
 
-    def _encode(self, rows: list[int]) -> Tensor:
-        """Reads some rows from their beginning. Returns the hidden states (R, C) of their last tokens."""
+    def _encode(self, rows: list[int], count: int = 1) -> Tensor:
+        """Reads some rows from their beginning. Returns the hidden states (R, count, C) of their last tokens."""
         sequences = [self.sequences[row] for row in rows]
         longest = max(map(len, sequences))
         tokens = pad_rows(sequences, self._device)
+        lengths = send([len(tokens) for tokens in sequences], self._device)
         whole = len(rows) == len(self.sequences)
+        self.read_length = longest if whole else self.read_length
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         with self._eager():
             views = [part.view(len(rows), longest, None) for part in cache]
-            hidden = self.model.hidden(tokens, cache=views, images=self.images, source=self.source)
+            padded = lengths if self.dynamic_context else None
+            hidden = self.model.hidden(tokens, cache=views, lengths=padded, images=self.images, source=self.source)
         places = send(rows, self._device)
         for part, new in zip(self.cache, [] if whole else cache):
             part.keys[places, :, :longest], part.values[places, :, :longest] = new.keys, new.values
-        last = send([len(tokens) - 1 for tokens in sequences], self._device)
-        return hidden[torch.arange(len(rows), device=self._device), last]
+        last = lengths[:, None] + torch.arange(-count, 0, device=self._device)
+        return hidden[torch.arange(len(rows), device=self._device)[:, None], last]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Appends one token to each row. Returns the logits (B, V), float32, of the next."""
@@ -183,7 +189,11 @@ class Decoder(nn.Module):
         if size > context:
             raise ValueError(f"{size} tokens are more than the context, block_size = {context}")
         self._slide(size)
-        rows, slots = self._reserve(live, max(map(len, self.sequences)) + size)
+        longest = max(map(len, self.sequences)) + size
+        rows, slots = self._reserve(live, longest)
+        if self.dynamic_context and max(longest, self.read_length) > self.dynamic_context:
+            self.sequences = [[*sequence, *chunk] for sequence, chunk in zip(self.sequences, chunks)]
+            return self.head(self._encode(list(range(live)), size)).float()
         idle = [[0] * size] * (rows - live)  # unused rows of a fixed-size step
         tokens = send([*chunks, *idle], self._device)
         previous = self._previous([*chunks, *idle])

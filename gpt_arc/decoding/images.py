@@ -12,7 +12,8 @@ import torch
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
 from gpt_arc.vision.images import read_image
-from gpt_arc.vision.model import VisionGPT, load_vision, reads_images
+from gpt_arc.vision.model import VisionGPT, load_vision
+from gpt_arc.weights.directory import reads_images
 
 
 class Images:

@@ -58,6 +58,11 @@ def speculative(
         raise UserError(
             f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must share a vocabulary"
         )
+    if decoder.dynamic_context:
+        raise UserError(
+            'with rotary_scaling = "dynamic" the probability of a token depends on how many tokens are read after it: '
+            "leave the draft out"
+        )
     if draft_tokens < 1:
         raise UserError(f"draft_tokens = {draft_tokens} must be at least 1")
     generator = row_generators(0, [0])[0] if generator is None else generator

@@ -8,7 +8,7 @@ Shapes: E experts, N tokens, each with k experts, G classes of tokens, V vocabul
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from gpt_arc.errors import check_finite
 from gpt_arc.nn.experts import Experts
 from model import GPT
 
-CLASSES = ("newline", "space", "capital", "word begins", "in a word", "digit", "punctuation", "other")
+CLASSES: tuple[str, ...] = ("newline", "space", "capital", "word begins", "in a word", "digit", "punctuation", "other")
 
 
 def token_class(text: str, before: str) -> str:
@@ -156,7 +156,7 @@ class Window(NamedTuple):
 
 
 def windows(
-    tokenizer: Tokenizer, read: Callable[[int, int], Sequence[int]], length: int, size: int, most: int = 0
+    tokenizer: Tokenizer, read: Callable[[int, int], Iterable[int]], length: int, size: int, most: int = 0
 ) -> list[Window]:
     """Returns adjacent windows of `size` tokens; if `most` > 0, evenly spaced ones with up to `most` tokens in all.
 

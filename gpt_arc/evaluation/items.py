@@ -184,7 +184,8 @@ def demonstrations(
     If the task has a group, they come from the group of that item, `target`.
 
     `shuffled` gives each a random option, or another item's answer: a control for what the format alone teaches.
-    Large models lose little by it (Min et al., arXiv:2202.12837), the small one of docs/in_context.md everything.
+    Large models lose little by it (Min et al., arXiv:2202.12837), the small one of docs/results/in_context.md loses
+    everything.
     Raises UserError if there are too few items, or for one that lacks a column. A pool that is not the items to
     answer also leaves out its item `number`, which is harmless.
     """

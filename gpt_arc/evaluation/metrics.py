@@ -24,7 +24,11 @@ def choice_accuracy(task: Task, reader: Reader, questions: list[tuple[Question, 
     places = [
         f"{question.place}, option {number}" for question, _ in questions for number in range(len(question.contexts))
     ]
-    scores = reader.score(pairs, task.name, places)
+    if task.image:
+        images = [question.image for question, _ in questions for _ in question.contexts]
+        scores = reader.score_about_images(pairs, images, task.name, places)
+    else:
+        scores = reader.score(pairs, task.name, places)
     values = [score.log_probability for score in scores]
     if task.normalise == "token":
         values = [value / score.tokens for value, score in zip(values, scores)]

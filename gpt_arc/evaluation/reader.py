@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from gpt_arc.chat.format import IMAGE, ChatFormat, Turn
+from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.beam import beam_search
@@ -104,6 +105,40 @@ class Reader(NamedTuple):
             raise UserError(f"a question about an image takes {len(tokens)} tokens, and the context leaves {room}")
         return tokens
 
+    @torch.inference_mode()
+    def score_about_images(
+        self, pairs: Sequence[tuple[str, str]], images: Sequence[Path | None], label: str, places: Sequence[str]
+    ) -> list[Score]:
+        """Scores responses to questions, the pairs, about `images`. Raises UserError.
+
+        `label` names the pairs in the progress bar and, with `places`, in messages.
+        """
+        requests = []
+        for place, (question, response) in zip(places, pairs):
+            try:
+                tokens = self.chat.response(response.lstrip())[:-1] if self.chat else []
+                prompt = self.encode_image_prompt(question, self.model.config.block_size + 1 - max(len(tokens), 1))
+                if not tokens:
+                    raise UserError("the option is empty")
+            except UserError as error:
+                raise UserError(f"{label}, {place}: {error}") from None
+            requests.append(Request(prompt, tokens))
+        scores: dict[int, Score] = {}
+        lengths = [len(request.context) + len(request.continuation) for request in requests]
+        bar = tqdm(total=len(pairs), desc=label, unit="option", leave=False, disable=None)
+        for batch in length_batches(lengths, self.batch_tokens):
+            embeddings, prompts = self._show([requests[i].context for i in batch], [images[i] for i in batch])
+            inputs = pad_rows([*prompt, *requests[i].continuation[:-1]] for prompt, i in zip(prompts, batch))
+            states = self.model.hidden(inputs.to(embeddings.device), images=embeddings)
+            for row, i in enumerate(batch):
+                first, tokens = len(requests[i].context) - 1, torch.tensor(requests[i].continuation)
+                logs = self.model.logits(states[row, first : first + len(tokens)]).float().log_softmax(-1).cpu()
+                likelihood = logs.gather(1, tokens[:, None]).sum().item()
+                scores[i] = Score(likelihood, bool((logs.argmax(-1) == tokens).all()), len(tokens))
+            bar.update(len(batch))
+        bar.close()
+        return [scores[i] for i in range(len(pairs))]
+
     def answers(
         self, prompts: Sequence[str], task: Task, seed: int, images: Sequence[Path | None] | None = None
     ) -> list[str]:
@@ -133,7 +168,7 @@ class Reader(NamedTuple):
             for batch in length_batches(lengths, self.batch_tokens):
                 decoder, rows = Decoder(self.model), [tokens[i] for i in batch]
                 if images is not None:
-                    rows = self._show(decoder, rows, [images[i] for i in batch])
+                    decoder.images, rows = self._show(rows, [images[i] for i in batch])
                 self._generate(decoder, rows, [streams[i] for i in batch], task, row_generators(seed, batch))
                 bar.update(len(batch))
         bar.close()
@@ -148,14 +183,16 @@ class Reader(NamedTuple):
         return TextStream(self.tokenizer, end=self.chat.end)  # a response is decoded without its prompt
 
     @torch.inference_mode()
-    def _show(self, decoder: Decoder, prompts: list[list[int]], images: Sequence[Path | None]) -> list[list[int]]:
-        """Embeds the image of each prompt for the decoder. Returns the prompts with placeholders for them."""
+    def _show(
+        self, prompts: Sequence[Sequence[int]], images: Sequence[Path | None]
+    ) -> tuple[torch.Tensor, list[list[int]]]:
+        """Returns the embeddings (N, C) of the image of each prompt, and the prompts with placeholders for them."""
         assert self.vision is not None  # `encode_image_prompt` saw to it
         vision, weight = self.vision, self.vision.encoder.patches.weight
         pixels = load_pixels([path for path in images if path], vision.preprocessing, vision.image_size)
-        decoder.images = vision.embed_images(pixels.to(weight)).flatten(0, 1)
+        embeddings = vision.embed_images(pixels.to(weight)).flatten(0, 1)
         firsts = range(0, len(prompts) * vision.embeddings_per_image, vision.embeddings_per_image)
-        return [[t - first if t < 0 else t for t in prompt] for first, prompt in zip(firsts, prompts)]
+        return embeddings, [[t - first if t < 0 else t for t in prompt] for first, prompt in zip(firsts, prompts)]
 
     def _generate(
         self,

@@ -180,8 +180,9 @@ def score_continuations(
         by_context[truncated(request, model.config.block_size)].append((number, request.continuation))
         count += 1
     shared, alone = [], []
+    dynamic = model.config.rotary_scaling == "dynamic"  # a context's keys and values depend on what follows it
     for group in starmap(Group, by_context.items()):
-        if group.worth_sharing:
+        if group.worth_sharing and not dynamic:
             shared.append(group)
         else:
             alone += [Group(group.context, [item]) for item in group.continuations]
@@ -227,7 +228,10 @@ def _score_alone(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iter
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
         rows = [Row(g, *group.continuations[0]) for g, group in enumerate(batch)]
-        hidden = model.hidden(pad_rows([[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)], device))
+        sequences = [[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)]
+        lengths = send([len(tokens) for tokens in sequences], device)
+        padded = lengths if model.config.rotary_scaling == "dynamic" else None
+        hidden = model.hidden(pad_rows(sequences, device), lengths=padded)
         ends = [len(group.context) - 1 for group in batch]
         yield from _scored(model, rows, [h[end : end + len(row.tokens)] for h, end, row in zip(hidden, ends, rows)])
 

@@ -71,8 +71,8 @@ class Task:
     stop_word_filter: bool = False
     """cloze: right if the answer is the likeliest word that isn't a stop word, see evaluation/word_search.py."""
     image: str = ""
-    """generate: the column with the name of an image that the question is about, relative to the file of items. Such
-    questions are for models trained on images, and come without demonstrations."""
+    """choice, generate: the column with the name of an image that the question is about, relative to the file of items.
+    Such questions are for models trained on images, and come without demonstrations."""
     description: str = ""
     """Template of a text before all demonstrations, filled from the item to answer."""
     separator: str = "\n\n"
@@ -119,6 +119,8 @@ class Task:
     def __post_init__(self):
         if self.kind == "choice" and not self.options:
             raise ValueError("a choice needs options")
+        if self.kind == "cloze" and self.image:
+            raise ValueError("image belongs to the kinds choice and generate, not to cloze")
         if self.num_beams > 1 and self.top_k > 1:
             raise ValueError("num_beams does not sample, so top_k has no effect: leave one of them out")
         if self.num_beams == 1 and self.length_penalty != 1:
@@ -136,14 +138,14 @@ class Task:
 
     def question(self, item: dict[str, Any]) -> Question:
         """Returns the item's contexts, continuations and answer. Raises UserError naming a missing column."""
+        image = Path(looked_up(self.image, item)) if self.image else None
         if self.kind != "choice":
-            image = Path(looked_up(self.image, item)) if self.image else None
             return Question([filled(self.context, item)], [filled(self.answer, item)], 0, image=image)
         options = self.options_of(item)
         variants = [item | {"option": option} for option in options]
         contexts = [filled(self.context, variant) for variant in variants]
         continuations = [filled(self.continuation, variant) for variant in variants]
-        return Question(contexts, continuations, self.answer_of(item, options))
+        return Question(contexts, continuations, self.answer_of(item, options), image=image)
 
     def options_of(self, item: dict[str, Any]) -> list[str]:
         if isinstance(self.options, tuple):
@@ -199,7 +201,7 @@ KIND_OF: dict[str, str] = dict.fromkeys(
     ("options", "continuation", "answer_as", "answer_from", "normalise", "unconditional"), "choice"
 )
 KIND_OF |= {"stop_word_filter": "cloze"} | dict.fromkeys(
-    ("image", "stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"),
+    ("stop", "extract", "max_new_tokens", "sentences", "top_k", "num_beams", "length_penalty", "metric"),
     "generate",
 )
 
@@ -232,7 +234,7 @@ def filled(template: str, item: dict[str, Any]) -> str:
 
     def entry(match: re.Match) -> str:
         value = looked_up(match[1], item)
-        if isinstance(value, (dict, list)) or value is None:
+        if isinstance(value, (dict, list)) or value is None or value != value:
             raise UserError(f"{{{match[1]}}} = {json.dumps(value)[:60]} is not a text or a number")
         return str(value)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt_arc.nn.functional import dropout
+from gpt_arc.nn.positions import alibi_bias, alibi_slopes
 
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
@@ -37,47 +38,65 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
-# None: every query sees the keys up to its own place; in bidirectional attention, every key
+# None: a query sees the keys up to its own place; in bidirectional attention, all. Numbers are added to scores
 Mask = Tensor | BlockMask | None
 
 
 def positions_and_masks(
-    tokens: Tensor, documents: Tensor | None, cache: Sequence[KVCache] | None, band: int | None, dropout_rate: float
+    tokens: Tensor,
+    documents: Tensor | None,
+    cache: Sequence[KVCache] | None,
+    band: int | None,
+    dropout_rate: float,
+    alibi_heads: int | None = None,
 ) -> tuple[Tensor, tuple[Mask, Mask]]:
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
     Odd blocks see the last `band` positions only, their own included, if there is a band. `documents` (B, T) restarts
     positions and attention at each document. `cache`, one per block, continues the tokens that were read before.
+    With `alibi_heads` the masks are ALiBi's biases on the scores of each head.
     """
+    slopes = alibi_slopes(alibi_heads) if alibi_heads else None
+    biased = slopes is not None
     (batch, length), device = tokens.shape, tokens.device
     positions = torch.arange(length, device=device)
     if cache is not None and cache[0].positions is not None:
         positions, slots = cache[0].positions, torch.arange(cache[0].keys.size(2), device=device)
         mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
         recent = mask if band is None else mask & (slots > positions[..., None] - band)[:, None]
+        if slopes:
+            mask, recent = (alibi_bias(allowed, slopes, positions) for allowed in (mask, recent))
         return positions, (mask, recent)
     mask, first = None, None
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
-        mask = causal_mask(first, None, dropout_rate, batch)
+        mask = causal_mask(first, None, dropout_rate, batch, biased)
+    elif biased:
+        mask = causal_mask(torch.zeros_like(positions)[None], None, dropout_rate, 1, biased)
     recent = mask
     if band is not None and band < length:
         earliest = (positions - band + 1).clamp(min=0)[None]  # the same for all rows, unless they have documents
         earliest = earliest if first is None else torch.maximum(earliest, first)
-        recent = causal_mask(earliest, band, dropout_rate, batch)
+        recent = causal_mask(earliest, band, dropout_rate, batch, biased)
+    if slopes:
+        assert isinstance(mask, Tensor) and isinstance(recent, Tensor)
+        mask, recent = (alibi_bias(allowed, slopes) for allowed in (mask, recent))
     return positions if first is None else positions - first, (mask, recent)
 
 
-def causal_mask(earliest: Tensor, band: int | None, dropout_rate: float, batch: int) -> Tensor | BlockMask:
+def causal_mask(
+    earliest: Tensor, band: int | None, dropout_rate: float, batch: int, biased: bool = False
+) -> Tensor | BlockMask:
     """The mask in which query i of row b sees the keys earliest[b, i] .. i; `earliest` is (B, T), or (1, T) for all B.
 
     Returns booleans (B, 1, T, T). Where a query sees at most W = `band` keys and 2W < T, queries go in n chunks of W,
     each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W, not T T.
     In compiled CUDA code it is the tiles that `flex_attention` visits, which has no dropout, and no backward on CPUs.
+    `biased` keeps it booleans, to which biases are added.
     """
     (rows, length), device = earliest.shape, earliest.device
-    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not dropout_rate:
+    if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not (dropout_rate or biased):
         own = int(rows > 1)  # else all rows share the first, whatever their number
         return create_block_mask(
             lambda b, h, query, key: (key <= query) & (key >= earliest[own * b, query]),
@@ -116,9 +135,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
-    `mask` comes from `causal_mask`, or is (B, 1, T, S). None: S = T, and every query sees the keys up to its own place,
+    `mask` comes from `causal_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which GPUs use SDPA's
+    memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up to its own place,
     or all keys if the attention isn't `causal`.
     """
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        mask = mask.type_as(value)
     if not causal:
         assert not isinstance(mask, BlockMask)  # causal_mask alone makes them
         key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
@@ -171,9 +193,10 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
         if mask is None:
             hidden = torch.full((stop - start, stop), -math.inf, dtype=value.dtype, device=query.device).triu(start + 1)
         else:
-            seen = mask[:, :, start:stop, :stop]
-            hidden = torch.zeros_like(seen, dtype=value.dtype).masked_fill(~seen, -math.inf)
-            hidden = hidden.expand(-1, heads, -1, -1).flatten(0, 1)
+            hidden = mask[:, :, start:stop, :stop]
+            if hidden.dtype == torch.bool:
+                hidden = torch.zeros_like(hidden, dtype=value.dtype).masked_fill(~hidden, -math.inf)
+            hidden = hidden.expand(batch, heads, -1, -1).flatten(0, 1)
         scores = torch.baddbmm(hidden, query[:, start:stop], key[:, :stop].mT, alpha=1 / math.sqrt(size))
         mixed.append(dropout(scores.softmax(-1), dropout_rate) @ value[:, :stop])
     return torch.cat(mixed, dim=1).unflatten(0, (batch, heads))
@@ -182,6 +205,7 @@ def attend_by_products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor |
 def attend_by_groups(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_rate: float) -> Tensor:
     """`attend` for one query (B, H, 1, D). The queries of a group see the same keys, so they can pass as one head's."""
     grouped = query.unflatten(1, (key.size(1), -1)).squeeze(3)  # (B, K, H / K, D)
+    mask = mask if mask.size(1) == 1 else mask.unflatten(1, (key.size(1), -1)).squeeze(3)  # (B, K, H / K, S)
     mixed = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, dropout_p=dropout_rate)
     return mixed.flatten(1, 2).unsqueeze(2)
 
@@ -191,8 +215,10 @@ def attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     torch._check(value.size(-1) == query.size(-1))  # so that a compiler that takes sizes as variable knows this one
     query = query.float().unflatten(1, (key.size(1), -1))  # (B, K, H / K, 1, D)
     scores = (query * key[:, :, None].float()).sum(-1) / math.sqrt(query.size(-1))  # (B, K, H / K, S)
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask.unflatten(1, (key.size(1), -1)).squeeze(3)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
     mixed = (weights[..., None] * value[:, :, None].float()).sum(-2) / weights.sum(-1, keepdim=True)  # (B, K, H / K, D)
     return mixed.flatten(1, 2)[:, :, None]

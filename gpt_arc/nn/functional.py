@@ -31,14 +31,23 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     assert_never(activation)
 
 
-def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi to 2 pi base, in float32.
+def frequencies(width: int, base: float | Tensor, device: torch.device) -> Tensor:
+    """Radians per position (..., width / 2) of pairs of features, from 1 down to almost 1 / base (...), in float32.
 
     Computed where they are used: a buffer would lose precision in bfloat16 and be empty on the meta device.
     """
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    angles = positions.float()[..., None] * base**-exponents
+    return 1.0 / base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+
+
+def waves(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., F) of positions (...) at frequencies (F,) or (..., F), in float32."""
+    angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
+
+
+def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi to 2 pi base, in float32."""
+    return waves(positions, frequencies(width, base, positions.device))
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from gpt_arc.planning.cost import ACCELERATORS
 from model import GPT, GPTConfig
 
 DAY = 86_400  # seconds
+DEEPEST = 1024  # layers, the most that a GPTConfig may have
 # GPT-3's peak learning rates and tokens a step by parameters (arXiv:2005.14165, table 2.1)
 GPT3 = {
     125e6: (6e-4, 0.5e6),
@@ -94,7 +95,7 @@ def shaped(config: GPTConfig, layers: int, aspect_ratio: float, head_width: int)
 def nearest_shape(
     config: GPTConfig, parameters: float, aspect_ratio: float, head_width: int, embeddings: bool
 ) -> GPTConfig:
-    """The shape whose number of parameters is nearest to the wanted one, as a ratio."""
+    """The shape whose number of parameters is nearest to the wanted one, as a ratio. Raises UserError if none is."""
 
     def size(layers: int) -> float:
         shape, period = shaped(config, layers, aspect_ratio, head_width), config.expert_interval
@@ -105,6 +106,11 @@ def nearest_shape(
 
     low, high = 1, 2
     while size(high) < parameters:
+        if high == DEEPEST:
+            raise UserError(
+                f"{parameters:.3g} parameters need more than {DEEPEST:,} layers at aspect_ratio = {aspect_ratio:g}: "
+                "name a larger aspect_ratio, or a smaller budget"
+            )
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

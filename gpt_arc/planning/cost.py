@@ -85,7 +85,8 @@ def memory_estimate(
     about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C
     bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert keeps 2 C more for its
     copies of the token. With activation checkpointing one layer keeps all this and the others only their input. The
-    head keeps three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits.
+    head keeps three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits. ALiBi's
+    biases, H T T, are shared by all layers.
     """
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
@@ -97,7 +98,8 @@ def memory_estimate(
     in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
         1 - 1 / expert_processes
     )
-    return 16 * int(model.num_parameters() - in_other_processes) + activations + logits
+    biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
+    return 16 * int(model.num_parameters() - in_other_processes) + activations + logits + biases
 
 
 def layer_activations(config: GPTConfig) -> list[int]:

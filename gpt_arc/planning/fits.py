@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import PositiveInt
 
 from gpt_arc.planning.scaling_laws import (
     CHINCHILLA,
@@ -22,6 +23,7 @@ from gpt_arc.planning.scaling_laws import (
     parabola,
     trend,
 )
+from gpt_arc.settings import Count, Positive
 
 EQUAL = 1.05  # runs whose FLOPs differ by less have one budget
 
@@ -30,16 +32,17 @@ class Result(NamedTuple):
     """What a finished run of a sweep came to. Losses are in nats a token."""
 
     run: str
-    n_layer: int
-    n_embd: int
+    n_layer: Count
+    n_embd: Count
     seed: int
-    parameters: int
-    parameters_without_embeddings: int
-    tokens: int
-    flops: float
-    val_loss: float
+    parameters: PositiveInt
+    parameters_without_embeddings: PositiveInt
+    tokens: PositiveInt
+    flops: Positive
+    val_loss: Positive
     seconds: float
-    curve: list[tuple[int, float]]  # tokens and val loss of each evaluation
+    curve: list[tuple[PositiveInt, Positive]]  # tokens and val loss of each evaluation
+    learning_rate: Positive | None = None  # None: an older version's
 
 
 @dataclass(frozen=True)
@@ -77,18 +80,38 @@ def size_of(result: Result, embeddings: bool) -> int:
     return result.parameters if embeddings else result.parameters_without_embeddings
 
 
+def same_but_rate(result: Result) -> tuple[int, ...]:
+    """What runs have in common that differ in nothing but the learning rate."""
+    return result.tokens, result.n_layer, result.n_embd, result.seed
+
+
+def best_of_rates(results: Sequence[Result]) -> list[Result]:
+    """Returns, of runs that differ in nothing but the learning rate, the one with the lowest loss."""
+    return [min(group, key=lambda r: r.val_loss) for group in grouped(results, same_but_rate)]
+
+
+def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """The learning rate of the lowest loss: of the parabola through the lowest loss and the two beside it.
+
+    None if the lowest loss has the smallest or the largest of the rates, which ascend.
+    """
+    lowest = int(np.argmin(losses))
+    around = slice(lowest - 1, lowest + 2)
+    return parabola(rates[around], losses[around]).best if 0 < lowest < len(rates) - 1 else None
+
+
 def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200, seed: int = 0) -> Laws:
     """Fits every law that the results of a sweep determine. N counts `embeddings` and head, or doesn't."""
     sizes = [size_of(result, embeddings) for result in results]
     most = [max(group, key=lambda r: r.tokens) for group in grouped(results, lambda r: size_of(r, embeddings))]
-    best = [min(group, key=lambda r: r.val_loss) for group in grouped(results, lambda r: r.tokens)]
-    reached = [r for r in results if all(r.val_loss <= s.val_loss for s in results if s.flops <= r.flops)]
+    best = unbeaten(results, lambda r: r.tokens)
+    reached = unbeaten(results, lambda r: r.flops)
     fits: dict[str, Fit] = {}
     missing: dict[str, str] = {}
 
     def attempt(name: str, form: Form, rows: Sequence[Result], variables: Mapping[str, Sequence[float]]) -> None:
         if any(len(set(values)) < 3 for values in variables.values()):
-            missing[name] = f"it needs three values or more of each of its variables, {', '.join(variables)}"
+            missing[name] = "it needs three values or more of each of its variables"
             return
         try:
             fits[name] = fit(form, variables, [row.val_loss for row in rows], resamplings, seed)
@@ -112,6 +135,11 @@ def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200
         exponent = beta / (alpha + beta)
         trends["approach 3"] = Trend(g / 6**exponent, exponent)
     return Laws(embeddings, len(results), fits, trends, parabolas, missing)
+
+
+def unbeaten(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
+    """Returns the runs with a lower loss than every run that costs as little or less."""
+    return [r for r in results if all(r.val_loss <= s.val_loss for s in results if cost(s) <= cost(r))]
 
 
 def best_sizes(
@@ -155,7 +183,7 @@ def best_sizes(
     return trends, parabolas
 
 
-def grouped(results: Sequence[Result], key: Callable[[Result], float]) -> list[list[Result]]:
+def grouped(results: Sequence[Result], key: Callable[[Result], Any]) -> list[list[Result]]:
     return [list(group) for _, group in itertools.groupby(sorted(results, key=key), key)]
 
 

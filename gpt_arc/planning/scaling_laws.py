@@ -174,6 +174,15 @@ class Fit:
         low, high = np.quantile(values, [(1 - share) / 2, (1 + share) / 2])
         return float(low), float(high)
 
+    def next_run(self, figure: Callable[[Law], float], share: float = 0.95, seed: int = 0) -> tuple[float, float]:
+        """Returns the bounds of a run's loss, which differs from the law's `figure` as the fitted runs' losses do."""
+        freedom = len(self.residuals) - len(self.law.constants)
+        residuals = self.residuals * np.sqrt(len(self.residuals) / max(freedom, 1))
+        noise = np.random.default_rng(seed).choice(residuals, (len(self.draws), len(residuals)))
+        losses = np.array([figure(law) for law in self.draws])[:, None] * np.exp(noise)
+        low, high = np.quantile(losses, [(1 - share) / 2, (1 + share) / 2])
+        return float(low), float(high)
+
     @property
     def intervals(self) -> dict[str, tuple[float, float]]:
         """The 95% interval of each constant."""

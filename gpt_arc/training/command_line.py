@@ -13,7 +13,7 @@ import pydantic.dataclasses
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
-from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE
+from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import command, resource
 from gpt_arc.flags import read_flags
@@ -21,9 +21,10 @@ from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_fil
 from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
 from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
-from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.training.stage_run import P, StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from gpt_arc.weights.directory import OF_TRAINING, load_config
+from gpt_arc.weights.directory import OF_TRAINING, load_config, refuse_images
+from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
 
 
@@ -82,7 +83,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    shown = read_files(Config, [arg for arg in args if arg.endswith(".toml")])[0] if "--help" in args else {}
+    named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
+    shown = read_files(Config, named)[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
     files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
@@ -105,6 +107,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
     values = merge(Config, merge(Config, settings, recorded), flags)
     config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
+    config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
     file_values = values_of(Config()) | settings
@@ -121,6 +124,25 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
+
+
+def without_samples(config: Config, requested: bool) -> Config:
+    """Returns `config` without samples if its model is divided among processes; a line says so.
+
+    Raises UserError if the command line `requested` them.
+    """
+    training, interval = config.training, config.logging.sample_interval
+    if not interval or training.expert_processes == 1 and training.parallel != "fsdp":
+        return config
+    dividing = f"expert_processes = {training.expert_processes}"
+    if training.expert_processes == 1:
+        dividing = "parallel = fsdp"
+    if requested:
+        raise UserError(
+            f"sample_interval = {interval} samples from a whole model, and {dividing} divides it: leave one out"
+        )
+    say(f"samples        none: {dividing} divides the model")
+    return dataclasses.replace(config, logging=dataclasses.replace(config.logging, sample_interval=0))
 
 
 def check_resumable(run: Path) -> None:
@@ -146,8 +168,10 @@ def check_resumable(run: Path) -> None:
 def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
     """Returns `config` with the architecture of the model `name`, and the settings that this changed.
 
-    Keeps settings that only training reads, such as dropout, and a context shorter than the model's. Raises UserError.
+    Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
+    extend_context also a longer one and rotary_scaling. Raises UserError.
     """
+    refuse_images(name)
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
         raise UserError(
@@ -155,8 +179,17 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
         )
     kept = {name: getattr(requested, name) for name in OF_TRAINING}
     kept["block_size"] = min(requested.block_size, imported.block_size)
-    model = dataclasses.replace(imported, **kept)
+    if config.run.extend_context:
+        kept["block_size"] = requested.block_size
+        if requested.rotary_scaling:
+            kept |= {name: getattr(requested, name) for name in STRETCHING}
+        if imported.positions == "learned" and requested.block_size > imported.block_size:
+            raise UserError(
+                f"{name} has learned {imported.block_size} positions and none for a block_size of "
+                f"{requested.block_size}: extend_context is for models with other positions"
+            )
     try:
+        model = dataclasses.replace(imported, **kept)
         adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
         return dataclasses.replace(config, model=model), adopted
     except ValueError as error:
@@ -187,19 +220,23 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
-    count = next((i for i, arg in enumerate(args) if not arg.endswith(".toml")), len(args))
+    count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
     settings, sources = read_files(cls, args[:count])
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
     flags = read_flags(cls, description, args[count:], shown)
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
 
 
+def check_model(options: StageOptions) -> None:
+    """Raises UserError unless a model is named."""
+    if options.model is None:
+        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
+
+
 def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
-    if options.model is None and not options.resume:
-        raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
-    return start_stage(options, name, train)
+    return start_stage(options, name, train, StageProgress)
 
 
 def confirm_code(options: StageOptions, recorded: StageOptions, command: str) -> None:
@@ -218,9 +255,7 @@ def confirm_code(options: StageOptions, recorded: StageOptions, command: str) ->
             )
 
 
-def start_stage(
-    options: O, name: str, train: Callable[[O, StageRun], int], progress: type[StageProgress] = StageProgress
-) -> int:
+def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], progress: type[P]) -> int:
     """Run a stage's `train`, new or resumed, among the processes that torchrun started. Returns the exit code."""
     folder, lock = None, None
     if options.resume:
@@ -238,10 +273,11 @@ def start_stage(
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
+        check_model(options)
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device, options.timeout_minutes):
-        run = StageRun(name, options, device, folder, lock, sys.argv[0], progress)
+        run = StageRun(name, options, device, folder, lock, progress, sys.argv[0])
         try:
             return train(options, run)
         except UserError:

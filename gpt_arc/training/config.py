@@ -220,6 +220,9 @@ class RunConfig:
     """scratch; resume: resume out_dir, or the newest run of the config; auto: resume out_dir if it has a checkpoint,
     else start it from scratch, so that one command serves every restart; or a model to start from: gpt2, gpt2-medium,
     gpt2-large, gpt2-xl, openai-gpt, hf:OWNER/NAME from the Hugging Face hub, or any model directory."""
+    extend_context: bool = False
+    """Train the model of init_from at this block_size, even if it is longer than the model's, and with this
+    rotary_scaling, if there is one. False: at its own context or a shorter one."""
     resume: str | None = None
     """Run folder to resume; config files, if any are named, and flags may change its settings."""
     overwrite: bool = False
@@ -232,7 +235,7 @@ class RunConfig:
     """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
     devices: Count = 1
     """How many of them."""
-    device_mfu: UnitInterval = 0.4
+    device_mfu: PositiveShare = 0.4
     """Share of their peak that training is expected to reach."""
     device_price: Positive | None = None
     """Price of an hour of one, in any currency."""
@@ -248,6 +251,8 @@ class RunConfig:
             raise ValueError(f"resume = {self.resume} and init_from = {self.init_from} name two models: choose one")
         if self.resume and self.out_dir and Path(self.resume).resolve() != Path(self.out_dir).resolve():
             raise ValueError(f"resume = {self.resume} and out_dir = {self.out_dir} name two runs: leave out_dir out")
+        if self.extend_context and self.init_from in OWN_RUNS:
+            raise ValueError("extend_context needs init_from, the model whose context it extends")
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 
@@ -313,13 +318,6 @@ class Config:
         if interval and self.is_masked:
             raise ValueError(
                 f"sample_interval = {interval} continues a text, which a bidirectional model can't: set it to 0"
-            )
-        if interval and (training.expert_processes > 1 or training.parallel == "fsdp"):
-            splitting = "parallel = fsdp"
-            if training.expert_processes > 1:
-                splitting = f"expert_processes = {training.expert_processes}"
-            raise ValueError(
-                f"sample_interval = {interval} samples from a whole model, and {splitting} splits it: leave one out"
             )
         if tokens is not None and tokens % micro_batch:
             nearest = max(1, round(tokens / micro_batch)) * micro_batch

@@ -160,7 +160,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, by present names, without those that are cut short or damaged."""
+    """The lines of a metrics.jsonl, by present names, without lines and values that are cut short or damaged."""
     if not path.exists():
         return []
     lines = []
@@ -169,7 +169,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(line))
-    return with_present_names([line for line in lines if isinstance(line, dict) and type(line.get("step")) is int])
+    lines = [{name: v for name, v in line.items() if _is_number(v)} for line in lines if isinstance(line, dict)]
+    return with_present_names([line for line in lines if type(line.get("step")) is int])
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value read from JSON is a number that fits a float."""
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def with_present_names(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

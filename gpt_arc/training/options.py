@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.hub_sets import names_hub_set, pinned
-from gpt_arc.distributed import launch_command
+from gpt_arc.distributed import launch_command, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
 from gpt_arc.reading import read_json
@@ -25,10 +25,12 @@ from gpt_arc.settings import (
     UnitInterval,
     build,
     read_value,
+    values_of,
 )
 from gpt_arc.training.config import TrainingConfig, check_batch
 from gpt_arc.training.epochs import held_out
 from gpt_arc.training.runs import Record
+from gpt_arc.training.schedule import PublishedRate, learning_rate_at
 
 O = TypeVar("O", bound="StageOptions")
 E = TypeVar("E")
@@ -45,8 +47,8 @@ class StageOptions:
     """Examples that a process reads at a time, at most."""
     gradient_accumulation_steps: Count = 1
     """Times batch_size, over all processes: the examples of an update."""
-    learning_rate: Positive = 1e-5
-    """The largest, after the warmup."""
+    learning_rate: Positive | None = None
+    """Peak learning rate, after the warmup. None: by the model's size."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warmup."""
     min_lr: NonNegative | None = None
@@ -93,6 +95,8 @@ class StageOptions:
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
+    PUBLISHED: ClassVar[PublishedRate]  # from which learning_rate follows where it is None
+
     PATHS: ClassVar[tuple[str, ...]] = ("model",)  # settings that may be paths, beside those of the type Path
 
     OLD: ClassVar[dict[str, Any]] = {"final_learning_rate": UnitInterval, "resume": bool | str | None}
@@ -100,10 +104,14 @@ class StageOptions:
 
     @classmethod
     def translate(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Settings by present names: final_learning_rate was a share of learning_rate, resume a truth value."""
+        """Settings by present names: final_learning_rate was a share of learning_rate, resume a truth value.
+
+        Beside a final_learning_rate, learning_rate has the default of that time.
+        """
         if "final_learning_rate" in values:
             share = values.pop("final_learning_rate")
-            values["min_lr"] = values.get("learning_rate", cls.learning_rate) * share
+            values["learning_rate"] = values.get("learning_rate") or cls.PUBLISHED.rate
+            values["min_lr"] = values["learning_rate"] * share
         if isinstance(values.get("resume"), bool):
             values["resume"] = str(values["resume"])
         if values.get("resume") == "False":
@@ -112,8 +120,14 @@ class StageOptions:
 
     def __post_init__(self):
         check_batch("batch_size x gradient_accumulation_steps", self.examples_per_update)
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
+        if self.min_lr is not None and self.learning_rate is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
+
+    @property
+    def base_model(self) -> str:
+        """The model, which the command line or the record of a resumed run names."""
+        assert self.model is not None
+        return self.model
 
     @property
     def code(self) -> dict[str, str]:
@@ -124,8 +138,25 @@ class StageOptions:
     def examples_per_update(self) -> int:
         return self.batch_size * self.gradient_accumulation_steps
 
+    @property
+    def dividing(self) -> TrainingConfig:
+        """Settings of how processes divide the model."""
+        return TrainingConfig()
+
+    def with_rate(self: O, parameters: int) -> O:
+        """Returns the options with the learning rate for a model of this many parameters, if they have none.
+
+        Raises UserError.
+        """
+        if self.learning_rate is not None:
+            return self
+        rate = self.PUBLISHED.at(parameters)
+        say(f"learning rate  {rate:g}, by the model's size")
+        return build(type(self), values_of(self) | {"learning_rate": rate})
+
     def training(self, updates: int) -> TrainingConfig:
-        """Settings of the optimizer and of the learning rate over `updates` updates."""
+        """Settings of the optimizer and of the learning rate over `updates` updates, by options that have a rate."""
+        assert self.learning_rate is not None, "with_rate gives it"
         same = ("learning_rate", "schedule", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip", "threads")
         return TrainingConfig(
             max_iters=max(updates, 1),
@@ -133,6 +164,10 @@ class StageOptions:
             min_lr=self.learning_rate * 0.1 if self.min_lr is None else self.min_lr,
             **{name: getattr(self, name) for name in same},
         )
+
+    def rate(self, update: int, training: TrainingConfig) -> float:
+        """Returns the learning rate of an update, counted from 0, by the settings that `training` returned."""
+        return learning_rate_at(update, training)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -172,8 +207,9 @@ class ChatOptions(ExampleOptions):
     preview: Natural = 0
     """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
-    def training(self, updates: int) -> TrainingConfig:
-        return dataclasses.replace(super().training(updates), parallel=self.parallel, replicas=self.replicas)
+    @property
+    def dividing(self) -> TrainingConfig:
+        return TrainingConfig(parallel=self.parallel, replicas=self.replicas)
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:
@@ -200,8 +236,8 @@ def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
     return launch_command(script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items()))
 
 
-def record_options(run: Path, stage: str, options: Any) -> None:
-    """run.json: the options that a run was started with, paths made absolute."""
+def record_options(run: Path, stage: str, options: Any, hardware: str | None = None) -> None:
+    """run.json: the options that a run was started with, paths made absolute, and the `hardware` it runs on."""
     recorded = dataclasses.asdict(options)
     for name, value in recorded.items():
         may_be_path = name in getattr(options, "PATHS", ("model",))
@@ -210,6 +246,7 @@ def record_options(run: Path, stage: str, options: Any) -> None:
         if isinstance(value, Path) or may_be_path and Path(value).exists():
             recorded[name] = str(Path(value).resolve())
     content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
+    content |= {"hardware": hardware} if hardware else {}
     write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
 
 

@@ -40,7 +40,7 @@ def choose(train: int, val: int, rates: Mapping[str, float], minutes: float) -> 
     `rates` has the tokens per second that each recipe was measured to train on. Embeddings of n-grams learn most from
     the first pass over a text and then overfit; deeper models learn less from a token at first, but go on to a lower
     loss. So the last recipe wins that can read enough, within the time and its epochs. A short text is left to n-grams
-    whatever the time. docs/speedrun.md has the figures.
+    whatever the time. docs/results/speedrun.md has the figures.
     """
     tokens = {name: min(rates[name] * 60 * minutes, recipe.most_epochs * train) for name, recipe in RECIPES.items()}
     name = [name for name, recipe in RECIPES.items() if tokens[name] >= recipe.least_tokens][-1]

@@ -12,8 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired
 
+import torch
 from typing_extensions import TypedDict
 
+from gpt_arc.device import device_name
+from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.files import command, discard, release, take_lock, write_file
 from gpt_arc.reading import read_json
@@ -35,6 +38,16 @@ class Record(TypedDict):
     stage: NotRequired[str]
     options: NotRequired[dict[str, Any]]  # all settings of a stage
     steps: NotRequired[int]  # of a stage, in all
+    hardware: NotRequired[str]  # what it runs on, with the type of its numbers
+
+
+def run_folder(name: str) -> Path:
+    """Returns the folder of a run: one under out/, or a path. Raises UserError if there is none."""
+    for folder in (OUT_ROOT / name, Path(name)):
+        if (folder / "run.json").is_file():
+            return folder
+    names = ", ".join(sorted(path.parent.name for path in OUT_ROOT.glob("*/run.json")))
+    raise UserError(f"there is no run {name}; the runs under {OUT_ROOT}/ are: {names or 'none'}")
 
 
 def newest_run(name: str | None = None) -> Path:
@@ -73,6 +86,7 @@ class Summary:
     metrics: list[dict[str, Any]]
     written: float  # time
     size: int  # bytes
+    hardware: str | None = None  # what it runs on, with the type of its numbers
 
     @property
     def val_loss(self) -> float | None:
@@ -105,9 +119,11 @@ def summary(run: Path) -> Summary:
         data = _shortened(options.get("train") or options.get("prompts"))
     last = named_checkpoint(run, "last")
     step = step_of(last) if last else 0
+    if step is None:  # the checkpoint has another name
+        step = metrics[-1]["step"] if metrics else 0
     return Summary(
-        run, record.get("stage", "train"), origin, data, settings, metrics[-1]["step"] if step is None else step,
-        steps, metrics, _time_of(last or run / "run.json"), _size_of(run),
+        run, record.get("stage", "train"), origin, data, settings, step, steps, metrics,
+        _time_of(last or run / "run.json"), size_of(run), record.get("hardware"),
     )  # fmt: skip
 
 
@@ -119,13 +135,13 @@ def _time_of(path: Path) -> float:
         return time.time()
 
 
-def _size_of(run: Path) -> int:
-    """Returns the bytes of a run's files, some of which may be deleted meanwhile."""
+def size_of(folder: Path) -> int:
+    """Returns the bytes of the files in a folder, some of which may be deleted meanwhile."""
     size = 0
-    for folder, _, names in os.walk(run):
+    for place, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                file = os.lstat(Path(folder, name))
+                file = os.lstat(Path(place, name))
                 size += file.st_size if stat.S_ISREG(file.st_mode) else 0
     return size
 
@@ -154,6 +170,17 @@ class Lock:
     def __del__(self):
         if hasattr(self, "_release"):
             self._release()
+
+
+def is_running(run: Path) -> bool:
+    """Whether a process is training in a run folder; False where there are no locks."""
+    if not (run / Lock.FILE).exists():
+        return False
+    try:
+        Lock(run)
+    except UserError:
+        return True
+    return False
 
 
 def claim_new(
@@ -229,10 +256,21 @@ def _create(directory: Path) -> Path:
     return directory
 
 
-def write_record(directory: Path, config: Config, name: str, overrides: dict[str, Any]) -> None:
-    """Writes run.json, the config's name and the settings that came from flags, and config.toml, with all settings."""
+def hardware(device: torch.device, dtype: str) -> str:
+    """Describes what a run computes on, for run.json."""
+    return f"{WORLD_SIZE} x {device_name(device)}, {dtype}"
+
+
+def write_record(
+    directory: Path, config: Config, name: str, overrides: dict[str, Any], hardware: str | None = None
+) -> None:
+    """Writes run.json, the config's name and the settings that came from flags, and config.toml, with all settings.
+
+    `hardware` is what `hardware` returned.
+    """
     settings = {name: value for name, value in values_of(config).items() if SETTINGS[name].table != "run"}
-    write_file(directory / "run.json", json.dumps({"config": name, "overrides": overrides}, indent=1) + "\n")
+    record = {"config": name, "overrides": overrides} | ({"hardware": hardware} if hardware else {})
+    write_file(directory / "run.json", json.dumps(record, indent=1) + "\n")
     write_file(directory / "config.toml", write_settings(settings))
 
 

@@ -1,8 +1,26 @@
-"""Learning rate schedules."""
+"""Learning rates: their schedules, and what suits a model of some size."""
 
 import math
+from typing import NamedTuple
 
 from gpt_arc.training.config import TrainingConfig
+
+EXPONENT, LARGEST = 0.6, 0.01  # measured: docs/results/learning_rates.md
+
+
+class PublishedRate(NamedTuple):
+    """A published learning rate, and the number of parameters of the model that it was published for."""
+
+    rate: float
+    parameters: float
+
+    def at(self, parameters: int) -> float:
+        """Returns the rate for a model of another size, in two digits: higher for a smaller one, up to LARGEST.
+
+        A larger model keeps the published rate, as InstructGPT's of 6B parameters kept that of 1.3B.
+        """
+        growth = max(self.parameters / parameters, 1.0) ** EXPONENT
+        return self.rate if growth == 1 else float(f"{min(self.rate * growth, LARGEST):.2g}")
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:

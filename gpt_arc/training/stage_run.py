@@ -3,7 +3,7 @@
 def train(options: Options, run: StageRun) -> int:
     model, tokenizer = load_model(run.origin)
     ...                                       # data and plan
-    run.set_threads(model.config)
+    run.fit(model.config)
     run.open(fingerprint)                     # from here on this process holds the folder
     replica = run.place(model)                # on the device; under torchrun one of several
     updater = run.updater(model, updates)
@@ -22,12 +22,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Generic, NoReturn, Protocol
 
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
+from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
 from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
@@ -46,7 +47,6 @@ from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
-from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
@@ -68,10 +68,22 @@ class StageProgress:
     numbers: dict[str, float] = field(default_factory=dict)  # whatever else a stage keeps
 
 
-class StageRun:
+P = TypeVar("P", bound=StageProgress, default=StageProgress)
+
+
+class Part(Protocol):
+    """What a checkpoint holds besides the model: a module, or something with a state like one."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor], /) -> Any: ...
+
+
+class StageRun(Generic[P]):
     """One run of a training stage."""
 
     folder: Path  # a new run's only after `open`
+    progress: P
     bar: tqdm  # from the first call of `goes_on`
 
     def __init__(
@@ -81,15 +93,15 @@ class StageRun:
         device: torch.device,
         folder: Path | None,
         lock: runs.Lock | None,
+        progress: type[P],
         script: str | None = None,
-        progress: type[StageProgress] = StageProgress,
     ):
         """`folder` and its `lock` belong to a run that is resumed; `script` is the command that resumes it."""
         self.script = script or f"stages/{name}.py"
         self.name, self.options, self.device = name, options, device
         self.dtype = resolve_dtype(options.dtype, device)
-        check_parallel(options.training(1))
-        self.parallel = make_parallel(options.training(1), device, self.dtype)
+        check_parallel(options.dividing)
+        self.parallel = make_parallel(options.dividing, device, self.dtype)
         self._resumed, self._lock = folder is not None, lock
         if folder:
             self.folder = folder
@@ -112,17 +124,22 @@ class StageRun:
         """The model to load: the last checkpoint of a resumed run, or the model named."""
         return str(self.checkpoint or self.options.model)
 
-    def set_threads(self, model: GPTConfig) -> None:
-        """Set the number of CPU threads for training this model; a resumed run keeps the one it began with."""
+    def fit(self, model: GPTConfig) -> None:
+        """Choose the learning rate, where `options` has none, and the number of CPU threads for training this model.
+
+        A resumed run keeps those it began with.
+        """
+        with meta_device():
+            shape = GPT(model)
+        self.options = self.options.with_rate(shape.num_parameters(active=True))
         runtime = self._state.get("runtime", {})
         saved = None
         if runtime.get("device") == self.device.type:
             saved = runtime.get("threads", torch.get_num_threads())
         config = Config(model=model, training=self.options.training(1))
-        with meta_device():
-            flops = flops_per_token(GPT(model))
+        batch, flops = self.options.batch_size, flops_per_token(shape)
         with torch.random.fork_rng(devices=[]):
-            threads = resolve_threads(config, saved, self.options.batch_size, flops, self.device, self.dtype)
+            threads = resolve_threads(config, saved, batch, flops, self.device, self.dtype)
         torch.set_num_threads(threads)
 
     def open(self, fingerprint: str) -> None:
@@ -137,7 +154,7 @@ class StageRun:
                 where = self.options.out_dir, self.name, self.options.overwrite, self.name, resume
                 self.folder, self._lock = runs.claim_new(*where)
                 self._new = True
-                record_options(self.folder, self.name, self.options)
+                record_options(self.folder, self.name, self.options, runs.hardware(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
             self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
@@ -169,7 +186,7 @@ class StageRun:
         self._training = self.options.training(updates)
         return Updater(module, self._training, self.device, self.dtype, self.parallel)
 
-    def restore(self, updater: Updater, parts: Mapping[str, nn.Module]) -> None:
+    def restore(self, updater: Updater, parts: Mapping[str, Part]) -> None:
         """Restore the optimizer, the `parts` saved with it and the random generators, if the run is resumed."""
         self._updater, self._parts = updater, parts
         torch.manual_seed(self.options.seed + RANK)
@@ -234,15 +251,13 @@ class StageRun:
         self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
-    def update(
-        self, updater: Updater, step: int, *sums: Tensor | float, rate: float | None = None
-    ) -> tuple[float, float, list[float]] | None:
-        """Make update number `step`, counted from 0, at the schedule's learning rate or at `rate`.
+    def update(self, updater: Updater, step: int, *sums: Tensor | float) -> tuple[float, float, list[float]] | None:
+        """Make update number `step`, counted from 0, at the schedule's learning rate.
 
         Returns the learning rate, the gradient's norm and `sums` over the processes; None if the gradient or the first
         of `sums` wasn't finite. Raises NotFinite if that happens again and again.
         """
-        rate = learning_rate_at(step, self._training) if rate is None else rate
+        rate = self.options.rate(step, self._training)
         finite, norm, (*totals, stopped) = updater.update(rate, *sums, self.stop.number)
         self.stopped = int(stopped) and self.stop.anywhere()
         now = time.perf_counter()
@@ -276,7 +291,7 @@ class StageRun:
     def _doubt_learning_rate(self) -> None:
         """Say which learning rate to try if the loss hasn't fallen so far."""
         lines = [line for line in read_metrics(self._log.path) if "grad_norm" in line]  # finetune.py has others
-        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self.options.learning_rate
+        losses, rate = [line["train_loss"] for line in lines if "train_loss" in line], self._training.learning_rate
         change = movement(losses) if len(losses) >= LEAST_LOSSES else -1
         updates = f"in {counted(len(losses), 'update')}"
         if change == 0:

@@ -8,7 +8,7 @@ before the first user turn. Rows without images are text as ever.
     {"images": ["a.jpg", "b.webp"], "prompt": "<image> is older than <image>?", "response": "No."}
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -63,12 +63,7 @@ def read_image_conversations(path: Path, columns: Sequence[str], embeddings: int
     for conversation, paths in zip(conversations, images):
         for image in paths:
             places.setdefault(image, conversation.place)
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            checksums = dict(zip(places, pool.map(_checksum, places, places.values())))
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
+    checksums = checksums_of(places)
     return [
         ImageConversation(
             with_images(conversation, len(paths), embeddings),
@@ -95,6 +90,19 @@ def _images_of(conversation: Conversation, folder: Path) -> list[Path]:
         return [image_path(folder, name) for name in names or ()]
     except ValueError as error:
         raise UserError(f"{conversation.place}: {error}") from None
+
+
+def checksums_of(places: Mapping[Path, str]) -> dict[Path, str]:
+    """Decodes images, and returns the checksums of their files.
+
+    `places` are the rows that name them. Raises UserError naming the first row whose image can't be decoded.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            return dict(zip(places, pool.map(_checksum, places, places.values())))
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _checksum(path: Path, place: str) -> str:
@@ -134,7 +142,7 @@ def with_images(conversation: Conversation, count: int, embeddings: int, first: 
 
 def encode_image_conversations(
     conversations: Sequence[ImageConversation], chat: ChatFormat, context: int
-) -> EncodedConversations:
+) -> EncodedConversations[ImageExample]:
     """`encode_conversations` with `ImageExample`s. A conversation that is cut loses the images of its end."""
     examples, cut, dropped = [], 0, 0
     for conversation in conversations:

@@ -25,13 +25,14 @@ from gpt_arc.reading import read_json
 from gpt_arc.vision.encoder import EncoderConfig
 from gpt_arc.vision.model import VisionGPT
 from gpt_arc.vision.pretrained import (
-    ACTIVATIONS,
-    SIZES,
     SOURCES,
     encoder_config,
+    encoder_kind,
     encoder_tensors,
+    hf_encoder_config,
     read_encoder_tensors,
     read_preprocessing,
+    write_preprocessing,
 )
 from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.edit import with_more_tokens
@@ -115,18 +116,16 @@ def _projector_tensors(directory: Path, projector: Projector) -> dict[str, Tenso
     return tensors
 
 
-def encoder_kind(config: EncoderConfig) -> str:
+def llava_encoder(config: EncoderConfig) -> str:
     """Returns the kind of encoder in a LLaVA that computes these features. Raises UserError if none does."""
-    for kind in ("clip_vision_model", "siglip_vision_model"):
-        settings = {"final_norm": False, **SOURCES[kind].settings}
-        plain = replace(EncoderConfig(), final_norm=False)
-        names = ("class_token", "patch_bias", "first_norm", "final_norm")
-        if all(getattr(config, name) == settings.get(name, getattr(plain, name)) for name in names):
-            return kind
-    raise UserError(
-        "no LLaVA has this image encoder: it must be a CLIP's (class_token, first_norm, no patch_bias) or a SigLIP's "
-        "(none of the first two), and have final_norm = false"
-    )
+    whole = replace(config, final_norm=not config.first_norm)  # a SigLIP's last norm follows the features
+    kind = None if config.final_norm else encoder_kind(whole)
+    if kind not in ("clip_vision_model", "siglip_vision_model"):
+        raise UserError(
+            "no LLaVA has this image encoder: it must be a CLIP's (class_token, first_norm, no patch_bias) or a "
+            "SigLIP's (none of the first two), and have final_norm = false"
+        )
+    return kind
 
 
 def write_llava(model: VisionGPT, directory: Path) -> None:
@@ -134,15 +133,11 @@ def write_llava(model: VisionGPT, directory: Path) -> None:
 
     Another block, unused and equal to the last, follows in the encoder: the features are those of the one before it.
     """
-    kind, config, projection = encoder_kind(model.encoder.config), model.encoder.config, model.projector.config
+    kind, config, projection = llava_encoder(model.encoder.config), model.encoder.config, model.projector.config
     if projection.projector_layers != 2 or projection.pixel_shuffle != 1:
         raise UserError("a LLaVA's projector has two layers and no pixel_shuffle: this one can't be exported")
     text = with_more_tokens(model.text, 1)
-    vision = {key: getattr(config, name) for key, (name, _) in SIZES.items()}
-    vision |= {"intermediate_size": config.block.mlp_width, "num_hidden_layers": config.n_layer + 1}
-    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
-    vision |= {"model_type": kind, "hidden_act": activation, "layer_norm_eps": config.norm_eps, "num_channels": 3}
-    vision |= {"vision_use_head": False} if kind == "siglip_vision_model" else {}
+    vision = hf_encoder_config(config, kind) | {"num_hidden_layers": config.n_layer + 1}
     content = {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -172,8 +167,6 @@ def write_llava(model: VisionGPT, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replacing(directory / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    preprocessor = {"image_mean": model.preprocessing.mean, "image_std": model.preprocessing.std}
-    preprocessor |= {"do_center_crop": model.preprocessing.fit == "crop"}
-    for name, value in (("config.json", content), ("preprocessor_config.json", preprocessor)):
-        write_file(directory / name, json.dumps(value, indent=1) + "\n")
-    record_files(directory, "config.json", "model.safetensors", "preprocessor_config.json")
+    write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
+    write_preprocessing(model.preprocessing, directory)
+    record_files(directory, "config.json", "model.safetensors")

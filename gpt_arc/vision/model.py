@@ -26,10 +26,11 @@ from gpt_arc.reading import read_json
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.projector import Projector, ProjectorConfig
+from gpt_arc.weights.directory import VISION_FILE
 from gpt_arc.weights.tensor_files import read_tensors
 from model import GPT, GPTConfig, Loss
 
-CONFIG, WEIGHTS = "vision.json", "vision.safetensors"
+WEIGHTS = "vision.safetensors"
 FORMAT_VERSION = 1
 PARTS = ("text", "encoder", "projector")
 
@@ -119,18 +120,13 @@ def save_vision(model: VisionGPT, directory: Path) -> None:
     }
     with replacing(directory / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_file(directory / CONFIG, json.dumps({"format_version": FORMAT_VERSION, **content}, indent=1) + "\n")
-    record_files(directory, CONFIG, WEIGHTS)
-
-
-def reads_images(directory: Path) -> bool:
-    """Whether a model directory has an image encoder."""
-    return (directory / CONFIG).is_file()
+    write_file(directory / VISION_FILE, json.dumps({"format_version": FORMAT_VERSION, **content}, indent=1) + "\n")
+    record_files(directory, VISION_FILE, WEIGHTS)
 
 
 def load_vision(directory: Path, text: GPT, dtype: torch.dtype = torch.float32) -> VisionGPT:
     """Returns `text` with the encoder and projector in its directory. Raises UserError if they are damaged."""
-    path = directory / CONFIG
+    path = directory / VISION_FILE
     content: VisionFile = read_json(path, VisionFile)
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path} has version {content['format_version']}; this program reads {FORMAT_VERSION}")

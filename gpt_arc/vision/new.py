@@ -1,4 +1,4 @@
-"""Gives a text model an image encoder and a new projector."""
+"""New parts of a model that reads images: an encoder by its name, and a text model with one and a new projector."""
 
 from pathlib import Path
 from typing import Literal
@@ -10,25 +10,31 @@ from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.model import VisionGPT
 from gpt_arc.vision.pretrained import read_encoder
 from gpt_arc.vision.projector import Projector, ProjectorConfig
+from gpt_arc.weights.directory import local_directory
 from model import GPT
 
 
-def new_vision_model(source: str, text: GPT, projector_layers: Literal[1, 2], pixel_shuffle: int) -> VisionGPT:
-    """Returns `text` with the encoder that `source` names, and a new projector.
+def named_encoder(source: str, setting: str) -> tuple[ImageEncoder, Preprocessing]:
+    """Returns the encoder that `source`, the value of a setting, names, and how images are prepared for it.
 
-    `source` is a folder that transformers wrote, or a .toml file with the settings of a new encoder. Raises UserError.
+    `source` is a folder of stages/pretrain_encoder.py or of transformers, or a .toml file with the settings of a new
+    encoder. Raises UserError.
     """
-    path = Path(source)
-    if path.suffix == ".toml":
-        values = read_file(EncoderConfig, path)
-        encoder = ImageEncoder(build(EncoderConfig, values, dict.fromkeys(values, source)))
-        preprocessing = Preprocessing()
-    elif (path / "config.json").is_file():
-        encoder, preprocessing = read_encoder(path)
-    else:
+    if Path(source).suffix == ".toml":
+        values = read_file(EncoderConfig, Path(source))
+        return ImageEncoder(build(EncoderConfig, values, dict.fromkeys(values, source))), Preprocessing()
+    directory = local_directory(source)
+    if directory is None:
         raise UserError(
-            f"image_encoder = {source} is neither a .toml file nor a folder with an encoder that transformers saved"
+            f"{setting} = {source} is neither a .toml file nor a folder with an encoder, saved by "
+            "stages/pretrain_encoder.py or transformers"
         )
+    return read_encoder(directory)
+
+
+def new_vision_model(source: str, text: GPT, projector_layers: Literal[1, 2], pixel_shuffle: int) -> VisionGPT:
+    """Returns `text` with the encoder that `source` names, and a new projector. Raises UserError."""
+    encoder, preprocessing = named_encoder(source, "image_encoder")
     config = ProjectorConfig(projector_layers, pixel_shuffle=pixel_shuffle)
     try:
         projector = Projector(config, encoder.config.n_embd, text.config.n_embd)

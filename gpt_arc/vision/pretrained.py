@@ -1,5 +1,10 @@
-"""Image encoders in the format of Hugging Face's transformers: ViT, SigLIP and CLIP, without that library."""
+"""Image encoders in the format of Hugging Face's transformers: ViT, SigLIP and CLIP, without that library.
 
+encoder, preprocessing = read_encoder(directory)
+write_encoder(encoder, preprocessing, directory)    # config.json, model.safetensors, preprocessor_config.json
+"""
+
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,22 +13,29 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from annotated_types import Gt, Len
 from pydantic import ConfigDict, with_config
+from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import replacing, write_file
+from gpt_arc.manifest import record_files
 from gpt_arc.nn.functional import Activation
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json
 from gpt_arc.settings import mistake
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
-from gpt_arc.weights.huggingface import FLOATS, stored_tensors
+from gpt_arc.weights.huggingface import FLOATS, TRANSFORMERS_VERSION, stored_tensors
+from gpt_arc.weights.tensor_files import WEIGHTS
+
+PREPROCESSOR = "preprocessor_config.json"
 
 
 class Source(NamedTuple):
     """An architecture of transformers in terms of ours."""
 
+    class_name: str
     eps: float  # default of layer_norm_eps
     activation: str  # default of hidden_act
     settings: dict[str, bool]
@@ -42,6 +54,7 @@ LIKE_CLIP: dict[str, tuple[str, ...]] = {
 }
 SOURCES = {
     "vit": Source(
+        "ViTModel",
         1e-12,
         "gelu",
         {"class_token": True},
@@ -62,6 +75,7 @@ SOURCES = {
         },
     ),
     "siglip_vision_model": Source(
+        "SiglipVisionModel",
         1e-6,
         "gelu_pytorch_tanh",
         {},
@@ -74,6 +88,7 @@ SOURCES = {
         LIKE_CLIP,
     ),
     "clip_vision_model": Source(
+        "CLIPVisionModel",
         1e-5,
         "quick_gelu",
         {"class_token": True, "patch_bias": False, "first_norm": True, "final_norm": False},
@@ -125,6 +140,7 @@ class Preprocessor(TypedDict, total=False):
     image_mean: Three
     image_std: Annotated[list[Annotated[float, Gt(0)]], Len(3, 3)]
     do_center_crop: bool | None
+    do_pad: bool | None  # to a square with the mean colour, as LlavaImageProcessor does
 
 
 def encoder_config(content: dict[str, Any]) -> tuple[str, EncoderConfig]:
@@ -212,21 +228,64 @@ def read_encoder_tensors(directory: Path, kind: str, config: EncoderConfig) -> I
     return encoder
 
 
+def encoder_kind(config: EncoderConfig) -> str | None:
+    """Returns the key of SOURCES whose models compute what an encoder of this architecture does; None if none does."""
+    names = {name for source in SOURCES.values() for name in source.settings}
+    usual = EncoderConfig()
+    for kind, source in SOURCES.items():
+        if all(getattr(config, name) == source.settings.get(name, getattr(usual, name)) for name in names):
+            return kind
+    return None
+
+
+def hf_encoder_config(config: EncoderConfig, kind: str) -> dict[str, Any]:
+    """Returns the config.json of an encoder of `kind`, a key of SOURCES."""
+    content = {key: getattr(config, name) for key, (name, _) in SIZES.items()}
+    activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    content |= {"intermediate_size": config.block.mlp_width, "model_type": kind, "hidden_act": activation}
+    content |= {"layer_norm_eps": config.norm_eps, "num_channels": 3}
+    return content | ({"vision_use_head": False} if kind == "siglip_vision_model" else {})
+
+
 def encoder_tensors(encoder: ImageEncoder, kind: str) -> Iterator[tuple[str, Tensor]]:
     """Yields the encoder's tensors, on the CPU in float32, named and shaped as in `kind`, a key of SOURCES."""
     for name, tensor in encoder.state_dict().items():
+        if kind == "vit" and name in ("class_embedding", "position_embedding.weight"):
+            tensor = tensor.reshape(1, -1, tensor.size(-1))
         parts = _parts(name, SOURCES[kind])
         for part, rows in zip(parts, tensor.detach().float().cpu().chunk(len(parts))):
             yield part, rows.contiguous()
 
 
+def write_encoder(encoder: ImageEncoder, preprocessing: Preprocessing, directory: Path) -> None:
+    """Writes an encoder of an `encoder_kind` for transformers."""
+    kind = encoder_kind(encoder.config)
+    assert kind is not None  # whoever trains it checks first
+    content = {"architectures": [SOURCES[kind].class_name], "dtype": "float32"}
+    content |= {"transformers_version": TRANSFORMERS_VERSION, **hf_encoder_config(encoder.config, kind)}
+    directory.mkdir(parents=True, exist_ok=True)
+    with replacing(directory / WEIGHTS) as temporary:
+        save_file(dict(encoder_tensors(encoder, kind)), temporary, metadata={"format": "pt"})
+    write_file(directory / "config.json", json.dumps(content, indent=1) + "\n")
+    write_preprocessing(preprocessing, directory)
+    record_files(directory, "config.json", WEIGHTS)
+
+
+def write_preprocessing(preprocessing: Preprocessing, directory: Path) -> None:
+    """Writes the preprocessor_config.json that `read_preprocessing` reads."""
+    content = {"image_mean": preprocessing.mean, "image_std": preprocessing.std}
+    content |= {"do_center_crop": preprocessing.fit == "crop", "do_pad": preprocessing.fit == "pad"}
+    write_file(directory / PREPROCESSOR, json.dumps(content, indent=1) + "\n")
+    record_files(directory, PREPROCESSOR)
+
+
 def read_preprocessing(directory: Path) -> Preprocessing:
     """Returns what a preprocessor_config.json says, or the usual settings if there is none."""
-    path = directory / "preprocessor_config.json"
+    path = directory / PREPROCESSOR
     content = read_json(path, Preprocessor) if path.exists() else {}
     usual = Preprocessing()
     return Preprocessing(
-        fit="crop" if content.get("do_center_crop") else "stretch",
+        fit="crop" if content.get("do_center_crop") else "pad" if content.get("do_pad") else "stretch",
         mean=tuple(content.get("image_mean", usual.mean)),
         std=tuple(content.get("image_std", usual.std)),
     )

@@ -26,21 +26,23 @@ from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
 from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named_checkpoint, undamaged_before
-from gpt_arc.weights.huggingface import config_from_hf, stored_tensors
+from gpt_arc.weights.huggingface import STRETCHING, config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
 from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, read_weights, write_weights
 from model import GPT, GPTConfig
 
 MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
 MODEL_TYPE, FORMAT_VERSION = "gpt-arc", 1
+VISION_FILE = "vision.json"  # beside a model that reads images (gpt_arc/vision/model.py)
 # architecture settings that only training reads and no tensor depends on
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that older versions don't know, and the value that means what these do
 LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
-LATER |= {"encoder_layers": 0, "embedding_scale": 1.0}
+LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
+LATER |= {"rotary_context": None, "rotary_fast": None, "rotary_slow": 1.0, "rotary_attention_factor": None}
 # settings that may change on loading; a smaller context truncates learned positions
-REPLACEABLE = OF_TRAINING | {"init", "base_width", "block_size"}
+REPLACEABLE = OF_TRAINING | STRETCHING | {"init", "base_width", "block_size"}
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,6 +109,18 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
             f"other as {hub.PREFIX}OWNER/NAME"
         )
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
+
+
+def reads_images(directory: Path) -> bool:
+    """Whether a model directory has an image encoder."""
+    return (directory / VISION_FILE).is_file()
+
+
+def refuse_images(path: Path | str, instead: str = "name the text model that it was made from") -> None:
+    """Raises UserError, with what to do instead, if a model reads images: its text model alone would be saved."""
+    directory = local_directory(path)
+    if directory and reads_images(directory):
+        raise UserError(f"{path} reads images, and only its text model would be saved: {instead}")
 
 
 def of_one_checkpoint(load: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path | str, P], T]:

@@ -10,6 +10,7 @@ settings and names takes one more table.
 
 import json
 import math
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -25,7 +26,7 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.nn.functional import Activation
 from gpt_arc.reading import mistake_in
-from gpt_arc.settings import mistake
+from gpt_arc.settings import Count, NonNegative, Positive, mistake
 from gpt_arc.tables import counted
 from gpt_arc.weights.tensor_files import and_more, open_tensors, weight_files
 from model import GPT, GPTConfig
@@ -294,6 +295,35 @@ TRAINING = {"dropout", *PLACES, "init", "expert_dropout", "expert_selection", "r
 TRAINING |= {"balance_loss", "router_z_loss"}
 UNBIASED = ("token_embedding.", "position_embedding.", "type_embedding.", "head.", "head_bias")  # tensors without one
 OF_EXPERTS = {"experts_per_token", "expert_interval", "shared_experts", "capacity_factor", "balance_rate"}
+# rope_type: {key of rope_parameters: our setting}
+ROPE_KEYS = {
+    "default": {},
+    "linear": {"factor": "rotary_factor"},
+    "dynamic": {"factor": "rotary_factor"},
+    "llama3": {
+        "factor": "rotary_factor", "high_freq_factor": "rotary_fast", "low_freq_factor": "rotary_slow",
+        "original_max_position_embeddings": "rotary_context",
+    },
+    "yarn": {
+        "factor": "rotary_factor", "beta_fast": "rotary_fast", "beta_slow": "rotary_slow",
+        "attention_factor": "rotary_attention_factor", "original_max_position_embeddings": "rotary_context",
+    },
+}  # fmt: skip
+STRETCHING = {"rotary_scaling"}.union(*map(dict.values, ROPE_KEYS.values()))
+
+
+@with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
+class HFRope(TypedDict, total=False):
+    """The keys of rope_scaling and rope_parameters that are computed with."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Positive | None
+    partial_rotary_factor: float | None
+    factor: Annotated[float, Ge(1), Le(1_000_000)] | None
+    original_max_position_embeddings: Count | None
+    mscale: NonNegative | None
+    mscale_all_dim: NonNegative | None
 
 
 @with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
@@ -308,8 +338,10 @@ class HFConfig(TypedDict, total=False):
     num_experts_per_tok: int
     router_aux_loss_coef: float
     layer_types: list[str] | None
-    rope_scaling: dict[str, Any] | None
-    rope_parameters: dict[str, Any] | None
+    max_position_embeddings: Count
+    original_max_position_embeddings: Count | None
+    rope_scaling: HFRope | None
+    rope_parameters: HFRope | None
 
 
 def config_from_hf(content: dict[str, Any]) -> GPTConfig:
@@ -327,8 +359,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
         TypeAdapter(HFConfig).validate_python(content)
     except ValidationError as error:
         raise UserError(mistake_in(error)) from None
-    if "rope_theta" in architecture.sizes:
-        content["rope_theta"] = _rope_theta(content, architecture.sizes["rope_theta"][1])
+    rope = _rope_settings(content, architecture) if "rope_theta" in architecture.sizes else {}
     for key, allowed in {**architecture.fixed, "quantization_config": (None,)}.items():
         if content.get(key, allowed[0]) not in allowed:
             raise _unknown(key, content[key], kind, f"{json.dumps(allowed[0])} is computed")
@@ -351,10 +382,11 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     try:
         if "balance_loss" in settings:
             settings["balance_loss"] = _rounded(settings["balance_loss"] / _balance_unit(GPTConfig(**settings)))
-        return GPTConfig(**settings, **architecture.ours, **dropouts, activation=activations[activation])
+        return GPTConfig(**settings | rope, **architecture.ours, **dropouts, activation=activations[activation])
     except (TypeError, ValueError) as error:
         sentence = mistake(error, GPTConfig)
-        for key, (name, _) in {**architecture.sizes, **architecture.dropouts}.items():
+        names = {key: name for key, (name, _) in {**architecture.sizes, **architecture.dropouts}.items()}
+        for key, name in (names | ROPE_KEYS[rope.get("rotary_scaling", "default")]).items():
             sentence = re.sub(rf"\b{name}\b", key, sentence)
         raise UserError(f"it doesn't describe a valid model: {sentence}") from None
 
@@ -378,14 +410,47 @@ def _rounded(value: float) -> float:
     return short if math.isclose(short, value, rel_tol=1e-12) else value
 
 
-def _rope_theta(content: dict[str, Any], default: float) -> float:
-    """Returns the base of rotary positions, from rope_theta or from rope_parameters (transformers 5)."""
+def _rope_settings(content: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """Returns our settings of rotary positions, from rope_scaling, or rope_parameters (transformers 5), and rope_theta.
+
+    Raises UserError for what our model doesn't compute.
+    """
     key = "rope_scaling" if content.get("rope_scaling") else "rope_parameters"
     rope = {name: content[name] for name in ("rope_theta", "partial_rotary_factor") if content.get(name) is not None}
-    rope |= content.get(key) or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        raise _unknown(key, rope, content["model_type"], 'the rope_type "default", over all of a head, is computed')
-    return rope.get("rope_theta", default)
+    rope |= {name: value for name, value in (content.get(key) or {}).items() if value is not None}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_KEYS or rope.get("partial_rotary_factor", 1) != 1 or rope.get("truncate") is False:
+        kinds = ", ".join(ROPE_KEYS)
+        instead = f"the rope_types {kinds} are computed, over all of a head and with truncate = true"
+        raise _unknown(key, rope, content["model_type"], instead)
+    context = content.get("max_position_embeddings", architecture.sizes["max_position_embeddings"][1])
+    rope.setdefault("original_max_position_embeddings", context)
+    if content.get("original_max_position_embeddings"):
+        rope["original_max_position_embeddings"] = content["original_max_position_embeddings"]
+    if kind == "yarn":
+        factor = rope.setdefault("factor", context / rope["original_max_position_embeddings"])
+        if rope.get("mscale") and rope.get("mscale_all_dim"):
+            scales = (0.1 * rope[name] * math.log(factor) + 1 for name in ("mscale", "mscale_all_dim"))
+            rope.setdefault("attention_factor", operator.truediv(*scales))
+    missing = [name for name in ROPE_KEYS[kind] if name not in rope and (name == "factor" or kind == "llama3")]
+    if missing:
+        raise UserError(f"{key} = {json.dumps(rope)} lacks {missing[0]}")
+    settings = {"rotary_base": rope.get("rope_theta", architecture.sizes["rope_theta"][1])}
+    settings |= {name: rope[theirs] for theirs, name in ROPE_KEYS[kind].items() if theirs in rope}
+    if kind == "dynamic":  # transformers has no limit, and counts the factor from max_position_embeddings
+        settings |= {"rotary_context": context, "block_size": int(context * rope["factor"])}
+    return settings if kind == "default" else settings | {"rotary_scaling": kind}
+
+
+def _rope_parameters(config: GPTConfig) -> dict[str, Any]:
+    """Returns the rope_parameters of transformers, which knows ntk as a larger base."""
+    stretch, width = config.stretch, config.head_width
+    if stretch is None or stretch.kind == "ntk":
+        base = config.rotary_base * (stretch.factor ** (width / (width - 2)) if stretch else 1)
+        return {"rope_theta": base, "rope_type": "default"}
+    values = asdict(config) | {"rotary_fast": stretch.fast}
+    keys = {key: values[name] for key, name in ROPE_KEYS[stretch.kind].items() if values[name] is not None}
+    return {"rope_theta": config.rotary_base, "rope_type": stretch.kind, **keys}
 
 
 def architecture_of(config: GPTConfig) -> str:
@@ -421,6 +486,7 @@ def _has_experts(architecture: Architecture) -> bool:
 def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str, Any]:
     """Returns the settings of `config` that the architecture can't express, each with a value that it can."""
     free = {name for name, _ in architecture.sizes.values()} | TRAINING | {"activation", "ngram_rows"}
+    free |= STRETCHING if config.positions != "rotary" or "rope_theta" in architecture.sizes else set()
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
@@ -472,7 +538,10 @@ def hf_config(
         **architecture.inert,
     }
     if "rope_theta" in content:
-        content["rope_parameters"] = {"rope_theta": content.pop("rope_theta"), "rope_type": "default"}
+        content["rope_parameters"] = _rope_parameters(config)
+        del content["rope_theta"]
+        if config.rotary_scaling == "dynamic":
+            content["max_position_embeddings"] = config.rotary_context
     if kind == "qwen3":
         content["layer_types"] = ["full_attention"] * config.n_layer
     return dict(sorted(content.items()))

@@ -262,7 +262,7 @@ def test_conversations_and_prompts_in_both_forms(tmp_path):
         {"messages": MESSAGES, "source": "x"},
         {"prompt": "ab", "response": "cde", "system": "f"},
         {"prompt": "ab", "response": "", "system": ""},
-        {"prompt": 7, "response": 1.5},
+        {"prompt": 7, "response": 1.5, "system": float("nan"), "weight": 1.0, "history": []},
     ]
     messages, with_system, empty, numeric = read(read_conversations, tmp_path, *rows)
     assert messages.turns == with_system.turns == (SYSTEM, ASK, SAY) and messages.row == rows[0]
@@ -331,18 +331,24 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
         (read_conversations, {"messages": [MESSAGES[1] | {"weight": 0}, MESSAGES[2]]}, "has weight = 0: it may be 1"),
         (
             read_conversations,
-            {"messages": [MESSAGES[1], MESSAGES[2] | {"tool_calls": []}]},
-            "has tool_calls, which can",
-        ),
-        (
-            read_conversations,
             {"messages": [MESSAGES[1], {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "calls a tool or answers for one, and templates have no such turns: write it into the text",
+            'the call {} is not {"name": NAME, "arguments": OBJECT}, alone or as function',
         ),
         (
             read_conversations,
-            {"messages": [*MESSAGES, {"role": "tool", "content": "4", "tool_call_id": "a"}]},
-            "calls a tool or answers for one, and templates have no such turns: write it into the text",
+            {"messages": [MESSAGES[1], {"role": "assistant", "function_call": {"name": "f", "arguments": "[1]"}}]},
+            'the call {"name": "f", "arguments": "[1]"} is not',
+        ),
+        (read_conversations, {"conversations": [{"from": "function_call", "value": "f(1)"}]}, "the call null is not"),
+        (
+            read_conversations,
+            {"messages": [*MESSAGES, {"role": "tool", "content": ["4"]}]},
+            'the turn {"role": "tool", "content": ["4"]} is not',
+        ),
+        (
+            read_conversations,
+            {"messages": [*MESSAGES, {"role": "tool", "content": "4", "image": "x"}]},
+            "has image, which can't be learned",
         ),
         (read_prompts, {"messages": [MESSAGES[1] | {"name": "x"}]}, "has name, which can't be learned"),
         (read_rankings, {"messages": [MESSAGES[1] | {"x": 1}], "chosen": "a", "rejected": "b"}, "has x, which can't"),
@@ -351,7 +357,17 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
             {"messages": MESSAGES, "response": "x"},
             "the column response can't stand beside",
         ),
-        (read_conversations, {"messages": MESSAGES, "tools": [{}]}, "the column tools can't stand beside messages"),
+        (
+            read_conversations,
+            {"messages": MESSAGES, "tools": "add"},
+            'tools = "add" is not a list of objects, or JSON of one',
+        ),
+        (read_conversations, {"messages": MESSAGES, "tools": ["add"]}, r'tools = ["add"] is not a list of objects'),
+        (
+            read_conversations,
+            {"messages": MESSAGES, "functions": [{}]},
+            "the column functions can't stand beside messages: name it by --columns tools=functions",
+        ),
         (read_conversations, "[1]\n", "the line is not a JSON object"),
         (read_prompts, {"messages": MESSAGES[:1]}, "messages must end with a user turn or a response"),
         (read_prompts, {"messages": MESSAGES[2:]}, "messages must end with a user turn or a response"),
@@ -370,7 +386,32 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
             {"prompt": "a", "responses": ["c", "d"], "ranks": [1, True]},
             "ranks = [1, true] is not a list",
         ),
-        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]}, "ranks contains NaN"),
+        (
+            read_rankings,
+            {"prompt": "a", "responses": ["c", "d"], "ranks": [1, float("nan")]},
+            "ranks = [1, null] is not",
+        ),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "ranks": [2, 1]}, "can't stand beside chosen"),
+        (read_rankings, {"prompt": "a", "responses": ["c", "d"], "rejected": "d"}, "rejected can't stand beside"),
+        (
+            read_rankings,
+            {"prompt": "a", "chosen": MESSAGES[2] | {"weight": 0}, "rejected": "d"},
+            "chosen has weight = 0",
+        ),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "weight": 0}, "the column weight = 0 can't be"),
+        (read_conversations, {"prompt": "a", "response": "b", "weight": 0}, "the column weight = 0 can't be learned"),
+        (read_conversations, {"messages": MESSAGES, "weight": 0.5}, "the column weight = 0.5 can't be learned"),
+        (
+            read_conversations,
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            'history = [["c", "d"]] can',
+        ),
+        (
+            read_conversations,
+            {"prompt": "a", "response": "b", "functions": [{}]},
+            "the column functions = [{}] can't be learned",
+        ),
+        (read_conversations, {"prompt": "a", "response": float("nan")}, "response is empty"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, reader, row, message):
@@ -464,7 +505,11 @@ def test_rankings_of_whole_conversations(tmp_path):
         (read_conversations, ALPACA | {"prompt": "x"}, "columns prompt and instruction both hold a prompt: choose one"),
         (read_conversations, SHAREGPT | {"messages": MESSAGES}, "columns messages and conversations both hold"),
         (read_conversations, SHAREGPT | {"system": "x"}, "the column system can't stand beside conversations"),
-        (read_conversations, {"conversations": [{"from": "tool", "value": "x"}]}, 'the turn {"from": "tool", "value"'),
+        (
+            read_conversations,
+            {"conversations": [{"from": "tool", "value": "x"}]},
+            "has no assistant turn to learn from",
+        ),
         (read_conversations, {"conversations": [{"from": "human"}]}, 'the turn {"from": "human"} is not'),
         (read_conversations, {"conversations": [{"from": ["gpt"], "value": "x"}]}, 'the turn {"from": ["gpt"]'),
         (

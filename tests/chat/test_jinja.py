@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from gpt_arc.chat.files import read_conversations, read_prompts, read_rankings
 from gpt_arc.chat.format import ROLES, TEMPLATES, ChatFormat, Template, Turn, load_chat
 from gpt_arc.data.declared import MARK
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
@@ -114,3 +115,96 @@ def test_a_start_token_comes_before_each_conversation(tmp_path):
         assert chat.encode(conversation)[0][0] == 0
     chat.save(tmp_path)
     assert load_chat(tmp_path, tokenizer) == chat
+
+
+# ---- tools
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": 'Adds "naïve" numbers', "parameters": {}}}]
+ADD = [{"id": "a", "type": "function", "function": {"name": "add", "arguments": {"of": [1, "é"]}}}]
+ADD += [{"name": "add", "arguments": '{"of":[2]}'}]
+OF_TOOLS = [
+    *({"role": "user", "content": "1 + 1, 2 + 2?"}, {"role": "assistant", "content": None, "tool_calls": ADD}),
+    *({"role": "tool", "tool_call_id": "a", "content": "2"}, {"role": "tool", "content": "4"}),
+    *({"role": "assistant", "content": "2 and 4", "tool_calls": []}, {"role": "user", "content": "More"}),
+    *({"role": "assistant", "content": "Well.", "tool_calls": ADD[:1]}, {"role": "tool", "content": "0"}),
+    {"role": "assistant", "content": "0"},
+]
+
+
+def turns_of(path, **row):
+    path.write_text(json.dumps(row))
+    return read_conversations(path)[0].turns
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]], ids=["", "system"])
+def test_tools_are_laid_out_as_by_transformers(template, system, tmp_path):
+    chat = ChatFormat.new(TEMPLATES[template], TOKENIZERS["bpe"], TOKENIZERS["bpe"].vocab_size)
+    theirs, messages = loaded(chat), system + OF_TOOLS
+    for tools in (TOOLS, TOOLS * 2, None):
+        turns = turns_of(tmp_path / "chats.jsonl", messages=messages, tools=tools)
+        output = theirs.apply_chat_template(messages, tools, return_dict=True, return_assistant_tokens_mask=True)
+        tokens, scored = chat.encode(turns)
+        assert output["input_ids"] == tokens
+        assert output["assistant_masks"][1:] == [int(learned) for learned in scored[1:]]
+        prompt = theirs.apply_chat_template(messages[:-1], tools, add_generation_prompt=True, return_dict=False)
+        assert prompt == chat.prompt(turns[:-1]) == chat.prompt(read_prompts(tmp_path / "chats.jsonl")[0].turns)
+
+
+def test_chatml_lays_out_tools_as_qwen_does(tmp_path):
+    tools = [{"name": "add"}]
+    turns = turns_of(tmp_path / "chats.jsonl", messages=OF_TOOLS[:4] + OF_TOOLS[-1:], tools=json.dumps(tools))
+    chat = ChatFormat.new(TEMPLATES["chatml"], TOKENIZERS["bpe"], TOKENIZERS["bpe"].vocab_size)
+    assert (
+        chat.render(turns, continued=True)
+        == """<|im_start|>system
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{"name": "add"}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{"name": <function-name>, "arguments": <args-json-object>}
+</tool_call><|im_end|>
+<|im_start|>user
+1 + 1, 2 + 2?<|im_end|>
+<|im_start|>assistant
+<tool_call>
+{"name": "add", "arguments": {"of": [1, "é"]}}
+</tool_call>
+<tool_call>
+{"name": "add", "arguments": {"of":[2]}}
+</tool_call><|im_end|>
+<|im_start|>user
+<tool_response>
+2
+</tool_response>
+<tool_response>
+4
+</tool_response><|im_end|>
+<|im_start|>assistant
+0"""
+    )
+
+
+def test_other_ways_to_write_calls_and_results_mean_the_same(tmp_path):
+    call, result = {"name": "add", "arguments": '{"of": [1, "é"]}'}, "<tool_response>\n2\n</tool_response>"
+    modern = [OF_TOOLS[0], OF_TOOLS[1] | {"tool_calls": ADD[:1]}, OF_TOOLS[2], OF_TOOLS[-1]]
+    former = [modern[0], {"role": "assistant", "function_call": call}]
+    former += [{"role": "function", "name": "add", "content": "2"}, modern[-1]]
+    shared = [{"from": "human", "value": "1 + 1, 2 + 2?"}, {"from": "function_call", "value": json.dumps(call)}]
+    shared += [{"from": "observation", "value": "2"}, {"from": "gpt", "value": "0"}]
+    hermes = [*shared[:2], {"from": "tool", "value": result}, shared[-1]]
+    rows = [{"messages": modern, "tools": TOOLS}, {"messages": former, "tools": json.dumps(TOOLS)}]
+    rows += [{"conversations": each, "tools": TOOLS} for each in (shared, hermes)]
+    read = [turns_of(tmp_path / "chats.jsonl", **row) for row in rows]
+    assert [turns == read[0] for turns in read] == [True] * 4 and len(read[0]) == 5
+    ranked = {"chosen": modern, "rejected": [*modern[:3], modern[1]], "tools": TOOLS}
+    (tmp_path / "rankings.jsonl").write_text(json.dumps(ranked))
+    (ranking,) = read_rankings(tmp_path / "rankings.jsonl")
+    assert ranking.turns == read[0][:-1] and ranking.responses == ("0", read[0][2].content)

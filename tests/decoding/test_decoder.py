@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -15,18 +16,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt_arc.decoding import linear
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
+from gpt_arc.nn.positions import Stretch
 from helpers import randomised
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
 GROUPED = {"positions": "rotary", "n_kv_head": 2, "attention_band": 5, "norm": "rmsnorm", "qk_norm": True}
 BIASED = {"tied_head": False, "head_bias": True}
+STRETCHED = {"positions": "rotary", "rotary_factor": 4.0, "rotary_context": 5, "n_kv_head": 2}
+DYNAMIC = STRETCHED | {"rotary_scaling": "dynamic"}
 VARIANTS = [
     {}, {"positions": "sinusoidal"}, {"positions": "rotary"}, {"norm_position": "post"}, {"norm": "rmsnorm"},
     {"qk_norm": True}, {"n_kv_head": 1}, {"n_kv_head": 2}, {"head_size": 6}, {"activation": "swiglu"},
     {"ngrams": 2}, {"ngrams": 4, "ngram_rows": 50},
     {"attention_band": 1}, {"attention_band": 3}, {"attention_band": 50}, {"bias": False}, BIASED,
     {"n_layer": 4, "attention_band": 2, "n_kv_head": 2, "positions": "sinusoidal", "norm_position": "post"},
+    {"positions": "none"}, {"positions": "alibi"}, {"positions": "alibi", "attention_band": 3, "n_kv_head": 2},
+    *(STRETCHED | {"rotary_scaling": kind} for kind in get_args(Stretch) if kind != "dynamic"),
     {**GROUPED, "activation": "swiglu", "bias": False, **BIASED},
 ]  # fmt: skip
 
@@ -151,7 +157,7 @@ def test_any_chunks_give_the_same_logits(model, length, sizes):
     assert_same(read_in_chunks(model, text, sizes), forward(model, text))
 
 
-@pytest.mark.parametrize("change", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("change", [*VARIANTS, DYNAMIC], ids=name_of)
 def test_rows_of_different_lengths_are_independent(change):
     pair = Pair(tiny_gpt(**change))
     pair.read([1, 12, 5, 1, 8])
@@ -270,7 +276,7 @@ def test_a_long_prompt_keeps_its_end():
         pair.extend(size)
 
 
-STATEFUL = [tiny_gpt(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED)]
+STATEFUL = [tiny_gpt(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED, DYNAMIC)]
 
 
 @settings(max_examples=200, deadline=None)
@@ -460,8 +466,9 @@ def test_dimensions_that_are_equal_at_compilation_may_differ_later(compilations)
 
 @needs_compiler
 @pytest.mark.slow
-def test_several_rows_of_compiled_banded_attention_equal_the_full_forward(compilations):
-    rows_come_and_go(prepared(tiny_gpt(block_size=16, **GROUPED), rows=3))
+@pytest.mark.parametrize("change", [GROUPED, {"positions": "alibi", "attention_band": 5, "n_kv_head": 2}], ids=name_of)
+def test_several_rows_of_compiled_banded_attention_equal_the_full_forward(compilations, change):
+    rows_come_and_go(prepared(tiny_gpt(block_size=16, **change), rows=3))
     assert compilations() == 1 + 1
 
 

@@ -704,6 +704,9 @@ def test_impossible_speculation_is_refused():
         next(speculative(small_gpt(), small_gpt(vocab=12), [1], 5))
     with pytest.raises(UserError, match="draft_tokens = 0"):
         next(speculative(small_gpt(), small_gpt(), [1], 5, draft_tokens=0))
+    dynamic = small_gpt(positions="rotary", rotary_scaling="dynamic", rotary_factor=2.0, rotary_context=4)
+    with pytest.raises(UserError, match="dynamic.*leave the draft out"):
+        next(speculative(dynamic, small_gpt(), [1], 5))
 
 
 def test_extreme_temperatures_give_distributions():

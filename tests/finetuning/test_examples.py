@@ -225,6 +225,19 @@ def test_labels_may_be_numbers_texts_or_booleans(tmp_path, value, label):
     assert read_examples(path, "classification", TEXTS)[0].label == label
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_nan_is_a_missing_value_and_never_a_text(tmp_path, suffix):
+    path, rows = tmp_path / f"rows.{suffix}", [{"text": "a", "label": math.nan}]
+    if suffix == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows[0] if suffix == "jsonl" else rows))
+    assert read_examples(path, "classification", TEXTS, labelled=False)[0].label is None
+    with pytest.raises(UserError, match="(line|item|row) 1: label is empty"):
+        read_examples(path, "classification", TEXTS)
+
+
 @pytest.mark.parametrize("value", [None, "", "  "])
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_a_missing_label_is_none_or_an_error(tmp_path, value, suffix):

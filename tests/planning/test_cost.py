@@ -62,6 +62,10 @@ def test_memory_of_weights_gradients_and_moments():
         model = GPT(GPTConfig())
     assert memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
     assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
+    with torch.device("meta"):
+        alibi, plain = (GPT(GPTConfig(positions=name)) for name in ("alibi", "none"))
+    biases = memory_estimate(alibi, 8, "float32") - memory_estimate(plain, 8, "float32")
+    assert biases == 12 * 1024 * 1024 * 4
 
 
 def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():

@@ -123,6 +123,17 @@ def test_noisy_losses_give_predictions_and_intervals_that_hold():
     assert min(covered.values()) >= 18
 
 
+def test_the_next_run_s_interval_has_the_runs_own_noise():
+    """Of a law that is known exactly, it is that of the residuals, scaled for the constants fitted to them."""
+    noise = np.random.default_rng(0).normal(0, 0.01, 4000)
+    exact = scaling_laws.Fit(BESIROGLU, [BESIROGLU] * 20, noise)
+    low, high = exact.next_run(lambda law: 2.0)
+    assert np.log([low / 2, high / 2]) == pytest.approx([-0.0196, 0.0196], rel=0.05)
+    few = scaling_laws.Fit(BESIROGLU, [BESIROGLU] * 4000, noise[:6])  # one degree of freedom
+    low, high = few.next_run(lambda law: 2.0)
+    assert np.log(high / low) == pytest.approx(6**0.5 * np.ptp(noise[:6]), rel=1e-6)
+
+
 def test_bad_runs_are_refused():
     with pytest.raises(ValueError, match="2 runs can't determine the 3 constants"):
         fit(POWER_AND_FLOOR, {"x": [1.0, 2.0]}, [3.0, 2.0])

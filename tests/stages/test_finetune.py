@@ -338,6 +338,8 @@ def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplac
     ("flags", "message"),
     [
         (("base",), "there is nothing to do: name --train, --test, --predict or --classify"),
+        (("--train=train.jsonl",), "name a model to start from: python finetune.py MODEL"),
+        (("--test=test.jsonl",), "name a model to start from: python finetune.py MODEL"),
         (("base", "--test=test.jsonl"), "is a model without a classifier's head: train one with --train FILE"),
         (("nowhere", "--train=train.jsonl"), "there is no model directory nowhere"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),

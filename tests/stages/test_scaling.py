@@ -17,7 +17,8 @@ from gpt_arc.errors import UserError
 from gpt_arc.planning.fits import Result, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
 from gpt_arc.training.config import write_settings
-from gpt_arc.training.sweeps import sweep_runs, write_table
+from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
+from gpt_arc.weights.directory import load_model
 from helpers import ROOT, command, refusal, write
 from stages import scaling
 from warm import WarmPopen
@@ -68,7 +69,7 @@ def exact_results(sizes=12, budgets=6):
 def test_a_sweep_trains_each_run_once_and_resumes(workplace, scaling_run, stage_runner):
     Path("small.toml").write_text(SWEEP)
     runs = sweep_runs(Path("small.toml"))
-    assert [run.name for run in runs] == ["1x16-2", "2x32-2", "1x16-8", "2x32-8"]
+    assert [run.name for run in runs] == ["1x16-2", "1x16-8", "2x32-2", "2x32-8"]
     assert [run.settings["learning_rate"] for run in sorted(runs, key=lambda run: run.name)] == [1e-2, 1e-2, 5e-3, 5e-3]
     Path("one.toml").write_text(write_settings(runs[-1].settings | {"max_iters": 4}))
     stage_runner(train, "one.toml", f"--out_dir={runs[-1].folder}")
@@ -83,6 +84,7 @@ def test_a_sweep_trains_each_run_once_and_resumes(workplace, scaling_run, stage_
         assert (config["model"]["n_layer"], config["training"]["max_iters"]) == (result["n_layer"], run.steps)
         assert result["tokens"] == 32 * run.steps and 0 < result["val_loss"] < 10
         assert result["curve"][-1] == [result["tokens"], result["val_loss"]]
+        assert result["parameters"] == load_model(run.folder / "last")[0].num_parameters()
     assert "4 runs, 0 left" in scaling_run("sweep", "small.toml")
     assert json.loads(Path("out/small/results.json").read_text()) == results
 
@@ -107,6 +109,54 @@ def test_ctrl_c_stops_a_sweep_and_its_runs_and_the_same_command_goes_on(workplac
     assert len(printed) == 2 and "--resume=out/long/1x16-200000" in printed[0]
 
 
+def test_a_run_that_was_begun_keeps_its_settings(workplace):
+    Path("s.toml").write_text(SWEEP)
+    run = sweep_runs(Path("s.toml"))[0]
+    run.command("python")
+    for changed in ("learning_rate = 2e-2", "learning_rate = 1e-2\nweight_decay = 0.3"):
+        Path("s.toml").write_text(SWEEP.replace("learning_rate = 1e-2", changed))
+        sweep_runs(Path("s.toml"))  # nothing was trained
+    run.folder.mkdir()
+    write(run.folder / "metrics.jsonl", [{"step": 1, "train_loss": 2.0}])
+    with pytest.raises(UserError, match="1x16-2 was begun with another weight_decay than s.toml has now"):
+        sweep_runs(Path("s.toml"))
+    Path("s.toml").write_text(SWEEP.replace("threads = 1", "threads = 2"))
+    assert len(sweep_runs(Path("s.toml"))) == 4
+
+
+def test_a_failed_run_s_reason_is_printed(workplace, stage_runner, monkeypatch):
+    Path("s.toml").write_text(SWEEP.replace("[64, 256]", "[64]").replace("[1, 2]", "[1]"))
+    monkeypatch.setattr(
+        SweepRun, "command", lambda run, launcher: ["sh", "-c", "echo begun; echo no memory >&2; exit 3"]
+    )
+    Path("out/s").mkdir(parents=True)
+    failed = stage_runner(scaling, "sweep", "s.toml")
+    assert failed.code == 3 and "ended with exit code 3: no memory (out/s/1x16-2.log)" in failed.output
+    assert "0 results of 1" in failed.output
+
+
+def test_shapes_and_rates(workplace, scaling_run):
+    sizes = "shapes = [[1, 32], [4, 16]]\nrate_factors = [0.5, 1, 4]"
+    Path("s.toml").write_text(SWEEP.replace("layers = [1, 2]", sizes).replace("[64, 256]", "[64]"))
+    runs = {run.name: run for run in sweep_runs(Path("s.toml"))}
+    assert runs.keys() == {f"{shape}-2-rate{rate}" for shape in ("1x32", "4x16") for rate in ("0.5", "1", "4")}
+    assert {run.parameters_without_embeddings // 12 // 1024 for run in runs.values()} == {1}
+    rates = [runs[f"{shape}-2-rate4"].settings["learning_rate"] for shape in ("4x16", "1x32")]
+    assert rates == pytest.approx([0.04, 0.02])  # rate_exponent = 1
+    rows = [
+        exact._replace(learning_rate=0.01 * factor, val_loss=exact.val_loss + np.log(2 * factor) ** 2)
+        for exact in exact_results(4, 3)
+        for factor in (0.25, 0.5, 1)
+    ]
+    Path("results.json").write_text(write_table(rows))
+    output = scaling_run("fit", "results.json", "--embeddings", "--resamplings=0", "--pictures=False")
+    assert output.count("best learning rate 0.005\n") == 12  # of a parabola, exactly
+    assert json.loads(Path("laws.json").read_text())["runs"] == 12
+    assert json.loads(Path("laws.json").read_text())["laws"][JOINT]["constants"] == pytest.approx(
+        LAW.constants, rel=1e-4
+    )
+
+
 def test_budgets_in_flops_and_by_parameter(workplace):
     for line in ("flops = [2e8, 8e8]", "tokens_per_parameter = [0.5, 2]"):
         Path("s.toml").write_text(SWEEP.replace("tokens = [64, 256]", line))
@@ -126,6 +176,8 @@ def test_budgets_in_flops_and_by_parameter(workplace):
         ("layers = [1, 2]", "layers = [0]", "layers"),
         ("layers = [1, 2]", "", "layers is missing"),
         ("layers = [1, 2]", "layers = [2, 2]", "two runs are 2x32-2"),
+        ("layers = [1, 2]", "layers = [1]\nshapes = [[1, 16]]", "leave out layers and widths, or shapes"),
+        ("layers = [1, 2]", "shapes = [[1, 16], [2]]", "shapes has [2]: each shape is a pair"),
         ("block_size = 16", "n_layer = 3", "n_layer follows from the table [sweep]"),
         ("block_size = 16", "block_siz = 3", "did you mean block_size"),
         ("aspect_ratio", "aspect_rati", "did you mean aspect_ratio"),
@@ -219,12 +271,21 @@ def test_a_plan_s_config_trains_what_it_says(scaling_run, tmp_path, monkeypatch)
         (("plan",), "name a budget: either --flops, or --days"),
         (("plan", "--days=1", "--accelerator=h1"), "accelerator = h1 is not known"),
         (("plan", "--flops=1e20", "--law=nowhere"), "law = nowhere is none of hoffmann, besiroglu and kaplan"),
+        (("plan", "--flops=1e20", "--law=."), "laws.json is damaged, fit again with: python"),
+        (("plan", "--flops=100"), "100 FLOPs are less than a step of the smallest model"),
+        (("plan", "--flops=1e40"), "parameters need more than 1,024 layers at aspect_ratio = 64"),
+        (("plan", "--flops=1e20", "--aspect_ratio=1e9"), "--aspect_ratio = 1e9 must be between 0 and 10000"),
+        (("plan", "--days=1", "--mfu=0"), "--mfu = 0 must be between 0 and 1"),
         (("fit", "nowhere"), "there is no nowhere"),
+        (("fit", "zero.json"), "0.tokens = 0 must be greater than 0"),
+        (("claim", "--total=1e9", "--active=2e9"), "active = 2e+09 must be at most total = 1e+09"),
         (("claim", "--total=1e9", "--active=1e9", "--experts=2"), "experts_per_token must be less than experts"),
     ],
 )
 def test_mistakes_are_refused(stage_runner, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
+    Path("laws.json").write_text("{}")
+    Path("zero.json").write_text(write_table([exact_results(1, 1)[0]._replace(tokens=0)]))
     refused = stage_runner(scaling, *args)
     assert refused.code == 2 and message in refused.message
 

@@ -321,13 +321,18 @@ def test_a_non_finite_loss_ends_the_run(run):
 
 
 def test_the_published_settings(run):
-    """InstructGPT's: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1)."""
+    """InstructGPT's: 16 epochs, a cosine down to a tenth, residual dropout of .2 (arXiv:2203.02155, appendix C.1).
+
+    The learning rate follows from the model's size.
+    """
     run("base", "--train=train.jsonl", "--device=cpu", "--dtype=float32")
     lines, updates = updates_of("out/sft"), 16 * math.ceil(12 / 8)  # 5% of 13 conversations is one
+    rate = min(1e-5 * (1.3e9 / load_model("base")[0].num_parameters()) ** 0.6, 0.01)
+    assert json.loads(Path("out/sft/run.json").read_text())["options"]["learning_rate"] == rate
     assert len(lines) == updates == 32
     for line in lines:
         fallen = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / updates))
-        assert line["learning_rate"] == pytest.approx(1e-5 * (0.1 + 0.9 * fallen))
+        assert line["learning_rate"] == pytest.approx(rate * (0.1 + 0.9 * fallen))
     config = load_config("out/sft/last")
     assert (config.dropout_of("residual"), config.dropout_of("attention"), config.dropout_of("embedding")) == (
         0.2,

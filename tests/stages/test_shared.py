@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 import train
@@ -25,10 +26,10 @@ from model import GPT
 from policy_tree import save_chat_model
 from prepare import decontaminate, text, tokenizer
 from ranked_texts import CHAT, LETTERS, rankings, tiny_config
-from stages import dpo, finetune, ppo, reward, sft
+from stages import dpo, finetune, ppo, pretrain_encoder, reward, sft
 from stages import eval as evaluation
 
-STAGE_MODULES = (dpo, finetune, ppo, reward, sft)
+STAGE_MODULES = (dpo, finetune, ppo, pretrain_encoder, reward, sft)
 
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=4", "--out_dir=run")
 TRAINING = (train, "letters.toml", *TINY_FLAGS, "--out_dir=run")
@@ -43,6 +44,10 @@ STAGES = {
         *(ppo, "base", "--prompts=chats.jsonl", "--reward=rules_of_all:letters", "--monitor=rules_of_all:letters"),
         *("--episodes=16", "--gradient_accumulation_steps=1", "--minibatches=2", "--max_new_tokens=4", *QUICK),
         *("--pretraining_dataset=letters", "--pretraining_batch_size=2"),
+    ),
+    "pretrain_encoder": (
+        *(pretrain_encoder, "--image_encoder=encoder.toml", "--train=images.jsonl", "--epochs=2"),
+        *("--val_fraction=0.25", *QUICK),
     ),
     "finetune": (finetune, "base", "--train=labels.csv", "--epochs=2", "--val_fraction=0.25", *QUICK),
 }
@@ -63,6 +68,10 @@ def workplace(tmp_path, monkeypatch):
     texts = ("ab", "ba", "abc", "bcd") * 4
     Path("labels.csv").write_text("text,label\n" + "".join(f"{text},{text[0]}\n" for text in texts))
     Path("numbers.csv").write_text("text,label\n" + "".join(f"{text},{len(text)}\n" for text in texts))
+    for colour in ("red", "blue"):
+        Image.new("RGB", (4, 4), colour).save(f"{colour}.png")
+    write("images.jsonl", [{"image": f"{colour}.png", "label": colour} for colour in ("red", "blue")] * 8)
+    Path("encoder.toml").write_text("image_size = 4\npatch_size = 2\nn_layer = 1\nn_head = 2\nn_embd = 8\n")
     Path("rules_of_all.py").write_text("def letters(rows, responses): return [text.count('b') for text in responses]\n")
     yield tmp_path
     sys.modules.pop("rules_of_all", None)
@@ -236,7 +245,7 @@ def test_the_commands_to_type_next_are_understood(script, workplace, stage_runne
         name = Path(path).stem
         assert program == "python" and (name == "train" or (ROOT / path).is_file())
         parsers()[name](arguments)
-        assert "run" in arguments or "--resume=run" in arguments or "--reward=run" in arguments
+        assert any(argument in ("run", "--resume=run", "--reward=run", "--image_encoder=run") for argument in arguments)
     if script == "train":
         program, name, *arguments = commands[0]
         assert output_of(entry_point(sample.main), "sample.py", *arguments, "--max_new_tokens=9")

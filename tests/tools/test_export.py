@@ -8,17 +8,20 @@ import pytest
 import torch
 import transformers
 
+import train
 from exports import described, with_version
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, SentencePieceTokenizer, load_tokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import randomised
+from helpers import TINY_FLAGS, randomised
 from model import GPT, GPTConfig
 from tools import export
 
 TEXT = "The cat sat on the mat, didn't it? 1234 naïve 漢字 🙂🙃\n\n  indented\ttext . , !"
 QWEN3 = dict(positions="rotary", norm="rmsnorm", norm_eps=1e-6, activation="swiglu", bias=False, qk_norm=True)
 LLAMA = MIXTRAL = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False)
+YARN = dict(rotary_scaling="yarn", rotary_factor=4.0, rotary_context=5, rotary_fast=3.0, rotary_slow=0.5)
+DYNAMIC = dict(rotary_scaling="dynamic", rotary_factor=3.0, rotary_context=6)
 CONFIGS = {
     "gpt2": GPTConfig(24, 300, 2, 3, 24, dropout=0.1),
     "gpt2-untied": GPTConfig(7, 300, 1, 5, 35, mlp_size=9, activation="relu_squared", tied_head=False, norm_eps=1e-3),
@@ -28,6 +31,8 @@ CONFIGS = {
     "qwen3-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **QWEN3),
     "llama": GPTConfig(19, 300, 2, 6, 36, 2, 10, 44, **LLAMA, rotary_base=5e3),
     "llama-untied": GPTConfig(19, 300, 1, 4, 16, tied_head=False, **LLAMA),
+    "llama-yarn": GPTConfig(19, 300, 1, 4, 16, **LLAMA, **YARN),
+    "qwen3-dynamic": GPTConfig(18, 300, 1, 4, 16, **QWEN3, **DYNAMIC),
     "mixtral": GPTConfig(19, 300, 2, 6, 32, 2, 10, 20, **MIXTRAL, n_experts=5, experts_per_token=3, rotary_base=5e3),
     "mixtral-untied": GPTConfig(19, 300, 1, 4, 24, 1, **MIXTRAL, n_experts=4, tied_head=False),
     "mixtral-ungrouped": GPTConfig(19, 300, 3, 4, 24, **MIXTRAL, n_experts=2, balance_loss=0.03, router_jitter=0.1),
@@ -67,6 +72,16 @@ def test_an_export_equals_what_transformers_writes(name, tokenizer, run, tmp_pat
     reloaded, reloaded_tokenizer = load_model(export)
     assert reloaded_tokenizer == tokenizer
     assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_llama_preset_is_trained_exported_and_loaded(workplace, run, stage_runner):
+    tiny = *TINY_FLAGS, "--n_kv_head=1", "--mlp_size=24", "--max_iters=3", "--out_dir=trained"
+    assert "finished step 3" in stage_runner(train, "llama", "--dataset=sums", "--tokens_per_step=64", *tiny)
+    assert "exported: llama, " in run("trained", "exported", "--to=hf")
+    loaded, (model, _) = transformers.LlamaForCausalLM.from_pretrained("exported").eval(), load_model("trained")
+    tokens = torch.randint(model.config.vocab_size, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model.eval()(tokens), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "llama", "mixtral"])

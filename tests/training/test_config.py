@@ -95,6 +95,7 @@ def test_every_shipped_config_builds(path):
         "gpt2_large": 774_030_080, "gpt2_xl": 1_557_611_200, "gpt3_small": 125_226_240, "gpt3_medium": 355_871_744,
         "gpt3_large": 760_300_032, "gpt3_xl": 1_315_723_264, "gpt3_2.7b": 2_651_553_280, "gpt3_6.7b": 6_658_404_352,
         "gpt3_13b": 12_853_386_240, "gpt3_175b": 174_604_259_328, "modern": 114_115_584, "gpt2_modern": 123_552_768,
+        "llama": 134_515_008,
     }  # fmt: skip
     assert model.num_parameters() == expected.get(path.stem, model.num_parameters())
     assert config.sequences_per_step % config.data.batch_size == 0
@@ -292,6 +293,17 @@ def test_both_forms_of_the_resume_flag_work(workplace):
     ):
         with pytest.raises(UserError, match=sentence):
             launch(*flags)
+
+
+def test_a_divided_model_shows_no_samples(capsys):
+    """A line says so if a config asks for them; the command line's wish is refused."""
+    assert launch("quickstart").config.logging.sample_interval == 200 and not capsys.readouterr().out
+    for flag, dividing in (("--parallel=fsdp", "parallel = fsdp"), ("--expert_processes=2", "expert_processes = 2")):
+        launched = launch("quickstart", "--n_experts=4", flag)
+        assert launched.config.logging.sample_interval == launched.overrides["sample_interval"] == 0
+        assert capsys.readouterr().out == f"samples        none: {dividing} divides the model\n"
+        with pytest.raises(UserError, match=f"sample_interval = 3 samples from a whole model, and {dividing} divides"):
+            launch("quickstart", "--n_experts=4", flag, "--sample_interval=3")
 
 
 def test_a_folder_that_cant_be_resumed_names_the_command_that_can(workplace, monkeypatch):

@@ -14,7 +14,7 @@ from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import TINY_FLAGS
 from model import GPT, GPTConfig
@@ -83,7 +83,14 @@ def test_a_stopped_run_does_not_save_bad_weights(run, monkeypatch):
 def test_a_stage_saves_neither_bad_weights_nor_a_bad_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # which would take this process's signals
-    run = StageRun("sft", StageOptions("base", out_dir="run", device="cpu"), torch.device("cpu"), None, None)
+    run = StageRun(
+        "sft",
+        StageOptions("base", learning_rate=1e-5, out_dir="run", device="cpu"),
+        torch.device("cpu"),
+        None,
+        None,
+        StageProgress,
+    )
     run.open("data")
     module = run.place(torch.nn.Linear(2, 2))
     run.restore(run.updater(module, 10), {})

@@ -70,7 +70,7 @@ def test_files_deleted_while_their_sizes_are_read_count_nothing(tmp_path, monkey
         return lstat(path, **options)
 
     monkeypatch.setattr(os, "lstat", deleted)
-    assert runs._size_of(tmp_path) in (5, 10)  # the other file of the folder came before or after
+    assert runs.size_of(tmp_path) in (5, 10)  # the other file of the folder came before or after
 
 
 def test_the_newest_run_is_no_trial_if_there_are_others(tmp_path, monkeypatch):

@@ -20,9 +20,10 @@ from gpt_arc.training import stage_run as stage_run_module
 from gpt_arc.training.command_line import read_options, run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
 from gpt_arc.training.options import StageOptions, record_options, recorded_options
-from gpt_arc.training.schedule import learning_rate_at
-from gpt_arc.training.stage_run import StageRun
+from gpt_arc.training.schedule import PublishedRate, learning_rate_at
+from gpt_arc.training.stage_run import StageProgress, StageRun
 from helpers import refusal
+from model import GPTConfig
 from train import Run
 
 
@@ -38,6 +39,7 @@ class Options(StageOptions):
     """A number, or none."""
 
     PATHS = ("model", "reference")
+    PUBLISHED = PublishedRate(1e-5, 1e9)
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (7, 3), (9, 3), (5, 8), (64, 7)])
@@ -153,7 +155,7 @@ def test_mistakes_in_a_settings_file(tmp_path, monkeypatch, content, message):
         ({"adam_eps": float("inf")}, "adam_eps = inf must be more than 0, and finite"),
         ({"beta1": 1.0}, "beta1 = 1.0 must be between 0 and 1, 1 excluded"),
         ({"warmup": 1.0}, "warmup = 1.0 must be between 0 and 1, 1 excluded"),
-        ({"min_lr": 1.5}, "min_lr = 1.5 lies above learning_rate = 1e-05"),
+        ({"learning_rate": 1e-5, "min_lr": 1.5}, "min_lr = 1.5 lies above learning_rate = 1e-05"),
     ],
 )
 def test_impossible_settings_are_refused(setting, message):
@@ -164,7 +166,8 @@ def test_impossible_settings_are_refused(setting, message):
 
 def test_the_former_name_of_min_lr_still_works(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Options().training(10).min_lr == 1e-5 * 0.1 and Options(min_lr=0.0).training(10).min_lr == 0
+    for min_lr, expected in ((None, 1e-5 * 0.1), (0.0, 0)):
+        assert Options(learning_rate=1e-5, min_lr=min_lr).training(10).min_lr == expected
     for flags in (["--final_learning_rate=0.3"], ["--final-learning-rate", "0.3"]):
         assert read_options(Options, None, ["--learning_rate=7e-6", *flags]).min_lr == 7e-6 * 0.3
     Path("a.toml").write_text("final_learning_rate = 0.3\nlearning_rate = 1e-4\n")
@@ -173,8 +176,23 @@ def test_the_former_name_of_min_lr_still_works(tmp_path, monkeypatch):
     Path("b.toml").write_text("min_lr = 1e-6\n")
     assert read_options(Options, None, ["b.toml", "--final_learning_rate=0"]).min_lr == 0
     assert read_options(Options, None, ["a.toml", "b.toml"]).min_lr == 1e-6
+    assert read_options(Options, None, ["--final_learning_rate=0.3"]) == Options(learning_rate=1e-5, min_lr=1e-5 * 0.3)
     with pytest.raises(UserError, match="final_learning_rate = 2 must be between 0 and 1"):
         read_options(Options, None, ["--final_learning_rate=2"])
+
+
+def test_the_learning_rate_follows_from_the_model_s_size(capsys):
+    """It is the published one at the published size and beyond, and 0.01 at most; min_lr follows."""
+    published = Options.PUBLISHED
+    assert [published.at(size) for size in (10**9, 10**10)] == [1e-5, 1e-5] and published.at(1000) == 0.01
+    sizes = [10**exponent for exponent in (6, 7, 8)]
+    assert [published.at(size) for size in sizes] == pytest.approx([1e-5 * (1e9 / n) ** 0.6 for n in sizes], rel=0.05)
+    options = Options(batch_size=3).with_rate(10**6)
+    assert options == Options(batch_size=3, learning_rate=6.3e-4) and options.training(9).min_lr == 6.3e-4 * 0.1
+    assert capsys.readouterr().out == "learning rate  0.00063, by the model's size\n"
+    assert Options(learning_rate=0.5).with_rate(10**6).learning_rate == 0.5 and not capsys.readouterr().out
+    with pytest.raises(UserError, match="min_lr = 0.001 lies above learning_rate = 0.00063"):
+        Options(min_lr=1e-3).with_rate(10**6)
 
 
 def test_an_older_run_s_record_loads(tmp_path):
@@ -225,13 +243,15 @@ def test_options_are_recorded_with_absolute_paths(tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
-    """Otherwise the digest of its data would differ."""
+    """Otherwise the digest of its data would differ, or the learning rate that followed from the model's size."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
     Path("base").mkdir()
-    recorded = []
+    recorded, rates = [], []
 
     def train(options, run):
+        run.fit(GPTConfig(block_size=8, vocab_size=9, n_layer=1 + len(recorded), n_head=1, n_embd=4))
+        rates.append(run.options.learning_rate)
         run.open("data")
         run.restore(run.updater(run.place(torch.nn.Linear(2, 2)), 1), {})
         run.save(lambda model, directory: None)
@@ -239,7 +259,7 @@ def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
         return 0
 
     for args in (
-        ["base", "--reference=gpt2", "--train=f.jsonl", "--out_dir=run"],
+        ["base", "--reference=gpt2", "--train=f.jsonl", "--out_dir=run", "--threads=1"],
         ["run", "--resume=True"],
         ["--resume=run"],
     ):
@@ -249,6 +269,7 @@ def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
     assert resumed == resumed_by_name
     assert original.model == resumed.model == str(tmp_path / "base")
     assert original.reference == resumed.reference == "gpt2"
+    assert original.learning_rate is None and rates == [resumed.learning_rate] * 3
     with pytest.raises(UserError, match="--reference can't be changed"):
         monkeypatch.setattr("sys.argv", ["sft.py", "run", "--resume=True", "--reference=base"])
         run_stage(Options, None, "sft", train)
@@ -267,8 +288,8 @@ def test_a_refusal_is_one_sentence_with_exit_code_2(tmp_path, monkeypatch):
 def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # it would handle this process's signals
-    options = Options("base", out_dir="run", device="cpu", dtype="float32")
-    run = StageRun("sft", options, torch.device("cpu"), None, None)
+    options = Options("base", learning_rate=1e-5, out_dir="run", device="cpu", dtype="float32")
+    run = StageRun("sft", options, torch.device("cpu"), None, None, StageProgress)
     run.open("data")
     module = run.place(torch.nn.Linear(2, 2))
     run.restore(run.updater(module, 10), {"part": torch.nn.Linear(1, 1)})
@@ -287,7 +308,7 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     record = json.loads(Path("run/run.json").read_text())
     assert record["stage"] == "sft" and record["options"]["model"] == "base"
     del run  # releases the folder
-    resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None)
+    resumed = StageRun("sft", options, torch.device("cpu"), Path("run"), None, StageProgress)
     assert resumed.progress.step == 5 and resumed.progress.best == 1.0 and resumed.origin == "run/step-00000005"
     with pytest.raises(UserError, match="run was started on other data or another model"):
         resumed.open("others")
@@ -305,7 +326,7 @@ def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, mo
         monkeypatch.setattr(command_line, "WORLD_SIZE", 2)
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr("sys.argv", ["sft.py", "base", "--device=cpu", "--out_dir=a run"])
+    monkeypatch.setattr("sys.argv", ["sft.py", "base", "--learning_rate=1e-5", "--device=cpu", "--out_dir=a run"])
     with pytest.raises(RuntimeError, match="closed by peer"):
         run_stage(Options, None, "sft", train)
     assert "step 3 is the last one saved; resume with: python sft.py '--resume=a run'\n" in capsys.readouterr().out

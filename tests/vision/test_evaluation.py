@@ -5,6 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from PIL import Image
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.evaluation.reader import Reader
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import read_image
 from gpt_arc.vision.model import VisionGPT, save_vision
@@ -19,7 +21,7 @@ from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.directory import save_model
 from helpers import randomised, write
 from model import GPT, GPTConfig
-from prepare import shapes
+from prepare import digits, shapes
 from stages import eval as evaluation
 
 LETTERS = CharTokenizer("abcdefgh")
@@ -75,6 +77,40 @@ def test_exact_match_is_that_of_full_forward_passes(batch_tokens, model, measure
     assert result["values"] == [float(i % 3 > 0) for i in range(len(rows))]
 
 
+CHOICE = 'title = "t"\nkind = "choice"\nimage = "image"\ncontext = "{q}"\noptions = "options"\nanswer = "{best}"\n'
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_tokens", [8192, 30])
+def test_options_are_scored_as_by_full_forward_passes(batch_tokens, model, measure):
+    (vision, chat), options, items, expected = model, ["a", "bcd", "ef"], [], []
+    for colour in COLOURS:
+        for question in ("abc", "d", "abc" * 2):
+            prompt = chat.prompt([Turn("user", f"<image>{question}", images=(range(-1, -5, -1),))])
+            pixels = vision.preprocessing.pixels(read_image(Path(f"{colour}.png")), 8)[None]
+            for option in options:
+                tokens = LETTERS.encode(option)
+                logits = vision(torch.tensor([prompt + tokens]), pixels=pixels)[0, len(prompt) - 1 : -1]
+                expected.append(logits.log_softmax(-1)[range(len(tokens)), tokens].sum().item())
+            best = max(range(3), key=lambda i: expected[i - 3])
+            items.append({"image": f"{colour}.png", "q": question, "options": options, "best": best})
+    assert len(set(expected)) == 45
+    reader = Reader(vision.text, LETTERS, batch_tokens, chat, vision)
+    pairs = [(item["q"], option) for item in items for option in options]
+    paths = [Path(item["image"]) for item in items for _ in options]
+    scores = reader.score_about_images(pairs, paths, "choice", ["item"] * 45)
+    assert [score.log_probability for score in scores] == pytest.approx(expected, abs=1e-4)
+
+    Path("choice.toml").write_text(CHOICE)
+    write("items.jsonl", [item | {"best": (item["best"] + (i % 3 == 0)) % 3} for i, item in enumerate(items)])
+    flags = ("seen", "--chat=True", "--tasks=choice.toml", "--data=items.jsonl", "--device=cpu", "--json=report.json")
+    measure(*flags, f"--batch_tokens={batch_tokens}")
+    (result,) = json.loads(Path("report.json").read_text())["models"][0]["tasks"]
+    assert result["values"] == [float(i % 3 > 0) for i in range(15)] and result["chance"] == pytest.approx(1 / 3)
+    write("items.jsonl", [items[0] | {"q": "a" * 20}])
+    assert "choice, item 1, option 0: a question about an image takes 26 tokens" in measure(*flags).message
+
+
 @pytest.mark.parametrize(
     "flags, item, message",
     [
@@ -102,11 +138,11 @@ def prepare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["shapes.py", *flags])
+        monkeypatch.setattr(sys, "argv", ["shapes.py", "--labelled=20", *flags])
         shapes.main()
         return {
             split: [json.loads(line) for line in Path(f"data/shapes/{split}.jsonl").read_text().splitlines()]
-            for split in ("train", "test", "shuffled")
+            for split in ("train", "test", "pairs", "shuffled", "labels")
         }
 
     return call
@@ -127,7 +163,7 @@ def seen_in(path, background=(255, 255, 255)):
 
 def test_pictures_show_what_the_answers_say(prepare):
     splits = prepare("--count=60", "--test=40")
-    for row in splits["train"] + splits["test"]:
+    for row in splits["train"] + splits["test"] + splits["pairs"]:
         seen = seen_in(f"data/shapes/{row['image']}")
         words = row["prompt"].rstrip("?").split()
         if row["kind"] == "colour":
@@ -143,15 +179,36 @@ def test_pictures_show_what_the_answers_say(prepare):
     assert {row["kind"] for row in splits["test"]} == set(shapes.KINDS)
 
 
-def test_no_training_picture_has_a_held_out_pair_and_every_test_picture_has(monkeypatch, prepare):
+def test_no_training_picture_has_a_held_out_combination_and_every_test_picture_has(monkeypatch, prepare):
     drawn = []
     monkeypatch.setattr(shapes, "draw", lambda seen, size, rng: drawn.append(seen) or Image.new("RGB", (size, size)))
     splits = prepare("--count=200", "--test=50")
-    pairs = [{thing.pair for thing in seen} & set(shapes.HELD_OUT) for seen in drawn]
-    assert not any(pairs[:200]) and all(pairs[200:])
+    triples, pairs = set(shapes.THINGS["test"]), {thing.pair for thing in shapes.THINGS["pairs"]}
+    assert pairs == set(shapes.HELD_OUT) and len(triples) == 10 and not pairs & {thing.pair for thing in triples}
+    trained, test, of_pairs, labelled = drawn[:200], drawn[200:250], drawn[250:300], drawn[300:]
+    for seen in (*trained, *labelled):
+        assert not triples & set(seen) and not pairs & {thing.pair for thing in seen}
+    assert all(len({value for thing in seen for value in thing}) == 3 * len(seen) <= 9 for seen in drawn)
+    assert all(seen[0] in triples for seen in test) and all(seen[0].pair in pairs for seen in of_pairs)
+    assert [(row["colour"], row["shape"]) for row in splits["labels"]] == [thing.pair for (thing,) in labelled]
     shuffled = zip(splits["test"], splits["shuffled"])
     assert all(a["prompt"] == b["prompt"] and a["response"] == b["response"] for a, b in shuffled)
     assert sorted(row["image"] for row in splits["shuffled"]) == sorted(row["image"] for row in splits["test"])
+
+
+def test_answers_drawn_at_random_fit_their_questions(prepare):
+    rows = prepare("--count=200", "--test=5")["train"]
+    lines = Path("data/shapes/texts.txt").read_text().splitlines()
+    assert lines[::2] == [row["prompt"] for row in rows]
+    for row, answer in zip(rows, lines[1::2]):
+        words = row["prompt"].rstrip("?").split(" or ")
+        answers = {
+            "colour": shapes.COLOURS, "shape": shapes.SHAPES, "count": shapes.NUMBERS, "position": shapes.QUARTERS,
+            "relation": ("left of", "right of") if "left of" in words[0] else ("above", "below"),
+        }[row["kind"]]  # fmt: skip
+        assert answer in answers
+    right = sum(answer == row["response"] for row, answer in zip(rows, lines[1::2]))
+    assert right < 100  # as often as guessing
 
 
 def test_the_same_seed_draws_the_same_and_another_is_not_mixed_in(prepare, capsys):
@@ -165,3 +222,34 @@ def test_the_same_seed_draws_the_same_and_another_is_not_mixed_in(prepare, capsy
     assert Path("data/shapes/pictures/test-000003.png").read_bytes() == picture
     with pytest.raises(UserError, match="size = 8 is too small"):
         prepare("--size=8")
+
+
+# ---- digits
+
+
+def test_digits_are_divided_once_and_moved_only_for_labels(tmp_path, monkeypatch):
+    from sklearn.datasets import load_digits
+
+    monkeypatch.chdir(tmp_path)
+    few = load_digits()
+    few.images, few.target = few.images[:40], few.target[:40]
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+    monkeypatch.setattr(sys, "argv", ["digits.py"])
+    digits.main()
+    names = ("train", "test", "shuffled", "labels")
+    train, test, shuffled, labels = (
+        [json.loads(line) for line in Path(f"data/digits/{name}.jsonl").read_text().splitlines()] for name in names
+    )
+    assert len(train) == 32 and len(test) == 8 and len(labels) == 9 * 32
+    numbers = [{int(Path(row["image"]).name[:4]) for row in rows} for rows in (train, test, labels)]
+    assert numbers[0] | numbers[1] == set(range(40)) and not numbers[0] & numbers[1] and numbers[2] == numbers[0]
+    for row in train + test:
+        number = int(Path(row["image"]).name[:4])
+        assert row["response"] == digits.WORDS[few.target[number]]
+        drawn = np.asarray(Image.open(f"data/digits/{row['image']}"))
+        assert np.abs(drawn / 255 - few.images[number] / 16).max() < 0.01
+    moved = {row["image"]: np.asarray(Image.open(f"data/digits/{row['image']}")) for row in labels}
+    still, right_down = (moved[f"pictures/{min(numbers[0]):04}-{move}.png"] for move in (0, 8))
+    assert digits.MOVES[8] == (1, 1) and (right_down[1:, 1:] == still[:-1, :-1]).all() and not right_down[0].any()
+    assert [row["response"] for row in shuffled] == [row["response"] for row in test]
+    assert sorted(row["image"] for row in shuffled) == sorted(row["image"] for row in test)

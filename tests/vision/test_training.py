@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import train
 from gpt_arc.chat.files import Conversation
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
@@ -25,7 +26,8 @@ from gpt_arc.vision.images import Preprocessing
 from gpt_arc.weights.directory import save_model
 from helpers import command, interrupt_at, write
 from model import GPT, GPTConfig
-from stages import sft
+from stages import dpo, finetune, ppo, reward, sft
+from tools import export, upcycle
 
 LETTERS = CharTokenizer("abcdefgh")
 COLOURS = {"a": "red", "b": "lime", "c": "blue", "d": "white", "e": "black"}
@@ -233,3 +235,31 @@ def test_a_model_directory_names_its_parts(run):
     assert {"vision.json", "vision.safetensors", "chat.json"} <= json.loads(
         Path("seen/last/manifest.json").read_text()
     )["files"].keys()
+
+
+# ---- what reads text alone
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [
+        (dpo, ("seen", "--train=rankings.jsonl")),
+        (ppo, ("seen", "--prompts=train.jsonl", "--reward=seen")),
+        (reward, ("seen", "--train=rankings.jsonl")),
+        (finetune, ("seen", "--train=labels.csv", "--val_fraction=0")),
+        (train, ("letters.toml", "--init_from=seen", "--device=cpu")),
+        (upcycle, ("seen", "mixture")),
+        (export, ("seen", "exported", "--to=hf")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_would_save_the_text_model_alone_refuses_images(module, flags, workplace, stage_runner):
+    """Otherwise the run's folder would be a model that has silently lost its eyes."""
+    stage_runner(sft, *TRAIN, "--epochs=1", "--out_dir=seen")
+    write("rankings.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    Path("labels.csv").write_text("text,label\na,x\nb,y\n")
+    Path("letters.toml").write_text('[data]\ndataset = "letters"\n')
+    refused = stage_runner(module, *flags)
+    mend = "tools/llava.py exports it" if module is export else "name the text model that it was made from"
+    assert refused.code == 2 and f" reads images, and only its text model would be saved: {mend}" in refused.message
+    assert not any(Path(name).exists() for name in ("out", "mixture", "exported"))

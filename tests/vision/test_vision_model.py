@@ -11,9 +11,9 @@ from gpt_arc.errors import UserError
 from gpt_arc.manifest import DamagedFile
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
-from gpt_arc.vision.model import VisionGPT, load_vision, reads_images, save_vision
+from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
 from gpt_arc.vision.projector import Projector, ProjectorConfig
-from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.directory import load_model, reads_images, save_model
 from helpers import randomised
 from model import GPT, GPTConfig
 

@@ -265,3 +265,21 @@ def test_a_damaged_declaration_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_id_of_minus_one_declares_nothing(tmp_path, name):
+    """As in the first Llamas."""
+    library = byte_level("<|endoftext|>")
+    (tmp_path / "tokenizer.json").write_text(library.to_str())
+    end = library.token_to_id("<|endoftext|>")
+    (tmp_path / "config.json").write_text('{"bos_token_id": 7}')
+    (tmp_path / name).write_text('{"eos_token_id": [-1, 5], "bos_token_id": -1, "pad_token_id": -1}')
+    tokenizer = load_tokenizer(tmp_path)
+    start = 7 if name == "generation_config.json" else None
+    assert (tokenizer.ends, tokenizer.declared.start, tokenizer.declared.pad) == ({5}, start, None)
+    (tmp_path / "copy").mkdir()
+    tokenizer.save(tmp_path / "copy")
+    assert load_tokenizer(tmp_path / "copy").declared.start == start
+    (tmp_path / name).write_text('{"eos_token_id": -1}')
+    assert load_tokenizer(tmp_path).ends == {end}

@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 NO_END = {"bos_token_id": None, "eos_token_id": None}
 GPT2, GPT1, QWEN3 = transformers.GPT2Config, transformers.OpenAIGPTConfig, transformers.Qwen3Config
-MIXTRAL = transformers.MixtralConfig
+MIXTRAL, LLAMA = transformers.MixtralConfig, transformers.LlamaConfig
 SMALL = dict(vocab_size=23, n_positions=80, n_embd=32, n_layer=2, n_head=4, **NO_END)
 QWEN_SMALL = dict(vocab_size=31, hidden_size=32, intermediate_size=44, num_hidden_layers=2, max_position_embeddings=80)
 MIXTURE = dict(norm="rmsnorm", positions="rotary", activation="swiglu", bias=False, n_experts=4)
@@ -52,6 +52,66 @@ MODELS = {
                             router_aux_loss_coef=0.02, router_jitter_noise=0.01, **ENDS),
     "mixtral-all": MIXTRAL(**QWEN_SMALL, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, **NO_END),
 }  # fmt: skip
+
+LLAMA_SMALL = {**QWEN_SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, **NO_END}
+YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 5_000.0, "original_max_position_embeddings": 40}
+STRETCHED = {
+    "linear": (LLAMA, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}),
+    "dynamic": (LLAMA, {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+    "dynamic-qwen3": (QWEN3, {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1e4}),
+    "llama3": (LLAMA, {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0,
+                       "high_freq_factor": 4.0, "original_max_position_embeddings": 40}),
+    "yarn": (LLAMA, YARN | {"beta_fast": 32.0, "beta_slow": 1.0}),
+    "yarn-qwen3": (QWEN3, YARN | {"beta_fast": 8.0, "beta_slow": 0.5, "attention_factor": 1.3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", STRETCHED)
+def test_stretched_rotary_positions_equal_transformers(name, spelling):
+    """At four times the trained context, from configs as transformers 5 and as transformers 4 write them."""
+    kind, rope = STRETCHED[name]
+    reference = randomised(transformers.AutoModelForCausalLM.from_config(kind(**LLAMA_SMALL, rope_parameters=rope)))
+    content = reference.config.to_dict()
+    if spelling == "rope_scaling":
+        old = dict(content.pop("rope_parameters"))
+        content |= {"rope_theta": old.pop("rope_theta"), "rope_scaling": {"type": old.pop("rope_type")} | old}
+    config = dataclasses.replace(config_from_hf(content), block_size=320)
+    model = GPT(config)
+    state = dict(reference.state_dict())
+    for ours, tensor in model.state_dict().items():
+        parts = ARCHITECTURES[content["model_type"]].parts_of(ours, tensor.shape, config)
+        tensor.copy_(torch.cat([state["model." + part.name] for part in parts]))
+    tokens = torch.randint(31, (2, 320), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for length in (7, 80, 320):
+            logits = model.eval()(tokens[:, :length])
+            torch.testing.assert_close(logits, reference(tokens[:, :length]).logits, atol=1e-5, rtol=1e-5)
+    written = hf_config(config_from_hf(content))
+    assert written["rope_parameters"] == reference.config.to_dict()["rope_parameters"]
+    assert written["max_position_embeddings"] == 80 and config_from_hf(written) == config_from_hf(content)
+
+
+def test_ntk_is_exported_as_a_larger_base():
+    settings = dict(norm="rmsnorm", positions="rotary", activation="swiglu", bias=False)
+    stretched = randomised(GPT(GPTConfig(64, 11, 2, 4, 16, **settings, rotary_scaling="ntk", rotary_factor=8.0)))
+    plain = GPT(config_from_hf(hf_config(stretched.config))).eval()
+    plain.load_state_dict(stretched.state_dict())
+    assert plain.config.rotary_base == 10_000.0 * 8**2
+    tokens = torch.randint(11, (1, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(tokens), stretched(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_yarn_s_factors_may_follow_from_the_contexts_and_from_mscale():
+    rope = {"rope_type": "yarn", "original_max_position_embeddings": 20, "mscale": 0.7, "mscale_all_dim": 0.2}
+    content = {"model_type": "llama", "max_position_embeddings": 80, "rope_parameters": rope | {"factor": None}}
+    config = config_from_hf(content)
+    expected = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](
+        LLAMA(max_position_embeddings=80, rope_parameters=rope | {"factor": 4.0})
+    )[1]
+    assert (config.rotary_factor, config.rotary_context) == (4.0, 20)
+    assert config.rotary_attention_factor == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -167,20 +227,33 @@ def test_gpt2_s_published_config():
         ("qwen3", {"attention_bias": True}, "attention_bias = true"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window = true"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'qwen3: only the rope_type "default"'),
-        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, '"rope_type": "linear"'),
-        ("qwen3", {"rope_scaling": {"type": "dynamic"}}, '"type": "dynamic"'),
+        (
+            "qwen3",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "qwen3: only the rope_types default, lin",
+        ),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, '"truncate": false'),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor = 0.5 must be"),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": "two"}}, 'factor = "two" must be'),
+        ("qwen3", {"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type = "),
+        ("qwen3", {"rope_scaling": {"type": "dynamic"}}, 'rope_scaling = {"type": "dynamic", '),
+        (
+            "qwen3",
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1}},
+            "beta_fast = 1.0 must be more than",
+        ),
+        ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": "no"}}, 'beta_slow = "no"'),
         ("qwen3", {"partial_rotary_factor": 0.5}, '"partial_rotary_factor": 0.5'),
         ("llama", {"attention_bias": True}, "attention_bias = true"),
         ("llama", {"mlp_bias": True}, "mlp_bias = true"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'llama: only the rope_type "default"'),
+        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks high_freq_factor"),
         ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096 can't be computed for a mixtral"),
         ("mixtral", {"hidden_act": "gelu"}, 'hidden_act = "gelu"'),
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 can't be computed for a mixtral"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 must lie between 1 and num_local_experts"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts = 0 can't be computed for a mixtral"),
         ("mixtral", {"router_aux_loss_coef": "small"}, 'router_aux_loss_coef = "small"'),
-        ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, 'mixtral: only the rope_type "default"'),
+        ("mixtral", {"rope_scaling": {"rope_type": "proportional"}}, "mixtral: only the rope_types default, linear"),
     ],
 )
 def test_unsupported_configs_are_refused(kind, content, sentence):
@@ -210,6 +283,8 @@ def test_keys_are_honoured():
     [
         ({"norm": "rmsnorm"}, 'no norm = "rmsnorm"'),
         ({"positions": "sinusoidal"}, 'gpt2, has no positions = "sinusoidal"'),
+        ({"positions": "alibi"}, 'gpt2, has no positions = "alibi"'),
+        ({"positions": "none"}, 'gpt2, has no positions = "none"'),
         (dict(norm="rmsnorm", positions="rotary", activation="swiglu", qk_norm=True), "qwen3, has no bias = true"),
         ({"head_bias": True}, "no head_bias = true"),
         ({"qk_norm": True}, "no qk_norm = true"),
@@ -249,6 +324,7 @@ def test_models_without_an_architecture_in_transformers_are_refused(settings, se
         ("gpt2_xl", "gpt2"),
         ("tinyshakespeare", "gpt2"),
         ("modern", "qwen3"),
+        ("llama", "llama"),
         ("moe", "mixtral"),
         ("mixtral_8x7b", "mixtral"),
     ],

@@ -22,6 +22,7 @@ import dataclasses
 import itertools
 import logging
 import random
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -43,7 +44,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.nn.meta import meta_device
+from gpt_arc.extras import import_extra
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
 
@@ -102,8 +103,8 @@ def draw_items(settings: EvalBench, vocab_size: int) -> list[tuple[list[int], li
     return pairs
 
 
-class EvalWorker:
-    """Scores all options; subclasses define `setup` and `score`."""
+class EvalWorker(ABC):
+    """Scores all options."""
 
     sixteen_bit = False
 
@@ -117,6 +118,14 @@ class EvalWorker:
         torch.manual_seed(job.settings.seed)
         self.pairs = draw_items(job.settings, job.config.vocab_size)
         self.setup(GPT(job.config).eval())
+
+    @abstractmethod
+    def setup(self, model: Any) -> None:
+        """Prepares to score with the weights of `model`, a GPT."""
+
+    @abstractmethod
+    def score(self, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Returns the log-probability of each option after its context."""
 
     def round(self) -> float:
         """Seconds it takes to score all options."""
@@ -144,7 +153,6 @@ class OurScorer(EvalWorker):
 class HarnessScorer(EvalWorker):
     def setup(self, model: Any) -> None:
         import transformers
-        from lm_eval.models.huggingface import HFLM
         from tokenizers import Tokenizer, models
 
         from gpt_arc.weights.huggingface import hf_config, hf_tensors
@@ -161,7 +169,8 @@ class HarnessScorer(EvalWorker):
         words = Tokenizer(models.WordLevel(numbers, unk_token="0"))
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0")
         self.model = peer.to(self.device, self.dtype).eval()
-        self.harness, self.chosen = HFLM(self.model, tokenizer=tokenizer, backend="causal"), False
+        adapter = import_extra("lm_eval.models.huggingface").HFLM
+        self.harness, self.chosen = adapter(self.model, tokenizer=tokenizer, backend="causal"), False
 
     def round(self) -> float:
         if not self.chosen:  # in the warm-up round, while the other workers wait
@@ -240,6 +249,7 @@ def bench_eval(args: list[str]) -> None:
     check_requirements(settings, ("lm_eval", "transformers"))
 
     from gpt_arc.device import device_name, resolve_device, resolve_dtype
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import describe_parameters, peak_flops
     from gpt_arc.weights.directory import load_config
     from gpt_arc.weights.huggingface import architecture_of

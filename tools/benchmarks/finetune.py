@@ -22,6 +22,7 @@ import dataclasses
 import queue
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -46,11 +47,10 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, NonNegative
 from gpt_arc.tables import counted
 
-LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # defaults of stages/finetune.py
+LEARNING_RATE, WARMUP = 6.25e-5, 0.002  # GPT-1's
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -107,8 +107,8 @@ class FinetuneRound(NamedTuple):
     peak: int  # peak memory so far, in bytes
 
 
-class FinetuneWorker:
-    """Trains a classifier; subclasses define `setup` and `train`."""
+class FinetuneWorker(ABC):
+    """Trains a classifier."""
 
     def __init__(self, job: FinetuneJob):
         import torch
@@ -116,6 +116,14 @@ class FinetuneWorker:
         self.job, self.settings, self.device = job, job.settings, torch.device(job.device)
         torch.manual_seed(job.settings.seed)
         self.setup()
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Builds the classifier, its optimizer and its data."""
+
+    @abstractmethod
+    def train(self) -> None:
+        """Makes the updates of a round."""
 
     def round(self) -> FinetuneRound:
         start = synchronized_time(self.device)
@@ -158,12 +166,10 @@ class OurFinetuner(FinetuneWorker):
         adam = TrainingConfig(max_iters=settings.all_steps, learning_rate=LEARNING_RATE, weight_decay=0.01, beta2=0.999)
         self.updater = Updater(self.model, adam, self.device, self.job.dtype)
         sequences, labels = draw_examples(settings, config.vocab_size)
-        self.examples = EncodedExamples([[sequence] for sequence in sequences], labels, 0, ())
+        self.examples = EncodedExamples([[sequence] for sequence in sequences], list(labels), 0, ())
         self.step = 0
 
     def train(self) -> None:
-        import torch
-
         from gpt_arc.device import autocast, to_device
         from gpt_arc.finetuning.classifier import combined_loss
         from gpt_arc.training.epochs import epoch_batches
@@ -178,10 +184,10 @@ class OurFinetuner(FinetuneWorker):
             batch = to_device(self.examples.batch(self.batches[i]), self.device)
             with autocast(self.device, self.job.dtype):
                 outcome = self.model(*batch, with_language=weight > 0)
-            losses = torch.stack((outcome.task_loss, outcome.language_loss))
+            losses = outcome.task_loss, outcome.language_loss
             self.updater.backward(combined_loss(*losses, weight) / size)
             factor = warmup_linear((self.step + 1) / settings.all_steps, WARMUP)
-            self.updater.update(LEARNING_RATE * factor, *losses.detach())
+            self.updater.update(LEARNING_RATE * factor, *(loss.detach() for loss in losses))
             self.step += 1
 
 
@@ -258,13 +264,15 @@ class HFTrainer(FinetuneWorker):
         if arguments.device.type == "cuda":
             arguments._n_gpu = 1  # otherwise it spreads a batch over all GPUs
         sequences, labels = draw_examples(settings, vocab_size)
-        examples = [{"input_ids": sequence, "labels": label} for sequence, label in zip(sequences, labels)]
+        rows = zip(sequences, labels)
+        examples: Any = [{"input_ids": sequence, "labels": label} for sequence, label in rows]  # works as a Dataset
+        pause = self.pause
         self.trainer = transformers.Trainer(self.model, arguments, self.pad_batch, examples)
 
         class Pauses(transformers.TrainerCallback):
-            def on_step_end(_, args, state, control, **kwargs):
+            def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step % settings.steps_per_round == 0:
-                    self.pause()
+                    pause()
 
         self.trainer.add_callback(Pauses())
 
@@ -316,6 +324,7 @@ def bench_finetune(args: list[str]) -> None:
 
     from gpt_arc.device import resolve_device, resolve_dtype
     from gpt_arc.finetuning.examples import SpecialTokens
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.weights.directory import load_config
     from gpt_arc.weights.huggingface import architecture_of
     from model import GPT

@@ -24,9 +24,18 @@ from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from benchmarks.processes import check_requirements, write_results
-from benchmarks.train import OurTrainer, StepBench, TransformersTrainer, compare, prepare, read_arguments, show
+from benchmarks.train import (
+    OurTrainer,
+    StepBench,
+    TrainJob,
+    TrainWorker,
+    TransformersTrainer,
+    compare,
+    prepare,
+    read_arguments,
+    show,
+)
 from gpt_arc.errors import UserError
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT
 
 Implementation = Literal["grouped_mm", "eager", "batched_mm"]
@@ -77,6 +86,7 @@ def bench_moe(args: list[str]) -> None:
     settings, config = read_arguments(args, MoeBench, __doc__, "moe configs/moe.toml")
     check_requirements(settings)
 
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import flops_per_token
     from gpt_arc.weights.huggingface import architecture_of
     from model import GPT
@@ -94,9 +104,10 @@ def bench_moe(args: list[str]) -> None:
 
     peers = {f"transformers {name}": IMPLEMENTATIONS[name] for name in settings.implementations}
     dense_job = dataclasses.replace(job, config=dataclasses.replace(config, model=dense.config))
+    workers: dict[str, tuple[type[TrainWorker], TrainJob]]
     workers = {"ours": (OurTrainer, job), "dense": (OurTrainer, dense_job)}
     workers |= {name: (worker, job) for name, worker in peers.items()} if settings.transformers else {}
-    results = compare(job, workers) | {"flops_per_token": flops}
+    results: dict[str, Any] = compare(job, workers) | {"flops_per_token": flops}
     show(results)
     if settings.transformers:
         results["fastest"] = min(peers, key=lambda name: results["ratios"][name]["median"])

@@ -54,9 +54,9 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Seed, UnitInterval
 from gpt_arc.tables import counted
 
@@ -173,10 +173,13 @@ def prepare(settings: PPOBench, folder: Path) -> Any:
 
     tokenizer, generator = CharTokenizer(LETTERS), np.random.default_rng(settings.seed)
     chat = ChatFormat.new(TEMPLATES["markers"], tokenizer, tokenizer.vocab_size)
-    sizes = {"n_layer": settings.n_layer, "n_head": settings.n_head, "n_embd": settings.n_embd}
     vocabulary = tokenizer.vocab_size + len(chat.added)
     torch.manual_seed(settings.seed)
-    model = GPT(GPTConfig(block_size=settings.block_size, vocab_size=vocabulary, **sizes))
+    model = GPT(
+        GPTConfig(
+            settings.block_size, vocabulary, n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd
+        )
+    )
     conversations = []
     for _ in range(EXAMPLES):
         prompt = draw_prompt(generator)
@@ -247,6 +250,7 @@ monitor: RewardMonitor | None = None  # of this child process
 
 def reward(rows: Sequence[dict[str, str]], responses: Sequence[str]) -> list[float]:
     """The reward function that stages/ppo.py calls."""
+    assert monitor is not None
     return monitor.score([row["prompt"] for row in rows], responses)
 
 
@@ -281,11 +285,12 @@ def run_trl(job: PPOJob) -> list[float]:
     import torch
     import transformers
     from tokenizers import Tokenizer, models
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
+    from transformers.modeling_outputs import BaseModelOutput
 
     from gpt_arc.chat.format import Turn, load_chat_model
     from gpt_arc.weights.huggingface import hf_config, hf_tensors
 
+    trl_ppo = import_extra("trl.experimental.ppo")
     transformers.logging.set_verbosity_error()
     transformers.set_seed(job.seed)
     settings, size = job.settings, job.settings.episodes_per_iteration
@@ -293,7 +298,7 @@ def run_trl(job: PPOJob) -> list[float]:
 
     # trl recognizes padding by a token, which then can't count as text: use one the policy never learned to write
     pad, end, answer = (chat.ids[mark] for mark in ("<|system|>", "<|end|>", "<|assistant|>"))
-    config_dict = hf_config(policy_model.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
+    config_dict: dict[str, Any] = hf_config(policy_model.config, "float32") | {"pad_token_id": pad, "eos_token_id": end}
     config = transformers.AutoConfig.for_model(**config_dict, num_labels=1)
     weights = dict(hf_tensors(policy_model))
     policy, reference = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
@@ -320,10 +325,9 @@ def run_trl(job: PPOJob) -> list[float]:
                 start = row.index(answer) + 1
                 prompts.append(tokenizer.decode(row[:start]))
                 responses.append(chat.decode(row[start:]))
+            assert monitor is not None
             rewards = torch.tensor(monitor.score(prompts, responses), device=input_ids.device)
-            return transformers.modeling_outputs.BaseModelOutput(
-                hidden_states=(rewards[:, None, None].expand(*input_ids.shape, 1),)
-            )
+            return BaseModelOutput(hidden_states=(rewards[:, None, None].expand(*input_ids.shape, 1),))
 
     vocabulary = dict(zip([*LETTERS, *chat.added], range(policy_model.config.vocab_size)))
     processing = transformers.PreTrainedTokenizerFast(
@@ -332,7 +336,7 @@ def run_trl(job: PPOJob) -> list[float]:
     )  # fmt: skip
     rows = map(json.loads, (job.folder / PROMPTS).read_text().splitlines())
     prompts = [{"input_ids": chat.prompt([Turn("user", row["prompt"])])} for row in rows]
-    arguments = PPOConfig(
+    arguments = trl_ppo.PPOConfig(
         output_dir=str(job.out),
         total_episodes=settings.episodes,
         per_device_train_batch_size=size,
@@ -364,10 +368,10 @@ def run_trl(job: PPOJob) -> list[float]:
     kl = []
 
     class KLRecorder(transformers.TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **_):
+        def on_log(self, args, state, control, logs, **_):
             kl.append(logs["objective/kl"])
 
-    trainer = PPOTrainer(
+    trainer = trl_ppo.PPOTrainer(
         arguments, processing, policy, reference, Rule(), datasets.Dataset.from_list(prompts), value_network,
         callbacks=[KLRecorder()],
     )  # fmt: skip
@@ -448,7 +452,7 @@ def show(results: dict[str, Any]) -> None:
 def has_ppo_trainer() -> bool:
     spec = importlib.util.find_spec("trl")
     return spec is not None and any(
-        (Path(p) / "experimental" / "ppo").is_dir() for p in spec.submodule_search_locations
+        (Path(p) / "experimental" / "ppo").is_dir() for p in spec.submodule_search_locations or ()
     )
 
 
@@ -463,6 +467,7 @@ def bench_ppo(args: list[str]) -> None:
     import torch  # slow: import once the settings are valid
 
     from gpt_arc.device import resolve_device
+    from gpt_arc.nn.meta import meta_device
     from model import GPT
 
     device = resolve_device(settings.device)

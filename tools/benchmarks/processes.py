@@ -68,7 +68,7 @@ def config_files(args: Sequence[str]) -> list[str]:
     return [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
 
 
-def read_model_arguments(cls: type[ModelBench], description: str, args: list[str]) -> tuple[Any, Any]:
+def read_model_arguments(cls: type[ModelBench], description: str | None, args: list[str]) -> tuple[Any, Any]:
     """Returns settings of the dataclass `cls` and the config file's architecture, both with the flags applied.
 
     The architecture is None if the setting `model` names a model instead of a config file.
@@ -107,6 +107,7 @@ def check_requirements(settings: Any, packages: Sequence[str] = ("transformers",
 def nanogpt_model(checkout: Path, config: Any, dropout: float) -> Any:
     """Returns the model of a nanoGPT checkout, with the sizes of a `GPTConfig`."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in NANOGPT_SETTINGS}, dropout=dropout))
@@ -157,7 +158,9 @@ def synchronized_time(device: Any) -> float:
 @contextlib.contextmanager
 def reporting(pipe: Any) -> Iterator[None]:
     """Runs the block in a child process: sends errors to the parent, and ends when the parent hangs up or dies."""
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     sys.stdout = open(os.devnull, "w")  # nanoGPT prints its parameter count
     from tqdm import tqdm
 

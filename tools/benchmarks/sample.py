@@ -18,6 +18,7 @@ import dataclasses
 import math
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -46,7 +47,6 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.files import name_failed_writes
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count, Positional
 from gpt_arc.tables import counted
 
@@ -103,6 +103,7 @@ class OurSampler:
         import torch
 
         from gpt_arc.decoding.decoder import Decoder
+        from gpt_arc.nn.meta import meta_device
         from model import GPT
 
         self.job = job
@@ -140,8 +141,8 @@ class OurSampler:
         return memory_rate(self.job.device)
 
 
-class PeerSampler:
-    """Another library's model with the weights in PEERS; `generate(count)` continues the prompts by `count` tokens."""
+class PeerSampler(ABC):
+    """Another library's model with the weights in PEERS."""
 
     def __init__(self, job: SampleJob, model: Any, transposed: tuple[str, ...] = ()):
         import torch
@@ -149,6 +150,10 @@ class PeerSampler:
         load_tensors(model, job.folder / PEERS, transposed)
         self.job, self.model = job, model.to(job.device).eval()
         self.prompts = torch.tensor(job.prompts, device=job.device)
+
+    @abstractmethod
+    def generate(self, count: int) -> Any:
+        """Returns the prompts (B, T), continued by `count` tokens."""
 
     def round(self) -> SampleRound:
         first, whole = (self.seconds(count) for count in (1, self.job.settings.max_new_tokens))
@@ -164,6 +169,7 @@ class PeerSampler:
 
 class NanoGPTSampler(PeerSampler):
     def __init__(self, job: SampleJob):
+        assert job.settings.nanogpt is not None
         model = nanogpt_model(job.settings.nanogpt, job.config, dropout=0.0)
         super().__init__(job, model, ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 

@@ -53,7 +53,6 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Positive, Seed
 from gpt_arc.tables import counted
 
@@ -112,6 +111,7 @@ def train_ours(args: Sequence[str], seed: int, advance: Callable[[int], None]) -
         dtype, compiling, compiled, line = "", None, True, ""
         start = time.time()
         with subprocess_group([sys.executable, str(TRAIN), *args, *flags], environment, errors) as process:
+            assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("compiling "):
                     compiling = time.time()
@@ -152,6 +152,7 @@ def subprocess_group(command: list[str], environment: dict[str, str], errors: Pa
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        assert process.stdout is not None
         process.stdout.close()
 
 
@@ -417,7 +418,7 @@ def show(results: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(name: str, seed: int, steps: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(name: str, seed: int, steps: int) -> Iterator[Callable[[int], Any]]:
     """Shows a progress bar on a terminal; yields the function that sets the number of steps done."""
     from tqdm import tqdm
 
@@ -439,12 +440,14 @@ def bench_speedrun(args: list[str]) -> int:
 
     from gpt_arc.data.datasets import open_corpus, prepare_missing
     from gpt_arc.device import device_name, resolve_device
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import describe_parameters, flops_per_token, peak_flops
     from model import GPT
 
     device = resolve_device(config.training.device)
     prepare_missing(config.data.sources)
     corpus = open_corpus(config.data.sources)
+    assert corpus is not None  # it has just been prepared
     vocab_size = corpus.tokenizer.vocab_size if corpus.tokenizer else config.model.vocab_size
     corpus.split("val", config.model.block_size, vocab_size, config.data.document_mask)
     with meta_device():

@@ -18,6 +18,7 @@ not counted, at the rate measured between the rounds for products of two 1024 x 
 import contextlib
 import dataclasses
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +47,6 @@ from benchmarks.processes import (
 )
 from gpt_arc.errors import UserError
 from gpt_arc.flags import parse_flags
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
@@ -94,8 +94,8 @@ class TrainRound(NamedTuple):
     peak: int  # peak memory so far, in bytes
 
 
-class TrainWorker:
-    """Optimizer steps of a model; subclasses define `setup`, `forward`, `backward` and `update`."""
+class TrainWorker(ABC):
+    """Optimizer steps of a model."""
 
     def __init__(self, job: TrainJob):
         import torch
@@ -104,6 +104,20 @@ class TrainWorker:
         self.shape = job.config.data.batch_size, job.config.model.block_size
         torch.manual_seed(job.config.training.seed)
         self.setup()
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Builds the model and its optimizer."""
+
+    @abstractmethod
+    def forward(self, tokens: Any, targets: Any) -> Any:
+        """Returns the mean loss in nats."""
+
+    @abstractmethod
+    def backward(self, loss: Any) -> None: ...
+
+    @abstractmethod
+    def update(self, loss: Any) -> None: ...
 
     def next_batch(self) -> Sequence[Any]:
         import torch
@@ -117,7 +131,7 @@ class TrainWorker:
             times = [synchronized_time(self.device)]
             batch = self.next_batch()
             times.append(synchronized_time(self.device))
-            loss = self.forward(*batch)  # mean, in nats
+            loss = self.forward(*batch)
             times.append(synchronized_time(self.device))
             self.backward(loss)
             times.append(synchronized_time(self.device))
@@ -200,7 +214,7 @@ class OurTrainer(TrainWorker):
 class RandomTokens:
     """Stands in for a split of token files."""
 
-    COUNT, separator = 1 << 22, None
+    COUNT, separator, masking = 1 << 22, None, None
 
     def __init__(self, vocab_size: int):
         self.tokens = np.random.default_rng(0).integers(vocab_size, size=self.COUNT, dtype=np.uint16)
@@ -213,6 +227,12 @@ class PeerTrainer(TrainWorker):
     """Another library's model and optimizer in a plain loop."""
 
     dtype = "float32"
+    model: Any
+    optimizer: Any
+
+    @abstractmethod
+    def loss(self, tokens: Any, targets: Any) -> Any:
+        """Returns the mean loss in nats."""
 
     def forward(self, tokens: Any, targets: Any) -> Any:
         from gpt_arc.device import autocast
@@ -235,7 +255,9 @@ class PeerTrainer(TrainWorker):
 class NanoGPTTrainer(PeerTrainer):
     def setup(self) -> None:
         training, config = self.job.config.training, self.job.config.model
-        self.model = nanogpt_model(self.job.settings.nanogpt, config, config.dropout).to(self.device)
+        settings = self.job.settings
+        assert isinstance(settings, TrainBench) and settings.nanogpt is not None
+        self.model = nanogpt_model(settings.nanogpt, config, config.dropout).to(self.device)
         betas = training.beta1, training.beta2
         self.optimizer = self.model.configure_optimizers(
             training.weight_decay, training.learning_rate, betas, self.device.type
@@ -272,7 +294,7 @@ class TransformersTrainer(PeerTrainer):
         return self.model(tokens, labels=tokens).loss
 
 
-def read_arguments(args: list[str], cls: type, description: str, example: str) -> tuple[Any, Config]:
+def read_arguments(args: list[str], cls: type, description: str | None, example: str) -> tuple[Any, Config]:
     """Returns settings of the dataclass `cls` and the config file's `Config`, both with the flags applied."""
     args = with_config_file(args)
     files = config_files(args)
@@ -294,6 +316,7 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
     """Returns our job on this machine and prints it. Raises UserError for a config that can't be measured."""
 
     from gpt_arc.device import resolve_device, resolve_dtype
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.training.compile import resolve_compile
     from model import GPT
@@ -342,6 +365,7 @@ def compare(job: TrainJob, workers: dict[str, tuple[type[TrainWorker], TrainJob]
     import torch
 
     from gpt_arc.device import device_name
+    from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import peak_flops
     from model import GPT
 

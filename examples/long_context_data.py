@@ -1,0 +1,80 @@
+"""Writes documents for measuring long contexts: prose, copies of random letters, and keys to remember.
+
+    python examples/long_context_data.py
+    python prepare/text.py --input data/long_context/corpus.jsonl --name long_context_text --tokenizer char
+
+Sizes of documents are log-uniform between 16 and `longest` characters. A quarter of the documents is prose of Python's
+manual, half random letters and the same letters again, and a quarter prose behind a key of four digits, which the end
+asks for:
+
+    copy xqvbtrka|xqvbtrka
+    key 5093: The "print" statement ... key 5093
+
+So what a model predicts best far into a document is said far before, and a model of a short context has learnt the same
+tasks over shorter distances. The same seed gives the same file.
+"""
+
+import json
+import random
+import string
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from pydantic.dataclasses import dataclass
+
+from gpt_arc.errors import entry_point
+from gpt_arc.evaluation.recall import COPY, KEY, random_key
+from gpt_arc.files import DATA_ROOT, new_directory
+from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import counted
+
+SHORTEST = 16
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    output: Path = DATA_ROOT / "long_context"
+    """Folder to write; replaces an older one."""
+    documents: Count = 50_000
+    """Documents, of 143 characters on average."""
+    longest: Count = 512
+    """Characters of the longest documents."""
+    seed: int = 0
+    """Random seed."""
+
+    def __post_init__(self):
+        if self.longest <= SHORTEST:
+            raise ValueError(f"longest = {self.longest} must be more than {SHORTEST}")
+
+
+def documents(options: Options, prose: str, rng: random.Random) -> Iterator[str]:
+    for _ in range(options.documents):
+        size = round(SHORTEST * (options.longest / SHORTEST) ** rng.random())
+        begin = rng.randrange(len(prose) - size)
+        match rng.choice(("prose", "copy", "copy", "key")):
+            case "prose":
+                yield prose[begin : begin + size]
+            case "copy":
+                letters = "".join(rng.choices(string.ascii_lowercase, k=(size - len(COPY)) // 2))
+                yield COPY.format(letters, letters)
+            case "key":
+                key = random_key(rng)
+                yield KEY.format(key, prose[begin : begin + size - 20], key)
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    prose = "\n".join(topics[name] for name in sorted(topics))
+    prose = "".join(letter for letter in prose if letter.isascii())
+    with new_directory(options.output) as folder:
+        rows = (json.dumps({"text": text}) + "\n" for text in documents(options, prose, random.Random(options.seed)))
+        with open(folder / "corpus.jsonl", "w") as file:
+            file.writelines(rows)
+    print(f"{options.output}: {counted(options.documents, 'document')} of up to {options.longest:,} characters")
+
+
+if __name__ == "__main__":
+    entry_point(main)()

@@ -1,0 +1,59 @@
+"""Folders of pictures with questions, which scripts in prepare/ write.
+
+with new_questions(folder, made_of, overwrite) as temporary:        # None if it is there already
+    ...
+    write_rows(temporary / "train.jsonl", rows)
+    write_text(temporary, [(prompt, answer), ...])
+prepare_text(folder, overwrite)
+"""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt_arc.data.documents import Text
+from gpt_arc.data.json_lines import read_object
+from gpt_arc.data.prepare import CorpusSettings, prepare_documents
+from gpt_arc.data.tokenizer import BPETokenizer
+from gpt_arc.errors import UserError
+from gpt_arc.files import new_directory
+
+MADE_OF, TEXTS = "made_of.json", "texts.txt"
+VOCABULARY = 512  # more than all words take
+
+
+@contextlib.contextmanager
+def new_questions(folder: Path, made_of: Mapping[str, Any], overwrite: bool) -> Iterator[Path | None]:
+    """Context in which a new folder is filled, with the subfolder pictures; None if it was made by these settings.
+
+    Raises UserError if other settings made it, unless `overwrite`.
+    """
+    if read_object(folder / MADE_OF) == made_of:
+        print(f"{folder} is prepared already")
+        yield None
+        return
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} has other pictures: --overwrite=True replaces them")
+    with new_directory(folder) as temporary:
+        (temporary / "pictures").mkdir()
+        yield temporary
+        (temporary / MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+
+def write_text(folder: Path, questions: Iterable[tuple[str, str]]) -> None:
+    """Writes questions and answers as a text, and a tokenizer that has a token for each word."""
+    text = "".join(f"{question}\n{answer}\n" for question, answer in questions)
+    (folder / TEXTS).write_text(text, "utf-8")
+    BPETokenizer.train([text], VOCABULARY).save(folder)
+
+
+def prepare_text(folder: Path, overwrite: bool) -> None:
+    """Prepares the text of a folder as the dataset FOLDER_text."""
+    text = Text((folder / TEXTS).read_text("utf-8"), f"the questions of {folder}")
+    prepare_documents(text, CorpusSettings(tokenizer=str(folder), overwrite=overwrite), f"{folder.name}_text")

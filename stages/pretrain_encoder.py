@@ -1,0 +1,200 @@
+"""Train an image encoder to classify images, before stages/sft.py gives it to a text model.
+
+    python stages/pretrain_encoder.py --image_encoder new.toml --train images.jsonl
+    python stages/pretrain_encoder.py --image_encoder new.toml --train images.jsonl --labels colour shape
+    python stages/pretrain_encoder.py vit/ --train images.csv --val held_out.csv       an encoder of transformers
+    python stages/pretrain_encoder.py --resume=out/pretrain_encoder                    continue a stopped run
+    python stages/sft.py out/text --train chats.jsonl --image_encoder out/pretrain_encoder
+
+A row has an `image`, a path relative to the file, and a label, or several: `gpt_arc/vision/labels.py`. A run writes
+out/pretrain_encoder/ (or -2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`. A
+checkpoint is an encoder in the format of transformers; the classifiers stay behind in its training_state.pt.
+"""
+
+if __name__ == "__main__":
+    import gpt_arc.startup  # noqa: F401
+
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from gpt_arc import distributed
+from gpt_arc.device import autocast, to_device
+from gpt_arc.distributed import WORLD_SIZE, say
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.files import command
+from gpt_arc.planning.cost import describe_parameters
+from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Positive, Share
+from gpt_arc.tables import counted
+from gpt_arc.training.command_line import read_options, start_stage
+from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.stage_run import StageRun
+from gpt_arc.vision.data import load_pixels
+from gpt_arc.vision.images import Preprocessing
+from gpt_arc.vision.labels import (
+    UNLABELLED,
+    ImageClassifier,
+    LabelledImage,
+    class_numbers,
+    classes_of,
+    read_labelled_images,
+)
+from gpt_arc.vision.new import named_encoder
+from gpt_arc.vision.pretrained import encoder_kind, write_encoder
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options(ExampleOptions):
+    model: Positional[str | None] = None
+    """The encoder to train further: a run of this stage, or a ViT, CLIP or SigLIP saved by transformers."""
+    image_encoder: str | None = None
+    """Instead, a .toml file with the settings of a new encoder (`gpt_arc/vision/encoder.py`)."""
+    labels: tuple[str, ...] = ("label",)
+    """Columns of the labels to learn. An image may lack some of them."""
+    epochs: Count = 10
+    """Passes over the images."""
+    batch_size: Count = 64
+    """Images that a process reads at a time, at most."""
+    learning_rate: Positive = 1e-3
+    """The largest, after the warmup."""
+    warmup: Share = 0.05
+    """Share of the updates in which the learning rate rises."""
+    weight_decay: NonNegative = 0.05
+    """Of tensors of two dimensions or more, decoupled from the gradient."""
+
+    PATHS = (*ExampleOptions.PATHS, "image_encoder")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model and self.image_encoder:
+            raise ValueError(
+                "image_encoder is for a new encoder, and model names one to train further: name one of them"
+            )
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels = {', '.join(self.labels) or 'nothing'}: name one or more columns, each once")
+
+
+class Split:
+    """Images of a split with the numbers of their classes."""
+
+    def __init__(self, images: Sequence[LabelledImage], classes: Sequence[Sequence[str]]):
+        self.paths = [image.path for image in images]
+        self.labels = class_numbers(images, classes)
+
+    def batch(self, rows: Sequence[int], preprocessing: Preprocessing, size: int) -> tuple[Tensor, Tensor]:
+        """Returns the pixels (N, 3, size, size) and labels (N, columns) of these rows."""
+        return load_pixels([self.paths[row] for row in rows], preprocessing, size), self.labels[rows]
+
+    def count(self, rows: Sequence[int]) -> int:
+        """Returns the number of labels of these rows."""
+        return int((self.labels[rows] != UNLABELLED).sum())
+
+
+@torch.no_grad()
+def measure(
+    model: ImageClassifier, split: Split, preprocessing: Preprocessing, options: Options, run: StageRun
+) -> tuple[float, float]:
+    """Returns the mean cross-entropy in nats and the share of right answers over a split's labels in all processes."""
+    sums = torch.zeros(2, device=run.device)
+    size = model.encoder.config.image_size
+    model.eval()
+    for rows, weight in micro_batches(range(len(split.paths)), options.batch_size):
+        with autocast(run.device, run.dtype):
+            sums += weight * torch.stack(model(*to_device(split.batch(rows, preprocessing, size), run.device)))
+    model.train()
+    loss, right = distributed.sum_over_ranks(sums).tolist()
+    count = split.count(range(len(split.paths)))
+    return loss / count, right / count
+
+
+def train(options: Options, run: StageRun) -> int:
+    new = options.image_encoder if not run.checkpoint else None
+    encoder, preprocessing = named_encoder(new or run.origin, "image_encoder" if new else "model")
+    if encoder_kind(encoder.config) is None:
+        raise UserError(
+            f"{options.image_encoder or options.model}: no encoder of transformers, whose format is written, has this "
+            "class_token, patch_bias, first_norm and final_norm together: leave them at their defaults"
+        )
+
+    # ---- the images, and the plan in figures
+    images = options.splits(partial(read_labelled_images, columns=options.labels))
+    classes = classes_of([image for split in images.values() for image in split], options.labels)
+    splits = {name: Split(split, classes) for name, split in images.items()}
+    model, examples, size = ImageClassifier(encoder, [*map(len, classes)]), splits["train"], encoder.config.image_size
+    order = EpochOrder(len(examples.paths), options.examples_per_update, options.seed)
+    updates = order.updates(options.epochs)
+    say(f"parameters     {describe_parameters(encoder)}")
+    for name, split in splits.items():
+        labels = counted(split.count(range(len(split.paths))), "label")
+        say(f"{name:<15}{counted(len(split.paths), 'image')} with {labels}")
+    for name, each in zip(options.labels, classes):
+        say(f"classes        {name}: {', '.join(each[:20])}" + f" and {len(each) - 20} more" * (len(each) > 20))
+    say(f"updates        {updates:,} of {counted(options.examples_per_update, 'image')}")
+
+    # ---- the run: a new one, or a stopped one from its last checkpoint
+    patches = encoder.config.side**2
+    run.set_threads(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
+    run.open(digest([[[image.checksum, image.labels] for image in split] for split in images.values()]))
+    replica = run.place(model)
+    updater = run.updater(model, updates)
+    run.restore(updater, {"heads": model.heads})
+    write = partial(write_encoder, encoder, preprocessing)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The training loop. The loss is the mean over the update's labels.
+    progress = run.progress
+    while run.goes_on(updates):
+        rows = order.rows(progress.step)
+        count, micros = examples.count(rows), list(micro_batches(rows, options.batch_size))
+        total = torch.zeros((), device=run.device)
+        for i, (micro, weight) in enumerate(micros, start=1):
+            batch = to_device(examples.batch(micro, preprocessing, size), run.device)
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    loss, _ = replica(*batch)
+                updater.backward(loss * (weight * WORLD_SIZE / count))
+            total += loss.detach() * weight
+        result = run.update(updater, progress.step, total)
+        if result is None:
+            continue
+        rate, norm, (total,) = result
+        progress.step += 1
+        line = {"train_loss": total / count, "learning_rate": rate, "grad_norm": norm}
+        shown = f"loss {total / count:.4f}"
+        epoch_ended = progress.step % order.per_epoch == 0
+        if epoch_ended:
+            line["epoch"] = progress.step // order.per_epoch
+            if "val" in splits:
+                line["val_loss"], line["val_accuracy"] = measure(model, splits["val"], preprocessing, options, run)
+                shown += f", val {line['val_loss']:.4f}, accuracy {line['val_accuracy']:.4f}"
+        run.tell(line, shown, updates)
+        if epoch_ended:
+            say(f"epoch {line['epoch']}: {shown}")
+            run.save(write, line.get("val_loss"))
+    steps = {
+        command(
+            "stages/sft.py", "MODEL", "--train=CHATS.jsonl", f"--image_encoder={run.folder}"
+        ): "give it to a text model",
+        command("stages/pretrain_encoder.py", run.folder, "--train=LABELS.jsonl"): "train it on other labels",
+    }
+    return run.finish(write, steps)
+
+
+def main() -> int:
+    options = read_options(Options, __doc__, sys.argv[1:])
+    if not (options.model or options.image_encoder or options.resume):
+        raise UserError(
+            "name an encoder to train further, or a .toml file with the settings of a new one by --image_encoder"
+        )
+    return start_stage(options, "pretrain_encoder", train)
+
+
+if __name__ == "__main__":
+    entry_point(main)()

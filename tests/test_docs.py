@@ -1,0 +1,62 @@
+"""Documents: their links lead somewhere, and the commands they show name scripts and flags that exist."""
+
+import re
+import shlex
+import unicodedata
+
+import pytest
+
+from helpers import ROOT
+from test_messages import COMMAND, FLAG, OF_OTHERS, flags_of  # noqa: F401  a fixture
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MENTION = re.compile(r"(?<![\w/])(?:docs|examples|configs|tasks)/(?!NAME)[\w/]+\.(?:md|png|sh|toml|py|json)\b")
+SOURCES = [path for folder in ("gpt_arc", "stages", "prepare", "tools", "examples", "configs", "tasks")
+           for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".toml", ".sh")]  # fmt: skip
+
+
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    kept = (re.sub(r"[`*]|\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {
+        "".join(c for c in text.replace(" ", "-") if c in "-_" or unicodedata.category(c)[0] in "LN") for text in kept
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for link in LINK.findall(page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert target.resolve().is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("path", [*PAGES, *SOURCES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_the_repository_that_are_mentioned_exist(path):
+    if path.name == "CHANGELOG.md":  # names what was
+        return
+    for name in MENTION.findall(path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_name_scripts_and_flags_that_exist(page, flags_of):  # noqa: F811
+    if page.name == "CHANGELOG.md":
+        return
+    for language, block in FENCE.findall(page.read_text()):
+        if language != "sh":
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            scripts = [word for word in words if word in flags_of]
+            for match in COMMAND.finditer(" ".join(words)):
+                assert (ROOT / match[1]).exists(), line
+            if len(scripts) == 1:
+                assert set(FLAG.findall(" ".join(words))) <= flags_of[scripts[0]] | OF_OTHERS, line
