@@ -69,8 +69,6 @@ class GPTConfig:
     distance (ALiBi, arXiv:2108.12409). none: not at all, since causal attention can count (arXiv:2305.19466)."""
     rotary_base: Positive = 10_000.0
     """Wavelength base of rotary positions (RoFormer, arXiv:2104.09864)."""
-    attention: Literal["causal", "bidirectional"] = "causal"
-    """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     rotary_scaling: Stretch | None = None
     """How rotary positions stretch beyond the trained context: linear, ntk, dynamic, yarn or llama3, with the meanings
     of rope_scaling in transformers. dynamic follows the length of a text and reads it anew at each token beyond it."""
@@ -84,6 +82,8 @@ class GPTConfig:
     """yarn and llama3 divide frequencies with fewer turns than this in rotary_context by rotary_factor."""
     rotary_attention_factor: Positive | None = None
     """yarn multiplies rotated queries and keys by this. None: 0.1 ln(rotary_factor) + 1."""
+    attention: Literal["causal", "bidirectional"] = "causal"
+    """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
     activation: Activation = "gelu_tanh"
@@ -146,6 +146,8 @@ class GPTConfig:
     matrices follow the width (muP, arXiv:2203.03466). Wider models then have more heads of the same size. None: off."""
 
     def __post_init__(self):
+        if self.attention == "bidirectional" and self.positions == "alibi":
+            raise ValueError('positions = "alibi" is a distance to earlier tokens: it needs attention = "causal"')
         if self.attention == "bidirectional" and self.attention_band is not None:
             raise ValueError(
                 f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'

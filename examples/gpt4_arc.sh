@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # GPT-4's other half: models that answer questions about pictures, trained from nothing. For each task it prepares the
 # pictures; trains an image encoder to classify them and a text model on the questions; joins the two by a projector and
-# trains all three; and asks the test's questions, about the right pictures and, as a control, about shuffled ones.
+# trains all three, at first with a slow encoder; and asks the test's questions, about the right pictures and, as a
+# control, about shuffled ones.
 # docs/results/gpt4_arc.md discusses the results. A second run continues where the first stopped. It writes
 # out/gpt4_arc/table.md and, for each task, answers.png: questions, pictures, answers and where the model looks.
 #
@@ -33,12 +34,17 @@ for task in $tasks; do
 
     # shellcheck disable=SC2086  # several labels are several arguments
     train "$out/encoder" stages/pretrain_encoder.py --image_encoder="$repository/examples/${task}_encoder.toml" \
-        --train="$data/labels.jsonl" --labels $labels --epochs=8 --learning_rate=2e-3 --dtype=float32
+        --train="$data/labels.jsonl" --labels $labels --epochs="$epochs" --learning_rate=2e-3 --dtype=float32
     train "$out/text" train.py "$repository/examples/pictures_text.toml" --dataset="${task}_text"
 
-    train "$out/seen" stages/sft.py "$out/text" --train="$data/train.jsonl" --image_encoder="$out/encoder" \
-        --encoder_rate=0.1 --epochs="$epochs" --batch_size=64 --learning_rate=2e-3 --warmup=0.05 --weight_decay=0.1 \
-        --residual_dropout=0 --val_fraction=0.02 --dtype=float32
+    # two rounds: with a slow encoder, then faster, on the other half of the questions if there are many
+    head -n 12000 "$data/train.jsonl" > "$data/round_1.jsonl"
+    tail -n 12000 "$data/train.jsonl" > "$data/round_2.jsonl"
+    chats=(--batch_size=64 --warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
+    train "$out/first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" "${chats[@]}" \
+        --image_encoder="$out/encoder" --encoder_rate=0.1 --learning_rate=2e-3 --epochs=8
+    train "$out/seen" stages/sft.py "$out/first" --train="$data/round_2.jsonl" "${chats[@]}" \
+        --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
 
     for items in $tests; do
         echo "$task, $items"

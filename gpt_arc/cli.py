@@ -32,6 +32,7 @@ COMMANDS = {
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
     "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),
     "report": ("tools/report.py", "write a page of a run's curves, samples and settings"),
+    "playground": ("tools/playground.py", "try models in the browser, and serve them by OpenAI's API"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),

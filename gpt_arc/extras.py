@@ -16,8 +16,10 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "scipy": "metrics",
     "sentencepiece": "sentencepiece",
     "sklearn": "metrics",
+    "starlette": "serve",
     "transformers": "dev",
     "trl": "bench",
+    "uvicorn": "serve",
 }
 PACKAGES = {
     "PIL": "Pillow",

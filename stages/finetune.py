@@ -291,8 +291,7 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         trunk.requires_grad_(False)
     if options.lora_rank:
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
-        # its special tokens are new
-        if not is_classifier(options.base_model) and special.start >= tokenizer.vocab_size:
+        if not is_classifier(options.base_model) and special.start >= tokenizer.vocab_size:  # tokens that are new
             learn_new_tokens(trunk, len(special))
     columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
@@ -540,13 +539,13 @@ def main() -> int:
     options = read_options(Options, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
         raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
+    check_model(options)
     if options.resume or options.train is not None:
         import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
         return start_stage(options, "finetune", train, FinetuneProgress)
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")
-    check_model(options)
     with naming(options.model):
         use(options)
     return 0

@@ -112,6 +112,7 @@ def test_precision_and_compilation(letters, say):
         (["--max_new_tokens=-1"], "max_new_tokens = -1"),
         (["--stop="], "--stop is empty"),
         (["--tempratur=1"], "did you mean --temperature"),
+        (["--model=out/letters"], "there is no flag --model: write the model first, without a name"),
         (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
         (["--min_p=0"], "min_p = 0 must be between 0 and 1, 0 excluded"),

@@ -11,14 +11,19 @@ CONTEXT = 8  # tokens
 class TextStream:
     """The text of a continuation as it grows. Incomplete characters and beginnings of the stop text are held back.
 
-    A continuation ends at one of the tokenizer's `ends`, at the token `end` or where the text `stop` begins. The text
-    excludes all three.
+    A continuation ends at one of the tokenizer's `ends`, at the token `end` or where the text `stop` begins, or one of
+    several. The text excludes all three.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: str | None = None, end: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int] = (),
+        stop: str | Sequence[str] | None = None,
+        end: int | None = None,
     ):
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer = tokenizer
+        self.stops = [stop] if isinstance(stop, str) else list(stop or ())
         self._ends = {*tokenizer.ends, end}
         self.text = ""
         self.ended = False  # by a token or the stop text
@@ -69,11 +74,15 @@ class TextStream:
 
     def _add(self, piece: str) -> None:
         self.text += piece
-        if self.stop is None:
-            return
-        place = self.text.find(self.stop, max(len(self.text) - len(piece) - len(self.stop) + 1, 0))
-        if place >= 0:
-            self.text, self.ended, self.complete, self._held = self.text[:place], True, True, 0
+        old = len(self.text) - len(piece)
+        places = [self.text.find(stop, max(old - len(stop) + 1, 0)) for stop in self.stops]
+        first = min((place for place in places if place >= 0), default=None)
+        if first is not None:
+            self.text, self.ended, self.complete, self._held = self.text[:first], True, True, 0
         else:
-            beginnings = range(min(len(self.stop) - 1, len(self.text)), 0, -1)
-            self._held = next((n for n in beginnings if self.stop.startswith(self.text[-n:])), 0)
+            self._held = max((self._beginning(stop) for stop in self.stops), default=0)
+
+    def _beginning(self, stop: str) -> int:
+        """Returns how many characters at the end of the text may be the beginning of `stop`."""
+        sizes = range(min(len(stop) - 1, len(self.text)), 0, -1)
+        return next((size for size in sizes if stop.startswith(self.text[-size:])), 0)

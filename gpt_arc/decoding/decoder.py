@@ -4,6 +4,7 @@
     logits = decoder.read([[1, 2, 3], [4]])      # (2, V): logits of the token after each prompt
     logits = decoder.step([5, 6])                # (2, V): appends one token to each row
     logits = decoder.extend([[7, 8], [9, 10]])   # (2, 2, V): appends several; logits after each
+    logits = decoder.add([[11, 12, 13]])         # (1, V): a third row joins
 
 Rows may differ in length: token i of row b has slot i, and a row never attends beyond its own tokens. When a row has
 filled the context, its oldest quarter is dropped and the rest is encoded again from position 0, whatever the kind of
@@ -145,14 +146,24 @@ class Decoder(nn.Module):
         Returns the logits (B, V), float32, of the next token. `room` is the number of tokens beyond the prompts to
         reserve space for. Raises ValueError for an empty prompt.
         """
+        longest = max(map(len, prompts), default=0)
+        self.clear(len(prompts), None if room is None else longest + room)
+        self.sequences = []
+        return self.add(prompts)
+
+    @torch.inference_mode()
+    def add(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Adds a row for each prompt after the present ones, reading its last block_size tokens.
+
+        Returns the logits (B, V), float32, of the new rows' next tokens. Raises ValueError for an empty prompt.
+        """
         if not prompts or not all(prompts):
             raise ValueError("a prompt has no tokens, or there is no prompt: begin with the tokenizer's start_token")
-        context = self.model.config.block_size
-        longest = max(map(len, prompts))
-        self.clear(len(prompts), None if room is None else longest + room)
-        self.sequences = [list(prompt[-context:]) for prompt in prompts]
+        context, first = self.model.config.block_size, len(self.sequences)
+        self.sequences += [list(prompt[-context:]) for prompt in prompts]
+        self._reserve(len(self.sequences), max(map(len, self.sequences)))
         with self._eager():
-            return self.head(self._encode(list(range(len(prompts))))[:, -1]).float()
+            return self.head(self._encode(list(range(first, len(self.sequences))))[:, -1]).float()
 
     def _encode(self, rows: list[int], count: int = 1) -> Tensor:
         """Reads some rows from their beginning. Returns the hidden states (R, count, C) of their last tokens."""
@@ -239,7 +250,7 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
         """Continues with these rows, in this order. A row may occur several times; the others are dropped."""
-        slots = max(len(self.sequences[row]) for row in rows)
+        slots = max((len(self.sequences[row]) for row in rows), default=0)
         self.sequences = [list(self.sequences[row]) for row in rows]
         self._reserve(len(rows), slots)
         moved = [place for place, row in enumerate(rows) if place != row]

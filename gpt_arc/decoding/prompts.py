@@ -37,13 +37,18 @@ def typed_prompts() -> Iterator[list[str]]:
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
+    """Returns the prompt's tokens, and says if the context is too small for them all. Raises UserError."""
+    tokens = prompt_tokens(prompt, tokenizer)
+    if len(tokens) > context:
+        print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
+    return tokens
+
+
+def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the prompt's tokens as `Tokenizer.encode_prompt` does. Raises UserError for text without tokens."""
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
     try:
-        tokens = tokenizer.encode_prompt(prompt)
+        return tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None
-    if len(tokens) > context:
-        print(f"keeping the last {context} of the prompt's {len(tokens)} tokens: that is the context", file=sys.stderr)
-    return tokens

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, PositiveShare, Seed
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, PositiveShare, Seed, Threads
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -75,7 +75,7 @@ class SampleConfig:
     """Type of the weights. auto: bfloat16 if the hardware multiplies it natively and the model isn't tiny."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
     they pay."""
     compile: bool | Literal["auto"] = "auto"

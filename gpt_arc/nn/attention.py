@@ -38,7 +38,7 @@ class KVCache(NamedTuple):
         return self.keys, self.values
 
 
-# None: a query sees the keys up to its own place; in bidirectional attention, all. Numbers are added to scores
+# None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores
 Mask = Tensor | BlockMask | None
 
 

@@ -103,12 +103,12 @@ def read_samples(path: Path) -> list[Sample]:
 def read_checkpoints(folder: Path) -> list[Checkpoint]:
     """Returns the checkpoints of a run, the newest last, of which some may be deleted meanwhile."""
     links = {name: follow(folder / name).name for name in ("last", "best")}
-    found = []
+    present = []
     for path in checkpoints(folder):
         named = " and ".join(link for link, target in links.items() if target == path.name)
         with contextlib.suppress(FileNotFoundError):
-            found.append(Checkpoint(path.name, step_of(path), path.stat().st_mtime, size_of(path), named))
-    return found
+            present.append(Checkpoint(path.name, step_of(path), path.stat().st_mtime, size_of(path), named))
+    return present
 
 
 def _parameters(checkpoint: Path) -> str:

@@ -186,9 +186,9 @@ def checkpoint_table(runs: Sequence[RunContent]) -> str:
         for run in runs
         for each in run.checkpoints
     ]
-    return section("Checkpoints", table(["checkpoint", "step", "written", "size", ""], rows) if rows else "")
+    return section("Checkpoints", table(["checkpoint", "step", "written", "size", "named"], rows) if rows else "")
 
 
 def problems(runs: Sequence[RunContent]) -> str:
-    found = [f"<li>{escape(problem)}" for run in runs for problem in run.problems]
-    return section("Files that can't be read", f"<ul>{''.join(found)}</ul>" if found else "")
+    items = [f"<li>{escape(problem)}" for run in runs for problem in run.problems]
+    return section("Files that can't be read", f"<ul>{''.join(items)}</ul>" if items else "")

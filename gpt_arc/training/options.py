@@ -22,6 +22,7 @@ from gpt_arc.settings import (
     Positive,
     Seed,
     Share,
+    Threads,
     UnitInterval,
     build,
     read_value,
@@ -71,7 +72,7 @@ class StageOptions:
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -127,6 +128,11 @@ class StageOptions:
     def base_model(self) -> str:
         """The model, which the command line or the record of a resumed run names."""
         assert self.model is not None
+        return self.model
+
+    @property
+    def start(self) -> str | None:
+        """What a new run starts from; None if the command line doesn't say."""
         return self.model
 
     @property

@@ -256,7 +256,7 @@ def _create(directory: Path) -> Path:
     return directory
 
 
-def hardware(device: torch.device, dtype: str) -> str:
+def hardware_of(device: torch.device, dtype: str) -> str:
     """Describes what a run computes on, for run.json."""
     return f"{WORLD_SIZE} x {device_name(device)}, {dtype}"
 
@@ -266,7 +266,7 @@ def write_record(
 ) -> None:
     """Writes run.json, the config's name and the settings that came from flags, and config.toml, with all settings.
 
-    `hardware` is what `hardware` returned.
+    `hardware` is what `hardware_of` returned.
     """
     settings = {name: value for name, value in values_of(config).items() if SETTINGS[name].table != "run"}
     record = {"config": name, "overrides": overrides} | ({"hardware": hardware} if hardware else {})

@@ -257,6 +257,17 @@ def test_the_beginning_of_a_stop_text_is_held_back():
     assert shown == ["b", "bb"] and not stream.ended
 
 
+@FUZZ
+@given(text=st.text("abc", max_size=12), stops=st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_the_first_of_several_stop_texts_ends_a_text(text, stops):
+    ends = [end for end in range(len(text) + 1) if any(stop in text[:end] for stop in stops)]
+    expected = text[: min(text.index(stop) for stop in stops if stop in text[: ends[0]])] if ends else text
+    shown, stream = characters(text, stops)
+    assert stream.ended == bool(ends) and all(expected.startswith(part) for part in shown)
+    stream.end()
+    assert stream.certain == expected
+
+
 def test_a_stop_text_within_a_token_or_across_tokens():
     tokenizer = BPETokenizer.train(["abcabcabcabc" * 9], 300)
     token = tokenizer.encode("abcabc")

@@ -484,7 +484,7 @@ def test_compiled_8_bit_weights_equal_eager_ones(compilations):
         assert_same(compiled.step([token]), plain.step([token]))
 
 
-@pytest.mark.parametrize("change", [{}, GROUPED], ids=name_of)
+@pytest.mark.parametrize("change", [{}, pytest.param(GROUPED, marks=pytest.mark.slow)], ids=name_of)
 def test_the_step_compiled_for_gpus_has_fixed_shapes(change, compilations):
     """Traced as for a GPU, but run without one: every step takes all rows and slots, so one graph serves all."""
     pair = Pair(tiny_gpt(block_size=16, **change))

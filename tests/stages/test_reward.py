@@ -15,10 +15,10 @@ from gpt_arc.chat.format import Turn, load_chat_model
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, kill_at, randomised, untimed, write
+from helpers import command, interrupt_at, kill_at, lines_of, randomised, untimed, write
 from model import GPT
 from policy_tree import save_chat_model
-from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, lines_of, rankings, tiny_config, utility
+from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, rankings, tiny_config, utility
 from stages import dpo, reward
 
 TRAIN = ("base", "--train=train.jsonl", *QUICK)

@@ -1,0 +1,64 @@
+"""tools/playground.py: what it loads, prints and refuses. tests/serving has the server and its page."""
+
+import re
+import sys
+
+import pytest
+
+from gpt_arc.errors import entry_point
+from gpt_arc.serving import server
+from gpt_arc.weights.directory import save_model
+from helpers import randomised
+from model import GPT
+from ranked_texts import CHAT, LETTERS, tiny_config
+from tools import playground as tool
+
+main = entry_point(tool.main)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """The model directories plain and chat."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "chat"):
+        save_model(randomised(GPT(tiny_config(n_layer=1))), LETTERS, name)
+    CHAT.save("chat")
+
+
+def test_it_serves_the_models_and_prints_their_address(models, output_of, monkeypatch):
+    served = []
+
+    class Server:
+        def __init__(self, playground):
+            self.playground = playground
+
+        def run(self, sockets):
+            served.append((self.playground, [each.getsockname() for each in sockets]))
+            sockets[0].close()
+
+    monkeypatch.setattr(server, "server_of", Server)
+    flags = ["--port=0", "--batch_size=3", "--max_new_tokens=7", "--device=cpu"]
+    output = output_of(main, "playground.py", "plain", "chat", "plain", *flags)
+    ((playground, sockets),) = served
+    assert sockets == [("127.0.0.1", playground.port)] and len(playground.token) >= 32
+    address, token = f"http://127.0.0.1:{playground.port}", playground.token
+    expected = [f"page    {address}/#token={token}", f"API     {address}/v1, with the API key {token}"]
+    assert output.splitlines() == expected
+    about = [model.describe() for model in playground.models.values()]
+    shown = [(each["id"], each["chat"], each["max_tokens"], each["context"]) for each in about]
+    assert shown == [("plain", False, 7, 16), ("chat", True, 7, 16)]
+    assert playground.models["chat"].chat == CHAT and playground.models["plain"].rows == 3
+    output_of(main, "playground.py", "plain", "--port=0")
+    assert served[1][0].token != token
+    assert "#token=key\n" in output_of(main, "playground.py", "plain", "--port=0", "--token=key")
+
+
+def test_what_can_t_be_served_is_refused(models, output_of, monkeypatch):
+    assert "missing" in output_of(main, "playground.py", "missing", "--port=0")
+    assert "models" in output_of(main, "playground.py")
+    listening = server.listen(0)
+    port = listening.getsockname()[1]
+    assert re.search(f"port {port} can't be used .*--port", output_of(main, "playground.py", "plain", f"--port={port}"))
+    listening.close()
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install -e '.[serve]'" in output_of(main, "playground.py", "plain")
