@@ -119,8 +119,8 @@ class Options(ExampleOptions):
     epochs: Count = 3
     """Passes over the training examples."""
     learning_rate: Positive | None = None
-    """Peak learning rate. None: GPT-1's 6.25e-5 for 117M parameters; for a smaller model, times (117M /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: GPT-1's 6.25e-5 for 85M parameters without embeddings; for fewer, times sqrt(85M /
+    parameters), up to 0.01."""
     schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
     """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
     others: shape of the learning rate after the warmup, down to min_lr."""
@@ -164,7 +164,7 @@ class Options(ExampleOptions):
         *("train", "val", "test", "predict", "classify", "task", "numbers"),
         *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
     )
-    PUBLISHED = PublishedRate(6.25e-5, 116_534_784)
+    PUBLISHED = PublishedRate(6.25e-5, 85e6)
 
     def __post_init__(self):
         super().__post_init__()

@@ -70,8 +70,8 @@ class Options(ChatOptions):
     residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
     learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 1e-5 for 1.3B parameters; for a smaller model, times (1.3B /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: InstructGPT's 1e-5 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
+    parameters), up to 0.01."""
     image_encoder: str | None = None
     """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
     SigLIP saved by transformers, or a .toml file with the settings of a new one."""
@@ -87,7 +87,7 @@ class Options(ChatOptions):
     """The same of the projector."""
 
     PATHS = (*ChatOptions.PATHS, "image_encoder")
-    PUBLISHED = PublishedRate(1e-5, 1.3e9)  # arXiv:2203.02155
+    PUBLISHED = PublishedRate(1e-5, 1.2e9)  # arXiv:2203.02155
 
     @property
     def rates(self) -> dict[str, float]:

@@ -150,14 +150,14 @@ class StageOptions:
         return TrainingConfig()
 
     def with_rate(self: O, parameters: int) -> O:
-        """Returns the options with the learning rate for a model of this many parameters, if they have none.
+        """Returns the options with the rate for a model of so many parameters without embeddings, if they have none.
 
         Raises UserError.
         """
         if self.learning_rate is not None:
             return self
         rate = self.PUBLISHED.at(parameters)
-        say(f"learning rate  {rate:g}, by the model's size")
+        say(f"learning rate  {rate:g}, by the model's {parameters:,} parameters without embeddings")
         return build(type(self), values_of(self) | {"learning_rate": rate})
 
     def training(self, updates: int) -> TrainingConfig:

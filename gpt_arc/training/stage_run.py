@@ -140,7 +140,7 @@ class StageRun(Generic[P]):
         """
         with meta_device():
             shape = GPT(model)
-        self.options = self.options.with_rate(shape.num_parameters(active=True))
+        self.options = self.options.with_rate(shape.num_parameters(embeddings=False, active=True))
         runtime = self._state.get("runtime", {})
         saved = None
         if runtime.get("device") == self.device.type:

@@ -237,11 +237,11 @@ def test_a_killed_run_resumes_from_its_last_epoch(run):
 
 
 def test_the_published_settings():
-    """InstructGPT's: one epoch, 64 prompts per update, 9e-6 for 6B parameters, a cosine down to a tenth.
+    """InstructGPT's: one epoch, 64 prompts per update, 9e-6 for 6.4B parameters, a cosine down to a tenth.
 
     arXiv:2203.02155, C.2.
     """
-    options = reward.Options().with_rate(6 * 10**9)
+    options = reward.Options().with_rate(64 * 10**8)
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
     assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
 

@@ -313,8 +313,8 @@ def test_the_published_settings(run):
     """
     run("base", "--train=train.jsonl", "--device=cpu", "--dtype=float32")
     lines, updates = lines_of("out/sft"), 16 * math.ceil(12 / 8)  # 5% of 13 conversations is one
-    rate = min(1e-5 * (1.3e9 / load_model("base")[0].num_parameters()) ** 0.6, 0.01)
-    assert json.loads(Path("out/sft/run.json").read_text())["options"]["learning_rate"] == rate
+    rate = json.loads(Path("out/sft/run.json").read_text())["options"]["learning_rate"]
+    assert rate == pytest.approx(1e-5 * math.sqrt(1.2e9 / load_model("base")[0].num_parameters(embeddings=False)), 0.05)
     assert len(lines) == updates == 32
     for line in lines:
         fallen = 0.5 * (1 + math.cos(math.pi * (line["step"] - 1) / updates))
