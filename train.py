@@ -20,11 +20,10 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,39 +33,29 @@ from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler
-from gpt_arc.device import (
-    autocast,
-    device_name,
-    resolve_device,
-    rng_state,
-    set_rng_state,
-    set_up_device,
-    to_device,
-)
+from gpt_arc.device import autocast, device_name, resolve_device, set_up_device, to_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
 from gpt_arc.next_steps import after_training
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import peak_flops
-from gpt_arc.reading import reading
 from gpt_arc.settings import values_of
 from gpt_arc.tables import counted
 from gpt_arc.training.checkpoints import (
-    ADVICE,
-    SHARDS,
     clean_run,
     load_state,
-    read_shards,
+    restore_state,
     resumable,
     save_checkpoint,
-    state_file,
+    training_state,
     write_shards,
 )
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
+from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.log import Meter, MetricsLog, Utilization, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_wandb
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
@@ -112,48 +101,28 @@ class Run:
     def progress(self) -> Progress:
         return self.plan.progress
 
-    @property
-    def out_of_patience(self) -> bool:
-        """Whether the last `patience` evaluations were no better than an earlier one."""
-        config, progress = self.plan.config, self.progress
-        waited = progress.evaluated_step - (progress.best_step or 0)
-        patience = config.training.patience
-        return patience is not None and waited >= patience * config.logging.eval_interval
-
-    @property
-    def finished(self) -> bool:
-        return self.progress.step >= self.plan.config.training.max_iters or self.out_of_patience
-
-    @torch.no_grad()
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
-        plan, block_size = self.plan, self.plan.config.model.block_size
-        starts = self.val_starts
+        plan, starts, block_size = self.plan, self.plan.val_starts, self.plan.config.model.block_size
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
         batches = itertools.islice(self.readable(prefetch(batches, plan.device)), count)
-        sums = torch.zeros(2, dtype=torch.float32 if plan.device.type == "mps" else torch.float64, device=plan.device)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
             shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
-            for i, batch in enumerate(shown, 1):
-                with autocast(plan.device, plan.dtype):
-                    loss = self.model(*to_device(batch, plan.device))
-                sums += torch.stack((loss.total, loss.count))
-                if i % ASK_EVERY == 0 and self.stop.anywhere():
-                    break
-        total, count = distributed.sum_over_ranks(sums).tolist()
-        return None if self.stop.anywhere() else total / count
+            loss = mean_loss(self.model, self.until_a_signal(shown), plan.device, plan.dtype)
+        return None if self.stop.anywhere() else loss
 
-    @property
-    def val_starts(self) -> Any:
-        config = self.plan.config
-        windows = config.logging.eval_iters * config.data.batch_size
-        return self.data.val.evaluation_starts(config.model.block_size, windows)
+    def until_a_signal(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], float]]:
+        """Yields batches on the device, each with the weight 1, until any process has received a signal."""
+        for i, batch in enumerate(batches, 1):
+            yield to_device(batch, self.plan.device), 1.0
+            if i % ASK_EVERY == 0 and self.stop.anywhere():
+                return
 
     def sample(self) -> None:
         """Print and log a text by the model as it was evaluated, in the main process, if one is due."""
         logging, step = self.plan.config.logging, self.progress.step
-        if self.log and self.sampler and (self.finished or step % logging.sample_interval < logging.eval_interval):
+        if self.log and self.sampler and (self.plan.finished or step % logging.sample_interval < logging.eval_interval):
             with self.updater.averaged():
                 text = self.sampler.sample()
             say(f"sample of step {step}:\n{text}\n")
@@ -183,18 +152,10 @@ class Run:
                     f"come to differ from the others': test that machine's memory; resume with: {self.resume}"
                 )
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
-        state = {
-            "progress": dataclasses.asdict(progress),
-            **self.updater.state_dict(gather=not is_sharded),
-            "generators": distributed.gather(rng_state(plan.device)),
-            "runtime": {
-                "device": plan.device.type,
-                "dtype": plan.dtype,
-                "compile": self.compiled,
-                "threads": torch.get_num_threads(),
-            },
-            "data": self.data.corpus.fingerprint,
-        }
+        data = self.data.corpus.fingerprint
+        state = training_state(
+            progress, self.updater, plan.device, plan.dtype, data, gather=not is_sharded, compile=self.compiled
+        )
         shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
@@ -226,18 +187,6 @@ class Run:
     def resume(self) -> str:
         """The command that resumes this run."""
         return distributed.launch_command(sys.argv[0], *self.plan.launch.files, f"--resume={self.folder}")
-
-
-def write_log(log: MetricsLog, line: dict[str, Any], bar: tqdm) -> None:
-    """Write a line of the log and show it."""
-    log.write(line)
-    line = {name: value for name, value in line.items() if value is not None}
-    figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
-    shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
-    bar.set_postfix_str(shown)
-    if bar.disable or "val_loss" in line:
-        rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
-        say(f"step {line['step']}: {shown}{rate}")
 
 
 def build(plan: Plan) -> Run:
@@ -273,12 +222,7 @@ def build(plan: Plan) -> Run:
     updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
     if state and launch.checkpoint:
-        with reading(state_file(launch.checkpoint), ADVICE):
-            if (launch.checkpoint / SHARDS).is_dir():
-                read_shards(updater.put_shards(state), launch.checkpoint)
-            updater.load_state_dict(state)
-            if RANK < len(state["generators"]):
-                set_rng_state(state["generators"][RANK], device)
+        restore_state(updater, state, launch.checkpoint, device)
         plan.state = None  # as large as the model, twice
     stop = StopSignal()
     parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled, example, sampler
@@ -311,7 +255,7 @@ def evaluate_only(run: Run) -> int:
     if val_loss is None:
         return 128 + run.stop.anywhere()
     plan = run.plan
-    windows = f"{counted(len(run.val_starts), 'window')} of {plan.config.model.block_size}"
+    windows = f"{counted(len(plan.val_starts), 'window')} of {plan.config.model.block_size}"
     which = f"step {plan.progress.step}" if plan.launch.resumed else plan.launch.imported or "an untrained model"
     with naming(which):
         check_finite([val_loss])
@@ -343,7 +287,7 @@ def train(run: Run) -> int:
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
-        done = run.finished
+        done = plan.finished
         due = progress.evaluated_step != progress.step and (done or progress.step % logging.eval_interval == 0)
         val_loss = run.val_loss() if due and not stopped else None
         stopped = stopped or (due and val_loss is None)
@@ -354,7 +298,7 @@ def train(run: Run) -> int:
             progress.evaluated_step = progress.step
             if val_loss < progress.best_val_loss:
                 progress.best_val_loss, progress.best_step = val_loss, progress.step
-            done = done or run.out_of_patience
+            done = done or plan.out_of_patience
         if run.log and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
             train_loss, rate = meter.take()
             line = {
@@ -370,7 +314,8 @@ def train(run: Run) -> int:
                 "skipped": progress.skipped or None,
                 **routers.take(),
             }
-            write_log(run.log, line, bar)
+            run.log.write(line)
+            show_metrics(line, bar)
         if val_loss is not None:
             run.save()
             run.sample()
@@ -468,8 +413,8 @@ def main() -> int:
         run = build(plan)
         if launch.config.run.eval_only:
             return evaluate_only(run)
-        if launch.resumed and run.finished:
-            setting = "patience" if run.out_of_patience else "max_iters"
+        if launch.resumed and plan.finished:
+            setting = "patience" if plan.out_of_patience else "max_iters"
             value = getattr(plan.config.training, setting)
             say(f"{run.folder} is finished: a {setting} above {value} goes on, such as --{setting}={2 * value}")
         with run.keeping():

@@ -63,6 +63,8 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     for flag in [other.split("=")[0] for other in others if other.startswith("-") and other != "-"]:
         if flag[2:].startswith("no_") and flag[5:] in hints:
             raise UserError(f"there is no flag {flag}; did you mean --{flag[5:]}=False?")
+        if flag[2:] in positionals:
+            raise UserError(f"there is no flag {flag}: write the {flag[2:]} first, without a name")
         raise UserError(f"there is no flag {flag}{nearest(flag.lstrip('-'), cls, '--')}")
     for name in positionals:
         if others:

@@ -31,6 +31,7 @@ STRICT: ConfigDict = {**VALUES, "extra": "forbid", "use_attribute_docstrings": T
 
 LARGEST = 2**31 - 1  # of a count: beyond it a damaged file asks for more than any memory
 Count = Annotated[int, Ge(1), Le(LARGEST)]
+Threads = Annotated[int, Ge(1), Le(4096)]  # a process that starts more than the system has crashes
 Natural = Annotated[int, Ge(0)]
 Seed = Annotated[int, Ge(0), Lt(2**63)]
 Positive = Annotated[float, Gt(0)]

@@ -1,7 +1,7 @@
 """Draw pictures of coloured shapes, with questions and answers: a task for models that read images.
 
     python prepare/shapes.py
-    python prepare/shapes.py --count 20000 --size 48
+    python prepare/shapes.py --count 40000 --size 48
     bash examples/gpt4_arc.sh                               all stages: encoder, text model, both together
 
 A picture has one to three shapes in different quarters. A question asks for a colour, a shape, a count, a position or a
@@ -82,7 +82,7 @@ THINGS = {split: [thing for thing in EVERY if split_of(thing) == split] for spli
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    count: Count = 12_000
+    count: Count = 24_000
     """Training questions, each about a picture of its own."""
     labelled: Count = 12_000
     """Pictures with labels."""

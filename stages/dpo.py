@@ -51,13 +51,13 @@ class Options(ChatOptions):
     """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
     gradient_accumulation_steps: Count = 8
     learning_rate: Positive | None = None
-    """Peak learning rate. None: the paper's 1e-6 for 2.8B parameters; for a smaller model, times (2.8B /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: the paper's 1e-6 for 2.5B parameters without embeddings; for fewer, times sqrt(2.5B /
+    parameters), up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "linear"
     min_lr: NonNegative | None = 0.0
     warmup: Share = 0.1
 
-    PUBLISHED = PublishedRate(1e-6, 2.8e9)  # arXiv:2305.18290
+    PUBLISHED = PublishedRate(1e-6, 2.5e9)  # arXiv:2305.18290
 
 
 class ResponseLikelihood(nn.Module):

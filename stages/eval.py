@@ -41,7 +41,7 @@ from gpt_arc.evaluation.tasks import Task, load_task
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural, Positional
+from gpt_arc.settings import STRICT, Count, Natural, Positional, Threads
 from gpt_arc.tables import table, to_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Options:
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware; results then depend on the machine."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
     they pay."""
     seed: Natural = 0

@@ -119,8 +119,8 @@ class Options(ExampleOptions):
     epochs: Count = 3
     """Passes over the training examples."""
     learning_rate: Positive | None = None
-    """Peak learning rate. None: GPT-1's 6.25e-5 for 117M parameters; for a smaller model, times (117M /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: GPT-1's 6.25e-5 for 85M parameters without embeddings; for fewer, times sqrt(85M /
+    parameters), up to 0.01."""
     schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
     """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
     others: shape of the learning rate after the warmup, down to min_lr."""
@@ -164,7 +164,7 @@ class Options(ExampleOptions):
         *("train", "val", "test", "predict", "classify", "task", "numbers"),
         *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
     )
-    PUBLISHED = PublishedRate(6.25e-5, 116_534_784)
+    PUBLISHED = PublishedRate(6.25e-5, 85e6)
 
     def __post_init__(self):
         super().__post_init__()
@@ -539,13 +539,13 @@ def main() -> int:
     options = read_options(Options, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
         raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
+    check_model(options)
     if options.resume or options.train is not None:
         import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
         return start_stage(options, "finetune", train, FinetuneProgress)
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")
-    check_model(options)
     with naming(options.model):
         use(options)
     return 0

@@ -131,8 +131,8 @@ class Options(StageOptions):
     save_interval: Count = 20
     """Iterations between checkpoints."""
     learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 9e-6 for 1.3B parameters; for a smaller model, times (1.3B /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: InstructGPT's 9e-6 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
+    parameters), up to 0.01."""
     schedule: Literal["cosine", "linear", "constant"] = "constant"
     adam_eps: Positive = 1e-5
 
@@ -145,7 +145,7 @@ class Options(StageOptions):
         *StageOptions.FIRST,
     )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
-    PUBLISHED = PublishedRate(9e-6, 1.3e9)  # arXiv:2203.02155
+    PUBLISHED = PublishedRate(9e-6, 1.2e9)  # arXiv:2203.02155
 
     def __post_init__(self):
         super().__post_init__()

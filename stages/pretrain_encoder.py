@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,13 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Positive, Share
+from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Share
 from gpt_arc.tables import counted
-from gpt_arc.training.command_line import read_options, start_stage
+from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.stage_run import StageProgress, StageRun
+from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import (
@@ -63,14 +63,17 @@ class Options(ExampleOptions):
     """Passes over the images."""
     batch_size: Count = 64
     """Images that a process reads at a time, at most."""
-    learning_rate: Positive = 1e-3
-    """The largest, after the warmup."""
     warmup: Share = 0.05
     """Share of the updates in which the learning rate rises."""
     weight_decay: NonNegative = 0.05
     """Of tensors of two dimensions or more, decoupled from the gradient."""
 
     PATHS = (*ExampleOptions.PATHS, "image_encoder")
+    PUBLISHED = PublishedRate(8e-4, 86e6)  # ViT-B/16 (arXiv:2010.11929)
+
+    @property
+    def start(self) -> str | None:
+        return self.model or self.image_encoder
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,11 +108,10 @@ def measure(
     """Returns the mean cross-entropy in nats and the share of right answers over a split's labels in all processes."""
     sums = torch.zeros(2, device=run.device)
     size = model.encoder.config.image_size
-    model.eval()
-    for rows, weight in micro_batches(range(len(split.paths)), options.batch_size):
-        with autocast(run.device, run.dtype):
-            sums += weight * torch.stack(model(*to_device(split.batch(rows, preprocessing, size), run.device)))
-    model.train()
+    with run.parallel.evaluating(model):
+        for rows, weight in micro_batches(range(len(split.paths)), options.batch_size):
+            with autocast(run.device, run.dtype):
+                sums += weight * torch.stack(model(*to_device(split.batch(rows, preprocessing, size), run.device)))
     loss, right = distributed.sum_over_ranks(sums).tolist()
     count = split.count(range(len(split.paths)))
     return loss / count, right / count
@@ -147,8 +149,8 @@ def train(options: Options, run: StageRun) -> int:
     updater = run.updater(model, updates)
     run.restore(updater, {"heads": model.heads})
 
-    def write(whole: ImageClassifier, directory: Path) -> None:
-        write_encoder(whole.encoder, preprocessing, directory)
+    def write(model: ImageClassifier, directory: Path) -> None:
+        write_encoder(model.encoder, preprocessing, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. The loss is the mean over the update's labels.
@@ -191,12 +193,7 @@ def train(options: Options, run: StageRun) -> int:
 
 
 def main() -> int:
-    options = read_options(Options, __doc__, sys.argv[1:])
-    if not (options.model or options.image_encoder or options.resume):
-        raise UserError(
-            "name an encoder to train further, or a .toml file with the settings of a new one by --image_encoder"
-        )
-    return start_stage(options, "pretrain_encoder", train, StageProgress)
+    return run_stage(Options, __doc__, "pretrain_encoder", train)
 
 
 if __name__ == "__main__":

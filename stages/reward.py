@@ -63,10 +63,10 @@ class Options(ChatOptions):
     """Dropout on each sublayer's output. None: the model's."""
     gradient_accumulation_steps: Count = 8
     learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 9e-6 for 6B parameters; for a smaller model, times (6B / parameters)^0.6,
-    up to 0.01."""
+    """Peak learning rate. None: InstructGPT's 9e-6 for 6.4B parameters without embeddings; for fewer, times sqrt(6.4B /
+    parameters), up to 0.01."""
 
-    PUBLISHED = PublishedRate(9e-6, 6e9)  # arXiv:2203.02155
+    PUBLISHED = PublishedRate(9e-6, 6.4e9)  # arXiv:2203.02155
 
 
 def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, run: StageRun) -> dict[str, Any]:

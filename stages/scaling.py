@@ -84,12 +84,12 @@ def sweep(options: SweepOptions) -> int:
     stop = StopSignal()
     with ThreadPoolExecutor(options.jobs) as pool:
         codes = list(pool.map(lambda run: train(run, options, stop), left))
+    results, path = [run.result() for run in runs if run.finished], runs[0].folder.parent / "results.json"
+    if results:
+        write_file(path, write_table(results))
     if stop.received:
         print("stopped, what has begun is saved; the same command goes on")
         return 128 + stop.received
-    results = [run.result() for run in runs if run.finished]
-    path = runs[0].folder.parent / "results.json"
-    write_file(path, write_table(results))
     again = command("stages/scaling.py", "fit", path.parent)
     print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
     return max(filter(None, codes), default=0)
@@ -128,6 +128,8 @@ class FitOptions:
     """The folder of a sweep, out/NAME, or its results.json."""
     embeddings: bool = False
     """Count embeddings and head as parameters, as Chinchilla does. False: leave them out, as Kaplan does."""
+    min_tokens: Natural = 0
+    """Leave out runs of fewer tokens: losses of the first steps of training follow no power law."""
     resamplings: Natural = 200
     """Fits to resampled runs, for the intervals."""
     seed: Natural = 0
@@ -136,14 +138,15 @@ class FitOptions:
     """Draw PNG and SVG pictures beside the results."""
 
 
-def read_results(path: Path) -> tuple[list[Result], Path]:
-    """The results of a sweep and their file. Raises UserError."""
+def read_results(path: Path, min_tokens: int) -> tuple[list[Result], Path]:
+    """The results of a sweep, without runs of fewer tokens, and their file. Raises UserError."""
     file = path / "results.json" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"there is no {file}: train with python stages/scaling.py sweep FILE.toml")
-    results = read_json(file, list[Result])
+    results = [result for result in read_json(file, list[Result]) if result.tokens >= min_tokens]
     if not results:
-        raise UserError(f"{file} has no results: train with python stages/scaling.py sweep FILE.toml")
+        least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
+        raise UserError(f"{file} has no results{least}: train with python stages/scaling.py sweep FILE.toml")
     return results, file
 
 
@@ -160,7 +163,7 @@ def show_rates(results: list[Result]) -> None:
 
 
 def fit_results(options: FitOptions) -> int:
-    results, file = read_results(options.results)
+    results, file = read_results(options.results, options.min_tokens)
     show_rates(results)
     results = best_of_rates(results)
     laws = fit_laws(results, options.embeddings, options.resamplings, options.seed)
@@ -298,6 +301,8 @@ class PredictOptions:
     """A sweep's file with the run or runs to predict."""
     embeddings: bool = False
     """Count embeddings and head as parameters."""
+    min_tokens: Natural = 0
+    """Leave out runs of fewer tokens."""
     share: PositiveShare = 0.01
     """Share of the predicted run's compute that the runs which predict it may have, at most."""
     resamplings: Count = 1000
@@ -306,7 +311,7 @@ class PredictOptions:
 
 def predict(options: PredictOptions) -> int:
     """Writes down a run's loss before it is trained, and how far it was missed once it is."""
-    results, file = read_results(options.results)
+    results, file = read_results(options.results, options.min_tokens)
     for run in sweep_runs(options.target):
         path = run.folder.with_name(run.name + ".prediction.json")
         if path.exists():

@@ -31,7 +31,6 @@ from typing import Any, Literal
 import torch
 from pydantic.dataclasses import dataclass
 
-from gpt_arc import distributed
 from gpt_arc.chat.batches import EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
 from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
@@ -46,6 +45,7 @@ from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
+from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.schedule import PublishedRate
@@ -70,8 +70,8 @@ class Options(ChatOptions):
     residual_dropout: Share | None = 0.2
     """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
     learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 1e-5 for 1.3B parameters; for a smaller model, times (1.3B /
-    parameters)^0.6, up to 0.01."""
+    """Peak learning rate. None: InstructGPT's 1e-5 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
+    parameters), up to 0.01."""
     image_encoder: str | None = None
     """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
     SigLIP saved by transformers, or a .toml file with the settings of a new one."""
@@ -87,24 +87,19 @@ class Options(ChatOptions):
     """The same of the projector."""
 
     PATHS = (*ChatOptions.PATHS, "image_encoder")
-    PUBLISHED = PublishedRate(1e-5, 1.3e9)  # arXiv:2203.02155
+    PUBLISHED = PublishedRate(1e-5, 1.2e9)  # arXiv:2203.02155
 
     @property
     def rates(self) -> dict[str, float]:
         return {"text": self.text_rate, "encoder": self.encoder_rate, "projector": self.projector_rate}
 
 
-@torch.no_grad()
 def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, run: StageRun) -> float:
     """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
-    sums = torch.zeros(2, dtype=torch.float32 if run.device.type == "mps" else torch.float64, device=run.device)
+    shares = micro_batches(range(len(examples)), options.batch_size)
     with run.parallel.evaluating(model):
-        for rows, weight in micro_batches(range(len(examples)), options.batch_size):
-            with autocast(run.device, run.dtype):
-                loss = model(*batch_of(examples, rows, model, options, run))
-            sums += weight * torch.stack((loss.total, loss.count))
-    total, count = distributed.sum_over_ranks(sums).tolist()
-    return total / count
+        batches = ((batch_of(examples, rows, model, options, run), weight) for rows, weight in shares)
+        return mean_loss(model, batches, run.device, run.dtype)
 
 
 def batch_of(

@@ -47,6 +47,25 @@ def untimed(lines):
     return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
+def lines_of(folder):
+    """The lines of a run's metrics.jsonl without measured times."""
+    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
+
+
+def assert_same_weights(a, b, **tolerance):
+    """Compares the tensor files of two model directories: to the bit, or within a tolerance."""
+    names = [sorted(path.name for path in Path(folder).glob("*.safetensors")) for folder in (a, b)]
+    assert names[0] and names[0] == names[1]
+    for file in names[0]:
+        tensors, expected = load_file(Path(a) / file), load_file(Path(b) / file)
+        assert tensors.keys() == expected.keys()
+        if tolerance:
+            torch.testing.assert_close(tensors, expected, **tolerance)
+        else:
+            for name, tensor in tensors.items():
+                assert torch.equal(tensor, expected[name]), name
+
+
 def write_tokens(path, tokens, vocab_size):
     """Writes one token file with any name."""
     writer = ShardWriter(path.parent, path.stem, vocab_size, MAX_TOKENS)

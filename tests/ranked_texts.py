@@ -3,12 +3,9 @@
 import itertools
 import math
 import random
-from pathlib import Path
 
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import CharTokenizer
-from gpt_arc.training.log import read_metrics
-from helpers import untimed
 from model import GPTConfig
 
 TEXTS = ["".join(letters) for letters in itertools.product("abc", repeat=3)]
@@ -19,11 +16,6 @@ QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_siz
 
 def tiny_config(**settings):
     return GPTConfig(**{"block_size": 16, "vocab_size": 12, "n_head": 2, "n_embd": 16} | settings)
-
-
-def lines_of(folder):
-    """The lines of metrics.jsonl without measured times."""
-    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
 
 
 def utility(text):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from pydoc_data.topics import topics
+from statistics import mean
 
 import pytest
 import torch
 from torch import nn
 
+from gpt_arc.planning.fits import best_rate
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater, build_optimizers
 from model import GPT, GPTConfig
@@ -88,3 +91,38 @@ def test_a_tied_head_is_refused():
 
 def test_other_modules_have_no_width():
     assert len(build_optimizers(nn.Linear(3, 3), TrainingConfig())["optimizer"].param_groups) == 2
+
+
+def loss_after_training(config, rate, tokens, seed, steps=100):
+    """Mean loss of the last quarter of `steps` updates by AdamW, each of 8 windows of `tokens`."""
+    torch.manual_seed(seed)
+    model, generator, losses = GPT(config), torch.Generator().manual_seed(1), []
+    updater = Updater(model, TrainingConfig(learning_rate=rate, weight_decay=0.0, beta2=0.99), CPU, "float32")
+    for step in range(steps):
+        starts = torch.randint(len(tokens) - config.block_size - 1, (8, 1), generator=generator)
+        windows = tokens[starts + torch.arange(config.block_size + 1)]
+        loss = model(windows[:, :-1], windows[:, 1:])
+        updater.backward(loss.total / loss.count)
+        updater.update(rate * min(1, (step + 1) / 10, 2 * (steps - step) / steps), loss.total.detach())
+        losses.append(loss.total.item() / loss.count.item())
+    return sum(losses[-steps // 4 :]) / (steps // 4)
+
+
+@pytest.mark.slow
+def test_the_best_rate_at_a_width_is_the_best_at_four_times_the_width():
+    """On the manual of Python by characters. docs/results/scaling.md has the losses."""
+    text = "".join(topics[name] for name in sorted(topics))[:200_000]
+    characters = sorted(set(text))
+    tokens = torch.tensor([characters.index(character) for character in text])
+    config = dataclasses.replace(SMALL, block_size=32, vocab_size=len(characters), norm="layernorm", bias=False)
+    best = {}
+    for name, model, rates, seeds in (
+        ("width 64", config, (2e-3, 4e-3, 8e-3), 3),  # the narrower the model, the more seeds differ
+        ("width 256", at(256, config), (2e-3, 4e-3, 8e-3), 1),
+        ("width 256, plain", dataclasses.replace(at(256, config), base_width=None), (5e-4, 1e-3, 2e-3), 1),
+    ):
+        losses = [mean(loss_after_training(model, rate, tokens, seed) for seed in range(seeds)) for rate in rates]
+        best[name] = best_rate(rates, losses)
+        print(name, *(f"{rate:g}: {loss:.3f}" for rate, loss in zip(rates, losses)), f"best {best[name]}", sep=", ")
+    assert 1 / 1.5 < best["width 256"] / best["width 64"] < 1.5
+    assert best["width 256, plain"] < best["width 64"] / 1.5

@@ -1,6 +1,7 @@
 """Which package may import which, and what every script provides."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -44,10 +45,16 @@ def place(path):
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imported(path):
     """The modules that a file imports, at any depth."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -110,7 +117,7 @@ def test_nn_modules_import_only_torch(path):
 
 def test_what_windows_lacks_is_imported_where_it_may_be_missing():
     for path in LIBRARY + SCRIPTS:
-        tree = ast.parse(path.read_text())
+        tree = parsed(path)
         tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
         guarded = {
             id(part)
@@ -137,7 +144,7 @@ def test_only_entry_points_read_the_command_line(path):
 
 @pytest.mark.parametrize("path", LIBRARY + SCRIPTS + BENCHMARKS, ids=place)
 def test_a_function_fits_on_two_screens(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < LONGEST_FUNCTION, f"{node.name} has over {LONGEST_FUNCTION} lines"
 
@@ -151,7 +158,7 @@ def test_a_script_shadows_no_module(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_s_docstring_says_how_to_run_it(path):
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    docstring = ast.get_docstring(parsed(path))
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 

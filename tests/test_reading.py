@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,9 @@ from gpt_arc.evaluation.tasks import load_task
 from gpt_arc.manifest import RecordedFile
 from gpt_arc.reading import read_bytes, read_json, read_toml, reading
 from gpt_arc.settings import build
+from gpt_arc.training.checkpoints import recorded
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import read_metrics
+from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.training.options import record_options, recorded_options
 from gpt_arc.training.runs import read_record, write_record
 from gpt_arc.weights.directory import load_model, save_model
@@ -135,6 +137,28 @@ def test_a_damaged_line_of_the_log_does_not_block_resuming(workplace, stage_runn
     assert [line["step"] for line in read_metrics(path)] == list(range(1, 10))
 
 
+def test_values_of_the_log_that_are_no_numbers_are_left_out(tmp_path):
+    odd = '{"step": 1, "val_loss": "x", "seconds": [1], "train_loss": 1e400, "tokens": 1%s, "mfu": null}' % ("0" * 400)
+    (tmp_path / "metrics.jsonl").write_text(odd + '\n{"step": 2, "val_loss": 1.5}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2, "val_loss": 1.5}]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": 1}', b'["../step-00000001", 7]', b"\xff", None])
+def test_a_damaged_list_of_checkpoints_deletes_none(tmp_path, content):
+    (tmp_path / "step-00000001").mkdir()
+    if content is None:
+        os.mkfifo(tmp_path / "checkpoints.json")  # which nobody writes to
+    else:
+        (tmp_path / "checkpoints.json").write_bytes(content)
+    assert recorded(tmp_path) == []
+
+
+def test_a_pipe_in_place_of_a_file_of_a_run_does_not_hang(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    os.mkfifo(tmp_path / "samples.txt")
+    log.write_sample(1, "a text")
+
+
 @pytest.mark.parametrize("count", [b"Infinity", b"1e999", b'"9"', b"-1", b"[]"])
 def test_a_count_that_is_none_is_refused_by_name(workplace, count):
     meta = Path("data/sums/meta.json")
@@ -189,6 +213,7 @@ def test_memory_that_runs_out_is_not_called_damage(tmp_path, monkeypatch):
         ({"batch_size": 2**20}, r"batch_size x block_size = 1073741824 is more than 16777216: lower batch_size"),
         ({"gradient_accumulation_steps": 2**24}, "batch_size x gradient_accumulation_steps = .* is more than 1048576"),
         ({"n_layer": 10**9}, "n_layer = 1000000000 must be between 1 and 1024"),
+        ({"threads": 10**6}, "threads = 1000000 must be .*between 1 and 4096"),
         ({"out_dir": "elsewhere"}, "run.json is damaged: out_dir is never recorded"),
         ({"overwrite": True}, "run.json is damaged: overwrite is never recorded"),
     ],

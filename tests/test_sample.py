@@ -86,6 +86,11 @@ def test_several_samples_and_stops(letters, say):
         assert say(filters, "--temperature=1.0", "--max_new_tokens=5", "--start=a") == "abcdef\n"
 
 
+@pytest.mark.parametrize("cache", ["auto", "bfloat16", "int8"])
+def test_a_smaller_cache_and_a_prompt_in_parts(letters, say, cache):
+    assert say(*GREEDY, f"--cache={cache}", "--prefill=2", "--start=abc") == "abcdefgh\n"
+
+
 def test_samples_depend_on_the_seed(letters, say):
     flags = ("--temperature=60", "--max_new_tokens=40", "--start=a")
     text = say(*flags)
@@ -112,6 +117,7 @@ def test_precision_and_compilation(letters, say):
         (["--max_new_tokens=-1"], "max_new_tokens = -1"),
         (["--stop="], "--stop is empty"),
         (["--tempratur=1"], "did you mean --temperature"),
+        (["--model=out/letters"], "there is no flag --model: write the model first, without a name"),
         (["out/letters", "--out_dir=x"], "named more than once"),
         (["--device=cuda"], "is not available here"),
         (["--min_p=0"], "min_p = 0 must be between 0 and 1, 0 excluded"),

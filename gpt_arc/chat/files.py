@@ -48,6 +48,7 @@ FORMS = {  # column of each form that contains the user's turn -> the others
 OPTIONAL = ("system", "input", "tools")
 NAMES = (*FORMS, "response", "output", *OPTIONAL, "chosen", "rejected", "responses", "ranks")
 CONTRADICTIONS = ("prompt", "response", "system", "functions")  # not allowed beside a list of messages
+ABSENT = (None, "", [], "[]")  # values of a column that holds nothing
 UNLEARNED = ("weight", "history", "functions")  # columns that say what to learn, in a way that isn't read
 ROLE_OF = {"human": "user", "gpt": "assistant", "function_call": "assistant"}  # ShareGPT's names
 RESULTS = ("tool", "function", "observation", "ipython")  # roles of a tool's result, in several formats
@@ -184,6 +185,8 @@ def _context(row: dict[str, Any]) -> tuple[Turn, ...]:
     form = _form(row)
     if form in ("messages", "conversations"):
         return _messages(row, form)
+    if row.get("tools") not in ABSENT:
+        raise ValueError(f"the column tools = {shown(row['tools'])} is only read beside messages: remove it or the row")
     system = (Turn("system", text_of(row, "system")),) if row.get("system") else ()
     request = text_of(row, form)
     if form == "instruction" and row.get("input"):
@@ -195,7 +198,7 @@ def _refuse_unlearned(row: dict[str, Any]) -> None:
     """Raises ValueError for a column that would be ignored, though it says what to learn."""
     for name in UNLEARNED:
         value = row.get(name)
-        if value not in (None, "", [], "[]", "1") and not (name == "weight" and value == 1):
+        if value not in (*ABSENT, "1") and not (name == "weight" and value == 1):
             raise ValueError(f"the column {name} = {shown(value)} can't be learned: remove it or the row")
 
 

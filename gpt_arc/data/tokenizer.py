@@ -25,7 +25,7 @@ from gpt_arc import hub
 from gpt_arc.data.declared import SETTINGS_FILE, Declared, read_declared
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT, follow, write_file
+from gpt_arc.files import DATA_ROOT, follow, whole, write_file
 from gpt_arc.manifest import check_files
 from gpt_arc.reading import read_bytes, read_json, reading
 
@@ -596,11 +596,20 @@ def _check_ids(ids: list[int]) -> None:
 
 
 def _check_growth(content: bytes) -> None:
-    """Raises UserError if normalizers or decoders may lengthen a text more than MOST_GROWTH times."""
+    """Raises UserError if a step may lengthen a text more than MOST_GROWTH times, or add more tokens than that."""
     table = json.loads(content)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         if (growth := _growth(table.get(part) or {})) > MOST_GROWTH:
             raise UserError(f"its {part} may lengthen a text {growth:.3g} times, and {MOST_GROWTH} times are the most")
+    if (added := _added_ids(table.get("post_processor") or {})) > MOST_GROWTH:
+        raise UserError(f"its post_processor adds {added:,} tokens to a text, and {MOST_GROWTH} are the most")
+
+
+def _added_ids(step: dict) -> int:
+    """Returns how many tokens a post-processor of a tokenizer.json adds to a text."""
+    tokens, pieces = step.get("special_tokens") or {}, step.get("single") or ()
+    each = (len(tokens[piece["SpecialToken"]["id"]]["ids"]) for piece in pieces if "SpecialToken" in piece)
+    return sum(each) + sum(map(_added_ids, step.get("processors") or ()))
 
 
 def _growth(step: dict) -> float:
@@ -608,6 +617,8 @@ def _growth(step: dict) -> float:
     inner = step.get("normalizers") or step.get("pretokenizers") or step.get("decoders")
     if inner:
         return math.prod(map(_growth, inner))
+    if step.get("type") == "Prepend":
+        return 1.0 + len(step["prepend"])
     if step.get("type") != "Replace":
         return {"ByteLevel": 2.0, "Precompiled": 30.0}.get(step.get("type", ""), 1.0)
     replaced, length = step["pattern"].get("String"), len(step["content"])
@@ -748,7 +759,8 @@ def find_tokenizer(name: str) -> Tokenizer:
     """
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    for path in map(follow, (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name)):
+    named = whole(Path(name)), Path(name, "best"), Path(name, "last"), whole(DATA_ROOT / name)
+    for path in map(follow, named):
         if path.is_file() or holds_tokenizer(path):
             check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)

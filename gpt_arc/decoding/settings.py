@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, PositiveShare, Seed
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, PositiveShare, Seed, Threads
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,9 +73,14 @@ class SampleConfig:
     """auto (cuda, else mps, else cpu), or any torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights. auto: bfloat16 if the hardware multiplies it natively and the model isn't tiny."""
+    cache: Literal["auto", "bfloat16", "int8"] = "auto"
+    """Type of the keys and values that are kept of the tokens read. auto: that of the weights, or float32 where a CPU
+    computes faster with it. int8: rounded to 8 bits, with a scale for each token and head."""
+    prefill: Count | None = None
+    """Read this many tokens of a prompt at a time, in less memory. None: all at once."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a short measurement shows that
     they pay."""
     compile: bool | Literal["auto"] = "auto"

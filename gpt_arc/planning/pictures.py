@@ -86,11 +86,14 @@ def draw_predicted(axes: Any, results: Sequence[Result], laws: Laws) -> None:
 
 
 def draw_shapes(axes: Any, results: Sequence[Result]) -> None:
-    """Loss against width over depth of runs with about equal parameters and equal tokens."""
+    """Loss against width over depth of runs with about equal parameters and equal tokens; a line of the seeds' mean."""
     for number, group in enumerate(group for group in same_size(results) if len({r.n_layer for r in group}) > 2):
-        rows = sorted(group, key=lambda r: r.n_embd / r.n_layer)
-        label = f"{np.mean([r.parameters_without_embeddings for r in rows]):.2g} parameters"
-        axes.plot([r.n_embd / r.n_layer for r in rows], [r.val_loss for r in rows], f"C{number}o-", label=label)
+        label = f"{np.mean([r.parameters_without_embeddings for r in group]):.2g} parameters"
+        shapes = grouped(group, lambda r: r.n_embd / r.n_layer)
+        ratios, losses = zip(*((rows[0].n_embd / rows[0].n_layer, [r.val_loss for r in rows]) for rows in shapes))
+        axes.plot(ratios, [np.mean(each) for each in losses], f"C{number}-", label=label)
+        for ratio, each in zip(ratios, losses):
+            axes.plot([ratio] * len(each), each, f"C{number}o")
     axes.set(xscale="log", xlabel="width / depth", ylabel="val loss, nats a token")
     axes.legend()
 

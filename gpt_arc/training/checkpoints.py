@@ -5,6 +5,7 @@ and the older folder is deleted. checkpoints.json lists the folders that the run
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -20,12 +21,14 @@ from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
 from gpt_arc import distributed
-from gpt_arc.distributed import say
+from gpt_arc.device import rng_state, set_rng_state
+from gpt_arc.distributed import RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
-from gpt_arc.reading import open_plain, reading
-from gpt_arc.settings import Count
+from gpt_arc.reading import open_plain, read_json, reading
+from gpt_arc.settings import Threads
+from gpt_arc.training.optim import Updater
 from gpt_arc.weights.checkpoint_folders import (
     ATTEMPTS,
     CHECKPOINT,
@@ -59,7 +62,7 @@ class Runtime(TypedDict):
     device: str
     dtype: Literal["float32", "tf32", "bfloat16", "float16"]
     compile: NotRequired[bool]
-    threads: NotRequired[Count]
+    threads: NotRequired[Threads]
 
 
 @with_config(CHECKED)
@@ -127,6 +130,37 @@ def save_checkpoint(
                 discard(other)
 
 
+def training_state(
+    progress: Any, updater: Updater, device: torch.device, dtype: str, data: str, gather: bool = True, **runtime: Any
+) -> dict[str, Any]:
+    """Returns the training state to save: complete in the main process or, without `gather`, divided as it is.
+
+    `data` is the fingerprint of the data, and `runtime` is recorded beside the device. Every process must call this.
+    """
+    return {
+        "progress": dataclasses.asdict(progress),
+        **updater.state_dict(gather),
+        "generators": distributed.gather(rng_state(device)),
+        "runtime": {"device": device.type, "dtype": dtype, "threads": torch.get_num_threads(), **runtime},
+        "data": data,
+    }
+
+
+def restore_state(updater: Updater, state: dict[str, Any], checkpoint: Path, device: torch.device) -> None:
+    """Restores the optimizer, and this process's random generators, from a checkpoint and the state in it.
+
+    Every process must call this. Raises UserError if it is damaged.
+    """
+    generators = state["generators"]
+    generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
+    with reading(state_file(checkpoint), ADVICE):
+        if (checkpoint / SHARDS).is_dir():
+            read_shards(updater.put_shards(state), checkpoint)
+        updater.load_state_dict(state)
+        if RANK < len(generators):
+            set_rng_state(generators[RANK], device)
+
+
 def write_shards(shards: Tensors, directory: Path | None = None) -> None:
     """Writes the processes' shards of the tensors into `directory`, which the main process names.
 
@@ -176,13 +210,12 @@ def _unused_name(run: Path, step: int) -> str:
 
 def recorded(run: Path) -> list[str]:
     """Returns the names of the checkpoints that the run wrote and that are still there."""
-    try:
-        names = json.loads((run / RECORD).read_text("utf-8"))
-        names = [name for name in names if CHECKPOINT.fullmatch(name)]
-    except FileNotFoundError:  # a run of an older version
+    if not (run / RECORD).exists():  # a run of an older version
         names = [directory.name for directory in checkpoints(run)]
-    except (ValueError, TypeError):
+    else:
         names = []
+        with contextlib.suppress(UserError):  # it is damaged
+            names = [name for name in read_json(run / RECORD, list[str]) if CHECKPOINT.fullmatch(name)]
     return [name for name in names if (run / name).is_dir() and not (run / name).is_symlink()]
 
 

@@ -228,14 +228,15 @@ def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
 
 
 def check_model(options: StageOptions) -> None:
-    """Raises UserError unless a model is named."""
-    if options.model is None:
+    """Raises UserError unless a model or a run to resume is named."""
+    if options.start is None and not options.resume:
         raise UserError(f"name a model to start from: {command(sys.argv[0], 'MODEL')}; --help lists the settings")
 
 
 def run_stage(cls: type[O], description: str | None, name: str, train: Callable[[O, StageRun], int]) -> int:
     """Read the command line and run a stage's `train`. Returns the exit code."""
     options = read_options(cls, description, sys.argv[1:])
+    check_model(options)
     return start_stage(options, name, train, StageProgress)
 
 
@@ -273,7 +274,6 @@ def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], p
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:
-        check_model(options)
         options = located(options)
     device = resolve_device(options.device, LOCAL_RANK)
     with distributed.process_group(options.backend, device, options.timeout_minutes):

@@ -24,6 +24,7 @@ from gpt_arc.settings import (
     PositiveShare,
     Seed,
     Share,
+    Threads,
     UnitInterval,
     build,
     read_file,
@@ -133,7 +134,7 @@ class TrainingConfig:
     """Version of flash attention on GPUs. 3 (for Hopper) and 4 (for Blackwell) need packages of their own."""
     float8: bool = False
     """Multiply the blocks' matrices in 8 bits, on GPUs from Hopper on. Needs torchao."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
     activation_checkpointing: bool = False

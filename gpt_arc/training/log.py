@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.files import write_file
@@ -142,8 +144,10 @@ class MetricsLog:
 
     def write_sample(self, step: int, text: str) -> None:
         """Append a text by the model to samples.txt; a full disk doesn't end the run."""
-        with contextlib.suppress(OSError), open(self.path.with_name("samples.txt"), "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{text}\n\n")
+        path = self.path.with_name("samples.txt")
+        if path.is_file() or not path.exists():  # nobody may read from a pipe
+            with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+                file.write(f"--- step {step}\n{text}\n\n")
         self._to_wandb("log", {"sample": text}, step=step)
 
     def close(self) -> None:
@@ -157,6 +161,17 @@ class MetricsLog:
         except Exception as error:  # whatever kind it is, a log doesn't end a run
             say(f"Weights & Biases: {first_line(error)}; the run goes on without it")
             self._wandb = None
+
+
+def show_metrics(line: dict[str, Any], bar: tqdm) -> None:
+    """Show a line of train.py beside the progress bar and, after an evaluation or without a bar, by itself."""
+    line = {name: value for name, value in line.items() if value is not None}
+    figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
+    shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
+    bar.set_postfix_str(shown)
+    if bar.disable or "val_loss" in line:
+        rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
+        say(f"step {line['step']}: {shown}{rate}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from gpt_arc.settings import (
     Positive,
     Seed,
     Share,
+    Threads,
     UnitInterval,
     build,
     read_value,
@@ -71,7 +72,7 @@ class StageOptions:
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of products. auto: what the hardware multiplies fastest."""
-    threads: Count | Literal["auto"] = "auto"
+    threads: Threads | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
@@ -130,6 +131,11 @@ class StageOptions:
         return self.model
 
     @property
+    def start(self) -> str | None:
+        """What a new run starts from; None if the command line doesn't say."""
+        return self.model
+
+    @property
     def code(self) -> dict[str, str]:
         """The settings that name Python code. A run records them to be shown; only the command line's are imported."""
         return {}
@@ -144,14 +150,14 @@ class StageOptions:
         return TrainingConfig()
 
     def with_rate(self: O, parameters: int) -> O:
-        """Returns the options with the learning rate for a model of this many parameters, if they have none.
+        """Returns the options with the rate for a model of so many parameters without embeddings, if they have none.
 
         Raises UserError.
         """
         if self.learning_rate is not None:
             return self
         rate = self.PUBLISHED.at(parameters)
-        say(f"learning rate  {rate:g}, by the model's size")
+        say(f"learning rate  {rate:g}, by the model's {parameters:,} parameters without embeddings")
         return build(type(self), values_of(self) | {"learning_rate": rate})
 
     def training(self, updates: int) -> TrainingConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pydantic.dataclasses
 import torch
 
@@ -93,6 +94,24 @@ class Plan:
     def origin(self) -> Path | str | None:
         """The model to start from."""
         return self.launch.checkpoint or self.launch.imported
+
+    @property
+    def val_starts(self) -> np.ndarray:
+        """Where the windows begin that are evaluated, in the val split."""
+        assert self.data is not None
+        windows = self.config.logging.eval_iters * self.config.data.batch_size
+        return self.data.val.evaluation_starts(self.config.model.block_size, windows)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations were no better than an earlier one."""
+        patience = self.config.training.patience
+        waited = self.progress.evaluated_step - (self.progress.best_step or 0)
+        return patience is not None and waited >= patience * self.config.logging.eval_interval
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.config.training.max_iters or self.out_of_patience
 
     def check_tokenizer(self, trained: Tokenizer | None) -> None:
         """Raises UserError if the dataset has another tokenizer than `trained`, the one of `origin`."""

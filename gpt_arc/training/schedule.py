@@ -5,22 +5,23 @@ from typing import NamedTuple
 
 from gpt_arc.training.config import TrainingConfig
 
-EXPONENT, LARGEST = 0.6, 0.01  # measured: docs/results/learning_rates.md
+HIGHEST = 0.01  # that follows from a model's size
 
 
 class PublishedRate(NamedTuple):
-    """A published learning rate, and the number of parameters of the model that it was published for."""
+    """A published learning rate, and how many parameters without embeddings the model has that it was published for."""
 
     rate: float
     parameters: float
 
     def at(self, parameters: int) -> float:
-        """Returns the rate for a model of another size, in two digits: higher for a smaller one, up to LARGEST.
+        """Returns the rate for a model of another size, in two digits. docs/results/learning_rates.md has measurements.
 
-        A larger model keeps the published rate, as InstructGPT's of 6B parameters kept that of 1.3B.
+        A smaller model's is higher, up to HIGHEST; a larger one keeps the published rate, as InstructGPT's of 6B
+        parameters kept that of 1.3B.
         """
-        growth = max(self.parameters / parameters, 1.0) ** EXPONENT
-        return self.rate if growth == 1 else float(f"{min(self.rate * growth, LARGEST):.2g}")
+        growth = math.sqrt(max(self.parameters / parameters, 1.0))
+        return self.rate if growth == 1 else float(f"{min(self.rate * growth, HIGHEST):.2g}")
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:

@@ -16,7 +16,6 @@ def train(options: Options, run: StageRun) -> int:
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
-from gpt_arc.device import device_name, resolve_dtype, rng_state, set_rng_state, set_up_device
+from gpt_arc.device import device_name, resolve_dtype, set_up_device
 from gpt_arc.distributed import IS_MAIN, RANK, WORLD_SIZE, say
 from gpt_arc.errors import NotFinite, UserError
 from gpt_arc.next_steps import next_steps
@@ -41,7 +40,17 @@ from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted
 from gpt_arc.training import runs
-from gpt_arc.training.checkpoints import ADVICE, CHECKED, clean_run, load_state, resumable, save_checkpoint, state_file
+from gpt_arc.training.checkpoints import (
+    ADVICE,
+    CHECKED,
+    clean_run,
+    load_state,
+    restore_state,
+    resumable,
+    save_checkpoint,
+    state_file,
+    training_state,
+)
 from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
 from gpt_arc.training.optim import Updater
@@ -131,7 +140,7 @@ class StageRun(Generic[P]):
         """
         with meta_device():
             shape = GPT(model)
-        self.options = self.options.with_rate(shape.num_parameters(active=True))
+        self.options = self.options.with_rate(shape.num_parameters(embeddings=False, active=True))
         runtime = self._state.get("runtime", {})
         saved = None
         if runtime.get("device") == self.device.type:
@@ -193,15 +202,11 @@ class StageRun(Generic[P]):
         if not self.checkpoint:
             return
         saved = self._state.get("parts", self._state)  # fine-tuning once kept its part beside the others
-        generators = self._state["generators"]
-        generators = [generators] if isinstance(generators, dict) else generators  # fine-tuning once kept one process's
+        restore_state(updater, self._state, self.checkpoint, self.device)
         with reading(state_file(self.checkpoint), ADVICE):
-            updater.load_state_dict(self._state)
             for name, part in parts.items():
                 check_tensors(saved[name], part.state_dict(), f"{name}.")
                 part.load_state_dict(saved[name])
-            if RANK < len(generators):
-                set_rng_state(generators[RANK], self.device)
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Write, best: float | None = None) -> None:
@@ -213,14 +218,8 @@ class StageRun(Generic[P]):
         self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
-        state = {
-            "progress": dataclasses.asdict(progress),
-            **self._updater.state_dict(),
-            "parts": {name: part.state_dict() for name, part in self._parts.items()},
-            "generators": distributed.gather(rng_state(self.device)),
-            "runtime": {"device": self.device.type, "dtype": self.dtype, "threads": torch.get_num_threads()},
-            "data": self.fingerprint,
-        }
+        state = training_state(progress, self._updater, self.device, self.dtype, self.fingerprint)
+        state["parts"] = {name: part.state_dict() for name, part in self._parts.items()}
         whole = self.parallel.whole(self._module)
         if IS_MAIN:
             put = partial(write, whole)

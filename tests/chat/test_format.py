@@ -400,6 +400,13 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
         ),
         (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "weight": 0}, "the column weight = 0 can't be"),
         (read_conversations, {"prompt": "a", "response": "b", "weight": 0}, "the column weight = 0 can't be learned"),
+        (
+            read_conversations,
+            {"instruction": "a", "output": "b", "tools": [{}]},
+            "the column tools = [{}] is only read beside messages",
+        ),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "tools": "[{}]"}, "is only read beside"),
+        (read_prompts, {"prompt": "a", "tools": [{}]}, "the column tools = [{}] is only read beside messages"),
         (read_conversations, {"messages": MESSAGES, "weight": 0.5}, "the column weight = 0.5 can't be learned"),
         (
             read_conversations,

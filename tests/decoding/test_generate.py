@@ -689,6 +689,7 @@ def test_speculated_continuations_have_the_model_s_probabilities(sampling, draft
     assert fits(counted(continuations, 3), joint(model.after, 3, [2], sampling))
 
 
+@pytest.mark.slow
 def test_speculated_continuations_of_gpts_have_the_model_s_probabilities():
     model, draft = small_gpt(3, vocab=3, context=4, n_layer=1), small_gpt(5, vocab=3, context=3, n_layer=1)
     readers, source, continuations = (Decoder(model), Decoder(draft)), torch.Generator().manual_seed(4), []

@@ -39,7 +39,7 @@ def test_alibi_is_a_bias_on_every_pair(monkeypatch, length, change, dtype):
         logits = model(tokens)
         calls = []
 
-        def attend_by_pairs(query, key, value, mask, dropout_rate):
+        def attend_by_pairs(query, key, value, mask, dropout_rate, causal):
             band = change.get("attention_band", length) if len(calls) % 2 else length
             calls.append(band)
             key, value = (x.repeat_interleave(6 // x.size(1), 1) for x in (key, value))

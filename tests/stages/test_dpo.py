@@ -15,7 +15,7 @@ from gpt_arc.chat.format import load_chat_model
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, randomised, untimed, write
+from helpers import command, interrupt_at, lines_of, randomised, untimed, write
 from model import GPT
 from policy_tree import (
     PLAIN,
@@ -27,7 +27,7 @@ from policy_tree import (
     total_variation,
     weights_of,
 )
-from ranked_texts import CHAT, LETTERS, QUICK, lines_of, rankings, tiny_config
+from ranked_texts import CHAT, LETTERS, QUICK, rankings, tiny_config
 from stages import dpo
 
 TRAIN = ("base", "--train=train.jsonl", "--warmup=0", *QUICK)

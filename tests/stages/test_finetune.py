@@ -21,7 +21,7 @@ from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, load_text_model, save_model
-from helpers import untimed, write, write_dataset
+from helpers import assert_same_weights, untimed, write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -67,14 +67,6 @@ def predictions_of(directory, file):
     encoded = encode_examples(read_examples(Path(file), config.task, config.columns), config, tokenizer)
     outcomes = [classifier(*make_batch([s], [label])) for s, label in zip(encoded.sequences, encoded.labels)]
     return config, encoded.labels, outcomes
-
-
-def assert_same_weights(a, b):
-    for file in ("model.safetensors", "classifier.safetensors"):
-        tensors_a, tensors_b = (load_file(Path(directory) / file) for directory in (a, b))
-        assert tensors_a.keys() == tensors_b.keys()
-        for name, tensor in tensors_a.items():
-            assert torch.equal(tensor, tensors_b[name]), name
 
 
 def test_a_run_learns_its_task_and_reports_its_quality(run):

@@ -20,10 +20,19 @@ from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.settings import mistake
 from gpt_arc.training.checkpoints import load_state
-from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, kill_at, randomised, untimed, write, write_dataset
+from helpers import (
+    assert_same_weights,
+    command,
+    interrupt_at,
+    kill_at,
+    lines_of,
+    randomised,
+    untimed,
+    write,
+    write_dataset,
+)
 from model import GPT
 from policy_tree import (
     distribution,
@@ -79,17 +88,6 @@ def workplace(tmp_path, monkeypatch):
 @pytest.fixture
 def run(workplace, stage_runner):
     return partial(stage_runner, ppo)
-
-
-def lines_of(folder):
-    """The lines of metrics.jsonl without measured times."""
-    return untimed(read_metrics(Path(folder) / "metrics.jsonl"))
-
-
-def assert_same_weights(a, b):
-    weights_a, weights_b = weights_of(a), weights_of(b)
-    assert weights_a.keys() == weights_b.keys()
-    assert all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
 
 
 def record(monkeypatch, name):

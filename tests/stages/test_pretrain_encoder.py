@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.training.log import read_metrics
@@ -17,7 +16,7 @@ from gpt_arc.vision.labels import ImageClassifier, class_numbers, classes_of, re
 from gpt_arc.vision.model import load_vision
 from gpt_arc.vision.pretrained import read_encoder, write_encoder
 from gpt_arc.weights.directory import load_text_model, save_model
-from helpers import command, interrupt_at, randomised, write
+from helpers import assert_same_weights, command, interrupt_at, randomised, write
 from model import GPT, GPTConfig
 from stages import pretrain_encoder, sft
 
@@ -111,8 +110,7 @@ def test_parts_and_processes_change_only_rounding(run):
     assert result.returncode == 0, result.stderr
     for name in ("parts", "two"):
         assert losses(name) == pytest.approx(losses("whole"), rel=1e-4)
-        tensors = [load_file(f"{folder}/last/model.safetensors") for folder in ("whole", name)]
-        torch.testing.assert_close(*tensors, rtol=1e-4, atol=1e-5)
+        assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-5)
 
 
 def test_an_interrupted_run_resumes_exactly(run, monkeypatch):
@@ -122,8 +120,7 @@ def test_an_interrupted_run_resumes_exactly(run, monkeypatch):
         assert run(*TRAIN, "--out_dir=halves").code == 130
     run("--resume=halves")
     assert losses("whole") == losses("halves")
-    tensors = [load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves")]
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert_same_weights("whole/last", "halves/last")
     run("whole", *TRAIN[1:], "--out_dir=further")
     assert losses("further")[0] < losses("whole")[0]
 
@@ -152,7 +149,7 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (TRAIN[1:], "name an encoder to train further, or a .toml file"),
+        (TRAIN[1:], "name a model to start from: "),
         (("red.png", *TRAIN), "name one of them"),
         (("nowhere", *TRAIN[1:]), "model = nowhere is neither a .toml file nor a folder"),
         ((*TRAIN, "--labels", "colour", "colour"), "labels = colour, colour: name one or more columns, each once"),

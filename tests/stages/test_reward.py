@@ -15,10 +15,10 @@ from gpt_arc.chat.format import Turn, load_chat_model
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import save_model
-from helpers import command, interrupt_at, kill_at, randomised, untimed, write
+from helpers import command, interrupt_at, kill_at, lines_of, randomised, untimed, write
 from model import GPT
 from policy_tree import save_chat_model
-from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, lines_of, rankings, tiny_config, utility
+from ranked_texts import CHAT, LETTERS, QUICK, TEXTS, rankings, tiny_config, utility
 from stages import dpo, reward
 
 TRAIN = ("base", "--train=train.jsonl", *QUICK)
@@ -237,11 +237,11 @@ def test_a_killed_run_resumes_from_its_last_epoch(run):
 
 
 def test_the_published_settings():
-    """InstructGPT's: one epoch, 64 prompts per update, 9e-6 for 6B parameters, a cosine down to a tenth.
+    """InstructGPT's: one epoch, 64 prompts per update, 9e-6 for 6.4B parameters, a cosine down to a tenth.
 
     arXiv:2203.02155, C.2.
     """
-    options = reward.Options().with_rate(6 * 10**9)
+    options = reward.Options().with_rate(64 * 10**8)
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
     assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
 

@@ -15,7 +15,9 @@ import pytest
 import train
 from gpt_arc.errors import UserError
 from gpt_arc.planning.fits import Result, fit_laws, size_of
+from gpt_arc.planning.pictures import draw_shapes
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
+from gpt_arc.tables import to_json
 from gpt_arc.training.config import write_settings
 from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
 from gpt_arc.weights.directory import load_model
@@ -196,6 +198,10 @@ def test_every_law_is_fitted_to_runs_that_follow_one(scaling_run, tmp_path, monk
     output = scaling_run("fit", "results.json", "--embeddings", "--resamplings=5", "--pictures=False")
     figures = json.loads((tmp_path / "laws.json").read_text())
     assert figures["laws"][JOINT]["constants"] == pytest.approx(LAW.constants, rel=1e-4)
+    least = sorted(result.tokens for result in results)[20]
+    scaling_run("fit", "results.json", "--embeddings", "--resamplings=0", "--pictures=False", f"--min_tokens={least}")
+    assert json.loads((tmp_path / "laws.json").read_text())["runs"] == len(results) - 20
+    (tmp_path / "laws.json").write_text(to_json(figures))
     exponent = LAW.constants["beta"] / (LAW.constants["alpha"] + LAW.constants["beta"])
     for approach in ("approach 2", "approach 3"):
         assert figures["best_size"][approach]["exponent"] == pytest.approx(exponent, rel=0.01)
@@ -231,6 +237,15 @@ def test_pictures_are_drawn(scaling_run, tmp_path, monkeypatch):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
             tmp_path / f"{name}.svg"
         ).read_text()
+
+
+def test_shapes_of_one_size_are_drawn_as_a_line_of_means():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    base, shapes = exact_results(1, 1)[0], ((1, 128), (4, 64), (16, 32))
+    runs = [base._replace(n_layer=n, n_embd=c, seed=s, val_loss=2 + s + n / 10) for s in (0, 1) for n, c in shapes]
+    draw_shapes(axes, runs)
+    assert axes.lines[0].get_xdata().tolist() == [2, 16, 128]
+    assert axes.lines[0].get_ydata() == pytest.approx([4.1, 2.9, 2.6])
 
 
 def test_a_loss_is_predicted_before_it_is_trained_and_compared_after(scaling_run, workplace):
@@ -277,6 +292,10 @@ def test_a_plan_s_config_trains_what_it_says(scaling_run, tmp_path, monkeypatch)
         (("plan", "--flops=1e20", "--aspect_ratio=1e9"), "--aspect_ratio = 1e9 must be between 0 and 10000"),
         (("plan", "--days=1", "--mfu=0"), "--mfu = 0 must be between 0 and 1"),
         (("fit", "nowhere"), "there is no nowhere"),
+        (
+            ("fit", "one.json", "--min_tokens=3000000000000"),
+            "one.json has no results of 3,000,000,000,000 tokens or more",
+        ),
         (("fit", "zero.json"), "0.tokens = 0 must be greater than 0"),
         (("claim", "--total=1e9", "--active=2e9"), "active = 2e+09 must be at most total = 1e+09"),
         (("claim", "--total=1e9", "--active=1e9", "--experts=2"), "experts_per_token must be less than experts"),
@@ -285,6 +304,7 @@ def test_a_plan_s_config_trains_what_it_says(scaling_run, tmp_path, monkeypatch)
 def test_mistakes_are_refused(stage_runner, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     Path("laws.json").write_text("{}")
+    Path("one.json").write_text(write_table(exact_results(1, 1)))
     Path("zero.json").write_text(write_table([exact_results(1, 1)[0]._replace(tokens=0)]))
     refused = stage_runner(scaling, *args)
     assert refused.code == 2 and message in refused.message

@@ -19,8 +19,10 @@ from gpt_arc.data.documents import merge_inputs
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.settings import settings_in
 from gpt_arc.training.command_line import read_command_line, read_options
 from gpt_arc.training.log import METRICS, MetricsLog, movement, read_metrics
+from gpt_arc.training.schedule import HIGHEST
 from helpers import ROOT, TINY_FLAGS, interrupt_at, randomised, write, write_dataset
 from model import GPT
 from policy_tree import save_chat_model
@@ -52,6 +54,19 @@ STAGES = {
     "finetune": (finetune, "base", "--train=labels.csv", "--epochs=2", "--val_fraction=0.25", *QUICK),
 }
 NUMBERS = (finetune, "base", "--train=numbers.csv", "--numbers", "--epochs=2", "--val_fraction=0.25", *QUICK)
+
+
+def test_help_and_documents_state_the_published_learning_rates():
+    table = (ROOT / "docs/results/learning_rates.md").read_text()
+    lines = re.findall(r"^\| `(\w+)\.py` \| (\S+) \| ([\d.]+)([MB])", table, re.MULTILINE)
+    rows = {script: figures for script, *figures in lines}
+    for module in (dpo, finetune, ppo, reward, sft):
+        shown = settings_in(module.Options)["learning_rate"].help
+        figures = re.search(r"None: .* (\S+) for ([\d.]+)([MB]) parameters without", shown).groups()
+        rate, size, unit = rows.pop(Path(module.__file__).stem)
+        assert [*figures] == [rate, size, unit] and f"sqrt({size}{unit} / parameters), up to {HIGHEST}." in shown
+        assert module.Options.PUBLISHED == (float(rate), float(size) * {"M": 1e6, "B": 1e9}[unit])
+    assert not rows
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def in_this_process(name, worker_class, job):
     yield lambda method: method and getattr(worker, method)()
 
 
+@pytest.mark.slow
 def test_a_run_measures_ours_and_the_harness(place, monkeypatch, output_of):
     pytest.importorskip("lm_eval")
     monkeypatch.setattr(eval_module, "child_process", in_this_process)

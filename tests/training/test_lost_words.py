@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import train
 from gpt_arc import errors
@@ -21,7 +19,7 @@ from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.weights.directory import save_model
-from helpers import TINY_FLAGS, command
+from helpers import TINY_FLAGS, assert_same_weights, command
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -147,8 +145,7 @@ def test_a_run_saves_before_bad_data_end_it_and_resumes_as_if_they_had_been_good
     tokens.write_bytes(content)
     gc.collect()  # the failed run's lock
     assert "finished step 8" in stage_runner(train, "--resume=halves", "--device=cpu")
-    first, second = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_weights("whole/last", "halves/last")
 
 
 def test_a_file_that_vanishes_ends_a_run_that_has_saved(workplace, stage_runner, monkeypatch):
@@ -204,5 +201,4 @@ def test_bad_data_of_one_of_two_processes_stop_both_after_they_have_saved(workpl
     path.write_bytes(content)
     resumed = command("train.py", "--resume=halves", processes=2)
     assert "finished step 8" in resumed.stdout, resumed.stderr
-    first, second = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_weights("whole/last", "halves/last")

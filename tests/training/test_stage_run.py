@@ -184,15 +184,14 @@ def test_the_former_name_of_min_lr_still_works(tmp_path, monkeypatch):
 def test_the_learning_rate_follows_from_the_model_s_size(capsys):
     """It is the published one at the published size and beyond, and 0.01 at most; min_lr follows."""
     published = Options.PUBLISHED
-    assert [published.at(size) for size in (10**9, 10**10)] == [1e-5, 1e-5] and published.at(1000) == 0.01
-    sizes = [10**exponent for exponent in (6, 7, 8)]
-    assert [published.at(size) for size in sizes] == pytest.approx([1e-5 * (1e9 / n) ** 0.6 for n in sizes], rel=0.05)
-    options = Options(batch_size=3).with_rate(10**6)
-    assert options == Options(batch_size=3, learning_rate=6.3e-4) and options.training(9).min_lr == 6.3e-4 * 0.1
-    assert capsys.readouterr().out == "learning rate  0.00063, by the model's size\n"
+    assert [published.at(size) for size in (10**9, 10**10)] == [1e-5, 1e-5] and published.at(900) == 0.01
+    assert [published.at(size) for size in (10**7, 4 * 10**6, 10**5, 1001)] == [1e-4, 1.6e-4, 1e-3, 0.01]
+    options = Options(batch_size=3).with_rate(10**5)
+    assert options == Options(batch_size=3, learning_rate=1e-3) and options.training(9).min_lr == 1e-4
+    assert capsys.readouterr().out == "learning rate  0.001, by the model's 100,000 parameters without embeddings\n"
     assert Options(learning_rate=0.5).with_rate(10**6).learning_rate == 0.5 and not capsys.readouterr().out
-    with pytest.raises(UserError, match="min_lr = 0.001 lies above learning_rate = 0.00063"):
-        Options(min_lr=1e-3).with_rate(10**6)
+    with pytest.raises(UserError, match="min_lr = 0.002 lies above learning_rate = 0.001"):
+        Options(min_lr=2e-3).with_rate(10**5)
 
 
 def test_an_older_run_s_record_loads(tmp_path):

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import train
 from gpt_arc.decoding.decoder import Decoder
@@ -12,7 +11,7 @@ from gpt_arc.decoding.load import set_decoding_threads
 from gpt_arc.training import threads
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.config import Config, TrainingConfig
-from helpers import TINY_FLAGS, interrupt_at, write
+from helpers import TINY_FLAGS, assert_same_weights, interrupt_at, write
 from model import GPT, GPTConfig
 from policy_tree import save_chat_model
 from ranked_texts import CHAT, tiny_config
@@ -125,8 +124,7 @@ def test_a_stage_measures_once_and_resumes_with_its_number(tmp_path, monkeypatch
     counts.append(4)
     stage_runner(sft, "--resume=halves")
     assert len(measured) == 1 and load_state(Path("halves/last"))["runtime"]["threads"] == 2
-    whole, halves = (load_file(f"{folder}/last/model.safetensors") for folder in ("whole", "halves"))
-    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    assert_same_weights("whole/last", "halves/last")
 
 
 def test_decoding_and_evaluation_measure_what_they_do(monkeypatch):

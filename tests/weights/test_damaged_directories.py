@@ -192,14 +192,25 @@ print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).r
 """
 
 
-def doubling(folder, times):
-    """Makes the tokenizer double every a of a text, again and again."""
+def normalizing(folder, *steps):
+    """Gives the tokenizer these normalizers."""
+    edit_tokenizer(folder, normalizer={"type": "Sequence", "normalizers": steps})
+
+
+def adding(folder, times, ids):
+    """Makes the tokenizer put a special token of several ids before a text, again and again."""
+    single = [{"SpecialToken": {"id": "a", "type_id": 0}}] * times + [{"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"a": {"id": "a", "ids": [0] * ids, "tokens": ["a"] * ids}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    edit_tokenizer(folder, post_processor={"type": "Sequence", "processors": [template]}, truncation=None)
+
+
+def edit_tokenizer(folder, **changes):
     table = json.loads((folder / "tokenizer.json").read_text())
-    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    table["normalizer"] = {"type": "Sequence", "normalizers": [step] * times}
-    (folder / "tokenizer.json").write_text(json.dumps(table))
+    (folder / "tokenizer.json").write_text(json.dumps(table | changes))
 
 
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
 BOMBS = {
     "blocks": lambda folder: edit(folder, n_layer=10**9),
     "many blocks": lambda folder: edit(folder, n_layer=1024),
@@ -208,7 +219,9 @@ BOMBS = {
     "context": lambda folder: edit(folder, block_size=2**31 - 1),
     "header": lambda folder: many_tensors(folder / "model.safetensors", 10**6),
     "header within bounds": lambda folder: many_tensors(folder / "model.safetensors", 200_000),
-    "normalizers": lambda folder: doubling(folder, 40),
+    "normalizers": lambda folder: normalizing(folder, *[DOUBLE] * 40),
+    "prefix": lambda folder: normalizing(folder, {"type": "Prepend", "prepend": "a" * 10**7}),
+    "special tokens": lambda folder: adding(folder, 10**4, 10**4),
     "nesting": lambda folder: (folder / "config.json").write_text("[" * 10**6),
     "vast config": lambda folder: (folder / "config.json").write_bytes(b"[],".join([b"["] + [b""] * (1 << 20))),
 }
