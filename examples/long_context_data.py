@@ -1,7 +1,9 @@
 """Writes documents for measuring long contexts: prose, copies of random letters, and keys to remember.
 
-    python examples/long_context_data.py
-    python prepare/text.py --input data/long_context/corpus.jsonl --name long_context_text --tokenizer char
+    python examples/long_context_data.py --longest=512
+    python examples/long_context_data.py --longest=64
+    python prepare/text.py --input data/long_context_512/corpus.jsonl --name long_512 --tokenizer char
+    python prepare/text.py --input data/long_context_64/corpus.jsonl --name long_64 --tokenizer long_512
 
 Sizes of documents are log-uniform between 16 and `longest` characters. A quarter of the documents is prose of Python's
 manual, half random letters and the same letters again, and a quarter prose behind a key of four digits, which the end
@@ -10,8 +12,7 @@ asks for:
     copy xqvbtrka|xqvbtrka
     key 5093: The "print" statement ... key 5093
 
-So what a model predicts best far into a document is said far before, and a model of a short context has learnt the same
-tasks over shorter distances. The same seed gives the same file.
+A model trained on short documents has learnt the same tasks over shorter distances. The same seed gives the same file.
 """
 
 import json
@@ -36,10 +37,10 @@ SHORTEST = 16
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    output: Path = DATA_ROOT / "long_context"
-    """Folder to write; replaces an older one."""
+    output: Path | None = None
+    """Folder to write; replaces an older one. None: data/long_context_LONGEST."""
     documents: Count = 50_000
-    """Documents, of 143 characters on average."""
+    """Documents, of 143 characters on average if the longest has 512, 35 if it has 64."""
     longest: Count = 512
     """Characters of the longest documents."""
     seed: int = 0
@@ -62,18 +63,19 @@ def documents(options: Options, prose: str, rng: random.Random) -> Iterator[str]
                 yield COPY.format(letters, letters)
             case "key":
                 key = random_key(rng)
-                yield KEY.format(key, prose[begin : begin + size - 20], key)
+                yield KEY.format(key, prose[begin : begin + max(size - 20, 0)], key)
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     prose = "\n".join(topics[name] for name in sorted(topics))
     prose = "".join(letter for letter in prose if letter.isascii())
-    with new_directory(options.output) as folder:
+    output = options.output or DATA_ROOT / f"long_context_{options.longest}"
+    with new_directory(output) as folder:
         rows = (json.dumps({"text": text}) + "\n" for text in documents(options, prose, random.Random(options.seed)))
         with open(folder / "corpus.jsonl", "w") as file:
             file.writelines(rows)
-    print(f"{options.output}: {counted(options.documents, 'document')} of up to {options.longest:,} characters")
+    print(f"{output}: {counted(options.documents, 'document')} of up to {options.longest:,} characters")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ COMMANDS = {
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
+    "long-context": ("tools/long_context.py", "measure how far back models use their context"),
     "image-attention": ("tools/image_attention.py", "draw where a model looks while it answers about an image"),
     "bench": ("tools/bench.py", "measure speed on this machine"),
 }

@@ -48,6 +48,7 @@ def test_no_arguments_show_the_help(capsys, monkeypatch):
         ("new", ["book.txt"], ["new.py", "book.txt"]),
         ("sft", ["out/gpt2"], ["stages/sft.py", "out/gpt2"]),
         ("expert-use", [], ["tools/expert_use.py"]),
+        ("long-context", ["out/gpt2"], ["tools/long_context.py", "out/gpt2"]),
         ("chat", ["out/sft", "--seed=1"], ["sample.py", "--chat", "out/sft", "--seed=1"]),
         ("chat", ["--help"], ["sample.py", "--help"]),
         ("prepare", ["text", "--name", "book"], ["prepare/text.py", "--name", "book"]),

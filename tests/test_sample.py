@@ -86,6 +86,11 @@ def test_several_samples_and_stops(letters, say):
         assert say(filters, "--temperature=1.0", "--max_new_tokens=5", "--start=a") == "abcdef\n"
 
 
+@pytest.mark.parametrize("cache", ["auto", "bfloat16", "int8"])
+def test_a_smaller_cache_and_a_prompt_in_parts(letters, say, cache):
+    assert say(*GREEDY, f"--cache={cache}", "--prefill=2", "--start=abc") == "abcdefgh\n"
+
+
 def test_samples_depend_on_the_seed(letters, say):
     flags = ("--temperature=60", "--max_new_tokens=40", "--start=a")
     text = say(*flags)

@@ -20,25 +20,35 @@ from typing import Literal
 import torch
 import torch.fx.experimental._config
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_arc.data.batches import pad_rows
-from gpt_arc.decoding.cache import BlockCache, empty_cache
+from gpt_arc.decoding.cache import BlockCache, buffers_of, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
 from model import GPT
 
 
+def preceding(tokens: Tensor, count: int) -> Tensor:
+    """Returns the `count` tokens before each of tokens (B, count + T) except the first `count`, the nearest first."""
+    return tokens.unfold(1, count, 1)[:, :-1].flip(-1)
+
+
 class Decoder(nn.Module):
     """The sequences that a model in eval mode is decoding. The model may be trained between two calls of `read`."""
 
-    def __init__(self, model: GPT):
-        """Raises ValueError for a bidirectional model."""
+    def __init__(self, model: GPT, cache_dtype: torch.dtype | None = None, prefill: int | None = None):
+        """`cache_dtype` is the type of kept keys and values, as for weights if None; in int8 each has a scale.
+
+        `prefill` is how many tokens of a prompt are read at a time. None: all. Raises ValueError for a bidirectional
+        model.
+        """
         super().__init__()
         if model.config.attention == "bidirectional":
             raise ValueError("a model that reads in both directions has no next token: fill its gaps instead")
-        self.model = model
+        self.model, self.cache_dtype, self.prefill = model, cache_dtype, prefill
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
         self.cache = empty_cache(model, 0, 0, torch.float32)
@@ -103,8 +113,8 @@ class Decoder(nn.Module):
         self._reserve(rows, slots, keep=False)
 
     def _empty_cache(self, rows: int, slots: int) -> Sequence[BlockCache]:
-        dtype = self.model.token_embedding.weight.dtype
-        if self._device.type == "cpu" and self.compiled == "no":
+        dtype = self.cache_dtype or self.model.token_embedding.weight.dtype
+        if self._device.type == "cpu" and self.compiled == "no" and self.cache_dtype is None:
             dtype = torch.float32  # a CPU's library takes three times as long for one query in 16 bits
         return empty_cache(self.model, rows, slots, dtype)
 
@@ -123,9 +133,8 @@ class Decoder(nn.Module):
                     need_slots = max(need_slots, min(2 * have_slots, self.model.config.block_size))
                 need_rows, need_slots = max(need_rows, have_rows), max(need_slots, have_slots)
             self.cache = self._empty_cache(need_rows, need_slots)
-            for new, kept in zip(self.cache, old if keep else []):
-                new.keys[:have_rows, :, :have_slots] = kept.keys
-                new.values[:have_rows, :, :have_slots] = kept.values
+            for new, kept in zip(buffers_of(self.cache), buffers_of(old) if keep else []):
+                new[:have_rows, :, :have_slots] = kept
         all_rows, all_slots = self.cache[0].keys.size(0), self.cache[0].keys.size(2)
         if self.compiled == "step":
             return all_rows, all_slots
@@ -168,15 +177,23 @@ class Decoder(nn.Module):
         whole = len(rows) == len(self.sequences)
         self.read_length = longest if whole else self.read_length
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
+        padded = lengths if self.dynamic_context else None
+        size = longest if self.dynamic_context else self.prefill or longest
+        hidden, before = [], self.model.config.ngrams - 1
         with self._eager():
-            views = [part.view(len(rows), longest, None) for part in cache]
-            padded = lengths if self.dynamic_context else None
-            hidden = self.model.hidden(tokens, cache=views, lengths=padded, images=self.images)
+            for start in range(0, longest, size):
+                stop = min(start + size, longest)
+                positions = torch.arange(start, stop, device=self._device).expand(len(rows), -1) if start else None
+                settings = {"cache": [part.view(len(rows), stop, positions) for part in cache]}
+                if start and before:
+                    settings["previous"] = preceding(F.pad(tokens, (before, 0)), before)[:, start:stop]
+                part = tokens[:, start:stop]
+                hidden.append(self.model.hidden(part, lengths=padded, images=self.images, **settings))
         places = send(rows, self._device)
-        for part, new in zip(self.cache, [] if whole else cache):
-            part.keys[places, :, :longest], part.values[places, :, :longest] = new.keys, new.values
+        for kept, new in zip(buffers_of(self.cache), [] if whole else buffers_of(cache)):
+            kept[places, :, :longest] = new
         last = lengths[:, None] + torch.arange(-count, 0, device=self._device)
-        return hidden[torch.arange(len(rows), device=self._device)[:, None], last]
+        return torch.cat(hidden, dim=1)[torch.arange(len(rows), device=self._device)[:, None], last]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Appends one token to each row. Returns the logits (B, V), float32, of the next."""
@@ -232,7 +249,7 @@ class Decoder(nn.Module):
             return None
         ends = [sequence[-count:] for sequence in self.sequences] + [[]] * (len(chunks) - len(self.sequences))
         rows = [[*repeat(0, count - len(end)), *end, *chunk] for end, chunk in zip(ends, chunks)]
-        return send(rows, self._device).unfold(1, count, 1)[:, :-1].flip(-1)
+        return preceding(send(rows, self._device), count)
 
     def forward(self, tokens: Tensor, lengths: Tensor, slots: int, previous: Tensor | None) -> Tensor:
         """Returns logits (B, T, V) of tokens (B, T) that follow `lengths` (B,) tokens, attending to `slots` slots."""
@@ -251,9 +268,8 @@ class Decoder(nn.Module):
         if not moved:
             return
         places, origins = send([moved, [rows[place] for place in moved]], self._device)
-        for part in self.cache:
-            for kept in (part.keys, part.values):
-                kept[places, :, :slots] = kept[origins, :, :slots]
+        for kept in buffers_of(self.cache):
+            kept[places, :, :slots] = kept[origins, :, :slots]
 
     def rewind(self, counts: Sequence[int]) -> None:
         """Drops the last `counts[b]` tokens of row b, or all if it has fewer."""

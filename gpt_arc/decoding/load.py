@@ -65,7 +65,8 @@ def load_decoder(directory: Path, config: SampleConfig, rows: int, steps: int) -
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     dtype = resolve_decoding_dtype(config.dtype, device, size)
     model, tokenizer = load_text_model(directory, dtype=dtype)
-    decoder = Decoder(model.to(device).eval())
+    cache_dtype = None if config.cache == "auto" else getattr(torch, config.cache)
+    decoder = Decoder(model.to(device).eval(), cache_dtype, config.prefill)
     compile = config.draft is None and resolve_decoding_compile(config.compiling, device, model, steps)
     decoder.prepare(rows, compile, config.int8)
     return decoder, tokenizer

@@ -73,6 +73,11 @@ class SampleConfig:
     """auto (cuda, else mps, else cpu), or any torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights. auto: bfloat16 if the hardware multiplies it natively and the model isn't tiny."""
+    cache: Literal["auto", "bfloat16", "int8"] = "auto"
+    """Type of the keys and values that are kept of the tokens read. auto: that of the weights, or float32 where a CPU
+    computes faster with it. int8: rounded to 8 bits, with a scale for each token and head."""
+    prefill: Count | None = None
+    """Read this many tokens of a prompt at a time, in less memory. None: all at once."""
     int8: bool = False
     """Round the weights to 8 bits: for one continuation at a time (batch_size 1), compiled, on a CPU."""
     threads: Threads | Literal["auto"] = "auto"

@@ -25,17 +25,32 @@ class KVCache(NamedTuple):
     keys: Tensor  # (B, K, S, D), after norm and rotation
     values: Tensor  # (B, K, S, D)
     positions: Tensor | None  # (B, T) slots of the tokens being read now; None: these are the first, 0 .. T - 1
+    scales: tuple[Tensor, Tensor] | None = None  # (B, K, S, 1) of keys and values in 8 bits
 
     def add(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key and value (B, K, T, D); returns the keys and values to attend to."""
+        if self.scales is None:
+            self.put(self.keys, key)
+            self.put(self.values, value)
+        else:
+            for kept, scales, new in zip((self.keys, self.values), self.scales, (key, value)):
+                scale = new.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / 127
+                self.put(scales, scale)
+                self.put(kept, (new / scale).round())
         if self.positions is None:
-            self.keys[:, :, : key.size(2)] = key
-            self.values[:, :, : value.size(2)] = value
             return key, value
-        rows = torch.arange(key.size(0), device=key.device)[:, None]
-        self.keys[rows, :, self.positions] = key.transpose(1, 2).type_as(self.keys)
-        self.values[rows, :, self.positions] = value.transpose(1, 2).type_as(self.values)
-        return self.keys, self.values
+        if self.scales is None:
+            return self.keys, self.values
+        keys, values = (kept * scales for kept, scales in zip((self.keys, self.values), self.scales))
+        return keys.type_as(key), values.type_as(value)
+
+    def put(self, kept: Tensor, new: Tensor) -> None:
+        """Store `new` (B, K, T, N) in the slots of the tokens being read."""
+        if self.positions is None:
+            kept[:, :, : new.size(2)] = new
+        else:
+            rows = torch.arange(new.size(0), device=new.device)[:, None]
+            kept[rows, :, self.positions] = new.transpose(1, 2).type_as(kept)
 
 
 # None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores

@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt_arc.decoding import linear
+from gpt_arc.decoding.cache import BlockCache, buffers_of
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
+from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.positions import Stretch
 from helpers import randomised
 from model import GPT, GPTConfig
@@ -164,6 +166,58 @@ def test_rows_of_different_lengths_are_independent(change):
     pair.keep([0, 2, 3, 4])
     for size in (1, 2, 1):
         pair.extend(size)
+
+
+@pytest.mark.parametrize("change", [*VARIANTS, DYNAMIC], ids=name_of)
+def test_a_prompt_may_be_read_in_parts(change):
+    model = tiny_gpt(**change)
+    for prefill in (1, 5):
+        pair = Pair(model, Decoder(model, prefill=prefill))
+        pair.read([1, 12, 5, 6, 8])
+        pair.keep([0, 2, 3, 4])
+        for size in (1, 2, 3):
+            pair.extend(size)
+
+
+class RoundedCache(KVCache):
+    """Keeps keys and values in float32, rounded to 255 steps of their largest absolute value."""
+
+    def add(self, key, value):
+        largest = [x.abs().amax(-1, keepdim=True) for x in (key, value)]
+        rounded = [(x / most * 127).round() / 127 * most for x, most in zip((key, value), largest)]
+        kept = super().add(*rounded)
+        return (key, value) if self.positions is None else kept
+
+
+@pytest.mark.parametrize("change", [{}, GROUPED, {"positions": "alibi"}, {"attention_band": 3}], ids=name_of)
+def test_an_8_bit_cache_rounds_each_key_and_value(change, monkeypatch):
+    model = tiny_gpt(**change)
+    rounding, plain = Decoder(model, torch.int8), Decoder(model)
+    view = BlockCache.view
+    for length, size in ((5, 1), (3, 4)):
+        logits = []
+        for decoder in (rounding, plain):
+            if decoder is plain:
+                monkeypatch.setattr(BlockCache, "view", lambda *args: RoundedCache(*view(*args)))
+            decoder.read([text_of(length), text_of(2, seed=3)], room=0)
+            decoder.keep([1, 0, 0])
+            logits += [decoder.extend([text_of(size, seed=s) for s in (5, 6, 7)]), decoder.step([1, 2, 3])]
+            monkeypatch.setattr(BlockCache, "view", view)
+        assert_same(logits[0], logits[2])
+        assert_same(logits[1], logits[3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=str)
+def test_a_smaller_cache_is_close(dtype):
+    model = tiny_gpt(block_size=64, **GROUPED)
+    small, plain = Decoder(model, dtype), Decoder(model)
+    for decoder in (small, plain):
+        decoder.read([text_of(40)])
+    for token in text_of(20):
+        expected = plain.step([token])
+        assert (small.step([token]) - expected).abs().max() < 0.05 * expected.std()
+    sizes = [sum(kept.nbytes for kept in buffers_of(decoder.cache)) for decoder in (small, plain)]
+    assert sizes[0] / sizes[1] == {torch.bfloat16: 1 / 2, torch.int8: (8 + 4) / (4 * 8)}[dtype]
 
 
 def test_rows_may_be_dropped_reordered_and_copied():

@@ -1,0 +1,99 @@
+"""What long inputs cost a small model on a CPU: memory and CPU time of reading, of a step of decoding, and of training.
+
+    python examples/long_context_memory.py
+    python examples/long_context_memory.py --lengths 1024 4096 --training 2048
+
+Each line is a process of its own with a model of 4 blocks of width 128 and random weights, in float32. Memory is the
+process's peak over what it needs for a few tokens.
+"""
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.errors import entry_point
+from gpt_arc.flags import parse_flags
+from gpt_arc.settings import STRICT, Count
+from gpt_arc.tables import table
+from model import GPT, GPTConfig
+
+READERS = {  # positions, type of the cache, tokens of the prompt that are read at a time
+    "rotary": ("rotary", None, None),
+    "rotary, parts of 512": ("rotary", None, 512),
+    "rotary, parts of 512, bfloat16 cache": ("rotary", torch.bfloat16, 512),
+    "rotary, parts of 512, int8 cache": ("rotary", torch.int8, 512),
+    "alibi": ("alibi", None, None),
+    "alibi, parts of 512, int8 cache": ("alibi", torch.int8, 512),
+}
+MOST_BIASES = 2**30  # of ALiBi, in one piece: 4 GiB
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    lengths: tuple[Count, ...] = (1024, 4096, 16_384, 32_768)
+    """Tokens of prompts."""
+    training: tuple[Count, ...] = (1024, 8192)
+    """Tokens of training sequences."""
+
+
+def make_model(length: int, positions: str) -> GPT:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    shape = {"block_size": length, "vocab_size": 94, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    return GPT(GPTConfig(**shape, norm="rmsnorm", activation="swiglu", bias=False, positions=positions))
+
+
+def mebibytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def reading(name: str, length: int) -> list:
+    positions, cache_dtype, prefill = READERS[name]
+    if positions == "alibi" and not prefill and 4 * length**2 > MOST_BIASES:
+        return [name, length, None, None, None, None]
+    decoder = Decoder(make_model(length + 4, positions).eval(), cache_dtype, prefill)
+    decoder.read([[1, 2, 3]], room=1)
+    decoder.step([1])
+    before, prompt = mebibytes(), torch.randint(94, (length,)).tolist()
+    read = seconds(lambda: decoder.read([prompt], room=4))
+    step = seconds(lambda: [decoder.step([1]) for _ in range(4)]) / 4
+    kept = sum(buffer.nbytes for part in decoder.cache for buffer in part.buffers()) / 2**20
+    return [name, length, f"{mebibytes() - before:,.0f}", f"{kept:,.1f}", f"{read:.1f}", f"{1000 * step:.0f}"]
+
+
+def training(name: str, length: int) -> list:
+    model = make_model(length, "rotary")
+    tokens = torch.randint(94, (1, length))
+    model.activation_checkpointing = name.endswith("checkpointing")
+    model(tokens[:, :8], tokens[:, :8]).total.backward()
+    before = mebibytes()
+    spent = seconds(lambda: model(tokens, tokens).total.backward())
+    return [name, length, f"{mebibytes() - before:,.0f}", None, f"{spent:.1f}", None]
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    calls = [partial(reading, name, length) for name in READERS for length in options.lengths]
+    names = "forward and backward", "forward and backward, activation checkpointing"
+    calls += [partial(training, name, length) for name in names for length in options.training]
+    rows = [["", "tokens", "peak, MiB", "cache, MiB", "CPU, s", "a step, ms"]]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows += [pool.apply(call) for call in calls]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    entry_point(main)()
