@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         tokens = pad_rows(sequences, self._device)
         lengths = send([len(tokens) for tokens in sequences], self._device)
         whole = len(rows) == len(self.sequences)
-        self.read_length = longest if whole else self.read_length
+        self.read_length = longest if whole else max(longest, self.read_length)
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         padded = lengths if self.dynamic_context else None
         size = longest if self.dynamic_context else self.prefill or longest
