@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -46,8 +47,8 @@ class Options:
 def make_model(length: int, positions: str) -> GPT:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    shape = {"block_size": length, "vocab_size": 94, "n_layer": 4, "n_head": 4, "n_embd": 128}
-    return GPT(GPTConfig(**shape, norm="rmsnorm", activation="swiglu", bias=False, positions=positions))
+    settings: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "positions": positions}
+    return GPT(GPTConfig(length, 94, norm="rmsnorm", activation="swiglu", bias=False, **settings))
 
 
 def mebibytes() -> float:

@@ -15,7 +15,7 @@ what was read with the length of a row, so rows beyond the trained context are r
 import contextlib
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx.experimental._config
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
             for start in range(0, longest, size):
                 stop = min(start + size, longest)
                 positions = torch.arange(start, stop, device=self._device).expand(len(rows), -1) if start else None
-                settings = {"cache": [part.view(len(rows), stop, positions) for part in cache]}
+                settings: dict[str, Any] = {"cache": [part.view(len(rows), stop, positions) for part in cache]}
                 if start and before:
                     settings["previous"] = preceding(F.pad(tokens, (before, 0)), before)[:, start:stop]
                 part = tokens[:, start:stop]
