@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # GPT-4's other half: models that answer questions about pictures, trained from nothing. For each task it prepares the
 # pictures; trains an image encoder to classify them and a text model on the questions; joins the two by a projector and
-# trains all three, at first with a slow encoder; and asks the test's questions, about the right pictures and, as a
-# control, about shuffled ones.
+# trains all three, the encoder more slowly; and asks the test's questions, about the right pictures and, as a control,
+# about shuffled ones.
 # docs/results/gpt4_arc.md discusses the results. A second run continues where the first stopped. It writes
 # out/gpt4_arc/table.md and, for each task, answers.png: questions, pictures, answers and where the model looks.
 #
@@ -25,8 +25,8 @@ train() {  # folder, script and its arguments: a new run, or a stopped or finish
 for task in $tasks; do
     out=out/gpt4_arc/$task data=data/$task
     case $task in
-        shapes) labels="colour shape" epochs=8 tests="test pairs shuffled" ;;
-        digits) labels=label epochs=4 tests="test shuffled" ;;
+        shapes) labels="colour shape" epochs=8 tests="test pairs shuffled" first=$out/first ;;
+        digits) labels=label epochs=4 tests="test shuffled" first=$out/seen ;;
         *) echo "unknown task $task" >&2; exit 1 ;;
     esac
     mkdir -p "$out"
@@ -37,14 +37,17 @@ for task in $tasks; do
         --train="$data/labels.jsonl" --labels $labels --epochs="$epochs" --learning_rate=2e-3 --dtype=float32
     train "$out/text" train.py "$repository/examples/pictures_text.toml" --dataset="${task}_text"
 
-    # two rounds: with a slow encoder, then faster, on the other half of the questions if there are many
     head -n 12000 "$data/train.jsonl" > "$data/round_1.jsonl"
-    tail -n 12000 "$data/train.jsonl" > "$data/round_2.jsonl"
     chats=(--batch_size=64 --warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
-    train "$out/first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" "${chats[@]}" \
+    train "$first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" "${chats[@]}" \
         --image_encoder="$out/encoder" --encoder_rate=0.1 --learning_rate=2e-3 --epochs=8
-    train "$out/seen" stages/sft.py "$out/first" --train="$data/round_2.jsonl" "${chats[@]}" \
-        --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
+    if [ "$first" != "$out/seen" ]; then  # with a faster encoder, a round on other questions and one on all
+        tail -n +12001 "$data/train.jsonl" > "$data/round_2.jsonl"
+        train "$out/second" stages/sft.py "$first" --train="$data/round_2.jsonl" "${chats[@]}" \
+            --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
+        train "$out/seen" stages/sft.py "$out/second" --train="$data/train.jsonl" "${chats[@]}" \
+            --encoder_rate=0.3 --learning_rate=1e-3 --epochs=1
+    fi
 
     for items in $tests; do
         echo "$task, $items"

@@ -6,6 +6,7 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -123,3 +124,7 @@ def test_a_tokenizer_is_found_wherever_a_model_is(tmp_path, monkeypatch):
     Path("out/t1/best").write_text("step-00000002")  # in place of a link, where there are none
     for name in ("out/t0", "out/t1", "out/t0/last", "out/t1/best", "model"):
         assert find_tokenizer(name) == tokenizer
+    for place in (Path("data"), Path()):  # what replaced a folder was killed before the new one was there
+        save_model(GPT(GPTConfig(4, 3, 1, 1, 4)), tokenizer, place / ".killed.old")
+        assert find_tokenizer("killed") == tokenizer
+        shutil.rmtree(place / ".killed.old")

@@ -843,7 +843,15 @@ def test_a_micro_batch_never_waits_for_the_device(change):
             loss.total.item()
 
 
-@pytest.mark.parametrize("change", [{}, dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        pytest.param(
+            dict(positions="rotary", norm="rmsnorm", qk_norm=True, n_kv_head=2), marks=pytest.mark.slow, id="modern"
+        ),
+    ],
+)
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()

@@ -118,7 +118,7 @@ def test_a_finished_run_says_how_to_go_on(workplace, run):
     assert "a patience above 1 goes on, such as --patience=2" in run("--resume=patient", tiny=False)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_a_run_may_resume_in_another_precision(workplace, run, dtype):
     run("--max_iters=2", "--dtype=float32", "--warmup_iters=0")
     assert dtype in run("--init_from=resume", f"--dtype={dtype}", "--max_iters=4", tiny=False)
@@ -371,7 +371,9 @@ def wait_for(condition, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_say_how_to_resume(workplace, number, code):
     process = start("--max_iters=100000", "--eval_interval=100000", "--log_interval=5")
     metrics = workplace / "out/sums/metrics.jsonl"

@@ -186,9 +186,7 @@ def _context(row: dict[str, Any]) -> tuple[Turn, ...]:
     if form in ("messages", "conversations"):
         return _messages(row, form)
     if row.get("tools") not in ABSENT:
-        raise ValueError(
-            f"the column tools = {shown(row['tools'])} is read beside messages alone: write them, or remove it"
-        )
+        raise ValueError(f"the column tools = {shown(row['tools'])} is only read beside messages: remove it or the row")
     system = (Turn("system", text_of(row, "system")),) if row.get("system") else ()
     request = text_of(row, form)
     if form == "instruction" and row.get("input"):

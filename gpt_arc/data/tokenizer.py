@@ -25,7 +25,7 @@ from gpt_arc import hub
 from gpt_arc.data.declared import SETTINGS_FILE, Declared, read_declared
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT, follow, write_file
+from gpt_arc.files import DATA_ROOT, follow, whole, write_file
 from gpt_arc.manifest import check_files
 from gpt_arc.reading import read_bytes, read_json, reading
 
@@ -759,7 +759,8 @@ def find_tokenizer(name: str) -> Tokenizer:
     """
     if name == "gpt2":
         return BPETokenizer.gpt2()
-    for path in map(follow, (Path(name), Path(name, "best"), Path(name, "last"), DATA_ROOT / name)):
+    named = whole(Path(name)), Path(name, "best"), Path(name, "last"), whole(DATA_ROOT / name)
+    for path in map(follow, named):
         if path.is_file() or holds_tokenizer(path):
             check_files(path if path.is_dir() else path.parent, sizes_only=(".safetensors", ".pt", ".bin"))
             return load_tokenizer(path)

@@ -114,9 +114,14 @@ def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200
             missing[name] = "it needs three values or more of each of its variables"
             return
         try:
-            fits[name] = fit(form, variables, [row.val_loss for row in rows], resamplings, seed)
+            each = fit(form, variables, [row.val_loss for row in rows], resamplings, seed)
         except ValueError as error:
             missing[name] = str(error)
+            return
+        if each.law.constants.get("exponent", 1) <= 0:  # of runs with equal FLOPs, L(N) has too few tokens at each N
+            missing[name] = "the losses of these runs don't fall as it grows"
+        else:
+            fits[name] = each
 
     for name, rows, x in (
         ("N", most, [size_of(r, embeddings) for r in most]),

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from gpt_arc.data.datasets import find_dataset, recorded_tokens
 from gpt_arc.errors import UserError
 from gpt_arc.files import follow
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.reading import read_bytes, read_json
 from gpt_arc.training.runs import Summary, is_running, size_of, summary
@@ -113,7 +112,7 @@ def read_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def _parameters(checkpoint: Path) -> str:
     config = load_config(checkpoint)
-    with torch.device("meta"):
+    with meta_device():
         return describe_parameters(GPT(config))
 
 

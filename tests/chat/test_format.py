@@ -403,10 +403,10 @@ def test_a_response_of_weight_0_is_read_and_not_learned(tmp_path):
         (
             read_conversations,
             {"instruction": "a", "output": "b", "tools": [{}]},
-            "the column tools = [{}] is read beside messages alone",
+            "the column tools = [{}] is only read beside messages",
         ),
-        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "tools": "[{}]"}, "is read beside"),
-        (read_prompts, {"prompt": "a", "tools": [{}]}, "the column tools = [{}] is read beside messages alone"),
+        (read_rankings, {"prompt": "a", "chosen": "c", "rejected": "d", "tools": "[{}]"}, "is only read beside"),
+        (read_prompts, {"prompt": "a", "tools": [{}]}, "the column tools = [{}] is only read beside messages"),
         (read_conversations, {"messages": MESSAGES, "weight": 0.5}, "the column weight = 0.5 can't be learned"),
         (
             read_conversations,

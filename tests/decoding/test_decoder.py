@@ -333,9 +333,20 @@ def test_a_long_prompt_keeps_its_end():
 STATEFUL = [tiny_gpt(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED, DYNAMIC)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_sequence_of_calls_equals_reading_afresh(data):
+    read_in_any_way(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_many_sequences_of_calls_equal_reading_afresh(data):
+    read_in_any_way(data)
+
+
+def read_in_any_way(data):
     pair = Pair(data.draw(st.sampled_from(STATEFUL)))
     context = pair.model.config.block_size
     calls = st.sampled_from(["read", "extend", "step", "step", "keep", "rewind"])

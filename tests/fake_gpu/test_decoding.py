@@ -15,6 +15,7 @@ def check(config, rows, sampling, target=90):
     assert token["largest"] < token["keys"]
 
 
+@pytest.mark.slow
 def test_a_token_waits_once():
     check(GROUPS, 4, FILTERS)
 

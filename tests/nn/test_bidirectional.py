@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import architecture_of, config_from_hf, hf_config, hf_tensors, nearest_architecture
 from helpers import ROOT, randomised
@@ -98,7 +99,7 @@ def test_what_bert_is_not_is_refused():
 def test_the_preset_is_berts_base_size():
     """BertModel's published 110M: these parameters, with the pooler in place of the head."""
     config = GPTConfig(**tomllib.loads((ROOT / "configs/bert.toml").read_text())["model"])
-    with torch.device("meta"):
+    with meta_device():
         ours, theirs = GPT(config), transformers.BertForMaskedLM(transformers.BertConfig())
         published = transformers.BertModel(transformers.BertConfig())
     assert ours.num_parameters() == theirs.num_parameters() == 109_514_298

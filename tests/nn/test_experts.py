@@ -462,7 +462,8 @@ def test_cached_decoding_equals_the_full_forward(change, packed, monkeypatch):
         torch.testing.assert_close(actual, whole[len(prompt) - 1 :], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_experts_equal_eager_experts(checkpointing):
     """In bfloat16 the step is one graph; in float32 the loop over experts breaks it."""
     eager = GPT(changed(n_layer=1, capacity_factor=1.0))

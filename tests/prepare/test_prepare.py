@@ -422,7 +422,8 @@ def peak_memory(*flags):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports a single program's peak")
-@pytest.mark.parametrize("tokenizer", ["char", pytest.param("bpe", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
 def test_memory_stays_flat_if_the_tokenizer_allows_cuts(tmp_path, monkeypatch, library, tokenizer):
     assert load_tokenizer(library[1]).cuts_at_space
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,52 @@
+"""The figures of docs/results/scaling.md follow from the results that are committed beside it."""
+
+import hashlib
+import re
+
+import pytest
+
+from gpt_arc.planning.fits import Result
+from gpt_arc.planning.scaling_laws import CHINCHILLA, fit
+from gpt_arc.reading import read_json
+from helpers import ROOT
+
+pytest.importorskip("scipy")
+DOCS = ROOT / "docs/results"
+TEXT = (DOCS / "scaling.md").read_text()
+
+
+def law_of(results):
+    sizes, tokens = [r.parameters_without_embeddings for r in results], [r.tokens for r in results]
+    return fit(CHINCHILLA, {"n": sizes, "d": tokens}, [r.val_loss for r in results], resamplings=0).law
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    return read_json(DOCS / "scaling_mini.json", list[Result])
+
+
+def test_the_losses_and_constants_are_those_of_the_sweep(sweep):
+    for result in sweep:
+        assert f"{result.n_layer}x{result.n_embd}" in TEXT and f"{result.val_loss:.3f}" in TEXT
+    law = law_of([result for result in sweep if result.tokens >= 150_000])
+    shown = dict(re.findall(r"^\| (E|A|B|alpha|beta) \| ([\d.e+]+) \|", TEXT, re.M))
+    assert shown == {name: f"{value:.3g}" for name, value in law.constants.items()}
+
+
+def test_the_prediction_was_made_from_the_runs_of_a_tenth_of_the_compute(sweep):
+    prediction = read_json(DOCS / "scaling_prediction.json")
+    (large,) = read_json(DOCS / "scaling_large.json", list[Result])
+    used = [result for result in sweep if result.flops <= 0.1 * large.flops]
+    law = law_of(used)
+    assert len(used) == prediction["runs"] and law.constants == pytest.approx(prediction["constants"], rel=1e-4)
+    loss = float(law.loss(n=large.parameters_without_embeddings, d=large.tokens))
+    assert loss == pytest.approx(prediction["val_loss"], rel=1e-6)
+    low, high = prediction["interval"]
+    assert f"{loss:.4f}, 95% interval {low:.4f} to {high:.4f}" in TEXT
+    assert f"{large.val_loss:.4f}: missed by {large.val_loss / loss - 1:+.2%}" in TEXT
+    assert prediction["date"] in TEXT and prediction["results"][:8] in TEXT
+    trained_later = "2x32-3508", "3x48-1207", "4x64-547", "5x80-292"
+    lines = [line.rstrip(",") for line in (DOCS / "scaling_mini.json").read_text().splitlines()[1:-1]]
+    known = [line for line in lines if not any(f'"{name}"' in line for name in trained_later)]
+    content = "[\n" + ",\n".join(known) + "\n]\n"
+    assert len(known) == 14 and hashlib.sha256(content.encode()).hexdigest() == prediction["results"]
