@@ -15,7 +15,7 @@ what was read with the length of a row, so rows beyond the trained context are r
 import contextlib
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx.experimental._config
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         tokens = pad_rows(sequences, self._device)
         lengths = send([len(tokens) for tokens in sequences], self._device)
         whole = len(rows) == len(self.sequences)
-        self.read_length = longest if whole else self.read_length
+        self.read_length = longest if whole else max(longest, self.read_length)
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         padded = lengths if self.dynamic_context else None
         size = longest if self.dynamic_context else self.prefill or longest
