@@ -15,6 +15,7 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
@@ -54,6 +55,9 @@ class GPTConfig:
     """Width of one attention head. None: n_embd / n_head."""
     mlp_size: Count | None = None
     """Hidden width of the MLP. None: 4 n_embd; 8/3 n_embd if a gate (swiglu) gives the MLP a third matrix."""
+    encoder_layers: Natural = 0
+    """Blocks of an encoder that reads a source, whose states each block then also attends to (arXiv:1706.03762).
+    0: none, a language model."""
     norm_position: Literal["pre", "post"] = "pre"
     """pre: x + f(norm(x)) and a final norm (GPT-2, GPT-3). post: norm(x + f(x)), no final norm (GPT-1)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
@@ -94,6 +98,8 @@ class GPTConfig:
     """A linear layer, the activation and a norm before the output matrix (BERT)."""
     embedding_norm: bool = False
     """A norm of the summed embeddings (BERT)."""
+    embedding_scale: Positive = 1.0
+    """Token embeddings are multiplied by this: sqrt(n_embd) in arXiv:1706.03762."""
     token_types: Natural = 0
     """Embeddings of a token's type, such as first or second text of a pair (2 in BERT). 0: none."""
     n_experts: Natural = 0
@@ -145,6 +151,13 @@ class GPTConfig:
         if self.attention == "bidirectional" and self.attention_band is not None:
             raise ValueError(
                 f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'
+            )
+        if self.attention == "bidirectional" and self.positions == "alibi":
+            raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')
+        if self.encoder_layers and (self.attention == "bidirectional" or self.n_experts):
+            raise ValueError(
+                f'encoder_layers = {self.encoder_layers}: a decoder with an encoder needs attention = "causal" and has '
+                "no experts"
             )
         if self.head_transform and (self.attention == "causal" or self.gated):
             raise ValueError(
@@ -268,6 +281,36 @@ class Attention(nn.Module):
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
+class Source(NamedTuple):
+    """What an encoder makes of B sources of up to S tokens; B = 1 stands for any number of equal ones."""
+
+    states: Tensor  # (B, S, C)
+    mask: Tensor | None  # (B, 1, 1, S), False for padding; None: there is none
+
+
+class CrossAttention(nn.Module):
+    """Attention to the states of a source; `key_value` stacks K key heads, then K value heads."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width
+        self.query = nn.Linear(config.n_embd, heads * size, bias=config.bias)
+        self.key_value = nn.Linear(config.n_embd, 2 * kv_heads * size, bias=config.bias)
+        self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
+        self.dropout = Dropout(config.dropout_of("residual"))
+
+    def forward(self, x: Tensor, source: Source) -> Tensor:
+        """Returns a tensor shaped like x (B, T, C)."""
+        config = self.config
+        query = self.query(x).unflatten(-1, (config.n_head, config.head_width)).transpose(1, 2)  # (B, H, T, D)
+        pair = self.key_value(source.states).unflatten(-1, (2 * config.kv_heads, config.head_width)).transpose(1, 2)
+        key, value = pair.expand(len(x), -1, -1, -1).chunk(2, dim=1)  # (B, K, S, D)
+        dropout = config.dropout_of("attention") if self.training else 0.0
+        mixed = attend(query, key, value, source.mask, dropout, causal=False)
+        return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
+
+
 class MLP(nn.Module):
     """Two linear layers around the activation; for a gated one (arXiv:2002.05202) `up` stacks gate, then value."""
 
@@ -289,13 +332,19 @@ def make_experts(config: GPTConfig) -> Experts:
 
 
 class Block(nn.Module):
-    """One layer of the Transformer: attention, then the MLP, each with its norm and residual connection."""
+    """One layer of the Transformer: attention, then the MLP, each with its norm and residual connection.
+
+    Between them, with an encoder, cross-attention to a source.
+    """
 
     def __init__(self, config: GPTConfig, number: int = 0):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.n_embd)
         self.attention = Attention(config)
+        if config.encoder_layers:
+            self.cross_norm = make_norm(config, config.n_embd)
+            self.cross = CrossAttention(config)
         self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = make_experts(config) if config.has_experts(number) else MLP(config, config.mlp_width)
 
@@ -306,16 +355,21 @@ class Block(nn.Module):
         mask: Mask,
         cache: KVCache | None = None,
         *real: Tensor,
+        source: Source | None = None,
     ) -> Tensor | tuple[Tensor, Routing]:
         """Returns x (B, T, C) after the layer; a block with experts, in training, also its `Routing`.
 
-        `real` (B, T), for experts only, is False for padding.
+        `real` (B, T), for experts only, is False for padding. `source` is for cross-attention.
         """
         if self.post_norm:
             x = self.attention_norm(x + self.attention(x, rotary, mask, cache))
+            if source is not None:
+                x = self.cross_norm(x + self.cross(x, source))
             mixed = self.mlp(x, *real)
         else:
             x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+            if source is not None:
+                x = x + self.cross(self.cross_norm(x), source)
             mixed = self.mlp(self.mlp_norm(x), *real)
         mixed, *routing = mixed if isinstance(mixed, tuple) else (mixed,)
         x = self.mlp_norm(x + mixed) if self.post_norm else x + mixed
@@ -345,6 +399,10 @@ class GPT(nn.Module):
         self.embedding_norm = make_norm(config, config.n_embd) if config.embedding_norm else nn.Identity()
         self.dropout = Dropout(config.dropout_of("embedding"))
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        if config.encoder_layers:
+            reads = replace(config, encoder_layers=0, attention="bidirectional", attention_band=None)
+            self.encoder = nn.ModuleList(Block(reads) for _ in range(config.encoder_layers))
+            self.encoder_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
         self.final_norm = nn.Identity() if config.norm_position == "post" else make_norm(config, config.n_embd)
         if config.head_transform:
             self.head_layer = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -395,6 +453,8 @@ class GPT(nn.Module):
         """
         config = self.config
         x = self.token_embedding(tokens if images is None else tokens.clamp(min=0))
+        if config.embedding_scale != 1:
+            x = x * config.embedding_scale
         if images is not None:
             in_image = tokens < 0
             x[in_image] = images[-1 - tokens[in_image]].type_as(x)
@@ -422,6 +482,20 @@ class GPT(nn.Module):
             cosines, sines = config.stretch.waves(positions, lengths, config.head_width, config.rotary_base)
         return cosines.unsqueeze(-3), sines.unsqueeze(-3)
 
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Source:
+        """Reads sources (B, S), of which `lengths` (B,) tokens precede the padding, for `hidden`.
+
+        Raises ValueError for more than block_size tokens.
+        """
+        if tokens.size(1) > self.config.block_size:
+            raise ValueError(f"a source has {tokens.size(1)} tokens, and block_size = {self.config.block_size}")
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        mask = bidirectional_mask(tokens, None, lengths)
+        x, rotary = self.embed(tokens, positions), self.rotary(positions, lengths)
+        for block in self.encoder:
+            x = block(x, rotary, mask)
+        return Source(self.encoder_norm(x), None if mask is None else mask[:, :, :1])
+
     def hidden(
         self,
         tokens: Tensor,
@@ -431,6 +505,7 @@ class GPT(nn.Module):
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
@@ -439,9 +514,11 @@ class GPT(nn.Module):
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
         statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
-        `embed`.
+        `embed`. With an encoder, `source` is what `encode` returned.
         """
         config = self.config
+        if (source is None) != (config.encoder_layers == 0):
+            raise ValueError(f"encoder_layers = {config.encoder_layers}: a source goes with an encoder")
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
@@ -459,7 +536,7 @@ class GPT(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             padding = real if config.has_experts(i) else ()
-            x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding)
+            x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding, source=source)
             if isinstance(x, tuple):  # experts, in training
                 x, routing = x
                 routings.append(routing)

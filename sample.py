@@ -11,6 +11,7 @@
     python sample.py --chat out/sft                    a conversation; --system="Be brief." sets its tone
     python sample.py out/sft --image=cat.png --start="What is this?"    a model trained on images; /image FILE in a chat
     python sample.py out/bert_mini --start="The [MASK] statement"    a bidirectional model fills gaps
+    python sample.py out/translate --start="a source"  the target that a model of stages/translate.py makes of it
     python sample.py --prompts=FILE --json=True        one prompt per line in, one JSON object per line out
 
 A model is a run folder, a model directory, or the name of published weights.
@@ -48,6 +49,7 @@ class Sampler:
     def __init__(self, config: SampleConfig, first_prompts: int):
         """`first_prompts`: how many prompts are continued together. Raises UserError for a model that doesn't fit."""
         from gpt_arc.chat.format import load_chat, require_chat
+        from gpt_arc.data.pairs import boundary_token
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.images import load_images
         from gpt_arc.decoding.load import load_decoder, set_decoding_threads
@@ -74,6 +76,13 @@ class Sampler:
 
         name = config.names[0] if config.names else runs.newest_run()
         self.directory, self.decoder, self.tokenizer, chat, self.images = load(name)
+        self.translates = self.decoder.model.config.encoder_layers > 0
+        self.boundary = boundary_token(self.tokenizer)
+        if self.translates:
+            if config.draft:
+                raise UserError(f"{self.directory} turns sources into targets, which draft isn't for: leave it out")
+            self.batch_size = config.num_samples  # of one source
+            self.decoder.read_source([self.boundary])
         set_decoding_threads(self.decoder, config.threads, rows)
         self.context, self.dialogue = self.decoder.model.config.block_size, None
         for path in config.image:
@@ -97,6 +106,12 @@ class Sampler:
                 self.images.show(Path(prompts[0].removeprefix(SHOW).strip()))
                 return []
             return [self.dialogue.ask(prompts[0], config.stop, self.images.take() if self.images else ())]
+        if self.translates:
+            from gpt_arc.data.pairs import encode_source
+
+            self.sources = {prompt: encode_source(prompt, self.tokenizer, self.context) for prompt in prompts}
+            start = [self.boundary], self.tokenizer, config.stop, self.boundary
+            return [Continuation(prompt, *start) for prompt in prompts for _ in range(config.num_samples)]
         encoded = [(prompt, encode_prompt(prompt, self.tokenizer, self.context)) for prompt in prompts]
         return [
             Continuation(prompt, tokens, self.tokenizer, config.stop)
@@ -113,6 +128,8 @@ class Sampler:
         config, prompts = self.config, [row.prompt_tokens for row in batch]
         generators = row_generators(config.seed, range(first, first + len(batch)))
         settings = {"sampling": config.sampling, "stopped": lambda row, token: batch[row].ended}
+        if self.translates:
+            self.decoder.read_source(self.sources[batch[0].prompt])
         if config.num_beams:
             yield from self._beam_steps(prompts[0], config.num_beams, len(batch))
         elif config.draft:
@@ -126,7 +143,7 @@ class Sampler:
         from gpt_arc.decoding.beam import beam_search
         from gpt_arc.decoding.generate import Step
 
-        config, ends = self.config, sorted(self.tokenizer.ends)
+        config, ends = self.config, [self.boundary] if self.translates else sorted(self.tokenizer.ends)
         beams = beam_search(self.decoder, prompt, config.max_new_tokens, width, config.length_penalty, ends)
         for row, beam in enumerate(beams[:count]):
             for token, log_probability in zip(beam.tokens, beam.log_probabilities):
@@ -141,7 +158,7 @@ def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:
             continuations = sampler.continuations(prompts)
             if not started:
                 print(f"sampling from {sampler.directory}", file=sys.stderr)
-            screen = Screen(continuations, config.json, with_prompts=sampler.dialogue is None)
+            screen = Screen(continuations, config.json, with_prompts=not (sampler.dialogue or sampler.translates))
             for start in range(0, len(continuations), sampler.batch_size):
                 batch = continuations[start : start + sampler.batch_size]
                 started += len(batch)

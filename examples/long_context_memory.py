@@ -47,8 +47,8 @@ class Options:
 def make_model(length: int, positions: str) -> GPT:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    settings: dict[str, Any] = {"n_layer": 4, "n_head": 4, "n_embd": 128, "positions": positions}
-    return GPT(GPTConfig(length, 94, norm="rmsnorm", activation="swiglu", bias=False, **settings))
+    shape: dict[str, Any] = {"block_size": length, "n_layer": 4, "n_head": 4, "n_embd": 128, "positions": positions}
+    return GPT(GPTConfig(vocab_size=94, norm="rmsnorm", activation="swiglu", bias=False, **shape))
 
 
 def mebibytes() -> float:

@@ -27,6 +27,7 @@ COMMANDS = {
     "ppo": ("stages/ppo.py", "learn from a reward"),
     "dpo": ("stages/dpo.py", "learn from preferences without a reward model"),
     "finetune": ("stages/finetune.py", "fine-tune on labels"),
+    "translate": ("stages/translate.py", "train an encoder-decoder on pairs of a source and a target"),
     "scaling": ("stages/scaling.py", "fit scaling laws, and plan or predict a run: gpt-arc scaling plan --days=1"),
     "eval": ("stages/eval.py", "measure perplexity and tasks"),
     "runs": ("tools/runs.py", "list the runs under out/, compare two, remove one"),

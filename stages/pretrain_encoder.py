@@ -30,7 +30,7 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Share
+from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
@@ -63,6 +63,9 @@ class Options(ExampleOptions):
     """Passes over the images."""
     batch_size: Count = 64
     """Images that a process reads at a time, at most."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
+    parameters), up to 0.01."""
     warmup: Share = 0.05
     """Share of the updates in which the learning rate rises."""
     weight_decay: NonNegative = 0.05

@@ -74,7 +74,7 @@ def test_an_unknown_command_or_dataset_is_refused_with_a_list():
     with pytest.raises(UserError, match="no command 'trian'; the commands are new, train, sample, chat"):
         cli.script_command("trian", [])
     for arguments in ([], ["novels"]):
-        with pytest.raises(UserError, match="name what to prepare: gpt-arc prepare decontaminate, fineweb"):
+        with pytest.raises(UserError, match="name what to prepare: gpt-arc prepare decontaminate, digits, fineweb"):
             cli.script_command("prepare", arguments)
 
 

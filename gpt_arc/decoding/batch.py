@@ -110,7 +110,7 @@ class Batch:
         return [Token(*values) for values in zip(ids, log_probabilities, self._alternatives(logits))]
 
     def _alternatives(self, logits: Tensor) -> list[list[tuple[int, float]]]:
-        """Returns the most likely tokens of each row, as many as its request wants."""
+        """Returns the most likely tokens of each row, up to the number that its request wants."""
         counts = [min(request.alternatives, logits.size(-1)) for request in self.requests]
         if not any(counts):
             return [[] for _ in counts]

@@ -15,7 +15,7 @@ what was read with the length of a row, so rows beyond the trained context are r
 import contextlib
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.fx.experimental._config
@@ -28,7 +28,7 @@ from gpt_arc.decoding.cache import BlockCache, buffers_of, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
-from model import GPT
+from model import GPT, Source
 
 
 def preceding(tokens: Tensor, count: int) -> Tensor:
@@ -51,12 +51,18 @@ class Decoder(nn.Module):
         self.model, self.cache_dtype, self.prefill = model, cache_dtype, prefill
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
+        self.source: Source | None = None  # for a model with an encoder: one source, of all rows
         self.cache = empty_cache(model, 0, 0, torch.float32)
         self.dynamic_context = model.config.rotary_context if model.config.rotary_scaling == "dynamic" else None
         self.read_length = 0  # of the longest row when all rows were last read from their beginning
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
         self.one_step = self.forward  # used for one token per row
+
+    @torch.inference_mode()
+    def read_source(self, tokens: Sequence[int]) -> None:
+        """Lets the encoder read a source, to which all rows attend from now on."""
+        self.source = self.model.encode(send([list(tokens)], self._device))
 
     def prepare(self, rows: int, compile: bool, int8: bool = False) -> None:
         """Lays out the model for decoding `rows` at a time; it can't be trained or saved any more.
@@ -184,11 +190,13 @@ class Decoder(nn.Module):
             for start in range(0, longest, size):
                 stop = min(start + size, longest)
                 positions = torch.arange(start, stop, device=self._device).expand(len(rows), -1) if start else None
-                settings: dict[str, Any] = {"cache": [part.view(len(rows), stop, positions) for part in cache]}
+                views = [part.view(len(rows), stop, positions) for part in cache]
+                previous = None
                 if start and before:
-                    settings["previous"] = preceding(F.pad(tokens, (before, 0)), before)[:, start:stop]
-                part = tokens[:, start:stop]
-                hidden.append(self.model.hidden(part, lengths=padded, images=self.images, **settings))
+                    previous = preceding(F.pad(tokens, (before, 0)), before)[:, start:stop]
+                part, images, source = tokens[:, start:stop], self.images, self.source
+                read = self.model.hidden(part, None, views, previous, padded, images, source=source)
+                hidden.append(read)
         places = send(rows, self._device)
         for kept, new in zip(buffers_of(self.cache), [] if whole else buffers_of(cache)):
             kept[places, :, :longest] = new
@@ -255,7 +263,7 @@ class Decoder(nn.Module):
         """Returns logits (B, T, V) of tokens (B, T) that follow `lengths` (B,) tokens, attending to `slots` slots."""
         positions = lengths[:, None] + torch.arange(tokens.size(1), device=tokens.device)
         views = [part.view(len(tokens), slots, positions) for part in self.cache]
-        hidden = self.model.hidden(tokens, cache=views, previous=previous)
+        hidden = self.model.hidden(tokens, cache=views, previous=previous, source=self.source)
         return self.head(hidden).float()
 
     @torch.inference_mode()

@@ -64,9 +64,10 @@ def load_decoder(directory: Path, config: SampleConfig, rows: int, steps: int) -
     device = resolve_device(config.device)
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     dtype = resolve_decoding_dtype(config.dtype, device, size)
-    model, tokenizer = load_text_model(directory, dtype=dtype)
+    model, tokenizer = load_text_model(directory, dtype=dtype, translates=True)
     cache_dtype = None if config.cache == "auto" else getattr(torch, config.cache)
     decoder = Decoder(model.to(device).eval(), cache_dtype, config.prefill)
-    compile = config.draft is None and resolve_decoding_compile(config.compiling, device, model, steps)
+    compile = config.draft is None and not model.config.encoder_layers
+    compile = compile and resolve_decoding_compile(config.compiling, device, model, steps)
     decoder.prepare(rows, compile, config.int8)
     return decoder, tokenizer

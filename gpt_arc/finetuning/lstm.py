@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.experts import Experts
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Source
 
 
 class LSTM(GPT):
@@ -47,9 +47,10 @@ class LSTM(GPT):
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
-        assert documents is None and cache is None and previous is None and images is None and types is None
+        assert all(extra is None for extra in (documents, cache, previous, images, types, source))
         if tokens.size(1) > self.config.block_size:
             raise ValueError(
                 f"{tokens.size(1)} tokens are more than the context, block_size = {self.config.block_size}"

@@ -9,7 +9,7 @@ from gpt_arc.reports.content import RunContent
 from gpt_arc.training.log import METRICS
 
 AXES = ("step", "tokens", "seconds")  # what a curve may be drawn against
-TOGETHER = {  # chart -> its title and metrics; any other metric has a chart of its own
+TOGETHER = {  # chart -> its title and metrics; every other metric gets a separate chart
     "loss": ("loss, nats a token", ("train_loss", "val_loss")),
     "learning_rate": ("learning rate", ("learning_rate",)),
     "grad_norm": ("gradient norm", ("grad_norm",)),

@@ -1,6 +1,6 @@
 """Continuous batching for an asyncio server: clients' continuations join a running batch as they come.
 
-A step runs in a thread of its own, and everything else between two steps, in the event loop: no locks are needed. A
+Steps run in one thread; everything else happens in the event loop, between two steps, so no locks are needed. A
 continuation whose reader has gone leaves before the next step.
 """
 
@@ -63,7 +63,7 @@ class Engine:
         return not (self._waiting or self._running or self._leaving)
 
     def is_full(self, choices: int) -> bool:
-        """Whether so many more choices would wait too long."""
+        """Whether there is no room for this many more choices."""
         return len(self._waiting) + choices > MOST_WAITING
 
     async def serve(self) -> None:

@@ -191,9 +191,9 @@ class Playground:
         if parsed.stream:
             return Stream(_events(writer, pieces), media_type="text/event-stream")
         collected = asyncio.ensure_future(_collect(pieces))
-        gone = asyncio.ensure_future(_until_gone(request))
-        await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
+        disconnected = asyncio.ensure_future(_until_disconnected(request))
+        await asyncio.wait({collected, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        disconnected.cancel()
         if not collected.done():
             collected.cancel()
             return Response(status_code=499)  # nobody reads it
@@ -280,7 +280,7 @@ async def _collect(pieces: AsyncIterator[list[Piece]]) -> list[Piece]:
         return [piece async for ready in pieces for piece in ready]
 
 
-async def _until_gone(request: Request) -> None:
+async def _until_disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -92,8 +92,9 @@ class TrainingConfig:
     """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
     """Muon's decay rate for the mean of gradients."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown.
+    inverse_sqrt: over the square root of the step, without an end (arXiv:1706.03762)."""
     cooldown: UnitInterval = 0.4
     """Share of the steps up to lr_decay_iters over which wsd falls to min_lr (arXiv:2405.18392)."""
     warmup_iters: Natural = 0
@@ -309,6 +310,11 @@ class Config:
             raise ValueError(
                 f"objective = {training.objective} contradicts attention = {self.model.attention}: it needs attention "
                 f"= {fitting}"
+            )
+        if self.model.encoder_layers:
+            raise ValueError(
+                f"encoder_layers = {self.model.encoder_layers} makes a model of sources and targets, which "
+                "stages/translate.py trains"
             )
         if interval and self.is_masked:
             raise ValueError(

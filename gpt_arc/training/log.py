@@ -39,7 +39,7 @@ METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in tr
     "margin": "mean difference of rewards between the better and the worse response",
     "language_loss": "of the texts, in nats a token",
     "examples_per_second": "over an epoch",
-    "val_accuracy": "share of the val split's labels or pairs that are right",
+    "val_accuracy": "share of the val split's labels or pairs, or of whole targets, that are right",
     "val_calibration_error": "mean distance between predicted and actual agreement",
     "val_macro_f1": "mean F1 over the classes",
     "val_matthews": "Matthews' correlation",

@@ -30,6 +30,8 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "inverse_sqrt":
+        return config.learning_rate * math.sqrt((config.warmup_steps + 1) / (step + 1))
     if step >= config.decay_end:
         return config.final_lr
     if config.schedule == "wsd":

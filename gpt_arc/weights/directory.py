@@ -38,9 +38,9 @@ VISION_FILE = "vision.json"  # beside a model that reads images (gpt_arc/vision/
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that older versions don't know, and the value that means what these do
-LATER = {"base_width": None, "rotary_scaling": None, "rotary_factor": 1.0, "rotary_context": None, "rotary_fast": None}
-LATER |= {"rotary_slow": 1.0, "rotary_attention_factor": None}
-LATER |= {"attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
+LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
+LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
+LATER |= {"rotary_context": None, "rotary_fast": None, "rotary_slow": 1.0, "rotary_attention_factor": None}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | STRETCHING | {"init", "base_width", "block_size"}
 
@@ -249,7 +249,9 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
 
 
 def require_causal(path: Path | str, model: GPT) -> GPT:
-    """Returns the model loaded from `path`. Raises UserError for a bidirectional one."""
+    """Returns the model loaded from `path`. Raises UserError unless it is a language model that continues texts."""
+    if model.config.encoder_layers:
+        raise UserError(f"{path} turns sources into targets and continues no text: use sample.py with --start=SOURCE")
     if model.config.attention == "bidirectional":
         raise UserError(
             f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
@@ -259,13 +261,15 @@ def require_causal(path: Path | str, model: GPT) -> GPT:
 
 
 @of_one_checkpoint
-def load_text_model(path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True) -> tuple[GPT, Tokenizer]:
+def load_text_model(
+    path: Path | str, dtype: torch.dtype = torch.float32, causal: bool = True, translates: bool = False
+) -> tuple[GPT, Tokenizer]:
     """`load_model` for a model that must have a tokenizer and, if `causal`, causal attention.
 
-    Raises UserError if it hasn't.
+    With `translates` it may have an encoder. Raises UserError if the model doesn't fit.
     """
     model, tokenizer = load_model(path, dtype=dtype)
-    if causal:
+    if not translates and (causal or model.config.encoder_layers):
         require_causal(path, model)
     if tokenizer is None:
         raise UserError(f"{path} has no tokenizer, so it can't read text")

@@ -32,24 +32,28 @@ def alone(model: GPT, seed: int, sampling: Sampling, length: int, count: int) ->
     return [(step.tokens[0], step.log_probabilities[0]) for step in steps]
 
 
-@pytest.mark.parametrize("change", [{}, {"positions": "rotary", "attention_band": 5}, {"ngrams": 3, "ngram_rows": 50}])
+DYNAMIC = {"positions": "rotary", "rotary_scaling": "dynamic", "rotary_factor": 2.0, "rotary_context": 6}
+VARIANTS = [{}, {"positions": "rotary", "attention_band": 5}, {"ngrams": 3, "ngram_rows": 50}, DYNAMIC]
+
+
+@pytest.mark.parametrize("change", VARIANTS)
 def test_continuations_that_come_and_go_are_those_computed_alone(change):
     """Lengths above the context too, where the oldest quarter is dropped."""
     model = randomised(GPT(dataclasses.replace(TINY, **change)))
     draws, batch = random.Random(1), Batch(Decoder(model), 4)
     waiting = [(seed, SAMPLINGS[seed % 4], draws.randint(1, 14), draws.randint(1, 20)) for seed in range(14)]
     expected = {seed: alone(model, seed, sampling, length, count) for seed, sampling, length, count in waiting}
-    answers, wanted, leaving = {}, {}, []
+    answers, requested, leaving = {}, {}, []
     while waiting or batch.requests[len(leaving) :]:
         joining = {}
         while waiting and len(batch.requests) - len(leaving) + len(joining) < 5 and draws.random() < 0.6:
             seed, sampling, length, count = waiting.pop()
             joining[request_of(seed, sampling, length=length)] = seed, count
-        wanted |= joining
+        requested |= joining
         produced = batch.step(list(joining), leaving)
         leaving = []
         for request, token in produced:
-            seed, count = wanted[request]
+            seed, count = requested[request]
             answers.setdefault(seed, []).append((token.id, token.log_probability))
             if len(answers[seed]) == count:
                 leaving.append(request)

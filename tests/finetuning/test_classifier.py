@@ -75,7 +75,7 @@ class KnownStates(torch.nn.Module):
         self.states = hidden
         self.config = GPTConfig(block_size=hidden.size(1), vocab_size=30, n_layer=1, n_head=1, n_embd=hidden.size(2))
 
-    def hidden(self, tokens, lengths):
+    def hidden(self, tokens, lengths, types):
         return self.states
 
 

@@ -33,6 +33,15 @@ def test_the_losses_and_constants_are_those_of_the_sweep(sweep):
     assert shown == {name: f"{value:.3g}" for name, value in law.constants.items()}
 
 
+def test_the_losses_of_shapes_are_those_of_the_sweep():
+    shapes = read_json(DOCS / "scaling_shapes.json", list[Result])
+    sizes = [shape.parameters_without_embeddings for shape in shapes]
+    assert max(sizes) < 1.02 * min(sizes) and len(shapes) == 4
+    assert f"{min(sizes):,} to {max(sizes):,} parameters" in TEXT
+    shapes = sorted(shapes, key=lambda shape: shape.n_layer)
+    assert f"| val loss | {' | '.join(f'{shape.val_loss:.3f}' for shape in shapes)} |" in TEXT
+
+
 def test_the_prediction_was_made_from_the_runs_of_a_tenth_of_the_compute(sweep):
     prediction = read_json(DOCS / "scaling_prediction.json")
     (large,) = read_json(DOCS / "scaling_large.json", list[Result])

@@ -103,8 +103,8 @@ def test_a_report_has_the_run_s_metrics_samples_settings_and_checkpoints(begin, 
 def test_pictures_show_curves_and_confusion_matrices(tmp_path):
     lines = [{"step": i, "train_loss": 3 / i, "val_loss": 4.0} for i in range(1, 30)]
     figures = {"classes": ["a$", "$b"], "confusion_matrix": [[1, 2], [3, 4]]}
-    both = [content("$a", lines, figures=figures), content("b$", lines[:1])]
-    written = draw_all(both, charts_of(both), tmp_path)
+    pair = [content("$a", lines, figures=figures), content("b$", lines[:1])]
+    written = draw_all(pair, charts_of(pair), tmp_path)
     assert [path.name for path in written] == ["loss.png", "confusion_matrix_1.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
@@ -244,9 +244,9 @@ def test_a_matrix_that_isn_t_one_is_left_out(matrix):
 def test_a_browser_draws_the_curves_and_runs_nothing_of_the_runs(width, scheme, tmp_path):
     lines = [{"step": i, "tokens": 10 * i, "train_loss": 3 / i, HOSTILE: 1.0} for i in range(1, 60)]
     lines += [{"step": 60, "val_loss": 1.0}]
-    both = [content(NAME, lines, {"a": HOSTILE}, samples=[Sample(1, HOSTILE * 20)]), content("b", lines[:30])]
+    pair = [content(NAME, lines, {"a": HOSTILE}, samples=[Sample(1, HOSTILE * 20)]), content("b", lines[:30])]
     path = tmp_path / "report.html"
-    path.write_text(page(both, charts_of(both)))
+    path.write_text(page(pair, charts_of(pair)))
     with chromium() as browser:
         shown, events = watched(browser, viewport={"width": width, "height": 800}, color_scheme=scheme)
         shown.goto(path.as_uri())

@@ -329,7 +329,7 @@ def test_a_model_that_fails_ends_its_answers_and_goes_on(client, playground, mon
 def test_the_engine_reads_a_joining_prompt_between_two_steps():
     """A second request begins before the first has ended, and both go on together."""
 
-    async def both():
+    async def answers():
         decoder = Decoder(gpt(LETTERS.vocab_size))
         model = Model("m", decoder, LETTERS, None, 4, 500)
         sizes = []
@@ -341,12 +341,12 @@ def test_the_engine_reads_a_joining_prompt_between_two_steps():
         await anext(first)
         assert sum([len(pieces) async for pieces in second]) == 5
         assert not engine.idle
-        rest = sum([len(pieces) async for pieces in first])
+        others = sum([len(pieces) async for pieces in first])
         task.cancel()
-        return rest, sizes
+        return others, sizes
 
-    rest, sizes = asyncio.run(both())
-    assert rest == 29 and sizes.count(2) == 4 and sizes[-1] == 1 and len(sizes) == 29
+    others, sizes = asyncio.run(answers())
+    assert others == 29 and sizes.count(2) == 4 and sizes[-1] == 1 and len(sizes) == 29
 
 
 def choices_of(model, limit):

@@ -60,7 +60,7 @@ def test_help_and_documents_state_the_published_learning_rates():
     table = (ROOT / "docs/results/learning_rates.md").read_text()
     lines = re.findall(r"^\| `(\w+)\.py` \| (\S+) \| ([\d.]+)([MB])", table, re.MULTILINE)
     rows = {script: figures for script, *figures in lines}
-    for module in (dpo, finetune, ppo, reward, sft):
+    for module in STAGE_MODULES:
         shown = settings_in(module.Options)["learning_rate"].help
         figures = re.search(r"None: .* (\S+) for ([\d.]+)([MB]) parameters without", shown).groups()
         rate, size, unit = rows.pop(Path(module.__file__).stem)

@@ -126,7 +126,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
         ("[]", "config.json is damaged: it must be a table"),
         ('{"n_layer": 2}', "config.json is damaged: it lacks model_type"),
         ('{"model_type": "gpt-arc"}', "config.json is damaged: it lacks 'format_version'"),
-        ('{"model_type": "bert"}', 'model_type = "bert" is not a supported architecture'),
+        ('{"model_type": "t5"}', 'model_type = "t5" is not a supported architecture'),
         ('{"model_type": "gpt-arc", "format_version": 99}', "version 99"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_layers": 3}', "is damaged"),
         ('{"model_type": "gpt-arc", "format_version": 1, "n_head": 5}', "n_head = 5 does not divide"),
