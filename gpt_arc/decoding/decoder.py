@@ -15,7 +15,7 @@ what was read with the length of a row, so rows beyond the trained context are r
 import contextlib
 from collections.abc import Sequence
 from itertools import repeat
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.fx.experimental._config
