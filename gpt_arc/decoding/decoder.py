@@ -194,9 +194,8 @@ class Decoder(nn.Module):
                 previous = None
                 if start and before:
                     previous = preceding(F.pad(tokens, (before, 0)), before)[:, start:stop]
-                part, images, source = tokens[:, start:stop], self.images, self.source
-                read = self.model.hidden(part, None, views, previous, padded, images, source=source)
-                hidden.append(read)
+                given = {"cache": views, "previous": previous, "lengths": padded, "source": self.source}
+                hidden.append(self.model.hidden(tokens[:, start:stop], images=self.images, **given))
         places = send(rows, self._device)
         for kept, new in zip(buffers_of(self.cache), [] if whole else buffers_of(cache)):
             kept[places, :, :longest] = new

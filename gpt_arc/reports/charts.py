@@ -144,6 +144,8 @@ def draw(axes: Any, chart: Chart, names: Sequence[str]) -> None:
     axes.set(xlabel="step", title=chart.title)
     if chart.name == "loss" and all(value > 0 for curve in chart.curves for value in curve.values):
         axes.set(xscale="symlog" if any(0 in curve.axes["step"] for curve in chart.curves) else "log", yscale="log")
+        if axes.get_xscale() == "log":
+            axes.xaxis.set_major_locator(import_extra("matplotlib.ticker").LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_minor_formatter("")
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
