@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
+from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
@@ -281,36 +282,6 @@ class Attention(nn.Module):
         return self.dropout(self.projection(mixed.type_as(qkv).transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
-class Source(NamedTuple):
-    """What an encoder makes of B sources of up to S tokens; B = 1 stands for any number of equal ones."""
-
-    states: Tensor  # (B, S, C)
-    mask: Tensor | None  # (B, 1, 1, S), False for padding; None: there is none
-
-
-class CrossAttention(nn.Module):
-    """Attention to the states of a source; `key_value` stacks K key heads, then K value heads."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__()
-        self.config = config
-        heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width
-        self.query = nn.Linear(config.n_embd, heads * size, bias=config.bias)
-        self.key_value = nn.Linear(config.n_embd, 2 * kv_heads * size, bias=config.bias)
-        self.projection = nn.Linear(heads * size, config.n_embd, bias=config.bias)
-        self.dropout = Dropout(config.dropout_of("residual"))
-
-    def forward(self, x: Tensor, source: Source) -> Tensor:
-        """Returns a tensor shaped like x (B, T, C)."""
-        config = self.config
-        query = self.query(x).unflatten(-1, (config.n_head, config.head_width)).transpose(1, 2)  # (B, H, T, D)
-        pair = self.key_value(source.states).unflatten(-1, (2 * config.kv_heads, config.head_width)).transpose(1, 2)
-        key, value = pair.expand(len(x), -1, -1, -1).chunk(2, dim=1)  # (B, K, S, D)
-        dropout = config.dropout_of("attention") if self.training else 0.0
-        mixed = attend(query, key, value, source.mask, dropout, causal=False)
-        return self.dropout(self.projection(mixed.transpose(1, 2).flatten(2)))
-
-
 class MLP(nn.Module):
     """Two linear layers around the activation; for a gated one (arXiv:2002.05202) `up` stacks gate, then value."""
 
@@ -355,7 +326,7 @@ class Block(nn.Module):
         mask: Mask,
         cache: KVCache | None = None,
         *real: Tensor,
-        source: Source | None = None,
+        source: EncoderStates | None = None,
     ) -> Tensor | tuple[Tensor, Routing]:
         """Returns x (B, T, C) after the layer; a block with experts, in training, also its `Routing`.
 
@@ -482,7 +453,7 @@ class GPT(nn.Module):
             cosines, sines = config.stretch.waves(positions, lengths, config.head_width, config.rotary_base)
         return cosines.unsqueeze(-3), sines.unsqueeze(-3)
 
-    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> Source:
+    def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> EncoderStates:
         """Reads sources (B, S), of which `lengths` (B,) tokens precede the padding, for `hidden`.
 
         Raises ValueError for more than block_size tokens.
@@ -494,7 +465,7 @@ class GPT(nn.Module):
         x, rotary = self.embed(tokens, positions), self.rotary(positions, lengths)
         for block in self.encoder:
             x = block(x, rotary, mask)
-        return Source(self.encoder_norm(x), None if mask is None else mask[:, :, :1])
+        return EncoderStates(self.encoder_norm(x), None if mask is None else mask[:, :, :1])
 
     def hidden(
         self,
@@ -505,7 +476,7 @@ class GPT(nn.Module):
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,
-        source: Source | None = None,
+        source: EncoderStates | None = None,
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 

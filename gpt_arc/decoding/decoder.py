@@ -28,7 +28,8 @@ from gpt_arc.decoding.cache import BlockCache, buffers_of, empty_cache
 from gpt_arc.decoding.linear import InferenceLinear, for_inference, packable
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
-from model import GPT, Source
+from gpt_arc.nn.cross_attention import EncoderStates
+from model import GPT
 
 
 def preceding(tokens: Tensor, count: int) -> Tensor:
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         self.model, self.cache_dtype, self.prefill = model, cache_dtype, prefill
         self.sequences: list[list[int]] = []  # tokens of each row
         self.images: Tensor | None = None  # (N, C) embeddings that tokens below 0 stand for: see `GPT.embed`
-        self.source: Source | None = None  # for a model with an encoder: one source, of all rows
+        self.source: EncoderStates | None = None  # for a model with an encoder: one source, of all rows
         self.cache = empty_cache(model, 0, 0, torch.float32)
         self.dynamic_context = model.config.rotary_context if model.config.rotary_scaling == "dynamic" else None
         self.read_length = 0  # of the longest row when all rows were last read from their beginning

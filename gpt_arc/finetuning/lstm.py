@@ -8,8 +8,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from gpt_arc.nn.attention import KVCache
+from gpt_arc.nn.cross_attention import EncoderStates
 from gpt_arc.nn.experts import Experts
-from model import GPT, GPTConfig, Source
+from model import GPT, GPTConfig
 
 
 class LSTM(GPT):
@@ -47,7 +48,7 @@ class LSTM(GPT):
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,
-        source: Source | None = None,
+        source: EncoderStates | None = None,
     ) -> Tensor:
         """Returns hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens."""
         assert all(extra is None for extra in (documents, cache, previous, images, types, source))
