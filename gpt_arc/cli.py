@@ -34,6 +34,7 @@ COMMANDS = {
     "report": ("tools/report.py", "write a page of a run's curves, samples and settings"),
     "playground": ("tools/playground.py", "try models in the browser, and serve them by OpenAI's API"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
+    "from-nanogpt": ("tools/from_nanogpt.py", "bring a model, a config or prepared data over from nanoGPT"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
     "long-context": ("tools/long_context.py", "measure how far back models use their context"),

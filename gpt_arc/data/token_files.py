@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import command
 from gpt_arc.reading import open_plain, reading
 
 HEADER = 256  # int32 values
@@ -96,7 +97,11 @@ class TokenFiles:
             header = np.frombuffer(content.ljust(4 * HEADER, b"\0"), dtype="<i4")
             dtype = FORMATS.get((int(header[0]), int(header[1])))
             if dtype is None:
-                raise UserError(f"{path} is not a token file: it begins with {header[0]}, {header[1]}")
+                convert = command("tools/from_nanogpt.py", directory, "FOLDER")
+                raise UserError(
+                    f"{path} is not a token file: it begins with {header[0]}, {header[1]}; convert files of nanoGPT, "
+                    f"which have no header, with: {convert}"
+                )
             size = 4 * HEADER + int(header[2]) * dtype.itemsize
             if identity.size != size:
                 raise UserError(

@@ -54,10 +54,8 @@ def config_file(name: str) -> str:
         local = Path("configs", preset.name)
         return str(local if local.is_file() else preset)
     if name.endswith(".py"):
-        raise UserError(
-            f"{name} is not a config file (.toml): write the lines of a nanoGPT config as TOML, with true and false in "
-            "lower case and without those that are None"
-        )
+        convert = command("tools/from_nanogpt.py", name, f"{Path(name).stem}.toml")
+        raise UserError(f"{name} is not a config file (.toml): convert a config of nanoGPT with: {convert}")
     near = difflib.get_close_matches(name, [path.stem for path in resource("configs").glob("*.toml")], n=1)
     hint = f"did you mean {near[0]}?" if near else "write flags as --name=value"
     raise UserError(f"{name} is not a config file (.toml); {hint}")
