@@ -225,7 +225,7 @@ def test_mistakes_in_files(workplace, content, sentence):
         (["--max_iters=0"], "--max_iters = 0 must be at least 1"),
         (["stray"], "stray is not a config file"),
         (["quickstrat"], "quickstrat is not a config file .*; did you mean quickstart"),
-        (["config/train_gpt2.py"], "write the lines of a nanoGPT config as TOML"),
+        (["config/train_gpt2.py"], "convert a config of nanoGPT with: python"),
     ],
 )
 def test_mistakes_in_flags(workplace, flags, sentence):
