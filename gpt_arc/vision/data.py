@@ -10,6 +10,7 @@ before the first user turn. Rows without images are text as ever.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,6 +180,11 @@ def image_batch(
 
 def load_pixels(paths: Sequence[Path], preprocessing: Preprocessing, size: int) -> Tensor:
     """Returns the pixels (N, 3, size, size) of image files. Raises UserError."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        images: Iterator[Tensor] = pool.map(lambda path: preprocessing.pixels(read_image(path), size), paths)
-        return torch.stack([torch.zeros(3, size, size), *images])[1:]
+    images: Iterator[Tensor] = _readers().map(lambda path: preprocessing.pixels(read_image(path), size), paths)
+    return torch.stack([torch.zeros(3, size, size), *images])[1:]
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """The threads that read images of batch after batch."""
+    return ThreadPoolExecutor(THREADS)
