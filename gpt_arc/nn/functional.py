@@ -36,7 +36,7 @@ def frequencies(width: int, base: float | Tensor, device: torch.device) -> Tenso
 
     Computed where they are used: a buffer would lose precision in bfloat16 and be empty on the meta device.
     """
-    return 1.0 / base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
+    return (base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)).reciprocal()
 
 
 def waves(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ def written(page):
 def test_a_text_streams_stops_and_survives_a_reload():
     with serving(markup("m")) as playground, chromium() as browser:
         page, problems = opened(browser, playground)
+        page.locator("#go:enabled").wait_for()
         page.get_by_label("most tokens").fill("4000")
         page.get_by_label("temperature").fill("0")
         page.get_by_label("Prompt").fill("hi <b")
@@ -58,6 +59,7 @@ def test_a_text_streams_stops_and_survives_a_reload():
 def test_a_page_that_is_closed_stops_costing():
     with serving(markup("m", 1_000_000)) as playground, chromium() as browser:
         page, _ = opened(browser, playground)
+        page.locator("#go:enabled").wait_for()
         page.evaluate("limit.max = models[0].max_tokens")
         page.get_by_label("most tokens").fill("1000000")
         page.get_by_role("button", name="Generate").click()
