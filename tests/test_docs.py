@@ -1,13 +1,11 @@
-"""Documents: their links lead somewhere, and the commands they show name scripts and flags that exist."""
+"""Documents: their links lead somewhere, and the files that anything names exist."""
 
 import re
-import shlex
 import unicodedata
 
 import pytest
 
 from helpers import ROOT
-from test_messages import COMMAND, FLAG, OF_OTHERS, flags_of  # noqa: F401  a fixture
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -44,19 +42,3 @@ def test_files_of_the_repository_that_are_mentioned_exist(path):
         return
     for name in MENTION.findall(path.read_text()):
         assert (ROOT / name).exists(), name
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_name_scripts_and_flags_that_exist(page, flags_of):  # noqa: F811
-    if page.name == "CHANGELOG.md":
-        return
-    for language, block in FENCE.findall(page.read_text()):
-        if language != "sh":
-            continue
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            scripts = [word for word in words if word in flags_of]
-            for match in COMMAND.finditer(" ".join(words)):
-                assert (ROOT / match[1]).exists(), line
-            if len(scripts) == 1:
-                assert set(FLAG.findall(" ".join(words))) <= flags_of[scripts[0]] | OF_OTHERS, line

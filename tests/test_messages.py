@@ -22,6 +22,7 @@ from helpers import ROOT
 from model import GPT, GPTConfig
 from prepare import text as prepare_text
 from stages.scaling import ACTIONS
+from test_docs import FENCE, PAGES
 
 SCRIPTS = [path for folder in (".", "prepare", "stages", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [path for path in SCRIPTS if path.name not in ("model.py", "setup.py", "bench.py")]  # bench.py has commands
@@ -128,3 +129,19 @@ def test_a_tokenizer_is_found_wherever_a_model_is(tmp_path, monkeypatch):
         save_model(GPT(GPTConfig(4, 3, 1, 1, 4)), tokenizer, place / ".killed.old")
         assert find_tokenizer("killed") == tokenizer
         shutil.rmtree(place / ".killed.old")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_documents_name_scripts_and_flags_that_exist(page, flags_of):
+    if page.name == "CHANGELOG.md":
+        return
+    for language, block in FENCE.findall(page.read_text()):
+        if language != "sh":
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            scripts = [word for word in words if word in flags_of]
+            for match in COMMAND.finditer(" ".join(words)):
+                assert (ROOT / match[1]).exists(), line
+            if len(scripts) == 1:
+                assert set(FLAG.findall(" ".join(words))) <= flags_of[scripts[0]] | OF_OTHERS, line

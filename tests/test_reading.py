@@ -240,6 +240,9 @@ IMPORTS_BY_NAME = {
 }  # a flag, or names in the code
 
 
+PLAIN_PICKLES = {"gpt_arc/weights/nanogpt.py"}  # its Unpickler refuses every name: tests/tools/test_from_nanogpt.py
+
+
 def test_nothing_that_is_read_is_executed():
     sources = [
         *ROOT.glob("*.py"),
@@ -248,7 +251,8 @@ def test_nothing_that_is_read_is_executed():
     for path in sources:
         for node in ast.walk(ast.parse(path.read_text())):
             names = {alias.name for alias in node.names} if isinstance(node, (ast.Import, ast.ImportFrom)) else set()
-            assert not names & {"pickle", "dill", "cloudpickle", "joblib", "marshal"}, path
+            assert not names & {"dill", "cloudpickle", "joblib", "marshal"}, path
+            assert "pickle" not in names or str(path.relative_to(ROOT)) in PLAIN_PICKLES, path
             if not isinstance(node, ast.Call):
                 continue
             called, keywords = ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}

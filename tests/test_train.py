@@ -343,6 +343,7 @@ def test_patience_ends_a_run_that_overfits(workplace, run):
     assert f"finished step {best + 20}" in run("--init_from=resume", "--out_dir=few", "--patience=4", tiny=False)
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly(workplace):
     flags = ("--max_iters=12", "--eval_interval=6", "--dropout=0.2", "--lr_decay_iters=12")
     in_processes(*flags, "--out_dir=whole", processes=2)

@@ -517,6 +517,7 @@ def test_several_rows_of_compiled_code_equal_the_full_forward(monkeypatch, compi
     assert {rows for rows, length in batches if length == 1} == {2, 3}
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_dimensions_that_are_equal_at_compilation_may_differ_later(compilations):
     """Compiled with as many rows as heads and slots."""

@@ -604,6 +604,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_logs_its_routers(workplac
         assert 0 < line["router_entropy"] <= math.log(4) + 1e-6 and line["dropped"] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(workplace, output_of):
     """The router losses balance the load of all processes together."""
     flags = (*FLAGS, "--balance_loss=0.1", "--max_iters=6")

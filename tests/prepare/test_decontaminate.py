@@ -87,6 +87,7 @@ def test_mistakes_are_refused_in_one_sentence(folder, output_of, args, sentence)
     assert sorted(folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(folder):
     write_lines(folder / "many.jsonl", ["some words of a page " * 100] * 10_000)
     before = sorted(folder.iterdir())

@@ -228,6 +228,7 @@ def test_sizes_count_what_the_setting_says():
     assert fit_laws([result] * 3, True, 0).missing.keys() >= {JOINT}
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn(scaling_run, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -242,6 +242,7 @@ def test_a_failed_compilation_has_no_compilation_time(fake_train):
     assert run.compilation is None and run.dtype == "bfloat16" and run.start_up > 0.27
 
 
+@pytest.mark.slow
 def test_a_diverged_run_counts_and_a_failed_one_does_not(fake_train):
     run, _ = fake_train(end='print("step 6 has diverged, x/last is the last good checkpoint"); sys.exit(1)')
     assert len(run.evaluations) == 2
