@@ -147,8 +147,6 @@ class GPTConfig:
     matrices follow the width (muP, arXiv:2203.03466). Wider models then have more heads of the same size. None: off."""
 
     def __post_init__(self):
-        if self.attention == "bidirectional" and self.positions == "alibi":
-            raise ValueError('positions = "alibi" is a distance to earlier tokens: it needs attention = "causal"')
         if self.attention == "bidirectional" and self.attention_band is not None:
             raise ValueError(
                 f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'

@@ -340,6 +340,16 @@ STRETCHED = {"positions": "rotary", "rotary_scaling": "ntk", "rotary_factor": 4.
         (STRETCHED | {"rotary_factor": 0.5}, "rotary_factor = 0.5 must be at least 1"),
         (STRETCHED | {"rotary_attention_factor": 1.1}, 'is for rotary_scaling = "yarn", not "ntk"'),
         (STRETCHED | {"rotary_fast": 1.0}, "rotary_fast = 1.0 must be more than rotary_slow = 1.0"),
+        (
+            {"attention": "bidirectional", "positions": "alibi"},
+            'counts back from a token: it needs attention = "causal"',
+        ),
+        (
+            {"attention": "bidirectional", "attention_band": 8},
+            'a band of earlier tokens: it needs attention = "causal"',
+        ),
+        ({"encoder_layers": 1, "n_experts": 2}, "encoder_layers = 1: a decoder with an encoder needs"),
+        ({"head_transform": True}, 'head_transform needs attention = "bidirectional"'),
         ({"dropout": 1.0}, "dropout = 1.0 must be between 0 and 1, 1 excluded"),
         ({"attention_dropout": -0.1}, "attention_dropout = -0.1"),
         ({"n_layer": 0}, "n_layer = 0 must be between 1 and 1024"),
