@@ -67,9 +67,7 @@ class KneserNey:
 
     def __init__(self, tokens: np.ndarray, vocab_size: int, order: int):
         self.vocab_size = vocab_size
-        self.pairs: list[
-            np.ndarray
-        ] = []  # for each n, (G,): number of the prefix * vocab_size + last token
+        self.pairs: list[np.ndarray] = []  # for each n, (G,): number of the prefix * vocab_size + last token
         self.occurrences: list[Counts] = []  # how often each n-gram occurs
         self.predecessors: list[Counts] = []  # how many different tokens precede it
         numbers = np.zeros(len(tokens), np.int64)  # of the (n-1)-gram that precedes each token from the n-th on
