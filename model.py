@@ -356,6 +356,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -493,7 +494,7 @@ class GPT(nn.Module):
         attention_dropout = config.dropout_of("attention") if self.training else 0.0
         alibi_heads = config.n_head if config.positions == "alibi" else None
         positions, masks = positions_and_masks(
-            tokens, documents, cache, config.attention_band, attention_dropout, alibi_heads
+            tokens, documents, cache, config.attention_band, attention_dropout, alibi_heads, self.prefix_attention
         )
         if config.attention == "bidirectional":
             masks = (bidirectional_mask(tokens, documents, lengths),) * 2
