@@ -302,6 +302,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -425,8 +426,8 @@ class GPT(nn.Module):
             raise ValueError(f"encoder_layers = {config.encoder_layers}: a source goes with an encoder")
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
-        dropout = config.dropout_of("attention") if self.training else 0.0
-        positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout)
+        prefix, dropout = self.prefix_attention, config.dropout_of("attention") if self.training else 0.0
+        positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
         x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
