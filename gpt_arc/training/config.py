@@ -231,7 +231,7 @@ class RunConfig:
     eval_only: bool = False
     """Evaluate and stop."""
     dry_run: bool = False
-    """Print what would be run and stop."""
+    """Print what would be run, or why it would be refused, and stop."""
     accelerator: str | None = None
     """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
     devices: Count = 1

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic.dataclasses
 import torch
+from pydantic import AllowInfNan
 
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
@@ -32,10 +33,12 @@ from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.parallel_modes import check_parallel
+from gpt_arc.training.runs import check_out_dir
 from gpt_arc.training.threads import resolve_threads
-from gpt_arc.weights.directory import load_config
+from gpt_arc.weights.directory import check_model, load_config, local_directory
 from gpt_arc.weights.huggingface import nearest_architecture
 from model import GPT
 
@@ -51,7 +54,7 @@ class Progress:
     skipped: Natural = 0  # steps left out because their gradient was not finite
     seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
     evaluated_step: Natural = 0
-    best_val_loss: float = math.inf
+    best_val_loss: Annotated[NonNegative, AllowInfNan(True)] = math.inf  # until an evaluation; NaN isn't at least 0
     best_step: Natural | None = None
 
 
@@ -223,6 +226,26 @@ def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Mask
             f"objective = masked hides tokens by token {token}, and the model has {config.model.vocab_size:,} tokens"
         )
     return Masking(token, corpus.tokenizer.text_size, rate, 0 if evaluating else config.training.seed)
+
+
+def rehearse(plan: Plan) -> tuple[GPT, Tokenizer | None]:
+    """Refuses what `build` in train.py would, for a dry run. Returns the model, without weights, and its tokenizer.
+
+    Fetches and prepares nothing and reads no weights into memory. With `accelerator` the run is for another machine,
+    whose packages aren't looked for here.
+    """
+    config, tokenizer = plan.config, plan.tokenizer
+    if plan.origin and local_directory(plan.origin):
+        trained = check_model(plan.origin)
+        plan.check_tokenizer(trained)
+        tokenizer = tokenizer or trained
+    if config.run.out_dir and not (plan.launch.resumed or config.run.eval_only):
+        check_out_dir(config.run.out_dir, config.run.overwrite or config.run.init_from == "auto")
+    with meta_device():
+        sketch = GPT(config.model)
+    if not config.run.accelerator:
+        choose_kernels(sketch, config.training)
+    return sketch, tokenizer
 
 
 def print_plan(plan: Plan) -> None:
