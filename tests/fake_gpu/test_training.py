@@ -20,6 +20,7 @@ VARIANTS = {
     "muon and an average": ("--optimizer=muon", "--ema_decay=0.9"),
     "float16 and muon": ("--dtype=float16", "--optimizer=muon"),
     "checkpointing": ("--activation_checkpointing=True",),
+    "selective checkpointing": ("--activation_checkpointing=selective",),
     "accumulation": ("--gradient_accumulation_steps=2",),
 }
 
