@@ -79,6 +79,8 @@ class Options(ChatOptions):
     """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
     pixel_shuffle: Count = 1
     """A new projector makes one embedding of squares of this many patches a side."""
+    prefix_attention: bool = False
+    """In a model with a new image_encoder, the tokens of an image see each other both ways (PaliGemma)."""
     text_rate: NonNegative = 1.0
     """Learning rate of the text model of a model that reads images, as a multiple of learning_rate. 0: not trained."""
     encoder_rate: NonNegative = 1.0
@@ -118,12 +120,15 @@ def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | No
 
     Raises UserError for settings of images that have no effect.
     """
+    if options.prefix_attention and not options.image_encoder:
+        raise UserError("prefix_attention is for a new image encoder: name an --image_encoder, or leave it out")
     if reads_images(directory):
         if options.image_encoder and not options.resume:
             raise UserError(f"{options.model} has an image encoder: leave --image_encoder out")
         model = load_vision(directory, text)
     elif options.image_encoder:
-        model = new_vision_model(options.image_encoder, text, options.projector_layers, options.pixel_shuffle)
+        new = options.projector_layers, options.pixel_shuffle, options.prefix_attention
+        model = new_vision_model(options.image_encoder, text, *new)
     else:
         if set(options.rates.values()) != {1.0}:
             raise UserError("text_rate, encoder_rate and projector_rate are for images: name an --image_encoder")

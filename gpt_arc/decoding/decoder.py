@@ -187,7 +187,8 @@ class Decoder(nn.Module):
         self.read_length = longest if whole else max(longest, self.read_length)
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         padded = lengths if self.dynamic_context else None
-        size = longest if self.dynamic_context else self.prefill or longest
+        whole_images = self.images is not None and self.model.prefix_attention  # no image is read in parts
+        size = longest if self.dynamic_context or whole_images else self.prefill or longest
         hidden, before = [], self.model.config.ngrams - 1
         with self._eager():
             for start in range(0, longest, size):

@@ -5,7 +5,7 @@ Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from gpt_arc.nn.functional import dropout
 from gpt_arc.nn.positions import alibi_bias, alibi_slopes
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
@@ -53,25 +56,34 @@ class KVCache(NamedTuple):
             kept[rows, :, self.positions] = new.transpose(1, 2).type_as(kept)
 
 
+class PrefixMask(NamedTuple):
+    """A mask in which images are read as a whole: their tokens see keys beyond their own place."""
+
+    allowed: Tensor  # (B, 1, T, T)
+
+
 # None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores
-Mask = Tensor | BlockMask | None
+Mask = Tensor | BlockMask | PrefixMask | None
 
 
 def positions_and_masks(
+    config: "GPTConfig",
     tokens: Tensor,
     documents: Tensor | None,
     cache: Sequence[KVCache] | None,
-    band: int | None,
+    lengths: Tensor | None,
     dropout_rate: float,
-    alibi_heads: int | None = None,
+    prefix_attention: bool = False,
 ) -> tuple[Tensor, tuple[Mask, Mask]]:
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
-    Odd blocks see the last `band` positions only, their own included, if there is a band. `documents` (B, T) restarts
-    positions and attention at each document. `cache`, one per block, continues the tokens that were read before.
-    With `alibi_heads` the masks are ALiBi's biases on the scores of each head.
+    Causal attention of odd blocks sees the last attention_band positions only, their own included, if there is a band.
+    `documents` (B, T) restarts positions and attention at each document. `cache`, one per block, continues the tokens
+    that were read before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
+    `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0, see each other both ways;
+    it goes with neither a band nor ALiBi, and a cache doesn't cut images.
     """
-    slopes = alibi_slopes(alibi_heads) if alibi_heads else None
+    band, slopes = config.attention_band, alibi_slopes(config.n_head) if config.positions == "alibi" else None
     biased = slopes is not None
     (batch, length), device = tokens.shape, tokens.device
     positions = torch.arange(length, device=device)
@@ -86,9 +98,16 @@ def positions_and_masks(
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
+    if config.attention == "bidirectional":
+        mask = bidirectional_mask(tokens, documents, lengths)
+        return positions if first is None else positions - first, (mask, mask)
+    if first is not None:
         mask = causal_mask(first, None, dropout_rate, batch, biased)
     elif biased:
         mask = causal_mask(torch.zeros_like(positions)[None], None, dropout_rate, 1, biased)
+    if prefix_attention and bool((tokens < 0).any()):
+        assert band is None and not biased
+        mask = prefix_mask(tokens, torch.zeros_like(tokens) if first is None else first)
     recent = mask
     if band is not None and band < length:
         earliest = (positions - band + 1).clamp(min=0)[None]  # the same for all rows, unless they have documents
@@ -128,6 +147,18 @@ def causal_mask(
     return allowed.flatten(0, -3)[:, None]
 
 
+def prefix_mask(tokens: Tensor, earliest: Tensor) -> PrefixMask:
+    """The mask in which query i of row b sees the keys earliest[b, i] .. i and the whole run of image tokens around it.
+
+    `tokens` and `earliest` are (B, T). A run is one of adjacent tokens below 0 with the same `earliest`.
+    """
+    places, in_image = torch.arange(tokens.size(1), device=tokens.device), tokens < 0
+    goes_on = in_image[:, :-1] & in_image[:, 1:] & (earliest[:, :-1] == earliest[:, 1:])
+    ends = torch.where(F.pad(goes_on, (0, 1)), tokens.size(1), places)
+    latest = ends.flip(1).cummin(dim=1).values.flip(1)  # (B, T) where the run of each token ends
+    return PrefixMask(((places <= latest[..., None]) & (places >= earliest[..., None]))[:, None])
+
+
 def bidirectional_mask(tokens: Tensor, documents: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask (B, 1, T, T) in which each of tokens (B, T) sees all of its document in `documents` (B, T).
 
@@ -150,16 +181,18 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
-    `mask` comes from `causal_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which GPUs use SDPA's
-    memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up to its own place,
-    or all keys if the attention isn't `causal`.
+    `mask` comes from `causal_mask` or `prefix_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which
+    GPUs use SDPA's memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up
+    to its own place, or all keys if the attention isn't `causal`.
     """
+    if isinstance(mask, PrefixMask):
+        mask, causal = mask.allowed, False
     if isinstance(mask, Tensor) and mask.is_floating_point():
         mask = mask.type_as(value)
     if not causal:
         assert not isinstance(mask, BlockMask)  # causal_mask alone makes them
         key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_rate)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_rate)
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
         assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)
