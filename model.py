@@ -16,7 +16,6 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
@@ -33,6 +31,7 @@ from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, RMSNorm, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.nn.positions import Stretch, rotary_waves
+from gpt_arc.nn.recompute import Checkpointing, recomputed
 from gpt_arc.nn.relations import check_relations
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
@@ -303,7 +302,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.activation_checkpointing: Checkpointing = False  # recompute blocks in the backward pass, to save memory
         self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
@@ -436,7 +435,7 @@ class GPT(nn.Module):
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False)
+                block = recomputed(block, self.activation_checkpointing, config.mlp_width)
             padding = real if config.has_experts(i) else ()
             x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding, source=source)
             if isinstance(x, tuple):  # experts, in training

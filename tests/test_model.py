@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_arc.nn import attention, head_loss
 from gpt_arc.nn.attention import (
@@ -32,6 +34,7 @@ from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
+aten = torch.ops.aten
 GPT1 = dict(norm_position="post", init="gpt1")
 
 
@@ -853,6 +856,29 @@ def test_activation_checkpointing_saves_memory_and_changes_no_result():
     assert all(torch.equal(x, y) for x, y in zip(*gradients))
 
 
+@pytest.mark.parametrize("change", [{}, {"activation": "swiglu", "n_kv_head": 2, "bias": False}], ids=str)
+def test_selective_checkpointing_multiplies_less_again_and_changes_no_result(change):
+    """The blocks' products of the forward pass are counted: all once more, or the first of each MLP alone."""
+    config = dataclasses.replace(TINY, dropout=0.1, **change)
+    tokens = torch.randint(23, (4, 12), generator=torch.Generator().manual_seed(0))
+    flops, gradients = {}, []
+    for checkpointing in (False, "selective", True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        model.activation_checkpointing = checkpointing
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).total.backward()
+        flops[checkpointing] = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (aten.mm, aten.addmm))
+        gradients.append([p.grad for p in model.parameters()])
+    layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    again = {"selective": [model.blocks[0].mlp.up], True: layers}
+    for checkpointing, layers in again.items():
+        expected = sum(2 * layer.weight.numel() for layer in layers) * tokens.numel() * config.n_layer
+        assert flops[checkpointing] - flops[False] == expected
+    for other in gradients[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(gradients[0], other))
+
+
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", attention_band=3, dropout=0.1)], ids=str)
 def test_a_micro_batch_never_waits_for_the_device(change):
     """Tensors without values raise an error where one is read, as `.item()` does."""
@@ -875,7 +901,9 @@ def test_a_micro_batch_never_waits_for_the_device(change):
         ),
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", [False, *(pytest.param(each, marks=pytest.mark.slow) for each in (True, "selective"))]
+)
 def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()
     counters.clear()

@@ -99,6 +99,7 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
 
 def stage(name: str, *flags: str) -> list[dict[str, Any]]:
     """The updates of stages/NAME.py with these flags."""
+    import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from gpt_arc.training import stage_run
@@ -113,6 +114,8 @@ def stage(name: str, *flags: str) -> list[dict[str, Any]]:
     directory.load_model = load_model
     module = importlib.import_module(f"stages.{name}")
     stage_run.save_checkpoint = lambda *args, **settings: None
+    compile = torch.compile
+    torch.compile = lambda function, mode, **settings: compile(function, backend="aot_eager", **settings)
     sys.argv = [f"{name}.py", *flags, "--device=cuda"]
     return count_updates(module.main)
 
