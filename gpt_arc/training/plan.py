@@ -23,11 +23,11 @@ from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import Hardware
-from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.planning.layout import Layout
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
-from gpt_arc.tables import counted, human
+from gpt_arc.tables import counted, duration, human
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
@@ -265,11 +265,14 @@ def print_plan(plan: Plan) -> None:
     if config.is_masked:
         say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted")
     say(f"steps          {config.training.max_iters:,}")
-    if accelerator := config.run.accelerator:
-        run = config.run
-        hardware = Hardware(accelerator, run.devices, run.device_mfu, run.device_price)
-        flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+    run, flops = config.run, config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+    if run.accelerator:
+        hardware = Hardware(run.accelerator, run.devices, run.device_mfu, run.device_price)
         say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
+    elif run.dry_run and (peak := peak_flops(plan.device, device_name(plan.device), plan.dtype)):
+        seconds = flops / (WORLD_SIZE * peak * run.device_mfu)
+        share = f"{run.device_mfu:.0%} of the device's {human(peak, 'FLOP')} a second"
+        say(f"time           about {duration(seconds)} at {share}")
     train = plan.data and plan.data.train
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")

@@ -39,6 +39,18 @@ def test_every_machine_prepares_what_it_does_not_find(plan, monkeypatch, rank, l
     assert events[0] == ("prepares" if rank == 0 else "waits") and events.count("waits") == 2
 
 
+def test_a_dry_run_says_how_long_this_device_would_take(plan, monkeypatch):
+    monkeypatch.setattr("gpt_arc.training.plan.peak_flops", lambda device, name, dtype: 2e9)
+    shown = plan("--max_iters=50000", "--device_mfu=0.25")
+    flops, unit = re.search(r"operations +([\d.]+)(k|M)FLOP a token", shown).groups()
+    tokens = int(re.search(r"tokens a step +([\d,]+)", shown)[1].replace(",", ""))
+    minutes = float(flops) * {"k": 1e3, "M": 1e6}[unit] * tokens * 50_000 / (2e9 * 0.25) / 60
+    found, rest = re.search(r"time +about ([\d.]+) (.*)", shown).groups()
+    assert float(found) == pytest.approx(minutes, rel=0.05)
+    assert rest == "minutes at 25% of the device's 2GFLOP a second"
+    assert "time  " not in plan("--accelerator=h100")
+
+
 @pytest.mark.parametrize("steps", [8, 2000])
 def test_a_warmup_longer_than_the_run_is_refused_with_a_flag_that_mends_it(plan, steps, tmp_path):
     (tmp_path / "slow.toml").write_text(f"warmup_iters = {steps}")
