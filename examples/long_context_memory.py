@@ -26,9 +26,7 @@ from gpt_arc.tables import table
 from model import GPT, GPTConfig
 
 BAND = {"positions": "rotary", "attention_band": 256, "attention_sinks": 4}  # in every second block
-READERS: dict[
-    str, tuple[dict, torch.dtype | None, int | None]
-] = {  # settings, type of the cache, tokens at a time
+READERS: dict[str, tuple[dict, torch.dtype | None, int | None]] = {  # settings, type of the cache, tokens at a time
     "rotary": ({"positions": "rotary"}, None, None),
     "rotary, parts of 512": ({"positions": "rotary"}, None, 512),
     "rotary, parts of 512, bfloat16 cache": ({"positions": "rotary"}, torch.bfloat16, 512),
