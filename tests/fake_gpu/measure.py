@@ -27,7 +27,7 @@ def compilations() -> dict[str, int]:
 
 
 def count_updates(run: Any) -> list[dict[str, Any]]:
-    """Calls `run`; returns for each update the waits by line, and the graphs and breaks up to its end."""
+    """Calls `run`; returns each update's waits by line and operators, and the graphs and breaks up to its end."""
     from fake_gpu.counting import FakeDevice
     from gpt_arc.training.optim import Updater
 
@@ -36,8 +36,9 @@ def count_updates(run: Any) -> list[dict[str, Any]]:
 
     def counted(*args: Any) -> Any:
         result = update(*args)
-        updates.append({"waits": dict(fake.waits), **compilations()})
+        updates.append({"waits": dict(fake.waits), "operators": dict(fake.operators), **compilations()})
         fake.waits.clear()
+        fake.operators.clear()
         return result
 
     Updater.update = counted
