@@ -116,6 +116,15 @@ def test_ppo_waits_once_a_token_and_an_update(stage_folder):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
+def test_both_passes_can_be_cuda_graphs(config):
+    result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
+    assert (result["failure"], result["handed"], result["skipped"]) == (None, 2, 0)
+    assert (result["graphs"], result["breaks"]) == (1, 0) and sum(result["waits"].values()) == 2
+
+
+@needs_triton
+@pytest.mark.slow
 def test_the_head_s_gradient_takes_no_memory_for_each_chunk():
     """Nineteen chunks of a vocabulary of 151,936: the compiler would keep their products, of 0.6 GB each."""
     config = {"vocab_size": 151_936, "n_embd": 2048, "n_head": 16, "n_layer": 2, "block_size": 4096}
