@@ -127,9 +127,10 @@ class TrainingConfig:
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs.
     tf32: float32 rounded to 10 bits of mantissa, on NVIDIA's GPUs."""
-    compile: bool | Literal["auto", "blocks"] = "auto"
+    compile: bool | Literal["auto", "blocks", "graphs"] = "auto"
     """torch.compile the model. auto: if it can work and the run is long enough for it to pay off. blocks: one block,
-    whose code the others share, which takes a small part of the time and gives slower code."""
+    whose code the others share, which takes a small part of the time and gives slower code. graphs: also launch each
+    pass as one CUDA graph, for small models on one GPU, whose kernels take less time than their launches."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
     flash_attention: Literal["2", "3", "4"] = "2"
