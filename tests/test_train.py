@@ -222,7 +222,7 @@ def test_bare_shards_train_without_a_tokenizer(workplace, run):
     for split in ("train", "val"):
         (workplace / "data/sums" / f"{split}.bin").rename(shards / f"corpus_{split}_000000.bin")
     assert "finished step 8" in run("--dataset=shards", "--vocab_size=50")
-    assert load_model("out/sums")[1] is None
+    assert load_model("out/sums-shards")[1] is None
     result = run("--dataset=shards", "--vocab_size=7")
     assert result.code == 2 and "beyond vocab_size = 7: set --vocab_size" in result.message
 
