@@ -654,7 +654,7 @@ def test_training_starts_from_a_model_with_its_architecture(documents, run):
         "--warmup_iters=0",
     )
     assert "architecture   of model: vocab_size = 260, n_layer = 3, n_head = 3, n_embd = 12, bias = False" in output
-    trained, _ = load_model("out/sums")
+    trained, _ = load_model("out/sums-one")
     assert trained.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
     start = model.state_dict()
     for name, tensor in trained.state_dict().items():

@@ -114,8 +114,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
-    for name in sorted((settings | recorded).keys() - values.keys()):
-        say(f"settings       {Config.INSTEAD[name]} replaces {name}, which {sources[name]} sets")
+    for setting in sorted((settings | recorded).keys() - values.keys()):
+        say(f"settings       {Config.INSTEAD[setting]} replaces {setting}, which {sources[setting]} sets")
     file_values = values_of(Config()) | settings
     overrides = {
         setting: value
