@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge
@@ -93,7 +93,7 @@ def train(experts: int, change: str, seed: int, options: Options) -> dict:
     training, held_out, vocabulary = read_text(options.characters)
     torch.manual_seed(seed)
     used = min(2, experts)
-    settings = {change: CHANGES[change]} if change else {}
+    settings: dict[str, Any] = {change: CHANGES[change]} if change else {}
     model = GPT(
         GPTConfig(
             block_size=CONTEXT, vocab_size=vocabulary, n_layer=2, n_head=2, n_embd=32, mlp_size=128 // used,
