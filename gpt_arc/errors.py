@@ -70,7 +70,9 @@ def _complain(message: str) -> None:
 
 def _mend(error: OSError) -> str:
     """How to mend what the system refused, to be appended to its message."""
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno == errno.EROFS:
+        return ": work in a folder that can be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
         return ": change the permissions of this file or of the folder it is in, or work in another folder"
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         return ": a file has the name that a folder needs; rename it, or work in another folder"

@@ -463,7 +463,9 @@ def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, o
         return decode(content)
     except UnicodeDecodeError as error:
         wrong, at = error.object[error.start], offset + error.start
-        raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}") from None
+        encoding = "utf-16" if at == 0 and wrong in codecs.BOM_UTF16 else "windows-1252"
+        convert = f"if it is text, convert it first, as with: iconv -f {encoding} -t utf-8"
+        raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}; {convert}") from None
 
 
 def _place_to_cut(text: str, cut: Cut) -> int | None:

@@ -55,6 +55,7 @@ from gpt_arc.tables import counted
 ValFraction = Annotated[float, Gt(0), Lt(1)]
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
+LONGEST_NAME = 200  # bytes; with what is added while it is prepared, systems allow 255
 SPLITS = ("train", "val")
 Part = tuple[str, str, bool]  # split, text, whether it ends a document
 
@@ -81,8 +82,11 @@ class CorpusSettings:
 
 def dataset_directory(name: str) -> Path:
     """data/NAME. Raises UserError unless `name` is a plain folder name."""
-    if not name or name.startswith(".") or Path(name).name != name:
-        raise UserError(f"name = {name!r} must be a plain folder name: the dataset becomes {DATA_ROOT}/NAME")
+    if not name or name.startswith(".") or Path(name).name != name or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"name = {name[:60]!r} must be a plain folder name of at most {LONGEST_NAME} bytes: the dataset becomes "
+            f"{DATA_ROOT}/NAME"
+        )
     return DATA_ROOT / name
 
 
@@ -479,25 +483,24 @@ def _work_folder(plan: dict[str, Any], folder: Path, overwrite: bool) -> Iterato
                 "repeat its command to resume it, or start again with --overwrite=True"
             )
         _remove(folder)
-        (folder / "dataset").mkdir(parents=True)
-        write_file(folder / "plan.json", json.dumps(plan))
     try:
         with name_failed_writes(folder):
+            if not (folder / "plan.json").exists():
+                (folder / "dataset").mkdir(parents=True)
+                write_file(folder / "plan.json", json.dumps(plan))
             yield
         _remove(folder)
     except BaseException as error:
         saved = read_object(folder / "progress.json")
         if saved is None:
             _remove(folder)
-            if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(
-                    "interrupted before anything was saved: repeat the command to start again"
-                ) from None
-        elif isinstance(error, KeyboardInterrupt):
-            tokens = counted(saved["train"] + saved["val"], "token")
-            raise KeyboardInterrupt(
-                f"interrupted: repeat the command to resume after {tokens}, saved in {folder}"
-            ) from None
+        tokens = counted(saved["train"] + saved["val"], "token") if saved else "nothing"
+        resume = f"repeat the command to resume after {tokens}, saved in {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            again = "interrupted before anything was saved: repeat the command to start again"
+            raise KeyboardInterrupt(f"interrupted: {resume}" if saved else again) from None
+        if saved and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UserError(f"{error.filename}: {error.strerror}: mend this, then {resume}") from None
         raise
 
 

@@ -181,6 +181,11 @@ def damaged(content, damage):
         ("a.csv", b"id,text\n1,a,b\n", "a.csv:2 has more cells than the first line has columns"),
         ("a.csv", b"text,text\n", "a.csv: two columns are named 'text'"),
         ("a.csv", b"id,txt\n1,a\n", "a.csv:2 has no field 'text': there are 'id', 'txt'"),
+        (
+            "a.txt",
+            "good".encode("utf-16"),
+            "byte 0xFF at offset 0; if it is text, convert it first, as with: iconv -f utf-16",
+        ),
         ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv:2 is not UTF-8 text: byte 0xE9 at offset 13"),
         ("a.csv", b"text\na\rb\n", "a.csv, line 2: new-line character seen in unquoted field"),
         ("a.parquet", "cut", "a.parquet can't be read as parquet"),
