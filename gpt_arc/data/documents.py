@@ -259,10 +259,12 @@ class HubDocuments(Documents):
         except UserError:
             raise
         except Exception as error:  # each library between here and the network raises its own type
-            raise UserError(
-                f"{self.dataset} can't be read from the Hugging Face hub ({first_line(error)}): repeat the command "
-                "when connected to resume, or give its parquet files with --input FOLDER"
-            ) from None
+            is_local = Path(self.dataset).is_dir()
+            place = "as a dataset" if is_local else "from the Hugging Face hub"
+            mend = "repeat the command when connected to resume, or give its parquet files with --input FOLDER"
+            if is_local or isinstance(error, ValueError):  # nothing that another attempt would change
+                mend = "choose what it has with --config, --hub_split, --field and --branch"
+            raise UserError(f"{self.dataset} can't be read {place} ({first_line(error)}): {mend}") from None
 
     def _load(self, branch: str) -> Any:
         datasets, hub = import_extra("datasets"), import_extra("huggingface_hub")

@@ -890,6 +890,25 @@ def test_a_folder_with_the_hub_s_layout(prepare, library, tmp_path, monkeypatch)
     assert "holds something else" in prepare("hub.py", *flags, "--shard_tokens=1000")
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--hub_split=nope"], "as a dataset (Bad split: nope"),
+        (["--field=nope"], "as a dataset (Column name"),
+        (["--config=nope"], "as a dataset (BuilderConfig 'nope' not found"),
+        (["--branch=v1"], "pages is a folder, so there is nothing to choose with --branch: leave it out"),
+        (["--hub_split=x", "--input=pages"], "--input names files, so there is nothing to choose with --hub_split"),
+    ],
+)
+def test_what_a_dataset_of_the_hub_lacks_is_no_matter_of_the_network(prepare, library, tmp_path, flags, sentence):
+    pytest.importorskip("datasets")
+    (tmp_path / "pages").mkdir()
+    write_lines(tmp_path / "pages" / "train.jsonl", pages(5))
+    output = prepare("hub.py", "pages", f"--tokenizer={library[1]}", *flags)
+    assert sentence in output and "when connected" not in output
+    assert "so there is nothing" in sentence or output.endswith("--config, --hub_split, --field and --branch\n")
+
+
 def test_the_hub_scripts_differ_in_what_they_stream(prepare, monkeypatch):
     settings = []
     monkeypatch.setattr("gpt_arc.data.hub_corpora.prepare_documents", lambda *args: settings.append(args))
