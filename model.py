@@ -87,6 +87,8 @@ class GPTConfig:
     """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
+    attention_sinks: Natural = 0
+    """First tokens of a text that blocks with a band see from everywhere (StreamingLLM, arXiv:2309.17453)."""
     activation: Activation = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True

@@ -57,7 +57,7 @@ def flops_per_token(model: GPT) -> int:
     """Returns the FLOPs of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
     Six per weight of the matrix products that a token goes through, head included, plus 12 H D T for each layer's
-    attention. T is 2W keys in layers with banded attention of width W.
+    attention. T is 2W keys in layers with banded attention of width W, and its sinks.
     """
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
@@ -66,7 +66,7 @@ def flops_per_token(model: GPT) -> int:
             weights += module.weight.numel()
     weights += config.experts_per_token * sum(e.up[0].numel() + e.projection[0].numel() for e in model.experts)
     banded = 0 if config.attention_band is None else config.n_layer // 2
-    band_keys = min(2 * (config.attention_band or 0), config.block_size)
+    band_keys = min(2 * (config.attention_band or 0) + config.attention_sinks, config.block_size)
     keys = (config.n_layer - banded) * config.block_size + banded * band_keys  # per query, summed over layers
     return 6 * weights + 12 * config.n_head * config.head_width * keys
 

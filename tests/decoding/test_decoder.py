@@ -34,6 +34,7 @@ VARIANTS = [
     {"qk_norm": True}, {"n_kv_head": 1}, {"n_kv_head": 2}, {"head_size": 6}, {"activation": "swiglu"},
     {"ngrams": 2}, {"ngrams": 4, "ngram_rows": 50},
     {"attention_band": 1}, {"attention_band": 3}, {"attention_band": 50}, {"bias": False}, BIASED,
+    {"attention_band": 3, "attention_sinks": 2},
     {"n_layer": 4, "attention_band": 2, "n_kv_head": 2, "positions": "sinusoidal", "norm_position": "post"},
     {"positions": "none"}, {"positions": "alibi"}, {"positions": "alibi", "attention_band": 3, "n_kv_head": 2},
     *(STRETCHED | {"rotary_scaling": kind} for kind in get_args(Stretch) if kind != "dynamic"),

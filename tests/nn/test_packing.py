@@ -64,6 +64,7 @@ def test_documents_end_where_rows_and_numbers_change():
         ({"dropout": 0.1}, "bfloat16", (9, 0), False),
         ({"dropout": 0.1, "attention_dropout": 0.0}, "bfloat16", (9, 0), True),
         ({"head_size": 20}, "bfloat16", (9, 0), False),
+        ({"attention_band": 8, "attention_sinks": 1}, "bfloat16", (9, 0), False),
     ],
 )
 def test_packing_needs_flash_attention(change, dtype, capability, expected, monkeypatch):
