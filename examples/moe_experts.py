@@ -47,15 +47,15 @@ METRICS = "train loss", "val loss", "gap", "load CV"
 class Options:
     experts: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Numbers of experts per block."""
-    compared: Count = 32
+    compared: Count = 8
     """Number of experts at which settings are changed."""
     seeds: Count = 3
     """Runs of each model."""
-    max_iters: Count = 300
+    max_iters: Count = 200
     """Updates of each run, of 1,024 characters."""
     learning_rate: Positive = 4e-3
     """Peak; rises over the first twentieth of the updates, then falls to zero along a cosine."""
-    characters: Annotated[int, Ge(5000)] = 50_000
+    characters: Annotated[int, Ge(5000)] = 25_000
     """Length of the text; every fifth thousand is held out."""
     output: Path = Path("out/moe_experts")
     """Folder for the results."""
