@@ -14,6 +14,7 @@ script writes OUTPUT/figures.json after each run, continues from it when called 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -93,14 +94,14 @@ def train(experts: int, change: str, seed: int, options: Options) -> dict:
     training, held_out, vocabulary = read_text(options.characters)
     torch.manual_seed(seed)
     used = min(2, experts)
-    settings = {change: CHANGES[change]} if change else {}
-    model = GPT(
-        GPTConfig(
-            block_size=CONTEXT, vocab_size=vocabulary, n_layer=2, n_head=2, n_embd=32, mlp_size=128 // used,
-            n_experts=experts, experts_per_token=used, positions="rotary", norm="rmsnorm", activation="relu_squared",
-            bias=False, **settings,
-        )
+    architecture = GPTConfig(
+        block_size=CONTEXT, vocab_size=vocabulary, n_layer=2, n_head=2, n_embd=32, mlp_size=128 // used,
+        n_experts=experts, experts_per_token=used, positions="rotary", norm="rmsnorm", activation="relu_squared",
+        bias=False,
     )  # fmt: skip
+    if change:
+        architecture = replace(architecture, **{change: CHANGES[change]})
+    model = GPT(architecture)
     steps = options.max_iters
     config = TrainingConfig(
         max_iters=steps, warmup_iters=steps // 20, learning_rate=options.learning_rate, min_lr=0.0, beta2=0.99

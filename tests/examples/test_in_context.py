@@ -227,3 +227,23 @@ def test_mistakes_are_refused(module, flag, reason, tmp_path, monkeypatch, outpu
     monkeypatch.chdir(tmp_path)
     assert reason in output_of(entry_point(module.main), "script.py", flag)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_errors_of_the_run_beside_gradient_descent():
+    results = ROOT / "docs/results"
+    report = json.loads((results / "in_context_descent.json").read_text())
+    page = (results / "in_context.md").read_text().split("### Steps of gradient descent")[1]
+    options = report["options"]
+    flags = ("dimensions", "examples", "n_embd", "max_iters", "functions")
+    assert all(f"--{name}={options[name]}" in page for name in flags) and options["learning_rate"] == 4e-3
+    figures, names = report["tests"][0], ("1 step", "2 steps", "4 steps", "8 steps", "ridge", "least squares")
+    errors = {name: figures["noise-free"][name]["error"] for name in ("transformer", *names)}
+    rows = [row.strip("| ").split(" | ") for row in page.splitlines()]
+    for columns, numbers in ((errors, (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)), (figures["distance"], (1, 2, 4, 6, 8, 12))):
+        for k in numbers:
+            values = [columns[name][k] for name in ("transformer", *names) if name in columns]
+            assert [str(k), *(f"{value:.3f}" if value < 1000 else f"{value:,.0f}" for value in values)] in rows
+    for k in range(1, 13):
+        assert errors["ridge"][k] < errors["transformer"][k]
+        assert all(errors["transformer"][k] < errors[name][k] for name in in_context_linear.DESCENTS)
+        assert min(names, key=lambda name: figures["distance"][name][k]) == "ridge"
