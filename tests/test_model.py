@@ -720,9 +720,9 @@ def test_one_query_attends_by_groups_as_by_repeated_heads():
 def test_the_tiles_of_a_band_are_made_once_for_all_rows(monkeypatch):
     monkeypatch.setattr("gpt_arc.nn.attention.FLEX_DEVICES", ("cpu",))
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    tokens = torch.zeros(4, 300, dtype=torch.int64)
+    config, tokens = GPTConfig(attention_band=50), torch.zeros(4, 300, dtype=torch.int64)
     for documents, rows in ((None, 1), (tokens, 4)):
-        band = positions_and_masks(tokens, documents, None, 50, 0.0)[1][1]
+        band = positions_and_masks(config, tokens, documents, None, None, 0.0)[1][1]
         assert band.kv_num_blocks.size(0) == rows
 
 

@@ -5,7 +5,7 @@ Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from gpt_arc.nn.functional import dropout
 from gpt_arc.nn.positions import alibi_bias, alibi_slopes
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
@@ -64,23 +67,23 @@ Mask = Tensor | BlockMask | PrefixMask | None
 
 
 def positions_and_masks(
+    config: "GPTConfig",
     tokens: Tensor,
     documents: Tensor | None,
     cache: Sequence[KVCache] | None,
-    band: int | None,
+    lengths: Tensor | None,
     dropout_rate: float,
-    alibi_heads: int | None = None,
     prefix_attention: bool = False,
 ) -> tuple[Tensor, tuple[Mask, Mask]]:
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
-    Odd blocks see the last `band` positions only, their own included, if there is a band. `documents` (B, T) restarts
-    positions and attention at each document. `cache`, one per block, continues the tokens that were read before.
-    With `alibi_heads` the masks are ALiBi's biases on the scores of each head. With `prefix_attention` the tokens of an
-    image, which are below 0, see each other both ways; it goes with neither a band nor ALiBi, and a cache doesn't cut
-    images.
+    Causal attention of odd blocks sees the last attention_band positions only, their own included, if there is a band.
+    `documents` (B, T) restarts positions and attention at each document. `cache`, one per block, continues the tokens
+    that were read before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
+    `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0, see each other both ways;
+    it goes with neither a band nor ALiBi, and a cache doesn't cut images.
     """
-    slopes = alibi_slopes(alibi_heads) if alibi_heads else None
+    band, slopes = config.attention_band, alibi_slopes(config.n_head) if config.positions == "alibi" else None
     biased = slopes is not None
     (batch, length), device = tokens.shape, tokens.device
     positions = torch.arange(length, device=device)
@@ -95,6 +98,10 @@ def positions_and_masks(
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
+    if config.attention == "bidirectional":
+        mask = bidirectional_mask(tokens, documents, lengths)
+        return positions if first is None else positions - first, (mask, mask)
+    if first is not None:
         mask = causal_mask(first, None, dropout_rate, batch, biased)
     elif biased:
         mask = causal_mask(torch.zeros_like(positions)[None], None, dropout_rate, 1, biased)
