@@ -426,8 +426,8 @@ class GPT(nn.Module):
             raise ValueError(f"encoder_layers = {config.encoder_layers}: a source goes with an encoder")
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
-        rate = config.dropout_of("attention") if self.training else 0.0
-        positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, rate, self.prefix_attention)
+        prefix, dropout = self.prefix_attention, config.dropout_of("attention") if self.training else 0.0
+        positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
         x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
