@@ -105,7 +105,7 @@ def test_the_loss_is_the_sum_over_the_labels_that_there_are(class_token, run):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["CLIP", "Siglip"])
-def test_contrastive_losses_equal_those_of_transformers(name):
+def test_contrastive_losses_equal_those_of_transformers(name, monkeypatch):
     import transformers
 
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
@@ -122,7 +122,7 @@ def test_contrastive_losses_equal_those_of_transformers(name):
         torch.nn.init.eye_(projection.weight)
     reader.log_scale.fill_(theirs.logit_scale.item())
     reader.bias.fill_(theirs.logit_bias.item() if loss == "siglip" else 0.0)
-    reader.text.hidden = lambda tokens, lengths: expected.text_embeds[:, None]
+    monkeypatch.setattr(reader.text, "hidden", lambda tokens, lengths: expected.text_embeds[:, None])
     similarities = reader(expected.image_embeds, tokens, torch.ones(5, dtype=torch.int64))
     torch.testing.assert_close(similarities, expected.logits_per_image)
     torch.testing.assert_close(LOSSES[loss](similarities) / 5, expected.loss)
