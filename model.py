@@ -16,7 +16,6 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -25,14 +24,14 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
+from gpt_arc.nn.attention import KVCache, Mask, Packed, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, RMSNorm, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.nn.positions import Stretch, rotary_waves
+from gpt_arc.nn.recompute import Checkpointing, recomputed
 from gpt_arc.nn.relations import check_relations
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
@@ -88,6 +87,8 @@ class GPTConfig:
     """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
+    attention_sinks: Natural = 0
+    """First tokens of a text that blocks with a band see from everywhere (StreamingLLM, arXiv:2309.17453)."""
     activation: Activation = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True
@@ -301,7 +302,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.activation_checkpointing: Checkpointing = False  # recompute blocks in the backward pass, to save memory
         self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
@@ -404,7 +405,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -414,8 +415,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
-        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries:
-        positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
+        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries, or is
+        `packed`: positions restart in each document, and attention stays within it. `cache`, one per block, continues
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
         statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
@@ -434,7 +435,7 @@ class GPT(nn.Module):
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False)
+                block = recomputed(block, self.activation_checkpointing, config.mlp_width)
             padding = real if config.has_experts(i) else ()
             x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding, source=source)
             if isinstance(x, tuple):  # experts, in training
@@ -470,7 +471,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,

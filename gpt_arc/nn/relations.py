@@ -14,6 +14,11 @@ def check_relations(config: "GPTConfig") -> None:
         raise ValueError(
             f'attention_band = {config.attention_band} is a band of earlier tokens: it needs attention = "causal"'
         )
+    if config.attention_sinks and (config.attention_band is None or config.positions == "alibi"):
+        raise ValueError(
+            f"attention_sinks = {config.attention_sinks} are seen beside an attention_band: set one, and positions "
+            "other than alibi, which hides what is far away"
+        )
     if config.attention == "bidirectional" and config.positions == "alibi":
         raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')
     if config.encoder_layers and (config.attention == "bidirectional" or config.n_experts):
