@@ -185,7 +185,7 @@ class Updater:
         self.parallel.forget()
         self.scaler.update()
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self.config.compile != "graphs")  # whose gradients stay where they are
         return finite, total_norm, summed
 
     @contextlib.contextmanager
