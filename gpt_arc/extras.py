@@ -8,6 +8,7 @@ from gpt_arc.errors import UserError
 EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "PIL": "vision",
     "datasets": "data",
+    "gguf": "gguf",
     "lm_eval": "eval",
     "matplotlib": "plot",
     "pyarrow": "data",
@@ -17,6 +18,8 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "sentencepiece": "sentencepiece",
     "sklearn": "metrics",
     "starlette": "serve",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
     "transformers": "dev",
     "trl": "bench",
     "uvicorn": "serve",

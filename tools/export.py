@@ -5,11 +5,15 @@
     python tools/export.py out/finetune exported --to hf                  a model from stages/finetune.py, with its head
     python tools/export.py out/ppo exported --to hf                       a chat model, with its template
     python tools/export.py out/reward exported --to hf                    a reward model
+    python tools/export.py out/gpt2 gpt2.gguf --to gguf --dtype float16   llama.cpp, Ollama, LM Studio
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
 transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
 fine-tuned or reward model with AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or
 OpenAIGPTDoubleHeadsModel. A model that the other library can't compute is refused.
+
+GGUF files hold language models of GPT-2's, Qwen3's, Llama's and Mixtral's shape with a tokenizer by characters or a
+byte-level BPE, and are equal to what llama.cpp's converter makes of the folder.
 
 --verify loads the folder with transformers and prints the largest difference of logits over a few sequences, and how
 many of a few texts get other token ids. The exit code is 1 if any does, or if the difference is above 1e-4, or above
@@ -37,6 +41,7 @@ from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT, Positional
+from gpt_arc.tables import human
 
 if TYPE_CHECKING:
     import torch
@@ -73,17 +78,28 @@ class Options:
     model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: Positional[Path]
-    """The folder to write."""
-    to: Literal["hf"] = "hf"
-    """hf: the format of Hugging Face's transformers."""
+    """The folder to write, or the file."""
+    to: Literal["hf", "gguf"] = "hf"
+    """hf: a folder in the format of Hugging Face's transformers. gguf: a file for llama.cpp and what is built on it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     drop_bias: bool = False
     """Leave out the bias of a head for scores or numbers where transformers has none: moves them by a constant."""
     overwrite: bool = False
-    """Replace the folder if it contains an older export."""
+    """Replace the folder if it contains an older export, or the file."""
     verify: bool = False
     """Compare logits and token ids with those of transformers, which must be installed; exit code 1 if they differ."""
+
+    def check(self) -> None:
+        """Raises UserError for an output that holds something else, and for settings of another format."""
+        if self.to == "hf":
+            return check_output(self.output, self.overwrite)
+        if self.verify:
+            raise UserError(f"--verify compares with transformers, so it goes with --to hf, not {self.to}")
+        if self.output.is_dir() or self.output.suffix != f".{self.to}":
+            raise UserError(f"{self.output} is not the name of a .{self.to} file")
+        if self.output.exists() and not self.overwrite:
+            raise UserError(f"{self.output} exists: name another file, or add --overwrite=True")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -420,9 +436,17 @@ def verified(export: Export, folder: Path) -> bool:
     return largest <= bound and not differing
 
 
+def write_file_for(export: Export, options: Options) -> None:
+    """Writes the one file of a format other than transformers'."""
+    from gpt_arc.weights.gguf_file import write_gguf
+
+    name = Path(options.model).name
+    write_gguf(options.output, name, export.config, export.tensors, export.tokenizer, export.files, options.dtype)
+
+
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    check_output(options.output, options.overwrite)
+    options.check()
     if options.verify:
         logging = import_extra("transformers").utils.logging
         logging.set_verbosity_error()
@@ -434,15 +458,18 @@ def main() -> int:
     from gpt_arc.finetuning.classifier import is_classifier
     from gpt_arc.weights.tensor_files import check_range
 
-    if is_classifier(options.model):
-        convert = from_classifier
-    else:
-        convert = from_reward_model if is_reward_model(options.model) else from_language_model
-    export = convert(options, getattr(torch, options.dtype))
+    convert = from_language_model
+    if is_classifier(options.model) or is_reward_model(options.model):
+        convert = from_classifier if is_classifier(options.model) else from_reward_model
+        if options.to != "hf":
+            raise UserError(f"--to {options.to} takes language models alone, and {options.model} has another head")
+    # GGUFWriter rounds itself, and leaves some tensors as they are
+    export = convert(options, getattr(torch, options.dtype if options.to == "hf" else "float32"))
     check_range(export.tensors, options.model, options.dtype)
-    write(export, options)
+    (write if options.to == "hf" else write_file_for)(export, options)
     parameters = sum(tensor.numel() for tensor in export.tensors.values())
-    print(f"{options.output}: {export.form}, {parameters:,} parameters in {options.dtype}")
+    size = f", {human(options.output.stat().st_size, 'B')}" if options.to != "hf" else ""
+    print(f"{options.output}: {export.form}, {parameters:,} parameters in {options.dtype}{size}")
     if export.note:
         print(export.note)
     if SENTENCEPIECE_FILE in export.files:

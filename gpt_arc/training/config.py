@@ -203,12 +203,14 @@ class LoggingConfig:
     """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio."""
     wandb_log: bool = False
-    """Also log to Weights & Biases."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
 
 
 @dataclass(frozen=True, config=STRICT)

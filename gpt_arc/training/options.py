@@ -85,14 +85,17 @@ class StageOptions:
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] | None = None
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio. None: as the run did
+    that is resumed, otherwise not."""
     wandb_log: bool | None = None
-    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device, backend and wandb_log may change."""
+    """Run folder to resume with its original settings; only device, backend, logger and wandb_log may change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
