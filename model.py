@@ -16,7 +16,6 @@ Shapes: B batch, T time, C n_embd, H query heads, K key/value heads, D head size
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -25,14 +24,15 @@ import torch.nn.functional as F
 from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
+from gpt_arc.nn.attention import KVCache, Mask, Packed, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
-from gpt_arc.nn.functional import GATED, Activation, Dropout, activate, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import GATED, Activation, Dropout, RMSNorm, activate, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
-from gpt_arc.nn.positions import RotaryScaling, Stretch, rotary_scaling
+from gpt_arc.nn.positions import Stretch, rotary_waves
+from gpt_arc.nn.recompute import Checkpointing, recomputed
+from gpt_arc.nn.relations import check_relations
 from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Share
 
 
@@ -87,6 +87,8 @@ class GPTConfig:
     """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None
     """Every second block sees only this many positions back, its own included (GPT-3). None: all see everything."""
+    attention_sinks: Natural = 0
+    """First tokens of a text that blocks with a band see from everywhere (StreamingLLM, arXiv:2309.17453)."""
     activation: Activation = "gelu_tanh"
     """The MLP's non-linearity. GPT-1 and GPT-2 as released use the tanh form of GELU; gelu is the erf form."""
     bias: bool = True
@@ -147,44 +149,7 @@ class GPTConfig:
     matrices follow the width (muP, arXiv:2203.03466). Wider models then have more heads of the same size. None: off."""
 
     def __post_init__(self):
-        if self.attention == "bidirectional" and self.attention_band is not None:
-            raise ValueError(
-                f'attention_band = {self.attention_band} is a band of earlier tokens: it needs attention = "causal"'
-            )
-        if self.attention == "bidirectional" and self.positions == "alibi":
-            raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')
-        if self.encoder_layers and (self.attention == "bidirectional" or self.n_experts):
-            raise ValueError(
-                f'encoder_layers = {self.encoder_layers}: a decoder with an encoder needs attention = "causal" and has '
-                "no experts"
-            )
-        if self.head_transform and (self.attention == "causal" or self.gated):
-            raise ValueError(
-                'head_transform needs attention = "bidirectional" and an activation without a gate, as in BERT'
-            )
-        if self.ngrams > self.block_size:
-            raise ValueError(f"ngrams = {self.ngrams} are longer than the context, block_size = {self.block_size}")
-        if self.n_experts and self.expert_interval > self.n_layer:
-            raise ValueError(f"expert_interval = {self.expert_interval} leaves {self.n_layer} blocks without experts")
-        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
-            raise ValueError(f"experts_per_token = {self.experts_per_token} must lie between 1 and n_experts")
-        if self.balance_rate and self.expert_selection == "drawn":
-            raise ValueError("balance_rate moves the choice of the largest gates: it has no say in what is drawn")
-        if self.head_size is None and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}: change one, or state head_size"
-            )
-        if self.base_width and self.tied_head:
-            raise ValueError("base_width gives the head a learning rate of its own: it needs tied_head = false")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"n_kv_head = {self.n_kv_head} does not divide n_head = {self.n_head}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f'positions = "rotary" turns pairs of features: head size {self.head_width} must be even')
-        if self.rotary_scaling and self.positions != "rotary":
-            raise ValueError(f'rotary_scaling = "{self.rotary_scaling}" needs positions = "rotary"')
-        self.stretch  # noqa: B018  raises ValueError for settings that don't fit together
-        if self.positions == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f'positions = "sinusoidal" needs pairs of features: n_embd = {self.n_embd} must be even')
+        check_relations(self)
 
     @property
     def kv_heads(self) -> int:
@@ -193,13 +158,6 @@ class GPTConfig:
     @property
     def head_width(self) -> int:
         return self.n_embd // self.n_head if self.head_size is None else self.head_size
-
-    @property
-    def stretch(self) -> RotaryScaling | None:
-        """How rotary positions are scaled, with all defaults filled in."""
-        kind, factor, context = self.rotary_scaling, self.rotary_factor, self.rotary_context
-        turns = self.rotary_fast, self.rotary_slow
-        return rotary_scaling(kind, factor, context, *turns, self.rotary_attention_factor, self.head_width)
 
     @property
     def mlp_width(self) -> int:
@@ -230,17 +188,6 @@ class Loss(NamedTuple):
     total: Tensor  # () sum of cross-entropies in nats over the scored targets
     count: Tensor  # () int64, number of scored targets
     auxiliary: dict[str, Tensor]  # further loss terms by name, each () and weighted; empty for dense models
-
-
-class RMSNorm(nn.RMSNorm):
-    """torch's, with its weight cast to the input's type on a CPU, whose fused kernel refuses two types under autocast.
-
-    On a GPU autocast computes the norm in float32.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.type_as(x) if x.device.type == "cpu" else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -355,7 +302,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.activation_checkpointing: Checkpointing = False  # recompute blocks in the backward pass, to save memory
+        self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
         self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
@@ -440,17 +388,6 @@ class GPT(nn.Module):
             x = x + self.type_embedding(torch.zeros_like(tokens) if types is None else types)
         return self.dropout(self.embedding_norm(x))
 
-    def rotary(self, positions: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines (..., 1, T, D / 2) of positions (..., T), shared by all heads; None for other encodings."""
-        config = self.config
-        if config.positions != "rotary":
-            return None
-        if config.stretch is None:
-            cosines, sines = sinusoids(positions, config.head_width, config.rotary_base)
-        else:
-            cosines, sines = config.stretch.waves(positions, lengths, config.head_width, config.rotary_base)
-        return cosines.unsqueeze(-3), sines.unsqueeze(-3)
-
     def encode(self, tokens: Tensor, lengths: Tensor | None = None) -> EncoderStates:
         """Reads sources (B, S), of which `lengths` (B,) tokens precede the padding, for `hidden`.
 
@@ -460,7 +397,7 @@ class GPT(nn.Module):
             raise ValueError(f"a source has {tokens.size(1)} tokens, and block_size = {self.config.block_size}")
         positions = torch.arange(tokens.size(1), device=tokens.device)
         mask = bidirectional_mask(tokens, None, lengths)
-        x, rotary = self.embed(tokens, positions), self.rotary(positions, lengths)
+        x, rotary = self.embed(tokens, positions), rotary_waves(self.config, positions, lengths)
         for block in self.encoder:
             x = block(x, rotary, mask)
         return EncoderStates(self.encoder_norm(x), None if mask is None else mask[:, :, :1])
@@ -468,7 +405,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -478,8 +415,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
-        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries:
-        positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
+        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries, or is
+        `packed`: positions restart in each document, and attention stays within it. `cache`, one per block, continues
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
         statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
@@ -490,20 +427,15 @@ class GPT(nn.Module):
             raise ValueError(f"encoder_layers = {config.encoder_layers}: a source goes with an encoder")
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
-        attention_dropout = config.dropout_of("attention") if self.training else 0.0
-        alibi_heads = config.n_head if config.positions == "alibi" else None
-        positions, masks = positions_and_masks(
-            tokens, documents, cache, config.attention_band, attention_dropout, alibi_heads
-        )
-        if config.attention == "bidirectional":
-            masks = (bidirectional_mask(tokens, documents, lengths),) * 2
-        x, rotary = self.embed(tokens, positions, previous, images, types), self.rotary(positions, lengths)
+        prefix, dropout = self.prefix_attention, config.dropout_of("attention") if self.training else 0.0
+        positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
+        x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []
         x = x if self.residual_dtype is None else x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                block = partial(checkpoint, block, use_reentrant=False)
+                block = recomputed(block, self.activation_checkpointing, config.mlp_width)
             padding = real if config.has_experts(i) else ()
             x = block(x, rotary, masks[i % 2], None if cache is None else cache[i], *padding, source=source)
             if isinstance(x, tuple):  # experts, in training
@@ -539,7 +471,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,

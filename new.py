@@ -4,7 +4,8 @@
     python new.py folder/ more.jsonl --minutes=10
 
 Prepares the text as prepare/text.py does, measures how fast this machine trains, writes data/NAME.toml, an ordinary
-config, trains with train.py and samples from the model. The dataset, the config and the run are named after the text.
+config, and trains with train.py, which ends with a sample of text. The dataset, the config and the run are named after
+the text.
 """
 
 if __name__ == "__main__":
@@ -29,9 +30,8 @@ from gpt_arc.data.tokenizer import load_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command, resource, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.next_steps import next_steps
 from gpt_arc.settings import STRICT, Positional, Positive
-from gpt_arc.tables import counted
+from gpt_arc.tables import counted, duration
 
 HEADER = "# Written by new.py, which replaces it: copy it to change it.\n\n"
 
@@ -85,7 +85,7 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
     steps, rate = settings["max_iters"], rates[key]
     print(
         f"recipe         {key}, {counted(steps, 'step')}, {counted(tokens / train, 'epoch', '.2g')}: "
-        f"about {tokens / rate:,.0f} s at the {rate:,.0f} tokens/s measured, besides evaluations",
+        f"about {duration(tokens / rate)} at the {rate:,.0f} tokens/s measured, besides evaluations",
         flush=True,
     )
     return settings
@@ -100,27 +100,12 @@ def main() -> int:
     settings = configure(name, options.minutes)
 
     from gpt_arc.training.config import write_settings
-    from gpt_arc.training.runs import newest_run
 
     config = dataset_directory(name).with_name(f"{name}.toml")
     write_file(config, HEADER + write_settings(settings))
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for train.py and sample.py, which receive it too
-    code = subprocess.call([sys.executable, resource("train.py"), config])
-    if code:
-        return code
-    run = newest_run(name)
-    code = subprocess.call([sys.executable, resource("sample.py"), run])
-    if code:
-        return code
-    flags = {"name": name, "field": options.field, "pattern": options.pattern, "minutes": f"{5 * options.minutes:g}"}
-    again = (*options.input, *(f"--{flag}={value}" for flag, value in flags.items() if value))
-    steps = {
-        command("sample.py", run, "--start=TEXT"): "continue a prompt",
-        command("new.py", *again): "more time, so more steps or a larger model",
-        command("train.py", config, "--seed=1"): "the same settings; --help lists others",
-    }
-    print(f"\n{next_steps(steps)}")
-    return 0
+    print(f"config         {config}", flush=True)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for train.py, which receives it too
+    return subprocess.call([sys.executable, resource("train.py"), config])
 
 
 if __name__ == "__main__":

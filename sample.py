@@ -120,8 +120,12 @@ class Sampler:
         ]
 
     def steps(self, batch: Sequence[Continuation], first: int) -> Iterator["Step"]:
-        """Decodes a batch whose first row is number `first` of all, which seeds its generator."""
-        from gpt_arc.decoding.generate import generate
+        """Decodes a batch whose first row is number `first` of all, which seeds its generator.
+
+        Beam search gives its best continuations one after the other.
+        """
+        from gpt_arc.decoding.beam import beam_search
+        from gpt_arc.decoding.generate import Step, generate
         from gpt_arc.decoding.probabilities import row_generators
         from gpt_arc.decoding.speculative import speculative
 
@@ -131,23 +135,17 @@ class Sampler:
         if self.translates:
             self.decoder.read_source(self.sources[batch[0].prompt])
         if config.num_beams:
-            yield from self._beam_steps(prompts[0], config.num_beams, len(batch))
+            ends = [self.boundary] if self.translates else sorted(self.tokenizer.ends)
+            width, penalty = config.num_beams, config.length_penalty
+            beams = beam_search(self.decoder, prompts[0], config.max_new_tokens, width, penalty, ends)
+            for row, beam in enumerate(beams[: len(batch)]):
+                for token, log_probability in zip(beam.tokens, beam.log_probabilities):
+                    yield Step([row], [token], [log_probability])
         elif config.draft:
             settings |= {"draft_tokens": config.draft_tokens, "generator": generators[0], "acceptance": self.acceptance}
             yield from speculative(self.decoder, self.draft, prompts[0], config.max_new_tokens, **settings)
         else:
             yield from generate(self.decoder, prompts, config.max_new_tokens, generators=generators, **settings)
-
-    def _beam_steps(self, prompt: list[int], width: int, count: int) -> Iterator["Step"]:
-        """Yields the best `count` continuations, one after the other."""
-        from gpt_arc.decoding.beam import beam_search
-        from gpt_arc.decoding.generate import Step
-
-        config, ends = self.config, [self.boundary] if self.translates else sorted(self.tokenizer.ends)
-        beams = beam_search(self.decoder, prompt, config.max_new_tokens, width, config.length_penalty, ends)
-        for row, beam in enumerate(beams[:count]):
-            for token, log_probability in zip(beam.tokens, beam.log_probabilities):
-                yield Step([row], [token], [log_probability])
 
 
 def show_all(sampler: Sampler, batches: Iterable[list[str]]) -> None:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from gpt_arc import distributed
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.decoding.in_training import TrainingSampler
+from gpt_arc.decoding.in_training import TrainingSampler, make_sampler
 from gpt_arc.device import autocast, device_name, resolve_device, set_up_device, to_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, check_finite, entry_point, naming
@@ -59,12 +59,12 @@ from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, s
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
-from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan
+from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan, rehearse
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, hardware_of, read_record, write_record
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
-from gpt_arc.weights.directory import load_model, local_directory, read_tokenizer, save_model
+from gpt_arc.weights.directory import load_model, save_model
 from model import GPT
 
 ASK_EVERY = 1 if WORLD_SIZE == 1 else 16  # batches of an evaluation, after which processes ask each other for signals
@@ -198,9 +198,7 @@ def build(plan: Plan) -> Run:
     torch.manual_seed(training.seed)
     parallel = make_parallel(training, device, dtype)
     model, tokenizer = build_model(plan, parallel)
-    sampler = None
-    if config.logging.sample_interval and not config.run.eval_only:
-        sampler = TrainingSampler(model, tokenizer, config.logging.sample_start, training.seed)
+    sampler = make_sampler(config, model, tokenizer)
     folder, lock = launch.resumed, None
     if IS_MAIN and not config.run.eval_only:
         if folder:
@@ -405,8 +403,9 @@ def main() -> int:
         plan = make_plan(launch, device)
         print_plan(plan)
         if launch.config.run.dry_run:
-            if plan.origin and local_directory(plan.origin):
-                plan.check_tokenizer(read_tokenizer(plan.origin))
+            sketch, tokenizer = rehearse(plan)
+            if plan.data:
+                make_sampler(plan.config, sketch, tokenizer)
             return 0
         run = build(plan)
         if launch.config.run.eval_only:

@@ -11,7 +11,7 @@ import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,13 +25,15 @@ from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import table
 from model import GPT, GPTConfig
 
-READERS = {  # positions, type of the cache, tokens of the prompt that are read at a time
-    "rotary": ("rotary", None, None),
-    "rotary, parts of 512": ("rotary", None, 512),
-    "rotary, parts of 512, bfloat16 cache": ("rotary", torch.bfloat16, 512),
-    "rotary, parts of 512, int8 cache": ("rotary", torch.int8, 512),
-    "alibi": ("alibi", None, None),
-    "alibi, parts of 512, int8 cache": ("alibi", torch.int8, 512),
+BAND = {"positions": "rotary", "attention_band": 256, "attention_sinks": 4}  # in every second block
+READERS: dict[str, tuple[dict, torch.dtype | None, int | None]] = {  # settings, type of the cache, tokens at a time
+    "rotary": ({"positions": "rotary"}, None, None),
+    "rotary, parts of 512": ({"positions": "rotary"}, None, 512),
+    "rotary, parts of 512, bfloat16 cache": ({"positions": "rotary"}, torch.bfloat16, 512),
+    "rotary, parts of 512, int8 cache": ({"positions": "rotary"}, torch.int8, 512),
+    "rotary, band of 256 and 4 sinks": (BAND, None, None),
+    "alibi": ({"positions": "alibi"}, None, None),
+    "alibi, parts of 512, int8 cache": ({"positions": "alibi"}, torch.int8, 512),
 }
 MOST_BIASES = 2**30  # of ALiBi, in one piece: 4 GiB
 
@@ -44,11 +46,11 @@ class Options:
     """Tokens of training sequences."""
 
 
-def make_model(length: int, positions: str) -> GPT:
+def make_model(length: int, settings: Mapping[str, Any]) -> GPT:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    shape: dict[str, Any] = {"block_size": length, "n_layer": 4, "n_head": 4, "n_embd": 128, "positions": positions}
-    return GPT(GPTConfig(vocab_size=94, norm="rmsnorm", activation="swiglu", bias=False, **shape))
+    shape = {"block_size": length, "n_layer": 4, "n_head": 4, "n_embd": 128}
+    return GPT(GPTConfig(vocab_size=94, norm="rmsnorm", activation="swiglu", bias=False, **shape, **settings))
 
 
 def mebibytes() -> float:
@@ -62,10 +64,10 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def reading(name: str, length: int) -> list:
-    positions, cache_dtype, prefill = READERS[name]
-    if positions == "alibi" and not prefill and 4 * length**2 > MOST_BIASES:
+    settings, cache_dtype, prefill = READERS[name]
+    if settings["positions"] == "alibi" and not prefill and 4 * length**2 > MOST_BIASES:
         return [name, length, None, None, None, None]
-    decoder = Decoder(make_model(length + 4, positions).eval(), cache_dtype, prefill)
+    decoder = Decoder(make_model(length + 4, settings).eval(), cache_dtype, prefill)
     decoder.read([[1, 2, 3]], room=1)
     decoder.step([1])
     before, prompt = mebibytes(), torch.randint(94, (length,)).tolist()
@@ -76,7 +78,7 @@ def reading(name: str, length: int) -> list:
 
 
 def training(name: str, length: int) -> list:
-    model = make_model(length, "rotary")
+    model = make_model(length, {"positions": "rotary"})
     tokens = torch.randint(94, (1, length))
     model.activation_checkpointing = name.endswith("checkpointing")
     model(tokens[:, :8], tokens[:, :8]).total.backward()

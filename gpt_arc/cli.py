@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import resource
+from gpt_arc.files import CONSOLE, resource
 
 COMMANDS = {
     "new": ("new.py", "train on your own text, chosen settings included: gpt-arc new book.txt"),
@@ -91,6 +91,7 @@ def run() -> int | None:
         print(usage())
         return None
     command = [sys.executable, *script_command(name, arguments)]
+    os.environ[CONSOLE] = "1"
     if os.name == "nt":  # its execv doesn't wait for the end of the command
         return subprocess.call(command)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the script's `startup`

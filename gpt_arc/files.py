@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DATA_ROOT = Path("data")  # the folder of prepared datasets
 PACKAGE = Path(__file__).resolve().parent
+CONSOLE = "GPT_ARC_CONSOLE"  # environment variable that the command gpt-arc sets for the script that it runs
 # what systems and file systems answer that can't open or flush a folder
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}
 
@@ -41,9 +42,13 @@ def resource(name: str) -> Path:
 
 
 def command(script: str, *arguments: object) -> str:
-    """Returns the shell command that runs a script, such as "tools/runs.py": a wheel has gpt-arc's commands instead."""
-    path, program = Path(script), ["python", script]
-    if (PACKAGE / "resources").is_dir():
+    """Returns the shell command that runs a script, such as "tools/runs.py".
+
+    It is a command of gpt-arc where the user typed one, and in a wheel, which has no scripts in the current folder.
+    """
+    path = Path(script)
+    program = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else script]
+    if (PACKAGE / "resources").is_dir() or CONSOLE in os.environ:
         name = ["prepare", path.stem] if path.parent.name == "prepare" else [path.stem.replace("_", "-")]
         program = ["gpt-arc", *name]
     return shlex.join((*program, *map(str, arguments)))

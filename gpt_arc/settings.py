@@ -39,7 +39,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
-# settings by the names that other programs give them
+# settings by the names that other programs and our other scripts give them
 ELSEWHERE = {
     **{"lr": "learning_rate", "max_lr": "learning_rate", "bs": "batch_size", "micro_batch_size": "batch_size"},
     **{"max_steps": "max_iters", "steps": "max_iters", "num_steps": "max_iters", "num_train_epochs": "epochs"},
@@ -47,6 +47,9 @@ ELSEWHERE = {
     **{"n_layers": "n_layer", "num_layers": "n_layer", "n_heads": "n_head", "num_heads": "n_head", "dim": "n_embd"},
     **{"max_tokens": "max_new_tokens", "prompt": "start", "temp": "temperature", "warmup_steps": "warmup_iters"},
     **{"grad_accum_steps": "gradient_accumulation_steps", "output_dir": "out_dir", "num_beam": "num_beams"},
+    **{"per_device_train_batch_size": "batch_size", "eval_steps": "eval_interval", "logging_steps": "log_interval"},
+    **{"epochs": "max_iters", "num_epochs": "epochs", "max_iters": "epochs"},  # stages count epochs, train.py steps
+    **{"warmup_iters": "warmup", "warmup_ratio": "warmup"},
 }
 NAMES = {  # one and several
     int: ("a whole number", "whole numbers"),
@@ -201,7 +204,9 @@ def read_text(hint: Any, name: str, text: str | list[str]) -> Any:
 def nearest(name: str, cls: type, prefix: str = "") -> str:
     """Returns the end of a sentence that rejects `name`: the most similar setting, or its name here."""
     name, names = name.replace("-", "_"), settings_in(cls)
-    near = [ELSEWHERE[name]] if ELSEWHERE.get(name) in names else difflib.get_close_matches(name, names, n=1)
+    elsewhere = ELSEWHERE.get(name, "")
+    near = [known for known in (elsewhere, ELSEWHERE.get(elsewhere)) if known in names]
+    near = near or difflib.get_close_matches(name, names, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
     return f"; {getattr(cls, 'LISTED', '--help')} lists them all"

@@ -25,6 +25,13 @@ def counted(number: float, noun: str, form: str = ",") -> str:
     return f"{text} {noun}" + "s" * (text != "1")
 
 
+def duration(seconds: float) -> str:
+    """Format a time in the largest unit that it has two of: "40 seconds", "2.5 hours", "1,200 days"."""
+    units = ((86_400, "day"), (3_600, "hour"), (60, "minute"), (1, "second"))
+    size, unit = next((each for each in units if seconds >= 2 * each[0]), units[-1])
+    return counted(seconds / size, unit, ",.0f" if seconds >= 10 * size else ".2g")
+
+
 def cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 

@@ -59,6 +59,7 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
+from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
@@ -94,6 +95,8 @@ class Options(StageOptions):
     """Sampling temperature of the policy, also applied to the reference."""
     rollout_batch_size: Count = 128
     """Maximum number of responses that a process generates at once."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile what computes a token of all responses, on a GPU. auto: where Triton is installed."""
     kl_coef: NonNegative = 0.02
     """Penalty per nat of KL to the reference (InstructGPT's beta)."""
     kl_target: Positive | None = None
@@ -207,12 +210,11 @@ def minibatch_losses(
     width = int(rollouts.mask[rows].sum(1).max())
     outputs = rollouts.outputs
     tensors = (rollouts.responses, outputs.log_probs, outputs.values, advantages, returns, rollouts.mask)
-    responses, old_logs, old_values, advantages, returns, mask = to_device(
-        [tensor[rows, :width] for tensor in tensors], run.device
+    prompt_lengths, responses, old_logs, old_values, advantages, returns, mask = to_device(
+        [rollouts.prompt_lengths[rows], *(tensor[rows, :width] for tensor in tensors)], run.device
     )
     tokens, lengths = padded([rollouts.sequences[row][:-1] for row in rows], run.device)
     with autocast(run.device, run.dtype):
-        prompt_lengths = rollouts.prompt_lengths[rows].to(run.device)
         logs, _, values, text_loss = replica(tokens, prompt_lengths, responses, text, lengths)
     policy, clipped = losses.policy_losses(logs, old_logs, advantages, options.clip)
     value, value_clipped = losses.value_losses(values, old_values, returns, options.value_clip)
@@ -285,6 +287,13 @@ def load_setup(options: Options, run: StageRun) -> Setup:
         corpus = open_dataset(options.pretraining_dataset, tokenizer, "pretraining_dataset")
         text = PretrainingText(corpus, options, context, policy.config.vocab_size)
     return Setup(policy, reference, critic, average, tokenizer, chat, score, monitor, prompts, text)
+
+
+def compiles_rollouts(setting: bool | str, device: torch.device) -> bool:
+    """Whether the step that writes responses is compiled. On a CPU the policy writes them, which is trained."""
+    if setting is True and device.type != "cuda":
+        raise UserError(f"compile = true is for GPUs, and the device is {device.type}: leave it out")
+    return resolve_compile(setting, device, 0.0)[0]
 
 
 def roll_out(
@@ -377,6 +386,8 @@ def train(options: Options, run: StageRun) -> int:
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
     writer = writer_of(policy, run.device, run.dtype)
     decoder = Decoder(writer)
+    if compiles_rollouts(options.compile, run.device):
+        decoder.compile(max(len(prompt.tokens) for prompt in prompts) + options.max_new_tokens)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 

@@ -46,7 +46,7 @@ from gpt_arc.planning.budget import (
     serving_memory,
 )
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
-from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, fit_laws, grouped, same_but_rate, size_of
+from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, by_rate, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare
@@ -152,21 +152,17 @@ def read_results(path: Path, min_tokens: int) -> tuple[list[Result], Path]:
 
 def show_rates(results: list[Result]) -> None:
     """Prints the losses by learning rate of the shapes and tokens that were trained with three rates or more."""
-    for rows in grouped(results, same_but_rate):
-        losses = {row.learning_rate: row.val_loss for row in rows if row.learning_rate}
-        if len(losses) > 2:
-            rates = sorted(losses)
-            best = best_rate(rates, [losses[rate] for rate in rates])
-            at = "at the end of the rates: add rates on that side" if best is None else f"{best:.2g}"
-            print(f"{rows[0].n_layer}x{rows[0].n_embd}, {amount(rows[0].tokens)} tokens: best learning rate {at}")
-            print(table([["rate", "val loss"], *([f"{rate:.3g}", f"{losses[rate]:.4f}"] for rate in rates)]))
+    for run, losses in by_rate(results):
+        best = best_rate([*losses], [*losses.values()])
+        at = "at the end of the rates: add rates on that side" if best is None else f"{best:.2g}"
+        print(f"{run.n_layer}x{run.n_embd}, {amount(run.tokens)} tokens: best learning rate {at}")
+        print(table([["rate", "val loss"], *([f"{rate:.3g}", f"{loss:.4f}"] for rate, loss in losses.items())]))
 
 
 def fit_results(options: FitOptions) -> int:
     results, file = read_results(options.results, options.min_tokens)
     show_rates(results)
-    results = best_of_rates(results)
-    laws = fit_laws(results, options.embeddings, options.resamplings, options.seed)
+    laws = fit_laws(best_of_rates(results), options.embeddings, options.resamplings, options.seed)
     show(laws)
     write_file(file.with_name("laws.json"), to_json(laws.figures()) + "\n")
     written = [file.with_name("laws.json")]

@@ -36,10 +36,11 @@ from gpt_arc.chat.files import read_conversations
 from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import autocast, to_device
+from gpt_arc.device import autocast, send, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
+from gpt_arc.nn.packing import can_pack, packed
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
@@ -79,6 +80,8 @@ class Options(ChatOptions):
     """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
     pixel_shuffle: Count = 1
     """A new projector makes one embedding of squares of this many patches a side."""
+    prefix_attention: bool = False
+    """In a model with a new image_encoder, the tokens of an image see each other both ways (PaliGemma)."""
     text_rate: NonNegative = 1.0
     """Learning rate of the text model of a model that reads images, as a multiple of learning_rate. 0: not trained."""
     encoder_rate: NonNegative = 1.0
@@ -104,13 +107,18 @@ def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, 
 
 def batch_of(
     examples: Sequence[Any], rows: Sequence[int], model: GPT | VisionGPT, options: Options, run: StageRun
-) -> list[torch.Tensor | None]:
+) -> list[Any]:
     """Returns the arguments of the model for these rows; `examples` are its kind of encoded conversations."""
     context = model.config.block_size if options.packing else None
     batch = [examples[row] for row in rows]
     if isinstance(model, VisionGPT):
         return to_device(image_batch(batch, context, model.preprocessing, model.image_size), run.device)
-    return to_device(conversation_batch(batch, context), run.device)
+    on_host = conversation_batch(batch, context)
+    sent = to_device(on_host, run.device)
+    if on_host[2] is not None and can_pack(model.config, run.device, run.dtype):
+        places = packed(on_host[2])
+        sent[2] = places._replace(documents=sent[2], ends=send(places.ends, run.device))
+    return sent
 
 
 def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | None:
@@ -118,12 +126,15 @@ def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | No
 
     Raises UserError for settings of images that have no effect.
     """
+    if options.prefix_attention and not options.image_encoder:
+        raise UserError("prefix_attention is for a new image encoder: name an --image_encoder, or leave it out")
     if reads_images(directory):
         if options.image_encoder and not options.resume:
             raise UserError(f"{options.model} has an image encoder: leave --image_encoder out")
         model = load_vision(directory, text)
     elif options.image_encoder:
-        model = new_vision_model(options.image_encoder, text, options.projector_layers, options.pixel_shuffle)
+        new = options.projector_layers, options.pixel_shuffle, options.prefix_attention
+        model = new_vision_model(options.image_encoder, text, *new)
     else:
         if set(options.rates.values()) != {1.0}:
             raise UserError("text_rate, encoder_rate and projector_rate are for images: name an --image_encoder")

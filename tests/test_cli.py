@@ -93,6 +93,18 @@ def test_messages_name_commands_that_a_wheel_has(tmp_path, monkeypatch):
     assert distributed.launch_command("train.py", "--seed=1") == launched
 
 
+def test_messages_name_a_script_as_it_is_typed_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.command(str(tmp_path / "train.py"), "--seed=1") == "python train.py --seed=1"
+    assert files.command("/elsewhere/train.py") == "python /elsewhere/train.py"
+
+
+def test_messages_to_who_typed_gpt_arc_name_its_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shown = gpt_arc("sft")
+    assert shown.returncode == 2 and "name a model to start from: gpt-arc sft MODEL" in shown.stderr
+
+
 def test_the_script_runs_in_the_current_folder_with_its_exit_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shown = gpt_arc("sample", "--help")

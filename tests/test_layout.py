@@ -52,9 +52,13 @@ def parsed(path):
 
 @functools.cache
 def imported(path):
-    """The modules that a file imports, at any depth."""
-    names = set()
-    for node in ast.walk(parsed(path)):
+    """The modules that a file imports when it runs, at any depth."""
+    names, nodes = set(), list(ast.walk(parsed(path)))
+    conditions = [node for node in nodes if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {node for condition in conditions for node in condition.body}
+    for node in nodes:
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

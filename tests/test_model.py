@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_arc.nn import attention, head_loss
 from gpt_arc.nn.attention import (
@@ -32,6 +34,7 @@ from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig
 
 TINY = GPTConfig(block_size=12, vocab_size=23, n_layer=2, n_head=4, n_embd=32)
+aten = torch.ops.aten
 GPT1 = dict(norm_position="post", init="gpt1")
 
 
@@ -348,6 +351,8 @@ STRETCHED = {"positions": "rotary", "rotary_scaling": "ntk", "rotary_factor": 4.
             {"attention": "bidirectional", "attention_band": 8},
             'a band of earlier tokens: it needs attention = "causal"',
         ),
+        ({"attention_sinks": 4}, "attention_sinks = 4 are seen beside an attention_band"),
+        ({"attention_sinks": 4, "attention_band": 8, "positions": "alibi"}, "set one, and positions other than alibi"),
         ({"encoder_layers": 1, "n_experts": 2}, "encoder_layers = 1: a decoder with an encoder needs"),
         ({"head_transform": True}, 'head_transform needs attention = "bidirectional"'),
         ({"dropout": 1.0}, "dropout = 1.0 must be between 0 and 1, 1 excluded"),
@@ -439,8 +444,17 @@ BANDED = [
 ]
 
 
-@pytest.mark.parametrize("band", [None, 1, 3, 5, 11])
-@pytest.mark.parametrize("change", BANDED, ids=["n-grams", "rotary", "sinusoidal", "alibi", "dynamic"])
+WITH_SINKS = [change | {"attention_sinks": 2} for change in BANDED if change.get("positions") != "alibi"]
+
+
+@pytest.mark.parametrize(
+    "change, band",
+    [
+        *((change, band) for change in BANDED for band in (None, 1, 3, 5, 11)),
+        *((change, 3) for change in WITH_SINKS),
+    ],
+    ids=str,
+)
 def test_documents_in_one_window_are_independent(change, band):
     config = dataclasses.replace(TINY, block_size=29, n_layer=4, attention_band=band, **change)
     model = GPT(config).eval()
@@ -462,9 +476,10 @@ def test_documents_in_one_window_are_independent(change, band):
         torch.testing.assert_close(gradient, expected, atol=1e-4 * float(expected.abs().max()) + 1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 3])
 @pytest.mark.parametrize("length", [1, 4, 7, 12])
 @pytest.mark.parametrize("band", [1, 2, 3, 5, 11, 12, 50])
-def test_a_band_is_a_mask_over_the_scores(length, band):
+def test_a_band_is_a_mask_over_the_scores(length, band, sinks):
     """Attention in chunks against the scores of every pair, masked one by one."""
     attention = torch.manual_seed(0) and Attention(dataclasses.replace(TINY, n_kv_head=2, qk_norm=True))
     x = torch.randn(2, length, 32)
@@ -473,12 +488,12 @@ def test_a_band_is_a_mask_over_the_scores(length, band):
     scores = query @ key.transpose(-2, -1) / math.sqrt(8)
     for i in range(length):
         for j in range(length):
-            if not i - band < j <= i:
+            if not (i - band < j <= i or j < sinks and j <= i):
                 scores[..., i, j] = -math.inf
     mixed = scores.softmax(-1) @ value.repeat_interleave(2, 1)
     expected = attention.projection(mixed.transpose(1, 2).flatten(2))
     earliest = (torch.arange(length) - band + 1).clamp(min=0).expand(2, length)
-    mask = causal_mask(earliest, band, 0.0, len(earliest))
+    mask = causal_mask(earliest, band, 0.0, len(earliest), sinks=sinks)
     torch.testing.assert_close(attention(x, None, mask), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -537,8 +552,8 @@ def test_logits_equal_transformers_gpt_neo():
 def test_the_cost_of_banded_attention_grows_with_the_band():
     from torch.utils.flop_counter import FlopCounterMode
 
-    def flops(band, length):
-        model = GPT(GPTConfig(length, 23, n_layer=2, n_head=4, n_embd=32, attention_band=band))
+    def flops(band, length, sinks=0):
+        model = GPT(GPTConfig(length, 23, n_layer=2, n_head=4, n_embd=32, attention_band=band, attention_sinks=sinks))
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             model.hidden(torch.zeros(1, length, dtype=torch.int64))
         return counter.get_flop_counts()["Global"][torch.ops.aten.bmm]  # all but the linear layers
@@ -548,14 +563,15 @@ def test_the_cost_of_banded_attention_grows_with_the_band():
     assert dense == 2 * pair
     for band in (8, 16, 64):
         assert flops(band, 256) == pair + 4 * 256 * (2 * band) * 32
+    assert flops(16, 256, sinks=4) == pair + 4 * 256 * (2 * 16 + 4) * 32
     assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # linear in the context
 
 
-@pytest.mark.parametrize("band", [None, pytest.param(50, marks=pytest.mark.slow)])
-def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, monkeypatch):
+@pytest.mark.parametrize("band, sinks", [(None, 0), *(pytest.param(50, n, marks=pytest.mark.slow) for n in (0, 4))])
+def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, sinks, monkeypatch):
     """Traced as for a GPU and run by the reference implementation: inductor's CPU kernels don't take masks."""
-    config = GPTConfig(200, 23, n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary", attention_band=band)
-    model = GPT(config).eval()
+    shape = dict(n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary")
+    model = GPT(GPTConfig(200, 23, attention_band=band, attention_sinks=sinks, **shape)).eval()
     random_weights(model)
     tokens, documents = torch.randint(23, (2, 200)), documents_of(2, 200)
     cases = ({"documents": documents}, {}) if band else ({"documents": documents},)
@@ -720,9 +736,9 @@ def test_one_query_attends_by_groups_as_by_repeated_heads():
 def test_the_tiles_of_a_band_are_made_once_for_all_rows(monkeypatch):
     monkeypatch.setattr("gpt_arc.nn.attention.FLEX_DEVICES", ("cpu",))
     monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
-    tokens = torch.zeros(4, 300, dtype=torch.int64)
+    config, tokens = GPTConfig(attention_band=50), torch.zeros(4, 300, dtype=torch.int64)
     for documents, rows in ((None, 1), (tokens, 4)):
-        band = positions_and_masks(tokens, documents, None, 50, 0.0)[1][1]
+        band = positions_and_masks(config, tokens, documents, None, None, 0.0)[1][1]
         assert band.kv_num_blocks.size(0) == rows
 
 
@@ -840,6 +856,29 @@ def test_activation_checkpointing_saves_memory_and_changes_no_result():
     assert all(torch.equal(x, y) for x, y in zip(*gradients))
 
 
+@pytest.mark.parametrize("change", [{}, {"activation": "swiglu", "n_kv_head": 2, "bias": False}], ids=str)
+def test_selective_checkpointing_multiplies_less_again_and_changes_no_result(change):
+    """The blocks' products of the forward pass are counted: all once more, or the first of each MLP alone."""
+    config = dataclasses.replace(TINY, dropout=0.1, **change)
+    tokens = torch.randint(23, (4, 12), generator=torch.Generator().manual_seed(0))
+    flops, gradients = {}, []
+    for checkpointing in (False, "selective", True):
+        torch.manual_seed(0)
+        model = GPT(config)
+        model.activation_checkpointing = checkpointing
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, tokens).total.backward()
+        flops[checkpointing] = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (aten.mm, aten.addmm))
+        gradients.append([p.grad for p in model.parameters()])
+    layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    again = {"selective": [model.blocks[0].mlp.up], True: layers}
+    for checkpointing, layers in again.items():
+        expected = sum(2 * layer.weight.numel() for layer in layers) * tokens.numel() * config.n_layer
+        assert flops[checkpointing] - flops[False] == expected
+    for other in gradients[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(gradients[0], other))
+
+
 @pytest.mark.parametrize("change", [{}, dict(positions="rotary", attention_band=3, dropout=0.1)], ids=str)
 def test_a_micro_batch_never_waits_for_the_device(change):
     """Tensors without values raise an error where one is read, as `.item()` does."""
@@ -862,7 +901,9 @@ def test_a_micro_batch_never_waits_for_the_device(change):
         ),
     ],
 )
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "checkpointing", [False, *(pytest.param(each, marks=pytest.mark.slow) for each in (True, "selective"))]
+)
 def test_the_step_is_compiled_once_into_one_graph(change, checkpointing):
     torch._dynamo.reset()
     counters.clear()

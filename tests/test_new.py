@@ -1,4 +1,4 @@
-"""new.py, from files to a sample. train.py and sample.py run in this process instead of their own."""
+"""new.py, from files to a sample. train.py runs in this process instead of its own."""
 
 import sys
 from types import SimpleNamespace
@@ -7,15 +7,12 @@ import pytest
 import torch
 
 import new
-import sample
 import train
 from gpt_arc.errors import entry_point
 from gpt_arc.files import resource
 from gpt_arc.training import threads
 from gpt_arc.training.config import build_config, read_settings
 from helpers import TEXT
-
-SCRIPTS = {"train.py": train, "sample.py": sample}
 
 
 @pytest.fixture
@@ -27,7 +24,7 @@ def called(monkeypatch):
         commands.append([str(part) for part in command[1:]])
         monkeypatch.setattr(sys, "argv", commands[-1])
         with pytest.raises(SystemExit) as stop:
-            entry_point(SCRIPTS[command[1].name].main)()
+            entry_point(train.main)()
         return stop.value.code
 
     monkeypatch.setattr(new, "subprocess", SimpleNamespace(call=call))
@@ -44,12 +41,11 @@ def start(tmp_path, monkeypatch, stage_runner, called):
 def test_a_book_becomes_a_dataset_a_config_a_run_and_a_sample(start, called, tmp_path):
     (tmp_path / "my sums.txt").write_text(TEXT)
     output = start("my sums.txt", "--minutes=0.01")
-    assert "recipe         ngrams, 3 steps, " in output and "about 0 s" in output
-    assert "finished step 3: best val loss" in output
+    assert "recipe         ngrams, 3 steps, " in output and "about 0.46 seconds" in output
+    assert "sample of step 3:" in output and "finished step 3: best val loss" in output
     assert (tmp_path / "out" / "my-sums" / "best" / "model.safetensors").exists()
-    assert [command[1] for command in called] == ["data/my-sums.toml", "out/my-sums"]
-    assert "python sample.py out/my-sums --start=TEXT" in output
-    assert "python new.py 'my sums.txt' --name=my-sums --minutes=0.05" in output
+    assert [command[1] for command in called] == ["data/my-sums.toml"]
+    assert output.count("next:") == 1 and "python sample.py out/my-sums" in output
     settings = read_settings(tmp_path / "data" / "my-sums.toml")
     assert settings["dataset"] == "my-sums" and settings["vocab_size"] == len(set(TEXT)) and settings["max_iters"] == 3
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt_arc.tables import counted
+from gpt_arc.tables import counted, duration
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,19 @@ from gpt_arc.tables import counted
 )
 def test_a_count_has_its_noun_in_the_right_number(number, form, text):
     assert counted(number, "pair", form) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.25 seconds"),
+        (1, "1 second"),
+        (119, "119 seconds"),
+        (150, "2.5 minutes"),
+        (7_100, "118 minutes"),
+        (36_000, "10 hours"),
+        (86_400 * 1_200, "1,200 days"),
+    ],
+)
+def test_a_time_has_the_largest_unit_that_it_has_two_of(seconds, text):
+    assert duration(seconds) == text

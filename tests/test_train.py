@@ -186,7 +186,7 @@ def test_a_model_is_extended_to_a_longer_context(run):
     assert "of rotary: block_size = 16" in run("--init_from=rotary", *longer, *yarn, "--rotary_context=16", "--dry_run")
     run("--init_from=rotary", *longer, "--extend_context=True", *yarn, "--rotary_context=16", "--out_dir=long")
     config = load_config("long")
-    assert (config.block_size, config.stretch.kind, config.stretch.context) == (64, "yarn", 16)
+    assert (config.block_size, config.rotary_scaling, config.rotary_context) == (64, "yarn", 16)
     assert "finished step 4" in run("--resume=long", "--max_iters=4", tiny=False)
     assert load_config("long") == config
     run("--init_from=alibi", *longer, "--extend_context=True", "--out_dir=farther")

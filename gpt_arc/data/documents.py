@@ -397,15 +397,16 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
     waiting: list[str] = []  # text read since the last cut
     with _opened(path, offset) as (file, raw):
         while block := file.read(PIECE):
+            begin = read - len(decoder.getstate()[0])  # of the text that this block completes
             read += len(block)
-            text = _decode(decoder.decode, block, path, read - len(block) - len(decoder.getstate()[0]))
-            if read == len(block) and text.startswith("\ufeff"):  # skip the byte-order mark
-                text, offset = text[1:], 3
-            at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # a short block is the last
-            if at and sum(map(len, waiting)) + at >= BEGINNING:
-                piece = "".join((*waiting, text[:at]))
-                offset += len(piece) if piece.isascii() else len(piece.encode())
-                yield piece, offset, read if file is raw else raw.tell()
+            text = _decode(decoder.decode, block, path, begin)
+            if begin == 0 and text.startswith("\ufeff"):  # skip the byte-order mark
+                text, begin = text[1:], 3
+            at = _place_to_cut(text, cut) if len(block) == PIECE else None  # a short block is the last
+            if at is not None and sum(map(len, waiting)) + at >= BEGINNING:
+                offset = begin + (at if text.isascii() else len(text[:at].encode()))
+                waiting += [text[:at]] if at else []
+                yield "".join(waiting), offset, read if file is raw else raw.tell()
                 waiting, text = [], text[at:]
             waiting.append(text)
         _decode(partial(decoder.decode, final=True), b"", path, read - len(decoder.getstate()[0]))
@@ -421,15 +422,15 @@ def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, o
         raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}") from None
 
 
-def _place_to_cut(text: str, cut: Cut) -> int:
-    """The last position where `text` may be cut with a non-empty remainder, or 0 if there is none."""
+def _place_to_cut(text: str, cut: Cut) -> int | None:
+    """The position where `text` may be cut, with a non-empty remainder, or None. 0: before it."""
     if cut != "space":
-        return max(0, len(text) - 1) if cut == "anywhere" else 0
+        return 0 if cut == "anywhere" else None
     for start in (max(0, len(text) - 4096), 0):
         last = deque(BOUNDARY.finditer(text, start), maxlen=1)
         if last:
             return last[0].start() + 1
-    return 0
+    return None
 
 
 def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterator[tuple[str, list[int], int]]:

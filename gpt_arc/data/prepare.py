@@ -46,6 +46,7 @@ from gpt_arc.data.tokenizer import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, release, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
+from gpt_arc.memory import keep_freed_memory
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
@@ -111,6 +112,8 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
     number, count = (0, 1) if shard is None else _part_of_all(shard, documents, settings)
     directory = dataset_directory(name if shard is None else f"{name}-{number}-of-{count}")
     by_characters = settings.tokenizer == "char"
+    if by_characters:
+        keep_freed_memory()  # gigatoken's caches, by contrast, have to give theirs back
     tokenizer = None if by_characters else find_tokenizer(settings.tokenizer)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
     made_of = {

@@ -59,6 +59,7 @@ class Decoder(nn.Module):
         self.head = model.logits
         self.compiled: Literal["no", "blocks", "step"] = "no"
         self.one_step = self.forward  # used for one token per row
+        self.fixed_slots = 0  # of a step that is compiled for this number
 
     @torch.inference_mode()
     def read_source(self, tokens: Sequence[int]) -> None:
@@ -84,11 +85,12 @@ class Decoder(nn.Module):
         if compile:
             self.compile()
 
-    def compile(self) -> None:
+    def compile(self, slots: int | None = None) -> None:
         """Compiles the computation of `step` on its first call.
 
         On a CPU, compiles a block, with the same code for all blocks and any number of slots. On a GPU, compiles the
         whole step with fixed shapes, to be launched as one CUDA graph; rows dropped by `keep` still cost time there.
+        `slots` is the length of the longest row; None: the whole context.
         """
         if self._device.type == "cpu":
             self.compiled = "blocks"
@@ -98,7 +100,7 @@ class Decoder(nn.Module):
             for part in parts:
                 part.compile(dynamic=True)
         else:
-            self.compiled = "step"
+            self.compiled, self.fixed_slots = "step", slots or self.model.config.block_size
             self.one_step = torch.compile(self.forward, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def _eager(self) -> contextlib.AbstractContextManager:
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
         None reserves the whole context.
         """
         context = self.model.config.block_size
-        slots = context if room is None or self.compiled == "step" else min(max(room, 1), context)
+        slots = context if room is None else min(max(room, self.fixed_slots, 1), context)
         self.sequences = [[] for _ in range(rows)]
         self._reserve(rows, slots, keep=False)
 
@@ -185,7 +187,8 @@ class Decoder(nn.Module):
         self.read_length = longest if whole else max(longest, self.read_length)
         cache = self.cache if whole else self._empty_cache(len(rows), longest)
         padded = lengths if self.dynamic_context else None
-        size = longest if self.dynamic_context else self.prefill or longest
+        whole_images = self.images is not None and self.model.prefix_attention  # no image is read in parts
+        size = longest if self.dynamic_context or whole_images else self.prefill or longest
         hidden, before = [], self.model.config.ngrams - 1
         with self._eager():
             for start in range(0, longest, size):

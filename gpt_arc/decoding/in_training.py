@@ -7,6 +7,7 @@ from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.prompts import encode_prompt
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
+from gpt_arc.training.config import Config
 from model import GPT
 
 CHARACTERS = 200  # of a sample, about
@@ -33,3 +34,10 @@ class TrainingSampler:
             text.push(step.tokens[0])
         self.model.train()
         return self.start + text.text
+
+
+def make_sampler(config: Config, model: GPT, tokenizer: Tokenizer | None) -> TrainingSampler | None:
+    """Returns what shows the samples of a run; None if it shows none. Raises UserError."""
+    if not config.logging.sample_interval or config.run.eval_only:
+        return None
+    return TrainingSampler(model, tokenizer, config.logging.sample_start, config.training.seed)

@@ -5,7 +5,7 @@ Shapes: B batch, T time, S keys, H query heads, K key/value heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt_arc.nn.functional import dropout
+from gpt_arc.nn.packing import Packed, attend_packed
 from gpt_arc.nn.positions import alibi_bias, alibi_slopes
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 FLEX_DEVICES = ("cuda",)  # where compiled masked attention is flex_attention's
 SCORES_KEPT = 1 << 25  # attention weights, B H T T, that a CPU may keep for a layer's backward pass: 64 MiB in 16 bits
@@ -53,47 +57,71 @@ class KVCache(NamedTuple):
             kept[rows, :, self.positions] = new.transpose(1, 2).type_as(kept)
 
 
+class PrefixMask(NamedTuple):
+    """A mask in which images are read as a whole: their tokens see keys beyond their own place."""
+
+    allowed: Tensor  # (B, 1, T, T)
+
+
 # None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores
-Mask = Tensor | BlockMask | None
+Mask = Tensor | BlockMask | PrefixMask | Packed | None
 
 
 def positions_and_masks(
+    config: "GPTConfig",
     tokens: Tensor,
-    documents: Tensor | None,
+    documents: Tensor | Packed | None,
     cache: Sequence[KVCache] | None,
-    band: int | None,
+    lengths: Tensor | None,
     dropout_rate: float,
-    alibi_heads: int | None = None,
+    prefix_attention: bool = False,
 ) -> tuple[Tensor, tuple[Mask, Mask]]:
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
-    Odd blocks see the last `band` positions only, their own included, if there is a band. `documents` (B, T) restarts
-    positions and attention at each document. `cache`, one per block, continues the tokens that were read before.
-    With `alibi_heads` the masks are ALiBi's biases on the scores of each head.
+    Causal attention of odd blocks sees the last attention_band positions only, their own included, if there is a band,
+    and the first attention_sinks of the text. `documents` (B, T) restarts positions and attention at each document; if
+    it is `Packed`, it stands for its masks too, for what `can_pack` allows. `cache`, one per block, continues the tokens
+    that were read before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
+    `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0, see each other both ways;
+    it goes with neither a band nor ALiBi, and a cache doesn't cut images.
     """
-    slopes = alibi_slopes(alibi_heads) if alibi_heads else None
+    band, slopes = config.attention_band, alibi_slopes(config.n_head) if config.positions == "alibi" else None
     biased = slopes is not None
     (batch, length), device = tokens.shape, tokens.device
     positions = torch.arange(length, device=device)
     if cache is not None and cache[0].positions is not None:
         positions, slots = cache[0].positions, torch.arange(cache[0].keys.size(2), device=device)
         mask = (slots <= positions[..., None])[:, None]  # (B, 1, T, S)
-        recent = mask if band is None else mask & (slots > positions[..., None] - band)[:, None]
+        recent = mask
+        if band is not None:
+            recent = slots > positions[..., None] - band
+            recent = mask & (recent | (slots < config.attention_sinks) if config.attention_sinks else recent)[:, None]
         if slopes:
             mask, recent = (alibi_bias(allowed, slopes, positions) for allowed in (mask, recent))
         return positions, (mask, recent)
-    mask, first = None, None
+    mask, first, packed = None, None, None
+    if isinstance(documents, Packed):
+        documents, packed = documents.documents, documents
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
+    if config.attention == "bidirectional":
+        mask = bidirectional_mask(tokens, documents, lengths)
+        return positions if first is None else positions - first, (mask, mask)
+    if first is not None and packed is not None:
+        return positions - first, (packed, packed._replace(band=band))
+    if first is not None:
         mask = causal_mask(first, None, dropout_rate, batch, biased)
     elif biased:
         mask = causal_mask(torch.zeros_like(positions)[None], None, dropout_rate, 1, biased)
+    if prefix_attention and bool((tokens < 0).any()):
+        assert band is None and not biased
+        mask = prefix_mask(tokens, torch.zeros_like(tokens) if first is None else first)
     recent = mask
     if band is not None and band < length:
         earliest = (positions - band + 1).clamp(min=0)[None]  # the same for all rows, unless they have documents
         earliest = earliest if first is None else torch.maximum(earliest, first)
-        recent = causal_mask(earliest, band, dropout_rate, batch, biased)
+        recent = causal_mask(earliest, band, dropout_rate, batch, biased, config.attention_sinks, first)
     if slopes:
         assert isinstance(mask, Tensor) and isinstance(recent, Tensor)
         mask, recent = (alibi_bias(allowed, slopes) for allowed in (mask, recent))
@@ -101,31 +129,60 @@ def positions_and_masks(
 
 
 def causal_mask(
-    earliest: Tensor, band: int | None, dropout_rate: float, batch: int, biased: bool = False
+    earliest: Tensor,
+    band: int | None,
+    dropout_rate: float,
+    batch: int,
+    biased: bool = False,
+    sinks: int = 0,
+    first: Tensor | None = None,
 ) -> Tensor | BlockMask:
     """The mask in which query i of row b sees the keys earliest[b, i] .. i; `earliest` is (B, T), or (1, T) for all B.
 
-    Returns booleans (B, 1, T, T). Where a query sees at most W = `band` keys and 2W < T, queries go in n chunks of W,
-    each with the keys of its own chunk and the one before: (B n, 1, W, 2W), whose cost grows with T W, not T T.
-    In compiled CUDA code it is the tiles that `flex_attention` visits, which has no dropout, and no backward on CPUs.
-    `biased` keeps it booleans, to which biases are added.
+    It also sees the `sinks` keys from first[b, i] on; None stands for 0. Returns booleans (B, 1, T, T). Where a query
+    sees at most W = `band` keys and 2W < T, queries go in n chunks of W, each with the sinks and the keys of its own
+    chunk and the one before: (B n, 1, W, sinks + 2W), whose cost grows with T W, not T T. In compiled CUDA code it is
+    the tiles that `flex_attention` visits, which has no dropout, and no backward on CPUs. `biased` keeps it booleans,
+    to which biases are added.
     """
     (rows, length), device = earliest.shape, earliest.device
+    begins = earliest * 0 if first is None else first
     if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not (dropout_rate or biased):
         own = int(rows > 1)  # else all rows share the first, whatever their number
-        return create_block_mask(
-            lambda b, h, query, key: (key <= query) & (key >= earliest[own * b, query]),
-            rows if rows > 1 else None, None, length, length, device=device,
-        )  # fmt: skip
-    earliest = earliest.expand(batch, length)
+
+        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen, begin = key >= earliest[own * b, query], begins[own * b, query]
+            return (key <= query) & (seen | (key >= begin) & (key < begin + sinks) if sinks else seen)
+
+        return create_block_mask(visible, rows if rows > 1 else None, None, length, length, device=device)
+    earliest, begins = earliest.expand(batch, length), begins.expand(batch, length)
     queries = keys = torch.arange(length, device=device)
-    if band is not None and 2 * band < length:
-        chunks = math.ceil(length / band)
-        queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
-        keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
-        earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
-    allowed = (keys[..., None, :] <= queries[..., None]) & (keys[..., None, :] >= earliest[..., None])
-    return allowed.flatten(0, -3)[:, None]
+    if band is None or 2 * band >= length or (sinks and first is not None):  # documents' sinks lie at many places
+        seen = keys >= earliest[..., None]
+        if sinks:
+            seen |= (keys >= begins[..., None]) & (keys < begins[..., None] + sinks)
+        return ((keys <= queries[:, None]) & seen)[:, None]
+    chunks = math.ceil(length / band)
+    queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
+    keys = queries[:, :1] - band + torch.arange(2 * band, device=device)  # (n, 2W)
+    earliest = F.pad(earliest, (0, chunks * band - length)).unflatten(1, (chunks, band))
+    allowed = (keys[:, None] <= queries[..., None]) & (keys[:, None] >= earliest[..., None])  # (B, n, W, 2W)
+    if sinks:
+        far = (torch.arange(sinks, device=device) < earliest[..., None]).expand(batch, -1, -1, -1)  # before the band
+        allowed = torch.cat((far, allowed), dim=-1)
+    return allowed.flatten(0, 1)[:, None]
+
+
+def prefix_mask(tokens: Tensor, earliest: Tensor) -> PrefixMask:
+    """The mask in which query i of row b sees the keys earliest[b, i] .. i and the whole run of image tokens around it.
+
+    `tokens` and `earliest` are (B, T). A run is one of adjacent tokens below 0 with the same `earliest`.
+    """
+    places, in_image = torch.arange(tokens.size(1), device=tokens.device), tokens < 0
+    goes_on = in_image[:, :-1] & in_image[:, 1:] & (earliest[:, :-1] == earliest[:, 1:])
+    ends = torch.where(F.pad(goes_on, (0, 1)), tokens.size(1), places)
+    latest = ends.flip(1).cummin(dim=1).values.flip(1)  # (B, T) where the run of each token ends
+    return PrefixMask(((places <= latest[..., None]) & (places >= earliest[..., None]))[:, None])
 
 
 def bidirectional_mask(tokens: Tensor, documents: Tensor | None, lengths: Tensor | None) -> Tensor | None:
@@ -150,16 +207,21 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: float, causal: bool = True) -> Tensor:
     """Attention of query (B, H, T, D) to key and value (B, K, S, D), whose heads serve H / K query heads each.
 
-    `mask` comes from `causal_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which GPUs use SDPA's
-    memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up to its own place,
-    or all keys if the attention isn't `causal`.
+    `mask` comes from `causal_mask` or `prefix_mask`, or is (B, 1, T, S), or has ALiBi's biases (B, H, T, S), with which
+    GPUs use SDPA's memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up
+    to its own place, or all keys if the attention isn't `causal`.
     """
+    if isinstance(mask, Packed):
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
+        return attend_packed(query, key, value, mask)
+    if isinstance(mask, PrefixMask):
+        mask, causal = mask.allowed, False
     if isinstance(mask, Tensor) and mask.is_floating_point():
         mask = mask.type_as(value)
     if not causal:
         assert not isinstance(mask, BlockMask)  # causal_mask alone makes them
         key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout_rate)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_rate)
     if query.size(2) == 1 and query.device.type == "cpu" and torch.compiler.is_compiling() and not dropout_rate:
         assert not isinstance(mask, BlockMask)  # these are made on GPUs
         return attend_once(query, key, value, mask)
@@ -187,10 +249,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     chunks = math.ceil(length / band)
     beyond = chunks * band - length
     query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
+    sunk = [x[:, :, : mask.size(-1) - 2 * band].repeat_interleave(chunks, dim=0) for x in (key, value)]
     key, value = (
         F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
         for x in (key, value)
     )  # (B n, K, 2W, D)
+    if mask.size(-1) > 2 * band:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(sunk, (key, value)))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
     return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 

@@ -3,28 +3,15 @@
 Shapes: B batch, T time, S tokens of a source, C width, H query heads, K key/value heads, D head size.
 """
 
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
 from gpt_arc.nn.attention import attend
 from gpt_arc.nn.functional import Dropout
 
-
-class CrossAttentionConfig(Protocol):
-    """The settings of `model.GPTConfig` that are read."""
-
-    @property
-    def n_embd(self) -> int: ...
-    @property
-    def n_head(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_width(self) -> int: ...
-    @property
-    def bias(self) -> bool: ...
-    def dropout_of(self, place: Literal["embedding", "attention", "residual"]) -> float: ...
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 
 class EncoderStates(NamedTuple):
@@ -37,7 +24,7 @@ class EncoderStates(NamedTuple):
 class CrossAttention(nn.Module):
     """Attention to the states of a source; `key_value` stacks K key heads, then K value heads."""
 
-    def __init__(self, config: CrossAttentionConfig):
+    def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.config = config
         heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width

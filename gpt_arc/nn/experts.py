@@ -6,7 +6,7 @@ Shapes: N tokens, C width, M hidden width, E experts, k experts per token.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,49 +14,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.nn.functional import Activation, Dropout, activate
+from gpt_arc.nn.functional import Dropout, activate
 
-
-class ExpertsConfig(Protocol):
-    """The settings of `model.GPTConfig` that experts read."""
-
-    @property
-    def n_embd(self) -> int: ...
-
-    @property
-    def mlp_width(self) -> int: ...
-
-    @property
-    def activation(self) -> Activation: ...
-
-    @property
-    def gated(self) -> bool: ...
-
-    @property
-    def bias(self) -> bool: ...
-
-    @property
-    def n_experts(self) -> int: ...
-
-    @property
-    def experts_per_token(self) -> int: ...
-
-    @property
-    def expert_selection(self) -> str: ...
-
-    @property
-    def capacity_factor(self) -> float | None: ...
-
-    @property
-    def router_jitter(self) -> float: ...
-
-    @property
-    def expert_dropout(self) -> float: ...
-
-    @property
-    def balance_rate(self) -> float: ...
-
-    def dropout_of(self, place: Literal["residual"]) -> float: ...
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 
 class Routing(NamedTuple):
@@ -79,7 +40,7 @@ class Experts(nn.Module):
 
     balance: Tensor  # (E,), if the settings have a balance_rate
 
-    def __init__(self, config: ExpertsConfig, shared: nn.Module | None = None):
+    def __init__(self, config: "GPTConfig", shared: nn.Module | None = None):
         super().__init__()
         self.config = config
         experts, width, inner = config.n_experts, config.n_embd, config.mlp_width

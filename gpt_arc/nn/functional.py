@@ -1,4 +1,4 @@
-"""The element-wise parts: the MLP's non-linearity, positions, n-gram ids and dropout."""
+"""The element-wise parts: the MLP's non-linearity, positions, n-gram ids, dropout and a norm."""
 
 import math
 from typing import Literal, assert_never
@@ -108,3 +108,14 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training else x
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, with its weight cast to the input's type on a CPU, whose fused kernel refuses two types under autocast.
+
+    On a GPU autocast computes the norm in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.type_as(x) if x.device.type == "cpu" else self.weight
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)

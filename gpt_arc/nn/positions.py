@@ -5,13 +5,16 @@ Shapes: B batch, T time, S keys, H query heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.nn.functional import frequencies, waves
+from gpt_arc.nn.functional import frequencies, sinusoids, waves
+
+if TYPE_CHECKING:
+    from model import GPTConfig
 
 Stretch = Literal["linear", "ntk", "dynamic", "yarn", "llama3"]
 FAST_TURNS = {"yarn": 32.0, "llama3": 4.0}  # the defaults of `RotaryScaling.fast`
@@ -66,35 +69,44 @@ class RotaryScaling(NamedTuple):
         return width * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
 
 
-def rotary_scaling(
-    kind: Stretch | None,
-    factor: float,
-    context: int | None,
-    fast: float | None,
-    slow: float,
-    attention_factor: float | None,
-    width: int,
-) -> RotaryScaling | None:
-    """Returns the scaling that settings of `model.GPTConfig` describe, for heads of `width`.
+def rotary_scaling(config: "GPTConfig") -> RotaryScaling | None:
+    """Returns how rotary positions are scaled, with all defaults filled in.
 
-    Raises ValueError if they don't fit together.
+    Raises ValueError for settings that don't fit together.
     """
+    kind, factor, context = config.rotary_scaling, config.rotary_factor, config.rotary_context
+    attention_factor, slow = config.rotary_attention_factor, config.rotary_slow
     if kind is None:
         if factor != 1:
             raise ValueError(f"rotary_factor = {factor} stretches nothing: choose a rotary_scaling")
         return None
     if kind in ("dynamic", "yarn", "llama3") and context is None:
         raise ValueError(f'rotary_scaling = "{kind}" needs rotary_context, the context of the model that it stretches')
-    if kind in ("ntk", "dynamic") and width == 2:
+    if kind in ("ntk", "dynamic") and config.head_width == 2:
         raise ValueError(f'rotary_scaling = "{kind}" slows every pair of features except the first: 2 are too few')
     if attention_factor is not None and kind != "yarn":
         raise ValueError(f'rotary_attention_factor is for rotary_scaling = "yarn", not "{kind}"')
-    fast = FAST_TURNS.get(kind, math.inf) if fast is None else fast
+    fast = FAST_TURNS.get(kind, math.inf) if config.rotary_fast is None else config.rotary_fast
     if fast <= slow:
         raise ValueError(f"rotary_fast = {fast} must be more than rotary_slow = {slow}")
     if attention_factor is None:
         attention_factor = 0.1 * math.log(factor) + 1 if kind == "yarn" else 1.0
     return RotaryScaling(kind, factor, context or 1, fast, slow, attention_factor)
+
+
+def rotary_waves(config: "GPTConfig", positions: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines (..., 1, T, D / 2) of positions (..., T), shared by all heads; None for other encodings.
+
+    `lengths` (B,): see `text_lengths`.
+    """
+    if config.positions != "rotary":
+        return None
+    width, base, scaling = config.head_width, config.rotary_base, rotary_scaling(config)
+    if scaling is None:
+        cosines, sines = sinusoids(positions, width, base)
+    else:
+        cosines, sines = scaling.waves(positions, lengths, width, base)
+    return cosines.unsqueeze(-3), sines.unsqueeze(-3)
 
 
 def text_lengths(positions: Tensor, lengths: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gpt_arc.nn.head_loss import logits_at_once
+from gpt_arc.nn.recompute import Checkpointing
 from model import GPT, GPTConfig
 
 # Peak FLOPs per second of dense matrix products, from data sheets: (16-bit with float32 accumulation, float32).
@@ -56,7 +57,7 @@ def flops_per_token(model: GPT) -> int:
     """Returns the FLOPs of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
     Six per weight of the matrix products that a token goes through, head included, plus 12 H D T for each layer's
-    attention. T is 2W keys in layers with banded attention of width W.
+    attention. T is 2W keys in layers with banded attention of width W, and its sinks.
     """
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
@@ -65,7 +66,7 @@ def flops_per_token(model: GPT) -> int:
             weights += module.weight.numel()
     weights += config.experts_per_token * sum(e.up[0].numel() + e.projection[0].numel() for e in model.experts)
     banded = 0 if config.attention_band is None else config.n_layer // 2
-    band_keys = min(2 * (config.attention_band or 0), config.block_size)
+    band_keys = min(2 * (config.attention_band or 0) + config.attention_sinks, config.block_size)
     keys = (config.n_layer - banded) * config.block_size + banded * band_keys  # per query, summed over layers
     return 6 * weights + 12 * config.n_head * config.head_width * keys
 
@@ -75,7 +76,7 @@ def memory_estimate(
     sequences: int,
     dtype: str,
     device: str = "cpu",
-    checkpointing: bool = False,
+    checkpointing: Checkpointing = False,
     expert_processes: int = 1,
     compiled: bool = False,
 ) -> int:
@@ -84,15 +85,13 @@ def memory_estimate(
     A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments. For the backward pass a layer keeps
     about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C
     bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert keeps 2 C more for its
-    copies of the token. With activation checkpointing one layer keeps all this and the others only their input. The
-    head keeps three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits. ALiBi's
-    biases, H T T, are shared by all layers.
+    copies of the token. With activation checkpointing see `activation_bytes`. The head keeps three copies of the logits
+    that it computes at once; where it is `compiled`, two in 16 bits. ALiBi's biases, H T T, are shared by all layers.
     """
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
-    tokens, width = sequences * config.block_size, config.n_embd
-    layers = layer_activations(config)
-    activations = tokens * (max(layers) * size + config.n_layer * 4 * width if checkpointing else sum(layers) * size)
+    tokens = sequences * config.block_size
+    activations = sum(activation_bytes(config, tokens, size, checkpointing))
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
     in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
@@ -100,6 +99,20 @@ def memory_estimate(
     )
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
     return 16 * int(model.num_parameters() - in_other_processes) + activations + logits + biases
+
+
+def activation_bytes(config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing) -> tuple[int, int]:
+    """Returns the bytes that the layers keep of `tokens` tokens for the backward pass, and what one recomputes there.
+
+    Values have `size` bytes. With checkpointing a layer keeps its input, in float32; selective: also queries, keys,
+    values, attention's output, and the outputs of both projections.
+    """
+    layers = [tokens * size * values for values in layer_activations(config)]
+    if not checkpointing:
+        return sum(layers), 0
+    attention = 2 * (config.n_head + config.kv_heads) * config.head_width
+    products = attention + 2 * config.n_embd if checkpointing == "selective" else 0
+    return config.n_layer * tokens * (4 * config.n_embd + size * products), max(layers)
 
 
 def layer_activations(config: GPTConfig) -> list[int]:

@@ -90,6 +90,15 @@ def best_of_rates(results: Sequence[Result]) -> list[Result]:
     return [min(group, key=lambda r: r.val_loss) for group in grouped(results, same_but_rate)]
 
 
+def by_rate(results: Sequence[Result]) -> list[tuple[Result, dict[float, float]]]:
+    """Returns one of the runs that differ only in their rates, of three or more, and their losses by ascending rate."""
+    losses = [
+        (rows[0], dict(sorted((row.learning_rate, row.val_loss) for row in rows if row.learning_rate)))
+        for rows in grouped(results, same_but_rate)
+    ]
+    return [(run, each) for run, each in losses if len(each) > 2]
+
+
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """The learning rate of the lowest loss: of the parabola through the lowest loss and the two beside it.
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gpt_arc.nn.head_loss import logits_at_once
-from gpt_arc.planning.cost import layer_activations
+from gpt_arc.nn.recompute import Checkpointing
+from gpt_arc.planning.cost import activation_bytes
 from gpt_arc.tables import human
 from model import GPT
 
@@ -48,7 +49,7 @@ class Layout:
     sequences_per_step: int
     batch_size: int
     dtype: str
-    checkpointing: bool = False
+    checkpointing: Checkpointing = False
     reshard: bool = True  # gathered blocks are dropped between forward and backward pass
     average: bool = False  # a moving average of the weights is kept
 
@@ -71,8 +72,7 @@ class Layout:
         head, tokens = config.vocab_size * config.n_embd, self.micro_batch * config.block_size
         size = 2 if self.dtype in ("bfloat16", "float16") else 4
         logits = min(tokens * config.vocab_size, logits_at_once("cuda"))
-        layers = [size * tokens * values for values in layer_activations(config)]
-        kept = FLOAT32 * tokens * config.n_layer * config.n_embd if self.checkpointing else sum(layers)
+        kept, recomputed = activation_bytes(config, tokens, size, self.checkpointing)
         gathered = FLOAT32 * outside + size * (2 * block if self.reshard else sum(blocks))
         phases = [
             {  # the head's loss, with a copy of the head, and the logits, their logarithms and their gradients
@@ -84,7 +84,7 @@ class Layout:
             {  # the backward pass of the last block, while the next one is gathered
                 "gathered weights": gathered,
                 "whole gradients": FLOAT32 * (head + block) + size * block,
-                "activations": kept + self.checkpointing * max(layers),
+                "activations": kept + recomputed,
             },
             {"gathered weights": FLOAT32 * outside, "whole gradients": 3 * FLOAT32 * outside},  # its end
         ]

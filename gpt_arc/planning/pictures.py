@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 
 from gpt_arc.extras import import_extra
-from gpt_arc.planning.fits import Laws, Result, budgets, grouped, size_of
+from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, budgets, by_rate, grouped, size_of
 
 JOINT = "L(N, D), Chinchilla's form"
 
 
-def draw_all(results: Sequence[Result], laws: Laws, folder: Path) -> list[Path]:
+def draw_all(runs: Sequence[Result], laws: Laws, folder: Path) -> list[Path]:
     """Draws every picture that the sweep has data for. Returns the files."""
+    results = best_of_rates(runs)
     drawings: dict[str, Callable[[Any], None]] = {"compute": lambda axes: draw_compute(axes, results, laws)}
     if laws.parabolas:
         drawings["isoflop"] = lambda axes: draw_parabolas(axes, results, laws)
@@ -22,6 +23,8 @@ def draw_all(results: Sequence[Result], laws: Laws, folder: Path) -> list[Path]:
         drawings["predicted"] = lambda axes: draw_predicted(axes, results, laws)
     if any(len({r.n_layer for r in group}) > 2 for group in same_size(results)):
         drawings["shape"] = lambda axes: draw_shapes(axes, results)
+    if by_rate(runs):
+        drawings["rates"] = lambda axes: draw_rates(axes, runs)
     figures = import_extra("matplotlib.figure")
     written = []
     for name, draw in drawings.items():
@@ -96,6 +99,17 @@ def draw_shapes(axes: Any, results: Sequence[Result]) -> None:
             axes.plot([ratio] * len(each), each, f"C{number}o")
     axes.set(xscale="log", xlabel="width / depth", ylabel="val loss, nats a token")
     axes.legend()
+
+
+def draw_rates(axes: Any, runs: Sequence[Result]) -> None:
+    """Loss against learning rate, with a dotted line at the best."""
+    for number, (run, losses) in enumerate(by_rate(runs)):
+        label, color = f"{run.n_layer}x{run.n_embd}, {run.tokens:,} tokens", f"C{number % 10}"
+        axes.plot(losses.keys(), losses.values(), f"{color}o-", markersize=4, label=label)
+        if best := best_rate([*losses], [*losses.values()]):
+            axes.axvline(best, color=color, linestyle=":", linewidth=1)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="val loss, nats a token")
+    axes.legend(fontsize="small")
 
 
 def same_size(results: Sequence[Result]) -> list[list[Result]]:

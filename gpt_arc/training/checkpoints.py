@@ -42,7 +42,7 @@ from gpt_arc.weights.checkpoint_folders import (
 )
 from gpt_arc.weights.tensor_files import ADVICE, open_tensors
 
-CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 RECORD = "checkpoints.json"
 RUN_FILES = (
     "last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "report", RECORD, "run.json",
@@ -74,7 +74,7 @@ class TrainingState(TypedDict):
     optimizer: OptimizerState
     muon: NotRequired[OptimizerState]
     optimizer_name: NotRequired[str]
-    scaler: dict[str, int | float]
+    scaler: dict[str, float | int]
     weights: NotRequired[list[Tensor]]
     parts: NotRequired[dict[str, Tensors]]
     learned: NotRequired[Tensors]

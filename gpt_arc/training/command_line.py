@@ -84,7 +84,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
     shown = read_files(Config, named)[0] if "--help" in args else {}
     flags = read_flags(Arguments, description, args, shown)
-    files = list(dict.fromkeys(map(config_file, flags.pop("config_files", ()))))
+    files = distinct(list(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
     settings, sources = read_files(Config, files)
     given = merge(Config, settings, flags)
@@ -108,6 +108,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
+    for replaced in sorted((settings | recorded).keys() - values.keys()):
+        say(f"settings       {Config.INSTEAD[replaced]} replaces {replaced}, which {sources[replaced]} sets")
     file_values = values_of(Config()) | settings
     overrides = {
         setting: value
@@ -122,6 +124,14 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
         config, adopted = adopt_architecture(config, imported)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
+
+
+def distinct(files: list[str]) -> list[str]:
+    """Returns the files in the order in which they win: one that is named again counts where it is named last."""
+    for file in dict.fromkeys(files):
+        if files.count(file) > 1:
+            say(f"settings       of {file}, which is named {files.count(file)} times")
+    return list(dict.fromkeys(reversed(files)))[::-1]
 
 
 def without_samples(config: Config, requested: bool) -> Config:
@@ -219,7 +229,7 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
     count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
-    settings, sources = read_files(cls, args[:count])
+    settings, sources = read_files(cls, distinct(args[:count]))
     shown = {name: value for name, value in settings.items() if name not in cls.OLD}
     flags = read_flags(cls, description, args[count:], shown)
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
 from gpt_arc.data.masking import scored_tokens
+from gpt_arc.nn.recompute import Checkpointing
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -126,9 +127,10 @@ class TrainingConfig:
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs.
     tf32: float32 rounded to 10 bits of mantissa, on NVIDIA's GPUs."""
-    compile: bool | Literal["auto", "blocks"] = "auto"
+    compile: bool | Literal["auto", "blocks", "graphs"] = "auto"
     """torch.compile the model. auto: if it can work and the run is long enough for it to pay off. blocks: one block,
-    whose code the others share, which takes a small part of the time and gives slower code."""
+    whose code the others share, which takes a small part of the time and gives slower code. graphs: also launch each
+    pass as one CUDA graph, for small models on one GPU, whose kernels take less time than their launches."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
     flash_attention: Literal["2", "3", "4"] = "2"
@@ -138,8 +140,9 @@ class TrainingConfig:
     threads: Threads | Literal["auto"] = "auto"
     """CPU threads of a process. auto: OMP_NUM_THREADS or, if that isn't set, more than one only where a measurement of
     up to a second shows that they pay."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower."""
+    activation_checkpointing: Checkpointing = False
+    """Recompute each block in the backward pass instead of storing its activations: less memory, a third slower.
+    selective: keep attention and the narrow products, which saves less memory and costs a ninth."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
     timeout_minutes: Count = 60
@@ -233,7 +236,7 @@ class RunConfig:
     eval_only: bool = False
     """Evaluate and stop."""
     dry_run: bool = False
-    """Print what would be run and stop."""
+    """Print what would be run, or why it would be refused, and stop."""
     accelerator: str | None = None
     """Accelerator whose days of training, and price, a dry run prints: h100, a100, rtx 4090 ..."""
     devices: Count = 1

@@ -177,7 +177,7 @@ class Updater:
         self._failures = 0 if finite else self._failures + 1
         self.scaler.update()
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self.config.compile != "graphs")  # whose gradients stay where they are
         return finite, total_norm, summed
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from gpt_arc.data.hub_sets import names_hub_set, pinned
 from gpt_arc.distributed import launch_command, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import write_file
+from gpt_arc.nn.recompute import Checkpointing
 from gpt_arc.reading import read_json
 from gpt_arc.settings import (
     STRICT,
@@ -66,8 +67,9 @@ class StageOptions:
     """Adam's epsilon."""
     grad_clip: NonNegative = 1.0
     """Gradients are shortened to this norm. 0: never."""
-    activation_checkpointing: bool = False
-    """Compute each block anew in the backward pass: less memory, a third slower."""
+    activation_checkpointing: Checkpointing = False
+    """Compute each block anew in the backward pass: less memory, a third slower. selective: keep attention and the
+    narrow products, which saves less memory and costs a ninth."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a device of torch's."""
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"

@@ -6,11 +6,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic.dataclasses
 import torch
+from pydantic import AllowInfNan
 
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
@@ -22,20 +23,22 @@ from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import Hardware
-from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate
+from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.planning.layout import Layout
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
-from gpt_arc.tables import counted, human
+from gpt_arc.tables import counted, duration, human
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
+from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.parallel_modes import check_parallel
+from gpt_arc.training.runs import check_out_dir
 from gpt_arc.training.threads import resolve_threads
-from gpt_arc.weights.directory import load_config
+from gpt_arc.weights.directory import check_model, load_config, local_directory
 from gpt_arc.weights.huggingface import nearest_architecture
 from model import GPT
 
@@ -51,7 +54,7 @@ class Progress:
     skipped: Natural = 0  # steps left out because their gradient was not finite
     seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
     evaluated_step: Natural = 0
-    best_val_loss: float = math.inf
+    best_val_loss: Annotated[NonNegative, AllowInfNan(True)] = math.inf  # until an evaluation; NaN isn't at least 0
     best_step: Natural | None = None
 
 
@@ -225,6 +228,26 @@ def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Mask
     return Masking(token, corpus.tokenizer.text_size, rate, 0 if evaluating else config.training.seed)
 
 
+def rehearse(plan: Plan) -> tuple[GPT, Tokenizer | None]:
+    """Refuses what `build` in train.py would, for a dry run. Returns the model, without weights, and its tokenizer.
+
+    Fetches and prepares nothing and reads no weights into memory. With `accelerator` the run is for another machine,
+    whose packages aren't looked for here.
+    """
+    config, tokenizer = plan.config, plan.tokenizer
+    if plan.origin and local_directory(plan.origin):
+        trained = check_model(plan.origin)
+        plan.check_tokenizer(trained)
+        tokenizer = tokenizer or trained
+    if config.run.out_dir and not (plan.launch.resumed or config.run.eval_only):
+        check_out_dir(config.run.out_dir, config.run.overwrite or config.run.init_from == "auto")
+    with meta_device():
+        sketch = GPT(config.model)
+    if not config.run.accelerator:
+        choose_kernels(sketch, config.training)
+    return sketch, tokenizer
+
+
 def print_plan(plan: Plan) -> None:
     """Print what the run is about to do, one line a subject."""
     config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
@@ -242,11 +265,14 @@ def print_plan(plan: Plan) -> None:
     if config.is_masked:
         say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted")
     say(f"steps          {config.training.max_iters:,}")
-    if accelerator := config.run.accelerator:
-        run = config.run
-        hardware = Hardware(accelerator, run.devices, run.device_mfu, run.device_price)
-        flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+    run, flops = config.run, config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+    if run.accelerator:
+        hardware = Hardware(run.accelerator, run.devices, run.device_mfu, run.device_price)
         say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
+    elif run.dry_run and (peak := peak_flops(plan.device, device_name(plan.device), plan.dtype)):
+        seconds = flops / (WORLD_SIZE * peak * run.device_mfu)
+        share = f"{run.device_mfu:.0%} of the device's {human(peak, 'FLOP')} a second"
+        say(f"time           about {duration(seconds)} at {share}")
     train = plan.data and plan.data.train
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")

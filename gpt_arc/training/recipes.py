@@ -52,5 +52,6 @@ def choose(train: int, val: int, rates: Mapping[str, float], minutes: float) -> 
         "block_size": block_size,
         "max_iters": steps,
         "eval_interval": math.ceil(steps / 4),
+        "sample_interval": steps,
         "eval_iters": 0 if val <= VAL_TOKENS else VAL_TOKENS // batch,
     }

@@ -193,8 +193,7 @@ def claim_new(
     if out_dir is not None:
         directory = _create(Path(out_dir))
         lock = Lock(directory)
-        if not _is_free(directory):
-            _refuse(directory, overwrite, stage, resume or f"--resume={shlex.quote(out_dir)}")
+        _refuse_used(directory, overwrite, stage, resume)
         clear(directory)
         return directory, lock
     for number in itertools.count(1):
@@ -214,8 +213,25 @@ def _is_free(directory: Path) -> bool:
     return all(STRAY.fullmatch(path.name) or path.name == Lock.FILE for path in directory.iterdir())
 
 
-def _refuse(directory: Path, overwrite: bool, stage: str, resume: str) -> None:
-    """Raises UserError unless `overwrite` allows deleting what the folder holds."""
+def check_out_dir(out_dir: str, overwrite: bool) -> None:
+    """Raises UserError where `claim_new` would, and writes nothing."""
+    directory = Path(out_dir)
+    if any(path.is_file() for path in (directory, *directory.parents)):
+        raise _in_the_way(directory)
+    if (directory / Lock.FILE).exists():
+        Lock(directory)
+    if directory.exists():
+        _refuse_used(directory, overwrite)
+
+
+def _refuse_used(directory: Path, overwrite: bool, stage: str = "train", resume: str | None = None) -> None:
+    """Raises UserError unless a folder is free or `overwrite` allows deleting what it holds.
+
+    `resume` is what resumes a run in it, by default a flag.
+    """
+    if _is_free(directory):
+        return
+    resume = resume or f"--resume={shlex.quote(str(directory))}"
     if not (directory / "run.json").exists():
         raise UserError(f"out_dir = {directory} is in use, and not by a run: name another")
     if stage_of(directory) != stage:
@@ -252,8 +268,12 @@ def _create(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"out_dir = {directory} can't be created: a file is in the way") from None
+        raise _in_the_way(directory) from None
     return directory
+
+
+def _in_the_way(directory: Path) -> UserError:
+    return UserError(f"out_dir = {directory} can't be created: a file is in the way")
 
 
 def hardware_of(device: torch.device, dtype: str) -> str:

@@ -136,6 +136,8 @@ def write_llava(model: VisionGPT, directory: Path) -> None:
     kind, config, projection = llava_encoder(model.encoder.config), model.encoder.config, model.projector.config
     if projection.projector_layers != 2 or projection.pixel_shuffle != 1:
         raise UserError("a LLaVA's projector has two layers and no pixel_shuffle: this one can't be exported")
+    if model.text.prefix_attention:
+        raise UserError("a LLaVA has causal attention only: a model with prefix_attention can't be exported")
     text = with_more_tokens(model.text, 1)
     vision = hf_encoder_config(config, kind) | {"num_hidden_layers": config.n_layer + 1}
     content = {

@@ -5,12 +5,14 @@
     save_vision(model, directory)              # beside the text model's files
     model = load_vision(directory, text)
 
-A token below 0 is a placeholder: -1 - i stands for embedding i of all images in turn. `tokens` has one for each.
+A token below 0 is a placeholder: -1 - i stands for embedding i of all images in turn. `tokens` has one for each. With
+prefix_attention (arXiv:2407.07726) placeholders with no text between them see each other both ways.
 """
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NotRequired
 
 import torch
 from pydantic import ConfigDict, with_config
@@ -43,6 +45,7 @@ class VisionFile(TypedDict):
     encoder: EncoderConfig
     projector: ProjectorConfig
     preprocessing: Preprocessing
+    prefix_attention: NotRequired[bool]
 
 
 class VisionGPT(nn.Module):
@@ -54,8 +57,11 @@ class VisionGPT(nn.Module):
         encoder: ImageEncoder,
         projector: Projector,
         preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  frozen
+        prefix_attention: bool = False,
     ):
-        """Raises ValueError for a text model with n-grams, which placeholders can't be part of."""
+        """Raises ValueError for a text model with n-grams, which placeholders can't be part of, and for
+        prefix_attention in one with an attention band or ALiBi, which count back from a token.
+        """
         super().__init__()
         if text.config.ngrams > 1:
             raise ValueError(f"ngrams = {text.config.ngrams} can't be formed of images: name a model without n-grams")
@@ -64,6 +70,9 @@ class VisionGPT(nn.Module):
                 f"pixel_shuffle = {projector.config.pixel_shuffle} doesn't divide the {encoder.config.side} patches "
                 "along a side of an image"
             )
+        if prefix_attention and (text.config.attention_band is not None or text.config.positions == "alibi"):
+            raise ValueError('prefix_attention needs a text model without attention_band and positions = "alibi"')
+        text.prefix_attention = prefix_attention
         self.text, self.encoder, self.projector, self.preprocessing = text, encoder, projector, preprocessing
         self.rates = dict.fromkeys(PARTS, 1.0)  # factors of the learning rate
 
@@ -112,7 +121,10 @@ class VisionGPT(nn.Module):
 def save_vision(model: VisionGPT, directory: Path) -> None:
     """Writes the encoder and the projector into the text model's directory."""
     parts = {"encoder": model.encoder.config, "projector": model.projector.config}
-    content = {name: asdict(part) for name, part in (parts | {"preprocessing": model.preprocessing}).items()}
+    content: dict[str, Any] = {
+        name: asdict(part) for name, part in (parts | {"preprocessing": model.preprocessing}).items()
+    }
+    content |= {"prefix_attention": True} if model.text.prefix_attention else {}
     tensors = {
         f"{name}.{key}": tensor.detach().cpu().contiguous()
         for name in parts
@@ -143,6 +155,7 @@ def load_vision(directory: Path, text: GPT, dtype: torch.dtype = torch.float32) 
         weights = {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
         part.load_state_dict(weights, assign=True)
     try:
-        return VisionGPT(text, encoder, projector, content["preprocessing"])
+        prefix_attention = content.get("prefix_attention", False)
+        return VisionGPT(text, encoder, projector, content["preprocessing"], prefix_attention)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

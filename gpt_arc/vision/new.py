@@ -32,12 +32,14 @@ def named_encoder(source: str, setting: str) -> tuple[ImageEncoder, Preprocessin
     return read_encoder(directory)
 
 
-def new_vision_model(source: str, text: GPT, projector_layers: Literal[1, 2], pixel_shuffle: int) -> VisionGPT:
+def new_vision_model(
+    source: str, text: GPT, projector_layers: Literal[1, 2], pixel_shuffle: int, prefix_attention: bool
+) -> VisionGPT:
     """Returns `text` with the encoder that `source` names, and a new projector. Raises UserError."""
     encoder, preprocessing = named_encoder(source, "image_encoder")
     config = ProjectorConfig(projector_layers, pixel_shuffle=pixel_shuffle)
     try:
         projector = Projector(config, encoder.config.n_embd, text.config.n_embd)
-        return VisionGPT(text, encoder, projector, preprocessing)
+        return VisionGPT(text, encoder, projector, preprocessing, prefix_attention)
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None

@@ -28,7 +28,7 @@ from gpt_arc.tables import counted
 from gpt_arc.weights.checkpoint_folders import ATTEMPTS, deleted_too_soon, named_checkpoint, undamaged_before
 from gpt_arc.weights.huggingface import STRETCHING, config_from_hf, stored_tensors
 from gpt_arc.weights.huggingface import read_tensors as read_converted
-from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, read_weights, write_weights
+from gpt_arc.weights.tensor_files import INDEX, PARTS, WEIGHTS, open_weights, read_weights, write_weights
 from model import GPT, GPTConfig
 
 MANY_BLOCKS = 100  # from which on a config is compared with the weights before so many modules are made
@@ -162,12 +162,6 @@ def load_config(path: Path | str) -> GPTConfig:
     return _read_config(_directory(path, hub.CONFIG))[1]
 
 
-@of_one_checkpoint
-def read_tokenizer(path: Path | str) -> Tokenizer | None:
-    """Returns a model's tokenizer without reading its weights; None if it has none."""
-    return load_tokenizer(Path(path)) if holds_tokenizer(Path(path)) else None
-
-
 def _read_config(directory: Path) -> tuple[str, GPTConfig]:
     """Returns a model directory's model_type, MODEL_TYPE or one of transformers', and its architecture."""
     path = directory / "config.json"
@@ -223,13 +217,8 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
             f"block_size = {config.block_size} is more than the {stored.block_size} positions learned by the model "
             f"{directory}"
         )
-    try:
-        with meta_device():
-            model = GPT(config)
-            trained_model = model if config == stored else GPT(stored)
-            shapes = {name: tensor.shape for name, tensor in trained_model.state_dict().items()}
-    except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
-        raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
+    model = _without_weights(directory, config)
+    shapes = _shapes(model if config == stored else _without_weights(directory, stored))
     if kind == MODEL_TYPE:
         tensors = read_weights(directory, shapes, dtype)
     else:
@@ -238,14 +227,47 @@ def _load(directory: Path, config: GPTConfig | None, dtype: torch.dtype) -> tupl
     if config.block_size < stored.block_size and config.positions == "learned":
         tensors["position_embedding.weight"] = tensors["position_embedding.weight"][: config.block_size].clone()
     model.load_state_dict(tensors, assign=True)
+    return model, _tokenizer_of(directory, config)
+
+
+def _without_weights(directory: Path, config: GPTConfig) -> GPT:
+    try:
+        with meta_device():
+            return GPT(config)
+    except (TypeError, RuntimeError) as error:  # a size or a product of sizes that no tensor can have
+        raise UserError(f"{directory / 'config.json'} is damaged: {first_line(error)}") from None
+
+
+def _shapes(model: GPT) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _tokenizer_of(directory: Path, config: GPTConfig) -> Tokenizer | None:
+    """Returns a model's tokenizer, None if it has none. Raises UserError if it is too large for the model."""
     if not holds_tokenizer(directory):
-        return model, None
+        return None
     tokenizer = load_tokenizer(directory)
     needed = max(tokenizer.text_size, (tokenizer.end_of_text or 0) + 1)
     if needed > config.vocab_size:
         sizes = f"it has {needed} tokens, the model {config.vocab_size}"
         raise UserError(f"the tokenizer in {directory} belongs to another model: {sizes}")
-    return model, tokenizer
+    return tokenizer
+
+
+@of_one_checkpoint
+def check_model(path: Path | str) -> Tokenizer | None:
+    """Returns a model's tokenizer. Raises UserError if its files aren't as they were written or one can't be read.
+
+    Reads no weights into memory.
+    """
+    directory = Path(path)
+    with checking(directory, sizes_only=(".pt",)):
+        kind, config = _read_config(directory)
+        if kind == MODEL_TYPE:
+            open_weights(directory, _shapes(_without_weights(directory, config)))
+        else:
+            list(stored_tensors(directory))
+        return _tokenizer_of(directory, config)
 
 
 def require_causal(path: Path | str, model: GPT) -> GPT:

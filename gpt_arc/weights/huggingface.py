@@ -25,6 +25,7 @@ from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.functional import Activation
+from gpt_arc.nn.positions import rotary_scaling
 from gpt_arc.reading import mistake_in
 from gpt_arc.settings import Count, NonNegative, Positive, mistake
 from gpt_arc.tables import counted
@@ -444,7 +445,7 @@ def _rope_settings(content: dict[str, Any], architecture: Architecture) -> dict[
 
 def _rope_parameters(config: GPTConfig) -> dict[str, Any]:
     """Returns the rope_parameters of transformers, which knows ntk as a larger base."""
-    stretch, width = config.stretch, config.head_width
+    stretch, width = rotary_scaling(config), config.head_width
     if stretch is None or stretch.kind == "ntk":
         base = config.rotary_base * (stretch.factor ** (width / (width - 2)) if stretch else 1)
         return {"rope_theta": base, "rope_type": "default"}

@@ -81,47 +81,59 @@ def write_weights(directory: Path, tensors: Mapping[str, torch.Tensor]) -> list[
 
 def read_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """`read_tensors` for the files of `weight_files`."""
-    paths = weight_files(directory)
-    return _read(paths, paths[0] if len(paths) == 1 else directory / INDEX, shapes, dtype)
+    return _read(*open_weights(directory, shapes), dtype)
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Reads a file that holds exactly the tensors in `shapes`, as `dtype`. Raises UserError naming file and tensor."""
-    return _read([path], path, shapes, dtype)
+    return _read(*_open([path], path, shapes), dtype)
 
 
-def _read(
-    paths: Sequence[Path], whole: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
-    """Reads files that together hold exactly the tensors in `shapes`; messages about all name the path `whole`."""
-    stored: dict[str, tuple[Path, Any]] = {}
+Opened = tuple[dict[Path, Any], dict[str, Path]]  # files, and the file of each tensor
+
+
+def open_weights(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> Opened:
+    """Opens the files of `weight_files`. Raises UserError unless they hold exactly the tensors in `shapes`."""
+    paths = weight_files(directory)
+    return _open(paths, paths[0] if len(paths) == 1 else directory / INDEX, shapes)
+
+
+def _open(paths: Sequence[Path], whole: Path, shapes: Mapping[str, tuple[int, ...]]) -> Opened:
+    """`open_weights` for these files; messages about all name the path `whole`."""
+    files: dict[Path, Any] = {}
+    places: dict[str, Path] = {}
     for path in paths:
-        file = open_tensors(path, ADVICE)
-        for name in file.keys():
-            if name in stored:
-                raise UserError(f"{path} and {stored[name][0]} both have the tensor {name}: remove one of them")
-            stored[name] = path, file
-    if "lstm.weight_ih_l0" in stored.keys() - shapes.keys():
+        files[path] = open_tensors(path, ADVICE)
+        for name in files[path].keys():
+            if name in places:
+                raise UserError(f"{path} and {places[name]} both have the tensor {name}: remove one of them")
+            places[name] = path
+    if "lstm.weight_ih_l0" in places.keys() - shapes.keys():
         raise UserError(f"{whole.parent} is a classifier with an LSTM, which only stages/finetune.py can use")
     for problem, names in (
-        ("lacks the tensor", shapes.keys() - stored),
-        ("has the unexpected tensor", stored.keys() - shapes.keys()),
+        ("lacks the tensor", shapes.keys() - places),
+        ("has the unexpected tensor", places.keys() - shapes.keys()),
     ):
         if names:
             raise UserError(f"{whole} {problem} {min(names)}{and_more(names)}")
-    tensors = {}
-    for name, shape in shapes.items():
-        path, file = stored[name]
+    for name, path in places.items():
         with reading(path, ADVICE):
-            header = file.get_slice(name)
-            if tuple(header.get_shape()) != tuple(shape):
-                raise UserError(f"{path}: {name} has the shape {tuple(header.get_shape())}, not {tuple(shape)}")
-            tensor = file.get_tensor(name)
+            shape = tuple(files[path].get_slice(name).get_shape())
+        if shape != tuple(shapes[name]):
+            raise UserError(f"{path}: {name} has the shape {shape}, not {tuple(shapes[name])}")
+    return files, places
+
+
+def _read(files: dict[Path, Any], places: dict[str, Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, path in places.items():
+        with reading(path, ADVICE):
+            tensor = files[path].get_tensor(name)
             if not tensor.is_floating_point():
                 raise UserError(f"{path}: {name} has the type {tensor.dtype}, not a floating-point type")
             tensors[name] = tensor.to(dtype)
             if tensor.dtype != dtype:  # an open file keeps what was converted in memory
-                file = safe_open(path, framework="pt")
+                files[path] = safe_open(path, framework="pt")
     return tensors
 
 

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gpt_arc.decoding import linear
 from gpt_arc.decoding.cache import BlockCache, buffers_of
 from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.decoding.generate import generate
+from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
 from gpt_arc.nn.attention import KVCache
 from gpt_arc.nn.positions import Stretch
@@ -32,6 +34,7 @@ VARIANTS = [
     {"qk_norm": True}, {"n_kv_head": 1}, {"n_kv_head": 2}, {"head_size": 6}, {"activation": "swiglu"},
     {"ngrams": 2}, {"ngrams": 4, "ngram_rows": 50},
     {"attention_band": 1}, {"attention_band": 3}, {"attention_band": 50}, {"bias": False}, BIASED,
+    {"attention_band": 3, "attention_sinks": 2},
     {"n_layer": 4, "attention_band": 2, "n_kv_head": 2, "positions": "sinusoidal", "norm_position": "post"},
     {"positions": "none"}, {"positions": "alibi"}, {"positions": "alibi", "attention_band": 3, "n_kv_head": 2},
     *(STRETCHED | {"rotary_scaling": kind} for kind in get_args(Stretch) if kind != "dynamic"),
@@ -561,9 +564,30 @@ def test_the_step_compiled_for_gpus_has_fixed_shapes(change, compilations):
         shapes.append((*tokens.shape, *lengths.shape, slots))
         return compiled(tokens, lengths, slots, previous)
 
-    pair.decoder.one_step, pair.decoder.compiled = run, "step"
+    pair.decoder.one_step, pair.decoder.compiled, pair.decoder.fixed_slots = run, "step", 16
     rows_come_and_go(pair)
     assert set(shapes) == {(3, 1, 3, 16)} and compilations() == 1
+
+
+def test_the_step_compiled_for_gpus_may_have_fewer_slots_than_the_context(monkeypatch):
+    decoder, shapes = Decoder(model := tiny_gpt(block_size=16)), []
+
+    def compiled(function, **settings):
+        def run(tokens, lengths, slots, previous):
+            shapes.append((len(tokens), slots))
+            return function(tokens, lengths, slots, previous)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(Decoder, "_device", torch.device("meta"))  # anything but a CPU
+    decoder.compile(slots=9)
+    monkeypatch.undo()
+    for lengths in ((3, 5), (2,)):  # fewer rows take as many as before
+        prompts = [text_of(length) for length in lengths]
+        steps = [step.tokens for step in generate(decoder, prompts, 4, Sampling(temperature=0.0))]
+        assert steps == [step.tokens for step in generate(model, prompts, 4, Sampling(temperature=0.0))]
+    assert set(shapes) == {(2, 9)}
 
 
 @pytest.mark.parametrize("route", ["eager", "packed", pytest.param("compiled", marks=pytest.mark.slow)])

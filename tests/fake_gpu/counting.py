@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
@@ -34,6 +35,7 @@ class FakeDevice:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake, self._mode.dispatch = self._mode.dispatch, self._dispatch
         FakeTensor.tolist = lambda tensor: self.read(tensor)  # torch's reads one value after another
+        FakeTensor.numpy = lambda tensor: np.array(self.read(tensor))
 
     def __enter__(self) -> "FakeDevice":
         self._mode.__enter__()
@@ -48,6 +50,8 @@ class FakeDevice:
             return self.read(args[0])
         if reason := reason_to_wait(func, args, kwargs):
             self.wait(reason)
+        if func is aten.nonzero.default:  # all are true
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             if args[0].device.type == "cpu":  # whose values, if they are known, have no place there
                 with self._mode:
@@ -111,7 +115,7 @@ def bytes_of(values: Any) -> int:
 
 def reason_to_wait(func: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why the host waits for the device in an operator, or None."""
-    if func in (aten.nonzero.default, aten.masked_select.default):
+    if func in (aten.nonzero.default, aten.masked_select.default) and args[0].device.type == "cuda":
         return "asks for the size of a result"
     if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
         return "asks for the size of a result"

@@ -20,6 +20,7 @@ VARIANTS = {
     "muon and an average": ("--optimizer=muon", "--ema_decay=0.9"),
     "float16 and muon": ("--dtype=float16", "--optimizer=muon"),
     "checkpointing": ("--activation_checkpointing=True",),
+    "selective checkpointing": ("--activation_checkpointing=selective",),
     "accumulation": ("--gradient_accumulation_steps=2",),
 }
 
@@ -50,18 +51,76 @@ def test_a_norm_s_weight_stays_in_float32():
     assert measure("norm")["aten._to_copy.default"] == 1
 
 
-@pytest.mark.slow
-def test_an_update_of_sft_waits_once(tmp_path):
+@pytest.fixture
+def stage_folder(tmp_path):
+    """A folder with a model, a chat model and examples for every stage."""
     from gpt_arc.data.tokenizer import CharTokenizer
     from gpt_arc.weights.directory import save_model
     from helpers import write
     from model import GPT, GPTConfig
+    from policy_tree import save_chat_model
+    from ranked_texts import CHAT, tiny_config
 
     save_model(GPT(GPTConfig(24, 8, 2, 2, 16)), CharTokenizer("abcdefgh"), tmp_path / "base")
-    write(tmp_path / "train.jsonl", [{"prompt": "ab", "response": "c"}] * 12)
-    updates = measure("stage", "sft", "base", "--train=train.jsonl", "--epochs=1", "--batch_size=4", folder=tmp_path)
+    save_chat_model(GPT(tiny_config(n_layer=2)), CHAT, tmp_path / "chat")
+    write(tmp_path / "chats.jsonl", [{"prompt": "ab", "response": "c"}] * 12)
+    write(tmp_path / "ranked.jsonl", [{"prompt": text, "chosen": "c", "rejected": "de"} for text in "abcdefgh"])
+    write(tmp_path / "labels.jsonl", [{"text": "abc"[: i % 3 + 1], "label": "xy"[i % 2]} for i in range(12)])
+    write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("a", "bcd", "ef", "aab", "h", "gg", "c")])
+    (tmp_path / "rules.py").write_text("def length(rows, responses): return [float(len(text)) for text in responses]\n")
+    return tmp_path
+
+
+RANKED = ("chat", "--train=ranked.jsonl", "--val_fraction=0", "--gradient_accumulation_steps=1")
+STAGES = {
+    "sft": ("base", "--train=chats.jsonl"),
+    "finetune": ("base", "--train=labels.jsonl", "--val=labels.jsonl"),
+    "dpo": RANKED,
+    "reward": RANKED,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_an_update_of_a_stage_waits_once(name, stage_folder):
+    updates = measure("stage", name, *STAGES[name], "--epochs=1", "--batch_size=4", folder=stage_folder)
+    assert len(updates) > 1
     for update in updates[1:]:
         assert sum(update["waits"].values()) == 1, update["waits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [75, 90])
+def test_sft_keeps_packed_conversations_apart_by_flash_attention(target, stage_folder):
+    """Before the A100 there is none, and a mask keeps them apart."""
+    updates = measure(
+        "stage", "sft", *STAGES["sft"], "--epochs=1", "--batch_size=4", target=target, folder=stage_folder
+    )
+    flash = updates[1]["operators"].get("torch_attn._varlen_attn.default", 0)
+    assert flash == (2 if target == 90 else 0)
+
+
+@pytest.mark.slow
+def test_ppo_waits_once_a_token_and_an_update(stage_folder):
+    """Two iterations of two updates; each iteration writes 16 responses of 5 tokens in one compiled graph."""
+    updates = measure(
+        "stage", "ppo", "chat", "--prompts=prompts.jsonl", "--reward=rules:length", "--episodes=32", "--batch_size=4",
+        "--gradient_accumulation_steps=2", "--minibatches=2", "--max_new_tokens=5", "--compile", folder=stage_folder
+    )  # fmt: skip
+    assert [(update["graphs"], update["breaks"]) for update in updates] == [(1, 0)] * 4
+    writing = [sum(n for line, n in update["waits"].items() if "decoding/" in line) for update in updates]
+    assert writing == [5, 0, 5, 0]
+    for update in updates[1::2]:
+        assert sum(update["waits"].values()) == 1, update["waits"]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
+def test_both_passes_can_be_cuda_graphs(config):
+    result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
+    assert (result["failure"], result["handed"], result["skipped"]) == (None, 2, 0)
+    assert (result["graphs"], result["breaks"]) == (1, 0) and sum(result["waits"].values()) == 2
 
 
 @needs_triton

@@ -49,6 +49,8 @@ def test_a_band_of_width_w_is_seen_by_2w_keys():
     config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64)
     full, banded = GPT(config), GPT(dataclasses.replace(config, attention_band=4))
     assert flops_per_token(full) - flops_per_token(banded) == 12 * 64 * (32 - 8)  # in every other layer
+    with_sinks = GPT(dataclasses.replace(banded.config, attention_sinks=3))
+    assert flops_per_token(with_sinks) - flops_per_token(banded) == 12 * 64 * 3
 
 
 def test_gpt2_takes_six_flops_per_weight_plus_attention():

@@ -515,6 +515,7 @@ def test_the_published_settings():
         ((*TRAIN, "--pretraining_dataset=none"), "pretraining_dataset = none: there is no prepared dataset"),
         ((*TRAIN, "--pretraining_dataset=foreign"), "pretraining_dataset = foreign: it has another tokenizer"),
         ((*TRAIN, "--out_dir=reward", "--reward=reward"), "out_dir = reward holds the model that reward names"),
+        ((*TRAIN, "--compile"), "compile = true is for GPUs, and the device is cpu: leave it out"),
         ((*TRAIN, "--clip=0"), "clip = 0 must be more than 0"),
         ((*TRAIN, "--temperature=0"), "temperature = 0 must be more than 0"),
         ((*TRAIN, "--gae_lambda=1.5"), "gae_lambda = 1.5 must be between 0 and 1"),

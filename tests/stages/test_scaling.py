@@ -15,7 +15,7 @@ import pytest
 import train
 from gpt_arc.errors import UserError
 from gpt_arc.planning.fits import Result, fit_laws, size_of
-from gpt_arc.planning.pictures import draw_shapes
+from gpt_arc.planning.pictures import draw_rates, draw_shapes
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
 from gpt_arc.tables import to_json
 from gpt_arc.training.config import write_settings
@@ -247,6 +247,20 @@ def test_shapes_of_one_size_are_drawn_as_a_line_of_means():
     draw_shapes(axes, runs)
     assert axes.lines[0].get_xdata().tolist() == [2, 16, 128]
     assert axes.lines[0].get_ydata() == pytest.approx([4.1, 2.9, 2.6])
+
+
+def test_losses_by_rate_are_drawn_as_a_line_for_each_size():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    base = exact_results(1, 1)[0]
+    runs = [
+        base._replace(n_embd=width, learning_rate=rate, val_loss=2 + width * np.log(rate / best) ** 2)
+        for width, best in ((16, 0.01), (32, 0.003), (64, 0.5))  # the last is beyond the rates
+        for rate in (0.02, 0.001, 0.005)
+    ]
+    draw_rates(axes, [*runs, base._replace(n_embd=8, learning_rate=0.1)])
+    curves, bests = [[line for line in axes.lines if (line.get_linestyle() == ":") == dotted] for dotted in (0, 1)]
+    assert [list(line.get_xdata()) for line in curves] == [[0.001, 0.005, 0.02]] * 3
+    assert [line.get_xdata()[0] for line in bests] == pytest.approx([0.01, 0.003])
 
 
 def test_a_loss_is_predicted_before_it_is_trained_and_compared_after(scaling_run, workplace):

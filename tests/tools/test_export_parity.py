@@ -36,6 +36,8 @@ SETTINGS = {
     "llama": dict(n_kv_head=1, **ROTARY),
     "mixtral": dict(n_experts=3, mlp_size=20, **ROTARY),
 }
+BERT = dict(attention="bidirectional", norm_position="post", embedding_norm=True, head_transform=True, head_bias=True)
+BERT |= dict(token_types=2, activation="gelu")
 LABELS = {"classification": ("bad", "so-so", "good"), "entailment": ("no", "yes"), "numbers": None}
 
 
@@ -96,6 +98,26 @@ def test_next_token_probabilities(name, tokenizer, exported, tmp_path, capsys):
         tokens = tokenizer.encode(text)
         with torch.no_grad():
             assert answer["generated_token_ids"] == [*tokens, model(torch.tensor([tokens]))[0, -1].argmax().item()]
+
+
+def test_probabilities_of_a_hidden_token(tokenizer, exported, tmp_path, capsys):
+    size, draw = tokenizer.vocab_size + 1, random.Random(4)  # [MASK] is one more token
+    model, mask = randomised(GPT(GPTConfig(24, size, 2, 4, 16, **BERT))).eval(), size - 1
+    save_model(model, tokenizer, tmp_path / "ours")
+    fill = transformers.pipeline("fill-mask", exported(), top_k=size)
+    texts = [f"{drawn(draw, 11)}[MASK]{drawn(draw, 11)}" for _ in range(2 * INPUTS)]
+    rows = {text: fill.tokenizer(text).input_ids for text in texts}
+    texts = [text for text in texts if len(rows[text]) <= 24][:INPUTS]
+    assert len(texts) == INPUTS and len({len(rows[text]) for text in texts}) > 9
+    expected, scores = [], []
+    for text, answers in zip(texts, fill(texts)):
+        before, after = map(tokenizer.encode, text.split("[MASK]"))
+        assert rows[text] == [*before, mask, *after]
+        with torch.no_grad():
+            expected.append(model(torch.tensor([rows[text]]))[0, len(before)].softmax(-1))
+        by_token = {each["token"]: each["score"] for each in answers}
+        scores.append([by_token[token] for token in range(size)])
+    assert_close("hidden token, bert", torch.stack(expected), torch.tensor(scores), capsys)
 
 
 @pytest.mark.parametrize("task", LABELS)

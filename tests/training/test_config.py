@@ -14,9 +14,10 @@ import pytest
 from gpt_arc.errors import UserError
 from gpt_arc.files import point
 from gpt_arc.nn.meta import meta_device
-from gpt_arc.settings import values_of
+from gpt_arc.settings import nearest, values_of
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import SETTINGS, TABLES, Config, build_config, read_settings, write_settings
+from gpt_arc.training.options import ExampleOptions
 from gpt_arc.training.runs import Lock, write_record
 from gpt_arc.weights.directory import save_model
 from helpers import ROOT
@@ -212,6 +213,8 @@ def test_mistakes_in_files(workplace, content, sentence):
     [
         (["--init_from=nowhere"], "there is no model directory nowhere"),
         (["--lr=1"], "there is no flag --lr; did you mean --learning_rate"),
+        (["--epochs=3"], "there is no flag --epochs; did you mean --max_iters"),
+        (["--num_train_epochs=3"], "there is no flag --num_train_epochs; did you mean --max_iters"),
         (["--learing_rate=1"], "there is no flag --learing_rate; did you mean --learning_rate"),
         (["--n-layers", "3"], "there is no flag --n_layers; did you mean --n_layer"),
         (["--n_layer=six"], "--n_layer = six must be a whole number"),
@@ -232,6 +235,14 @@ def test_mistakes_in_flags(workplace, flags, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         launch("sums.toml", *flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("max_iters", "epochs"), ("max_steps", "epochs"), ("num_epochs", "epochs"), ("warmup_steps", "warmup")],
+)
+def test_stages_answer_names_of_other_programs_and_of_train_py_with_their_own(name, meant):
+    assert nearest(name, ExampleOptions, "--") == f"; did you mean --{meant}?"
 
 
 def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):

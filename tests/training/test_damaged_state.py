@@ -1,5 +1,6 @@
 """training_state.pt is compared with the model before use: what doesn't fit is named, nothing is broadcast."""
 
+import math
 import re
 import shutil
 import zipfile
@@ -13,7 +14,7 @@ from gpt_arc.manifest import MANIFEST
 from gpt_arc.training.checkpoints import load_state, state_file
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
-from helpers import TINY_FLAGS
+from helpers import TINY_FLAGS, interrupt_at
 from model import GPT, GPTConfig
 from stages import sft
 
@@ -59,6 +60,9 @@ DAMAGES = [
     (rename("weights", to="weightt"), "weightt"),
     (put("progress", "step", value=-1), "step"),
     (put("progress", "step", value="4"), "step"),
+    (put("progress", "best_val_loss", value=math.nan), "best_val_loss = NaN must be"),
+    (put("progress", "seconds", value=math.inf), "seconds = Infinity must be a finite number"),
+    (put("scaler", value={"scale": math.nan}), "scaler.scale.float = NaN must be a finite number"),
     (rename("progress", "consumed", to="consumee"), "consumee"),
     (put("generators", 0, "cpu", value=torch.zeros(5, dtype=torch.uint8)), "RNG state"),
     (put("generators", value=[{}]), "it lacks 'cpu'"),
@@ -135,3 +139,12 @@ def test_parts_of_a_stage_are_checked(workplace, stage_runner):
     resave(path, put("progress", "numbers", value={"a": "b"}))
     assert "numbers.a" in stage_runner(sft, "--resume=run").message
     assert load_state(Path("run/last"))["progress"]["numbers"] == {"a": "b"}
+    resave(path, put("progress", value=lambda old: old | {"numbers": {}, "best": math.nan}))
+    assert "best = NaN must be a finite number" in stage_runner(sft, "--resume=run").message
+
+
+def test_a_run_without_a_val_loss_yet_goes_on(workplace, stage_runner, monkeypatch):
+    interrupt_at(monkeypatch, 2)
+    assert stage_runner(train, "sums.toml", *TINY_FLAGS, "--out_dir=run").code == 130
+    assert load_state(Path("run/last"))["progress"]["best_val_loss"] == math.inf
+    assert "finished step 8" in stage_runner(train, "--resume=run")

@@ -1,9 +1,11 @@
 """What a plan refuses, and what it doubts."""
 
 import re
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from gpt_arc.data.tokenizer import CharTokenizer
@@ -35,6 +37,18 @@ def test_every_machine_prepares_what_it_does_not_find(plan, monkeypatch, rank, l
     make_plan(read_command_line(["sums.toml", *TINY_FLAGS], None), torch.device("cpu"))
     assert ("prepares" in events) == prepares
     assert events[0] == ("prepares" if rank == 0 else "waits") and events.count("waits") == 2
+
+
+def test_a_dry_run_says_how_long_this_device_would_take(plan, monkeypatch):
+    monkeypatch.setattr("gpt_arc.training.plan.peak_flops", lambda device, name, dtype: 2e9)
+    shown = plan("--max_iters=50000", "--device_mfu=0.25")
+    flops, unit = re.search(r"operations +([\d.]+)(k|M)FLOP a token", shown).groups()
+    tokens = int(re.search(r"tokens a step +([\d,]+)", shown)[1].replace(",", ""))
+    minutes = float(flops) * {"k": 1e3, "M": 1e6}[unit] * tokens * 50_000 / (2e9 * 0.25) / 60
+    found, rest = re.search(r"time +about ([\d.]+) (.*)", shown).groups()
+    assert float(found) == pytest.approx(minutes, rel=0.05)
+    assert rest == "minutes at 25% of the device's 2GFLOP a second"
+    assert "time  " not in plan("--accelerator=h100")
 
 
 @pytest.mark.parametrize("steps", [8, 2000])
@@ -103,10 +117,50 @@ def test_a_dry_run_compares_the_tokenizers_of_model_and_dataset(plan, stage_runn
             assert ("the dataset has another tokenizer than run" in getattr(shown, "message", "")) == refused
 
 
+def test_a_dry_run_refuses_what_the_run_refuses(plan, stage_runner, tmp_path):
+    flags = "sums.toml", *TINY_FLAGS, "--max_iters=1", "--warmup_iters=0"
+    stage_runner(train, *flags, "--out_dir=base")
+    for name in ("flipped", "edited", "renamed"):
+        shutil.copytree(tmp_path / "base" / "last", tmp_path / name)
+        (tmp_path / name / "manifest.json").unlink()
+    content = bytearray((tmp_path / "flipped" / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "flipped" / "model.safetensors").write_bytes(content)
+    shutil.copy(tmp_path / "base" / "last" / "manifest.json", tmp_path / "flipped")
+    tensors = load_file(tmp_path / "renamed" / "model.safetensors")
+    tensors["lstm.weight_ih_l0"] = tensors.pop("final_norm.weight")
+    save_file(tensors, tmp_path / "renamed" / "model.safetensors")
+    config = (tmp_path / "edited" / "config.json").read_text()
+    (tmp_path / "edited" / "config.json").write_text(config.replace('"n_embd": 16', '"n_embd": 18'))
+    expected = {
+        "--init_from=flipped": "has other contents than manifest.json",
+        "--init_from=edited": "has the shape",
+        "--init_from=renamed": "is a classifier with an LSTM",
+        "--out_dir=base": "resume it with --resume=base",
+        "--out_dir=sums.toml/a/b": "a file is in the way",
+        "--sample_start=€": "'€'",
+        "--flash_attention=3": "isn't available here",
+        "--float8": "needs torchao",
+    }
+    for flag, sentence in expected.items():
+        refusals = [stage_runner(train, *flags, flag, "--sample_interval=1", *dry) for dry in ([], ["--dry_run"])]
+        assert [refused.code for refused in refusals] == [2, 2], flag
+        assert sentence in refusals[0].message and refusals[0].message == refusals[1].message
+    for flag in ("--out_dir=new", "--out_dir=base --overwrite"):
+        assert "device         cpu" in stage_runner(train, *flags, *flag.split(), "--dry_run")
+    assert not (tmp_path / "new").exists() and list((tmp_path / "base").glob("step-*"))
+
+
 def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):
     (tmp_path / "large.toml").write_text("tokens_per_step = 640")
-    assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("large.toml", "sums.toml")
-    assert "tokens a step  128 = 1 x 2 batches of 4 x 16" in plan("large.toml", "--gradient_accumulation_steps=2")
+    shown = plan("large.toml")
+    assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in shown and "replaces" not in shown
+    shown = plan("large.toml", "--gradient_accumulation_steps=2")
+    assert "tokens a step  128 = 1 x 2 batches of 4 x 16" in shown
+    replaced = "settings       gradient_accumulation_steps replaces tokens_per_step, which large.toml sets\n"
+    assert replaced in shown
+    launch = read_command_line(["sums.toml", "large.toml", "--gradient_accumulation_steps=2"], None)
+    assert launch.name == "large"  # the run's, not the replaced setting's
     (tmp_path / "steps.toml").write_text("gradient_accumulation_steps = 3")
     assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("steps.toml", "--tokens_per_step=640")
 
@@ -114,7 +168,15 @@ def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):
 def test_several_files_are_named_in_the_order_in_which_they_win(plan, tmp_path):
     (tmp_path / "more.toml").write_text("n_layer = 3")
     assert "settings       of sums.toml, then more.toml, which wins" in plan("more.toml")
-    assert "settings " not in plan("sums.toml")  # the same file again
+    assert "settings " not in plan()
+
+
+def test_a_file_that_is_named_twice_counts_where_it_is_named_last(plan, tmp_path):
+    shown = plan("sums.toml")
+    assert re.findall("settings .*", shown) == ["settings       of sums.toml, which is named 2 times"]
+    (tmp_path / "more.toml").write_text('dataset = "others"')
+    shown = plan("more.toml", "sums.toml")
+    assert "settings       of more.toml, then sums.toml, which wins" in shown and "100.0% sums" in shown
 
 
 @pytest.mark.parametrize("flags, mends", [

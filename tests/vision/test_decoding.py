@@ -29,10 +29,12 @@ GREEDY = Sampling(temperature=0)
 MODERN = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, n_kv_head=1)
 
 
-def vision_gpt(context=40, vocab_size=12, **settings):
+def vision_gpt(context=40, vocab_size=12, prefix_attention=False, **settings):
     text = GPT(GPTConfig(context, vocab_size, 2, 2, 16, **settings))
     encoder = ImageEncoder(EncoderConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=8))
-    return randomised(VisionGPT(text, encoder, Projector(ProjectorConfig(), 8, 16)), seed=42, scale=0.6)
+    projector = Projector(ProjectorConfig(), 8, 16)
+    model = VisionGPT(text, encoder, projector, prefix_attention=prefix_attention)
+    return randomised(model, seed=42, scale=0.6)
 
 
 @pytest.fixture
@@ -50,10 +52,11 @@ def greedy(model, tokens, pixels, count):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, MODERN, {"attention_band": 3}], ids=str)
-def test_cached_decoding_equals_the_full_forward(settings, pictures):
+@pytest.mark.parametrize("prefill", [None, 3])
+@pytest.mark.parametrize("settings", [{}, MODERN, {"attention_band": 3}, {**MODERN, "prefix_attention": True}], ids=str)
+def test_cached_decoding_equals_the_full_forward(settings, prefill, pictures):
     model = vision_gpt(**settings)
-    decoder = Decoder(model.text)
+    decoder = Decoder(model.text, prefill=prefill)
     images = Images(model, decoder)
     for name in ("red", "blue"):
         images.show(Path(f"{name}.png"))
@@ -74,8 +77,9 @@ def test_cached_decoding_equals_the_full_forward(settings, pictures):
 
 
 @torch.no_grad()
-def test_a_context_that_slides_keeps_what_is_left_of_an_image(pictures):
-    model = vision_gpt(context=12)
+@pytest.mark.parametrize("prefix_attention", [False, True])
+def test_a_context_that_slides_keeps_what_is_left_of_an_image(prefix_attention, pictures):
+    model = vision_gpt(context=12, prefix_attention=prefix_attention)
     decoder = Decoder(model.text)
     images = Images(model, decoder)
     images.show(Path("red.png"))

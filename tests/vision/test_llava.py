@@ -139,6 +139,7 @@ def test_others_are_refused(change, message, tmp_path):
 @pytest.mark.parametrize(
     "encoder, projector, message",
     [
+        ({"final_norm": False}, {}, "a model with prefix_attention can't be exported"),
         ({}, {}, "no LLaVA has this image encoder"),
         ({"final_norm": False}, {"projector_layers": 1}, "two layers and no pixel_shuffle"),
         ({"final_norm": False}, {"pixel_shuffle": 3}, "two layers and no pixel_shuffle"),
@@ -148,7 +149,7 @@ def test_others_are_refused(change, message, tmp_path):
 def test_what_no_llava_computes_is_not_written(encoder, projector, message, tmp_path):
     encoder = ImageEncoder(EncoderConfig(9, 3, 2, 2, 12, **encoder))
     text = GPT(GPTConfig(32, 17, 2, 2, 16, **QWEN3))
-    model = VisionGPT(text, encoder, Projector(ProjectorConfig(**projector), 12, 16))
+    model = VisionGPT(text, encoder, Projector(ProjectorConfig(**projector), 12, 16), prefix_attention=True)
     with pytest.raises(UserError, match=message):
         write_llava(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -82,8 +82,9 @@ def test_a_model_learns_to_tell_images_apart(run):
 
 
 def test_only_the_parts_with_a_rate_are_trained(run):
-    run(*TRAIN, "--text_rate=0", "--encoder_rate=0", "--out_dir=first")
+    run(*TRAIN, "--text_rate=0", "--encoder_rate=0", "--prefix_attention=True", "--out_dir=first")
     run("first", *TRAIN[1:2], *QUICK, "--encoder_rate=0.5", "--residual_dropout=0", "--out_dir=second")
+    assert json.loads(Path("second/last/vision.json").read_text())["prefix_attention"]
     before, first, second = load_file("base/model.safetensors"), weights("first"), weights("second")
     assert all(torch.equal(before[name], first[name][: len(before[name])]) for name in before)
     for name in first:
@@ -179,6 +180,7 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
         (("--image_encoder=nowhere",), "image_encoder = nowhere is neither"),
         (("--image_encoder=base",), 'model_type = "gpt-arc" is not an image encoder'),
         (("--image_encoder=new.toml", "--pixel_shuffle=3"), "pixel_shuffle = 3 doesn't divide the 2 patches"),
+        (("--prefix_attention=True",), "prefix_attention is for a new image encoder: name an --image_encoder"),
         (("--encoder_rate=0.5",), "encoder_rate and projector_rate are for images: name an --image_encoder"),
         (
             ("--image_encoder=new.toml", "--text_rate=0", "--encoder_rate=0", "--projector_rate=0"),

@@ -20,11 +20,11 @@ from model import GPT, GPTConfig
 MODERN = dict(positions="rotary", norm="rmsnorm", activation="swiglu", bias=False, n_kv_head=1, qk_norm=True)
 
 
-def vision_gpt(shuffle=1, layers=2, **settings):
+def vision_gpt(shuffle=1, layers=2, prefix_attention=False, **settings):
     text = GPT(GPTConfig(32, 10, 2, 2, 8, **settings))
     encoder = ImageEncoder(EncoderConfig(image_size=8, patch_size=2, n_layer=2, n_head=2, n_embd=12))
     projector = Projector(ProjectorConfig(layers, pixel_shuffle=shuffle), 12, 8)
-    return randomised(VisionGPT(text, encoder, projector, Preprocessing("crop")), scale=0.2)
+    return randomised(VisionGPT(text, encoder, projector, Preprocessing("crop"), prefix_attention), scale=0.2)
 
 
 def tokens_around(*counts, rows=1):
@@ -51,11 +51,12 @@ def test_logits_equal_those_of_the_embeddings_put_in_by_hand(settings, monkeypat
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, MODERN], ids=str)
+@pytest.mark.parametrize("settings", [{}, MODERN, {**MODERN, "prefix_attention": True}], ids=str)
 def test_text_alone_has_exactly_the_text_model_s_logits(settings):
+    text = vision_gpt(**{**settings, "prefix_attention": False}).text
     model = vision_gpt(**settings)
     tokens = torch.randint(10, (3, 7))
-    expected = model.text(tokens)
+    expected = text(tokens)
     assert torch.equal(model(tokens), expected)
     assert torch.equal(model(tokens, pixels=torch.zeros(0, 3, 8, 8)), expected)
 
@@ -82,6 +83,26 @@ def test_other_sizes_have_other_numbers_of_embeddings():
     assert model(tokens_around(6), pixels=torch.randn(1, 3, 12, 8)).shape == (1, 9, 10)
 
 
+@pytest.mark.parametrize("prefix_attention", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{}, MODERN], ids=str)
+def test_images_see_themselves_both_ways_with_prefix_attention(settings, dtype, prefix_attention, monkeypatch):
+    model = vision_gpt(prefix_attention=prefix_attention, **settings).to(dtype)
+    model.text.blocks = model.text.blocks[:1]  # so that a state depends on the tokens that its query sees alone
+    tokens = torch.tensor([[1, -1, -2, 3, -3, -4, -5, -6, 4, 5, -7, -8, -9, 2]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2]])
+    image = [None, 1, 1, None, 2, 2, 2, 2, None, None, 3, 3, 4, None]  # two between the same texts are one
+    inputs = torch.randn(1, 14, 8, dtype=dtype, requires_grad=True)
+    monkeypatch.setattr(model.text, "embed", lambda *given: inputs)
+    states = model.text.hidden(tokens, documents, images=torch.zeros(9, 8))
+    for query in range(14):
+        (gradient,) = torch.autograd.grad(states[0, query] @ torch.randn(8, dtype=dtype), inputs, retain_graph=True)
+        for key in range(14):
+            together = prefix_attention and image[query] is not None and image[query] == image[key]
+            visible = documents[0, query] == documents[0, key] and (key <= query or together)
+            assert bool(gradient[0, key].any()) == visible, (query, key)
+
+
 @pytest.mark.parametrize("layers, count", [(1, 1), (2, 1), (2, 0)])
 def test_gradients_reach_every_part(layers, count):
     model = vision_gpt(shuffle=2, layers=layers).train()
@@ -104,17 +125,21 @@ def test_models_that_do_not_fit_are_refused():
         vision_gpt(ngrams=2)
     with pytest.raises(ValueError, match="pixel_shuffle = 3 doesn't divide the 4 patches"):
         vision_gpt(shuffle=3)
+    for settings in ({"attention_band": 3}, {"positions": "alibi"}):
+        with pytest.raises(ValueError, match="prefix_attention needs a text model without"):
+            vision_gpt(prefix_attention=True, **settings)
 
 
-def test_a_directory_holds_all_parts(tmp_path):
-    model = vision_gpt(shuffle=2)
+@pytest.mark.parametrize("prefix_attention", [False, True])
+def test_a_directory_holds_all_parts(prefix_attention, tmp_path):
+    model = vision_gpt(shuffle=2, prefix_attention=prefix_attention)
     save_model(model.text, CharTokenizer("abcdefghi"), tmp_path)
     assert not reads_images(tmp_path)
     save_vision(model, tmp_path)
     text, tokenizer = load_model(tmp_path)
     loaded = load_vision(tmp_path, text).eval()
     assert reads_images(tmp_path) and tokenizer == CharTokenizer("abcdefghi")
-    assert loaded.preprocessing == model.preprocessing
+    assert loaded.preprocessing == model.preprocessing and loaded.text.prefix_attention == prefix_attention
     pixels = torch.randn(1, 3, 8, 8)
     assert torch.equal(model(tokens_around(4), pixels=pixels), loaded(tokens_around(4), pixels=pixels))
 

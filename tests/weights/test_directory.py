@@ -1,6 +1,7 @@
 """Model directories: saving and loading gives the same, and damage is reported."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -138,6 +139,25 @@ def test_a_wrong_config_is_refused(tmp_path, content, sentence):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
         load_model(tmp_path)
+
+
+def test_a_file_is_not_kept_in_memory_beside_what_it_is_converted_to(tmp_path, monkeypatch):
+    """The pages of a mapped file that have been read stay in memory until the file is closed."""
+    used, safe_open = weakref.WeakSet(), tensor_files.safe_open
+
+    class File:
+        def __init__(self, *args, **settings):
+            self.file = safe_open(*args, **settings)
+            self.keys, self.get_slice = self.file.keys, self.file.get_slice
+
+        def get_tensor(self, name):
+            assert not used  # the one that gave the tensor before is closed
+            used.add(self)
+            return self.file.get_tensor(name)
+
+    monkeypatch.setattr(tensor_files, "safe_open", File)
+    save_model(GPT(CONFIG), None, tmp_path)
+    assert load_model(tmp_path, dtype=torch.bfloat16)[0].final_norm.weight.dtype == torch.bfloat16
 
 
 def test_a_missing_model_is_refused(tmp_path):

@@ -1,0 +1,55 @@
+"""Relations between the settings of a model: combinations that no model can have."""
+
+from typing import TYPE_CHECKING
+
+from gpt_arc.nn.positions import rotary_scaling
+
+if TYPE_CHECKING:
+    from model import GPTConfig
+
+
+def check_relations(config: "GPTConfig") -> None:
+    """Raises ValueError for settings that contradict each other."""
+    if config.attention == "bidirectional" and config.attention_band is not None:
+        raise ValueError(
+            f'attention_band = {config.attention_band} is a band of earlier tokens: it needs attention = "causal"'
+        )
+    if config.attention_sinks and (config.attention_band is None or config.positions == "alibi"):
+        raise ValueError(
+            f"attention_sinks = {config.attention_sinks} are seen beside an attention_band: set one, and positions "
+            "other than alibi, which hides what is far away"
+        )
+    if config.attention == "bidirectional" and config.positions == "alibi":
+        raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')
+    if config.encoder_layers and (config.attention == "bidirectional" or config.n_experts):
+        raise ValueError(
+            f'encoder_layers = {config.encoder_layers}: a decoder with an encoder needs attention = "causal" and has '
+            "no experts"
+        )
+    if config.head_transform and (config.attention == "causal" or config.gated):
+        raise ValueError(
+            'head_transform needs attention = "bidirectional" and an activation without a gate, as in BERT'
+        )
+    if config.ngrams > config.block_size:
+        raise ValueError(f"ngrams = {config.ngrams} are longer than the context, block_size = {config.block_size}")
+    if config.n_experts and config.expert_interval > config.n_layer:
+        raise ValueError(f"expert_interval = {config.expert_interval} leaves {config.n_layer} blocks without experts")
+    if config.n_experts and not 1 <= config.experts_per_token <= config.n_experts:
+        raise ValueError(f"experts_per_token = {config.experts_per_token} must lie between 1 and n_experts")
+    if config.balance_rate and config.expert_selection == "drawn":
+        raise ValueError("balance_rate moves the choice of the largest gates: it has no say in what is drawn")
+    if config.head_size is None and config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_head = {config.n_head} does not divide n_embd = {config.n_embd}: change one, or state head_size"
+        )
+    if config.base_width and config.tied_head:
+        raise ValueError("base_width gives the head a learning rate of its own: it needs tied_head = false")
+    if config.n_head % config.kv_heads:
+        raise ValueError(f"n_kv_head = {config.n_kv_head} does not divide n_head = {config.n_head}")
+    if config.positions == "rotary" and config.head_width % 2:
+        raise ValueError(f'positions = "rotary" turns pairs of features: head size {config.head_width} must be even')
+    if config.rotary_scaling and config.positions != "rotary":
+        raise ValueError(f'rotary_scaling = "{config.rotary_scaling}" needs positions = "rotary"')
+    rotary_scaling(config)
+    if config.positions == "sinusoidal" and config.n_embd % 2:
+        raise ValueError(f'positions = "sinusoidal" needs pairs of features: n_embd = {config.n_embd} must be even')
