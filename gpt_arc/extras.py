@@ -11,6 +11,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "gguf": "gguf",
     "lm_eval": "eval",
     "matplotlib": "plot",
+    "onnxscript": "onnx",
     "pyarrow": "data",
     "rouge_score": "eval",
     "sacrebleu": "eval",

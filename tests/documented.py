@@ -45,7 +45,7 @@ NOT_RUN = {
     r"python examples/\w+_report\.py .*": "reads the results of such an example; tests/examples runs it",
     r"python tools/runs\.py --remove .*": "asks at the terminal; tests/tools/test_runs.py runs it",
     r"python examples/(gpt1_data|gpt1_baselines|mixtures|worked_numbers)\.py.*": "takes minutes; tests/examples does",
-    r"python stages/eval\.py .* --tasks (lambada|cbt_cn|gsm8k|hellaswag|race)\b.*": "downloads a benchmark",
+    r"python stages/eval\.py .* --tasks (lambada|cbt_cn|gsm8k|hellaswag|race).*": "downloads a benchmark",
     r"python -m gpt_arc\.harness .*": "downloads a benchmark; tests/evaluation/test_harness.py runs it",
     r"python prepare/(openwebtext|tinyshakespeare)\.py": "downloads a corpus; tests/prepare has a stand-in",
     r"python (data/|bench\.py|train\.py config/|sample\.py --out_dir=out-).*": "nanoGPT's",

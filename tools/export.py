@@ -6,6 +6,7 @@
     python tools/export.py out/ppo exported --to hf                       a chat model, with its template
     python tools/export.py out/reward exported --to hf                    a reward model
     python tools/export.py out/gpt2 gpt2.gguf --to gguf --dtype float16   llama.cpp, Ollama, LM Studio
+    python tools/export.py out/gpt2 gpt2.onnx --to onnx                   onnxruntime: tokens (B, T) to logits (B, T, V)
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
 transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
@@ -79,8 +80,9 @@ class Options:
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: Positional[Path]
     """The folder to write, or the file."""
-    to: Literal["hf", "gguf"] = "hf"
-    """hf: a folder in the format of Hugging Face's transformers. gguf: a file for llama.cpp and what is built on it."""
+    to: Literal["hf", "gguf", "onnx"] = "hf"
+    """hf: a folder in the format of Hugging Face's transformers. gguf: a file for llama.cpp and what is built on it.
+    onnx: a file with the graph of ONNX, from tokens to logits, in float32."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     drop_bias: bool = False
@@ -96,6 +98,8 @@ class Options:
             return check_output(self.output, self.overwrite)
         if self.verify:
             raise UserError(f"--verify compares with transformers, so it goes with --to hf, not {self.to}")
+        if self.to == "onnx" and self.dtype != "float32":
+            raise UserError(f"--to onnx writes float32 alone, not {self.dtype}")
         if self.output.is_dir() or self.output.suffix != f".{self.to}":
             raise UserError(f"{self.output} is not the name of a .{self.to} file")
         if self.output.exists() and not self.overwrite:
@@ -436,12 +440,29 @@ def verified(export: Export, folder: Path) -> bool:
     return largest <= bound and not differing
 
 
-def write_file_for(export: Export, options: Options) -> None:
-    """Writes the one file of a format other than transformers'."""
-    from gpt_arc.weights.gguf_file import write_gguf
+def to_gguf(options: Options) -> "GPT":
+    """Writes a GGUF file; returns the model."""
+    from torch import float32
 
+    from gpt_arc.weights.gguf_file import write_gguf
+    from gpt_arc.weights.tensor_files import check_range
+
+    export = from_language_model(options, float32)  # GGUFWriter rounds, except norms and routers
+    check_range(export.tensors, options.model, options.dtype)
     name = Path(options.model).name
     write_gguf(options.output, name, export.config, export.tensors, export.tokenizer, export.files, options.dtype)
+    return export.reference.module
+
+
+def to_onnx(options: Options) -> "GPT":
+    """Writes an ONNX file; returns the model."""
+    from gpt_arc.weights.directory import load_model, refuse_images
+    from gpt_arc.weights.onnx_file import write_onnx
+
+    refuse_images(options.model, "tools/llava.py exports it with its images")
+    model, _ = load_model(options.model)
+    write_onnx(options.output, model)
+    return model
 
 
 def main() -> int:
@@ -463,13 +484,16 @@ def main() -> int:
         convert = from_classifier if is_classifier(options.model) else from_reward_model
         if options.to != "hf":
             raise UserError(f"--to {options.to} takes language models alone, and {options.model} has another head")
-    # GGUFWriter rounds itself, and leaves some tensors as they are
-    export = convert(options, getattr(torch, options.dtype if options.to == "hf" else "float32"))
+    if options.to != "hf":
+        model = (to_gguf if options.to == "gguf" else to_onnx)(options)
+        size = human(options.output.stat().st_size, "B")
+        print(f"{options.output}: {model.num_parameters():,} parameters in {options.dtype}, {size}")
+        return 0
+    export = convert(options, getattr(torch, options.dtype))
     check_range(export.tensors, options.model, options.dtype)
-    (write if options.to == "hf" else write_file_for)(export, options)
+    write(export, options)
     parameters = sum(tensor.numel() for tensor in export.tensors.values())
-    size = f", {human(options.output.stat().st_size, 'B')}" if options.to != "hf" else ""
-    print(f"{options.output}: {export.form}, {parameters:,} parameters in {options.dtype}{size}")
+    print(f"{options.output}: {export.form}, {parameters:,} parameters in {options.dtype}")
     if export.note:
         print(export.note)
     if SENTENCEPIECE_FILE in export.files:
