@@ -42,6 +42,7 @@ NOT_RUN = {
     r"(\w+=1 )?python tools/bench\.py .*|bash tools/gpu_check\.sh": "measures for minutes; tests/tools runs each part",
     r"(\w+=\S+ |\w+=\"[^\"]+\" )*bash examples/(gpt1|gpt4|in_context|instructgpt|long_context|moe)_arc\.sh":
     "trains many models; tests/test_messages.py compares the flags of its commands with --help",
+    r"python \S+ out/(gpt4_arc|moe_arc|in_context)\b.*": "needs what such an example trains",
     r"python examples/\w+_report\.py .*": "reads the results of such an example; tests/examples runs it",
     r"python tools/runs\.py --remove .*": "asks at the terminal; tests/tools/test_runs.py runs it",
     r"python examples/(gpt1_data|gpt1_baselines|mixtures|worked_numbers)\.py.*": "takes minutes; tests/examples does",
@@ -92,6 +93,7 @@ STAND_INS = {  # in the text of commands
     "/shared/": "",
     "HOST": "localhost",
     "report.py RUN": "report.py quickstart",
+    " DATASET": " python_manual",
 }
 AS_IT_IS = {"--help", "--resume", "--dry_run", "--preview", "--classify", "--predict"}  # no training, or a shrunk run's
 
@@ -125,9 +127,12 @@ def reason_not_to_run(command: str) -> str | None:
 
 def shrunk(script: str, arguments: list[str]) -> list[str]:
     """The arguments with those that make it a matter of a moment."""
-    if AS_IT_IS & {argument.split("=")[0] for argument in arguments}:
-        return arguments
+    names = {argument.split("=")[0] for argument in arguments}
     more = SMALL.get(" ".join([script, *arguments[:1]]), SMALL.get(script, "")).split()
+    if AS_IT_IS & names:
+        return arguments
+    if "--tokens_per_step" in names:
+        more.remove("--gradient_accumulation_steps=1")
     started = any(re.match(r"--init_from(?!=(scratch|auto|resume))", argument) for argument in arguments)
     if script == "train.py" and not started:  # else the model's shape is given
         more += MODEL.split()
@@ -253,6 +258,7 @@ def fill(folder: Path, shell: Shell) -> None:
     folder.mkdir()
     for name in LINKS:
         (folder / name).symlink_to(ROOT / name)
+    (folder / "instruction_judge.py").symlink_to(ROOT / "examples/instruction_judge.py")  # as with PYTHONPATH=examples
     write_texts(folder)
     write_rows(folder)
     write_images(folder)

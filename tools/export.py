@@ -440,8 +440,8 @@ def verified(export: Export, folder: Path) -> bool:
     return largest <= bound and not differing
 
 
-def to_gguf(options: Options) -> "GPT":
-    """Writes a GGUF file; returns the model."""
+def to_gguf(options: Options) -> int:
+    """Writes a GGUF file; returns the number of parameters."""
     from torch import float32
 
     from gpt_arc.weights.gguf_file import write_gguf
@@ -451,18 +451,18 @@ def to_gguf(options: Options) -> "GPT":
     check_range(export.tensors, options.model, options.dtype)
     name = Path(options.model).name
     write_gguf(options.output, name, export.config, export.tensors, export.tokenizer, export.files, options.dtype)
-    return export.reference.module
+    return sum(tensor.numel() for tensor in export.tensors.values())
 
 
-def to_onnx(options: Options) -> "GPT":
-    """Writes an ONNX file; returns the model."""
+def to_onnx(options: Options) -> int:
+    """Writes an ONNX file; returns the number of parameters."""
     from gpt_arc.weights.directory import load_model, refuse_images
     from gpt_arc.weights.onnx_file import write_onnx
 
     refuse_images(options.model, "tools/llava.py exports it with its images")
     model, _ = load_model(options.model)
     write_onnx(options.output, model)
-    return model
+    return model.num_parameters()
 
 
 def main() -> int:
@@ -485,9 +485,9 @@ def main() -> int:
         if options.to != "hf":
             raise UserError(f"--to {options.to} takes language models alone, and {options.model} has another head")
     if options.to != "hf":
-        model = (to_gguf if options.to == "gguf" else to_onnx)(options)
+        parameters = (to_gguf if options.to == "gguf" else to_onnx)(options)
         size = human(options.output.stat().st_size, "B")
-        print(f"{options.output}: {model.num_parameters():,} parameters in {options.dtype}, {size}")
+        print(f"{options.output}: {parameters:,} parameters in {options.dtype}, {size}")
         return 0
     export = convert(options, getattr(torch, options.dtype))
     check_range(export.tensors, options.model, options.dtype)

@@ -8,7 +8,7 @@ import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -18,6 +18,10 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.reading import open_plain, read_bytes, reading
 from gpt_arc.tables import to_json
+
+if TYPE_CHECKING:
+    from gpt_arc.training.config import LoggingConfig
+    from gpt_arc.training.options import StageOptions
 
 METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in train.py and in every stage
     "step": "updates so far; of stages/ppo.py, iterations",
@@ -154,9 +158,10 @@ class MetricsLog:
         self._track("finish")
 
     def _track(self, method: str, *args: Any, **settings: Any) -> None:
+        if self._tracker is None:
+            return
         try:
-            if self._tracker:
-                getattr(self._tracker.run, method)(*args, **settings)
+            getattr(self._tracker.run, method)(*args, **settings)
         except Exception as error:  # whatever kind it is, a log doesn't end a run
             say(f"{self._tracker.title}: {first_line(error)}; the run goes on without it")
             self._tracker = None
@@ -230,16 +235,9 @@ class Tracker(NamedTuple):
     run: Any
 
 
-class TrackerSettings(Protocol):
-    """The settings that name a tracker, of train.py and of the stages."""
-
-    logger: str | None
-    wandb_log: bool | None
-    wandb_project: str
-    wandb_run_name: str | None
-
-
-def start_tracker(folder: Path, step: int, settings: TrackerSettings, config: dict[str, Any]) -> Tracker | None:
+def start_tracker(
+    folder: Path, step: int, settings: "LoggingConfig | StageOptions", config: dict[str, Any]
+) -> Tracker | None:
     """Starts the tracker that the settings name, if any; a resumed run, at `step`, continues the one it started with.
 
     Raises UserError, after removing what a new run left.

@@ -91,7 +91,7 @@ def check_model(config: dict[str, Any]) -> None:
 def rearranged(config: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields the tensors in the layout of llama.cpp, by transformers' names or, where it has none, llama.cpp's."""
     kind, experts = config["model_type"], config.get("num_local_experts", 0)
-    heads = {"q_proj": config.get("num_attention_heads"), "k_proj": config.get("num_key_value_heads")}
+    heads = {"q_proj": config.get("num_attention_heads", 0), "k_proj": config.get("num_key_value_heads", 0)}
     rope = config.get("rope_parameters", {})
     if rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", llama3_factors(rope, head_width(config))
