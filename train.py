@@ -205,7 +205,7 @@ def build(plan: Plan) -> Run:
             clean_run(folder, progress.step, progress.best_step)
         else:
             folder, lock = claim_new(
-                config.run.out_dir, launch.name, config.run.overwrite or config.run.init_from == "auto"
+                config.run.out_dir, launch.run_name, config.run.overwrite or config.run.init_from == "auto"
             )
         say(f"run            {folder}" + (f", from step {progress.step}" if state else ""))
     folder = distributed.from_main(folder)

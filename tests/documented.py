@@ -131,8 +131,8 @@ def shrunk(script: str, arguments: list[str]) -> list[str]:
     more = SMALL.get(" ".join([script, *arguments[:1]]), SMALL.get(script, "")).split()
     if AS_IT_IS & names:
         return arguments
-    if "--tokens_per_step" in names:
-        more.remove("--gradient_accumulation_steps=1")
+    if "--tokens_per_step" in names:  # the other way to state the same
+        more[more.index("--gradient_accumulation_steps=1")] = "--tokens_per_step=128"
     started = any(re.match(r"--init_from(?!=(scratch|auto|resume))", argument) for argument in arguments)
     if script == "train.py" and not started:  # else the model's shape is given
         more += MODEL.split()

@@ -221,7 +221,8 @@ class RunConfig:
     """What this one invocation does; not recorded with the run."""
 
     out_dir: str | None = None
-    """Folder of the run. None: out/NAME, after the config file, or out/NAME-2, -3 ... if that is taken."""
+    """Folder of the run. None: out/NAME after the config file, out/NAME-DATASET if a flag names another dataset
+    than the config, or with -2, -3 ... at the end if that is taken."""
     init_from: str = "scratch"
     """scratch; resume: resume out_dir, or the newest run of the config; auto: resume out_dir if it has a checkpoint,
     else start it from scratch, so that one command serves every restart; or a model to start from: gpt2, gpt2-medium,
