@@ -45,6 +45,7 @@ NOT_RUN = {
     r"python \S+ out/(gpt4_arc|moe_arc|in_context)\b.*": "needs what such an example trains",
     r"python examples/\w+_report\.py .*": "reads the results of such an example; tests/examples runs it",
     r"python tools/runs\.py --remove .*": "asks at the terminal; tests/tools/test_runs.py runs it",
+    r"python examples/long_context_memory\.py.*": "measures memory in processes of its own, for minutes",
     r"python examples/(gpt1_data|gpt1_baselines|mixtures|worked_numbers)\.py.*": "takes minutes; tests/examples does",
     r"python stages/eval\.py .* --tasks (lambada|cbt_cn|gsm8k|hellaswag|race).*": "downloads a benchmark",
     r"python -m gpt_arc\.harness .*": "downloads a benchmark; tests/evaluation/test_harness.py runs it",
@@ -80,7 +81,6 @@ SMALL = {
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
     "examples/instructions_data.py": "--documents=100 --demonstrations=20 --train=20 --test=5",
     "examples/instruction_judge.py": "--limit=5",
-    "examples/long_context_memory.py": "--lengths 64 --training 64",
     "stages/eval.py": "--limit=3 --threads=1",
 }
 STAND_INS = {  # in the text of commands

@@ -277,14 +277,21 @@ def start_wandb(place: Path, step: int, project: str, name: str, config: dict[st
     return run
 
 
-def start_trackio(place: Path, step: int, project: str, name: str, config: dict[str, Any]) -> Any:
-    """Trackio knows a run by its name, which therefore gets an ending that no other run has."""
-    path = place / "name"
-    known = read_bytes(path).decode() if path.exists() else f"{name}-{secrets.token_hex(4)}"
-    run = import_extra("trackio").init(project, name=known, config=config, resume="allow", embed=False)
-    place.mkdir(exist_ok=True)
-    write_file(path, known)
-    return run
+class Trackio:
+    """A run of Trackio, which knows runs by their names; this one gets an ending that no other run has."""
+
+    def __init__(self, place: Path, step: int, project: str, name: str, config: dict[str, Any]):
+        path = place / "name"
+        known = read_bytes(path).decode() if path.exists() else f"{name}-{secrets.token_hex(4)}"
+        self._run = import_extra("trackio").init(project, name=known, config=config, resume="allow", embed=False)
+        place.mkdir(exist_ok=True)
+        write_file(path, known)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        self._run.log({key: value for key, value in line.items() if key != "step"}, step=step)  # it warns of that key
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 class TensorBoard:
@@ -313,5 +320,5 @@ class TensorBoard:
 TRACKERS = {
     "wandb": ("Weights & Biases", start_wandb),
     "tensorboard": ("TensorBoard", TensorBoard),
-    "trackio": ("Trackio", start_trackio),
+    "trackio": ("Trackio", Trackio),
 }

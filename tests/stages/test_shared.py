@@ -286,7 +286,7 @@ class StubTrackio:
         return self
 
     def log(self, line, step):
-        self.lines.append(line)
+        self.lines.append({"step": step, **line})
 
     def finish(self):
         self.finished += 1
