@@ -94,6 +94,7 @@ STAND_INS = {  # in the text of commands
     "HOST": "localhost",
     "report.py RUN": "report.py quickstart",
     " DATASET": " python_manual",
+    "--perplexity instructgpt_text": "--perplexity mine",  # its tokenizer is that of the stand-ins
 }
 AS_IT_IS = {"--help", "--resume", "--dry_run", "--preview", "--classify", "--predict"}  # no training, or a shrunk run's
 
@@ -132,7 +133,9 @@ def shrunk(script: str, arguments: list[str]) -> list[str]:
     if AS_IT_IS & names:
         return arguments
     if "--tokens_per_step" in names:  # the other way to state the same
-        more[more.index("--gradient_accumulation_steps=1")] = "--tokens_per_step=128"
+        more[more.index("--gradient_accumulation_steps=1")] = "--tokens_per_step=2048"
+    if script == "train.py" and "--warmup_iters" in names:
+        more.append("--warmup_iters=1")
     started = any(re.match(r"--init_from(?!=(scratch|auto|resume))", argument) for argument in arguments)
     if script == "train.py" and not started:  # else the model's shape is given
         more += MODEL.split()
@@ -170,7 +173,7 @@ sys.exit(int(channel.recv(100)))
             line = line.replace(text, stand_in)
         environment = {"PATH": self._path, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=os.environ | environment, input="y\n", text=True, timeout=60,
+            ["bash", "-c", line], cwd=folder, env=os.environ | environment, input="y\n", text=True, timeout=120,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return f"{line}\n{result.stdout}" if result.returncode else ""

@@ -1,5 +1,6 @@
 """GGUF exports: what a file says computes our logits, and llama.cpp's own converter writes the same."""
 
+import dataclasses
 import json
 import os
 import re
@@ -185,8 +186,7 @@ def test_outputs_that_would_be_lost_are_refused(run, tokenizer):
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_s_converter_writes_the_same(name, run):
     """Needs GPT-2's merges, since the converter knows tokenizers by a hash of what they encode."""
-    config = MODELS[name]
-    config.vocab_size = 50257
+    config = dataclasses.replace(MODELS[name], vocab_size=50257)
     save_model(randomised(GPT(config)), BPETokenizer.gpt2(), Path("ours"))
     run("ours", "ours.gguf", "--to=gguf")
     run("ours", "exported", "--to=hf")
