@@ -114,6 +114,8 @@ def put_directory(temporary: Path, path: Path) -> None:
 
 def whole(path: Path) -> Path:
     """Returns `path`, or where `put_directory` moved it if the process was killed before `path` was replaced."""
+    if not path.name:  # "." or "/", which no directory replaced
+        return path
     older = _older(path)
     return older if older.is_dir() and not path.exists() else path
 

@@ -540,6 +540,8 @@ def _read_array(path: Path, field: str, start: int | None) -> Iterator[tuple[str
         for number, row in enumerate(array_elements(blocks()), 1):
             if number > (start or 0):
                 yield _text_of(row, field, f"{path}, element {number}"), number, read
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, after element {number}, is not an array of JSON: {first_line(error)}") from None
 

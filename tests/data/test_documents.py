@@ -210,6 +210,14 @@ def test_damaged_files_are_named(tmp_path, name, content, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_element_without_the_field_is_no_damaged_array(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"body": "b"}]')
+    with pytest.raises(
+        UserError, match="^[^ ]*a.json, element 2 has no field 'text': there are 'body'; choose one with"
+    ):
+        read(Files([tmp_path / "a.json"], "text"))
+
+
 @pytest.mark.parametrize("reader", ["documents", "rows"])
 def test_one_row_group_of_parquet_is_held_at_a_time(reader, tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")

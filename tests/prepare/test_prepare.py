@@ -958,6 +958,20 @@ def test_no_document_is_shown_after_the_last(prepare, library, tmp_path):
     assert "--- 2:" in output and "--- 3:" not in output and "0 tokens" not in output
 
 
+def test_folders_are_shown_whatever_they_lack(prepare, library, tmp_path, monkeypatch):
+    for number, text in enumerate(("a", "b", "")):
+        write_lines(tmp_path / f"{number}.jsonl", [text])
+    flags = ("--input=*.jsonl", f"--tokenizer={library[1]}", "--name=x", "--val_fraction=0.000001")
+    for part in range(2):
+        prepare("text.py", *flags, f"--shard={part}/2")
+    monkeypatch.chdir("data/x-0-of-2")
+    output = prepare("show.py", ".")
+    assert "train        2 tokens in 1 file" in output and "val          " not in output.split("documents")[0]
+    assert "--- 1: 2 tokens\na<|endoftext|>" in output
+    assert f"{library[1]} holds a tokenizer, but no tokens" in prepare("show.py", str(library[1]))
+    assert "there is no dataset /" in prepare("show.py", "/")
+
+
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):
     write_lines(tmp_path / "a.jsonl", pages(3))
     message = prepare("fineweb.py", "--input=a.jsonl", "--sample=sample-100BT", "--tokenizer=char")
