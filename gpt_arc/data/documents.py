@@ -299,6 +299,9 @@ class InputSettings:
         if len(self.input) == 1 and Path(self.input[0]).is_fifo():
             with open(self.input[0], "rb") as pipe:
                 return self._checked(Piped(pipe, self.input[0], field))
+        for name in self.input:
+            if Path(name).is_fifo():
+                raise UserError(f"--input {name} reads a pipe, and nothing beside it: give it alone")
         skipped: Counter[str] = Counter()
         files = self._checked(Files(find_files(self.input, self.pattern, skipped), field))
         if any(Path(name).is_dir() for name in self.input):

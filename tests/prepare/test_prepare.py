@@ -702,6 +702,21 @@ def test_nothing_is_overwritten_without_overwrite(prepare, book):
     assert [path.name for path in Path("data").iterdir()] == ["book"]
 
 
+def test_what_is_not_a_folder_is_not_overwritten(prepare, book):
+    Path("data").mkdir()
+    Path("data/file").touch()
+    Path("data/link").symlink_to("nowhere")
+    Path("other").mkdir()
+    Path("data/folder").symlink_to("../other")
+    flags = (f"--input={book}", "--tokenizer=char", "--overwrite=True")
+    for name in ("file", "link"):
+        refused = f"data/{name} is not a folder: delete it, or choose another name"
+        assert refused in prepare("text.py", *flags, f"--name={name}")
+    prepare("text.py", *flags, "--name=folder")  # in place of the link
+    assert sorted(os.listdir("data")) == ["file", "folder", "link"] and not os.listdir("other")
+    assert len(contents("data/folder")) == 5
+
+
 def test_a_damaged_dataset_is_prepared_again(prepare, book):
     flags = (f"--input={book}", "--name=book", "--tokenizer=char")
     prepare("text.py", *flags)
