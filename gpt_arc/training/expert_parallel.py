@@ -16,6 +16,7 @@ from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.nn.experts import product_dtype, take_rows
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.watch import WATCH
 from model import GPT
 
 
@@ -37,6 +38,7 @@ class AllToAll(torch.autograd.Function):
 
 
 def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    WATCH.arrive()
     rows = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(rows, x.contiguous(), received, sent, group=group)
     return rows
