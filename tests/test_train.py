@@ -222,7 +222,7 @@ def test_bare_shards_train_without_a_tokenizer(workplace, run):
     for split in ("train", "val"):
         (workplace / "data/sums" / f"{split}.bin").rename(shards / f"corpus_{split}_000000.bin")
     assert "finished step 8" in run("--dataset=shards", "--vocab_size=50")
-    assert load_model("out/sums")[1] is None
+    assert load_model("out/sums-shards")[1] is None
     result = run("--dataset=shards", "--vocab_size=7")
     assert result.code == 2 and "beyond vocab_size = 7: set --vocab_size" in result.message
 
@@ -654,7 +654,7 @@ def test_training_starts_from_a_model_with_its_architecture(documents, run):
         "--warmup_iters=0",
     )
     assert "architecture   of model: vocab_size = 260, n_layer = 3, n_head = 3, n_embd = 12, bias = False" in output
-    trained, _ = load_model("out/sums")
+    trained, _ = load_model("out/sums-one")
     assert trained.config == dataclasses.replace(model.config, block_size=16, dropout=0.1)
     start = model.state_dict()
     for name, tensor in trained.state_dict().items():

@@ -30,6 +30,8 @@ EXAMPLES = {  # dataset -> the example that makes it
     "gpt1_text": "gpt1_arc.sh",
     "in_context_text": "in_context_arc.sh",
     "instructgpt_text": "instructgpt_arc.sh",
+    "long_64": "long_context_arc.sh",
+    "long_512": "long_context_arc.sh",
     "toy": "toy_sentiment.sh",
 }
 
@@ -233,12 +235,12 @@ def find_dataset(name: str) -> Path | None:
 
 def prepare_dataset(name: str) -> Path:
     """Prepare a dataset in SMALL_CORPORA. Raises UserError, saying what to run, for any other."""
-    script = resource("prepare") / f"{name}.py"
+    script = resource("prepare") / f"{name.removesuffix('_text')}.py"  # of images, also the text about them
     if name not in SMALL_CORPORA:
         text = name if Path(name).exists() else "FILE_OR_FOLDER"
         flags = ("--input", text, "--name", Path(name).stem.lstrip(".") or "NAME", "--tokenizer", "gpt2")
         prepare = f"`{command('prepare/text.py', *flags)}` on your own text"
-        prepare = f"`{command(f'prepare/{name}.py')}`" if script.exists() else prepare
+        prepare = f"`{command(f'prepare/{script.name}')}`" if script.exists() else prepare
         prepare = f"`bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else prepare
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "

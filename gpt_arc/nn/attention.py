@@ -79,9 +79,9 @@ def positions_and_masks(
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
     Causal attention of odd blocks sees the last attention_band positions only, their own included, if there is a band,
-    and the first attention_sinks of the text. `documents` (B, T) restarts positions and attention at each document; if
-    it is `Packed`, it stands for its masks too, for what `can_pack` allows. `cache`, one per block, continues the tokens
-    that were read before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
+    and the first attention_sinks of the text. `documents` (B, T) restarts positions and attention at each document;
+    `Packed`, where `can_pack` allows it, is the masks too. `cache`, one per block, continues the tokens that were read
+    before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
     `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0, see each other both ways;
     it goes with neither a band nor ALiBi, and a cache doesn't cut images.
     """

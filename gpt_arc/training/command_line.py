@@ -66,13 +66,19 @@ class Launch:
     """A parsed command line of train.py."""
 
     config: Config
-    name: str  # of the config file, and of the run
+    name: str  # of the config file
     files: tuple[str, ...]
     overrides: dict[str, Any]  # settings that differ from those in the files
     resumed: Path | None  # the run to resume
     checkpoint: Path | None  # the folder in it to resume from, once the run is locked
     imported: str | None  # the model to start from
     adopted: dict[str, Any]  # settings of its architecture that replace those in files and flags
+
+    @property
+    def run_name(self) -> str:
+        """The name of a new run: the config's, and the dataset's where a flag names another than the config."""
+        dataset = self.overrides.get("dataset")
+        return f"{self.name}-{Path(dataset).name}" if dataset else self.name
 
 
 def read_command_line(args: list[str], description: str | None) -> Launch:
@@ -108,8 +114,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
-    for replaced in sorted((settings | recorded).keys() - values.keys()):
-        say(f"settings       {Config.INSTEAD[replaced]} replaces {replaced}, which {sources[replaced]} sets")
+    for setting in sorted((settings | recorded).keys() - values.keys()):
+        say(f"settings       {Config.INSTEAD[setting]} replaces {setting}, which {sources[setting]} sets")
     file_values = values_of(Config()) | settings
     overrides = {
         setting: value
@@ -274,11 +280,15 @@ def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], p
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", "wandb_log", *recorded.code} | ({"model"} if is_old_form else set())
+        allowed = {"resume", "device", "backend", "stop_after", "logger", "wandb_log", *recorded.code}
+        allowed |= {"model"} if is_old_form else set()
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        wandb_log = recorded.wandb_log if options.wandb_log is None else options.wandb_log
-        given = {"device": options.device, "backend": options.backend, "wandb_log": wandb_log, "resume": str(folder)}
+        given: dict[str, Any] = {each: getattr(options, each) for each in ("device", "backend", "stop_after")}
+        given["resume"] = str(folder)
+        for setting in ("logger", "wandb_log"):
+            value = getattr(options, setting)
+            given[setting] = getattr(recorded, setting) if value is None else value
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:

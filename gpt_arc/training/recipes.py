@@ -25,12 +25,15 @@ RECIPES = {  # from the cheapest step to the dearest
     ),
     "deep": Recipe("speedrun", {"batch_size": 16, "block_size": 256}, most_epochs=8, least_tokens=1_600_000),
 }
-MOST_CHARACTERS = 512  # of a vocabulary by characters: beyond it, as in Chinese, many are too rare to be learned
+MOST_CHARACTERS = 8192  # of a vocabulary by characters, as large as Chinese needs
 VAL_TOKENS = 100_000  # read in an evaluation, at most
 
 
 def tokenizer_for(distinct: int) -> str:
-    """The tokenizer for a text of `distinct` characters: a small model learns most from characters, if they are few."""
+    """The tokenizer for a text of `distinct` characters.
+
+    A small model spends most of a step on a vocabulary as large as GPT-2's, and learns more from characters.
+    """
     return "char" if distinct <= MOST_CHARACTERS else "gpt2"
 
 

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches, windows
-from gpt_arc.data.datasets import Corpus, Source, Split, open_corpus
+from gpt_arc.data.datasets import EXAMPLES, Corpus, Source, Split, open_corpus, prepare_dataset
 from gpt_arc.data.order import TrainingOrder, _mix, evaluation_starts, permute
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.manifest import record_files
-from helpers import write_dataset, write_tokens
+from helpers import ROOT, write_dataset, write_tokens
 
 
 def test_token_files_have_llm_c_s_header_and_width(tmp_path):
@@ -436,3 +436,26 @@ def test_documents_of_an_older_dataset_are_separated_as_they_were(tmp_path):
     assert corpus.separator() == tokenizer.special["<|endoftext|>"] != 7
     record_files(tmp_path)
     assert corpus.separator() == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("fineweb", "python prepare/fineweb.py"),
+        ("shapes_text", "python prepare/shapes.py"),
+        ("long_64", "bash examples/long_context_arc.sh"),
+        ("diary", "python prepare/text.py --input FILE_OR_FOLDER --name diary --tokenizer gpt2"),
+    ],
+)
+def test_a_dataset_that_is_missing_is_named_with_the_command_that_makes_it(name, command):
+    with pytest.raises(UserError) as refused:
+        prepare_dataset(name)
+    assert f"prepare it with `{command}`" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_make_the_datasets_that_messages_send_to_them_for(name):
+    example = ROOT / "examples" / EXAMPLES[name]
+    stems = "_".join(EXAMPLES[name].split("_")[:-1])
+    sources = [example, *example.parent.glob(f"{stems}*.py")]
+    assert any(name in source.read_text() for source in sources)

@@ -245,6 +245,19 @@ def test_stages_answer_names_of_other_programs_and_of_train_py_with_their_own(na
     assert nearest(name, ExampleOptions, "--") == f"; did you mean --{meant}?"
 
 
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ((), "sums"),
+        (("--dataset=sums",), "sums"),
+        (("--dataset=book",), "sums-book"),
+        (("--dataset=../a/b/",), "sums-b"),
+    ],
+)
+def test_a_run_is_named_after_its_config_and_another_dataset(workplace, flags, name):
+    assert launch("sums.toml", *flags).run_name == name
+
+
 def test_a_missing_config_is_named_with_the_nearest_existing_one(workplace):
     Path("pyproject.toml").write_text("")
     with pytest.raises(UserError, match="there is no config file myproject.toml; did you mean sums.toml"):

@@ -64,4 +64,4 @@ def test_an_evaluation_reads_a_part_of_a_long_val_split():
 
 
 def test_few_characters_are_the_tokens():
-    assert tokenizer_for(65) == "char" and tokenizer_for(4000) == "gpt2"
+    assert tokenizer_for(65) == tokenizer_for(4000) == "char" and tokenizer_for(20_000) == "gpt2"
