@@ -54,7 +54,7 @@ from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_tracker
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.pace import Pace
 from gpt_arc.training.parallel import Parallel
@@ -226,12 +226,10 @@ def build(plan: Plan) -> Run:
     parts = *parts, Saving(progress, progress.step, config.logging.failed_saves), spikes, Pace(device)
     run = Run(plan, data, folder, lock, *parts)
     if IS_MAIN and not config.run.eval_only:
-        logging, wandb = config.logging, None
-        if logging.wandb_log:
-            wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
+        tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides, hardware_of(device, dtype))
-        run.log = MetricsLog(folder, progress.step, wandb)
+        run.log = MetricsLog(folder, progress.step, tracker)
     return run
 
 

@@ -45,7 +45,8 @@ from gpt_arc.weights.tensor_files import ADVICE, open_tensors
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 RECORD = "checkpoints.json"
 RUN_FILES = (
-    "last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "report", "wandb", RECORD, "run.json",
+    "last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "report", RECORD, "run.json",
+    "wandb", "tensorboard", "trackio",
 )  # fmt: skip
 STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]

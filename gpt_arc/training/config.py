@@ -215,12 +215,14 @@ class LoggingConfig:
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next evaluation tries again. 0:
     the first failure ends the run."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio."""
     wandb_log: bool = False
-    """Also log to Weights & Biases."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
 
 
 @dataclass(frozen=True, config=STRICT)

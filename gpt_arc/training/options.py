@@ -89,19 +89,23 @@ class StageOptions:
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] | None = None
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio. None: as the run did
+    that is resumed, otherwise not."""
     wandb_log: bool | None = None
-    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next one is tried again. 0: the
     first failure ends the run."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device, backend, stop_after and wandb_log may change."""
+    """Run folder to resume with its original settings; only device, backend, stop_after, logger and wandb_log may
+    change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 

@@ -52,7 +52,7 @@ from gpt_arc.training.checkpoints import (
     training_state,
 )
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
+from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
@@ -166,17 +166,12 @@ class StageRun(Generic[P]):
                 self._new = True
                 record_options(self.folder, self.name, self.options, runs.hardware_of(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
-            self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
+            settings = read_json(self.folder / "run.json", runs.Record)["options"]
+            tracker = start_tracker(self.folder, self.progress.step, self.options, settings)
+            self._log = MetricsLog(self.folder, self.progress.step, tracker)
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
-
-    def _start_wandb(self) -> Any:
-        options = self.options
-        if not options.wandb_log:
-            return None
-        settings = read_json(self.folder / "run.json", runs.Record)["options"]
-        return start_wandb(self.folder, options.wandb_project, options.wandb_run_name, settings)
 
     def _refuse_own_folder(self) -> None:
         out_dir = self.options.out_dir
