@@ -133,16 +133,19 @@ def plot(reports: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
-    for line, task in zip(figure.subplots(2, 2, sharex=True), TASKS):
+    panels = figure.subplots(2, 2)
+    for line, task in zip(panels, TASKS):
         chosen = [report for report in reports if report["task"] == task]
+        sizes = [report["parameters"] for report in chosen]
         for axes, name in zip(line, ("exact match", "log-probability")):
             means, errors = (zip(*(report[name][key] for report in chosen)) for key in ("mean", "standard error"))
             for shots, mean, error in zip(SHOTS, means, errors):
-                axes.errorbar([report["parameters"] for report in chosen], mean, [2 * e for e in error], fmt="o-",
-                              markersize=4, capsize=2, label=counted(shots, "demonstration"))  # fmt: skip
-            axes.set(xscale="log", title=f"{task}: {name}")
-            axes.set_xlabel("parameters without embeddings")
-    line[1].legend()
+                axes.errorbar(sizes, mean, [2 * e for e in error], fmt="o-", markersize=4, capsize=2,
+                              label=counted(shots, "demonstration"))  # fmt: skip
+            axes.set(xscale="log", title=f"{task}: {name}", xlabel="parameters without embeddings")
+            axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axes.minorticks_off()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SHOTS))
     figure.savefig(path, dpi=80)
 
 

@@ -14,6 +14,7 @@ script writes OUTPUT/figures.json after each run, continues from it when called 
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -47,15 +48,15 @@ METRICS = "train loss", "val loss", "gap", "load CV"
 class Options:
     experts: tuple[Count, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     """Numbers of experts per block."""
-    compared: Count = 32
+    compared: Count = 8
     """Number of experts at which settings are changed."""
     seeds: Count = 3
     """Runs of each model."""
-    max_iters: Count = 300
+    max_iters: Count = 200
     """Updates of each run, of 1,024 characters."""
     learning_rate: Positive = 4e-3
     """Peak; rises over the first twentieth of the updates, then falls to zero along a cosine."""
-    characters: Annotated[int, Ge(5000)] = 50_000
+    characters: Annotated[int, Ge(5000)] = 25_000
     """Length of the text; every fifth thousand is held out."""
     output: Path = Path("out/moe_experts")
     """Folder for the results."""
@@ -93,14 +94,14 @@ def train(experts: int, change: str, seed: int, options: Options) -> dict:
     training, held_out, vocabulary = read_text(options.characters)
     torch.manual_seed(seed)
     used = min(2, experts)
-    settings = {change: CHANGES[change]} if change else {}
-    model = GPT(
-        GPTConfig(
-            block_size=CONTEXT, vocab_size=vocabulary, n_layer=2, n_head=2, n_embd=32, mlp_size=128 // used,
-            n_experts=experts, experts_per_token=used, positions="rotary", norm="rmsnorm", activation="relu_squared",
-            bias=False, **settings,
-        )
+    architecture = GPTConfig(
+        block_size=CONTEXT, vocab_size=vocabulary, n_layer=2, n_head=2, n_embd=32, mlp_size=128 // used,
+        n_experts=experts, experts_per_token=used, positions="rotary", norm="rmsnorm", activation="relu_squared",
+        bias=False,
     )  # fmt: skip
+    if change:
+        architecture = replace(architecture, **{change: CHANGES[change]})
+    model = GPT(architecture)
     steps = options.max_iters
     config = TrainingConfig(
         max_iters=steps, warmup_iters=steps // 20, learning_rate=options.learning_rate, min_lr=0.0, beta2=0.99

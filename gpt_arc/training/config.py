@@ -7,9 +7,10 @@ also stand outside any table. All mistakes are reported before anything starts.
 import dataclasses
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
+from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
@@ -29,6 +30,7 @@ from gpt_arc.settings import (
     UnitInterval,
     build,
     read_file,
+    seconds_in,
     settings_in,
 )
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
@@ -116,6 +118,9 @@ class TrainingConfig:
     """Added to AdamW's denominator."""
     grad_clip: NonNegative = 1.0
     """Maximum norm of the gradient, over all parameters. 0: no clipping."""
+    spike_factor: Annotated[float, Gt(1)] | None = None
+    """After a step whose loss is more than this many times the median of the last 100, go back to the last checkpoint
+    and on with the batches that follow, without those read since then (PaLM, arXiv:2204.02311). None: never."""
     ema_decay: Share | None = None
     """Evaluate and save a moving average of the weights with this decay rate. None: no average."""
     patience: Count | None = None
@@ -145,8 +150,9 @@ class TrainingConfig:
     selective: keep attention and the narrow products, which saves less memory and costs a ninth."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
-    timeout_minutes: Count = 60
-    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
+    timeout_minutes: Positive = 60
+    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails. After
+    half that time, those that hang are named, with their stacks."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the work. ddp: each has the whole model; fsdp: each has a shard of every weight, gradient and
     moment; auto: none for one process, else ddp."""
@@ -206,6 +212,9 @@ class LoggingConfig:
     """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
+    failed_saves: Natural = 3
+    """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next evaluation tries again. 0:
+    the first failure ends the run."""
     logger: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
     """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio."""
     wandb_log: bool = False
@@ -246,6 +255,8 @@ class RunConfig:
     """Share of their peak that training is expected to reach."""
     device_price: Positive | None = None
     """Price of an hour of one, in any currency."""
+    stop_after: str | None = None
+    """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 
@@ -260,6 +271,8 @@ class RunConfig:
             raise ValueError(f"resume = {self.resume} and out_dir = {self.out_dir} name two runs: leave out_dir out")
         if self.extend_context and self.init_from in OWN_RUNS:
             raise ValueError("extend_context needs init_from, the model whose context it extends")
+        if self.stop_after is not None:
+            seconds_in(self.stop_after)
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 

@@ -35,6 +35,7 @@ METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in tr
     "seconds": "of training so far, without evaluations and checkpoints",
     "mfu": "share of the device's peak rate",
     "skipped": "updates skipped because their loss or gradient was not finite",
+    "rewinds": "returns to a checkpoint after a spike of the loss",
     # mixtures of experts
     "expert_cv": "standard deviation of the experts' load over its mean",
     "expert_max": "largest load of an expert over the mean",
@@ -123,11 +124,20 @@ class MetricsLog:
     def __init__(self, directory: Path, keep_until: int, tracker: "Tracker | None" = None):
         """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`."""
         self.path, self._tracker = directory / "metrics.jsonl", tracker
+        self._unwritten = b""
+        self._warned = False
+        self._open(keep_until)
+
+    def _open(self, keep_until: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "ab", buffering=0)
-        self._unwritten = b""
-        self._warned = False
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines beyond `step`, unless the disk doesn't let it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._open(step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line, without what is None or not finite: JSON has no such numbers.

@@ -7,9 +7,11 @@ import torch
 
 import in_context_sizes
 from gpt_arc.errors import entry_point
-from helpers import randomised
+from helpers import ROOT, randomised
 from in_context_sizes import LENGTH, LETTERS, SHOTS, WORDS, Options
 from model import GPT
+
+RESULTS = ROOT / "docs/results"
 
 
 def generator():
@@ -77,3 +79,22 @@ def test_mistakes_are_refused(flag, reason, tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
     assert reason in output_of(entry_point(in_context_sizes.main), "in_context_sizes.py", flag)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_figures_of_the_run():
+    reports = json.loads((RESULTS / "in_context_sizes.json").read_text())
+    page = (RESULTS / "in_context.md").read_text()
+    names = "exact match", "log-probability"
+    for report in reports:
+        exact, scores = (report[name]["mean"] for name in names)
+        by_letters = report["letters right"]["mean"][-1] ** LENGTH
+        cells = [f"{report['parameters']:,}", *(f"{100 * value:.1f}" for value in [*exact, by_letters])]
+        assert f"| {' | '.join([*cells, *(f'{score:.2f}' for score in scores)])} |" in page
+        assert abs(exact[-1] - by_letters) < 0.031
+        assert all(max(report[name]["standard error"]) < bound for name, bound in zip(names, (0.016, 0.04)))
+    of_permutations = [report for report in reports if report["task"] == "permutation"]
+    exact, scores = ([report[name]["mean"][-1] for report in of_permutations] for name in names)
+    first, of_scores = ((values[1] - values[0]) / (values[-1] - values[0]) for values in (exact, scores))
+    assert f"{of_scores:.0%} of its whole rise, where exact match makes {first:.0%}" in page.replace("\n", " ")
+    second = (exact[2] - exact[1]) / (exact[-1] - exact[0])
+    assert f"from 918 to 1,608 parameters alone is {second:.0%} of its whole rise" in page
