@@ -25,7 +25,7 @@ from annotated_types import Ge, Le
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from gpt_arc.nn.attention import KVCache, Mask, attend, bidirectional_mask, positions_and_masks
+from gpt_arc.nn.attention import KVCache, Mask, Packed, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import GATED, Activation, Dropout, RMSNorm, activate, ngram_ids, rotate, sinusoids
@@ -405,7 +405,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         cache: Sequence[KVCache] | None = None,
         previous: Tensor | None = None,
         lengths: Tensor | None = None,
@@ -415,8 +415,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) before the head. Raises ValueError for more than block_size tokens.
 
-        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries:
-        positions then restart in each document, and attention stays within it. `cache`, one per block, continues the
+        `documents` (B, T) gives the document of each token, as any number that changes at document boundaries, or is
+        `packed`: positions restart in each document, and attention stays within it. `cache`, one per block, continues
         tokens read before; `documents` is None then, and `previous` holds the preceding tokens that n-grams need.
         `lengths` (B,) is the number of tokens in each row before its padding, which routers leave out of their
         statistics, bidirectional attention doesn't see and dynamic rotary scaling depends on. `images` and `types`: see
@@ -471,7 +471,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Packed | None = None,
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,

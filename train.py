@@ -48,22 +48,24 @@ from gpt_arc.training.checkpoints import (
     resumable,
     save_checkpoint,
     training_state,
-    write_shards,
 )
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_wandb
+from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_tracker
 from gpt_arc.training.optim import Updater
+from gpt_arc.training.pace import Pace
 from gpt_arc.training.parallel import Parallel
 from gpt_arc.training.parallel_modes import make_parallel
 from gpt_arc.training.plan import Data, Plan, Progress, make_plan, print_plan, rehearse
 from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, hardware_of, read_record, write_record
+from gpt_arc.training.saving import Saving
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.spikes import Spikes
 from gpt_arc.weights.directory import load_model, save_model
 from model import GPT
 
@@ -88,8 +90,10 @@ class Run:
     compiled: bool
     example: list[Tensor]  # of a batch
     sampler: TrainingSampler | None
+    saving: Saving
+    spikes: Spikes
+    pace: Pace
     log: MetricsLog | None = None  # of the main process
-    saved_step: int = 0
     failure: Exception | None = None  # of this process's data, which stops all processes
 
     @property
@@ -103,6 +107,7 @@ class Run:
 
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
+        self.pace.report(self.progress.seconds)
         plan, starts, block_size = self.plan, self.plan.val_starts, self.plan.config.model.block_size
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
@@ -142,15 +147,12 @@ class Run:
             self.failure, self.stop.received = error, signal.SIGTERM
             yield from itertools.repeat(self.example)
 
-    def save(self) -> None:
+    def save(self, last: bool = False) -> None:
+        """Writes a checkpoint. If it can't be written, the run goes on, except after the `last` one."""
         plan, progress = self.plan, self.progress
         if plan.config.training.compare_replicas:
             shared = [p for p in self.model.parameters() if p not in self.sharing.shares]
-            if ranks := self.parallel.differing(shared):
-                raise UserError(
-                    f"step {progress.step} isn't saved, since the weights of process {', '.join(map(str, ranks))} have "
-                    f"come to differ from the others': test that machine's memory; resume with: {self.resume}"
-                )
+            self.parallel.check_replicas(shared, progress.step)
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         data = self.data.corpus.fingerprint
         state = training_state(
@@ -159,13 +161,9 @@ class Run:
         shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
-        if IS_MAIN:
-            write = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
-            keep_all = plan.config.logging.keep_all_checkpoints
-            save_checkpoint(self.folder, progress.step, progress.best_step, write, state, keep_all, shards)
-        elif shards:
-            write_shards(shards)
-        self.saved_step = progress.step
+        put = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
+        step, keep_all = (progress.step, progress.best_step), plan.config.logging.keep_all_checkpoints
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all, shards), last)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -173,14 +171,14 @@ class Run:
         try:
             yield
         except (UserError, OSError) as error:
-            if WORLD_SIZE > 1 or self.saved_step == self.progress.step or not self.updater.finite():
+            if WORLD_SIZE > 1 or self.saving.step == self.progress.step or not self.updater.finite():
                 raise
-            self.save()
+            self.save(last=True)
             say(f"step {self.progress.step} is saved; resume with: {self.resume}")
             raise error
         except RuntimeError:  # such as the end of another process
-            if WORLD_SIZE > 1 and self.saved_step:
-                say(f"step {self.saved_step} is the last one saved; resume with: {self.resume}")
+            if WORLD_SIZE > 1 and self.saving.step:
+                say(f"step {self.saving.step} is the last one saved; resume with: {self.resume}")
             raise
 
     @property
@@ -222,16 +220,16 @@ def build(plan: Plan) -> Run:
     if state and launch.checkpoint:
         restore_state(updater, state, launch.checkpoint, device)
         plan.state = None  # as large as the model, twice
-    stop = StopSignal()
+    stop = StopSignal(config.run.stop_after)
     parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled, example, sampler
-    run = Run(plan, data, folder, lock, *parts, saved_step=progress.step)
+    spikes = Spikes(training.spike_factor, folder, progress, updater)
+    parts = *parts, Saving(progress, progress.step, config.logging.failed_saves), spikes, Pace(device)
+    run = Run(plan, data, folder, lock, *parts)
     if IS_MAIN and not config.run.eval_only:
-        logging, wandb = config.logging, None
-        if logging.wandb_log:
-            wandb = start_wandb(folder, logging.wandb_project, logging.wandb_run_name, values_of(config))
+        tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name
         write_record(folder, config, name, launch.overrides, hardware_of(device, dtype))
-        run.log = MetricsLog(folder, progress.step, wandb)
+        run.log = MetricsLog(folder, progress.step, tracker)
     return run
 
 
@@ -275,7 +273,7 @@ def train(run: Run) -> int:
     scored_per_step = tokens_per_step * config.scored_share
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
-    batches = run.readable(prefetch(batches, device))
+    batches = run.pace.timed(run.readable(prefetch(batches, device)))
     meter, routers = Meter(), RouterMeter(model)
     measure_peak = partial(peak_flops, device, device_name(device), dtype)
     utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
@@ -293,9 +291,7 @@ def train(run: Run) -> int:
             bar.close()
             return report_divergence(run, progress.step)
         if val_loss is not None:
-            progress.evaluated_step = progress.step
-            if val_loss < progress.best_val_loss:
-                progress.best_val_loss, progress.best_step = val_loss, progress.step
+            progress.evaluated(val_loss)
             done = done or plan.out_of_patience
         if run.log and (val_loss is not None or meter.tokens and (done or progress.step % logging.log_interval == 0)):
             train_loss, rate = meter.take()
@@ -309,7 +305,7 @@ def train(run: Run) -> int:
                 "tokens_per_second": rate,
                 "seconds": progress.seconds,
                 "mfu": utilization.at(rate),
-                "skipped": progress.skipped or None,
+                **progress.mishaps,
                 **routers.take(),
             }
             run.log.write(line)
@@ -346,10 +342,12 @@ def train(run: Run) -> int:
         if finite:
             progress.step += 1
             meter.add(loss_sum / config.scored_share, tokens_per_step, seconds)
-            bar.update()
+            if run.spikes.rewind_after(loss_sum / scored_per_step, run.log):
+                meter.take()
+            bar.update(progress.step - bar.n)
         elif not stopped:
             progress.skipped += 1
-            say(f"step {progress.step + 1}: the loss or its gradient is not finite; the batch is skipped")
+            say(f"step {progress.step + 1}: {updater.problem}; the batch is skipped")
             if updater.diverged:
                 bar.close()
                 return report_divergence(run, progress.step + 1)
@@ -363,7 +361,7 @@ def train(run: Run) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 def report_divergence(run: Run, step: int) -> int:
-    kept = f"{run.folder}/last is the last good checkpoint" if run.saved_step else "there is no checkpoint yet"
+    kept = f"{run.folder}/last is the last good checkpoint" if run.saving.step else "there is no checkpoint yet"
     say(f"step {step} has diverged, {kept}: lower learning_rate, or set dtype = float32")
     return 1
 
@@ -371,12 +369,12 @@ def report_divergence(run: Run, step: int) -> int:
 def finish(run: Run, stopped: bool) -> int:
     """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
     progress, training = run.progress, run.plan.config.training
-    if run.saved_step != progress.step:
-        run.save()
+    if run.saving.step != progress.step:
+        run.save(last=True)
     if run.log:
         run.log.close()
     if stopped:
-        saved = f", saved; resume with: {run.resume}" if run.saved_step else ""
+        saved = f", saved; resume with: {run.resume}" if run.saving.step else ""
         say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
     early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)

@@ -7,15 +7,18 @@ A sequence has points x_k and values y_k = w x_k + noise of one random linear fu
 dimensions, and `noise` is a standard deviation. The model predicts each y_k from x_k and the k pairs before it,
 k = 0, 1, 2 ... It has never seen the function and its weights don't change, so it can only infer w from the pairs.
 
-On new functions, its squared error is compared with three estimates of w from the same k pairs: ordinary least squares
-(the shortest solution if k < d); ridge regression with the noise's variance as penalty, which is the posterior mean of
-w, so no predictor has a lower expected error; and the mean of y x over the pairs. Errors are measured against the noisy
-y and, more strictly, against w x without the noise.
+On new functions, its squared error is compared with those of estimates of w from the same k pairs: ordinary least
+squares (the shortest solution if k < d); ridge regression with the noise's variance as penalty, which is the posterior
+mean of w, so no predictor has a lower expected error; the mean of y x over the pairs; and 1, 2, 4 or 8 steps of
+gradient descent on the mean squared error, from w = 0, with the step size that is best for this number of steps and
+pairs (von Oswald et al., arXiv:2212.07677). Errors are measured against the noisy y and, more strictly, against w x
+without the noise. An estimate's distance is the mean square of the transformer's prediction minus its own.
 
 The trunk is `model.py`'s GPT with its position embeddings, blocks and final norm. A linear layer replaces the token
 embedding, and another the head. The script writes OUTPUT/figures.json and OUTPUT/errors.png.
 """
 
+import json
 import sys
 from dataclasses import asdict
 from itertools import product
@@ -39,6 +42,11 @@ from gpt_arc.training.optim import Updater
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from model import GPT, GPTConfig
+
+DESCENTS = {"1 step": 1, "2 steps": 2, "4 steps": 4, "8 steps": 8}  # of gradient descent
+STEP_SIZES = torch.logspace(-2, 0.3, 40, dtype=torch.float64)  # to choose from
+TUNING = 20_000  # functions to choose them by: with a large x, descent can diverge
+NAMES = "transformer", "ridge", "least squares", "averaging", *DESCENTS
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,12 +127,32 @@ def draw(options: Options, functions: int, generator: torch.Generator, scale: fl
     return xs, clean + options.noise * torch.randn(clean.shape, generator=generator), clean
 
 
-def estimates(xs: Tensor, ys: Tensor, noise: float) -> dict[str, Tensor]:
+def descend(x: Tensor, y: Tensor, steps: int, step_sizes: Tensor) -> Tensor:
+    """Returns w (B, d, S) after gradient descent from 0 on half the mean squared error of x (B, k, d) and y (B, k, 1).
+
+    Each of the S step sizes gives one w.
+    """
+    w = torch.zeros(len(x), x.size(-1), len(step_sizes), dtype=x.dtype)
+    for _ in range(steps):
+        w = w + step_sizes * (x.mT @ (y - x @ w)) / x.size(1)
+    return w
+
+
+def best_step_sizes(xs: Tensor, ys: Tensor, clean: Tensor) -> dict[str, Tensor]:
+    """Returns, by number of steps, the step size (N,) for each number of pairs: the best for these functions."""
+    xs, ys, clean = xs.double(), ys.double(), clean.double()
+    best = {name: torch.zeros_like(ys[0]) for name in DESCENTS}
+    for (name, steps), k in product(DESCENTS.items(), range(1, ys.size(1))):
+        w = descend(xs[:, :k], ys[:, :k, None], steps, STEP_SIZES)
+        errors = ((xs[:, k, None] @ w)[:, 0] - clean[:, k, None]).square().mean(0)
+        best[name][k] = STEP_SIZES[errors.argmin()]
+    return best
+
+
+def estimates(xs: Tensor, ys: Tensor, noise: float, step_sizes: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the predictions (B, N) of each kind of estimate; that of y_k uses the pairs before it."""
     xs, ys = xs.double(), ys.double()
-    predictions = {
-        name: torch.zeros_like(ys) for name in ("least squares", "ridge", "averaging")
-    }  # without pairs w = 0
+    predictions = {name: torch.zeros_like(ys) for name in NAMES[1:]}  # without pairs w = 0
     penalty = noise**2 * torch.eye(xs.size(-1), dtype=xs.dtype)
     for k in range(1, ys.size(1)):
         x, y, query = xs[:, :k], ys[:, :k, None], xs[:, k, None]  # (B, k, d), (B, k, 1), (B, 1, d)
@@ -133,6 +161,7 @@ def estimates(xs: Tensor, ys: Tensor, noise: float) -> dict[str, Tensor]:
             "ridge": torch.linalg.solve(x.mT @ x + penalty, x.mT @ y),
             "averaging": x.mT @ y / k,
         }
+        weights |= {name: descend(x, y, steps, step_sizes[name][k, None]) for name, steps in DESCENTS.items()}
         for name, w in weights.items():
             predictions[name][:, k] = (query @ w)[:, 0, 0]
     return predictions
@@ -150,12 +179,15 @@ def compared(errors: Tensor, baseline: Tensor) -> dict:
 
 
 @torch.no_grad()
-def test(model: Regressor, options: Options, scale: float = 1.0) -> dict:
-    """Returns squared errors of the model and the estimates by number of pairs, and their ratios for k > d."""
+def test(model: Regressor, options: Options, step_sizes: dict[str, Tensor], scale: float = 1.0) -> dict:
+    """Returns squared errors and distances by number of pairs, and ratios of errors for k > d."""
     xs, ys, clean = draw(options, options.functions, torch.Generator().manual_seed(options.seed + 1), scale)
     predictions = {"transformer": torch.cat([model(x, y) for x, y in zip(xs.split(500), ys.split(500))]).double()}
-    predictions |= estimates(xs, ys, options.noise)
+    predictions |= estimates(xs, ys, options.noise, step_sizes)
     report: dict = {"scale": scale, "k": list(range(options.examples + 1))}
+    report["distance"] = {
+        name: (predictions["transformer"] - predictions[name]).square().mean(0).tolist() for name in NAMES[1:]
+    }
     for kind, truth in {"noisy": ys, "noise-free": clean}.items():
         errors = {name: (prediction - truth).square() for name, prediction in predictions.items()}  # (B, N)
         entry = report[kind] = {}
@@ -171,16 +203,19 @@ def plot(report: dict, options: Options, path: Path) -> None:
     """Plots the squared error of the noisy y by number of pairs in context."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name, style in {"averaging": "C7:", "least squares": "C1--", "ridge": "k-", "transformer": "C0o"}.items():
-        axes.plot(report["k"], report["noisy"][name]["error"], style, markersize=4, label=name)
+    styles = {"averaging": "C7:", "least squares": "C1--", "ridge": "k-"}
+    styles |= dict(zip(DESCENTS, ("C2:", "C2-.", "C2--", "C2-"))) | {"transformer": "C0o"}
+    for name, style in styles.items():
+        label = f"{name} of gradient descent" if name in DESCENTS else name
+        axes.plot(report["k"], report["noisy"][name]["error"], style, markersize=4, label=label)
     axes.axhline(options.noise**2, color="C3", linewidth=0.8, label="the noise alone")
     axes.set(xlabel="pairs in context", ylabel="squared error", yscale="log")
     axes.set_xticks(report["k"][:: options.dimensions])
-    axes.set_ylim(0.8 * options.noise**2, 4 * (options.dimensions + options.noise**2))
+    axes.set_ylim(0.8 * options.noise**2, 3 * (options.dimensions + options.noise**2))
     axes.set_title(f"linear functions in {options.dimensions} dimensions, {options.functions:,} of them")
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=100)
 
 
@@ -211,20 +246,25 @@ def main() -> int:
 
     # ---- tests on new functions, first with x as in training, then with x of other scales
     report = {"options": asdict(options) | {"output": str(options.output)}, "torch": torch.__version__}
-    report["tests"] = tests = [test(model, options, scale) for scale in (1.0, 0.5, 2.0, 3.0)]
-    write_file(options.output / "figures.json", to_json(report, indent=1) + "\n")
+    step_sizes = best_step_sizes(*draw(options, TUNING, torch.Generator().manual_seed(options.seed + 2)))
+    report["step_sizes"] = {name: sizes.tolist() for name, sizes in step_sizes.items()}
+    report["tests"] = tests = [test(model, options, step_sizes, scale) for scale in (1.0, 0.5, 2.0, 3.0)]
+    digits = json.loads(to_json(report), parse_float=lambda figure: float(f"{float(figure):.5g}"))
+    write_file(options.output / "figures.json", json.dumps(digits) + "\n")
     plot(tests[0], options, options.output / "errors.png")
-    names = "transformer", "ridge", "least squares", "averaging"
     for kind in ("noisy", "noise-free"):
         figures = tests[0][kind]
-        columns = [tests[0]["k"], *(figures[name]["error"] for name in names)]
-        ratios = [[None] * (options.dimensions + 1) + figures[f"ratio to {name}"]["by_k"] for name in names[1:3]]
-        print(f"\nsquared error of the {kind} y after k pairs in context, and its ratio to two baselines")
-        print(table([["k", *names, *(f"over {name}" for name in names[1:3])], *zip(*columns, *ratios)]))
+        columns = [tests[0]["k"], *(figures[name]["error"] for name in NAMES)]
+        ratios = [[None] * (options.dimensions + 1) + figures[f"ratio to {name}"]["by_k"] for name in NAMES[1:3]]
+        print(f"\nsquared error of the {kind} y after k pairs in context, and its ratio to two baselines; steps are")
+        print("those of gradient descent")
+        print(table([["k", *NAMES, *(f"over {name}" for name in NAMES[1:3])], *zip(*columns, *ratios)]))
+    print("\nmean square of the transformer's prediction minus an estimate's")
+    print(table([["k", *NAMES[1:]], *zip(tests[0]["k"], *(tests[0]["distance"][name] for name in NAMES[1:]))]))
     print(f"\nthe transformer's error over two baselines', mean of k = {options.dimensions + 1} .. {options.examples}")
-    rows = [["x times", "y", *(f"over {name}" for name in names[1:3])]]
+    rows = [["x times", "y", *(f"over {name}" for name in NAMES[1:3])]]
     for entry, kind in product(tests, ("noisy", "noise-free")):
-        ratios = [entry[kind][f"ratio to {name}"] for name in names[1:3]]
+        ratios = [entry[kind][f"ratio to {name}"] for name in NAMES[1:3]]
         rows.append([f"{entry['scale']:g}", kind, *(f"{r['mean']:.3f} ± {r['standard_error']:.3f}" for r in ratios)])
     print(table(rows))
     return 0

@@ -1,6 +1,5 @@
 """Devices and precision. `auto` is resolved here, from the hardware alone."""
 
-import ctypes
 import gc
 import os
 import platform
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_arc.errors import UserError
+from gpt_arc.memory import keep_freed_memory
 from gpt_arc.tables import counted
 
 ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
@@ -76,20 +76,15 @@ def resolve_dtype(setting: str, device: torch.device) -> str:
 def set_up_device(device: torch.device, dtype: str) -> None:
     """Make training faster on the device, for the whole process.
 
-    On a GPU, products that autocast leaves in float32 use TF32, unless the type is float32. On a CPU with glibc, freed
-    memory is kept: by default blocks over 32 MiB go back to the system, which zeroes them page by page each time they
-    are allocated again.
-    Everywhere, objects created by imports are exempt from garbage collection, which would delay training steps.
+    On a GPU, products that autocast leaves in float32 use TF32, unless the type is float32. On a CPU, freed memory is
+    kept. Everywhere, objects created by imports are exempt from garbage collection, which would delay training steps.
     """
     gc.collect()
     gc.freeze()
     if device.type == "cuda" and dtype != "float32":
         torch.set_float32_matmul_precision("high")
-    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
-        mmap_max, trim_threshold = -4, -1  # malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def align(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from gpt_arc.errors import UserError, lose_output
 from gpt_arc.files import command
 from gpt_arc.tables import counted
+from gpt_arc.watch import WATCH
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -49,10 +50,11 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def process_group(backend: str, device: torch.device, timeout_minutes: int = 60) -> Iterator[None]:
+def process_group(backend: str, device: torch.device, timeout_minutes: float = 60) -> Iterator[None]:
     """Runs the block in a process group. Raises UserError for a backend that doesn't support the device.
 
-    A process waits for the others for `timeout_minutes`. With nccl, Python objects go by gloo, past the GPUs.
+    A process waits for the others for `timeout_minutes`; after half of them, `WATCH` names those that hang. With nccl,
+    Python objects go by gloo, past the GPUs.
 
     The group is not destroyed: after an error this could wait for the other processes forever, and gloo would hold
     Python's lock while it waits for its threads, which may need the lock to release their last tensors. It ends with
@@ -72,6 +74,7 @@ def process_group(backend: str, device: torch.device, timeout_minutes: int = 60)
         timeout=timedelta(minutes=timeout_minutes),
         device_id=device if backend == "nccl" else None,
     )
+    WATCH.start(30 * timeout_minutes)
     yield
 
 
@@ -93,6 +96,7 @@ def split_batch(sequences: int, batch_size: int) -> tuple[int, int]:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum `values` over all processes, in place."""
     if WORLD_SIZE > 1:
+        WATCH.arrive()
         dist.all_reduce(values)
     return values
 
@@ -101,6 +105,7 @@ def from_main(value: Any) -> Any:
     """Broadcast the main process's `value`, a picklable object, to every process."""
     if WORLD_SIZE == 1:
         return value
+    WATCH.arrive()
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
@@ -110,6 +115,7 @@ def gather(value: Any) -> list[Any]:
     """Collect the `value`, a picklable object, of every process, ordered by rank, in every process."""
     if WORLD_SIZE == 1:
         return [value]
+    WATCH.arrive()
     values: list[Any] = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
     return values

@@ -1,6 +1,7 @@
 """How scripts end: a user's mistake prints one paragraph and exits with code 2, a bug keeps its traceback."""
 
 import contextlib
+import errno
 import functools
 import io
 import math
@@ -67,6 +68,17 @@ def _complain(message: str) -> None:
         print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
 
 
+def _mend(error: OSError) -> str:
+    """How to mend what the system refused, to be appended to its message."""
+    if error.errno == errno.EROFS:
+        return ": work in a folder that can be written"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return ": change the permissions of this file or of the folder it is in, or work in another folder"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        return ": a file has the name that a folder needs; rename it, or work in another folder"
+    return ""
+
+
 OUT_OF_MEMORY = "out of memory: a smaller batch, context or model takes less"
 
 
@@ -106,7 +118,7 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
             message, code = str(error), 1 if isinstance(error, NotFinite) else 2
         except OSError as error:
             place = f"{error.filename}: " if error.filename is not None else ""
-            message, code = f"{place}{error.strerror or error}", 2
+            message, code = f"{place}{error.strerror or error}{_mend(error)}", 2
         except KeyboardInterrupt as interrupt:
             message, code = str(interrupt) or "interrupted", 130
         except Exception as error:

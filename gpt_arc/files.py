@@ -172,7 +172,8 @@ def follow(link: Path) -> Path:
 def take_lock(path: Path) -> "BaseFileLock | None":
     """Creates and locks the file `path`, until `release` or the end of the process, in whatever way it ends.
 
-    Prints a line and returns None where there are no locks. Raises BlockingIOError if another process holds it.
+    Returns None where there are no locks, after printing a line, and in a folder that can't be written. Raises
+    BlockingIOError if another process holds it.
     """
     import filelock  # takes a quarter of a second
 
@@ -184,7 +185,8 @@ def take_lock(path: Path) -> "BaseFileLock | None":
     except filelock.Timeout:
         raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path)) from None
     except (OSError, NotImplementedError) as error:
-        print(f"{path} can't be locked ({first_line(error)}): let no other process write there", file=sys.stderr)
+        if os.access(path.parent, os.W_OK):  # otherwise nothing will be written there
+            print(f"{path} can't be locked ({first_line(error)}): let no other process write there", file=sys.stderr)
         return None
 
 

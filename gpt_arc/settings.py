@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -151,6 +152,18 @@ def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | 
         raise UserError(_refusal(error, cls, sources)) from None
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from None
+
+
+DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds_in(duration: str) -> int:
+    """Returns the seconds in a duration such as 3h59m, 1d12h or 90s. Raises ValueError."""
+    match = DURATION.fullmatch(duration)
+    seconds = sum(int(n or 0) * unit for n, unit in zip(match.groups(), (86_400, 3600, 60, 1))) if match else 0
+    if not seconds:
+        raise ValueError(f"{duration!r} is not a time such as 3h59m, 90m or 45s")
+    return seconds
 
 
 def mistake(error: Exception, cls: type) -> str:

@@ -55,7 +55,8 @@ def first_documents(files: TokenFiles, end: int | None, count: int) -> list[np.n
     tokens = files.read(0, READ_AT_ONCE)
     if end is None:
         return [tokens][:count]
-    return np.split(tokens, np.flatnonzero(tokens == end) + 1)[:count]
+    documents = np.split(tokens, np.flatnonzero(tokens == end) + 1)
+    return [ids for ids in documents if len(ids)][:count]  # nothing follows the last end
 
 
 def describe(source: Source, options: Options) -> dict[str, Any]:

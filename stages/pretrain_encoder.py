@@ -1,14 +1,15 @@
-"""Train an image encoder to classify images, before stages/sft.py gives it to a text model.
+"""Train an image encoder by labels or captions of images, before stages/sft.py gives it to a text model.
 
     python stages/pretrain_encoder.py --image_encoder new.toml --train images.jsonl
     python stages/pretrain_encoder.py --image_encoder new.toml --train images.jsonl --labels colour shape
     python stages/pretrain_encoder.py vit/ --train images.csv --val held_out.csv       an encoder of transformers
+    python stages/pretrain_encoder.py --image_encoder new.toml --train captions.jsonl --labels caption --text_model gpt2
     python stages/pretrain_encoder.py --resume=out/pretrain_encoder                    continue a stopped run
     python stages/sft.py out/text --train chats.jsonl --image_encoder out/pretrain_encoder
 
 A row has an `image`, a path relative to the file, and a label, or several: `gpt_arc/vision/labels.py`. A run writes
 out/pretrain_encoder/ (or -2, -3 ...): run.json, metrics.jsonl and checkpoints, with the lowest val loss as `best`. A
-checkpoint is an encoder in the format of transformers; the classifiers stay behind in its training_state.pt.
+checkpoint is an encoder in the format of transformers; everything else it trains stays behind in its training_state.pt.
 """
 
 if __name__ == "__main__":
@@ -16,7 +17,7 @@ if __name__ == "__main__":
 
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,9 @@ from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.options import ExampleOptions
 from gpt_arc.training.schedule import PublishedRate
 from gpt_arc.training.stage_run import StageRun
+from gpt_arc.vision.contrastive import CaptionedImages, CaptionMatcher, ContrastiveLoss
 from gpt_arc.vision.data import load_pixels
+from gpt_arc.vision.encoder import ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import (
     UNLABELLED,
@@ -49,6 +52,9 @@ from gpt_arc.vision.labels import (
 )
 from gpt_arc.vision.new import named_encoder
 from gpt_arc.vision.pretrained import encoder_kind, write_encoder
+from gpt_arc.weights.directory import load_text_model
+
+Learner = ImageClassifier | CaptionMatcher
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -59,10 +65,16 @@ class Options(ExampleOptions):
     """Instead, a .toml file with the settings of a new encoder (`gpt_arc/vision/encoder.py`)."""
     labels: tuple[str, ...] = ("label",)
     """Columns of the labels to learn. An image may lack some of them."""
+    text_model: str | None = None
+    """Learn which caption belongs to which image of a batch, instead of classes: the text model that reads captions, a
+    run or a model directory, which is trained too. A caption is the image's labels with spaces between."""
+    contrastive_loss: ContrastiveLoss = "clip"
+    """With a text_model. clip: a choice among the batch's captions, and among its images (arXiv:2103.00020). siglip: of
+    each pair, whether it belongs together (arXiv:2303.15343)."""
     epochs: Count = 10
     """Passes over the images."""
     batch_size: Count = 64
-    """Images that a process reads at a time, at most."""
+    """Images that a process reads at a time, at most; with a text_model also those that it tells apart."""
     learning_rate: Positive | None = None
     """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
     parameters), up to 0.01."""
@@ -71,7 +83,7 @@ class Options(ExampleOptions):
     weight_decay: NonNegative = 0.05
     """Of tensors of two dimensions or more, decoupled from the gradient."""
 
-    PATHS = (*ExampleOptions.PATHS, "image_encoder")
+    PATHS = (*ExampleOptions.PATHS, "image_encoder", "text_model")
     PUBLISHED = PublishedRate(8e-4, 86e6)  # ViT-B/16 (arXiv:2010.11929)
 
     @property
@@ -86,6 +98,12 @@ class Options(ExampleOptions):
             )
         if not self.labels or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"labels = {', '.join(self.labels) or 'nothing'}: name one or more columns, each once")
+        if self.text_model is None and self.contrastive_loss != Options.contrastive_loss:
+            raise ValueError(
+                f"contrastive_loss = {self.contrastive_loss} is for captions: name the text_model that reads them"
+            )
+        if self.text_model is not None and self.batch_size < 2:
+            raise ValueError("batch_size = 1 leaves no other captions to tell an image's from: 2 is the least")
 
 
 class Split:
@@ -106,9 +124,10 @@ class Split:
 
 @torch.no_grad()
 def measure(
-    model: ImageClassifier, split: Split, preprocessing: Preprocessing, options: Options, run: StageRun
+    model: Learner, split: Split | CaptionedImages, preprocessing: Preprocessing, options: Options, run: StageRun
 ) -> tuple[float, float]:
-    """Returns the mean cross-entropy in nats and the share of right answers over a split's labels in all processes."""
+    """Returns the mean loss in nats and the share of right answers over a split's labels, or captions, in all
+    processes."""
     sums = torch.zeros(2, device=run.device)
     size = model.encoder.config.image_size
     with run.parallel.evaluating(model):
@@ -118,6 +137,29 @@ def measure(
     loss, right = distributed.sum_over_ranks(sums).tolist()
     count = split.count(range(len(split.paths)))
     return loss / count, right / count
+
+
+def learner(
+    options: Options, encoder: ImageEncoder, images: Mapping[str, Sequence[LabelledImage]]
+) -> tuple[Learner, Mapping[str, Split | CaptionedImages]]:
+    """Returns the module that learns from the images, and the splits as it reads them; says what they are.
+
+    Raises UserError for images that teach nothing, or a text model that can't read captions.
+    """
+    if options.text_model is not None:
+        text, tokenizer = load_text_model(options.text_model)
+        captioned = {name: CaptionedImages(split, tokenizer, text.config.block_size) for name, split in images.items()}
+        for name, split in captioned.items():
+            say(f"{name:<15}{counted(len(split.paths), 'image')} with captions")
+        return CaptionMatcher(encoder, text, options.contrastive_loss), captioned
+    classes = classes_of([image for split in images.values() for image in split], options.labels)
+    splits = {name: Split(split, classes) for name, split in images.items()}
+    for name, split in splits.items():
+        labels = counted(split.count(range(len(split.paths))), "label")
+        say(f"{name:<15}{counted(len(split.paths), 'image')} with {labels}")
+    for name, each in zip(options.labels, classes):
+        say(f"classes        {name}: {', '.join(each[:20])}" + f" and {len(each) - 20} more" * (len(each) > 20))
+    return ImageClassifier(encoder, [*map(len, classes)]), splits
 
 
 def train(options: Options, run: StageRun) -> int:
@@ -131,32 +173,26 @@ def train(options: Options, run: StageRun) -> int:
 
     # ---- the images, and the plan in figures
     images = options.splits(partial(read_labelled_images, columns=options.labels))
-    classes = classes_of([image for split in images.values() for image in split], options.labels)
-    splits = {name: Split(split, classes) for name, split in images.items()}
-    model, examples, size = ImageClassifier(encoder, [*map(len, classes)]), splits["train"], encoder.config.image_size
+    say(f"parameters     {describe_parameters(encoder)}")
+    model, splits = learner(options, encoder, images)
+    examples, size = splits["train"], encoder.config.image_size
     order = EpochOrder(len(examples.paths), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)
-    say(f"parameters     {describe_parameters(encoder)}")
-    for name, split in splits.items():
-        labels = counted(split.count(range(len(split.paths))), "label")
-        say(f"{name:<15}{counted(len(split.paths), 'image')} with {labels}")
-    for name, each in zip(options.labels, classes):
-        say(f"classes        {name}: {', '.join(each[:20])}" + f" and {len(each) - 20} more" * (len(each) > 20))
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'image')}")
 
     # ---- the run: a new one, or a stopped one from its last checkpoint
     patches = encoder.config.side**2
-    run.fit(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=max(map(len, classes))))
+    run.fit(dataclasses.replace(encoder.config.block, block_size=patches, vocab_size=1))
     run.open(digest([[[image.checksum, image.labels] for image in split] for split in images.values()]))
     replica = run.place(model)
     updater = run.updater(model, updates)
     run.restore(updater, {"heads": model.heads})
 
-    def write(model: ImageClassifier, directory: Path) -> None:
+    def write(model: Learner, directory: Path) -> None:
         write_encoder(model.encoder, preprocessing, directory)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # The training loop. The loss is the mean over the update's labels.
+    # The training loop. The loss is the mean over the update's labels or captions.
     progress = run.progress
     while run.goes_on(updates):
         rows = order.rows(progress.step)

@@ -36,10 +36,11 @@ from gpt_arc.chat.files import read_conversations
 from gpt_arc.chat.format import ChatFormat, load_template, load_text_with_chat
 from gpt_arc.chat.preview import preview_conversations
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import autocast, to_device
+from gpt_arc.device import autocast, send, to_device
 from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
+from gpt_arc.nn.packing import can_pack, packed
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
@@ -106,13 +107,18 @@ def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, 
 
 def batch_of(
     examples: Sequence[Any], rows: Sequence[int], model: GPT | VisionGPT, options: Options, run: StageRun
-) -> list[torch.Tensor | None]:
+) -> list[Any]:
     """Returns the arguments of the model for these rows; `examples` are its kind of encoded conversations."""
     context = model.config.block_size if options.packing else None
     batch = [examples[row] for row in rows]
     if isinstance(model, VisionGPT):
         return to_device(image_batch(batch, context, model.preprocessing, model.image_size), run.device)
-    return to_device(conversation_batch(batch, context), run.device)
+    on_host = conversation_batch(batch, context)
+    sent = to_device(on_host, run.device)
+    if on_host[2] is not None and can_pack(model.config, run.device, run.dtype):
+        places = packed(on_host[2])
+        sent[2] = places._replace(documents=sent[2], ends=send(places.ends, run.device))
+    return sent
 
 
 def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | None:

@@ -144,7 +144,7 @@ def measured(model: GPT, pairs: Sequence[EncodedPair], boundary: int, options: O
         batch = PairBatch(*to_device(pair_batch(pairs[start : start + options.batch_size], boundary), run.device))
         with autocast(run.device, run.dtype):
             result = scores(model, batch, 0.0)
-        sums += torch.stack(result[1:]).double().cpu()
+        sums += torch.stack(result[1:]).cpu().double()
     model.train()
     return (sums[0] / sums[1]).item(), sums[2].item() / len(pairs)
 

@@ -95,6 +95,23 @@ def randomised(model, seed: int = 0, scale: float = 0.3):
     return model.eval()
 
 
+def without_float64(monkeypatch) -> None:
+    """Makes a tensor refuse to become float64 unless it has been copied to the CPU, as one on Apple's GPUs does."""
+    double = torch.Tensor.double
+
+    def copied(tensor):
+        copy = tensor.clone()
+        copy.on_cpu = True
+        return copy
+
+    def checked(tensor):
+        assert hasattr(tensor, "on_cpu"), "MPS has no float64"
+        return double(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", copied)
+    monkeypatch.setattr(torch.Tensor, "double", checked)
+
+
 def run_python(*args: str, timeout: float = 120, input: str = "", **environment: str) -> subprocess.CompletedProcess:
     """Runs `python ARGS` (a script, or -c and code) in the current folder, with torch imported already."""
     pipe = subprocess.PIPE

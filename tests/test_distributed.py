@@ -15,10 +15,12 @@ def test_a_group_sends_objects_by_gloo_and_outlives_the_run(monkeypatch, backend
     calls = []
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     monkeypatch.setattr(dist, "init_process_group", lambda *names, **settings: calls.append((*names, settings)))
+    monkeypatch.setattr(distributed.WATCH, "start", lambda patience: calls.append(patience))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append("destroyed"))
     with distributed.process_group("auto", torch.device(device), timeout_minutes=90):
         pass
-    [(name, settings)] = calls
+    [(name, settings), patience] = calls
+    assert patience == 45 * 60  # seconds: half the time-out
     assert name == backends and settings["timeout"] == timedelta(minutes=90)
     assert settings["device_id"] == (torch.device(device) if device != "cpu" else None)
 

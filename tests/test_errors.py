@@ -20,6 +20,17 @@ from helpers import ROOT
     [
         (UserError("n_layer = 0 must be at least 1"), 2, "n_layer = 0 must be at least 1"),
         (OSError(28, "No space left on device", "out/x"), 2, "out/x: No space left on device"),
+        (
+            PermissionError(13, "Permission denied", "out/x"),
+            2,
+            "out/x: Permission denied: change the permissions of this file or of the folder it is in, or work in "
+            "another folder",
+        ),
+        (
+            NotADirectoryError(20, "Not a directory", "out/x"),
+            2,
+            "out/x: Not a directory: a file has the name that a folder needs; rename it, or work in another folder",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

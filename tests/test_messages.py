@@ -145,3 +145,13 @@ def test_documents_name_scripts_and_flags_that_exist(page, flags_of):
                 assert (ROOT / match[1]).exists(), line
             if len(scripts) == 1:
                 assert set(FLAG.findall(" ".join(words))) <= flags_of[scripts[0]] | OF_OTHERS, line
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_examples_name_scripts_and_flags_that_exist(path, flags_of):
+    text = path.read_text().replace("\\\n", " ")
+    called = re.findall(r'python "\$repository/([\w/$]+\.py)"(.*)', text)
+    assert called
+    for script, arguments in called:
+        assert "$" in script or (ROOT / script).is_file(), script
+        assert set(FLAG.findall(arguments)) <= flags_of.get(script, set(FLAG.findall(arguments))), arguments

@@ -5,11 +5,16 @@
     python tools/export.py out/finetune exported --to hf                  a model from stages/finetune.py, with its head
     python tools/export.py out/ppo exported --to hf                       a chat model, with its template
     python tools/export.py out/reward exported --to hf                    a reward model
+    python tools/export.py out/gpt2 gpt2.gguf --to gguf --dtype float16   llama.cpp, Ollama, LM Studio
+    python tools/export.py out/gpt2 gpt2.onnx --to onnx                   onnxruntime: tokens (B, T) to logits (B, T, V)
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
 transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
 fine-tuned or reward model with AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or
 OpenAIGPTDoubleHeadsModel. A model that the other library can't compute is refused.
+
+GGUF files hold language models of GPT-2's, Qwen3's, Llama's and Mixtral's shape with a tokenizer by characters or a
+byte-level BPE, and are equal to what llama.cpp's converter makes of the folder.
 
 --verify loads the folder with transformers and prints the largest difference of logits over a few sequences, and how
 many of a few texts get other token ids. The exit code is 1 if any does, or if the difference is above 1e-4, or above
@@ -37,6 +42,7 @@ from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
 from gpt_arc.settings import STRICT, Positional
+from gpt_arc.tables import human
 
 if TYPE_CHECKING:
     import torch
@@ -73,17 +79,31 @@ class Options:
     model: Positional[str]
     """A run folder, whose best checkpoint is used, a model directory, or a published model: gpt2, hf:OWNER/NAME."""
     output: Positional[Path]
-    """The folder to write."""
-    to: Literal["hf"] = "hf"
-    """hf: the format of Hugging Face's transformers."""
+    """The folder to write, or the file."""
+    to: Literal["hf", "gguf", "onnx"] = "hf"
+    """hf: a folder in the format of Hugging Face's transformers. gguf: a file for llama.cpp and what is built on it.
+    onnx: a file with the graph of ONNX, from tokens to logits, in float32."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights."""
     drop_bias: bool = False
     """Leave out the bias of a head for scores or numbers where transformers has none: moves them by a constant."""
     overwrite: bool = False
-    """Replace the folder if it contains an older export."""
+    """Replace the folder if it contains an older export, or the file."""
     verify: bool = False
     """Compare logits and token ids with those of transformers, which must be installed; exit code 1 if they differ."""
+
+    def check(self) -> None:
+        """Raises UserError for an output that holds something else, and for settings of another format."""
+        if self.to == "hf":
+            return check_output(self.output, self.overwrite)
+        if self.verify:
+            raise UserError(f"--verify compares with transformers, so it goes with --to hf, not {self.to}")
+        if self.to == "onnx" and self.dtype != "float32":
+            raise UserError(f"--to onnx writes float32 alone, not {self.dtype}")
+        if self.output.is_dir() or self.output.suffix != f".{self.to}":
+            raise UserError(f"{self.output} is not the name of a .{self.to} file")
+        if self.output.exists() and not self.overwrite:
+            raise UserError(f"{self.output} exists: name another file, or add --overwrite=True")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -420,9 +440,34 @@ def verified(export: Export, folder: Path) -> bool:
     return largest <= bound and not differing
 
 
+def to_gguf(options: Options) -> int:
+    """Writes a GGUF file; returns the number of parameters."""
+    from torch import float32
+
+    from gpt_arc.weights.gguf_file import write_gguf
+    from gpt_arc.weights.tensor_files import check_range
+
+    export = from_language_model(options, float32)  # GGUFWriter rounds, except norms and routers
+    check_range(export.tensors, options.model, options.dtype)
+    name = Path(options.model).name
+    write_gguf(options.output, name, export.config, export.tensors, export.tokenizer, export.files, options.dtype)
+    return sum(tensor.numel() for tensor in export.tensors.values())
+
+
+def to_onnx(options: Options) -> int:
+    """Writes an ONNX file; returns the number of parameters."""
+    from gpt_arc.weights.directory import load_model, refuse_images
+    from gpt_arc.weights.onnx_file import write_onnx
+
+    refuse_images(options.model, "tools/llava.py exports it with its images")
+    model, _ = load_model(options.model)
+    write_onnx(options.output, model)
+    return model.num_parameters()
+
+
 def main() -> int:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    check_output(options.output, options.overwrite)
+    options.check()
     if options.verify:
         logging = import_extra("transformers").utils.logging
         logging.set_verbosity_error()
@@ -434,10 +479,16 @@ def main() -> int:
     from gpt_arc.finetuning.classifier import is_classifier
     from gpt_arc.weights.tensor_files import check_range
 
-    if is_classifier(options.model):
-        convert = from_classifier
-    else:
-        convert = from_reward_model if is_reward_model(options.model) else from_language_model
+    convert = from_language_model
+    if is_classifier(options.model) or is_reward_model(options.model):
+        convert = from_classifier if is_classifier(options.model) else from_reward_model
+        if options.to != "hf":
+            raise UserError(f"--to {options.to} takes language models alone, and {options.model} has another head")
+    if options.to != "hf":
+        parameters = (to_gguf if options.to == "gguf" else to_onnx)(options)
+        size = human(options.output.stat().st_size, "B")
+        print(f"{options.output}: {parameters:,} parameters in {options.dtype}, {size}")
+        return 0
     export = convert(options, getattr(torch, options.dtype))
     check_range(export.tensors, options.model, options.dtype)
     write(export, options)

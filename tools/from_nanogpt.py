@@ -1,9 +1,9 @@
 """Bring a model, a config or prepared data over from nanoGPT, without executing any of them.
 
-    python tools/from_nanogpt.py out-shakespeare-char/ckpt.pt shakespeare --meta data/shakespeare_char/meta.pkl
-    python tools/from_nanogpt.py out/ckpt.pt mine                           a model with GPT-2's tokenizer
-    python tools/from_nanogpt.py config/train_gpt2.py train_gpt2.toml       for python train.py train_gpt2.toml
-    python tools/from_nanogpt.py data/openwebtext data/openwebtext          train.bin and val.bin, for --dataset
+    python tools/from_nanogpt.py ../nanoGPT/out/ckpt.pt mine                        a model with GPT-2's tokenizer
+    python tools/from_nanogpt.py ../nanoGPT/out/ckpt.pt mine --meta ../nanoGPT/data/shakespeare_char/meta.pkl
+    python tools/from_nanogpt.py ../nanoGPT/config/train_gpt2.py train_gpt2.toml    for python train.py train_gpt2.toml
+    python tools/from_nanogpt.py ../nanoGPT/data/openwebtext data/webtext       train.bin and val.bin, for --dataset
 
 A checkpoint becomes a model directory for sample.py, --init_from and the stages; its optimizer stays behind. A config
 gets nanoGPT's defaults for what it leaves out, and lines without a counterpart here become comments.

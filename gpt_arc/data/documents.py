@@ -12,6 +12,7 @@ import abc
 import bisect
 import codecs
 import contextlib
+import errno
 import glob
 import hashlib
 import io
@@ -123,10 +124,23 @@ class Files(Documents):
         self.is_one = len(paths) == 1 and self.kinds[0] not in WITH_FIELDS
 
     def share(self, number: int, count: int) -> tuple[int, int]:
-        """The first and last + 1 of the files that are part `number` of `count`, of about equal bytes."""
+        """The first and last + 1 of the files that are part `number` of `count`.
+
+        Parts are of about equal bytes, and none is empty unless there are fewer than `count` files with any.
+        """
         begins = [0, *itertools.accumulate(stat.st_size for stat in self._stats)]
-        bounds = [bisect.bisect_left(begins, -(-self.total_bytes * part // count)) for part in (number, number + 1)]
-        return bounds[0], len(self.paths) if number + 1 == count else bounds[1]
+        filled = [index for index, stat in enumerate(self._stats) if stat.st_size]
+        starts = [begins[index] for index in filled]
+        bounds, last = [0], 0
+        for part in range(1, count):
+            target = self.total_bytes * part / count
+            near = bisect.bisect_left(starts, target)
+            if near == len(starts) or near and target - starts[near - 1] < starts[near] - target:
+                near -= 1
+            last = max(min(near, len(filled) - count + part), last + 1)  # at least one file for each part
+            bounds.append(filled[last] if last < len(filled) else len(self.paths))
+        bounds.append(len(self.paths))
+        return bounds[number], bounds[number + 1]
 
     def label(self, path: Path) -> str:
         """What messages call a file."""
@@ -178,11 +192,25 @@ class Piped(Files):
             while block := pipe.read(PIECE):
                 digest.update(block)
                 file.write(block)
-        super().__init__([path], field)
+        self._path, self._pipe = path, name
+        with self._naming():
+            super().__init__([path], field)
         self.name, self._digest = name, digest.hexdigest()
 
     def label(self, path: Path) -> str:
         return self.name
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Runs the block so that messages name the pipe instead of the temporary file."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(str(error).replace(str(self._path), self._pipe)) from None
+
+    def pieces(self, cut: Cut, position: list | None = None) -> Iterator[tuple[str, bool]]:
+        with self._naming():
+            yield from super().pieces(cut, position)
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": self._digest, "field": self.field}
@@ -231,10 +259,12 @@ class HubDocuments(Documents):
         except UserError:
             raise
         except Exception as error:  # each library between here and the network raises its own type
-            raise UserError(
-                f"{self.dataset} can't be read from the Hugging Face hub ({first_line(error)}): repeat the command "
-                "when connected to resume, or give its parquet files with --input FOLDER"
-            ) from None
+            is_local = Path(self.dataset).is_dir()
+            place = "as a dataset" if is_local else "from the Hugging Face hub"
+            mend = "repeat the command when connected to resume, or give its parquet files with --input FOLDER"
+            if is_local or isinstance(error, ValueError):  # nothing that another attempt would change
+                mend = "choose what it has with --config, --hub_split, --field and --branch"
+            raise UserError(f"{self.dataset} can't be read {place} ({first_line(error)}): {mend}") from None
 
     def _load(self, branch: str) -> Any:
         datasets, hub = import_extra("datasets"), import_extra("huggingface_hub")
@@ -311,9 +341,20 @@ def find_files(inputs: Iterable[str], pattern: str | None = None, skipped: Count
         else:
             matches = [Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file()]
             if not matches:
-                raise UserError(f"{name} can't be read: there is no such file or folder, and no match as a pattern")
+                raise UserError(f"{name} can't be read: {_why_missing(path)}")
         files |= dict.fromkeys(sorted(matches))
     return list(files)
+
+
+def _why_missing(path: Path) -> str:
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a symbolic link leads back to itself"
+    if path.is_symlink():
+        return f"it is a symbolic link to {os.readlink(path)}, which doesn't exist"
+    return "there is no such file or folder, and no match as a pattern"
 
 
 def _files_below(folder: Path, skipped: Counter[str]) -> Iterator[Path]:
@@ -355,12 +396,17 @@ def merge_inputs(args: list[str]) -> list[str]:
 
 
 def _kind_of(path: Path, field: str) -> Kind:
-    if kind := KINDS.get(ending(path)):
+    kind = KINDS.get(ending(path))
+    if kind not in (None, "parquet"):
         return kind
     if path.is_fifo():  # what is read of it is gone
         return "text"
-    with _opened(path, 0) as (file, _):
-        return kind_of_content(file.read(PIECE), path, field)
+    with _opened(path, 0) as (file, raw):
+        packed = file is not raw or any(raw.peek(8).startswith(magic) for magic in PACKED.values())
+        kind = kind or kind_of_content(file.read(PIECE), path, field)
+    if kind == "parquet" and packed:
+        raise UserError(f"{path} is a packed .parquet, which packs itself: unpack it first, as with gunzip or zstd -d")
+    return kind
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -374,7 +420,7 @@ def _names_sizes_times(paths: list[Path], stats: list[os.stat_result]) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, offset: int) -> Iterator[tuple[io.BufferedIOBase, io.BufferedIOBase]]:
+def _opened(path: Path, offset: int) -> Iterator[tuple[io.BufferedIOBase, io.BufferedReader]]:
     """Opens a file at byte `offset` of its uncompressed content. Yields that content and the raw file."""
     try:
         with open(path, "rb") as raw:
@@ -397,15 +443,16 @@ def _read_text(path: Path, cut: Cut, start: int | None) -> Iterator[tuple[str, i
     waiting: list[str] = []  # text read since the last cut
     with _opened(path, offset) as (file, raw):
         while block := file.read(PIECE):
+            begin = read - len(decoder.getstate()[0])  # of the text that this block completes
             read += len(block)
-            text = _decode(decoder.decode, block, path, read - len(block) - len(decoder.getstate()[0]))
-            if read == len(block) and text.startswith("\ufeff"):  # skip the byte-order mark
-                text, offset = text[1:], 3
-            at = _place_to_cut(text, cut) if len(block) == PIECE else 0  # a short block is the last
-            if at and sum(map(len, waiting)) + at >= BEGINNING:
-                piece = "".join((*waiting, text[:at]))
-                offset += len(piece) if piece.isascii() else len(piece.encode())
-                yield piece, offset, read if file is raw else raw.tell()
+            text = _decode(decoder.decode, block, path, begin)
+            if begin == 0 and text.startswith("\ufeff"):  # skip the byte-order mark
+                text, begin = text[1:], 3
+            at = _place_to_cut(text, cut) if len(block) == PIECE else None  # a short block is the last
+            if at is not None and sum(map(len, waiting)) + at >= BEGINNING:
+                offset = begin + (at if text.isascii() else len(text[:at].encode()))
+                waiting += [text[:at]] if at else []
+                yield "".join(waiting), offset, read if file is raw else raw.tell()
                 waiting, text = [], text[at:]
             waiting.append(text)
         _decode(partial(decoder.decode, final=True), b"", path, read - len(decoder.getstate()[0]))
@@ -418,18 +465,20 @@ def _decode(decode: Callable[[bytes], str], content: bytes, place: Path | str, o
         return decode(content)
     except UnicodeDecodeError as error:
         wrong, at = error.object[error.start], offset + error.start
-        raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}") from None
+        encoding = "utf-16" if at == 0 and wrong in codecs.BOM_UTF16 else "windows-1252"
+        convert = f"if it is text, convert it first, as with: iconv -f {encoding} -t utf-8"
+        raise UserError(f"{place} is not UTF-8 text: byte 0x{wrong:02X} at offset {at}; {convert}") from None
 
 
-def _place_to_cut(text: str, cut: Cut) -> int:
-    """The last position where `text` may be cut with a non-empty remainder, or 0 if there is none."""
+def _place_to_cut(text: str, cut: Cut) -> int | None:
+    """The position where `text` may be cut, with a non-empty remainder, or None. 0: before it."""
     if cut != "space":
-        return max(0, len(text) - 1) if cut == "anywhere" else 0
+        return 0 if cut == "anywhere" else None
     for start in (max(0, len(text) - 4096), 0):
         last = deque(BOUNDARY.finditer(text, start), maxlen=1)
         if last:
             return last[0].start() + 1
-    return 0
+    return None
 
 
 def _read_json_lines(path: Path, field: str, start: list[int] | None) -> Iterator[tuple[str, list[int], int]]:

@@ -29,6 +29,13 @@ KINDS: dict[str, Kind] = {  # by the name's ending
     ".parquet": "parquet",
 }
 WITH_FIELDS = ("lines", "array", "table", "parquet")
+UNREADABLE = {  # how files begin that people take for text
+    b"PK\x03\x04": "a .zip archive, or a document that is one inside, such as .docx or .epub",
+    b"7z\xbc\xaf\x27\x1c": "a .7z archive",
+    b"Rar!": "a .rar archive",
+    b"%PDF-": "a PDF",
+}
+TAR = 257  # where a .tar has the word "ustar"
 PACKED = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\0", ".zst": b"\x28\xb5\x2f\xfd"}  # how each begins
 
 
@@ -37,10 +44,20 @@ def ending(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() in PACKED else path).suffix.lower()
 
 
+def refuse_unreadable(begin: bytes, path: Path) -> None:
+    """Raises UserError, with a mend, if a file begins as one that has to be unpacked or converted first."""
+    what = next((name for magic, name in UNREADABLE.items() if begin.startswith(magic)), None)
+    what = "a .tar archive" if begin[TAR:].startswith(b"ustar") else what
+    what = next((f"another packed file ({name})" for name, magic in PACKED.items() if begin.startswith(magic)), what)
+    if what is not None:
+        raise UserError(f"{path} holds {what}: unpack it, or convert it to text, and give the files that come of it")
+
+
 def kind_of_content(begin: bytes, path: Path, field: str) -> Kind:
     """The kind of a file whose name doesn't tell it. JSON counts only if its first object has the field."""
     if begin.startswith(b"PAR1"):
         return "parquet"
+    refuse_unreadable(begin, path)
     text = begin.decode("utf-8-sig", "ignore").lstrip()
     many: Kind = "array" if text.startswith("[") else "lines"
     if ending(path) == ".json":

@@ -1,9 +1,12 @@
 """Corpora of the Hugging Face hub, shared by the scripts that prepare them."""
 
+from pathlib import Path
+
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.documents import Documents, Files, HubDocuments, find_files
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
+from gpt_arc.errors import UserError
 from gpt_arc.settings import STRICT
 
 
@@ -28,9 +31,18 @@ class HubSettings(CorpusSettings):
 
     def documents(self) -> Documents:
         if self.input:
+            self._refuse("--input names files", hub_split="train", branch=None)
             return Files(find_files(self.input), self.field)
+        if Path(self.dataset).is_dir():
+            self._refuse(f"{self.dataset} is a folder", branch=None)
         options = {} if self.config is None else {"name": self.config}
         return HubDocuments(self.dataset, self.field, self.hub_split, self.branch, **options)
+
+    def _refuse(self, reason: str, **defaults: str | None) -> None:
+        """Raises UserError for settings that would be ignored."""
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise UserError(f"{reason}, so there is nothing to choose with --{name}: leave it out")
 
 
 def prepare_from_hub(settings: HubSettings) -> str:

@@ -8,6 +8,7 @@ preparation can resume from there.
 
 import contextlib
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -46,6 +47,7 @@ from gpt_arc.data.tokenizer import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import DATA_ROOT, name_failed_writes, put_directory, release, restore, sync, take_lock, write_file
 from gpt_arc.manifest import check_files, record_files
+from gpt_arc.memory import keep_freed_memory
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
@@ -53,6 +55,7 @@ from gpt_arc.tables import counted
 ValFraction = Annotated[float, Gt(0), Lt(1)]
 BATCH = 2**20  # characters per unit of work
 SAVE_EVERY = 2**24  # tokens between saves that an interrupted preparation resumes from
+LONGEST_NAME = 200  # bytes; with what is added while it is prepared, systems allow 255
 SPLITS = ("train", "val")
 Part = tuple[str, str, bool]  # split, text, whether it ends a document
 
@@ -79,8 +82,11 @@ class CorpusSettings:
 
 def dataset_directory(name: str) -> Path:
     """data/NAME. Raises UserError unless `name` is a plain folder name."""
-    if not name or name.startswith(".") or Path(name).name != name:
-        raise UserError(f"name = {name!r} must be a plain folder name: the dataset becomes {DATA_ROOT}/NAME")
+    if not name or name.startswith(".") or Path(name).name != name or len(name.encode()) > LONGEST_NAME:
+        raise UserError(
+            f"name = {name[:60]!r} must be a plain folder name of at most {LONGEST_NAME} bytes: the dataset becomes "
+            f"{DATA_ROOT}/NAME"
+        )
     return DATA_ROOT / name
 
 
@@ -108,9 +114,11 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
 
     A `shard` I/N is part I of N of the files, written to data/NAME-I-of-N. Where such parts are, they are joined.
     """
-    number, count = (0, 1) if shard is None else _part_of_all(shard, documents, settings)
-    directory = dataset_directory(name if shard is None else f"{name}-{number}-of-{count}")
+    part = [] if shard is None else _part_of_all(shard, documents, settings)
+    directory = dataset_directory(f"{name}-{part[0]}-of-{part[1]}" if part else name)
     by_characters = settings.tokenizer == "char"
+    if by_characters:
+        keep_freed_memory()  # gigatoken's caches, by contrast, have to give theirs back
     tokenizer = None if by_characters else find_tokenizer(settings.tokenizer)
     rule = settings.split if settings.split != "auto" else "tail" if documents.is_one else "hash"
     made_of = {
@@ -120,10 +128,9 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
         "val_fraction": settings.val_fraction,
         "shard_tokens": settings.shard_tokens,
     }
-    parts = _parts(directory, made_of) if shard is None else []
-    made_of |= {} if shard is None else {"part": [number, count]}
-    part = settings.val_fraction
-    val = f"{part:g} of the documents, by a hash" if rule == "hash" else f"the last {part:g} of the characters"
+    made_of |= {"part": part} if part else {}
+    share = settings.val_fraction
+    val = f"{share:g} of the documents, by a hash" if rule == "hash" else f"the last {share:g} of the characters"
 
     work = directory.with_name(f".{directory.name}.partial")
     with locked(directory):
@@ -133,6 +140,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
             if read_object(work / "plan.json") in (None, made_of):  # left by a process killed at the very end
                 _remove(work)
             return
+        parts = [] if part else _parts(directory, documents, made_of)
         _refuse_glued_documents(documents, tokenizer, settings.tokenizer)
         print(f"preparing {directory} from {documents.name}; val: {val}", flush=True)
         with _work_folder(made_of, work, settings.overwrite):
@@ -148,20 +156,22 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
                     )
                 tokenizer = CharTokenizer(characters) if tokenizer is None else tokenizer
                 if rule == "tail":  # exact: a tenth in floating point is slightly more
-                    boundary = total - math.ceil(total * Fraction(str(part)))
+                    boundary = total - math.ceil(total * Fraction(str(share)))
             if parts:
                 done = _join(parts, tokenizer.vocab_size, settings.shard_tokens, work)
             else:
-                done = _write_shards(documents, settings, tokenizer, boundary, work, (number, count))
-            if shard is None:
+                done = _write_shards(documents, settings, tokenizer, boundary, work, part[2:])
+            if not part:
                 _refuse_an_empty_split(done, documents.name, rule)
             _finish(work / "dataset", done, tokenizer, documents, made_of)
             put_directory(work / "dataset", directory)
     tokens = {"train": done.train, "val": done.val}
-    share = f" ({tokens['val'] / max(sum(tokens.values()), 1):.1%} of the tokens)"
-    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + share
+    of_val = f" ({tokens['val'] / max(sum(tokens.values()), 1):.1%} of the tokens)"
+    counts = ", ".join(f"{split} {counted(count, 'token')}" for split, count in tokens.items()) + of_val
     empty = f", {counted(done.empty, 'empty document')} skipped" if done.empty else ""
     print(f"{directory}: {counted(done.characters, 'character')}, vocabulary {tokenizer.vocab_size:,}, {counts}{empty}")
+    if part and not done.documents:
+        print(f"note: {directory} has no text, because so few files have any; the parts are joined as usual")
 
 
 def _finish(
@@ -184,33 +194,69 @@ def _written(dataset: Path, split: str, tokens: int) -> int:
     return len(TokenFiles(dataset, split)) if tokens else len(list(dataset.glob(f"{split}_*.bin")))
 
 
-def _part_of_all(shard: str, documents: Documents, settings: CorpusSettings) -> tuple[int, int]:
-    """I and N of a shard I/N. Raises UserError if the documents can't be prepared in such parts."""
+def _part_of_all(shard: str, documents: Documents, settings: CorpusSettings) -> list[int]:
+    """I, N, and the first and last + 1 of the files that are part I/N.
+
+    Raises UserError if the documents can't be prepared in these parts.
+    """
     number, _, count = shard.partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise UserError(f"shard = {shard} must be I/N, with I from 0 to N - 1")
-    if settings.split == "tail" or documents.is_one or not isinstance(documents, Files):
-        raise UserError("--shard needs several files, whose documents go to a split by --split=hash")
+    if documents.is_one or not isinstance(documents, Files):
+        raise UserError(
+            f"{documents.name} is a single text, which can't be prepared in parts: leave out --shard={shard}"
+        )
+    if settings.split == "tail":
+        raise UserError(
+            f"--split=tail can't be combined with --shard={shard}, since a part doesn't know where all files end: use "
+            "--split=hash"
+        )
     if int(count) > len(documents.paths):
-        raise UserError(f"--shard={shard}: {documents.name} can't be divided into {count} parts, as no file is divided")
-    return int(number), int(count)
+        raise UserError(
+            f"--shard={shard}: {documents.name} can't be divided into {count} parts, as no file is divided: split the "
+            "files first, or use fewer parts"
+        )
+    return [int(number), int(count), *documents.share(int(number), int(count))]
 
 
-def _parts(directory: Path, made_of: dict[str, Any]) -> list[Path]:
-    """The folders of the parts that --shard prepared, in order. Raises UserError if one is missing or differs."""
+def _parts(directory: Path, documents: Documents, made_of: dict[str, Any]) -> list[Path]:
+    """The folders of a complete set of the parts that --shard prepared, in order; none if there are no parts.
+
+    Raises UserError if each set that was begun lacks a part, or has one of other texts or settings.
+    """
+    if documents.is_one or not isinstance(documents, Files):
+        return []
     pattern = re.compile(re.escape(directory.name) + r"-\d+-of-(\d+)")
-    counts = {int(match[1]) for path in directory.parent.glob("*") if (match := pattern.fullmatch(path.name))}
-    parts = [directory.with_name(f"{directory.name}-{i}-of-{count}") for count in counts for i in range(count)]
-    for path in parts:
-        number, _, count = path.name.removeprefix(f"{directory.name}-").split("-")
-        meta = read_object(path / "meta.json") or {}
-        if meta.get("made_of") != made_of | {"part": [int(number), int(count)]}:
-            raise UserError(
-                f"{path} is missing, or made of other texts or settings: prepare it with --shard={number}/{count}, or "
-                f"delete the folders {directory}-I-of-N to prepare everything here"
-            )
-        check_files(path)
-    return parts
+    found: dict[int, list[Path]] = {}  # folders by N
+    for path in sorted(directory.parent.glob(f"{glob.escape(directory.name)}-*")):
+        if match := pattern.fullmatch(path.name):
+            found.setdefault(int(match[1]), []).append(path)
+    refusals = []
+    for count in sorted(found, key=lambda count: len(found[count]), reverse=True):
+        parts = [directory.with_name(f"{directory.name}-{number}-of-{count}") for number in range(count)]
+        for number, path in enumerate(parts):
+            expected = made_of | {"part": [number, count, *documents.share(number, count)]}
+            if (read_object(path / "meta.json") or {}).get("made_of") != expected:
+                refusals.append((path, f"--shard={number}/{count}"))
+                break
+        else:
+            for path in parts:
+                check_files(path)
+            if others := sorted({path for paths in found.values() for path in paths} - set(parts)):
+                print(f"{_listed(others)} don't belong to these {count} parts, and can be deleted")
+            return parts
+    if refusals:
+        path, mend = refusals[0]
+        state = "is missing"
+        if path.exists():
+            state, mend = "is made of other texts or settings", f"{mend} --overwrite=True"
+        everything = _listed(sum(found.values(), []))
+        raise UserError(f"{path} {state}: prepare it with {mend}, or delete {everything} to prepare everything here")
+    return []
+
+
+def _listed(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:8])) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
 def _join(parts: list[Path], vocab_size: int, shard_tokens: int, work: Path) -> PreparationProgress:
@@ -237,13 +283,16 @@ def _write_shards(
     tokenizer: Tokenizer,
     boundary: int | None,
     work: Path,
-    part: tuple[int, int],
+    files: list[int],
 ) -> PreparationProgress:
-    """Encode into the token files of `work`, from the position saved in progress.json."""
+    """Encode into the token files of `work`, from the position saved in progress.json.
+
+    `files`: the first and last + 1 of the files to read; empty for all documents.
+    """
     path = work / "progress.json"
     saved = read_json(path, PreparationProgress) if path.exists() else PreparationProgress()
-    if isinstance(documents, Files) and part != (0, 1):
-        first, documents.end = documents.share(*part)
+    if files and isinstance(documents, Files):
+        first, documents.end = files
         saved.position = saved.position or [first, None]
     if saved.train + saved.val:
         print(f"resuming after {counted(saved.train + saved.val, 'token')}", flush=True)
@@ -254,7 +303,11 @@ def _write_shards(
     output = _Output(documents, tokenizer.vocab_size, settings.shard_tokens, work, saved)
     encode = partial(_encode, corpus_encoder(tokenizer, settings.fast), tokenizer.end_of_text)
     batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
-    _in_order(encode, batches, output.append, settings.workers or available_cores())
+    try:
+        _in_order(encode, batches, output.append, settings.workers or available_cores())
+    except KeyboardInterrupt:
+        output.save()
+        raise
     output.close()
     return output.done
 
@@ -279,10 +332,13 @@ class _Output:
             writer.append(tokens[split])
         self.done = replace(progress, **{split: writer.written for split, writer in self._writers.items()})
         if self.done.train + self.done.val - self._saved.train - self._saved.val >= self._save_every:
-            self._save()
+            self.save()
         self._bar.at(self.done.bytes_read)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Flush what was appended since the last save, and record it as what to resume from."""
+        if self.done is self._saved:
+            return
         for writer in self._writers.values():
             writer.save()
         sync(self.work / "dataset")
@@ -427,18 +483,24 @@ def _work_folder(plan: dict[str, Any], folder: Path, overwrite: bool) -> Iterato
                 "repeat its command to resume it, or start again with --overwrite=True"
             )
         _remove(folder)
-        (folder / "dataset").mkdir(parents=True)
-        write_file(folder / "plan.json", json.dumps(plan))
     try:
         with name_failed_writes(folder):
+            if not (folder / "plan.json").exists():
+                (folder / "dataset").mkdir(parents=True)
+                write_file(folder / "plan.json", json.dumps(plan))
             yield
         _remove(folder)
     except BaseException as error:
-        saved = (folder / "progress.json").exists()
-        if not saved:
+        saved = read_object(folder / "progress.json")
+        if saved is None:
             _remove(folder)
-        if isinstance(error, KeyboardInterrupt) and saved:
-            raise KeyboardInterrupt("interrupted: repeat the command to resume") from None
+        tokens = counted(saved["train"] + saved["val"], "token") if saved else "nothing"
+        resume = f"repeat the command to resume after {tokens}, saved in {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            again = "interrupted before anything was saved: repeat the command to start again"
+            raise KeyboardInterrupt(f"interrupted: {resume}" if saved else again) from None
+        if saved and isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise UserError(f"{error.filename}: {error.strerror}: mend this, then {resume}") from None
         raise
 
 

@@ -146,6 +146,13 @@ def well_formed(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def _utf_32(text: str) -> bytes:
+    try:
+        return text.encode("utf-32-le")
+    except UnicodeEncodeError:
+        return well_formed(text).encode("utf-32-le")
+
+
 EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
@@ -161,7 +168,8 @@ class CharTokenizer(Tokenizer):
             raise ValueError("a vocabulary needs at least one character")
         self.vocab_size = self.text_size = len(self.characters)
         codes = np.array([ord(c) for c in self.characters])
-        self._ids = np.full(codes.max() + 2, self.vocab_size, dtype=np.uint32)  # by code point; vocab_size: unknown
+        kind = np.uint16 if self.vocab_size < 2**16 else np.uint32
+        self._ids = np.full(max(codes.max() + 2, 256), self.vocab_size, kind)  # by code point; vocab_size: unknown
         self._ids[codes[::-1]] = np.arange(self.vocab_size)[::-1]  # the first of equal characters counts
 
     @classmethod
@@ -175,28 +183,33 @@ class CharTokenizer(Tokenizer):
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        text = well_formed(text)
-        if text.isascii() and self._ascii_ids:
-            ids, unknown = np.frombuffer(text.encode().translate(self._ascii_ids), dtype=np.uint8), 255
+        return self._encode_array(text).astype(np.uint32, copy=False)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of all texts in one array, of 16 bits if they fit, and how many each text has."""
+        arrays = [self._encode_array(text) for text in texts]
+        return np.concatenate(arrays or [self._ids[:0]]), np.array([len(ids) for ids in arrays], np.int64)
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        if text.isascii():
+            pairs = np.frombuffer(text.encode() + b"\0" * (len(text) % 2), dtype=np.uint16)
+            ids = self._pairs.take(pairs).view(self._ids.dtype)[: len(text)]
         else:
-            codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-            ids, unknown = self._ids.take(codes, mode="clip"), self.vocab_size
-        if ids.max(initial=0) >= unknown:
-            place = int(np.argmax(ids >= unknown))
+            codes = np.frombuffer(_utf_32(text), dtype="<u4")
+            ids = self._ids.take(codes, mode="clip")
+        if ids.max(initial=0) >= self.vocab_size:
+            place = int(np.argmax(ids >= self.vocab_size))
             raise UserError(
                 f"the character {text[place]!r} (U+{ord(text[place]):04X}) at position {place} of the text is not "
                 f"among the {self.vocab_size} characters in this tokenizer's vocabulary"
             )
-        return ids.astype(np.uint32, copy=False)
+        return ids
 
     @cached_property
-    def _ascii_ids(self) -> bytes | None:
-        """The ids of ASCII for `bytes.translate`, the fastest way; 255 is unknown. None if an id isn't below that."""
-        ids = self._ids.take(np.arange(128), mode="clip")
-        known = ids < self.vocab_size
-        if ids[known].max(initial=0) >= 255:
-            return None
-        return np.where(known, ids, 255).astype(np.uint8).tobytes().ljust(256, b"\xff")
+    def _pairs(self) -> np.ndarray:
+        """Two ids in one number, by the 16 bits of two characters of ASCII: one look-up for both."""
+        codes = np.arange(2**16, dtype=np.uint16).view(np.uint8)
+        return self._ids[codes].view(f"u{2 * self._ids.itemsize}")
 
     def encode_from(self, text: str, start: int, after_special: bool) -> tuple[list[int], int]:
         return self.encode(text), start

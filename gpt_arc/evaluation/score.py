@@ -301,7 +301,7 @@ def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterat
         logs.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         greedy.append(logits.argmax(-1) == tokens)
     sizes = [len(row.tokens) for row in rows]
-    for row, log, right in zip(rows, torch.cat(logs).double().split(sizes), torch.cat(greedy).split(sizes)):
+    for row, log, right in zip(rows, torch.cat(logs).cpu().double().split(sizes), torch.cat(greedy).cpu().split(sizes)):
         total = log.sum().item()
         check_finite([total])
         yield row.number, Score(total, bool(right.all()), len(log))

@@ -56,7 +56,7 @@ def predict(
         batch = to_device(encoded.batch(rows), device)
         with autocast(device, dtype):
             outcome = classifier(*batch)
-        losses += torch.stack((outcome.task_loss, outcome.language_loss)).double().cpu()
+        losses += torch.stack((outcome.task_loss, outcome.language_loss)).cpu().double()
         for row, values in zip(rows, outcome.logits.float().tolist()):
             logits[row] = values[: len(encoded.sequences[row])] if classifier.by_option else values
             check_finite(logits[row])

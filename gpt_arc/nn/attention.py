@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt_arc.nn.functional import dropout
+from gpt_arc.nn.packing import Packed, attend_packed
 from gpt_arc.nn.positions import alibi_bias, alibi_slopes
 
 if TYPE_CHECKING:
@@ -63,13 +64,13 @@ class PrefixMask(NamedTuple):
 
 
 # None: every query sees the keys up to its own place or, in bidirectional attention, all. Numbers are added to scores
-Mask = Tensor | BlockMask | PrefixMask | None
+Mask = Tensor | BlockMask | PrefixMask | Packed | None
 
 
 def positions_and_masks(
     config: "GPTConfig",
     tokens: Tensor,
-    documents: Tensor | None,
+    documents: Tensor | Packed | None,
     cache: Sequence[KVCache] | None,
     lengths: Tensor | None,
     dropout_rate: float,
@@ -78,10 +79,11 @@ def positions_and_masks(
     """Positions (T,) or (B, T) of tokens (B, T), and the masks of even and of odd blocks.
 
     Causal attention of odd blocks sees the last attention_band positions only, their own included, if there is a band,
-    and the first attention_sinks of the text. `documents` (B, T) restarts positions and attention at each document.
-    `cache`, one per block, continues the tokens that were read before. With ALiBi the masks are biases on the scores of
-    each head. `lengths`: see `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0,
-    see each other both ways; it goes with neither a band nor ALiBi, and a cache doesn't cut images.
+    and the first attention_sinks of the text. `documents` (B, T) restarts positions and attention at each document;
+    `Packed`, where `can_pack` allows it, is the masks too. `cache`, one per block, continues the tokens that were read
+    before. With ALiBi the masks are biases on the scores of each head. `lengths`: see
+    `bidirectional_mask`. With `prefix_attention` the tokens of an image, which are below 0, see each other both ways;
+    it goes with neither a band nor ALiBi, and a cache doesn't cut images.
     """
     band, slopes = config.attention_band, alibi_slopes(config.n_head) if config.positions == "alibi" else None
     biased = slopes is not None
@@ -97,13 +99,17 @@ def positions_and_masks(
         if slopes:
             mask, recent = (alibi_bias(allowed, slopes, positions) for allowed in (mask, recent))
         return positions, (mask, recent)
-    mask, first = None, None
+    mask, first, packed = None, None, None
+    if isinstance(documents, Packed):
+        documents, packed = documents.documents, documents
     if documents is not None:
         begins = documents != F.pad(documents[:, :-1], (1, 0))
         first = torch.where(begins, positions, 0).cummax(dim=1).values  # (B, T) where each token's document begins
     if config.attention == "bidirectional":
         mask = bidirectional_mask(tokens, documents, lengths)
         return positions if first is None else positions - first, (mask, mask)
+    if first is not None and packed is not None:
+        return positions - first, (packed, packed._replace(band=band))
     if first is not None:
         mask = causal_mask(first, None, dropout_rate, batch, biased)
     elif biased:
@@ -205,6 +211,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     GPUs use SDPA's memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up
     to its own place, or all keys if the attention isn't `causal`.
     """
+    if isinstance(mask, Packed):
+        key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
+        return attend_packed(query, key, value, mask)
     if isinstance(mask, PrefixMask):
         mask, causal = mask.allowed, False
     if isinstance(mask, Tensor) and mask.is_floating_point():

@@ -183,13 +183,19 @@ def take_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
     return TakeRows.apply(x, order, back)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which x is multiplied: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor) -> Tensor:
     """A linear layer per group of rows of x (N, C): rows before ends[0] use weight[0] (M, C), and so on: (N, M).
 
     `weight` is (E, M, C), `bias` (E, M) and `ends` (E,) int64, where each group's rows end; a group may be empty.
     """
     device, counts = x.device.type, ends.diff(prepend=ends.new_zeros(1))
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     aligned = all(size * dtype.itemsize % 16 == 0 for size in weight.shape[1:])
     if aligned and dtype == torch.bfloat16 and device in ("cpu", "cuda"):  # no transfer of the counts from a GPU

@@ -32,5 +32,6 @@ def recomputed(block: nn.Module, setting: Checkpointing, mlp_width: int) -> Call
 def policy(mlp_width: int, _: Any, operator: Any, *args: Any, **settings: Any) -> CheckpointPolicy:
     """Keeps the outputs of attention and of all products except the MLP's first, the widest: a third of the FLOPs."""
     is_widest = operator in PRODUCTS and args[-1].size(1) in (mlp_width, 2 * mlp_width)  # (C, M), gated (C, 2 M)
-    keeps = operator in ATTENTION or operator in PRODUCTS and not is_widest
+    is_attention = operator in ATTENTION or getattr(operator, "namespace", None) == "torch_attn"  # varlen_attn's
+    keeps = is_attention or operator in PRODUCTS and not is_widest
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE

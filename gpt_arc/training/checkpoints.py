@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic's condition before Python 3.
 
 from gpt_arc import distributed
 from gpt_arc.device import rng_state, set_rng_state
-from gpt_arc.distributed import RANK, say
+from gpt_arc.distributed import IS_MAIN, RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
@@ -45,7 +45,8 @@ from gpt_arc.weights.tensor_files import ADVICE, open_tensors
 CHECKED = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 RECORD = "checkpoints.json"
 RUN_FILES = (
-    "last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "report", "wandb", RECORD, "run.json",
+    "last", "best", "config.toml", "metrics.jsonl", "samples.txt", "report.json", "report", RECORD, "run.json",
+    "wandb", "tensorboard", "trackio",
 )  # fmt: skip
 STRAY = re.compile(rf"\.({'|'.join(map(re.escape, RUN_FILES))}|{CHECKPOINT.pattern})\.\w+")  # left by killed writers
 Tensors = dict[str, Tensor]
@@ -97,28 +98,32 @@ def save_checkpoint(
 ) -> None:
     """Writes the checkpoint of `step`, points `last` to it, and `best` if that is `best_step`; deletes the others.
 
-    `save` writes the model into a folder. If there are `shards`, the other processes must call `write_shards`. If the
-    process is killed, `last` still names a complete checkpoint. Raises UserError if it can't be written.
+    `save` writes the model into a folder. Every process must call this; only the `shards` are written by all. If it is
+    killed, `last` still names a complete checkpoint. Raises UserError or OSError if the checkpoint can't be written.
     """
-    if not run.is_dir():
-        raise UserError(f"the run folder {run} has been deleted or moved, so step {step} can't be saved")
-    directory, previous = run / _unused_name(run, step), named_checkpoint(run, "last")
+    if not IS_MAIN:
+        return write_shards(shards) if shards else None
+    directory, previous, waiting = run / step_name(step), named_checkpoint(run, "last"), bool(shards)
     try:
+        if not run.is_dir():
+            raise UserError(f"the run folder {run} has been deleted or moved, so step {step} can't be saved")
+        directory = run / _unused_name(run, step)
         with new_directory(directory) as temporary:
+            if shards:
+                waiting = False
+                write_shards(shards, temporary)
             save(temporary)
             torch.save(state, temporary / "training_state.pt")
-            if shards:
-                write_shards(shards, temporary)
             record_files(temporary, "training_state.pt")
             written = [*recorded(run), directory.name]
             write_file(run / RECORD, json.dumps(written) + "\n")
     except OSError as error:
-        free = shutil.disk_usage(run).free / 1e6
         reason = f" ({error.strerror})" if error.errno else ""
         kept = "; earlier checkpoints are kept" if recorded(run) else ""
-        raise UserError(
-            f"the checkpoint {directory} can't be written, with {free:,.0f} MB free on its disk{reason}{kept}"
-        ) from None
+        raise UserError(f"the checkpoint {directory} can't be written{_free(run)}{reason}{kept}") from None
+    finally:
+        if waiting:  # the other processes, for the folder
+            distributed.from_main(None)
     point(run / "last", directory.name)
     if best_step == step:
         point(run / "best", directory.name)
@@ -128,6 +133,14 @@ def save_checkpoint(
         if other not in (directory, best) and (superseded or not keep_all):
             with contextlib.suppress(OSError), locked(other):  # a reader may hold it: the next checkpoint tries again
                 discard(other)
+
+
+def _free(folder: Path) -> str:
+    """Says how much room there is on a folder's disk, if that is to be learned."""
+    try:
+        return f", with {shutil.disk_usage(folder).free / 1e6:,.0f} MB free on its disk"
+    except OSError:
+        return ""
 
 
 def training_state(
@@ -168,7 +181,10 @@ def write_shards(shards: Tensors, directory: Path | None = None) -> None:
     """
     from torch.distributed import checkpoint  # takes a second to import
 
-    folder = distributed.from_main(directory) / SHARDS
+    place = distributed.from_main(directory)
+    if place is None:
+        raise OSError("the main process can't make the checkpoint's folder")
+    folder = place / SHARDS
     with _distributed_checkpoint():
         checkpoint.save(shards, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
     if directory:

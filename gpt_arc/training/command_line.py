@@ -280,11 +280,15 @@ def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], p
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", "wandb_log", *recorded.code} | ({"model"} if is_old_form else set())
+        allowed = {"resume", "device", "backend", "stop_after", "logger", "wandb_log", *recorded.code}
+        allowed |= {"model"} if is_old_form else set()
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        wandb_log = recorded.wandb_log if options.wandb_log is None else options.wandb_log
-        given = {"device": options.device, "backend": options.backend, "wandb_log": wandb_log, "resume": str(folder)}
+        given: dict[str, Any] = {each: getattr(options, each) for each in ("device", "backend", "stop_after")}
+        given["resume"] = str(folder)
+        for setting in ("logger", "wandb_log"):
+            value = getattr(options, setting)
+            given[setting] = getattr(recorded, setting) if value is None else value
         options = dataclasses.replace(recorded, **given)
         lock = Lock(folder) if IS_MAIN else None
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_arc.device import autocast, to_device
-from gpt_arc.distributed import say
+from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.training.parallel import REPLICATED, Parallel
 from model import GPT
@@ -20,7 +20,9 @@ COMPILE_PAYS_AFTER = 1200 * 300e9
 
 
 def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
-    """Returns whether to compile, and why. `flops` counts the rest of the run."""
+    """Returns whether to compile, and why. `flops` counts the rest of the run. Raises UserError if graphs can't be."""
+    if setting == "graphs" and (device.type != "cuda" or WORLD_SIZE > 1):
+        raise UserError(f"compile = graphs is for one GPU, not for {WORLD_SIZE} x {device.type}: use --compile=True")
     if setting != "auto":
         return bool(setting), "as set or as recorded"
     if device.type == "cuda":
@@ -45,10 +47,13 @@ def compile_in_place(
     dtype: str,
     by_block: bool = False,
     parallel: Parallel = REPLICATED,
+    graphs: bool = False,
 ) -> str | None:
     """Compiles `model` and tries a step on `batch`. If that fails, undoes it and returns the reason in one line.
 
-    `by_block` compiles one block, whose code serves the others, and leaves the rest as it is.
+    `by_block` compiles one block, whose code serves the others, and leaves the rest as it is. `graphs` launches the
+    forward and the backward pass as CUDA graphs, each as a whole. Gradients are then added up outside of the graphs'
+    memory, where micro-batches find them (see "gradient accumulation" in torch/_inductor/cudagraph_trees.py).
 
     `replica` is the model or its DistributedDataParallel, from which the compiler gets the gradient buckets.
     `nn.Module.compile` keeps parameter names, so `_orig_mod.` never reaches a file.
@@ -59,7 +64,9 @@ def compile_in_place(
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore  a property of the module
         for part in parts:
-            part.compile()
+            part.compile(**({"mode": "reduce-overhead"} if graphs else {}))
+        for parameter in model.parameters() if graphs else ():
+            parameter.grad = torch.zeros_like(parameter)
         batch = [tensor.clone() for tensor in to_device(batch, device)]  # aliased tensors would specialize the code
         with parallel.sharing_gradients(replica, False):
             with autocast(device, dtype):
@@ -72,7 +79,7 @@ def compile_in_place(
         torch.use_deterministic_algorithms(False)
         return f"{type(error).__name__}: {first_line(error)}"
     finally:
-        model.zero_grad()
+        model.zero_grad(set_to_none=not graphs)
 
 
 def try_compiling(
@@ -87,7 +94,7 @@ def try_compiling(
     """Does `compile_in_place` and says so; returns whether it worked. Raises UserError if it fails, except for auto."""
     say("compiling      takes a minute or so")
     by_block = setting == "blocks" or parallel.is_sharded  # gathering weights interrupts a graph
-    failure = compile_in_place(model, replica, batch, device, dtype, by_block, parallel)
+    failure = compile_in_place(model, replica, batch, device, dtype, by_block, parallel, setting == "graphs")
     if failure and setting != "auto":
         raise UserError(f"compile = {str(setting).lower()} can't work here; --compile=False does without it: {failure}")
     if failure:

@@ -7,9 +7,10 @@ also stand outside any table. All mistakes are reported before anything starts.
 import dataclasses
 from dataclasses import field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
+from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
@@ -29,6 +30,7 @@ from gpt_arc.settings import (
     UnitInterval,
     build,
     read_file,
+    seconds_in,
     settings_in,
 )
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
@@ -116,6 +118,9 @@ class TrainingConfig:
     """Added to AdamW's denominator."""
     grad_clip: NonNegative = 1.0
     """Maximum norm of the gradient, over all parameters. 0: no clipping."""
+    spike_factor: Annotated[float, Gt(1)] | None = None
+    """After a step whose loss is more than this many times the median of the last 100, go back to the last checkpoint
+    and on with the batches that follow, without those read since then (PaLM, arXiv:2204.02311). None: never."""
     ema_decay: Share | None = None
     """Evaluate and save a moving average of the weights with this decay rate. None: no average."""
     patience: Count | None = None
@@ -127,9 +132,10 @@ class TrainingConfig:
     dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of matrix products. auto: bfloat16 if the hardware supports it natively, float16 on older GPUs.
     tf32: float32 rounded to 10 bits of mantissa, on NVIDIA's GPUs."""
-    compile: bool | Literal["auto", "blocks"] = "auto"
+    compile: bool | Literal["auto", "blocks", "graphs"] = "auto"
     """torch.compile the model. auto: if it can work and the run is long enough for it to pay off. blocks: one block,
-    whose code the others share, which takes a small part of the time and gives slower code."""
+    whose code the others share, which takes a small part of the time and gives slower code. graphs: also launch each
+    pass as one CUDA graph, for small models on one GPU, whose kernels take less time than their launches."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
     flash_attention: Literal["2", "3", "4"] = "2"
@@ -144,8 +150,9 @@ class TrainingConfig:
     selective: keep attention and the narrow products, which saves less memory and costs a ninth."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
-    timeout_minutes: Count = 60
-    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
+    timeout_minutes: Positive = 60
+    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails. After
+    half that time, those that hang are named, with their stacks."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the work. ddp: each has the whole model; fsdp: each has a shard of every weight, gradient and
     moment; auto: none for one process, else ddp."""
@@ -205,12 +212,17 @@ class LoggingConfig:
     """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
     """Keep the checkpoint of every evaluation. False: the last and the best."""
+    failed_saves: Natural = 3
+    """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next evaluation tries again. 0:
+    the first failure ends the run."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio."""
     wandb_log: bool = False
-    """Also log to Weights & Biases."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -243,6 +255,8 @@ class RunConfig:
     """Share of their peak that training is expected to reach."""
     device_price: Positive | None = None
     """Price of an hour of one, in any currency."""
+    stop_after: str | None = None
+    """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 
@@ -257,6 +271,8 @@ class RunConfig:
             raise ValueError(f"resume = {self.resume} and out_dir = {self.out_dir} name two runs: leave out_dir out")
         if self.extend_context and self.init_from in OWN_RUNS:
             raise ValueError("extend_context needs init_from, the model whose context it extends")
+        if self.stop_after is not None:
+            seconds_in(self.stop_after)
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 

@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.errors import UserError
-from gpt_arc.nn.experts import take_rows
+from gpt_arc.nn.experts import product_dtype, take_rows
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.watch import WATCH
 from model import GPT
 
 
@@ -37,6 +38,7 @@ class AllToAll(torch.autograd.Function):
 
 
 def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    WATCH.arrive()
     rows = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(rows, x.contiguous(), received, sent, group=group)
     return rows
@@ -82,6 +84,7 @@ class ExpertParallel:
         both = torch.stack((outgoing, incoming)).view(2, self.processes, -1)  # (2, P, E / P)
         sent, received = both.sum(2).tolist()  # the host waits here, since it has to know the sizes
         incoming = both[1]
+        x = x.to(product_dtype(x))  # as the experts' products would round it
         rows = AllToAll.apply(x, sent, received, self.group)  # grouped by process, then by expert
         expert = torch.arange(incoming.size(1), device=x.device).expand_as(incoming).flatten()
         order = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)

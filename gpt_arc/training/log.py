@@ -1,21 +1,27 @@
-"""What a run logs: means between lines, metrics.jsonl, Weights & Biases."""
+"""What a run logs: means between lines, metrics.jsonl, and the same for Weights & Biases, TensorBoard or Trackio."""
 
 import contextlib
 import json
 import math
+import secrets
 import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.reading import open_plain, read_bytes, reading
 from gpt_arc.tables import to_json
+
+if TYPE_CHECKING:
+    from gpt_arc.training.config import LoggingConfig
+    from gpt_arc.training.options import StageOptions
 
 METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in train.py and in every stage
     "step": "updates so far; of stages/ppo.py, iterations",
@@ -29,6 +35,7 @@ METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in tr
     "seconds": "of training so far, without evaluations and checkpoints",
     "mfu": "share of the device's peak rate",
     "skipped": "updates skipped because their loss or gradient was not finite",
+    "rewinds": "returns to a checkpoint after a spike of the loss",
     # mixtures of experts
     "expert_cv": "standard deviation of the experts' load over its mean",
     "expert_max": "largest load of an expert over the mean",
@@ -112,19 +119,25 @@ class Utilization:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object per line, in the order of steps. Also goes to Weights & Biases if wanted."""
+    """metrics.jsonl: one JSON object per line, in the order of steps. A tracker, if there is one, gets the same."""
 
-    def __init__(self, directory: Path, keep_until: int, wandb: Any = None):
-        """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`.
+    def __init__(self, directory: Path, keep_until: int, tracker: "Tracker | None" = None):
+        """Append to the run's file, after dropping what a killed run logged beyond step `keep_until`."""
+        self.path, self._tracker = directory / "metrics.jsonl", tracker
+        self._unwritten = b""
+        self._warned = False
+        self._open(keep_until)
 
-        `wandb` is what `start_wandb` returned.
-        """
-        self.path, self._wandb = directory / "metrics.jsonl", wandb
+    def _open(self, keep_until: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= keep_until]
         write_file(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "ab", buffering=0)
-        self._unwritten = b""
-        self._warned = False
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines beyond `step`, unless the disk doesn't let it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+            self._open(step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Write a line, without what is None or not finite: JSON has no such numbers.
@@ -140,7 +153,7 @@ class MetricsLog:
             if not self._warned:
                 say(f"{self.path} can't be written ({error.strerror}): training goes on, later lines are tried again")
             self._warned = True
-        self._to_wandb("log", line, step=line["step"])
+        self._track("log", line, step=line["step"])
 
     def write_sample(self, step: int, text: str) -> None:
         """Append a text by the model to samples.txt; a full disk doesn't end the run."""
@@ -148,19 +161,20 @@ class MetricsLog:
         if path.is_file() or not path.exists():  # nobody may read from a pipe
             with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
                 file.write(f"--- step {step}\n{text}\n\n")
-        self._to_wandb("log", {"sample": text}, step=step)
+        self._track("log", {"sample": text}, step=step)
 
     def close(self) -> None:
         self._file.close()
-        self._to_wandb("finish")
+        self._track("finish")
 
-    def _to_wandb(self, method: str, *args: Any, **settings: Any) -> None:
+    def _track(self, method: str, *args: Any, **settings: Any) -> None:
+        if self._tracker is None:
+            return
         try:
-            if self._wandb:
-                getattr(self._wandb, method)(*args, **settings)
+            getattr(self._tracker.run, method)(*args, **settings)
         except Exception as error:  # whatever kind it is, a log doesn't end a run
-            say(f"Weights & Biases: {first_line(error)}; the run goes on without it")
-            self._wandb = None
+            say(f"{self._tracker.title}: {first_line(error)}; the run goes on without it")
+            self._tracker = None
 
 
 def show_metrics(line: dict[str, Any], bar: tqdm) -> None:
@@ -224,27 +238,97 @@ def movement(losses: Sequence[float]) -> int:
     return -1 if after < before else 1
 
 
-def start_wandb(folder: Path, project: str, name: str | None, settings: dict[str, Any]) -> Any:
-    """A run of Weights & Biases with its files in `folder`; a resumed run continues the one it started with.
+class Tracker(NamedTuple):
+    """A run of a service or program that draws metrics; `run` has wandb's methods log and finish."""
+
+    title: str
+    run: Any
+
+
+def start_tracker(
+    folder: Path, step: int, settings: "LoggingConfig | StageOptions", config: dict[str, Any]
+) -> Tracker | None:
+    """Starts the tracker that the settings name, if any; a resumed run, at `step`, continues the one it started with.
 
     Raises UserError, after removing what a new run left.
     """
-    path = folder / "wandb" / "id"
-    known = read_bytes(path).decode() if path.exists() else None
+    kind = settings.logger or "none"
+    if settings.wandb_log and kind not in ("none", "wandb"):
+        raise UserError(f"wandb_log = true contradicts logger = {kind}: --wandb_log=False leaves the latter")
+    kind = "wandb" if settings.wandb_log else kind
+    if kind == "none":
+        return None
+    title, start = TRACKERS[kind]
+    name, off = settings.wandb_run_name or folder.name, "wandb_log=False" if settings.wandb_log else "logger=none"
+    place = folder / kind
+    existed = place.exists()
     try:
-        import wandb
-
-        run = wandb.init(
-            project=project, name=name or folder.name, config=settings, dir=folder, id=known, resume="allow",
-            allow_val_change=True,
-        )  # fmt: skip
-        path.parent.mkdir(exist_ok=True)
-        write_file(path, run.id)
-        return run
+        return Tracker(title, start(place, step, settings.wandb_project, name, config))
     except Exception as error:  # whatever kind it is
-        if known is None:
-            shutil.rmtree(path.parent, ignore_errors=True)
+        if not existed:
+            shutil.rmtree(place, ignore_errors=True)
+        offline = ", and the environment variable WANDB_MODE=offline without network and account"
         raise UserError(
-            f"Weights & Biases can't log this run ({first_line(error) or type(error).__name__}): --wandb_log=False "
-            "does without it, and the environment variable WANDB_MODE=offline without network and account"
+            f"{title} can't log this run ({first_line(error) or type(error).__name__}): --{off} does without it"
+            + (offline if kind == "wandb" else "")
         ) from None
+
+
+def start_wandb(place: Path, step: int, project: str, name: str, config: dict[str, Any]) -> Any:
+    path = place / "id"
+    import wandb
+
+    known = read_bytes(path).decode() if path.exists() else None
+    run = wandb.init(
+        project=project, name=name, config=config, dir=place.parent, id=known, resume="allow", allow_val_change=True
+    )
+    place.mkdir(exist_ok=True)
+    write_file(path, run.id)
+    return run
+
+
+class Trackio:
+    """A run of Trackio, which knows runs by their names; this one gets an ending that no other run has."""
+
+    def __init__(self, place: Path, step: int, project: str, name: str, config: dict[str, Any]):
+        path = place / "name"
+        known = read_bytes(path).decode() if path.exists() else f"{name}-{secrets.token_hex(4)}"
+        self._run = import_extra("trackio").init(project, name=known, config=config, resume="allow", embed=False)
+        place.mkdir(exist_ok=True)
+        write_file(path, known)
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        self._run.log({key: value for key, value in line.items() if key != "step"}, step=step)  # it warns of that key
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """TensorBoard's files, in the folder of a run."""
+
+    def __init__(self, place: Path, step: int, project: str, name: str, config: dict[str, Any]):
+        import_extra("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(place, purge_step=step + 1 if step else None)
+        self._writer.add_text(
+            "config", f"    {json.dumps(config, indent=2, default=str)}".replace("\n", "\n    "), step
+        )
+
+    def log(self, line: dict[str, Any], step: int) -> None:
+        for key, value in line.items():
+            if isinstance(value, str):
+                self._writer.add_text(key, value, step)
+            else:
+                self._writer.add_scalar(key, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+TRACKERS = {
+    "wandb": ("Weights & Biases", start_wandb),
+    "tensorboard": ("TensorBoard", TensorBoard),
+    "trackio": ("Trackio", Trackio),
+}

@@ -44,7 +44,7 @@ def shared(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
     if processes == 1:
         return share
     whole = share.new_empty(processes * size, *share.shape[1:])
-    dist.all_gather_into_tensor(whole, share)
+    dist.all_gather_single(whole, share)
     return whole[: len(steps)]
 
 

@@ -120,7 +120,7 @@ class Updater:
         sharing: ExpertParallel | None = None,
     ):
         """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
-        self.model, self.config, self.parallel = model, config, parallel
+        self.model, self.config, self.device, self.parallel = model, config, device, parallel
         self.sharing = sharing if sharing and sharing.shares else None
         self.optimizers = build_optimizers(model, config, parallel.muon)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
@@ -128,6 +128,7 @@ class Updater:
         self.parameters = list(self._names)
         self.average = [] if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
+        self.problem = ""  # of the last one that wasn't
 
     @property
     def diverged(self) -> bool:
@@ -158,6 +159,8 @@ class Updater:
         values = [norm / distributed.WORLD_SIZE]
         values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
         if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
+            for gradient in self.sharing.gradients:
+                self.parallel.contribute(gradient)
             self.sharing.reduce_gradients()
             values.append(self.parallel.total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
         total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
@@ -174,10 +177,15 @@ class Updater:
                 optimizer.step()  # the scaler's would ask the device again whether all is finite
             if self.config.ema_decay is not None:
                 update_average(self.average, self.parameters, self.config.ema_decay)
+        else:
+            ranks = self.parallel.sources(sums[0]) if distributed.WORLD_SIZE > 1 else []
+            where = f" in process {', '.join(map(str, ranks))}" if ranks else ""
+            self.problem = f"the loss or its gradient is not finite{where}"
         self._failures = 0 if finite else self._failures + 1
+        self.parallel.forget()
         self.scaler.update()
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=self.config.compile != "graphs")  # whose gradients stay where they are
         return finite, total_norm, summed
 
     @contextlib.contextmanager
@@ -204,6 +212,14 @@ class Updater:
         """Returns what this process keeps of a tensor shaped like the whole `weight`."""
         sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
         return sharing.share_of(whole) if sharing else self.parallel.shard_of(whole, weight)
+
+    @torch.no_grad()
+    def put_weights(self, whole: nn.Module) -> None:
+        """Copies the weights and buffers of a whole model of the same kind into this one, or what it keeps of them."""
+        for parameter, weight in zip(self.model.parameters(), whole.parameters()):
+            parameter.copy_(self._kept(parameter, weight.detach()))
+        for buffer, source in zip(self.model.buffers(), whole.buffers()):
+            buffer.copy_(source)
 
     def state_dict(self, gather: bool = True) -> dict:
         """The state to save, complete in the main process or, without `gather`, divided as it is.

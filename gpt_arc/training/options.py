@@ -27,6 +27,7 @@ from gpt_arc.settings import (
     UnitInterval,
     build,
     read_value,
+    seconds_in,
     values_of,
 )
 from gpt_arc.training.config import TrainingConfig, check_batch
@@ -79,22 +80,32 @@ class StageOptions:
     up to a second shows that they pay."""
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication between processes under torchrun. auto: nccl on GPUs, gloo elsewhere."""
-    timeout_minutes: Count = 60
-    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails."""
+    timeout_minutes: Positive = 60
+    """How long a process under torchrun waits for the others, such as for a checkpoint, before the run fails. After
+    half that time, those that hang are named, with their stacks."""
     seed: Seed = 1337
     """The source of all randomness."""
     out_dir: str | None = None
     """Folder of the run. None: out/STAGE, or out/STAGE-2, -3 ... where that is taken."""
     overwrite: bool = False
     """Delete the run that out_dir holds and start anew."""
+    logger: Literal["none", "wandb", "tensorboard", "trackio"] | None = None
+    """Also log to Weights & Biases, to TensorBoard's files in the run's folder, or to Trackio. None: as the run did
+    that is resumed, otherwise not."""
     wandb_log: bool | None = None
-    """Also log to Weights & Biases. None: as the run did that is resumed, otherwise not."""
+    """The same as logger = wandb."""
     wandb_project: str = "gpt-arc"
-    """Weights & Biases project."""
+    """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
-    """Weights & Biases run name. None: the name of the run's folder."""
+    """Name of the run there. None: the name of the run's folder."""
+    failed_saves: Natural = 3
+    """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next one is tried again. 0: the
+    first failure ends the run."""
+    stop_after: str | None = None
+    """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device, backend and wandb_log may change."""
+    """Run folder to resume with its original settings; only device, backend, stop_after, logger and wandb_log may
+    change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
@@ -123,6 +134,8 @@ class StageOptions:
 
     def __post_init__(self):
         check_batch("batch_size x gradient_accumulation_steps", self.examples_per_update)
+        if self.stop_after is not None:
+            seconds_in(self.stop_after)
         if self.min_lr is not None and self.learning_rate is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 

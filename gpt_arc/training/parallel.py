@@ -1,18 +1,23 @@
 """How several processes train one model: with a replica each, or each with a shard of every tensor."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from gpt_arc import distributed
 from gpt_arc.device import align
 from gpt_arc.distributed import WORLD_SIZE
+from gpt_arc.errors import UserError
+from gpt_arc.watch import WATCH
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,15 +30,43 @@ class Parallel:
 
     is_sharded = False
     muon: type[torch.optim.Muon] | None = None  # instead of the optimizer's choice
+    _sum: Tensor | None = None  # of the gradients that this process has contributed to the present update
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Moves a model to the device. Returns the module to call: the model, or its replica."""
         align(model)
         model.to(device)
-        return model if WORLD_SIZE == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+        if WORLD_SIZE == 1:
+            return model
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        replica.register_comm_hook(None, self._reduce)
+        return replica
+
+    def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        self.contribute(bucket.buffer())
+        return allreduce_hook(bucket=bucket, process_group=dist.distributed_c10d._get_default_group())
+
+    def contribute(self, gradient: Tensor) -> None:
+        """Takes note of a gradient that this process is about to add to those of the others."""
+        WATCH.arrive()
+        total = gradient.sum()  # is not finite if an element isn't
+        self._sum = total if self._sum is None else self._sum + total
+
+    def sources(self, loss: Tensor | float) -> list[int]:
+        """Ranks of processes whose `loss` or part of the update's gradient is not finite.
+
+        Every process must call this.
+        """
+        parts = [float(loss), 0.0 if self._sum is None else self._sum.item()]
+        return [rank for rank, finite in enumerate(distributed.gather(all(map(math.isfinite, parts)))) if not finite]
+
+    def forget(self) -> None:
+        """Begins another update."""
+        self._sum = None
 
     def sharing_gradients(self, replica: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Context for a forward and a backward pass; processes share their gradients in the `last` one of a step."""
+        WATCH.arrive()
         is_replica = isinstance(replica, DistributedDataParallel)
         return replica.no_sync() if is_replica and not last else contextlib.nullcontext()
 
@@ -73,6 +106,14 @@ class Parallel:
         sums = distributed.gather((parts[0][0], total.item()))
         usual = {number: Counter(x for i, x in sums if i == number).most_common(1)[0][0] for number, _ in sums}
         return [rank for rank, (number, x) in enumerate(sums) if x != usual[number]]
+
+    def check_replicas(self, weights: Iterable[Tensor], step: int) -> None:
+        """Raises UserError if `differing` finds a process. Every process must call this."""
+        if ranks := self.differing(weights):
+            raise UserError(
+                f"step {step} isn't saved, since the weights of process {', '.join(map(str, ranks))} have come to "
+                "differ from the others': test that machine's memory, and resume"
+            )
 
     def whole(self, model: M) -> M:
         """Returns the model to save, whole in the main process. Every process must call this."""

@@ -52,10 +52,22 @@ class Progress:
     step: Natural = 0  # optimizer updates made
     consumed: Natural = 0  # sequences read
     skipped: Natural = 0  # steps left out because their gradient was not finite
+    rewinds: Natural = 0  # returns to a checkpoint after a spike of the loss
     seconds: NonNegative = 0.0  # of training, without evaluations and checkpoints
     evaluated_step: Natural = 0
     best_val_loss: Annotated[NonNegative, AllowInfNan(True)] = math.inf  # until an evaluation; NaN isn't at least 0
     best_step: Natural | None = None
+
+    @property
+    def mishaps(self) -> dict[str, int]:
+        """What metrics.jsonl counts if it has happened."""
+        return {name: count for name in ("skipped", "rewinds") if (count := getattr(self, name))}
+
+    def evaluated(self, val_loss: float) -> None:
+        """Records the val loss of the present step."""
+        self.evaluated_step = self.step
+        if val_loss < self.best_val_loss:
+            self.best_val_loss, self.best_step = val_loss, self.step
 
 
 class Data(NamedTuple):

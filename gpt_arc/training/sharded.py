@@ -6,7 +6,7 @@ A block's weights are gathered while it computes. Gradients are summed where the
 import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from gpt_arc.device import DTYPES
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.training.expert_parallel import exchanged
 from gpt_arc.training.parallel import M, Parallel
+from gpt_arc.watch import WATCH
 from model import Block
 
 NORMS = nn.LayerNorm, nn.RMSNorm
@@ -68,6 +69,28 @@ class ShardedMuon(torch.optim.Muon):
             local.mul_(1 - group["lr"] * group["weight_decay"]).add_(change.view_as(local))
 
 
+class AllGather:
+    """How FSDP gathers weights, watched."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
+        WATCH.arrive()
+        return dist.all_gather_single(output_tensor, input_tensor, group, async_op)
+
+
+class ReduceScatter(AllGather):
+    """How FSDP adds up gradients, after `contribute` has seen this process's."""
+
+    def __init__(self, contribute: Callable[[Tensor], None]):
+        self._contribute = contribute
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self._contribute(input_tensor)
+        return dist.reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
+
+
 def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     """The processes that have the shards of a tensor, one each."""
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
@@ -112,6 +135,10 @@ class Sharded(Parallel):
         model.to_empty(device=device)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
+        gather, scatter = cast(Any, AllGather()), cast(Any, ReduceScatter(self.contribute))
+        for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+            module.set_custom_all_gather(gather)
+            module.set_custom_reduce_scatter(scatter)
         return model
 
     def sharing_gradients(self, replica: FSDPModule, last: bool) -> contextlib.AbstractContextManager:

@@ -52,10 +52,11 @@ from gpt_arc.training.checkpoints import (
     training_state,
 )
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_wandb
+from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
+from gpt_arc.training.saving import Saving
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
@@ -121,11 +122,11 @@ class StageRun(Generic[P]):
             self._state = load_state(self.checkpoint)
             with reading(state_file(self.checkpoint), ADVICE):
                 self.progress = progress(**self._state["progress"])
-        self.stop = StopSignal()
+        self.stop = StopSignal(options.stop_after)
         self.seconds = 0.0  # that the last update took, with its data
         self._new = False  # whether this process made the folder
         self.stopped = 0  # number of the signal that any process received
-        self._saved = self.progress.step if self._state else None
+        self.saving = Saving(self.progress, self.progress.step if self._state else None, options.failed_saves)
         torch.manual_seed(options.seed)
 
     @property
@@ -165,17 +166,12 @@ class StageRun(Generic[P]):
                 self._new = True
                 record_options(self.folder, self.name, self.options, runs.hardware_of(self.device, self.dtype))
             clean_run(self.folder, self.progress.step, self.progress.best_step)
-            self._log = MetricsLog(self.folder, self.progress.step, self._start_wandb())
+            settings = read_json(self.folder / "run.json", runs.Record)["options"]
+            tracker = start_tracker(self.folder, self.progress.step, self.options, settings)
+            self._log = MetricsLog(self.folder, self.progress.step, tracker)
         self.folder = distributed.from_main(self.folder if IS_MAIN else None)
         say(f"device         {self.device} ({device_name(self.device)}), {self.dtype}")
         say(f"run            {self.folder}" + (f", from step {self.progress.step}" if self._state else ""))
-
-    def _start_wandb(self) -> Any:
-        options = self.options
-        if not options.wandb_log:
-            return None
-        settings = read_json(self.folder / "run.json", runs.Record)["options"]
-        return start_wandb(self.folder, options.wandb_project, options.wandb_run_name, settings)
 
     def _refuse_own_folder(self) -> None:
         out_dir = self.options.out_dir
@@ -209,8 +205,10 @@ class StageRun(Generic[P]):
                 part.load_state_dict(saved[name])
         self._state = {}  # as large as the model, twice
 
-    def save(self, write: Write, best: float | None = None) -> None:
+    def save(self, write: Write, best: float | None = None, last: bool = False) -> None:
         """Write a checkpoint, whose model `write` puts into a folder; the best if `best` is the lowest so far.
+
+        If it can't be written, the run goes on, except after the `last` one.
 
         Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
@@ -220,11 +218,9 @@ class StageRun(Generic[P]):
             progress.best, progress.best_step = best, progress.step
         state = training_state(progress, self._updater, self.device, self.dtype, self.fingerprint)
         state["parts"] = {name: part.state_dict() for name, part in self._parts.items()}
-        whole = self.parallel.whole(self._module)
-        if IS_MAIN:
-            put = partial(write, whole)
-            save_checkpoint(self.folder, progress.step, progress.best_step, put, state, keep_all=False)
-        self._saved = progress.step
+        put = partial(write, self.parallel.whole(self._module))
+        step = progress.step, progress.best_step
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all=False), last)
 
     def check_finite(self, *figures: float) -> None:
         """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""
@@ -267,6 +263,7 @@ class StageRun(Generic[P]):
         self.progress.skipped += 1
         if updater.diverged:
             self._diverge(step + 1, "is not finite")
+        say(f"update {step + 1}: {updater.problem}; it is skipped")
         return None
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -320,20 +317,20 @@ class StageRun(Generic[P]):
             return
         self.bar.close()
         if self.progress.step:
-            if self._saved != self.progress.step:
-                self.save(write)
+            if self.saving.step != self.progress.step:
+                self.save(write, last=True)
             failure += f"; step {self.progress.step} is saved, resume with: {self._resume}"
         distributed.from_main(None)  # torchrun ends all processes when one ends in an error
         raise UserError(failure)
 
     def say_saved(self) -> None:
         """Say what is saved, after an error that ends the run."""
-        if self._saved:
-            say(f"step {self._saved} is the last one saved; resume with: {self._resume}")
+        if self.saving.step:
+            say(f"step {self.saving.step} is the last one saved; resume with: {self._resume}")
 
     def abandon(self) -> None:
         """Remove the folder of a new run that ended without a checkpoint."""
-        if IS_MAIN and self._new and self._saved is None:
+        if IS_MAIN and self._new and self.saving.step is None:
             runs.clear(self.folder)
             with contextlib.suppress(OSError):  # the folder holds something else
                 self.folder.rmdir()
@@ -350,8 +347,8 @@ class StageRun(Generic[P]):
         `steps`: commands to type next, with what each is for.
         """
         self.bar.close()
-        if self._saved != self.progress.step:
-            self.save(write)
+        if self.saving.step != self.progress.step:
+            self.save(write, last=True)
         self.close()
         if self.stopped:
             say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")

@@ -116,6 +116,11 @@ class ImageEncoder(nn.Module):
             x = block(x, None, None)
         return self.final_norm(x)
 
+    def pooled(self, pixels: Tensor) -> Tensor:
+        """Returns one vector (N, C) for each image: the class token, or the mean over patches."""
+        features = self(pixels)
+        return features[:, 0] if self.config.class_token else features.mean(1)
+
     def grid(self, pixels: Tensor) -> Tensor:
         """Returns the features (N, rows, columns, C) of the patches."""
         rows = pixels.size(2) // self.config.patch_size

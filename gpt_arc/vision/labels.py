@@ -85,8 +85,7 @@ class ImageClassifier(nn.Module):
 
     def forward(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the sum of cross-entropies in nats and the number of right answers over all labels (N, columns)."""
-        features = self.encoder(pixels)
-        pooled = features[:, 0] if self.encoder.config.class_token else features.mean(1)
+        pooled = self.encoder.pooled(pixels)
         logits = [head(pooled) for head in self.heads]
         losses = [
             F.cross_entropy(each.float(), numbers, ignore_index=UNLABELLED, reduction="sum")

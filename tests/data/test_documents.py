@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import threading
 import types
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from gpt_arc.data import documents
-from gpt_arc.data.documents import Files, HubDocuments, InputSettings, Text, find_files, merge_inputs, read_text
+from gpt_arc.data.documents import Files, HubDocuments, InputSettings, Piped, Text, find_files, merge_inputs, read_text
 from gpt_arc.data.rows import parsed_rows
 from gpt_arc.errors import UserError
 
@@ -180,6 +181,11 @@ def damaged(content, damage):
         ("a.csv", b"id,text\n1,a,b\n", "a.csv:2 has more cells than the first line has columns"),
         ("a.csv", b"text,text\n", "a.csv: two columns are named 'text'"),
         ("a.csv", b"id,txt\n1,a\n", "a.csv:2 has no field 'text': there are 'id', 'txt'"),
+        (
+            "a.txt",
+            "good".encode("utf-16"),
+            "byte 0xFF at offset 0; if it is text, convert it first, as with: iconv -f utf-16",
+        ),
         ("a.csv", b"id,text\n1,caf\xe9\n", "a.csv:2 is not UTF-8 text: byte 0xE9 at offset 13"),
         ("a.csv", b"text\na\rb\n", "a.csv, line 2: new-line character seen in unquoted field"),
         ("a.parquet", "cut", "a.parquet can't be read as parquet"),
@@ -318,6 +324,53 @@ def test_standard_input_is_read_whatever_it_holds(tmp_path, monkeypatch, form):
     if form.startswith("csv"):  # has no sign of being a table
         expected = [gzip.decompress(path.read_bytes()).decode() if form == "csv.gz" else path.read_bytes().decode()]
     assert results[0] == results[1] and results[0][1:] == ("standard input", len(expected) == 1, expected)
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("name", ["a.parquet.{}", "a.parquet", "a"])
+def test_a_packed_parquet_is_refused_with_a_mend(tmp_path, packing, name):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["x"]}), tmp_path / "plain")
+    (tmp_path / name.format(packing)).write_bytes(pack(f"txt.{packing}", (tmp_path / "plain").read_bytes()))
+    with pytest.raises(UserError, match=r"is a packed \.parquet, which packs itself: unpack it first"):
+        Files([tmp_path / name.format(packing)], "text")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.zip", b"PK\x03\x04rest", "holds a .zip archive"),
+        ("a.pdf", b"%PDF-1.7", "holds a PDF"),
+        ("a.tar.gz", gzip.compress(b"a".ljust(257, b"\0") + b"ustar\0" + bytes(250)), "holds a .tar archive"),
+        ("a.gz.gz", gzip.compress(gzip.compress(b"a text")), "holds another packed file (.gz)"),
+    ],
+)
+def test_archives_are_refused_with_a_mend(tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(sentence)}.*: unpack it, or convert it to text"):
+        Files([tmp_path / name], "text")
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    Path("broken.txt").symlink_to("gone.txt")
+    for name, sentence in (
+        ("circle", "circle can't be read: a symbolic link leads back to itself"),
+        ("circle/a.txt", "circle/a.txt can't be read: a symbolic link leads back to itself"),
+        ("broken.txt", "broken.txt can't be read: it is a symbolic link to gone.txt, which doesn't exist"),
+    ):
+        with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+            find_files([name])
+
+
+def test_messages_name_the_pipe_not_its_copy(monkeypatch):
+    for content, sentence in (
+        (b"a\xff", "standard input is not UTF-8 text"),
+        (b"PK\x03\x04", "standard input holds a .zip"),
+    ):
+        with pytest.raises(UserError, match=f"^{sentence}"):
+            list(Piped(io.BytesIO(content), "standard input", "text").pieces("never"))
 
 
 def test_inputs_may_be_given_by_one_flag_or_several():

@@ -625,3 +625,20 @@ def test_characters_have_their_ids_whether_a_text_is_ascii_or_not(order, others)
     for text in ("ab q", "ab q\u0401" if others > 1 else "ab q"):
         with pytest.raises(UserError, match=r"the character 'q' \(U\+0071\) at position 3 of the text"):
             without.encode(text)
+
+
+@pytest.mark.parametrize("size", [2, 200, 256, 40_000, 70_000])
+def test_characters_are_encoded_in_batches_by_their_place_in_the_vocabulary(size):
+    rng = random.Random(size)
+    codes = [code for code in range(rng.randrange(0x20), 0x12000) if not 0xD800 <= code < 0xE000]
+    characters = [chr(code) for code in sorted(rng.sample(codes[:300], min(size, 200)) + codes[300:][: size - 200])]
+    tokenizer, places = CharTokenizer(characters), {character: id for id, character in enumerate(characters)}
+    ascii_only = [character for character in characters if character.isascii()] or characters
+    texts = ["".join(rng.choices(chosen, k=k)) for k in range(12) for chosen in (characters, ascii_only)]
+    ids, counts = tokenizer.encode_batch(texts)
+    assert ids.dtype == (np.uint16 if len(characters) < 2**16 else np.uint32)
+    assert ids.tolist() == [places[character] for text in texts for character in text]
+    assert counts.tolist() == list(map(len, texts))
+    unknown = next(chr(code) for code in codes if chr(code) not in places)
+    with pytest.raises(UserError, match="at position 1 of the text"):
+        tokenizer.encode_batch([characters[0], characters[-1] + unknown])

@@ -8,7 +8,7 @@ import torch
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gpt_arc.evaluation.score import Request, Score, rolling_windows, score_continuations, truncated
-from helpers import randomised
+from helpers import randomised, without_float64
 from model import GPT, GPTConfig
 from stub_models import bigrams
 
@@ -118,6 +118,13 @@ def test_random_mixtures_of_requests(model, seed):
     expected = [slow(model, request) for request in requests]
     for batch_tokens in (1, 200):
         assert_close(score_continuations(model, iter(requests), batch_tokens), expected)
+
+
+def test_scores_are_added_up_on_the_cpu(model, monkeypatch):
+    requests = some_requests(model)
+    expected = list(score_continuations(model, requests))
+    without_float64(monkeypatch)
+    assert list(score_continuations(model, requests)) == expected
 
 
 def test_no_requests_give_no_scores(model):

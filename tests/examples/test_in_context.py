@@ -133,7 +133,8 @@ def test_the_report_gathers_values_by_mapping(written, output_of):
 def test_estimates_are_numpys_least_squares_and_the_posterior_mean():
     options = in_context_linear.Options(dimensions=3, examples=6, noise=0.7)
     xs, ys, clean = in_context_linear.draw(options, 4, torch.Generator().manual_seed(0))
-    predictions = in_context_linear.estimates(xs, ys, options.noise)
+    step_sizes = {name: torch.full((7,), 0.3) for name in in_context_linear.DESCENTS}
+    predictions = in_context_linear.estimates(xs, ys, options.noise, step_sizes)
     x, y = xs.double().numpy(), ys.double().numpy()
     for row in range(4):
         for k in range(7):
@@ -145,7 +146,22 @@ def test_estimates_are_numpys_least_squares_and_the_posterior_mean():
             assert predictions["ridge"][row, k].item() == pytest.approx(expected, abs=1e-9)
             average = np.mean([y[row, i] * x[row, i] for i in range(k)], axis=0) if k else np.zeros(3)
             assert predictions["averaging"][row, k].item() == pytest.approx(x[row, k] @ average, abs=1e-9)
+            # gradient descent from 0 is least squares with each component shrunk by (1 - step size x eigenvalue)^steps
+            eigenvalues, directions = np.linalg.eigh(x[row, :k].T @ x[row, :k] / k) if k else (np.zeros(3), np.eye(3))
+            for name, steps in in_context_linear.DESCENTS.items():
+                shrunk = directions * (1 - (1 - np.float32(0.3) * eigenvalues) ** steps) @ directions.T @ shortest
+                assert predictions[name][row, k].item() == pytest.approx(x[row, k] @ shrunk, abs=1e-9)
     assert (ys - clean).std().item() == pytest.approx(0.7, rel=0.4)
+
+
+def test_the_best_step_size_of_one_step_is_that_of_the_closed_form():
+    """E (w x - s x b)^2, with b the mean of y x over k pairs, is least at s = k / (k + d + 1 + noise^2)."""
+    options = in_context_linear.Options(dimensions=2, examples=6, noise=0.7)
+    functions = in_context_linear.draw(options, 4000, torch.Generator().manual_seed(0))
+    best = in_context_linear.best_step_sizes(*functions)
+    for k in (1, 2, 4, 6):
+        assert best["1 step"][k].item() == pytest.approx(k / (k + 2 + 1 + 0.49), rel=0.15)  # sizes are 15% apart
+    assert best["1 step"][0] == 0 and (best["8 steps"][1:] <= best["1 step"][1:]).all()
 
 
 def test_predictions_are_causal():
@@ -185,7 +201,10 @@ def test_a_short_training_run_learns_in_context(tmp_path, monkeypatch, output_of
     report = json.loads((tmp_path / "out" / "tiny" / "figures.json").read_text())
     errors = report["tests"][0]["noisy"]["transformer"]["error"]
     assert len(errors) == 5 and errors[4] < 0.75 * errors[0]
-    assert report["tests"][0]["noisy"]["ridge"]["error"][4] < errors[4] * 1.02  # the posterior mean is optimal
+    noisy = report["tests"][0]["noisy"]
+    assert noisy["ridge"]["error"][4] < errors[4] * 1.02  # the posterior mean is optimal
+    assert noisy["ridge"]["error"][4] < noisy["1 step"]["error"][4] < noisy["1 step"]["error"][0]
+    assert report["tests"][0]["distance"]["ridge"][4] > 0
     assert [entry["scale"] for entry in report["tests"]] == [1.0, 0.5, 2.0, 3.0]
     assert "squared error" in output and (tmp_path / "out" / "tiny" / "errors.png").stat().st_size > 5000
 
@@ -208,3 +227,23 @@ def test_mistakes_are_refused(module, flag, reason, tmp_path, monkeypatch, outpu
     monkeypatch.chdir(tmp_path)
     assert reason in output_of(entry_point(module.main), "script.py", flag)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_errors_of_the_run_beside_gradient_descent():
+    results = ROOT / "docs/results"
+    report = json.loads((results / "in_context_descent.json").read_text())
+    page = (results / "in_context.md").read_text().split("### Steps of gradient descent")[1]
+    options = report["options"]
+    flags = ("dimensions", "examples", "n_embd", "max_iters", "functions")
+    assert all(f"--{name}={options[name]}" in page for name in flags) and options["learning_rate"] == 4e-3
+    figures, names = report["tests"][0], ("1 step", "2 steps", "4 steps", "8 steps", "ridge", "least squares")
+    errors = {name: figures["noise-free"][name]["error"] for name in ("transformer", *names)}
+    rows = [row.strip("| ").split(" | ") for row in page.splitlines()]
+    for columns, numbers in ((errors, (0, 1, 2, 3, 4, 5, 6, 8, 10, 12)), (figures["distance"], (1, 2, 4, 6, 8, 12))):
+        for k in numbers:
+            values = [columns[name][k] for name in ("transformer", *names) if name in columns]
+            assert [str(k), *(f"{value:.3f}" if value < 1000 else f"{value:,.0f}" for value in values)] in rows
+    for k in range(1, 13):
+        assert errors["ridge"][k] < errors["transformer"][k]
+        assert all(errors["transformer"][k] < errors[name][k] for name in in_context_linear.DESCENTS)
+        assert min(names, key=lambda name: figures["distance"][name][k]) == "ridge"

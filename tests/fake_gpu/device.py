@@ -52,6 +52,7 @@ def install(gpu: GPU, library: Path) -> None:
     torch.version.cuda = "13.0"
     torch._C._cuda_getCurrentRawStream = lambda index: 0
     torch._C._cuda_getDevice = lambda: 0
+    torch._C._cuda_cudaCachingAllocator_is_enabled = lambda: True
     torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"
     )

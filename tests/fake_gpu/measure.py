@@ -27,7 +27,7 @@ def compilations() -> dict[str, int]:
 
 
 def count_updates(run: Any) -> list[dict[str, Any]]:
-    """Calls `run`; returns for each update the waits by line, and the graphs and breaks up to its end."""
+    """Calls `run`; returns each update's waits by line and operators, and the graphs and breaks up to its end."""
     from fake_gpu.counting import FakeDevice
     from gpt_arc.training.optim import Updater
 
@@ -36,8 +36,9 @@ def count_updates(run: Any) -> list[dict[str, Any]]:
 
     def counted(*args: Any) -> Any:
         result = update(*args)
-        updates.append({"waits": dict(fake.waits), **compilations()})
+        updates.append({"waits": dict(fake.waits), "operators": dict(fake.operators), **compilations()})
         fake.waits.clear()
+        fake.operators.clear()
         return result
 
     Updater.update = counted
@@ -95,6 +96,36 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
         estimate = memory_estimate(model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True)
     moments = 8 * model.num_parameters()
     return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+
+
+def graphs(config: dict[str, Any], checkpointing: bool | str = False) -> dict[str, Any]:
+    """Two updates of `compile = "graphs"`: how often a pass is handed to a CUDA graph, and the reasons not to."""
+    import torch
+    from torch._inductor import cudagraph_trees
+
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.training.compile import compile_in_place
+    from gpt_arc.training.config import TrainingConfig
+    from gpt_arc.training.optim import Updater
+    from model import GPT, GPTConfig
+
+    handed, gpu = [], torch.device("cuda", 0)
+    cudagraph_trees.cudagraphify_impl = lambda passed, *args, **settings: handed.append(1) or passed
+    with FakeDevice() as fake:
+        with gpu:
+            model = GPT(GPTConfig(**config))
+        model.activation_checkpointing = checkpointing
+        batch = [torch.zeros(2, model.config.block_size, dtype=torch.int64, device=gpu) for _ in range(2)]
+        failure = compile_in_place(model, model, batch, gpu, "bfloat16", graphs=True)
+        updater = Updater(model, TrainingConfig(compile="graphs"), gpu, "bfloat16")
+        fake.waits.clear()
+        for _ in range(2):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(*batch)
+            updater.backward(loss.total)
+            updater.update(1e-3, loss.total.detach())
+    skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    return {"failure": failure, "handed": len(handed), "skipped": skipped, "waits": dict(fake.waits), **compilations()}
 
 
 def stage(name: str, *flags: str) -> list[dict[str, Any]]:

@@ -90,6 +90,17 @@ def test_an_update_of_a_stage_waits_once(name, stage_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("target", [75, 90])
+def test_sft_keeps_packed_conversations_apart_by_flash_attention(target, stage_folder):
+    """Before the A100 there is none, and a mask keeps them apart."""
+    updates = measure(
+        "stage", "sft", *STAGES["sft"], "--epochs=1", "--batch_size=4", target=target, folder=stage_folder
+    )
+    flash = updates[1]["operators"].get("torch_attn._varlen_attn.default", 0)
+    assert flash == (2 if target == 90 else 0)
+
+
+@pytest.mark.slow
 def test_ppo_waits_once_a_token_and_an_update(stage_folder):
     """Two iterations of two updates; each iteration writes 16 responses of 5 tokens in one compiled graph."""
     updates = measure(
@@ -101,6 +112,15 @@ def test_ppo_waits_once_a_token_and_an_update(stage_folder):
     assert writing == [5, 0, 5, 0]
     for update in updates[1::2]:
         assert sum(update["waits"].values()) == 1, update["waits"]
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
+def test_both_passes_can_be_cuda_graphs(config):
+    result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
+    assert (result["failure"], result["handed"], result["skipped"]) == (None, 2, 0)
+    assert (result["graphs"], result["breaks"]) == (1, 0) and sum(result["waits"].values()) == 2
 
 
 @needs_triton

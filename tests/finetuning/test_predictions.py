@@ -21,7 +21,7 @@ from gpt_arc.finetuning.predictions import (
     prediction_lines,
 )
 from gpt_arc.training.epochs import POOL, epoch_batches
-from helpers import randomised
+from helpers import randomised, without_float64
 from model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
@@ -144,6 +144,14 @@ def test_predictions_are_in_the_order_of_examples(task, batch_size):
         assert [len(row) for row in predictions.logits] == [2, 4, 3]
         assert [len(row) for row in predictions.probabilities] == [2, 4, 3]
         assert [sum(row) for row in predictions.probabilities] == pytest.approx([1, 1, 1])
+
+
+def test_losses_are_added_up_on_the_cpu(monkeypatch):
+    config = config_of()
+    classifier, examples = classifier_of(config), encoded(config, *TASKS["classification"][1])
+    expected = predict(classifier, examples, 2, CPU, "float32").losses
+    without_float64(monkeypatch)
+    assert predict(classifier, examples, 2, CPU, "float32").losses == expected
 
 
 def test_predicting_restores_modes_and_uses_no_dropout():

@@ -12,6 +12,7 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.device import autocast, set_up_device
+from gpt_arc.nn.packing import can_pack, packed
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.log import read_metrics
@@ -77,6 +78,21 @@ def test_losses_in_lower_precision(dtype):
     on_cpu, on_gpu = models(VARIANTS["modern"])
     expected, actual = (loss_and_gradients(m, d, t)[0] for m, d, t in ((on_cpu, CPU, "float32"), (on_gpu, GPU, dtype)))
     assert actual == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("change", [{}, VARIANTS["modern"], VARIANTS["band"]], ids=str)
+@pytest.mark.skipif(REHEARSAL, reason="CPUs have no flash attention for documents")
+def test_packed_documents(change):
+    on_cpu, on_gpu = models(change)
+    tokens, targets, documents = batch(documents=True)
+    places = packed(documents)
+    assert can_pack(on_gpu.config, GPU, "bfloat16")
+    places = places._replace(documents=documents.to(GPU), ends=places.ends.to(GPU))
+    with autocast(GPU, "bfloat16"):
+        loss = on_gpu(tokens.to(GPU), targets.to(GPU), places).total
+    loss.backward()
+    assert loss.item() / 512 == pytest.approx(loss_and_gradients(on_cpu, CPU, documents=True)[0], rel=2e-3)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in on_gpu.parameters())
 
 
 @pytest.mark.parametrize("by_block", [False, True])

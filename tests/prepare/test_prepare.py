@@ -25,7 +25,7 @@ from gpt_arc.data import prepare as prepare_module
 from gpt_arc.data.datasets import Source, open_corpus, prepare_dataset
 from gpt_arc.data.documents import Documents, Files
 from gpt_arc.data.prepare import CorpusSettings, _encode, prepare_documents
-from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.data.token_files import ShardWriter, TokenFiles
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from helpers import ROOT, TEXT, killed_at_each_call
@@ -299,7 +299,9 @@ def test_ctrl_c_says_how_to_resume_and_other_settings_are_refused(prepare, libra
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate()
-    assert process.returncode == 130 and b"text.py: interrupted: repeat the command to resume" in output
+    saved = f"{saved_tokens('x'):,} tokens, saved in data/.x.partial"
+    assert process.returncode == 130
+    assert f"text.py: interrupted: repeat the command to resume after {saved}\n" in output.decode()
     assert b"Traceback" not in output
     refused = prepare("text.py", *flags, "--val_fraction=0.3")
     assert "with other settings or texts (val_fraction): repeat its command" in refused and saved_tokens("x")
@@ -307,6 +309,36 @@ def test_ctrl_c_says_how_to_resume_and_other_settings_are_refused(prepare, libra
     for split, side in (("train", False), ("val", True)):
         expected = encoded(library[0], [text for text in pages(150) if in_val(text, 0.3) == side])
         assert tokens_of(Path("data/x"), split).tolist() == expected
+
+
+def test_ctrl_c_saves_what_was_written(tmp_path, library, monkeypatch):
+    """Even before the first of the regular saves; and it says so if nothing was written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_module, "BATCH", 4000)
+    documents = Files([write_lines(tmp_path / "a.jsonl", pages(60))], "text")
+    settings = CorpusSettings(tokenizer=str(library[1]), workers=1)
+
+    def batches_until(last, name):
+        encoded = []
+
+        def encode(*args):
+            encoded.append(args)
+            if len(encoded) == last:
+                raise KeyboardInterrupt
+            return _encode(*args)
+
+        monkeypatch.setattr(prepare_module, "_encode", encode)
+        prepare_documents(documents, settings, name)
+        return len(encoded)
+
+    batches = batches_until(None, "undisturbed")
+    with pytest.raises(KeyboardInterrupt, match="^interrupted before anything was saved: repeat the command to start"):
+        batches_until(1, "x")
+    assert not Path("data/.x.partial").exists()
+    saved = r"\d+,\d+ tokens, saved in data/\.x\.partial"
+    with pytest.raises(KeyboardInterrupt, match=f"^interrupted: repeat the command to resume after {saved}$"):
+        batches_until(9, "x")
+    assert batches_until(None, "x") == batches - 8 and contents("data/x") == contents("data/undisturbed")
 
 
 class Changing(Documents):
@@ -464,10 +496,10 @@ def test_parts_are_joined_into_what_one_machine_writes(prepare, library, tmp_pat
     Path("data/x").rename("alone")
     for number in (2, 0):
         prepare("text.py", *flags, f"--shard={number}/3")
-    assert "data/x-1-of-3 is missing, or made of other texts" in prepare("text.py", *flags)
+    assert "data/x-1-of-3 is missing: prepare it with --shard=1/3" in prepare("text.py", *flags)
     prepare("text.py", *flags, "--shard=1/3")
     assert "data/x-1-of-3 is prepared already" in prepare("text.py", *flags, "--shard=1/3")
-    assert "data/x-0-of-3 is missing, or made of other" in prepare("text.py", *flags, "--shard_tokens=4000")
+    assert "data/x-0-of-3 is made of other texts" in prepare("text.py", *flags, "--shard_tokens=4000")
     assert "joined data/x-0-of-3, data/x-1-of-3, data/x-2-of-3" in prepare("text.py", *flags)
     assert contents("data/x") == contents("alone") and len(contents("alone")) > 6
     counts = [json.loads(Path(f"data/x-{i}-of-3/meta.json").read_text())["documents"] for i in range(3)]
@@ -480,12 +512,102 @@ def test_parts_are_joined_into_what_one_machine_writes(prepare, library, tmp_pat
         (["--shard=3/3"], "shard = 3/3 must be I/N, with I from 0 to N - 1"),
         (["--shard=1"], "shard = 1 must be I/N"),
         (["--shard=0/2"], "can't be divided into 2 parts, as no file is divided"),
-        (["--shard=0/1", "--split=tail"], "--shard needs several files"),
+        (["--shard=0/1", "--split=tail"], "--split=tail can't be combined with --shard=0/1, since a part doesn't know"),
+        (
+            ["--shard=0/2", "--input=a.txt"],
+            "a.txt is a single text, which can't be prepared in parts: leave out --shard",
+        ),
     ],
 )
 def test_impossible_parts_are_refused(prepare, tmp_path, flags, sentence):
     write_lines(tmp_path / "a.jsonl", pages(5))
-    assert sentence in prepare("text.py", "--input=a.jsonl", "--name=x", "--tokenizer=char", *flags)
+    (tmp_path / "a.txt").write_text("a text")
+    inputs = [] if "--input=a.txt" in flags else ["--input=a.jsonl"]
+    assert sentence in prepare("text.py", *inputs, "--name=x", "--tokenizer=char", *flags)
+
+
+def test_every_part_has_documents_if_enough_files_do(prepare, tmp_path):
+    """The first file has nearly all bytes, and two are empty; seven parts are one more than files with text."""
+    for number, count in enumerate([0, 300, 1, 1, 0, 1, 1, 1]):
+        write_lines(tmp_path / f"{number}.jsonl", [f"{number} {i}" for i in range(count)])
+    flags = ("--input=*.jsonl", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    Path("data/x").rename("alone")
+    for parts in (6, 7):
+        outputs = [prepare("text.py", *flags, f"--shard={number}/{parts}") for number in range(parts)]
+        counts = [json.loads(Path(f"data/x-{i}-of-{parts}/meta.json").read_text())["documents"] for i in range(parts)]
+        assert counts == [300, 1, 1, 1, 1, 1, 0][:parts]
+        assert [" has no text, because" in output for output in outputs] == [count == 0 for count in counts]
+        assert f"joined data/x-0-of-{parts}" in prepare("text.py", *flags)
+        assert contents("data/x") == contents("alone")
+        for folder in Path("data").iterdir():
+            shutil.rmtree(folder)
+
+
+def test_a_complete_set_of_parts_is_joined_whatever_lies_beside_it(prepare, tmp_path):
+    for number in range(3):
+        write_lines(tmp_path / f"{number}.jsonl", pages(20, number))
+    flags = ("--input=*.jsonl", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags, "--shard=1/3")
+    refused = prepare("text.py", *flags)
+    assert "data/x-0-of-3 is missing: prepare it with --shard=0/3, or delete data/x-1-of-3 to prepare" in refused
+    for part in ("0/3", "2/3", "1/2"):
+        prepare("text.py", *flags, f"--shard={part}")
+    output = prepare("text.py", *flags)
+    assert "joined data/x-0-of-3, data/x-1-of-3, data/x-2-of-3, which can be deleted" in output
+    assert "data/x-1-of-2 don't belong to these 3 parts" in output
+    shutil.rmtree("data/x-0-of-3")
+    assert "data/x is prepared already" in prepare("text.py", *flags)
+    write_lines(tmp_path / "0.jsonl", pages(20, 7))
+    refused = prepare("text.py", *flags, "--overwrite=True")
+    assert "data/x-0-of-3 is missing" in refused
+    refused = prepare("text.py", *flags, "--shard=1/3")
+    assert "data/x-1-of-3 exists and holds something else: replace it with --overwrite=True" in refused
+    prepare("text.py", *flags, "--shard=0/3")
+    refused = prepare("text.py", *flags, "--overwrite=True")
+    assert "data/x-1-of-3 is made of other texts or settings: prepare it with --shard=1/3 --overwrite=True" in refused
+
+
+def test_parts_that_divide_the_files_otherwise_are_not_joined(prepare, tmp_path, monkeypatch):
+    for number in range(4):
+        write_lines(tmp_path / f"{number}.jsonl", pages(5, number))
+    flags = ("--input=*.jsonl", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags, "--shard=0/2")
+    with monkeypatch.context() as patch:  # as another version might
+        patch.setattr(Files, "share", lambda self, number, count: (3 * number, 3 + number))
+        prepare("text.py", *flags, "--shard=1/2")
+    assert "data/x-1-of-2 is made of other texts or settings" in prepare("text.py", *flags)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_a_data_folder_that_can_t_be_written_is_refused_with_a_mend(prepare, book, monkeypatch, error):
+    Path("data").mkdir()
+    mkdir, access = os.mkdir, os.access
+
+    def refused(path, *args):
+        if Path(path).parent == Path("data"):
+            raise type(error)(*error.args, str(path))
+        mkdir(path, *args)
+
+    def is_accessible(path, mode):
+        return access(path, mode) and not str(path).startswith("data")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    monkeypatch.setattr(os, "access", is_accessible)
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda lock: refused(lock.lock_file))
+    output = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
+    mend = "work in a folder" if error.errno == 30 else "change the permissions of this file or of the folder it is in"
+    assert f"data/.x.partial: {error.strerror}: {mend}" in output and "locked" not in output
+
+
+@pytest.mark.parametrize("script", ["text.py", "tokenizer.py"])
+def test_a_file_named_data_is_refused_with_a_mend(prepare, book, script):
+    Path("data").write_text("")
+    flags = ["--vocab_size=300"] if script == "tokenizer.py" else ["--tokenizer=char"]
+    output = prepare(script, f"--input={book}", "--name=x", *flags)
+    assert output.endswith(
+        "data: File exists: a file has the name that a folder needs; rename it, or work in another folder\n"
+    )
 
 
 def test_documents_that_nothing_would_separate_are_refused(prepare, tmp_path, library):
@@ -615,6 +737,7 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=one.jsonl", "--name=x", "--workers=0"], "workers = 0 must be at least 1"),
         (["--input=good.txt", "--name=../x"], "must be a plain folder name"),
         (["--input=good.txt", "--name="], "must be a plain folder name"),
+        (["--input=good.txt", f"--name={'x' * 300}"], "must be a plain folder name of at most 200 bytes"),
         (["--input=good.txt"], "--name"),
         (["--input=good.txt", "--name=x", "--tokenizer=words"], "words"),
         (["--input=good.txt", "--nam=x"], "--nam"),
@@ -643,6 +766,30 @@ def test_a_full_disk_is_reported_in_one_sentence(prepare, book, monkeypatch):
     monkeypatch.setattr("gpt_arc.data.token_files.ShardWriter.append", full)
     message = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
     assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
+
+
+def test_a_disk_that_fills_later_says_what_was_saved(prepare, book, monkeypatch):
+    write, free = ShardWriter.append, 300
+
+    def full(writer, tokens):
+        if writer.written > free:
+            raise OSError(28, "No space left on device")
+        write(writer, tokens)
+
+    flags = (f"--input={book}", "--name=x", "--tokenizer=char")
+    prepare("text.py", *flags)
+    before = contents("data/x")
+    shutil.rmtree("data/x")
+    monkeypatch.setattr(prepare_module, "BATCH", 100)
+    monkeypatch.setattr(prepare_module, "SAVE_EVERY", 100)
+    monkeypatch.setattr("gpt_arc.data.documents.PIECE", 100)
+    monkeypatch.setattr("gpt_arc.data.documents.BEGINNING", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", full)
+        saved = r"mend this, then repeat the command to resume after \d+ tokens, saved in data/\.x\.partial\n"
+        output = prepare("text.py", *flags)
+        assert re.search(f"text.py: data/.x.partial: No space left on device: {saved}$", output)
+    assert "resuming after" in prepare("text.py", *flags) and contents("data/x") == before
 
 
 def test_a_tokenizer_is_trained_and_used(prepare, tmp_path, monkeypatch):
@@ -743,6 +890,25 @@ def test_a_folder_with_the_hub_s_layout(prepare, library, tmp_path, monkeypatch)
     assert "holds something else" in prepare("hub.py", *flags, "--shard_tokens=1000")
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--hub_split=nope"], "as a dataset (Bad split: nope"),
+        (["--field=nope"], "as a dataset (Column name"),
+        (["--config=nope"], "as a dataset (BuilderConfig 'nope' not found"),
+        (["--branch=v1"], "pages is a folder, so there is nothing to choose with --branch: leave it out"),
+        (["--hub_split=x", "--input=pages"], "--input names files, so there is nothing to choose with --hub_split"),
+    ],
+)
+def test_what_a_dataset_of_the_hub_lacks_is_no_matter_of_the_network(prepare, library, tmp_path, flags, sentence):
+    pytest.importorskip("datasets")
+    (tmp_path / "pages").mkdir()
+    write_lines(tmp_path / "pages" / "train.jsonl", pages(5))
+    output = prepare("hub.py", "pages", f"--tokenizer={library[1]}", *flags)
+    assert sentence in output and "when connected" not in output
+    assert "so there is nothing" in sentence or output.endswith("--config, --hub_split, --field and --branch\n")
+
+
 def test_the_hub_scripts_differ_in_what_they_stream(prepare, monkeypatch):
     settings = []
     monkeypatch.setattr("gpt_arc.data.hub_corpora.prepare_documents", lambda *args: settings.append(args))
@@ -782,6 +948,14 @@ def test_what_a_dataset_holds_is_shown(prepare, library, tmp_path):
         last = prepare("show.py", *names, "--documents=0").splitlines()[-1].split()
         assert last[:2] == ["sum", "100"] and last[-1] == f"{total:,}"
     assert "there is no dataset nowhere" in prepare("show.py", "nowhere")
+
+
+def test_no_document_is_shown_after_the_last(prepare, library, tmp_path):
+    """A text split by its tail ends with the end of text."""
+    write_lines(tmp_path / "a.jsonl", ["the first text", "the second text"])
+    prepare("text.py", "--input=a.jsonl", f"--tokenizer={library[1]}", "--name=x", "--split=tail")
+    output = prepare("show.py", "x", "--documents=5")
+    assert "--- 2:" in output and "--- 3:" not in output and "0 tokens" not in output
 
 
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.training.log import read_metrics
+from gpt_arc.vision.contrastive import LOSSES, CaptionedImages, CaptionMatcher, CaptionReader, ContrastiveLoss
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import ImageClassifier, class_numbers, classes_of, read_labelled_images
@@ -21,6 +22,7 @@ from model import GPT, GPTConfig
 from stages import pretrain_encoder, sft
 
 COLOURS = {"red": "warm", "yellow": "warm", "blue": "cold", "cyan": "cold", "black": None}
+LETTERS = " abcdeklmnoruwy"  # of the labels
 NEW = "image_size = 8\npatch_size = 4\nn_layer = 1\nn_head = 2\nn_embd = 16\n"
 QUICK = ("--device=cpu", "--dtype=float32", "--batch_size=4", "--epochs=2", "--val_fraction=0", "--learning_rate=1e-2")
 TRAIN = ("--image_encoder=new.toml", "--train=train.jsonl", "--labels", "colour", "warmth", *QUICK)
@@ -101,6 +103,60 @@ def test_the_loss_is_the_sum_over_the_labels_that_there_are(class_token, run):
     assert count == right
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_contrastive_losses_equal_those_of_transformers(name, monkeypatch):
+    import transformers
+
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(**sizes, vocab_size=9, max_position_embeddings=6, projection_size=8, eos_token_id=8)
+    config = getattr(transformers, f"{name}Config")(
+        text_config=text, vision_config=dict(**sizes, image_size=8, patch_size=4), projection_dim=8
+    )
+    theirs = randomised(getattr(transformers, f"{name}Model")(config), scale=0.7)
+    tokens, pixels = torch.randint(8, (5, 6)), torch.randn(5, 3, 8, 8)
+    expected = theirs(input_ids=tokens, pixel_values=pixels, return_loss=True)
+    loss: ContrastiveLoss = "clip" if name == "CLIP" else "siglip"
+    reader = CaptionReader(GPT(GPTConfig(6, 9, 1, 2, 8)), 8, loss)
+    for projection in (reader.image_projection, reader.text_projection):
+        torch.nn.init.eye_(projection.weight)
+    reader.log_scale.fill_(theirs.logit_scale.item())
+    reader.bias.fill_(theirs.logit_bias.item() if loss == "siglip" else 0.0)
+    monkeypatch.setattr(reader.text, "hidden", lambda tokens, lengths: expected.text_embeds[:, None])
+    similarities = reader(expected.image_embeds, tokens, torch.ones(5, dtype=torch.int64))
+    torch.testing.assert_close(similarities, expected.logits_per_image)
+    torch.testing.assert_close(LOSSES[loss](similarities) / 5, expected.loss)
+
+
+@torch.no_grad()
+def test_a_caption_is_its_last_token_whatever_it_is_padded_to(run):
+    encoder, text = (
+        randomised(ImageEncoder(EncoderConfig(8, 4, 1, 2, 16))),
+        randomised(GPT(GPTConfig(16, len(LETTERS), 1, 2, 8))),
+    )
+    model = CaptionMatcher(encoder, text, "siglip")
+    images = read_labelled_images(Path("train.jsonl"), ["colour", "warmth"])[:5]
+    split = CaptionedImages(images, CharTokenizer(LETTERS), 6)
+    pixels, tokens, lengths = split.batch(range(5), Preprocessing(), 8)
+    assert lengths.tolist() == [6, 6, 6, 6, 5]  # red warm and so on are cut; black has no warmth
+    total, _ = model(pixels, tokens, lengths)
+    last = torch.stack([text.hidden(row[None, :length])[0, -1] for row, length in zip(tokens, lengths)])
+    left, right = model.heads.image_projection(encoder(pixels).mean(1)), model.heads.text_projection(last)
+    similarities = 10 * F.cosine_similarity(left[:, None], right[None], dim=-1) - 10
+    torch.testing.assert_close(total, F.binary_cross_entropy_with_logits(similarities, torch.eye(5), reduction="sum"))
+
+
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_it_learns_captions(loss, run):
+    save_model(GPT(GPTConfig(16, len(LETTERS), 1, 2, 16)), CharTokenizer(LETTERS), "text")
+    write("train.jsonl", rows(20))
+    flags = ("--text_model=text", f"--contrastive_loss={loss}", "--val=val.jsonl", "--batch_size=5", "--epochs=4")
+    write("val.jsonl", rows())
+    assert "100 images with captions" in run(*TRAIN, *flags, "--out_dir=encoder")
+    assert read_metrics(Path("encoder/metrics.jsonl"))[-1]["val_accuracy"] == 1.0
+    assert isinstance(read_encoder(Path("encoder/best"))[0], ImageEncoder)
+
+
 def test_parts_and_processes_change_only_rounding(run):
     flags = (*TRAIN, "--learning_rate=1e-3", "--adam_eps=1e-4")
     run(*flags, "--out_dir=whole")
@@ -113,15 +169,17 @@ def test_parts_and_processes_change_only_rounding(run):
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-5)
 
 
-def test_an_interrupted_run_resumes_exactly(run, monkeypatch):
-    run(*TRAIN, "--out_dir=whole")
+@pytest.mark.parametrize("flags", [(), ("--text_model=text", "--contrastive_loss=siglip")], ids=["labels", "captions"])
+def test_an_interrupted_run_resumes_exactly(flags, run, monkeypatch):
+    save_model(GPT(GPTConfig(16, len(LETTERS), 1, 2, 16)), CharTokenizer(LETTERS), "text")
+    run(*TRAIN, *flags, "--out_dir=whole")
     with monkeypatch.context() as patched:
         interrupt_at(patched, 3)
-        assert run(*TRAIN, "--out_dir=halves").code == 130
+        assert run(*TRAIN, *flags, "--out_dir=halves").code == 130
     run("--resume=halves")
     assert losses("whole") == losses("halves")
     assert_same_weights("whole/last", "halves/last")
-    run("whole", *TRAIN[1:], "--out_dir=further")
+    run("whole", *TRAIN[1:], *flags, "--out_dir=further")
     assert losses("further")[0] < losses("whole")[0]
 
 
@@ -155,6 +213,13 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
         ((*TRAIN, "--labels", "colour", "colour"), "labels = colour, colour: name one or more columns, each once"),
         ((*TRAIN, "--labels", "size"), "there is no column size; the columns are: image, colour, warmth"),
         ((*TRAIN, "--labels", "only"), "the labels in only are all a: there must be two classes"),
+        (
+            (*TRAIN, "--contrastive_loss=siglip"),
+            "contrastive_loss = siglip is for captions: name the text_model that reads them",
+        ),
+        ((*TRAIN, "--text_model=text", "--batch_size=1"), "batch_size = 1 leaves no other captions"),
+        ((*TRAIN, "--text_model=text"), "red.png: the character 'r' (U+0072) at position 0"),
+        ((*TRAIN, "--text_model=nowhere"), "nowhere"),
         ((*TRAIN, "--image_encoder=odd.toml"), "odd.toml: no encoder of transformers"),
         ((*TRAIN[:1], *TRAIN[2:]), "name the examples to learn from by --train"),
     ],
@@ -162,6 +227,7 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
 )
 def test_settings_that_make_no_sense_are_refused(flags, message, run):
     Path("odd.toml").write_text(NEW + "final_norm = false\n")
+    save_model(GPT(GPTConfig(16, 3, 1, 2, 16)), CharTokenizer("abc"), "text")
     if "only" in flags:
         write("train.jsonl", [row | {"only": "a"} for row in rows()])
     refused = run(*flags)

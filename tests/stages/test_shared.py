@@ -1,4 +1,4 @@
-"""What train.py and all stages have in common: metrics.jsonl, Weights & Biases, the commands to type next."""
+"""What train.py and all stages have in common: metrics.jsonl, trackers of metrics, the commands to type next."""
 
 import json
 import random
@@ -7,6 +7,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import settings_in
 from gpt_arc.training.command_line import read_command_line, read_options
-from gpt_arc.training.log import METRICS, MetricsLog, movement, read_metrics
+from gpt_arc.training.log import METRICS, MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.schedule import HIGHEST
 from helpers import ROOT, TINY_FLAGS, interrupt_at, randomised, write, write_dataset
 from model import GPT
@@ -230,6 +231,93 @@ def test_weights_and_biases_that_fails_later_does_not_end_the_run(workplace, sta
     module, *flags = STAGES["sft"]
     output = stage_runner(module, *flags, "--wandb_log")
     assert output.count("Weights & Biases: no network; the run goes on without it") == 1
+
+
+# ---- TensorBoard and Trackio
+
+
+@pytest.mark.parametrize("script", ["train", "sft", "finetune"])
+def test_tensorboard_s_own_reader_finds_the_metrics_of_a_resumed_run(script, workplace, stage_runner, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    module, *flags = ALL[script]
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 1)
+        assert stage_runner(module, *flags, "--logger=tensorboard").code == 130
+    resumed = stage_runner(module, "--resume=run")
+    assert isinstance(resumed, str), resumed.message
+    events = EventAccumulator("run/tensorboard").Reload()
+    lines = read_metrics(Path("run/metrics.jsonl"))
+    for name in events.Tags()["scalars"]:
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert written == [(line["step"], pytest.approx(line[name])) for line in lines if name in line], name
+    assert set(events.Tags()["scalars"]) == {name for line in lines for name in line}
+    (config, *_) = events.Tensors("config/text_summary")
+    assert b'"learning_rate": 0.0' in config.tensor_proto.string_val[0]
+
+
+def test_tensorboard_forgets_what_a_killed_run_logged_after_its_checkpoint(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = SimpleNamespace(logger="tensorboard", wandb_log=False, wandb_project="", wandb_run_name=None)
+    for first, last, factor in ((0, 6, 1), (4, 8, 10)):
+        log = MetricsLog(tmp_path, first, start_tracker(tmp_path, first, settings, {}))
+        for step in range(first + 1, last + 1):
+            log.write({"step": step, "train_loss": float(factor * step)})
+        log.write_sample(last, "a text")
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    values = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert values == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70), (8, 80)]
+    assert b"a text" in events.Tensors("sample/text_summary")[-1].tensor_proto.string_val[0]
+
+
+class StubTrackio:
+    """Trackio without a dashboard: its runs by name."""
+
+    def __init__(self):
+        self.runs, self.finished = {}, 0
+
+    def init(self, project, *, name, config, resume, embed):
+        assert (project, resume, embed) == ("letters", "allow", False) and config["learning_rate"] in (1e-3, 1e-2)
+        self.lines = self.runs.setdefault(name, [])
+        return self
+
+    def log(self, line, step):
+        self.lines.append({"step": step, **line})
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.mark.parametrize("script", ["train", "sft"])
+def test_a_resumed_run_continues_its_run_of_trackio(script, workplace, stage_runner, monkeypatch):
+    trackio = StubTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    module, *flags = ALL[script]
+    flags += ["--logger=trackio", "--wandb_project=letters"]
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, 1)
+        stage_runner(module, *flags)
+    assert isinstance(stage_runner(module, "--resume=run"), str)
+    assert isinstance(stage_runner(module, *flags, "--overwrite=True"), str)  # another run in the same folder
+    first, second = trackio.runs.items()
+    assert first[0].startswith("run-") and second[0].startswith("run-") and first[0] != second[0]
+    assert second[1] == read_metrics(Path("run/metrics.jsonl")) and len(first[1]) == len(second[1])
+    assert trackio.finished == 3
+
+
+def test_two_trackers_and_a_missing_one_are_refused(workplace, stage_runner, monkeypatch):
+    module, *flags = ALL["train"]
+    refused = stage_runner(module, *flags, "--logger=tensorboard", "--wandb_log")
+    assert refused.code == 2 and "wandb_log = true contradicts logger = tensorboard" in refused.message
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    refused = stage_runner(module, *flags, "--logger=trackio")
+    assert refused.code == 2 and refused.message.count("\n") == 1
+    for words in ("Trackio can't log this run", "pip install -e '.[trackio]'", "--logger=none does without it"):
+        assert words in refused.message
 
 
 # ---- what to type next

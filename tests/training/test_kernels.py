@@ -12,6 +12,7 @@ from gpt_arc.training import compile as compiling
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.kernels import choose_kernels
+from gpt_arc.training.optim import Updater
 from model import GPT, GPTConfig
 
 TINY = GPTConfig(16, 23, 3, 2, 32, norm="rmsnorm", qk_norm=True, n_experts=2, expert_interval=3)
@@ -57,6 +58,40 @@ def test_blocks_share_their_compiled_code(monkeypatch):
     torch.testing.assert_close(model(tokens, tokens).total.detach(), expected)
     assert len(compiled) == 1
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_cuda_graphs_find_gradients_where_they_were(accumulate, monkeypatch):
+    """Every update reads gradients at the addresses of the first, and is the update without graphs."""
+    modes, cpu = [], torch.device("cpu")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **settings: modes.append(settings))
+    tokens, weights = torch.randint(23, (3, 2, 16)), {}
+    for setting in ("graphs", False):
+        model = model_with()
+        if setting:
+            assert compile_in_place(model, model, [tokens[0]] * 2, cpu, "float32", graphs=True) is None
+            places = [p.grad.data_ptr() for p in model.parameters()]
+            assert not any(p.grad.any() for p in model.parameters())
+        updater = Updater(model, TrainingConfig(compile=setting), cpu, "float32")
+        for each in tokens:
+            for _ in range(accumulate):
+                updater.backward(model(each, each).total)
+            updater.update(1e-3, 0.0)
+        if setting:
+            assert [p.grad.data_ptr() for p in model.parameters()] == places
+        weights[setting] = [p.detach() for p in model.parameters()]
+    assert modes == [{"mode": "reduce-overhead"}]
+    assert all(map(torch.equal, *weights.values()))
+    torch.use_deterministic_algorithms(False)
+
+
+def test_cuda_graphs_are_for_one_gpu(monkeypatch):
+    with pytest.raises(UserError, match="compile = graphs is for one GPU, not for 1 x cpu: use --compile=True"):
+        compiling.resolve_compile("graphs", torch.device("cpu"), 1.0)
+    assert compiling.resolve_compile("graphs", torch.device("cuda"), 1.0)[0]
+    monkeypatch.setattr(compiling, "WORLD_SIZE", 2)
+    with pytest.raises(UserError, match="2 x cuda"):
+        compiling.resolve_compile("graphs", torch.device("cuda"), 1.0)
 
 
 def test_only_auto_goes_on_where_blocks_cannot_be_compiled(monkeypatch):

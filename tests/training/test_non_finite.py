@@ -82,7 +82,7 @@ def test_a_stopped_run_does_not_save_bad_weights(run, monkeypatch):
 
 def test_a_stage_saves_neither_bad_weights_nor_a_bad_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # which would take this process's signals
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda after: None)  # which would take this process's signals
     run = StageRun(
         "sft",
         StageOptions("base", learning_rate=1e-5, out_dir="run", device="cpu"),

@@ -159,6 +159,8 @@ def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):
     assert "tokens a step  128 = 1 x 2 batches of 4 x 16" in shown
     replaced = "settings       gradient_accumulation_steps replaces tokens_per_step, which large.toml sets\n"
     assert replaced in shown
+    launch = read_command_line(["sums.toml", "large.toml", "--gradient_accumulation_steps=2"], None)
+    assert launch.name == "large"  # the run's, not the replaced setting's
     (tmp_path / "steps.toml").write_text("gradient_accumulation_steps = 3")
     assert "tokens a step  640 = 1 x 10 batches of 4 x 16" in plan("steps.toml", "--tokens_per_step=640")
 

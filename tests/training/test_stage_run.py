@@ -244,7 +244,7 @@ def test_options_are_recorded_with_absolute_paths(tmp_path, monkeypatch):
 def test_a_resumed_run_has_the_same_options(tmp_path, monkeypatch):
     """Otherwise the digest of its data would differ, or the learning rate that followed from the model's size."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda after: None)
     Path("base").mkdir()
     recorded, rates = [], []
 
@@ -286,7 +286,7 @@ def test_a_refusal_is_one_sentence_with_exit_code_2(tmp_path, monkeypatch):
 
 def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)  # it would handle this process's signals
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda after: None)  # it would handle this process's signals
     options = Options("base", learning_rate=1e-5, out_dir="run", device="cpu", dtype="float32")
     run = StageRun("sft", options, torch.device("cpu"), None, None, StageProgress)
     run.open("data")
@@ -315,7 +315,7 @@ def test_best_is_the_checkpoint_with_the_lowest_loss(tmp_path, monkeypatch):
 
 def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_run_module, "StopSignal", lambda: None)
+    monkeypatch.setattr(stage_run_module, "StopSignal", lambda after: None)
 
     def train(options, run):
         run.open("data")
@@ -333,7 +333,7 @@ def test_the_end_of_another_process_leaves_the_command_that_resumes(tmp_path, mo
 
 def test_the_end_of_another_process_of_train_leaves_the_command_that_resumes(monkeypatch, capsys):
     monkeypatch.setattr("train.WORLD_SIZE", 2)
-    run = SimpleNamespace(saved_step=3, resume="torchrun train.py --resume=run")
+    run = SimpleNamespace(saving=SimpleNamespace(step=3), resume="torchrun train.py --resume=run")
     with pytest.raises(RuntimeError, match="closed by peer"), Run.keeping(run):
         raise RuntimeError("Connection closed by peer")
     assert capsys.readouterr().out == "step 3 is the last one saved; resume with: torchrun train.py --resume=run\n"

@@ -27,6 +27,7 @@ TRAINING = {
     "defaults": (),
     "eager": ("--compile=False",),
     "blocks": ("--compile=blocks",),
+    "graphs": ("--compile=graphs",),
     "residual": ("--residual=bfloat16",),
     "muon": ("--optimizer=muon",),
     "checkpointing": ("--activation_checkpointing=True",),
@@ -43,8 +44,8 @@ TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_
 
 @dataclass(frozen=True, config=STRICT)
 class GPUBench:
-    settings: tuple[str, ...] = ("eager", "blocks", "residual", "muon")
-    """Settings to compare with the defaults: eager, blocks, residual, muon, checkpointing, selective, tf32,
+    settings: tuple[str, ...] = ("eager", "blocks", "graphs", "residual", "muon", "selective")
+    """Settings to compare with the defaults: eager, blocks, graphs, residual, muon, checkpointing, selective, tf32,
     float16, flash3, flash4, float8."""
     decoding: bool = True
     """Measure decoding too."""

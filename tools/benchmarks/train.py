@@ -177,9 +177,14 @@ class OurTrainer(TrainWorker):
         choose_kernels(self.model, config.training)
         if self.job.compile:
             tokens = torch.zeros(self.shape, dtype=torch.int64)
-            by_block = config.training.compile == "blocks"
             failure = compile_in_place(
-                self.model, self.model, [tokens, tokens], self.device, self.job.dtype, by_block=by_block
+                self.model,
+                self.model,
+                [tokens, tokens],
+                self.device,
+                self.job.dtype,
+                by_block=config.training.compile == "blocks",
+                graphs=config.training.compile == "graphs",
             )
             if failure:
                 raise UserError(f"the model can't be compiled here: {failure}")
