@@ -304,7 +304,7 @@ def write_texts(folder: Path) -> None:
     folders = [f"{name}/{i}.txt" for name in ("folder", "pages", "books") for i in range(20)]
     for name in ("book.txt", "stdlib.txt", "wiki.test.tokens", *folders):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(TEXT)
+        (folder / name).write_text(f"{name}\n{TEXT}")  # a hash of the text assigns a document to a split
     (folder / "prompt.txt").write_text("The ")
     (folder / "questions.txt").write_text("1 times\n2 times 3\n")
     (folder / "mine.toml").write_text("[training]\nseed = 1\n")
