@@ -78,6 +78,7 @@ SMALL = {
     "stages/scaling.py predict": "--resamplings=5",
     "examples/long_context_data.py": "--documents=3000",
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
+    "examples/moe_experts.py": "--experts 1 4 --compared=4 --seeds=1 --max_iters=2",
     "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
     "examples/moe_experts.py": "--experts 1 4 --compared=4 --max_iters=2",
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
@@ -312,7 +313,7 @@ def write_texts(folder: Path) -> None:
     folders = [f"{name}/{i}.txt" for name in ("folder", "pages", "books") for i in range(20)]
     for name in ("book.txt", "stdlib.txt", "wiki.test.tokens", *folders):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(TEXT)
+        (folder / name).write_text(f"{name}\n{TEXT}")  # a hash of the text assigns a document to a split
     (folder / "prompt.txt").write_text("The ")
     (folder / "questions.txt").write_text("1 times\n2 times 3\n")
     (folder / "mine.toml").write_text("[training]\nseed = 1\n")
