@@ -65,8 +65,8 @@ STAGE = "--batch_size=4 --gradient_accumulation_steps=1 --threads=1"
 SMALL = {
     "train.py": TRAIN,
     "sample.py": "--max_new_tokens=4 --compile=False",
-    "prepare/text.py": "--overwrite=True --val_fraction=0.3",
-    "prepare/tokenizer.py": "--vocab_size=300 --overwrite=True",
+    "prepare/text.py": "--val_fraction=0.3",
+    "prepare/tokenizer.py": "--vocab_size=300",
     "stages/sft.py": f"{STAGE} --epochs=1",
     "stages/reward.py": f"{STAGE} --epochs=1",
     "stages/dpo.py": f"{STAGE} --epochs=1",
@@ -76,8 +76,9 @@ SMALL = {
     "stages/pretrain_encoder.py": f"{STAGE} --epochs=1",
     "stages/scaling.py fit": "--resamplings=5",
     "stages/scaling.py predict": "--resamplings=5",
-    "examples/long_context_data.py": "--documents=400",
+    "examples/long_context_data.py": "--documents=3000",
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
+    "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
     "examples/instructions_data.py": "--documents=100 --demonstrations=20 --train=20 --test=5",
     "examples/instruction_judge.py": "--limit=5",
@@ -95,6 +96,13 @@ STAND_INS = {  # in the text of commands
     "report.py RUN": "report.py quickstart",
     " DATASET": " python_manual",
     "--perplexity instructgpt_text": "--perplexity mine",  # its tokenizer is that of the stand-ins
+}
+BEFORE = {  # what a page takes for granted
+    "examples/instruction_judge.py": [
+        "python examples/instructions_data.py",
+        "python examples/instruction_judge.py out/sft --rank data/instructgpt/test.jsonl --output ranked.jsonl",
+        "mv ranked.jsonl held_out.jsonl && cp -r out/sft out/ppo",
+    ]
 }
 AS_IT_IS = {"--help", "--resume", "--dry_run", "--preview", "--classify", "--predict"}  # no training, or a shrunk run's
 
@@ -134,8 +142,9 @@ def shrunk(script: str, arguments: list[str]) -> list[str]:
         return arguments
     if "--tokens_per_step" in names:  # the other way to state the same
         more[more.index("--gradient_accumulation_steps=1")] = "--tokens_per_step=2048"
-    if script == "train.py" and "--warmup_iters" in names:
-        more.append("--warmup_iters=1")
+    more += [
+        f"{name}={number}" for name, number in {"--warmup_iters": 1, "--expert_processes": 2}.items() if name in names
+    ]
     started = any(re.match(r"--init_from(?!=(scratch|auto|resume))", argument) for argument in arguments)
     if script == "train.py" and not started:  # else the model's shape is given
         more += MODEL.split()
@@ -166,16 +175,22 @@ sys.exit(int(channel.recv(100)))
             (folder / name).write_text(self.CLIENT.format(python=sys.executable, address=address))
             (folder / name).chmod(0o755)
         self._path = f"{folder}:{os.environ['PATH']}"
+        self._running: set[WarmPopen] = set()
 
     def failure(self, line: str, folder: Path) -> str:
         """Runs a line in a folder; returns "", or the line and its output if it fails."""
         for text, stand_in in STAND_INS.items():
             line = line.replace(text, stand_in)
         environment = {"PATH": self._path, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=os.environ | environment, input="y\n", text=True, timeout=120,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        try:
+            result = subprocess.run(
+                ["bash", "-c", line], cwd=folder, env=os.environ | environment, input="y\n", text=True, timeout=120,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            for process in set(self._running):
+                process.kill()
+            return f"{line}\ntakes more than two minutes"
         return f"{line}\n{result.stdout}" if result.returncode else ""
 
     def _serve(self) -> None:
@@ -208,9 +223,6 @@ sys.exit(int(channel.recv(100)))
             arguments = [str(script), *shrunk(str(script.relative_to(ROOT)), arguments[1:])]
         places = [{}] if processes == 1 else [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
         if processes > 1:
-            arguments += [
-                flag for flag in ("--expert_processes=2", "--replicas=1") if flag.split("=")[0] in " ".join(arguments)
-            ]
             environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
         started = [
             WarmPopen(
@@ -219,7 +231,11 @@ sys.exit(int(channel.recv(100)))
             )
             for place in places
         ]  # fmt: skip
-        return next(filter(None, [process.wait() for process in started]), 0)
+        self._running |= set(started)
+        try:
+            return next(filter(None, [process.wait() for process in started]), 0)
+        finally:
+            self._running -= set(started)
 
 
 LINKS = ("model.py", "train.py", "sample.py", "new.py", "configs", "examples", "prepare", "stages", "tasks", "tools")

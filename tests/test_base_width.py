@@ -110,7 +110,7 @@ def loss_after_training(config, rate, tokens, seed, steps=100):
 
 @pytest.mark.slow
 def test_the_best_rate_at_a_width_is_the_best_at_four_times_the_width():
-    """On the manual of Python by characters. docs/results/scaling.md has the losses."""
+    """On the manual of Python by characters. docs/results/scaling.md has the best rates."""
     text = "".join(topics[name] for name in sorted(topics))[:200_000]
     characters = sorted(set(text))
     tokens = torch.tensor([characters.index(character) for character in text])

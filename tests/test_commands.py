@@ -4,10 +4,11 @@ import re
 import shutil
 
 import pytest
+import torch
 
-from documented import NOT_RUN, SOURCES, Shell, commands_of, fill, reason_not_to_run
+from documented import BEFORE, NOT_RUN, SOURCES, Shell, commands_of, fill, reason_not_to_run
 from helpers import ROOT
-from test_docs import PAGES
+from test_docs import FENCE, PAGES
 
 COMMANDS = {page: commands_of(page) for page in [*PAGES, *SOURCES] if page.name != "CHANGELOG.md"}
 COMMANDS = {page: commands for page, commands in COMMANDS.items() if any(not reason_not_to_run(c) for c in commands)}
@@ -29,9 +30,23 @@ def stand_ins(tmp_path_factory, shell):
 @pytest.mark.parametrize("page", COMMANDS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_a_document_run(page, shell, stand_ins, tmp_path):
     shutil.copytree(stand_ins, tmp_path, symlinks=True, dirs_exist_ok=True)
-    commands = [command for command in COMMANDS[page] if not reason_not_to_run(command)]
+    commands = BEFORE.get(str(page.relative_to(ROOT)), []) + COMMANDS[page]
+    commands = [command for command in commands if not reason_not_to_run(command)]
+    for name in re.findall(r"--name[ =](\w+)", "\n".join(commands)):  # what the page makes isn't there yet
+        (tmp_path / "clone/data" / name).unlink(missing_ok=True)
     failures = [failure for command in commands if (failure := shell.failure(command, tmp_path / "clone"))]
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+def test_the_lines_of_python_run(stand_ins, monkeypatch):
+    monkeypatch.chdir(stand_ins / "clone")
+    blocks = [
+        block for language, block in FENCE.findall((ROOT / "docs/guide/python.md").read_text()) if language == "python"
+    ]
+    names = {"tokens": torch.randint(100, (2, 8)), "targets": torch.randint(100, (2, 8))}
+    exec("\n".join(blocks), names)
+    assert names["logits"].shape == (2, 8, 257) and names["loss"].count == 16
 
 
 def test_reasons_belong_to_commands():

@@ -127,8 +127,14 @@ class Sharded(Parallel):
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
         whole = model.state_dict() if IS_MAIN else {}
-        model.to("meta")
-        self._skeleton = copy.deepcopy(model)  # undivided, without weights
+        self._skeleton = copy.deepcopy(model.to("meta"))  # undivided, without weights
+        return self._divide(model, whole, device)
+
+    def place_frozen(self, model: nn.Module, device: torch.device) -> nn.Module:
+        whole = model.state_dict() if IS_MAIN else {}
+        return self._divide(model.to("meta").requires_grad_(False), whole, device)
+
+    def _divide(self, model: nn.Module, whole: dict[str, Any], device: torch.device) -> nn.Module:
         for module in [module for module in model.modules() if isinstance(module, Block)]:
             shard_block(module, self.dtype, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
         fully_shard(model, mesh=self.mesh)

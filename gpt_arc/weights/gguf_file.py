@@ -116,10 +116,12 @@ def head_width(config: dict[str, Any]) -> int:
 
 def llama3_factors(rope: dict[str, Any], width: int) -> Tensor:
     """By what llama3's scaling divides each frequency (width / 2)."""
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2) / width)
-    turns = frequencies * rope["original_max_position_embeddings"] / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2) / width)
+    wavelengths = 2 * math.pi / frequencies  # to the bit as llama.cpp's converter has them
+    context, low, high = (
+        rope[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    kept = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - kept) / rope["factor"] + kept)
 
 

@@ -702,6 +702,21 @@ def test_nothing_is_overwritten_without_overwrite(prepare, book):
     assert [path.name for path in Path("data").iterdir()] == ["book"]
 
 
+def test_what_is_not_a_folder_is_not_overwritten(prepare, book):
+    Path("data").mkdir()
+    Path("data/file").touch()
+    Path("data/link").symlink_to("nowhere")
+    Path("other").mkdir()
+    Path("data/folder").symlink_to("../other")
+    flags = (f"--input={book}", "--tokenizer=char", "--overwrite=True")
+    for name in ("file", "link"):
+        refused = f"data/{name} is not a folder: delete it, or choose another name"
+        assert refused in prepare("text.py", *flags, f"--name={name}")
+    prepare("text.py", *flags, "--name=folder")  # in place of the link
+    assert sorted(os.listdir("data")) == ["file", "folder", "link"] and not os.listdir("other")
+    assert len(contents("data/folder")) == 5
+
+
 def test_a_damaged_dataset_is_prepared_again(prepare, book):
     flags = (f"--input={book}", "--name=book", "--tokenizer=char")
     prepare("text.py", *flags)
@@ -956,6 +971,20 @@ def test_no_document_is_shown_after_the_last(prepare, library, tmp_path):
     prepare("text.py", "--input=a.jsonl", f"--tokenizer={library[1]}", "--name=x", "--split=tail")
     output = prepare("show.py", "x", "--documents=5")
     assert "--- 2:" in output and "--- 3:" not in output and "0 tokens" not in output
+
+
+def test_folders_are_shown_whatever_they_lack(prepare, library, tmp_path, monkeypatch):
+    for number, text in enumerate(("a", "b", "")):
+        write_lines(tmp_path / f"{number}.jsonl", [text])
+    flags = ("--input=*.jsonl", f"--tokenizer={library[1]}", "--name=x", "--val_fraction=0.000001")
+    for part in range(2):
+        prepare("text.py", *flags, f"--shard={part}/2")
+    monkeypatch.chdir("data/x-0-of-2")
+    output = prepare("show.py", ".")
+    assert "train        2 tokens in 1 file" in output and "val          " not in output.split("documents")[0]
+    assert "--- 1: 2 tokens\na<|endoftext|>" in output
+    assert f"{library[1]} holds a tokenizer, but no tokens" in prepare("show.py", str(library[1]))
+    assert "there is no dataset /" in prepare("show.py", "/")
 
 
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):
