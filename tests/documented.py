@@ -80,7 +80,7 @@ SMALL = {
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
     "examples/moe_experts.py": "--experts 1 4 --compared=4 --seeds=1 --max_iters=2",
     "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
-    "examples/moe_experts.py": "--experts 1 4 --compared=4 --max_iters=2",
+    "examples/coordinate_check.py": "--widths 16 32 --steps=1",
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
     "examples/instructions_data.py": "--documents=100 --demonstrations=20 --train=20 --test=5",
     "examples/instruction_judge.py": "--limit=5",
