@@ -33,6 +33,7 @@ from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positional, Positive
 from gpt_arc.tables import counted, duration
 
+LEAST_VAL = 10  # tokens: a window of them, longer than the recipes' n-grams
 HEADER = "# Written by new.py, which replaces it: copy it to change it.\n\n"
 
 
@@ -72,6 +73,8 @@ def configure(name: str, minutes: float) -> dict[str, Any]:
 
     directory = dataset_directory(name)
     train, val = (len(TokenFiles(directory, split)) for split in ("train", "val"))
+    if val < LEAST_VAL:
+        raise UserError(f"{train + val} tokens in {directory} are too few to learn from: name a longer text")
     data = {"dataset": name, "vocab_size": load_tokenizer(directory).vocab_size}
     device = resolve_device("auto")
     presets, rates = {}, {}

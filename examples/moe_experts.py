@@ -10,7 +10,8 @@ Both are measured in evaluation mode, without dropout and noise.
 
 At one number of experts, further runs change one setting each: no balance loss, dropout inside the experts, noise on
 the routers' inputs. Differences from the unchanged run are taken seed by seed; ± is a standard error over seeds. The
-script writes OUTPUT/figures.json after each run, continues from it when called again, and draws OUTPUT/losses.png.
+script writes OUTPUT/figures.json after each run, continues from it when called again, also with further seeds or
+numbers of experts, and draws OUTPUT/losses.png.
 """
 
 import sys
@@ -122,24 +123,26 @@ def train(experts: int, change: str, seed: int, options: Options) -> dict:
 
 
 def mean_and_error(values: list[float]) -> str:
-    return f"{fmean(values):.3f} ± {standard_error(values):.3f}"
+    """Returns the mean, with its standard error if there are two or more values."""
+    return f"{fmean(values):.3f}" + (f" ± {standard_error(values):.3f}" if len(values) > 1 else "")
 
 
 def show(results: list[dict], compared: int) -> None:
     """Prints both tables."""
     rows, changes = [], []
-    for experts in dict.fromkeys(result["experts"] for result in results):
+    for experts in sorted({result["experts"] for result in results}):
         runs = [result for result in results if result["experts"] == experts and not result["change"]]
         sizes = [runs[0]["parameters"], runs[0]["active"]]
-        rows.append([experts, *sizes, *(mean_and_error([run[name] for run in runs]) for name in METRICS)])
-    print(table([["experts", "parameters", "active", *METRICS], *rows]))
-    plain = {run["seed"]: run for run in results if run["experts"] == compared and not run["change"]}
+        rows.append([experts, *sizes, len(runs), *(mean_and_error([run[name] for run in runs]) for name in METRICS)])
+    print(table([["experts", "parameters", "active", "seeds", *METRICS], *rows]))
+    at_compared = [result for result in results if result["experts"] == compared]
+    plain = {run["seed"]: run for run in at_compared if not run["change"]}
     for change, value in CHANGES.items():
-        pairs = [(run, plain[run["seed"]]) for run in results if run["change"] == change]
+        pairs = [(run, plain[run["seed"]]) for run in at_compared if run["change"] == change]
         differences = [mean_and_error([run[name] - base[name] for run, base in pairs]) for name in METRICS]
-        changes.append([f"{change} = {value}", *differences])
+        changes.append([f"{change} = {value:g}", len(pairs), *differences])
     print(f"\ndifferences from the unchanged run of {compared} experts, seed by seed")
-    print(table([["change", *METRICS], *changes]))
+    print(table([["change", "seeds", *METRICS], *changes]))
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -148,7 +151,7 @@ def plot(results: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    numbers = list(dict.fromkeys(result["experts"] for result in results))
+    numbers = sorted({result["experts"] for result in results})
     for name in METRICS[:2]:
         losses = [[r[name] for r in results if r["experts"] == n and not r["change"]] for n in numbers]
         errors = [standard_error(each) for each in losses]

@@ -101,19 +101,21 @@ def put_directory(temporary: Path, path: Path) -> None:
         sync(file)
     older = _older(path)
     if path.is_dir():
-        shutil.rmtree(older, ignore_errors=True)
+        _remove(older)
         os.rename(path, older)
     try:
         os.rename(temporary, path)
     except BaseException:
         restore(path)
         raise
-    shutil.rmtree(older, ignore_errors=True)
+    _remove(older)
     sync(path.parent)
 
 
 def whole(path: Path) -> Path:
     """Returns `path`, or where `put_directory` moved it if the process was killed before `path` was replaced."""
+    if not path.name:  # "." or "/", which no directory replaced
+        return path
     older = _older(path)
     return older if older.is_dir() and not path.exists() else path
 
@@ -122,7 +124,14 @@ def restore(path: Path) -> None:
     """Moves back the directory that a killed `put_directory` left at `whole(path)`; deletes it if `path` is there."""
     if whole(path) != path:
         os.rename(whole(path), path)
-    shutil.rmtree(_older(path), ignore_errors=True)
+    _remove(_older(path))
+
+
+def _remove(directory: Path) -> None:
+    """Deletes a directory, as far as possible; of a link to one, only the link."""
+    if directory.is_symlink():
+        directory.unlink()
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def discard(directory: Path) -> None:

@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source, find_dataset, mixture_shares, open_corpus
 from gpt_arc.data.token_files import TokenFiles
+from gpt_arc.data.tokenizer import holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
@@ -64,6 +65,9 @@ def describe(source: Source, options: Options) -> dict[str, Any]:
     directory = find_dataset(source.name)
     corpus = open_corpus((source,)) if directory else None
     if directory is None or corpus is None:
+        folder = next(filter(holds_tokenizer, (DATA_ROOT / source.name, Path(source.name))), None)
+        if folder is not None:
+            raise UserError(f"{folder} holds a tokenizer, but no tokens: encode text with it by prepare/text.py")
         raise UserError(
             f"there is no dataset {source.name}, neither {DATA_ROOT / source.name} nor a folder of that path"
         )
@@ -89,7 +93,7 @@ def describe(source: Source, options: Options) -> dict[str, Any]:
         named = ", ".join(f"{id} {tokenizer.decode([id])!r}" for id in special[:20])
         print(f"  special      {named or 'none'}{', ...' if len(special) > 20 else ''}")
     for number, ids in enumerate(
-        first_documents(splits["train"], tokenizer and tokenizer.end_of_text, options.documents)
+        first_documents(next(iter(splits.values())), tokenizer and tokenizer.end_of_text, options.documents)
     ):
         text = repr(ids[:50].tolist()) if tokenizer is None else tokenizer.decode(ids[: options.characters].tolist())
         print(f"--- {number + 1}: {counted(len(ids), 'token')}\n{text[: options.characters]}")

@@ -117,7 +117,8 @@ def train(options: Options, run: StageRun) -> int:
     say(f"updates        {updates:,} of {counted(options.examples_per_update, 'ranking')}")
     run.fit(reference.config)
     run.open(digest([fingerprint(reference), examples]))
-    scorer = ResponseLikelihood(reference.to(run.device)).eval()
+    scorer = ResponseLikelihood(reference).eval()
+    run.parallel.place_frozen(scorer, run.device)
     base = {name: likelihoods(scorer, split, options.batch_size, run) for name, split in encoded.items()}
     del reference, scorer
 

@@ -51,6 +51,7 @@ from gpt_arc.data.batches import windows
 from gpt_arc.data.datasets import Corpus, open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.decoding.load import resolve_decoding_compile
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
@@ -59,7 +60,6 @@ from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
-from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
@@ -96,7 +96,7 @@ class Options(StageOptions):
     rollout_batch_size: Count = 128
     """Maximum number of responses that a process generates at once."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile what computes a token of all responses, on a GPU. auto: where Triton is installed."""
+    """Compile what computes a token of all responses, on a GPU. auto: if the run is long enough for it to pay off."""
     kl_coef: NonNegative = 0.02
     """Penalty per nat of KL to the reference (InstructGPT's beta)."""
     kl_target: Positive | None = None
@@ -289,11 +289,17 @@ def load_setup(options: Options, run: StageRun) -> Setup:
     return Setup(policy, reference, critic, average, tokenizer, chat, score, monitor, prompts, text)
 
 
-def compiles_rollouts(setting: bool | str, device: torch.device) -> bool:
-    """Whether the step that writes responses is compiled. On a CPU the policy writes them, which is trained."""
-    if setting is True and device.type != "cuda":
-        raise UserError(f"compile = true is for GPUs, and the device is {device.type}: leave it out")
-    return resolve_compile(setting, device, 0.0)[0]
+def compiles_rollouts(options: Options, policy: GPT, device: torch.device, dtype: str) -> bool:
+    """Whether the step that writes responses is compiled. On a CPU the policy writes them, which is trained.
+
+    Experts wait for the device within a step, except in bfloat16.
+    """
+    if device.type != "cuda" or policy.config.n_experts and dtype != "bfloat16":
+        if options.compile is True:
+            raise UserError(f"compile = true can't work on {device.type} in {dtype} here: leave it out")
+        return False
+    batches = math.ceil(options.episodes / WORLD_SIZE / options.rollout_batch_size)
+    return resolve_decoding_compile(options.compile, device, policy, batches * options.max_new_tokens)
 
 
 def roll_out(
@@ -386,7 +392,7 @@ def train(options: Options, run: StageRun) -> int:
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
     writer = writer_of(policy, run.device, run.dtype)
     decoder = Decoder(writer)
-    if compiles_rollouts(options.compile, run.device):
+    if compiles_rollouts(options, policy, run.device, run.dtype):
         decoder.compile(max(len(prompt.tokens) for prompt in prompts) + options.max_new_tokens)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)

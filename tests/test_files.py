@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -120,6 +121,10 @@ def test_links_are_followed_to_the_end_and_other_files_are_not(tmp_path):
     assert follow(tmp_path / "outer") == tmp_path / "target"
     for name in ("circle", "nowhere", "binary", "absent", "target"):
         assert follow(tmp_path / name) == tmp_path / name
+
+
+def test_a_path_without_a_name_stays():
+    assert [whole(Path(path)) for path in (".", "/", "..")] == [Path("."), Path("/"), Path("..")]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])

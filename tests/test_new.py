@@ -73,6 +73,13 @@ def test_no_text_and_no_file_are_refused(start):
     assert "missing.txt can't be read" in start("missing.txt").message
 
 
+def test_a_text_too_short_to_learn_from_is_refused(start, called, tmp_path):
+    (tmp_path / "short.txt").write_text("hello " * 15)
+    assert "90 tokens in data/short are too few to learn from: name a longer text" in start("short.txt").message
+    (tmp_path / "longer.txt").write_text("hello " * 17)
+    assert "finished step" in start("longer.txt", "--minutes=0.01")
+
+
 def test_the_rate_counts_the_tokens_of_a_step(monkeypatch):
     config = build_config(read_settings(resource("configs/speedrun_cpu.toml")), "speedrun_cpu")
     monkeypatch.setattr(threads, "step_timer", lambda config, sequences, device, dtype: {1: sequences / 8}.__getitem__)

@@ -299,6 +299,9 @@ class InputSettings:
         if len(self.input) == 1 and Path(self.input[0]).is_fifo():
             with open(self.input[0], "rb") as pipe:
                 return self._checked(Piped(pipe, self.input[0], field))
+        for name in self.input:
+            if Path(name).is_fifo():
+                raise UserError(f"--input {name} reads a pipe, and nothing beside it: give it alone")
         skipped: Counter[str] = Counter()
         files = self._checked(Files(find_files(self.input, self.pattern, skipped), field))
         if any(Path(name).is_dir() for name in self.input):
@@ -540,6 +543,8 @@ def _read_array(path: Path, field: str, start: int | None) -> Iterator[tuple[str
         for number, row in enumerate(array_elements(blocks()), 1):
             if number > (start or 0):
                 yield _text_of(row, field, f"{path}, element {number}"), number, read
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, after element {number}, is not an array of JSON: {first_line(error)}") from None
 

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -529,6 +530,8 @@ def locked(directory: Path) -> Iterator[None]:
 
 def _is_prepared(directory: Path, made_of: dict, tokenizer: Tokenizer | None, overwrite: bool) -> bool:
     """Whether the dataset exists and is complete. Raises UserError if something else is there, unless `overwrite`."""
+    if not directory.is_dir() and os.path.lexists(directory):
+        raise UserError(f"{directory} is not a folder: delete it, or choose another name")
     if not directory.exists() or overwrite:
         return False
     if tokenizer is not None and not any(directory.glob("*.bin")):

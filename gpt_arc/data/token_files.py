@@ -41,9 +41,7 @@ class ShardWriter:
         while len(tokens):
             chunk = tokens[: self.shard_tokens - self.written % self.shard_tokens]
             self._file = self._file or self._open()
-            content = np.ascontiguousarray(chunk, self._type)
-            self._file.write(content.data)
-            _begin_flush(self._file, content.nbytes)
+            self._file.write(np.ascontiguousarray(chunk, self._type).data)
             self.written += len(chunk)
             tokens = tokens[len(chunk) :]
             if self.written % self.shard_tokens == 0:
@@ -144,12 +142,6 @@ class TokenFiles:
             mend = "prepare the dataset again" if has_tokenizer else "set --vocab_size of train.py"
             raise UserError(f"{folder} has the token id {tokens.max()}, beyond vocab_size = {self.vocab_size}: {mend}")
         return tokens
-
-
-def _begin_flush(file: BinaryIO, size: int) -> None:
-    """Has the disk begin to write the last `size` bytes, so that a later flush waits for less."""
-    if hasattr(os, "posix_fadvise"):  # Linux then writes what is in memory only, and keeps it there
-        os.posix_fadvise(file.fileno(), file.tell() - size, size, os.POSIX_FADV_DONTNEED)
 
 
 def _token_type(vocab_size: int) -> np.dtype:

@@ -91,14 +91,15 @@ def memory_estimate(
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
     tokens = sequences * config.block_size
-    activations = sum(activation_bytes(config, tokens, size, checkpointing))
+    kept, recomputed = activation_bytes(config, tokens, size, checkpointing)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
     in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
         1 - 1 / expert_processes
     )
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
-    return 16 * int(model.num_parameters() - in_other_processes) + activations + logits + biases
+    weights = 16 * int(model.num_parameters() - in_other_processes)
+    return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed
 
 
 def activation_bytes(config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing) -> tuple[int, int]:

@@ -42,6 +42,11 @@ class Parallel:
         replica.register_comm_hook(None, self._reduce)
         return replica
 
+    def place_frozen(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Does what `place` does for a model that isn't trained. Returns the module to call."""
+        align(model)
+        return model.to(device).requires_grad_(False)
+
     def _reduce(self, _: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         self.contribute(bucket.buffer())
         return allreduce_hook(bucket=bucket, process_group=dist.distributed_c10d._get_default_group())

@@ -1,9 +1,11 @@
 """How many CPU threads a step is worth, by measurement: a small model on busy cores is fastest with one."""
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +18,7 @@ from gpt_arc.training.config import Config
 from model import GPT
 
 MEASURED_FOR = 0.15  # seconds, for each number of threads
+PRODUCTS_FOR = 0.02  # seconds of products of matrices, before that
 MEASURED = 20e9  # FLOPs of a measured step; a larger batch is measured in part
 LARGE = 50e9  # FLOPs of one sequence: from here on, threads spend little of their time waiting for one another
 WORTHWHILE = 0.9  # of the time with half the threads; cores that become busy later cost far more than a tenth
@@ -49,6 +52,7 @@ def choose_threads(
         return int(setting)
     if "OMP_NUM_THREADS" in os.environ or device.type != "cpu" or WORLD_SIZE > 1 or large or most == 1:
         return most
+    torch.set_num_threads(1)  # what `timer` builds and tries first would take many seconds with more on busy cores
     seconds_with = timer()
     threads, seconds = 1, seconds_with(1)
     while threads < most:
@@ -80,20 +84,32 @@ def step_timer(config: Config, sequences: int, device: torch.device, dtype: str)
 def timed(step: Callable[[], object]) -> Callable[[int], float]:
     """Returns a function that measures the mean time of `step` with some number of threads, in seconds.
 
-    torch's number of threads stays as measured last.
+    On busy cores a step with several threads can take many seconds. If these threads don't even multiply two matrices
+    faster than one does, the function returns infinity at once. torch's number of threads stays as measured last.
     """
+    matrix = torch.ones(256, 256)
+    product = partial(torch.mm, matrix, matrix)
 
     def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        times: list[float] = []
-        while sum(times) < MEASURED_FOR:
-            started = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - started)
-        return statistics.mean(times[1:] or times)  # the first one also chooses kernels
+        if threads > 1:
+            alone, together = (mean_time(product, count, PRODUCTS_FOR) for count in (1, threads))
+            if together > WORTHWHILE * alone:
+                return math.inf
+        return mean_time(step, threads, MEASURED_FOR)
 
     step()
     return seconds
+
+
+def mean_time(step: Callable[[], object], threads: int, least: float) -> float:
+    """Mean time of `step` with some number of threads, measured for at least `least` seconds."""
+    torch.set_num_threads(threads)
+    times: list[float] = []
+    while sum(times) < least:
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return statistics.mean(times[1:] or times)  # the first one also chooses kernels
 
 
 def set_reading_threads(setting: int | Literal["auto"], model: GPT, tokens: int) -> None:
@@ -115,5 +131,6 @@ def tokens_per_second(config: Config, device: torch.device, dtype: str) -> float
         flops = flops_per_token(GPT(config.model))
     sequences = config.data.batch_size
     threads = resolve_threads(config, None, sequences, flops, device, dtype)
+    torch.set_num_threads(threads)
     seconds = step_timer(config, sequences, device, dtype)(threads)
     return sequences * config.model.block_size / seconds

@@ -210,6 +210,12 @@ def test_damaged_files_are_named(tmp_path, name, content, sentence):
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
+def test_an_element_without_the_field_is_no_damaged_array(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"body": "b"}]')
+    with pytest.raises(UserError, match="^[^ ]*a.json, element 2 has no field 'text': there are 'body'"):
+        read(Files([tmp_path / "a.json"], "text"))
+
+
 @pytest.mark.parametrize("reader", ["documents", "rows"])
 def test_one_row_group_of_parquet_is_held_at_a_time(reader, tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -371,6 +377,13 @@ def test_messages_name_the_pipe_not_its_copy(monkeypatch):
     ):
         with pytest.raises(UserError, match=f"^{sentence}"):
             list(Piped(io.BytesIO(content), "standard input", "text").pieces("never"))
+
+
+def test_a_pipe_among_other_inputs_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match="pipe reads a pipe, and nothing beside it: give it alone$"):
+        InputSettings(input=(str(tmp_path / "a.txt"), str(tmp_path / "pipe"))).files()
 
 
 def test_inputs_may_be_given_by_one_flag_or_several():

@@ -116,6 +116,14 @@ def test_ppo_waits_once_a_token_and_an_update(stage_folder):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.parametrize("setting", ["selective", True])
+def test_checkpointing_takes_the_memory_that_the_plan_says(setting):
+    update = measure("step", {"n_layer": 4, "bias": False}, 12, {"activation_checkpointing": setting})
+    assert update["peak"] == pytest.approx(update["estimate"], rel=0.05)
+
+
+@needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
 def test_both_passes_can_be_cuda_graphs(config):
     result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)

@@ -106,6 +106,38 @@ def test_compiled_code(variant, by_block):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.skipif(REHEARSAL, reason="CPUs have no CUDA graphs")
+def test_cuda_graphs(accumulate):
+    losses = {}
+    for setting in ("graphs", False):
+        _, model = models({})
+        if setting:
+            assert compile_in_place(model, model, batch(), GPU, "bfloat16", graphs=True) is None
+        updater, losses[setting] = Updater(model, TrainingConfig(compile=setting), GPU, "bfloat16"), []
+        for _ in range(5):
+            total = torch.zeros((), device=GPU)
+            for _ in range(accumulate):
+                with autocast(GPU, "bfloat16"):
+                    loss = model(*(x.to(GPU) for x in batch()))
+                updater.backward(loss.total / 512)
+                total += loss.total.detach()
+            losses[setting].append(updater.update(1e-3, total)[2][0])
+    assert losses["graphs"] == pytest.approx(losses[False], rel=2e-3)
+
+
+@pytest.mark.parametrize("setting", ["selective", True])
+def test_activation_checkpointing(setting):
+    results = []
+    for checkpointing in (False, setting):
+        _, model = models(VARIANTS["modern"])
+        model.activation_checkpointing = checkpointing
+        results.append(loss_and_gradients(model, GPU, "bfloat16"))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    for name, gradient in results[0][1].items():
+        assert (results[1][1][name] - gradient).norm() <= 1e-2 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_finds_its_loss_scale(optimizer):
     _, model = models({})

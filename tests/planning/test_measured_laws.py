@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gpt_arc.planning.fits import Result
+from gpt_arc.planning.fits import Result, best_rate, by_rate
 from gpt_arc.planning.scaling_laws import CHINCHILLA, fit
 from gpt_arc.reading import read_json
 from helpers import ROOT
@@ -40,6 +40,20 @@ def test_the_losses_of_shapes_are_those_of_the_sweep():
     assert f"{min(sizes):,} to {max(sizes):,} parameters" in TEXT
     shapes = sorted(shapes, key=lambda shape: shape.n_layer)
     assert f"| val loss | {' | '.join(f'{shape.val_loss:.3f}' for shape in shapes)} |" in TEXT
+
+
+def test_a_rate_tuned_at_width_64_is_right_at_512_with_base_width_only():
+    best = {}
+    for file, ending in (("scaling_rates", " with `base_width = 64`"), ("scaling_rates_plain", " without")):
+        for run, losses in by_rate(read_json(DOCS / f"{file}.json", list[Result])):
+            title = f"{run.n_embd}{ending if run.n_embd > 64 else ''}"
+            best[title] = best_rate([*losses], [*losses.values()])
+            (row,) = re.findall(rf"^\| {re.escape(title)} \|(.*) ([\d.]+) \|$", TEXT, re.M)
+            assert re.findall(r"[\d.]+", row[0]) == [f"{loss:.3f}" for loss in losses.values()]
+            assert row[1] == f"{best[title]:.2g}"
+    ratio, without = best["512 with `base_width = 64`"] / best["64"], best["64"] / best["512 without"]
+    assert 1 / 1.5 < ratio < 1.5 < without
+    assert f"is {ratio:.2f} times that at width 64; without, it is {without:.1f} times lower" in TEXT
 
 
 @pytest.mark.parametrize(("ending", "min_tokens"), [("", 0), ("_larger", 150_000)])

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 from pathlib import Path
@@ -30,6 +31,7 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from helpers import ROOT, TEXT, killed_at_each_call
 from prepare import tinyshakespeare
+from prepare import tokenizer as tokenizer_script
 
 
 @pytest.fixture
@@ -702,6 +704,21 @@ def test_nothing_is_overwritten_without_overwrite(prepare, book):
     assert [path.name for path in Path("data").iterdir()] == ["book"]
 
 
+def test_what_is_not_a_folder_is_not_overwritten(prepare, book):
+    Path("data").mkdir()
+    Path("data/file").touch()
+    Path("data/link").symlink_to("nowhere")
+    Path("other").mkdir()
+    Path("data/folder").symlink_to("../other")
+    flags = (f"--input={book}", "--tokenizer=char", "--overwrite=True")
+    for name in ("file", "link"):
+        refused = f"data/{name} is not a folder: delete it, or choose another name"
+        assert refused in prepare("text.py", *flags, f"--name={name}")
+    prepare("text.py", *flags, "--name=folder")  # in place of the link
+    assert sorted(os.listdir("data")) == ["file", "folder", "link"] and not os.listdir("other")
+    assert len(contents("data/folder")) == 5
+
+
 def test_a_damaged_dataset_is_prepared_again(prepare, book):
     flags = (f"--input={book}", "--name=book", "--tokenizer=char")
     prepare("text.py", *flags)
@@ -766,6 +783,26 @@ def test_a_full_disk_is_reported_in_one_sentence(prepare, book, monkeypatch):
     monkeypatch.setattr("gpt_arc.data.token_files.ShardWriter.append", full)
     message = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
     assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path, monkeypatch, capsys, book):
+    """Although the library doesn't return to Python before it is done."""
+    monkeypatch.chdir(tmp_path)
+    ended = threading.Event()
+
+    def trained(texts, vocab_size):
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(30)
+
+    monkeypatch.setattr(BPETokenizer, "train", trained)
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", f"--input={book}", "--name=x", "--vocab_size=300"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="^130$"):
+        tokenizer_script.main()
+    ended.set()
+    assert not Path("data").exists()
+    message = "tokenizer.py: interrupted, and nothing is saved: repeat the command to start again\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_disk_that_fills_later_says_what_was_saved(prepare, book, monkeypatch):
@@ -956,6 +993,20 @@ def test_no_document_is_shown_after_the_last(prepare, library, tmp_path):
     prepare("text.py", "--input=a.jsonl", f"--tokenizer={library[1]}", "--name=x", "--split=tail")
     output = prepare("show.py", "x", "--documents=5")
     assert "--- 2:" in output and "--- 3:" not in output and "0 tokens" not in output
+
+
+def test_folders_are_shown_whatever_they_lack(prepare, library, tmp_path, monkeypatch):
+    for number, text in enumerate(("a", "b", "")):
+        write_lines(tmp_path / f"{number}.jsonl", [text])
+    flags = ("--input=*.jsonl", f"--tokenizer={library[1]}", "--name=x", "--val_fraction=0.000001")
+    for part in range(2):
+        prepare("text.py", *flags, f"--shard={part}/2")
+    monkeypatch.chdir("data/x-0-of-2")
+    output = prepare("show.py", ".")
+    assert "train        2 tokens in 1 file" in output and "val          " not in output.split("documents")[0]
+    assert "--- 1: 2 tokens\na<|endoftext|>" in output
+    assert f"{library[1]} holds a tokenizer, but no tokens" in prepare("show.py", str(library[1]))
+    assert "there is no dataset /" in prepare("show.py", "/")
 
 
 def test_a_fineweb_sample_and_local_files_exclude_each_other(prepare, tmp_path):

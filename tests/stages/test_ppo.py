@@ -7,6 +7,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,6 +407,24 @@ def assert_same_runs(a, b):
         assert all(torch.equal(state_a["parts"][part][key], value) for key, value in state_b["parts"][part].items())
 
 
+@pytest.mark.parametrize(
+    ("setting", "experts", "device", "dtype", "expected"),
+    [
+        (True, 0, "cuda", "float16", True),
+        (True, 2, "cuda", "bfloat16", True),
+        (False, 0, "cuda", "bfloat16", False),
+        ("auto", 0, "cuda", "bfloat16", False),  # a run of a second
+        ("auto", 0, "cpu", "float32", False),
+        ("auto", 2, "cuda", "float16", False),
+    ],
+)
+def test_responses_are_compiled_on_gpus(setting, experts, device, dtype, expected):
+    """Except by experts that wait for the device within a step."""
+    policy = GPT(config_of(n_experts=experts))
+    device = SimpleNamespace(type=device)
+    assert ppo.compiles_rollouts(ppo.Options(compile=setting), policy, device, dtype) == expected
+
+
 @pytest.mark.parametrize("updates", [3, 8])  # within an iteration and at its end
 def test_an_interrupted_run_resumes_exactly(run, monkeypatch, updates):
     run(*STOPPABLE, "--out_dir=whole")
@@ -515,7 +534,7 @@ def test_the_published_settings():
         ((*TRAIN, "--pretraining_dataset=none"), "pretraining_dataset = none: there is no prepared dataset"),
         ((*TRAIN, "--pretraining_dataset=foreign"), "pretraining_dataset = foreign: it has another tokenizer"),
         ((*TRAIN, "--out_dir=reward", "--reward=reward"), "out_dir = reward holds the model that reward names"),
-        ((*TRAIN, "--compile"), "compile = true is for GPUs, and the device is cpu: leave it out"),
+        ((*TRAIN, "--compile"), "compile = true can't work on cpu in float32 here: leave it out"),
         ((*TRAIN, "--clip=0"), "clip = 0 must be more than 0"),
         ((*TRAIN, "--temperature=0"), "temperature = 0 must be more than 0"),
         ((*TRAIN, "--gae_lambda=1.5"), "gae_lambda = 1.5 must be between 0 and 1"),

@@ -50,6 +50,7 @@ def test_ours_the_peer_and_the_floors_are_measured(tmp_path, monkeypatch, output
     rows = {line[:28].strip(): line[28:].split() for line in output.splitlines()[2:]}
     programs = results["programs"]
     assert list(rows) == list(programs) and "engine alone" in rows and "char: reading and writing" in rows
+    assert "char: both at once" in rows and "characters alone" in rows
     for program, row in programs.items():
         rate = row["megabytes_per_second"]
         assert rate["min"] <= rate["median"] <= rate["max"]

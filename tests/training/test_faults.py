@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import random
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -18,14 +20,17 @@ from gpt_arc.manifest import record_files
 from gpt_arc.settings import seconds_in
 from gpt_arc.training import pace as pace_module
 from gpt_arc.training import signals
+from gpt_arc.training.checkpoints import load_state, resumable
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.pace import Pace
 from gpt_arc.watch import Watch
+from gpt_arc.weights.checkpoint_folders import named_checkpoint, step_of
 from gpt_arc.weights.directory import save_model
-from helpers import ROOT, TINY_FLAGS, assert_same_weights, command, lines_of
+from helpers import ROOT, TINY_FLAGS, assert_same_weights, command, free_port, lines_of
 from model import GPT, GPTConfig
 from stages import sft
+from warm import WarmPopen
 
 FLAGS = "sums.toml", *TINY_FLAGS, "--dtype=float32", "--compile=False"
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -265,3 +270,38 @@ def test_faults_of_one_of_two_processes_are_named_and_survived(workplace, flags)
     assert "has not moved for " in output and "in stuck_on_a_disk" in output
     assert result.returncode and Path("run/last").readlink().name == "step-00000008"
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[3])["skipped"] == 1
+
+
+@pytest.mark.slow
+def test_processes_killed_while_they_save_lose_one_step_at_most(workplace, kills=5):
+    """Every step is saved, in shards; each kill comes at a random moment, and the run resumes from what is left."""
+    flags = *FLAGS, "--parallel=fsdp", "--checkpoint_format=sharded", "--eval_interval=1", "--eval_iters=1"
+    flags += "--max_iters=1000000", "--out_dir=run", "--init_from=auto"
+    moments, step = random.Random(0), 0
+    for _ in range(kills):
+        shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+        processes = [
+            WarmPopen([sys.executable, str(ROOT / "train.py"), *flags], env=shared | {"RANK": rank, "LOCAL_RANK": rank})
+            for rank in ("0", "1")
+        ]
+        try:
+            deadline = time.monotonic() + 60
+            while saved_step() <= step and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(moments.random() / 2)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.wait()
+        last = read_metrics(Path("run/metrics.jsonl"))[-1]["step"]
+        checkpoint = resumable(Path("run"))
+        assert checkpoint == Path("run/last").resolve().relative_to(workplace), "the last one is whole"
+        assert step < step_of(checkpoint) and last - 1 <= step_of(checkpoint) <= last
+        load_state(checkpoint)
+        step = step_of(checkpoint)
+
+
+def saved_step():
+    checkpoint = named_checkpoint(Path("run"), "last")
+    return step_of(checkpoint) if checkpoint else -1

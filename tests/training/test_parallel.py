@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.log import read_metrics
 from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, write_dataset
 
 FLAGS = (
@@ -90,13 +92,45 @@ def test_uneven_shards_and_replicas_of_shards_train_as_one_process(run, processe
     assert_same_run(run("several", *flags, "--parallel=fsdp", processes=processes), run("one", *flags[:1], *flags[2:]))
 
 
+@pytest.mark.slow
+def test_experts_in_four_processes_train_as_in_one(run):
+    """Whose loads, exactly even in some steps, move no bias of the routers by the rounding of their mean."""
+    flags = "--batch_size=12", *VARIANTS["experts"]
+    assert_same_run(run("four", *flags, "--parallel=ddp", processes=4), run("one", *flags))
+
+
 AS_MUON = {"bound": 2e-3, "figures": ("train_loss", "val_loss")}  # bfloat16, where the order of additions shows
 
 
 @pytest.mark.slow
-def test_muon_trains_as_in_one_process(run):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_muon_trains_as_in_one_process(run, mode):
     flags = "--optimizer=muon", "--ema_decay=0.9", *ACCUMULATION
-    assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags), **AS_MUON)
+    assert_same_run(run("two", *flags, f"--parallel={mode}", processes=2), run("one", *flags), **AS_MUON)
+
+
+IN_FLOAT32 = f"""
+import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+torch.Tensor.bfloat16 = torch.Tensor.float
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_muon_in_float32_trains_as_in_one_process(run, monkeypatch, tmp_path):
+    """So nothing but the rounding of Newton and Schulz's iteration, which is in bfloat16, sets processes apart."""
+    script = tmp_path / "in_float32.py"
+    script.write_text(IN_FLOAT32)
+    flags = "--optimizer=muon", *ACCUMULATION
+    arguments = str(script), str(ROOT / "train.py"), "sums.toml", *FLAGS, *flags, "--parallel=fsdp", "--out_dir=two"
+    result = command(*arguments, processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    two = read_metrics(Path("two/metrics.jsonl")), load_file("two/last/model.safetensors")
+    assert_same_run(two, run("one", *flags))
 
 
 @pytest.mark.slow
@@ -225,6 +259,12 @@ with distributed.process_group("gloo", cpu):
                 q.add_(0.1)
     print("equal outputs")
 
+    frozen = sharded.place_frozen(copy.deepcopy(whole), cpu)
+    held = sum(p.to_local().numel() for p in frozen.parameters())
+    assert held < 1.2 / WORLD_SIZE * sum(p.numel() for p in whole.parameters())
+    assert (frozen.eval()(tokens) - whole(tokens)).abs().max() < 1e-5
+    print("equal outputs of shards that aren't trained")
+
     updater = Updater(model, TrainingConfig(), cpu, "float32", sharded)
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -254,7 +294,7 @@ def test_shards_add_up_to_the_model(tmp_path, processes):
     script = tmp_path / "shards.py"
     script.write_text(SHARDS)
     result = command(str(script), processes=processes)
-    assert result.returncode == 0 and result.stdout.count("equal") == 4 * processes, result.stdout + result.stderr
+    assert result.returncode == 0 and result.stdout.count("equal") == 5 * processes, result.stdout + result.stderr
     assert result.stdout.count("skipped by all") == result.stdout.count("flipped bit") == processes
 
 

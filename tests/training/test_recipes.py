@@ -52,6 +52,14 @@ def test_more_minutes_of_a_recipe_read_more():
     assert read[0] < read[1] < read[2]
 
 
+@pytest.mark.parametrize(
+    "train, rate", [(18_000, 0.037), (200 * 24 * 64 / 1.5 + 1, 0.02), (2_048_001, 0.02), (1_000, 0.04)]
+)
+def test_the_rate_of_n_grams_follows_from_the_steps(train, rate):
+    name, settings = choose(int(train), 2_000, {"ngrams": 80_000, "middle": 1, "deep": 1}, 10)
+    assert name == "ngrams" and settings["muon_rate"] == pytest.approx(rate, rel=0.02)
+
+
 def test_windows_fit_into_a_very_short_text():
     settings = choose(270, 30, SLOW, 1)[1]
     assert settings["block_size"] == 29 and settings["max_iters"] == 1

@@ -57,6 +57,34 @@ def test_threads_are_doubled_while_a_step_gets_a_tenth_faster(resolve, seconds, 
     assert resolve(seconds=seconds) == expected
 
 
+def test_what_is_measured_is_built_with_one_thread(monkeypatch):
+    events = []
+    monkeypatch.setattr(torch, "set_num_threads", events.append)
+    threads.choose_threads("auto", CPU, False, lambda: events.append("built") or {1: 1.0, 2: 2.0}.__getitem__)
+    assert events == [1, "built"]
+
+
+@pytest.mark.parametrize(("product_with_two", "expected", "steps"), [(0.95, 1, [1]), (0.5, 2, [1, 2, 4])])
+def test_a_step_is_tried_with_more_threads_only_where_they_speed_up_a_product(
+    monkeypatch, product_with_two, expected, steps
+):
+    """On busy cores one step with two threads can take longer than the whole measurement should."""
+    measured = []
+
+    def mean_time(work, count, least):
+        if work is not step:
+            return {1: 1.0, 2: product_with_two, 4: 0.3}[count]
+        measured.append(count)
+        return {1: 1.0, 2: 0.6, 4: 0.58}[count]
+
+    def step():
+        pass
+
+    monkeypatch.setattr(threads, "mean_time", mean_time)
+    assert threads.choose_threads("auto", CPU, False, lambda: threads.timed(step)) == expected
+    assert measured == steps
+
+
 def test_a_number_of_threads_that_no_doubling_reaches_is_tried_too(resolve, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert resolve(seconds={1: 1.0, 2: 0.6, 3: 0.4}) == 3
@@ -80,10 +108,11 @@ def test_the_timer_measures_steps_with_as_many_threads_as_it_is_given(monkeypatc
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     monkeypatch.setattr(threads, "MEASURED_FOR", 0.01)
+    monkeypatch.setattr(threads, "WORTHWHILE", float("inf"))
     config = Config(model=GPTConfig(vocab_size=9, block_size=8, n_layer=1, n_head=1, n_embd=8))
     seconds_with = threads.step_timer(config, 2, CPU, "float32")
     assert 0 < seconds_with(1) < 1 and 0 < seconds_with(2) < 1
-    assert counts == [1, 2]
+    assert counts == [1, 1, 2, 2]  # a step with 1; products with 1 and 2, and a step with 2
 
 
 def test_a_resumed_run_has_the_number_it_began_with(workplace, stage_runner, monkeypatch):

@@ -11,8 +11,8 @@ are too few (which the output says). It is written in each form that --cases nam
 - ours: `python prepare/text.py` as a user runs it, from the start of Python to the finished dataset; its peak memory.
 - the peer: the library's own encoding of a list of documents in memory on all cores, `encode_ordinary_batch` of
   tiktoken or `encode_batch` of `tokenizers`, on the first --peer_megabytes, without reading or writing anything.
-- floors: gigatoken alone on the first ten times as many megabytes; and reading the corpus and writing as many bytes as
-  the dataset has, with fsync.
+- floors: gigatoken alone, or characters looked up alone, on the first ten times as many megabytes; and reading the
+  corpus and writing as many bytes as the dataset has, with fsync, one after the other and both at once.
 
 A ratio compares the rates in MB of text a second within a round. That by CPU time compares MB a second of all cores'
 work, which says more on a machine that others use.
@@ -42,7 +42,7 @@ from tqdm import tqdm
 from benchmarks.processes import check_requirements, json_settings, spread, write_results
 from gpt_arc.data.documents import Files, available_cores, find_files
 from gpt_arc.data.engine import FastEncoder, corpus_encoder
-from gpt_arc.data.tokenizer import BPETokenizer, LibraryTokenizer, Tokenizer, find_tokenizer
+from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer, Tokenizer, find_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.extras import import_extra
 from gpt_arc.files import resource
@@ -175,16 +175,24 @@ def in_batches(texts: list[str]) -> list[list[str]]:
     return [[text for _, text in group] for _, group in itertools.groupby(zip(numbers, texts), itemgetter(0))]
 
 
-def copy(corpus: Path, dataset: Path) -> None:
-    """Reads a corpus and writes as many bytes as its dataset has."""
+def copy(corpus: Path, dataset: Path, at_once: bool = False) -> None:
+    """Reads a corpus and writes as many bytes as its dataset has, then or meanwhile."""
     size = sum(path.stat().st_size for path in dataset.glob("*.bin"))
-    with open(corpus, "rb", buffering=0) as source, tempfile.TemporaryFile(dir=dataset, buffering=0) as written:
-        block = memoryview(bytearray(1 << 24))
-        while source.readinto(block):
-            pass
+    block = bytes(1 << 24)
+
+    def read() -> None:
+        space = bytearray(len(block))
+        with open(corpus, "rb", buffering=0) as file:
+            while file.readinto(space):
+                pass
+
+    with ThreadPoolExecutor(1) as reader, tempfile.TemporaryFile(dir=dataset, buffering=0) as file:
+        reading = reader.submit(read)
+        if not at_once:
+            reading.result()
         for start in range(0, size, len(block)):
-            written.write(block[: size - start])
-        os.fsync(written.fileno())
+            file.write(block[: size - start])
+        os.fsync(file.fileno())
 
 
 def prepare(folder: Path, case: Case, tokenizer: str) -> float:
@@ -207,6 +215,7 @@ def measure(
     more = first_texts(folder, 10 * settings.peer_megabytes * 10**6)
     peer_size, engine_size = (sum(len(text.encode()) for text in one) / 1e6 for one in (texts, more))
     encode, batches = corpus_encoder(tokenizer), in_batches(more)
+    look_up = CharTokenizer.from_text("".join(more)).encode_batch
     costs: dict[str, list[Cost]] = {}
     memory: dict[str, float] = {}
 
@@ -224,6 +233,9 @@ def measure(
                 memory[case] = max(memory.get(case, 0.0), run(case, megabytes, prepare, folder, case, name))
                 dataset = folder / "data" / case
                 run(f"{case}: reading and writing", megabytes, copy, folder / FILES[case], dataset)
+                run(f"{case}: both at once", megabytes, copy, folder / FILES[case], dataset, True)
+                if case == "char":
+                    run("characters alone", engine_size, lambda: deque(workers.map(look_up, batches), maxlen=0))
     return costs, memory
 
 
