@@ -53,6 +53,7 @@ NOT_RUN = {
     r"python (data/|bench\.py|train\.py config/|sample\.py --out_dir=out-).*": "nanoGPT's",
     r"gpt-arc (train|sample|report|from-nanogpt|prepare X)|python (train|prepare/(text|X))\.py": "names a program",
     r"python stages/scaling\.py sweep .*": "trains for minutes or hours; tests/stages/test_scaling.py runs small ones",
+    r"python stages/scaling\.py fit out/(\w*base_width|scaling_shapes)": "needs what such a sweep trains",
     r".* \.\.\.( .*)?": "leaves out settings that stand above it",
     r"(host=|srun ).*": "needs Slurm",
 }  # fmt: skip
@@ -131,7 +132,7 @@ def commands_of(page: Path) -> list[str]:
 
 def commands_in_comments(path: Path) -> Iterator[str]:
     """The commands in the comments or the docstrings of an example or a config."""
-    text = path.read_text().replace("\\\\\n", " ")
+    text = re.sub(r"\\\\\n|\n#\s{6,}(?=--)", " ", path.read_text())  # a command of several lines
     start = r"^ {4}" if path.suffix == ".py" else r"^# +"
     for line in re.findall(rf"{start}({PROGRAM}[a-z].*)$", text, re.MULTILINE):
         yield re.split(r"\s{2,}(?=[a-z])", line)[0]
@@ -248,6 +249,7 @@ sys.exit(int(channel.recv(100)))
 
 LINKS = ("model.py", "train.py", "sample.py", "new.py", "configs", "examples", "prepare", "stages", "tasks", "tools")
 DATASETS = "mine openwebtext fineweb python_manual tinyshakespeare gpt1_text docstrings instructgpt_text".split()
+DATASETS += ["long_64", "long_512"]
 MODELS = """
 python train.py configs/gpt2.toml
 python train.py configs/modern.toml
