@@ -26,6 +26,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MACHINES = int(os.environ.get("GROUP_WORLD_SIZE", 1))
 IS_MAIN = RANK == 0  # only this process writes files and prints
 
+# by their names in torch 2.13, and before
+all_gather_single: Any = getattr(dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None))
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None))
+
 
 def launch_command(script: str, *arguments: str) -> str:
     """Returns the shell command that runs a script with as many processes as now."""

@@ -10,8 +10,11 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -45,6 +48,25 @@ def texts_of(files: Files) -> Iterator[str]:
         raise UserError(f"there is no text in {files.name}")
 
 
+def train(files: Files, vocab_size: int) -> BPETokenizer:
+    """Trains in a thread, since the library keeps the main one from noticing Ctrl-C until it is done."""
+    trained: Future[BPETokenizer] = Future()
+
+    def run() -> None:
+        try:
+            trained.set_result(BPETokenizer.train(texts_of(files), vocab_size))
+        except BaseException as error:
+            trained.set_exception(error)
+
+    try:
+        threading.Thread(target=run, daemon=True).start()
+        return trained.result()
+    except KeyboardInterrupt:
+        message = "interrupted, and nothing is saved: repeat the command to start again"
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+        os._exit(130)  # an orderly end would abort in the library's thread
+
+
 def refuse_other_contents(directory: Path, overwrite: bool) -> None:
     if any(directory.glob("*.bin")):
         raise UserError(f"{directory} already contains a dataset made with its tokenizer: choose another name")
@@ -61,7 +83,7 @@ def main() -> None:
         raise UserError(f"--tokenizer {options.name} already means another tokenizer: choose another name")
     refuse_other_contents(directory, options.overwrite)
     files = options.files()
-    tokenizer = BPETokenizer.train(texts_of(files), options.vocab_size)
+    tokenizer = train(files, options.vocab_size)
     with locked(directory):
         refuse_other_contents(directory, options.overwrite)  # again: another process may have filled it
         directory.mkdir(exist_ok=True)

@@ -78,7 +78,9 @@ SMALL = {
     "stages/scaling.py predict": "--resamplings=5",
     "examples/long_context_data.py": "--documents=3000",
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
+    "examples/moe_experts.py": "--experts 1 4 --compared=4 --seeds=1 --max_iters=2",
     "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
+    "examples/coordinate_check.py": "--widths 16 32 --steps=1",
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
     "examples/instructions_data.py": "--documents=100 --demonstrations=20 --train=20 --test=5",
     "examples/instruction_judge.py": "--limit=5",
@@ -96,6 +98,12 @@ STAND_INS = {  # in the text of commands
     "report.py RUN": "report.py quickstart",
     " DATASET": " python_manual",
     "--perplexity instructgpt_text": "--perplexity mine",  # its tokenizer is that of the stand-ins
+}
+SWEEPS = {  # and the results that stand in for theirs
+    "scaling_mini": "scaling_mini",
+    "scaling_shapes": "scaling_shapes",
+    "base_width": "scaling_rates",
+    "no_base_width": "scaling_rates_plain",
 }
 BEFORE = {  # what a page takes for granted
     "examples/instruction_judge.py": [
@@ -296,15 +304,16 @@ def fill(folder: Path, shell: Shell) -> None:
         (cache / "refs").mkdir()
         (cache / "refs/main").write_text("0")
     shutil.rmtree(folder / "exported")
-    (folder / "out/scaling_mini").mkdir()
-    shutil.copy(ROOT / "docs/results/scaling_mini.json", folder / "out/scaling_mini/results.json")
+    for name, results in SWEEPS.items():
+        (folder / "out" / name).mkdir()
+        shutil.copy(ROOT / f"docs/results/{results}.json", folder / "out" / name / "results.json")
 
 
 def write_texts(folder: Path) -> None:
     folders = [f"{name}/{i}.txt" for name in ("folder", "pages", "books") for i in range(20)]
     for name in ("book.txt", "stdlib.txt", "wiki.test.tokens", *folders):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(TEXT)
+        (folder / name).write_text(f"{name}\n{TEXT}")  # a hash of the text assigns a document to a split
     (folder / "prompt.txt").write_text("The ")
     (folder / "questions.txt").write_text("1 times\n2 times 3\n")
     (folder / "mine.toml").write_text("[training]\nseed = 1\n")

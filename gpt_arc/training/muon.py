@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from gpt_arc import distributed
@@ -44,7 +43,7 @@ def shared(steps: list[Tensor], group: dict[str, Any]) -> Tensor:
     if processes == 1:
         return share
     whole = share.new_empty(processes * size, *share.shape[1:])
-    dist.all_gather_single(whole, share)
+    distributed.all_gather_single(whole, share)
     return whole[: len(steps)]
 
 

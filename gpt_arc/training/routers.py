@@ -6,6 +6,8 @@ from torch import Tensor
 from gpt_arc import distributed
 from model import GPT
 
+ROUNDING = 1e-6  # of a mean of loads, which depends on the number of processes and mustn't move a bias
+
 
 def freeze_routers(model: GPT) -> None:
     """Takes the routers out of training. Does nothing for a dense model."""
@@ -47,7 +49,8 @@ class RouterMeter:
         rate, experts = self.model.config.balance_rate, self.model.config.n_experts
         for block, load in zip(self.blocks, means[:, :experts]):
             if rate and not self.frozen:
-                block.balance += rate * (1 / experts - load).sign()
+                excess = load * experts - 1
+                block.balance -= rate * torch.where(excess.abs() > ROUNDING, excess.sign(), 0.0)
 
     def take(self) -> dict[str, float]:
         """Returns means over blocks and over the updates since the last call; {} for a dense model.

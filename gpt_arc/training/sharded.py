@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from gpt_arc import distributed
 from gpt_arc.device import DTYPES
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.training.expert_parallel import exchanged
@@ -77,7 +78,7 @@ class AllGather:
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> Any:
         WATCH.arrive()
-        return dist.all_gather_single(output_tensor, input_tensor, group, async_op)
+        return distributed.all_gather_single(output_tensor, input_tensor, group, async_op)
 
 
 class ReduceScatter(AllGather):
@@ -88,7 +89,7 @@ class ReduceScatter(AllGather):
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
         self._contribute(input_tensor)
-        return dist.reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
+        return distributed.reduce_scatter_single(output_tensor, input_tensor, op, group, async_op)
 
 
 def shard_group(tensor: DTensor) -> dist.ProcessGroup:

@@ -1,6 +1,7 @@
 """examples/moe_experts.py: its text, its losses beside the model's, and the command, which continues."""
 
 from pydoc_data.topics import topics
+from statistics import fmean
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 
 import moe_experts
 from gpt_arc.errors import entry_point
+from gpt_arc.evaluation.statistics import standard_error
 from gpt_arc.reading import read_json
-from helpers import randomised
+from helpers import ROOT, randomised
 from model import GPT, GPTConfig
+
+RESULTS = ROOT / "docs/results"
 
 
 def test_every_fifth_thousand_characters_are_held_out():
@@ -62,3 +66,21 @@ def test_mistakes_are_refused(flag, reason, tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
     assert reason in output_of(entry_point(moe_experts.main), "moe_experts.py", flag)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_figures_of_the_runs():
+    runs, page = read_json(RESULTS / "moe_experts.json")["runs"], (RESULTS / "moe.md").read_text()
+    for experts in (1, 2, 4, 8, 16, 32, 64, 128):
+        rows = [run for run in runs if run["experts"] == experts and not run["change"]]
+        cells = [f"{experts}", f"{rows[0]['parameters']:,}", f"{rows[0]['active']:,}", f"{len(rows)}"]
+        cells += [moe_experts.mean_and_error([row[name] for row in rows]) for name in moe_experts.METRICS]
+        assert f"| {' | '.join(cells)} |" in page
+        assert len(rows) == (3 if experts in (1, 8, 64) else 1)
+    plain = {run["seed"]: run for run in runs if run["experts"] == 8 and not run["change"]}
+    for change, value in moe_experts.CHANGES.items():
+        changed = [run for run in runs if run["change"] == change]
+        differences = [[run[name] - plain[run["seed"]][name] for run in changed] for name in moe_experts.METRICS]
+        cells = [f"`{change} = {value:g}`", "3", *map(moe_experts.mean_and_error, differences)]
+        assert len(changed) == 3 and f"| {' | '.join(cells)} |" in page
+        for each in differences[:3]:  # losses and their gap
+            assert abs(fmean(each)) < 2 * standard_error(each)

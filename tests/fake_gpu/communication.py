@@ -5,12 +5,12 @@ It computes on the CPU, and what it sends arrives nowhere. WORLD_SIZE has to be 
 
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,8 +35,8 @@ class Traffic(TorchDispatchMode):
         return result
 
 
-def record_bucket(traffic: Traffic, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DistributedDataParallel's communication hook: C++ code sums the buckets, which no dispatch mode sees."""
+def record_bucket(traffic: Traffic, bucket: dist.GradBucket, process_group: Any) -> torch.futures.Future[Tensor]:
+    """Stands in for `allreduce_hook`, which sums a bucket of DistributedDataParallel in code that can't be traced."""
     traffic.sent.append(("allreduce", bucket.buffer().nbytes, traffic.flops))
     summed = torch.futures.Future()
     summed.set_result(bucket.buffer())
@@ -48,6 +48,7 @@ def update(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[
     from gpt_arc.device import autocast
     from gpt_arc.distributed import WORLD_SIZE
     from gpt_arc.training import expert_parallel
+    from gpt_arc.training import parallel as replicated
     from gpt_arc.training.config import TrainingConfig
     from gpt_arc.training.expert_parallel import ExpertParallel
     from gpt_arc.training.optim import Updater
@@ -71,8 +72,7 @@ def update(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[
     updater = Updater(model, settings, cpu, "bfloat16", parallel, sharing)
     tokens = torch.randint(model.config.vocab_size, (rows, model.config.block_size))
     traffic = Traffic()
-    if isinstance(replica, DistributedDataParallel):
-        replica.register_comm_hook(traffic, record_bucket)
+    replicated.allreduce_hook = partial(record_bucket, traffic)
     for _ in range(2):
         traffic.sent, traffic.flops = [], 0
         with traffic:

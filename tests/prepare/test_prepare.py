@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 from pathlib import Path
@@ -30,6 +31,7 @@ from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from helpers import ROOT, TEXT, killed_at_each_call
 from prepare import tinyshakespeare
+from prepare import tokenizer as tokenizer_script
 
 
 @pytest.fixture
@@ -781,6 +783,26 @@ def test_a_full_disk_is_reported_in_one_sentence(prepare, book, monkeypatch):
     monkeypatch.setattr("gpt_arc.data.token_files.ShardWriter.append", full)
     message = prepare("text.py", f"--input={book}", "--name=x", "--tokenizer=char")
     assert message == "text.py: data/.x.partial: No space left on device\n" and not Path("data").exists()
+
+
+def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path, monkeypatch, capsys, book):
+    """Although the library doesn't return to Python before it is done."""
+    monkeypatch.chdir(tmp_path)
+    ended = threading.Event()
+
+    def trained(texts, vocab_size):
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.wait(30)
+
+    monkeypatch.setattr(BPETokenizer, "train", trained)
+    monkeypatch.setattr(sys, "argv", ["tokenizer.py", f"--input={book}", "--name=x", "--vocab_size=300"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="^130$"):
+        tokenizer_script.main()
+    ended.set()
+    assert not Path("data").exists()
+    message = "tokenizer.py: interrupted, and nothing is saved: repeat the command to start again\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_disk_that_fills_later_says_what_was_saved(prepare, book, monkeypatch):

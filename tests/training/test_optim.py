@@ -299,7 +299,7 @@ def test_processes_share_batched_muon_s_matrices(monkeypatch):
     steps, group = [torch.randn(8, 24) for _ in range(3)], optimizer.param_groups[0]
     alone, shares = shared(steps, group), []
     monkeypatch.setattr("gpt_arc.distributed.WORLD_SIZE", 2)
-    monkeypatch.setattr("torch.distributed.all_gather_single", lambda whole, share: shares.append(share.clone()))
+    monkeypatch.setattr("gpt_arc.distributed.all_gather_single", lambda whole, share: shares.append(share.clone()))
     for rank in (0, 1):
         monkeypatch.setattr("gpt_arc.distributed.RANK", rank)
         assert shared(steps, group).shape == alone.shape

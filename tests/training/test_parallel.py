@@ -92,6 +92,13 @@ def test_uneven_shards_and_replicas_of_shards_train_as_one_process(run, processe
     assert_same_run(run("several", *flags, "--parallel=fsdp", processes=processes), run("one", *flags[:1], *flags[2:]))
 
 
+@pytest.mark.slow
+def test_experts_in_four_processes_train_as_in_one(run):
+    """Whose loads, exactly even in some steps, move no bias of the routers by the rounding of their mean."""
+    flags = "--batch_size=12", *VARIANTS["experts"]
+    assert_same_run(run("four", *flags, "--parallel=ddp", processes=4), run("one", *flags))
+
+
 AS_MUON = {"bound": 2e-3, "figures": ("train_loss", "val_loss")}  # bfloat16, where the order of additions shows
 
 
