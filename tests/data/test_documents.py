@@ -350,6 +350,7 @@ def test_a_packed_parquet_is_refused_with_a_mend(tmp_path, packing, name):
         ("a.tar.gz", gzip.compress(b"a".ljust(257, b"\0") + b"ustar\0" + bytes(250)), "holds a .tar archive"),
         ("a.gz.gz", gzip.compress(gzip.compress(b"a text")), "holds another packed file (.gz)"),
     ],
+    ids=["zip", "pdf", "tar.gz", "gz.gz"],
 )
 def test_archives_are_refused_with_a_mend(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
