@@ -40,7 +40,13 @@ OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance
 # settings that older versions don't know, and the value that means what these do
 LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
 LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
-LATER |= {"rotary_context": None, "rotary_fast": None, "rotary_slow": 1.0, "rotary_attention_factor": None}
+LATER |= {
+    "attention_sinks": 0,
+    "rotary_context": None,
+    "rotary_fast": None,
+    "rotary_slow": 1.0,
+    "rotary_attention_factor": None,
+}
 # settings that may change on loading; a smaller context truncates learned positions
 REPLACEABLE = OF_TRAINING | STRETCHING | {"init", "base_width", "block_size"}
 

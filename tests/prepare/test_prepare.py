@@ -797,8 +797,12 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(BPETokenizer, "train", trained)
     monkeypatch.setattr(sys, "argv", ["tokenizer.py", f"--input={book}", "--name=x", "--vocab_size=300"])
     monkeypatch.setattr(os, "_exit", sys.exit)
-    with pytest.raises(SystemExit, match="^130$"):
-        tokenizer_script.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit, match="^130$"):
+            tokenizer_script.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     ended.set()
     assert not Path("data").exists()
     message = "tokenizer.py: interrupted, and nothing is saved: repeat the command to start again\n"
