@@ -53,11 +53,11 @@ class Options:
     """Number of experts at which settings are changed."""
     seeds: Count = 3
     """Runs of each model."""
-    max_iters: Count = 200
+    max_iters: Count = 1000
     """Updates of each run, of 1,024 characters."""
     learning_rate: Positive = 4e-3
     """Peak; rises over the first twentieth of the updates, then falls to zero along a cosine."""
-    characters: Annotated[int, Ge(5000)] = 25_000
+    characters: Annotated[int, Ge(5000)] = 200_000
     """Length of the text; every fifth thousand is held out."""
     output: Path = Path("out/moe_experts")
     """Folder for the results."""
