@@ -106,7 +106,7 @@ class Options(ExampleOptions):
             raise ValueError("batch_size = 1 leaves no other captions to tell an image's from: 2 is the least")
 
 
-class Split:
+class ImageSplit:
     """Images of a split with the numbers of their classes."""
 
     def __init__(self, images: Sequence[LabelledImage], classes: Sequence[Sequence[str]]):
@@ -124,7 +124,7 @@ class Split:
 
 @torch.no_grad()
 def measure(
-    model: Learner, split: Split | CaptionedImages, preprocessing: Preprocessing, options: Options, run: StageRun
+    model: Learner, split: ImageSplit | CaptionedImages, preprocessing: Preprocessing, options: Options, run: StageRun
 ) -> tuple[float, float]:
     """Returns the mean loss in nats and the share of right answers over a split's labels, or captions, in all
     processes."""
@@ -141,7 +141,7 @@ def measure(
 
 def learner(
     options: Options, encoder: ImageEncoder, images: Mapping[str, Sequence[LabelledImage]]
-) -> tuple[Learner, Mapping[str, Split | CaptionedImages]]:
+) -> tuple[Learner, Mapping[str, ImageSplit | CaptionedImages]]:
     """Returns the module that learns from the images, and the splits as it reads them; says what they are.
 
     Raises UserError for images that teach nothing, or a text model that can't read captions.
@@ -153,7 +153,7 @@ def learner(
             say(f"{name:<15}{counted(len(split.paths), 'image')} with captions")
         return CaptionMatcher(encoder, text, options.contrastive_loss), captioned
     classes = classes_of([image for split in images.values() for image in split], options.labels)
-    splits = {name: Split(split, classes) for name, split in images.items()}
+    splits = {name: ImageSplit(split, classes) for name, split in images.items()}
     for name, split in splits.items():
         labels = counted(split.count(range(len(split.paths))), "label")
         say(f"{name:<15}{counted(len(split.paths), 'image')} with {labels}")

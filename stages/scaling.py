@@ -46,7 +46,7 @@ from gpt_arc.planning.budget import (
     serving_memory,
 )
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
-from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, by_rate, fit_laws, size_of
+from gpt_arc.planning.fits import FinishedRun, Laws, best_of_rates, best_rate, by_rate, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare
@@ -138,19 +138,19 @@ class FitOptions:
     """Draw PNG and SVG pictures beside the results."""
 
 
-def read_results(path: Path, min_tokens: int) -> tuple[list[Result], Path]:
+def read_results(path: Path, min_tokens: int) -> tuple[list[FinishedRun], Path]:
     """The results of a sweep, without runs of fewer tokens, and their file. Raises UserError."""
     file = path / "results.json" if path.is_dir() else path
     if not file.exists():
         raise UserError(f"there is no {file}: train with python stages/scaling.py sweep FILE.toml")
-    results = [result for result in read_json(file, list[Result]) if result.tokens >= min_tokens]
+    results = [result for result in read_json(file, list[FinishedRun]) if result.tokens >= min_tokens]
     if not results:
         least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
         raise UserError(f"{file} has no results{least}: train with python stages/scaling.py sweep FILE.toml")
     return results, file
 
 
-def show_rates(results: list[Result]) -> None:
+def show_rates(results: list[FinishedRun]) -> None:
     """Prints the losses by learning rate of the shapes and tokens that were trained with three rates or more."""
     for run, losses in by_rate(results):
         best = best_rate([*losses], [*losses.values()])

@@ -5,6 +5,7 @@ import functools
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -112,6 +113,14 @@ def test_modules_have_no_import_cycles():
         ready = {name for name in needs.keys() - resolved if not (needs[name] & needs.keys()) - resolved}
         assert ready, f"an import cycle among {sorted(needs.keys() - resolved)}"
         resolved |= ready
+
+
+def test_no_two_classes_have_one_name():
+    """Except for the options of scripts."""
+    scripts = [path for folder in (*FOLDERS, "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+    paths = [*LIBRARY, *SCRIPTS[: len(AT_THE_ROOT)], *scripts]
+    classes = Counter(node.name for path in paths for node in parsed(path).body if isinstance(node, ast.ClassDef))
+    assert {name for name, count in classes.items() if count > 1} == {"Options"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "gpt_arc" / "nn").glob("*.py")), ids=lambda path: path.stem)

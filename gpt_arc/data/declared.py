@@ -30,7 +30,7 @@ CONTENT = "{content}"  # in a template of chat.json
 MARK = re.compile(r"(<\|\w+\|>)")
 
 
-class Vocabulary(Protocol):
+class TokenLookup(Protocol):
     """What a `Tokenizer` knows by itself."""
 
     vocab_size: int
@@ -51,7 +51,7 @@ class Declared:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-def read_declared(folder: Path, tokenizer: Vocabulary, prefix: tuple[int, ...] | None) -> Declared:
+def read_declared(folder: Path, tokenizer: TokenLookup, prefix: tuple[int, ...] | None) -> Declared:
     """Returns what the files in `folder` declare. Raises UserError naming a damaged file.
 
     The tokenizer's end_of_text is used if no eos_token is declared. `prefix` is that of tokenizer.json, or None without
@@ -96,7 +96,7 @@ def end_mark(assistant: str) -> str:
     return match.group() if match else ""
 
 
-def _response_end(chat: dict[str, Any], tokenizer: Vocabulary) -> int | None:
+def _response_end(chat: dict[str, Any], tokenizer: TokenLookup) -> int | None:
     """Returns the id that ends a response by a chat.json; None for a damaged one, which `load_chat` refuses."""
     try:
         mark = end_mark(chat["template"]["assistant"])

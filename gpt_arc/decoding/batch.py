@@ -22,7 +22,7 @@ from gpt_arc.device import send
 
 
 @dataclass(eq=False)
-class Request:
+class LiveRequest:
     """A continuation to compute."""
 
     prompt: Sequence[int]
@@ -40,18 +40,20 @@ class Token(NamedTuple):
     alternatives: list[tuple[int, float]]  # ids and log-probabilities of the most likely tokens, in order
 
 
-class Batch:
+class LiveBatch:
     """The continuations that a decoder computes together."""
 
     def __init__(self, decoder: Decoder, rows: int = 1):
         """Reserves space for `rows` continuations, growing as needed."""
         self.decoder = decoder
-        self.requests: list[Request] = []  # one for each row
+        self.requests: list[LiveRequest] = []  # one for each row
         self._tokens: list[int] = []  # the latest token of each, which the decoder hasn't read
         decoder.clear(rows, 1)
         decoder.keep([])
 
-    def step(self, joining: Sequence[Request] = (), leaving: Sequence[Request] = ()) -> list[tuple[Request, Token]]:
+    def step(
+        self, joining: Sequence[LiveRequest] = (), leaving: Sequence[LiveRequest] = ()
+    ) -> list[tuple[LiveRequest, Token]]:
         """Returns the next token of every continuation, after some have left and others have joined.
 
         Raises NotFinite. After an error the batch is of no further use.
@@ -66,7 +68,7 @@ class Batch:
         self._tokens = [token.id for token in tokens]
         return list(zip(self.requests, tokens))
 
-    def _remove(self, leaving: Sequence[Request]) -> None:
+    def _remove(self, leaving: Sequence[LiveRequest]) -> None:
         """Drops rows. The last ones move into their places, so few keys and values are copied."""
         kept = [row for row, request in enumerate(self.requests) if request not in leaving]
         if len(kept) == len(self.requests):
@@ -78,7 +80,7 @@ class Batch:
         self.requests = [self.requests[row] for row in rows]
         self._tokens = [self._tokens[row] for row in rows]
 
-    def _read(self, joining: Sequence[Request]) -> Tensor:
+    def _read(self, joining: Sequence[LiveRequest]) -> Tensor:
         """Reads prompts, equal ones once. Returns their logits (B, V)."""
         places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.prompt) for request in joining))}
         logits = self.decoder.add(list(places))

@@ -60,7 +60,7 @@ class Group(NamedTuple):
         return len(self.context) + after < 0.9 * (len(self.context) * len(self.continuations) + after)
 
 
-class Row(NamedTuple):
+class ScoredRow(NamedTuple):
     """A continuation of one of several contexts."""
 
     context: int  # index of the context
@@ -227,7 +227,7 @@ def _score_alone(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Iter
     """Scores each context with its only continuation, in one pass and without masks."""
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
-        rows = [Row(g, *group.continuations[0]) for g, group in enumerate(batch)]
+        rows = [ScoredRow(g, *group.continuations[0]) for g, group in enumerate(batch)]
         sequences = [[*group.context, *row.tokens[:-1]] for group, row in zip(batch, rows)]
         lengths = send([len(tokens) for tokens in sequences], device)
         padded = lengths if model.config.rotary_scaling == "dynamic" else None
@@ -240,7 +240,7 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
     """Reads each context once, then scores its continuations from its keys and values."""
     device = _device(model)
     for batch in _batches(groups, lambda group: group.length, batch_tokens, device):
-        rows = [Row(g, *item) for g, group in enumerate(batch) for item in group.continuations]
+        rows = [ScoredRow(g, *item) for g, group in enumerate(batch) for item in group.continuations]
         longest = max(len(row.tokens) for row in rows) - 1  # input tokens of a continuation
         contexts = pad_rows([group.context for group in batch], device)
         slots = contexts.size(1) + longest if longest else 0  # without a second token nothing is cached
@@ -263,7 +263,13 @@ def _score_shared(model: GPT, groups: Sequence[Group], batch_tokens: int) -> Ite
 
 
 def _read_on(
-    model: GPT, cache: Sequence[BlockCache], used: int, rows: Sequence[Row], owners: Tensor, tails: Tensor, ends: Tensor
+    model: GPT,
+    cache: Sequence[BlockCache],
+    used: int,
+    rows: Sequence[ScoredRow],
+    owners: Tensor,
+    tails: Tensor,
+    ends: Tensor,
 ) -> Tensor:
     """Returns hidden states (R, T, C) of the rows' continuations, the longest first, without their last tokens.
 
@@ -290,7 +296,7 @@ def _cache_dtype(model: GPT) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _scored(model: GPT, rows: Sequence[Row], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
+def _scored(model: GPT, rows: Sequence[ScoredRow], hidden: Sequence[Tensor]) -> Iterator[tuple[int, Score]]:
     """Yields the score of each row, from the hidden states (tokens, C) that predict its tokens."""
     joined = torch.cat(list(hidden))
     targets = send([token for row in rows for token in row.tokens], joined.device)

@@ -28,7 +28,7 @@ from gpt_arc.settings import Count, Positive
 EQUAL = 1.05  # runs whose FLOPs differ by less have one budget
 
 
-class Result(NamedTuple):
+class FinishedRun(NamedTuple):
     """What a finished run of a sweep came to. Losses are in nats a token."""
 
     run: str
@@ -76,21 +76,21 @@ class Laws:
         }
 
 
-def size_of(result: Result, embeddings: bool) -> int:
+def size_of(result: FinishedRun, embeddings: bool) -> int:
     return result.parameters if embeddings else result.parameters_without_embeddings
 
 
-def same_but_rate(result: Result) -> tuple[int, ...]:
+def same_but_rate(result: FinishedRun) -> tuple[int, ...]:
     """What runs have in common that differ in nothing but the learning rate."""
     return result.tokens, result.n_layer, result.n_embd, result.seed
 
 
-def best_of_rates(results: Sequence[Result]) -> list[Result]:
+def best_of_rates(results: Sequence[FinishedRun]) -> list[FinishedRun]:
     """Returns, of runs that differ in nothing but the learning rate, the one with the lowest loss."""
     return [min(group, key=lambda r: r.val_loss) for group in grouped(results, same_but_rate)]
 
 
-def by_rate(results: Sequence[Result]) -> list[tuple[Result, dict[float, float]]]:
+def by_rate(results: Sequence[FinishedRun]) -> list[tuple[FinishedRun, dict[float, float]]]:
     """Returns one of the runs that differ only in their rates, of three or more, and their losses by ascending rate."""
     losses = [
         (rows[0], dict(sorted((row.learning_rate, row.val_loss) for row in rows if row.learning_rate)))
@@ -109,7 +109,7 @@ def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     return parabola(rates[around], losses[around]).best if 0 < lowest < len(rates) - 1 else None
 
 
-def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200, seed: int = 0) -> Laws:
+def fit_laws(results: Sequence[FinishedRun], embeddings: bool, resamplings: int = 200, seed: int = 0) -> Laws:
     """Fits every law that the results of a sweep determine. N counts `embeddings` and head, or doesn't."""
     sizes = [size_of(result, embeddings) for result in results]
     most = [max(group, key=lambda r: r.tokens) for group in grouped(results, lambda r: size_of(r, embeddings))]
@@ -118,7 +118,7 @@ def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200
     fits: dict[str, Fit] = {}
     missing: dict[str, str] = {}
 
-    def attempt(name: str, form: Form, rows: Sequence[Result], variables: Mapping[str, Sequence[float]]) -> None:
+    def attempt(name: str, form: Form, rows: Sequence[FinishedRun], variables: Mapping[str, Sequence[float]]) -> None:
         if any(len(set(values)) < 3 for values in variables.values()):
             missing[name] = "it needs three values or more of each of its variables"
             return
@@ -151,13 +151,13 @@ def fit_laws(results: Sequence[Result], embeddings: bool, resamplings: int = 200
     return Laws(embeddings, len(results), fits, trends, parabolas, missing)
 
 
-def unbeaten(results: Sequence[Result], cost: Callable[[Result], float]) -> list[Result]:
+def unbeaten(results: Sequence[FinishedRun], cost: Callable[[FinishedRun], float]) -> list[FinishedRun]:
     """Returns the runs with a lower loss than every run that costs as little or less."""
     return [r for r in results if all(r.val_loss <= s.val_loss for s in results if cost(s) <= cost(r))]
 
 
 def best_sizes(
-    results: Sequence[Result], embeddings: bool, missing: dict[str, str]
+    results: Sequence[FinishedRun], embeddings: bool, missing: dict[str, str]
 ) -> tuple[dict[str, Trend], dict[float, Parabola]]:
     """Chinchilla's approaches 1 and 2: the best N as a power of C."""
     trends: dict[str, Trend] = {}
@@ -197,13 +197,13 @@ def best_sizes(
     return trends, parabolas
 
 
-def grouped(results: Sequence[Result], key: Callable[[Result], Any]) -> list[list[Result]]:
+def grouped(results: Sequence[FinishedRun], key: Callable[[FinishedRun], Any]) -> list[list[FinishedRun]]:
     return [list(group) for _, group in itertools.groupby(sorted(results, key=key), key)]
 
 
-def budgets(results: Sequence[Result]) -> list[list[Result]]:
+def budgets(results: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     """Groups the runs of about equal FLOPs."""
-    groups: list[list[Result]] = []
+    groups: list[list[FinishedRun]] = []
     for result in sorted(results, key=lambda r: r.flops):
         if groups and result.flops <= EQUAL * groups[-1][0].flops:
             groups[-1].append(result)

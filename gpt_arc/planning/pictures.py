@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from gpt_arc.extras import import_extra
-from gpt_arc.planning.fits import Laws, Result, best_of_rates, best_rate, budgets, by_rate, grouped, size_of
+from gpt_arc.planning.fits import FinishedRun, Laws, best_of_rates, best_rate, budgets, by_rate, grouped, size_of
 
 JOINT = "L(N, D), Chinchilla's form"
 
 
-def draw_all(runs: Sequence[Result], laws: Laws, folder: Path) -> list[Path]:
+def draw_all(runs: Sequence[FinishedRun], laws: Laws, folder: Path) -> list[Path]:
     """Draws every picture that the sweep has data for. Returns the files."""
     results = best_of_rates(runs)
     drawings: dict[str, Callable[[Any], None]] = {"compute": lambda axes: draw_compute(axes, results, laws)}
@@ -36,7 +36,7 @@ def draw_all(runs: Sequence[Result], laws: Laws, folder: Path) -> list[Path]:
     return written
 
 
-def draw_compute(axes: Any, results: Sequence[Result], laws: Laws) -> None:
+def draw_compute(axes: Any, results: Sequence[FinishedRun], laws: Laws) -> None:
     """Loss against compute: a line for each run, and the law of the frontier."""
     for result in results:
         tokens = np.array([tokens for tokens, _ in result.curve])
@@ -53,7 +53,7 @@ def draw_compute(axes: Any, results: Sequence[Result], laws: Laws) -> None:
         axes.legend()
 
 
-def draw_parabolas(axes: Any, results: Sequence[Result], laws: Laws) -> None:
+def draw_parabolas(axes: Any, results: Sequence[FinishedRun], laws: Laws) -> None:
     """Loss against size at equal compute, with the fitted parabolas and their lowest points."""
     for number, rows in enumerate(budgets(results)):
         sizes = np.array([size_of(r, laws.embeddings) for r in rows])
@@ -68,7 +68,7 @@ def draw_parabolas(axes: Any, results: Sequence[Result], laws: Laws) -> None:
     axes.legend(fontsize="small")
 
 
-def draw_residuals(axes: Any, results: Sequence[Result], laws: Laws) -> None:
+def draw_residuals(axes: Any, results: Sequence[FinishedRun], laws: Laws) -> None:
     """How far each run is from Chinchilla's form, in percent of its loss."""
     points = axes.scatter(
         [r.flops for r in results], 100 * laws.fits[JOINT].residuals, c=np.log10([r.tokens for r in results]), s=14
@@ -78,7 +78,7 @@ def draw_residuals(axes: Any, results: Sequence[Result], laws: Laws) -> None:
     axes.set(xscale="log", xlabel="FLOPs", ylabel="loss above the law, %")
 
 
-def draw_predicted(axes: Any, results: Sequence[Result], laws: Laws) -> None:
+def draw_predicted(axes: Any, results: Sequence[FinishedRun], laws: Laws) -> None:
     """Losses by Chinchilla's form against those that runs came to."""
     sizes, tokens = [size_of(r, laws.embeddings) for r in results], [r.tokens for r in results]
     actual = np.array([r.val_loss for r in results])
@@ -88,7 +88,7 @@ def draw_predicted(axes: Any, results: Sequence[Result], laws: Laws) -> None:
     axes.set(xlabel="val loss by the law", ylabel="val loss of the run")
 
 
-def draw_shapes(axes: Any, results: Sequence[Result]) -> None:
+def draw_shapes(axes: Any, results: Sequence[FinishedRun]) -> None:
     """Loss against width over depth of runs with about equal parameters and equal tokens; a line of the seeds' mean."""
     for number, group in enumerate(group for group in same_size(results) if len({r.n_layer for r in group}) > 2):
         label = f"{np.mean([r.parameters_without_embeddings for r in group]):.2g} parameters"
@@ -101,7 +101,7 @@ def draw_shapes(axes: Any, results: Sequence[Result]) -> None:
     axes.legend()
 
 
-def draw_rates(axes: Any, runs: Sequence[Result]) -> None:
+def draw_rates(axes: Any, runs: Sequence[FinishedRun]) -> None:
     """Loss against learning rate, with a dotted line at the best."""
     for number, (run, losses) in enumerate(by_rate(runs)):
         label, color = f"{run.n_layer}x{run.n_embd}, {run.tokens:,} tokens", f"C{number % 10}"
@@ -112,9 +112,9 @@ def draw_rates(axes: Any, runs: Sequence[Result]) -> None:
     axes.legend(fontsize="small")
 
 
-def same_size(results: Sequence[Result]) -> list[list[Result]]:
+def same_size(results: Sequence[FinishedRun]) -> list[list[FinishedRun]]:
     """Groups runs of equal tokens whose parameters without embeddings are within a tenth of the smallest's."""
-    groups: list[list[Result]] = []
+    groups: list[list[FinishedRun]] = []
     for rows in grouped(results, lambda r: r.tokens):
         rows = sorted(rows, key=lambda r: r.parameters_without_embeddings)
         start = 0

@@ -28,7 +28,7 @@ MOST_POINTS = 2000  # of a curve
 SMOOTHED = 0.02  # of a curve's points, over which a smoothed one averages
 
 
-class Curve(NamedTuple):
+class RunCurve(NamedTuple):
     """One metric of one run; `axes` has the coordinates by name, where the run has recorded them."""
 
     run: int
@@ -45,7 +45,7 @@ class Curve(NamedTuple):
 class Chart(NamedTuple):
     name: str
     title: str
-    curves: list[Curve]
+    curves: list[RunCurve]
 
 
 def charts_of(runs: Sequence[RunContent]) -> list[Chart]:
@@ -70,7 +70,7 @@ def charts_of(runs: Sequence[RunContent]) -> list[Chart]:
     return charts
 
 
-def curve_of(run: int, lines: Sequence[dict[str, Any]], metric: str) -> Curve:
+def curve_of(run: int, lines: Sequence[dict[str, Any]], metric: str) -> RunCurve:
     """Returns a metric's curve. A line without `tokens` or `seconds` has those of the line before it."""
     latest: dict[str, float] = {}
     points = []
@@ -81,7 +81,7 @@ def curve_of(run: int, lines: Sequence[dict[str, Any]], metric: str) -> Curve:
     points = thinned(points)
     axes = {axis: [place[axis] for _, place in points if axis in place] for axis in AXES}
     whole = {axis: places for axis, places in axes.items() if len(places) == len(points)}
-    return Curve(run, metric, [value for value, _ in points], whole)
+    return RunCurve(run, metric, [value for value, _ in points], whole)
 
 
 def thinned(points: list[tuple[float, Any]], most: int = MOST_POINTS) -> list[tuple[float, Any]]:

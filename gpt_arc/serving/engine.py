@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 from gpt_arc.data.text_stream import TextStream
-from gpt_arc.decoding.batch import Batch, Request, Token
+from gpt_arc.decoding.batch import LiveBatch, LiveRequest, Token
 from gpt_arc.decoding.decoder import Decoder
 
 MOST_WAITING = 512  # continuations
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 class Choice:
     """A continuation that a client wants: its request, and its text so far."""
 
-    def __init__(self, index: int, request: Request, stream: TextStream, max_new_tokens: int):
+    def __init__(self, index: int, request: LiveRequest, stream: TextStream, max_new_tokens: int):
         self.index, self.request, self.stream, self.room = index, request, stream, max_new_tokens
         self.sent = 0  # characters
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
@@ -54,8 +54,8 @@ class Engine:
     def __init__(self, decoder: Decoder, rows: int):
         self.decoder, self.rows = decoder, rows
         self._waiting: deque[Choice] = deque()
-        self._running: dict[Request, Choice] = {}
-        self._leaving: list[Request] = []
+        self._running: dict[LiveRequest, Choice] = {}
+        self._leaving: list[LiveRequest] = []
         self._work = asyncio.Event()
 
     @property
@@ -81,7 +81,7 @@ class Engine:
                     self._running[choice.request] = choice
                     joining.append(choice.request)
                 try:
-                    batch = batch or await loop.run_in_executor(thread, Batch, self.decoder, self.rows)
+                    batch = batch or await loop.run_in_executor(thread, LiveBatch, self.decoder, self.rows)
                     for request, token in await loop.run_in_executor(thread, batch.step, joining, leaving):
                         if request in self._running and self._running[request].push(token):
                             self._leave(request)
@@ -119,7 +119,7 @@ class Engine:
                 elif choice.request in self._running:
                     self._leave(choice.request)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: LiveRequest) -> None:
         del self._running[request]
         self._leaving.append(request)
         self._work.set()

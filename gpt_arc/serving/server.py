@@ -114,7 +114,7 @@ class Model:
         choices = [
             Choice(
                 index,
-                batch.Request(prompt, request.sampling, generator, request.alternatives),
+                batch.LiveRequest(prompt, request.sampling, generator, request.alternatives),
                 TextStream(self.tokenizer, *self._reading(prompt, is_chat, request.stop)),
                 limit,
             )

@@ -17,7 +17,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import resource, write_file
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import flops_per_token
-from gpt_arc.planning.fits import Result
+from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reading import read_toml
 from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Seed, build, read_value
 from gpt_arc.training.config import SETTINGS, Config, DataConfig, build_config, read_settings, write_settings
@@ -133,11 +133,11 @@ class SweepRun:
         flags = [f"--resume={self.folder}"] if self.resumable else [f"--out_dir={self.folder}", "--overwrite"]
         return [*program, str(resource("train.py")), str(self.config), *flags]
 
-    def result(self) -> Result:
+    def result(self) -> FinishedRun:
         """The result of a finished run."""
         lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if "val_loss" in line]
         last, settings = lines[-1], self.settings
-        return Result(
+        return FinishedRun(
             self.name, settings["n_layer"], settings["n_embd"], settings["seed"],
             self.parameters, self.parameters_without_embeddings, self.tokens, self.flops,
             last["val_loss"], last["seconds"], [(line["tokens"], line["val_loss"]) for line in lines if line["tokens"]],
@@ -207,6 +207,6 @@ def sweep_runs(path: Path) -> list[SweepRun]:
     return sorted(runs, key=lambda run: run.flops)
 
 
-def write_table(results: list[Result]) -> str:
+def write_table(results: list[FinishedRun]) -> str:
     """Returns results as JSON, a run a line."""
     return "[\n" + ",\n".join(json.dumps(result._asdict()) for result in results) + "\n]\n"

@@ -32,7 +32,7 @@ from gpt_arc.weights.tensor_files import WEIGHTS
 PREPROCESSOR = "preprocessor_config.json"
 
 
-class Source(NamedTuple):
+class EncoderSource(NamedTuple):
     """An architecture of transformers in terms of ours."""
 
     class_name: str
@@ -53,7 +53,7 @@ LIKE_CLIP: dict[str, tuple[str, ...]] = {
     "mlp.projection": ("mlp.fc2",),
 }
 SOURCES = {
-    "vit": Source(
+    "vit": EncoderSource(
         "ViTModel",
         1e-12,
         "gelu",
@@ -74,7 +74,7 @@ SOURCES = {
             "mlp.projection": ("mlp.fc2",),
         },
     ),
-    "siglip_vision_model": Source(
+    "siglip_vision_model": EncoderSource(
         "SiglipVisionModel",
         1e-6,
         "gelu_pytorch_tanh",
@@ -87,7 +87,7 @@ SOURCES = {
         "encoder.layers",
         LIKE_CLIP,
     ),
-    "clip_vision_model": Source(
+    "clip_vision_model": EncoderSource(
         "CLIPVisionModel",
         1e-5,
         "quick_gelu",
@@ -119,7 +119,7 @@ FORMER = {  # a ViT's names before transformers 5
 
 
 @with_config(ConfigDict(strict=True, extra="allow"))
-class Declared(TypedDict, total=False):
+class DeclaredEncoder(TypedDict, total=False):
     """The keys of a config.json of transformers that EncoderConfig doesn't check."""
 
     model_type: str
@@ -172,7 +172,7 @@ def encoder_config(content: dict[str, Any]) -> tuple[str, EncoderConfig]:
         raise UserError(f"it doesn't describe a valid encoder: {mistake(error, EncoderConfig)}") from None
 
 
-def _parts(name: str, source: Source) -> list[str]:
+def _parts(name: str, source: EncoderSource) -> list[str]:
     """Returns the tensors of transformers that our tensor `name` stacks."""
     if name in source.names:
         return [source.names[name]]
@@ -199,7 +199,7 @@ def read_encoder(directory: Path) -> tuple[ImageEncoder, Preprocessing]:
     """
     path = directory / "config.json"
     try:
-        kind, config = encoder_config(dict(read_json(path, Declared)))
+        kind, config = encoder_config(dict(read_json(path, DeclaredEncoder)))
     except UserError as error:
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
     return read_encoder_tensors(directory, kind, config), read_preprocessing(directory)

@@ -68,32 +68,32 @@ class Architecture:
     def full_name(self, name: str) -> str:
         return name if name.split(".")[0] == self.head.split(".")[0] else self.prefix + name
 
-    def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["Part"]:
+    def parts_of(self, name: str, shape: torch.Size, config: GPTConfig) -> list["TensorPart"]:
         """Returns the tensors of this architecture that our tensor `name` of `shape` stacks, in row order."""
         if len(shape) == 3:  # the matrices of all experts
             matrices = self.parts_of(f"{name}.weight", shape[1:], config)
             if "{}" in matrices[0].name:
                 return [part._replace(name=part.name.format(expert)) for expert in range(shape[0]) for part in matrices]
-            return [Part(matrices[0].name.removesuffix(".weight"), shape[0] * shape[1], tuple(shape), False)]
+            return [TensorPart(matrices[0].name.removesuffix(".weight"), shape[0] * shape[1], tuple(shape), False)]
         if name in self.outside:  # a vector of its own
-            return [Part(self.outside[name], shape[0], tuple(shape), False)]
+            return [TensorPart(self.outside[name], shape[0], tuple(shape), False)]
         module, kind = name.rsplit(".", 1)
         if not module.startswith("blocks."):
-            return [Part(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
+            return [TensorPart(f"{self.outside[module]}.{kind}", shape[0], tuple(shape), False)]
         _, layer, module = module.split(".", 2)
         query, key = config.n_head * config.head_width, config.kv_heads * config.head_width
         # one tensor; an MLP's gate and value; or attention's query, key and value
         counts = {1: (shape[0],), 2: (shape[0] // 2,) * 2, 3: (query, key, key)}[len(self.block[module])]
         transposed = self.transposed and len(shape) == 2
         return [
-            Part(
+            TensorPart(
                 f"{self.layers}.{layer}.{part}.{kind}", rows, (rows, *shape[1:])[:: -1 if transposed else 1], transposed
             )
             for part, rows in zip(self.block[module], counts)
         ]
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A tensor of transformers that holds some rows of ours."""
 
     name: str  # without the architecture's prefix

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from gpt_arc.decoding.batch import Batch, Request
+from gpt_arc.decoding.batch import LiveBatch, LiveRequest
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.probabilities import row_generators
@@ -23,8 +23,8 @@ def tokens_of(length: int, seed: int) -> list[int]:
     return [random.Random(seed).randrange(TINY.vocab_size) for _ in range(length)]
 
 
-def request_of(seed: int, sampling: Sampling = SAMPLINGS[1], alternatives: int = 0, length: int = 3) -> Request:
-    return Request(tokens_of(length, seed), sampling, row_generators(seed, [0])[0], alternatives)
+def request_of(seed: int, sampling: Sampling = SAMPLINGS[1], alternatives: int = 0, length: int = 3) -> LiveRequest:
+    return LiveRequest(tokens_of(length, seed), sampling, row_generators(seed, [0])[0], alternatives)
 
 
 def alone(model: GPT, seed: int, sampling: Sampling, length: int, count: int) -> list[tuple[int, float]]:
@@ -40,7 +40,7 @@ VARIANTS = [{}, {"positions": "rotary", "attention_band": 5}, {"ngrams": 3, "ngr
 def test_continuations_that_come_and_go_are_those_computed_alone(change):
     """Lengths above the context too, where the oldest quarter is dropped."""
     model = randomised(GPT(dataclasses.replace(TINY, **change)))
-    draws, batch = random.Random(1), Batch(Decoder(model), 4)
+    draws, batch = random.Random(1), LiveBatch(Decoder(model), 4)
     waiting = [(seed, SAMPLINGS[seed % 4], draws.randint(1, 14), draws.randint(1, 20)) for seed in range(14)]
     expected = {seed: alone(model, seed, sampling, length, count) for seed, sampling, length, count in waiting}
     answers, requested, leaving = {}, {}, []
@@ -68,8 +68,8 @@ def test_equal_prompts_are_read_once_and_draw_apart():
     decoder, read = Decoder(model), []
     encode = decoder._encode
     decoder._encode = lambda rows: (read.append(len(rows)), encode(rows))[1]
-    batch, prompt = Batch(decoder), tokens_of(5, 1)
-    requests = [Request(prompt, Sampling(), generator) for generator in row_generators(3, range(4))]
+    batch, prompt = LiveBatch(decoder), tokens_of(5, 1)
+    requests = [LiveRequest(prompt, Sampling(), generator) for generator in row_generators(3, range(4))]
     first = batch.step([request_of(9), *requests[:3]])
     second = batch.step([requests[3]])
     assert read == [2, 1] and len(first) == 4 and len(second) == 5
@@ -82,7 +82,7 @@ def test_equal_prompts_are_read_once_and_draw_apart():
 def test_alternatives_are_the_most_likely_tokens():
     model = randomised(GPT(TINY))
     few, many, none = request_of(1, alternatives=3), request_of(2, alternatives=99), request_of(3)
-    for request, token in Batch(Decoder(model)).step([few, many, none]):
+    for request, token in LiveBatch(Decoder(model)).step([few, many, none]):
         with torch.no_grad():
             logs = model(torch.tensor([request.prompt]))[0, -1].log_softmax(-1)
         count = {few: 3, many: TINY.vocab_size, none: 0}[request]
@@ -92,7 +92,7 @@ def test_alternatives_are_the_most_likely_tokens():
 
 
 def test_an_empty_batch_does_nothing_and_can_be_joined_again():
-    batch = Batch(Decoder(randomised(GPT(TINY))), 2)
+    batch = LiveBatch(Decoder(randomised(GPT(TINY))), 2)
     assert batch.step() == []
     request = request_of(1)
     assert len(batch.step([request])) == 1
@@ -105,4 +105,4 @@ def test_a_model_with_damaged_weights_is_said():
     with torch.no_grad():
         model.token_embedding.weight.fill_(torch.nan)
     with pytest.raises(NotFinite):
-        Batch(Decoder(model)).step([request_of(1)])
+        LiveBatch(Decoder(model)).step([request_of(1)])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from gpt_arc.planning.fits import Result, best_rate, by_rate
+from gpt_arc.planning.fits import FinishedRun, best_rate, by_rate
 from gpt_arc.planning.scaling_laws import CHINCHILLA, fit
 from gpt_arc.reading import read_json
 from helpers import ROOT
@@ -22,7 +22,7 @@ def law_of(results):
 
 @pytest.fixture(scope="module")
 def sweep():
-    return read_json(DOCS / "scaling_mini.json", list[Result])
+    return read_json(DOCS / "scaling_mini.json", list[FinishedRun])
 
 
 def test_the_losses_and_constants_are_those_of_the_sweep(sweep):
@@ -34,7 +34,7 @@ def test_the_losses_and_constants_are_those_of_the_sweep(sweep):
 
 
 def test_the_losses_of_shapes_are_those_of_the_sweep():
-    shapes = read_json(DOCS / "scaling_shapes.json", list[Result])
+    shapes = read_json(DOCS / "scaling_shapes.json", list[FinishedRun])
     sizes = [shape.parameters_without_embeddings for shape in shapes]
     assert max(sizes) < 1.02 * min(sizes) and len(shapes) == 4
     assert f"{min(sizes):,} to {max(sizes):,} parameters" in TEXT
@@ -45,7 +45,7 @@ def test_the_losses_of_shapes_are_those_of_the_sweep():
 def test_a_rate_tuned_at_width_64_is_right_at_512_with_base_width_only():
     best = {}
     for file, ending in (("scaling_rates", " with `base_width = 64`"), ("scaling_rates_plain", " without")):
-        for run, losses in by_rate(read_json(DOCS / f"{file}.json", list[Result])):
+        for run, losses in by_rate(read_json(DOCS / f"{file}.json", list[FinishedRun])):
             title = f"{run.n_embd}{ending if run.n_embd > 64 else ''}"
             best[title] = best_rate([*losses], [*losses.values()])
             (row,) = re.findall(rf"^\| {re.escape(title)} \|(.*) ([\d.]+) \|$", TEXT, re.M)
@@ -59,7 +59,7 @@ def test_a_rate_tuned_at_width_64_is_right_at_512_with_base_width_only():
 @pytest.mark.parametrize(("ending", "min_tokens"), [("", 0), ("_larger", 150_000)])
 def test_predictions_were_made_from_the_runs_of_a_tenth_of_the_compute(sweep, ending, min_tokens):
     prediction = read_json(DOCS / f"scaling_prediction{ending}.json")
-    (large,) = read_json(DOCS / f"scaling_{ending.removeprefix('_') or 'large'}.json", list[Result])
+    (large,) = read_json(DOCS / f"scaling_{ending.removeprefix('_') or 'large'}.json", list[FinishedRun])
     used = [result for result in sweep if result.flops <= 0.1 * large.flops and result.tokens >= min_tokens]
     law = law_of(used)
     assert len(used) == prediction["runs"] and law.constants == pytest.approx(prediction["constants"], rel=1e-4)

@@ -14,7 +14,7 @@ import pytest
 
 import train
 from gpt_arc.errors import UserError
-from gpt_arc.planning.fits import Result, fit_laws, size_of
+from gpt_arc.planning.fits import FinishedRun, fit_laws, size_of
 from gpt_arc.planning.pictures import draw_rates, draw_shapes
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
 from gpt_arc.tables import to_json
@@ -64,7 +64,9 @@ def exact_results(sizes=12, budgets=6):
             tokens = int(flops / 6 / n)
             share = np.array([0.25, 0.5, 1.0])
             curve = [(int(s * tokens), float(LAW.loss(n=n, d=s * tokens))) for s in share]
-            results.append(Result("run", 4, 64, 1, int(n), int(n), tokens, 6 * n * tokens, curve[-1][1], 1.0, curve))
+            results.append(
+                FinishedRun("run", 4, 64, 1, int(n), int(n), tokens, 6 * n * tokens, curve[-1][1], 1.0, curve)
+            )
     return results
 
 
@@ -223,7 +225,7 @@ def test_what_the_runs_cannot_determine_is_said(scaling_run, tmp_path, monkeypat
 
 
 def test_sizes_count_what_the_setting_says():
-    result = Result("run", 1, 8, 1, 100, 60, 10, 1e3, 2.0, 1.0, [])
+    result = FinishedRun("run", 1, 8, 1, 100, 60, 10, 1e3, 2.0, 1.0, [])
     assert (size_of(result, True), size_of(result, False)) == (100, 60)
     assert fit_laws([result] * 3, True, 0).missing.keys() >= {JOINT}
 
