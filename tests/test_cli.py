@@ -180,5 +180,5 @@ def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
     run("eval", "out/quickstart", "--perplexity", "python_manual", "--tasks", "addition_2", "--limit=2", "--device=cpu")
     (tmp_path / "book.txt").write_text("".join(f"This is line {n} of a small book.\n" for n in range(2000)))
     shown = run("new", "book.txt", "--minutes=0.01")
-    assert "  gpt-arc sample out/book --start=TEXT\n" in shown and "  gpt-arc new book.txt " in shown
+    assert "  gpt-arc sample out/book\n" in shown and "  gpt-arc sft out/book --train=CHATS.jsonl\n" in shown
     assert all(name in run("runs") for name in ("quickstart", "book"))
