@@ -376,9 +376,8 @@ class GPT(nn.Module):
             in_image = tokens < 0
             x[in_image] = images[-1 - tokens[in_image]].type_as(x)
         if config.ngrams > 1:
-            x = x + self.ngram_embedding(ngram_ids(tokens, positions, previous, config.ngrams, config.ngram_rows)).sum(
-                -2
-            )
+            ids = ngram_ids(tokens, positions, previous, config.ngrams, config.ngram_rows)
+            x = x + self.ngram_embedding(ids).sum(-2)
         if config.positions == "learned":
             x = x + self.position_embedding(positions)
         elif config.positions == "sinusoidal":
@@ -505,11 +504,7 @@ class GPT(nn.Module):
         """
         total = sum(p.numel() for p in self.parameters())
         if active:
-            idle = self.config.n_experts - self.config.experts_per_token
-            stacked = ("up", "projection", "up_bias", "projection_bias")
-            total -= sum(
-                p[0].numel() * idle for e in self.experts for name, p in e.named_parameters() if name in stacked
-            )
+            total -= sum(experts.idle_parameters for experts in self.experts)
         if embeddings:
             return total
         ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head")

@@ -152,7 +152,7 @@ class Run:
         plan, progress = self.plan, self.progress
         if plan.config.training.compare_replicas:
             shared = [p for p in self.model.parameters() if p not in self.sharing.shares]
-            self.parallel.check_replicas(shared, progress.step)
+            self.parallel.check_replicas(shared, progress.step, self.resume)
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         data = self.data.corpus.fingerprint
         state = training_state(
@@ -220,11 +220,12 @@ def build(plan: Plan) -> Run:
     if state and launch.checkpoint:
         restore_state(updater, state, launch.checkpoint, device)
         plan.state = None  # as large as the model, twice
-    stop = StopSignal(config.run.stop_after)
-    parts = model, replica, tokenizer, parallel, sharing, updater, stop, compiled, example, sampler
-    spikes = Spikes(training.spike_factor, folder, progress, updater)
-    parts = *parts, Saving(progress, progress.step, config.logging.failed_saves), spikes, Pace(device)
-    run = Run(plan, data, folder, lock, *parts)
+    run = Run(
+        plan, data, folder, lock, model, replica, tokenizer, parallel, sharing, updater,
+        StopSignal(config.run.stop_after), compiled, example, sampler,
+        Saving(progress, progress.step, config.logging.failed_saves),
+        Spikes(training.spike_factor, folder, progress, updater), Pace(device),
+    )  # fmt: skip
     if IS_MAIN and not config.run.eval_only:
         tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
         name = read_record(folder)[0] if launch.resumed else launch.name

@@ -146,21 +146,26 @@ def causal_mask(
     to which biases are added.
     """
     (rows, length), device = earliest.shape, earliest.device
-    begins = earliest * 0 if first is None else first
+    begins = None  # where the sinks begin
+    if sinks:
+        begins = torch.zeros_like(earliest) if first is None else first
     if device.type in FLEX_DEVICES and torch.compiler.is_compiling() and not (dropout_rate or biased):
         own = int(rows > 1)  # else all rows share the first, whatever their number
 
         def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            seen, begin = key >= earliest[own * b, query], begins[own * b, query]
-            return (key <= query) & (seen | (key >= begin) & (key < begin + sinks) if sinks else seen)
+            seen = key >= earliest[own * b, query]
+            if begins is not None:
+                begin = begins[own * b, query]
+                seen = seen | (key >= begin) & (key < begin + sinks)
+            return (key <= query) & seen
 
         return create_block_mask(visible, rows if rows > 1 else None, None, length, length, device=device)
-    earliest, begins = earliest.expand(batch, length), begins.expand(batch, length)
+    earliest = earliest.expand(batch, length)
     queries = keys = torch.arange(length, device=device)
     if band is None or 2 * band >= length or (sinks and first is not None):  # documents' sinks lie at many places
         seen = keys >= earliest[..., None]
-        if sinks:
-            seen |= (keys >= begins[..., None]) & (keys < begins[..., None] + sinks)
+        if begins is not None:
+            seen = seen | (keys >= begins[..., None]) & (keys < begins[..., None] + sinks)
         return ((keys <= queries[:, None]) & seen)[:, None]
     chunks = math.ceil(length / band)
     queries = torch.arange(chunks * band, device=device).unflatten(0, (chunks, band))  # (n, W)
@@ -249,12 +254,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     chunks = math.ceil(length / band)
     beyond = chunks * band - length
     query = F.pad(query, (0, 0, 0, beyond)).unflatten(2, (chunks, band)).transpose(1, 2).flatten(0, 1)  # (B n, H, W, D)
-    sunk = [x[:, :, : mask.size(-1) - 2 * band].repeat_interleave(chunks, dim=0) for x in (key, value)]
+    sinks = mask.size(-1) - 2 * band
+    sunk = [x[:, :, :sinks].repeat_interleave(chunks, dim=0) for x in (key, value) if sinks]
     key, value = (
         F.pad(x, (0, 0, band, beyond)).unfold(2, 2 * band, band).permute(0, 2, 1, 4, 3).flatten(0, 1)
         for x in (key, value)
     )  # (B n, K, 2W, D)
-    if mask.size(-1) > 2 * band:
+    if sinks:
         key, value = (torch.cat(pair, dim=2) for pair in zip(sunk, (key, value)))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **settings)
     return mixed.unflatten(0, (batch, chunks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

@@ -57,6 +57,13 @@ class Experts(nn.Module):
         self.observed = False  # in evaluation mode, too, passes with gradients return their `Routing`
         self.exchange: Callable | None = None  # under expert parallelism, runs `compute` where the experts are
 
+    @property
+    def idle_parameters(self) -> int:
+        """Number of weights of the experts that a token doesn't use."""
+        stacked = (self.up, self.projection, self.up_bias, self.projection_bias)
+        idle = self.config.n_experts - self.config.experts_per_token
+        return sum(idle * weights[0].numel() for weights in stacked if weights is not None)
+
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The experts (N, k) that tokens x (N, C) use, their gates (N, k), and the router's logits (N, E)."""
         config, drawn = self.config, self.training and self.config.expert_selection == "drawn"

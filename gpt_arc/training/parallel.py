@@ -112,12 +112,15 @@ class Parallel:
         usual = {number: Counter(x for i, x in sums if i == number).most_common(1)[0][0] for number, _ in sums}
         return [rank for rank, (number, x) in enumerate(sums) if x != usual[number]]
 
-    def check_replicas(self, weights: Iterable[Tensor], step: int) -> None:
-        """Raises UserError if `differing` finds a process. Every process must call this."""
+    def check_replicas(self, weights: Iterable[Tensor], step: int, resume: str) -> None:
+        """Raises UserError, naming the command `resume`, if `differing` finds a process.
+
+        Every process must call this.
+        """
         if ranks := self.differing(weights):
             raise UserError(
                 f"step {step} isn't saved, since the weights of process {', '.join(map(str, ranks))} have come to "
-                "differ from the others': test that machine's memory, and resume"
+                f"differ from the others': test that machine's memory; resume with: {resume}"
             )
 
     def whole(self, model: M) -> M:
