@@ -60,6 +60,9 @@ from model import GPT
 CHINCHILLAS = "L(N, D), Chinchilla's form"
 
 
+REFUSED = 2  # the exit code for a mistake, which the other runs of a sweep most likely share
+
+
 @dataclass(frozen=True, config=STRICT)
 class SweepOptions:
     file: Positional[Path]
@@ -81,9 +84,14 @@ def sweep(options: SweepOptions) -> int:
         return 0
     tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
     print(f"{counted(len(runs), 'run')}, {len(left)} left: {amount(tokens)} tokens, {human(flops, 'FLOP')}", flush=True)
-    stop = StopSignal()
+    stop, codes = StopSignal(), []
+
+    def next_run(run: SweepRun) -> None:
+        if not stop.received and REFUSED not in codes:
+            codes.append(train(run, options, stop))
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        codes = list(pool.map(lambda run: train(run, options, stop), left))
+        list(pool.map(next_run, left))
     results, path = [run.result() for run in runs if run.finished], runs[0].folder.parent / "results.json"
     if results:
         write_file(path, write_table(results))
@@ -91,14 +99,15 @@ def sweep(options: SweepOptions) -> int:
         print("stopped, what has begun is saved; the same command goes on")
         return 128 + stop.received
     again = command("stages/scaling.py", "fit", path.parent)
-    print(f"{path}: {counted(len(results), 'result')} of {len(runs)}; fit laws to them with: {again}")
-    return max(filter(None, codes), default=0)
+    fit_them = f"; fit laws to them with: {again}" if results else ""
+    print(f"{path.parent}: {counted(len(results), 'result')} of {len(runs)}{fit_them}")
+    if REFUSED in codes:
+        raise UserError("train.py refuses the run that ended with exit code 2: mend this, then repeat the command")
+    return max(codes, default=0)
 
 
-def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int | None:
-    """Trains one run; its output goes to a log beside its folder. Returns the exit code; None if it wasn't begun."""
-    if stop.received:
-        return None
+def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int:
+    """Trains one run; its output goes to a log beside its folder. Returns the exit code."""
     log = run.folder.with_name(run.name + ".log")
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if options.jobs > 1 else {})

@@ -136,7 +136,14 @@ def test_a_failed_run_s_reason_is_printed(workplace, stage_runner, monkeypatch):
     Path("out/s").mkdir(parents=True)
     failed = stage_runner(scaling, "sweep", "s.toml")
     assert failed.code == 3 and "ended with exit code 3: no memory (out/s/1x16-2.log)" in failed.output
-    assert "0 results of 1" in failed.output
+    assert "out/s: 0 results of 1\n" in failed.output
+
+
+def test_a_mistake_that_runs_share_ends_a_sweep_at_once(workplace, stage_runner):
+    Path("s.toml").write_text(SWEEP.replace('"sums"', '"nowhere"'))
+    refused = stage_runner(scaling, "sweep", "s.toml")
+    assert refused.code == 2 and refused.output.count("there is no dataset nowhere") == 1
+    assert "mend this, then repeat the command" in refused.message
 
 
 def test_shapes_and_rates(workplace, scaling_run):
