@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from annotated_types import MinLen, MultipleOf
+from annotated_types import MinLen
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import entry_point
@@ -32,7 +32,7 @@ SMALL = GPTConfig(
 
 @dataclass(frozen=True, config=STRICT)
 class Options:
-    widths: Annotated[tuple[Annotated[Count, MultipleOf(HEAD)], ...], MinLen(1)] = (64, 128, 256, 512, 1024)
+    widths: Annotated[tuple[Count, ...], MinLen(1)] = (64, 128, 256, 512, 1024)
     """Widths of the residual stream, multiples of 16."""
     rate: Positive = 0.02
     """AdamW's learning rate."""
@@ -40,6 +40,10 @@ class Options:
     """Updates on one batch."""
     output: Path = Path("out/coordinate_check")
     """Folder of the picture."""
+
+    def __post_init__(self):
+        if odd := [width for width in self.widths if width % HEAD]:
+            raise ValueError(f"--widths: {odd[0]} is not a multiple of {HEAD}, the width of a head")
 
 
 def at(width: int, config: GPTConfig = SMALL) -> GPTConfig:

@@ -53,6 +53,7 @@ from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, Posit
 from gpt_arc.tables import amount, counted, human, table, to_json
 from gpt_arc.training.command_line import config_file
 from gpt_arc.training.config import build_config, read_settings, write_settings
+from gpt_arc.training.runs import Lock
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
 from model import GPT
@@ -84,7 +85,9 @@ def sweep(options: SweepOptions) -> int:
         return 0
     tokens, flops = sum(run.tokens for run in left), sum(run.flops for run in left)
     print(f"{counted(len(runs), 'run')}, {len(left)} left: {amount(tokens)} tokens, {human(flops, 'FLOP')}", flush=True)
-    stop, codes = StopSignal(), []
+    stop, codes, folder = StopSignal(), [], runs[0].folder.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = Lock(folder)  # noqa: F841  until the process ends
 
     def next_run(run: SweepRun) -> None:
         if not stop.received and REFUSED not in codes:
@@ -92,15 +95,15 @@ def sweep(options: SweepOptions) -> int:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(next_run, left))
-    results, path = [run.result() for run in runs if run.finished], runs[0].folder.parent / "results.json"
+    results, path = [run.result() for run in runs if run.finished], folder / "results.json"
     if results:
         write_file(path, write_table(results))
     if stop.received:
         print("stopped, what has begun is saved; the same command goes on")
         return 128 + stop.received
-    again = command("stages/scaling.py", "fit", path.parent)
+    again = command("stages/scaling.py", "fit", folder)
     fit_them = f"; fit laws to them with: {again}" if results else ""
-    print(f"{path.parent}: {counted(len(results), 'result')} of {len(runs)}{fit_them}")
+    print(f"{folder}: {counted(len(results), 'result')} of {len(runs)}{fit_them}")
     if REFUSED in codes:
         raise UserError("train.py refuses the run that ended with exit code 2: mend this, then repeat the command")
     return max(codes, default=0)
@@ -125,8 +128,9 @@ def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int:
     if run.finished:
         end = f"val loss {run.result().val_loss:.4f}"
     else:
-        *_, last = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["no output"]
-        end = f"ended with exit code {code}: {last} ({log})"
+        lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()] or ["no output"]
+        reasons = [line for line in lines if line.startswith("train.py: ")]  # another process may write here too
+        end = f"ended with exit code {code}: {(reasons or lines)[-1]} ({log})"
     print(f"{run.name}: {run.parameters:,} parameters, {run.tokens:,} tokens: {end}", flush=True)
     return code
 
@@ -258,6 +262,8 @@ def plan(options: PlanOptions) -> int:
     memory = memory_estimate(gpt, base.data.batch_size, "bfloat16", "cuda")
     print(f"memory         {human(memory, 'B')} on one device with a micro-batch of {base.data.batch_size}")
     if options.output:
+        if options.output.exists():
+            raise UserError(f"{options.output} exists: name another file for --output, or delete it")
         kept = {
             name: value for name, value in settings.items() if name not in ("gradient_accumulation_steps", "min_lr")
         }

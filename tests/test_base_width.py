@@ -36,6 +36,11 @@ def test_the_check_is_drawn(tmp_path, monkeypatch, capsys):
     assert [float(value) for value in rows[2]] == pytest.approx([1.15, 1.05], abs=0.1)  # logits, as documented
 
 
+def test_a_width_that_heads_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="--widths: 70 is not a multiple of 16"):
+        coordinate_check.Options(widths=(64, 70))
+
+
 def test_initial_weights_follow_the_width():
     torch.manual_seed(0)
     model = GPT(at(256))

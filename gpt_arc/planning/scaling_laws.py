@@ -215,7 +215,9 @@ def fit(
 
 
 def _law(form: Form, theta: NDArray[np.float64]) -> Law:
-    return Law(form, {n: float(np.exp(v) if n in form.scales else v) for n, v in zip(form.constants, theta)}, "a fit")
+    with np.errstate(over="ignore"):  # a resampling of few runs may leave a scale undetermined
+        constants = {n: float(np.exp(v) if n in form.scales else v) for n, v in zip(form.constants, theta)}
+    return Law(form, constants, "a fit")
 
 
 def _jacobian(form: Form, theta: NDArray[np.float64], x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from gpt_arc.planning.pictures import draw_rates, draw_shapes
 from gpt_arc.planning.scaling_laws import PUBLISHED, optimum
 from gpt_arc.tables import to_json
 from gpt_arc.training.config import write_settings
+from gpt_arc.training.runs import Lock
 from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
 from gpt_arc.weights.directory import load_model
 from helpers import ROOT, command, refusal, write
@@ -137,6 +138,32 @@ def test_a_failed_run_s_reason_is_printed(workplace, stage_runner, monkeypatch):
     failed = stage_runner(scaling, "sweep", "s.toml")
     assert failed.code == 3 and "ended with exit code 3: no memory (out/s/1x16-2.log)" in failed.output
     assert "out/s: 0 results of 1\n" in failed.output
+
+
+def test_the_reason_is_found_beside_what_another_process_logs(workplace, stage_runner, monkeypatch):
+    Path("s.toml").write_text(SWEEP.replace("[64, 256]", "[64]").replace("[1, 2]", "[1]"))
+    monkeypatch.setattr(
+        SweepRun, "command", lambda run, launcher: ["sh", "-c", "echo train.py: taken; echo step 5; exit 2"]
+    )
+    assert (
+        "ended with exit code 2: train.py: taken (out/s/1x16-2.log)" in stage_runner(scaling, "sweep", "s.toml").output
+    )
+
+
+def test_a_second_sweep_into_a_folder_is_refused(workplace, stage_runner):
+    Path("s.toml").write_text(SWEEP)
+    Path("out/s").mkdir(parents=True)
+    lock = Lock(Path("out/s"))
+    refused = stage_runner(scaling, "sweep", "s.toml")
+    assert refused.code == 2 and "another process is training in out/s: wait for it" in refused.message
+    del lock
+
+
+def test_a_planned_config_replaces_no_file(workplace, stage_runner):
+    Path("mine.toml").write_text("dataset = 'x'")
+    refused = stage_runner(scaling, "plan", "--flops=1e21", "--output=mine.toml")
+    assert refused.code == 2 and "mine.toml exists: name another file for --output" in refused.message
+    assert Path("mine.toml").read_text() == "dataset = 'x'"
 
 
 def test_a_mistake_that_runs_share_ends_a_sweep_at_once(workplace, stage_runner):
