@@ -4,7 +4,7 @@
     python stages/scaling.py sweep mine.toml --commands                     prints the commands, to run them elsewhere
     python stages/scaling.py fit out/scaling_mini                           laws, intervals, pictures
     python stages/scaling.py plan --accelerator=h100 --devices=8 --days=2 --price=2.5
-    python stages/scaling.py plan --flops=1e21 --law=hoffmann --output=mine.toml
+    python stages/scaling.py plan --flops=1e21 --law=hoffmann --output=planned.toml
     python stages/scaling.py predict out/scaling_mini large.toml
     python stages/scaling.py compare configs/gpt2.toml configs/moe.toml
     python stages/scaling.py claim --total=1.8e12 --active=220e9 --experts=8 --experts_per_token=2
