@@ -31,7 +31,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc.alignment import losses
-from gpt_arc.alignment.policy import ActorCritic, Reference, fingerprint, load_policy
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
 from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
@@ -331,7 +331,7 @@ def written_and_scored(
 
 
 def run_models(
-    actor: ActorCritic, reference: Reference, share: list[Prompt], responses: list[list[int]], options: Options,
+    actor: ActorCritic, reference: ReferencePolicy, share: list[Prompt], responses: list[list[int]], options: Options,
     run: StageRun,
 ) -> ModelOutputs:  # fmt: skip
     """Returns what the models say of this process's share of an iteration's responses."""
@@ -389,7 +389,7 @@ def train(options: Options, run: StageRun) -> int:
     # ---- models, rewards, prompts and the plan
     setup = load_setup(options, run)
     policy, critic, average, prompts, text = setup.policy, setup.critic, setup.average, setup.prompts, setup.text
-    reference = Reference(setup.reference, options.temperature)
+    reference = ReferencePolicy(setup.reference, options.temperature)
     order = EpochOrder(len(prompts), 1, options.seed)
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)

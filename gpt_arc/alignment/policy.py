@@ -30,7 +30,7 @@ def fingerprint(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-class Reference(nn.Module):
+class ReferencePolicy(nn.Module):
     """The model that a policy is held to."""
 
     def __init__(self, model: GPT, temperature: float):

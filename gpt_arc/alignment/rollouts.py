@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc import distributed
-from gpt_arc.alignment.policy import ActorCritic, Reference
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy
 from gpt_arc.alignment.rankings import fitting_prompt, padded
 from gpt_arc.chat.files import read_prompts
 from gpt_arc.chat.format import ChatFormat
@@ -111,7 +111,7 @@ class ModelOutputs(NamedTuple):
 
 @torch.no_grad()
 def model_outputs(
-    actor: ActorCritic, reference: Reference, prompts: Sequence[Prompt], responses: Sequence[list[int]],
+    actor: ActorCritic, reference: ReferencePolicy, prompts: Sequence[Prompt], responses: Sequence[list[int]],
     batch_size: int, device: torch.device, dtype: str, calls: int | None = None,
 ) -> ModelOutputs:  # fmt: skip
     """Runs policy, reference and critic on responses, `batch_size` at a time.

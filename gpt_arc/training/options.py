@@ -98,6 +98,8 @@ class StageOptions:
     """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
     """Name of the run there. None: the name of the run's folder."""
+    keep_checkpoints: Count = 1
+    """How many of the newest checkpoints to keep, beside the best."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next one is tried again. 0: the
     first failure ends the run."""

@@ -184,7 +184,10 @@ class Sharded(Parallel):
         return shard.clone()  # instead of a view, which would keep the whole
 
     def whole(self, model: M) -> M:
-        tensors = {name: self.gathered(tensor) for name, tensor in model.state_dict().items()}
+        tensors = {
+            name: self.gathered(tensor) if isinstance(tensor, DTensor) else tensor.clone()  # a buffer
+            for name, tensor in model.state_dict().items()
+        }
         if not IS_MAIN:
             return model
         whole: Any = copy.deepcopy(self._skeleton)

@@ -216,7 +216,7 @@ class StageRun(Generic[P]):
 
         Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
-        progress = self.progress
+        progress, options = self.progress, self.options
         self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
@@ -227,7 +227,7 @@ class StageRun(Generic[P]):
         }
         put = partial(write, self.parallel.whole(self._module))
         step = progress.step, progress.best_step
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all=False), last)
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, options.keep_checkpoints), last)
 
     def check_finite(self, *figures: float) -> None:
         """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""

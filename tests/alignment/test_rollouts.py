@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gpt_arc.alignment import rollouts as rollouts_module
-from gpt_arc.alignment.policy import ActorCritic, Reference
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
 from gpt_arc.alignment.rewards import load_reward
 from gpt_arc.alignment.rollouts import (
@@ -131,7 +131,7 @@ def test_log_probabilities_equal_a_full_forward_and_the_decoder(name, temperatur
     critic = RewardModel(model_of(3))
     actor = ActorCritic(policy, critic, temperature).eval()
     responses = written(policy, temperature=temperature)
-    held_to = Reference(reference, temperature)
+    held_to = ReferencePolicy(reference, temperature)
     outputs = {size: model_outputs(actor, held_to, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
     decoder = Decoder(policy)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
@@ -169,7 +169,7 @@ def test_a_shared_critic_and_the_loss_on_text():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, world):
-    policy, reference = model_of(1), Reference(model_of(2), 1.0)
+    policy, reference = model_of(1), ReferencePolicy(model_of(2), 1.0)
     actor = ActorCritic(policy, ScalarHead(16, 1.0), 1.0).eval()
     responses = written(policy)
 
@@ -201,7 +201,7 @@ def test_a_process_without_responses():
     actor = ActorCritic(model_of(1), ScalarHead(16, 1.0), 1.0).eval()
     assert written(actor.policy, []) == []
     for calls in (0, 2):  # where models are divided, it makes the others' calls
-        outputs = model_outputs(actor, Reference(model_of(2), 1.0), [], [], 8, CPU, "float32", calls)
+        outputs = model_outputs(actor, ReferencePolicy(model_of(2), 1.0), [], [], 8, CPU, "float32", calls)
         assert outputs.log_probs.shape == (0, 0)
 
 
