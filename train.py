@@ -11,6 +11,9 @@ out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_arguments
+
+    check_arguments(__doc__)
 
 
 import contextlib

@@ -14,8 +14,8 @@ from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
-from gpt_arc.data.masking import scored_tokens
-from gpt_arc.nn.recompute import Checkpointing
+from gpt_arc.model_config import GPTConfig
+from gpt_arc.nn.names import Checkpointing
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -33,8 +33,6 @@ from gpt_arc.settings import (
     seconds_in,
     settings_in,
 )
-from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from model import GPTConfig
 
 OWN_RUNS = ("scratch", "resume", "auto")  # values of init_from that name no model
 LARGEST_UPDATE = 2**20  # examples
@@ -298,6 +296,8 @@ class RunConfig:
     def resumes(self) -> bool:
         """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
         if self.init_from == "auto" and self.out_dir:
+            from gpt_arc.weights.checkpoint_folders import named_checkpoint  # imports torch
+
             return named_checkpoint(Path(self.out_dir), "last") is not None
         return bool(self.resume) or self.init_from == "resume"
 
@@ -326,8 +326,11 @@ class Config:
     @property
     def scored_share(self) -> float:
         """Share of the tokens whose predictions are scored."""
-        length = self.model.block_size
-        return scored_tokens(self.training.mask_rate, length) / length if self.is_masked else 1.0
+        if not self.is_masked:
+            return 1.0
+        from gpt_arc.data.masking import scored_tokens  # imports torch
+
+        return scored_tokens(self.training.mask_rate, self.model.block_size) / self.model.block_size
 
     @property
     def sequences_per_step(self) -> int:

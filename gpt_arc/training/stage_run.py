@@ -54,10 +54,11 @@ from gpt_arc.training.checkpoints import (
 from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
+from gpt_arc.training.options import StageOptions
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
 from gpt_arc.training.saving import Saving
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.stage_record import record_options, record_steps, resume_command
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig

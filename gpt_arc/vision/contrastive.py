@@ -5,7 +5,6 @@ Shapes: N images of a batch and as many captions, T tokens of the longest, D fea
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.nn.names import ContrastiveLoss
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.encoder import ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import LabelledImage
 from model import GPT
 
-ContrastiveLoss = Literal["clip", "siglip"]
 STARTS = {"clip": (math.log(1 / 0.07), 0.0), "siglip": (math.log(10), -10.0)}  # of log_scale and bias
 LARGEST_SCALE = math.log(100)  # CLIP's
 

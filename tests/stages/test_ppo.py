@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from gpt_arc.alignment import losses
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
-from gpt_arc.alignment.rewards import load_reward, names_function
+from gpt_arc.alignment.rewards import load_reward
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.extras import names_function
 from gpt_arc.settings import mistake
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.optim import Updater
@@ -445,7 +446,7 @@ def test_responses_are_compiled_on_gpus(setting, experts, device, dtype, expecte
     """Except by experts that wait for the device within a step."""
     policy = GPT(config_of(n_experts=experts))
     device = SimpleNamespace(type=device)
-    assert ppo.compiles_rollouts(ppo.Options(compile=setting), policy, device, dtype) == expected
+    assert ppo.compiles_rollouts(ppo.PPOOptions(compile=setting), policy, device, dtype) == expected
 
 
 @pytest.mark.parametrize("updates", [3, 8])  # within an iteration and at its end
@@ -517,7 +518,7 @@ def test_only_module_and_function_are_imported(name):
 
 def test_the_published_settings():
     """InstructGPT's (arXiv:2203.02155, section 3.5 and appendix C.4), and lm-human-preferences' where it has none."""
-    options = ppo.Options()
+    options = ppo.PPOOptions()
     assert (options.episodes, options.episodes_per_iteration, options.examples_per_update) == (256_000, 512, 64)
     assert (options.kl_coef, options.clip, options.value_clip, options.inner_epochs) == (0.02, 0.2, 0.2, 1)
     assert (options.gamma, options.gae_lambda, options.value_coef, options.adam_eps) == (1, 0.95, 0.1, 1e-5)
@@ -585,8 +586,8 @@ def test_every_setting_is_checked():
         "kl_target": 0.0, "ema_decay": 1.0, "value_clip": float("nan"),
     }.items():  # fmt: skip
         with pytest.raises(ValueError) as refused:
-            dataclasses.replace(ppo.Options(), **{name: value})
-        assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.Options))
+            dataclasses.replace(ppo.PPOOptions(), **{name: value})
+        assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.PPOOptions))
 
 
 def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeypatch):

@@ -12,7 +12,8 @@ from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import resumable, save_checkpoint
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import Config
-from gpt_arc.training.options import StageOptions, record_options
+from gpt_arc.training.options import StageOptions
+from gpt_arc.training.stage_record import record_options
 from helpers import killed_at_each_call
 
 
