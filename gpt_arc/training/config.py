@@ -93,6 +93,9 @@ class TrainingConfig:
     """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
     """Muon's decay rate for the mean of gradients."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in the CPU's memory and update the weights there, which halves what weights, gradients and
+    moments take of a GPU's. Under fsdp, the shards of weights and gradients lie there too."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown.
     inverse_sqrt: over the square root of the step, without an end (arXiv:1706.03762)."""
@@ -186,6 +189,11 @@ class TrainingConfig:
             )
         if self.replicas > 1 and self.parallel != "fsdp":
             raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
+        if self.offload_optimizer and self.optimizer == "muon":
+            raise ValueError(
+                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: leave it "
+                "out, or set optimizer = adamw"
+            )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
