@@ -213,15 +213,35 @@ def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
+HELPS = {  # the first flag, and the groups after the most used flags
+    "sample.py": ("start", ["other flags", "[sampling]"]),
+    "train.py": ("dataset", [f"[{table}]" for table in ("model", "data", "training", "logging", "run")]),
+    "stages/sft.py": ("train", ["other flags"]),
+}
 
 
-@pytest.mark.parametrize("script", FIRST_FLAGS)
-def test_help_shows_the_most_used_flags_first_and_each_once(script):
-    shown = run_python(str(ROOT / script), "--help").stdout
-    flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
-    assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
+def flags_and_groups(shown):
+    """The flags that a help text describes, and the titles of their groups."""
     assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
+    return re.findall(r"^  --(\w+) ", shown, re.MULTILINE), re.findall(r"^([\w\[][\w\] ]+):$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", HELPS)
+def test_help_shows_the_most_used_flags_and_help_all_each_once(script):
+    first, others = HELPS[script]
+    shown = run_python(str(ROOT / script), "--help").stdout
+    most_used, groups = flags_and_groups(shown)
+    assert most_used[0] == first and len(most_used) < 20 and groups == ["arguments", "most used flags"]
+    more = re.search(rf"^(\d+) more flags are described by: python .*{script} --help-all$", shown, re.MULTILINE)[1]
+    flags, groups = flags_and_groups(run_python(str(ROOT / script), "--help-all").stdout)
+    assert flags[: len(most_used)] == most_used and len(flags) == len(set(flags)) == len(most_used) + int(more)
+    assert groups == ["arguments", "most used flags", *others]
+
+
+@pytest.mark.parametrize("script, action", [("stages/scaling.py", "plan"), ("tools/bench.py", "prepare")])
+def test_the_help_of_an_action_names_it_in_its_usage(script, action):
+    usage = run_python(str(ROOT / script), action, "--help").stdout.splitlines()[0]
+    assert usage.endswith(f"{script} {action} [--name=value ...]")
 
 
 def test_descriptions_are_wrapped_and_commands_stay_whole():

@@ -320,6 +320,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    LISTED: ClassVar[str] = "--help-all"
     INSTEAD: ClassVar[dict[str, str]] = {
         **{"mixture": "dataset", "dataset": "mixture"},
         **{"warmup": "warmup_iters", "warmup_iters": "warmup"},
