@@ -48,7 +48,8 @@ def test_maps_are_what_the_definition_gives(settings, dtype):
     model = randomised(GPT(GPTConfig(16, 20, 2, 4, 32, **settings)), scale=0.2).to(dtype)
     maps = attention_maps(model, TOKENS)
     assert maps.shape == (2, 4, 14, 14) and maps.dtype == torch.float32
-    torch.testing.assert_close(maps, by_definition(model, TOKENS), atol=1e-5 if dtype == torch.float32 else 0.02, rtol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(maps, by_definition(model, TOKENS), atol=tolerance, rtol=0)
 
 
 @torch.no_grad()
