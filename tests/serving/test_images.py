@@ -16,20 +16,7 @@ from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.nn.attention_maps import attention_maps
 from gpt_arc.serving.server import HOST, Model
-from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
-from gpt_arc.vision.model import VisionGPT
-from gpt_arc.vision.projector import Projector, ProjectorConfig
-from helpers import randomised
-from served import BYTES, CHAT, TOKEN, gpt, serving
-
-ENCODER = EncoderConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=8)
-
-
-def seeing(name="sees"):
-    """A model that reads images of 4 embeddings."""
-    model = VisionGPT(gpt(CHAT.vocab_size, block_size=256), ImageEncoder(ENCODER), Projector(ProjectorConfig(), 8, 32))
-    model = randomised(model, seed=5, scale=0.4)
-    return Model(name, Decoder(model.text), BYTES, CHAT, 4, 500, model)
+from served import BYTES, CHAT, TOKEN, gpt, seeing, serving
 
 
 @pytest.fixture(scope="module")
