@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Le, MinLen
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import entry_point
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Positional
@@ -59,19 +59,18 @@ def load(name: str, options: Options) -> "Model":
     from gpt_arc.decoding.load import load_decoder, set_decoding_threads
     from gpt_arc.decoding.settings import SampleConfig
     from gpt_arc.serving.server import Model
-    from gpt_arc.weights.directory import of_one_checkpoint, reads_images
+    from gpt_arc.weights.directory import check_causal, load_config, of_one_checkpoint, reads_images
 
     config = SampleConfig(device=options.device, dtype=options.dtype, compile=False)
 
     @of_one_checkpoint
     def read(directory: Path) -> tuple:
+        check_causal(name, load_config(directory))
         decoder, tokenizer = load_decoder(directory, config, options.batch_size, 0)
         vision = load_encoder(directory, decoder) if reads_images(directory) else None
         return decoder, tokenizer, load_chat(directory, tokenizer, decoder.model.config.vocab_size), vision
 
     decoder, tokenizer, chat, vision = read(name)
-    if decoder.model.config.encoder_layers:
-        raise UserError(f"{name} translates, and can't continue a text: use sample.py")
     set_decoding_threads(decoder, options.threads, options.batch_size)
     return Model(name, decoder, tokenizer, chat, options.batch_size, options.max_new_tokens, vision)
 

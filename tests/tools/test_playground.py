@@ -71,8 +71,9 @@ def test_a_model_that_sees_is_loaded_with_its_encoder(models):
 
 
 def test_what_can_t_be_served_is_refused(models, output_of, monkeypatch):
-    save_model(GPT(tiny_config(n_layer=1, encoder_layers=1)), LETTERS, "translator")
-    assert "translator translates, and can't continue" in output_of(main, "playground.py", "translator", "--port=0")
+    for name, settings in (("translator", {"encoder_layers": 1}), ("bert", {"attention": "bidirectional"})):
+        save_model(GPT(tiny_config(n_layer=1, **settings)), LETTERS, name)
+        assert re.search(f"{name} .*: .*sample.py", output_of(main, "playground.py", name, "--port=0"))
     assert "missing" in output_of(main, "playground.py", "missing", "--port=0")
     assert "models" in output_of(main, "playground.py")
     listening = server.listen(0)
