@@ -74,7 +74,7 @@ class Options(ExampleOptions):
     epochs: Count = 10
     """Passes over the images."""
     batch_size: Count = 64
-    """Images that a process reads at a time, at most; with a text_model also those that it tells apart."""
+    """Images that a process reads at a time, at most; with a text_model, those of all processes are told apart."""
     learning_rate: Positive | None = None
     """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
     parameters), up to 0.01."""
@@ -151,7 +151,7 @@ def learner(
         captioned = {name: CaptionedImages(split, tokenizer, text.config.block_size) for name, split in images.items()}
         for name, split in captioned.items():
             say(f"{name:<15}{counted(len(split.paths), 'image')} with captions")
-        return CaptionMatcher(encoder, text, options.contrastive_loss), captioned
+        return CaptionMatcher(encoder, text, options.contrastive_loss, options.batch_size), captioned
     classes = classes_of([image for split in images.values() for image in split], options.labels)
     splits = {name: ImageSplit(split, classes) for name, split in images.items()}
     for name, split in splits.items():
