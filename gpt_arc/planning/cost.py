@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gpt_arc.nn.head_loss import logits_at_once
-from gpt_arc.nn.recompute import Checkpointing
+from gpt_arc.nn.names import Checkpointing
 from model import GPT, GPTConfig
 
 # Peak FLOPs per second of dense matrix products, from data sheets: (16-bit with float32 accumulation, float32).

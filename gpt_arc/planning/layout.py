@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from gpt_arc.nn.head_loss import logits_at_once
-from gpt_arc.nn.recompute import Checkpointing
+from gpt_arc.nn.names import Checkpointing
 from gpt_arc.planning.cost import activation_bytes
 from gpt_arc.tables import human
 from model import GPT

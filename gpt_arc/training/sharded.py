@@ -143,7 +143,7 @@ class Sharded(Parallel):
         self.offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         self.shards_on = torch.device("cpu") if offload else device
 
-    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def place(self, model: nn.Module, device: torch.device, unused: bool = False) -> nn.Module:
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
         whole = model.state_dict() if IS_MAIN else {}
         self._skeleton = copy.deepcopy(model.to("meta"))  # undivided, without weights
@@ -187,22 +187,26 @@ class Sharded(Parallel):
                         module.reshard()
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, DTensor):
-            return tensor
-        whole = tensor.full_tensor()
-        return whole.cpu() if IS_MAIN else tensor
+        whole = self.everywhere(tensor)
+        return whole.cpu() if IS_MAIN and whole is not tensor else tensor
+
+    def everywhere(self, tensor: Tensor) -> Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def held(self, weight: DTensor) -> tuple[int, Tensor]:
         return dist.get_rank(shard_group(weight)), weight.to_local().detach()
 
-    def shard_of(self, whole: Tensor, like: DTensor) -> Tensor:
-        if isinstance(whole, DTensor):  # read from shards
+    def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:
+        if isinstance(whole, DTensor) or not isinstance(like, DTensor):  # read from shards; a buffer
             return whole
         shard = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
         return shard.clone()  # instead of a view, which would keep the whole
 
     def whole(self, model: M) -> M:
-        tensors = {name: self.gathered(tensor) for name, tensor in model.state_dict().items()}
+        tensors = {
+            name: self.gathered(tensor) if isinstance(tensor, DTensor) else tensor.clone()  # a buffer
+            for name, tensor in model.state_dict().items()
+        }
         if not IS_MAIN:
             return model
         whole: Any = copy.deepcopy(self._skeleton)

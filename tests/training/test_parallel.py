@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.training import parallel_modes
-from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.config import LoggingConfig, TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, untimed, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -167,6 +168,24 @@ def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_for
         assert Path(folder, "last/shards").is_dir() == (before > 1 and checkpoint_format == "sharded")
         resumed = run(folder, *flags, "--init_from=resume", processes=after)
         assert_same_run(resumed, whole, **bounds)
+
+
+@pytest.mark.slow
+def test_checkpoints_written_while_training_goes_on_hold_the_same(run):
+    """To the bit, except for the order of what a file of safetensors says about itself, which is random."""
+    flags = *VARIANTS["experts"], "--ema_decay=0.9", "--parallel=fsdp", "--checkpoint_format=sharded"
+    flags += "--eval_interval=3", "--keep_all_checkpoints=True"
+    run("sync", *flags, processes=2)
+    run("async", *flags, "--async_save", processes=2)
+    assert len(list(Path("sync").glob("step-*"))) == 7
+    for path in Path("sync").glob("step-*/**/*.safetensors"):
+        twin = Path("async", *path.parts[1:])
+        assert twin.stat().st_size == path.stat().st_size
+        torch.testing.assert_close(load_file(twin), load_file(path), rtol=0, atol=0)
+    for folder in Path("sync").glob("step-*"):
+        states = [load_state(Path(name, folder.name)) for name in ("sync", "async")]
+        assert untimed([states[0]["progress"]]) == untimed([states[1]["progress"]])
+        torch.testing.assert_close(*(state["optimizer"]["state"] for state in states), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -320,5 +339,9 @@ def test_impossible_divisions_are_refused(monkeypatch):
         parallel_modes.check_parallel(TrainingConfig(parallel="none"))
     with pytest.raises(ValueError, match="leave out expert_processes"):
         TrainingConfig(parallel="fsdp", expert_processes=2)
+    with pytest.raises(ValueError, match="async_save needs parallel = fsdp and checkpoint_format = sharded"):
+        TrainingConfig(parallel="fsdp", async_save=True)
+    with pytest.raises(ValueError, match="keep_all_checkpoints contradicts keep_checkpoints = 2: choose one"):
+        LoggingConfig(keep_all_checkpoints=True, keep_checkpoints=2)
     with pytest.raises(ValueError, match="replicas = 2 is for parallel = fsdp"):
         TrainingConfig(replicas=2)
