@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -175,34 +176,69 @@ def test_a_script_s_docstring_says_how_to_run_it(path):
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 
+def run_alone(*args):
+    """Runs `python ARGS` in a process that has imported nothing yet."""
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True)
+
+
+def trains(script):
+    return script == "train.py" or script.startswith("stages/") and script != "stages/eval.py"
+
+
+SLOW = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb", "sklearn", "scipy"}
+HELP = f"""
+import atexit, os, runpy, sys
+import numpy, pydantic.dataclasses, tqdm, gpt_arc.manifest  # what most scripts import, once for them all
+screens, torch, *scripts = sys.argv[1:]
+for number, script in enumerate(scripts):
+    if not os.fork():
+        for descriptor, name in ((1, "output"), (2, "errors")):
+            os.dup2(os.open(f"{{screens}}/{{number}}.{{name}}", os.O_CREAT | os.O_WRONLY), descriptor)
+        slow = {SLOW} | {{torch}}
+        atexit.register(lambda: print("imported", sorted(slow & sys.modules.keys())))
+        sys.argv = [script, "--help"]
+        runpy.run_path(os.path.join({str(ROOT)!r}, script), run_name="__main__")
+        sys.exit()
+    _, status = os.wait()
+    with open(f"{{screens}}/{{number}}.status", "w") as file:
+        print(status, file=file)
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory):
+    """The status, output and errors of each script's --help in an empty folder: forks of a process without torch, or,
+    for scripts that train, with it."""
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        names = [place(path) for path in SCRIPTS]
+        light, heavy = [name for name in names if not trains(name)], [name for name in names if trains(name)]
+        for scripts, start, torch in (light, run_alone, "torch"), (heavy, run_python, ""):
+            screens = tmp_path_factory.mktemp("screens")
+            started = start("-c", HELP, str(screens), torch, *scripts)
+            assert started.returncode == 0, started.stderr
+            for number, script in enumerate(scripts):
+                parts = ((screens / f"{number}.{part}").read_text() for part in ("status", "output", "errors"))
+                results[script] = *parts, sorted(Path.cwd().iterdir())
+    return results
+
+
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
-def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
+def test_help_works_in_any_folder_and_imports_nothing_slow(script, help_of):
     """Slow modules are imported where they are used; only the loops of train.py and most stages need torch."""
-    monkeypatch.chdir(tmp_path)
-    slow = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb"}
-    trains = script == "train.py" or script.startswith("stages/") and script != "stages/eval.py"
-    slow |= {"sklearn", "scipy"} | (set() if trains else {"torch"})
-    code = (
-        "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print('imported', sorted({slow} & sys.modules.keys())))\n"
-        f"sys.argv = [{script!r}, '--help']\n"
-        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
-    )
-    if "torch" in slow:
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    else:
-        result = run_python("-c", code)
-    assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
-    assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
-    assert not list(tmp_path.iterdir())
+    status, output, errors, written = help_of[script]
+    assert status == "0\n" and "--" in output and not errors, errors
+    assert output.endswith("imported []\n"), output[-200:]
+    assert not written
 
 
 FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
 
 
 @pytest.mark.parametrize("script", FIRST_FLAGS)
-def test_help_shows_the_most_used_flags_first_and_each_once(script):
-    shown = run_python(str(ROOT / script), "--help").stdout
+def test_help_shows_the_most_used_flags_first_and_each_once(script, help_of):
+    shown = help_of[script][1].removesuffix("imported []\n")
     flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
     assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
     assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
