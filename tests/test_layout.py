@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -202,15 +203,47 @@ def test_a_mistake_in_a_flag_is_refused_before_torch_is_imported(script):
     assert result.stdout == "imported []\n"
 
 
+SLOW = {"datasets", "pyarrow", "scipy", "sklearn", "tiktoken", "tokenizers", "torch", "transformers", "wandb"}
+HELP = f"""
+import atexit, os, runpy, sys
+import numpy, pydantic.dataclasses, tqdm, gpt_arc.manifest  # what most scripts import, once for them all
+screens, *scripts = sys.argv[1:]
+for number, script in enumerate(scripts):
+    if not os.fork():
+        for descriptor, name in ((1, "output"), (2, "errors")):
+            os.dup2(os.open(f"{{screens}}/{{number}}.{{name}}", os.O_CREAT | os.O_WRONLY), descriptor)
+        atexit.register(lambda: print("imported", sorted({SLOW} & sys.modules.keys())))
+        sys.argv = [script, "--help"]
+        runpy.run_path(os.path.join({str(ROOT)!r}, script), run_name="__main__")
+        sys.exit()
+    _, status = os.wait()
+    with open(f"{{screens}}/{{number}}.status", "w") as file:
+        print(status, file=file)
+"""
+
+
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory):
+    """The status, output and errors of each script's --help in an empty folder: forks of one process."""
+    results, screens = {}, tmp_path_factory.mktemp("screens")
+    scripts = [place(path) for path in SCRIPTS]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("empty"))
+        started = subprocess.run([sys.executable, "-c", HELP, screens, *scripts], capture_output=True, text=True)
+        assert started.returncode == 0, started.stderr
+        for number, script in enumerate(scripts):
+            parts = ((screens / f"{number}.{part}").read_text() for part in ("status", "output", "errors"))
+            results[script] = *parts, sorted(Path.cwd().iterdir())
+    return results
+
+
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
-def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
+def test_help_works_in_any_folder_and_imports_nothing_slow(script, help_of):
     """The command line is read before what takes seconds to import."""
-    monkeypatch.chdir(tmp_path)
-    slow = {"datasets", "pyarrow", "scipy", "sklearn", "tiktoken", "tokenizers", "torch", "transformers", "wandb"}
-    result = run_and_list_imports(script, slow, "--help")
-    assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
-    assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
-    assert not list(tmp_path.iterdir())
+    status, output, errors, written = help_of[script]
+    assert status == "0\n" and "--" in output and not errors, errors
+    assert output.endswith("imported []\n"), output[-200:]
+    assert not written
 
 
 HELPS = {  # the first flag, and the groups after the most used flags
@@ -227,9 +260,9 @@ def flags_and_groups(shown):
 
 
 @pytest.mark.parametrize("script", HELPS)
-def test_help_shows_the_most_used_flags_and_help_all_each_once(script):
+def test_help_shows_the_most_used_flags_and_help_all_each_once(script, help_of):
     first, others = HELPS[script]
-    shown = run_python(str(ROOT / script), "--help").stdout
+    shown = help_of[script][1].removesuffix("imported []\n")
     most_used, groups = flags_and_groups(shown)
     assert most_used[0] == first and len(most_used) < 20 and groups == ["arguments", "most used flags"]
     more = re.search(rf"^(\d+) more flags are described by: python .*{script} --help-all$", shown, re.MULTILINE)[1]
