@@ -8,6 +8,7 @@
     python stages/finetune.py out/finetune --predict new.jsonl                writes new.predictions.jsonl
     python stages/finetune.py out/finetune --classify "a film to remember"    the texts of one example
     python stages/finetune.py --resume=out/finetune                           continue a stopped run
+    torchrun --standalone --nproc_per_node=8 stages/finetune.py gpt2 --train reviews.jsonl --parallel=fsdp
 
 Examples are rows of .jsonl, .json, .csv, .tsv or .parquet files. A run writes out/finetune/ (or -2, -3 ...): run.json,
 metrics.jsonl, report.json, and the models after the last epoch and the best one by the val split, each a model
@@ -34,12 +35,11 @@ import torch
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from gpt_arc import distributed
 from gpt_arc.data.batches import training_batches
 from gpt_arc.data.datasets import Corpus, open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
-from gpt_arc.distributed import say
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import NotFinite, UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command, write_file
@@ -71,7 +71,7 @@ from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import check_model, read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.epochs import digest, epoch_batches, held_out
+from gpt_arc.training.epochs import digest, epoch_batches, held_out, micro_batches
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import refuse_others
 from gpt_arc.training.routers import RouterMeter
@@ -169,6 +169,8 @@ def build(
         raise UserError(f"{options.model} is an LSTM: it has no blocks for lora_rank or transfer_blocks")
     if options.lstm and trunk.config.attention == "bidirectional":
         raise UserError(f"{options.model} reads in both directions, and an LSTM in one: compare it with a causal model")
+    if WORLD_SIZE > 1 and (options.lstm or isinstance(trunk, LSTM)):
+        raise UserError("an LSTM is trained in one process: start it with python, not torchrun")
     if options.lstm:
         trunk = LSTM(trunk.config)
         if options.lstm_dataset and not options.resume:
@@ -259,7 +261,10 @@ def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
     lengths = training.lengths
     run.fit(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
-    run.place(classifier)
+    is_causal = classifier.trunk.config.attention == "causal"
+    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
+    heads = any(p.requires_grad for name, p in classifier.trunk.named_parameters() if name.startswith("head"))
+    replica = run.place(classifier, unused=heads and not language)
     updater = run.updater(classifier, updates)
     routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
@@ -269,23 +274,24 @@ def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.
-    is_causal = classifier.trunk.config.attention == "causal"
-    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
     while run.goes_on(updates):
         epoch, place = divmod(progress.step, updates_per_epoch)
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
         first = place * options.gradient_accumulation_steps
-        micros = batches[first : first + options.gradient_accumulation_steps]
-        count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
-        for rows in micros:
+        batches = batches[first : first + options.gradient_accumulation_steps]
+        micros = [micro for batch in batches for micro in micro_batches(batch.tolist(), options.batch_size)]
+        count, losses = sum(map(len, batches)), torch.zeros(2, device=run.device)
+        for i, (rows, weight) in enumerate(micros, start=1):
             batch = to_device(training.batch(rows), run.device)
-            with autocast(run.device, run.dtype):
-                outcome = classifier(*batch, with_language=language)
-            micro_losses = outcome.task_loss, outcome.language_loss
-            updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
-            losses += torch.stack(micro_losses).detach()
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    outcome = replica(*batch, with_language=language)
+                micro_losses = outcome.task_loss, outcome.language_loss
+                loss = combined_loss(*micro_losses, options.language_weight)
+                updater.backward(loss * weight * WORLD_SIZE / count)
+            losses += weight * torch.stack(micro_losses).detach()
             routers.add()
         result = run.update(updater, progress.step, *losses)
         routers.step(result is not None)
@@ -307,7 +313,7 @@ def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
         return run.finish(write)
     run.close()
     write_report(options, run, material)
-    if options.predict or options.classify:
+    if IS_MAIN and (options.predict or options.classify):
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
     texts = {"classification": ["TEXT"], "multiple_choice": ["CONTEXT", "OPTION", "OPTION"]}
     classify = texts.get(options.task, ["TEXT", "TEXT"])
@@ -346,7 +352,8 @@ def end_epoch(options: FinetuneOptions, run: StageRun[FinetuneProgress], materia
 def measured(
     options: FinetuneOptions, run: StageRun[FinetuneProgress], classifier: Classifier, split: EncodedExamples
 ) -> tuple[Predictions, dict[str, float | None]]:
-    predictions = predict(classifier, split, options.batch_size, run.device, run.dtype)
+    with run.parallel.evaluating(classifier):
+        predictions = predict(classifier, split, options.batch_size, run.device, run.dtype, WORLD_SIZE)
     return predictions, {**metrics_of(predictions, classifier.config), **predictions.losses}
 
 
@@ -364,7 +371,8 @@ def write_report(options: FinetuneOptions, run: StageRun[FinetuneProgress], mate
         classifier = load_classifier(run.folder)[0].to(run.device)  # the best, as it is saved
         predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
-    write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
+    if IS_MAIN:
+        write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
     by = f" by {material.main_metric} on the val split" if "val" in splits else ", the last"
     say(f"kept epoch {report['best_epoch']}{by}: {run.folder}/best")
 
@@ -432,12 +440,12 @@ def named_columns(options: FinetuneOptions, usual: Columns) -> Columns:
 
 def main() -> int:
     options = read_options(FinetuneOptions, __doc__, sys.argv[1:])
-    if distributed.WORLD_SIZE > 1:
-        raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
     check_model(options)
     if options.resume or options.train is not None:
         import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
         return start_stage(options, "finetune", train, FinetuneProgress)
+    if WORLD_SIZE > 1:
+        raise UserError("a fine-tuned model is used in one process: start it with python, not torchrun")
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt_arc.alignment import losses
-from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
 from gpt_arc.alignment.rewards import Scorer, load_reward
@@ -59,6 +59,7 @@ from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
+from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
@@ -98,10 +99,18 @@ class PretrainingText:
         self.first, self.rows = first, windows(self.split, starts, self.context)
 
     def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
-        """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if it has none."""
+        """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if no process has any.
+
+        A process that has none where others do gets a window that isn't scored.
+        """
+        if i * WORLD_SIZE >= self.windows:
+            return None
         start = (update - self.first) * self.windows
         each = slice(start + i * WORLD_SIZE + RANK, start + self.windows, parts * WORLD_SIZE)
-        return to_device([rows[each] for rows in self.rows], device) if len(self.rows[0][each]) else None
+        tokens, targets = (rows[each] for rows in self.rows)
+        if not len(tokens):
+            tokens, targets = self.rows[0][:1], torch.full_like(self.rows[1][:1], IGNORED)
+        return to_device([tokens, targets], device)
 
 
 def minibatch_losses(
@@ -168,7 +177,7 @@ def load_setup(options: PPOOptions, run: StageRun) -> Setup:
     if options.reward is None:
         raise UserError("name the reward by --reward")
     policy, tokenizer, chat = load_policy(run.origin)
-    reference = load_policy(options.base_model)[0].to(run.device).eval().requires_grad_(False)
+    reference = load_policy(options.base_model)[0].eval()
     critic = build_critic(options.reward, options.value_network, policy)
     context = policy.config.block_size
     if isinstance(critic, RewardModel):
@@ -185,7 +194,7 @@ def load_setup(options: PPOOptions, run: StageRun) -> Setup:
     monitor = None if options.monitor is None else scorer("monitor")
     average = None
     if options.ema_decay is not None:
-        average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
+        average = copy.deepcopy(policy).requires_grad_(False)
     prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens, options.columns)
     text = None
     if options.pretraining_dataset:
@@ -207,26 +216,33 @@ def compiles_rollouts(options: PPOOptions, policy: GPT, device: torch.device, dt
     return resolve_decoding_compile(options.compile, device, policy, batches * options.max_new_tokens)
 
 
-def roll_out(
-    setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: PPOOptions,
-    run: StageRun,
-) -> tuple[list[list[int]], ModelOutputs, Tensor, Tensor]:  # fmt: skip
-    """Has this process's share of the responses to an iteration's prompts written and scored.
+def written_and_scored(
+    setup: Setup, decoder: Decoder, share: list[Prompt], numbers: Sequence[int], options: PPOOptions
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Returns responses to this process's `share` of an iteration's prompts, their scores and the monitor's.
 
-    The iteration's episodes are `first` and following. Returns arguments of `gather_rollouts`.
+    `numbers` are those of the episodes.
     """
-    share = prompts[RANK::WORLD_SIZE]
     responses = write_responses(
-        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed,
-        range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
+        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed, numbers,
+        options.rollout_batch_size,
     )  # fmt: skip
-    outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
     scores = setup.score(share, responses)
     monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
         ended = torch.tensor([response[-1] in setup.chat.ends for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
-    return responses, outputs, scores, monitored
+    return responses, scores, monitored
+
+
+def run_models(
+    actor: ActorCritic, reference: ReferencePolicy, share: list[Prompt], responses: list[list[int]],
+    options: PPOOptions, run: StageRun,
+) -> ModelOutputs:  # fmt: skip
+    """Returns what the models say of this process's share of an iteration's responses."""
+    calls = math.ceil(options.episodes_per_iteration / WORLD_SIZE / options.batch_size)
+    with run.parallel.evaluating(actor), run.parallel.evaluating(reference):
+        return model_outputs(actor, reference, share, responses, options.batch_size, run.device, run.dtype, calls)
 
 
 def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: PPOOptions) -> tuple[Tensor, Tensor]:
@@ -278,6 +294,7 @@ def train(options: PPOOptions, run: StageRun) -> int:
     # ---- models, rewards, prompts and the plan
     setup = load_setup(options, run)
     policy, critic, average, prompts, text = setup.policy, setup.critic, setup.average, setup.prompts, setup.text
+    reference = ReferencePolicy(setup.reference, options.temperature)
     order = EpochOrder(len(prompts), 1, options.seed)
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
@@ -288,22 +305,23 @@ def train(options: PPOOptions, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.fit(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
-    actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
+    actor = ActorCritic(policy, critic, options.temperature, average).eval()  # dropout would look like another policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
     if isinstance(critic, RewardModel):
         freeze_routers(critic.trunk)
+    writer = writer_of(policy, run.device, run.dtype, run.parallel.is_sharded).to(run.device)
     replica = run.place(actor)
+    run.parallel.place_frozen(reference, run.device)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
-    writer = writer_of(policy, run.device, run.dtype)
     decoder = Decoder(writer)
     if compiles_rollouts(options, policy, run.device, run.dtype):
         decoder.compile(max(len(prompt.tokens) for prompt in prompts) + options.max_new_tokens)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
-    def write(_: ActorCritic, directory: Path) -> None:
-        save_model(policy if average is None else average, setup.tokenizer, directory)
+    def write(whole: ActorCritic, directory: Path) -> None:
+        save_model(whole.average or whole.policy, setup.tokenizer, directory)
         setup.chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -315,12 +333,14 @@ def train(options: PPOOptions, run: StageRun) -> int:
 
         # rollout and score
         iteration_prompts = [prompts[row] for row in order.take(first, size)]
+        share, numbers = iteration_prompts[RANK::WORLD_SIZE], range(first + RANK, first + size, WORLD_SIZE)
+        update_writer(writer, policy, run.parallel.everywhere)
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
-            update_writer(writer, policy)
-            share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
-        rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
+            responses, *scores = written_and_scored(setup, decoder, share, numbers, options)
+        outputs = run_models(actor, reference, share, responses, options, run)
+        rollouts = gather_rollouts(iteration_prompts, responses, outputs, *scores, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started
 
         # advantages

@@ -158,7 +158,7 @@ def make_run(folder):
     updater.update(0.1, torch.tensor(1.0))
     state = {"progress": vars(Progress(step=1)), **updater.state_dict(), "generators": [{"cpu": torch.get_rng_state()}]}
     state |= {"runtime": {"device": "cpu", "dtype": "float32", "compile": False}, "data": ""}
-    save_checkpoint(folder, 1, 1, lambda to: save_model(model, None, to), state, False)
+    save_checkpoint(folder, 1, 1, lambda to: save_model(model, None, to), state, 1)
     write_record(folder, Config(), "tiny", {"n_layer": 2, "max_iters": 10})
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.4}\n')
 

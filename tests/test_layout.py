@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "vision": ("ground", "nn", "model", "data", "weights", "chat"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat", "vision"),
-    "serving": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
+    "serving": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
 }

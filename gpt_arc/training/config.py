@@ -93,6 +93,9 @@ class TrainingConfig:
     """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
     """Muon's decay rate for the mean of gradients."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in the CPU's memory and update the weights there, which halves what weights, gradients and
+    moments take of a GPU's. Under fsdp, the shards of weights and gradients lie there too."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown.
     inverse_sqrt: over the square root of the step, without an end (arXiv:1706.03762)."""
@@ -164,6 +167,9 @@ class TrainingConfig:
     checkpoint_format: Literal["whole", "sharded"] = "whole"
     """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
     one file per process. Any number of processes can resume from either."""
+    async_save: bool = False
+    """Write sharded checkpoints while training goes on, from a copy of them in memory. A failure is reported before the
+    next evaluation."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
@@ -177,8 +183,17 @@ class TrainingConfig:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
         if self.parallel == "fsdp" and self.expert_processes > 1:
             raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
+        if self.async_save and (self.parallel != "fsdp" or self.checkpoint_format != "sharded"):
+            raise ValueError(
+                "async_save needs parallel = fsdp and checkpoint_format = sharded: set both, or leave it out"
+            )
         if self.replicas > 1 and self.parallel != "fsdp":
             raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
+        if self.offload_optimizer and self.optimizer == "muon":
+            raise ValueError(
+                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: leave it "
+                "out, or set optimizer = adamw"
+            )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -209,7 +224,9 @@ class LoggingConfig:
     sample_start: str = ""
     """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
-    """Keep the checkpoint of every evaluation. False: the last and the best."""
+    """Keep the checkpoint of every evaluation. False: the newest ones and the best."""
+    keep_checkpoints: Count = 1
+    """How many of the newest checkpoints to keep, beside the best."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next evaluation tries again. 0:
     the first failure ends the run."""
@@ -221,6 +238,15 @@ class LoggingConfig:
     """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
     """Name of the run there. None: the name of the run's folder."""
+
+    def __post_init__(self):
+        if self.keep_all_checkpoints and self.keep_checkpoints > 1:
+            raise ValueError(f"keep_all_checkpoints contradicts keep_checkpoints = {self.keep_checkpoints}: choose one")
+
+    @property
+    def kept(self) -> int | None:
+        """How many of the newest checkpoints to keep. None: all."""
+        return None if self.keep_all_checkpoints else self.keep_checkpoints
 
 
 @dataclass(frozen=True, config=STRICT)

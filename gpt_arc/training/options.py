@@ -90,6 +90,8 @@ class StageOptions:
     """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
     """Name of the run there. None: the name of the run's folder."""
+    keep_checkpoints: Count = 1
+    """How many of the newest checkpoints to keep, beside the best."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next one is tried again. 0: the
     first failure ends the run."""
@@ -213,22 +215,28 @@ class ExampleOptions(StageOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
-class ChatOptions(ExampleOptions):
-    """The further settings of stages that learn from conversations or rankings."""
+class DividedOptions(StageOptions):
+    """The further settings of stages whose processes may divide the model."""
 
-    columns: tuple[str, ...] = ()
-    """Columns of train and val that have other names than ours: prompt=question response=answer."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """What processes under torchrun divide. ddp: the examples; fsdp: also weights, gradients and moments. auto: ddp for
     several processes."""
     replicas: Count = 1
     """fsdp: groups of processes that divide a whole model each."""
-    preview: Natural = 0
-    """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
     @property
     def dividing(self) -> TrainingConfig:
         return TrainingConfig(parallel=self.parallel, replicas=self.replicas)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ChatOptions(DividedOptions, ExampleOptions):
+    """The further settings of stages that learn from conversations or rankings."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of train and val that have other names than ours: prompt=question response=answer."""
+    preview: Natural = 0
+    """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:

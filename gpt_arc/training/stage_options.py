@@ -22,7 +22,7 @@ from gpt_arc.settings import (
     UnitInterval,
 )
 from gpt_arc.training.config import TrainingConfig, check_batch
-from gpt_arc.training.options import ChatOptions, ExampleOptions, StageOptions
+from gpt_arc.training.options import ChatOptions, DividedOptions, ExampleOptions
 from gpt_arc.training.schedule import PublishedRate, warmup_linear
 
 LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
@@ -98,7 +98,7 @@ class DPOOptions(ChatOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
-class PPOOptions(StageOptions):
+class PPOOptions(DividedOptions):
     prompts: Path | None = None
     """Prompts (.jsonl, .json, .csv, .tsv, .parquet): rows as for stages/sft.py, whose last response isn't read."""
     columns: tuple[str, ...] = ()
@@ -171,7 +171,7 @@ class PPOOptions(StageOptions):
         "episodes",
         "max_new_tokens",
         "kl_coef",
-        *StageOptions.FIRST,
+        *DividedOptions.FIRST,
     )
     PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
     PUBLISHED = PublishedRate(9e-6, 1.2e9)  # arXiv:2203.02155
@@ -193,7 +193,7 @@ class PPOOptions(StageOptions):
 
 
 @dataclass(frozen=True, config=STRICT)
-class FinetuneOptions(ExampleOptions):
+class FinetuneOptions(DividedOptions, ExampleOptions):
     model: Positional[str | None] = None
     """The model to fine-tune: a run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME.
     Or a fine-tuned model: to measure it, to predict with it, or to fine-tune it on another task."""
@@ -364,7 +364,7 @@ class EncoderOptions(ExampleOptions):
     epochs: Count = 10
     """Passes over the images."""
     batch_size: Count = 64
-    """Images that a process reads at a time, at most; with a text_model also those that it tells apart."""
+    """Images that a process reads at a time, at most; with a text_model, those of all processes are told apart."""
     learning_rate: Positive | None = None
     """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
     parameters), up to 0.01."""

@@ -347,10 +347,12 @@ def test_batching_and_processes_change_only_rounding(run, workplace):
     for name, way in ways.items():
         run(*flags, *way, f"--out_dir={name}")
     Path("ppo.toml").write_text('monitor = "reward"\n')  # torchrun would take --monitor for its own flag
-    flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo", "--out_dir=two")
-    result = command("stages/ppo.py", *flags, processes=2, torchrun=True)
-    assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
-    for name in (*ways, "two"):
+    flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo")
+    for name, mode in {"two": "ddp", "shards": "fsdp"}.items():
+        several = f"--parallel={mode}", f"--out_dir={name}"
+        result = command("stages/ppo.py", *flags, *several, processes=2, torchrun=True)
+        assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
+    for name in (*ways, "two", "shards"):
         torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)
         critics = [load_state(Path(folder) / "last")["parts"]["critic"] for folder in ("whole", name)]
         torch.testing.assert_close(*critics, rtol=1e-3, atol=1e-5)
@@ -360,6 +362,27 @@ def test_batching_and_processes_change_only_rounding(run, workplace):
             assert line == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in expected.items()}
     moved = weights_of("whole/last")["blocks.0.mlp.up.weight"] - weights_of("base")["blocks.0.mlp.up.weight"]
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_divided_models_learn_as_whole_ones_and_resume(run, workplace):
+    """One process has more of the 15 responses of an iteration and of the 3 windows of an update than the other.
+
+    The saved model is an average. The run stops after an iteration and resumes.
+    """
+    write_dataset(workplace / "data" / "letters", LETTERS, {"train": list(range(8)) * 60, "val": list(range(8)) * 10})
+    flags = (*TRAIN, "--reward=reward", "--pretraining_dataset=letters", "--pretraining_batch_size=3",
+             "--ema_decay=0.5", "--episodes=45", "--batch_size=3", "--gradient_accumulation_steps=5",
+             "--minibatches=1")  # fmt: skip
+    run(*flags, "--out_dir=whole")
+    several = "--parallel=fsdp", "--out_dir=shards", "--stop_after=1s"
+    stopped = command("stages/ppo.py", *flags, *several, processes=2)
+    assert "stopped after step 1, saved" in stopped.stdout, stopped.stdout + stopped.stderr
+    result = command("stages/ppo.py", "--resume=shards", processes=2)
+    assert "finished step 3" in result.stdout, result.stdout + result.stderr
+    for expected, line in zip(lines_of("whole"), lines_of("shards"), strict=True):
+        assert line == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in expected.items()}
+    assert_same_weights("whole/last", "shards/last", rtol=0, atol=1e-5)
 
 
 ARCHITECTURES = {
