@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
 }
 ENTRY_POINTS = {"gpt_arc/cli.py", "gpt_arc/harness.py"}  # commands, above all packages
-READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", "gpt_arc/training/command_line.py"} | ENTRY_POINTS
+READS_THE_COMMAND_LINE = {"gpt_arc/errors.py", "gpt_arc/flags.py", *ENTRY_POINTS}
+READS_THE_COMMAND_LINE |= {"gpt_arc/training/arguments.py", "gpt_arc/training/command_line.py"}
 LIBRARY = [*sorted((ROOT / "gpt_arc").rglob("*.py")), ROOT / "model.py"]
 FOLDERS = ("prepare", "stages", "tools")
 AT_THE_ROOT = ("new", "train", "sample")
@@ -74,7 +75,7 @@ def top_level(path):
 def package(module):
     """The line of MAY_IMPORT that a module belongs to, or None for other libraries."""
     top, *names = module.split(".")
-    if top == "model":
+    if module.startswith(("model", "gpt_arc.model_config")):
         return "model"
     if top != "gpt_arc" or not names:
         return None
@@ -175,37 +176,72 @@ def test_a_script_s_docstring_says_how_to_run_it(path):
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 
-@pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
-def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
-    """Slow modules are imported where they are used; only the loops of train.py and most stages need torch."""
-    monkeypatch.chdir(tmp_path)
-    slow = {"datasets", "pyarrow", "tiktoken", "tokenizers", "transformers", "wandb"}
-    trains = script == "train.py" or script.startswith("stages/") and script != "stages/eval.py"
-    slow |= {"sklearn", "scipy"} | (set() if trains else {"torch"})
+def run_and_list_imports(script, modules, *args):
+    """The finished process of a script; the last line it printed lists those of the modules that it imported."""
     code = (
         "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print('imported', sorted({slow} & sys.modules.keys())))\n"
-        f"sys.argv = [{script!r}, '--help']\n"
+        f"atexit.register(lambda: print('imported', sorted({modules} & sys.modules.keys())))\n"
+        f"sys.argv = {[script, *args]}\n"
         f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
     )
-    if "torch" in slow:
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    else:
-        result = run_python("-c", code)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+MISTAKES = {
+    "train.py": (["--n_leyer=3"], "there is no flag --n_leyer; did you mean --n_layer?"),
+    "stages/sft.py": (["out/gpt2", "--batch_size=0"], "--batch_size = 0 must be at least 1"),
+    "stages/scaling.py": (["plan", "--dais=2"], "there is no flag --dais; did you mean --days?"),
+}
+
+
+@pytest.mark.parametrize("script", MISTAKES)
+def test_a_mistake_in_a_flag_is_refused_before_torch_is_imported(script):
+    args, message = MISTAKES[script]
+    result = run_and_list_imports(script, {"torch"}, *args)
+    assert result.returncode == 2 and result.stderr == f"{script.split('/')[-1]}: {message}\n"
+    assert result.stdout == "imported []\n"
+
+
+@pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
+def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
+    """The command line is read before what takes seconds to import."""
+    monkeypatch.chdir(tmp_path)
+    slow = {"datasets", "pyarrow", "scipy", "sklearn", "tiktoken", "tokenizers", "torch", "transformers", "wandb"}
+    result = run_and_list_imports(script, slow, "--help")
     assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
     assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
     assert not list(tmp_path.iterdir())
 
 
-FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
+HELPS = {  # the first flag, and the groups after the most used flags
+    "sample.py": ("start", ["other flags", "[sampling]"]),
+    "train.py": ("dataset", [f"[{table}]" for table in ("model", "data", "training", "logging", "run")]),
+    "stages/sft.py": ("train", ["other flags"]),
+}
 
 
-@pytest.mark.parametrize("script", FIRST_FLAGS)
-def test_help_shows_the_most_used_flags_first_and_each_once(script):
-    shown = run_python(str(ROOT / script), "--help").stdout
-    flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
-    assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
+def flags_and_groups(shown):
+    """The flags that a help text describes, and the titles of their groups."""
     assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
+    return re.findall(r"^  --(\w+) ", shown, re.MULTILINE), re.findall(r"^([\w\[][\w\] ]+):$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", HELPS)
+def test_help_shows_the_most_used_flags_and_help_all_each_once(script):
+    first, others = HELPS[script]
+    shown = run_python(str(ROOT / script), "--help").stdout
+    most_used, groups = flags_and_groups(shown)
+    assert most_used[0] == first and len(most_used) < 20 and groups == ["arguments", "most used flags"]
+    more = re.search(rf"^(\d+) more flags are described by: python .*{script} --help-all$", shown, re.MULTILINE)[1]
+    flags, groups = flags_and_groups(run_python(str(ROOT / script), "--help-all").stdout)
+    assert flags[: len(most_used)] == most_used and len(flags) == len(set(flags)) == len(most_used) + int(more)
+    assert groups == ["arguments", "most used flags", *others]
+
+
+@pytest.mark.parametrize("script, action", [("stages/scaling.py", "plan"), ("tools/bench.py", "prepare")])
+def test_the_help_of_an_action_names_it_in_its_usage(script, action):
+    usage = run_python(str(ROOT / script), action, "--help").stdout.splitlines()[0]
+    assert usage.endswith(f"{script} {action} [--name=value ...]")
 
 
 def test_descriptions_are_wrapped_and_commands_stay_whole():

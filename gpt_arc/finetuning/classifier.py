@@ -26,12 +26,13 @@ from gpt_arc.data.masking import sentence_marks
 from gpt_arc.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
-from gpt_arc.finetuning.examples import Columns, SpecialTokens, TaskKind
+from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.finetuning.lora import with_merged_adapters
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.nn.names import TaskKind
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import Positive
 from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model

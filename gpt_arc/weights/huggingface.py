@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
-from gpt_arc.nn.functional import Activation
+from gpt_arc.nn.names import Activation
 from gpt_arc.nn.positions import rotary_scaling
 from gpt_arc.reading import mistake_in
 from gpt_arc.settings import Count, NonNegative, Positive, mistake
