@@ -11,6 +11,9 @@ out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_arguments
+
+    check_arguments(__doc__)
 
 
 import contextlib
@@ -107,6 +110,7 @@ class Run:
 
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
+        self.saving.wait()
         self.pace.report(self.progress.seconds)
         plan, starts, block_size = self.plan, self.plan.val_starts, self.plan.config.model.block_size
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
@@ -161,9 +165,12 @@ class Run:
         shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
-        put = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
-        step, keep_all = (progress.step, progress.best_step), plan.config.logging.keep_all_checkpoints
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all, shards), last)
+        put = partial(save_model, whole, self.tokenizer)
+        put = put if self.parallel.is_sharded else self.updater.averaged()(put)  # shards have made a copy
+        state, shards = self.saving.staged(state, shards)
+        step, keep = (progress.step, progress.best_step), plan.config.logging.kept
+        what = put, state, keep, shards, self.saving.group
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, *what), last)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -220,11 +227,12 @@ def build(plan: Plan) -> Run:
     if state and launch.checkpoint:
         restore_state(updater, state, launch.checkpoint, device)
         plan.state = None  # as large as the model, twice
+    background = training.async_save and parallel.is_sharded
+    saving = Saving(progress, progress.step, config.logging.failed_saves, background)
     run = Run(
         plan, data, folder, lock, model, replica, tokenizer, parallel, sharing, updater,
-        StopSignal(config.run.stop_after), compiled, example, sampler,
-        Saving(progress, progress.step, config.logging.failed_saves),
-        Spikes(training.spike_factor, folder, progress, updater), Pace(device),
+        StopSignal(config.run.stop_after), compiled, example, sampler, saving,
+        Spikes(training.spike_factor, folder, progress, updater, saving), Pace(device),
     )  # fmt: skip
     if IS_MAIN and not config.run.eval_only:
         tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
@@ -362,6 +370,7 @@ def train(run: Run) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 def report_divergence(run: Run, step: int) -> int:
+    run.saving.wait()
     kept = f"{run.folder}/last is the last good checkpoint" if run.saving.step else "there is no checkpoint yet"
     say(f"step {step} has diverged, {kept}: lower learning_rate, or set dtype = float32")
     return 1
@@ -370,6 +379,7 @@ def report_divergence(run: Run, step: int) -> int:
 def finish(run: Run, stopped: bool) -> int:
     """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
     progress, training = run.progress, run.plan.config.training
+    run.saving.wait()
     if run.saving.step != progress.step:
         run.save(last=True)
     if run.log:

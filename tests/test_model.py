@@ -25,10 +25,11 @@ from gpt_arc.nn.attention import (
     positions_and_masks,
     repeat_heads,
 )
-from gpt_arc.nn.functional import Activation, dropout, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import dropout, ngram_ids, rotate, sinusoids
 from gpt_arc.nn.head_loss import HeadLoss, add_product
 from gpt_arc.nn.meta import meta_device
-from gpt_arc.nn.positions import Stretch, alibi_bias, alibi_slopes
+from gpt_arc.nn.names import Activation, Stretch
+from gpt_arc.nn.positions import alibi_bias, alibi_slopes
 from gpt_arc.settings import mistake
 from gpt_arc.weights.huggingface import hf_tensors
 from model import GPT, Attention, GPTConfig

@@ -54,10 +54,11 @@ from gpt_arc.training.checkpoints import (
 from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
+from gpt_arc.training.options import StageOptions
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
 from gpt_arc.training.saving import Saving
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.stage_record import record_options, record_steps, resume_command
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig
@@ -180,11 +181,14 @@ class StageRun(Generic[P]):
             if out_dir and value and Path(out_dir).resolve() in (Path(value) / "model").resolve().parents:
                 raise UserError(f"out_dir = {out_dir} holds the model that {name} names: name another")
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
+    def place(self, module: nn.Module, unused: bool = False) -> nn.Module:
+        """Move a module to the device. Returns the module to call: itself, or its replica under torchrun.
+
+        `unused`: the loss doesn't depend on all of the trained weights.
+        """
         set_up_device(self.device, self.dtype)
         self._module = module
-        return self.parallel.place(module, self.device)
+        return self.parallel.place(module, self.device, unused)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
         """The optimizer, with a learning rate scheduled over this many updates."""
@@ -201,8 +205,9 @@ class StageRun(Generic[P]):
         restore_state(updater, self._state, self.checkpoint, self.device)
         with reading(state_file(self.checkpoint), ADVICE):
             for name, part in parts.items():
-                check_tensors(saved[name], part.state_dict(), f"{name}.")
-                part.load_state_dict(saved[name])
+                kept = part.state_dict()
+                check_tensors(saved[name], kept, f"{name}.")
+                part.load_state_dict({key: self.parallel.shard_of(x, kept[key]) for key, x in saved[name].items()})
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Write, best: float | None = None, last: bool = False) -> None:
@@ -212,15 +217,18 @@ class StageRun(Generic[P]):
 
         Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
-        progress = self.progress
+        progress, options = self.progress, self.options
         self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
         state = training_state(progress, self._updater, self.device, self.dtype, self.fingerprint)
-        state["parts"] = {name: part.state_dict() for name, part in self._parts.items()}
+        gathered = self.parallel.gathered
+        state["parts"] = {
+            name: {key: gathered(x) for key, x in part.state_dict().items()} for name, part in self._parts.items()
+        }
         put = partial(write, self.parallel.whole(self._module))
         step = progress.step, progress.best_step
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all=False), last)
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, options.keep_checkpoints), last)
 
     def check_finite(self, *figures: float) -> None:
         """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""

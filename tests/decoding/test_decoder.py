@@ -20,7 +20,7 @@ from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import UserError
 from gpt_arc.nn.attention import KVCache
-from gpt_arc.nn.positions import Stretch
+from gpt_arc.nn.names import Stretch
 from helpers import randomised
 from model import GPT, GPTConfig
 

@@ -85,6 +85,7 @@ def functions(gpu: GPU) -> dict[str, Any]:
     import torch
 
     stream = types.SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None, device_index=0, stream_id=0)
+    stream.record_event = lambda: None  # see `FakeDevice`
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,

@@ -93,9 +93,12 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
             peaks["backward"], counts = fake.peak, counted(fake)
             updater.update(1e-3, loss.total.detach())
             peaks["update"] = fake.peak
-        estimate = memory_estimate(model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True)
-    moments = 8 * model.num_parameters()
-    return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+        estimate = memory_estimate(
+            model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True,
+            offloaded=settings.offload_optimizer,
+        )  # fmt: skip
+    update = {"waits": dict(fake.waits), "copied": dict(fake.copied), "peak": max(peaks.values()), "estimate": estimate}
+    return {**compilations(), "parameters": model.num_parameters(), **peaks, **update, **counts}
 
 
 def graphs(config: dict[str, Any], checkpointing: bool | str = False) -> dict[str, Any]:
@@ -175,7 +178,8 @@ def peer(name: str, checkout: str, layers: int, rows: int) -> dict[str, Any]:
 
 def start_counting(fake: Any) -> None:
     fake.peak, fake.moved = fake.allocated, 0
-    fake.operators.clear()
+    for counter in (fake.operators, fake.waits, fake.copied):
+        counter.clear()
     if compiler:
         compiler.bytes = 0
         compiler.launches.clear()
