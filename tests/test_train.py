@@ -251,6 +251,14 @@ def test_evaluations_show_their_progress_once_with_its_end(workplace, run, monke
     assert evaluation.total == 3 and disable is (None if is_main else True)  # None: shown on a terminal
 
 
+def test_a_quiet_run_shows_its_plan_and_its_end_alone(workplace, run):
+    lines = run("--quiet").splitlines()
+    assert not [line for line in lines if line.startswith("step ")]
+    end = [line for line in lines if line.startswith(("finished step 8: best val loss ", "trained        "))]
+    tokens = read_metrics(Path("out/sums/metrics.jsonl"))[-1]["tokens"]
+    assert len(end) == 2 and f", {tokens:,} tokens, " in end[1]
+
+
 def test_eval_only_reports_the_run_s_loss_and_writes_nothing(workplace, run):
     run("--eval_iters=0")
     before = {path: path.stat().st_mtime_ns for path in Path("out/sums").rglob("*")}

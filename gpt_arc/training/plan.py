@@ -34,6 +34,7 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.kernels import choose_kernels
+from gpt_arc.training.log import trained
 from gpt_arc.training.offload import check_offload
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.parallel_modes import check_parallel
@@ -128,6 +129,14 @@ class Plan:
     @property
     def finished(self) -> bool:
         return self.progress.step >= self.config.training.max_iters or self.out_of_patience
+
+    def summary(self, folder: Path) -> str:
+        """Returns what a finished run, in `folder`, reached, and in how long."""
+        progress, planned = self.progress, self.config.training.max_iters
+        early = f" of {planned}, by patience = {self.config.training.patience}" * (progress.step < planned)
+        best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+        time = trained(progress.seconds, progress.consumed * self.config.model.block_size)
+        return f"finished step {progress.step}{early}: {best}; {folder}/best, {folder}/last\n{time}"
 
     def check_tokenizer(self, trained: Tokenizer | None) -> None:
         """Raises UserError if the dataset has another tokenizer than `trained`, the one of `origin`."""
