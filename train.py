@@ -167,11 +167,14 @@ class Run:
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
         put = partial(save_model, whole, self.tokenizer)
-        put = put if self.parallel.is_sharded else self.updater.averaged()(put)  # shards have made a copy
+        if not self.parallel.is_sharded:  # `whole` is the model itself, and averaged only in this context
+            put = self.updater.averaged()(put)
         state, shards = self.saving.staged(state, shards)
-        step, keep = (progress.step, progress.best_step), plan.config.logging.kept
-        what = put, state, keep, shards, self.saving.group
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, *what), last)
+        write = partial(
+            save_checkpoint, self.folder, progress.step, progress.best_step, put, state, plan.config.logging.kept,
+            shards, self.saving.group,
+        )  # fmt: skip
+        self.saving.attempt(write, last)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:

@@ -160,7 +160,7 @@ def configuration(runs: Sequence[RunContent]) -> str:
     different = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in NOT_COMPARED]
     header = ["setting", *(run.name for run in runs)]
     parts = [html_table(header, different) if different else "<p>No setting differs.</p>"] if len(runs) > 1 else []
-    parts.append(details("all settings", html_table(header, rows), is_open=len(runs) == 1))
+    parts.append(details("all settings", html_table(header, rows)))
     return section("Settings that differ" if len(runs) > 1 else "Settings", "\n".join(parts))
 
 

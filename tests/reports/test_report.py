@@ -22,13 +22,14 @@ from gpt_arc.nn.attention_maps import attention_maps
 from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reports.attention import PromptAttention, draw_attention_maps
 from gpt_arc.reports.charts import charts_of, confusion_matrix, curve_of, draw_all, smoothed, thinned
-from gpt_arc.reports.content import RunContent, Sample, read_run, read_samples
+from gpt_arc.reports.content import Sample, read_run, read_samples
 from gpt_arc.reports.page import page
 from gpt_arc.training import runs
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.sweeps import write_table
 from gpt_arc.weights.directory import load_text_model
 from helpers import TINY_FLAGS, write
+from reported import content
 from tools import report as tool
 
 main = entry_point(tool.main)
@@ -74,13 +75,6 @@ def begin(workplace, stage_runner):
 @pytest.fixture
 def without_pictures(monkeypatch):
     monkeypatch.setattr("gpt_arc.reports.charts.draw_all", lambda *arguments: [])
-
-
-def content(name="a", metrics=(), settings=None, **others):
-    """A run without a folder."""
-    about = runs.Summary(Path(name), "train", "o", "d", settings or {}, 1, 1, list(metrics), 0.0, 0)
-    values = {"parameters": None, "data": {}, "samples": [], "checkpoints": [], "figures": {}, "problems": []}
-    return RunContent(about, "finished", **values | others)
 
 
 def test_a_report_has_the_run_s_metrics_samples_settings_and_checkpoints(begin, output_of, without_pictures):
