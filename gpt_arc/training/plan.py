@@ -347,7 +347,8 @@ def doubts(plan: Plan, memory: float) -> Iterator[str]:
         less = ["a smaller model"]
         less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
         less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
-        can_offload = (accelerator or plan.device.type == "cuda") and plan.config.training.optimizer == "adamw"
+        on_gpu = accelerator is not None or plan.device.type == "cuda"
+        can_offload = on_gpu and plan.config.training.optimizer == "adamw"
         less += ["--offload_optimizer"] * (can_offload and not plan.config.training.offload_optimizer)
         yield f"the {accelerator or 'device'} has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     tokens = len(plan.data.train) if plan.data else 0
