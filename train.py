@@ -11,6 +11,9 @@ out/NAME/: config.toml, metrics.jsonl and checkpoints, to which `last` and `best
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_arguments
+
+    check_arguments(__doc__)
 
 
 import contextlib
@@ -54,7 +57,7 @@ from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_tracker
+from gpt_arc.training.log import Meter, MetricsLog, ProgressBar, Utilization, start_tracker
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.pace import Pace
 from gpt_arc.training.parallel import Parallel
@@ -107,13 +110,15 @@ class Run:
 
     def val_loss(self) -> float | None:
         """Mean cross-entropy in nats over the same val windows every time; None if a signal came meanwhile."""
+        self.saving.wait()
         self.pace.report(self.progress.seconds)
         plan, starts, block_size = self.plan, self.plan.val_starts, self.plan.config.model.block_size
         batches = evaluation_batches(self.data.val, starts, plan.micro_batch, block_size, RANK, WORLD_SIZE)
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
         batches = itertools.islice(self.readable(prefetch(batches, plan.device)), count)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
-            shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
+            hidden = plan.config.run.quiet or not IS_MAIN
+            shown = tqdm(batches, "evaluating", count, leave=False, disable=hidden or None)
             loss = mean_loss(self.model, self.until_a_signal(shown), plan.device, plan.dtype)
         return None if self.stop.anywhere() else loss
 
@@ -161,9 +166,15 @@ class Run:
         shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
-        put = self.updater.averaged()(partial(save_model, whole, self.tokenizer))
-        step, keep_all = (progress.step, progress.best_step), plan.config.logging.keep_all_checkpoints
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all, shards), last)
+        put = partial(save_model, whole, self.tokenizer)
+        if not self.parallel.is_sharded:  # `whole` is the model itself, and averaged only in this context
+            put = self.updater.averaged()(put)
+        state, shards = self.saving.staged(state, shards)
+        write = partial(
+            save_checkpoint, self.folder, progress.step, progress.best_step, put, state, plan.config.logging.kept,
+            shards, self.saving.group,
+        )  # fmt: skip
+        self.saving.attempt(write, last)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -220,11 +231,12 @@ def build(plan: Plan) -> Run:
     if state and launch.checkpoint:
         restore_state(updater, state, launch.checkpoint, device)
         plan.state = None  # as large as the model, twice
+    background = training.async_save and parallel.is_sharded
+    saving = Saving(progress, progress.step, config.logging.failed_saves, background)
     run = Run(
         plan, data, folder, lock, model, replica, tokenizer, parallel, sharing, updater,
-        StopSignal(config.run.stop_after), compiled, example, sampler,
-        Saving(progress, progress.step, config.logging.failed_saves),
-        Spikes(training.spike_factor, folder, progress, updater), Pace(device),
+        StopSignal(config.run.stop_after), compiled, example, sampler, saving,
+        Spikes(training.spike_factor, folder, progress, updater, saving), Pace(device),
     )  # fmt: skip
     if IS_MAIN and not config.run.eval_only:
         tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
@@ -280,7 +292,7 @@ def train(run: Run) -> int:
     utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
     learning_rate = grad_norm = None
     stopped = False
-    bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
+    bar = ProgressBar(training.max_iters, progress.step, "step", config.run.quiet)
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
@@ -310,7 +322,7 @@ def train(run: Run) -> int:
                 **routers.take(),
             }
             run.log.write(line)
-            show_metrics(line, bar)
+            bar.show(line)
         if val_loss is not None:
             run.save()
             run.sample()
@@ -362,6 +374,7 @@ def train(run: Run) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 def report_divergence(run: Run, step: int) -> int:
+    run.saving.wait()
     kept = f"{run.folder}/last is the last good checkpoint" if run.saving.step else "there is no checkpoint yet"
     say(f"step {step} has diverged, {kept}: lower learning_rate, or set dtype = float32")
     return 1
@@ -369,7 +382,8 @@ def report_divergence(run: Run, step: int) -> int:
 
 def finish(run: Run, stopped: bool) -> int:
     """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
-    progress, training = run.progress, run.plan.config.training
+    progress = run.progress
+    run.saving.wait()
     if run.saving.step != progress.step:
         run.save(last=True)
     if run.log:
@@ -378,11 +392,9 @@ def finish(run: Run, stopped: bool) -> int:
         saved = f", saved; resume with: {run.resume}" if run.saving.step else ""
         say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
-    early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
-    best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
-    say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
+    say(run.plan.summary(run.folder))
     dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
-    longer = f"{run.resume} --max_iters={2 * training.max_iters}"
+    longer = f"{run.resume} --max_iters={2 * run.plan.config.training.max_iters}"
     say(after_training(run.folder, dataset, longer, run.plan.config.is_masked))
     return 0
 

@@ -105,13 +105,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def from_main(value: Any) -> Any:
-    """Broadcast the main process's `value`, a picklable object, to every process."""
+def from_main(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Broadcast the main process's `value`, a picklable object, to every process.
+
+    A `group` of all processes is for another thread than the main one.
+    """
     if WORLD_SIZE == 1:
         return value
-    WATCH.arrive()
+    if group is None:
+        WATCH.arrive()
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     return box[0]
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -90,6 +91,21 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
     )
+
+
+def check_early(check: Callable[[], Any]) -> None:
+    """Runs `check` while a script still imports what it needs. An error ends the script as in `entry_point`."""
+    try:
+        check()
+    except Exception as error:
+        failure = error
+    else:
+        return
+
+    def fail() -> NoReturn:
+        raise failure
+
+    entry_point(fail)()
 
 
 def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:

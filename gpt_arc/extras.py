@@ -1,6 +1,7 @@
-"""Optional dependencies: imported where they are used, with the command that installs what is missing."""
+"""Code that is imported where it is used: optional dependencies, and functions that settings name."""
 
 import importlib
+import re
 from typing import Any
 
 from gpt_arc.errors import UserError
@@ -45,3 +46,8 @@ def missing_extra(module: str) -> UserError:
     """The error for an optional module that is not installed."""
     name = module.split(".")[0]
     return UserError(f"{PACKAGES.get(name, name)} is not installed: `pip install -e '.[{EXTRAS[name]}]'` installs it")
+
+
+def names_function(name: str | None) -> bool:
+    """Whether a name is that of a Python function, module:function."""
+    return name is not None and re.fullmatch(r"[\w.]+:\w+", name) is not None

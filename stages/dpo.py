@@ -12,15 +12,17 @@ run writes out/dpo/ (or out/dpo-2, -3 ...): run.json, metrics.jsonl and checkpoi
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import DPOOptions
+
+    check_stage_arguments(DPOOptions, __doc__)
 
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc import distributed
@@ -33,31 +35,14 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_options import DPOOptions
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(ChatOptions):
-    beta: Positive = 0.1
-    """The reward is beta times the log-ratio to the reference; a larger beta keeps the model closer to it."""
-    gradient_accumulation_steps: Count = 8
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: the paper's 1e-6 for 2.5B parameters without embeddings; for fewer, times sqrt(2.5B /
-    parameters), up to 0.01."""
-    schedule: Literal["cosine", "linear", "constant"] = "linear"
-    min_lr: NonNegative | None = 0.0
-    warmup: Share = 0.1
-
-    PUBLISHED = PublishedRate(1e-6, 2.5e9)  # arXiv:2305.18290
 
 
 class ResponseLikelihood(nn.Module):
@@ -100,7 +85,7 @@ def likelihoods(
     return totals
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: DPOOptions, run: StageRun) -> int:
     # ---- the rankings, and the reference's log-probabilities of them
     reference, tokenizer, chat = load_policy(options.base_model)
     if options.train is None:
@@ -189,7 +174,7 @@ def train(options: Options, run: StageRun) -> int:
 
 
 def main() -> int:
-    return run_stage(Options, __doc__, "dpo", train)
+    return run_stage(DPOOptions, __doc__, "dpo", train)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
     python stages/finetune.py out/finetune --predict new.jsonl                writes new.predictions.jsonl
     python stages/finetune.py out/finetune --classify "a film to remember"    the texts of one example
     python stages/finetune.py --resume=out/finetune                           continue a stopped run
+    torchrun --standalone --nproc_per_node=8 stages/finetune.py gpt2 --train reviews.jsonl --parallel=fsdp
 
 Examples are rows of .jsonl, .json, .csv, .tsv or .parquet files. A run writes out/finetune/ (or -2, -3 ...): run.json,
 metrics.jsonl, report.json, and the models after the last epoch and the best one by the val split, each a model
@@ -16,6 +17,10 @@ directory with a head.
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import FinetuneOptions
+
+    check_stage_arguments(FinetuneOptions, __doc__)
 
 
 import dataclasses
@@ -24,19 +29,17 @@ import sys
 from dataclasses import field
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from annotated_types import Ge
 from pydantic.dataclasses import dataclass
 from tqdm import tqdm
 
-from gpt_arc import distributed
 from gpt_arc.data.batches import training_batches
 from gpt_arc.data.datasets import Corpus, open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
-from gpt_arc.distributed import say
+from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import NotFinite, UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command, write_file
@@ -51,7 +54,7 @@ from gpt_arc.finetuning.classifier import (
     with_special_tokens,
 )
 from gpt_arc.finetuning.encoding import EncodedExamples, encode_examples
-from gpt_arc.finetuning.examples import Columns, Example, TaskKind, classes_of, label_value, read_examples
+from gpt_arc.finetuning.examples import Columns, Example, classes_of, label_value, read_examples
 from gpt_arc.finetuning.lora import add_adapters, learn_new_tokens
 from gpt_arc.finetuning.lstm import LSTM
 from gpt_arc.finetuning.predictions import (
@@ -64,136 +67,19 @@ from gpt_arc.finetuning.predictions import (
 )
 from gpt_arc.next_steps import next_steps
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positional, Positive, PositiveShare, Seed, Share
 from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.checkpoints import CHECKED
 from gpt_arc.training.command_line import check_model, read_options, start_stage
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.epochs import digest, epoch_batches, held_out
+from gpt_arc.training.epochs import digest, epoch_batches, held_out, micro_batches
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import ExampleOptions, refuse_others
+from gpt_arc.training.options import refuse_others
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import PublishedRate, learning_rate_at, warmup_linear
+from gpt_arc.training.schedule import learning_rate_at
+from gpt_arc.training.stage_options import LEAST_TOKENS, FinetuneOptions
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, refuse_images
 from gpt_arc.weights.edit import transfer, with_settings
-
-LEAST_TOKENS = 8  # that a sequence may be cut to: three special ones, and something of each text
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
-    model: Positional[str | None] = None
-    """The model to fine-tune: a run folder, a model directory, or a published model: gpt2, openai-gpt, hf:OWNER/NAME.
-    Or a fine-tuned model: to measure it, to predict with it, or to fine-tune it on another task."""
-    val: Path | None = None
-    """Examples that choose the best epoch. None: val_fraction of the training examples."""
-    val_fraction: Share = 0.1
-    """Share of the training examples that is held out if there is no val. 0: none, and the last epoch counts."""
-    test: Path | None = None
-    """Examples to measure the best epoch on."""
-    predict: Path | None = None
-    """Examples to predict labels of; labels that they have are not looked at."""
-    output: Path | None = None
-    """The file of the predictions. None: NAME.predictions.jsonl in the current folder, NAME being that of predict."""
-    classify: tuple[str, ...] = ()
-    """The texts of one example, to print its prediction: a text; two texts; or a context and its options."""
-    task: TaskKind = "classification"
-    """classification: a text has a class. entailment: a pair of texts, in this order, has one. similarity: a pair in
-    either order. multiple_choice: one of the options goes with the context."""
-    text_a: str | None = None
-    """Column of the text, premise, first text or context. None: text, premise, text_a or context, by task."""
-    text_b: str | None = None
-    """Column of the hypothesis or second text, or of a question after the context. None: hypothesis, text_b, none."""
-    options: tuple[str, ...] = ()
-    """Columns of the options; or one column with a list of them. None: options."""
-    label: str | None = None
-    """Column of the label. Of an option: its number from 0, letter from A, column or text. None: label."""
-    numbers: bool = False
-    """Labels are numbers on a scale, to be predicted by least squares, and not names of classes. The head learns them
-    standardised by the mean and standard deviation of the training labels, and starts at their mean."""
-    max_tokens: Annotated[int, Ge(LEAST_TOKENS)] | None = None
-    """Longer sequences are cut to this, the longest text first. None: the model's context."""
-    batch_size: Count = 32
-    """Examples at a time."""
-    epochs: Count = 3
-    """Passes over the training examples."""
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: GPT-1's 6.25e-5 for 85M parameters without embeddings; for fewer, times sqrt(85M /
-    parameters), up to 0.01."""
-    schedule: Literal["gpt1", "cosine", "linear", "constant"] = "gpt1"
-    """gpt1: falls linearly to 0 over all updates and rises over the warmup at the same time, as in GPT-1's code. The
-    others: shape of the learning rate after the warmup, down to min_lr."""
-    warmup: PositiveShare = 0.002
-    """Share of the updates over which the learning rate rises."""
-    weight_decay: NonNegative = 0.01
-    """Decoupled weight decay, on tensors of two or more dimensions."""
-    beta2: Share = 0.999
-    """Adam's decay rate of the second moment."""
-    seed: Seed = 42
-    """The source of all randomness: new weights, the order of examples, dropout."""
-    language_weight: NonNegative = 0.5
-    """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
-    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0. A bidirectional
-    model has no such loss."""
-    classifier_dropout: Share = 0.1
-    """Dropout of the state that the head reads."""
-    dropout: Share | None = None
-    """Dropout everywhere in the model. None: as the model has it."""
-    group_by_length: bool = True
-    """Put examples of like length into a batch, which saves padding."""
-    freeze_trunk: bool = False
-    """Train the head alone, on the hidden states as they are; the new tokens keep their random embeddings."""
-    transfer_blocks: Natural | None = None
-    """Keep the embeddings and this many of the first blocks, and draw the rest anew. None: keep the model."""
-    from_scratch: bool = False
-    """Draw all weights anew: the architecture without its pre-training."""
-    lora_rank: Natural = 0
-    """Train low-rank adapters of this rank beside the blocks' frozen matrices, and the embeddings of the new tokens;
-    they are merged in what is saved. 0: train all weights."""
-    lora_alpha: Positive = 16.0
-    """Adapters count alpha / rank times."""
-    lstm: bool = False
-    """Put an LSTM of as many weights in the Transformer's place, drawn anew."""
-    lstm_dataset: str | None = None
-    """A prepared dataset on which the LSTM is trained as a language model first."""
-    lstm_iters: Natural = 0
-    """Updates of that, with batches of 32 windows and a learning rate of 1e-3 that falls to 1e-4."""
-
-    FIRST: ClassVar[tuple[str, ...]] = (
-        *("train", "val", "test", "predict", "classify", "task", "numbers"),
-        *("epochs", "learning_rate", "batch_size", "out_dir", "resume"),
-    )
-    PUBLISHED = PublishedRate(6.25e-5, 85e6)
-
-    def __post_init__(self):
-        super().__post_init__()
-        ways = ("freeze_trunk", "from_scratch", "lora_rank", "lstm")
-        chosen = [name for name in ways if getattr(self, name)]
-        chosen += ["transfer_blocks"] * (self.transfer_blocks is not None)
-        if len(chosen) > 1:
-            raise ValueError(f"{chosen[0]} and {chosen[1]} exclude each other: choose one")
-        if self.numbers and self.task == "multiple_choice":
-            raise ValueError("numbers = True is for labels on a scale; multiple_choice has options")
-        if (self.lstm_dataset is None) != (self.lstm_iters == 0) or self.lstm_iters and not self.lstm:
-            raise ValueError("lstm_dataset and lstm_iters go together, with lstm = True")
-
-    def training(self, updates: int) -> TrainingConfig:
-        """Settings of the optimizer and of the learning rate over `updates` updates."""
-        if self.schedule == "gpt1":  # `rate` computes it
-            return dataclasses.replace(self, schedule="linear").training(updates)
-        return super().training(updates)
-
-    def rate(self, update: int, training: TrainingConfig) -> float:
-        """Returns the learning rate of an update, counted from 0, by the settings that `training` returned."""
-        if self.schedule == "gpt1":
-            return training.learning_rate * warmup_linear(update / training.max_iters, self.warmup)
-        return super().rate(update, training)
-
-    def columns(self, usual: Columns) -> Columns:
-        """The columns named, in the place of the usual ones."""
-        names = {field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)}
-        return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
 
 
 @dataclass(config=CHECKED)
@@ -218,9 +104,9 @@ class Learned:
         self.classifier.load_state_dict(state, strict=False)
 
 
-def read_splits(options: Options) -> dict[str, list[Example]]:
+def read_splits(options: FinetuneOptions) -> dict[str, list[Example]]:
     """The labelled examples by split. Raises UserError."""
-    columns = options.columns(Columns.usual(options.task))
+    columns = named_columns(options, Columns.usual(options.task))
     splits = {
         name: read_examples(getattr(options, name), options.task, columns)
         for name in ("train", "val", "test")
@@ -235,7 +121,7 @@ def read_splits(options: Options) -> dict[str, list[Example]]:
     return splits
 
 
-def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tuple[str, ...] | None:
+def classes_to_learn(options: FinetuneOptions, splits: dict[str, list[Example]]) -> tuple[str, ...] | None:
     """The classes of the training file by name; None for options and numbers. Raises UserError for a single one."""
     if options.task == "multiple_choice" or options.numbers:
         return None
@@ -245,7 +131,7 @@ def classes_to_learn(options: Options, splits: dict[str, list[Example]]) -> tupl
     return classes
 
 
-def scale_to_learn(options: Options, examples: list[Example], checkpoint: Path | None) -> dict[str, float]:
+def scale_to_learn(options: FinetuneOptions, examples: list[Example], checkpoint: Path | None) -> dict[str, float]:
     """The mean and scale of numeric labels; a resumed run keeps those of its checkpoint."""
     if not options.numbers:
         return {}
@@ -256,7 +142,9 @@ def scale_to_learn(options: Options, examples: list[Example], checkpoint: Path |
     return {"mean": fmean(labels), "scale": pstdev(labels) or 1.0}
 
 
-def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, float]) -> tuple[Classifier, Tokenizer]:
+def build(
+    options: FinetuneOptions, classes: tuple[str, ...] | None, scale: dict[str, float]
+) -> tuple[Classifier, Tokenizer]:
     """The classifier to train, what isn't to learn frozen. Raises UserError for options that the model can't have."""
     if is_classifier(options.base_model):
         trained, tokenizer = load_classifier(options.base_model)
@@ -281,6 +169,8 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         raise UserError(f"{options.model} is an LSTM: it has no blocks for lora_rank or transfer_blocks")
     if options.lstm and trunk.config.attention == "bidirectional":
         raise UserError(f"{options.model} reads in both directions, and an LSTM in one: compare it with a causal model")
+    if WORLD_SIZE > 1 and (options.lstm or isinstance(trunk, LSTM)):
+        raise UserError("an LSTM is trained in one process: start it with python, not torchrun")
     if options.lstm:
         trunk = LSTM(trunk.config)
         if options.lstm_dataset and not options.resume:
@@ -293,7 +183,7 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
         add_adapters(trunk.blocks, options.lora_rank, options.lora_alpha)
         if not is_classifier(options.base_model) and special.start >= tokenizer.vocab_size:  # tokens that are new
             learn_new_tokens(trunk, len(special))
-    columns, max_tokens = options.columns(Columns.usual(options.task)), options.max_tokens or context
+    columns, max_tokens = named_columns(options, Columns.usual(options.task)), options.max_tokens or context
     dropout, is_lstm = options.classifier_dropout, isinstance(trunk, LSTM)
     config = ClassifierConfig(options.task, classes, special, columns, max_tokens, dropout, is_lstm, **scale)
     classifier = Classifier(trunk, config)
@@ -302,7 +192,7 @@ def build(options: Options, classes: tuple[str, ...] | None, scale: dict[str, fl
     return classifier, tokenizer
 
 
-def train_language_model(model: LSTM, corpus: Corpus, options: Options) -> None:
+def train_language_model(model: LSTM, corpus: Corpus, options: FinetuneOptions) -> None:
     """Pre-train an LSTM on a dataset. Raises NotFinite if training diverges."""
     config, sequences = model.config, 32
     device = resolve_device(options.device)
@@ -311,7 +201,7 @@ def train_language_model(model: LSTM, corpus: Corpus, options: Options) -> None:
     tokens = corpus.split("train", config.block_size, config.vocab_size, False)
     order = tokens.training_order(config.block_size, options.seed)
     batches = training_batches(tokens, order, 0, sequences, sequences, config.block_size)
-    bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=None)
+    bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=options.quiet or None)
     for step in bar:
         loss = model(*to_device(next(batches), device)).total / (sequences * config.block_size)
         updater.backward(loss)
@@ -338,11 +228,12 @@ class Material(NamedTuple):
         return "pearson" if self.classifier.config.is_regression else "accuracy"
 
 
-def prepare(options: Options, checkpoint: Path | None) -> Material:
+def prepare(options: FinetuneOptions, checkpoint: Path | None) -> Material:
     """Read the examples, build the classifier and print the plan. Raises UserError."""
     examples = read_splits(options)
     if options.predict:
-        read_examples(options.predict, options.task, options.columns(Columns.usual(options.task)), labelled=False)
+        columns = named_columns(options, Columns.usual(options.task))
+        read_examples(options.predict, options.task, columns, labelled=False)
         predictions_file(options, options.predict)
     scale = scale_to_learn(options, examples["train"], checkpoint)
     classifier, tokenizer = build(options, classes_to_learn(options, examples), scale)
@@ -362,7 +253,7 @@ def prepare(options: Options, checkpoint: Path | None) -> Material:
     return Material(classifier, tokenizer, splits, updates, updates_per_epoch)
 
 
-def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
+def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
     """Fine-tune, choose the best epoch, measure it."""
     material = prepare(options, run.checkpoint)
     classifier, updates, updates_per_epoch = material.classifier, material.updates, material.updates_per_epoch
@@ -370,7 +261,10 @@ def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
     lengths = training.lengths
     run.fit(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
-    run.place(classifier)
+    is_causal = classifier.trunk.config.attention == "causal"
+    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
+    heads = any(p.requires_grad for name, p in classifier.trunk.named_parameters() if name.startswith("head"))
+    replica = run.place(classifier, unused=heads and not language)
     updater = run.updater(classifier, updates)
     routers = RouterMeter(classifier.trunk, frozen=options.freeze_trunk or options.lora_rank > 0)
     run.restore(updater, {"learned": Learned(classifier)})
@@ -380,23 +274,24 @@ def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
 
     # -----------------------------------------------------------------------------------------------------------------
     # The training loop. Losses are sums over examples, divided by the examples of an update.
-    is_causal = classifier.trunk.config.attention == "causal"
-    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
     while run.goes_on(updates):
         epoch, place = divmod(progress.step, updates_per_epoch)
         batches = epoch_batches(lengths, options.batch_size, options.seed, epoch, options.group_by_length)
         classifier.train()
         classifier.trunk.train(not options.freeze_trunk)
         first = place * options.gradient_accumulation_steps
-        micros = batches[first : first + options.gradient_accumulation_steps]
-        count, losses = sum(map(len, micros)), torch.zeros(2, device=run.device)
-        for rows in micros:
+        batches = batches[first : first + options.gradient_accumulation_steps]
+        micros = [micro for batch in batches for micro in micro_batches(batch.tolist(), options.batch_size)]
+        count, losses = sum(map(len, batches)), torch.zeros(2, device=run.device)
+        for i, (rows, weight) in enumerate(micros, start=1):
             batch = to_device(training.batch(rows), run.device)
-            with autocast(run.device, run.dtype):
-                outcome = classifier(*batch, with_language=language)
-            micro_losses = outcome.task_loss, outcome.language_loss
-            updater.backward(combined_loss(*micro_losses, options.language_weight) / count)
-            losses += torch.stack(micro_losses).detach()
+            with run.parallel.sharing_gradients(replica, i == len(micros)):
+                with autocast(run.device, run.dtype):
+                    outcome = replica(*batch, with_language=language)
+                micro_losses = outcome.task_loss, outcome.language_loss
+                loss = combined_loss(*micro_losses, options.language_weight)
+                updater.backward(loss * weight * WORLD_SIZE / count)
+            losses += weight * torch.stack(micro_losses).detach()
             routers.add()
         result = run.update(updater, progress.step, *losses)
         routers.step(result is not None)
@@ -418,7 +313,7 @@ def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
         return run.finish(write)
     run.close()
     write_report(options, run, material)
-    if options.predict or options.classify:
+    if IS_MAIN and (options.predict or options.classify):
         use(dataclasses.replace(options, model=str(run.folder), test=None, resume=None))
     texts = {"classification": ["TEXT"], "multiple_choice": ["CONTEXT", "OPTION", "OPTION"]}
     classify = texts.get(options.task, ["TEXT", "TEXT"])
@@ -431,7 +326,7 @@ def train(options: Options, run: StageRun[FinetuneProgress]) -> int:
     return 0
 
 
-def end_epoch(options: Options, run: StageRun[FinetuneProgress], material: Material, language: bool) -> None:
+def end_epoch(options: FinetuneOptions, run: StageRun[FinetuneProgress], material: Material, language: bool) -> None:
     """Measure the val split, keep the epoch if it is the best, and print its line."""
     progress, training = run.progress, material.splits["train"]
     epoch = progress.step // material.updates_per_epoch
@@ -455,13 +350,14 @@ def end_epoch(options: Options, run: StageRun[FinetuneProgress], material: Mater
 
 
 def measured(
-    options: Options, run: StageRun[FinetuneProgress], classifier: Classifier, split: EncodedExamples
+    options: FinetuneOptions, run: StageRun[FinetuneProgress], classifier: Classifier, split: EncodedExamples
 ) -> tuple[Predictions, dict[str, float | None]]:
-    predictions = predict(classifier, split, options.batch_size, run.device, run.dtype)
+    with run.parallel.evaluating(classifier):
+        predictions = predict(classifier, split, options.batch_size, run.device, run.dtype, WORLD_SIZE)
     return predictions, {**metrics_of(predictions, classifier.config), **predictions.losses}
 
 
-def write_report(options: Options, run: StageRun[FinetuneProgress], material: Material) -> None:
+def write_report(options: FinetuneOptions, run: StageRun[FinetuneProgress], material: Material) -> None:
     """Write report.json, with the best epoch measured on the test split."""
     classifier, splits, progress = material.classifier, material.splits, run.progress
     config = classifier.config
@@ -475,7 +371,8 @@ def write_report(options: Options, run: StageRun[FinetuneProgress], material: Ma
         classifier = load_classifier(run.folder)[0].to(run.device)  # the best, as it is saved
         predictions, report["test"] = measured(options, run, classifier, splits["test"])
         report["confusion_matrix"] = show_test(predictions, report["test"], config)
-    write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
+    if IS_MAIN:
+        write_file(run.folder / "report.json", to_json(report, indent=1, ensure_ascii=False) + "\n")
     by = f" by {material.main_metric} on the val split" if "val" in splits else ", the last"
     say(f"kept epoch {report['best_epoch']}{by}: {run.folder}/best")
 
@@ -489,7 +386,7 @@ def show_test(predictions: Predictions, metrics: dict[str, float | None], config
     return matrix
 
 
-def predictions_file(options: Options, examples: Path) -> Path:
+def predictions_file(options: FinetuneOptions, examples: Path) -> Path:
     """Where predictions for examples go. Raises UserError if something is there already."""
     path = options.output or Path(f"{examples.stem}.predictions.jsonl")
     if path.exists() and not options.overwrite:
@@ -497,14 +394,14 @@ def predictions_file(options: Options, examples: Path) -> Path:
     return path
 
 
-def use(options: Options) -> None:
+def use(options: FinetuneOptions) -> None:
     """Measure, predict and classify with a fine-tuned model."""
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     classifier, tokenizer = load_classifier(options.base_model)
     classifier.to(device)
     config = classifier.config
-    columns = options.columns(config.columns)
+    columns = named_columns(options, config.columns)
 
     def predicted(examples: list[Example]) -> tuple[EncodedExamples, Predictions]:
         encoded = encode_examples(examples, config, tokenizer)
@@ -535,14 +432,20 @@ USE = {"model", "test", "predict", "output", "overwrite", "classify", "text_a", 
 USE |= {"batch_size", "device", "dtype"}  # the options that using a model has
 
 
+def named_columns(options: FinetuneOptions, usual: Columns) -> Columns:
+    """The columns that the options name, in the place of the usual ones."""
+    names = {field.name: getattr(options, field.name) for field in dataclasses.fields(Columns)}
+    return dataclasses.replace(usual, **{name: value for name, value in names.items() if value})
+
+
 def main() -> int:
-    options = read_options(Options, __doc__, sys.argv[1:])
-    if distributed.WORLD_SIZE > 1:
-        raise UserError("fine-tuning runs in one process: start it with python, not torchrun")
+    options = read_options(FinetuneOptions, __doc__, sys.argv[1:])
     check_model(options)
     if options.resume or options.train is not None:
         import_extra("sklearn.metrics")  # measures each epoch: missing, it is missed now
         return start_stage(options, "finetune", train, FinetuneProgress)
+    if WORLD_SIZE > 1:
+        raise UserError("a fine-tuned model is used in one process: start it with python, not torchrun")
     if not (options.test or options.predict or options.classify):
         raise UserError("there is nothing to do: name --train, --test, --predict or --classify")
     refuse_others(options, USE, "is for training, and there is no --train")

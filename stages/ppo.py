@@ -16,6 +16,10 @@ out/ppo-2, -3 ...): run.json, metrics.jsonl and checkpoints.
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import PPOOptions
+
+    check_stage_arguments(PPOOptions, __doc__)
 
 
 import copy
@@ -23,18 +27,17 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from gpt_arc.alignment import losses
-from gpt_arc.alignment.policy import ActorCritic, fingerprint, load_policy
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy, fingerprint, load_policy
 from gpt_arc.alignment.rankings import padded
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, is_reward_model, load_reward_model
-from gpt_arc.alignment.rewards import Scorer, load_reward, names_function
+from gpt_arc.alignment.rewards import Scorer, load_reward
 from gpt_arc.alignment.rollouts import (
     ModelOutputs,
     Prompt,
@@ -56,114 +59,17 @@ from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
+from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share, UnitInterval
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
-from gpt_arc.training.config import check_batch
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.optim import Updater, update_average
-from gpt_arc.training.options import StageOptions
 from gpt_arc.training.routers import RouterMeter, freeze_routers
-from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_options import PPOOptions
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.weights.directory import save_model
 from model import GPT
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(StageOptions):
-    prompts: Path | None = None
-    """Prompts (.jsonl, .json, .csv, .tsv, .parquet): rows as for stages/sft.py, whose last response isn't read."""
-    columns: tuple[str, ...] = ()
-    """Columns of prompts that have other names than ours: prompt=question."""
-    reward: str | None = None
-    """A reward model's directory, or a Python function of rows and responses, as module:function."""
-    monitor: str | None = None
-    """Another reward, logged but not learned from. torchrun has a --monitor too: write -- before the script's name."""
-    episodes: Count = 256_000
-    """Total number of responses (InstructGPT's 256,000)."""
-    gradient_accumulation_steps: Count = 8
-    minibatches: Count = 8
-    """Updates per iteration; an iteration has batch_size x gradient_accumulation_steps x minibatches responses
-    (InstructGPT's 512)."""
-    inner_epochs: Count = 1
-    """Passes over an iteration's responses (4 in lm-human-preferences)."""
-    max_new_tokens: Count = 64
-    """Maximum tokens in a response."""
-    temperature: Positive = 1.0
-    """Sampling temperature of the policy, also applied to the reference."""
-    rollout_batch_size: Count = 128
-    """Maximum number of responses that a process generates at once."""
-    compile: bool | Literal["auto"] = "auto"
-    """Compile what computes a token of all responses, on a GPU. auto: if the run is long enough for it to pay off."""
-    kl_coef: NonNegative = 0.02
-    """Penalty per nat of KL to the reference (InstructGPT's beta)."""
-    kl_target: Positive | None = None
-    """Adapt kl_coef to reach this KL per response, in nats. None: fixed."""
-    kl_horizon: Positive = 10_000
-    """Episodes over which kl_coef may change by about a fifth."""
-    no_end_reward: float | None = None
-    """Score of a response without an end token (-1 in lm-human-preferences). None: its score from the reward."""
-    value_network: Literal["reward", "policy", "shared"] | None = None
-    """Network that predicts returns: a copy of the reward model, a copy of the policy, or a head on the policy itself.
-    None: the reward model if there is one, else a copy of the policy."""
-    gamma: UnitInterval = 1.0
-    """Discount of later rewards."""
-    gae_lambda: UnitInterval = 0.95
-    """Weight of longer estimates of an advantage (arXiv:1506.02438)."""
-    clip: Positive = 0.2
-    """Range around 1 for the probability ratio to the policy that generated the response."""
-    value_clip: Positive = 0.2
-    """Range around the old value for a new value."""
-    value_coef: NonNegative = 0.1
-    """Weight of the value loss."""
-    whiten_rewards: bool = True
-    """Divide rewards by their root mean square over an iteration."""
-    whiten_advantages: bool = True
-    """Normalize advantages to mean 0 and standard deviation 1 over an iteration."""
-    pretraining_dataset: str | None = None
-    """A prepared dataset whose language-model loss is added: InstructGPT's PPO-ptx. None: plain PPO."""
-    pretraining_coef: NonNegative = 27.8
-    """Weight of that loss, in nats per token."""
-    pretraining_batch_size: Count = 64
-    """Windows of that dataset per update."""
-    ema_decay: Share | None = None
-    """Save a moving average of the weights as the model, with this decay; InstructGPT has .992. None: no average, the
-    weights themselves."""
-    save_interval: Count = 20
-    """Iterations between checkpoints."""
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 9e-6 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
-    parameters), up to 0.01."""
-    schedule: Literal["cosine", "linear", "constant"] = "constant"
-    adam_eps: Positive = 1e-5
-
-    FIRST: ClassVar[tuple[str, ...]] = (
-        "prompts",
-        "reward",
-        "episodes",
-        "max_new_tokens",
-        "kl_coef",
-        *StageOptions.FIRST,
-    )
-    PATHS: ClassVar[tuple[str, ...]] = ("model", "reward", "monitor")
-    PUBLISHED = PublishedRate(9e-6, 1.2e9)  # arXiv:2203.02155
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_batch("minibatches x batch_size x gradient_accumulation_steps", self.episodes_per_iteration)
-        check_batch("pretraining_batch_size", self.pretraining_batch_size)
-        if self.kl_target is not None and not self.kl_coef:
-            raise ValueError("kl_coef = 0 must be more than 0, for kl_target to adapt it")
-
-    @property
-    def code(self) -> dict[str, str]:
-        return {name: value for name in ("reward", "monitor") if names_function(value := getattr(self, name))}
-
-    @property
-    def episodes_per_iteration(self) -> int:
-        return self.examples_per_update * self.minibatches
 
 
 def build_critic(reward: str, network: str | None, policy: GPT) -> RewardModel | ScalarHead:
@@ -181,7 +87,7 @@ def build_critic(reward: str, network: str | None, policy: GPT) -> RewardModel |
 class PretrainingText:
     """Windows of a prepared dataset; the policy's language-model loss on them is mixed into the updates."""
 
-    def __init__(self, corpus: Corpus, options: Options, context: int, vocab_size: int):
+    def __init__(self, corpus: Corpus, options: PPOOptions, context: int, vocab_size: int):
         self.split = corpus.split("train", context, vocab_size, False)
         self.order = self.split.training_order(context, options.seed)
         self.context, self.windows = context, options.pretraining_batch_size
@@ -193,15 +99,23 @@ class PretrainingText:
         self.first, self.rows = first, windows(self.split, starts, self.context)
 
     def part(self, update: int, i: int, parts: int, device: torch.device) -> list[Tensor] | None:
-        """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if it has none."""
+        """This process's tokens and targets (B, T) in part `i` (from 0) of an update; None if no process has any.
+
+        A process that has none where others do gets a window that isn't scored.
+        """
+        if i * WORLD_SIZE >= self.windows:
+            return None
         start = (update - self.first) * self.windows
         each = slice(start + i * WORLD_SIZE + RANK, start + self.windows, parts * WORLD_SIZE)
-        return to_device([rows[each] for rows in self.rows], device) if len(self.rows[0][each]) else None
+        tokens, targets = (rows[each] for rows in self.rows)
+        if not len(tokens):
+            tokens, targets = self.rows[0][:1], torch.full_like(self.rows[1][:1], IGNORED)
+        return to_device([tokens, targets], device)
 
 
 def minibatch_losses(
     replica: nn.Module, rollouts: Rollouts, advantages: Tensor, returns: Tensor, rows: list[int],
-    text: Sequence[Tensor] | None, options: Options, run: StageRun,
+    text: Sequence[Tensor] | None, options: PPOOptions, run: StageRun,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns sums (4,) over the tokens of `rows`: policy loss, value loss, clipped ratios and clipped values.
 
@@ -256,14 +170,14 @@ class Setup(NamedTuple):
     text: PretrainingText | None
 
 
-def load_setup(options: Options, run: StageRun) -> Setup:
+def load_setup(options: PPOOptions, run: StageRun) -> Setup:
     """Loads models, rewards, prompts and pre-training text. Raises UserError."""
     if options.prompts is None:
         raise UserError("name the prompts by --prompts")
     if options.reward is None:
         raise UserError("name the reward by --reward")
     policy, tokenizer, chat = load_policy(run.origin)
-    reference = load_policy(options.base_model)[0].to(run.device).eval().requires_grad_(False)
+    reference = load_policy(options.base_model)[0].eval()
     critic = build_critic(options.reward, options.value_network, policy)
     context = policy.config.block_size
     if isinstance(critic, RewardModel):
@@ -280,7 +194,7 @@ def load_setup(options: Options, run: StageRun) -> Setup:
     monitor = None if options.monitor is None else scorer("monitor")
     average = None
     if options.ema_decay is not None:
-        average = copy.deepcopy(policy).to(run.device).requires_grad_(False)
+        average = copy.deepcopy(policy).requires_grad_(False)
     prompts = read_and_encode_prompts(options.prompts, chat, context - options.max_new_tokens, options.columns)
     text = None
     if options.pretraining_dataset:
@@ -289,7 +203,7 @@ def load_setup(options: Options, run: StageRun) -> Setup:
     return Setup(policy, reference, critic, average, tokenizer, chat, score, monitor, prompts, text)
 
 
-def compiles_rollouts(options: Options, policy: GPT, device: torch.device, dtype: str) -> bool:
+def compiles_rollouts(options: PPOOptions, policy: GPT, device: torch.device, dtype: str) -> bool:
     """Whether the step that writes responses is compiled. On a CPU the policy writes them, which is trained.
 
     Experts wait for the device within a step, except in bfloat16.
@@ -302,29 +216,36 @@ def compiles_rollouts(options: Options, policy: GPT, device: torch.device, dtype
     return resolve_decoding_compile(options.compile, device, policy, batches * options.max_new_tokens)
 
 
-def roll_out(
-    setup: Setup, actor: ActorCritic, decoder: Decoder, prompts: list[Prompt], first: int, options: Options,
-    run: StageRun,
-) -> tuple[list[list[int]], ModelOutputs, Tensor, Tensor]:  # fmt: skip
-    """Has this process's share of the responses to an iteration's prompts written and scored.
+def written_and_scored(
+    setup: Setup, decoder: Decoder, share: list[Prompt], numbers: Sequence[int], options: PPOOptions
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Returns responses to this process's `share` of an iteration's prompts, their scores and the monitor's.
 
-    The iteration's episodes are `first` and following. Returns arguments of `gather_rollouts`.
+    `numbers` are those of the episodes.
     """
-    share = prompts[RANK::WORLD_SIZE]
     responses = write_responses(
-        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed,
-        range(first + RANK, first + len(prompts), WORLD_SIZE), options.rollout_batch_size,
+        decoder, share, setup.chat.ends, options.max_new_tokens, options.temperature, options.seed, numbers,
+        options.rollout_batch_size,
     )  # fmt: skip
-    outputs = model_outputs(actor, setup.reference, share, responses, options.batch_size, run.device, run.dtype)
     scores = setup.score(share, responses)
     monitored = setup.monitor(share, responses) if setup.monitor else scores
     if options.no_end_reward is not None:
         ended = torch.tensor([response[-1] in setup.chat.ends for response in responses], dtype=torch.bool)
         scores = torch.where(ended, scores, options.no_end_reward)
-    return responses, outputs, scores, monitored
+    return responses, scores, monitored
 
 
-def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) -> tuple[Tensor, Tensor]:
+def run_models(
+    actor: ActorCritic, reference: ReferencePolicy, share: list[Prompt], responses: list[list[int]],
+    options: PPOOptions, run: StageRun,
+) -> ModelOutputs:  # fmt: skip
+    """Returns what the models say of this process's share of an iteration's responses."""
+    calls = math.ceil(options.episodes_per_iteration / WORLD_SIZE / options.batch_size)
+    with run.parallel.evaluating(actor), run.parallel.evaluating(reference):
+        return model_outputs(actor, reference, share, responses, options.batch_size, run.device, run.dtype, calls)
+
+
+def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: PPOOptions) -> tuple[Tensor, Tensor]:
     """Returns advantages and returns (N, R) from the scores and the KL penalty."""
     mask, outputs = rollouts.mask, rollouts.outputs
     log_ratio = outputs.log_probs - outputs.reference_log_probs
@@ -337,7 +258,7 @@ def estimate_advantages(rollouts: Rollouts, kl_coef: float, options: Options) ->
     return advantages, returns
 
 
-def minibatch_rows(step: int, update: int, options: Options) -> list[int]:
+def minibatch_rows(step: int, update: int, options: PPOOptions) -> list[int]:
     """The responses of an iteration's minibatch; every inner epoch shuffles them anew."""
     epoch, minibatch = divmod(update, options.minibatches)
     generator = np.random.default_rng((options.seed, step, epoch))
@@ -347,7 +268,7 @@ def minibatch_rows(step: int, update: int, options: Options) -> list[int]:
 
 def accumulate_gradients(
     replica: nn.Module, updater: Updater, routers: RouterMeter, rollouts: Rollouts, advantages: Tensor,
-    returns: Tensor, rows: list[int], update: int, text: PretrainingText | None, options: Options, run: StageRun,
+    returns: Tensor, rows: list[int], update: int, text: PretrainingText | None, options: PPOOptions, run: StageRun,
 ) -> Tensor:  # fmt: skip
     """Runs the backward passes of an update.
 
@@ -369,10 +290,11 @@ def accumulate_gradients(
     return totals
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: PPOOptions, run: StageRun) -> int:
     # ---- models, rewards, prompts and the plan
     setup = load_setup(options, run)
     policy, critic, average, prompts, text = setup.policy, setup.critic, setup.average, setup.prompts, setup.text
+    reference = ReferencePolicy(setup.reference, options.temperature)
     order = EpochOrder(len(prompts), 1, options.seed)
     size = options.episodes_per_iteration
     iterations = math.ceil(options.episodes / size)
@@ -383,22 +305,23 @@ def train(options: Options, run: StageRun) -> int:
     # ---- the run: a new one, or a stopped one from its last checkpoint
     run.fit(policy.config)
     run.open(digest([fingerprint(setup.reference), [prompt.tokens for prompt in prompts]]))
-    actor = ActorCritic(policy, critic, options.temperature).eval()  # dropout would look like a change of policy
+    actor = ActorCritic(policy, critic, options.temperature, average).eval()  # dropout would look like another policy
     routers = RouterMeter(policy, frozen=True)  # moving them would be one more change of the policy
     if isinstance(critic, RewardModel):
         freeze_routers(critic.trunk)
+    writer = writer_of(policy, run.device, run.dtype, run.parallel.is_sharded).to(run.device)
     replica = run.place(actor)
+    run.parallel.place_frozen(reference, run.device)
     updater = run.updater(actor, iterations * updates)
     run.restore(updater, {"critic": critic} | ({} if average is None else {"policy": policy}))
-    writer = writer_of(policy, run.device, run.dtype)
     decoder = Decoder(writer)
     if compiles_rollouts(options, policy, run.device, run.dtype):
         decoder.compile(max(len(prompt.tokens) for prompt in prompts) + options.max_new_tokens)
     progress = run.progress
     kl_coef = progress.numbers.get("kl_coef", options.kl_coef)
 
-    def write(_: ActorCritic, directory: Path) -> None:
-        save_model(policy if average is None else average, setup.tokenizer, directory)
+    def write(whole: ActorCritic, directory: Path) -> None:
+        save_model(whole.average or whole.policy, setup.tokenizer, directory)
         setup.chat.save(directory)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -410,12 +333,14 @@ def train(options: Options, run: StageRun) -> int:
 
         # rollout and score
         iteration_prompts = [prompts[row] for row in order.take(first, size)]
+        share, numbers = iteration_prompts[RANK::WORLD_SIZE], range(first + RANK, first + size, WORLD_SIZE)
+        update_writer(writer, policy, run.parallel.everywhere)
         with run.keeping(write):
             if text:
                 text.read(progress.step * updates, updates)
-            update_writer(writer, policy)
-            share = roll_out(setup, actor, decoder, iteration_prompts, first, options, run)
-        rollouts = gather_rollouts(iteration_prompts, *share, setup.chat.ends)
+            responses, *scores = written_and_scored(setup, decoder, share, numbers, options)
+        outputs = run_models(actor, reference, share, responses, options, run)
+        rollouts = gather_rollouts(iteration_prompts, responses, outputs, *scores, setup.chat.ends)
         rollout_seconds = time.perf_counter() - started
 
         # advantages
@@ -467,7 +392,7 @@ def train(options: Options, run: StageRun) -> int:
 
 
 def main() -> int:
-    return run_stage(Options, __doc__, "ppo", train)
+    return run_stage(PPOOptions, __doc__, "ppo", train)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ checkpoint is an encoder in the format of transformers; everything else it train
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import EncoderOptions
+
+    check_stage_arguments(EncoderOptions, __doc__)
 
 
 import dataclasses
@@ -22,7 +26,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from gpt_arc import distributed
@@ -31,14 +34,12 @@ from gpt_arc.distributed import WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ExampleOptions
-from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_options import EncoderOptions
 from gpt_arc.training.stage_run import StageRun
-from gpt_arc.vision.contrastive import CaptionedImages, CaptionMatcher, ContrastiveLoss
+from gpt_arc.vision.contrastive import CaptionedImages, CaptionMatcher
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.encoder import ImageEncoder
 from gpt_arc.vision.images import Preprocessing
@@ -55,55 +56,6 @@ from gpt_arc.vision.pretrained import encoder_kind, write_encoder
 from gpt_arc.weights.directory import load_text_model
 
 Learner = ImageClassifier | CaptionMatcher
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
-    model: Positional[str | None] = None
-    """The encoder to train further: a run of this stage, or a ViT, CLIP or SigLIP saved by transformers."""
-    image_encoder: str | None = None
-    """Instead, a .toml file with the settings of a new encoder (`gpt_arc/vision/encoder.py`)."""
-    labels: tuple[str, ...] = ("label",)
-    """Columns of the labels to learn. An image may lack some of them."""
-    text_model: str | None = None
-    """Learn which caption belongs to which image of a batch, instead of classes: the text model that reads captions, a
-    run or a model directory, which is trained too. A caption is the image's labels with spaces between."""
-    contrastive_loss: ContrastiveLoss = "clip"
-    """With a text_model. clip: a choice among the batch's captions, and among its images (arXiv:2103.00020). siglip: of
-    each pair, whether it belongs together (arXiv:2303.15343)."""
-    epochs: Count = 10
-    """Passes over the images."""
-    batch_size: Count = 64
-    """Images that a process reads at a time, at most; with a text_model, those of all processes are told apart."""
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
-    parameters), up to 0.01."""
-    warmup: Share = 0.05
-    """Share of the updates in which the learning rate rises."""
-    weight_decay: NonNegative = 0.05
-    """Of tensors of two dimensions or more, decoupled from the gradient."""
-
-    PATHS = (*ExampleOptions.PATHS, "image_encoder", "text_model")
-    PUBLISHED = PublishedRate(8e-4, 86e6)  # ViT-B/16 (arXiv:2010.11929)
-
-    @property
-    def start(self) -> str | None:
-        return self.model or self.image_encoder
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.model and self.image_encoder:
-            raise ValueError(
-                "image_encoder is for a new encoder, and model names one to train further: name one of them"
-            )
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels = {', '.join(self.labels) or 'nothing'}: name one or more columns, each once")
-        if self.text_model is None and self.contrastive_loss != Options.contrastive_loss:
-            raise ValueError(
-                f"contrastive_loss = {self.contrastive_loss} is for captions: name the text_model that reads them"
-            )
-        if self.text_model is not None and self.batch_size < 2:
-            raise ValueError("batch_size = 1 leaves no other captions to tell an image's from: 2 is the least")
 
 
 class ImageSplit:
@@ -124,7 +76,11 @@ class ImageSplit:
 
 @torch.no_grad()
 def measure(
-    model: Learner, split: ImageSplit | CaptionedImages, preprocessing: Preprocessing, options: Options, run: StageRun
+    model: Learner,
+    split: ImageSplit | CaptionedImages,
+    preprocessing: Preprocessing,
+    options: EncoderOptions,
+    run: StageRun,
 ) -> tuple[float, float]:
     """Returns the mean loss in nats and the share of right answers over a split's labels, or captions, in all
     processes."""
@@ -140,7 +96,7 @@ def measure(
 
 
 def learner(
-    options: Options, encoder: ImageEncoder, images: Mapping[str, Sequence[LabelledImage]]
+    options: EncoderOptions, encoder: ImageEncoder, images: Mapping[str, Sequence[LabelledImage]]
 ) -> tuple[Learner, Mapping[str, ImageSplit | CaptionedImages]]:
     """Returns the module that learns from the images, and the splits as it reads them; says what they are.
 
@@ -162,7 +118,7 @@ def learner(
     return ImageClassifier(encoder, [*map(len, classes)]), splits
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: EncoderOptions, run: StageRun) -> int:
     new = options.image_encoder if not run.checkpoint else None
     encoder, preprocessing = named_encoder(new or run.origin, "image_encoder" if new else "model")
     if encoder_kind(encoder.config) is None:
@@ -232,7 +188,7 @@ def train(options: Options, run: StageRun) -> int:
 
 
 def main() -> int:
-    return run_stage(Options, __doc__, "pretrain_encoder", train)
+    return run_stage(EncoderOptions, __doc__, "pretrain_encoder", train)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ and checkpoints.
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import RewardOptions
+
+    check_stage_arguments(RewardOptions, __doc__)
 
 
 from collections.abc import Sequence
@@ -22,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 
 from gpt_arc.alignment.losses import agreement, ranking_loss
 from gpt_arc.alignment.rankings import EncodedRanking, encode_split, padded, pairs_of, preview_rankings
@@ -42,34 +45,18 @@ from gpt_arc.distributed import IS_MAIN, WORLD_SIZE, say
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.files import command, write_file
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
-from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_options import RewardOptions
 from gpt_arc.training.stage_run import StageRun, Write
 from gpt_arc.weights.edit import with_settings
 
 
-@dataclass(frozen=True, config=STRICT)
-class Options(ChatOptions):
-    demonstrations: Path | None = None
-    """Conversations whose last responses should score 0 on average; sets the head's bias. None: the bias stays 0."""
-    epochs: Count = 1
-    """Passes over the rankings; a second one overfits quickly (InstructGPT's 1)."""
-    residual_dropout: Share | None = None
-    """Dropout on each sublayer's output. None: the model's."""
-    gradient_accumulation_steps: Count = 8
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 9e-6 for 6.4B parameters without embeddings; for fewer, times sqrt(6.4B /
-    parameters), up to 0.01."""
-
-    PUBLISHED = PublishedRate(9e-6, 6.4e9)  # arXiv:2203.02155
-
-
-def measure(model: RewardModel, examples: Sequence[EncodedRanking], options: Options, run: StageRun) -> dict[str, Any]:
+def measure(
+    model: RewardModel, examples: Sequence[EncodedRanking], options: RewardOptions, run: StageRun
+) -> dict[str, Any]:
     """Reports loss, accuracy, calibration and agreement by gap over the pairs of rankings."""
     sequences = [sequence for example in examples for sequence in example.sequences]
     size = 4 * options.batch_size
@@ -89,7 +76,7 @@ def show(report: dict[str, Any]) -> None:
     say(table(rows))
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: RewardOptions, run: StageRun) -> int:
     # ---- the model; a reward model is trained further, or only measured
     if is_reward_model(run.origin):
         model, tokenizer, chat = load_reward_model(run.origin)
@@ -187,7 +174,7 @@ def train(options: Options, run: StageRun) -> int:
     return finish(options, run, write, encoded.get("val") if progress.step == updates else None)
 
 
-def finish(options: Options, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
+def finish(options: RewardOptions, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
     policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
@@ -203,7 +190,7 @@ def finish(options: Options, run: StageRun, write: Write, val: Sequence[EncodedR
 
 
 @torch.no_grad()
-def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Options, run: StageRun) -> None:
+def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: RewardOptions, run: StageRun) -> None:
     """Sets the head's bias so that demonstrations score 0 on average; the pairwise loss doesn't depend on it."""
     if demonstrations:
         size = 4 * options.batch_size
@@ -213,7 +200,7 @@ def centre(model: RewardModel, demonstrations: Sequence[list[int]], options: Opt
 
 
 def main() -> int:
-    return run_stage(Options, __doc__, "reward", train)
+    return run_stage(RewardOptions, __doc__, "reward", train)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+# Modules that need torch are imported in functions, so that wrong settings are refused at once.
+
 import datetime
 import hashlib
 import os
@@ -27,36 +29,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import command, write_file
+from gpt_arc.files import HELP, command, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning import pictures
-from gpt_arc.planning.budget import (
-    Hardware,
-    MixtureClaim,
-    gpt3_batch,
-    gpt3_rate,
-    nearest_shape,
-    serving_memory,
-)
-from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.planning.fits import FinishedRun, Laws, best_of_rates, best_rate, by_rate, fit_laws, size_of
 from gpt_arc.planning.scaling_laws import CHINCHILLA, PUBLISHED, Law, fit, kaplan_optimum, optimum
 from gpt_arc.reading import read_json, reading
 from gpt_arc.settings import STRICT, Count, Natural, Positional, Positive, PositiveShare
 from gpt_arc.tables import amount, counted, human, table, to_json
-from gpt_arc.training.command_line import config_file
+from gpt_arc.training.arguments import config_file
 from gpt_arc.training.config import build_config, read_settings, write_settings
-from gpt_arc.training.runs import Lock
-from gpt_arc.training.signals import StopSignal
-from gpt_arc.training.sweeps import SweepRun, sweep_runs, write_table
-from model import GPT
+
+if TYPE_CHECKING:
+    from gpt_arc.training.signals import StopSignal
+    from gpt_arc.training.sweeps import SweepRun
 
 CHINCHILLAS = "L(N, D), Chinchilla's form"
 
@@ -77,6 +69,10 @@ class SweepOptions:
 
 
 def sweep(options: SweepOptions) -> int:
+    from gpt_arc.training.runs import Lock
+    from gpt_arc.training.signals import StopSignal
+    from gpt_arc.training.sweeps import sweep_runs, write_table
+
     runs = sweep_runs(options.file)
     left = [run for run in runs if not run.finished]
     if options.commands:
@@ -89,7 +85,7 @@ def sweep(options: SweepOptions) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)  # noqa: F841  until the process ends
 
-    def next_run(run: SweepRun) -> None:
+    def next_run(run: "SweepRun") -> None:
         if not stop.received and REFUSED not in codes:
             codes.append(train(run, options, stop))
 
@@ -109,7 +105,7 @@ def sweep(options: SweepOptions) -> int:
     return max(codes, default=0)
 
 
-def train(run: SweepRun, options: SweepOptions, stop: StopSignal) -> int:
+def train(run: "SweepRun", options: SweepOptions, stop: "StopSignal") -> int:
     """Trains one run; its output goes to a log beside its folder. Returns the exit code."""
     log = run.folder.with_name(run.name + ".log")
     threads = max(1, (os.cpu_count() or 1) // options.jobs)
@@ -227,6 +223,11 @@ class PlanOptions:
 
 
 def plan(options: PlanOptions) -> int:
+    from gpt_arc.nn.meta import meta_device
+    from gpt_arc.planning.budget import Hardware, gpt3_batch, gpt3_rate, nearest_shape
+    from gpt_arc.planning.cost import flops_per_token, memory_estimate
+    from model import GPT
+
     if (options.flops is None) == (options.days is None):
         raise UserError("name a budget: either --flops, or --days with --accelerator and --devices")
     hardware = Hardware(options.accelerator, options.devices, options.mfu, options.price)
@@ -322,6 +323,8 @@ class PredictOptions:
 
 def predict(options: PredictOptions) -> int:
     """Writes down a run's loss before it is trained, and how far it was missed once it is."""
+    from gpt_arc.training.sweeps import sweep_runs
+
     results, file = read_results(options.results, options.min_tokens)
     for run in sweep_runs(options.target):
         path = run.folder.with_name(run.name + ".prediction.json")
@@ -362,7 +365,7 @@ def predict(options: PredictOptions) -> int:
     return 0
 
 
-def compare_with_prediction(run: SweepRun, prediction: dict[str, Any], path: Path) -> None:
+def compare_with_prediction(run: "SweepRun", prediction: dict[str, Any], path: Path) -> None:
     said = f"{run.name}: predicted {prediction['val_loss']:.4f} on {prediction['date']} ({path})"
     if not run.finished:
         print(f"{said}; not trained yet")
@@ -381,6 +384,11 @@ class CompareOptions:
 
 
 def compare(options: CompareOptions) -> int:
+    from gpt_arc.nn.meta import meta_device
+    from gpt_arc.planning.budget import serving_memory
+    from gpt_arc.planning.cost import flops_per_token
+    from model import GPT
+
     rows: list[list[Any]] = [
         ["", *map(str, options.configs)],
         *([name] for name in ("parameters", "active", "without embeddings", "FLOPs a token", "weights", "cache")),
@@ -414,6 +422,8 @@ class ClaimOptions:
 
 def claim(options: ClaimOptions) -> int:
     """Whether a mixture of equal experts can have the parameters that are claimed for it."""
+    from gpt_arc.planning.budget import MixtureClaim
+
     if options.experts_per_token >= options.experts:
         raise UserError("experts_per_token must be less than experts")
     if options.active > options.total:
@@ -443,7 +453,7 @@ ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 def main() -> int:
     action, *args = sys.argv[1:] or [""]
-    if action in ("-h", "--help"):
+    if action in HELP:
         print(__doc__)
         return 0
     if action not in ACTIONS:

@@ -21,15 +21,18 @@ as `best`.
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import SFTOptions
+
+    check_stage_arguments(SFTOptions, __doc__)
 
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 
 from gpt_arc.chat.batches import EncodedConversations, conversation_batch, encode_conversations
 from gpt_arc.chat.files import read_conversations
@@ -42,14 +45,12 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.nn.packing import can_pack, packed
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positive, Share
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.evaluate import mean_loss
-from gpt_arc.training.options import ChatOptions
 from gpt_arc.training.routers import RouterMeter
-from gpt_arc.training.schedule import PublishedRate
+from gpt_arc.training.stage_options import SFTOptions
 from gpt_arc.training.stage_run import StageRun
 from gpt_arc.vision.data import encode_image_conversations, identity, image_batch, read_image_conversations
 from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
@@ -59,45 +60,7 @@ from gpt_arc.weights.edit import with_more_tokens, with_settings
 from model import GPT
 
 
-@dataclass(frozen=True, config=STRICT)
-class Options(ChatOptions):
-    template: str = "markers"
-    """Markers around turns: markers (<|user|>...<|assistant|>...<|end|>), chatml, plain, or a .toml file with a text
-    for each role. A model that has a template keeps it."""
-    epochs: Count = 16
-    """Passes over the conversations (InstructGPT's 16)."""
-    packing: bool = True
-    """Pack several conversations into a row, isolated from each other: less padding, equal losses."""
-    residual_dropout: Share | None = 0.2
-    """Dropout on each sublayer's output (InstructGPT's .2). None: the model's."""
-    learning_rate: Positive | None = None
-    """Peak learning rate. None: InstructGPT's 1e-5 for 1.2B parameters without embeddings; for fewer, times sqrt(1.2B /
-    parameters), up to 0.01."""
-    image_encoder: str | None = None
-    """Encoder to add to a text model so that it reads images: a run of stages/pretrain_encoder.py, a ViT, CLIP or
-    SigLIP saved by transformers, or a .toml file with the settings of a new one."""
-    projector_layers: Literal[1, 2] = 2
-    """Layers of a new projector: 1 is a linear map, 2 have a GELU between them (LLaVA-1.5)."""
-    pixel_shuffle: Count = 1
-    """A new projector makes one embedding of squares of this many patches a side."""
-    prefix_attention: bool = False
-    """In a model with a new image_encoder, the tokens of an image see each other both ways (PaliGemma)."""
-    text_rate: NonNegative = 1.0
-    """Learning rate of the text model of a model that reads images, as a multiple of learning_rate. 0: not trained."""
-    encoder_rate: NonNegative = 1.0
-    """The same of the image encoder."""
-    projector_rate: NonNegative = 1.0
-    """The same of the projector."""
-
-    PATHS = (*ChatOptions.PATHS, "image_encoder")
-    PUBLISHED = PublishedRate(1e-5, 1.2e9)  # arXiv:2203.02155
-
-    @property
-    def rates(self) -> dict[str, float]:
-        return {"text": self.text_rate, "encoder": self.encoder_rate, "projector": self.projector_rate}
-
-
-def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, run: StageRun) -> float:
+def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: SFTOptions, run: StageRun) -> float:
     """Returns the mean cross-entropy in nats over the responses' tokens in all processes."""
     shares = micro_batches(range(len(examples)), options.batch_size)
     with run.parallel.evaluating(model):
@@ -106,7 +69,7 @@ def val_loss(model: GPT | VisionGPT, examples: Sequence[Any], options: Options, 
 
 
 def batch_of(
-    examples: Sequence[Any], rows: Sequence[int], model: GPT | VisionGPT, options: Options, run: StageRun
+    examples: Sequence[Any], rows: Sequence[int], model: GPT | VisionGPT, options: SFTOptions, run: StageRun
 ) -> list[Any]:
     """Returns the arguments of the model for these rows; `examples` are its kind of encoded conversations."""
     context = model.config.block_size if options.packing else None
@@ -121,7 +84,7 @@ def batch_of(
     return sent
 
 
-def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | None:
+def vision_model(options: SFTOptions, directory: Path, text: GPT) -> VisionGPT | None:
     """Returns the model with the encoder in its directory or the one that the settings add; None: it reads text alone.
 
     Raises UserError for settings of images that have no effect.
@@ -146,11 +109,11 @@ def vision_model(options: Options, directory: Path, text: GPT) -> VisionGPT | No
 
 
 @of_one_checkpoint
-def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tokenizer, ChatFormat]:
+def load(path: Path | str, options: SFTOptions) -> tuple[GPT, VisionGPT | None, Tokenizer, ChatFormat]:
     """Returns the text model, with a token for each mark that the template adds, the model that reads images if it is
     one, the tokenizer and the chat format."""
     directory, model, tokenizer, chat = load_text_with_chat(path)
-    if chat is not None and options.template != Options.template and not options.resume:
+    if chat is not None and options.template != SFTOptions.template and not options.resume:
         if load_template(options.template) != chat.template:
             raise UserError(f"{options.model} keeps the template it has (chat.json): drop --template")
     if chat is None:
@@ -164,7 +127,7 @@ def load(path: Path | str, options: Options) -> tuple[GPT, VisionGPT | None, Tok
 
 
 def reader(
-    options: Options, vision: VisionGPT | None
+    options: SFTOptions, vision: VisionGPT | None
 ) -> tuple[Callable[[Path], list[Any]], Callable[..., EncodedConversations[Any]]]:
     """Returns what reads a file's conversations, and what encodes them, for a model that reads images or text alone."""
     if vision is None:
@@ -173,7 +136,7 @@ def reader(
     return partial(read_image_conversations, columns=options.columns, embeddings=embeddings), encode_image_conversations
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: SFTOptions, run: StageRun) -> int:
     if options.train is None:
         raise UserError("name the conversations to learn from by --train")
 
@@ -272,7 +235,7 @@ def describe(split: EncodedConversations) -> str:
 
 
 def main() -> int:
-    return run_stage(Options, __doc__, "sft", train)
+    return run_stage(SFTOptions, __doc__, "sft", train)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ loss as `best`. It reads text by the characters of the examples unless --tokeniz
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
+    from gpt_arc.training.arguments import check_stage_arguments
+    from gpt_arc.training.stage_options import TranslationOptions
+
+    check_stage_arguments(TranslationOptions, __doc__)
 
 
 import math
@@ -19,11 +23,10 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from gpt_arc import distributed
@@ -35,59 +38,14 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import STRICT, Count, NonNegative, Positional, Positive, Share, mistake
+from gpt_arc.settings import mistake
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.epochs import EpochOrder, digest
-from gpt_arc.training.options import ExampleOptions
+from gpt_arc.training.stage_options import TranslationOptions
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, save_model
 from model import GPT, GPTConfig
-
-
-@dataclass(frozen=True, config=STRICT)
-class Options(ExampleOptions):
-    model: Positional[str | None] = None
-    """A model of this stage to train further. None: a new one, of the sizes below."""
-    tokenizer: str | None = None
-    """The tokenizer of a new model: gpt2, or a prepared dataset's, tokenizer's or model's name. None: characters."""
-    n_layer: Count = 3
-    """Blocks of the decoder."""
-    encoder_layers: Count = 3
-    """Blocks of the encoder."""
-    n_head: Count = 4
-    """Heads of each attention."""
-    n_embd: Count = 128
-    """Width."""
-    block_size: Count | None = None
-    """Most tokens of a source or target. None: the longest of the examples."""
-    norm_position: Literal["pre", "post"] = "post"
-    """post: norm(x + f(x)), as in the paper. pre: x + f(norm(x)), with which deep models train more easily."""
-    dropout: Share = 0.1
-    """Dropout everywhere."""
-    label_smoothing: Share = 0.1
-    """Share of each target's probability that is spread over the vocabulary."""
-    batch_size: Count = 64
-    """Pairs at a time."""
-    epochs: Count = 10
-    """Passes over the pairs."""
-    learning_rate: Positive = 1e-3
-    """Peak learning rate."""
-    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
-    """Shape of the learning rate after the warmup. inverse_sqrt: over the square root of the step, as in the paper."""
-    warmup: Share = 0.1
-    """Share of the updates in which the learning rate rises."""
-    beta2: Share = 0.98
-    """Adam's decay of the mean of squared gradients."""
-    adam_eps: Positive = 1e-9
-    """Adam's epsilon."""
-    weight_decay: NonNegative = 0.0
-    """Of tensors of two dimensions or more, decoupled from the gradient."""
-
-    FIRST: ClassVar[tuple[str, ...]] = (
-        *("train", "val", "epochs", "learning_rate", "batch_size", "n_layer", "encoder_layers", "n_embd", "n_head"),
-        *("out_dir", "resume"),
-    )
 
 
 class Scores(NamedTuple):
@@ -109,7 +67,7 @@ def scores(model: GPT, batch: PairBatch, label_smoothing: float) -> Scores:
     return Scores(entropy(label_smoothing=label_smoothing), entropy().detach(), (targets != IGNORED).sum(), exact)
 
 
-def new_model(options: Options, tokenizer: Tokenizer, longest: int) -> GPT:
+def new_model(options: TranslationOptions, tokenizer: Tokenizer, longest: int) -> GPT:
     """The paper's architecture in the sizes of `options`. Raises UserError for sizes that don't fit together."""
     try:
         config = GPTConfig(
@@ -124,7 +82,7 @@ def new_model(options: Options, tokenizer: Tokenizer, longest: int) -> GPT:
     return GPT(config)
 
 
-def build(options: Options, origin: str | None, texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
+def build(options: TranslationOptions, origin: str | None, texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
     """The model to train, new or that of `origin`, and its tokenizer."""
     if origin is not None:
         model, tokenizer = load_text_model(origin, translates=True)
@@ -136,7 +94,9 @@ def build(options: Options, origin: str | None, texts: Sequence[str]) -> tuple[G
 
 
 @torch.no_grad()
-def measured(model: GPT, pairs: Sequence[EncodedPair], boundary: int, options: Options, run: StageRun) -> tuple:
+def measured(
+    model: GPT, pairs: Sequence[EncodedPair], boundary: int, options: TranslationOptions, run: StageRun
+) -> tuple:
     """Returns the mean loss in nats a token, and the share of targets that are right as a whole."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
@@ -149,7 +109,7 @@ def measured(model: GPT, pairs: Sequence[EncodedPair], boundary: int, options: O
     return (sums[0] / sums[1]).item(), sums[2].item() / len(pairs)
 
 
-def train(options: Options, run: StageRun) -> int:
+def train(options: TranslationOptions, run: StageRun) -> int:
     splits = options.splits(read_pairs)
     origin = run.checkpoint or options.model
     texts = [text for split in splits.values() for pair in split for text in (pair.source, pair.target)]
@@ -209,7 +169,7 @@ def train(options: Options, run: StageRun) -> int:
 
 
 def main() -> int:
-    options = read_options(Options, __doc__, sys.argv[1:])
+    options = read_options(TranslationOptions, __doc__, sys.argv[1:])
     if distributed.WORLD_SIZE > 1:
         raise UserError("translate.py runs in one process: start it with python, not torchrun")
     return start_stage(options, "translate", train, StageProgress)

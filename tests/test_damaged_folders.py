@@ -30,8 +30,8 @@ from gpt_arc.training.checkpoints import load_state, save_checkpoint, state_file
 from gpt_arc.training.config import Config, TrainingConfig
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import record_options, recorded_options
 from gpt_arc.training.runs import read_record, stage_of, write_record
+from gpt_arc.training.stage_record import record_options, recorded_options
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
 from helpers import TEXT, write_dataset
@@ -158,7 +158,7 @@ def make_run(folder):
     updater.update(0.1, torch.tensor(1.0))
     state = {"progress": vars(Progress(step=1)), **updater.state_dict(), "generators": [{"cpu": torch.get_rng_state()}]}
     state |= {"runtime": {"device": "cpu", "dtype": "float32", "compile": False}, "data": ""}
-    save_checkpoint(folder, 1, 1, lambda to: save_model(model, None, to), state, False)
+    save_checkpoint(folder, 1, 1, lambda to: save_model(model, None, to), state, 1)
     write_record(folder, Config(), "tiny", {"n_layer": 2, "max_iters": 10})
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.4}\n')
 
@@ -182,12 +182,12 @@ def read_run(folder):
 
 
 def make_stage(folder):
-    record_options(folder, "sft", sft.Options(model="base", train=Path("chats.jsonl"), out_dir="out"))
+    record_options(folder, "sft", sft.SFTOptions(model="base", train=Path("chats.jsonl"), out_dir="out"))
     (folder / "task.toml").write_text('title = "T"\nkind = "generate"\ncontext = "{q}"\nanswer = "{a}"\nstop = ["."]\n')
 
 
 def read_stage(folder):
-    recorded_options(folder, sft.Options, "sft")
+    recorded_options(folder, sft.SFTOptions, "sft")
     load_task(str(folder / "task.toml"))
 
 

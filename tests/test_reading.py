@@ -22,8 +22,8 @@ from gpt_arc.settings import build
 from gpt_arc.training.checkpoints import recorded
 from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, read_metrics
-from gpt_arc.training.options import record_options, recorded_options
 from gpt_arc.training.runs import read_record, write_record
+from gpt_arc.training.stage_record import record_options, recorded_options
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, TEXT, TINY_FLAGS
 from model import GPT, GPTConfig

@@ -30,12 +30,25 @@ def fingerprint(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-class ActorCritic(nn.Module):
-    """A policy and its critic: a separate network, or a head on the policy."""
+class ReferencePolicy(nn.Module):
+    """The model that a policy is held to."""
 
-    def __init__(self, policy: GPT, critic: RewardModel | ScalarHead, temperature: float):
+    def __init__(self, model: GPT, temperature: float):
         super().__init__()
-        self.policy, self.critic, self.temperature = policy, critic, temperature
+        self.model, self.temperature = model, temperature
+
+    def forward(self, tokens: Tensor, prompt_lengths: Tensor, responses: Tensor) -> Tensor:
+        """Returns log-probabilities (N, R) of responses (N, R) within tokens (N, T)."""
+        states = response_states(self.model.hidden(tokens), prompt_lengths, responses.size(1))
+        return log_probabilities(self.model, states, responses, self.temperature)[0]
+
+
+class ActorCritic(nn.Module):
+    """A policy and its critic: a separate network, or a head on the policy; and a moving average of the policy."""
+
+    def __init__(self, policy: GPT, critic: RewardModel | ScalarHead, temperature: float, average: GPT | None = None):
+        super().__init__()
+        self.policy, self.critic, self.temperature, self.average = policy, critic, temperature, average
 
     def forward(
         self,

@@ -8,7 +8,6 @@ scores = score(prompts, responses)                                             #
 import importlib
 import math
 import os
-import re
 import site
 import sys
 import sysconfig
@@ -23,15 +22,11 @@ from gpt_arc.alignment.reward_model import is_reward_model, load_reward_model, s
 from gpt_arc.alignment.rollouts import Prompt
 from gpt_arc.chat.format import ChatFormat
 from gpt_arc.errors import UserError, first_line, naming
+from gpt_arc.extras import names_function
 
 Scorer = Callable[[Sequence[Prompt], Sequence[list[int]]], Tensor]
 Function = Callable[[list[dict[str, Any]], list[str]], Any]  # returns a number for each text, which is checked
 LIBRARIES = (sysconfig.get_paths()["stdlib"], *site.getsitepackages())
-
-
-def names_function(name: str | None) -> bool:
-    """Whether a reward is named as a Python function, module:function."""
-    return name is not None and re.fullmatch(r"[\w.]+:\w+", name) is not None
 
 
 def load_reward(

@@ -6,7 +6,8 @@ rollouts = gather_rollouts(all_prompts, responses, outputs, scores, monitored, c
 """
 
 import copy
-from collections.abc import Sequence, Set
+import math
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc import distributed
-from gpt_arc.alignment.losses import log_probabilities, response_states
-from gpt_arc.alignment.policy import ActorCritic
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy
 from gpt_arc.alignment.rankings import fitting_prompt, padded
 from gpt_arc.chat.files import read_prompts
 from gpt_arc.chat.format import ChatFormat
@@ -56,22 +56,24 @@ def read_and_encode_prompts(path: Path, chat: ChatFormat, room: int, columns: Se
     return prompts
 
 
-def writer_of(policy: GPT, device: torch.device, dtype: str) -> GPT:
+def writer_of(policy: GPT, device: torch.device, dtype: str, divided: bool = False) -> GPT:
     """Returns the model that writes responses: on a GPU, a copy of the policy in 16 bits, which it reads twice as fast.
 
-    Elsewhere, and in float32, it is the policy itself. `update_writer` brings the copy up to date.
+    Elsewhere, and in float32, it is the policy itself, unless that is about to be `divided` among processes.
+    `update_writer` brings the copy up to date.
     """
-    if device.type != "cuda" or DTYPES[dtype] == torch.float32:
+    shrinks = device.type == "cuda" and DTYPES[dtype] != torch.float32
+    if not (shrinks or divided):
         return policy
-    return copy.deepcopy(policy).to(DTYPES[dtype]).requires_grad_(False)
+    return copy.deepcopy(policy).to(DTYPES[dtype] if shrinks else None).requires_grad_(False)
 
 
 @torch.no_grad()
-def update_writer(writer: GPT, policy: GPT) -> None:
-    """Copies the policy's weights to its writer."""
+def update_writer(writer: GPT, policy: GPT, whole: Callable[[Tensor], Tensor]) -> None:
+    """Copies the policy's weights, each made `whole`, to its writer. Every process must call this."""
     if writer is not policy:
         for copied, tensor in zip(writer.state_dict().values(), policy.state_dict().values()):
-            copied.copy_(tensor)
+            copied.copy_(whole(tensor))
 
 
 def write_responses(
@@ -109,21 +111,28 @@ class ModelOutputs(NamedTuple):
 
 @torch.no_grad()
 def model_outputs(
-    actor: ActorCritic, reference: GPT, prompts: Sequence[Prompt], responses: Sequence[list[int]], batch_size: int,
-    device: torch.device, dtype: str,
+    actor: ActorCritic, reference: ReferencePolicy, prompts: Sequence[Prompt], responses: Sequence[list[int]],
+    batch_size: int, device: torch.device, dtype: str, calls: int | None = None,
 ) -> ModelOutputs:  # fmt: skip
-    """Runs policy, reference and critic on responses, `batch_size` at a time."""
+    """Runs policy, reference and critic on responses, `batch_size` at a time.
+
+    Processes that divide the models all make the same number of `calls`: where no response is left, with a token that
+    stands in for one.
+    """
+    calls = math.ceil(len(responses) / batch_size) if calls is None else calls
     outputs = torch.zeros(4, len(responses), max(map(len, responses), default=0))
-    for start in range(0, len(responses), batch_size):
+    for start in range(0, calls * batch_size, batch_size):
         rows = slice(start, start + batch_size)
-        tokens, _ = padded([p.tokens + r[:-1] for p, r in zip(prompts[rows], responses[rows])], device)
-        targets, _ = padded(responses[rows], device)
-        prompt_lengths = send([len(p.tokens) for p in prompts[rows]], device)
+        pairs = [(p.tokens, r) for p, r in zip(prompts[rows], responses[rows])]
+        read = pairs or [([0], [0])]
+        tokens, _ = padded([prompt + response[:-1] for prompt, response in read], device)
+        targets, _ = padded([response for _, response in read], device)
+        prompt_lengths = send([len(prompt) for prompt, _ in read], device)
         with autocast(device, dtype):
             logs, entropies, values, _ = actor(tokens, prompt_lengths, targets)
-            states = response_states(reference.hidden(tokens), prompt_lengths, targets.size(1))
-            reference_logs, _ = log_probabilities(reference, states, targets, actor.temperature)
-        outputs[:, rows, : targets.size(1)] = torch.stack((logs, reference_logs, entropies, values)).cpu()
+            reference_logs = reference(tokens, prompt_lengths, targets)
+        if pairs:
+            outputs[:, rows, : targets.size(1)] = torch.stack((logs, reference_logs, entropies, values)).cpu()
     return ModelOutputs(*outputs)
 
 

@@ -88,6 +88,11 @@ class Documents(abc.ABC):
     def position(self) -> Any:
         """The position after the last text yielded."""
 
+    def utf_8(self) -> Iterator[bytes]:
+        """Yields all texts in UTF-8, which isn't checked, in blocks that may end within a character."""
+        for text, _ in self.pieces("anywhere"):
+            yield text.encode()
+
 
 class Text(Documents):
     """A single text in memory."""
@@ -178,6 +183,16 @@ class Files(Documents):
                 yield text, many or place is None
             before, place = before + self._stats[index].st_size, None
 
+    def utf_8(self) -> Iterator[bytes]:
+        if self.kinds != ["text"]:
+            yield from super().utf_8()
+            return
+        with _opened(self.paths[0], 0) as (file, raw):
+            yield file.read(PIECE).removeprefix(codecs.BOM_UTF8)
+            while block := file.read(PIECE):
+                self.bytes_read = raw.tell()
+                yield block
+
 
 class Piped(Files):
     """The documents of standard input or another pipe, which is copied to a temporary file, as it may be read twice.
@@ -211,6 +226,10 @@ class Piped(Files):
     def pieces(self, cut: Cut, position: list | None = None) -> Iterator[tuple[str, bool]]:
         with self._naming():
             yield from super().pieces(cut, position)
+
+    def utf_8(self) -> Iterator[bytes]:
+        with self._naming():
+            yield from super().utf_8()
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": self._digest, "field": self.field}

@@ -6,6 +6,7 @@ JSON and rows of parquet always are. Output accumulates in data/.NAME.partial un
 preparation can resume from there.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -150,7 +151,7 @@ def prepare_documents(documents: Documents, settings: CorpusSettings, name: str,
             if parts:
                 tokenizer = load_tokenizer(parts[0])
             elif tokenizer is None or rule == "tail":
-                total, characters = _survey(documents, "anywhere" if by_characters else "space", by_characters)
+                total, characters = _survey(documents, by_characters)
                 if total < 2:
                     raise UserError(
                         f"{counted(total, 'character')} in {documents.name}: at least two are needed for a split"
@@ -306,10 +307,13 @@ def _write_shards(
     batches = _batches(documents, cut, boundary, settings.val_fraction, saved)
     try:
         _in_order(encode, batches, output.append, settings.workers or available_cores())
+        output.finish()
     except KeyboardInterrupt:
         output.save()
+        output.wait()
         raise
-    output.close()
+    finally:
+        output.close()
     return output.done
 
 
@@ -326,6 +330,8 @@ class _Output:
             split: ShardWriter(work / "dataset", split, vocab_size, shard_tokens, getattr(saved, split))
             for split in SPLITS
         }
+        self._disk = ThreadPoolExecutor(1)  # waits for the disk while more is encoded and written
+        self._saving: Future | None = None
 
     def append(self, batch: tuple[PreparationProgress, dict[str, np.ndarray]]) -> None:
         progress, tokens = batch
@@ -337,19 +343,34 @@ class _Output:
         self._bar.at(self.done.bytes_read)
 
     def save(self) -> None:
-        """Flush what was appended since the last save, and record it as what to resume from."""
+        """Begin to flush what was appended since the last save, and to record it as what to resume from."""
         if self.done is self._saved:
             return
-        for writer in self._writers.values():
-            writer.save()
-        sync(self.work / "dataset")
+        self.wait()
+        changed = [path for writer in self._writers.values() for path in writer.flush()]
         progress = replace(self.done, revision=self.documents.revision)
-        write_file(self.work / "progress.json", json.dumps(asdict(progress)))
+        self._saving = self._disk.submit(self._record, changed, progress)
         self._saved = self.done
 
-    def close(self) -> None:
+    def _record(self, changed: list[Path], progress: PreparationProgress) -> None:
+        for path in changed:
+            sync(path)
+        sync(self.work / "dataset")
+        write_file(self.work / "progress.json", json.dumps(asdict(progress)))
+
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Raises what went wrong there."""
+        if self._saving is not None:
+            self._saving.result()
+
+    def finish(self) -> None:
+        """Flush everything to disk."""
+        self.wait()
         for writer in self._writers.values():
             writer.close()
+
+    def close(self) -> None:
+        self._disk.shutdown()
         self._bar.close()
 
 
@@ -435,14 +456,23 @@ def _in_order(
         writer.shutdown(cancel_futures=True)
 
 
-def _survey(documents: Documents, cut: Cut, collect: bool) -> tuple[int, list[str]]:
+def _survey(documents: Documents, collect: bool) -> tuple[int, list[str]]:
     """Count the characters, and list the distinct ones by code point if `collect`."""
     bar = _ProgressBar("counting characters", documents.total_bytes, 0)
     total, seen, ascii_seen = 0, np.zeros(sys.maxunicode + 1, dtype=bool), b""
-    for text, _ in documents.pieces(cut):
-        total += len(text)
-        if collect and (new := text.encode().translate(None, ascii_seen)):  # all but the ASCII that was seen before
-            seen[np.frombuffer(new.decode().encode("utf-32-le"), dtype=np.uint32)] = True
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    for block in documents.utf_8():
+        if block.isascii():
+            total += len(block)
+        else:
+            total += int(np.count_nonzero(np.frombuffer(block, np.int8) >= -64))  # others continue a character
+        if collect and (new := block.translate(None, ascii_seen)):  # all but the ASCII that was seen before
+            try:
+                text = decode(new)
+            except UnicodeDecodeError:
+                deque(documents.pieces("anywhere"), maxlen=0)  # raises UserError naming the byte
+                raise
+            seen[np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)] = True
             ascii_seen = np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()
         bar.at(documents.bytes_read)
     bar.close()

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from gpt_arc.errors import UserError
-from gpt_arc.files import command
+from gpt_arc.files import command, sync
 from gpt_arc.reading import open_plain, reading
 
 HEADER = 256  # int32 values
@@ -31,6 +31,7 @@ class ShardWriter:
         self.directory, self.split, self.shard_tokens, self.written = directory, split, shard_tokens, written
         self.vocab_size, self._type = vocab_size, _token_type(vocab_size)
         self._file: BinaryIO | None = None
+        self._changed: list[Path] = []  # the last is that of `_file`
 
     def append(self, tokens: np.ndarray) -> None:
         if tokens.dtype.kind != "u" and tokens.min(initial=0) < 0 or tokens.max(initial=0) >= self.vocab_size:
@@ -45,27 +46,39 @@ class ShardWriter:
             self.written += len(chunk)
             tokens = tokens[len(chunk) :]
             if self.written % self.shard_tokens == 0:
-                self.close()
+                self._changed = self.flush()
+                self._close_file()
 
-    def save(self) -> None:
-        """Flush to disk, with a header that makes the file valid so far."""
+    def flush(self) -> list[Path]:
+        """Hands all tokens to the operating system, with a header that makes the last file valid so far.
+
+        Returns the files that have changed since the last call, for the caller to `sync`.
+        """
+        changed, self._changed = self._changed, []
         if self._file is not None:
             count = (self.written - 1) % self.shard_tokens + 1
             self._file.seek(0)
             self._file.write(_header(self._type, count))
             self._file.seek(0, os.SEEK_END)
             self._file.flush()
-            os.fsync(self._file.fileno())
+            self._changed = changed[-1:]
+        return changed
 
     def close(self) -> None:
+        """Flushes all tokens to disk and closes the file."""
+        for path in self.flush():
+            sync(path)
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._file is not None:
-            self.save()
             self._file.close()
             self._file = None
 
     def _open(self) -> BinaryIO:
         shard, before = divmod(self.written, self.shard_tokens)
         path = self.directory / f"{self.split}_{shard:06}.bin"
+        self._changed.append(path)
         file = open(path, "r+b" if before else "wb")
         size = 4 * HEADER + before * self._type.itemsize
         if before and path.stat().st_size < size:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.errors import UserError, check_finite
-from gpt_arc.nn.positions import Stretch
+from gpt_arc.nn.names import Stretch
 from gpt_arc.weights.edit import with_settings
 from model import GPT
 

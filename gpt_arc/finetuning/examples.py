@@ -17,14 +17,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_arc.data.json_lines import parse_as
 from gpt_arc.data.rows import missing_column, parsed_rows, shown, text_of
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.errors import UserError
-
-TaskKind = Literal["classification", "entailment", "similarity", "multiple_choice"]
+from gpt_arc.nn.names import TaskKind
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from gpt_arc import distributed
 from gpt_arc.device import autocast, to_device
 from gpt_arc.errors import check_finite
 from gpt_arc.extras import import_extra
@@ -42,22 +44,31 @@ class Predictions(NamedTuple):
 
 @torch.no_grad()
 def predict(
-    classifier: Classifier, encoded: EncodedExamples, batch_size: int, device: torch.device, dtype: str
-) -> Predictions:
+    classifier: Classifier, encoded: EncodedExamples, batch_size: int, device: torch.device, dtype: str,
+    processes: int = 1,
+) -> Predictions:  # fmt: skip
     """Returns logits in the order of the examples. Dropout is off; each module's mode is restored afterwards.
 
-    Raises NotFinite for a logit that isn't.
+    If several `processes` share the batches, every process must call this. Raises NotFinite for a logit that isn't.
     """
     modes = {module: module.training for module in classifier.modules()}
     classifier.eval()
-    logits: list[list[float]] = [[]] * len(encoded)
-    losses = torch.zeros(2, dtype=torch.float64)
-    for rows in tqdm(_by_length(encoded, batch_size), "predicting", leave=False, disable=None):
-        batch = to_device(encoded.batch(rows), device)
+    batches, rank = _by_length(encoded, batch_size), distributed.RANK % processes
+    computed: dict[int, tuple[Tensor, list[list[float]]]] = {}  # losses and logits of a batch
+    for first in tqdm(range(0, len(batches), processes), "predicting", leave=False, disable=None):
+        i = min(first + rank, len(batches) - 1)  # all call the model equally often
+        batch = to_device(encoded.batch(batches[i]), device)
         with autocast(device, dtype):
             outcome = classifier(*batch)
-        losses += torch.stack((outcome.task_loss, outcome.language_loss)).cpu().double()
-        for row, values in zip(rows, outcome.logits.float().tolist()):
+        both = torch.stack((outcome.task_loss, outcome.language_loss)).cpu().double()
+        computed[i] = both, outcome.logits.float().tolist()
+    for others in distributed.gather(computed) if processes > 1 else ():
+        computed |= others
+    logits: list[list[float]] = [[]] * len(encoded)
+    losses = torch.zeros(2, dtype=torch.float64)
+    for i, rows in enumerate(batches):
+        losses += computed[i][0]
+        for row, values in zip(rows, computed[i][1]):
             logits[row] = values[: len(encoded.sequences[row])] if classifier.by_option else values
             check_finite(logits[row])
     for module, training in modes.items():

@@ -1,15 +1,14 @@
 """The element-wise parts: the MLP's non-linearity, positions, n-gram ids, dropout and a norm."""
 
 import math
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Literal["gelu_tanh", "gelu", "quick_gelu", "relu", "relu_squared", "swiglu"]
-GATED = ("swiglu",)  # these multiply values by gates, so the MLP's first layer is twice as wide
+from gpt_arc.nn.names import Activation
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -5,18 +5,18 @@ Shapes: B batch, T time, S keys, H query heads, D head size.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_arc.nn.functional import frequencies, sinusoids, waves
+from gpt_arc.nn.names import Stretch
 
 if TYPE_CHECKING:
-    from model import GPTConfig
+    from gpt_arc.model_config import GPTConfig
 
-Stretch = Literal["linear", "ntk", "dynamic", "yarn", "llama3"]
 FAST_TURNS = {"yarn": 32.0, "llama3": 4.0}  # the defaults of `RotaryScaling.fast`
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Checkpointing = bool | Literal["selective"]
+from gpt_arc.nn.names import Checkpointing
 
 aten = torch.ops.aten
 PRODUCTS = aten.mm.default, aten.addmm.default

@@ -2,10 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from gpt_arc.nn.positions import rotary_scaling
-
 if TYPE_CHECKING:
-    from model import GPTConfig
+    from gpt_arc.model_config import GPTConfig
 
 
 def check_relations(config: "GPTConfig") -> None:
@@ -50,6 +48,9 @@ def check_relations(config: "GPTConfig") -> None:
         raise ValueError(f'positions = "rotary" turns pairs of features: head size {config.head_width} must be even')
     if config.rotary_scaling and config.positions != "rotary":
         raise ValueError(f'rotary_scaling = "{config.rotary_scaling}" needs positions = "rotary"')
-    rotary_scaling(config)
+    if config.rotary_scaling or config.rotary_factor != 1:
+        from gpt_arc.nn.positions import rotary_scaling  # imports torch
+
+        rotary_scaling(config)
     if config.positions == "sinusoidal" and config.n_embd % 2:
         raise ValueError(f'positions = "sinusoidal" needs pairs of features: n_embd = {config.n_embd} must be even')

@@ -16,7 +16,8 @@ from typing import Any, Literal, NotRequired
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, with_config
+import torch.distributed as dist
+from pydantic import ConfigDict, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
@@ -26,7 +27,7 @@ from gpt_arc.distributed import IS_MAIN, RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
-from gpt_arc.reading import open_plain, read_json, reading
+from gpt_arc.reading import adapter_of, open_plain, read_json, reading
 from gpt_arc.settings import Threads
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.checkpoint_folders import (
@@ -93,16 +94,18 @@ def save_checkpoint(
     best_step: int | None,
     save: Callable[[Path], None],
     state: dict[str, Any],
-    keep_all: bool,
+    keep: int | None,
     shards: Tensors | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> None:
     """Writes the checkpoint of `step`, points `last` to it, and `best` if that is `best_step`; deletes the others.
 
-    `save` writes the model into a folder. Every process must call this; only the `shards` are written by all. If it is
-    killed, `last` still names a complete checkpoint. Raises UserError or OSError if the checkpoint can't be written.
+    It keeps the `keep` newest ones, None: all. `save` writes the model into a folder. Every process must call this;
+    only the `shards` are written by all, which communicate in `group`. If it is killed, `last` still names a complete
+    checkpoint. Raises UserError or OSError if the checkpoint can't be written.
     """
     if not IS_MAIN:
-        return write_shards(shards) if shards else None
+        return write_shards(shards, group=group) if shards else None
     directory, previous, waiting = run / step_name(step), named_checkpoint(run, "last"), bool(shards)
     try:
         if not run.is_dir():
@@ -111,7 +114,7 @@ def save_checkpoint(
         with new_directory(directory) as temporary:
             if shards:
                 waiting = False
-                write_shards(shards, temporary)
+                write_shards(shards, temporary, group)
             save(temporary)
             torch.save(state, temporary / "training_state.pt")
             record_files(temporary, "training_state.pt")
@@ -123,14 +126,15 @@ def save_checkpoint(
         raise UserError(f"the checkpoint {directory} can't be written{_free(run)}{reason}{kept}") from None
     finally:
         if waiting:  # the other processes, for the folder
-            distributed.from_main(None)
+            distributed.from_main(None, group)
     point(run / "last", directory.name)
     if best_step == step:
         point(run / "best", directory.name)
     best = named_checkpoint(run, "best") if best_step is not None else None
+    superseded = previous if previous and step_of(previous) == step else None
+    newest = [path for name in written if (path := run / name) != superseded][-keep if keep else None :]
     for other in (run / name for name in written):
-        superseded = other == previous and step_of(other) == step
-        if other not in (directory, best) and (superseded or not keep_all):
+        if other not in (directory, best, *newest):
             with contextlib.suppress(OSError), locked(other):  # a reader may hold it: the next checkpoint tries again
                 discard(other)
 
@@ -174,19 +178,20 @@ def restore_state(updater: Updater, state: dict[str, Any], checkpoint: Path, dev
             set_rng_state(generators[RANK], device)
 
 
-def write_shards(shards: Tensors, directory: Path | None = None) -> None:
+def write_shards(shards: Tensors, directory: Path | None = None, group: dist.ProcessGroup | None = None) -> None:
     """Writes the processes' shards of the tensors into `directory`, which the main process names.
 
-    Every process must call this. Raises OSError in all of them if one can't write.
+    Every process must call this, and they communicate in `group`. Raises OSError in all of them if one can't write.
     """
     from torch.distributed import checkpoint  # takes a second to import
 
-    place = distributed.from_main(directory)
+    place = distributed.from_main(directory, group)
     if place is None:
         raise OSError("the main process can't make the checkpoint's folder")
     folder = place / SHARDS
     with _distributed_checkpoint():
-        checkpoint.save(shards, storage_writer=checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        checkpoint.save(shards, storage_writer=writer, process_group=group)
     if directory:
         record_files(folder, *(path.name for path in folder.iterdir()))
 
@@ -298,7 +303,7 @@ def load_state(directory: Path, on_disk: bool = False) -> dict[str, Any]:
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save doesn't do")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
-        return dict(TypeAdapter(TrainingState).validate_python(state))
+        return dict(adapter_of(TrainingState).validate_python(state))
 
 
 def state_file(directory: Path) -> Path:

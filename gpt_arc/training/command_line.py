@@ -1,64 +1,29 @@
 """The command lines of train.py and of the stages."""
 
 import dataclasses
-import difflib
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-import pydantic.dataclasses
+from typing import Any
 
 from gpt_arc import distributed
 from gpt_arc.device import resolve_device
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import command, resource
-from gpt_arc.flags import read_flags
-from gpt_arc.settings import STRICT, Positional, build, merge, mistake, read_files, values_of
+from gpt_arc.settings import build, merge, mistake, read_files, values_of
+from gpt_arc.training.arguments import config_file, read_arguments, read_stage_arguments
 from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
-from gpt_arc.training.options import O, StageOptions, located, recorded_options, refuse_others, resume_command
+from gpt_arc.training.options import O, StageOptions, refuse_others
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
+from gpt_arc.training.stage_record import located, recorded_options, resume_command
 from gpt_arc.training.stage_run import P, StageProgress, StageRun
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import OF_TRAINING, load_config, refuse_images
 from gpt_arc.weights.huggingface import STRETCHING
 from model import GPTConfig
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class Arguments:
-    """The command line of train.py."""
-
-    config_files: Positional[tuple[str, ...]] = ()
-    """Config files (.toml), later ones winning; flags win over files."""
-    config: Config = field(default_factory=Config)
-
-    FIRST: ClassVar[tuple[str, ...]] = (
-        *("dataset", "max_iters", "batch_size", "learning_rate", "warmup", "block_size", "n_layer", "n_head", "n_embd"),
-        *("eval_interval", "out_dir", "init_from", "resume", "dry_run"),
-    )
-
-
-def config_file(name: str) -> str:
-    """Returns the path of a config file: `name` itself, or that of a config that comes with gpt-arc, such as gpt2.
-
-    Raises UserError.
-    """
-    if name.endswith(".toml"):
-        return name
-    preset = resource(f"configs/{name}.toml")
-    if name == Path(name).name and preset.is_file():
-        local = Path("configs", preset.name)
-        return str(local if local.is_file() else preset)
-    if name.endswith(".py"):
-        convert = command("tools/from_nanogpt.py", name, f"{Path(name).stem}.toml")
-        raise UserError(f"{name} is not a config file (.toml): convert a config of nanoGPT with: {convert}")
-    near = difflib.get_close_matches(name, [path.stem for path in resource("configs").glob("*.toml")], n=1)
-    hint = f"did you mean {near[0]}?" if near else "write flags as --name=value"
-    raise UserError(f"{name} is not a config file (.toml); {hint}")
 
 
 @dataclass(frozen=True)
@@ -87,9 +52,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     So `--resume=RUN` alone keeps all settings, while an edited config file and a new flag both take effect. Comparison
     with the checkpoint then finds settings that contradict the model. Raises UserError.
     """
-    named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
-    shown = read_files(Config, named)[0] if "--help" in args else {}
-    flags = read_flags(Arguments, description, args, shown)
+    flags = read_arguments(description, args)
     files = distinct(list(map(config_file, flags.pop("config_files", ()))))
     name = _name_of(Path(files[-1])) if files else ""
     settings, sources = read_files(Config, files)
@@ -234,10 +197,8 @@ def check_same_model(requested: GPTConfig, trained: GPTConfig, run: Path) -> Non
 
 def read_options(cls: type[O], description: str | None, args: list[str]) -> O:
     """Reads the options of a stage from settings files (.toml), named first, and flags, which win. Raises UserError."""
-    count = next((i for i, arg in enumerate(args) if arg.startswith("-") or not arg.endswith(".toml")), len(args))
-    settings, sources = read_files(cls, distinct(args[:count]))
-    shown = {name: value for name, value in settings.items() if name not in cls.OLD}
-    flags = read_flags(cls, description, args[count:], shown)
+    files, flags = read_stage_arguments(cls, description, args)
+    settings, sources = read_files(cls, distinct(files))
     return build(cls, merge(cls, settings, flags), {n: source for n, source in sources.items() if n not in flags})
 
 
@@ -280,11 +241,12 @@ def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], p
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", "stop_after", "logger", "wandb_log", *recorded.code}
+        anew = ("device", "backend", "stop_after", "quiet")
+        allowed = {"resume", "logger", "wandb_log", *anew, *recorded.code}
         allowed |= {"model"} if is_old_form else set()
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        given: dict[str, Any] = {each: getattr(options, each) for each in ("device", "backend", "stop_after")}
+        given: dict[str, Any] = {each: getattr(options, each) for each in anew}
         given["resume"] = str(folder)
         for setting in ("logger", "wandb_log"):
             value = getattr(options, setting)

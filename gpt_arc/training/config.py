@@ -14,8 +14,8 @@ from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
-from gpt_arc.data.masking import scored_tokens
-from gpt_arc.nn.recompute import Checkpointing
+from gpt_arc.model_config import GPTConfig
+from gpt_arc.nn.names import Checkpointing
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -33,8 +33,6 @@ from gpt_arc.settings import (
     seconds_in,
     settings_in,
 )
-from gpt_arc.weights.checkpoint_folders import named_checkpoint
-from model import GPTConfig
 
 OWN_RUNS = ("scratch", "resume", "auto")  # values of init_from that name no model
 LARGEST_UPDATE = 2**20  # examples
@@ -95,6 +93,9 @@ class TrainingConfig:
     """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
     """Muon's decay rate for the mean of gradients."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in the CPU's memory and update the weights there, which halves what weights, gradients and
+    moments take of a GPU's. Under fsdp, the shards of weights and gradients lie there too."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown.
     inverse_sqrt: over the square root of the step, without an end (arXiv:1706.03762)."""
@@ -166,6 +167,9 @@ class TrainingConfig:
     checkpoint_format: Literal["whole", "sharded"] = "whole"
     """How checkpoints hold the moments. whole: in one file, all in the main process's memory; sharded: under fsdp, in
     one file per process. Any number of processes can resume from either."""
+    async_save: bool = False
+    """Write sharded checkpoints while training goes on, from a copy of them in memory. A failure is reported before the
+    next evaluation."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
@@ -179,8 +183,17 @@ class TrainingConfig:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
         if self.parallel == "fsdp" and self.expert_processes > 1:
             raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
+        if self.async_save and (self.parallel != "fsdp" or self.checkpoint_format != "sharded"):
+            raise ValueError(
+                "async_save needs parallel = fsdp and checkpoint_format = sharded: set both, or leave it out"
+            )
         if self.replicas > 1 and self.parallel != "fsdp":
             raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
+        if self.offload_optimizer and self.optimizer == "muon":
+            raise ValueError(
+                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: leave it "
+                "out, or set optimizer = adamw"
+            )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -211,7 +224,9 @@ class LoggingConfig:
     sample_start: str = ""
     """The prompt of the samples. Empty: start from nothing."""
     keep_all_checkpoints: bool = False
-    """Keep the checkpoint of every evaluation. False: the last and the best."""
+    """Keep the checkpoint of every evaluation. False: the newest ones and the best."""
+    keep_checkpoints: Count = 1
+    """How many of the newest checkpoints to keep, beside the best."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next evaluation tries again. 0:
     the first failure ends the run."""
@@ -223,6 +238,15 @@ class LoggingConfig:
     """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
     """Name of the run there. None: the name of the run's folder."""
+
+    def __post_init__(self):
+        if self.keep_all_checkpoints and self.keep_checkpoints > 1:
+            raise ValueError(f"keep_all_checkpoints contradicts keep_checkpoints = {self.keep_checkpoints}: choose one")
+
+    @property
+    def kept(self) -> int | None:
+        """How many of the newest checkpoints to keep. None: all."""
+        return None if self.keep_all_checkpoints else self.keep_checkpoints
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -257,6 +281,8 @@ class RunConfig:
     """Price of an hour of one, in any currency."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
+    quiet: bool = False
+    """Show no progress, neither a bar nor lines: only the plan, warnings, samples and the end."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 
@@ -280,6 +306,8 @@ class RunConfig:
     def resumes(self) -> bool:
         """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
         if self.init_from == "auto" and self.out_dir:
+            from gpt_arc.weights.checkpoint_folders import named_checkpoint  # imports torch
+
             return named_checkpoint(Path(self.out_dir), "last") is not None
         return bool(self.resume) or self.init_from == "resume"
 
@@ -294,6 +322,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    LISTED: ClassVar[str] = "--help-all"
     INSTEAD: ClassVar[dict[str, str]] = {
         **{"mixture": "dataset", "dataset": "mixture"},
         **{"warmup": "warmup_iters", "warmup_iters": "warmup"},
@@ -308,8 +337,11 @@ class Config:
     @property
     def scored_share(self) -> float:
         """Share of the tokens whose predictions are scored."""
-        length = self.model.block_size
-        return scored_tokens(self.training.mask_rate, length) / length if self.is_masked else 1.0
+        if not self.is_masked:
+            return 1.0
+        from gpt_arc.data.masking import scored_tokens  # imports torch
+
+        return scored_tokens(self.training.mask_rate, self.model.block_size) / self.model.block_size
 
     @property
     def sequences_per_step(self) -> int:

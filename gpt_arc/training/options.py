@@ -1,19 +1,14 @@
-"""Settings of the training stages, from files and flags, and their record in run.json."""
+"""Settings of the training stages, from files and flags. Nothing here imports torch."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.data.hub_sets import names_hub_set, pinned
-from gpt_arc.distributed import launch_command, say
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
-from gpt_arc.nn.recompute import Checkpointing
-from gpt_arc.reading import read_json
+from gpt_arc.nn.names import Checkpointing
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -26,13 +21,10 @@ from gpt_arc.settings import (
     Threads,
     UnitInterval,
     build,
-    read_value,
     seconds_in,
     values_of,
 )
 from gpt_arc.training.config import TrainingConfig, check_batch
-from gpt_arc.training.epochs import held_out
-from gpt_arc.training.runs import Record
 from gpt_arc.training.schedule import PublishedRate, learning_rate_at
 
 O = TypeVar("O", bound="StageOptions")
@@ -98,14 +90,18 @@ class StageOptions:
     """Project of Weights & Biases or Trackio."""
     wandb_run_name: str | None = None
     """Name of the run there. None: the name of the run's folder."""
+    keep_checkpoints: Count = 1
+    """How many of the newest checkpoints to keep, beside the best."""
     failed_saves: Natural = 3
     """Checkpoints in a row that may fail, as on a full disk, while the run goes on; the next one is tried again. 0: the
     first failure ends the run."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
+    quiet: bool = False
+    """Show no progress, neither a bar nor lines: only the plan, warnings and the end."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device, backend, stop_after, logger and wandb_log may
-    change."""
+    """Run folder to resume with its original settings; only device, backend, stop_after, quiet, logger and wandb_log
+    may change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 
@@ -171,6 +167,8 @@ class StageOptions:
         """
         if self.learning_rate is not None:
             return self
+        from gpt_arc.distributed import say  # imports torch
+
         rate = self.PUBLISHED.at(parameters)
         say(f"learning rate  {rate:g}, by the model's {parameters:,} parameters without embeddings")
         return build(type(self), values_of(self) | {"learning_rate": rate})
@@ -211,26 +209,34 @@ class ExampleOptions(StageOptions):
         examples = read(self.train)
         if self.val:
             return {"train": examples, "val": read(self.val)}
+        from gpt_arc.training.epochs import held_out  # imports torch
+
         return held_out(examples, self.val_fraction, self.seed)
 
 
 @dataclass(frozen=True, config=STRICT)
-class ChatOptions(ExampleOptions):
-    """The further settings of stages that learn from conversations or rankings."""
+class DividedOptions(StageOptions):
+    """The further settings of stages whose processes may divide the model."""
 
-    columns: tuple[str, ...] = ()
-    """Columns of train and val that have other names than ours: prompt=question response=answer."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """What processes under torchrun divide. ddp: the examples; fsdp: also weights, gradients and moments. auto: ddp for
     several processes."""
     replicas: Count = 1
     """fsdp: groups of processes that divide a whole model each."""
-    preview: Natural = 0
-    """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
     @property
     def dividing(self) -> TrainingConfig:
         return TrainingConfig(parallel=self.parallel, replicas=self.replicas)
+
+
+@dataclass(frozen=True, config=STRICT)
+class ChatOptions(DividedOptions, ExampleOptions):
+    """The further settings of stages that learn from conversations or rankings."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of train and val that have other names than ours: prompt=question response=answer."""
+    preview: Natural = 0
+    """Print this many rows of train as tokens, with those that are scored in colour or in brackets, and stop."""
 
 
 def refuse_others(options: Any, allowed: set[str], why: str) -> None:
@@ -238,53 +244,3 @@ def refuse_others(options: Any, allowed: set[str], why: str) -> None:
     for one in dataclasses.fields(options):
         if one.name not in allowed and getattr(options, one.name) != one.default:
             raise UserError(f"--{one.name} {why}")
-
-
-def located(options: O) -> O:
-    """The options, with models on this disk by their absolute paths and data sets on the hub by their commits.
-
-    So a resumed run reads the same. Raises UserError.
-    """
-    named = {name: getattr(options, name) for name in options.PATHS}
-    whole = {name: str(Path(value).resolve()) for name, value in named.items() if value and Path(value).exists()}
-    values = {one.name: getattr(options, one.name) for one in dataclasses.fields(options)}
-    sets = {name: pinned(value) for name, value in values.items() if isinstance(value, Path) and names_hub_set(value)}
-    return dataclasses.replace(options, **whole, **sets)
-
-
-def resume_command(script: str, run: Path | str, options: StageOptions) -> str:
-    """Returns the command that resumes a run of a stage, with as many processes as now."""
-    return launch_command(script, f"--resume={run}", *(f"--{name}={value}" for name, value in options.code.items()))
-
-
-def record_options(run: Path, stage: str, options: Any, hardware: str | None = None) -> None:
-    """run.json: the options that a run was started with, paths made absolute, and the `hardware` it runs on."""
-    recorded = dataclasses.asdict(options)
-    for name, value in recorded.items():
-        may_be_path = name in getattr(options, "PATHS", ("model",))
-        if value is None or names_hub_set(value):
-            continue
-        if isinstance(value, Path) or may_be_path and Path(value).exists():
-            recorded[name] = str(Path(value).resolve())
-    content = {"stage": stage, "config": stage, "overrides": {}, "options": recorded}
-    content |= {"hardware": hardware} if hardware else {}
-    write_file(run / "run.json", json.dumps(content, default=str, indent=1) + "\n")
-
-
-def record_steps(run: Path, steps: int) -> None:
-    """Adds to run.json how many steps the run has in all."""
-    path = run / "run.json"
-    write_file(path, json.dumps(read_json(path, Record) | {"steps": steps}, indent=1) + "\n")
-
-
-def recorded_options(run: Path, cls: type[O], stage: str) -> O:
-    """The options in the run.json that `record_options` wrote. Raises UserError."""
-    path = run / "run.json"
-    try:
-        content = read_json(path, Record)
-        if content.get("stage", "train") != stage:
-            raise ValueError(f"it is a run of {content.get('stage', 'train')}.py")
-        values = {name: read_value(cls, name, value, "options") for name, value in content["options"].items()}
-        return build(cls, values, dict.fromkeys(values, "options"))
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{run} is not a run of {stage}.py that could go on ({path}: {error})") from None

@@ -32,13 +32,16 @@ class Parallel:
     muon: type[torch.optim.Muon] | None = None  # instead of the optimizer's choice
     _sum: Tensor | None = None  # of the gradients that this process has contributed to the present update
 
-    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Moves a model to the device. Returns the module to call: the model, or its replica."""
+    def place(self, model: nn.Module, device: torch.device, unused: bool = False) -> nn.Module:
+        """Moves a model to the device. Returns the module to call: the model, or its replica.
+
+        `unused`: the loss doesn't depend on all of the trained weights.
+        """
         align(model)
         model.to(device)
         if WORLD_SIZE == 1:
             return model
-        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=unused)
         replica.register_comm_hook(None, self._reduce)
         return replica
 
@@ -91,6 +94,10 @@ class Parallel:
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """Returns a tensor of the model or its optimizer, whole in the main process. Every process must call this."""
+        return tensor
+
+    def everywhere(self, tensor: Tensor) -> Tensor:
+        """Returns a tensor of the model whole, in every process. Every process must call this."""
         return tensor
 
     def shard_of(self, whole: Tensor, like: Tensor) -> Tensor:

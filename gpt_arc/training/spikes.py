@@ -12,6 +12,7 @@ from gpt_arc.training.checkpoints import load_state, restore_state
 from gpt_arc.training.log import MetricsLog
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.plan import Progress
+from gpt_arc.training.saving import Saving
 from gpt_arc.weights.checkpoint_folders import named_checkpoint
 from gpt_arc.weights.directory import load_model
 
@@ -22,10 +23,10 @@ MOST = 3  # returns to one checkpoint
 class Spikes:
     """Compares each loss of a run with the recent ones."""
 
-    def __init__(self, factor: float | None, folder: Path | None, progress: Progress, updater: Updater):
+    def __init__(self, factor: float | None, folder: Path | None, progress: Progress, updater: Updater, saving: Saving):
         """A loss above `factor` times the median of the recent ones is a spike. None: no loss is."""
         self.factor = math.inf if factor is None else factor
-        self.folder, self.progress, self.updater = folder, progress, updater
+        self.folder, self.progress, self.updater, self.saving = folder, progress, updater, saving
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._step, self._returns = -1, 0  # of the last return
 
@@ -38,6 +39,7 @@ class Spikes:
         usual = statistics.median(self._recent) if len(self._recent) >= LEAST else math.inf
         checkpoint = None
         if loss > self.factor * usual and self.folder:
+            self.saving.wait()
             checkpoint = distributed.from_main(named_checkpoint(self.folder, "last"))
         if checkpoint is None:
             self._recent.append(loss)

@@ -26,7 +26,6 @@ from typing import Any, Generic, NoReturn, Protocol
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
@@ -52,12 +51,13 @@ from gpt_arc.training.checkpoints import (
     training_state,
 )
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
+from gpt_arc.training.log import MetricsLog, ProgressBar, movement, read_metrics, start_tracker, trained
 from gpt_arc.training.optim import Updater
-from gpt_arc.training.options import StageOptions, record_options, record_steps, resume_command
+from gpt_arc.training.options import StageOptions
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
 from gpt_arc.training.saving import Saving
 from gpt_arc.training.signals import StopSignal
+from gpt_arc.training.stage_record import record_options, record_steps, resume_command
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT, GPTConfig
@@ -94,7 +94,7 @@ class StageRun(Generic[P]):
 
     folder: Path  # a new run's only after `open`
     progress: P
-    bar: tqdm  # from the first call of `goes_on`
+    bar: ProgressBar  # from the first call of `goes_on`
 
     def __init__(
         self,
@@ -180,11 +180,14 @@ class StageRun(Generic[P]):
             if out_dir and value and Path(out_dir).resolve() in (Path(value) / "model").resolve().parents:
                 raise UserError(f"out_dir = {out_dir} holds the model that {name} names: name another")
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """Move a module to the device. Returns the module to call: itself, or its replica under torchrun."""
+    def place(self, module: nn.Module, unused: bool = False) -> nn.Module:
+        """Move a module to the device. Returns the module to call: itself, or its replica under torchrun.
+
+        `unused`: the loss doesn't depend on all of the trained weights.
+        """
         set_up_device(self.device, self.dtype)
         self._module = module
-        return self.parallel.place(module, self.device)
+        return self.parallel.place(module, self.device, unused)
 
     def updater(self, module: nn.Module, updates: int) -> Updater:
         """The optimizer, with a learning rate scheduled over this many updates."""
@@ -201,8 +204,9 @@ class StageRun(Generic[P]):
         restore_state(updater, self._state, self.checkpoint, self.device)
         with reading(state_file(self.checkpoint), ADVICE):
             for name, part in parts.items():
-                check_tensors(saved[name], part.state_dict(), f"{name}.")
-                part.load_state_dict(saved[name])
+                kept = part.state_dict()
+                check_tensors(saved[name], kept, f"{name}.")
+                part.load_state_dict({key: self.parallel.shard_of(x, kept[key]) for key, x in saved[name].items()})
         self._state = {}  # as large as the model, twice
 
     def save(self, write: Write, best: float | None = None, last: bool = False) -> None:
@@ -212,15 +216,18 @@ class StageRun(Generic[P]):
 
         Raises NotFinite, and writes nothing, if a weight or `best` is not finite.
         """
-        progress = self.progress
+        progress, options = self.progress, self.options
         self.check_finite(*progress.numbers.values(), best or 0.0)
         if best is not None and (progress.best is None or best < progress.best):
             progress.best, progress.best_step = best, progress.step
         state = training_state(progress, self._updater, self.device, self.dtype, self.fingerprint)
-        state["parts"] = {name: part.state_dict() for name, part in self._parts.items()}
+        gathered = self.parallel.gathered
+        state["parts"] = {
+            name: {key: gathered(x) for key, x in part.state_dict().items()} for name, part in self._parts.items()
+        }
         put = partial(write, self.parallel.whole(self._module))
         step = progress.step, progress.best_step
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, keep_all=False), last)
+        self.saving.attempt(partial(save_checkpoint, self.folder, *step, put, state, options.keep_checkpoints), last)
 
     def check_finite(self, *figures: float) -> None:
         """Raises NotFinite if a weight or one of `figures`, such as the val loss, is not finite."""
@@ -242,7 +249,7 @@ class StageRun(Generic[P]):
                     f"{self.folder} is finished after {counted(steps, unit)}: to train it further, "
                     "start a new run from it"
                 )
-            self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
+            self.bar = ProgressBar(steps, self.progress.step, unit, self.options.quiet)
         self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
@@ -277,9 +284,9 @@ class StageRun(Generic[P]):
         """Log a line, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
         self.log(line)
-        self.bar.set_postfix_str(shown)
+        self.bar.set_figures(shown, line)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and step % max(1, steps // 20) == 0:
+        if self.bar.writes_lines and step % max(1, steps // 20) == 0:
             say(f"step {step:,} of {steps:,}: {shown}")
         if IS_MAIN and step == round((self.options.warmup + 0.1) * steps):
             self._doubt_learning_rate()
@@ -353,8 +360,17 @@ class StageRun(Generic[P]):
         if self.stopped:
             say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")
             return 128 + self.stopped
-        best = "" if self.progress.best_step is None else f"{self.folder}/best (step {self.progress.best_step}), "
-        say(f"finished step {self.progress.step}: {best}{self.folder}/last")
+        if IS_MAIN:
+            say(self._summary())
         if steps:
             say(next_steps(steps))
         return 0
+
+    def _summary(self) -> str:
+        """Returns what a finished run reached, and in how long."""
+        progress, lines = self.progress, read_metrics(self._log.path)
+        losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        val_loss = f"; best val loss {losses[progress.best_step]:.4f}" if progress.best_step in losses else ""
+        best = "" if progress.best_step is None else f"{self.folder}/best (step {progress.best_step}), "
+        time = trained(progress.seconds, max((line.get("tokens", 0) for line in lines), default=None))
+        return f"finished step {progress.step}: {best}{self.folder}/last{val_loss}\n{time}"

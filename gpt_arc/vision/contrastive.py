@@ -6,7 +6,6 @@ D features of both.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.distributed import RANK, WORLD_SIZE
 from gpt_arc.errors import UserError
+from gpt_arc.nn.names import ContrastiveLoss
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.encoder import ImageEncoder
 from gpt_arc.vision.images import Preprocessing
@@ -24,7 +24,6 @@ from gpt_arc.vision.labels import LabelledImage
 from gpt_arc.watch import WATCH
 from model import GPT
 
-ContrastiveLoss = Literal["clip", "siglip"]
 STARTS = {"clip": (math.log(1 / 0.07), 0.0), "siglip": (math.log(10), -10.0)}  # of log_scale and bias
 LARGEST_SCALE = math.log(100)  # CLIP's
 MISSING = -1  # in place of a row's number

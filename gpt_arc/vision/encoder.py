@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from gpt_arc.nn.functional import Activation
+from gpt_arc.nn.names import Activation
 from gpt_arc.settings import STRICT, Count, Positive
 from model import Block, GPTConfig
 

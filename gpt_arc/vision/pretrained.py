@@ -20,8 +20,8 @@ from typing_extensions import TypedDict
 from gpt_arc.errors import UserError
 from gpt_arc.files import replacing, write_file
 from gpt_arc.manifest import record_files
-from gpt_arc.nn.functional import Activation
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.nn.names import Activation
 from gpt_arc.reading import read_json
 from gpt_arc.settings import mistake
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder

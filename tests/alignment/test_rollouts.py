@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gpt_arc.alignment import rollouts as rollouts_module
-from gpt_arc.alignment.policy import ActorCritic
+from gpt_arc.alignment.policy import ActorCritic, ReferencePolicy
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
 from gpt_arc.alignment.rewards import load_reward
 from gpt_arc.alignment.rollouts import (
@@ -28,6 +28,7 @@ from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import UserError
+from gpt_arc.training.parallel import REPLICATED
 from helpers import randomised
 from model import GPT, GPTConfig
 
@@ -70,7 +71,7 @@ def test_a_policy_on_a_gpu_has_a_writer_in_16_bits(device, dtype, copies):
     with torch.no_grad():
         for tensor in (*policy.parameters(), *policy.buffers()):
             tensor.mul_(1.7)
-    update_writer(writer, policy)
+    update_writer(writer, policy, REPLICATED.everywhere)
     for ours, theirs in zip(writer.state_dict().values(), policy.state_dict().values()):
         assert torch.equal(ours, theirs.to(torch.bfloat16 if copies else theirs.dtype))
     assert any(p.requires_grad for p in writer.parameters()) != copies
@@ -130,7 +131,8 @@ def test_log_probabilities_equal_a_full_forward_and_the_decoder(name, temperatur
     critic = RewardModel(model_of(3))
     actor = ActorCritic(policy, critic, temperature).eval()
     responses = written(policy, temperature=temperature)
-    outputs = {size: model_outputs(actor, reference, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
+    held_to = ReferencePolicy(reference, temperature)
+    outputs = {size: model_outputs(actor, held_to, PROMPTS, responses, size, CPU, "float32") for size in (1, 2, 16)}
     decoder = Decoder(policy)
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses)):
         step = decoder.read([prompt.tokens], room=len(response))
@@ -167,7 +169,7 @@ def test_a_shared_critic_and_the_loss_on_text():
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, world):
-    policy, reference = model_of(1), model_of(2)
+    policy, reference = model_of(1), ReferencePolicy(model_of(2), 1.0)
     actor = ActorCritic(policy, ScalarHead(16, 1.0), 1.0).eval()
     responses = written(policy)
 
@@ -198,7 +200,9 @@ def test_every_process_gets_all_rollouts_in_the_order_of_prompts(monkeypatch, wo
 def test_a_process_without_responses():
     actor = ActorCritic(model_of(1), ScalarHead(16, 1.0), 1.0).eval()
     assert written(actor.policy, []) == []
-    assert model_outputs(actor, model_of(2), [], [], 8, CPU, "float32").log_probs.shape == (0, 0)
+    for calls in (0, 2):  # where models are divided, it makes the others' calls
+        outputs = model_outputs(actor, ReferencePolicy(model_of(2), 1.0), [], [], 8, CPU, "float32", calls)
+        assert outputs.log_probs.shape == (0, 0)
 
 
 # ---- prompts

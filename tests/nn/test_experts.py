@@ -24,8 +24,8 @@ from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, make_bat
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.finetuning.lora import add_adapters, merge_adapters
 from gpt_arc.nn.experts import Experts
-from gpt_arc.nn.functional import Activation
 from gpt_arc.nn.meta import meta_device
+from gpt_arc.nn.names import Activation
 from gpt_arc.planning.cost import flops_per_token, memory_estimate
 from gpt_arc.settings import mistake
 from gpt_arc.training import routers

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from gpt_arc.data import documents as documents_module
 from gpt_arc.data import prepare as prepare_module
 from gpt_arc.data.datasets import Source, open_corpus, prepare_dataset
 from gpt_arc.data.documents import Documents, Files
@@ -32,6 +34,7 @@ from gpt_arc.errors import UserError
 from helpers import ROOT, TEXT, killed_at_each_call
 from prepare import tinyshakespeare
 from prepare import tokenizer as tokenizer_script
+from warm import WarmPopen
 
 
 @pytest.fixture
@@ -137,6 +140,16 @@ def test_a_text_by_characters(prepare, book):
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["vocab_size"] == len(set(text)) == load_tokenizer(folder).vocab_size
     assert meta["tokens"] == {"train": len(decoded(folder, "train")), "val": len(decoded(folder, "val"))}
+
+
+@pytest.mark.parametrize("piece", [4, 5, 7, 100])
+def test_characters_are_found_wherever_a_block_ends(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(documents_module, "PIECE", piece)
+    text = "".join(random.Random(piece).choices("ab\né\u07ff✓\uffff😀", k=200))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    files = Files([tmp_path / "a.txt"], "text")
+    assert prepare_module._survey(files, True) == (len(text), sorted(set(text)))
+    assert prepare_module._survey(files, False) == (len(text), [])
 
 
 def test_documents_go_to_a_split_by_a_hash_of_their_text(prepare, library, tmp_path):
@@ -247,7 +260,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def start(*flags, pause=0.02):
     """prepare/text.py in another process, whose workers sleep `pause` seconds for every 4,000 characters."""
     args = [sys.executable, "-c", SLOWED, str(pause), *flags]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return WarmPopen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def saved_tokens(name):
@@ -629,7 +642,7 @@ def test_progress_never_exceeds_what_is_on_the_disk(prepare, library, tmp_path, 
     """`disk` holds each file and folder as it was last flushed."""
     monkeypatch.setattr(prepare_module, "BATCH", 4000)
     write_lines(tmp_path / "a.jsonl", pages(100))
-    disk, flush, rename, checked = {}, os.fsync, os.replace, []
+    disk, flush, rename, saved = {}, os.fsync, os.replace, []
 
     def recorded(descriptor):
         flush(descriptor)
@@ -638,20 +651,20 @@ def test_progress_never_exceeds_what_is_on_the_disk(prepare, library, tmp_path, 
 
     def replaced(old, new):
         if Path(new).name == "progress.json":
-            dataset = Path(new).parent.resolve() / "dataset"
+            dataset, progress = Path(new).parent.resolve() / "dataset", json.loads(disk[str(Path(old).resolve())])
             for split in ("train", "val"):
-                shards = sorted(name for name in disk.get(str(dataset), []) if name.startswith(split))
-                contents = [disk[str(dataset / name)] for name in shards]
-                counts = [int(np.frombuffer(content, "<i4", 3)[2]) for content in contents]
-                assert [len(content) for content in contents] == [1024 + 2 * count for count in counts]
-                assert sum(counts) == json.loads(disk[str(Path(old).resolve())])[split]
-            checked.append(len(shards))
+                shards = [f"{split}_{i:06}.bin" for i in range(math.ceil(progress[split] / 3000))]
+                assert set(shards) <= set(disk[str(dataset)])
+                tokens = b"".join(disk[str(dataset / name)][1024:] for name in shards)[: 2 * progress[split]]
+                saved.append((split, progress[split], tokens))
         rename(old, new)
 
     monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(os, "replace", replaced)
     prepare("text.py", "--input=a.jsonl", "--name=x", f"--tokenizer={library[1]}", "--shard_tokens=3000")
-    assert len(checked) > 5
+    assert len({count for _, count, _ in saved}) > 5
+    for split, count, tokens in saved:
+        assert tokens == TokenFiles(Path("data/x"), split).read(0, count).astype("<u2").tobytes()
 
 
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite=True",)])
@@ -739,6 +752,7 @@ GOOD = {"good.txt": b"good", "one.jsonl": b'{"text": "a"}\n', "bad.jsonl": b'{"t
         (["--input=empty.txt", "--name=x", "--tokenizer=char"], "0 characters in empty.txt: at least two are needed"),
         (["--input=empty.jsonl", "--name=x"], "there is no text in empty.jsonl"),
         (["--input=latin.txt", "--name=x", "--tokenizer=char"], "latin.txt is not UTF-8 text: byte 0xE9 at offset 3"),
+        (["--input=split.txt", "--name=x", "--tokenizer=char"], "split.txt is not UTF-8 text: byte 0xC3 at offset 2"),
         (["--name=x", "--input="], "--input is empty"),
         (["--input=.", "--name=x", "--pattern=*.docx"], "no file below . matches --pattern *.docx"),
         (["--input=.", "--name=x", "--pattern=/etc/*"], "no file below . matches"),
@@ -766,6 +780,7 @@ def test_mistakes_are_reported_in_one_sentence(prepare, library, tmp_path, args,
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "empty.jsonl").write_text('{"text": ""}\n\n')
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "split.txt").write_bytes(b"12\xc3a\xa9")  # UTF-8 but for the a
     default = [] if any("--tokenizer" in arg for arg in args) else [f"--tokenizer={library[1]}"]
     assert sentence in prepare("text.py", *args, *default)
     assert not Path("data").exists()

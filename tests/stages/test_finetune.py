@@ -21,7 +21,7 @@ from gpt_arc.finetuning.examples import read_examples
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.directory import load_model, load_text_model, save_model
-from helpers import assert_same_weights, untimed, write, write_dataset
+from helpers import assert_same_weights, command, lines_of, untimed, write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -216,6 +216,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, monkeypatch, updates, fl
     assert untimed(whole.pop("epochs")) == untimed(halves.pop("epochs")) and whole == halves
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("fsdp", ("--gradient_accumulation_steps=2",)),
+        ("fsdp", ("--lora_rank=2", "--task=similarity", "--text_a=text", "--text_b=text")),
+        ("ddp", ("--language_weight=0",)),  # the untied head has no part in the loss
+    ],
+)
+def test_two_processes_train_as_one_and_resume(run, workplace, mode, flags):
+    """37 examples in batches of 4: in the last one there is a process without an example."""
+    save_model(GPT(GPTConfig(**ARCHITECTURE, tied_head=False, norm="rmsnorm")), CharTokenizer(sorted(LETTERS)), "base")
+    write("train.jsonl", toy(37, 0))
+    flags = (*TRAIN, "--classifier_dropout=0", "--val=val.jsonl", "--test=test.jsonl", "--learning_rate=1e-3", *flags)
+    flags += ("--adam_eps=1e-4", "--epochs=2", "--batch_size=4")
+    run(*flags, "--out_dir=whole")
+    several = f"--parallel={mode}", "--out_dir=two"
+    stopped = command("stages/finetune.py", *flags, *several, "--stop_after=1s", processes=2)
+    assert "stopped after step 1, saved" in stopped.stdout, stopped.stdout + stopped.stderr
+    result = command("stages/finetune.py", "--resume=two", processes=2)
+    assert result.stdout.count("test: accuracy") == 1, result.stdout + result.stderr
+    for expected, line in zip(lines_of("whole"), lines_of("two"), strict=True):
+        assert line == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in expected.items()}
+    assert_same_weights("whole/last", "two/last", rtol=0, atol=1e-5)
+    whole, two = (json.loads(Path(folder, "report.json").read_text()) for folder in ("whole", "two"))
+    assert two["confusion_matrix"] == whole["confusion_matrix"]
+    assert two["test"] == pytest.approx(whole["test"], rel=1e-5)
+    load_model("two")
+
+
 def write_numbers():
     """Files of the toy task with numbers of mean 50 and standard deviation 10 as labels."""
     for seed, (split, count) in enumerate({"train": 40, "val": 16, "test": 16}.items()):
@@ -372,6 +402,14 @@ def test_a_mistake_is_reported_in_one_sentence(run, flags, message):
     refused = run(*flags)
     assert refused.code == 2 and message in refused.message and refused.message.count("\n") == 1
     assert refused.message.startswith("finetune.py: ") and not Path("out").exists()
+
+
+def test_what_one_process_does_is_refused_to_several(trained, monkeypatch):
+    monkeypatch.setattr(finetune, "WORLD_SIZE", 2)
+    refused = trained(*USE, "--classify", "abc")
+    assert refused.code == 2 and "a fine-tuned model is used in one process: start it with python" in refused.message
+    refused = trained(*TRAIN, "--lstm=True", "--out_dir=lstm")
+    assert refused.code == 2 and "an LSTM is trained in one process: start it with python" in refused.message
 
 
 def test_resuming_refuses_changed_examples(run, monkeypatch):

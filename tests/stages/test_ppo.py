@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 from gpt_arc.alignment import losses
 from gpt_arc.alignment.reward_model import RewardModel, ScalarHead, save_reward_model
-from gpt_arc.alignment.rewards import load_reward, names_function
+from gpt_arc.alignment.rewards import load_reward
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn, load_chat_model
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
+from gpt_arc.extras import names_function
 from gpt_arc.settings import mistake
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.optim import Updater
@@ -346,10 +347,12 @@ def test_batching_and_processes_change_only_rounding(run, workplace):
     for name, way in ways.items():
         run(*flags, *way, f"--out_dir={name}")
     Path("ppo.toml").write_text('monitor = "reward"\n')  # torchrun would take --monitor for its own flag
-    flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo", "--out_dir=two")
-    result = command("stages/ppo.py", *flags, processes=2, torchrun=True)
-    assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
-    for name in (*ways, "two"):
+    flags = ("ppo.toml", *(flag for flag in flags if "monitor" not in flag), "--backend=gloo")
+    for name, mode in {"two": "ddp", "shards": "fsdp"}.items():
+        several = f"--parallel={mode}", f"--out_dir={name}"
+        result = command("stages/ppo.py", *flags, *several, processes=2, torchrun=True)
+        assert result.returncode == 0 and result.stdout.count("finished step 2") == 1, result.stderr
+    for name in (*ways, "two", "shards"):
         torch.testing.assert_close(weights_of("whole/last"), weights_of(f"{name}/last"), rtol=1e-3, atol=1e-5)
         critics = [load_state(Path(folder) / "last")["parts"]["critic"] for folder in ("whole", name)]
         torch.testing.assert_close(*critics, rtol=1e-3, atol=1e-5)
@@ -359,6 +362,27 @@ def test_batching_and_processes_change_only_rounding(run, workplace):
             assert line == {key: pytest.approx(value, rel=1e-3, abs=1e-5) for key, value in expected.items()}
     moved = weights_of("whole/last")["blocks.0.mlp.up.weight"] - weights_of("base")["blocks.0.mlp.up.weight"]
     assert moved.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_divided_models_learn_as_whole_ones_and_resume(run, workplace):
+    """One process has more of the 15 responses of an iteration and of the 3 windows of an update than the other.
+
+    The saved model is an average. The run stops after an iteration and resumes.
+    """
+    write_dataset(workplace / "data" / "letters", LETTERS, {"train": list(range(8)) * 60, "val": list(range(8)) * 10})
+    flags = (*TRAIN, "--reward=reward", "--pretraining_dataset=letters", "--pretraining_batch_size=3",
+             "--ema_decay=0.5", "--episodes=45", "--batch_size=3", "--gradient_accumulation_steps=5",
+             "--minibatches=1")  # fmt: skip
+    run(*flags, "--out_dir=whole")
+    several = "--parallel=fsdp", "--out_dir=shards", "--stop_after=1s"
+    stopped = command("stages/ppo.py", *flags, *several, processes=2)
+    assert "stopped after step 1, saved" in stopped.stdout, stopped.stdout + stopped.stderr
+    result = command("stages/ppo.py", "--resume=shards", processes=2)
+    assert "finished step 3" in result.stdout, result.stdout + result.stderr
+    for expected, line in zip(lines_of("whole"), lines_of("shards"), strict=True):
+        assert line == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in expected.items()}
+    assert_same_weights("whole/last", "shards/last", rtol=0, atol=1e-5)
 
 
 ARCHITECTURES = {
@@ -422,7 +446,7 @@ def test_responses_are_compiled_on_gpus(setting, experts, device, dtype, expecte
     """Except by experts that wait for the device within a step."""
     policy = GPT(config_of(n_experts=experts))
     device = SimpleNamespace(type=device)
-    assert ppo.compiles_rollouts(ppo.Options(compile=setting), policy, device, dtype) == expected
+    assert ppo.compiles_rollouts(ppo.PPOOptions(compile=setting), policy, device, dtype) == expected
 
 
 @pytest.mark.parametrize("updates", [3, 8])  # within an iteration and at its end
@@ -494,7 +518,7 @@ def test_only_module_and_function_are_imported(name):
 
 def test_the_published_settings():
     """InstructGPT's (arXiv:2203.02155, section 3.5 and appendix C.4), and lm-human-preferences' where it has none."""
-    options = ppo.Options()
+    options = ppo.PPOOptions()
     assert (options.episodes, options.episodes_per_iteration, options.examples_per_update) == (256_000, 512, 64)
     assert (options.kl_coef, options.clip, options.value_clip, options.inner_epochs) == (0.02, 0.2, 0.2, 1)
     assert (options.gamma, options.gae_lambda, options.value_coef, options.adam_eps) == (1, 0.95, 0.1, 1e-5)
@@ -562,8 +586,8 @@ def test_every_setting_is_checked():
         "kl_target": 0.0, "ema_decay": 1.0, "value_clip": float("nan"),
     }.items():  # fmt: skip
         with pytest.raises(ValueError) as refused:
-            dataclasses.replace(ppo.Options(), **{name: value})
-        assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.Options))
+            dataclasses.replace(ppo.PPOOptions(), **{name: value})
+        assert re.search(f"{name} = .* must be", mistake(refused.value, ppo.PPOOptions))
 
 
 def test_a_run_saves_before_bad_pretraining_text_ends_it(run, workplace, monkeypatch):

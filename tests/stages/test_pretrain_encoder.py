@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.nn.names import ContrastiveLoss
 from gpt_arc.training.log import read_metrics
-from gpt_arc.vision.contrastive import LOSSES, CaptionedImages, CaptionMatcher, CaptionReader, ContrastiveLoss
+from gpt_arc.vision.contrastive import LOSSES, CaptionedImages, CaptionMatcher, CaptionReader
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.labels import ImageClassifier, class_numbers, classes_of, read_labelled_images

@@ -241,7 +241,7 @@ def test_the_published_settings():
 
     arXiv:2203.02155, C.2.
     """
-    options = reward.Options().with_rate(64 * 10**8)
+    options = reward.RewardOptions().with_rate(64 * 10**8)
     assert (options.epochs, options.examples_per_update, options.learning_rate) == (1, 64, 9e-6)
     assert (options.schedule, options.training(10).min_lr) == ("cosine", 9e-6 * 0.1)
 

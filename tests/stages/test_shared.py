@@ -24,6 +24,14 @@ from gpt_arc.settings import settings_in
 from gpt_arc.training.command_line import read_command_line, read_options
 from gpt_arc.training.log import METRICS, MetricsLog, movement, read_metrics, start_tracker
 from gpt_arc.training.schedule import HIGHEST
+from gpt_arc.training.stage_options import (
+    DPOOptions,
+    EncoderOptions,
+    FinetuneOptions,
+    PPOOptions,
+    RewardOptions,
+    SFTOptions,
+)
 from helpers import ROOT, TINY_FLAGS, interrupt_at, randomised, write, write_dataset
 from model import GPT
 from policy_tree import save_chat_model
@@ -32,7 +40,10 @@ from ranked_texts import CHAT, LETTERS, rankings, tiny_config
 from stages import dpo, finetune, ppo, pretrain_encoder, reward, sft
 from stages import eval as evaluation
 
-STAGE_MODULES = (dpo, finetune, ppo, pretrain_encoder, reward, sft)
+OPTIONS = {
+    **{dpo: DPOOptions, finetune: FinetuneOptions, ppo: PPOOptions, pretrain_encoder: EncoderOptions},
+    **{reward: RewardOptions, sft: SFTOptions},
+}
 
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=4", "--out_dir=run")
 TRAINING = (train, "letters.toml", *TINY_FLAGS, "--out_dir=run")
@@ -61,12 +72,12 @@ def test_help_and_documents_state_the_published_learning_rates():
     table = (ROOT / "docs/results/learning_rates.md").read_text()
     lines = re.findall(r"^\| `(\w+)\.py` \| (\S+) \| ([\d.]+)([MB])", table, re.MULTILINE)
     rows = {script: figures for script, *figures in lines}
-    for module in STAGE_MODULES:
-        shown = settings_in(module.Options)["learning_rate"].help
+    for module, options in OPTIONS.items():
+        shown = settings_in(options)["learning_rate"].help
         figures = re.search(r"None: .* (\S+) for ([\d.]+)([MB]) parameters without", shown).groups()
         rate, size, unit = rows.pop(Path(module.__file__).stem)
         assert [*figures] == [rate, size, unit] and f"sqrt({size}{unit} / parameters), up to {HIGHEST}." in shown
-        assert module.Options.PUBLISHED == (float(rate), float(size) * {"M": 1e6, "B": 1e9}[unit])
+        assert options.PUBLISHED == (float(rate), float(size) * {"M": 1e6, "B": 1e9}[unit])
     assert not rows
 
 
@@ -325,7 +336,7 @@ def test_two_trackers_and_a_missing_one_are_refused(workplace, stage_runner, mon
 
 def parsers():
     """What reads the command line of each command of gpt-arc."""
-    stages = {module.__name__.split(".")[-1]: partial(read_options, module.Options, None) for module in STAGE_MODULES}
+    stages = {module.__name__.split(".")[-1]: partial(read_options, cls, None) for module, cls in OPTIONS.items()}
     return stages | {
         "train": lambda arguments: read_command_line(arguments, None),
         "sample": partial(parse_flags, SampleConfig, None),

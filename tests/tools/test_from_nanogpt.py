@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import from_nanogpt
 from gpt_arc.data.datasets import Source, open_corpus
 from gpt_arc.errors import UserError
-from gpt_arc.training.command_line import config_file
+from gpt_arc.training.arguments import config_file
 from gpt_arc.training.config import SETTINGS, Config
 from gpt_arc.weights.directory import load_model
 from nanogpt import ARGUMENTS, tensors_of

@@ -33,7 +33,7 @@ STATE |= {"optimizer": {"state": {}, "param_groups": []}, "runtime": {"device": 
 
 def checkpoint(run, step, best_step, keep_all=False):
     state = STATE | {"progress": {"step": step}}
-    save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, keep_all)
+    save_checkpoint(run, step, best_step, partial(save_model, GPT(CONFIG), TOKENIZER), state, None if keep_all else 1)
 
 
 def test_only_the_last_and_best_checkpoints_are_kept(tmp_path):
@@ -52,6 +52,15 @@ def test_all_checkpoints_can_be_kept(tmp_path):
     for step in (1, 2, 3):
         checkpoint(tmp_path, step, 1, keep_all=True)
     assert len(list(tmp_path.glob("step-*"))) == 3
+
+
+def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
+    """A step that is saved again counts once, and a folder that the run didn't write stays."""
+    for step in (2, 3, 4, 4, 5, 6):
+        save_checkpoint(tmp_path, step, 2, lambda directory: None, {}, keep=3)
+        (tmp_path / "step-00000001").mkdir(exist_ok=True)
+    names = ["step-00000001", "step-00000002", "step-00000004.1", "step-00000005", "step-00000006"]
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == names
 
 
 def test_a_run_resumes_from_last_only(tmp_path):
@@ -129,7 +138,8 @@ def small_checkpoint(run, step, best_step, mark, keep_all=False):
             (directory / name).write_text(mark)
         record_files(directory, "config.json", "weights")
 
-    save_checkpoint(run, step, best_step, save, STATE | {"progress": {"step": step}, "data": mark}, keep_all)
+    state, keep = STATE | {"progress": {"step": step}, "data": mark}, None if keep_all else 1
+    save_checkpoint(run, step, best_step, save, state, keep)
 
 
 def marks(directory):
@@ -346,7 +356,7 @@ def test_loads_of_a_live_run_never_mix_checkpoints(tmp_path, monkeypatch):
             for parameter in model.parameters():
                 parameter.fill_(step)
         state = STATE | {"progress": {"step": step}}
-        save_checkpoint(tmp_path, step, step - step % 3 or None, partial(save_model, model, TOKENIZER), state, False)
+        save_checkpoint(tmp_path, step, step - step % 3 or None, partial(save_model, model, TOKENIZER), state, 1)
 
     def train():
         for step in itertools.count(2):
@@ -415,7 +425,7 @@ def test_a_damaged_model_is_named_with_the_checkpoint_before_it(tmp_path):
 
 def sharded_checkpoint(run, step):
     shards = {"optimizer.0.exp_avg": torch.full((4, 3), float(step)), "weights.0": torch.arange(5.0)}
-    save_checkpoint(run, step, None, lambda directory: None, {"step": step}, keep_all=True, shards=shards)
+    save_checkpoint(run, step, None, lambda directory: None, {"step": step}, None, shards)
     return shards
 
 

@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 import train
 from gpt_arc import watch as watch_module
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import UserError
 from gpt_arc.manifest import record_files
 from gpt_arc.settings import seconds_in
 from gpt_arc.training import pace as pace_module
@@ -24,6 +27,7 @@ from gpt_arc.training.checkpoints import load_state, resumable
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.pace import Pace
+from gpt_arc.training.saving import Saving
 from gpt_arc.watch import Watch
 from gpt_arc.weights.checkpoint_folders import named_checkpoint, step_of
 from gpt_arc.weights.directory import save_model
@@ -78,13 +82,14 @@ def test_a_run_goes_on_while_its_disk_is_full(workplace, stage_runner, monkeypat
     """The checkpoint of step 4, the best so far, isn't written: the next one becomes the best."""
     stage_runner(train, *FLAGS, "--out_dir=whole", "--eval_interval=2")
     fails_at(monkeypatch, torch, "save", calls=[2, 3])
-    output = stage_runner(train, *FLAGS, "--out_dir=run", "--eval_interval=2")
+    output = stage_runner(train, *FLAGS, "--out_dir=run", "--eval_interval=2", "--keep_checkpoints=2")
     for step in (4, 6):
         assert f"run/step-0000000{step} can't be written, with" in output
     assert output.count("(No space left on device); earlier checkpoints are kept; training goes on, and the next") == 2
     assert "best val loss" in output and Path("run/best").readlink().name == Path("run/last").readlink().name
     assert_same_weights("whole/last", "run/last")
     assert [line["train_loss"] for line in lines_of("run")] == [line["train_loss"] for line in lines_of("whole")]
+    assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-00000002", "step-00000008"]
 
 
 def test_as_many_saves_may_fail_as_is_set_except_the_last_one(workplace, stage_runner, monkeypatch):
@@ -123,9 +128,40 @@ def test_a_stage_goes_on_while_its_disk_is_full(tmp_path, monkeypatch, stage_run
     Path("chats.jsonl").write_text('{"prompt": "abc", "response": "de"}\n' * 4)
     flags = "base", "--train=chats.jsonl", "--val=chats.jsonl", "--epochs=3", "--device=cpu", "--batch_size=4"
     fails_at(monkeypatch, torch, "save", calls=[2])
-    output = stage_runner(sft, *flags, "--out_dir=run", "--learning_rate=1e-2")
+    output = stage_runner(sft, *flags, "--out_dir=run", "--learning_rate=1e-2", "--keep_checkpoints=2")
     assert "step-00000002 can't be written" in output and "training goes on" in output
     assert Path("run/best").readlink().name == Path("run/last").readlink().name == "step-00000003"
+    assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-00000001", "step-00000003"]
+
+
+def test_what_a_thread_writes_is_reported_when_it_is_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "new_group", lambda backend: backend)
+    progress, begin = SimpleNamespace(step=4, best_val_loss=2.0, best_step=4), threading.Event()
+    saving = Saving(progress, None, 1, background=True)
+    state, shards = {"optimizer": {0: {"step": torch.zeros(())}}}, {"optimizer.0.exp_avg": torch.zeros(3)}
+    copies = saving.staged(state, shards)
+    state["optimizer"][0]["step"] += 1
+    shards["optimizer.0.exp_avg"] += 1
+    assert copies[0]["optimizer"][0]["step"] == 0 and not copies[1]["optimizer.0.exp_avg"].any()
+
+    saving.attempt(lambda: begin.wait(10) or None)
+    vars(progress).update(step=8, best_val_loss=1.0, best_step=8)
+    assert saving.step is None
+    begin.set()
+    saving.wait()
+    assert saving.step == 4
+
+    def full():
+        raise UserError("the disk is full")
+
+    saving.attempt(full)
+    progress.step = 9
+    assert "the disk" not in capsys.readouterr().out
+    saving.wait()
+    assert "the disk is full; training goes on, and the next checkpoint is tried again" in capsys.readouterr().out
+    assert (saving.step, progress.best_val_loss, progress.best_step) == (4, 2.0, 4)
+    with pytest.raises(UserError, match="the disk is full"):
+        saving.attempt(full, last=True)
 
 
 # ---- spikes of the loss
@@ -175,6 +211,34 @@ def test_a_run_whose_loss_spikes_again_and_again_ends(workplace, stage_runner, m
     stopped = stage_runner(train, *SPIKY, "--out_dir=run", *flags)
     assert stopped.code == 1 and "the loss has spiked 4 times after step 12: lower learning_rate" in stopped.message
     assert Path("run/last").readlink().name == "step-00000012" and stopped.output.count("back to step 12") == 4
+
+
+SPIKING = f"""
+import runpy, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests" / "training")!r}, {str(ROOT / "tests")!r}
+import pytest
+from test_faults import spike_at
+spike_at(pytest.MonkeyPatch(), 14)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", [("--checkpoint_format=whole",), ("--checkpoint_format=sharded", "--async_save")])
+def test_divided_models_rewind_as_whole_ones(workplace, stage_runner, monkeypatch, saving):
+    Path("spiking.py").write_text(SPIKING)
+    flags = *SPIKY, "--dropout=0", "--spike_factor=2"
+    with monkeypatch.context() as patch:
+        spike_at(patch, 14)
+        stage_runner(train, *flags, "--out_dir=one")
+    flags += "--parallel=fsdp", *saving, "--out_dir=two"
+    result = command(str(workplace / "spiking.py"), str(ROOT / "train.py"), *flags, processes=2)
+    assert "back to step 12, and on without" in result.stdout, result.stdout + result.stderr
+    for expected, line in zip(lines_of("one"), lines_of("two"), strict=True):
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        assert line.get("rewinds") == expected.get("rewinds")
+    assert_same_weights("one/last", "two/last", rtol=0, atol=3e-5)
 
 
 # ---- processes
@@ -273,9 +337,10 @@ def test_faults_of_one_of_two_processes_are_named_and_survived(workplace, flags)
 
 
 @pytest.mark.slow
-def test_processes_killed_while_they_save_lose_one_step_at_most(workplace, kills=5):
+@pytest.mark.parametrize(("flags", "kills"), [((), 3), (("--async_save",), 2)], ids=["sync", "async"])
+def test_processes_killed_while_they_save_lose_one_step_at_most(workplace, flags, kills):
     """Every step is saved, in shards; each kill comes at a random moment, and the run resumes from what is left."""
-    flags = *FLAGS, "--parallel=fsdp", "--checkpoint_format=sharded", "--eval_interval=1", "--eval_iters=1"
+    flags += *FLAGS, "--parallel=fsdp", "--checkpoint_format=sharded", "--eval_interval=1", "--eval_iters=1"
     flags += "--max_iters=1000000", "--out_dir=run", "--init_from=auto"
     moments, step = random.Random(0), 0
     for _ in range(kills):

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.training import parallel_modes
-from gpt_arc.training.config import TrainingConfig
+from gpt_arc.training.checkpoints import load_state
+from gpt_arc.training.config import LoggingConfig, TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, untimed, write_dataset
 
 FLAGS = (
     *TINY_FLAGS,
@@ -63,6 +64,17 @@ def test_two_shards_train_as_one_process(run):
     """Accumulated gradients, clipped by the norm of all shards; the saved and evaluated model is an average."""
     flags = *ACCUMULATION, "--ema_decay=0.9", "--compare_replicas=True"
     assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags))
+
+
+@pytest.mark.slow
+def test_shards_in_the_cpu_s_memory_train_and_resume_to_the_bit(run):
+    """The balance of the experts' router is a buffer, which doesn't move there."""
+    flags = *ACCUMULATION, *VARIANTS["experts"], "--ema_decay=0.9", "--parallel=fsdp", "--checkpoint_format=sharded"
+    plain = run("plain", *flags, processes=2)
+    run("offloaded", *flags, "--offload_optimizer=True", "--max_iters=10", processes=2)
+    assert_same_run(
+        run("offloaded", *flags, "--offload_optimizer=True", "--init_from=resume", processes=2), plain, bound=0.0
+    )
 
 
 VARIANTS = {
@@ -156,6 +168,24 @@ def test_a_run_resumes_in_another_number_of_processes(run, extra, checkpoint_for
         assert Path(folder, "last/shards").is_dir() == (before > 1 and checkpoint_format == "sharded")
         resumed = run(folder, *flags, "--init_from=resume", processes=after)
         assert_same_run(resumed, whole, **bounds)
+
+
+@pytest.mark.slow
+def test_checkpoints_written_while_training_goes_on_hold_the_same(run):
+    """To the bit, except for the order of what a file of safetensors says about itself, which is random."""
+    flags = *VARIANTS["experts"], "--ema_decay=0.9", "--parallel=fsdp", "--checkpoint_format=sharded"
+    flags += "--eval_interval=3", "--keep_all_checkpoints=True"
+    run("sync", *flags, processes=2)
+    run("async", *flags, "--async_save", processes=2)
+    assert len(list(Path("sync").glob("step-*"))) == 7
+    for path in Path("sync").glob("step-*/**/*.safetensors"):
+        twin = Path("async", *path.parts[1:])
+        assert twin.stat().st_size == path.stat().st_size
+        torch.testing.assert_close(load_file(twin), load_file(path), rtol=0, atol=0)
+    for folder in Path("sync").glob("step-*"):
+        states = [load_state(Path(name, folder.name)) for name in ("sync", "async")]
+        assert untimed([states[0]["progress"]]) == untimed([states[1]["progress"]])
+        torch.testing.assert_close(*(state["optimizer"]["state"] for state in states), rtol=0, atol=0)
 
 
 @pytest.mark.slow
@@ -309,5 +339,9 @@ def test_impossible_divisions_are_refused(monkeypatch):
         parallel_modes.check_parallel(TrainingConfig(parallel="none"))
     with pytest.raises(ValueError, match="leave out expert_processes"):
         TrainingConfig(parallel="fsdp", expert_processes=2)
+    with pytest.raises(ValueError, match="async_save needs parallel = fsdp and checkpoint_format = sharded"):
+        TrainingConfig(parallel="fsdp", async_save=True)
+    with pytest.raises(ValueError, match="keep_all_checkpoints contradicts keep_checkpoints = 2: choose one"):
+        LoggingConfig(keep_all_checkpoints=True, keep_checkpoints=2)
     with pytest.raises(ValueError, match="replicas = 2 is for parallel = fsdp"):
         TrainingConfig(replicas=2)

@@ -12,7 +12,8 @@ from gpt_arc.training import runs
 from gpt_arc.training.checkpoints import resumable, save_checkpoint
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.config import Config
-from gpt_arc.training.options import StageOptions, record_options
+from gpt_arc.training.options import StageOptions
+from gpt_arc.training.stage_record import record_options
 from helpers import killed_at_each_call
 
 
@@ -145,7 +146,7 @@ def begin(folder, stage):
 
 
 def checkpoint(folder, step):
-    save_checkpoint(folder, step, 1, lambda directory: (directory / "config.json").write_text("{}"), {}, keep_all=True)
+    save_checkpoint(folder, step, 1, lambda directory: (directory / "config.json").write_text("{}"), {}, None)
 
 
 def assert_a_command_takes(folder, stage):

@@ -19,8 +19,9 @@ from gpt_arc.training import epochs as epochs_module
 from gpt_arc.training import stage_run as stage_run_module
 from gpt_arc.training.command_line import read_options, run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, held_out, micro_batches
-from gpt_arc.training.options import StageOptions, record_options, recorded_options
+from gpt_arc.training.options import StageOptions
 from gpt_arc.training.schedule import PublishedRate, learning_rate_at
+from gpt_arc.training.stage_record import record_options, recorded_options
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from helpers import refusal
 from model import GPTConfig

@@ -58,7 +58,7 @@ def with_config_file(args: list[str]) -> list[str]:
     """Returns the arguments with the file of the config that the first one names, as for train.py. Raises UserError."""
     if not args or args[0].startswith("-"):
         return args
-    from gpt_arc.training.command_line import config_file  # imports torch
+    from gpt_arc.training.arguments import config_file
 
     return [config_file(args[0]), *args[1:]]
 
