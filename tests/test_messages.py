@@ -38,9 +38,8 @@ OF_TORCHRUN = {
     "rdzv_id",
     "no-python",
     "help",
-    "help-all",
 }
-OF_OTHERS = OF_TORCHRUN | {"index-url"}
+OF_OTHERS = OF_TORCHRUN | {"help-all", "help_all", "index-url"}
 
 
 def texts(path):
