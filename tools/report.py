@@ -3,11 +3,10 @@
     python tools/report.py quickstart                  writes out/quickstart/report/report.html
     python tools/report.py out/a out/b --output=a_b    compares two runs, in the folder a_b
     python tools/report.py quickstart --watch          writes it again and again while the run goes on
-    python tools/report.py quickstart --attention="The "          adds the attention in a prompt
+    python tools/report.py quickstart --attention="The "       adds the attention in a prompt, by layer and head
 
 A run is the name of a folder under out/, or the path of one elsewhere; that of a sweep by stages/scaling.py shows its
-results and the laws fitted to them. The HTML file needs no other file, and no
-network.
+results and the laws fitted to them. The HTML file needs no other file, and no network.
 """
 
 if __name__ == "__main__":

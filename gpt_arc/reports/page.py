@@ -14,6 +14,7 @@ from typing import Any
 from gpt_arc.attention_view import view_data, with_view
 from gpt_arc.reports.charts import Chart, confusion_matrix
 from gpt_arc.reports.content import RunContent, setting_text
+from gpt_arc.reports.images import image_section
 from gpt_arc.reports.parts import details, html_table, section
 from gpt_arc.reports.sweeps import SweepContent, sweep_section
 from gpt_arc.tables import cell, human, to_json
@@ -40,6 +41,7 @@ def page(
         section(f"{runs[i].name}: attention", f'<div id="attention-{i}"></div>')
         for i in (view["run"] for view in views)
     ]
+    sections += [image_section(run.name, run.images) for run in runs]
     sections += [samples(runs), configuration(runs) if runs else "", data_table(runs), checkpoint_table(runs)]
     sections.append(problems(runs))
     names = [each.name for each in (*runs, *sweeps)]
@@ -160,7 +162,7 @@ def configuration(runs: Sequence[RunContent]) -> str:
     different = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in NOT_COMPARED]
     header = ["setting", *(run.name for run in runs)]
     parts = [html_table(header, different) if different else "<p>No setting differs.</p>"] if len(runs) > 1 else []
-    parts.append(details("all settings", html_table(header, rows), is_open=len(runs) == 1))
+    parts.append(details("all settings", html_table(header, rows)))
     return section("Settings that differ" if len(runs) > 1 else "Settings", "\n".join(parts))
 
 

@@ -281,6 +281,8 @@ class RunConfig:
     """Price of an hour of one, in any currency."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
+    quiet: bool = False
+    """Show no progress, neither a bar nor lines: only the plan, warnings, samples and the end."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 

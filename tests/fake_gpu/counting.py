@@ -37,7 +37,7 @@ class FakeDevice:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake, self._mode.dispatch = self._mode.dispatch, self._dispatch
         FakeTensor.tolist = lambda tensor: self.read(tensor)  # torch's reads one value after another
-        arrival = SimpleNamespace(synchronize=lambda: self.wait("waits for copies"))
+        arrival = SimpleNamespace(record=lambda *stream: None, synchronize=lambda: self.wait("waits for copies"))
         torch.cuda.current_stream().record_event = lambda: arrival
         FakeTensor.numpy = lambda tensor: np.array(self.read(tensor))
 

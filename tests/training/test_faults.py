@@ -213,6 +213,34 @@ def test_a_run_whose_loss_spikes_again_and_again_ends(workplace, stage_runner, m
     assert Path("run/last").readlink().name == "step-00000012" and stopped.output.count("back to step 12") == 4
 
 
+SPIKING = f"""
+import runpy, sys
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests" / "training")!r}, {str(ROOT / "tests")!r}
+import pytest
+from test_faults import spike_at
+spike_at(pytest.MonkeyPatch(), 14)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saving", [("--checkpoint_format=whole",), ("--checkpoint_format=sharded", "--async_save")])
+def test_divided_models_rewind_as_whole_ones(workplace, stage_runner, monkeypatch, saving):
+    Path("spiking.py").write_text(SPIKING)
+    flags = *SPIKY, "--dropout=0", "--spike_factor=2"
+    with monkeypatch.context() as patch:
+        spike_at(patch, 14)
+        stage_runner(train, *flags, "--out_dir=one")
+    flags += "--parallel=fsdp", *saving, "--out_dir=two"
+    result = command(str(workplace / "spiking.py"), str(ROOT / "train.py"), *flags, processes=2)
+    assert "back to step 12, and on without" in result.stdout, result.stdout + result.stderr
+    for expected, line in zip(lines_of("one"), lines_of("two"), strict=True):
+        assert line["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+        assert line.get("rewinds") == expected.get("rewinds")
+    assert_same_weights("one/last", "two/last", rtol=0, atol=3e-5)
+
+
 # ---- processes
 
 
