@@ -2,6 +2,7 @@
 #   docker build -t gpt-arc .                                                              for CPUs
 #   docker build -t gpt-arc --build-arg BASE=nvidia/cuda:TAG --build-arg INDEX= .          for GPUs: TAG as on Docker Hub
 #   docker run --rm -v "$PWD:/work" gpt-arc train configs/quickstart.toml                  --gpus all for GPUs
+#   docker run --rm -v "$PWD:/work" --network=host gpt-arc playground out/quickstart       it serves its own machine alone
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 # PyPI's torch includes CUDA; this index has the build for CPUs, of which pip prefers the version that ends with +cpu

@@ -56,7 +56,7 @@ from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.evaluate import mean_loss
 from gpt_arc.training.kernels import choose_kernels
-from gpt_arc.training.log import Meter, MetricsLog, Utilization, show_metrics, start_tracker
+from gpt_arc.training.log import Meter, MetricsLog, ProgressBar, Utilization, start_tracker
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.pace import Pace
 from gpt_arc.training.parallel import Parallel
@@ -118,7 +118,8 @@ class Run:
         count = math.ceil(len(starts) / (plan.micro_batch * WORLD_SIZE))  # in each process, even where data fail
         batches = itertools.islice(self.readable(prefetch(batches, plan.device)), count)
         with self.updater.averaged(), self.parallel.evaluating(self.model):
-            shown = tqdm(batches, "evaluating", count, leave=False, disable=None if IS_MAIN else True)
+            hidden = plan.config.run.quiet or not IS_MAIN
+            shown = tqdm(batches, "evaluating", count, leave=False, disable=hidden or None)
             loss = mean_loss(self.model, self.until_a_signal(shown), plan.device, plan.dtype)
         return None if self.stop.anywhere() else loss
 
@@ -167,11 +168,14 @@ class Run:
         with self.updater.averaged():
             whole = self.sharing.whole(self.parallel.whole(self.model))
         put = partial(save_model, whole, self.tokenizer)
-        put = put if self.parallel.is_sharded else self.updater.averaged()(put)  # shards have made a copy
+        if not self.parallel.is_sharded:  # `whole` is the model itself, and averaged only in this context
+            put = self.updater.averaged()(put)
         state, shards = self.saving.staged(state, shards)
-        step, keep = (progress.step, progress.best_step), plan.config.logging.kept
-        what = put, state, keep, shards, self.saving.group
-        self.saving.attempt(partial(save_checkpoint, self.folder, *step, *what), last)
+        write = partial(
+            save_checkpoint, self.folder, progress.step, progress.best_step, put, state, plan.config.logging.kept,
+            shards, self.saving.group,
+        )  # fmt: skip
+        self.saving.attempt(write, last)
 
     @contextlib.contextmanager
     def keeping(self) -> Iterator[None]:
@@ -289,7 +293,7 @@ def train(run: Run) -> int:
     utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
     learning_rate = grad_norm = None
     stopped = False
-    bar = tqdm(total=training.max_iters, initial=progress.step, unit="step", disable=None if IS_MAIN else True)
+    bar = ProgressBar(training.max_iters, progress.step, "step", config.run.quiet)
     model.train()
     while True:
         # evaluate what is due, also where a signal cut an evaluation short; log; save
@@ -319,7 +323,7 @@ def train(run: Run) -> int:
                 **routers.take(),
             }
             run.log.write(line)
-            show_metrics(line, bar)
+            bar.show(line)
         if val_loss is not None:
             run.save()
             run.sample()
@@ -379,7 +383,7 @@ def report_divergence(run: Run, step: int) -> int:
 
 def finish(run: Run, stopped: bool) -> int:
     """Save what isn't saved yet, and say how to resume or where the model is. Returns the exit code."""
-    progress, training = run.progress, run.plan.config.training
+    progress = run.progress
     run.saving.wait()
     if run.saving.step != progress.step:
         run.save(last=True)
@@ -389,11 +393,9 @@ def finish(run: Run, stopped: bool) -> int:
         saved = f", saved; resume with: {run.resume}" if run.saving.step else ""
         say(f"stopped at step {progress.step}{saved}")
         return 128 + run.stop.anywhere()
-    early = f" of {training.max_iters}, by patience = {training.patience}" * (progress.step < training.max_iters)
-    best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
-    say(f"finished step {progress.step}{early}: {best}; {run.folder}/best, {run.folder}/last")
+    say(run.plan.summary(run.folder))
     dataset = run.plan.config.data.sources[0].name if run.tokenizer else None
-    longer = f"{run.resume} --max_iters={2 * training.max_iters}"
+    longer = f"{run.resume} --max_iters={2 * run.plan.config.training.max_iters}"
     say(after_training(run.folder, dataset, longer, run.plan.config.is_masked))
     return 0
 

@@ -7,10 +7,10 @@
 # out/gpt4_arc/table.md and, for each task, answers.png: questions, pictures, answers and where the model looks.
 #
 #   bash examples/gpt4_arc.sh
-#   TASKS=digits bash examples/gpt4_arc.sh     one of the tasks: shapes, digits
+#   TASKS=digits bash examples/gpt4_arc.sh     one of the tasks: shapes, digits, words
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
-tasks=${TASKS:-shapes digits}
+tasks=${TASKS:-shapes digits words}
 
 train() {  # folder, script and its arguments: a new run, or a stopped or finished one that goes on
     local folder=$1 script=$2
@@ -25,28 +25,39 @@ train() {  # folder, script and its arguments: a new run, or a stopped or finish
 for task in $tasks; do
     out=out/gpt4_arc/$task data=data/$task
     case $task in
-        shapes) labels="colour shape" epochs=8 tests="test pairs shuffled" first=$out/first ;;
-        digits) labels=label epochs=4 tests="test shuffled" first=$out/seen ;;
+        shapes)
+            labels="colour shape" tests="test pairs shuffled" first=$out/first
+            classes="--epochs=8 --learning_rate=2e-3" chats="--epochs=8 --learning_rate=2e-3 --batch_size=64"
+            ;;
+        digits)
+            labels=label tests="test shuffled" first=$out/seen
+            classes="--epochs=4 --learning_rate=2e-3" chats="--epochs=8 --learning_rate=2e-3 --batch_size=64"
+            ;;
+        words)
+            labels="first second third fourth fifth" tests="test shuffled" first=$out/seen
+            classes="--epochs=4 --learning_rate=4e-3" chats="--epochs=2 --learning_rate=4e-3 --batch_size=32"
+            ;;
         *) echo "unknown task $task" >&2; exit 1 ;;
     esac
     mkdir -p "$out"
     python "$repository/prepare/$task.py"
 
-    # shellcheck disable=SC2086  # several labels are several arguments
+    # shellcheck disable=SC2086  # several labels and flags are several arguments
     train "$out/encoder" stages/pretrain_encoder.py --image_encoder="$repository/examples/${task}_encoder.toml" \
-        --train="$data/labels.jsonl" --labels $labels --epochs="$epochs" --learning_rate=2e-3 --dtype=float32
+        --train="$data/labels.jsonl" --labels $labels $classes --dtype=float32
     train "$out/text" train.py "$repository/examples/pictures_text.toml" --dataset="${task}_text"
 
     head -n 12000 "$data/train.jsonl" > "$data/round_1.jsonl"
-    chats=(--batch_size=64 --warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
-    train "$first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" "${chats[@]}" \
-        --image_encoder="$out/encoder" --encoder_rate=0.1 --learning_rate=2e-3 --epochs=8
+    always=(--warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
+    # shellcheck disable=SC2086
+    train "$first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" --image_encoder="$out/encoder" \
+        --encoder_rate=0.1 $chats "${always[@]}"
     if [ "$first" != "$out/seen" ]; then  # with a faster encoder, a round on other questions and one on all
         tail -n +12001 "$data/train.jsonl" > "$data/round_2.jsonl"
-        train "$out/second" stages/sft.py "$first" --train="$data/round_2.jsonl" "${chats[@]}" \
-            --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
-        train "$out/seen" stages/sft.py "$out/second" --train="$data/train.jsonl" "${chats[@]}" \
-            --encoder_rate=0.3 --learning_rate=1e-3 --epochs=1
+        train "$out/second" stages/sft.py "$first" --train="$data/round_2.jsonl" "${always[@]}" \
+            --batch_size=64 --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
+        train "$out/seen" stages/sft.py "$out/second" --train="$data/train.jsonl" "${always[@]}" \
+            --batch_size=64 --encoder_rate=0.3 --learning_rate=1e-3 --epochs=1
     fi
 
     for items in $tests; do

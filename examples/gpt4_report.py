@@ -25,7 +25,7 @@ from gpt_arc.settings import STRICT
 from gpt_arc.vision.images import read_image
 
 TESTS = {"test": "test", "pairs": "held-out pairs", "shuffled": "shuffled pictures"}
-TASKS = ("shapes", "digits")
+TASKS = ("shapes", "digits", "words")
 SHOWN = 10  # questions of a picture
 
 

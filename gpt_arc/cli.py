@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import CONSOLE, resource
+from gpt_arc.files import CONSOLE, HELP, resource
 
 COMMANDS = {
     "new": ("new.py", "train on your own text, chosen settings included: gpt-arc new book.txt"),
@@ -72,13 +72,13 @@ def script_command(name: str, arguments: list[str]) -> list[str]:
     script = resource(COMMANDS[name][0])
     if name == "prepare":
         names = sorted(path.stem for path in script.glob("*.py"))
-        if arguments[:1] in (["-h"], ["--help"]):
+        if HELP & set(arguments[:1]):
             print(f"usage: gpt-arc prepare NAME ARGUMENTS\n\nNAME is one of {', '.join(names)}.")
             raise SystemExit(0)
         if not arguments or arguments[0] not in names:
             raise UserError(f"name what to prepare: gpt-arc prepare {', '.join(names)}")
         script, arguments = script / f"{arguments[0]}.py", arguments[1:]
-    if name == "chat" and arguments[:1] not in (["-h"], ["--help"]):
+    if name == "chat" and not HELP & set(arguments[:1]):
         if not arguments or arguments[0].startswith("-"):
             raise UserError("name the model to talk with: gpt-arc chat out/sft")
         arguments = ["--chat", *arguments]
@@ -87,7 +87,7 @@ def script_command(name: str, arguments: list[str]) -> list[str]:
 
 def run() -> int | None:
     name, *arguments = sys.argv[1:] or ["--help"]
-    if name in ("-h", "--help"):
+    if name in HELP:
         print(usage())
         return None
     command = [sys.executable, *script_command(name, arguments)]

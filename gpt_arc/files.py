@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DATA_ROOT = Path("data")  # the folder of prepared datasets
 PACKAGE = Path(__file__).resolve().parent
+HELP = {"-h", "--help", "--help-all", "--help_all"}
 CONSOLE = "GPT_ARC_CONSOLE"  # environment variable that the command gpt-arc sets for the script that it runs
 # what systems and file systems answer that can't open or flush a folder
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EBADF}

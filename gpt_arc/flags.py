@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import re
 import shutil
+import sys
 import textwrap
 import types
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import HELP, command
 from gpt_arc.settings import (
     HIDDEN,
     POSITIONAL,
@@ -27,6 +29,7 @@ from gpt_arc.settings import (
 
 T = TypeVar("T")
 WIDTH = 100  # columns of a help text, at most
+ARGUMENTS = "arguments"  # the title of what stands without a name
 METAVARS = {int: "INT", float: "FLOAT", bool: "BOOL", Path: "PATH"}
 
 
@@ -44,9 +47,10 @@ def parse_flags(cls: type[T], description: str | None, args: list[str], default:
 def read_flags(cls: type, description: str | None, args: list[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of `cls` given in `args`, by flat name. `defaults` replace those of `cls`.
 
-    A setting that is true or false may stand without a value, which means true. Raises UserError; --help prints and
-    exits.
+    A setting that is true or false may stand without a value, which means true. Raises UserError; --help and --help-all
+    print and exit.
     """
+    program = command_before(args)
     settings = {name: one for name, one in settings_in(cls).items() if HIDDEN not in markers(one.hint)}
     positionals = [name for name, one in settings.items() if POSITIONAL in markers(one.hint)]
     hints = getattr(cls, "OLD", {}) | {name: one.hint for name, one in settings.items()}
@@ -54,9 +58,9 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     for name in hints.keys() - set(positionals):
         parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None)
     args = list(spelled_out(args, hints))
-    if {"-h", "--help"} & set(args):
-        first = [name for name in getattr(cls, "FIRST", ()) if name in settings]
-        print(help_text(settings, positionals, first, description, defaults))
+    if HELP & set(args):
+        titles = groups_of(cls, settings, complete="--help_all" in args)
+        print(help_text(settings, titles, program, description, defaults))
         raise SystemExit(0)
     parsed, others = parser.parse_known_args(args)
     texts: dict[str, Any] = vars(parsed)
@@ -84,6 +88,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{flag} needs a value: {flag}=VALUE" if problem.startswith("expected") else message)
 
 
+def command_before(args: list[str]) -> str:
+    """Returns the command that `args` follow: a script and, if it has several, its action."""
+    words = len(sys.argv) - len(args) if sys.argv[-len(args) :] == args else 1
+    return command(*sys.argv[:words])
+
+
 def spelled_out(args: list[str], hints: Mapping[str, Any]) -> Iterator[str]:
     """Yields arguments with names in underscores, and with the value True for truth values that have none."""
     for i, arg in enumerate(args):
@@ -104,34 +114,42 @@ def is_list(hint: Any) -> bool:
     return any(get_origin(kind) is tuple for kind, _ in kinds_of(hint))
 
 
+def groups_of(cls: type, settings: Mapping[str, Setting], complete: bool) -> dict[str, str]:
+    """Returns the flags that a help text shows, with the title of the group of each. `complete`: all of them."""
+    most_used = {name: "most used flags" for name in getattr(cls, "FIRST", ()) if name in settings}
+    first = {name: ARGUMENTS for name, one in settings.items() if POSITIONAL in markers(one.hint)} | most_used
+    if most_used and not complete:
+        return first
+    other = "other flags" if most_used else "flags"
+    return first | {name: f"[{one.table}]" if one.table else other for name, one in settings.items()} | first
+
+
 def help_text(
     settings: Mapping[str, Setting],
-    positionals: list[str],
-    first: list[str],
+    titles: Mapping[str, str],
+    program: str,
     description: str | None,
     defaults: Mapping[str, Any],
 ) -> str:
-    """Describes the flags, those in `first` and then by table, at most WIDTH columns wide."""
-    width = help_width()
+    """Describes the flags in `titles`, which has the group of each, at most WIDTH columns wide."""
+    width, left = help_width(), len(settings) - len(titles)
+    usage = [program, *(name.upper() for name, title in titles.items() if title == ARGUMENTS), "[--name=value ...]"]
     parser = argparse.ArgumentParser(
         description=reflowed(description or "", width),
         add_help=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width),
-        usage=" ".join(["%(prog)s", *(name.upper() for name in positionals), "[--name=value ...]"]),
+        usage=" ".join(usage).replace("%", "%%"),
+        epilog=f"{left} more flags are described by: {program} --help-all" if left else None,
     )
-    groups: dict[str | None, argparse._ArgumentGroup] = {}
-    for name in dict.fromkeys([*positionals, *first, *settings]):
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(titles.values())}
+    for name, title in titles.items():
         setting = settings[name]
-        title = f"[{setting.table}]" if setting.table else "other flags" if first else "flags"
-        title = "arguments" if name in positionals else "most used flags" if name in first else title
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
         default = defaults.get(name, setting.default)
-        shown = "required" if default is dataclasses.MISSING else f"default: {default_text(default)}"
+        value = "required" if default is dataclasses.MISSING else f"default: {default_text(default)}"
         groups[title].add_argument(
-            name if name in positionals else f"--{name}",
-            metavar=name.upper() if name in positionals else metavar(setting.hint),
-            help=f"{setting.help} ({shown})".strip().replace("%", "%%"),
+            name if title == ARGUMENTS else f"--{name}",
+            metavar=name.upper() if title == ARGUMENTS else metavar(setting.hint),
+            help=f"{setting.help} ({value})".strip().replace("%", "%%"),
         )
     return parser.format_help()
 

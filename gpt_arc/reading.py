@@ -79,7 +79,7 @@ def read_json(path: Path | str, schema: Any = dict[str, Any], limit: int = LIMIT
     """Returns the JSON in a file as an instance of `schema`. Raises UserError naming the file, key and value."""
     content = read_bytes(path, limit)
     with reading(path):
-        return _adapter(schema).validate_json(content, strict=True)
+        return adapter_of(schema).validate_json(content, strict=True)
 
 
 def read_toml(path: Path | str) -> dict[str, Any]:
@@ -94,7 +94,8 @@ def read_toml(path: Path | str) -> dict[str, Any]:
 
 
 @functools.cache
-def _adapter(schema: Any) -> TypeAdapter:
+def adapter_of(schema: Any) -> TypeAdapter:
+    """Returns pydantic's validator of a type, which takes longer to build than to use."""
     try:
         return TypeAdapter(schema, config=FINITE)
     except PydanticUserError:  # a dataclass or a TypedDict has a config of its own

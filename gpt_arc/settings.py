@@ -5,7 +5,7 @@ unique within a dataclass and the dataclasses nested in it, so a flat name ident
 
 Four class attributes are optional. OLD maps former names to type hints; `translate(values)` converts their values to
 current names. INSTEAD has pairs of settings that replace each other: the later one wins. LISTED says what lists the
-settings instead of --help. FIRST names the most used settings, which --help shows first.
+settings instead of --help. FIRST names the most used settings, which --help shows; --help-all shows all.
 """
 
 import dataclasses
@@ -222,7 +222,8 @@ def nearest(name: str, cls: type, prefix: str = "") -> str:
     near = near or difflib.get_close_matches(name, names, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
-    return f"; {getattr(cls, 'LISTED', '--help')} lists them all"
+    listed = "--help-all" if hasattr(cls, "FIRST") else "--help"
+    return f"; {getattr(cls, 'LISTED', listed)} lists them all"
 
 
 def read_file(cls: type, path: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Seed
-from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_text
+from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_shuffled, write_text
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "Which digit is this?"
@@ -70,11 +70,9 @@ def write_all(folder: Path, options: Options) -> None:
             if not move:
                 rows.append({"image": name, "prompt": QUESTION, "response": word})
     test, train = rows[: len(order) // 5], rows[len(order) // 5 :]
-    pictures = [row["image"] for row in test]
-    random.Random(options.seed).shuffle(pictures)
-    shuffled = [row | {"image": name} for row, name in zip(test, pictures)]
-    for name, split in {"train": train, "test": test, "shuffled": shuffled, "labels": labels}.items():
+    for name, split in {"train": train, "test": test, "labels": labels}.items():
         write_rows(folder / f"{name}.jsonl", split)
+    write_shuffled(folder, test, options.seed)
     rng = random.Random(options.seed)
     write_text(folder, [(QUESTION, rng.choice(WORDS)) for _ in range(TEXTS)])
     print(f"{len(train):,} digits to train on and {len(test):,} for the test")

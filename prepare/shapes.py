@@ -40,7 +40,7 @@ from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Seed
 from gpt_arc.tables import counted
-from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_text
+from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_shuffled, write_text
 
 COLOURS = {
     "red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 70, 230), "yellow": (235, 210, 30),
@@ -204,9 +204,7 @@ def write_all(folder: Path, options: Options) -> None:
     write_labelled(folder, options)
     rng = random.Random(options.seed)
     write_text(folder, [(row["prompt"], random_answer(row, rng)) for row in train])
-    pictures = [row["image"] for row in test]
-    random.Random(options.seed).shuffle(pictures)
-    write_rows(folder / "shuffled.jsonl", [row | {"image": name} for row, name in zip(test, pictures)])
+    write_shuffled(folder, test, options.seed)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ def train_language_model(model: LSTM, corpus: Corpus, options: FinetuneOptions) 
     tokens = corpus.split("train", config.block_size, config.vocab_size, False)
     order = tokens.training_order(config.block_size, options.seed)
     batches = training_batches(tokens, order, 0, sequences, sequences, config.block_size)
-    bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=None)
+    bar = tqdm(range(options.lstm_iters), "pre-training the LSTM", disable=options.quiet or None)
     for step in bar:
         loss = model(*to_device(next(batches), device)).total / (sequences * config.block_size)
         updater.backward(loss)

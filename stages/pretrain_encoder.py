@@ -107,7 +107,7 @@ def learner(
         captioned = {name: CaptionedImages(split, tokenizer, text.config.block_size) for name, split in images.items()}
         for name, split in captioned.items():
             say(f"{name:<15}{counted(len(split.paths), 'image')} with captions")
-        return CaptionMatcher(encoder, text, options.contrastive_loss), captioned
+        return CaptionMatcher(encoder, text, options.contrastive_loss, options.batch_size), captioned
     classes = classes_of([image for split in images.values() for image in split], options.labels)
     splits = {name: ImageSplit(split, classes) for name, split in images.items()}
     for name, split in splits.items():

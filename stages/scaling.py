@@ -35,7 +35,7 @@ from annotated_types import Ge, Gt, Le
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import command, write_file
+from gpt_arc.files import HELP, command, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.planning import pictures
 from gpt_arc.planning.fits import FinishedRun, Laws, best_of_rates, best_rate, by_rate, fit_laws, size_of
@@ -453,7 +453,7 @@ ACTIONS: dict[str, tuple[type, Callable[[Any], int]]] = {
 
 def main() -> int:
     action, *args = sys.argv[1:] or [""]
-    if action in ("-h", "--help"):
+    if action in HELP:
         print(__doc__)
         return 0
     if action not in ACTIONS:

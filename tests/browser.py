@@ -1,6 +1,7 @@
 """A headless Chromium for the tests of pages."""
 
 import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -32,3 +33,13 @@ def watched(browser, **settings):
     page.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
     page.on("request", lambda request: events.append(request.url))
     return page, events
+
+
+def violations(page):
+    """Returns what axe-core finds on a page, by rule: its impact and the elements. Skips the test without axe-core."""
+    if "AXE_CORE" not in os.environ:
+        pytest.skip("set AXE_CORE to the axe.min.js of npm's package axe-core")
+    page.evaluate(Path(os.environ["AXE_CORE"]).read_text())
+    result = page.evaluate("axe.run(document, {resultTypes: ['violations', 'passes']})")
+    assert len(result["passes"]) > 15
+    return {each["id"]: (each["impact"], [node["target"] for node in each["nodes"]]) for each in result["violations"]}

@@ -15,6 +15,8 @@ import pytest
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
 from gpt_arc.errors import entry_point
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # set in many containers: every process would compile what it imports
+sys.dont_write_bytecode = False
 os.environ["WANDB_MODE"] = "offline"
 os.environ["OMP_NUM_THREADS"] = "1"  # several threads in each process would wait for one another
 
@@ -37,10 +39,14 @@ def pytest_collection():
 
 @pytest.fixture(scope="session", autouse=True)
 def runs_that_start_and_save_quickly():
-    """The CPU's speed is measured once instead of by each run, and nothing in this process waits for the disk."""
+    """The CPU's speed is measured once instead of by each run, nothing in this process waits for the disk, and
+    lm-evaluation-harness doesn't ask pip and compilers about this machine."""
+    from torch.utils import collect_env
+
     from gpt_arc.planning import cost
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect_env, "get_pretty_env_info", str)
         patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

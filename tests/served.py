@@ -6,7 +6,11 @@ import time
 
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import BPETokenizer
-from gpt_arc.serving.server import Playground, listen, server_of
+from gpt_arc.decoding.decoder import Decoder
+from gpt_arc.serving.server import Model, Playground, listen, server_of
+from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
+from gpt_arc.vision.model import VisionGPT
+from gpt_arc.vision.projector import Projector, ProjectorConfig
 from helpers import randomised
 from model import GPT, GPTConfig
 
@@ -18,6 +22,14 @@ CHAT = ChatFormat.new(TEMPLATES["markers"], BYTES, 257)
 def gpt(vocab_size, scale=0.3, **change):
     settings = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "vocab_size": vocab_size} | change
     return randomised(GPT(GPTConfig(**settings)), scale=scale)
+
+
+def seeing(name="sees"):
+    """A served model that reads images of 4 embeddings."""
+    encoder = ImageEncoder(EncoderConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=8))
+    model = VisionGPT(gpt(CHAT.vocab_size, block_size=256), encoder, Projector(ProjectorConfig(), 8, 32))
+    model = randomised(model, seed=5, scale=0.4)
+    return Model(name, Decoder(model.text), BYTES, CHAT, 4, 500, model)
 
 
 @contextlib.contextmanager

@@ -99,10 +99,17 @@ def test_messages_name_a_script_as_it_is_typed_in_the_current_folder(tmp_path, m
     assert files.command("/elsewhere/train.py") == "python /elsewhere/train.py"
 
 
-def test_messages_to_who_typed_gpt_arc_name_its_commands(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("bench", "name a benchmark: gpt-arc bench sample, train"),
+        pytest.param("sft", "name a model to start from: gpt-arc sft MODEL", marks=pytest.mark.slow),  # imports torch
+    ],
+)
+def test_messages_to_who_typed_gpt_arc_name_its_commands(tmp_path, monkeypatch, name, sentence):
     monkeypatch.chdir(tmp_path)
-    shown = gpt_arc("sft")
-    assert shown.returncode == 2 and "name a model to start from: gpt-arc sft MODEL" in shown.stderr
+    shown = gpt_arc(name)
+    assert shown.returncode == 2 and sentence in shown.stderr
 
 
 def test_the_script_runs_in_the_current_folder_with_its_exit_code(tmp_path, monkeypatch):

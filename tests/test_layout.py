@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from gpt_arc.flags import reflowed
-from helpers import ROOT, run_python
+from helpers import ROOT
 
 # Package -> the packages it may import besides itself. Read from top to bottom, this is the architecture: each line
 # builds on the lines above it.
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     "vision": ("ground", "nn", "model", "data", "weights", "chat"),
     "finetuning": ("ground", "nn", "model", "data", "weights"),
     "decoding": ("ground", "nn", "model", "data", "weights", "training", "chat", "vision"),
-    "serving": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
+    "serving": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
     "alignment": ("ground", "nn", "model", "data", "weights", "chat", "decoding"),
     "evaluation": ("ground", "nn", "model", "data", "weights", "chat", "vision", "decoding"),
 }
@@ -176,52 +178,101 @@ def test_a_script_s_docstring_says_how_to_run_it(path):
     assert f"python {path.relative_to(ROOT)}" in docstring
 
 
-def run_and_list_imports(script, modules, *args):
-    """The finished process of a script; the last line it printed lists those of the modules that it imported."""
-    code = (
-        "import atexit, runpy, sys\n"
-        f"atexit.register(lambda: print('imported', sorted({modules} & sys.modules.keys())))\n"
-        f"sys.argv = {[script, *args]}\n"
-        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
 MISTAKES = {
-    "train.py": (["--n_leyer=3"], "there is no flag --n_leyer; did you mean --n_layer?"),
-    "stages/sft.py": (["out/gpt2", "--batch_size=0"], "--batch_size = 0 must be at least 1"),
-    "stages/scaling.py": (["plan", "--dais=2"], "there is no flag --dais; did you mean --days?"),
+    "train.py --n_leyer=3": "there is no flag --n_leyer; did you mean --n_layer?",
+    "stages/sft.py out/gpt2 --batch_size=0": "--batch_size = 0 must be at least 1",
+    "stages/scaling.py plan --dais=2": "there is no flag --dais; did you mean --days?",
 }
+ACTIONS = ["stages/scaling.py plan", "tools/bench.py prepare"]
+HELPS = {  # the first flag, and the groups after the most used flags
+    "sample.py": ("start", ["other flags", "[sampling]"]),
+    "train.py": ("dataset", [f"[{table}]" for table in ("model", "data", "training", "logging", "run")]),
+    "stages/sft.py": ("train", ["other flags"]),
+}
+COMMANDS = [f"{place(path)} --help" for path in SCRIPTS] + [f"{script} --help-all" for script in HELPS]
+COMMANDS += [f"{action} --help" for action in ACTIONS] + [*MISTAKES]
+SLOW = {"datasets", "pyarrow", "scipy", "sklearn", "tiktoken", "tokenizers", "torch", "transformers", "wandb"}
+FORKS = f"""
+import atexit, gc, os, runpy, sys
+import numpy, pydantic.dataclasses, tqdm, gpt_arc.manifest  # what most scripts import, once for them all
+gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages, when it ends
+folder, *commands = sys.argv[1:]
+for number, command in enumerate(commands):
+    if not os.fork():
+        for descriptor, name in ((1, "output"), (2, "errors")):
+            os.dup2(os.open(f"{{folder}}/{{number}}.{{name}}", os.O_CREAT | os.O_WRONLY), descriptor)
+        atexit.register(lambda: print("imported", sorted({SLOW} & sys.modules.keys())))
+        sys.argv = command.split()
+        path = os.path.join({str(ROOT)!r}, sys.argv[0])
+        sys.path[0] = os.path.dirname(path)
+        runpy.run_path(path, run_name="__main__")
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.wait()[1])
+    with open(f"{{folder}}/{{number}}.code", "w") as file:
+        print(code, file=file)
+"""
 
 
-@pytest.mark.parametrize("script", MISTAKES)
-def test_a_mistake_in_a_flag_is_refused_before_torch_is_imported(script):
-    args, message = MISTAKES[script]
-    result = run_and_list_imports(script, {"torch"}, *args)
-    assert result.returncode == 2 and result.stderr == f"{script.split('/')[-1]}: {message}\n"
-    assert result.stdout == "imported []\n"
+class Outcome(NamedTuple):
+    code: int
+    output: str  # its last line lists the slow modules that were imported
+    errors: str
+    files: list[Path]  # left in the current folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """The outcome of each of COMMANDS in an empty folder, in a fork of one process."""
+    texts, empty = tmp_path_factory.mktemp("texts"), tmp_path_factory.mktemp("empty")
+    subprocess.run([sys.executable, "-c", FORKS, texts, *COMMANDS], cwd=empty, check=True)
+    return {
+        command: Outcome(
+            int((texts / f"{number}.code").read_text()),
+            (texts / f"{number}.output").read_text(),
+            (texts / f"{number}.errors").read_text(),
+            list(empty.iterdir()),
+        )
+        for number, command in enumerate(COMMANDS)
+    }
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_in_a_flag_is_refused_before_torch_is_imported(command, outcomes):
+    script = command.split()[0].split("/")[-1]
+    code, output, errors, _ = outcomes[command]
+    assert (code, output, errors) == (2, "imported []\n", f"{script}: {MISTAKES[command]}\n")
 
 
 @pytest.mark.parametrize("script", [place(path) for path in SCRIPTS])
-def test_help_works_in_any_folder_and_imports_nothing_slow(script, tmp_path, monkeypatch):
+def test_help_works_in_any_folder_and_imports_nothing_slow(script, outcomes):
     """The command line is read before what takes seconds to import."""
-    monkeypatch.chdir(tmp_path)
-    slow = {"datasets", "pyarrow", "scipy", "sklearn", "tiktoken", "tokenizers", "torch", "transformers", "wandb"}
-    result = run_and_list_imports(script, slow, "--help")
-    assert result.returncode == 0 and "--" in result.stdout and not result.stderr, result.stderr
-    assert result.stdout.endswith("imported []\n"), result.stdout[-200:]
-    assert not list(tmp_path.iterdir())
+    code, output, errors, files = outcomes[f"{script} --help"]
+    assert code == 0 and "--" in output and not errors, errors
+    assert output.endswith("imported []\n"), output[-200:]
+    assert not files
 
 
-FIRST_FLAGS = {"sample.py": "start", "train.py": "dataset", "stages/sft.py": "train"}
-
-
-@pytest.mark.parametrize("script", FIRST_FLAGS)
-def test_help_shows_the_most_used_flags_first_and_each_once(script):
-    shown = run_python(str(ROOT / script), "--help").stdout
-    flags = re.findall(r"^  --(\w+) ", shown, re.MULTILINE)
-    assert flags[0] == FIRST_FLAGS[script] and len(flags) == len(set(flags)) > 20 and "\nmost used flags:\n" in shown
+def flags_and_groups(shown):
+    """The flags that a help text describes, and the titles of their groups."""
     assert max(len(line) for line in shown.splitlines() if not line.startswith("    python")) <= 80
+    return re.findall(r"^  --(\w+) ", shown, re.MULTILINE), re.findall(r"^([\w\[][\w\] ]+):$", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", HELPS)
+def test_help_shows_the_most_used_flags_and_help_all_each_once(script, outcomes):
+    first, others = HELPS[script]
+    shown = outcomes[f"{script} --help"].output
+    most_used, groups = flags_and_groups(shown)
+    assert most_used[0] == first and len(most_used) < 20 and groups == ["arguments", "most used flags"]
+    more = re.search(rf"^(\d+) more flags are described by: python .*{script} --help-all$", shown, re.MULTILINE)[1]
+    flags, groups = flags_and_groups(outcomes[f"{script} --help-all"].output)
+    assert flags[: len(most_used)] == most_used and len(flags) == len(set(flags)) == len(most_used) + int(more)
+    assert groups == ["arguments", "most used flags", *others]
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_the_help_of_an_action_names_it_in_its_usage(action, outcomes):
+    assert outcomes[f"{action} --help"].output.splitlines()[0].endswith(f"{action} [--name=value ...]")
 
 
 def test_descriptions_are_wrapped_and_commands_stay_whole():

@@ -38,6 +38,7 @@ OF_TORCHRUN = {
     "rdzv_id",
     "no-python",
     "help",
+    "help-all",
 }
 OF_OTHERS = OF_TORCHRUN | {"index-url"}
 
@@ -68,12 +69,12 @@ def written(node):
 
 @pytest.fixture(scope="module")
 def flags_of():
-    """The flags of each script, from its --help, by path in the repository."""
+    """The flags of each script, from its --help-all, by path in the repository."""
     flags = {}
     commands = [(path,) for path in SCRIPTS] + [(ROOT / "stages" / "scaling.py", name) for name in ACTIONS]
     for path, *command in commands:
         screen, argv = io.StringIO(), sys.argv
-        sys.argv = [str(path), *command, "--help"]
+        sys.argv = [str(path), *command, "--help-all"]
         try:
             with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
                 runpy.run_path(str(path), run_name="__main__")

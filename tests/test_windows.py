@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from gpt_arc.training.log import read_metrics
 from helpers import ROOT
 
@@ -25,6 +27,7 @@ def run(*arguments, **environment):
     return output
 
 
+@pytest.mark.slow
 def test_text_is_prepared_learned_resumed_and_sampled(tmp_path):
     letters = "naïve 漢字 →\n"
     (tmp_path / "book.txt").write_text(letters * 100, "utf-8")

@@ -1,7 +1,8 @@
 """Popen for scripts, without the seconds in which Python imports torch: a fork of one process that has imported it.
 
 The forks differ from `python SCRIPT ARGS` in nothing that scripts see, except that these modules are in sys.modules,
-and variables that the interpreter or these modules read when they start, such as PYTHONPATH, are those of pytest.
+that the CPU's speed has been measured, and that variables that the interpreter or these modules read when they start,
+such as PYTHONPATH, are those of pytest.
 """
 
 import atexit
@@ -93,6 +94,14 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
     for name in IMPORTED:
         __import__(name)
+    import torch
+
+    from gpt_arc.device import resolve_dtype
+    from gpt_arc.planning import cost
+
+    cost.measured_flops = functools.cache(cost.measured_flops)
+    for dtype in {"float32", resolve_dtype("auto", torch.device("cpu"))}:
+        cost.measured_flops(getattr(torch, dtype))
     assert "gpt_arc.distributed" not in sys.modules
     gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages, when it ends
     signal.signal(signal.SIGINT, signal.SIG_DFL)

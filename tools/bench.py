@@ -24,7 +24,7 @@ import signal
 import sys
 
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import command
+from gpt_arc.files import HELP, command
 from gpt_arc.flags import help_width, reflowed
 
 BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "prepare", "speedrun", "gpu")
@@ -33,7 +33,7 @@ BENCHMARKS = ("sample", "train", "moe", "finetune", "eval", "ppo", "prepare", "s
 def main() -> int | None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after Ctrl-C
     name, *args = sys.argv[1:] or [""]
-    if name in ("-h", "--help"):
+    if name in HELP:
         helps = ", ".join(command("tools/bench.py", name, "--help") for name in BENCHMARKS)
         print(reflowed(f"{__doc__}\nSettings: {helps}", help_width()))
         return None

@@ -44,10 +44,7 @@ def main() -> None:
 
     reader = load_image_reader(options.model)
     (answer,) = ask(reader, [options.question], [options.image])
-    try:
-        image, shares = attention_to(reader, options.question, options.image, answer)
-    except ValueError as error:
-        raise UserError(f"{options.model}: {error}") from None
+    image, shares = attention_to(reader, options.question, options.image, answer)
     figure = figure_class(figsize=(4, 4), layout="constrained")
     draw_attention(figure.add_subplot(title=f"{options.question}\n{answer}"), image, shares)
     with replacing(options.plot) as temporary:

@@ -55,21 +55,24 @@ class Options:
 def load(name: str, options: Options) -> "Model":
     """Loads a model. Raises UserError if it can't write text."""
     from gpt_arc.chat.format import load_chat
+    from gpt_arc.decoding.images import load_encoder
     from gpt_arc.decoding.load import load_decoder, set_decoding_threads
     from gpt_arc.decoding.settings import SampleConfig
     from gpt_arc.serving.server import Model
-    from gpt_arc.weights.directory import of_one_checkpoint
+    from gpt_arc.weights.directory import check_causal, load_config, of_one_checkpoint, reads_images
 
     config = SampleConfig(device=options.device, dtype=options.dtype, compile=False)
 
     @of_one_checkpoint
     def read(directory: Path) -> tuple:
+        check_causal(name, load_config(directory))
         decoder, tokenizer = load_decoder(directory, config, options.batch_size, 0)
-        return decoder, tokenizer, load_chat(directory, tokenizer, decoder.model.config.vocab_size)
+        vision = load_encoder(directory, decoder) if reads_images(directory) else None
+        return decoder, tokenizer, load_chat(directory, tokenizer, decoder.model.config.vocab_size), vision
 
-    decoder, tokenizer, chat = read(name)
+    decoder, tokenizer, chat, vision = read(name)
     set_decoding_threads(decoder, options.threads, options.batch_size)
-    return Model(name, decoder, tokenizer, chat, options.batch_size, options.max_new_tokens)
+    return Model(name, decoder, tokenizer, chat, options.batch_size, options.max_new_tokens, vision)
 
 
 def main() -> None:

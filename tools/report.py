@@ -3,9 +3,10 @@
     python tools/report.py quickstart                  writes out/quickstart/report/report.html
     python tools/report.py out/a out/b --output=a_b    compares two runs, in the folder a_b
     python tools/report.py quickstart --watch          writes it again and again while the run goes on
+    python tools/report.py quickstart --attention="The "       adds the attention in a prompt, by layer and head
 
-A run is the name of a folder under out/, or the path of one elsewhere. The HTML file needs no other file, and no
-network.
+A run is the name of a folder under out/, or the path of one elsewhere; that of a sweep by stages/scaling.py shows its
+results and the laws fitted to them. The HTML file needs no other file, and no network.
 """
 
 if __name__ == "__main__":
@@ -31,11 +32,13 @@ from gpt_arc.settings import STRICT, Count, Positional
 @dataclass(frozen=True, config=STRICT)
 class Options:
     runs: Positional[Annotated[tuple[str, ...], MinLen(1)]]
-    """The runs. Several are compared."""
+    """The runs, or sweeps. Several runs are compared."""
     output: Path | None = None
     """Folder for report.html and the PNGs. None: report, in the folder of the first run."""
     watch: bool = False
     """Write the report again while one of the runs goes on; the page reloads itself."""
+    attention: Annotated[str, MinLen(1)] | None = None
+    """Prompt in which the attention of each run's best checkpoint is shown, by layer and head. None: no maps."""
     interval: Count = 10
     """Seconds between two reports of watch."""
 
@@ -45,15 +48,18 @@ def write(options: Options) -> bool:
     from gpt_arc.reports.charts import charts_of, draw_all
     from gpt_arc.reports.content import read_run
     from gpt_arc.reports.page import page
+    from gpt_arc.reports.sweeps import read_sweep_folder, sweep_folder
     from gpt_arc.training.runs import run_folder
 
-    folders = list(dict.fromkeys(map(run_folder, options.runs)))
-    runs = [read_run(folder) for folder in folders]
+    folders = {name: sweep_folder(name) for name in options.runs}
+    sweeps = [read_sweep_folder(folder) for folder in dict.fromkeys(folders.values()) if folder]
+    run_folders = dict.fromkeys(run_folder(name) for name, folder in folders.items() if not folder)
+    runs = [read_run(folder, options.attention) for folder in run_folders]
     charts, goes_on = charts_of(runs), any(run.state == "running" for run in runs)
-    output = options.output or folders[0] / "report"
+    output = options.output or next(filter(None, (*folders.values(), *run_folders))) / "report"
     output.mkdir(parents=True, exist_ok=True)
     refresh = options.interval if options.watch and goes_on else None
-    write_file(output / "report.html", page(runs, charts, refresh))
+    write_file(output / "report.html", page(runs, charts, refresh, sweeps))
     written = [output / "report.html"]
     try:
         written += draw_all(runs, charts, output)

@@ -1,6 +1,7 @@
 """Shows what a stage learns from: rows as tokens, with those that are scored marked."""
 
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def marked(tokens: Sequence[int], scored: Sequence[bool], chat: ChatFormat) -> s
     """
     marks = {id: mark for mark, id in chat.ids.items()}
     texts = [IMAGE if token < 0 else marks.get(token) or repr(chat.tokenizer.decode([token]))[1:-1] for token in tokens]
-    opening, closing = (GREEN, PLAIN) if sys.stdout.isatty() else ("[", "]")
+    opening, closing = (GREEN, PLAIN) if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else ("[", "]")
     runs = itertools.groupby(zip(texts, scored), key=lambda pair: pair[1])
     parts = [("·".join(text for text, _ in run), is_scored) for is_scored, run in runs]
     return "·".join(f"{opening}{part}{closing}" if is_scored else part for part, is_scored in parts)

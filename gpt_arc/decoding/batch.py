@@ -10,6 +10,7 @@ another.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,9 @@ class LiveRequest:
     sampling: Sampling
     generator: torch.Generator
     alternatives: int = 0  # the most likely tokens to report at each step
+    images: Tensor | None = field(default=None, repr=False)  # (N, C) embeddings that its tokens below 0 stand for
     seen: Tensor | None = field(default=None, repr=False)  # (V,) the tokens that occurred, if sampling needs them
+    first_image: int = 0  # row of its first embedding among those of all requests
 
 
 class Token(NamedTuple):
@@ -82,9 +85,11 @@ class LiveBatch:
 
     def _read(self, joining: Sequence[LiveRequest]) -> Tensor:
         """Reads prompts, equal ones once. Returns their logits (B, V)."""
-        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.prompt) for request in joining))}
+        self._lay_out_images(joining)
+        prompts = [tuple(_moved(request.prompt, request.first_image)) for request in joining]
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         logits = self.decoder.add(list(places))
-        origins = [places[tuple(request.prompt)] for request in joining]
+        origins = [places[prompt] for prompt in prompts]
         if len(places) < len(joining):
             present = len(self.requests)
             self.decoder.keep([*range(present), *(present + origin for origin in origins)])
@@ -93,6 +98,18 @@ class LiveBatch:
             seen = tokens_seen(request.sampling, [request.prompt], row[None])
             request.seen = None if seen is None else seen[0]
         return logits
+
+    def _lay_out_images(self, joining: Sequence[LiveRequest]) -> None:
+        """Gives the decoder the images of all requests, one after another, without those of requests that have left."""
+        requests = [*self.requests, *joining]
+        tables = {id(request.images): request.images for request in requests if request.images is not None}
+        firsts = dict(zip(tables, accumulate(map(len, tables.values()), initial=0)))
+        for request, sequence in zip(self.requests, self.decoder.sequences):
+            if request.images is not None:
+                sequence[:] = _moved(sequence, firsts[id(request.images)] - request.first_image)
+        for request in requests:
+            request.first_image = firsts.get(id(request.images), 0)
+        self.decoder.images = torch.cat(list(tables.values())) if tables else None
 
     def _next(self, logits: Tensor) -> list[Token]:
         """Draws a token for each row of logits (B, V); rows of equal sampling together."""
@@ -118,3 +135,8 @@ class LiveBatch:
             return [[] for _ in counts]
         best, ids = logits.log_softmax(-1).topk(max(counts), dim=-1)
         return [list(zip(row, logs))[:count] for row, logs, count in zip(ids.tolist(), best.tolist(), counts)]
+
+
+def _moved(tokens: Sequence[int], rows: int) -> list[int]:
+    """Returns tokens in which those of images, -1 - i, stand for an embedding that comes `rows` later."""
+    return [token - rows if token < 0 else token for token in tokens]

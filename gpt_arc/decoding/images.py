@@ -23,12 +23,9 @@ class Images:
         self.model, self.decoder = model, decoder
         self._waiting: list[range] = []  # ids of the embeddings of images that no question has shown yet
 
-    @torch.inference_mode()
     def show(self, path: Path) -> None:
         """Adds an image to the next question. Raises UserError if it can't be read."""
-        pixels = self.model.preprocessing.pixels(read_image(path), self.model.image_size)
-        embeddings = self.model.embed_images(pixels[None].to(self.model.encoder.patches.weight))[0]
-        known = self.decoder.images
+        embeddings, known = self.model.see(read_image(path)), self.decoder.images
         first = 0 if known is None else len(known)
         self.decoder.images = embeddings if known is None else torch.cat((known, embeddings))
         self._waiting.append(range(-1 - first, -1 - first - len(embeddings), -1))
@@ -43,8 +40,13 @@ def load_images(directory: Path, decoder: Decoder) -> Images:
     """Returns the images of a decoder whose model is that of `directory`. Raises UserError if it has no encoder."""
     if not reads_images(directory):
         raise UserError(f"{directory} reads text alone: train it on images by stages/sft.py --image_encoder first")
+    return Images(load_encoder(directory, decoder), decoder)
+
+
+def load_encoder(directory: Path, decoder: Decoder) -> VisionGPT:
+    """Returns the model that reads images whose text model, that of `directory`, is the decoder's."""
     weight = decoder.model.token_embedding.weight
     model = load_vision(directory, decoder.model, weight.dtype)
     for part in (model.encoder, model.projector):
         part.to(weight.device).eval()
-    return Images(model, decoder)
+    return model

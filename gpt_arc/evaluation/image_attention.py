@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gpt_arc.chat.format import load_text_with_chat, require_chat
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.tasks import Task
+from gpt_arc.nn.attention_maps import attention_maps
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.model import VisionGPT, load_vision
 from gpt_arc.weights.directory import of_one_checkpoint, reads_images
@@ -27,41 +26,18 @@ BATCH_TOKENS = 8192  # read at once
 ANSWER = Task("question", "Answer a question about an image", "generate", answer="{answer}", image="image")
 
 
-class AttentionWeights(TorchFunctionMode):
-    """Context that collects the weights (B, H, T, T) of each call of torch's attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.weights: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            query, key, value = args
-            identity = torch.eye(key.size(2), dtype=value.dtype, device=value.device)  # as values they give the weights
-            self.weights.append(func(query, key, identity.expand(*key.shape[:2], -1, -1), **kwargs))
-        return func(*args, **kwargs)
-
-
 @torch.no_grad()
 def patch_attention(model: VisionGPT, prompt: Sequence[int], response: Sequence[int], pixels: Tensor) -> Tensor:
     """Returns the share of attention (N, rows, columns) that each embedding of the images (N, 3, H, W) gets.
 
     It is the mean over blocks, heads and the positions that predict the response's tokens. `prompt` has placeholders
-    from -1 on for the images. Raises ValueError for a model with an attention_band or with weights in 16 bits, whose
-    attention is computed otherwise.
+    from -1 on for the images.
     """
-    weight = model.text.token_embedding.weight
-    if model.config.attention_band is not None or weight.dtype != torch.float32:
-        raise ValueError("attention can be shown of models without an attention_band, with weights in float32")
-    tokens = torch.tensor([[*prompt, *response[:-1]]], device=weight.device)
-    grid = model.encoder.grid(pixels.to(weight))
-    images = model.projector(grid).flatten(0, 1)
-    with AttentionWeights() as record:
-        model.text.hidden(tokens, images=images)
-    asking = torch.stack(record.weights)[:, 0, :, len(prompt) - 1 :].mean((0, 1, 2))  # (T,)
+    grid = model.encoder.grid(pixels.to(model.encoder.patches.weight))
+    maps = attention_maps(model.text, [*prompt, *response[:-1]], model.projector(grid).flatten(0, 1))
+    asking = maps[:, :, len(prompt) - 1 :].mean((0, 1, 2))  # (T,)
     placeholders = {-1 - token: place for place, token in enumerate(prompt) if token < 0}
-    shares = asking[[placeholders[i] for i in range(len(images))]]
+    shares = asking[[placeholders[i] for i in range(len(placeholders))]]
     side = model.projector.config.pixel_shuffle
     return shares.view(len(grid), grid.size(1) // side, grid.size(2) // side).cpu()
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import ConfigDict, with_config
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from gpt_arc.manifest import check_files, record_files
 from gpt_arc.nn.head_loss import IGNORED
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.nn.names import TaskKind
-from gpt_arc.reading import read_json, reading
+from gpt_arc.reading import adapter_of, read_json, reading
 from gpt_arc.settings import Positive
 from gpt_arc.weights.directory import load_config, load_text_model, local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import with_more_tokens
@@ -239,4 +239,4 @@ def read_config(directory: Path) -> ClassifierConfig:
         version = content.pop("format_version")
         if version != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
-        return TypeAdapter(ClassifierConfig).validate_json(json.dumps(content), strict=True)
+        return adapter_of(ClassifierConfig).validate_json(json.dumps(content), strict=True)

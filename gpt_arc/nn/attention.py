@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from gpt_arc.nn.functional import dropout
 from gpt_arc.nn.packing import Packed, attend_packed
@@ -216,6 +217,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout_rate: 
     GPUs use SDPA's memory-efficient kernel instead of the flash kernel. None: S = T, and every query sees the keys up
     to its own place, or all keys if the attention isn't `causal`.
     """
+    if has_torch_function_unary(value):  # a mode such as `AttentionWeights`
+        return handle_torch_function(attend, (value,), query, key, value, mask, dropout_rate, causal)
     if isinstance(mask, Packed):
         key, value = (repeat_heads(x, query.size(1)) for x in (key, value))
         return attend_packed(query, key, value, mask)

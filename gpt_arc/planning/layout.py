@@ -52,6 +52,7 @@ class Layout:
     checkpointing: Checkpointing = False
     reshard: bool = True  # gathered blocks are dropped between forward and backward pass
     average: bool = False  # a moving average of the weights is kept
+    offloaded: bool = False  # the shards lie in the CPU's memory, with their gradients and moments
 
     @property
     def share(self) -> int:
@@ -66,9 +67,9 @@ class Layout:
     @property
     def memory(self) -> dict[str, float]:
         """Bytes on each device at the peak of a step, by what they hold. Of AdamW's moments; Muon has fewer."""
-        config, parameters = self.model.config, self.model.num_parameters()
+        config = self.model.config
         blocks = [sum(p.numel() for p in block.parameters()) for block in self.model.blocks]
-        outside, block = parameters - sum(blocks), max(blocks)
+        outside, block = self.model.num_parameters() - sum(blocks), max(blocks)
         head, tokens = config.vocab_size * config.n_embd, self.micro_batch * config.block_size
         size = 2 if self.dtype in ("bfloat16", "float16") else 4
         logits = min(tokens * config.vocab_size, logits_at_once("cuda"))
@@ -88,9 +89,13 @@ class Layout:
             },
             {"gathered weights": FLOAT32 * outside, "whole gradients": 3 * FLOAT32 * outside},  # its end
         ]
-        shard = FLOAT32 * parameters / self.devices
-        weights = {"weights": shard * (2 if self.average else 1), "gradients": shard, "moments": 2 * shard}
-        return weights | max(phases, key=lambda phase: sum(phase.values()))
+        return ({} if self.offloaded else self.state) | max(phases, key=lambda phase: sum(phase.values()))
+
+    @property
+    def state(self) -> dict[str, float]:
+        """Bytes of a device's shards, by what they hold."""
+        shard = FLOAT32 * self.model.num_parameters() / self.devices
+        return {"weights": shard * (2 if self.average else 1), "gradients": shard, "moments": 2 * shard}
 
     @property
     def communicated(self) -> float:
@@ -123,7 +128,8 @@ class Layout:
     def lines(self) -> Iterator[str]:
         """Yields what to print about the layout."""
         parts = ", ".join(f"{name} {human(size, 'B')}" for name, size in self.memory.items())
-        yield f"memory         {human(sum(self.memory.values()), 'B')} on each device: {parts}"
+        beside = f"; and {human(sum(self.state.values()), 'B')} of the CPU's for each" if self.offloaded else ""
+        yield f"memory         {human(sum(self.memory.values()), 'B')} on each device: {parts}{beside}"
         if self.accelerator in MEMORY:
             smallest, verdict = self.smallest(), "yes" if self.fits else "no"
             fewest = f"{smallest.devices:,} devices are enough" if smallest else "no number of devices is enough"

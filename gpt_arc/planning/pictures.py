@@ -29,7 +29,10 @@ def draw_all(runs: Sequence[FinishedRun], laws: Laws, folder: Path) -> list[Path
     written = []
     for name, draw in drawings.items():
         figure = figures.Figure(figsize=(6, 4), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        if axes.get_xscale() == "log":  # or the labels of less than a decade overlap
+            axes.xaxis.set_minor_locator(import_extra("matplotlib.ticker").LogLocator(subs=(2, 5)))
         for ending in ("png", "svg"):
             written.append(folder / f"{name}.{ending}")
             figure.savefig(written[-1], dpi=110)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_arc.extras import import_extra
+from gpt_arc.reports.attention import draw_attention_maps
 from gpt_arc.reports.content import RunContent
 from gpt_arc.training.log import METRICS
 
@@ -107,13 +108,17 @@ def smoothed(values: Sequence[float], share: float) -> list[float]:
 
 
 def draw_all(runs: Sequence[RunContent], charts: Sequence[Chart], folder: Path) -> list[Path]:
-    """Draws each chart as a PNG, and the confusion matrices. Returns the files. Raises UserError without matplotlib."""
+    """Draws each chart, confusion matrix and attention map as a PNG.
+
+    Returns the files. Raises UserError without matplotlib.
+    """
     figures = import_extra("matplotlib.figure")
     names = [run.name.replace("$", r"\$") for run in runs]  # which would begin a formula
     written = []
 
-    def save(figure: Any, name: str) -> None:
-        written.append(folder / f"{name}.png")
+    def save(figure: Any, name: str, number: int | None = None) -> None:
+        """`number` of the run, for what is drawn of each."""
+        written.append(folder / (f"{name}.png" if number is None or len(runs) == 1 else f"{name}_{number + 1}.png"))
         figure.savefig(written[-1], dpi=110)
 
     for number, chart in enumerate(charts):
@@ -124,7 +129,12 @@ def draw_all(runs: Sequence[RunContent], charts: Sequence[Chart], folder: Path) 
         if matrix := confusion_matrix(run):
             figure = figures.Figure(figsize=(5, 4.5), layout="constrained")
             draw_confusion(figure.subplots(), *matrix)
-            save(figure, f"confusion_matrix_{number + 1}" if len(runs) > 1 else "confusion_matrix")
+            save(figure, "confusion_matrix", number)
+        if run.attention:
+            layers, heads = run.attention.maps.shape[:2]
+            figure = figures.Figure(figsize=(1.5 + 0.7 * heads, 1.2 + 0.7 * layers), layout="constrained")
+            draw_attention_maps(figure.subplots(), run.attention.maps)
+            save(figure, "attention", number)
     return written
 
 

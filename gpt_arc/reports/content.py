@@ -13,6 +13,7 @@ from gpt_arc.files import follow
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.reading import read_bytes, read_json
+from gpt_arc.reports.attention import PromptAttention, prompt_attention
 from gpt_arc.training.runs import Summary, is_running, size_of, summary
 from gpt_arc.weights.checkpoint_folders import checkpoints, named_checkpoint, step_of
 from gpt_arc.weights.directory import load_config
@@ -47,7 +48,8 @@ class RunContent:
     samples: list[Sample]
     checkpoints: list[Checkpoint]
     figures: dict[str, Any]  # of report.json
-    problems: list[str]  # files that can't be read
+    problems: list[str]  # why something isn't shown
+    attention: PromptAttention | None = None
 
     @property
     def name(self) -> str:
@@ -64,8 +66,11 @@ class RunContent:
         return next((line[metric] for line in reversed(self.summary.metrics) if metric in line), None)
 
 
-def read_run(folder: Path) -> RunContent:
-    """Reads a run folder. Raises UserError if what started it, run.json or config.toml, can't be read."""
+def read_run(folder: Path, prompt: str | None = None) -> RunContent:
+    """Reads a run folder, and its model's attention in a prompt.
+
+    Raises UserError if what started the run, run.json or config.toml, can't be read.
+    """
     running = is_running(folder)
     run, problems = summary(folder), []
 
@@ -88,6 +93,7 @@ def read_run(folder: Path) -> RunContent:
         read_checkpoints(folder),
         attempt(lambda: read_json(figures), {}) if figures.exists() else {},
         problems,
+        attempt(lambda: prompt_attention(folder, prompt), None) if prompt else None,
     )
 
 

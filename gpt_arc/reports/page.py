@@ -6,13 +6,16 @@ Whatever comes from a run is escaped. The page's policy allows its own script al
 import base64
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from gpt_arc.attention_view import view_data, with_view
 from gpt_arc.reports.charts import Chart, confusion_matrix
 from gpt_arc.reports.content import RunContent, setting_text
+from gpt_arc.reports.parts import details, html_table, section
+from gpt_arc.reports.sweeps import SweepContent, sweep_section
 from gpt_arc.tables import cell, human, to_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -20,14 +23,27 @@ NOT_COMPARED = {"out_dir", "overwrite", "resume"}  # settings that say nothing a
 SHOWN_CLASSES = 50  # of a confusion matrix
 
 
-def page(runs: Sequence[RunContent], charts: Sequence[Chart], refresh: int | None = None) -> str:
+def page(
+    runs: Sequence[RunContent],
+    charts: Sequence[Chart],
+    refresh: int | None = None,
+    sweeps: Sequence[SweepContent] = (),
+) -> str:
     """Returns the HTML of a report; with `refresh`, it reloads itself after that many seconds."""
-    template = TEMPLATE.read_text(encoding="utf-8")
+    template = with_view(TEMPLATE.read_text(encoding="utf-8"))
     script = template.partition("<script>")[2].partition("</script>")[0]
-    data = {"runs": [run.name for run in runs], "charts": charts_data(charts), "refresh": refresh}
-    sections = [summary_table(runs), '<section id="charts"></section>', *map(figures_of, runs), samples(runs)]
-    sections += [configuration(runs), data_table(runs), checkpoint_table(runs), problems(runs)]
-    title = " and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    views = [{"run": i, **view_data(*run.attention)} for i, run in enumerate(runs) if run.attention]
+    data = {"runs": [run.name for run in runs], "charts": charts_data(charts), "attention": views, "refresh": refresh}
+    sections = [summary_table(runs), '<section id="charts"></section>'] if runs else []
+    sections += [*map(figures_of, runs), *map(sweep_section, sweeps)]
+    sections += [
+        section(f"{runs[i].name}: attention", f'<div id="attention-{i}"></div>')
+        for i in (view["run"] for view in views)
+    ]
+    sections += [samples(runs), configuration(runs) if runs else "", data_table(runs), checkpoint_table(runs)]
+    sections.append(problems(runs))
+    names = [each.name for each in (*runs, *sweeps)]
+    title = " and ".join(names) if len(names) < 4 else f"{len(names)} runs"
     parts = {
         "policy": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "title": escape(title),
@@ -63,27 +79,6 @@ def charts_data(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     ]
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a table whose first column names the rows. Texts are escaped."""
-
-    def row(kind: str, cells: Sequence[Any]) -> str:
-        first, *others = (escape(cell(value)) for value in cells)
-        return f'<tr><th scope="{kind}">{first}</th>' + "".join(
-            f'<th scope="col">{text}</th>' if kind == "col" else f"<td>{text}</td>" for text in others
-        )
-
-    body = "\n".join(row("row", cells) for cells in rows)
-    return f'<div class="wide" tabindex="0"><table><thead>{row("col", header)}<tbody>\n{body}\n</table></div>'
-
-
-def section(title: str, content: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n{content}\n</section>" if content else ""
-
-
-def details(title: str, content: str, is_open: bool = False) -> str:
-    return f"<details{' open' * is_open}><summary>{escape(title)}</summary>\n{content}\n</details>"
-
-
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
@@ -114,7 +109,7 @@ def summary_table(runs: Sequence[RunContent]) -> str:
         }.items():
             facts.setdefault(name, []).append(value)
     return section(
-        "Summary", table(["run", *(run.name for run in runs)], ([n, *v] for n, v in facts.items() if any(v)))
+        "Summary", html_table(["run", *(run.name for run in runs)], ([n, *v] for n, v in facts.items() if any(v)))
     )
 
 
@@ -123,7 +118,7 @@ def figures_of(run: RunContent) -> str:
     figures = {name: value for name, value in run.figures.items() if name not in ("confusion_matrix", "epochs")}
     if not run.figures:
         return ""
-    parts = [table(["figure", "value"], ([name, setting_text(value)] for name, value in flat(figures)))]
+    parts = [html_table(["figure", "value"], ([name, setting_text(value)] for name, value in flat(figures)))]
     matrix = confusion_matrix(run)
     if matrix and len(matrix[0]) <= SHOWN_CLASSES:
         classes, counts = matrix
@@ -164,14 +159,14 @@ def configuration(runs: Sequence[RunContent]) -> str:
     rows = [[name, *(setting_text(run.summary.settings.get(name)) for run in runs)] for name in names]
     different = [row for row in rows if len(set(row[1:])) > 1 and row[0] not in NOT_COMPARED]
     header = ["setting", *(run.name for run in runs)]
-    parts = [table(header, different) if different else "<p>No setting differs.</p>"] if len(runs) > 1 else []
-    parts.append(details("all settings", table(header, rows), is_open=len(runs) == 1))
+    parts = [html_table(header, different) if different else "<p>No setting differs.</p>"] if len(runs) > 1 else []
+    parts.append(details("all settings", html_table(header, rows)))
     return section("Settings that differ" if len(runs) > 1 else "Settings", "\n".join(parts))
 
 
 def data_table(runs: Sequence[RunContent]) -> str:
     rows = [[run.name, name, tokens, run.summary.hardware or ""] for run in runs for name, tokens in run.data.items()]
-    return section("Data and hardware", table(["run", "data", "tokens", "hardware"], rows) if rows else "")
+    return section("Data and hardware", html_table(["run", "data", "tokens", "hardware"], rows) if rows else "")
 
 
 def checkpoint_table(runs: Sequence[RunContent]) -> str:
@@ -186,9 +181,9 @@ def checkpoint_table(runs: Sequence[RunContent]) -> str:
         for run in runs
         for each in run.checkpoints
     ]
-    return section("Checkpoints", table(["checkpoint", "step", "written", "size", "named"], rows) if rows else "")
+    return section("Checkpoints", html_table(["checkpoint", "step", "written", "size", "named"], rows) if rows else "")
 
 
 def problems(runs: Sequence[RunContent]) -> str:
     items = [f"<li>{escape(problem)}" for run in runs for problem in run.problems]
-    return section("Files that can't be read", f"<ul>{''.join(items)}</ul>" if items else "")
+    return section("What isn't shown", f"<ul>{''.join(items)}</ul>" if items else "")

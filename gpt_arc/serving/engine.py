@@ -6,14 +6,15 @@ continuation whose reader has gone leaves before the next step.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.decoding.batch import LiveBatch, LiveRequest, Token
 from gpt_arc.decoding.decoder import Decoder
 
+T = TypeVar("T")
 MOST_WAITING = 512  # continuations
 
 
@@ -57,6 +58,7 @@ class Engine:
         self._running: dict[LiveRequest, Choice] = {}
         self._leaving: list[LiveRequest] = []
         self._work = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1)
 
     @property
     def idle(self) -> bool:
@@ -68,8 +70,8 @@ class Engine:
 
     async def serve(self) -> None:
         """Steps for as long as there is a choice, until it is cancelled."""
-        loop, batch = asyncio.get_running_loop(), None
-        with ThreadPoolExecutor(1) as thread:
+        batch = None
+        with self._thread:
             while True:
                 if self.idle:
                     self._work.clear()
@@ -81,14 +83,18 @@ class Engine:
                     self._running[choice.request] = choice
                     joining.append(choice.request)
                 try:
-                    batch = batch or await loop.run_in_executor(thread, LiveBatch, self.decoder, self.rows)
-                    for request, token in await loop.run_in_executor(thread, batch.step, joining, leaving):
+                    batch = batch or await self.call(LiveBatch, self.decoder, self.rows)
+                    for request, token in await self.call(batch.step, joining, leaving):
                         if request in self._running and self._running[request].push(token):
                             self._leave(request)
                 except Exception as error:  # whatever it is, it ends these answers and not the server
                     for choice in self._running.values():
                         choice.pieces.put_nowait(error)
                     batch, self._running, self._leaving = None, {}, []
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Returns what a function returns, run in the model's thread, between two steps."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def run(self, choices: Sequence[Choice]) -> AsyncIterator[list[Piece]]:
         """Yields the choices' pieces as they come. Raises what failed in their batch.

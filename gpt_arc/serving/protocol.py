@@ -1,5 +1,6 @@
 """OpenAI's API for completions: what requests may hold, and the form of answers and errors."""
 
+import base64
 import json
 import secrets
 import time
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, MaxLen, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gpt_arc.chat.format import IMAGE
 from gpt_arc.data.text_stream import UNFINISHED
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.settings import Sampling
@@ -20,6 +22,7 @@ from gpt_arc.settings import Count, Seed
 T = TypeVar("T", bound=BaseModel)
 MOST_CHOICES = 128  # of a request, all its prompts together
 MOST_ALTERNATIVES = 20
+MOST_IMAGES = 16  # of a request
 # settings of OpenAI's API that this server lacks, with the values that mean nothing
 LACKING: dict[str, tuple] = {
     **dict.fromkeys(("frequency_penalty", "presence_penalty"), (0,)),
@@ -96,15 +99,52 @@ class TextPart(BaseModel):
     text: str
 
 
+class ImageUrl(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"  # every image is read in the one size that the model reads
+
+
+class ImagePart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @property
+    def content(self) -> bytes:
+        """The image's file. Raises ApiError unless the URL holds it."""
+        head, _, data = self.image_url.url.partition(",")
+        try:
+            if head.startswith("data:image/") and head.endswith(";base64"):
+                return base64.b64decode(data, validate=True)
+        except ValueError:
+            pass
+        message = "an image_url must be data:image/png;base64,... or of another type of image: nothing is fetched"
+        raise ApiError(400, message, "messages")
+
+
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: str | None = None
 
     @property
+    def images(self) -> list[ImagePart]:
+        """Its images. Raises ApiError."""
+        images = [part for part in self.content if isinstance(part, ImagePart)]
+        if images and self.role != "user":
+            raise ApiError(400, f"an image in a message of the role {self.role}: users alone show images", "messages")
+        if images and any(isinstance(part, TextPart) and IMAGE in part.text for part in self.content):
+            raise ApiError(400, f"{IMAGE} stands for an image: leave it out of a text beside one", "messages")
+        return images
+
+    @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Its text, in which IMAGE stands for each image."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text if isinstance(part, TextPart) else IMAGE for part in self.content)
 
 
 class ChatRequest(Common):
@@ -118,6 +158,15 @@ class ChatRequest(Common):
     @property
     def alternatives(self) -> int:
         return self.top_logprobs
+
+
+class AttentionRequest(BaseModel):
+    """What a page asks attention maps of: a text or a conversation. Not in OpenAI's API."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    model: str
+    prompt: str = ""
+    messages: list[Message] = []  # in place of a prompt
 
 
 def parse(cls: type[T], body: bytes) -> T:

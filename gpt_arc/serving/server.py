@@ -15,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Sent
+from torch import Tensor
 
+from gpt_arc.attention_view import MOST_TOKENS, view_data, with_view
 from gpt_arc.chat.format import ChatFormat, Turn
 from gpt_arc.data.text_stream import TextStream
 from gpt_arc.data.tokenizer import Tokenizer
@@ -31,13 +35,27 @@ from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.probabilities import row_generators
 from gpt_arc.decoding.prompts import prompt_tokens
 from gpt_arc.errors import NotFinite, UserError
+from gpt_arc.nn.attention_maps import attention_maps
 from gpt_arc.serving.engine import Choice, Engine, Piece
-from gpt_arc.serving.protocol import MOST_CHOICES, ApiError, ChatRequest, CompletionRequest, Writer, parse
+from gpt_arc.serving.protocol import (
+    MOST_CHOICES,
+    MOST_IMAGES,
+    ApiError,
+    AttentionRequest,
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    Message,
+    Writer,
+    parse,
+)
 from gpt_arc.tables import to_json
+from gpt_arc.vision.images import decode_image
+from gpt_arc.vision.model import VisionGPT
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("playground.html")
-LARGEST_BODY = 4 << 20  # bytes
+LARGEST_BODY = 32 << 20  # bytes
 
 
 @dataclass
@@ -50,14 +68,58 @@ class Model:
     chat: ChatFormat | None
     rows: int  # continuations at a time
     max_new_tokens: int  # most that a client may ask for
+    vision: VisionGPT | None = None  # around the decoder's model, if it reads images
 
     def __post_init__(self):
         self.context = self.decoder.model.config.block_size
         self.created = int(time.time())
 
     def describe(self) -> dict[str, Any]:
-        about = {"context": self.context, "chat": self.chat is not None, "max_tokens": self.max_new_tokens}
+        about = {"context": self.context, "chat": self.chat is not None, "images": self.vision is not None}
+        about["max_tokens"] = self.max_new_tokens
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "gpt-arc", **about}
+
+    def see(self, images: Sequence[ImagePart]) -> Tensor | None:
+        """Returns the embeddings (N, C) of all images; None if there are none. Raises ApiError."""
+        if not images:
+            return None
+        if self.vision is None:
+            raise ApiError(400, f"{self.name} reads text alone: leave the images out", "messages")
+        if len(images) > MOST_IMAGES:
+            raise ApiError(400, f"the messages have {len(images)} images, and {MOST_IMAGES} are the most", "messages")
+        try:
+            pictures = [decode_image(image.content, Path(f"image {i}")) for i, image in enumerate(images, 1)]
+        except UserError as error:
+            raise ApiError(400, str(error), "messages") from None
+        return torch.cat([self.vision.see(picture) for picture in pictures])
+
+    def turns(self, messages: Sequence[Message]) -> list[Turn]:
+        """Returns messages as turns, with the ids of their images' embeddings. Raises ApiError."""
+        if self.chat is None:
+            message = f"{self.name} hasn't learned conversations: use /v1/completions, or train it by stages/sft.py"
+            raise ApiError(400, message, "model")
+        size = self.vision.embeddings_per_image if self.vision else 0
+        turns, first = [], -1
+        for message in messages:
+            ids = [range(first - i * size, first - (i + 1) * size, -1) for i, _ in enumerate(message.images)]
+            first -= len(ids) * size
+            role = "system" if message.role == "developer" else message.role
+            turns.append(Turn(role, message.text, images=tuple(ids)))
+        return turns
+
+    def text_of(self, request: AttentionRequest) -> list[int]:
+        """Returns the tokens of a text or conversation. Raises ApiError."""
+        if not request.messages:
+            return self._prompt(request.prompt)
+        return self._latest(self.turns(request.messages), self.context)
+
+    def _latest(self, turns: Sequence[Turn], room: int) -> list[int]:
+        """Returns the prompt of the latest turns that fit. Raises ApiError."""
+        assert self.chat is not None  # `turns` saw to it
+        try:
+            return self.chat.prompt(self.chat.latest(turns, room))
+        except UserError as error:
+            raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
 
     def prompts(self, request: CompletionRequest | ChatRequest) -> tuple[list[list[int]], int]:
         """Returns the tokens of a request's prompts and the most tokens of a continuation. Raises ApiError."""
@@ -87,24 +149,22 @@ class Model:
 
     def _conversation(self, request: ChatRequest) -> tuple[list[list[int]], int]:
         """A conversation that is too long for the context loses its oldest turns, as in `sample.py --chat`."""
-        if self.chat is None:
-            message = f"{self.name} hasn't learned conversations: use /v1/completions, or train it by stages/sft.py"
-            raise ApiError(400, message, "model")
-        roles = {"developer": "system"}
-        turns = [Turn(roles.get(message.role, message.role), message.text) for message in request.messages]
+        turns = self.turns(request.messages)
         limit = self._checked(request.max_completion_tokens or request.max_tokens or self.max_new_tokens, "max_tokens")
-        try:
-            return [self.chat.prompt(self.chat.latest(turns, self.context - min(limit, self.context // 2)))], limit
-        except UserError as error:
-            raise ApiError(400, str(error), "messages", "context_length_exceeded") from None
+        return [self._latest(turns, self.context - min(limit, self.context // 2))], limit
 
     def _checked(self, limit: int, name: str) -> int:
         if limit > self.max_new_tokens:
             raise ApiError(400, f"{name} = {limit} is more than {self.max_new_tokens}, the most of this server", name)
         return limit
 
-    def choices(self, request: CompletionRequest | ChatRequest) -> tuple[list[Choice], int]:
-        """Returns the choices of a request and the number of its prompts' tokens. Raises ApiError."""
+    def choices(
+        self, request: CompletionRequest | ChatRequest, images: Tensor | None = None
+    ) -> tuple[list[Choice], int]:
+        """Returns the choices of a request and the number of its prompts' tokens. Raises ApiError.
+
+        `images`: what `see` returned.
+        """
         prompts, limit = self.prompts(request)
         if len(prompts) * request.n > MOST_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts of n = {request.n} are more than {MOST_CHOICES} choices", "n")
@@ -114,7 +174,7 @@ class Model:
         choices = [
             Choice(
                 index,
-                batch.LiveRequest(prompt, request.sampling, generator, request.alternatives),
+                batch.LiveRequest(prompt, request.sampling, generator, request.alternatives, images),
                 TextStream(self.tokenizer, *self._reading(prompt, is_chat, request.stop)),
                 limit,
             )
@@ -134,7 +194,7 @@ class Playground:
         self.models = {model.name: model for model in models}
         self.token, self.port = token, port
         self.engines: dict[str, Engine] = {}
-        page = PAGE.read_text(encoding="utf-8")
+        page = with_view(PAGE.read_text(encoding="utf-8"))
         parts = [re.findall(f"<{name}>(.*?)</{name}>", page, re.DOTALL) for name in ("script", "style")]
         script, style = (" ".join(f"'sha256-{_digest(part)}'" for part in each) for each in parts)
         policy = f"default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:"
@@ -147,6 +207,7 @@ class Playground:
                     Route("/v1/models/{name:path}", self.show_model),
                     Route("/v1/completions", self.complete, methods=["POST"]),
                     Route("/v1/chat/completions", self.complete, methods=["POST"]),
+                    Route("/attention", self.attention, methods=["POST"]),
                 ],
                 exception_handlers={ApiError: _refuse, 404: _not_found, 405: _not_found},
                 lifespan=self.lifespan,
@@ -183,8 +244,11 @@ class Playground:
         kind = ChatRequest if "chat" in request.url.path else CompletionRequest
         parsed = parse(kind, await _body(request))
         model = self.model(parsed.model)
-        choices, prompt_size = model.choices(parsed)
-        writer, engine = Writer(parsed, model.tokenizer, prompt_size), self.engines[model.name]
+        engine, images = self.engines[model.name], None
+        if isinstance(parsed, ChatRequest):
+            images = await self.see(model, parsed.messages)
+        choices, prompt_size = model.choices(parsed, images)
+        writer = Writer(parsed, model.tokenizer, prompt_size)
         if engine.is_full(len(choices)):
             raise ApiError(429, "too many requests wait already: try again later")
         pieces = engine.run(choices)
@@ -202,6 +266,22 @@ class Playground:
         except Exception as error:
             raise _as_api_error(error) from error
 
+    async def see(self, model: Model, messages: Sequence[Message]) -> Tensor | None:
+        """`Model.see` of the messages' images."""
+        images = [image for message in messages for image in message.images]
+        return await self.engines[model.name].call(model.see, images) if images else None
+
+    async def attention(self, request: Request) -> Response:
+        """Answers with the attention maps of the latest tokens of a text or conversation, for the page to draw."""
+        parsed = parse(AttentionRequest, await _body(request))
+        model = self.model(parsed.model)
+        images, tokens = await self.see(model, parsed.messages), model.text_of(parsed)
+        arguments = model.decoder.model, tokens, images, MOST_TOKENS
+        maps = await self.engines[model.name].call(attention_maps, *arguments)
+        shown = tokens[-MOST_TOKENS:]
+        texts = ["[image]" if token < 0 else model.tokenizer.decode([token]) for token in shown]
+        return _json(view_data(maps, texts) | {"earlier": len(tokens) - len(shown)})
+
 
 class Guard:
     """Refuses what a page from elsewhere could send to a local server, and whoever doesn't know the token.
@@ -217,7 +297,7 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_headers(message: Sent) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["content-security-policy"] = self.playground.policy

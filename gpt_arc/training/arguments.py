@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, check_early
-from gpt_arc.files import command, resource
+from gpt_arc.files import HELP, command, resource
 from gpt_arc.flags import read_flags
 from gpt_arc.settings import STRICT, Positional, read_files
 from gpt_arc.training.config import Config
@@ -54,7 +54,7 @@ def config_file(name: str) -> str:
 def read_arguments(description: str | None, args: list[str]) -> dict[str, Any]:
     """Returns the settings on the command line of train.py, by flat name. Raises UserError; --help prints and exits."""
     named = [arg for arg in args if arg.endswith(".toml") and not arg.startswith("-")]
-    shown = read_files(Config, named)[0] if {"-h", "--help"} & set(args) else {}
+    shown = read_files(Config, named)[0] if HELP & set(args) else {}
     return read_flags(Arguments, description, args, shown)
 
 

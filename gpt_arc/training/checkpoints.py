@@ -17,7 +17,7 @@ from zipfile import ZIP_STORED, ZipFile
 
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import ConfigDict, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic's condition before Python 3.12
 
@@ -27,7 +27,7 @@ from gpt_arc.distributed import IS_MAIN, RANK, say
 from gpt_arc.errors import UserError
 from gpt_arc.files import discard, follow, locked, new_directory, point, write_file
 from gpt_arc.manifest import DamagedFile, record_files
-from gpt_arc.reading import open_plain, read_json, reading
+from gpt_arc.reading import adapter_of, open_plain, read_json, reading
 from gpt_arc.settings import Threads
 from gpt_arc.training.optim import Updater
 from gpt_arc.weights.checkpoint_folders import (
@@ -303,7 +303,7 @@ def load_state(directory: Path, on_disk: bool = False) -> dict[str, Any]:
             if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("its parts are compressed, which torch.save doesn't do")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk)
-        return dict(TypeAdapter(TrainingState).validate_python(state))
+        return dict(adapter_of(TrainingState).validate_python(state))
 
 
 def state_file(directory: Path) -> Path:

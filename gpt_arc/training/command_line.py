@@ -244,11 +244,12 @@ def start_stage(options: O, name: str, train: Callable[[O, StageRun[P]], int], p
             raise UserError("name the run to resume: --resume=RUN")
         folder = Path(resumed)
         recorded = recorded_options(folder, type(options), name)
-        allowed = {"resume", "device", "backend", "stop_after", "logger", "wandb_log", *recorded.code}
+        anew = ("device", "backend", "stop_after", "quiet")
+        allowed = {"resume", "logger", "wandb_log", *anew, *recorded.code}
         allowed |= {"model"} if is_old_form else set()
         refuse_others(options, allowed, "can't be changed: --resume keeps the run's original settings")
         confirm_code(options, recorded, resume_command(sys.argv[0], folder, recorded))
-        given: dict[str, Any] = {each: getattr(options, each) for each in ("device", "backend", "stop_after")}
+        given: dict[str, Any] = {each: getattr(options, each) for each in anew}
         given["resume"] = str(folder)
         for setting in ("logger", "wandb_log"):
             value = getattr(options, setting)

@@ -93,6 +93,9 @@ class TrainingConfig:
     """Muon's peak learning rate, on the same schedule as learning_rate, which AdamW uses."""
     momentum: Share = 0.95
     """Muon's decay rate for the mean of gradients."""
+    offload_optimizer: bool = False
+    """Keep AdamW's moments in the CPU's memory and update the weights there, which halves what weights, gradients and
+    moments take of a GPU's. Under fsdp, the shards of weights and gradients lie there too."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warmup. wsd: constant, then linear decay at the end, see cooldown.
     inverse_sqrt: over the square root of the step, without an end (arXiv:1706.03762)."""
@@ -185,7 +188,7 @@ class TrainingConfig:
             raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
         unsuited = {"parallel = fsdp": self.parallel == "fsdp", "expert_processes": self.expert_processes > 1}
         unsuited |= {"optimizer = muon": self.optimizer == "muon", "ema_decay": self.ema_decay is not None}
-        unsuited["float8"] = self.float8
+        unsuited |= {"float8": self.float8, "offload_optimizer": self.offload_optimizer}
         for name in (name for name, is_set in unsuited.items() if is_set and self.tensor_processes > 1):
             raise ValueError(
                 f"tensor_processes = {self.tensor_processes} doesn't suit {name}: leave out one of the two"
@@ -196,6 +199,11 @@ class TrainingConfig:
             )
         if self.replicas > 1 and self.parallel != "fsdp":
             raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
+        if self.offload_optimizer and self.optimizer == "muon":
+            raise ValueError(
+                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: leave it "
+                "out, or set optimizer = adamw"
+            )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
 
@@ -283,6 +291,8 @@ class RunConfig:
     """Price of an hour of one, in any currency."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
+    quiet: bool = False
+    """Show no progress, neither a bar nor lines: only the plan, warnings, samples and the end."""
     verify: bool = False
     """Compare all token files with their checksums first; without it only their sizes."""
 
@@ -322,6 +332,7 @@ class Config:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    LISTED: ClassVar[str] = "--help-all"
     INSTEAD: ClassVar[dict[str, str]] = {
         **{"mixture": "dataset", "dataset": "mixture"},
         **{"warmup": "warmup_iters", "warmup_iters": "warmup"},

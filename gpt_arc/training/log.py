@@ -6,18 +6,18 @@ import math
 import secrets
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from gpt_arc.distributed import say
+from gpt_arc.distributed import IS_MAIN, say
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.reading import open_plain, read_bytes, reading
-from gpt_arc.tables import to_json
+from gpt_arc.tables import counted, duration, to_json
 
 if TYPE_CHECKING:
     from gpt_arc.training.config import LoggingConfig
@@ -177,15 +177,44 @@ class MetricsLog:
             self._tracker = None
 
 
-def show_metrics(line: dict[str, Any], bar: tqdm) -> None:
-    """Show a line of train.py beside the progress bar and, after an evaluation or without a bar, by itself."""
-    line = {name: value for name, value in line.items() if value is not None}
-    figures = {"loss": ("train_loss", ".4f"), "val": ("val_loss", ".4f"), "rate": ("learning_rate", ".2e")}
-    shown = ", ".join(f"{name} {line[key]:{form}}" for name, (key, form) in figures.items() if key in line)
-    bar.set_postfix_str(shown)
-    if bar.disable or "val_loss" in line:
-        rate = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
-        say(f"step {line['step']}: {shown}{rate}")
+class ProgressBar(tqdm):
+    """Shows how far a run has come: on a terminal a bar, elsewhere lines, and neither if it is `quiet`."""
+
+    def __init__(self, total: int, done: int, unit: str, quiet: bool):
+        bar = "{percentage:3.0f}%|{bar}| {unit} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+        hidden = quiet or not IS_MAIN
+        super().__init__(
+            total=total, initial=done, unit=unit, bar_format=bar, dynamic_ncols=True, disable=hidden or None
+        )
+        self.writes_lines = bool(self.disable) and not quiet
+        self._val_loss = ""
+
+    def set_figures(self, shown: str, line: Mapping[str, Any]) -> None:
+        """Put `shown` beside the bar, with the last val loss and the rate from lines of metrics."""
+        if line.get("val_loss") is not None:
+            self._val_loss = f"val {line['val_loss']:.4f}"
+        rate = f"{line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
+        val_loss = "" if "val " in shown else self._val_loss
+        self.set_postfix_str(", ".join(filter(None, (shown, val_loss, rate))))
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Show a line of train.py beside the bar and, after an evaluation or without a bar, by itself."""
+        line = {name: value for name, value in line.items() if value is not None}
+        losses = {"loss": "train_loss", "val": "val_loss"}
+        shown = ", ".join(f"{name} {line[key]:.4f}" for name, key in losses.items() if key in line)
+        self.set_figures(shown, line)
+        if self.writes_lines or "val_loss" in line and not self.disable:
+            rate = f", rate {line['learning_rate']:.2e}" if "learning_rate" in line else ""
+            speed = f", {line['tokens_per_second']:,.0f} tokens/s" if line.get("tokens_per_second") else ""
+            say(f"step {line['step']}: {shown}{rate}{speed}")
+
+
+def trained(seconds: float, tokens: float | None) -> str:
+    """Returns a line with how long a run trained, over all its starts, and on how many tokens if that is known."""
+    figures = [duration(seconds)]
+    if tokens and seconds:
+        figures += [counted(tokens, "token"), f"{tokens / seconds:,.0f} tokens/s"]
+    return f"trained        {', '.join(figures)}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from gpt_arc import distributed
+from gpt_arc.device import send
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.muon import BatchedMuon
+from gpt_arc.training.offload import OffloadedAdamW
 from gpt_arc.training.parallel import REPLICATED, Parallel
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.weights.tensor_files import check_tensors
@@ -66,7 +68,8 @@ def build_adamw(
             {name: p for name, p in parameters.items() if name.startswith(part)}, config.weight_decay, width_ratio
         )
     ]
-    return torch.optim.AdamW(
+    kind = OffloadedAdamW if config.offload_optimizer else torch.optim.AdamW
+    return kind(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
@@ -156,8 +159,8 @@ class Updater:
             self.scaler.unscale_(optimizer)
         shares = self.sharing.shares if self.sharing else {}
         norm = self.parallel.total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
-        values = [norm / distributed.WORLD_SIZE]
-        values += [x if isinstance(x, Tensor) else torch.full_like(norm, x) for x in sums]
+        values = [send(norm / distributed.WORLD_SIZE, self.device)]
+        values += [x if isinstance(x, Tensor) else torch.full_like(values[0], x) for x in sums]
         if self.sharing:  # every share's gradient is in as many processes as there are copies of it
             for gradient in self.sharing.gradients:
                 self.parallel.contribute(gradient)

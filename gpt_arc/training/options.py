@@ -97,9 +97,11 @@ class StageOptions:
     first failure ends the run."""
     stop_after: str | None = None
     """Save and stop after this time, such as 3h59m or 90m, counted from the start of the program; --resume goes on."""
+    quiet: bool = False
+    """Show no progress, neither a bar nor lines: only the plan, warnings and the end."""
     resume: str | None = None
-    """Run folder to resume with its original settings; only device, backend, stop_after, logger and wandb_log may
-    change."""
+    """Run folder to resume with its original settings; only device, backend, stop_after, quiet, logger and wandb_log
+    may change."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("train", "val", "epochs", "learning_rate", "batch_size", "out_dir", "resume")
 

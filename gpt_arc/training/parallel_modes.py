@@ -14,7 +14,7 @@ def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> P
         return REPLICATED
     from gpt_arc.training.sharded import Sharded  # takes a second to import
 
-    return Sharded(device, dtype, config.reshard_after_forward, config.replicas)
+    return Sharded(device, dtype, config.reshard_after_forward, config.replicas, config.offload_optimizer)
 
 
 def check_parallel(config: TrainingConfig) -> None:

@@ -34,6 +34,8 @@ from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
 from gpt_arc.training.kernels import choose_kernels
+from gpt_arc.training.log import trained
+from gpt_arc.training.offload import check_offload
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.parallel_modes import check_parallel
 from gpt_arc.training.runs import check_out_dir
@@ -129,6 +131,14 @@ class Plan:
     def finished(self) -> bool:
         return self.progress.step >= self.config.training.max_iters or self.out_of_patience
 
+    def summary(self, folder: Path) -> str:
+        """Returns what a finished run, in `folder`, reached, and in how long."""
+        progress, planned = self.progress, self.config.training.max_iters
+        early = f" of {planned}, by patience = {self.config.training.patience}" * (progress.step < planned)
+        best = f"best val loss {progress.best_val_loss:.4f} at step {progress.best_step}"
+        time = trained(progress.seconds, progress.consumed * self.config.model.block_size)
+        return f"finished step {progress.step}{early}: {best}; {folder}/best, {folder}/last\n{time}"
+
     def check_tokenizer(self, trained: Tokenizer | None) -> None:
         """Raises UserError if the dataset has another tokenizer than `trained`, the one of `origin`."""
         if self.tokenizer and trained and self.tokenizer != trained:
@@ -195,6 +205,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         )
     dtype = resolve_dtype(dtype, device)
     check_parallel(training)
+    check_offload(training, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
     check_tensor_processes(config, dtype)
     with meta_device():
@@ -301,8 +312,12 @@ def print_plan(plan: Plan) -> None:
             say(line)
     else:
         device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
-        memory = memory_estimate(sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, fused)
-        say(f"memory         about {human(memory, 'B')} on each device")
+        offloaded = config.training.offload_optimizer and device == "cuda"
+        memory = memory_estimate(
+            sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, fused, offloaded
+        )
+        beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
+        say(f"memory         about {human(memory, 'B')} on each device{beside}")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
     kind, foreign = nearest_architecture(config.model)
@@ -321,6 +336,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     return Layout(
         sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, dtype,
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
+        training.offload_optimizer and devices > 1,
     )  # fmt: skip
 
 
@@ -331,6 +347,8 @@ def doubts(plan: Plan, memory: float) -> Iterator[str]:
         less = ["a smaller model"]
         less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
         less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
+        can_offload = plan.device.type == "cuda" and plan.config.training.optimizer == "adamw"
+        less += ["--offload_optimizer"] * (can_offload and not plan.config.training.offload_optimizer)
         yield f"the device has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     tokens = len(plan.data.train) if plan.data else 0
     epochs = steps * plan.tokens_per_step / tokens if tokens else 0

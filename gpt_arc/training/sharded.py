@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gpt_arc import distributed
@@ -97,18 +97,28 @@ def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
-def shard_block(block: Block, dtype: torch.dtype, **settings: Any) -> None:
-    """Divides a block. The matrices are gathered in `dtype`, norms and routers, which compute in float32, as they are.
+def shard(model: nn.Module, dtype: torch.dtype, reshard_after_forward: bool, **settings: Any) -> None:
+    """Divides a model. The blocks' matrices are gathered in `dtype`, block by block, the rest at once and as it is.
 
-    autocast alone would keep a copy in `dtype` of each gathered matrix until the whole forward pass ends.
+    The rest includes the blocks' norms and routers, which compute in float32: gathered in their block, they would
+    interrupt its compiled code. autocast alone would keep a copy in `dtype` of each gathered matrix until the whole
+    forward pass ends.
     """
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    matrices = {p for block in blocks for p in block.parameters()}
     if dtype != torch.float32:
-        exact: list[nn.Module] = [
-            m for name, m in block.named_modules() if isinstance(m, NORMS) or name.endswith("router")
-        ]
-        fully_shard(exact, **settings)
+        matrices -= {p for block in blocks for p in exact_parameters(block)}
+    fully_shard(model, ignored_params=matrices, **settings)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(block, mp_policy=policy, **settings)
+    settings |= {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    for block in blocks:
+        fully_shard(block, ignored_params={*block.parameters()} - matrices, **settings)
+
+
+def exact_parameters(block: Block) -> Iterator[nn.Parameter]:
+    for name, module in block.named_modules():
+        if isinstance(module, NORMS) or name.endswith("router"):
+            yield from module.parameters()
 
 
 class Sharded(Parallel):
@@ -118,12 +128,20 @@ class Sharded(Parallel):
     muon = ShardedMuon
 
     def __init__(
-        self, device: torch.device, dtype: str = "float32", reshard_after_forward: bool = True, replicas: int = 1
+        self,
+        device: torch.device,
+        dtype: str = "float32",
+        reshard_after_forward: bool = True,
+        replicas: int = 1,
+        offload: bool = False,
     ):
+        """`offload` keeps the shards in the CPU's memory, where the optimizer updates them."""
         self.dtype, self.reshard_after_forward = DTYPES[dtype], reshard_after_forward
         shape, names = (replicas, WORLD_SIZE // replicas), ("replicas", "shards")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         self.mesh = mesh if replicas > 1 else mesh["shards"]
+        self.offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        self.shards_on = torch.device("cpu") if offload else device
 
     def place(self, model: nn.Module, device: torch.device, unused: bool = False) -> nn.Module:
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
@@ -136,12 +154,13 @@ class Sharded(Parallel):
         return self._divide(model.to("meta").requires_grad_(False), whole, device)
 
     def _divide(self, model: nn.Module, whole: dict[str, Any], device: torch.device) -> nn.Module:
-        for module in [module for module in model.modules() if isinstance(module, Block)]:
-            shard_block(module, self.dtype, mesh=self.mesh, reshard_after_forward=self.reshard_after_forward)
-        fully_shard(model, mesh=self.mesh)
-        model.to_empty(device=device)
+        shard(model, self.dtype, self.reshard_after_forward, mesh=self.mesh, offload_policy=self.offload)
+        model.to_empty(device=self.shards_on)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(model, whole, options=options)
+        for module in model.modules():  # the blocks find their buffers where they compute
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
         gather, scatter = cast(Any, AllGather()), cast(Any, ReduceScatter(self.contribute))
         for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
             module.set_custom_all_gather(gather)

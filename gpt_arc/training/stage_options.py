@@ -364,7 +364,7 @@ class EncoderOptions(ExampleOptions):
     epochs: Count = 10
     """Passes over the images."""
     batch_size: Count = 64
-    """Images that a process reads at a time, at most; with a text_model also those that it tells apart."""
+    """Images that a process reads at a time, at most; with a text_model, those of all processes are told apart."""
     learning_rate: Positive | None = None
     """Peak learning rate. None: ViT-B/16's 8e-4 for 86M parameters without embeddings; for fewer, times sqrt(86M /
     parameters), up to 0.01."""

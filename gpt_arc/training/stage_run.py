@@ -26,7 +26,6 @@ from typing import Any, Generic, NoReturn, Protocol
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from tqdm import tqdm
 from typing_extensions import TypeVar  # whose default comes with Python 3.13
 
 from gpt_arc import distributed
@@ -52,7 +51,7 @@ from gpt_arc.training.checkpoints import (
     training_state,
 )
 from gpt_arc.training.config import Config
-from gpt_arc.training.log import MetricsLog, movement, read_metrics, start_tracker
+from gpt_arc.training.log import MetricsLog, ProgressBar, movement, read_metrics, start_tracker, trained
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.options import StageOptions
 from gpt_arc.training.parallel_modes import check_parallel, make_parallel
@@ -95,7 +94,7 @@ class StageRun(Generic[P]):
 
     folder: Path  # a new run's only after `open`
     progress: P
-    bar: tqdm  # from the first call of `goes_on`
+    bar: ProgressBar  # from the first call of `goes_on`
 
     def __init__(
         self,
@@ -250,7 +249,7 @@ class StageRun(Generic[P]):
                     f"{self.folder} is finished after {counted(steps, unit)}: to train it further, "
                     "start a new run from it"
                 )
-            self.bar = tqdm(total=steps, initial=self.progress.step, unit=unit, disable=None if IS_MAIN else True)
+            self.bar = ProgressBar(steps, self.progress.step, unit, self.options.quiet)
         self._since = time.perf_counter()
         return self.progress.step < steps and not self.stopped
 
@@ -285,9 +284,9 @@ class StageRun(Generic[P]):
         """Log a line, and show `shown` beside the progress bar, or sometimes without a bar."""
         step = self.progress.step
         self.log(line)
-        self.bar.set_postfix_str(shown)
+        self.bar.set_figures(shown, line)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and step % max(1, steps // 20) == 0:
+        if self.bar.writes_lines and step % max(1, steps // 20) == 0:
             say(f"step {step:,} of {steps:,}: {shown}")
         if IS_MAIN and step == round((self.options.warmup + 0.1) * steps):
             self._doubt_learning_rate()
@@ -361,8 +360,17 @@ class StageRun(Generic[P]):
         if self.stopped:
             say(f"stopped after step {self.progress.step}, saved; resume with: {self._resume}")
             return 128 + self.stopped
-        best = "" if self.progress.best_step is None else f"{self.folder}/best (step {self.progress.best_step}), "
-        say(f"finished step {self.progress.step}: {best}{self.folder}/last")
+        if IS_MAIN:
+            say(self._summary())
         if steps:
             say(next_steps(steps))
         return 0
+
+    def _summary(self) -> str:
+        """Returns what a finished run reached, and in how long."""
+        progress, lines = self.progress, read_metrics(self._log.path)
+        losses = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+        val_loss = f"; best val loss {losses[progress.best_step]:.4f}" if progress.best_step in losses else ""
+        best = "" if progress.best_step is None else f"{self.folder}/best (step {progress.best_step}), "
+        time = trained(progress.seconds, max((line.get("tokens", 0) for line in lines), default=None))
+        return f"finished step {progress.step}: {best}{self.folder}/last{val_loss}\n{time}"

@@ -48,6 +48,9 @@ class EncoderConfig:
     """A norm before the first block (CLIP)."""
     final_norm: bool = True
     """A norm after the last block."""
+    position_std: Positive = 0.02
+    """Standard deviation of a new encoder's position embeddings. 0.5 is about as large as the embeddings of patches:
+    a small encoder learns sooner where in an image something is."""
 
     def __post_init__(self):
         if self.patch_size > self.image_size:
@@ -85,13 +88,13 @@ class ImageEncoder(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draws matrices of the blocks and positions as GPT-2's; the convolution keeps torch's initialisation."""
+        """Draws matrices of the blocks as GPT-2's; the convolution keeps torch's initialisation."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 scale = math.sqrt(2 * self.config.n_layer) if name.endswith("projection") else 1.0
                 nn.init.normal_(module.weight, std=0.02 / scale)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        nn.init.normal_(self.position_embedding.weight, std=self.config.position_std)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """Returns position embeddings (T, C) for a grid of patches, bicubic interpolations of the learned square's."""

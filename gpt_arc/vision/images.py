@@ -52,12 +52,16 @@ class Preprocessing:
 
 
 def read_image(path: Path) -> Any:
-    """Reads an image in RGB, turned as its camera says; transparent parts become white.
+    """`decode_image` of a file."""
+    return decode_image(read_bytes(path, MOST_BYTES), path)
 
-    Raises UserError in one sentence if it is missing, broken, of another format or too large.
+
+def decode_image(content: bytes, path: Path) -> Any:
+    """Returns an image in RGB, turned as its camera says; transparent parts become white.
+
+    Raises UserError in one sentence that names `path` if it is broken, of another format or too large.
     """
     pillow, operations = import_extra("PIL.Image"), import_extra("PIL.ImageOps")
-    content = read_bytes(path, MOST_BYTES)
     with warnings.catch_warnings(), reading(path):
         warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # the limit below is lower
         try:

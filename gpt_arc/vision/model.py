@@ -99,6 +99,12 @@ class VisionGPT(nn.Module):
         """Returns the embeddings (N, P, C) of images (N, 3, H, W)."""
         return self.projector(self.encoder.grid(pixels))
 
+    @torch.inference_mode()
+    def see(self, image: Any) -> Tensor:
+        """Returns the embeddings (P, C) of one image of Pillow's."""
+        pixels = self.preprocessing.pixels(image, self.image_size)
+        return self.embed_images(pixels[None].to(self.encoder.patches.weight))[0]
+
     def forward(
         self,
         tokens: Tensor,

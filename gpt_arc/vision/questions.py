@@ -3,13 +3,15 @@
 with new_questions(folder, made_of, overwrite) as temporary:        # None if it is there already
     ...
     write_rows(temporary / "train.jsonl", rows)
+    write_shuffled(temporary, test_rows, seed)
     write_text(temporary, [(prompt, answer), ...])
 prepare_text(folder, overwrite)
 """
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from gpt_arc.files import new_directory
 
 MADE_OF, TEXTS = "made_of.json", "texts.txt"
 VOCABULARY = 512  # more than all words take
+LETTERS_ONLY = 257  # bytes and the end of the text
 
 
 @contextlib.contextmanager
@@ -46,11 +49,20 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def write_text(folder: Path, questions: Iterable[tuple[str, str]]) -> None:
-    """Writes questions and answers as a text, and a tokenizer that has a token for each word."""
+def write_shuffled(folder: Path, rows: Sequence[Mapping[str, Any]], seed: int) -> None:
+    """Writes shuffled.jsonl: the questions of `rows`, each about the picture of another."""
+    pictures = [row["image"] for row in rows]
+    random.Random(seed).shuffle(pictures)
+    write_rows(folder / "shuffled.jsonl", [{**row, "image": name} for row, name in zip(rows, pictures)])
+
+
+def write_text(folder: Path, questions: Iterable[tuple[str, str]], vocabulary: int = VOCABULARY) -> None:
+    """Writes questions and answers as a text, and a tokenizer that has a token for each word, or for each letter if
+    `vocabulary` is LETTERS_ONLY.
+    """
     text = "".join(f"{question}\n{answer}\n" for question, answer in questions)
     (folder / TEXTS).write_text(text, "utf-8")
-    BPETokenizer.train([text], VOCABULARY).save(folder)
+    BPETokenizer.train([text], vocabulary).save(folder)
 
 
 def prepare_text(folder: Path, overwrite: bool) -> None:

@@ -278,14 +278,19 @@ def check_model(path: Path | str) -> Tokenizer | None:
 
 def require_causal(path: Path | str, model: GPT) -> GPT:
     """Returns the model loaded from `path`. Raises UserError unless it is a language model that continues texts."""
-    if model.config.encoder_layers:
+    check_causal(path, model.config)
+    return model
+
+
+def check_causal(path: Path | str, config: GPTConfig) -> None:
+    """Raises UserError unless `config`, of the model at `path`, is of a language model that continues texts."""
+    if config.encoder_layers:
         raise UserError(f"{path} turns sources into targets and continues no text: use sample.py with --start=SOURCE")
-    if model.config.attention == "bidirectional":
+    if config.attention == "bidirectional":
         raise UserError(
             f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
             "stages/finetune.py teaches it to classify"
         )
-    return model
 
 
 @of_one_checkpoint

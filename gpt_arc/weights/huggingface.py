@@ -19,14 +19,14 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.names import Activation
 from gpt_arc.nn.positions import rotary_scaling
-from gpt_arc.reading import mistake_in
+from gpt_arc.reading import adapter_of, mistake_in
 from gpt_arc.settings import Count, NonNegative, Positive, mistake
 from gpt_arc.tables import counted
 from gpt_arc.weights.tensor_files import and_more, open_tensors, weight_files
@@ -357,7 +357,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
         raise UserError(f'model_type = "{kind}" is not a supported architecture: choose one of {known}')
     content = {architecture.aliases.get(key, key): value for key, value in content.items()}
     try:
-        TypeAdapter(HFConfig).validate_python(content)
+        adapter_of(HFConfig).validate_python(content)
     except ValidationError as error:
         raise UserError(mistake_in(error)) from None
     rope = _rope_settings(content, architecture) if "rope_theta" in architecture.sizes else {}

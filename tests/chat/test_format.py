@@ -645,7 +645,7 @@ GENERATIONS = {
 def test_packing_changes_no_loss_and_no_gradient(generation, checkpointing):
     """Packed, padded and one by one, in float64."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(24, 11, 4, 4, 16, **GENERATIONS[generation])).double()
+    model = GPT(GPTConfig(24, 11, 2, 4, 16, **GENERATIONS[generation])).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.activation_checkpointing = checkpointing

@@ -224,7 +224,7 @@ def test_items_that_are_all_too_short_are_refused(clean):
 texts = st.lists(st.text("ab,.A’ \n", max_size=60) | st.text(max_size=20), max_size=6)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts, texts.map(lambda items: [*items, "a b a"]))
 def test_the_filter_equals_a_slow_one(documents, items):
     with tempfile.TemporaryDirectory() as folder:
@@ -417,7 +417,7 @@ def test_every_file_has_its_own_n(overlap):
 # GPT-2's filter
 
 
-@pytest.mark.parametrize("rate", [1e-2, 1e-4])
+@pytest.mark.parametrize("rate", [pytest.param(1e-2, marks=pytest.mark.slow), 1e-4])
 def test_the_bloom_filter_has_all_keys_and_few_false_positives(rate):
     size = int(2**25 / (-np.log(rate / 2) / np.log(2) ** 2))  # full, at the smallest size
     keys = np.random.default_rng(0).integers(0, 2**63, 2 * size + 2**20, dtype=np.uint64)

@@ -104,7 +104,7 @@ KINDS = [
     "bytes as llama's",
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from the sentencepiece library
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=KINDS)

@@ -54,14 +54,19 @@ def trained(tmp_path_factory):
     return folder, reference
 
 
+@pytest.fixture(scope="module")
+def loaded(trained):
+    """The trained BPE as we read it."""
+    return load_tokenizer(trained[0])
+
+
 @settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
-def test_bpe_encodes_as_the_tokenizers_library_and_decodes_to_the_text(trained, text):
-    folder, reference = trained
-    tokenizer = load_tokenizer(folder)
-    tokens = tokenizer.encode(text)
+def test_bpe_encodes_as_the_tokenizers_library_and_decodes_to_the_text(trained, loaded, text):
+    _, reference = trained
+    tokens = loaded.encode(text)
     assert tokens == reference.encode(text, add_special_tokens=False).ids
-    assert tokenizer.decode(tokens) == text
+    assert loaded.decode(tokens) == text
 
 
 def test_the_tokenizers_library_reads_a_saved_bpe(trained, tmp_path):

@@ -514,7 +514,7 @@ def test_the_search_ends_when_no_better_result_is_possible():
 @pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 def test_one_beam_is_greedy(settings):
     model = small_gpt(**settings)
-    for prompt in RAGGED:
+    for prompt in RAGGED[:5]:  # all that differ in their kind
         (result,) = beam_search(model, prompt, 15, 1)
         (tokens,), (logs,) = gathered(generate(model, [prompt], 15, GREEDY), 1)
         assert result.tokens == tokens
@@ -569,10 +569,10 @@ def test_greedy_speculation_is_greedy_with_any_draft_and_beyond_the_context(name
     model = small_gpt(**VARIANTS[name])
     drafts = small_gpt(seed=8, n_layer=1), small_gpt(seed=9, context=5, n_layer=1), copy.deepcopy(model)
     for prompt in ([7], [3, 4, 5], list(range(12))):
-        tokens, logs = replay(model, prompt, 24)
+        tokens, logs = replay(model, prompt, 16)
         for draft in drafts:
-            steps = list(speculative(model, draft, prompt, 24, GREEDY, draft_tokens=draft_tokens))
-            assert [step.rows for step in steps] == [[0]] * 24
+            steps = list(speculative(model, draft, prompt, 16, GREEDY, draft_tokens=draft_tokens))
+            assert [step.rows for step in steps] == [[0]] * 16
             assert [step.tokens for step in steps] == [[token] for token in tokens]
             np.testing.assert_allclose([step.log_probabilities[0] for step in steps], logs, atol=1e-4)
 
@@ -670,7 +670,7 @@ class Table(Decoder):
 
 
 SPECULATED = [
-    (Sampling(), 1),
+    pytest.param(Sampling(), 1, marks=pytest.mark.slow),
     (Sampling(1.3, repetition_penalty=2.0), 2),
     pytest.param(Sampling(1.6), 2, marks=pytest.mark.slow),
     pytest.param(Sampling(), 4, marks=pytest.mark.slow),

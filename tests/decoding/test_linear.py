@@ -59,7 +59,7 @@ def test_an_inference_layer_equals_the_linear_layer(layout, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["plain", "packed", "int8"])
 def test_inference_layers_compile(layout, bias, dtype):
     """As `aot_eager` traces it; 8-bit weights are compared with the eager layer."""

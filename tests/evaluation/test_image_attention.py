@@ -67,8 +67,9 @@ def tool(tmp_path, monkeypatch, output_of):
     return partial(output_of, entry_point(image_attention.main), "image_attention.py")
 
 
-def test_the_tool_answers_and_draws(tool):
-    output = tool("seen", "--image=red.png", "--question=abc", "--plot=map.png")
+@pytest.mark.parametrize("model", ["seen", "banded"])
+def test_the_tool_answers_and_draws(model, tool):
+    output = tool(model, "--image=red.png", "--question=abc", "--plot=map.png")
     assert "attention to the image" in output and Image.open("map.png").size == (480, 480)
 
 
@@ -76,7 +77,6 @@ def test_the_tool_answers_and_draws(tool):
     "flags, message",
     [
         (("text", "--image=red.png"), "text reads text alone: train it on images"),
-        (("banded", "--image=red.png"), "banded: attention can be shown of models without an attention_band"),
         (("seen", "--image=none.png"), "none.png is missing"),
         (("seen", "--image=red.png", "--plot=map.pdf"), "plot = map.pdf must end in .png"),
         (("seen", "--image=red.png", "--question=" + "a" * 40), "a question about an image takes 46 tokens"),

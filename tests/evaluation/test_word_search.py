@@ -90,11 +90,12 @@ def test_the_search_equals_a_search_over_all_words(seed, before):
     table = torch.rand(6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.05
     table[:, :3] += 0.4  # words end
     table /= table.sum(1, keepdim=True)
-    place = {character: i for i, character in enumerate(tokenizer.characters)}
+    rows = [dict(zip(tokenizer.characters, row)) for row in table.tolist()]
+    chances_after = dict(zip(tokenizer.characters, rows))
 
     def chance(text, start=before):
-        ends = table[place[text[-1]]][:3].sum().item()
-        return math.prod(table[place[a], place[b]].item() for a, b in zip(start + text, text)) * ends
+        ends = sum(chances_after[text[-1]][end] for end in tokenizer.characters[:3])
+        return math.prod(chances_after[a][b] for a, b in zip(start + text, text)) * ends
 
     space = " " if before == "b" else ""
     words = [space + "".join(part) for size in range(1, 8) for part in itertools.product("abc", repeat=size)]

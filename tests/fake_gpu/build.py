@@ -35,20 +35,21 @@ def library() -> Path:
 
 
 @functools.cache
-def _measured(name: str, arguments: str, target: int, folder: Path | None) -> str:
+def _measured(name: str, arguments: str, target: int, folder: Path | None, processes: int) -> str:
     request = json.dumps([name, str(library()), target, TRITON])
     command = [sys.executable, "-m", "fake_gpu.measure", request, arguments]
     paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     errors = [line for line in result.stderr.splitlines() if "registered at" not in line]  # torch's list of operators
     assert not result.returncode, "\n".join(errors[-40:])
     return result.stdout.splitlines()[-1]
 
 
-def measure(name: str, *arguments: Any, target: int = 90, folder: Path | None = None) -> Any:
-    """What the function `name` of measure.py returns, on a GPU of compute capability `target`."""
-    return json.loads(_measured(name, json.dumps(arguments), target, folder))
+def measure(name: str, *arguments: Any, target: int = 90, folder: Path | None = None, processes: int = 1) -> Any:
+    """What the function `name` of measure.py returns in the first process, on a GPU of capability `target`."""
+    return json.loads(_measured(name, json.dumps(arguments), target, folder, processes))
 
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="FAKE_GPU_TRITON doesn't name a folder with Triton's package")

@@ -4,7 +4,8 @@ import traceback
 import weakref
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class FakeDevice:
     def __init__(self):
         self.waits: Counter[str] = Counter()  # file:line and the reason -> how often
         self.allocated = self.peak = self.largest = 0  # bytes
+        self.copied: Counter[str] = Counter()  # bytes copied to "cuda" from the CPU and to "cpu" from the device
         self.operators: Counter[str] = Counter()  # that read or write the device's memory, by name
         self.moved = 0  # bytes that they read and write
         self._live: set[int] = set()
@@ -35,6 +37,8 @@ class FakeDevice:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._fake, self._mode.dispatch = self._mode.dispatch, self._dispatch
         FakeTensor.tolist = lambda tensor: self.read(tensor)  # torch's reads one value after another
+        arrival = SimpleNamespace(record=lambda *stream: None, synchronize=lambda: self.wait("waits for copies"))
+        torch.cuda.current_stream().record_event = lambda: arrival
         FakeTensor.numpy = lambda tensor: np.array(self.read(tensor))
 
     def __enter__(self) -> "FakeDevice":
@@ -50,6 +54,10 @@ class FakeDevice:
             return self.read(args[0])
         if reason := reason_to_wait(func, args, kwargs):
             self.wait(reason)
+        if copy := copy_across(func, args, kwargs):
+            self.copied[copy.destination] += copy.size
+            if copy.waits:
+                self.wait(f"copies to {copy.destination}")
         if func is aten.nonzero.default:  # all are true
             return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         if func is aten._to_copy.default and torch.device(kwargs.get("device") or "cpu").type == "cuda":
@@ -123,16 +131,27 @@ def reason_to_wait(func: Any, args: tuple, kwargs: dict[str, Any]) -> str | None
         places = [index for index in args[1] if index is not None]
         if args[0].device.type == "cuda" and any(index.device.type == "cpu" for index in places):
             return "copies an index to the device"
+    return None
+
+
+class Copy(NamedTuple):
+    destination: str
+    size: int  # bytes
+    waits: bool
+
+
+def copy_across(func: Any, args: tuple, kwargs: dict[str, Any]) -> Copy | None:
+    """The copy between the CPU and the device that an operator makes, if any."""
     if func is aten._to_copy.default:
-        destination = torch.device(kwargs.get("device") or args[0].device)
+        source, destination = args[0], torch.device(kwargs.get("device") or args[0].device)
     elif func is aten.copy_.default:
-        destination = args[0].device
-        args, kwargs = (args[1],), {"non_blocking": args[2]} if len(args) > 2 else kwargs
+        source, destination = args[1], args[0].device
+        kwargs = {"non_blocking": args[2]} if len(args) > 2 else kwargs
     else:
         return None
-    if {destination.type, args[0].device.type} == {"cpu", "cuda"} and not kwargs.get("non_blocking"):
-        return f"copies to {destination.type}"
-    return None
+    if {destination.type, source.device.type} != {"cpu", "cuda"}:
+        return None
+    return Copy(destination.type, source.nbytes, not kwargs.get("non_blocking"))
 
 
 def line_of_the_project() -> str:

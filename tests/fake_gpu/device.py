@@ -67,6 +67,20 @@ def install(gpu: GPU, library: Path) -> None:
     torch.nn.Module.to = move
 
 
+class Stream:
+    """The one stream; its events are `FakeDevice`'s."""
+
+    cuda_stream = device_index = stream_id = 0
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    wait_event = wait_stream
+
+    def record_event(self) -> Any:
+        pass
+
+
 def move(module: Any, *where: Any, **types: Any) -> Any:
     """`nn.Module.to` with new parameters, since fake tensors can't change their device in place."""
     import torch
@@ -84,7 +98,7 @@ def functions(gpu: GPU) -> dict[str, Any]:
     """What stands in for the functions of torch.cuda."""
     import torch
 
-    stream = types.SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None, device_index=0, stream_id=0)
+    stream = Stream()
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -105,6 +119,8 @@ def functions(gpu: GPU) -> dict[str, Any]:
         "memory_allocated": lambda device=None: 0,
         "current_stream": lambda device=None: stream,
         "stream": lambda stream: nullcontext(),
+        "Stream": lambda *args, **settings: stream,
+        "Event": lambda *args, **settings: stream.record_event(),
         "synchronize": lambda device=None: None,
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,

@@ -6,6 +6,7 @@ Each function takes and returns what JSON can hold.
 import importlib
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,90 @@ def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = No
             peaks["backward"], counts = fake.peak, counted(fake)
             updater.update(1e-3, loss.total.detach())
             peaks["update"] = fake.peak
-        estimate = memory_estimate(model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True)
-    moments = 8 * model.num_parameters()
-    return {**compilations(), "moments": moments, **peaks, "peak": max(peaks.values()), "estimate": estimate, **counts}
+        estimate = memory_estimate(
+            model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True,
+            offloaded=settings.offload_optimizer,
+        )  # fmt: skip
+    update = {"waits": dict(fake.waits), "copied": dict(fake.copied), "peak": max(peaks.values()), "estimate": estimate}
+    return {**compilations(), "parameters": model.num_parameters(), **peaks, **update, **counts}
+
+
+def parallel(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The third update in one of several processes: graphs, breaks, waits, copies and collectives.
+
+    Of each bucket of DDP its bytes, and the share of the backward pass's operators that run before it is sent.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed._tools import fake_collectives  # noqa: F401  gives fake tensors collectives
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from fake_gpu.counting import FakeDevice
+    from gpt_arc.device import autocast
+    from gpt_arc.distributed import WORLD_SIZE
+    from gpt_arc.training import parallel as replicated
+    from gpt_arc.training.config import TrainingConfig
+    from gpt_arc.training.optim import Updater
+    from gpt_arc.training.parallel_modes import make_parallel
+    from model import GPT, GPTConfig
+
+    gpu, settings = torch.device("cuda", 0), TrainingConfig(**{"dtype": "bfloat16"} | training)
+    buckets: list[tuple[int, int]] = []  # bytes, and operators run before they are sent
+
+    def record(bucket: dist.GradBucket, process_group: Any) -> torch.futures.Future:
+        buckets.append((bucket.buffer().nbytes, sum(fake.operators.values())))
+        summed = torch.futures.Future()
+        summed.set_result(bucket.buffer())
+        return summed
+
+    replicated.allreduce_hook = record
+    for name in ("_verify_param_shape_across_processes", "_sync_module_states"):  # read numbers
+        setattr(torch.nn.parallel.distributed, name, lambda *args, **kwargs: None)
+    limits, assign = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 << 20], dist._compute_bucket_assignment_by_size
+    dist._compute_bucket_assignment_by_size = lambda tensors, _, *more: assign(tensors, limits, *more)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD_SIZE)
+    mode = make_parallel(settings, gpu, settings.dtype)
+    with FakeDevice() as fake:
+        model = GPT(GPTConfig(**config))
+        replica = mode.place(model, gpu)
+        if not mode.is_sharded:
+            replica.reducer = Reducer(replica.reducer)
+            replica.logger = types.SimpleNamespace(set_runtime_stats_and_log=lambda: None)  # times the device
+        for part in model.blocks if mode.is_sharded else (model,):
+            compile_step(part)
+        updater = Updater(model, settings, gpu, settings.dtype, mode)
+        tokens = [torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=gpu) for _ in range(2)]
+        for _ in range(3):
+            start_counting(fake)
+            buckets.clear()
+            with mode.sharing_gradients(replica, True):
+                with autocast(gpu, settings.dtype):
+                    loss = replica(*tokens)
+                forward = sum(fake.operators.values())
+                updater.backward(loss.total)
+                both = sum(fake.operators.values())
+            updater.update(1e-3, loss.total.detach())
+    return {
+        **compilations(),
+        "parameters": model.num_parameters(),
+        "buckets": [(size, (before - forward) / (both - forward)) for size, before in buckets],
+        "collectives": {name: n for name, n in fake.operators.items() if "c10d" in name},
+        "waits": dict(fake.waits),
+        "copied": dict(fake.copied),
+    }
+
+
+class Reducer:
+    """A Reducer of DistributedDataParallel that keeps its first buckets: the code that makes others reads numbers."""
+
+    def __init__(self, reducer: Any):
+        self._reducer = reducer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)
+
+    def _rebuild_buckets(self) -> bool:
+        return False
 
 
 def graphs(config: dict[str, Any], checkpointing: bool | str = False) -> dict[str, Any]:
@@ -175,7 +257,8 @@ def peer(name: str, checkout: str, layers: int, rows: int) -> dict[str, Any]:
 
 def start_counting(fake: Any) -> None:
     fake.peak, fake.moved = fake.allocated, 0
-    fake.operators.clear()
+    for counter in (fake.operators, fake.waits, fake.copied):
+        counter.clear()
     if compiler:
         compiler.bytes = 0
         compiler.launches.clear()

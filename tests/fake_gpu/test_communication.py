@@ -1,6 +1,7 @@
 """The bytes that processes send in an update, against what follows from the numbers of parameters and tokens.
 
-`python tests/fake_gpu/test_communication.py` prints the table of docs/results/speed.md.
+On CPUs, and compiled on the simulated GPU. `python tests/fake_gpu/test_communication.py` prints the table of
+docs/guide/scale.md.
 """
 
 import json
@@ -11,6 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+
+from fake_gpu.build import measure
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 300}
 EXPERTS = {"n_experts": 4}
@@ -64,6 +70,33 @@ def test_experts_are_sent_16_bits_a_value():
     result = update(TINY | EXPERTS, {"expert_processes": 4}, rows=2, processes=4)
     rows = [size for kind, size, _ in result["sent"] if kind == "alltoall_base" and size > 8 * 4]
     assert rows == [2 * (2 * 32) * 2 * 64] * (4 * 2)
+
+
+def check_compiled(result):
+    assert (result["graphs"], result["breaks"]) == (1, 0)
+    assert [n for line, n in result["waits"].items() if not line.endswith("waits for copies")] == [1]
+
+
+@pytest.mark.slow
+def test_compiled_ddp_sends_buckets_while_it_computes():
+    """The compiler cuts its graph at the buckets. The last one has the embedding, whose gradient comes at the end."""
+    result = measure("parallel", {"n_layer": 2, "block_size": 64}, {}, 1, processes=8)
+    check_compiled(result)
+    sizes, shares = zip(*result["buckets"])
+    assert sum(sizes) == 4 * result["parameters"]
+    assert shares[0] < 0.5 and shares[1] < 0.9 and shares[2] < shares[3] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_fsdp_interrupts_no_block_s_compiled_code(offload):
+    """Blocks share one graph; each is gathered twice, and what lies outside, with all norms, once."""
+    result = measure("parallel", TINY, {"parallel": "fsdp", "offload_optimizer": offload}, 2, processes=8)
+    check_compiled(result)
+    assert result["collectives"]["c10d._allgather_base_.default"] == 2 * TINY["n_layer"] + 1
+    assert result["collectives"]["c10d._reduce_scatter_base_.default"] == TINY["n_layer"] + 1
+    shards = {"cpu": pytest.approx(4 * result["parameters"] / 8, rel=0.01)} if offload else {}  # of gradients
+    assert {place: size for place, size in result["copied"].items() if place == "cpu"} == shards
 
 
 def late(result, flops_per_second, bytes_per_second, processes):

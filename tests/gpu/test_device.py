@@ -138,6 +138,19 @@ def test_activation_checkpointing(setting):
         assert (results[1][1][name] - gradient).norm() <= 1e-2 * gradient.norm(), name
 
 
+def test_an_offloaded_optimizer_updates_as_one_on_the_device():
+    losses = {False: [], True: []}
+    for offload in losses:
+        _, model = models({})
+        updater = Updater(model, TrainingConfig(offload_optimizer=offload), GPU, "float32")
+        for _ in range(10):
+            loss = model(*(x.to(GPU) for x in batch())).total
+            updater.backward(loss / 512)
+            losses[offload].append(updater.update(1e-3, loss.detach())[2][0])
+    assert all(x.device == CPU for moments in updater.optimizers["optimizer"].state.values() for x in moments.values())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_float16_finds_its_loss_scale(optimizer):
     _, model = models({})

@@ -49,7 +49,7 @@ def test_no_other_depth_comes_nearer(config, embeddings):
         with meta_device():
             return GPT(shaped(config, layers, 64, 64)).num_parameters(embeddings, active=True)
 
-    sizes = {layers: size(layers) for layers in range(2, 25, 2)}
+    sizes = {layers: size(layers) for layers in (8, 10, 16)}
     for layers in (8, 16):
         found = nearest_shape(config, sizes[layers], 64, 64, embeddings)
         assert found.n_layer == layers and found == shaped(config, layers, 64, 64)

@@ -34,6 +34,7 @@ from gpt_arc.errors import UserError
 from helpers import ROOT, TEXT, killed_at_each_call
 from prepare import tinyshakespeare
 from prepare import tokenizer as tokenizer_script
+from warm import WarmPopen
 
 
 @pytest.fixture
@@ -259,7 +260,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def start(*flags, pause=0.02):
     """prepare/text.py in another process, whose workers sleep `pause` seconds for every 4,000 characters."""
     args = [sys.executable, "-c", SLOWED, str(pause), *flags]
-    return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return WarmPopen(args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def saved_tokens(name):

@@ -12,16 +12,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 
 import train
 from browser import chromium, watched
 from gpt_arc.errors import entry_point
+from gpt_arc.nn.attention_maps import attention_maps
+from gpt_arc.planning.fits import FinishedRun
+from gpt_arc.reports.attention import PromptAttention, draw_attention_maps
 from gpt_arc.reports.charts import charts_of, confusion_matrix, curve_of, draw_all, smoothed, thinned
-from gpt_arc.reports.content import RunContent, Sample, read_run, read_samples
+from gpt_arc.reports.content import Sample, read_run, read_samples
 from gpt_arc.reports.page import page
 from gpt_arc.training import runs
 from gpt_arc.training.log import read_metrics
+from gpt_arc.training.sweeps import write_table
+from gpt_arc.weights.directory import load_text_model
 from helpers import TINY_FLAGS, write
+from reported import content
 from tools import report as tool
 
 main = entry_point(tool.main)
@@ -69,13 +77,6 @@ def without_pictures(monkeypatch):
     monkeypatch.setattr("gpt_arc.reports.charts.draw_all", lambda *arguments: [])
 
 
-def content(name="a", metrics=(), settings=None, **others):
-    """A run without a folder."""
-    about = runs.Summary(Path(name), "train", "o", "d", settings or {}, 1, 1, list(metrics), 0.0, 0)
-    values = {"parameters": None, "data": {}, "samples": [], "checkpoints": [], "figures": {}, "problems": []}
-    return RunContent(about, "finished", **values | others)
-
-
 def test_a_report_has_the_run_s_metrics_samples_settings_and_checkpoints(begin, output_of, without_pictures):
     begin("out/a", "--sample_interval=4", "--log_interval=2", "--sample_start=1 times")
     output = output_of(main, "report.py", "a")
@@ -103,10 +104,61 @@ def test_a_report_has_the_run_s_metrics_samples_settings_and_checkpoints(begin, 
 def test_pictures_show_curves_and_confusion_matrices(tmp_path):
     lines = [{"step": i, "train_loss": 3 / i, "val_loss": 4.0} for i in range(1, 30)]
     figures = {"classes": ["a$", "$b"], "confusion_matrix": [[1, 2], [3, 4]]}
-    pair = [content("$a", lines, figures=figures), content("b$", lines[:1])]
+    attention = PromptAttention(torch.rand(2, 3, 4, 4).tril(), ["$"] * 4)
+    pair = [content("$a", lines, figures=figures, attention=attention), content("b$", lines[:1])]
     written = draw_all(pair, charts_of(pair), tmp_path)
-    assert [path.name for path in written] == ["loss.png", "confusion_matrix_1.png"]
+    assert [path.name for path in written] == ["loss.png", "confusion_matrix_1.png", "attention_1.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_attention_in_a_prompt_is_that_of_the_best_checkpoint(begin, output_of, without_pictures):
+    begin("out/a")
+    begin("out/b", "--max_iters=4")
+    output_of(main, "report.py", "a", "b", "--attention=1 times 12", "--output=both")
+    views = Parsed(Path("both/report.html").read_text()).data["attention"]
+    for number, (name, view) in enumerate(zip("ab", views, strict=True)):
+        model, tokenizer = load_text_model(Path("out") / name)
+        maps = attention_maps(model.eval(), tokenizer.encode("1 times 12"))
+        levels = np.frombuffer(base64.b64decode(view["weights"]), np.uint8).reshape(maps.shape) / 255
+        assert view["run"] == number and view["tokens"] == list("1 times 12")
+        np.testing.assert_allclose(levels, maps, atol=0.5 / 255 + 1e-6)
+    output_of(main, "report.py", "a", "--attention=é")
+    parsed = Parsed(Path("out/a/report/report.html").read_text())
+    assert parsed.data["attention"] == [] and "é" in parsed.text.partition("What isn't shown")[2]
+
+
+def test_a_picture_of_attention_has_a_tile_for_each_head():
+    maps = torch.rand(2, 3, 4, 4).tril()
+    axes = Figure().subplots()
+    draw_attention_maps(axes, maps)
+    (picture,) = [np.ma.filled(image.get_array(), np.nan) for image in axes.get_images()]
+    below = np.tril(np.ones((4, 4), bool))
+    for layer in range(2):
+        for head in range(3):
+            tile = picture[5 * layer :, 5 * head :][:4, :4]
+            np.testing.assert_allclose(tile[below], maps[layer, head].sqrt().numpy()[below], rtol=1e-6)
+            assert np.isnan(tile[~below]).all()
+
+
+def test_a_sweep_shows_its_results_laws_and_pictures(workplace, output_of, without_pictures):
+    losses = {"worse": 3.0, "better": 2.5}
+    results = [FinishedRun(name, 2, 16, 1, 900, 600, 200, 7e5, loss, 1.0, []) for name, loss in losses.items()]
+    Path("out/sizes").mkdir(parents=True)
+    Path("out/sizes/results.json").write_text(write_table(results))
+    assert output_of(main, "report.py", "sizes") == "wrote out/sizes/report/report.html\n"
+    text = Parsed(Path("out/sizes/report/report.html").read_text()).text
+    assert "Fit laws with: python stages/scaling.py fit out/sizes" in text and "Summary" not in text
+    assert text.index("2.5000") < text.index("worse") < text.index("3.0000")
+    laws = {"L(C)": {"constants": {"alpha": 0.05}, "intervals": {"alpha": [0.04, 0.06]}, "error": 0.01, "draws": []}}
+    figures = {"embeddings": False, "runs": 2, "laws": laws, "best_size": {"isoFLOP": {"factor": 2.0, "exponent": 0.5}}}
+    write("out/sizes/laws.json", [figures | {"parabolas": [], "missing": {"L(N)": "too few runs"}}])
+    Figure().savefig("out/sizes/compute.png")
+    output_of(main, "report.py", "out/sizes")
+    page = Path("out/sizes/report/report.html").read_text()
+    assert base64.b64encode(Path("out/sizes/compute.png").read_bytes()).decode() in page
+    assert all(shown in page for shown in ("0.04 to 0.06", "1.00%", "2 C^0.500", "not fitted: L(N): too few runs"))
+    Path("out/sizes/laws.json").write_text("{")
+    assert "out/sizes/laws.json is damaged" in output_of(main, "report.py", "sizes")
 
 
 def test_two_runs_are_compared_by_the_settings_that_differ(begin, output_of, without_pictures):
@@ -140,7 +192,7 @@ def test_the_page_allows_its_own_script_alone():
     text = page([content()], [])
     (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     assert f'content="{policy}"' in text
     assert set(re.findall(r"https?:[^\"]*", text)) == {"http://www.w3.org/2000/svg"}  # a name, which nothing fetches
 
@@ -244,7 +296,9 @@ def test_a_matrix_that_isn_t_one_is_left_out(matrix):
 def test_a_browser_draws_the_curves_and_runs_nothing_of_the_runs(width, scheme, tmp_path):
     lines = [{"step": i, "tokens": 10 * i, "train_loss": 3 / i, HOSTILE: 1.0} for i in range(1, 60)]
     lines += [{"step": 60, "val_loss": 1.0}]
-    pair = [content(NAME, lines, {"a": HOSTILE}, samples=[Sample(1, HOSTILE * 20)]), content("b", lines[:30])]
+    attention = PromptAttention(torch.ones(2, 2, 3, 3).tril() / 3, ["a", HOSTILE, "b"])
+    hostile = content(NAME, lines, {"a": HOSTILE}, samples=[Sample(1, HOSTILE * 20)], attention=attention)
+    pair = [hostile, content("b", lines[:30])]
     path = tmp_path / "report.html"
     path.write_text(page(pair, charts_of(pair)))
     with chromium() as browser:
@@ -256,6 +310,8 @@ def test_a_browser_draws_the_curves_and_runs_nothing_of_the_runs(width, scheme, 
         for label in ("tokens", "log x", "log y"):
             shown.get_by_label(label).check()
         assert shown.locator("polyline").first.get_attribute("points") != first
+        shown.get_by_role("button", name="layer 2, head 1").click()
+        assert "attends to" in shown.locator(".seen").inner_text() and HOSTILE in shown.locator(".words").inner_text()
         shown.locator("svg").first.hover()
         assert " at " in shown.locator(".keys").first.inner_text()
         shown.reload()

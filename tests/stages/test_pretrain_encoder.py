@@ -118,15 +118,15 @@ def test_contrastive_losses_equal_those_of_transformers(name, monkeypatch):
     tokens, pixels = torch.randint(8, (5, 6)), torch.randn(5, 3, 8, 8)
     expected = theirs(input_ids=tokens, pixel_values=pixels, return_loss=True)
     loss: ContrastiveLoss = "clip" if name == "CLIP" else "siglip"
-    reader = CaptionReader(GPT(GPTConfig(6, 9, 1, 2, 8)), 8, loss)
+    reader = CaptionReader(GPT(GPTConfig(6, 9, 1, 2, 8)), 8, loss, 5)
     for projection in (reader.image_projection, reader.text_projection):
         torch.nn.init.eye_(projection.weight)
     reader.log_scale.fill_(theirs.logit_scale.item())
     reader.bias.fill_(theirs.logit_bias.item() if loss == "siglip" else 0.0)
     monkeypatch.setattr(reader.text, "hidden", lambda tokens, lengths: expected.text_embeds[:, None])
-    similarities = reader(expected.image_embeds, tokens, torch.ones(5, dtype=torch.int64))
-    torch.testing.assert_close(similarities, expected.logits_per_image)
-    torch.testing.assert_close(LOSSES[loss](similarities) / 5, expected.loss)
+    similarities = reader(expected.image_embeds, tokens, torch.ones(5, dtype=torch.int64), torch.arange(5))
+    torch.testing.assert_close(similarities[0], expected.logits_per_image)
+    torch.testing.assert_close(LOSSES[loss](*similarities) / 5, expected.loss)
 
 
 @torch.no_grad()
@@ -135,12 +135,12 @@ def test_a_caption_is_its_last_token_whatever_it_is_padded_to(run):
         randomised(ImageEncoder(EncoderConfig(8, 4, 1, 2, 16))),
         randomised(GPT(GPTConfig(16, len(LETTERS), 1, 2, 8))),
     )
-    model = CaptionMatcher(encoder, text, "siglip")
+    model = CaptionMatcher(encoder, text, "siglip", 5)
     images = read_labelled_images(Path("train.jsonl"), ["colour", "warmth"])[:5]
     split = CaptionedImages(images, CharTokenizer(LETTERS), 6)
-    pixels, tokens, lengths = split.batch(range(5), Preprocessing(), 8)
+    pixels, tokens, lengths, numbers = split.batch(range(5), Preprocessing(), 8)
     assert lengths.tolist() == [6, 6, 6, 6, 5]  # red warm and so on are cut; black has no warmth
-    total, _ = model(pixels, tokens, lengths)
+    total, _ = model(pixels, tokens, lengths, numbers)
     last = torch.stack([text.hidden(row[None, :length])[0, -1] for row, length in zip(tokens, lengths)])
     left, right = model.heads.image_projection(encoder(pixels).mean(1)), model.heads.text_projection(last)
     similarities = 10 * F.cosine_similarity(left[:, None], right[None], dim=-1) - 10
@@ -168,6 +168,26 @@ def test_parts_and_processes_change_only_rounding(run):
     for name in ("parts", "two"):
         assert losses(name) == pytest.approx(losses("whole"), rel=1e-4)
         assert_same_weights("whole/last", f"{name}/last", rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # 20 s: processes
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_captions_are_told_apart_among_those_of_all_processes(loss, run):
+    """Of 11 images in updates of 10, one is left: a process repeats it. Of 9, two processes read 5 and 4."""
+    save_model(GPT(GPTConfig(16, len(LETTERS), 1, 2, 16)), CharTokenizer(LETTERS), "text")
+    write("train.jsonl", rows(3)[:11])
+    write("val.jsonl", rows(2)[:9])
+    flags = (*TRAIN, "--text_model=text", f"--contrastive_loss={loss}", "--learning_rate=1e-3", "--adam_eps=1e-4")
+    flags = (*flags, "--val=val.jsonl")
+    run(*flags, "--batch_size=10", "--out_dir=whole")
+    several = ("--batch_size=5", "--gradient_accumulation_steps=2", "--backend=gloo", "--out_dir=two")
+    result = command("stages/pretrain_encoder.py", *flags, *several, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert losses("two") == pytest.approx(losses("whole"), rel=1e-4)
+    whole, two = (read_metrics(Path(name) / "metrics.jsonl")[-1] for name in ("whole", "two"))
+    assert two["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-4)
+    assert two["val_accuracy"] == whole["val_accuracy"]
+    assert_same_weights("whole/last", "two/last", rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [(), ("--text_model=text", "--contrastive_loss=siglip")], ids=["labels", "captions"])

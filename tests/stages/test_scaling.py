@@ -166,9 +166,9 @@ def test_a_planned_config_replaces_no_file(workplace, stage_runner):
     assert Path("mine.toml").read_text() == "dataset = 'x'"
 
 
-def test_a_mistake_that_runs_share_ends_a_sweep_at_once(workplace, stage_runner):
+def test_a_mistake_that_runs_share_ends_a_sweep_at_once(workplace, scaling_run):
     Path("s.toml").write_text(SWEEP.replace('"sums"', '"nowhere"'))
-    refused = stage_runner(scaling, "sweep", "s.toml")
+    refused = scaling_run("sweep", "s.toml")
     assert refused.code == 2 and refused.output.count("there is no dataset nowhere") == 1
     assert "mend this, then repeat the command" in refused.message
 
@@ -231,7 +231,7 @@ def test_every_law_is_fitted_to_runs_that_follow_one(scaling_run, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     results = exact_results()
     (tmp_path / "results.json").write_text(write_table(results))
-    output = scaling_run("fit", "results.json", "--embeddings", "--resamplings=5", "--pictures=False")
+    output = scaling_run("fit", "results.json", "--embeddings", "--resamplings=3", "--pictures=False")
     figures = json.loads((tmp_path / "laws.json").read_text())
     assert figures["laws"][JOINT]["constants"] == pytest.approx(LAW.constants, rel=1e-4)
     least = sorted(result.tokens for result in results)[20]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_the_preview_marks_what_is_scored(run, monkeypatch):
     assert run(*flags).splitlines() == expected and not Path("out").exists()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert run(*flags).splitlines()[1] == "<|user|>·a·b·<|assistant|>·\033[32mc·c·<|end|>\033[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(*flags).splitlines() == expected
+
+
+def test_a_quiet_run_shows_no_updates(run):
+    write("train.jsonl", [{"prompt": "ab", "response": "cc"}] * 8)
+    flags = ("--epochs=2", "--batch_size=4", "--learning_rate=1e-3")
+    assert "step 4 of 4: loss" in run(*TRAIN, *flags, "--val_fraction=0", "--out_dir=shown")
+    quiet = run(*TRAIN, *flags, "--val_fraction=0.25", "--out_dir=quiet", "--quiet")
+    assert " of 4: loss" not in quiet and "finished step 4: quiet/best (step " in quiet
+    lowest = min(line["val_loss"] for line in lines_of("quiet") if "val_loss" in line)
+    assert f", quiet/last; best val loss {lowest:.4f}\n" in quiet
+    assert re.search(r"^trained        .* seconds?, 36 tokens, [\d,]+ tokens/s$", quiet, re.MULTILINE)
+    assert " of 4: loss" not in run("--resume=quiet", "--quiet")
 
 
 # ---- the loss

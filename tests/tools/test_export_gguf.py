@@ -1,6 +1,7 @@
 """GGUF exports: what a file says computes our logits, and llama.cpp's own converter writes the same."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer
+from gpt_arc.decoding.generate import generate
+from gpt_arc.decoding.settings import Sampling
 from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import save_model
 from helpers import randomised
@@ -204,3 +207,22 @@ def test_llama_cpp_s_converter_writes_the_same(name, run):
     assert ours_tensors.keys() == theirs_tensors.keys()
     for tensor in ours_tensors:
         assert torch.equal(ours_tensors[tensor], theirs_tensors[tensor]), tensor
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_continues_a_text_as_we_do(name, run, tokenizer):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't installed")
+    model = randomised(GPT(MODELS[name]), scale=0.2)
+    save_model(model, tokenizer, Path("ours"))
+    run("ours", "ours.gguf", "--to=gguf")
+    exact = {"type_k": gguf.GGMLQuantizationType.F32, "type_v": gguf.GGMLQuantizationType.F32, "n_threads": 1}
+    theirs = llama_cpp.Llama("ours.gguf", n_ctx=24, logits_all=True, verbose=False, **exact)
+    assert theirs.tokenize(TEXT.encode(), add_bos=False) == tokenizer.encode(TEXT)
+    prompt = theirs.tokenize(b"The cat sat on", add_bos=False)
+    count = 24 - len(prompt)
+    continued = list(itertools.islice(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), count))
+    assert continued == [step.tokens[0] for step in generate(model, [prompt], count, Sampling(temperature=0))]
+    logits = torch.tensor(theirs.scores[: len(prompt)])
+    torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0], rtol=1e-3, atol=1e-3)

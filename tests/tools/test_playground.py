@@ -2,12 +2,17 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from gpt_arc.errors import entry_point
 from gpt_arc.serving import server
-from gpt_arc.weights.directory import save_model
+from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
+from gpt_arc.vision.model import VisionGPT, save_vision
+from gpt_arc.vision.projector import Projector, ProjectorConfig
+from gpt_arc.weights.directory import load_model, save_model
 from helpers import randomised
 from model import GPT
 from ranked_texts import CHAT, LETTERS, tiny_config
@@ -53,7 +58,22 @@ def test_it_serves_the_models_and_prints_their_address(models, output_of, monkey
     assert "#token=key\n" in output_of(main, "playground.py", "plain", "--port=0", "--token=key")
 
 
+def test_a_model_that_sees_is_loaded_with_its_encoder(models):
+    encoder = ImageEncoder(EncoderConfig(image_size=8, patch_size=4, n_layer=1, n_head=2, n_embd=8))
+    text = load_model("chat")[0]
+    vision = VisionGPT(text, encoder, Projector(ProjectorConfig(), 8, text.config.n_embd))
+    save_vision(randomised(vision), Path("chat"))
+    sees, reads = (tool.load(name, tool.Options((name,), device="cpu")) for name in ("chat", "plain"))
+    assert [model.describe()["images"] for model in (sees, reads)] == [True, False]
+    image = torch.rand(1, 3, 8, 8)
+    assert sees.vision is not None and sees.vision.text is sees.decoder.model
+    torch.testing.assert_close(sees.vision.embed_images(image), vision.embed_images(image))
+
+
 def test_what_can_t_be_served_is_refused(models, output_of, monkeypatch):
+    for name, settings in (("translator", {"encoder_layers": 1}), ("bert", {"attention": "bidirectional"})):
+        save_model(GPT(tiny_config(n_layer=1, **settings)), LETTERS, name)
+        assert re.search(f"{name} .*: .*sample.py", output_of(main, "playground.py", name, "--port=0"))
     assert "missing" in output_of(main, "playground.py", "missing", "--port=0")
     assert "models" in output_of(main, "playground.py")
     listening = server.listen(0)

@@ -52,7 +52,7 @@ def undocumented(cls: type) -> list[str]:
 
 def test_every_setting_is_documented(capsys):
     with pytest.raises(SystemExit) as stop:
-        read_command_line(["--help"], "description")
+        read_command_line(["--help-all"], "description")
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     for name in SETTINGS.keys() - {"mixture"}:  # lists of tables can only be set in files
@@ -64,7 +64,7 @@ def test_every_setting_is_documented(capsys):
 def test_help_is_drawn_at_any_width(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
-        read_command_line(["--help"], "A description of some length, which is wrapped to the width of the terminal")
+        read_command_line(["--help-all"], "A description of some length, which is wrapped to the width of the terminal")
     lines = [
         line
         for line in capsys.readouterr().out.splitlines()
@@ -172,7 +172,7 @@ def test_written_settings_read_back_the_same(workplace):
     [
         ("learing_rate = 1", "there is no setting learing_rate; did you mean learning_rate"),
         ("[training]\nlearing_rate = 1", "there is no setting learing_rate; did you mean learning_rate"),
-        ("[model]\nqwertyuiop = 1", "there is no setting qwertyuiop; --help lists them all"),
+        ("[model]\nqwertyuiop = 1", "there is no setting qwertyuiop; --help-all lists them all"),
         ('[model]\nn_layer = "six"', 'n_layer = "six" must be a whole number'),
         ("[model]\nn_layer = 6.5", "n_layer = 6.5 must be a whole number"),
         ("[model]\nn_layer = true", "n_layer = true must be a whole number"),

@@ -18,8 +18,8 @@ from model import GPT, GPTConfig
 from stages import sft
 
 SHRUNK = (
-    "--dataset=sums --vocab_size=65 --block_size=32 --batch_size=8 --lr_decay_iters=40 --warmup_iters=4 "
-    "--eval_interval=20 --eval_iters=2 --device=cpu"
+    "--dataset=sums --vocab_size=65 --block_size=32 --batch_size=8 --lr_decay_iters=20 --warmup_iters=4 "
+    "--eval_interval=10 --eval_iters=2 --device=cpu"
 ).split()
 
 
@@ -50,11 +50,11 @@ def equal(a, b):
     ],
     ids=["preset", "narrow", "shared", "swiglu", "dense"],
 )
-def test_forty_steps_of_a_mixture_equal_twenty_and_twenty_more(workplace, stage_runner, shape):
+def test_twenty_steps_of_a_mixture_equal_ten_and_ten_more(workplace, stage_runner, shape):
     flags = (ROOT / "configs" / "moe_mini.toml", *SHRUNK, *shape)
-    stage_runner(train, *flags, "--max_iters=40", "--out_dir=whole")
-    stage_runner(train, *flags, "--max_iters=20", "--out_dir=halves")
-    assert "from step 20" in stage_runner(train, "--resume=halves", "--max_iters=40")
+    stage_runner(train, *flags, "--max_iters=20", "--out_dir=whole")
+    stage_runner(train, *flags, "--max_iters=10", "--out_dir=halves")
+    assert "from step 10" in stage_runner(train, "--resume=halves", "--max_iters=20")
     whole, halves = Path("whole/last"), Path("halves/last")
     assert equal(load_file(whole / "model.safetensors"), load_file(halves / "model.safetensors"))
     first, second = load_state(whole), load_state(halves)

@@ -66,6 +66,17 @@ def test_two_shards_train_as_one_process(run):
     assert_same_run(run("two", *flags, "--parallel=fsdp", processes=2), run("one", *flags))
 
 
+@pytest.mark.slow
+def test_shards_in_the_cpu_s_memory_train_and_resume_to_the_bit(run):
+    """The balance of the experts' router is a buffer, which doesn't move there."""
+    flags = *ACCUMULATION, *VARIANTS["experts"], "--ema_decay=0.9", "--parallel=fsdp", "--checkpoint_format=sharded"
+    plain = run("plain", *flags, processes=2)
+    run("offloaded", *flags, "--offload_optimizer=True", "--max_iters=10", processes=2)
+    assert_same_run(
+        run("offloaded", *flags, "--offload_optimizer=True", "--init_from=resume", processes=2), plain, bound=0.0
+    )
+
+
 VARIANTS = {
     "untied": ("--tied_head=False", "--positions=rotary", "--activation=swiglu", "--norm=rmsnorm", "--qk_norm=True"),
     "documents": (

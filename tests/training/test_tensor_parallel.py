@@ -97,6 +97,7 @@ def test_impossible_divisions_are_refused(monkeypatch):
             check(arguments, **settings)
     for settings in (
         {"parallel": "fsdp"}, {"expert_processes": 2}, {"optimizer": "muon"}, {"ema_decay": 0.9}, {"float8": True},
+        {"offload_optimizer": True},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"tensor_processes = 2 doesn't suit .*{next(iter(settings))}"):
             TrainingConfig(tensor_processes=2, **settings)

@@ -1,6 +1,7 @@
 """Decoding with images: the cache, dialogues, and sample.py as a user runs it."""
 
 import io
+import random
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 import sample
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.decoding.batch import LiveBatch, LiveRequest
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.decoding.generate import generate
 from gpt_arc.decoding.images import Images
@@ -103,6 +105,38 @@ def test_a_repetition_penalty_leaves_images_out(pictures):
     penalised = logits.clone()
     penalised[1] = penalised[1] / 50 if penalised[1] > 0 else penalised[1] * 50
     assert step.tokens == [penalised.argmax().item()] and len(plain) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix_attention", [False, True])
+def test_continuations_with_images_that_come_and_go_are_those_computed_alone(prefix_attention):
+    """In a context of 14 tokens, so that the beginnings of texts and images are dropped."""
+    model = vision_gpt(context=14, prefix_attention=prefix_attention)
+    draws, generator = random.Random(3), torch.Generator().manual_seed(3)
+    tables = [None, *(torch.randn(4 * count, 16, generator=generator) for count in (1, 2, 1))]
+    expected, waiting, answers, leaving = {}, [], {}, []
+    for number in range(12):
+        images = tables[number % len(tables)]
+        ids = [] if images is None else list(range(-1, -1 - len(images), -1))
+        request = LiveRequest([1, *ids, number % 8], GREEDY, torch.Generator(), images=images)
+        decoder = Decoder(model.text)
+        decoder.images = images
+        steps = generate(decoder, [request.prompt], draws.randint(2, 12), GREEDY)
+        expected[request] = [step.tokens[0] for step in steps]
+        waiting.append(request)
+    batch = LiveBatch(Decoder(model.text), 3)
+    while waiting or len(batch.requests) > len(leaving):
+        joining = []
+        while waiting and len(batch.requests) - len(leaving) + len(joining) < 4 and draws.random() < 0.6:
+            joining.append(waiting.pop())
+        produced, leaving = batch.step(joining, leaving), []
+        for request, token in produced:
+            answers.setdefault(request, []).append(token.id)
+            if len(answers[request]) == len(expected[request]):
+                leaving.append(request)
+    assert answers == expected
+    batch.step([LiveRequest([1], GREEDY, torch.Generator())], leaving)
+    assert batch.decoder.images is None  # those of requests that have left aren't kept
 
 
 # ---- sample.py

@@ -39,6 +39,16 @@ def test_features_equal_those_of_transformers(kind, height, width, tmp_path):
     torch.testing.assert_close(grid[1, -1, 0], ours(pixels)[1, -(width // 3)])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [4, 16])
+def test_positions_begin_as_large_as_the_setting_says(patch_size):
+    sizes = dict(image_size=8 * patch_size, patch_size=patch_size, n_layer=1, n_head=2, n_embd=64)
+    usual, large = ImageEncoder(EncoderConfig(**sizes)), ImageEncoder(EncoderConfig(**sizes, position_std=0.5))
+    pixels = torch.randint(2, (8, 3, 8 * patch_size, 8 * patch_size)) * 2.0 - 1
+    assert usual.position_embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert large.position_embedding.weight.std().item() == pytest.approx(large.patches(pixels).std().item(), rel=0.3)
+
+
 def test_names_of_older_files_are_read(tmp_path):
     saved("ViT", tmp_path)
     new, _ = read_encoder(tmp_path)

@@ -1,14 +1,16 @@
 """stages/eval.py on questions about images, and the pictures of prepare/shapes.py."""
 
 import json
+import string
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gpt_arc.chat.format import TEMPLATES, ChatFormat, Turn
 from gpt_arc.data.tokenizer import CharTokenizer
@@ -21,7 +23,7 @@ from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.directory import save_model
 from helpers import randomised, write
 from model import GPT, GPTConfig
-from prepare import digits, shapes
+from prepare import digits, shapes, words
 from stages import eval as evaluation
 
 LETTERS = CharTokenizer("abcdefgh")
@@ -253,3 +255,43 @@ def test_digits_are_divided_once_and_moved_only_for_labels(tmp_path, monkeypatch
     assert digits.MOVES[8] == (1, 1) and (right_down[1:, 1:] == still[:-1, :-1]).all() and not right_down[0].any()
     assert [row["response"] for row in shuffled] == [row["response"] for row in test]
     assert sorted(row["image"] for row in shuffled) == sorted(row["image"] for row in test)
+
+
+# ---- words
+
+
+def cells():
+    """The letter that each possible content of a cell shows."""
+    font, shown = ImageFont.load_default_imagefont(), {}
+    for letter in string.ascii_uppercase:
+        for left, top in product(range(3), range(-3, -1)):
+            cell = Image.new("L", (8, 8), "white")
+            ImageDraw.Draw(cell).text((left, top), letter, fill="black", font=font)
+            assert shown.setdefault(cell.tobytes(), letter) == letter
+    return shown
+
+
+def test_words_are_legible_and_those_of_the_test_are_new(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["words.py", "--count=60", "--test=20"])
+    words.main()
+    names = ("train", "test", "shuffled", "labels")
+    train, test, shuffled, labels = (
+        [json.loads(line) for line in Path(f"data/words/{name}.jsonl").read_text().splitlines()] for name in names
+    )
+    assert len(train) == len(labels) == 60 and len(test) == 20
+    assert not {row["response"] for row in train} & {row["response"] for row in test}
+    for row, label in zip(train, labels):
+        assert label["image"] == row["image"] and "".join(label[place] for place in words.PLACES) == row["response"]
+    shown = cells()
+    for row in train + test:
+        image = Image.open(f"data/words/{row['image']}")
+        letters = (shown[image.crop((x, 16, x + 8, 24)).tobytes()] for x in range(0, 40, 8))
+        assert "".join(letters) == row["response"] and image.getcolors()[0][0] == np.sum(np.asarray(image)[16:24] == 0)
+    assert [row["response"] for row in shuffled] == [row["response"] for row in test]
+    assert sorted(row["image"] for row in shuffled) == sorted(row["image"] for row in test)
+    texts = set(Path("data/words/texts.txt").read_text().splitlines())
+    assert words.QUESTION in texts and not texts & {row["response"] for row in train + test}
+    monkeypatch.setattr(sys, "argv", ["words.py", "--count=1000000"])
+    with pytest.raises(UserError, match="words: 1,000,000 are the most"):
+        words.main()

@@ -193,16 +193,17 @@ def test_ids_are_those_of_auto_tokenizer(directories):
     assert again.chat_template == theirs.chat_template
 
 
-def stops(model, id):
-    """Whether transformers' generate ends with this token."""
+def stops(model, ids):
+    """The tokens with which transformers' generate ends: a row for each of them, filled with token 7 after its end."""
+    forced = torch.tensor(ids)[:, None]
 
     def force(tokens, scores):
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([id]), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, forced, 0.0)
 
-    output = model.generate(
-        torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False, logits_processor=[force], pad_token_id=0
-    )
-    return output.size(1) == 3
+    prompts = torch.tensor([[5, 6]]).expand(len(ids), -1)
+    output = model.generate(prompts, max_new_tokens=2, do_sample=False, logits_processor=[force], pad_token_id=7)
+    assert torch.equal(output[:, 2], forced[:, 0])
+    return [id for id, (_, *later) in zip(ids, output[:, 2:].tolist()) if later in ([], [7])]
 
 
 def test_continuations_end_as_by_generate(directories):
@@ -210,9 +211,10 @@ def test_continuations_end_as_by_generate(directories):
     for reference in (original, exported):
         model = transformers.AutoModelForCausalLM.from_pretrained(reference).eval()
         special = [id for id in range(SIZE) if id < 3 or id >= 299]
-        expected = [id for id in special if stops(model, id)]
+        expected = stops(model, special)
         for folder in (original, copy, exported):
-            streams = [TextStream(load_tokenizer(folder)) for _ in special]
+            tokenizer = load_tokenizer(folder)
+            streams = [TextStream(tokenizer) for _ in special]
             for stream, id in zip(streams, special):
                 stream.push(id)
             assert [id for id, stream in zip(special, streams) if stream.ended] == expected, (reference, folder)

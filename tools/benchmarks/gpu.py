@@ -32,6 +32,7 @@ TRAINING = {
     "muon": ("--optimizer=muon",),
     "checkpointing": ("--activation_checkpointing=True",),
     "selective": ("--activation_checkpointing=selective",),
+    "offload": ("--offload_optimizer=True",),
     "tf32": ("--dtype=tf32",),
     "float16": ("--dtype=float16",),
     "flash3": ("--flash_attention=3",),
@@ -45,8 +46,8 @@ TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64", "--vocab_
 @dataclass(frozen=True, config=STRICT)
 class GPUBench:
     settings: tuple[str, ...] = ("eager", "blocks", "graphs", "residual", "muon", "selective")
-    """Settings to compare with the defaults: eager, blocks, graphs, residual, muon, checkpointing, selective, tf32,
-    float16, flash3, flash4, float8."""
+    """Settings to compare with the defaults: eager, blocks, graphs, residual, muon, checkpointing, selective,
+    offload, tf32, float16, flash3, flash4, float8."""
     decoding: bool = True
     """Measure decoding too."""
     rounds: Count = 2

@@ -52,6 +52,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.files import HELP
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positive, Seed
 from gpt_arc.tables import counted
@@ -294,8 +295,7 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def read_arguments(args: list[str]) -> tuple[SpeedrunBench, list[str], Any]:
     """Returns the benchmark's settings, train.py's arguments and its `Config`."""
     benchmark_args, train_args = split_arguments(args)
-    if {"-h", "--help"} & set(train_args):
-        benchmark_args.append("--help")
+    benchmark_args += [arg for arg in train_args if arg in HELP]
     settings = parse_flags(SpeedrunBench, __doc__, benchmark_args)
     train_args = with_config_file(train_args)
     if not config_files(train_args):

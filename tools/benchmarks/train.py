@@ -46,6 +46,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
+from gpt_arc.files import HELP
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
@@ -303,7 +304,7 @@ def read_arguments(args: list[str], cls: type, description: str | None, example:
     """Returns settings of the dataclass `cls` and the config file's `Config`, both with the flags applied."""
     args = with_config_file(args)
     files = config_files(args)
-    if len(files) != 1 and not {"-h", "--help"} & set(args):
+    if len(files) != 1 and not HELP & set(args):
         raise UserError(f"name one config file: python tools/bench.py {example}")
     from model import GPTConfig  # imports torch
 
