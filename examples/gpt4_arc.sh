@@ -35,7 +35,7 @@ for task in $tasks; do
             ;;
         words)
             labels="first second third fourth fifth" tests="test shuffled" first=$out/seen
-            classes="--epochs=4 --learning_rate=4e-3" chats="--epochs=2 --learning_rate=4e-3 --batch_size=32"
+            classes="--epochs=4 --learning_rate=4e-3" chats="--epochs=1 --learning_rate=4e-3 --batch_size=32"
             ;;
         *) echo "unknown task $task" >&2; exit 1 ;;
     esac

@@ -16,6 +16,7 @@ numbers of experts, and draws OUTPUT/losses.png.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import fmean
@@ -27,13 +28,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from tqdm import tqdm
 
-from gpt_arc.errors import UserError, entry_point
-from gpt_arc.evaluation.statistics import standard_error
-from gpt_arc.files import write_file
+from gpt_arc.errors import entry_point
+from gpt_arc.evaluation.experiments import run_missing
+from gpt_arc.evaluation.statistics import mean_and_error, standard_error
 from gpt_arc.flags import parse_flags
-from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count, Positive
-from gpt_arc.tables import table, to_json
+from gpt_arc.tables import table
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.routers import RouterMeter
@@ -90,7 +90,7 @@ def mean_loss(model: GPT, tokens: Tensor) -> float:
     return sum(loss.total.item() for loss in losses) / sum(loss.count.item() for loss in losses)
 
 
-def train(experts: int, change: str, seed: int, options: Options) -> dict:
+def train(options: Options, experts: int, change: str, seed: int) -> dict:
     """Trains one model and returns its results."""
     training, held_out, vocabulary = read_text(options.characters)
     torch.manual_seed(seed)
@@ -116,15 +116,10 @@ def train(experts: int, change: str, seed: int, options: Options) -> dict:
         updater.backward(loss.total / loss.count + sum(loss.auxiliary.values()))
         updater.update(learning_rate_at(step, config), loss.total.detach())
         meter.step(made=True)
-    result: dict = {"experts": experts, "change": change, "seed": seed, "load CV": meter.take()["expert_cv"]}
+    result: dict = {"load CV": meter.take()["expert_cv"]}
     result |= {"parameters": model.num_parameters(), "active": model.num_parameters(active=True)}
     result |= {"train loss": mean_loss(model, training), "val loss": mean_loss(model, held_out)}
     return result | {"gap": result["val loss"] - result["train loss"]}
-
-
-def mean_and_error(values: list[float]) -> str:
-    """Returns the mean, with its standard error if there are two or more values."""
-    return f"{fmean(values):.3f}" + (f" ± {standard_error(values):.3f}" if len(values) > 1 else "")
 
 
 def show(results: list[dict], compared: int) -> None:
@@ -165,20 +160,11 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    options.output.mkdir(parents=True, exist_ok=True)
-    file = options.output / "figures.json"
     settings = {name: getattr(options, name) for name in ("max_iters", "learning_rate", "characters")}
-    report = read_json(file) if file.exists() else {"settings": settings, "runs": []}
-    if report["settings"] != settings:
-        raise UserError(f"{file} has runs with {report['settings']}, not {settings}: name another --output")
-    results = report["runs"]
-    done = {(result["experts"], result["change"], result["seed"]) for result in results}
-    models = [(experts, "") for experts in options.experts] + [(options.compared, change) for change in CHANGES]
-    for seed in range(1, options.seeds + 1):
-        for experts, change in models:
-            if (experts, change, seed) not in done:
-                results.append(train(experts, change, seed, options))
-                write_file(file, to_json(report) + "\n")
+    models = [{"experts": experts, "change": ""} for experts in options.experts]
+    models += [{"experts": options.compared, "change": change} for change in CHANGES]
+    cases = [model | {"seed": seed} for seed in range(1, options.seeds + 1) for model in models]
+    results = run_missing(options.output / "figures.json", settings, cases, partial(train, options))
     show(results, options.compared)
     plot(results, options.output / "losses.png")
 

@@ -170,15 +170,27 @@ def show_rates(results: list[FinishedRun]) -> None:
 
 def fit_results(options: FitOptions) -> int:
     results, file = read_results(options.results, options.min_tokens)
+    path = file.with_name("laws.json")
+    if (other := fitted_results(path) or file.name) != file.name:
+        raise UserError(f"{path} has the laws of {other}: move {file.name} to a folder of its own, or delete {path}")
     show_rates(results)
     laws = fit_laws(best_of_rates(results), options.embeddings, options.resamplings, options.seed)
     show(laws)
-    write_file(file.with_name("laws.json"), to_json(laws.figures()) + "\n")
-    written = [file.with_name("laws.json")]
+    write_file(path, to_json({"results": file.name} | laws.figures()) + "\n")
+    written = [path]
     if options.pictures:
         written += pictures.draw_all(results, laws, file.parent)
     print(f"wrote {', '.join(path.name for path in written)} to {file.parent}")
     return 0
+
+
+def fitted_results(laws: Path) -> str | None:
+    """The name of the results that laws.json was fitted to; None if there is none, or if it is damaged or older."""
+    try:
+        figures = read_json(laws) if laws.exists() else {}
+    except UserError:
+        return None
+    return figures.get("results") if isinstance(figures, dict) else None
 
 
 def show(laws: Laws) -> None:

@@ -40,9 +40,9 @@ NOT_RUN = {
     r"python tools/playground\.py .*": "serves until it is stopped; tests/serving runs it",
     r"python tools/report\.py .* --watch": "goes on until it is stopped; tests/reports runs it",
     r"(\w+=1 )?python tools/bench\.py .*|bash tools/gpu_check\.sh": "measures for minutes; tests/tools runs each part",
-    r"(\w+=\S+ |\w+=\"[^\"]+\" )*bash examples/(gpt1|gpt4|in_context|instructgpt|long_context|moe)_arc\.sh":
+    r"(\w+=\S+ |\w+=\"[^\"]+\" )*bash examples/(gpt1|gpt4|in_context|instructgpt|long_context|moe|relatives)_arc\.sh":
     "trains many models; tests/test_messages.py compares the flags of its commands with --help",
-    r"python \S+ out/(gpt4_arc|moe_arc|in_context)\b.*": "needs what such an example trains",
+    r"python \S+ out/(gpt4_arc|moe_arc|in_context|relatives)\b.*": "needs what such an example trains",
     r"python examples/\w+_report\.py .*": "reads the results of such an example; tests/examples runs it",
     r"python tools/runs\.py --remove .*": "asks at the terminal; tests/tools/test_runs.py runs it",
     r"python examples/long_context_memory\.py.*": "measures memory in processes of its own, for minutes",
@@ -82,6 +82,8 @@ SMALL = {
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
     "examples/moe_experts.py": "--experts 1 4 --compared=4 --seeds=1 --max_iters=2",
     "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
+    "examples/norm_position.py": "--depths 1 --seeds=1 --max_iters=2",
+    "examples/word_senses.py": "--seeds=1 --max_iters=2 --n_layer=1 --sentences=40",
     "examples/coordinate_check.py": "--widths 16 32 --steps=1",
     "examples/in_context_linear.py": "--max_iters=2 --functions=10",
     "examples/instructions_data.py": "--documents=100 --demonstrations=20 --train=20 --test=5",

@@ -568,10 +568,11 @@ def test_the_cost_of_banded_attention_grows_with_the_band():
     assert flops(16, 512) - 4 * pair == 2 * (flops(16, 256) - pair)  # linear in the context
 
 
-@pytest.mark.parametrize("band, sinks", [(None, 0), *(pytest.param(50, n, marks=pytest.mark.slow) for n in (0, 4))])
-def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, sinks, monkeypatch):
-    """Traced as for a GPU and run by the reference implementation: inductor's CPU kernels don't take masks."""
-    shape = dict(n_layer=2 if band else 1, n_head=4, n_embd=64, n_kv_head=2, positions="rotary")
+@pytest.mark.parametrize("traced", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("band, sinks", [(None, 0), (50, 0), (50, 4)])
+def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, sinks, traced, monkeypatch):
+    """As for a GPU, traced or not, and run by the reference implementation: inductor's CPU kernels don't take masks."""
+    shape = dict(n_layer=2, n_head=4, n_embd=64, n_kv_head=2, positions="rotary")
     model = GPT(GPTConfig(200, 23, attention_band=band, attention_sinks=sinks, **shape)).eval()
     random_weights(model)
     tokens, documents = torch.randint(23, (2, 200)), documents_of(2, 200)
@@ -583,7 +584,11 @@ def test_flex_attention_as_compiled_for_gpus_equals_the_eager_path(band, sinks, 
         monkeypatch.setattr(
             "gpt_arc.nn.attention.create_block_mask", lambda *a, **k: used.append(1) or create_block_mask(*a, **k)
         )
-        model.compile(backend="aot_eager")
+        if traced:
+            model.compile(backend="aot_eager")
+        else:
+            monkeypatch.setattr("torch.compiler.is_compiling", lambda: True)
+            monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
         for case, logits in zip(cases, expected):
             torch.testing.assert_close(model(tokens, **case), logits, atol=1e-5, rtol=1e-5)
     torch._dynamo.reset()

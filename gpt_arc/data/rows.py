@@ -7,6 +7,7 @@ A .json file holds a list of objects, or lines as in a .jsonl.
 
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +46,11 @@ def parsed_rows(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[T
     if not parsed:
         raise UserError(f"{path} holds no examples")
     return parsed
+
+
+def first_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    """Returns the rows among a file's first `count` that are objects. Raises UserError if it can't be read."""
+    return [row for _, row in islice(_rows(path), count) if row]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
 
@@ -18,3 +19,9 @@ def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
     better = sum(b > a for a, b in zip(first, second))
     worse = sum(a > b for a, b in zip(first, second))
     return float(import_extra("scipy.stats").binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def mean_and_error(values: Sequence[float], digits: int = 3) -> str:
+    """Returns the mean, with its standard error if there are two or more values."""
+    mean = f"{fmean(values):.{digits}f}"
+    return f"{mean} ± {standard_error(values):.{digits}f}" if len(values) > 1 else mean

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.cost import describe_parameters
 from gpt_arc.reading import read_bytes, read_json
 from gpt_arc.reports.attention import PromptAttention, prompt_attention
+from gpt_arc.reports.images import ShownImage, first_images, learns_images
 from gpt_arc.training.runs import Summary, is_running, size_of, summary
 from gpt_arc.weights.checkpoint_folders import checkpoints, named_checkpoint, step_of
-from gpt_arc.weights.directory import load_config
+from gpt_arc.weights.directory import load_config, reads_images
 from model import GPT
 
 SAMPLE = re.compile(r"^--- step (\d+)\n", re.MULTILINE)  # see `MetricsLog.write_sample`
@@ -50,6 +52,7 @@ class RunContent:
     figures: dict[str, Any]  # of report.json
     problems: list[str]  # why something isn't shown
     attention: PromptAttention | None = None
+    images: Sequence[ShownImage] = ()
 
     @property
     def name(self) -> str:
@@ -84,6 +87,7 @@ def read_run(folder: Path, prompt: str | None = None) -> RunContent:
 
     last = named_checkpoint(folder, "last")
     samples, figures = folder / "samples.txt", folder / "report.json"
+    pictures = learns_images(run.stage, run.settings, last is not None and reads_images(last))
     return RunContent(
         run,
         "running" if running else {True: "finished", False: "stopped", None: ""}[run.finished],
@@ -94,6 +98,7 @@ def read_run(folder: Path, prompt: str | None = None) -> RunContent:
         attempt(lambda: read_json(figures), {}) if figures.exists() else {},
         problems,
         attempt(lambda: prompt_attention(folder, prompt), None) if prompt else None,
+        attempt(lambda: first_images(pictures), []) if pictures else [],
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from gpt_arc.attention_view import view_data, with_view
 from gpt_arc.reports.charts import Chart, confusion_matrix
 from gpt_arc.reports.content import RunContent, setting_text
+from gpt_arc.reports.images import image_section
 from gpt_arc.reports.parts import details, html_table, section
 from gpt_arc.reports.sweeps import SweepContent, sweep_section
 from gpt_arc.tables import cell, human, to_json
@@ -40,6 +41,7 @@ def page(
         section(f"{runs[i].name}: attention", f'<div id="attention-{i}"></div>')
         for i in (view["run"] for view in views)
     ]
+    sections += [image_section(run.name, run.images) for run in runs]
     sections += [samples(runs), configuration(runs) if runs else "", data_table(runs), checkpoint_table(runs)]
     sections.append(problems(runs))
     names = [each.name for each in (*runs, *sweeps)]

@@ -1,6 +1,5 @@
 """A sweep in a report: its results, the laws that stages/scaling.py fitted to them, and the pictures that it drew."""
 
-import base64
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing_extensions import TypedDict
 from gpt_arc.files import command
 from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reading import read_bytes, read_json
+from gpt_arc.reports.images import picture
 from gpt_arc.reports.parts import details, html_table, section
 from gpt_arc.tables import amount, human
 from gpt_arc.training.runs import OUT_ROOT
@@ -78,10 +78,7 @@ def sweep_section(sweep: SweepContent) -> str:
         ]
         parts += [html_table(["best size by", "parameters for C FLOPs"], best)] if best else []
         parts += [f"<p>not fitted: {escape(name)}: {escape(why)}</p>" for name, why in sweep.laws["missing"].items()]
-    images = [
-        f'<img alt="{escape(name)}" src="data:image/png;base64,{base64.b64encode(content).decode()}">'
-        for name, content in sweep.pictures.items()
-    ]
+    images = [picture(content, name) for name, content in sweep.pictures.items()]
     parts += [f'<div class="pictures">{"".join(images)}</div>'] if images else []
     runs = sorted(sweep.results, key=lambda run: run.val_loss)
     rows = [

@@ -24,7 +24,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import Hardware
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
-from gpt_arc.planning.layout import Layout
+from gpt_arc.planning.layout import MEMORY, Layout
 from gpt_arc.reading import reading
 from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted, duration, human
@@ -312,10 +312,9 @@ def print_plan(plan: Plan) -> None:
             say(line)
     else:
         device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
+        device, dtype = "cuda" if run.accelerator else device, planned_dtype(plan)
         offloaded = config.training.offload_optimizer and device == "cuda"
-        memory = memory_estimate(
-            sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, fused, offloaded
-        )
+        memory = memory_estimate(sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded)
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
     for line in doubts(plan, memory):
@@ -332,24 +331,31 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     """How FSDP divides the model among the accelerators that a dry run names, or among this run's processes."""
     config, training, run = plan.config, plan.config.training, plan.config.run
     accelerator, devices = (run.accelerator or "").lower(), run.devices if run.accelerator else WORLD_SIZE
-    dtype = plan.dtype if training.dtype != "auto" or not accelerator else "bfloat16"
     return Layout(
-        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, dtype,
+        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, planned_dtype(plan),
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
         training.offload_optimizer and devices > 1,
     )  # fmt: skip
 
 
+def planned_dtype(plan: Plan) -> str:
+    """The precision on the accelerator that a dry run names, or on this run's device."""
+    chooses = plan.config.run.accelerator and plan.config.training.dtype == "auto"
+    return "bfloat16" if chooses else plan.dtype
+
+
 def doubts(plan: Plan, memory: float) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
-    room, steps = memory_of(plan.device), plan.config.training.max_iters
+    accelerator, steps = plan.config.run.accelerator, plan.config.training.max_iters
+    room = MEMORY.get(accelerator.lower()) if accelerator else memory_of(plan.device)
     if room and memory > room:
         less = ["a smaller model"]
         less += ["a smaller --batch_size"] * (plan.micro_batch > 1)
         less += ["--activation_checkpointing"] * (not plan.config.training.activation_checkpointing)
-        can_offload = plan.device.type == "cuda" and plan.config.training.optimizer == "adamw"
+        on_gpu = accelerator is not None or plan.device.type == "cuda"
+        can_offload = on_gpu and plan.config.training.optimizer == "adamw"
         less += ["--offload_optimizer"] * (can_offload and not plan.config.training.offload_optimizer)
-        yield f"the device has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
+        yield f"the {accelerator or 'device'} has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     tokens = len(plan.data.train) if plan.data else 0
     epochs = steps * plan.tokens_per_step / tokens if tokens else 0
     if epochs > MANY_EPOCHS:

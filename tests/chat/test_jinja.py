@@ -73,7 +73,7 @@ EXAMPLES = st.sampled_from(sorted(TOKENIZERS)), templates(), TURNS
 CHECKS = [HealthCheck.filter_too_much, HealthCheck.too_slow]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=CHECKS, derandomize=True)
+@settings(max_examples=30, deadline=None, suppress_health_check=CHECKS, derandomize=True)
 @given(*EXAMPLES)
 def test_any_template_renders_as_it_is_trained(name, template, turns):
     fuzzed(name, template, turns)

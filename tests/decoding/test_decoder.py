@@ -336,7 +336,7 @@ def test_a_long_prompt_keeps_its_end():
 STATEFUL = [tiny_gpt(block_size=size, **change) for size in (1, 3, 9) for change in ({}, GROUPED, DYNAMIC)]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_sequence_of_calls_equals_reading_afresh(data):
     read_in_any_way(data)

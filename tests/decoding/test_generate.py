@@ -81,7 +81,7 @@ def test_100_000_draws_follow_the_filtered_softmax(filters):
     assert fits(np.bincount(drawn, minlength=len(LOGITS)), expected)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     logits=st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=12),
     temperature=st.floats(0.2, 3.0),
@@ -104,7 +104,7 @@ def test_filters_match_a_loop_over_tokens(logits, temperature, top_k, top_p, min
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     logits=st.lists(st.floats(-8, 8, width=16), min_size=2, max_size=9),
     present=st.sets(st.integers(0, 8)),

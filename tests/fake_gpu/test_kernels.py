@@ -1,6 +1,7 @@
 """The kernels that Triton compiles for a training step of GPT-2's width, against those of the last time.
 
-Where a change is meant, `python tests/fake_gpu/test_kernels.py "dense, sm_90"` writes these cases, or all, anew.
+`python tests/fake_gpu/test_kernels.py "dense, sm_90"` prints these cases, or all, as rows of docs/results/speed.md, and
+where a change is meant writes those anew that the tests compare with.
 """
 
 import json
@@ -25,12 +26,22 @@ CASES = {
     "dense, sm_100": (100, {}, {}),
     "modern, sm_90": (90, MODERN, {}),
 }
+SHOWN = {  # besides, in the table
+    "band of 256 with 4 sinks, sm_90": (90, {"attention_band": 256, "attention_sinks": 4}, {}),
+    "ALiBi, sm_90": (90, {"positions": "alibi"}, {}),
+    "bidirectional, sm_90": (90, {"attention": "bidirectional"}, {}),
+    "n-grams up to 3, sm_90": (90, {"ngrams": 3}, {}),
+    "8 experts, sm_90": (90, {"n_experts": 8}, {}),
+    "selective checkpointing, sm_90": (90, {}, {"activation_checkpointing": "selective"}),
+    "offloaded optimizer, sm_90": (90, {}, {"offload_optimizer": True}),
+}
+ROWS = 12
 KEPT = ("graphs", "breaks", "kernels", "launches", "bytes", "peak", "spills")
 
 
 def counts(case):
-    target, config, training = CASES[case]
-    result = measure("step", {"n_layer": 2} | config, 12, training, target=target)
+    target, config, training = (CASES | SHOWN)[case]
+    result = measure("step", {"n_layer": 2} | config, ROWS, training, target=target)
     result["spills"] = sum(result["spills"].values())  # bytes, of all kernels
     return {name: result[name] for name in KEPT}, result["estimate"]
 
@@ -48,6 +59,12 @@ def test_a_step_launches_no_more_kernels_and_moves_no_more_bytes_than_before(cas
 
 
 if __name__ == "__main__":
-    for case in sys.argv[1:] or CASES:
-        golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-        GOLDEN.write_text(json.dumps(golden | {case: counts(case)[0]}, indent=1) + "\n")
+    for case in sys.argv[1:] or CASES | SHOWN:
+        row, estimate = counts(case)
+        token, peak = row["bytes"] / (ROWS * 1024), row["peak"]
+        cells = f"{row['graphs']}, {row['breaks']}", row["kernels"], row["launches"], f"{row['spills']} bytes"
+        memory = f"{token / 1e6:.2f} MB", f"{peak / 1e9:.2f} GB", f"{estimate / 1e9:.2f} GB"
+        print("|", " | ".join(map(str, (case, *cells, *memory))), "|", flush=True)
+        if case in CASES:
+            golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+            GOLDEN.write_text(json.dumps(golden | {case: row}, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 import train
 from browser import chromium, watched
@@ -159,6 +161,29 @@ def test_a_sweep_shows_its_results_laws_and_pictures(workplace, output_of, witho
     assert all(shown in page for shown in ("0.04 to 0.06", "1.00%", "2 C^0.500", "not fitted: L(N): too few runs"))
     Path("out/sizes/laws.json").write_text("{")
     assert "out/sizes/laws.json is damaged" in output_of(main, "report.py", "sizes")
+
+
+def test_a_run_on_images_shows_the_first_ones_beside_their_rows(tmp_path):
+    (tmp_path / "run").mkdir()
+    rows = [{"image": f"{i}.png", "prompt": f"{i} <b>?", "response": "red"} for i in range(20)]
+    rows[1] = {"images": ["0.png", "2.png"], "prompt": "alike?"}
+    for i in range(20):
+        Image.new("RGB", (600, 300), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    write(tmp_path / "images.jsonl", rows)
+    options = {"model": "m", "train": str(tmp_path / "images.jsonl"), "image_encoder": "clip"}
+    record = {"stage": "sft", "config": "sft", "overrides": {}, "options": options}
+    write(tmp_path / "run/run.json", [record])
+    run = read_run(tmp_path / "run")
+    decoded = [Image.open(io.BytesIO(image.png)) for image in run.images]
+    assert [image.getpixel((5, 5))[0] for image in decoded] == [0, 0, 2, *range(2, 12)]
+    assert {image.size for image in decoded} == {(224, 112)}
+    text = page([run], [])
+    assert text.count("data:image/png") == 13 and "0 &lt;b&gt;?" in text and "<b>" not in text
+    (tmp_path / "3.png").write_text("no image")
+    run = read_run(tmp_path / "run")
+    assert run.images == [] and any("3.png is not a PNG" in problem for problem in run.problems)
+    write(tmp_path / "run/run.json", [record | {"options": options | {"image_encoder": None}}])
+    assert read_run(tmp_path / "run").images == []  # the run reads text alone
 
 
 def test_two_runs_are_compared_by_the_settings_that_differ(begin, output_of, without_pictures):

@@ -227,6 +227,22 @@ def test_a_sweep_s_mistakes_are_named(workplace, old, new, message):
         sweep_runs(Path("s.toml"))
 
 
+def test_a_fit_replaces_its_own_laws_and_no_other_results_laws(scaling_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("results.json", "others.json"):
+        Path(name).write_text(write_table(exact_results(4, 3)))
+    flags = ("--embeddings", "--resamplings=0", "--pictures=False")
+    scaling_run("fit", "results.json", *flags)
+    laws = Path("laws.json").read_text()
+    refused = scaling_run("fit", "others.json", *flags)
+    assert refused.code == 2 and "laws.json has the laws of results.json: move others.json to" in refused.message
+    assert Path("laws.json").read_text() == laws
+    for former in ("{}", "[]", "{"):  # an older version's, and damaged ones
+        Path("laws.json").write_text(former)
+        scaling_run("fit", "results.json", *flags)
+        assert Path("laws.json").read_text() == laws
+
+
 def test_every_law_is_fitted_to_runs_that_follow_one(scaling_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     results = exact_results()

@@ -214,7 +214,7 @@ def test_llama_cpp_s_converter_writes_the_same(name, run):
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_continues_a_text_as_we_do(name, run, tokenizer):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't installed")
-    model = randomised(GPT(MODELS[name]), scale=0.2)
+    model = randomised(GPT(MODELS[name]), scale=0.3)
     save_model(model, tokenizer, Path("ours"))
     run("ours", "ours.gguf", "--to=gguf")
     exact = {"type_k": gguf.GGMLQuantizationType.F32, "type_v": gguf.GGMLQuantizationType.F32, "n_threads": 1}
@@ -225,4 +225,5 @@ def test_llama_cpp_continues_a_text_as_we_do(name, run, tokenizer):
     continued = list(itertools.islice(theirs.generate(prompt, temp=0.0, repeat_penalty=1.0), count))
     assert continued == [step.tokens[0] for step in generate(model, [prompt], count, Sampling(temperature=0))]
     logits = torch.tensor(theirs.scores[: len(prompt)])
-    torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0], rtol=1e-3, atol=1e-3)
+    tolerance = 2e-3 if name.startswith("gpt2") else 1e-5  # llama.cpp reads GELU from a table in 16 bits
+    torch.testing.assert_close(logits, model(torch.tensor([prompt]))[0], rtol=0, atol=tolerance)

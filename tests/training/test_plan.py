@@ -107,6 +107,17 @@ def test_more_memory_than_the_device_has_gets_a_warning(plan, monkeypatch):
     assert re.search(rf"memory .*\nwarning +the device has \S+ of memory: {advice}", plan())
 
 
+def test_the_memory_of_a_named_accelerator_is_compared_and_not_this_machine_s(plan, stage_runner, monkeypatch):
+    monkeypatch.setattr("gpt_arc.training.plan.memory_of", lambda device: 4000)
+    assert "warning" not in plan("--accelerator=h100")
+    flags = "--dry_run", "--device=cpu", "--dataset=none", "--accelerator=T4"
+    shown = stage_runner(train, "gpt3_2.7b", *flags)
+    needed = float(re.search(r"memory +about ([\d.]+)GB on each device", shown)[1])
+    assert needed > 16 * 2.6  # weights, gradients and two moments of float32
+    assert "\nwarning        the T4 has 16GB of memory: a smaller model or " in shown
+    assert "memory: " not in stage_runner(train, "gpt2", *flags, "--batch_size=1")
+
+
 def test_a_dry_run_compares_the_tokenizers_of_model_and_dataset(plan, stage_runner, tmp_path):
     tokenizer = CharTokenizer("".join(sorted(set(TEXT), reverse=True)))  # as many tokens, in another order
     write_dataset(tmp_path / "data" / "other", tokenizer, dict.fromkeys(("train", "val"), tokenizer.encode(TEXT)))

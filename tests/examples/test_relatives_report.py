@@ -1,0 +1,67 @@
+"""The table of examples/relatives_arc.sh."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import relatives_report
+from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.errors import entry_point
+from gpt_arc.reading import read_json
+from gpt_arc.weights.directory import save_model
+from helpers import ROOT, randomised, write_dataset
+from model import GPT, GPTConfig
+
+LETTERS = CharTokenizer("abcdefgh")
+TINY = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, positions="rotary")
+ATTENTION = {"gpt": "causal", "bert": "bidirectional"}
+
+
+def model_of(name):
+    return randomised(GPT(GPTConfig(**{**vars(TINY), "attention": ATTENTION[name]}))).eval()
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_hidden_tokens_are_predicted_one_at_a_time(name):
+    model, windows = model_of(name), torch.randint(8, (5, 8), generator=torch.Generator().manual_seed(0))
+    losses, hits = [], []
+    for row in windows.tolist():
+        for place in (2, 4, 6):
+            if name == "gpt":
+                logits = model(torch.tensor([row[:place]]))[0, -1]
+            else:
+                logits = model(torch.tensor([[*row[:place], 8, *row[place + 1 :]]]))[0, place]
+            losses.append(-logits.log_softmax(-1)[row[place]].item())
+            hits.append(int(logits.argmax()) == row[place])
+    loss, accuracy = relatives_report.hidden_tokens(model, windows, 8)
+    assert loss == pytest.approx(sum(losses) / 15, rel=1e-5) and accuracy == pytest.approx(sum(hits) / 15)
+
+
+def test_the_table_has_what_was_measured(tmp_path, monkeypatch, output_of):
+    monkeypatch.chdir(tmp_path)
+    main = entry_point(relatives_report.main)
+    assert "has no results: run bash examples/relatives_arc.sh first" in output_of(main, "relatives_report.py")
+    tokens = torch.randint(8, (100,), generator=torch.Generator().manual_seed(0)).numpy()
+    write_dataset(Path("data/letters"), LETTERS, {"train": tokens, "val": tokens})
+    for number, name in enumerate(ATTENTION):
+        folder = Path("out/relatives", name)
+        save_model(model_of(name), LETTERS, folder)
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_loss": 2.5 + number, "tokens": 4096}) + "\n")
+        for seed, accuracy in enumerate((0.5, 0.6)):
+            report = Path("out/relatives/package", name, str(seed), "report.json")
+            report.parent.mkdir(parents=True)
+            report.write_text(json.dumps({"test": {"accuracy": accuracy + number / 10}}))
+    output = output_of(main, "relatives_report.py", "--dataset=letters")
+    assert output == Path("out/relatives/table.md").read_text()
+    assert "| tokens read in pre-training | 4,096 | 4,096 |\n| of these scored, % | 100.0 | 12.5 |" in output
+    assert "| val loss, nats a scored token | 2.500 | 3.500 |" in output
+    assert "| `package`, test accuracy, % (by chance 14) | 55.0 ± 5.0 | 65.0 ± 5.0 |" in output
+    assert "follows" not in output
+    assert Path("out/relatives/accuracy.png").stat().st_size > 4000
+
+
+def test_the_page_has_the_figures_of_the_run():
+    figures = read_json(ROOT / "docs/results/relatives.json")
+    assert relatives_report.table(figures) in (ROOT / "docs/results/relatives.md").read_text()
