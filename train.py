@@ -55,7 +55,6 @@ from gpt_arc.training.checkpoints import (
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.compile import try_compiling
 from gpt_arc.training.evaluate import mean_loss
-from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.kernels import choose_kernels
 from gpt_arc.training.log import Meter, MetricsLog, ProgressBar, Utilization, start_tracker
 from gpt_arc.training.optim import Updater
@@ -69,6 +68,8 @@ from gpt_arc.training.saving import Saving
 from gpt_arc.training.schedule import learning_rate_at
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.spikes import Spikes
+from gpt_arc.training.tensor_parallel import make_shares
+from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.weights.directory import load_model, save_model
 from model import GPT
 
@@ -87,7 +88,7 @@ class Run:
     replica: nn.Module  # the model, or the DistributedDataParallel to call instead
     tokenizer: Tokenizer | None
     parallel: Parallel
-    sharing: ExpertParallel
+    sharing: WeightShares
     updater: Updater
     stop: StopSignal
     compiled: bool
@@ -220,7 +221,7 @@ def build(plan: Plan) -> Run:
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
-    sharing = ExpertParallel(model, training.expert_processes, device)
+    sharing = make_shares(model, training, device)
     choose_kernels(model, training)
     replica = parallel.place(model, device)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents

@@ -18,7 +18,7 @@ It needs scikit-learn: pip install -e ".[metrics]".
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -83,9 +83,9 @@ class Options:
     """Folder for the results."""
 
 
-def sentence(sense: str, cues: dict[str, list[str]], place: str, rng: random.Random) -> list[int]:
+def sentence(sense: str, cues: Mapping[str, Sequence[str]], place: str, rng: random.Random) -> list[int]:
     """Returns a sentence as numbers of words, with a noun and a verb of `cues`, by default of the sense."""
-    chosen = {kind: rng.choice(words) for kind, words in (SENSES[sense] | cues).items()}
+    chosen = {kind: rng.choice(words) for kind, words in {**SENSES[sense], **cues}.items()}
     text = TEMPLATE.format(**chosen | {"name": rng.choice(NAMES), "place": place})
     return [WORDS.index(word) for word in text.split()]
 
@@ -147,17 +147,17 @@ def language_model(attention: Literal["causal", "bidirectional"], options: Optio
 def static_vectors(options: Options, seed: int) -> Tensor:
     """Trains a vector (V, 32) for each word by skip-gram: predict each other word of the sentence."""
     torch.manual_seed(seed)
-    module = nn.ModuleList([nn.Embedding(len(WORDS), 32), nn.Linear(32, len(WORDS), bias=False)])
-    nn.init.normal_(module[0].weight, std=0.02)
+    vectors, head = nn.Embedding(len(WORDS), 32), nn.Linear(32, len(WORDS), bias=False)
+    nn.init.normal_(vectors.weight, std=0.02)
     others = ~torch.eye(LENGTH, dtype=torch.bool)
 
     def loss_of(rows: Tensor) -> Tensor:
-        scores = module[1](module[0](rows)).log_softmax(-1)  # (B, LENGTH, V)
+        scores = head(vectors(rows)).log_softmax(-1)  # (B, LENGTH, V)
         targets = rows[:, None].expand(-1, LENGTH, -1)  # (B, LENGTH, LENGTH)
         return -scores.gather(-1, targets)[:, others].mean()
 
-    train(module, loss_of, options.max_iters, options.learning_rate, random.Random(seed))
-    return module[0].weight.detach()
+    train(nn.ModuleList([vectors, head]), loss_of, options.max_iters, options.learning_rate, random.Random(seed))
+    return vectors.weight.detach()
 
 
 @torch.no_grad()

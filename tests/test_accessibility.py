@@ -9,6 +9,7 @@ from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reports.attention import PromptAttention
 from gpt_arc.reports.charts import charts_of
 from gpt_arc.reports.content import Checkpoint, Sample
+from gpt_arc.reports.images import ShownImage
 from gpt_arc.reports.page import page as report_page
 from gpt_arc.reports.sweeps import SweepContent
 from gpt_arc.serving.server import HOST, Model
@@ -25,7 +26,9 @@ def report():
     checkpoint = Checkpoint("step-00000060", 60, 0.0, 1000, "best")
     attention = PromptAttention(torch.ones(2, 2, 3, 3).tril() / 3, ["a", "b", "c"])
     first = content("a", lines, {"seed": 1}, samples=[Sample(1, "text")], figures=figures, attention=attention)
-    second = content("b", lines, {"seed": 2}, checkpoints=[checkpoint], problems=["broken"])
+    second = content(
+        "b", lines, {"seed": 2}, checkpoints=[checkpoint], problems=["broken"], images=[ShownImage(b"", "a")]
+    )
     result = FinishedRun("x", 2, 16, 1, 900, 600, 200, 7e5, 2.0, 1.0, [])
     laws = {"laws": {"L(C)": {"constants": {"a": 1.0}, "intervals": {}, "error": 0.1}}, "best_size": {}, "missing": {}}
     sweep = SweepContent(first.summary.folder, [result], laws, {"compute": b""})

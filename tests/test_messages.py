@@ -39,6 +39,7 @@ OF_TORCHRUN = {
     "no-python",
     "help",
     "help-all",
+    "help_all",
 }
 OF_OTHERS = OF_TORCHRUN | {"index-url"}
 

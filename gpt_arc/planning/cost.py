@@ -78,10 +78,13 @@ def memory_estimate(
     device: str = "cpu",
     checkpointing: Checkpointing = False,
     expert_processes: int = 1,
+    tensor_processes: int = 1,
     compiled: bool = False,
     offloaded: bool = False,
 ) -> int:
-    """Estimates the bytes that training needs in one of `expert_processes` processes, which divide the experts.
+    """Estimates the bytes that training needs in one process.
+
+    `expert_processes` divide the experts, or `tensor_processes` the matrices of the blocks.
 
     A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments, which may be `offloaded`. For the
     backward pass a layer keeps about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al.,
@@ -96,9 +99,9 @@ def memory_estimate(
     kept, recomputed = activation_bytes(config, tokens, size, checkpointing)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
-    in_other_processes = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False)) * (
-        1 - 1 / expert_processes
-    )
+    experts = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False))
+    matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    in_other_processes = experts * (1 - 1 / expert_processes) + matrices * (1 - 1 / tensor_processes)
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
     weights = (8 if offloaded else 16) * int(model.num_parameters() - in_other_processes)
     return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed

@@ -109,11 +109,14 @@ def without_samples(config: Config, requested: bool) -> Config:
     Raises UserError if the command line `requested` them.
     """
     training, interval = config.training, config.logging.sample_interval
-    if not interval or training.expert_processes == 1 and training.parallel != "fsdp":
+    dividing = {
+        f"expert_processes = {training.expert_processes}": training.expert_processes > 1,
+        f"tensor_processes = {training.tensor_processes}": training.tensor_processes > 1,
+        "parallel = fsdp": training.parallel == "fsdp",
+    }
+    dividing = next((name for name, divides in dividing.items() if divides), None)
+    if not (interval and dividing):
         return config
-    dividing = f"expert_processes = {training.expert_processes}"
-    if training.expert_processes == 1:
-        dividing = "parallel = fsdp"
     if requested:
         raise UserError(
             f"sample_interval = {interval} samples from a whole model, and {dividing} divides it: leave one out"

@@ -170,6 +170,9 @@ class TrainingConfig:
     async_save: bool = False
     """Write sharded checkpoints while training goes on, from a copy of them in memory. A failure is reported before the
     next evaluation."""
+    tensor_processes: Count = 1
+    """Divide the heads and MLPs of every block among this many torchrun processes (tensor parallelism). 1: each process
+    has all of them."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
@@ -183,6 +186,13 @@ class TrainingConfig:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
         if self.parallel == "fsdp" and self.expert_processes > 1:
             raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
+        unsuited = {"parallel = fsdp": self.parallel == "fsdp", "expert_processes": self.expert_processes > 1}
+        unsuited |= {"optimizer = muon": self.optimizer == "muon", "ema_decay": self.ema_decay is not None}
+        unsuited |= {"float8": self.float8, "offload_optimizer": self.offload_optimizer}
+        for name in (name for name, is_set in unsuited.items() if is_set and self.tensor_processes > 1):
+            raise ValueError(
+                f"tensor_processes = {self.tensor_processes} doesn't suit {name}: leave out one of the two"
+            )
         if self.async_save and (self.parallel != "fsdp" or self.checkpoint_format != "sharded"):
             raise ValueError(
                 "async_save needs parallel = fsdp and checkpoint_format = sharded: set both, or leave it out"

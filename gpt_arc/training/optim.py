@@ -15,10 +15,10 @@ from gpt_arc import distributed
 from gpt_arc.device import send
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.muon import BatchedMuon
 from gpt_arc.training.offload import OffloadedAdamW
 from gpt_arc.training.parallel import REPLICATED, Parallel
+from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.weights.tensor_files import check_tensors
 from model import GPT
 
@@ -120,9 +120,9 @@ class Updater:
         device: torch.device,
         dtype: str,
         parallel: Parallel = REPLICATED,
-        sharing: ExpertParallel | None = None,
+        sharing: WeightShares | None = None,
     ):
-        """`sharing` is the model's expert parallelism, if its experts are spread over processes."""
+        """`sharing` divides experts, or the matrices of blocks, among processes."""
         self.model, self.config, self.device, self.parallel = model, config, device, parallel
         self.sharing = sharing if sharing and sharing.shares else None
         self.optimizers = build_optimizers(model, config, parallel.muon)
@@ -161,7 +161,7 @@ class Updater:
         norm = self.parallel.total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
         values = [send(norm / distributed.WORLD_SIZE, self.device)]
         values += [x if isinstance(x, Tensor) else torch.full_like(values[0], x) for x in sums]
-        if self.sharing:  # every expert's gradient is in as many processes as there are copies of it
+        if self.sharing:  # every share's gradient is in as many processes as there are copies of it
             for gradient in self.sharing.gradients:
                 self.parallel.contribute(gradient)
             self.sharing.reduce_gradients()
@@ -209,12 +209,12 @@ class Updater:
     def _gathered(self, weight: nn.Parameter, tensor: Tensor) -> Tensor:
         """Returns, in the main process, a tensor that is divided like `weight` whole. Every process must call this."""
         sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
-        return sharing.gathered(tensor) if sharing else self.parallel.gathered(tensor)
+        return sharing.gathered(tensor, weight) if sharing else self.parallel.gathered(tensor)
 
     def _kept(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
         """Returns what this process keeps of a tensor shaped like the whole `weight`."""
         sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
-        return sharing.share_of(whole) if sharing else self.parallel.shard_of(whole, weight)
+        return sharing.share_of(whole, weight) if sharing else self.parallel.shard_of(whole, weight)
 
     @torch.no_grad()
     def put_weights(self, whole: nn.Module) -> None:

@@ -39,6 +39,7 @@ from gpt_arc.training.offload import check_offload
 from gpt_arc.training.optim import check_same_optimizer
 from gpt_arc.training.parallel_modes import check_parallel
 from gpt_arc.training.runs import check_out_dir
+from gpt_arc.training.tensor_parallel import check_tensor_processes
 from gpt_arc.training.threads import resolve_threads
 from gpt_arc.weights.directory import check_model, load_config, local_directory
 from gpt_arc.weights.huggingface import nearest_architecture
@@ -206,11 +207,14 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     check_parallel(training)
     check_offload(training, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
+    check_tensor_processes(config, dtype)
     with meta_device():
         flops = flops_per_token(GPT(config.model))
     steps_left = training.max_iters - progress.step
     flops_left = flops * config.sequences_per_step * block_size * steps_left
-    compiled, why = resolve_compile(compile_setting, device, flops_left)
+    compiled, why = False, "tensor_processes is set"
+    if training.tensor_processes == 1:
+        compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
     return Plan(
@@ -299,7 +303,8 @@ def print_plan(plan: Plan) -> None:
     train = plan.data and plan.data.train
     for line in data_plan(config.data.sources, train, config.training.max_iters * plan.tokens_per_step):
         say(f"data           {line}")
-    checkpointing, sharing = config.training.activation_checkpointing, config.training.expert_processes
+    checkpointing = config.training.activation_checkpointing
+    sharing = config.training.expert_processes, config.training.tensor_processes
     if config.training.parallel == "fsdp":
         layout = layout_of(plan, sketch)
         memory = 0 if config.run.accelerator else sum(layout.memory.values())
@@ -309,7 +314,7 @@ def print_plan(plan: Plan) -> None:
         device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
         device, dtype = "cuda" if run.accelerator else device, planned_dtype(plan)
         offloaded = config.training.offload_optimizer and device == "cuda"
-        memory = memory_estimate(sketch, plan.micro_batch, dtype, device, checkpointing, sharing, fused, offloaded)
+        memory = memory_estimate(sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded)
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
     for line in doubts(plan, memory):

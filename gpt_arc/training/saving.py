@@ -23,7 +23,7 @@ class Saving:
         training goes on, and the processes' threads communicate in `group`.
         """
         self.progress, self.step, self.allowed = progress, step, allowed
-        self.group = dist.new_group(backend="gloo") if background else None
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if background else None
         self._saved, self._failures = copy.copy(progress), 0
         self._writing = copy.copy(progress)  # of the checkpoint that is being written
         self._end: Callable[[], None] | None = None  # waits for it

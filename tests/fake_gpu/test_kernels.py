@@ -28,12 +28,13 @@ CASES = {
 }
 SHOWN = {  # besides, in the table
     "band of 256 with 4 sinks, sm_90": (90, {"attention_band": 256, "attention_sinks": 4}, {}),
-    "ALiBi, sm_90": (90, {"positions": "alibi"}, {}),
+    "ALiBi, 8 heads, sm_90": (90, {"positions": "alibi", "n_head": 8}, {}),  # more slopes would be a real tensor
     "bidirectional, sm_90": (90, {"attention": "bidirectional"}, {}),
     "n-grams up to 3, sm_90": (90, {"ngrams": 3}, {}),
     "8 experts, sm_90": (90, {"n_experts": 8}, {}),
     "selective checkpointing, sm_90": (90, {}, {"activation_checkpointing": "selective"}),
     "offloaded optimizer, sm_90": (90, {}, {"offload_optimizer": True}),
+    "float8, sm_90": (90, {}, {"float8": True}),  # needs torchao
 }
 ROWS = 12
 KEPT = ("graphs", "breaks", "kernels", "launches", "bytes", "peak", "spills")

@@ -322,7 +322,8 @@ def test_both_forms_of_the_resume_flag_work(workplace):
 def test_a_divided_model_shows_no_samples(capsys):
     """A line says so if a config asks for them; the command line's wish is refused."""
     assert launch("quickstart").config.logging.sample_interval == 200 and not capsys.readouterr().out
-    for flag, dividing in (("--parallel=fsdp", "parallel = fsdp"), ("--expert_processes=2", "expert_processes = 2")):
+    settings = ("parallel", "fsdp"), ("expert_processes", 2), ("tensor_processes", 2)
+    for flag, dividing in ((f"--{name}={value}", f"{name} = {value}") for name, value in settings):
         launched = launch("quickstart", "--n_experts=4", flag)
         assert launched.config.logging.sample_interval == launched.overrides["sample_interval"] == 0
         assert capsys.readouterr().out == f"samples        none: {dividing} divides the model\n"
