@@ -23,12 +23,12 @@ from gpt_arc.training.checkpoints import recorded
 from gpt_arc.training.config import Config
 from gpt_arc.training.log import MetricsLog, read_metrics
 from gpt_arc.training.runs import read_record, write_record
+from gpt_arc.training.stage_options import SFTOptions
 from gpt_arc.training.stage_record import record_options, recorded_options
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, TEXT, TINY_FLAGS
 from model import GPT, GPTConfig
 from sample import Sampler
-from stages import sft
 
 
 class PanicException(BaseException):
@@ -226,11 +226,11 @@ def test_a_record_of_a_run_is_bounded(tmp_path, changes, sentence):
 
 @pytest.mark.parametrize("changes", [{"batch_size": 2**40}, {"batch_size": 2**21}, {"epochs": 2**40}])
 def test_a_record_of_a_stage_is_bounded(tmp_path, changes):
-    record_options(tmp_path, "sft", sft.Options(model="base"))
+    record_options(tmp_path, "sft", SFTOptions(model="base"))
     record = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(record | {"options": record["options"] | changes}))
     with pytest.raises(UserError, match=f"run.json: .*{next(iter(changes))}.* (must be between|is more than)"):
-        recorded_options(tmp_path, sft.Options, "sft")
+        recorded_options(tmp_path, SFTOptions, "sft")
 
 
 IMPORTS_BY_NAME = {
