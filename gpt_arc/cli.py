@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+from gpt_arc import completion
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import CONSOLE, HELP, resource
 
@@ -85,7 +86,20 @@ def script_command(name: str, arguments: list[str]) -> list[str]:
     return [str(script), *with_packaged_configs(arguments)]
 
 
+def complete() -> None:
+    """Answers the shell, which asks what may stand at the cursor."""
+    words = completion.words_before_cursor()[1:]
+    if not words:
+        completion.answer_names(COMMANDS)
+    if words == ["prepare"]:
+        completion.answer_names(sorted(path.stem for path in resource("prepare").glob("*.py")))
+    name = "sample" if words[0] == "chat" else words[0]  # whose flags they are
+    os.execv(sys.executable, [sys.executable, *script_command(name, words[1:])])
+
+
 def run() -> int | None:
+    if completion.ASKED:
+        return complete()
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in HELP:
         print(usage())

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
+from gpt_arc import completion
 from gpt_arc.errors import UserError
 from gpt_arc.files import HELP, command
 from gpt_arc.settings import (
@@ -55,8 +56,12 @@ def read_flags(cls: type, description: str | None, args: list[str], defaults: Ma
     positionals = [name for name, one in settings.items() if POSITIONAL in markers(one.hint)]
     hints = getattr(cls, "OLD", {}) | {name: one.hint for name, one in settings.items()}
     parser = Parser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name in hints.keys() - set(positionals):
-        parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None)
+    actions = {
+        parser.add_argument(f"--{name}", nargs="*" if is_list(hints[name]) else None): hints[name]
+        for name in hints.keys() - set(positionals)
+    }
+    if completion.ASKED:
+        completion.answer_flags(parser, {action: choices_of(hint) for action, hint in actions.items()}, args)
     args = list(spelled_out(args, hints))
     if HELP & set(args):
         titles = groups_of(cls, settings, complete="--help_all" in args)
@@ -168,6 +173,13 @@ def metavar(hint: Any) -> str:
         elif kind is not types.NoneType:
             names.append(METAVARS.get(kind, "TEXT"))
     return "|".join(names)
+
+
+def choices_of(hint: Any) -> list[str]:
+    """Returns the values to choose among, if a setting has such."""
+    kinds = [kind for kind, _ in kinds_of(hint)]
+    literals = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    return literals + ["True", "False"] * (bool in kinds)
 
 
 def default_text(default: Any) -> str:

@@ -35,6 +35,29 @@ def test_every_command_has_a_script_and_is_in_the_help(capsys, monkeypatch):
     assert f"configs: {ROOT / 'configs'}" in output
 
 
+@pytest.mark.parametrize(
+    "line, completions",
+    [
+        ("gpt-arc tr", ["train", "translate"]),
+        ("gpt-arc prepare to", ["tokenizer"]),
+        ("gpt-arc train quickstart --n_l", ["--n_layer"]),
+        ("gpt-arc train --schedule=co", ["--schedule=cosine", "--schedule=constant"]),
+        ("gpt-arc scaling plan --d", ["--days", "--devices"]),
+        ("gpt-arc chat out/sft --json ", ["True", "False"]),
+        ("gpt-arc sft con", ["configs/"]),
+        ("gpt-arc trian ", []),
+    ],
+)
+def test_a_shell_completes_commands_flags_values_and_files(line, completions, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    answer = tmp_path / "answer"
+    variables = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE_IFS": "\n"}
+    gpt_arc(_ARGCOMPLETE="1", _ARGCOMPLETE_STDOUT_FILENAME=str(answer), **variables)
+    found = answer.read_text().splitlines() if answer.exists() else []
+    assert sorted(name.rstrip() for name in found) == sorted(completions)  # a space follows the only one
+
+
 def test_no_arguments_show_the_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpt-arc"])
     assert cli.run() is None
