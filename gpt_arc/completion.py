@@ -37,7 +37,7 @@ def answer_flags(
 
     for action, choices in values.items():
         if choices:
-            vars(action)["completer"] = ChoicesCompleter(choices)
+            vars(action)["completer"] = ChoicesCompleter(dict.fromkeys(choices, ""))
     parser.add_argument("files", nargs="*")
     _answer(parser, args)
 
