@@ -35,7 +35,7 @@ SOURCES = [
 # What isn't run, as patterns of whole commands, with the reason.
 NOT_RUN = {
     r"(pip install|python3 -m venv|pre-commit) .*": "installs packages",
-    r"(FAKE_GPU_TRITON=\S+ )?python -m (pytest|fake_gpu)\b.*": "runs tests",
+    r"(FAKE_GPU_TRITON=\S+ )?python (-m (pytest|fake_gpu)\b|tests/).*": "runs tests",
     r"python new\.py .*": "trains for as long as it takes to measure speed; tests/test_new.py runs it",
     r"python tools/playground\.py .*": "serves until it is stopped; tests/serving runs it",
     r"python tools/report\.py .* --watch": "goes on until it is stopped; tests/reports runs it",
