@@ -18,7 +18,6 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -28,10 +27,9 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Seed
-from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_shuffled, write_text
+from gpt_arc.vision.questions import prepare_questions, write_rows, write_shuffled, write_text
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 QUESTION = "Which digit is this?"
@@ -80,11 +78,7 @@ def write_all(folder: Path, options: Options) -> None:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    folder, made_of = DATA_ROOT / "digits", dataclasses.asdict(dataclasses.replace(options, overwrite=False))
-    with new_questions(folder, made_of, options.overwrite) as temporary:
-        if temporary is not None:
-            write_all(temporary, options)
-    prepare_text(folder, options.overwrite)
+    prepare_questions("digits", options, write_all)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-import dataclasses
 import random
 import sys
 from collections.abc import Sequence
@@ -36,11 +35,10 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Seed
 from gpt_arc.tables import counted
-from gpt_arc.vision.questions import new_questions, prepare_text, write_rows, write_shuffled, write_text
+from gpt_arc.vision.questions import prepare_questions, write_rows, write_shuffled, write_text
 
 COLOURS = {
     "red": (220, 30, 30), "green": (20, 160, 40), "blue": (40, 70, 230), "yellow": (235, 210, 30),
@@ -189,12 +187,7 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.size < 16:
         raise UserError(f"size = {options.size} is too small to tell shapes apart: 16 is the least")
-    folder, made_of = DATA_ROOT / "shapes", dataclasses.asdict(dataclasses.replace(options, overwrite=False))
-    with new_questions(folder, made_of, options.overwrite) as temporary:
-        if temporary is not None:
-            write_all(temporary, options)
-            print(f"{folder}: {counted(options.count, 'question')} to train on and {options.test:,} for each test")
-    prepare_text(folder, options.overwrite)
+    prepare_questions("shapes", options, write_all)
 
 
 def write_all(folder: Path, options: Options) -> None:
@@ -205,6 +198,7 @@ def write_all(folder: Path, options: Options) -> None:
     rng = random.Random(options.seed)
     write_text(folder, [(row["prompt"], random_answer(row, rng)) for row in train])
     write_shuffled(folder, test, options.seed)
+    print(f"{counted(options.count, 'question')} to train on and {options.test:,} for each test")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
-import dataclasses
 import random
 import string
 import sys
@@ -31,10 +30,9 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import DATA_ROOT
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Seed
-from gpt_arc.vision.questions import LETTERS_ONLY, new_questions, prepare_text, write_rows, write_shuffled, write_text
+from gpt_arc.vision.questions import LETTERS_ONLY, prepare_questions, write_rows, write_shuffled, write_text
 
 QUESTION = "Word?"
 PLACES = ("first", "second", "third", "fourth", "fifth")
@@ -94,11 +92,7 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.count + options.test > MOST_WORDS:
         raise UserError(f"count + test = {options.count + options.test:,} words: {MOST_WORDS:,} are the most")
-    folder, made_of = DATA_ROOT / "words", dataclasses.asdict(dataclasses.replace(options, overwrite=False))
-    with new_questions(folder, made_of, options.overwrite) as temporary:
-        if temporary is not None:
-            write_all(temporary, options)
-    prepare_text(folder, options.overwrite)
+    prepare_questions("words", options, write_all)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
 """Folders of pictures with questions, which scripts in prepare/ write.
 
-with new_questions(folder, made_of, overwrite) as temporary:        # None if it is there already
-    ...
-    write_rows(temporary / "train.jsonl", rows)
-    write_shuffled(temporary, test_rows, seed)
-    write_text(temporary, [(prompt, answer), ...])
-prepare_text(folder, overwrite)
+prepare_questions("digits", options, write_all)                     # unless they are there already
+
+def write_all(folder, options):
+    write_rows(folder / "train.jsonl", rows)
+    write_shuffled(folder, test_rows, seed)
+    write_text(folder, [(prompt, answer), ...])
 """
 
 import contextlib
+import dataclasses
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpt_arc.data.json_lines import read_object
 from gpt_arc.data.prepare import CorpusSettings, prepare_documents
 from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import new_directory
+from gpt_arc.files import DATA_ROOT, new_directory
 
 MADE_OF, TEXTS = "made_of.json", "texts.txt"
 VOCABULARY = 512  # more than all words take
@@ -69,3 +70,15 @@ def prepare_text(folder: Path, overwrite: bool) -> None:
     """Prepares the text of a folder as the dataset FOLDER_text."""
     text = Text((folder / TEXTS).read_text("utf-8"), f"the questions of {folder}")
     prepare_documents(text, CorpusSettings(tokenizer=str(folder), overwrite=overwrite), f"{folder.name}_text")
+
+
+def prepare_questions(name: str, options: Any, write: Callable[[Path, Any], None]) -> None:
+    """Makes data/NAME by `write(folder, options)`, unless these options made it already, and its text data/NAME_text.
+
+    Raises UserError if other options made it, unless `options.overwrite`.
+    """
+    folder, made_of = DATA_ROOT / name, dataclasses.asdict(dataclasses.replace(options, overwrite=False))
+    with new_questions(folder, made_of, options.overwrite) as temporary:
+        if temporary is not None:
+            write(temporary, options)
+    prepare_text(folder, options.overwrite)

@@ -37,13 +37,6 @@ def playground():
         yield playground
 
 
-@pytest.fixture(scope="module")
-def client(playground):
-    url = f"http://{HOST}:{playground.port}/v1"
-    with openai.OpenAI(base_url=url, api_key=TOKEN, max_retries=0, timeout=30) as client:
-        yield client
-
-
 @pytest.fixture
 def raw(playground):
     headers = {"authorization": f"Bearer {TOKEN}"}
