@@ -29,6 +29,7 @@ from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
 from gpt_arc.nn.functional import Dropout, RMSNorm, activate, ngram_ids, put_images, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
+from gpt_arc.nn.lstm import LSTMMixer
 from gpt_arc.nn.names import Activation, Checkpointing
 from gpt_arc.nn.positions import rotary_waves
 from gpt_arc.nn.recompute import recomputed
@@ -109,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.n_embd)
-        self.attention = Attention(config)
+        self.attention = LSTMMixer(config) if config.mixer == "lstm" else Attention(config)
         if config.encoder_layers:
             self.cross_norm = make_norm(config, config.n_embd)
             self.cross = CrossAttention(config)

@@ -48,6 +48,8 @@ def load_image_reader(path: Path | str) -> Reader:
     directory, model, tokenizer, chat = load_text_with_chat(path)
     if not reads_images(directory):
         raise UserError(f"{path} reads text alone: train it on images by stages/sft.py --image_encoder first")
+    if model.config.mixer == "lstm":
+        raise UserError(f"{path} has no attention to show, for its mixer is an lstm: name another model")
     vision = load_vision(directory, model).eval()
     return Reader(vision.text, tokenizer, BATCH_TOKENS, require_chat(path, chat), vision)
 

@@ -23,7 +23,7 @@ from gpt_arc.training.config import Config, TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
-from model import GPT, MLP, Block
+from model import GPT, MLP, Attention, Block
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -67,6 +67,7 @@ class TensorParallel(WeightShares):
         kept = replace(config, n_head=heads // processes, n_kv_head=kv_heads // processes, head_size=size)
         for block in model.blocks:
             assert isinstance(block, Block) and isinstance(block.mlp, MLP), "check_tensor_processes refuses experts"
+            assert isinstance(block.attention, Attention), "it refuses an LSTM too"
             block.attention.config = kept
             rows = [n * size for n in (heads, kv_heads, kv_heads)]
             self._divide(block.attention.qkv, block.attention.projection, rows)
@@ -117,6 +118,7 @@ def check_tensor_processes(config: Config, dtype: str) -> None:
             raise UserError(f"{setting} does not divide {name} = {size}")
     obstacles = {  # masks by head or by sequence are those of a whole model's heads and of a process's own sequences
         f"n_experts = {model.n_experts}, for which there is expert_processes": model.n_experts,
+        f"mixer = {model.mixer}": model.mixer == "lstm",
         "positions = alibi": model.positions == "alibi",
         f"attention_band = {model.attention_band}": model.attention_band,
         "document_mask": config.data.document_mask,

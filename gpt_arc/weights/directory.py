@@ -38,7 +38,14 @@ VISION_FILE = "vision.json"  # beside a model that reads images (gpt_arc/vision/
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that older versions don't know, and the value that means what these do
-LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
+LATER = {
+    "base_width": None,
+    "mixer": "attention",
+    "attention": "causal",
+    "head_transform": False,
+    "embedding_norm": False,
+    "token_types": 0,
+}
 LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
 LATER |= {
     "attention_sinks": 0,

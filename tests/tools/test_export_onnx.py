@@ -19,6 +19,7 @@ MODELS = {
     "gpt2": {},
     "modern": {**MODERN, **YARN, "qk_norm": True, "attention_band": 6},
     "beyond-transformers": {"positions": "alibi", "ngrams": 2, "ngram_rows": 64},
+    "lstm": {"mixer": "lstm", "bias": False},
     "bidirectional": {"attention": "bidirectional", "norm_position": "post"},
 }
 

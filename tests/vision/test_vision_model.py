@@ -136,7 +136,7 @@ def test_models_that_do_not_fit_are_refused():
         vision_gpt(ngrams=2)
     with pytest.raises(ValueError, match="pixel_shuffle = 3 doesn't divide the 4 patches"):
         vision_gpt(shuffle=3)
-    for settings in ({"attention_band": 3}, {"positions": "alibi"}):
+    for settings in ({"attention_band": 3}, {"positions": "alibi"}, {"mixer": "lstm"}):
         with pytest.raises(ValueError, match="prefix_attention needs a text model without"):
             vision_gpt(prefix_attention=True, **settings)
 
