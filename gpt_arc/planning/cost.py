@@ -100,7 +100,7 @@ def memory_estimate(
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
     tokens = sequences * config.block_size
-    kept, recomputed = activation_bytes(config, tokens, size, checkpointing)
+    kept, recomputed = activation_bytes(config, tokens, size, checkpointing, tensor_processes)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
     experts = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False))
@@ -111,13 +111,17 @@ def memory_estimate(
     return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed
 
 
-def activation_bytes(config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing) -> tuple[int, int]:
+def activation_bytes(
+    config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing, tensor_processes: int = 1
+) -> tuple[int, int]:
     """Returns the bytes that the layers keep of `tokens` tokens for the backward pass, and what one recomputes there.
 
     Values have `size` bytes. With checkpointing a layer keeps its input, in float32; selective: also queries, keys,
-    values, attention's output, and the outputs of both projections.
+    values, attention's output, and the outputs of both projections. With `tensor_processes` a layer keeps the inputs of
+    both sublayers for the tokens of all of them.
     """
-    layers = [tokens * size * values for values in layer_activations(config)]
+    gathered = 2 * config.n_embd * (tensor_processes - 1)
+    layers = [tokens * size * (values + gathered) for values in layer_activations(config)]
     if not checkpointing:
         return sum(layers), 0
     attention = 2 * (config.n_head + config.kv_heads) * config.head_width

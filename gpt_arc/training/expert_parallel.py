@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
-from gpt_arc.nn.experts import product_dtype, take_rows
+from gpt_arc.nn.experts import Experts, product_dtype, take_rows
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT
@@ -43,18 +43,17 @@ def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.Proce
 
 
 class ExpertParallel(WeightShares):
-    """Assigns experts to processes. Built from a whole model, in which it keeps only this process's share of them."""
+    """Assigns experts to processes."""
 
-    def __init__(self, model: GPT, processes: int, device: torch.device):
-        """Splits the experts of `model`, which will run on `device`, among `processes`; 1 changes nothing."""
-        super().__init__(processes, device)
-        if processes == 1:
+    def divide(self, model: GPT) -> None:
+        if self.processes == 1:
             return
-        for experts in model.experts:
-            experts.exchange = torch.compiler.disable(self.exchange)  # as a decorator it would slow every import
-            for parameter in experts.parameters(recurse=False):
-                self.divide(parameter, 0, [model.config.n_experts])
-        self.hide_from_ddp(model)
+        for module_name, module in model.named_modules():
+            if isinstance(module, Experts):
+                module.exchange = torch.compiler.disable(self.exchange)  # as a decorator it would slow every import
+                for name, _ in module.named_parameters(module_name, recurse=False):
+                    self.shares[name] = 0, [model.config.n_experts]
+        super().divide(model)
 
     def exchange(self, compute: Callable[[Tensor, Tensor], Tensor], x: Tensor, ends: Tensor) -> Tensor:
         """Replaces `Experts.compute`: sends rows to the processes that hold their experts, and the outputs back.

@@ -213,7 +213,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     steps_left = training.max_iters - progress.step
     flops_left = flops * config.sequences_per_step * block_size * steps_left
     compiled, why = False, "tensor_processes is set"
-    if training.tensor_processes == 1:
+    if training.tensor_processes == 1 or training.compile != "auto":
         compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
@@ -334,7 +334,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     return Layout(
         sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, planned_dtype(plan),
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
-        training.offload_optimizer and devices > 1,
+        training.offload_optimizer and devices > 1, training.tensor_processes,
     )  # fmt: skip
 
 
