@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import follow, locked, whole, write_file
+from gpt_arc.files import command, follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json, reading
@@ -292,12 +292,11 @@ def require_causal(path: Path | str, model: GPT) -> GPT:
 def check_causal(path: Path | str, config: GPTConfig) -> None:
     """Raises UserError unless `config`, of the model at `path`, is of a language model that continues texts."""
     if config.encoder_layers:
-        raise UserError(f"{path} turns sources into targets and continues no text: use sample.py with --start=SOURCE")
+        sample = command("sample.py", path, "--start=SOURCE")
+        raise UserError(f"{path} turns sources into targets and continues no text: use it with: {sample}")
     if config.attention == "bidirectional":
-        raise UserError(
-            f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
-            "stages/finetune.py teaches it to classify"
-        )
+        fill = command("sample.py", path, "--start=The [MASK] is")
+        raise UserError(f"{path} reads a text in both directions, so it can't continue one: fill gaps with: {fill}")
 
 
 @of_one_checkpoint
