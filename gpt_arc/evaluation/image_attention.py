@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gpt_arc.chat.format import load_text_with_chat, require_chat
+from gpt_arc.errors import UserError
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.tasks import Task
 from gpt_arc.next_steps import reads_text_alone
