@@ -38,15 +38,27 @@ def frequencies(width: int, base: float | Tensor, device: torch.device) -> Tenso
     return (base ** (torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)).reciprocal()
 
 
-def waves(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def cosines_and_sines(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., F) of positions (...) at frequencies (F,) or (..., F), in float32."""
     angles = positions.float()[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 
+# A compiler would compute them anew for every value that they rotate, in kernels whose registers spill.
+compiled_waves = torch.library.custom_op("gpt_arc::waves", cosines_and_sines, mutates_args=())
+compiled_waves.register_fake(cosines_and_sines)
+
+
+def waves(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """`cosines_and_sines` for values that many kernels read."""
+    if torch.compiler.is_compiling() and torch.is_grad_enabled() and positions.device.type == "cuda":
+        return compiled_waves(positions, frequencies)
+    return cosines_and_sines(positions, frequencies)
+
+
 def sinusoids(positions: Tensor, width: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (..., width / 2) of positions (...) at wavelengths from 2 pi to 2 pi base, in float32."""
-    return waves(positions, frequencies(width, base, positions.device))
+    return cosines_and_sines(positions, frequencies(width, base, positions.device))
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt_arc.nn.functional import frequencies, sinusoids, waves
+from gpt_arc.nn.functional import frequencies, waves
 from gpt_arc.nn.names import Stretch
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def rotary_waves(config: "GPTConfig", positions: Tensor, lengths: Tensor | None)
         return None
     width, base, scaling = config.head_width, config.rotary_base, rotary_scaling(config)
     if scaling is None:
-        cosines, sines = sinusoids(positions, width, base)
+        cosines, sines = waves(positions, frequencies(width, base, positions.device))
     else:
         cosines, sines = scaling.waves(positions, lengths, width, base)
     return cosines.unsqueeze(-3), sines.unsqueeze(-3)

@@ -9,6 +9,7 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from gpt_arc.nn import attention
+from gpt_arc.nn.functional import compiled_waves
 from gpt_arc.nn.positions import alibi_slopes, text_lengths
 from helpers import randomised
 from model import GPT, GPTConfig
@@ -86,3 +87,11 @@ def test_lengths_of_texts_worked_by_hand():
     padded = text_lengths(torch.arange(4), torch.tensor([4, 2])).tolist()
     assert padded == [[4, 4, 4, 4], [2, 2, 3, 4]]  # padding may count as it likes
     assert text_lengths(torch.tensor([[5, 6], [0, 1]]), None).tolist() == [[7, 7], [2, 2]]  # that continue a cache
+
+
+def test_cosines_and_sines_of_compiled_code_are_those_of_math():
+    positions, radians = torch.arange(6).view(2, 3), torch.tensor([1.0, 0.25])
+    for computed, function in zip(compiled_waves(positions, radians), (math.cos, math.sin)):
+        expected = [[[function(p * r) for r in (1.0, 0.25)] for p in row] for row in positions.tolist()]
+        torch.testing.assert_close(computed, torch.tensor(expected))
+    torch.library.opcheck(compiled_waves, (positions, radians), test_utils=("test_schema", "test_faketensor"))
