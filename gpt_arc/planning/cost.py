@@ -57,14 +57,18 @@ def flops_per_token(model: GPT) -> int:
     """Returns the FLOPs of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
     Six per weight of the matrix products that a token goes through, head included, plus 12 H D T for each layer's
-    attention. T is 2W keys in layers with banded attention of width W, and its sinks.
+    attention. T is 2W keys in layers with banded attention of width W, and its sinks. An LSTM has no such products.
     """
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "head":
             weights += module.weight.numel()
+        elif isinstance(module, nn.LSTM):
+            weights += sum(p.numel() for p in module.parameters() if p.dim() == 2)
     weights += config.experts_per_token * sum(e.up[0].numel() + e.projection[0].numel() for e in model.experts)
+    if config.mixer == "lstm":
+        return 6 * weights
     banded = 0 if config.attention_band is None else config.n_layer // 2
     band_keys = min(2 * (config.attention_band or 0) + config.attention_sinks, config.block_size)
     keys = (config.n_layer - banded) * config.block_size + banded * band_keys  # per query, summed over layers

@@ -73,7 +73,7 @@ class TensorParallel(WeightShares):
         heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width
         kept = replace(config, n_head=heads // processes, n_kv_head=kv_heads // processes, head_size=size)
         for name, module in model.blocks.named_modules(prefix="blocks"):
-            assert not isinstance(module, Experts), "check_tensor_processes refuses experts"
+            assert not isinstance(module, Experts | nn.LSTM), "check_tensor_processes refuses them"
             if isinstance(module, Attention):
                 module.config, cast(Any, module).forward = kept, partial(self._attention, module)
                 self._divide(f"{name}.qkv", module.qkv, [n * size for n in (heads, kv_heads, kv_heads)])
@@ -137,6 +137,7 @@ def check_tensor_processes(config: Config, dtype: str) -> None:
             raise UserError(f"{setting} does not divide {name} = {size}")
     obstacles = {  # ALiBi's biases are those of all heads, and a band's masks those of a process's own sequences
         f"n_experts = {model.n_experts}, for which there is expert_processes": model.n_experts,
+        f"mixer = {model.mixer}": model.mixer == "lstm",
         "positions = alibi": model.positions == "alibi",
         f"attention_band = {model.attention_band}": model.attention_band,
         "dtype = float16": dtype == "float16",
