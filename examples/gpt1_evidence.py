@@ -37,7 +37,7 @@ from tqdm import tqdm
 from gpt_arc.data.datasets import open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
-from gpt_arc.errors import UserError, check_finite, entry_point
+from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.experiments import run_missing
 from gpt_arc.evaluation.statistics import mean_and_error, standard_error
 from gpt_arc.extras import import_extra
@@ -129,7 +129,8 @@ class Pretrained(NamedTuple):
 def finetune(
     options: Options, base: Pretrained, task: str, labels: int, language_weight: float, blocks: int | None, seed: int
 ) -> dict[str, Any]:
-    """Fine-tunes one model. Returns its test accuracy and its loss on the text of pre-training. Raises UserError."""
+    """Fine-tunes one model. Returns its test accuracy and, if everything was transferred, its loss on the text of
+    pre-training. Raises UserError."""
     kind, device = KINDS[task], resolve_device("auto")
     columns, dtype = Columns.usual(kind), resolve_dtype("auto", device)
     every, test = (read_examples(options.data / task / f"{name}.jsonl", kind, columns) for name in ("train", "test"))
@@ -162,9 +163,10 @@ def finetune(
         updater.backward(loss / len(batch.labels))
         updater.update(stage.rate(step, training), loss.detach())
     predictions = predict(classifier, encode_examples(test, config, base.tokenizer), stage.batch_size, device, dtype)
-    forgotten = base.loss_of(classifier.trunk.eval(), device, dtype)
-    check_finite([forgotten])
-    return {"accuracy": metrics_of(predictions, config)["accuracy"], "loss": forgotten}
+    result = {"accuracy": metrics_of(predictions, config)["accuracy"]}
+    if blocks == trunk.config.n_layer:
+        result["loss"] = base.loss_of(trunk.eval(), device, dtype)
+    return result
 
 
 class Results:
