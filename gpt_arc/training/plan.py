@@ -314,7 +314,10 @@ def print_plan(plan: Plan) -> None:
         device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
         device, dtype = "cuda" if run.accelerator else device, planned_dtype(plan)
         offloaded = config.training.offload_optimizer and device == "cuda"
-        memory = memory_estimate(sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded)
+        averaged = config.training.ema_decay is not None
+        memory = memory_estimate(
+            sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded, averaged
+        )
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
     for line in doubts(plan, memory):
