@@ -85,17 +85,18 @@ def memory_estimate(
     tensor_processes: int = 1,
     compiled: bool = False,
     offloaded: bool = False,
+    averaged: bool = False,
 ) -> int:
     """Estimates the bytes that training needs in one process.
 
     `expert_processes` divide the experts, or `tensor_processes` the matrices of the blocks.
 
-    A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments, which may be `offloaded`. For the
-    backward pass a layer keeps about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al.,
-    arXiv:2205.05198: 34 C bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert
-    keeps 2 C more for its copies of the token. With activation checkpointing see `activation_bytes`. The head keeps
-    three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits. ALiBi's biases, H T T,
-    are shared by all layers.
+    A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments, which may be `offloaded`; 4 more if
+    the weights' moving average is kept. For the backward pass a layer keeps about 9 C values per token, plus 2 M for
+    its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C bytes in 16 bits for M = 4 C, without the
+    attention matrix, which is recomputed). An expert keeps 2 C more for its copies of the token. With activation
+    checkpointing see `activation_bytes`. The head keeps three copies of the logits that it computes at once; where it
+    is `compiled`, two in 16 bits. ALiBi's biases, H T T, are shared by all layers.
     """
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
@@ -107,7 +108,7 @@ def memory_estimate(
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     in_other_processes = experts * (1 - 1 / expert_processes) + matrices * (1 - 1 / tensor_processes)
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
-    weights = (8 if offloaded else 16) * int(model.num_parameters() - in_other_processes)
+    weights = ((8 if offloaded else 16) + 4 * averaged) * int(model.num_parameters() - in_other_processes)
     return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed
 
 

@@ -107,7 +107,7 @@ def step(
         if isinstance(model, GPT):
             estimate = memory_estimate(
                 model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True,
-                offloaded=settings.offload_optimizer,
+                offloaded=settings.offload_optimizer, averaged=settings.ema_decay is not None,
             )  # fmt: skip
     update = {"waits": dict(fake.waits), "copied": dict(fake.copied), "peak": max(peaks.values()), "estimate": estimate}
     parameters = sum(p.numel() for p in model.parameters())

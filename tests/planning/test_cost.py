@@ -70,6 +70,7 @@ def test_memory_of_weights_gradients_and_moments():
     with meta_device():
         model = GPT(GPTConfig())
     assert memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
+    assert memory_estimate(model, 0, "bfloat16", averaged=True) == 20 * 124_439_808
     assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
     with meta_device():
         alibi, plain = (GPT(GPTConfig(positions=name)) for name in ("alibi", "none"))

@@ -7,7 +7,7 @@ import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.planning.cost import activation_bytes, memory_estimate
-from gpt_arc.training import tensor_parallel
+from gpt_arc.training import parallel_modes, tensor_parallel
 from gpt_arc.training.config import Config, DataConfig, RunConfig, TrainingConfig
 from gpt_arc.training.tensor_parallel import TensorParallel, check_tensor_processes
 from helpers import TINY_FLAGS, trains_into, write_lines
@@ -85,7 +85,7 @@ def test_a_run_resumes_with_its_blocks_in_another_number_of_processes(run):
 
 
 def test_impossible_divisions_are_refused(monkeypatch):
-    monkeypatch.setattr(tensor_parallel, "WORLD_SIZE", 4)
+    monkeypatch.setattr(parallel_modes, "WORLD_SIZE", 4)
 
     def check(processes, dtype="float32", mask=False, accelerators=None, **model):
         data, training = DataConfig(document_mask=mask), TrainingConfig(**processes)
