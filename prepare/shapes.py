@@ -237,9 +237,10 @@ def write_all(folder: Path, options: Options) -> None:
     )
     write_labelled(folder, options)
     rng = random.Random(options.seed)
-    answered = ((row["prompt"], random_answer(row, rng)) for row in train)
-    described = (description(random_things(rng), rng) for _ in train)
-    write_text(folder, chain(*zip(answered, described)))
+    texts = [
+        ((row["prompt"], random_answer(row, rng)), (DESCRIBE, description(random_things(rng), rng))) for row in train
+    ]
+    write_text(folder, chain(*texts))
     write_shuffled(folder, test, options.seed)
     print(f"{counted(options.count, 'question')} to train on and {options.test:,} for each test")
 
