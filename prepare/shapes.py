@@ -14,7 +14,7 @@ picture has one; the question of each test picture is about one. Nothing is down
     shapes/test.jsonl                the same about held-out triples, for stages/eval.py
     shapes/pairs.jsonl               the same about held-out pairs, which are harder
     shapes/shuffled.jsonl            the questions of test.jsonl about other pictures: what can be guessed unseen
-    shapes/descriptions.jsonl        the training pictures described: "red circle bottom left, ring blue top left"
+    shapes/descriptions.jsonl        the training pictures described: "red circle top left, ring blue bottom right"
     shapes/labels.jsonl              image, colour, shape, quarter: pictures of one thing, for
                                      stages/pretrain_encoder.py; half of them in a colour without a name
     shapes/tokenizer.json            a token for each word
@@ -54,7 +54,7 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("colour", "shape", "count", "position", "relation")
 RELATIONS = (("left of", "right of"), ("above", "below"))
-WHERE, WHAT = "What is where?", "What is in the picture?"
+DESCRIBE = "What is in the picture?"
 FAR = 60  # distance in red, green and blue between a named colour and one without a name, at least
 LIGHT = 565  # sum of red, green and blue of a colour without a name, at most: the background is white
 
@@ -142,15 +142,10 @@ def nameless_colour(rng: random.Random) -> str:
             return "#{:02x}{:02x}{:02x}".format(*colour)
 
 
-def description(seen: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
-    """Returns a question after all things and its answer: in the order of their quarters, or in random order, colour or
-    shape first, so that each word but a thing's first can be looked up.
-    """
-    if rng.random() < 0.5:
-        ordered = sorted(seen, key=lambda thing: thing.quarter)
-        return WHERE, ", ".join(f"{QUARTERS[thing.quarter]}: {thing.colour} {thing.shape}" for thing in ordered)
-    shuffled = [(rng.sample(thing.pair, 2), QUARTERS[thing.quarter]) for thing in rng.sample(seen, len(seen))]
-    return WHAT, ", ".join(f"{first} {second} {quarter}" for (first, second), quarter in shuffled)
+def description(seen: Sequence[Thing], rng: random.Random) -> str:
+    """Returns the things in random order, colour or shape first, so that each word but the first can be looked up."""
+    pairs = [(rng.sample(thing.pair, 2), QUARTERS[thing.quarter]) for thing in rng.sample(seen, len(seen))]
+    return ", ".join(f"{first} {second} {quarter}" for (first, second), quarter in pairs)
 
 
 def random_things(rng: random.Random) -> list[Thing]:
@@ -202,8 +197,7 @@ def write_split(folder: Path, split: str, count: int, options: Options) -> list[
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
         rows.append({"image": name, "kind": kind, "prompt": prompt, "response": response})
-        prompt, response = description(seen, words)
-        described.append({"image": name, "prompt": prompt, "response": response})
+        described.append({"image": name, "prompt": DESCRIBE, "response": description(seen, words)})
     write_rows(folder / f"{split}.jsonl", rows)
     if split == "train":
         write_rows(folder / "descriptions.jsonl", described)
