@@ -27,8 +27,9 @@ from gpt_arc.model_config import GPTConfig
 from gpt_arc.nn.attention import KVCache, Mask, Packed, attend, bidirectional_mask, positions_and_masks
 from gpt_arc.nn.cross_attention import CrossAttention, EncoderStates
 from gpt_arc.nn.experts import Experts, Routing, router_losses
-from gpt_arc.nn.functional import Dropout, RMSNorm, activate, ngram_ids, rotate, sinusoids
+from gpt_arc.nn.functional import Dropout, RMSNorm, activate, ngram_ids, put_images, rotate, sinusoids
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
+from gpt_arc.nn.lstm import LSTMMixer
 from gpt_arc.nn.names import Activation, Checkpointing
 from gpt_arc.nn.positions import rotary_waves
 from gpt_arc.nn.recompute import recomputed
@@ -109,7 +110,7 @@ class Block(nn.Module):
         super().__init__()
         self.post_norm = config.norm_position == "post"
         self.attention_norm = make_norm(config, config.n_embd)
-        self.attention = Attention(config)
+        self.attention = LSTMMixer(config) if config.mixer == "lstm" else Attention(config)
         if config.encoder_layers:
             self.cross_norm = make_norm(config, config.n_embd)
             self.cross = CrossAttention(config)
@@ -225,8 +226,7 @@ class GPT(nn.Module):
         if config.embedding_scale != 1:
             x = x * config.embedding_scale
         if images is not None:
-            in_image = tokens < 0
-            x[in_image] = images[-1 - tokens[in_image]].type_as(x)
+            x = put_images(x, tokens, images)
         if config.ngrams > 1:
             ids = ngram_ids(tokens, positions, previous, config.ngrams, config.ngram_rows)
             x = x + self.ngram_embedding(ids).sum(-2)
@@ -278,7 +278,8 @@ class GPT(nn.Module):
             raise ValueError(f"encoder_layers = {config.encoder_layers}: a source goes with an encoder")
         if tokens.size(1) > config.block_size:
             raise ValueError(f"{tokens.size(1)} tokens are more than the context, block_size = {config.block_size}")
-        prefix, dropout = self.prefix_attention, config.dropout_of("attention") if self.training else 0.0
+        prefix = self.prefix_attention and images is not None and len(images) > 0
+        dropout = config.dropout_of("attention") if self.training else 0.0
         positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
         x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []

@@ -35,6 +35,7 @@ from gpt_arc.decoding.screen import Continuation, Screen
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.flags import parse_flags
+from gpt_arc.next_steps import reads_text_alone
 from gpt_arc.tables import to_json
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ class Sampler:
         if config.draft:
             self.draft, draft_tokenizer = of_one_checkpoint(load_decoder)(config.draft, config, rows, steps)
             if draft_tokenizer != self.tokenizer:
-                raise UserError(
-                    f"the draft {config.draft} has another tokenizer than the model: name one that shares it"
-                )
+                raise UserError(f"the draft {config.draft} has another tokenizer than the model: name another")
 
     def continuations(self, prompts: Sequence[str]) -> list[Continuation]:
         """Returns the empty continuations of prompts, or the empty answer of a chat; none where an image is shown."""
@@ -102,7 +101,7 @@ class Sampler:
         if self.dialogue:
             if config.typed and prompts[0].startswith(SHOW):
                 if self.images is None:
-                    raise UserError(f"{self.directory} reads text alone: train it on images by stages/sft.py")
+                    raise reads_text_alone(self.directory)
                 self.images.show(Path(prompts[0].removeprefix(SHOW).strip()))
                 return []
             return [self.dialogue.ask(prompts[0], config.stop, self.images.take() if self.images else ())]

@@ -157,7 +157,7 @@ class Run:
         """Writes a checkpoint. If it can't be written, the run goes on, except after the `last` one."""
         plan, progress = self.plan, self.progress
         if plan.config.training.compare_replicas:
-            shared = [p for p in self.model.parameters() if p not in self.sharing.shares]
+            shared = [p for name, p in self.model.named_parameters() if name not in self.sharing.shares]
             self.parallel.check_replicas(shared, progress.step, self.resume)
         is_sharded = self.parallel.is_sharded and plan.config.training.checkpoint_format == "sharded"
         data = self.data.corpus.fingerprint
@@ -166,7 +166,7 @@ class Run:
         )
         shards = self.updater.take_shards(state) if is_sharded else {}
         with self.updater.averaged():
-            whole = self.sharing.whole(self.parallel.whole(self.model))
+            whole = self.sharing.whole(self.model, self.parallel)
         put = partial(save_model, whole, self.tokenizer)
         if not self.parallel.is_sharded:  # `whole` is the model itself, and averaged only in this context
             put = self.updater.averaged()(put)
@@ -221,9 +221,9 @@ def build(plan: Plan) -> Run:
     folder = distributed.from_main(folder)
 
     set_up_device(device, dtype)
-    sharing = make_shares(model, training, device)
+    sharing = make_shares(training, device)
     choose_kernels(model, training)
-    replica = parallel.place(model, device)
+    replica = parallel.place(model, device, sharing=sharing)
     inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
     example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
     compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile, parallel)

@@ -22,7 +22,9 @@ documented object are masked. `follows`: does the hypothesis continue the premis
 shuffled? `related`: do these two openings of docstrings come from one file, or from two libraries? `next_sentence`:
 which of four sentences of similar length follows these two?
 
-The labels are balanced. The same versions of the libraries and of Python, and the same seed, give the same files.
+The labels are balanced, except where --train_size is larger than 3,700: `package` then has every docstring of torch.nn
+that it can use, and more of other libraries. The same versions of the libraries and of Python, and the same seed, give
+the same files.
 """
 
 import ast
@@ -254,8 +256,12 @@ def package_items(documents: list[Document], usable: set[str], size: int, rng: r
     parts = re.compile("|".join(sorted(part for part in telling if len(part) > 4)), re.IGNORECASE)
     telling |= {name.strip("_").lower() for document in documents for name in document.file.split(".")[:2]}
     groups = grouped((document for document in documents if opening(document, usable, 1)), label_of)
-    labels = balanced(LABELS, size, rng)
-    for label, document in ((label, groups[label].pop()) for label in labels if groups[label]):
+    for label in balanced(LABELS, size, rng):
+        if not groups[label]:  # the library with most documents left takes its place
+            label = max(LABELS, key=lambda name: len(groups[name]))
+        if not groups[label]:
+            return
+        document = groups[label].pop()
         text = " ".join(opening(document, usable, 3))
         hidden = telling | {name.strip("_").lower() for name in document.path.split(".")}
         hidden = {word for word in re.findall(r"\w+", text) if word.strip("_").lower() in hidden or parts.search(word)}

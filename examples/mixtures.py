@@ -19,14 +19,14 @@ a mixture, T tokens, V vocabulary.
 import math
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import entry_point
+from gpt_arc.extras import import_extra
 from gpt_arc.files import replacing
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Seed
@@ -705,8 +705,7 @@ def main() -> None:
         "diversity against error": show_diversity,
     }
     if options.plot is not None:
-        if find_spec("matplotlib") is None:
-            raise UserError('--plot needs matplotlib: pip install "gpt-arc[plot]"')
+        import_extra("matplotlib")
         options.plot.mkdir(parents=True, exist_ok=True)
     results = {}
     for number, (title, show) in enumerate(parts.items(), 1):

@@ -36,6 +36,7 @@ COMMANDS = {
     "playground": ("tools/playground.py", "try models in the browser, and serve them by OpenAI's API"),
     "export": ("tools/export.py", "write a model for transformers and other libraries"),
     "from-nanogpt": ("tools/from_nanogpt.py", "bring a model, a config or prepared data over from nanoGPT"),
+    "llava": ("tools/llava.py", "turn a LLaVA of transformers into a model that reads images, or back"),
     "upcycle": ("tools/upcycle.py", "turn a dense model into a mixture of experts"),
     "expert-use": ("tools/expert_use.py", "show which experts which tokens take"),
     "long-context": ("tools/long_context.py", "measure how far back models use their context"),

@@ -2,12 +2,16 @@
 
 import importlib
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 from gpt_arc.errors import UserError
+from gpt_arc.files import PACKAGE
 
 EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "PIL": "vision",
+    "accelerate": "transformers",
     "datasets": "data",
     "gguf": "gguf",
     "lm_eval": "eval",
@@ -22,7 +26,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "starlette": "serve",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
-    "transformers": "dev",
+    "transformers": "transformers",
     "trl": "bench",
     "uvicorn": "serve",
 }
@@ -45,7 +49,15 @@ def import_extra(module: str) -> Any:
 def missing_extra(module: str) -> UserError:
     """The error for an optional module that is not installed."""
     name = module.split(".")[0]
-    return UserError(f"{PACKAGES.get(name, name)} is not installed: `pip install -e '.[{EXTRAS[name]}]'` installs it")
+    return UserError(f"{PACKAGES.get(name, name)} is not installed: `{install_command(EXTRAS[name])}` installs it")
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that adds an extra to gpt-arc, which was installed from a wheel or is a clone."""
+    clone = PACKAGE.parent
+    if (PACKAGE / "resources").is_dir():
+        return shlex.join(["pip", "install", f"gpt-arc[{extra}]"])
+    return shlex.join(["pip", "install", "-e", f"{'.' if Path.cwd() == clone else clone}[{extra}]"])
 
 
 def names_function(name: str | None) -> bool:

@@ -46,13 +46,15 @@ def command(script: str, *arguments: object) -> str:
     """Returns the shell command that runs a script, such as "tools/runs.py".
 
     It is a command of gpt-arc where the user typed one, and in a wheel, which has no scripts in the current folder.
+    gpt-arc finds its own configs by their short names.
     """
-    path = Path(script)
+    path, texts = Path(script), list(map(str, arguments))
     program = ["python", str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else script]
     if (PACKAGE / "resources").is_dir() or CONSOLE in os.environ:
         name = ["prepare", path.stem] if path.parent.name == "prepare" else [path.stem.replace("_", "-")]
         program = ["gpt-arc", *name]
-    return shlex.join((*program, *map(str, arguments)))
+        texts = [text.replace(f"{resource('configs')}{os.sep}", "configs/") for text in texts]
+    return shlex.join((*program, *texts))
 
 
 def write_file(path: Path, content: bytes | str) -> None:

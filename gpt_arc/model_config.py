@@ -57,6 +57,9 @@ class GPTConfig:
     """yarn and llama3 divide frequencies with fewer turns than this in rotary_context by rotary_factor."""
     rotary_attention_factor: Positive | None = None
     """yarn multiplies rotated queries and keys by this. None: 0.1 ln(rotary_factor) + 1."""
+    mixer: Literal["attention", "lstm"] = "attention"
+    """What mixes the tokens in each block. lstm: a recurrent state in place of attention (Hochreiter and Schmidhuber
+    1997), with as many units as the heads are wide together."""
     attention: Literal["causal", "bidirectional"] = "causal"
     """What a token sees: causal: itself and what precedes it (GPT). bidirectional: every token (BERT)."""
     attention_band: Count | None = None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gpt_arc.errors import UserError
 from gpt_arc.files import command
 
 
@@ -38,3 +39,9 @@ def after_training(run: Path, dataset: str | None, longer: str, is_masked: bool 
             **steps,
         }
     return next_steps(steps)
+
+
+def reads_text_alone(model: Path | str) -> UserError:
+    """The error for a model without an image encoder, where one is needed."""
+    train = command("stages/sft.py", model, "--train=IMAGES.jsonl", "--image_encoder=ENCODER")
+    return UserError(f"{model} reads text alone: train it on images with: {train}")

@@ -22,7 +22,7 @@ from gpt_arc.data.datasets import Source, find_dataset, mixture_shares, open_cor
 from gpt_arc.data.token_files import TokenFiles
 from gpt_arc.data.tokenizer import holds_tokenizer
 from gpt_arc.errors import UserError, entry_point
-from gpt_arc.files import DATA_ROOT
+from gpt_arc.files import DATA_ROOT, command
 from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Count, Natural, Positional
@@ -67,7 +67,8 @@ def describe(source: Source, options: Options) -> dict[str, Any]:
     if directory is None or corpus is None:
         folder = next(filter(holds_tokenizer, (DATA_ROOT / source.name, Path(source.name))), None)
         if folder is not None:
-            raise UserError(f"{folder} holds a tokenizer, but no tokens: encode text with it by prepare/text.py")
+            encode = command("prepare/text.py", "--input=TEXT", f"--tokenizer={folder}", "--name=NAME")
+            raise UserError(f"{folder} holds a tokenizer, but no tokens: encode text with it by: {encode}")
         raise UserError(
             f"there is no dataset {source.name}, neither {DATA_ROOT / source.name} nor a folder of that path"
         )

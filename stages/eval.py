@@ -39,7 +39,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.evaluation.tasks import Task, load_task
 from gpt_arc.extras import import_extra
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, Positional, Threads
 from gpt_arc.tables import table, to_json
@@ -131,9 +131,8 @@ def models(options: Options) -> Sequence[Path | str]:
         return [options.model]
     directories = sorted(path.parent for path in Path(options.model).glob("step-*/config.json"))
     if not directories:
-        raise UserError(
-            f"{options.model} is not a run folder with checkpoints; train.py --keep_all_checkpoints=True keeps them all"
-        )
+        train = command("train.py", "CONFIG", "--keep_all_checkpoints")
+        raise UserError(f"{options.model} is not a run folder with checkpoints; a run keeps them all with: {train}")
     return directories
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 CHINCHILLAS = "L(N, D), Chinchilla's form"
 
 
+SWEEP = command("stages/scaling.py", "sweep", "FILE.toml")
 REFUSED = 2  # the exit code for a mistake, which the other runs of a sweep most likely share
 
 
@@ -151,11 +152,11 @@ def read_results(path: Path, min_tokens: int) -> tuple[list[FinishedRun], Path]:
     """The results of a sweep, without runs of fewer tokens, and their file. Raises UserError."""
     file = path / "results.json" if path.is_dir() else path
     if not file.exists():
-        raise UserError(f"there is no {file}: train with python stages/scaling.py sweep FILE.toml")
+        raise UserError(f"there is no {file}: train with: {SWEEP}")
     results = [result for result in read_json(file, list[FinishedRun]) if result.tokens >= min_tokens]
     if not results:
         least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
-        raise UserError(f"{file} has no results{least}: train with python stages/scaling.py sweep FILE.toml")
+        raise UserError(f"{file} has no results{least}: train with: {SWEEP}")
     return results, file
 
 
@@ -283,7 +284,7 @@ def plan(options: PlanOptions) -> int:
         shape = {name: getattr(model, name) for name in ("n_layer", "n_head", "n_embd", "n_kv_head", "mlp_size")}
         chosen = {"learning_rate": rate, "min_lr": rate / 10, "max_iters": steps, "tokens_per_step": per_step}
         write_file(options.output, write_settings(kept | shape | chosen))
-        print(f"wrote {options.output}; train with: python train.py {shlex.quote(str(options.output))} --dataset=NAME")
+        print(f"wrote {options.output}; train with: {command('train.py', options.output, '--dataset=NAME')}")
     return 0
 
 
@@ -469,7 +470,7 @@ def main() -> int:
         print(__doc__)
         return 0
     if action not in ACTIONS:
-        raise UserError(f"name what to do: python stages/scaling.py {', '.join(ACTIONS)}")
+        raise UserError(f"name what to do: {command('stages/scaling.py')} {', '.join(ACTIONS)}")
     options, perform = ACTIONS[action]
     return perform(parse_flags(options, __doc__, args))
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from gpt_arc.data.token_files import MAX_TOKENS, ShardWriter
+from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.optim import Updater
@@ -82,6 +83,13 @@ def write_dataset(directory, tokenizer, splits):
     tokenizer.save(directory)
     counts = {split: len(tokens) for split, tokens in splits.items()}
     (directory / "meta.json").write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "tokens": counts}))
+
+
+def write_lines(workplace):
+    """Writes data/lines, whose documents are the lines of `TEXT`, of one token a byte."""
+    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    tokens = np.concatenate([[*tokenizer.encode(line), 256] for line in TEXT.splitlines()])
+    write_dataset(workplace / "data" / "lines", tokenizer, {"train": tokens[:-500], "val": tokens[-500:]})
 
 
 def randomised(model, seed: int = 0, scale: float = 0.3):

@@ -1,4 +1,7 @@
-"""The report and the playground's page, checked by axe-core: light and dark, on a desktop and on a phone."""
+"""The report, the playground's page and the site, checked by axe-core: light and dark, on a desktop and on a phone."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from gpt_arc.reports.images import ShownImage
 from gpt_arc.reports.page import page as report_page
 from gpt_arc.reports.sweeps import SweepContent
 from gpt_arc.serving.server import HOST, Model
+from helpers import ROOT
 from reported import content
 from served import BYTES, CHAT, TOKEN, gpt, seeing, serving
 
@@ -44,6 +48,20 @@ def test_a_report_has_no_barriers(tmp_path):
             page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
             assert violations(page) == {}
             page.close()
+
+
+def test_the_site_has_no_barriers(tmp_path):
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--no-directory-urls", "--site-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    with chromium() as browser:
+        for size, scheme in SCREENS:
+            for name in ("index", "guide/scale", "results/speed"):  # tables and code of all kinds
+                page = browser.new_page(viewport=size, color_scheme=scheme, bypass_csp=True)
+                page.goto((tmp_path / f"{name}.html").as_uri())
+                page.locator(".md-code__nav").first.wait_for(state="attached")
+                assert violations(page) == {}
+                page.close()
 
 
 def test_the_playground_has_no_barriers():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_arc import cli, distributed, files
+from gpt_arc import cli, distributed, extras, files
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
 from helpers import ROOT
@@ -111,9 +111,21 @@ def test_messages_name_commands_that_a_wheel_has(tmp_path, monkeypatch):
         if name not in ("chat", "prepare"):
             assert files.command(script, *resume) == f"gpt-arc {name} '--resume=out/x y'"
     assert files.command(str(tmp_path / "prepare" / "python_manual.py")) == "gpt-arc prepare python_manual"
+    config = str(tmp_path / "resources/configs/gpt2.toml")
+    assert files.command("train.py", config, *resume) == "gpt-arc train configs/gpt2.toml '--resume=out/x y'"
     monkeypatch.setattr(distributed, "WORLD_SIZE", 2)
     launched = "torchrun --standalone --nproc_per_node=2 --no-python gpt-arc train --seed=1"
     assert distributed.launch_command("train.py", "--seed=1") == launched
+
+
+def test_the_command_that_installs_an_extra_suits_the_installation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert extras.install_command("plot") == f"pip install -e '{ROOT}[plot]'"
+    monkeypatch.chdir(ROOT)
+    assert extras.install_command("plot") == "pip install -e '.[plot]'"
+    monkeypatch.setattr(extras, "PACKAGE", tmp_path)
+    (tmp_path / "resources").mkdir()
+    assert extras.install_command("plot") == "pip install 'gpt-arc[plot]'"
 
 
 def test_messages_name_a_script_as_it_is_typed_in_the_current_folder(tmp_path, monkeypatch):
@@ -202,7 +214,7 @@ def test_the_wheel_works_outside_the_clone(wheel, tmp_path, monkeypatch):
     assert "--max_new_tokens" in run("sample", "--help")
     assert "--tasks" in run("eval", "--help")
     assert "speedrun" in run("bench", "--help")
-    assert "gpt-arc train configs/quickstart.toml starts one" in run("runs")
+    assert "start one with: gpt-arc train configs/quickstart.toml" in run("runs")
     tiny = "--n_layer=1 --n_embd=16 --n_head=2 --max_iters=2 --eval_iters=1 --compile=False --device=cpu".split()
     run("train", "configs/quickstart.toml", *tiny)  # prepares its dataset with a packaged script
     assert (tmp_path / "data" / "python_manual" / "meta.json").exists()

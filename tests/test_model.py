@@ -168,6 +168,7 @@ def variants():
         {"positions": "rotary", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 2, "activation": "swiglu"},
         {"norm_position": "post", "positions": "rotary", "norm": "rmsnorm", "tied_head": False},
         {"positions": "alibi", "attention_band": 4, "n_kv_head": 2, "dropout": 0.3},
+        {"mixer": "lstm"}, {"mixer": "lstm", "positions": "none", "head_size": 6, "bias": False},
     ]  # fmt: skip
     return [
         pytest.param(dataclasses.replace(TINY, **c), id=",".join(f"{k}={v}" for k, v in c.items())) for c in changes
@@ -352,6 +353,12 @@ STRETCHED = {"positions": "rotary", "rotary_scaling": "ntk", "rotary_factor": 4.
             {"attention": "bidirectional", "attention_band": 8},
             'a band of earlier tokens: it needs attention = "causal"',
         ),
+        (
+            {"mixer": "lstm", "positions": "rotary"},
+            "mixer = lstm doesn't suit positions = rotary, which turns or biases",
+        ),
+        ({"mixer": "lstm", "n_kv_head": 2}, "mixer = lstm doesn't suit n_kv_head = 2: leave out one of the two"),
+        ({"mixer": "lstm", "attention": "bidirectional"}, "mixer = lstm doesn't suit attention = bidirectional"),
         ({"attention_sinks": 4}, "attention_sinks = 4 are seen beside an attention_band"),
         ({"attention_sinks": 4, "attention_band": 8, "positions": "alibi"}, "set one, and positions other than alibi"),
         ({"encoder_layers": 1, "n_experts": 2}, "encoder_layers = 1: a decoder with an encoder needs"),
@@ -453,6 +460,7 @@ WITH_SINKS = [change | {"attention_sinks": 2} for change in BANDED if change.get
     [
         *((change, band) for change in BANDED for band in (None, 1, 3, 5, 11)),
         *((change, 3) for change in WITH_SINKS),
+        ({"mixer": "lstm"}, None),
     ],
     ids=str,
 )

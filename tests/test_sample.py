@@ -424,7 +424,7 @@ def test_a_long_chat_forgets_and_skips_bad_lines(talker):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--chat=out/letters"], "doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        (["--chat=out/letters"], "doesn't know how turns are marked (chat.json): train it first with: python"),
         (["--chat=nowhere"], "there is no model directory nowhere"),
         (["--chat="], "--chat is empty"),
         (["talker", "--chat=talker"], "the model is named more than once, talker and talker"),

@@ -75,7 +75,7 @@ MUON = ("--optimizer=muon", "--ema_decay=0.9", "--schedule=wsd", "--ngrams=3", "
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("extra", [(), MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("extra", [(), MUON, ("--mixer=lstm",)], ids=["adamw", "muon", "lstm"])
 def test_ten_steps_and_ten_resumed_ones_equal_twenty(workplace, run, dtype, extra):
     flags = ("--max_iters=20", "--eval_interval=10", "--dropout=0.1", f"--dtype={dtype}", "--lr_decay_iters=20", *extra)
     run(*flags, "--out_dir=whole")

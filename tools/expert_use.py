@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
+from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Natural, Positional
 
@@ -181,7 +182,8 @@ def main() -> None:
     set_up_device(device, options.dtype)
     directory, model, tokenizer, _ = load_text_with_chat(options.model, dtype)
     if not model.experts:
-        raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture with tools/upcycle.py")
+        upcycle = command("tools/upcycle.py", options.model, "UPCYCLED", "--n_experts=8")
+        raise UserError(f"{options.model} is a dense model: it has no experts; make a mixture of it with: {upcycle}")
     windows = read_windows(options, tokenizer, model.config.vocab_size, model.config.block_size)
     with naming(options.model):
         uses = expert_use(model.to(device).eval(), windows, options.batch_tokens)

@@ -37,7 +37,7 @@ from gpt_arc.data.declared import CHAT_FILE, GENERATION_FILE, ID_KEYS, SETTINGS_
 from gpt_arc.data.tokenizer import FILE_NAME, SENTENCEPIECE_FILE, Tokenizer
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.extras import import_extra
-from gpt_arc.files import new_directory, write_file
+from gpt_arc.files import command, new_directory, write_file
 from gpt_arc.finetuning.examples import SpecialTokens
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import MANIFEST, record_files
@@ -313,7 +313,7 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.weights.huggingface import hf_tensors
     from gpt_arc.weights.verification import Reference
 
-    refuse_images(options.model, "tools/llava.py exports it with its images")
+    refuse_images(options.model, f"export all with: {command('tools/llava.py', options.model, 'FOLDER')}")
     model, tokenizer, chat = load_with_chat(options.model)
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     if model.config.attention == "causal":
@@ -459,7 +459,7 @@ def to_onnx(options: Options) -> int:
     from gpt_arc.weights.directory import load_model, refuse_images
     from gpt_arc.weights.onnx_file import write_onnx
 
-    refuse_images(options.model, "tools/llava.py exports it with its images")
+    refuse_images(options.model, f"export all with: {command('tools/llava.py', options.model, 'FOLDER')}")
     model, _ = load_model(options.model)
     write_onnx(options.output, model)
     return model.num_parameters()

@@ -20,6 +20,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import new_directory
 from gpt_arc.flags import parse_flags
 from gpt_arc.manifest import record_files
+from gpt_arc.next_steps import reads_text_alone
 from gpt_arc.settings import STRICT, Positional
 
 
@@ -51,7 +52,7 @@ def main() -> None:
     else:
         directory = model_directory(options.source)
         if not reads_images(directory):
-            raise UserError(f"{directory} reads text alone: train it on images by stages/sft.py first")
+            raise reads_text_alone(directory)
         text, tokenizer = load_model(directory)
         vision = load_vision(directory, text)
         check_range(vision.state_dict(), options.source)

@@ -64,7 +64,7 @@ def listing() -> str:
         figures = [steps, run.val_loss, written, human(run.size, "B"), STATES[run.finished]]
         rows.append([run.folder.name, run.stage, run.origin, run.data, *figures])
     if not summaries and not damaged:
-        return f"there are no runs under {OUT_ROOT}/: {command('train.py', 'configs/quickstart.toml')} starts one"
+        return f"there are no runs under {OUT_ROOT}/; start one with: {command('train.py', 'configs/quickstart.toml')}"
     return "\n".join([table(rows), *damaged])
 
 

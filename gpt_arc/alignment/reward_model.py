@@ -19,7 +19,7 @@ from gpt_arc.chat.format import ChatFormat, load_chat_model
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast
 from gpt_arc.errors import UserError, check_finite
-from gpt_arc.files import replacing
+from gpt_arc.files import command, replacing
 from gpt_arc.manifest import record_files
 from gpt_arc.weights.directory import local_directory, of_one_checkpoint, save_model
 from gpt_arc.weights.edit import fold_shift
@@ -140,7 +140,8 @@ def load_reward_model(path: Path | str) -> tuple[RewardModel, Tokenizer, ChatFor
     trunk, tokenizer, chat = load_chat_model(directory)
     model = RewardModel(trunk)
     if not (directory / HEAD).exists():
-        raise UserError(f"{directory} has no reward head ({HEAD}): train one with stages/reward.py")
+        train = command("stages/reward.py", directory, "--train=RANKINGS.jsonl")
+        raise UserError(f"{directory} has no reward head ({HEAD}): train one with: {train}")
     shapes = {name: tensor.shape for name, tensor in model.head.state_dict().items()}
     model.head.load_state_dict(read_tensors(directory / HEAD, shapes, torch.float32))
     return model, tokenizer, chat

@@ -20,7 +20,7 @@ from gpt_arc.chat.tools import CALL, CLOSING, OPENING, RESULT
 from gpt_arc.data.declared import CHAT_FILE, CONTENT, MARK, end_mark
 from gpt_arc.data.tokenizer import END_OF_TEXT, Tokenizer
 from gpt_arc.errors import UserError
-from gpt_arc.files import write_file
+from gpt_arc.files import command, write_file
 from gpt_arc.manifest import record_files
 from gpt_arc.reading import read_json, read_toml
 from gpt_arc.weights.directory import load_model, load_text_model, of_one_checkpoint, refuse_images, require_causal
@@ -341,7 +341,8 @@ def load_template(name: str) -> Template:
 def require_chat(directory: Path | str, chat: ChatFormat | None) -> ChatFormat:
     """Returns `chat`, which was read from a model directory. Raises UserError if it has none."""
     if chat is None:
-        raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it by stages/sft.py first")
+        train = command("stages/sft.py", directory, "--train=CHATS.jsonl")
+        raise UserError(f"{directory} doesn't know how turns are marked (chat.json): train it first with: {train}")
     return chat
 
 

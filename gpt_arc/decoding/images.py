@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gpt_arc.decoding.decoder import Decoder
-from gpt_arc.errors import UserError
+from gpt_arc.next_steps import reads_text_alone
 from gpt_arc.vision.images import read_image
 from gpt_arc.vision.model import VisionGPT, load_vision
 from gpt_arc.weights.directory import reads_images
@@ -39,7 +39,7 @@ class Images:
 def load_images(directory: Path, decoder: Decoder) -> Images:
     """Returns the images of a decoder whose model is that of `directory`. Raises UserError if it has no encoder."""
     if not reads_images(directory):
-        raise UserError(f"{directory} reads text alone: train it on images by stages/sft.py --image_encoder first")
+        raise reads_text_alone(directory)
     return Images(load_encoder(directory, decoder), decoder)
 
 

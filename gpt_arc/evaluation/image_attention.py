@@ -17,6 +17,7 @@ from gpt_arc.chat.format import load_text_with_chat, require_chat
 from gpt_arc.errors import UserError
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.evaluation.tasks import Task
+from gpt_arc.next_steps import reads_text_alone
 from gpt_arc.nn.attention_maps import attention_maps
 from gpt_arc.vision.data import load_pixels
 from gpt_arc.vision.model import VisionGPT, load_vision
@@ -47,7 +48,9 @@ def load_image_reader(path: Path | str) -> Reader:
     """Loads a model that reads images. Raises UserError for another."""
     directory, model, tokenizer, chat = load_text_with_chat(path)
     if not reads_images(directory):
-        raise UserError(f"{path} reads text alone: train it on images by stages/sft.py --image_encoder first")
+        raise reads_text_alone(path)
+    if model.config.mixer == "lstm":
+        raise UserError(f"{path} has no attention to show, for its mixer is an lstm: name another model")
     vision = load_vision(directory, model).eval()
     return Reader(vision.text, tokenizer, BATCH_TOKENS, require_chat(path, chat), vision)
 

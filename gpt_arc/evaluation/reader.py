@@ -98,7 +98,7 @@ class Reader(NamedTuple):
         Raises UserError if they are more than `room` or the model reads text alone.
         """
         if self.vision is None or self.chat is None:
-            raise UserError("questions about images are for a model trained on them by stages/sft.py: add --chat=True")
+            raise UserError("questions about images are for a chat model trained on them: name one and add --chat=True")
         ids = range(-1, -1 - self.vision.embeddings_per_image, -1)
         tokens = self.chat.prompt([Turn("user", IMAGE + text, images=(ids,))])
         if len(tokens) > room:

@@ -115,7 +115,7 @@ def positions_and_masks(
         mask = causal_mask(first, None, dropout_rate, batch, biased)
     elif biased:
         mask = causal_mask(torch.zeros_like(positions)[None], None, dropout_rate, 1, biased)
-    if prefix_attention and bool((tokens < 0).any()):
+    if prefix_attention:
         assert band is None and not biased
         mask = prefix_mask(tokens, torch.zeros_like(tokens) if first is None else first)
     recent = mask

@@ -43,8 +43,10 @@ def attention_maps(
     """Returns the weights (L, H, T, T), float32, that each token's query gives to each token's key.
 
     `images` (N, C): see `GPT.embed`. `latest`: returns those between this many last tokens only. Raises ValueError for
-    more than block_size tokens.
+    more than block_size tokens, or a model without attention.
     """
+    if model.config.mixer == "lstm":
+        raise ValueError("a model with mixer = lstm has no attention to show")
     with AttentionWeights(0 if latest is None else -latest) as record:
         model.hidden(torch.tensor([list(tokens)], device=model.token_embedding.weight.device), images=images)
     return torch.cat(record.weights)

@@ -1,4 +1,4 @@
-"""The element-wise parts: the MLP's non-linearity, positions, n-gram ids, dropout and a norm."""
+"""The element-wise parts: the MLP's non-linearity, positions, n-gram ids, images' places, dropout and a norm."""
 
 import math
 from typing import assert_never
@@ -72,6 +72,15 @@ def ngram_ids(tokens: Tensor, positions: Tensor, previous: Tensor | None, longes
         key = (key * 1_640_531_527 + before.where(positions >= k, -1) + 1) % (2**31 - 1)  # Knuth's multiplier, a prime
         ids.append(key % rows + (k - 1) * rows)
     return torch.stack(ids, dim=-1)
+
+
+def put_images(x: Tensor, tokens: Tensor, images: Tensor) -> Tensor:
+    """x (B, T, C) with row i of images (N, C) in the place of each of tokens (B, T) that is -1 - i.
+
+    Selecting those tokens would wait for a GPU. Instead text looks up a row of zeros, which gets no gradient.
+    """
+    rows = F.embedding((-tokens).clamp(min=0), F.pad(images, (0, 0, 1, 0)), padding_idx=0)
+    return torch.where((tokens < 0)[..., None], rows.type_as(x), x)
 
 
 @torch.library.custom_op("gpt_arc::draw_kept", mutates_args=("mask",))

@@ -30,7 +30,12 @@ def can_pack(config: "GPTConfig", device: torch.device, dtype: str) -> bool:
     """Whether flash attention suits the model and the device: in 16 bits, on NVIDIA's GPUs from the A100 on."""
     if device.type != "cuda" or not torch.version.cuda or dtype not in ("bfloat16", "float16"):
         return False
-    plain = config.attention == "causal" and config.positions != "alibi" and not config.attention_sinks
+    plain = (
+        config.mixer == "attention"
+        and config.attention == "causal"
+        and config.positions != "alibi"
+        and not config.attention_sinks
+    )
     plain = plain and not config.dropout_of("attention")
     fits = config.head_width % 8 == 0 and config.head_width <= 256
     return plain and fits and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -8,6 +8,18 @@ if TYPE_CHECKING:
 
 def check_relations(config: "GPTConfig") -> None:
     """Raises ValueError for settings that contradict each other."""
+    if config.mixer == "lstm":
+        obstacles = {
+            f"positions = {config.positions}, which turns or biases attention": config.positions in ("rotary", "alibi"),
+            f"attention = {config.attention}": config.attention != "causal",
+            f"attention_band = {config.attention_band}": config.attention_band,
+            f"encoder_layers = {config.encoder_layers}": config.encoder_layers,
+            f"n_kv_head = {config.n_kv_head}": config.n_kv_head,
+            "qk_norm": config.qk_norm,
+            f"base_width = {config.base_width}": config.base_width,
+        }
+        for obstacle in (name for name, applies in obstacles.items() if applies):
+            raise ValueError(f"mixer = lstm doesn't suit {obstacle}: leave out one of the two")
     if config.attention == "bidirectional" and config.attention_band is not None:
         raise ValueError(
             f'attention_band = {config.attention_band} is a band of earlier tokens: it needs attention = "causal"'

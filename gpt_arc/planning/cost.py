@@ -57,14 +57,18 @@ def flops_per_token(model: GPT) -> int:
     """Returns the FLOPs of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
     Six per weight of the matrix products that a token goes through, head included, plus 12 H D T for each layer's
-    attention. T is 2W keys in layers with banded attention of width W, and its sinks.
+    attention. T is 2W keys in layers with banded attention of width W, and its sinks. An LSTM has no such products.
     """
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "head":
             weights += module.weight.numel()
+        elif isinstance(module, nn.LSTM):
+            weights += sum(p.numel() for p in module.parameters() if p.dim() == 2)
     weights += config.experts_per_token * sum(e.up[0].numel() + e.projection[0].numel() for e in model.experts)
+    if config.mixer == "lstm":
+        return 6 * weights
     banded = 0 if config.attention_band is None else config.n_layer // 2
     band_keys = min(2 * (config.attention_band or 0) + config.attention_sinks, config.block_size)
     keys = (config.n_layer - banded) * config.block_size + banded * band_keys  # per query, summed over layers
@@ -81,39 +85,44 @@ def memory_estimate(
     tensor_processes: int = 1,
     compiled: bool = False,
     offloaded: bool = False,
+    averaged: bool = False,
 ) -> int:
     """Estimates the bytes that training needs in one process.
 
     `expert_processes` divide the experts, or `tensor_processes` the matrices of the blocks.
 
-    A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments, which may be `offloaded`. For the
-    backward pass a layer keeps about 9 C values per token, plus 2 M for its MLP, or 4 M if gated (Korthikanti et al.,
-    arXiv:2205.05198: 34 C bytes in 16 bits for M = 4 C, without the attention matrix, which is recomputed). An expert
-    keeps 2 C more for its copies of the token. With activation checkpointing see `activation_bytes`. The head keeps
-    three copies of the logits that it computes at once; where it is `compiled`, two in 16 bits. ALiBi's biases, H T T,
-    are shared by all layers.
+    A parameter takes 16 bytes: float32 weight, gradient and AdamW's two moments, which may be `offloaded`; 4 more if
+    the weights' moving average is kept. For the backward pass a layer keeps about 9 C values per token, plus 2 M for
+    its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C bytes in 16 bits for M = 4 C, without the
+    attention matrix, which is recomputed). An expert keeps 2 C more for its copies of the token. With activation
+    checkpointing see `activation_bytes`. The head keeps three copies of the logits that it computes at once; where it
+    is `compiled`, two in 16 bits. ALiBi's biases, H T T, are shared by all layers.
     """
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
     tokens = sequences * config.block_size
-    kept, recomputed = activation_bytes(config, tokens, size, checkpointing)
+    kept, recomputed = activation_bytes(config, tokens, size, checkpointing, tensor_processes)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
     logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
     experts = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False))
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     in_other_processes = experts * (1 - 1 / expert_processes) + matrices * (1 - 1 / tensor_processes)
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
-    weights = (8 if offloaded else 16) * int(model.num_parameters() - in_other_processes)
+    weights = ((8 if offloaded else 16) + 4 * averaged) * int(model.num_parameters() - in_other_processes)
     return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed
 
 
-def activation_bytes(config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing) -> tuple[int, int]:
+def activation_bytes(
+    config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing, tensor_processes: int = 1
+) -> tuple[int, int]:
     """Returns the bytes that the layers keep of `tokens` tokens for the backward pass, and what one recomputes there.
 
     Values have `size` bytes. With checkpointing a layer keeps its input, in float32; selective: also queries, keys,
-    values, attention's output, and the outputs of both projections.
+    values, attention's output, and the outputs of both projections. With `tensor_processes` a layer keeps the inputs of
+    both sublayers for the tokens of all of them.
     """
-    layers = [tokens * size * values for values in layer_activations(config)]
+    gathered = 2 * config.n_embd * (tensor_processes - 1)
+    layers = [tokens * size * (values + gathered) for values in layer_activations(config)]
     if not checkpointing:
         return sum(layers), 0
     attention = 2 * (config.n_head + config.kv_heads) * config.head_width

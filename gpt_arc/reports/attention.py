@@ -28,6 +28,8 @@ def prompt_attention(folder: Path, prompt: str) -> PromptAttention:
     tokens = tokenizer.encode(prompt)[: min(MOST_TOKENS, model.config.block_size)]
     if not tokens:
         raise UserError("the prompt has no tokens")
+    if model.config.mixer == "lstm":
+        raise UserError(f"{folder} has no attention to show, for its mixer is an lstm: leave out attention")
     return PromptAttention(attention_maps(model.eval(), tokens), [tokenizer.decode([token]) for token in tokens])
 
 

@@ -96,7 +96,7 @@ class Model:
     def turns(self, messages: Sequence[Message]) -> list[Turn]:
         """Returns messages as turns, with the ids of their images' embeddings. Raises ApiError."""
         if self.chat is None:
-            message = f"{self.name} hasn't learned conversations: use /v1/completions, or train it by stages/sft.py"
+            message = f"{self.name} hasn't learned conversations: use /v1/completions, or another model"
             raise ApiError(400, message, "model")
         size = self.vision.embeddings_per_image if self.vision else 0
         turns, first = [], -1

@@ -154,9 +154,8 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
     refuse_images(name)
     requested, imported = config.model, load_config(name)
     if requested.n_experts and not imported.n_experts:
-        raise UserError(
-            f"n_experts = {requested.n_experts}, and {name} is dense: convert it to a mixture with tools/upcycle.py"
-        )
+        upcycle = command("tools/upcycle.py", name, "UPCYCLED", f"--n_experts={requested.n_experts}")
+        raise UserError(f"n_experts = {requested.n_experts}, and {name} is dense: make a mixture of it with: {upcycle}")
     kept = {name: getattr(requested, name) for name in OF_TRAINING}
     kept["block_size"] = min(requested.block_size, imported.block_size)
     if config.run.extend_context:

@@ -171,8 +171,8 @@ class TrainingConfig:
     """Write sharded checkpoints while training goes on, from a copy of them in memory. A failure is reported before the
     next evaluation."""
     tensor_processes: Count = 1
-    """Divide the heads and MLPs of every block among this many torchrun processes (tensor parallelism). 1: each process
-    has all of them."""
+    """Divide the heads and MLPs of every block among this many torchrun processes (tensor parallelism). Under fsdp, the
+    processes that have the same part divide it again. 1: each process has all of them."""
     expert_processes: Count = 1
     """Split the experts among this many torchrun processes (expert parallelism). 1: each process has all of them."""
 
@@ -186,7 +186,9 @@ class TrainingConfig:
             raise ValueError("ema_decay can't average experts split among processes: leave out one of the two settings")
         if self.parallel == "fsdp" and self.expert_processes > 1:
             raise ValueError("parallel = fsdp shards the experts too: leave out expert_processes")
-        unsuited = {"parallel = fsdp": self.parallel == "fsdp", "expert_processes": self.expert_processes > 1}
+        is_sharded = self.parallel == "fsdp" and self.checkpoint_format == "sharded"
+        unsuited = {"checkpoint_format = sharded": is_sharded, "expert_processes": self.expert_processes > 1}
+        unsuited |= {f"replicas = {self.replicas}": self.replicas > 1}
         unsuited |= {"optimizer = muon": self.optimizer == "muon", "ema_decay": self.ema_decay is not None}
         unsuited |= {"float8": self.float8, "offload_optimizer": self.offload_optimizer}
         for name in (name for name, is_set in unsuited.items() if is_set and self.tensor_processes > 1):
@@ -311,6 +313,11 @@ class RunConfig:
             seconds_in(self.stop_after)
         if self.overwrite and self.out_dir is None:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
+
+    @property
+    def planned_devices(self) -> int | None:
+        """How many accelerators a dry run plans for; None: this run's processes."""
+        return self.devices if self.dry_run and self.accelerator else None
 
     @property
     def resumes(self) -> bool:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
-from gpt_arc.nn.experts import product_dtype, take_rows
+from gpt_arc.nn.experts import Experts, product_dtype, take_rows
+from gpt_arc.training.parallel_modes import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT
@@ -43,18 +43,17 @@ def exchanged(x: Tensor, sent: list[int], received: list[int], group: dist.Proce
 
 
 class ExpertParallel(WeightShares):
-    """Assigns experts to processes. Built from a whole model, in which it keeps only this process's share of them."""
+    """Assigns experts to processes."""
 
-    def __init__(self, model: GPT, processes: int, device: torch.device):
-        """Splits the experts of `model`, which will run on `device`, among `processes`; 1 changes nothing."""
-        super().__init__(processes, device)
-        if processes == 1:
+    def divide(self, model: GPT) -> None:
+        if self.processes == 1:
             return
-        for experts in model.experts:
-            experts.exchange = torch.compiler.disable(self.exchange)  # as a decorator it would slow every import
-            for parameter in experts.parameters(recurse=False):
-                self.divide(parameter, 0, [model.config.n_experts])
-        self.hide_from_ddp(model)
+        for module_name, module in model.named_modules():
+            if isinstance(module, Experts):
+                module.exchange = torch.compiler.disable(self.exchange)  # as a decorator it would slow every import
+                for name, _ in module.named_parameters(module_name, recurse=False):
+                    self.shares[name] = 0, [model.config.n_experts]
+        super().divide(model)
 
     def exchange(self, compute: Callable[[Tensor, Tensor], Tensor], x: Tensor, ends: Tensor) -> Tensor:
         """Replaces `Experts.compute`: sends rows to the processes that hold their experts, and the outputs back.
@@ -76,7 +75,7 @@ class ExpertParallel(WeightShares):
         return AllToAll.apply(take_rows(outputs, back, order), received, sent, self.group)
 
 
-def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
+def check_expert_processes(processes: int, n_experts: int, dtype: str, devices: int | None = None) -> None:
     """Raises UserError if the experts or the processes can't be split this way."""
     if processes > 1 and dtype == "float16":
         raise UserError("each process would adapt the float16 loss scale to its own experts: use dtype = bfloat16")
@@ -84,8 +83,4 @@ def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
         raise UserError(f"expert_processes = {processes} splits experts, and the model has none: set n_experts")
     if n_experts % processes:
         raise UserError(f"expert_processes = {processes} does not divide n_experts = {n_experts}")
-    if WORLD_SIZE % processes:
-        raise UserError(
-            f"expert_processes = {processes} does not divide the number of processes, {WORLD_SIZE}: "
-            f"start {processes} with torchrun --nproc_per_node={processes}, or set expert_processes = 1"
-        )
+    check_divides("expert_processes", processes, devices)

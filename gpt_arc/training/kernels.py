@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from gpt_arc.errors import UserError, first_line
+from gpt_arc.extras import install_command
 from gpt_arc.training.config import TrainingConfig
 from model import GPT
 
@@ -30,7 +31,7 @@ def multiply_in_float8(model: GPT) -> None:
     try:
         from torchao.float8 import convert_to_float8_training  # type: ignore[import-not-found]  # an extra
     except ImportError:
-        raise UserError('float8 = true needs torchao: pip install "gpt-arc[float8]"') from None
+        raise UserError(f"float8 = true needs torchao: {install_command('float8')}") from None
 
     def takes_float8(module: nn.Module, name: str) -> bool:
         return isinstance(module, nn.Linear) and "router" not in name and not any(n % 16 for n in module.weight.shape)

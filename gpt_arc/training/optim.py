@@ -124,11 +124,15 @@ class Updater:
     ):
         """`sharing` divides experts, or the matrices of blocks, among processes."""
         self.model, self.config, self.device, self.parallel = model, config, device, parallel
-        self.sharing = sharing if sharing and sharing.shares else None
+        self.sharing = sharing or WeightShares(1, device)
         self.optimizers = build_optimizers(model, config, parallel.muon)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.parameters = list(self._names)
+        # those that `sharing` leaves whole, and its shares, which fsdp divides among other processes
+        self._parts: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for parameter, name in self._names.items():
+            self._parts[name in self.sharing.shares].append(parameter)
         self.average = [] if config.ema_decay is None else [p.detach().clone() for p in self.parameters]
         self._failures = 0  # updates in a row that were not finite
         self.problem = ""  # of the last one that wasn't
@@ -157,22 +161,21 @@ class Updater:
         """
         for optimizer in self.optimizers.values():
             self.scaler.unscale_(optimizer)
-        shares = self.sharing.shares if self.sharing else {}
-        norm = self.parallel.total_norm([p.grad for p in self.parameters if p.grad is not None and p not in shares])
+        whole, shares = ([p.grad for p in part if p.grad is not None] for part in self._parts)
+        norm = self.parallel.total_norm(whole)
         values = [send(norm / distributed.WORLD_SIZE, self.device)]
         values += [x if isinstance(x, Tensor) else torch.full_like(values[0], x) for x in sums]
-        if self.sharing:  # every share's gradient is in as many processes as there are copies of it
-            for gradient in self.sharing.gradients:
-                self.parallel.contribute(gradient)
-            self.sharing.reduce_gradients()
-            values.append(self.parallel.total_norm(self.sharing.gradients).square() / self.sharing.n_copies)
+        if shares:  # every share's gradient is in as many processes as there are copies of it
+            self.sharing.reduce_gradients(shares, self.parallel)
+            values.append(self.parallel.total_norm(shares).square() / self.sharing.n_copies)
         total_norm, *summed = distributed.sum_over_ranks(torch.stack(values)).tolist()
-        if self.sharing:
+        if shares:
             total_norm = math.hypot(total_norm, math.sqrt(summed.pop()))
         finite = math.isfinite(total_norm) and math.isfinite(summed[0])
         if finite:
             if 0 < self.config.grad_clip < total_norm:
-                clip_grads_with_norm_(self.parameters, self.config.grad_clip, torch.full_like(norm, total_norm))
+                for part in self._parts:
+                    clip_grads_with_norm_(part, self.config.grad_clip, torch.full_like(norm, total_norm))
             for optimizer in self.optimizers.values():
                 for group in optimizer.param_groups:  # all rates follow the schedule of learning_rate
                     share = optimizer.defaults["lr"] / self.config.learning_rate
@@ -208,13 +211,11 @@ class Updater:
 
     def _gathered(self, weight: nn.Parameter, tensor: Tensor) -> Tensor:
         """Returns, in the main process, a tensor that is divided like `weight` whole. Every process must call this."""
-        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
-        return sharing.gathered(tensor, weight) if sharing else self.parallel.gathered(tensor)
+        return self.sharing.gathered(tensor, self._names[weight], self.parallel)
 
     def _kept(self, weight: nn.Parameter, whole: Tensor) -> Tensor:
         """Returns what this process keeps of a tensor shaped like the whole `weight`."""
-        sharing = self.sharing if self.sharing and weight in self.sharing.shares else None
-        return sharing.share_of(whole, weight) if sharing else self.parallel.shard_of(whole, weight)
+        return self.parallel.shard_of(self.sharing.share_of(whole, self._names.get(weight)), weight)
 
     @torch.no_grad()
     def put_weights(self, whole: nn.Module) -> None:
@@ -251,8 +252,11 @@ class Updater:
 
     def put_shards(self, state: dict) -> dict[str, Tensor]:
         """Reverses `take_shards`: puts tensors divided like the weights into `state`. Returns them, to be filled."""
-        if self.sharing:
-            raise UserError('checkpoint_format = "sharded" doesn\'t suit expert_processes: resume without them')
+        if self.sharing.shares:
+            raise UserError(
+                'a checkpoint of checkpoint_format = "sharded" can\'t be resumed with tensor_processes or '
+                'expert_processes: resume with both 1, and with checkpoint_format = "whole" to divide the next one'
+            )
         shards: dict[str, Tensor] = {}
         if "weights" in state:
             state["weights"] = [torch.empty_like(p) for p in self.parameters]

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,10 @@ from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.watch import WATCH
 
+if TYPE_CHECKING:
+    from gpt_arc.training.weight_shares import WeightShares
+    from model import GPT
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -32,11 +36,15 @@ class Parallel:
     muon: type[torch.optim.Muon] | None = None  # instead of the optimizer's choice
     _sum: Tensor | None = None  # of the gradients that this process has contributed to the present update
 
-    def place(self, model: nn.Module, device: torch.device, unused: bool = False) -> nn.Module:
+    def place(
+        self, model: nn.Module, device: torch.device, unused: bool = False, sharing: "WeightShares | None" = None
+    ) -> nn.Module:
         """Moves a model to the device. Returns the module to call: the model, or its replica.
 
-        `unused`: the loss doesn't depend on all of the trained weights.
+        `unused`: the loss doesn't depend on all of the trained weights. `sharing` divides some of them first.
         """
+        if sharing:
+            sharing.divide(cast("GPT", model))
         align(model)
         model.to(device)
         if WORLD_SIZE == 1:

@@ -17,9 +17,20 @@ def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> P
     return Sharded(device, dtype, config.reshard_after_forward, config.replicas, config.offload_optimizer)
 
 
-def check_parallel(config: TrainingConfig) -> None:
-    """Raises UserError if the processes can't be divided as set."""
+def check_parallel(config: TrainingConfig, devices: int | None = None) -> None:
+    """Raises UserError if the processes can't be divided as set. `devices`: see `check_divides`."""
     if config.parallel == "none" and WORLD_SIZE > 1:
         raise UserError(f'parallel = "none" is for one process, and torchrun started {WORLD_SIZE}: use ddp or fsdp')
-    if WORLD_SIZE > 1 and WORLD_SIZE % config.replicas:
-        raise UserError(f"replicas = {config.replicas} does not divide the number of processes, {WORLD_SIZE}")
+    if WORLD_SIZE > 1 or devices:
+        check_divides("replicas", config.replicas, devices)
+
+
+def check_divides(setting: str, count: int, devices: int | None = None) -> None:
+    """Raises UserError unless `count` divides the number of processes, or of the `devices` that a dry run plans for."""
+    if devices and devices % count:
+        raise UserError(f"{setting} = {count} does not divide devices = {devices}")
+    if not devices and WORLD_SIZE % count:
+        raise UserError(
+            f"{setting} = {count} does not divide the number of processes, {WORLD_SIZE}: start {count} with torchrun "
+            f"--nproc_per_node={count}, or set {setting} = 1"
+        )

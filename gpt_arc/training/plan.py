@@ -204,16 +204,16 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
-    check_parallel(training)
+    check_parallel(training, config.run.planned_devices)
     check_offload(training, device)
-    check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
+    check_expert_processes(training.expert_processes, config.model.n_experts, dtype, config.run.planned_devices)
     check_tensor_processes(config, dtype)
     with meta_device():
         flops = flops_per_token(GPT(config.model))
     steps_left = training.max_iters - progress.step
     flops_left = flops * config.sequences_per_step * block_size * steps_left
     compiled, why = False, "tensor_processes is set"
-    if training.tensor_processes == 1:
+    if training.tensor_processes == 1 or training.compile != "auto":
         compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
     torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
@@ -314,7 +314,10 @@ def print_plan(plan: Plan) -> None:
         device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
         device, dtype = "cuda" if run.accelerator else device, planned_dtype(plan)
         offloaded = config.training.offload_optimizer and device == "cuda"
-        memory = memory_estimate(sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded)
+        averaged = config.training.ema_decay is not None
+        memory = memory_estimate(
+            sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded, averaged
+        )
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
     for line in doubts(plan, memory):
@@ -334,7 +337,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     return Layout(
         sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, planned_dtype(plan),
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
-        training.offload_optimizer and devices > 1,
+        training.offload_optimizer and devices > 1, training.tensor_processes, min(training.replicas, devices),
     )  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,8 +20,9 @@ from gpt_arc.device import DTYPES
 from gpt_arc.distributed import IS_MAIN, WORLD_SIZE
 from gpt_arc.training.expert_parallel import exchanged
 from gpt_arc.training.parallel import M, Parallel
+from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
-from model import Block
+from model import GPT, Block
 
 NORMS = nn.LayerNorm, nn.RMSNorm
 
@@ -97,20 +97,24 @@ def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
-def shard(model: nn.Module, dtype: torch.dtype, reshard_after_forward: bool, **settings: Any) -> None:
+def shard(
+    model: nn.Module, dtype: torch.dtype, reshard_after_forward: bool, sharing: WeightShares, **settings: Any
+) -> None:
     """Divides a model. The blocks' matrices are gathered in `dtype`, block by block, the rest at once and as it is.
 
     The rest includes the blocks' norms and routers, which compute in float32: gathered in their block, they would
     interrupt its compiled code. autocast alone would keep a copy in `dtype` of each gathered matrix until the whole
-    forward pass ends.
+    forward pass ends. Shares of the blocks' matrices are divided among the processes that have the same ones.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    matrices = {p for block in blocks for p in block.parameters()}
+    shares = {p for name, p in model.named_parameters() if name in sharing.shares}
+    matrices = shares or {p for block in blocks for p in block.parameters()}
     if dtype != torch.float32:
         matrices -= {p for block in blocks for p in exact_parameters(block)}
     fully_shard(model, ignored_params=matrices, **settings)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     settings |= {"mp_policy": policy, "reshard_after_forward": reshard_after_forward}
+    settings |= {"mesh": sharing.copies} if shares else {}
     for block in blocks:
         fully_shard(block, ignored_params={*block.parameters()} - matrices, **settings)
 
@@ -143,21 +147,30 @@ class Sharded(Parallel):
         self.offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         self.shards_on = torch.device("cpu") if offload else device
 
-    def place(self, model: nn.Module, device: torch.device, unused: bool = False) -> nn.Module:
+    def place(
+        self, model: nn.Module, device: torch.device, unused: bool = False, sharing: WeightShares | None = None
+    ) -> nn.Module:
         """Divides the main process's model among all. The others need not have weights: see `meta_device`."""
-        whole = model.state_dict() if IS_MAIN else {}
+        whole = model.state_dict() if IS_MAIN else model.to("meta").state_dict()
         self._skeleton = copy.deepcopy(model.to("meta"))  # undivided, without weights
-        return self._divide(model, whole, device)
+        sharing = sharing or WeightShares(1, device)
+        sharing.divide(cast(GPT, model))
+        return self._divide(model, whole, device, sharing)
 
     def place_frozen(self, model: nn.Module, device: torch.device) -> nn.Module:
-        whole = model.state_dict() if IS_MAIN else {}
-        return self._divide(model.to("meta").requires_grad_(False), whole, device)
+        whole = model.state_dict() if IS_MAIN else model.to("meta").state_dict()
+        return self._divide(model.to("meta").requires_grad_(False), whole, device, WeightShares(1, device))
 
-    def _divide(self, model: nn.Module, whole: dict[str, Any], device: torch.device) -> nn.Module:
-        shard(model, self.dtype, self.reshard_after_forward, mesh=self.mesh, offload_policy=self.offload)
+    def _divide(
+        self, model: nn.Module, whole: dict[str, Tensor], device: torch.device, sharing: WeightShares
+    ) -> nn.Module:
+        shard(model, self.dtype, self.reshard_after_forward, sharing, mesh=self.mesh, offload_policy=self.offload)
         model.to_empty(device=self.shards_on)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, whole, options=options)
+        for name, tensor in model.state_dict().items():
+            value = whole[name].to(device) if IS_MAIN else torch.empty_like(whole[name], device=device)
+            value = value.contiguous()
+            dist.broadcast(value, 0)
+            tensor.copy_(self.shard_of(sharing.share_of(value, name), tensor))
         for module in model.modules():  # the blocks find their buffers where they compute
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))

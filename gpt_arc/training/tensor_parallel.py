@@ -17,13 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_arc import distributed
-from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
+from gpt_arc.nn.attention import KVCache, Mask
+from gpt_arc.nn.experts import Experts, product_dtype
 from gpt_arc.training.config import Config, TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.parallel_modes import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
-from model import GPT, MLP, Block
+from model import GPT, MLP, Attention
+
+Rotary = tuple[Tensor, Tensor] | None
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -58,70 +62,86 @@ class Exchange(torch.autograd.Function):
 
 
 class TensorParallel(WeightShares):
-    """Built from a whole model, of whose blocks it keeps this process's heads and its part of the MLPs' width."""
+    """Keeps this process's heads and its part of the MLPs' width of every block."""
 
-    def __init__(self, model: GPT, processes: int, device: torch.device):
-        super().__init__(processes, device)
-        config = model.config
+    _exchange: Callable[..., Tensor]
+    _mask: Mask = None  # of this process's sequences in the last forward pass
+    _of_group: tuple[Rotary, Mask]  # and of those of the whole group
+
+    def divide(self, model: GPT) -> None:
+        config, processes = model.config, self.processes
         heads, kv_heads, size = config.n_head, config.kv_heads, config.head_width
         kept = replace(config, n_head=heads // processes, n_kv_head=kv_heads // processes, head_size=size)
-        for block in model.blocks:
-            assert isinstance(block, Block) and isinstance(block.mlp, MLP), "check_tensor_processes refuses experts"
-            block.attention.config = kept
-            rows = [n * size for n in (heads, kv_heads, kv_heads)]
-            self._divide(block.attention.qkv, block.attention.projection, rows)
-            self._divide(block.mlp.up, block.mlp.projection, [config.mlp_width] * (2 if config.gated else 1))
-        self.hide_from_ddp(model)
+        for name, module in model.blocks.named_modules(prefix="blocks"):
+            assert not isinstance(module, Experts | nn.LSTM), "check_tensor_processes refuses them"
+            if isinstance(module, Attention):
+                module.config, cast(Any, module).forward = kept, partial(self._attention, module)
+                self._divide(f"{name}.qkv", module.qkv, [n * size for n in (heads, kv_heads, kv_heads)])
+            elif isinstance(module, MLP):
+                self._divide(f"{name}.up", module.up, [config.mlp_width] * (2 if config.gated else 1))
+            elif isinstance(module, nn.Linear) and name.endswith(".projection"):
+                self.shares[f"{name}.weight"] = 1, [module.in_features]
+                cast(Any, module).forward = partial(self._second, module)
+        self._exchange = cast(Any, torch.compiler.disable(Exchange.apply))
+        super().divide(model)
 
-    def _divide(self, first: nn.Linear, second: nn.Linear, sections: Sequence[int]) -> None:
-        """Divides the outputs of the `first` layer, which are stacked in `sections`, and the inputs of the `second`."""
-        self.divide(first.weight, 0, sections)
-        if first.bias is not None:
-            self.divide(first.bias, 0, sections)
-        self.divide(second.weight, 1, sections[:1])
-        for layer, forward in ((first, self._first), (second, self._second)):
-            cast(Any, layer).forward = partial(forward, layer)
+    def _divide(self, name: str, layer: nn.Linear, sections: Sequence[int]) -> None:
+        """Divides the outputs of a layer, which are stacked in `sections`."""
+        self.shares[f"{name}.weight"] = self.shares[f"{name}.bias"] = 0, sections
+        cast(Any, layer).forward = partial(self._first, layer)
+
+    def _attention(
+        self, attention: Attention, x: Tensor, rotary: Rotary, mask: Mask, cache: KVCache | None = None
+    ) -> Tensor:
+        """Attends with the masks of the whole group, and the positions that restart with each document.
+
+        They are gathered once for all blocks.
+        """
+        if isinstance(mask, Tensor):
+            if mask is not self._mask:
+                waves = rotary and (gather_rows(rotary[0], self.group), gather_rows(rotary[1], self.group))
+                allowed = gather_rows(mask.view(torch.uint8), self.group).view(torch.bool)
+                self._mask, self._of_group = mask, (waves, allowed)
+            rotary, mask = self._of_group
+        return Attention.forward(attention, x, rotary, mask, cache)
 
     def _first(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Returns this process's outputs (P B, T, M / P) for the inputs x (B, T, C) of all processes of the group."""
-        x = Exchange.apply(x, gather_rows, sum_rows, self.group)
+        x = self._exchange(x.to(product_dtype(x)), gather_rows, sum_rows, self.group)
         return F.linear(x, layer.weight, layer.bias)
 
     def _second(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """Returns the whole outputs (B, T, C) for this process's sequences, of x (P B, T, M / P)."""
-        x = Exchange.apply(F.linear(x, layer.weight), sum_rows, gather_rows, self.group)
+        x = self._exchange(F.linear(x, layer.weight), sum_rows, gather_rows, self.group)
         return x if layer.bias is None else x + layer.bias.type_as(x)
 
 
-def make_shares(model: GPT, training: TrainingConfig, device: torch.device) -> WeightShares:
-    """Divides the model's blocks or its experts among processes, as set."""
+def make_shares(training: TrainingConfig, device: torch.device) -> WeightShares:
+    """Returns how processes divide blocks or experts, as set."""
     if training.tensor_processes > 1:
-        return TensorParallel(model, training.tensor_processes, device)
-    return ExpertParallel(model, training.expert_processes, device)
+        return TensorParallel(training.tensor_processes, device)
+    return ExpertParallel(training.expert_processes, device)
 
 
 def check_tensor_processes(config: Config, dtype: str) -> None:
     """Raises UserError if the model or the processes can't be divided this way."""
     processes, model, compile_setting = config.training.tensor_processes, config.model, config.training.compile
+    is_compiled = compile_setting not in ("auto", False)
     if processes == 1:
         return
     setting = f"tensor_processes = {processes}"
-    if WORLD_SIZE % processes:
-        raise UserError(
-            f"{setting} does not divide the number of processes, {WORLD_SIZE}: start {processes} with torchrun "
-            f"--nproc_per_node={processes}, or set tensor_processes = 1"
-        )
+    check_divides("tensor_processes", processes, config.run.planned_devices)
     divided = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "mlp_size": model.mlp_width}
     for name, size in divided.items():
         if size % processes:
             raise UserError(f"{setting} does not divide {name} = {size}")
-    obstacles = {  # masks by head or by sequence are those of a whole model's heads and of a process's own sequences
+    obstacles = {  # ALiBi's biases are those of all heads, and a band's masks those of a process's own sequences
         f"n_experts = {model.n_experts}, for which there is expert_processes": model.n_experts,
+        f"mixer = {model.mixer}": model.mixer == "lstm",
         "positions = alibi": model.positions == "alibi",
         f"attention_band = {model.attention_band}": model.attention_band,
-        "document_mask": config.data.document_mask,
         "dtype = float16": dtype == "float16",
-        f"compile = {compile_setting}": compile_setting not in ("auto", False),
+        f"document_mask with compile = {compile_setting}": is_compiled and config.data.document_mask,
     }
     for obstacle in (name for name, applies in obstacles.items() if applies):
         raise UserError(f"{setting} doesn't suit {obstacle}: leave out one of the two")

@@ -89,7 +89,8 @@ class CaptionReader(nn.Module):
         """Returns the arguments of `clip_loss` for images with the features (N, width) and captions (N, T), whose
         numbers in the split are `rows` (N,).
         """
-        last = self.text.hidden(tokens, lengths=lengths)[torch.arange(len(tokens)), lengths - 1]
+        every = torch.arange(len(tokens), device=tokens.device)
+        last = self.text.hidden(tokens, lengths=lengths)[every, lengths - 1]
         left, right = self.image_projection(images).float(), self.text_projection(last).float()
         left, right = F.normalize(left, dim=-1), F.normalize(right, dim=-1)
         all_left, all_right, numbers = self.of_all_processes(left, right, rows)

@@ -60,7 +60,7 @@ class VisionGPT(nn.Module):
         prefix_attention: bool = False,
     ):
         """Raises ValueError for a text model with n-grams, which placeholders can't be part of, and for
-        prefix_attention in one with an attention band or ALiBi, which count back from a token.
+        prefix_attention in one with an attention band, ALiBi or an LSTM, which count back from a token.
         """
         super().__init__()
         if text.config.ngrams > 1:
@@ -70,8 +70,11 @@ class VisionGPT(nn.Module):
                 f"pixel_shuffle = {projector.config.pixel_shuffle} doesn't divide the {encoder.config.side} patches "
                 "along a side of an image"
             )
-        if prefix_attention and (text.config.attention_band is not None or text.config.positions == "alibi"):
-            raise ValueError('prefix_attention needs a text model without attention_band and positions = "alibi"')
+        counts_back = text.config.attention_band is not None or text.config.positions == "alibi"
+        if prefix_attention and (counts_back or text.config.mixer == "lstm"):
+            raise ValueError(
+                'prefix_attention needs a text model without attention_band, positions = "alibi" and mixer = "lstm"'
+            )
         text.prefix_attention = prefix_attention
         self.text, self.encoder, self.projector, self.preprocessing = text, encoder, projector, preprocessing
         self.rates = dict.fromkeys(PARTS, 1.0)  # factors of the learning rate
@@ -115,11 +118,11 @@ class VisionGPT(nn.Module):
     ) -> Tensor | Loss:
         """`GPT.forward`, with the images (N, 3, H, W) that the placeholders in `tokens` stand for, if there are any.
 
-        Raises ValueError unless there is one placeholder for each embedding.
+        Raises ValueError unless there is one placeholder for each embedding, on CPUs alone: a GPU would be waited for.
         """
         images = None if pixels is None else self.embed_images(pixels).flatten(0, 1)
-        placeholders, count = int((tokens < 0).sum()), 0 if images is None else len(images)
-        if placeholders != count:
+        count = 0 if images is None else len(images)
+        if tokens.device.type == "cpu" and (placeholders := int((tokens < 0).sum())) != count:
             raise ValueError(f"{placeholders} placeholders in the tokens are for the {count} embeddings of the images")
         return self.text(tokens, targets, documents, lengths, images)
 

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from gpt_arc import hub
 from gpt_arc.data.tokenizer import Tokenizer, holds_tokenizer, load_tokenizer
 from gpt_arc.errors import UserError, first_line
-from gpt_arc.files import follow, locked, whole, write_file
+from gpt_arc.files import command, follow, locked, whole, write_file
 from gpt_arc.manifest import DamagedFile, checking, record_files
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.reading import read_json, reading
@@ -38,7 +38,14 @@ VISION_FILE = "vision.json"  # beside a model that reads images (gpt_arc/vision/
 OF_TRAINING = {"dropout", "embedding_dropout", "attention_dropout", "residual_dropout", "expert_dropout"}
 OF_TRAINING |= {"expert_selection", "capacity_factor", "router_jitter", "balance_loss", "router_z_loss"}
 # settings that older versions don't know, and the value that means what these do
-LATER = {"base_width": None, "attention": "causal", "head_transform": False, "embedding_norm": False, "token_types": 0}
+LATER = {
+    "base_width": None,
+    "mixer": "attention",
+    "attention": "causal",
+    "head_transform": False,
+    "embedding_norm": False,
+    "token_types": 0,
+}
 LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
 LATER |= {
     "attention_sinks": 0,
@@ -285,12 +292,11 @@ def require_causal(path: Path | str, model: GPT) -> GPT:
 def check_causal(path: Path | str, config: GPTConfig) -> None:
     """Raises UserError unless `config`, of the model at `path`, is of a language model that continues texts."""
     if config.encoder_layers:
-        raise UserError(f"{path} turns sources into targets and continues no text: use sample.py with --start=SOURCE")
+        sample = command("sample.py", path, "--start=SOURCE")
+        raise UserError(f"{path} turns sources into targets and continues no text: use it with: {sample}")
     if config.attention == "bidirectional":
-        raise UserError(
-            f"{path} reads a text in both directions, so it can't continue one: sample.py fills gaps with it, and "
-            "stages/finetune.py teaches it to classify"
-        )
+        fill = command("sample.py", path, "--start=The [MASK] is")
+        raise UserError(f"{path} reads a text in both directions, so it can't continue one: fill gaps with: {fill}")
 
 
 @of_one_checkpoint

@@ -186,11 +186,11 @@ def test_a_reward_model_is_saved_and_loaded(tmp_path):
     with pytest.raises(UserError, match="reward.safetensors is damaged"):
         load_reward_model(tmp_path / "run")
     head.unlink()
-    message = r"last has no reward head \(reward.safetensors\): train one with stages/reward.py"
+    message = r"last has no reward head \(reward.safetensors\): train one with: python stages/reward.py \S+/last"
     with pytest.raises(UserError, match=message):
         load_reward_model(tmp_path / "run")
     Path(tmp_path / "run" / "last" / "chat.json").unlink()
-    message = r"doesn't know how turns are marked \(chat.json\): train it by stages/sft.py first"
+    message = r"doesn't know how turns are marked \(chat.json\): train it first with: python stages/sft.py \S+/last"
     with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "run")
     save_model(model.trunk, None, tmp_path / "mute")

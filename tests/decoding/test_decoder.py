@@ -39,6 +39,7 @@ VARIANTS = [
     {"positions": "none"}, {"positions": "alibi"}, {"positions": "alibi", "attention_band": 3, "n_kv_head": 2},
     *(STRETCHED | {"rotary_scaling": kind} for kind in get_args(Stretch) if kind != "dynamic"),
     {**GROUPED, "activation": "swiglu", "bias": False, **BIASED},
+    {"mixer": "lstm"}, {"mixer": "lstm", "positions": "none", "head_size": 6, "bias": False, "norm": "rmsnorm"},
 ]  # fmt: skip
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -325,7 +325,7 @@ def test_a_model_without_experts_or_tokenizer_is_refused(run, workplace, monkeyp
     assert "bare has no tokenizer" in run("bare", "--dataset=sums")
     assert "there is no model directory" in run("nowhere", "--dataset=sums")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install -e '.[plot]'" in run("mixture", "--dataset=sums", "--plot=use.png")
+    assert f"pip install -e '{ROOT}[plot]'" in run("mixture", "--dataset=sums", "--plot=use.png")
 
 
 def test_the_report_compares_seed_by_seed(tmp_path, output_of):

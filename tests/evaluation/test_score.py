@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "n-grams": dict(**MODERN, ngrams=4, ngram_rows=40),
     "untied": dict(tied_head=False, head_bias=True),
     "alibi": dict(positions="alibi", attention_band=5, n_kv_head=2),
+    "lstm": dict(mixer="lstm"),
     "dynamic": dict(positions="rotary", rotary_scaling="dynamic", rotary_factor=3.0, rotary_context=6),
 }
 

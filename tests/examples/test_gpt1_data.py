@@ -1,6 +1,7 @@
 """The corpus and labelled sets of examples/gpt1_data.py, made from a few packages of the standard library."""
 
 import json
+import random
 import re
 import sys
 import sysconfig
@@ -124,6 +125,17 @@ def test_the_labels_are_true(documents, sets):
     files = {" ".join(gpt1_data.opening(d, set(d.sentences), 2)): d.file for d in documents if d.sentences}
     for item in sets["related"]["test"]:
         assert (files[item["text_a"]] == files[item["text_b"]]) == (item["label"] == "yes")
+
+
+def test_other_labels_replace_one_without_documents(documents, sets):
+    usable = gpt1_data.usable_sentences(documents)
+    items = list(gpt1_data.package_items(list(documents), usable, 2000, random.Random(0)))
+    counts = Counter(item["label"] for item in items)
+    few, many = sorted(counts.values())
+    assert few < many < 1000 and {item["label"] for item in items[-20:]} == {max(counts, key=lambda name: counts[name])}
+    size = (3 * few + many) // 2  # more than twice the fewer
+    more = list(gpt1_data.package_items(list(documents), usable, size, random.Random(0)))
+    assert len(more) == size and sorted(Counter(item["label"] for item in more).values()) == [few, size - few]
 
 
 def test_too_few_documents_are_refused(documents, sets):

@@ -35,21 +35,36 @@ def library() -> Path:
 
 
 @functools.cache
-def _measured(name: str, arguments: str, target: int, folder: Path | None, processes: int) -> str:
-    request = json.dumps([name, str(library()), target, TRITON])
-    command = [sys.executable, "-m", "fake_gpu.measure", request, arguments]
+def server() -> subprocess.Popen[str]:
+    """The process of measure.py that forks for each measurement. It ends with this process."""
     paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    errors = [line for line in result.stderr.splitlines() if "registered at" not in line]  # torch's list of operators
-    assert not result.returncode, "\n".join(errors[-40:])
-    return result.stdout.splitlines()[-1]
+    command = [sys.executable, "-m", "fake_gpu.measure", library(), TRITON or ""]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def measure(name: str, *arguments: Any, target: int = 90, folder: Path | None = None, processes: int = 1) -> Any:
-    """What the function `name` of measure.py returns in the first process, on a GPU of capability `target`."""
-    return json.loads(_measured(name, json.dumps(arguments), target, folder, processes))
+@functools.cache
+def _measured(name: str, arguments: str, target: int, folder: Path | None, processes: int, triton: bool) -> str:
+    environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+    with tempfile.TemporaryDirectory() as files:
+        request = [name, arguments, target, triton, str(folder or Path.cwd()), environment, files]
+        print(json.dumps(request), file=server().stdin, flush=True)
+        answers = (line.split() for line in server().stdout)  # the first may be for a test that was stopped
+        code = next((code for code, place in answers if place == files), "lost")
+        output = [line for line in Path(files, "output").read_text().splitlines() if "registered at" not in line]
+        assert code == "0", "\n".join(output[-60:])  # without torch's list of operators
+        return Path(files, "result").read_text()
+
+
+def measure(
+    name: str, *arguments: Any, target: int = 90, folder: Path | None = None, processes: int = 1,
+    triton: bool = bool(TRITON),
+) -> Any:  # fmt: skip
+    """What the function `name` of measure.py returns in the first process, on a GPU of capability `target`.
+
+    Without `triton` nothing is compiled beyond what inductor would be given.
+    """
+    return json.loads(_measured(name, json.dumps(arguments), target, folder, processes, triton))
 
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="FAKE_GPU_TRITON doesn't name a folder with Triton's package")

@@ -50,9 +50,9 @@ def update(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[
     from gpt_arc.training import expert_parallel
     from gpt_arc.training import parallel as replicated
     from gpt_arc.training.config import TrainingConfig
-    from gpt_arc.training.expert_parallel import ExpertParallel
     from gpt_arc.training.optim import Updater
     from gpt_arc.training.parallel_modes import make_parallel
+    from gpt_arc.training.tensor_parallel import make_shares
     from model import GPT, GPTConfig
 
     def exchanged(x: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -67,8 +67,8 @@ def update(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[
     parallel = make_parallel(settings, cpu, "bfloat16")
     model = GPT(GPTConfig(**config))
     parameters = model.num_parameters()
-    sharing = ExpertParallel(model, settings.expert_processes, cpu)
-    replica = parallel.place(model, cpu)
+    sharing = make_shares(settings, cpu)
+    replica = parallel.place(model, cpu, sharing=sharing)
     updater = Updater(model, settings, cpu, "bfloat16", parallel, sharing)
     tokens = torch.randint(model.config.vocab_size, (rows, model.config.block_size))
     traffic = Traffic()

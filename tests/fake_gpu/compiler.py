@@ -6,7 +6,6 @@ what torch does on the CPU.
 
 import re
 import subprocess
-import sys
 import tempfile
 import types
 from collections import Counter
@@ -33,7 +32,6 @@ class Compiler:
     """Sets inductor up for `gpu`, and keeps what it compiles and launches."""
 
     def __init__(self, gpu: GPU, triton: Path):
-        sys.path.append(str(triton))
         self.gpu, self.triton = gpu, triton / "triton"
         self.kernels: dict[str, Kernel] = {}
         self.launches: Counter[str] = Counter()

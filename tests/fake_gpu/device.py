@@ -1,7 +1,8 @@
 """Gives a process of torch's CPU build a CUDA device that computes nothing.
 
 Fake tensors live on it, autograd and the compiler take it for the GPU named. `install` has to come before anything
-imports torch, and can't be undone, so whatever is measured on the device is measured in a process of its own.
+imports torch, and can't be undone, so whatever is measured on the device is measured in a process of its own. `choose`
+has to come before anything asks what the GPU is like.
 """
 
 import ctypes
@@ -37,8 +38,18 @@ GPUS = {
 }
 
 
-def install(gpu: GPU, library: Path) -> None:
-    """Makes `gpu` torch's device cuda:0; `library` is device.cpp, compiled."""
+gpu: GPU  # in use
+
+
+def choose(target: int) -> GPU:
+    """Makes the device the GPU of capability `target`."""
+    global gpu
+    gpu = GPUS[target]
+    return gpu
+
+
+def install(library: Path) -> None:
+    """Gives torch the device cuda:0; `library` is device.cpp, compiled."""
     torch_libraries = Path(importlib.util.find_spec("torch").origin).parent / "lib"
     for path in (torch_libraries / "libc10.so", torch_libraries / "libtorch_cpu.so", library):
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -46,7 +57,7 @@ def install(gpu: GPU, library: Path) -> None:
     import torch._functorch.config
 
     torch._functorch.config.graphsafe_rng_functionalization = False
-    for name, function in functions(gpu).items():
+    for name, function in functions().items():
         setattr(torch.cuda, name, function)
     torch.cuda.default_generators = (torch.default_generator,)
     torch.version.cuda = "13.0"
@@ -94,7 +105,7 @@ def move(module: Any, *where: Any, **types: Any) -> Any:
     return module
 
 
-def functions(gpu: GPU) -> dict[str, Any]:
+def functions() -> dict[str, Any]:
     """What stands in for the functions of torch.cuda."""
     import torch
 
@@ -112,7 +123,7 @@ def functions(gpu: GPU) -> dict[str, Any]:
         "_maybe_exchange_device": lambda index: 0,
         "get_device_name": lambda device=None: gpu.name,
         "get_device_capability": lambda device=None: gpu.capability,
-        "get_device_properties": lambda device=None: properties(gpu),
+        "get_device_properties": lambda device=None: properties(),
         "get_arch_list": lambda: [f"sm_{target}" for target in GPUS],
         "is_bf16_supported": lambda including_emulation=True: gpu.target >= 80,
         "is_tf32_supported": lambda: gpu.target >= 80,
@@ -129,7 +140,7 @@ def functions(gpu: GPU) -> dict[str, Any]:
     }
 
 
-def properties(gpu: GPU) -> types.SimpleNamespace:
+def properties() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         name=gpu.name,
         major=gpu.capability[0],

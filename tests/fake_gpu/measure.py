@@ -3,15 +3,21 @@
 Each function takes and returns what JSON can hold.
 """
 
+import gc
 import importlib
 import json
+import os
 import sys
+import traceback
 import types
 from pathlib import Path
 from typing import Any
 
 from fake_gpu import device
 
+IMPORTED = """
+torch torch._dynamo torch._inductor.compile_fx torch.nn.attention.flex_attention pydantic.dataclasses model
+""".split()
 compiler: Any = None  # a `Compiler`, where Triton is at hand
 
 
@@ -63,43 +69,49 @@ def train(*flags: str) -> list[dict[str, Any]]:
     return count_updates(lambda: train.train(train.build(make_plan(launch, resolve_device("cuda")))))
 
 
-def step(config: dict[str, Any], rows: int, training: dict[str, Any] | None = None) -> dict[str, Any]:
-    """An update of a model on `rows` sequences: graphs, memory beside the plan's estimate and, by Triton, kernels."""
+def step(
+    config: dict[str, Any], rows: int, training: dict[str, Any] | None = None, kind: str = "text"
+) -> dict[str, Any]:
+    """An update of a model of steps.py on `rows` sequences: graphs, memory and, by Triton, kernels.
+
+    For a model that train.py trains also the memory that a run's plan estimates.
+    """
     import torch
 
+    from fake_gpu import steps
     from fake_gpu.counting import FakeDevice
     from gpt_arc.device import autocast
     from gpt_arc.planning.cost import memory_estimate
     from gpt_arc.training.config import TrainingConfig
-    from gpt_arc.training.kernels import choose_kernels
     from gpt_arc.training.optim import Updater
-    from model import GPT, GPTConfig
+    from model import GPT
 
     settings = TrainingConfig(**{"dtype": "bfloat16"} | (training or {}))
     dtype, gpu = settings.dtype, torch.device("cuda", 0)
     with FakeDevice() as fake:
         with gpu:
-            model = GPT(GPTConfig(**config))
-        choose_kernels(model, settings)
+            model, loss_of, tokens = getattr(steps, kind)(config, rows, settings)
         compile_step(model)
         updater = Updater(model, settings, gpu, dtype)
-        tokens = [torch.zeros(rows, model.config.block_size, dtype=torch.int64, device=gpu) for _ in range(2)]
         peaks = {}
         for _ in range(2):
             start_counting(fake)
             with autocast(gpu, dtype):
-                loss = model(*tokens)
+                loss = loss_of()
             peaks["forward"], fake.peak = fake.peak, fake.allocated
-            updater.backward(loss.total)
+            updater.backward(loss)
             peaks["backward"], counts = fake.peak, counted(fake)
-            updater.update(1e-3, loss.total.detach())
+            updater.update(1e-3, loss.detach())
             peaks["update"] = fake.peak
-        estimate = memory_estimate(
-            model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True,
-            offloaded=settings.offload_optimizer,
-        )  # fmt: skip
+        estimate = None
+        if isinstance(model, GPT):
+            estimate = memory_estimate(
+                model, rows, dtype, "cuda", settings.activation_checkpointing, compiled=True,
+                offloaded=settings.offload_optimizer, averaged=settings.ema_decay is not None,
+            )  # fmt: skip
     update = {"waits": dict(fake.waits), "copied": dict(fake.copied), "peak": max(peaks.values()), "estimate": estimate}
-    return {**compilations(), "parameters": model.num_parameters(), **peaks, **update, **counts}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {**compilations(), "parameters": parameters, "tokens": tokens, **peaks, **update, **counts}
 
 
 def parallel(config: dict[str, Any], training: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -314,19 +326,50 @@ def norm() -> dict[str, int]:
     return dict(fake.operators)
 
 
-def main() -> None:
+def run(name: str, arguments: str, target: int, triton: Path | None) -> str:
+    """Calls the function `name` on a GPU of capability `target`. Arguments and result are JSON."""
     global compiler
-    name, library, target, triton = json.loads(sys.argv[1])
-    gpu = device.GPUS[target]
-    device.install(gpu, Path(library))
     from fake_gpu import attention
 
+    gpu = device.choose(target)
     attention.install()
     if triton:
         from fake_gpu.compiler import Compiler
 
-        compiler = Compiler(gpu, Path(triton))
-    print("\n" + json.dumps(globals()[name](*json.loads(sys.argv[2]))))
+        compiler = Compiler(gpu, triton)
+    return json.dumps(globals()[name](*json.loads(arguments)))
+
+
+def main() -> None:
+    """Forks for each request, a line of JSON on standard input, and answers with the fork's exit code.
+
+    So a measurement doesn't take the seconds in which Python imports torch.
+    """
+    library, triton = sys.argv[1:]
+    sys.path += [triton] * bool(triton)
+    device.install(Path(library))
+    for module in IMPORTED:
+        importlib.import_module(module)
+    assert "gpt_arc.distributed" not in sys.modules  # which reads the environment of each process
+    gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages
+    for line in sys.stdin:
+        name, arguments, target, compiles, folder, environment, files = json.loads(line)
+        if pid := os.fork():
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), files, flush=True)
+            continue
+        output = os.open(Path(files, "output"), os.O_CREAT | os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.chdir(folder)
+        os.environ.update(environment)
+        code = 1
+        try:
+            Path(files, "result").write_text(run(name, arguments, target, Path(triton) if compiles else None))
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,36 @@ def test_fsdp_sends_what_the_plan_says(reshard):
 
 
 @pytest.mark.slow
+def test_divided_blocks_under_fsdp_send_what_the_plan_says():
+    """Shares are divided between 2 of 4 processes, and the rest among all; 2 processes exchange hidden states."""
+    from gpt_arc.planning.layout import Layout
+    from model import GPT, GPTConfig
+
+    result = update(TINY, {"parallel": "fsdp", "tensor_processes": 2}, rows=2, processes=4)
+    model = GPT(GPTConfig(**TINY))
+    states = 2 * 2 * TINY["block_size"] * TINY["n_embd"] * 2  # bytes of both processes' rows, in 16 bits
+    divided = "qkv.weight", "qkv.bias", "up.weight", "up.bias", "projection.weight"
+    whole = 4 * sum(p.numel() for name, p in model.named_parameters() if not name.endswith(divided))
+    sizes = [size for kind, size, _ in result["sent"] if kind in ("allgather_base", "reduce_scatter_base")]
+    assert sizes.count(whole) == 2
+    received = sum(size * (3 / 4 if size == whole else 1 / 2) for size in sizes)
+    assert [size for _, size, _ in result["sent"]].count(states) == 8 * TINY["n_layer"]
+    layout = Layout(model, "", 4, 8, 2, "bfloat16", tensor_processes=2)
+    assert received == pytest.approx(layout.communicated, rel=0.1)
+
+
+@pytest.mark.slow
 def test_replicas_sum_their_shards_gradients():
+    """A ring of 2 receives every byte of the sums once."""
+    from gpt_arc.planning.layout import Layout
+    from model import GPT, GPTConfig
+
     result = update(TINY, {"parallel": "fsdp", "replicas": 2}, rows=2, processes=4)
-    assert bytes_by_kind(result["sent"])["allreduce"] == 4 * result["parameters"] / 2 + 8
+    sent = bytes_by_kind(result["sent"])
+    assert sent["allreduce"] == 4 * result["parameters"] / 2 + 8
+    received = (sent["allgather_base"] + sent["reduce_scatter_base"]) / 2 + sent["allreduce"]
+    layout = Layout(GPT(GPTConfig(**TINY)), "", 4, 8, 2, "bfloat16", replicas=2)
+    assert received == pytest.approx(layout.communicated, rel=0.1)
 
 
 @pytest.mark.slow

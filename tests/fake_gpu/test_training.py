@@ -1,8 +1,10 @@
 """Training on a GPU: one graph, no recompilation, one wait for the device an update, and the memory planned."""
 
 import pytest
+from PIL import Image
 
 from fake_gpu.build import measure, needs_triton
+from fake_gpu.table import TRANSLATION
 
 TINY = (
     "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16", "--batch_size=4", "--max_iters=3",
@@ -66,24 +68,37 @@ def stage_folder(tmp_path):
     write(tmp_path / "chats.jsonl", [{"prompt": "ab", "response": "c"}] * 12)
     write(tmp_path / "ranked.jsonl", [{"prompt": text, "chosen": "c", "rejected": "de"} for text in "abcdefgh"])
     write(tmp_path / "labels.jsonl", [{"text": "abc"[: i % 3 + 1], "label": "xy"[i % 2]} for i in range(12)])
+    write(tmp_path / "pairs.jsonl", [{"source": "abcdefgh"[: i % 5 + 1], "target": "ab" * (i % 3)} for i in range(12)])
+    colours = ("red", "blue", "white")
+    for colour in colours:
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    pictures = [{"image": f"{colour}.png", "label": "abc"[i]} for i, colour in enumerate(colours)]
+    write(tmp_path / "pictures.jsonl", [{**row, "prompt": "ab", "response": row["label"]} for row in pictures * 4])
+    (tmp_path / "new.toml").write_text("image_size = 8\npatch_size = 4\nn_layer = 1\nn_head = 2\nn_embd = 16\n")
     write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("a", "bcd", "ef", "aab", "h", "gg", "c")])
     (tmp_path / "rules.py").write_text("def length(rows, responses): return [float(len(text)) for text in responses]\n")
     return tmp_path
 
 
+IMAGES = ("--train=pictures.jsonl", "--val_fraction=0", "--image_encoder=new.toml")
 RANKED = ("chat", "--train=ranked.jsonl", "--val_fraction=0", "--gradient_accumulation_steps=1")
 STAGES = {
-    "sft": ("base", "--train=chats.jsonl"),
-    "finetune": ("base", "--train=labels.jsonl", "--val=labels.jsonl"),
-    "dpo": RANKED,
-    "reward": RANKED,
+    "sft": ("sft", "base", "--train=chats.jsonl"),
+    "finetune": ("finetune", "base", "--train=labels.jsonl", "--val=labels.jsonl"),
+    "dpo": ("dpo", *RANKED),
+    "reward": ("reward", *RANKED),
+    "translate": ("translate", "--train=pairs.jsonl", "--n_layer=2", "--encoder_layers=2", "--n_embd=32", "--n_head=2"),
+    "sft, images": ("sft", "base", *IMAGES),
+    "sft, images seen both ways": ("sft", "base", *IMAGES, "--prefix_attention=True"),
+    "pretrain_encoder, labels": ("pretrain_encoder", *IMAGES),
+    "pretrain_encoder, captions": ("pretrain_encoder", *IMAGES, "--text_model=base"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_an_update_of_a_stage_waits_once(name, stage_folder):
-    updates = measure("stage", name, *STAGES[name], "--epochs=1", "--batch_size=4", folder=stage_folder)
+    updates = measure("stage", *STAGES[name], "--epochs=1", "--batch_size=4", folder=stage_folder)
     assert len(updates) > 1
     for update in updates[1:]:
         assert sum(update["waits"].values()) == 1, update["waits"]
@@ -93,9 +108,7 @@ def test_an_update_of_a_stage_waits_once(name, stage_folder):
 @pytest.mark.parametrize("target", [75, 90])
 def test_sft_keeps_packed_conversations_apart_by_flash_attention(target, stage_folder):
     """Before the A100 there is none, and a mask keeps them apart."""
-    updates = measure(
-        "stage", "sft", *STAGES["sft"], "--epochs=1", "--batch_size=4", target=target, folder=stage_folder
-    )
+    updates = measure("stage", *STAGES["sft"], "--epochs=1", "--batch_size=4", target=target, folder=stage_folder)
     flash = updates[1]["operators"].get("torch_attn._varlen_attn.default", 0)
     assert flash == (2 if target == 90 else 0)
 
@@ -125,6 +138,15 @@ def test_an_offloaded_optimizer_leaves_a_gpu_weights_and_gradients():
     assert sum(offloaded["waits"].values()) == 1 + tensors
     assert all("offload.py" in line for line, n in offloaded["waits"].items() if n > 1)
     assert plain["update"] - offloaded["update"] == pytest.approx(8 * parameters, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "settings"), [("translation", TRANSLATION), ("images", {}), ("encoder", {})], ids=str)
+def test_models_with_an_encoder_compile_to_one_graph(kind, settings):
+    """Their stages don't compile them."""
+    update = measure("step", {"n_layer": 2} | settings, 2, {}, kind, triton=False)
+    assert (update["graphs"], update["breaks"]) == (1, 0)
+    assert sum(update["waits"].values()) == 1, update["waits"]
 
 
 @needs_triton

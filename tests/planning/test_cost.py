@@ -45,6 +45,13 @@ def test_flops_equal_torch_s_count(settings):
         assert flops_per_token(model) * 32 == counter.get_total_flops()
 
 
+def test_flops_of_an_lstm_equal_torch_s_count():
+    model = GPT(GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64, head_size=24, mixer="lstm"))
+    with FlopCounterMode(display=False) as counter, torch.backends.mkldnn.flags(enabled=False):  # counts no fused LSTM
+        model(torch.zeros(1, 32, dtype=torch.int64))
+    assert flops_per_token(model) * 32 == 3 * counter.get_total_flops()
+
+
 def test_a_band_of_width_w_is_seen_by_2w_keys():
     config = GPTConfig(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=64)
     full, banded = GPT(config), GPT(dataclasses.replace(config, attention_band=4))
@@ -63,6 +70,7 @@ def test_memory_of_weights_gradients_and_moments():
     with meta_device():
         model = GPT(GPTConfig())
     assert memory_estimate(model, 0, "bfloat16") == 16 * 124_439_808
+    assert memory_estimate(model, 0, "bfloat16", averaged=True) == 20 * 124_439_808
     assert memory_estimate(model, 8, "float32") > memory_estimate(model, 8, "bfloat16")
     with meta_device():
         alibi, plain = (GPT(GPTConfig(positions=name)) for name in ("alibi", "none"))

@@ -264,7 +264,7 @@ def test_a_crashed_run_resumes_from_its_last_epoch(run, monkeypatch):
     ("flags", "message"),
     [
         (("base",), "name the rankings to learn from by --train"),
-        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it first with: python"),
         ((*TRAIN, "--train=none.jsonl"), "there is no file none.jsonl"),
         (
             (*TRAIN, "--train=ties.jsonl"),

@@ -530,7 +530,7 @@ def test_the_published_settings():
     [
         (("base",), "name the prompts by --prompts"),
         (("base", "--prompts=prompts.jsonl"), "name the reward by --reward"),
-        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it first with: python"),
         ((*TRAIN, "--prompts=none.jsonl"), "there is no file none.jsonl"),
         ((*TRAIN, "--prompts=odd.jsonl"), "odd.jsonl, line 1: there is no column prompt"),
         ((*TRAIN, "--max_new_tokens=16"), "no prompt of prompts.jsonl fits: max_new_tokens leaves 0 tokens"),

@@ -257,7 +257,7 @@ def test_the_published_settings():
             ("base", "--val=val.jsonl"),
             "name the rankings to learn from by --train, or a reward model and its test rankings by --val",
         ),
-        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it by stages/sft.py first"),
+        (("mute", *TRAIN[1:]), "mute doesn't know how turns are marked (chat.json): train it first with: python"),
         (("base", "--train=none.jsonl"), "there is no file none.jsonl"),
         (("base", "--train=odd.jsonl"), "odd.jsonl, line 1: "),
         (

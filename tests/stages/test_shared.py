@@ -327,7 +327,7 @@ def test_two_trackers_and_a_missing_one_are_refused(workplace, stage_runner, mon
     monkeypatch.setitem(sys.modules, "trackio", None)
     refused = stage_runner(module, *flags, "--logger=trackio")
     assert refused.code == 2 and refused.message.count("\n") == 1
-    for words in ("Trackio can't log this run", "pip install -e '.[trackio]'", "--logger=none does without it"):
+    for words in ("Trackio can't log this run", f"pip install -e '{ROOT}[trackio]'", "--logger=none does without it"):
         assert words in refused.message
 
 

@@ -9,7 +9,7 @@ import torch
 from gpt_arc.errors import entry_point
 from gpt_arc.weights import onnx_file
 from gpt_arc.weights.directory import save_model
-from helpers import randomised
+from helpers import ROOT, randomised
 from model import GPT, GPTConfig
 from tools import export
 
@@ -19,6 +19,7 @@ MODELS = {
     "gpt2": {},
     "modern": {**MODERN, **YARN, "qk_norm": True, "attention_band": 6},
     "beyond-transformers": {"positions": "alibi", "ngrams": 2, "ngram_rows": 64},
+    "lstm": {"mixer": "lstm", "bias": False},
     "bidirectional": {"attention": "bidirectional", "norm_position": "post"},
 }
 
@@ -64,4 +65,4 @@ def test_other_settings_are_refused(run, monkeypatch):
     assert "--to onnx writes float32 alone" in run("ours", "ours.onnx", "--to=onnx", "--dtype=float16")
     assert "not the name of a .onnx file" in run("ours", "ours.gguf", "--to=onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    assert "pip install -e '.[onnx]'" in run("ours", "ours.onnx", "--to=onnx")
+    assert f"pip install -e '{ROOT}[onnx]'" in run("ours", "ours.onnx", "--to=onnx")

@@ -13,7 +13,7 @@ from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.model import VisionGPT, save_vision
 from gpt_arc.vision.projector import Projector, ProjectorConfig
 from gpt_arc.weights.directory import load_model, save_model
-from helpers import randomised
+from helpers import ROOT, randomised
 from model import GPT
 from ranked_texts import CHAT, LETTERS, tiny_config
 from tools import playground as tool
@@ -81,4 +81,4 @@ def test_what_can_t_be_served_is_refused(models, output_of, monkeypatch):
     assert re.search(f"port {port} can't be used .*--port", output_of(main, "playground.py", "plain", f"--port={port}"))
     listening.close()
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    assert "pip install -e '.[serve]'" in output_of(main, "playground.py", "plain")
+    assert f"pip install -e '{ROOT}[serve]'" in output_of(main, "playground.py", "plain")

@@ -63,7 +63,7 @@ def test_the_list_has_every_run_the_newest_last(begin, stage_runner, output_of):
 
 def test_an_empty_list_says_how_to_start(tmp_path, monkeypatch, output_of):
     monkeypatch.chdir(tmp_path)
-    assert "there are no runs under out/: python train.py" in output_of(main, "runs.py")
+    assert "there are no runs under out/; start one with: python train.py" in output_of(main, "runs.py")
 
 
 def test_a_run_that_patience_ended_is_finished(begin):

@@ -65,6 +65,7 @@ import torch
 import torch.distributed as dist
 from gpt_arc import distributed
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.parallel import REPLICATED
 from model import GPT, GPTConfig
 
 def outputs_and_gradients(model, x, experts):
@@ -89,10 +90,11 @@ with distributed.process_group("gloo", cpu):
                     model.experts[0].router.weight[favoured] = 10
             whole = copy.deepcopy(model)
             inputs = [torch.randn(n, 16).abs().to(dtype) for n in tokens]
-            sharing = ExpertParallel(model, 2, cpu)
+            sharing = ExpertParallel(2, cpu)
+            sharing.divide(model)
             actual = outputs_and_gradients(model, inputs[rank], model.experts[0])
-            sharing.reduce_gradients()
             divided = dict(model.experts[0].named_parameters(recurse=False))
+            sharing.reduce_gradients([p.grad for p in divided.values()], REPLICATED)
             for i, x in enumerate(inputs):
                 expected = outputs_and_gradients(whole, x, whole.experts[0])
                 if i == rank:
@@ -100,10 +102,10 @@ with distributed.process_group("gloo", cpu):
                         assert (x - y).abs().max() <= bound * y.abs().max(), (dtype, k, tokens)
                 whole.experts[0].router.weight.grad = None
             for name, p in whole.experts[0].named_parameters(recurse=False):  # both batches; a mean over processes
-                expected = sharing.share_of(p.grad, divided[name]) / 2
+                expected = sharing.share_of(p.grad, "blocks.0.mlp." + name) / 2
                 error = (divided[name].grad - expected).abs().max()
                 assert error <= bound * p.grad.abs().max(), (dtype, k, tokens, name)
-            gathered = sharing.whole(model)
+            gathered = sharing.whole(model, REPLICATED)
             if distributed.IS_MAIN:
                 for (name, x), y in zip(gathered.state_dict().items(), whole.state_dict().values()):
                     assert torch.equal(x, y), name
@@ -128,6 +130,8 @@ def test_rows_are_sent_to_their_experts_and_back(tmp_path):
         ((3, 8, "float32"), "does not divide n_experts = 8"),
         ((2, 8, "float32"), "torchrun --nproc_per_node=2"),
         ((1, 8, "float16"), None),
+        ((2, 8, "float32", 6), None),
+        ((4, 8, "float32", 6), "expert_processes = 4 does not divide devices = 6"),
         ((2, 8, "float16"), "use dtype = bfloat16"),
     ],
 )

@@ -113,7 +113,7 @@ def test_flash_attention_of_another_package(monkeypatch):
 
 def test_float8_is_for_the_blocks_linear_layers(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.float8", None)
-    with pytest.raises(UserError, match=r"float8 = true needs torchao: pip install \"gpt-arc\[float8\]\""):
+    with pytest.raises(UserError, match=r"float8 = true needs torchao: pip install -e '.\[float8\]'"):
         model_with(float8=True)
     calls = []
     package = SimpleNamespace(convert_to_float8_training=lambda *args, **settings: calls.append((args, settings)))

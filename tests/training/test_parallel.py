@@ -7,18 +7,16 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.training import parallel_modes
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.config import LoggingConfig, TrainingConfig
 from gpt_arc.training.log import read_metrics
-from helpers import ROOT, TEXT, TINY_FLAGS, command, free_port, trains_into, untimed, write_dataset
+from helpers import ROOT, TINY_FLAGS, command, free_port, trains_into, untimed, write_lines
 
 FLAGS = (
     *TINY_FLAGS,
@@ -36,10 +34,7 @@ ACCUMULATION = ("--batch_size=3", "--gradient_accumulation_steps=4")
 def run(workplace, output_of):
     """Returns a function that trains into a folder with some processes and returns the metrics and the final
     tensors. Beside data/sums there is data/lines, whose lines are documents."""
-    tokenizer = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
-    tokens = np.concatenate([[*tokenizer.encode(line), 256] for line in TEXT.splitlines()])
-    write_dataset(workplace / "data" / "lines", tokenizer, {"train": tokens[:-500], "val": tokens[-500:]})
-
+    write_lines(workplace)
     return trains_into(output_of, FLAGS)
 
 
@@ -335,6 +330,9 @@ def test_impossible_divisions_are_refused(monkeypatch):
     parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=2))
     with pytest.raises(UserError, match="replicas = 3 does not divide the number of processes, 4"):
         parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3))
+    parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3), devices=6)
+    with pytest.raises(UserError, match="replicas = 4 does not divide devices = 6"):
+        parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=4), devices=6)
     with pytest.raises(UserError, match="is for one process, and torchrun started 4"):
         parallel_modes.check_parallel(TrainingConfig(parallel="none"))
     with pytest.raises(ValueError, match="leave out expert_processes"):

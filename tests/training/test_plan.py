@@ -111,9 +111,12 @@ def test_the_memory_of_a_named_accelerator_is_compared_and_not_this_machine_s(pl
     monkeypatch.setattr("gpt_arc.training.plan.memory_of", lambda device: 4000)
     assert "warning" not in plan("--accelerator=h100")
     flags = "--dry_run", "--device=cpu", "--dataset=none", "--accelerator=T4"
+    memory = r"memory +about ([\d.]+)GB on each device"
     shown = stage_runner(train, "gpt3_2.7b", *flags)
-    needed = float(re.search(r"memory +about ([\d.]+)GB on each device", shown)[1])
+    needed = float(re.search(memory, shown)[1])
     assert needed > 16 * 2.6  # weights, gradients and two moments of float32
+    averaged = float(re.search(memory, stage_runner(train, "gpt3_2.7b", *flags, "--ema_decay=0.9"))[1])
+    assert averaged == pytest.approx(needed + 4 * 2.65, rel=0.01)
     assert "\nwarning        the T4 has 16GB of memory: a smaller model or " in shown
     assert "memory: " not in stage_runner(train, "gpt2", *flags, "--batch_size=1")
 

@@ -116,7 +116,7 @@ def test_options_are_scored_as_by_full_forward_passes(batch_tokens, model, measu
 @pytest.mark.parametrize(
     "flags, item, message",
     [
-        (("text", "--chat=True"), {}, "are for a model trained on them by stages/sft.py"),
+        (("text", "--chat=True"), {}, "are for a chat model trained on them"),
         (("seen",), {}, "add --chat=True"),
         (("seen", "--chat=True", "--shots=1"), {}, "leave shots out"),
         (("seen", "--chat=True"), {"image": "../a.png"}, "images, item 1: the image ../a.png is outside"),

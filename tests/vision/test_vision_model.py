@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import UserError
 from gpt_arc.manifest import DamagedFile
+from gpt_arc.nn.functional import put_images
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.images import Preprocessing
 from gpt_arc.vision.model import VisionGPT, load_vision, save_vision
@@ -103,6 +104,16 @@ def test_images_see_themselves_both_ways_with_prefix_attention(settings, dtype, 
             assert bool(gradient[0, key].any()) == visible, (query, key)
 
 
+def test_images_take_the_places_of_their_tokens():
+    x, images = torch.randn(2, 5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    tokens = torch.tensor([[1, -2, 3, -1, 0], [-4, 2, 2, 2, -3]])
+    by_hand = torch.stack([images[-1 - n] if n < 0 else each for n, each in zip(tokens.flatten(), x.flatten(0, 1))])
+    placed, weights = put_images(x, tokens, images), torch.randn(2, 5, 3)
+    assert torch.equal(placed, by_hand.view_as(x))
+    for ours, theirs in zip(*(torch.autograd.grad(y.view_as(x), (x, images), weights) for y in (placed, by_hand))):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("layers, count", [(1, 1), (2, 1), (2, 0)])
 def test_gradients_reach_every_part(layers, count):
     model = vision_gpt(shuffle=2, layers=layers).train()
@@ -125,7 +136,7 @@ def test_models_that_do_not_fit_are_refused():
         vision_gpt(ngrams=2)
     with pytest.raises(ValueError, match="pixel_shuffle = 3 doesn't divide the 4 patches"):
         vision_gpt(shuffle=3)
-    for settings in ({"attention_band": 3}, {"positions": "alibi"}):
+    for settings in ({"attention_band": 3}, {"positions": "alibi"}, {"mixer": "lstm"}):
         with pytest.raises(ValueError, match="prefix_attention needs a text model without"):
             vision_gpt(prefix_attention=True, **settings)
 

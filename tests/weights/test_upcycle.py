@@ -75,7 +75,7 @@ def test_a_mixture_trains_further(run, workplace):
     run("dense", "mixture", "--n_experts=4")
     assert load_tokenizer(workplace / "mixture") == load_tokenizer(workplace / "dense" / "last")
     message = refusal(*train, "--init_from=dense", "--n_experts=4")
-    assert "n_experts = 4, and dense is dense: convert it to a mixture with tools/upcycle.py" in message
+    assert "n_experts = 4, and dense is dense: make a mixture of it with: python tools/upcycle.py dense" in message
     result = command(*train, "--init_from=mixture", "--eval_only=True")
     trained = [json.loads(line) for line in (workplace / "dense" / "metrics.jsonl").read_text().splitlines()]
     assert f"mixture: val loss {trained[-1]['val_loss']:.4f} over" in result.stdout

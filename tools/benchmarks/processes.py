@@ -21,6 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc import hub
 from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memory
+from gpt_arc.extras import missing_extra
 from gpt_arc.files import resource, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count, Positional, Seed
@@ -98,7 +99,7 @@ def check_requirements(settings: Any, packages: Sequence[str] = ("transformers",
         raise UserError(f"there is no nanoGPT checkout at {nanogpt}: it has no model.py")
     for package in packages if getattr(settings, "transformers", False) else ():
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is not installed: pip install -e ".[dev]"')
+            raise missing_extra(package)
     path = settings.json
     if path is not None and (path.exists() and not path.is_file() or not path.parent.is_dir()):
         raise UserError(f"{path} can't be written: name a file in an existing folder")

@@ -52,7 +52,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import HELP
+from gpt_arc.files import HELP, command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Positive, Seed
 from gpt_arc.tables import counted
@@ -299,7 +299,8 @@ def read_arguments(args: list[str]) -> tuple[SpeedrunBench, list[str], Any]:
     settings = parse_flags(SpeedrunBench, __doc__, benchmark_args)
     train_args = with_config_file(train_args)
     if not config_files(train_args):
-        raise UserError("name a config file: python tools/bench.py speedrun configs/quickstart.toml --target=1.7")
+        example = command("tools/bench.py", "speedrun", "configs/quickstart.toml", "--target=1.7")
+        raise UserError(f"name a config file: {example}")
     check_requirements(settings)
 
     from gpt_arc.training.command_line import read_command_line

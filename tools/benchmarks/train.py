@@ -46,7 +46,7 @@ from benchmarks.processes import (
     write_results,
 )
 from gpt_arc.errors import UserError
-from gpt_arc.files import HELP
+from gpt_arc.files import HELP, command
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import counted
@@ -305,7 +305,7 @@ def read_arguments(args: list[str], cls: type, description: str | None, example:
     args = with_config_file(args)
     files = config_files(args)
     if len(files) != 1 and not HELP & set(args):
-        raise UserError(f"name one config file: python tools/bench.py {example}")
+        raise UserError(f"name one config file: {command('tools/bench.py', *example.split())}")
     from model import GPTConfig  # imports torch
 
     default = build_config(read_settings(Path(files[0])), files[0]) if files else Config()
