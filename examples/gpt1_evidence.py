@@ -37,7 +37,7 @@ from tqdm import tqdm
 from gpt_arc.data.datasets import open_dataset
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import autocast, resolve_device, resolve_dtype, to_device
-from gpt_arc.errors import UserError, check_finite, entry_point
+from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.experiments import run_missing
 from gpt_arc.evaluation.statistics import mean_and_error, standard_error
 from gpt_arc.extras import import_extra
@@ -129,7 +129,8 @@ class Pretrained(NamedTuple):
 def finetune(
     options: Options, base: Pretrained, task: str, labels: int, language_weight: float, blocks: int | None, seed: int
 ) -> dict[str, Any]:
-    """Fine-tunes one model. Returns its test accuracy and its loss on the text of pre-training. Raises UserError."""
+    """Fine-tunes one model. Returns its test accuracy and, if everything was transferred, its loss on the text of
+    pre-training. Raises UserError."""
     kind, device = KINDS[task], resolve_device("auto")
     columns, dtype = Columns.usual(kind), resolve_dtype("auto", device)
     every, test = (read_examples(options.data / task / f"{name}.jsonl", kind, columns) for name in ("train", "test"))
@@ -162,9 +163,10 @@ def finetune(
         updater.backward(loss / len(batch.labels))
         updater.update(stage.rate(step, training), loss.detach())
     predictions = predict(classifier, encode_examples(test, config, base.tokenizer), stage.batch_size, device, dtype)
-    forgotten = base.loss_of(classifier.trunk.eval(), device, dtype)
-    check_finite([forgotten])
-    return {"accuracy": metrics_of(predictions, config)["accuracy"], "loss": forgotten}
+    result = {"accuracy": metrics_of(predictions, config)["accuracy"]}
+    if blocks == trunk.config.n_layer:
+        result["loss"] = base.loss_of(trunk.eval(), device, dtype)
+    return result
 
 
 class Results:
@@ -186,13 +188,12 @@ class Results:
         return [self.of(name, labels=labels, **case) for labels in self.labels]
 
     def transfers(self, task: str) -> dict[str, dict[int, float]]:
-        """Returns accuracies by what is transferred."""
+        """Returns accuracies by what is transferred, from nothing to everything."""
         names: dict[int | None, str] = {None: "nothing", 0: "embeddings"}
         names |= {count: f"{count} of {self.blocks} blocks" for count in range(1, self.blocks)}
         names |= {self.blocks: "everything"}
         case = {"task": task, "labels": self.transfer_labels, "language_weight": 0.0}
-        curve = {name: self.of("accuracy", blocks=count, **case) for count, name in names.items()}
-        return {name: values for name, values in curve.items() if values}
+        return {name: self.of("accuracy", blocks=count, **case) for count, name in names.items()}
 
     def tables(self) -> str:
         """Returns the three tables as markdown."""
@@ -207,14 +208,15 @@ class Results:
             for weight, name in ((0.0, "task's loss alone"), (WEIGHT, "and language-model loss")):
                 losses.append([f"`{task}`, {name}", *(cell(v, 3) for v in self.curve("loss", task, weight))])
         curves = {task: self.transfers(task) for task in self.tasks}
-        parts = dict.fromkeys(part for curve in curves.values() for part in curve)
         transfers = [["transferred", *(f"`{task}`" for task in curves)]]
-        transfers += [[part, *(cell(curve.get(part, {}), 1) for curve in curves.values())] for part in parts]
+        for part, *values in zip(curves[self.tasks[0]], *(curve.values() for curve in curves.values())):
+            if any(values):
+                transfers.append([part, *(cell(each, 1) for each in values)])
         return "\n\n".join(map(markdown, (accuracies, transfers, losses)))
 
     def draw(self, path: Path) -> None:
         """Draws accuracies by labels and by what is transferred, and losses by labels."""
-        figure = import_extra("matplotlib.figure").Figure(figsize=(12, 3.8), layout="constrained")
+        figure = import_extra("matplotlib.figure").Figure(figsize=(12, 4), layout="constrained")
         by_labels, by_blocks, forgotten = figure.subplots(1, 3)
         for color, task in enumerate(self.tasks):
             for weight, line in ((0.0, "o-"), (WEIGHT, "s--")):
@@ -222,19 +224,19 @@ class Results:
                 for axes, figure_name in ((by_labels, "accuracy"), (forgotten, "loss")):
                     points = zip(self.labels, self.curve(figure_name, task, weight))
                     errorbar(axes, [(x, v) for x, v in points if v], line, color=f"C{color}", label=name)
-            errorbar(by_blocks, list(self.transfers(task).items()), "o-", color=f"C{color}", label=task)
+            curve = self.transfers(task)
+            errorbar(by_blocks, [(i, v) for i, v in enumerate(curve.values()) if v], "o-", color=f"C{color}")
+            by_blocks.set_xticks(range(len(curve)), curve, rotation=30)
         for axes in (by_labels, forgotten):
             axes.set_xscale("log")
             axes.set_xticks(self.labels, [f"{labels:,}" for labels in self.labels])
             axes.minorticks_off()
             axes.set_xlabel("labels")
         forgotten.axhline(self.before, color="black", linestyle=":", label="before fine-tuning")
-        forgotten.set_ylabel("loss on the text of pre-training, nats a token")
+        forgotten.set_ylabel("loss on pre-training text, nats a token")
         by_labels.set_ylabel("test accuracy, %")
-        by_blocks.set(ylabel="test accuracy, %", title=f"by what is transferred, {self.transfer_labels} labels")
-        by_blocks.tick_params("x", rotation=30)
-        for axes in (by_labels, by_blocks, forgotten):
-            axes.legend(fontsize=7)
+        by_blocks.set(ylabel="test accuracy, %", xlabel=f"transferred, {self.transfer_labels} labels")
+        figure.legend(*forgotten.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=80)
 

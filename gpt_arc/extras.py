@@ -11,7 +11,7 @@ from gpt_arc.files import PACKAGE
 
 EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "PIL": "vision",
-    "accelerate": "dev",
+    "accelerate": "transformers",
     "datasets": "data",
     "gguf": "gguf",
     "lm_eval": "eval",
@@ -26,7 +26,7 @@ EXTRAS = {  # module -> the extra of pyproject.toml that installs it
     "starlette": "serve",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
-    "transformers": "dev",
+    "transformers": "transformers",
     "trl": "bench",
     "uvicorn": "serve",
 }

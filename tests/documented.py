@@ -51,6 +51,7 @@ NOT_RUN = {
     r"python -m gpt_arc\.harness .*": "downloads a benchmark; tests/evaluation/test_harness.py runs it",
     r"python prepare/(openwebtext|tinyshakespeare)\.py": "downloads a corpus; tests/prepare has a stand-in",
     r"python (data/|bench\.py|train\.py config/|sample\.py --out_dir=out-).*": "nanoGPT's",
+    r"bash runs/speedrun\.sh": "nanochat's",
     r"gpt-arc (train|sample|report|from-nanogpt|prepare X)|python (train|prepare/(text|X))\.py": "names a program",
     r"python stages/scaling\.py sweep .*": "trains for minutes or hours; tests/stages/test_scaling.py runs small ones",
     r"python stages/scaling\.py fit out/(\w*base_width|scaling_shapes)": "needs what such a sweep trains",

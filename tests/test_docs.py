@@ -42,3 +42,10 @@ def test_files_of_the_repository_that_are_mentioned_exist(path):
         return
     for name in MENTION.findall(path.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_the_lengths_of_scripts_are_those_that_the_readme_states():
+    lengths = re.findall(r"`(\w+\.py)` \((\d+) lines\)", (ROOT / "README.md").read_text())
+    assert len(lengths) == 3
+    for name, lines in lengths:
+        assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name

@@ -56,6 +56,7 @@ class Layout:
     average: bool = False  # a moving average of the weights is kept
     offloaded: bool = False  # the shards lie in the CPU's memory, with their gradients and moments
     tensor_processes: int = 1  # which have a share of the blocks' matrices each, and divide it among devices
+    replicas: int = 1  # whole models, each divided among an equal part of the devices
 
     def _divided(self, module: nn.Module) -> int:
         """Number of a module's weights that `tensor_processes` divide, or all if there is one."""
@@ -101,23 +102,26 @@ class Layout:
     @property
     def state(self) -> dict[str, float]:
         """Bytes of a device's shards, by what they hold."""
-        shard = FLOAT32 * self.model.num_parameters() / self.devices
+        shard = FLOAT32 * self.model.num_parameters() * self.replicas / self.devices
         return {"weights": shard * (2 if self.average else 1), "gradients": shard, "moments": 2 * shard}
 
     @property
     def communicated(self) -> float:
         """Bytes that each device receives in a step: in a micro-batch weights once or twice, and float32 gradients.
 
-        With `tensor_processes` also the inputs of both sublayers, their outputs, and the gradients of both.
+        With `tensor_processes` also the inputs of both sublayers, their outputs, and the gradients of both. `replicas`
+        sum their shards' gradients once, in a ring.
         """
         config, others = self.model.config, self.tensor_processes - 1
         size = 2 if self.dtype in ("bfloat16", "float16") else 4
         gathers = (2 if self.reshard else 1) * size
-        received = self.model.num_parameters() * (self.devices - 1) / self.devices
+        shards = self.devices / self.replicas
+        received = self.model.num_parameters() * (shards - 1) / shards
         received -= self._divided(self.model.blocks) * others / self.tensor_processes
         states = others * self.micro_batch * config.block_size * config.n_embd
         exchanged = config.n_layer * states * size * (12 if self.checkpointing else 8)
-        return self.share // self.micro_batch * ((gathers + FLOAT32) * received + exchanged)
+        summed = 2 * FLOAT32 * self.model.num_parameters() / shards * (self.replicas - 1) / self.replicas
+        return self.share // self.micro_batch * ((gathers + FLOAT32) * received + exchanged) + summed
 
     @property
     def checkpoint(self) -> int:
@@ -130,7 +134,7 @@ class Layout:
         The devices divide the sequences of a step, and are whole nodes of 8 if there are more than 8.
         """
         for devices in range(1, self.sequences_per_step + 1):
-            divides = self.sequences_per_step % devices == 0 and devices % self.tensor_processes == 0
+            divides = self.sequences_per_step % devices == 0 and devices % (self.tensor_processes * self.replicas) == 0
             if divides and (devices < 8 or devices % 8 == 0):
                 layout = replace(self, devices=devices)
                 if layout.fits:

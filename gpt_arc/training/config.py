@@ -315,6 +315,11 @@ class RunConfig:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 
     @property
+    def planned_devices(self) -> int | None:
+        """How many accelerators a dry run plans for; None: this run's processes."""
+        return self.devices if self.dry_run and self.accelerator else None
+
+    @property
     def resumes(self) -> bool:
         """Whether to resume a run. init_from = auto does if out_dir has a checkpoint."""
         if self.init_from == "auto" and self.out_dir:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.nn.experts import Experts, product_dtype, take_rows
+from gpt_arc.training.parallel import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT
@@ -75,7 +75,7 @@ class ExpertParallel(WeightShares):
         return AllToAll.apply(take_rows(outputs, back, order), received, sent, self.group)
 
 
-def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
+def check_expert_processes(processes: int, n_experts: int, dtype: str, devices: int | None = None) -> None:
     """Raises UserError if the experts or the processes can't be split this way."""
     if processes > 1 and dtype == "float16":
         raise UserError("each process would adapt the float16 loss scale to its own experts: use dtype = bfloat16")
@@ -83,8 +83,4 @@ def check_expert_processes(processes: int, n_experts: int, dtype: str) -> None:
         raise UserError(f"expert_processes = {processes} splits experts, and the model has none: set n_experts")
     if n_experts % processes:
         raise UserError(f"expert_processes = {processes} does not divide n_experts = {n_experts}")
-    if WORLD_SIZE % processes:
-        raise UserError(
-            f"expert_processes = {processes} does not divide the number of processes, {WORLD_SIZE}: "
-            f"start {processes} with torchrun --nproc_per_node={processes}, or set expert_processes = 1"
-        )
+    check_divides("expert_processes", processes, devices)

@@ -5,7 +5,7 @@ import torch
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.parallel import REPLICATED, Parallel
+from gpt_arc.training.parallel import REPLICATED, Parallel, check_divides
 
 
 def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> Parallel:
@@ -17,9 +17,9 @@ def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> P
     return Sharded(device, dtype, config.reshard_after_forward, config.replicas, config.offload_optimizer)
 
 
-def check_parallel(config: TrainingConfig) -> None:
-    """Raises UserError if the processes can't be divided as set."""
+def check_parallel(config: TrainingConfig, devices: int | None = None) -> None:
+    """Raises UserError if the processes can't be divided as set. `devices`: see `check_divides`."""
     if config.parallel == "none" and WORLD_SIZE > 1:
         raise UserError(f'parallel = "none" is for one process, and torchrun started {WORLD_SIZE}: use ddp or fsdp')
-    if WORLD_SIZE > 1 and WORLD_SIZE % config.replicas:
-        raise UserError(f"replicas = {config.replicas} does not divide the number of processes, {WORLD_SIZE}")
+    if WORLD_SIZE > 1 or devices:
+        check_divides("replicas", config.replicas, devices)

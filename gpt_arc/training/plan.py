@@ -204,9 +204,9 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
     dtype = resolve_dtype(dtype, device)
-    check_parallel(training)
+    check_parallel(training, config.run.planned_devices)
     check_offload(training, device)
-    check_expert_processes(training.expert_processes, config.model.n_experts, dtype)
+    check_expert_processes(training.expert_processes, config.model.n_experts, dtype, config.run.planned_devices)
     check_tensor_processes(config, dtype)
     with meta_device():
         flops = flops_per_token(GPT(config.model))
@@ -337,7 +337,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     return Layout(
         sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, planned_dtype(plan),
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
-        training.offload_optimizer and devices > 1, training.tensor_processes,
+        training.offload_optimizer and devices > 1, training.tensor_processes, min(training.replicas, devices),
     )  # fmt: skip
 
 

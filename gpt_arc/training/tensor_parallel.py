@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt_arc import distributed
-from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.nn.attention import KVCache, Mask
 from gpt_arc.nn.experts import Experts, product_dtype
 from gpt_arc.training.config import Config, TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
+from gpt_arc.training.parallel import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT, MLP, Attention
@@ -124,23 +124,13 @@ def make_shares(training: TrainingConfig, device: torch.device) -> WeightShares:
 
 
 def check_tensor_processes(config: Config, dtype: str) -> None:
-    """Raises UserError if the model or the processes can't be divided this way.
-
-    The processes are those of this run or, for a dry run, as many as the accelerators it names.
-    """
+    """Raises UserError if the model or the processes can't be divided this way."""
     processes, model, compile_setting = config.training.tensor_processes, config.model, config.training.compile
     is_compiled = compile_setting not in ("auto", False)
     if processes == 1:
         return
-    setting, run = f"tensor_processes = {processes}", config.run
-    is_elsewhere = run.dry_run and run.accelerator is not None
-    if is_elsewhere and run.devices % processes:
-        raise UserError(f"{setting} does not divide devices = {run.devices}")
-    if not is_elsewhere and WORLD_SIZE % processes:
-        raise UserError(
-            f"{setting} does not divide the number of processes, {WORLD_SIZE}: start {processes} with torchrun "
-            f"--nproc_per_node={processes}, or set tensor_processes = 1"
-        )
+    setting = f"tensor_processes = {processes}"
+    check_divides("tensor_processes", processes, config.run.planned_devices)
     divided = {"n_head": model.n_head, "n_kv_head": model.kv_heads, "mlp_size": model.mlp_width}
     for name, size in divided.items():
         if size % processes:

@@ -1,6 +1,5 @@
 """examples/gpt1_evidence.py: its runs are those of stages/finetune.py; its grid, its tables, and the command."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.reading import read_json
 from gpt_arc.weights.directory import load_text_model, save_model
-from helpers import randomised, write, write_dataset
+from helpers import ROOT, randomised, write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -48,19 +47,13 @@ def test_a_run_is_that_of_the_stage(weight, blocks, flag, workplace, stage_runne
     result = gpt1_evidence.finetune(options, base, "package", 32, weight, blocks, seed=3)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     write("drawn.jsonl", gpt1_evidence.drawn(ROWS, 32, 3))
-    flags = [
-        "base",
-        "--train=drawn.jsonl",
-        "--test=data/gpt1_labels/package/test.jsonl",
-        "--val_fraction=0",
-        "--seed=3",
-    ]
-    flags += ["--epochs=3", "--learning_rate=1e-2", "--warmup=0.1", "--device=cpu", "--dtype=float32", "--threads=1"]
+    flags = ["base", "--train=drawn.jsonl", "--test=data/gpt1_labels/package/test.jsonl", "--val_fraction=0"]
+    flags += ["--seed=3", "--epochs=3", "--learning_rate=1e-2", "--warmup=0.1", "--device=cpu", "--dtype=float32"]
     stage_runner(finetune, *flags, f"--language_weight={weight}", flag, "--out_dir=out/run")
     trunk, _ = load_text_model("out/run")
     assert result["accuracy"] == read_json(Path("out/run/report.json"))["test"]["accuracy"]
-    loss = base.loss_of(trunk.eval(), torch.device("cpu"), "float32")
-    assert result["loss"] == pytest.approx(loss, rel=1e-6)
+    loss = pytest.approx(base.loss_of(trunk.eval(), torch.device("cpu"), "float32"), rel=1e-6)
+    assert result.get("loss") == (loss if blocks == 2 else None)  # otherwise the head is new
 
 
 def test_the_loss_is_among_the_tokens_of_pre_training():
@@ -97,7 +90,7 @@ def test_the_tables_compare_seed_by_seed():
         case | {"language_weight": weight, "seed": seed, "accuracy": accuracy, "loss": 2 + weight}
         for (weight, seed), accuracy in accuracies.items()
     ]
-    runs.append(case | {"language_weight": 0.0, "blocks": None, "seed": 1, "accuracy": 0.25, "loss": 5.0})
+    runs.append(case | {"language_weight": 0.0, "blocks": None, "seed": 1, "accuracy": 0.25})
     assert (
         Results(1.5, 1, 9, runs).tables()
         == """\
@@ -123,7 +116,7 @@ def test_the_command_continues(workplace, output_of):
     main, file = entry_point(gpt1_evidence.main), Path("out/gpt1_evidence/figures.json")
     output_of(main, "gpt1_evidence.py", *FLAGS, "--seeds=1")
     first = read_json(file)["runs"]
-    assert len(first) == 4 + 3 and all(math.isfinite(run["loss"]) for run in first)
+    assert len(first) == 4 + 3 and sum("loss" in run for run in first) == 4
     output = output_of(main, "gpt1_evidence.py", *FLAGS, "--seeds=2")
     runs = read_json(file)["runs"]
     assert runs[:7] == first and len(runs) == 14
@@ -142,3 +135,12 @@ def test_the_command_continues(workplace, output_of):
 def test_mistakes_are_refused(flags, reason, workplace, output_of):
     refused = output_of(entry_point(gpt1_evidence.main), "gpt1_evidence.py", *FLAGS, "--seeds=1", *flags)
     assert reason in refused
+
+
+def test_the_page_has_the_figures_of_the_run():
+    page, report = (ROOT / "docs/results/gpt1_arc.md").read_text(), read_json(ROOT / "docs/results/gpt1_evidence.json")
+    settings = report["settings"]
+    results = Results(settings["loss before"], settings["blocks"], settings["transfer_labels"], report["runs"])
+    for table in results.tables().split("\n\n"):
+        assert table in page
+    assert f"to a loss of {results.before:.3f} on the val split" in page

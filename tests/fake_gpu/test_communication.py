@@ -79,8 +79,16 @@ def test_divided_blocks_under_fsdp_send_what_the_plan_says():
 
 @pytest.mark.slow
 def test_replicas_sum_their_shards_gradients():
+    """A ring of 2 receives every byte of the sums once."""
+    from gpt_arc.planning.layout import Layout
+    from model import GPT, GPTConfig
+
     result = update(TINY, {"parallel": "fsdp", "replicas": 2}, rows=2, processes=4)
-    assert bytes_by_kind(result["sent"])["allreduce"] == 4 * result["parameters"] / 2 + 8
+    sent = bytes_by_kind(result["sent"])
+    assert sent["allreduce"] == 4 * result["parameters"] / 2 + 8
+    received = (sent["allgather_base"] + sent["reduce_scatter_base"]) / 2 + sent["allreduce"]
+    layout = Layout(GPT(GPTConfig(**TINY)), "", 4, 8, 2, "bfloat16", replicas=2)
+    assert received == pytest.approx(layout.communicated, rel=0.1)
 
 
 @pytest.mark.slow

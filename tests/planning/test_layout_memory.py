@@ -45,6 +45,9 @@ def test_figures_by_hand():
     assert dataclasses.replace(plan, batch_size=1).communicated == 2 * plan.communicated
     assert dataclasses.replace(plan, average=True).checkpoint == 16 * parameters
     assert dataclasses.replace(plan, devices=1).communicated == 0
+    replicated = dataclasses.replace(plan, replicas=16)  # of 4 devices
+    assert replicated.memory["moments"] == 8 * parameters / 4
+    assert replicated.communicated == pytest.approx(8 * parameters * 3 / 4 + 2 * 4 * parameters / 4 * 15 / 16)
 
 
 @pytest.mark.parametrize("average", [False, True])

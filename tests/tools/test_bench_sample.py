@@ -280,7 +280,7 @@ def test_mistakes_without_a_config_file(output_of, tmp_path, monkeypatch):
     assert "there is no model directory" in run("sample", str(tmp_path / "nowhere"))
     assert "python tools/bench.py sample --help" in run("--help")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install -e '.[dev]'" in run("sample", str(tmp_path), "--transformers=True")
+    assert "pip install -e '.[transformers]'" in run("sample", str(tmp_path), "--transformers=True")
 
 
 def test_an_error_in_a_child_process_is_reported_in_one_sentence(tmp_path):

@@ -130,6 +130,8 @@ def test_rows_are_sent_to_their_experts_and_back(tmp_path):
         ((3, 8, "float32"), "does not divide n_experts = 8"),
         ((2, 8, "float32"), "torchrun --nproc_per_node=2"),
         ((1, 8, "float16"), None),
+        ((2, 8, "float32", 6), None),
+        ((4, 8, "float32", 6), "expert_processes = 4 does not divide devices = 6"),
         ((2, 8, "float16"), "use dtype = bfloat16"),
     ],
 )

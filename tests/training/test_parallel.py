@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.errors import UserError
-from gpt_arc.training import parallel_modes
+from gpt_arc.training import parallel, parallel_modes
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.config import LoggingConfig, TrainingConfig
 from gpt_arc.training.log import read_metrics
@@ -324,12 +324,16 @@ def test_shards_add_up_to_the_model(tmp_path, processes):
 
 
 def test_impossible_divisions_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel_modes, "WORLD_SIZE", 4)
+    for module in (parallel, parallel_modes):
+        monkeypatch.setattr(module, "WORLD_SIZE", 4)
     sharded = TrainingConfig(parallel="fsdp")
     parallel_modes.check_parallel(sharded)
     parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=2))
     with pytest.raises(UserError, match="replicas = 3 does not divide the number of processes, 4"):
         parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3))
+    parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3), devices=6)
+    with pytest.raises(UserError, match="replicas = 4 does not divide devices = 6"):
+        parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=4), devices=6)
     with pytest.raises(UserError, match="is for one process, and torchrun started 4"):
         parallel_modes.check_parallel(TrainingConfig(parallel="none"))
     with pytest.raises(ValueError, match="leave out expert_processes"):
