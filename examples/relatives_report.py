@@ -94,7 +94,7 @@ def table(figures: dict[str, dict]) -> str:
         values = [[100 * value for value in figure["tasks"].get(task, [])] for figure in figures.values()]
         if all(values):
             rows[f"`{task}`, test accuracy, % (by chance {100 / answers:.0f})"] = [mean_and_error(v, 1) for v in values]
-    lines = [f"| | {' | '.join(MODELS.values())} |", "|---" * (len(MODELS) + 1) + "|"]
+    lines = [f"| figure | {' | '.join(MODELS.values())} |", "|---" * (len(MODELS) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
 
 
