@@ -1,6 +1,6 @@
 # gpt-arc in a container, with what torch.compile needs.
 #   docker build -t gpt-arc .                                                              for CPUs
-#   docker build -t gpt-arc --build-arg BASE=nvidia/cuda:TAG --build-arg INDEX= .          for GPUs: TAG as on Docker Hub
+#   docker build -t gpt-arc --build-arg BASE=nvidia/cuda:TAG --build-arg INDEX= .          for GPUs: TAG ends with ubuntu24.04
 #   docker run --rm -v "$PWD:/work" gpt-arc train configs/quickstart.toml                  --gpus all for GPUs
 #   docker run --rm -v "$PWD:/work" --network=host gpt-arc playground out/quickstart       it serves its own machine alone
 ARG BASE=python:3.12-slim
@@ -13,7 +13,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 COPY . /source
 RUN python3 -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir ${INDEX:+--extra-index-url ${INDEX}} "/source[data,gguf,plot,serve,vision]" \
+    && /venv/bin/pip install --no-cache-dir ${INDEX:+--extra-index-url ${INDEX}} "/source[data,gguf,metrics,plot,serve,vision]" \
     && rm -rf /source
 WORKDIR /work
 ENTRYPOINT ["/venv/bin/gpt-arc"]

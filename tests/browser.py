@@ -35,11 +35,16 @@ def watched(browser, **settings):
     return page, events
 
 
-def violations(page):
-    """Returns what axe-core finds on a page, by rule: its impact and the elements. Skips the test without axe-core."""
+def axe_core():
+    """Returns the source of axe-core. Skips the test without it."""
     if "AXE_CORE" not in os.environ:
         pytest.skip("set AXE_CORE to the axe.min.js of npm's package axe-core")
-    page.evaluate(Path(os.environ["AXE_CORE"]).read_text())
+    return Path(os.environ["AXE_CORE"]).read_text()
+
+
+def violations(page):
+    """Returns what axe-core finds on a page, by rule: its impact and the elements. Skips the test without axe-core."""
+    page.evaluate(axe_core())
     result = page.evaluate("axe.run(document, {resultTypes: ['violations', 'passes']})")
     assert len(result["passes"]) > 15
     return {each["id"]: (each["impact"], [node["target"] for node in each["nodes"]]) for each in result["violations"]}

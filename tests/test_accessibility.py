@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from browser import chromium, violations
+from browser import axe_core, chromium, violations
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reports.attention import PromptAttention
@@ -52,6 +52,7 @@ def test_a_report_has_no_barriers(tmp_path):
 
 def test_the_site_has_no_barriers(tmp_path):
     pytest.importorskip("material")
+    axe_core()  # before the site is built in vain
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--no-directory-urls", "--site-dir", tmp_path]
     subprocess.run(command, cwd=ROOT, check=True, timeout=120)
     with chromium() as browser:

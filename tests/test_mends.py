@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from documented import shrunk, write_nanogpt
+from documented import SMALL, shrunk, write_nanogpt
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.errors import entry_point
@@ -66,12 +66,15 @@ def prepared(tmp_path_factory):
     save_model(gpt(encoder_layers=1), BYTES, folder / "translates")
     write(folder / "chats.jsonl", [{"prompt": f"{i} times 2", "response": f"{2 * i}"} for i in range(8)])
     write(folder / "rankings.jsonl", [{"prompt": f"{i}", "chosen": f"{i}", "rejected": "no"} for i in range(8)])
+    write(folder / "pairs.jsonl", [{"source": f"{i} times 2", "target": f"{2 * i}"} for i in range(8)])
     write(folder / "labels.jsonl", [{"text": f"{i}", "label": "ab"[i % 2]} for i in range(8)])
     write(folder / "images.jsonl", [{"image": "red.png", "prompt": "what?", "response": "red"}] * 8)
-    (folder / "red.png").write_bytes((ROOT / "docs/results/quickstart.png").read_bytes())
+    shutil.copy(ROOT / "docs/results/quickstart.png", folder / "red.png")
     (folder / "encoder.toml").write_text("image_size = 8\npatch_size = 4\nn_layer = 1\nn_head = 2\nn_embd = 8\n")
     (folder / "sums.toml").write_text('[data]\ndataset = "sums"\n')
-    (folder / "sweep.toml").write_text((ROOT / "configs/sweeps/scaling_mini.toml").read_text())
+    shutil.copy(ROOT / "configs/sweeps/scaling_mini.toml", folder / "sweep.toml")
+    shutil.copy(ROOT / "configs/sweeps/scaling_large.toml", folder / "large.toml")
+    shutil.copy(ROOT / "docs/results/scaling_mini.json", folder / "scaling.json")
     (folder / "book.txt").write_text(TEXT)
     write_nanogpt(folder / "nanoGPT")
     return folder
@@ -103,6 +106,7 @@ def run(prepared, tmp_path, monkeypatch, capsys):
 
 
 QUICKSTART = "--dry_run --dataset=sums"
+TRANSLATE = SMALL["stages/translate.py"]
 
 
 @pytest.mark.parametrize(
@@ -127,6 +131,10 @@ QUICKSTART = "--dry_run --dataset=sums"
         ("stages/scaling.py plan --flops=1e17 --output=new.toml", "--dry_run"),
         pytest.param("stages/eval.py base --checkpoints --perplexity=sums", "--out_dir=run", marks=slow),
         pytest.param("stages/sft.py", "--train=chats.jsonl", marks=slow),
+        pytest.param(f"stages/translate.py --train=pairs.jsonl --tokenizer=data/spelling {TRANSLATE}", "", marks=slow),
+        pytest.param(
+            "stages/scaling.py predict scaling.json large.toml --resamplings=5 --share=0.1", "--commands", marks=slow
+        ),
         pytest.param("sample.py --chat base", "", marks=slow),
         pytest.param("sample.py --chat chat --image=red.png", "", marks=slow),
         pytest.param("tools/image_attention.py chat --image=red.png --question=what? --plot=a.png", "", marks=slow),
@@ -165,6 +173,10 @@ NANOGPT = "tools/from_nanogpt.py nanoGPT/out-shakespeare-char/ckpt.pt new"
         (["stages/scaling.py plan"], "--flops=1e17"),
         (["stages/eval.py base"], "--perplexity=sums"),
         (["sample.py both_ways"], "--start=The [MASK] is"),
+        pytest.param(
+            ["tools/upcycle.py base a --n_experts=2", "tools/export.py a a.onnx --to=onnx"], "--to=hf", marks=slow
+        ),
+        pytest.param(["stages/scaling.py predict scaling.json large.toml --resamplings=5"], "--share=0.1", marks=slow),
         pytest.param([TRAIN, TRAIN], "--overwrite=True", marks=slow),
         pytest.param(["stages/dpo.py chat"], "--train=rankings.jsonl", marks=slow),
         pytest.param(["stages/reward.py chat"], "--train=rankings.jsonl", marks=slow),

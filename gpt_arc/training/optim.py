@@ -254,8 +254,8 @@ class Updater:
         """Reverses `take_shards`: puts tensors divided like the weights into `state`. Returns them, to be filled."""
         if self.sharing.shares:
             raise UserError(
-                'the checkpoint, of checkpoint_format = "sharded", can\'t be resumed with tensor_processes or '
-                "expert_processes: resume with both 1"
+                'a checkpoint of checkpoint_format = "sharded" can\'t be resumed with tensor_processes or '
+                'expert_processes: resume with both 1, and with checkpoint_format = "whole" to divide the next one'
             )
         shards: dict[str, Tensor] = {}
         if "weights" in state:

@@ -216,8 +216,7 @@ def _is_free(directory: Path) -> bool:
 def check_out_dir(out_dir: str, overwrite: bool) -> None:
     """Raises UserError where `claim_new` would, and writes nothing."""
     directory = Path(out_dir)
-    if any(path.is_file() for path in (directory, *directory.parents)):
-        raise _in_the_way(directory)
+    _refuse_place(directory)
     if (directory / Lock.FILE).exists():
         Lock(directory)
     if directory.exists():
@@ -265,15 +264,18 @@ def stage_of(run: Path) -> str:
 
 
 def _create(directory: Path) -> Path:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise _in_the_way(directory) from None
+    _refuse_place(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     return directory
 
 
-def _in_the_way(directory: Path) -> UserError:
-    return UserError(f"out_dir = {directory} can't be created: a file is in the way")
+def _refuse_place(directory: Path) -> None:
+    """Raises UserError unless a folder can be created and written."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists() or path.is_symlink())
+    if not place.is_dir():
+        raise UserError(f"out_dir = {directory} can't be created: a file is in the way")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"out_dir = {directory} can't be written, since {place} is read-only: name another")
 
 
 def hardware_of(device: torch.device, dtype: str) -> str:

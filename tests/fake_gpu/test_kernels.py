@@ -1,9 +1,10 @@
-"""What a compiled training step takes on a GPU, against the last counts."""
+"""What a compiled training step takes on a GPU, against the last counts, and these against the documentation."""
 
 import pytest
 
 from fake_gpu.build import needs_triton
-from fake_gpu.table import counts, kept
+from fake_gpu.table import counts, kept, lines
+from helpers import ROOT
 
 
 @needs_triton
@@ -16,3 +17,7 @@ def test_a_step_launches_no_more_kernels_and_moves_no_more_bytes_than_before(cas
         assert actual[name] <= expected[name], name
     assert sum(actual["spills"].values()) <= sum(expected["spills"].values())
     assert actual["peak"] == pytest.approx(actual["estimate"], rel=0.15)
+
+
+def test_the_documented_table_is_what_was_counted():
+    assert "\n".join(lines(kept())) in (ROOT / "docs/results/speed.md").read_text()

@@ -208,3 +208,14 @@ def test_unfinished_files_keep_no_run_from_a_name(tmp_path, monkeypatch):
     assert folder.name == "a" and list(folder.iterdir()) == [folder / runs.Lock.FILE]
     del lock
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_and_its_dry_run_refuse_a_folder_that_cant_be_written(tmp_path, monkeypatch, exists):
+    folder = tmp_path / "out" if exists else tmp_path / "out" / "run"
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "out")
+    for refuse in (runs.check_out_dir, lambda out_dir, overwrite: runs.claim_new(out_dir, "a", overwrite)):
+        with pytest.raises(UserError, match=f"can't be written, since {tmp_path / 'out'} is read-only"):
+            refuse(str(folder), False)
+    assert not list((tmp_path / "out").iterdir())
