@@ -1,0 +1,112 @@
+"""Tables of `bash examples/long_context_arc.sh` over several seeds, with standard errors.
+
+    bash examples/long_context_arc.sh
+    SEED=2 FOLDER=out/second bash examples/long_context_arc.sh
+    python examples/long_context_report.py out/long_context_arc out/second
+
+Prints the loss in nats by model and length, the share of letters copied, and how much the loss at the longest length
+exceeds that of the model trained at 512, compared within each seed. --json writes the figures of each seed.
+"""
+
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+from annotated_types import MinLen
+from pydantic.dataclasses import dataclass
+
+from gpt_arc.errors import UserError, entry_point
+from gpt_arc.evaluation.statistics import mean_and_error
+from gpt_arc.files import write_file
+from gpt_arc.flags import parse_flags
+from gpt_arc.reading import read_json
+from gpt_arc.settings import STRICT, Positional
+from gpt_arc.tables import to_json
+
+REFERENCE = "rotary_512"
+ROWS = {
+    "rotary": "rotary, trained at 64",
+    "rotary, linear": "stretched by the factor of the length, untrained: linear",
+    "rotary, ntk": "ntk",
+    "rotary, dynamic": "dynamic",
+    "rotary, yarn": "yarn",
+    "rotary, llama3": "llama3",
+    "rotary_longer": "longer, without scaling",
+    "rotary_linear": "longer, with linear by 8",
+    "rotary_ntk": "longer, with ntk by 8",
+    "rotary_yarn": "longer, with yarn by 8",
+    "rotary_llama3": "longer, with llama3 by 8",
+    REFERENCE: "rotary, trained at 512",
+    "alibi": "ALiBi, trained at 64",
+    "alibi_longer": "ALiBi, longer",
+    "sinusoidal": "sinusoidal, trained at 64",
+    "sinusoidal_longer": "sinusoidal, longer",
+    "learned": "learned, trained at 64",
+    "none": "none, trained at 64",
+    "none_longer": "none, longer",
+}
+Figures = dict[str, dict[str, dict[str, float]]]  # of a seed: model, length, and "loss", "copied" or "found"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Options:
+    folders: Positional[Annotated[tuple[Path, ...], MinLen(1)]]
+    """Folders of examples/long_context_arc.sh, one for each seed."""
+    json: Path | None = None
+    """A file for the figures of each seed."""
+
+
+def read(folder: Path) -> Figures:
+    """Returns the figures of a seed. Raises UserError if there are none."""
+    path = folder / "figures.json"
+    if not path.exists():
+        raise UserError(f"{folder} has no figures: run bash examples/long_context_arc.sh with FOLDER={folder}")
+    figures: Figures = {}
+    for label, by_length in read_json(path)["models"].items():
+        name = label.rpartition("/")[2]
+        if name in ROWS:
+            figures[name] = {
+                length: {"loss": fmean(recall["losses"]), "copied": recall["copied"], "found": recall["found"]}
+                for length, recall in by_length.items()
+            }
+    return figures
+
+
+def values(seeds: list[Figures], name: str, length: str, key: str) -> list[float]:
+    """Returns a figure in each seed that has it."""
+    return [figures[name][length][key] for figures in seeds if length in figures.get(name, {})]
+
+
+def differences(seeds: list[Figures], name: str, length: str) -> list[float]:
+    """Returns how much the loss exceeds that of the model trained at 512, in each seed that has both."""
+    pairs = [(figures.get(name, {}), figures.get(REFERENCE, {})) for figures in seeds]
+    return [a[length]["loss"] - b[length]["loss"] for a, b in pairs if length in a and length in b]
+
+
+def tables(seeds: list[Figures]) -> str:
+    """Returns two markdown tables: losses with the difference from REFERENCE, and the share of letters copied."""
+    lengths = sorted({length for figures in seeds for by_length in figures.values() for length in by_length}, key=int)
+    losses, copies = [["loss, nats", *lengths, f"over {ROWS[REFERENCE]}"]], [["letters copied, %", *lengths]]
+    for name in (name for name in ROWS if any(name in figures for figures in seeds)):
+        at = [values(seeds, name, length, "loss") for length in lengths]
+        over = differences(seeds, name, lengths[-1]) if name != REFERENCE else []
+        losses.append([ROWS[name], *(mean_and_error(each) if each else "-" for each in (*at, over))])
+        at = [[100 * share for share in values(seeds, name, length, "copied")] for length in lengths]
+        copies.append([ROWS[name], *(mean_and_error(each, 1) if each else "-" for each in at)])
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+        for header, *rows in (losses, copies)
+    )
+
+
+def main() -> None:
+    options = parse_flags(Options, __doc__, sys.argv[1:])
+    seeds = [read(folder) for folder in options.folders]
+    print(tables(seeds))
+    if options.json:
+        write_file(options.json, to_json({"seeds": seeds}) + "\n")
+
+
+if __name__ == "__main__":
+    entry_point(main)()
