@@ -35,7 +35,7 @@ READERS: dict[str, tuple[dict, torch.dtype | None, int | None]] = {  # settings,
     "alibi": ({"positions": "alibi"}, None, None),
     "alibi, parts of 512, int8 cache": ({"positions": "alibi"}, torch.int8, 512),
 }
-MOST_BIASES = 2**30  # of ALiBi, in one piece: 4 GiB
+MOST_BIASES = 2**28  # of ALiBi, in one piece: 1 GiB, and three times that in copies
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

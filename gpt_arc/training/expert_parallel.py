@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.experts import Experts, product_dtype, take_rows
-from gpt_arc.training.parallel_modes import check_divides
+from gpt_arc.training.parallel import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT

@@ -5,7 +5,7 @@ import torch
 from gpt_arc.distributed import WORLD_SIZE
 from gpt_arc.errors import UserError
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.parallel import REPLICATED, Parallel
+from gpt_arc.training.parallel import REPLICATED, Parallel, check_divides
 
 
 def make_parallel(config: TrainingConfig, device: torch.device, dtype: str) -> Parallel:
@@ -23,14 +23,3 @@ def check_parallel(config: TrainingConfig, devices: int | None = None) -> None:
         raise UserError(f'parallel = "none" is for one process, and torchrun started {WORLD_SIZE}: use ddp or fsdp')
     if WORLD_SIZE > 1 or devices:
         check_divides("replicas", config.replicas, devices)
-
-
-def check_divides(setting: str, count: int, devices: int | None = None) -> None:
-    """Raises UserError unless `count` divides the number of processes, or of the `devices` that a dry run plans for."""
-    if devices and devices % count:
-        raise UserError(f"{setting} = {count} does not divide devices = {devices}")
-    if not devices and WORLD_SIZE % count:
-        raise UserError(
-            f"{setting} = {count} does not divide the number of processes, {WORLD_SIZE}: start {count} with torchrun "
-            f"--nproc_per_node={count}, or set {setting} = 1"
-        )

@@ -22,7 +22,7 @@ from gpt_arc.nn.attention import KVCache, Mask
 from gpt_arc.nn.experts import Experts, product_dtype
 from gpt_arc.training.config import Config, TrainingConfig
 from gpt_arc.training.expert_parallel import ExpertParallel
-from gpt_arc.training.parallel_modes import check_divides
+from gpt_arc.training.parallel import check_divides
 from gpt_arc.training.weight_shares import WeightShares
 from gpt_arc.watch import WATCH
 from model import GPT, MLP, Attention

@@ -11,7 +11,7 @@ from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.errors import entry_point
 from gpt_arc.reading import read_json
 from gpt_arc.weights.directory import load_text_model, save_model
-from helpers import randomised, write, write_dataset
+from helpers import ROOT, randomised, write, write_dataset
 from model import GPT, GPTConfig
 from stages import finetune
 
@@ -135,3 +135,12 @@ def test_the_command_continues(workplace, output_of):
 def test_mistakes_are_refused(flags, reason, workplace, output_of):
     refused = output_of(entry_point(gpt1_evidence.main), "gpt1_evidence.py", *FLAGS, "--seeds=1", *flags)
     assert reason in refused
+
+
+def test_the_page_has_the_figures_of_the_run():
+    page, report = (ROOT / "docs/results/gpt1_arc.md").read_text(), read_json(ROOT / "docs/results/gpt1_evidence.json")
+    settings = report["settings"]
+    results = Results(settings["loss before"], settings["blocks"], settings["transfer_labels"], report["runs"])
+    for table in results.tables().split("\n\n"):
+        assert table in page
+    assert f"to a loss of {results.before:.3f} on the val split" in page

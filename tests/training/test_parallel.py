@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpt_arc.errors import UserError
-from gpt_arc.training import parallel_modes
+from gpt_arc.training import parallel, parallel_modes
 from gpt_arc.training.checkpoints import load_state
 from gpt_arc.training.config import LoggingConfig, TrainingConfig
 from gpt_arc.training.log import read_metrics
@@ -324,7 +324,8 @@ def test_shards_add_up_to_the_model(tmp_path, processes):
 
 
 def test_impossible_divisions_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel_modes, "WORLD_SIZE", 4)
+    for module in (parallel, parallel_modes):
+        monkeypatch.setattr(module, "WORLD_SIZE", 4)
     sharded = TrainingConfig(parallel="fsdp")
     parallel_modes.check_parallel(sharded)
     parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=2))

@@ -7,7 +7,7 @@ import torch
 
 from gpt_arc.errors import UserError
 from gpt_arc.planning.cost import activation_bytes, memory_estimate
-from gpt_arc.training import parallel_modes, tensor_parallel
+from gpt_arc.training import parallel, tensor_parallel
 from gpt_arc.training.config import Config, DataConfig, RunConfig, TrainingConfig
 from gpt_arc.training.tensor_parallel import TensorParallel, check_tensor_processes
 from helpers import TINY_FLAGS, trains_into, write_lines
@@ -77,15 +77,15 @@ def test_a_run_resumes_with_its_blocks_in_another_number_of_processes(run):
     flags = *MODERN, "--eval_interval=2", "--warmup_iters=1"
     one, tensor, fsdp, both = (1, "ddp", 1), (2, "ddp", 2), (2, "fsdp", 1), (4, "fsdp", 2)
     parts = zip((2, 4, 6, 8, 10, 12, 14, 16, 20), (one, tensor, one, both, fsdp, both, tensor, both, one))
-    for steps, (processes, parallel, divided) in parts:
-        division = f"--parallel={parallel}", f"--tensor_processes={divided}", f"--max_iters={steps}"
+    for steps, (processes, mode, divided) in parts:
+        division = f"--parallel={mode}", f"--tensor_processes={divided}", f"--max_iters={steps}"
         resumed = run("parts", *flags, *division, "--init_from=auto", processes=processes)
         assert len(resumed[0]) == steps
     assert_same_run(resumed, run("one", *flags))
 
 
 def test_impossible_divisions_are_refused(monkeypatch):
-    monkeypatch.setattr(parallel_modes, "WORLD_SIZE", 4)
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 4)
 
     def check(processes, dtype="float32", mask=False, accelerators=None, **model):
         data, training = DataConfig(document_mask=mask), TrainingConfig(**processes)
