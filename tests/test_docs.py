@@ -49,3 +49,9 @@ def test_the_lengths_of_scripts_are_those_that_the_readme_states():
     assert len(lengths) == 3
     for name, lines in lengths:
         assert abs(len((ROOT / name).read_text().splitlines()) - int(lines)) <= 10, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_column_of_a_table_has_a_head(page):
+    heads = re.findall(r"^(\|.*\|)\n\|[-| :]+\|$", page.read_text(), re.MULTILINE)
+    assert not [head for head in heads if re.search(r"\| *\|", head)]
