@@ -64,6 +64,7 @@ def prepared(tmp_path_factory):
     save_vision(VisionGPT(text, ImageEncoder(clip), Projector(ProjectorConfig(), 8, 16)), folder / "sees")
     save_model(gpt(attention="bidirectional"), BYTES, folder / "both_ways")
     save_model(gpt(encoder_layers=1), BYTES, folder / "translates")
+    save_model(gpt(activation="gelu"), BYTES, folder / "erf")
     write(folder / "chats.jsonl", [{"prompt": f"{i} times 2", "response": f"{2 * i}"} for i in range(8)])
     write(folder / "rankings.jsonl", [{"prompt": f"{i}", "chosen": f"{i}", "rejected": "no"} for i in range(8)])
     write(folder / "pairs.jsonl", [{"source": f"{i} times 2", "target": f"{2 * i}"} for i in range(8)])
@@ -154,6 +155,7 @@ def test_the_command_of_a_message_works(run, line, more):
 
 
 CHATS = "prepare/text.py --input chats.jsonl --tokenizer=data/spelling --name=new"
+CLEAN = "prepare/decontaminate.py clean --input book.txt --words=3 --output=new.jsonl"
 TRAIN = f"train.py sums.toml {' '.join(TINY_FLAGS)} --out_dir=run"
 NANOGPT = "tools/from_nanogpt.py nanoGPT/out-shakespeare-char/ckpt.pt new"
 
@@ -166,8 +168,10 @@ NANOGPT = "tools/from_nanogpt.py nanoGPT/out-shakespeare-char/ckpt.pt new"
         ([f"{CHATS} --split=tail"], "--field=prompt"),
         (["prepare/text.py --input nanoGPT --tokenizer=data/spelling --name=new"], "--pattern=*.py"),
         (["prepare/tokenizer.py --input book.txt --name=spelling --vocab_size=270"], "--overwrite=True"),
-        (["prepare/decontaminate.py clean --input book.txt --words=3 --output=new.jsonl"], "--items=chats.jsonl"),
+        ([CLEAN], "--items=chats.jsonl"),
+        ([f"{CLEAN} --items=chats.jsonl --item_fields=question"], "--item_fields=prompt"),
         (["tools/export.py base new --to=hf"] * 2, "--overwrite=True"),
+        (["tools/export.py erf erf.gguf --to=gguf"], "--to=hf"),
         (["tools/upcycle.py base new --n_experts=2", "tools/expert_use.py new"], "--dataset=sums"),
         ([NANOGPT], "--meta=nanoGPT/data/openwebtext/meta.pkl"),
         (["stages/scaling.py plan"], "--flops=1e17"),
