@@ -22,20 +22,22 @@ train() {  # folder, script and its arguments: a new run, or a stopped or finish
     fi
 }
 
+always=(--warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
+
 for task in $tasks; do
     out=out/gpt4_arc/$task data=data/$task
     case $task in
         shapes)
-            labels="colour shape" tests="test pairs shuffled" first=$out/first
-            classes="--epochs=8 --learning_rate=2e-3" chats="--epochs=8 --learning_rate=2e-3 --batch_size=64"
+            labels="colour shape quarter" tests="test pairs shuffled" classes="--epochs=3 --learning_rate=2e-3"
+            chats="--epochs=5 --learning_rate=2e-3 --batch_size=64 --encoder_rate=0.3"
             ;;
         digits)
-            labels=label tests="test shuffled" first=$out/seen
-            classes="--epochs=4 --learning_rate=2e-3" chats="--epochs=8 --learning_rate=2e-3 --batch_size=64"
+            labels=label tests="test shuffled" classes="--epochs=4 --learning_rate=2e-3"
+            chats="--epochs=8 --learning_rate=2e-3 --batch_size=64 --encoder_rate=0.1"
             ;;
         words)
-            labels="first second third fourth fifth" tests="test shuffled" first=$out/seen
-            classes="--epochs=4 --learning_rate=4e-3" chats="--epochs=1 --learning_rate=4e-3 --batch_size=32"
+            labels="first second third fourth fifth" tests="test shuffled" classes="--epochs=4 --learning_rate=4e-3"
+            chats="--epochs=1 --learning_rate=4e-3 --batch_size=32 --encoder_rate=0.1"
             ;;
         *) echo "unknown task $task" >&2; exit 1 ;;
     esac
@@ -47,18 +49,14 @@ for task in $tasks; do
         --train="$data/labels.jsonl" --labels $labels $classes --dtype=float32
     train "$out/text" train.py "$repository/examples/pictures_text.toml" --dataset="${task}_text"
 
-    head -n 12000 "$data/train.jsonl" > "$data/round_1.jsonl"
-    always=(--warmup=0.05 --weight_decay=0.1 --residual_dropout=0 --val_fraction=0.02 --dtype=float32)
-    # shellcheck disable=SC2086
-    train "$first" stages/sft.py "$out/text" --train="$data/round_1.jsonl" --image_encoder="$out/encoder" \
-        --encoder_rate=0.1 $chats "${always[@]}"
-    if [ "$first" != "$out/seen" ]; then  # with a faster encoder, a round on other questions and one on all
-        tail -n +12001 "$data/train.jsonl" > "$data/round_2.jsonl"
-        train "$out/second" stages/sft.py "$first" --train="$data/round_2.jsonl" "${always[@]}" \
-            --batch_size=64 --encoder_rate=0.3 --learning_rate=1.5e-3 --epochs=3
-        train "$out/seen" stages/sft.py "$out/second" --train="$data/train.jsonl" "${always[@]}" \
-            --batch_size=64 --encoder_rate=0.3 --learning_rate=1e-3 --epochs=1
+    model=("$out/text" --image_encoder="$out/encoder")
+    if [ "$task" = shapes ]; then  # descriptions keep the patches' features apart and teach to look things up
+        train "$out/described" stages/sft.py "${model[@]}" --train="$data/descriptions.jsonl" --epochs=2 \
+            --learning_rate=3e-3 --batch_size=32 "${always[@]}"
+        model=("$out/described")
     fi
+    # shellcheck disable=SC2086
+    train "$out/seen" stages/sft.py "${model[@]}" --train="$data/train.jsonl" $chats "${always[@]}"
 
     for items in $tests; do
         echo "$task, $items"

@@ -14,20 +14,24 @@ picture has one; the question of each test picture is about one. Nothing is down
     shapes/test.jsonl                the same about held-out triples, for stages/eval.py
     shapes/pairs.jsonl               the same about held-out pairs, which are harder
     shapes/shuffled.jsonl            the questions of test.jsonl about other pictures: what can be guessed unseen
-    shapes/labels.jsonl              image, colour, shape: pictures of one thing, for stages/pretrain_encoder.py
+    shapes/descriptions.jsonl        the training pictures described: "red circle top left, ring blue bottom right"
+    shapes/labels.jsonl              image, colour, shape, quarter: pictures of one thing, for
+                                     stages/pretrain_encoder.py; half of them in a colour without a name
     shapes/tokenizer.json            a token for each word
-    shapes_text/                     the training questions with answers drawn at random, a prepared dataset: a text
-                                     model learns the language from it, and nothing about which answers are frequent
+    shapes_text/                     the training questions with answers drawn at random, and descriptions of things
+                                     drawn at random, a prepared dataset: a text model learns the language from it,
+                                     and nothing about which answers are frequent
 """
 
 if __name__ == "__main__":
     import gpt_arc.startup  # noqa: F401
 
 
+import math
 import random
 import sys
 from collections.abc import Sequence
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,12 +54,15 @@ QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 NUMBERS = ("zero", "one", "two", "three")
 KINDS = ("colour", "shape", "count", "position", "relation")
 RELATIONS = (("left of", "right of"), ("above", "below"))
+DESCRIBE = "What is in the picture?"
+FAR = 60  # distance in red, green and blue between a named colour and one without a name, at least
+LIGHT = 565  # sum of red, green and blue of a colour without a name, at most: the background is white
 
 
 class Thing(NamedTuple):
     """A shape in a picture."""
 
-    colour: str
+    colour: str  # a name in COLOURS, or #rrggbb
     shape: str
     quarter: int  # index in QUARTERS
 
@@ -82,7 +89,7 @@ THINGS = {split: [thing for thing in EVERY if split_of(thing) == split] for spli
 class Options:
     count: Count = 24_000
     """Training questions, each about a picture of its own."""
-    labelled: Count = 12_000
+    labelled: Count = 24_000
     """Pictures with labels."""
     test: Count = 1_000
     """Questions of each test."""
@@ -102,7 +109,7 @@ def draw(things: Sequence[Thing], size: int, rng: random.Random) -> Any:
     for thing in things:
         side = rng.randint(max(half * 5 // 8, 5), max(half - 2, 5))
         x, y = (half * part + rng.randint(0, half - side) for part in (thing.quarter % 2, thing.quarter // 2))
-        box, colour = (x, y, x + side - 1, y + side - 1), COLOURS[thing.colour]
+        box, colour = (x, y, x + side - 1, y + side - 1), COLOURS.get(thing.colour, thing.colour)
         third = side / 3
         if thing.shape == "circle":
             pencil.ellipse(box, fill=colour)
@@ -125,6 +132,27 @@ def things(rng: random.Random, split: str, least: int = 1, most: int = 3) -> lis
         others = [thing for thing in THINGS["train"] if not any(set(thing) & set(other) for other in chosen)]
         chosen.append(rng.choice(others))
     return chosen
+
+
+def nameless_colour(rng: random.Random) -> str:
+    """Returns a colour, as #rrggbb, that is far from the named ones and from white."""
+    while True:
+        colour = rng.randrange(256), rng.randrange(256), rng.randrange(256)
+        if min(math.dist(colour, named) for named in COLOURS.values()) >= FAR and sum(colour) <= LIGHT:
+            return "#{:02x}{:02x}{:02x}".format(*colour)
+
+
+def description(seen: Sequence[Thing], rng: random.Random) -> str:
+    """Returns the things in random order, colour or shape first, so that each word but the first can be looked up."""
+    pairs = [(rng.sample(thing.pair, 2), QUARTERS[thing.quarter]) for thing in rng.sample(seen, len(seen))]
+    return ", ".join(f"{first} {second} {quarter}" for (first, second), quarter in pairs)
+
+
+def random_things(rng: random.Random) -> list[Thing]:
+    """Returns one to three things that have nothing in common, of all combinations: they are never drawn."""
+    count = rng.randint(1, 3)
+    attributes = (rng.sample(list(values), count) for values in (COLOURS, SHAPES, range(len(QUARTERS))))
+    return [Thing(*thing) for thing in zip(*attributes)]
 
 
 def question(kind: str, seen: Sequence[Thing], rng: random.Random) -> tuple[str, str]:
@@ -159,8 +187,9 @@ def random_answer(row: dict[str, str], rng: random.Random) -> str:
 
 
 def write_split(folder: Path, split: str, count: int, options: Options) -> list[dict[str, str]]:
-    """Writes pictures and questions, and returns the questions."""
-    rng, rows = random.Random(f"{options.seed} {split}"), []
+    """Writes pictures and questions, and descriptions of training pictures. Returns the questions."""
+    rng, rows, described = random.Random(f"{options.seed} {split}"), [], []
+    words = random.Random(f"{options.seed} descriptions")
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
         seen = things(rng, split, least=2 if kind == "relation" else 1)
@@ -168,18 +197,24 @@ def write_split(folder: Path, split: str, count: int, options: Options) -> list[
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
         rows.append({"image": name, "kind": kind, "prompt": prompt, "response": response})
+        described.append({"image": name, "prompt": DESCRIBE, "response": description(seen, words)})
     write_rows(folder / f"{split}.jsonl", rows)
+    if split == "train":
+        write_rows(folder / "descriptions.jsonl", described)
     return rows
 
 
 def write_labelled(folder: Path, options: Options) -> None:
-    """Writes pictures of one thing and their labels."""
+    """Writes pictures of one thing and their labels; each second has a colour without a name, and no label of it."""
     rng, rows = random.Random(f"{options.seed} labels"), []
     for number in range(options.labelled):
         (thing,) = things(rng, "train", most=1)
         name = f"pictures/labelled-{number:06}.png"
+        labels = {"colour": thing.colour, "shape": thing.shape, "quarter": QUARTERS[thing.quarter]}
+        if number % 2:
+            thing, labels["colour"] = thing._replace(colour=nameless_colour(rng)), None
         draw([thing], options.size, rng).save(folder / name)
-        rows.append({"image": name, "colour": thing.colour, "shape": thing.shape})
+        rows.append({"image": name, **labels})
     write_rows(folder / "labels.jsonl", rows)
 
 
@@ -196,7 +231,10 @@ def write_all(folder: Path, options: Options) -> None:
     )
     write_labelled(folder, options)
     rng = random.Random(options.seed)
-    write_text(folder, [(row["prompt"], random_answer(row, rng)) for row in train])
+    texts = [
+        ((row["prompt"], random_answer(row, rng)), (DESCRIBE, description(random_things(rng), rng))) for row in train
+    ]
+    write_text(folder, chain(*texts))
     write_shuffled(folder, test, options.seed)
     print(f"{counted(options.count, 'question')} to train on and {options.test:,} for each test")
 

@@ -144,7 +144,7 @@ def prepare(tmp_path, monkeypatch):
         shapes.main()
         return {
             split: [json.loads(line) for line in Path(f"data/shapes/{split}.jsonl").read_text().splitlines()]
-            for split in ("train", "test", "pairs", "shuffled", "labels")
+            for split in ("train", "test", "pairs", "shuffled", "labels", "descriptions")
         }
 
     return call
@@ -192,7 +192,14 @@ def test_no_training_picture_has_a_held_out_combination_and_every_test_picture_h
         assert not triples & set(seen) and not pairs & {thing.pair for thing in seen}
     assert all(len({value for thing in seen for value in thing}) == 3 * len(seen) <= 9 for seen in drawn)
     assert all(seen[0] in triples for seen in test) and all(seen[0].pair in pairs for seen in of_pairs)
-    assert [(row["colour"], row["shape"]) for row in splits["labels"]] == [thing.pair for (thing,) in labelled]
+    for row, (thing,) in zip(splits["labels"], labelled, strict=True):
+        assert (row["shape"], row["quarter"]) == (thing.shape, shapes.QUARTERS[thing.quarter])
+        assert row["colour"] == thing.colour or row["colour"] is None and thing.colour not in shapes.COLOURS
+    assert [row["colour"] is None for row in splits["labels"]] == [False, True] * 10
+    for row, question, seen in zip(splits["descriptions"], splits["train"], trained, strict=True):
+        described = {frozenset(part.split()) for part in row["response"].split(", ")}
+        things = {frozenset((*thing.pair, *shapes.QUARTERS[thing.quarter].split())) for thing in seen}
+        assert row["image"] == question["image"] and described == things
     shuffled = zip(splits["test"], splits["shuffled"])
     assert all(a["prompt"] == b["prompt"] and a["response"] == b["response"] for a, b in shuffled)
     assert sorted(row["image"] for row in splits["shuffled"]) == sorted(row["image"] for row in splits["test"])
@@ -201,15 +208,17 @@ def test_no_training_picture_has_a_held_out_combination_and_every_test_picture_h
 def test_answers_drawn_at_random_fit_their_questions(prepare):
     rows = prepare("--count=200", "--test=5")["train"]
     lines = Path("data/shapes/texts.txt").read_text().splitlines()
-    assert lines[::2] == [row["prompt"] for row in rows]
-    for row, answer in zip(rows, lines[1::2]):
+    assert lines[::4] == [row["prompt"] for row in rows] and set(lines[2::4]) == {shapes.DESCRIBE}
+    described = {tuple(part.split()[:2]) for line in lines[3::4] for part in line.split(", ")}
+    assert described >= {*shapes.HELD_OUT, *(pair[::-1] for pair in shapes.HELD_OUT)}
+    for row, answer in zip(rows, lines[1::4]):
         words = row["prompt"].rstrip("?").split(" or ")
         answers = {
             "colour": shapes.COLOURS, "shape": shapes.SHAPES, "count": shapes.NUMBERS, "position": shapes.QUARTERS,
             "relation": ("left of", "right of") if "left of" in words[0] else ("above", "below"),
         }[row["kind"]]  # fmt: skip
         assert answer in answers
-    right = sum(answer == row["response"] for row, answer in zip(rows, lines[1::2]))
+    right = sum(answer == row["response"] for row, answer in zip(rows, lines[1::4]))
     assert right < 100  # as often as guessing
 
 
