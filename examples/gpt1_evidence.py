@@ -259,6 +259,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
+    torch.set_num_threads(1)  # a second gains little with models this small, and costs much on busy cores
     model, tokenizer = load_text_model(options.model)
     size, blocks = model.config.block_size + 1, model.config.n_layer
     split = open_dataset(options.dataset, tokenizer, "dataset").split("val", size - 1, model.config.vocab_size, False)

@@ -137,6 +137,7 @@ def plot(results: list[dict], options: Options, path: Path) -> None:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
+    torch.set_num_threads(1)  # a second gains little with models this small, and costs much on busy cores
     cases = [
         {"norm_position": norm, "depth": depth, "learning_rate": rate, "seed": seed}
         for seed in range(1, options.seeds + 1)

@@ -233,6 +233,7 @@ def plot(results: list[dict], path: Path) -> None:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
+    torch.set_num_threads(1)  # a second gains little with models this small, and costs much on busy cores
     import_extra("sklearn.linear_model")
     settings = {name: getattr(options, name) for name in ("n_layer", "max_iters", "learning_rate", "sentences")}
     cases = [{"seed": seed} for seed in range(1, options.seeds + 1)]

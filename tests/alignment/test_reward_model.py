@@ -190,7 +190,9 @@ def test_a_reward_model_is_saved_and_loaded(tmp_path):
     with pytest.raises(UserError, match=message):
         load_reward_model(tmp_path / "run")
     Path(tmp_path / "run" / "last" / "chat.json").unlink()
-    message = r"doesn't know how turns are marked \(chat.json\): train it first with: python stages/sft.py \S+/last"
+    message = (
+        r"doesn't know how turns are marked \(chat.json\): train it first with: python stages/sft.py \S+/(last|mute) "
+    )
     with pytest.raises(UserError, match=message):
         load_chat_model(tmp_path / "run")
     save_model(model.trunk, None, tmp_path / "mute")

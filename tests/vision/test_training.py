@@ -257,6 +257,10 @@ def test_what_would_save_the_text_model_alone_refuses_images(module, flags, work
     Path("labels.csv").write_text("text,label\na,x\nb,y\n")
     Path("letters.toml").write_text('[data]\ndataset = "letters"\n')
     refused = stage_runner(module, *flags)
-    mend = "tools/llava.py exports it" if module is export else "name the text model that it was made from"
+    mend = (
+        "export all with: python tools/llava.py seen FOLDER"
+        if module is export
+        else "name the text model that it was made from"
+    )
     assert refused.code == 2 and f" reads images, and only its text model would be saved: {mend}" in refused.message
     assert not any(Path(name).exists() for name in ("out", "mixture", "exported"))
