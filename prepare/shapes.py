@@ -210,7 +210,7 @@ def write_labelled(folder: Path, options: Options) -> None:
     for number in range(options.labelled):
         (thing,) = things(rng, "train", most=1)
         name = f"pictures/labelled-{number:06}.png"
-        labels = {"colour": thing.colour, "shape": thing.shape, "quarter": QUARTERS[thing.quarter]}
+        labels: dict[str, str | None] = {"colour": thing.colour, "shape": thing.shape, "quarter": QUARTERS[thing.quarter]}
         if number % 2:
             thing, labels["colour"] = thing._replace(colour=nameless_colour(rng)), None
         draw([thing], options.size, rng).save(folder / name)
