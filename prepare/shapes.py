@@ -210,9 +210,11 @@ def write_labelled(folder: Path, options: Options) -> None:
     for number in range(options.labelled):
         (thing,) = things(rng, "train", most=1)
         name = f"pictures/labelled-{number:06}.png"
-        labels: dict[str, str | None] = {"colour": thing.colour, "shape": thing.shape, "quarter": QUARTERS[thing.quarter]}
-        if number % 2:
-            thing, labels["colour"] = thing._replace(colour=nameless_colour(rng)), None
+        has_name = number % 2 == 0
+        colour = thing.colour if has_name else None
+        labels = {"colour": colour, "shape": thing.shape, "quarter": QUARTERS[thing.quarter]}
+        if not has_name:
+            thing = thing._replace(colour=nameless_colour(rng))
         draw([thing], options.size, rng).save(folder / name)
         rows.append({"image": name, **labels})
     write_rows(folder / "labels.jsonl", rows)
