@@ -99,13 +99,12 @@ def output_of(monkeypatch, capsys):
 
 
 @pytest.fixture
-def stage_runner(monkeypatch, capsys):
-    """Runs the `main` of train.py or a stage in this process; returns its output, or the exit code, output and
-    message."""
+def main_runner(monkeypatch, capsys):
+    """Runs the `main` of train.py or a stage in this process; returns the exit code, output and message."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, flags)])
+    def call(module, script, *flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
         try:
             with pytest.raises(SystemExit) as stop:
                 entry_point(module.main)()
@@ -113,10 +112,21 @@ def stage_runner(monkeypatch, capsys):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         output, errors = capsys.readouterr()
-        if stop.value.code:
-            assert "Traceback" not in errors
-            return SimpleNamespace(code=stop.value.code, output=output, message=errors)
-        return output
+        return SimpleNamespace(code=stop.value.code or 0, output=output, message=errors)
+
+    return call
+
+
+@pytest.fixture
+def stage_runner(main_runner):
+    """Runs `main` as `main_runner` does; returns its output, or the exit code, output and message."""
+
+    def call(module, *flags):
+        result = main_runner(module, Path(module.__file__).name, *flags)
+        if result.code:
+            assert "Traceback" not in result.message
+            return result
+        return result.output
 
     return call
 

@@ -4,8 +4,6 @@ import importlib
 import re
 import shlex
 import shutil
-import signal
-import sys
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import torch
 from documented import SMALL, shrunk, write_nanogpt
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
 from gpt_arc.data.tokenizer import BPETokenizer
-from gpt_arc.errors import entry_point
 from gpt_arc.vision.encoder import EncoderConfig, ImageEncoder
 from gpt_arc.vision.model import VisionGPT, save_vision
 from gpt_arc.vision.projector import Projector, ProjectorConfig
@@ -82,26 +79,18 @@ def prepared(tmp_path_factory):
 
 
 @pytest.fixture
-def run(prepared, tmp_path, monkeypatch, capsys):
+def run(prepared, tmp_path, monkeypatch, main_runner):
     """Runs a line in a copy of that folder. Returns the exit code and what is printed."""
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(line):
         script, *arguments = shlex.split(line)
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        try:
-            with pytest.raises(SystemExit) as stop:
-                entry_point(module.main)()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        output, errors = capsys.readouterr()
-        assert "Traceback" not in errors
-        return stop.value.code or 0, output + errors
+        result = main_runner(module, script, *arguments)
+        assert "Traceback" not in result.message
+        return result.code, result.output + result.message
 
     return call
 
