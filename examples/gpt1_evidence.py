@@ -49,6 +49,7 @@ from gpt_arc.finetuning.predictions import metrics_of, predict
 from gpt_arc.flags import parse_flags
 from gpt_arc.nn.names import TaskKind
 from gpt_arc.settings import STRICT, Count, Positive
+from gpt_arc.tables import markdown
 from gpt_arc.training.epochs import epoch_batches
 from gpt_arc.training.optim import Updater
 from gpt_arc.training.stage_options import FinetuneOptions
@@ -250,11 +251,6 @@ def errorbar(axes: Any, points: list[tuple[Any, dict[int, float]]], line: str, *
 
 def cell(values: dict[int, float], digits: int) -> str:
     return mean_and_error(list(values.values()), digits) if values else ""
-
-
-def markdown(rows: list[list[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from gpt_arc.tables import markdown
 from gpt_arc.vision.images import read_image
 
 TESTS = {"test": "test", "pairs": "held-out pairs", "shuffled": "shuffled pictures"}
@@ -54,16 +55,15 @@ def figures(folder: Path, task: str, test: str) -> dict[str, float]:
 
 def table(folder: Path) -> str:
     """Returns the markdown table. Raises UserError if there are no results."""
-    rows = ["| right answers, % | " + " | ".join(TESTS.values()) + " |", "|---" * (len(TESTS) + 1) + "|"]
+    rows = [["right answers, %", *TESTS.values()]]
     for task in TASKS:
         columns = [figures(folder, task, test) for test in TESTS]
         for kind in sorted(columns[0], key=lambda kind: kind == task):  # the whole task comes last
             name = f"{task}, all" if kind == task and len(columns[0]) > 1 else kind
-            cells = [f"{100 * column[kind]:.1f}" if column else "" for column in columns]
-            rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    if len(rows) == 2:
+            rows.append([name, *(f"{100 * column[kind]:.1f}" if column else "" for column in columns)])
+    if len(rows) == 1:
         raise UserError(f"{folder} has no results: run bash examples/gpt4_arc.sh first")
-    return "\n".join(rows)
+    return markdown(rows)
 
 
 def draw(folder: Path, task: str) -> None:

@@ -22,7 +22,7 @@ from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT, Positional
-from gpt_arc.tables import to_json
+from gpt_arc.tables import markdown, to_json
 
 REFERENCE = "rotary_512"
 ROWS = {
@@ -94,10 +94,7 @@ def tables(seeds: list[Figures]) -> str:
         losses.append([ROWS[name], *(mean_and_error(each) if each else "-" for each in (*at, over))])
         at = [[100 * share for share in values(seeds, name, length, "copied")] for length in lengths]
         copies.append([ROWS[name], *(mean_and_error(each, 1) if each else "-" for each in at)])
-    return "\n\n".join(
-        "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
-        for header, *rows in (losses, copies)
-    )
+    return f"{markdown(losses)}\n\n{markdown(copies)}"
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT
+from gpt_arc.tables import markdown
 from gpt_arc.training.log import read_metrics
 
 TITLES = {
@@ -99,7 +100,7 @@ def table(runs_of: dict[str, dict[str, Run]], folder: Path) -> str:
         "router entropy",
         "CV, val",
     ]
-    rows = ["| val loss | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    rows = [["val loss", *names]]
     for variant, runs in runs_of.items():
         cells = [TITLES[variant], *(f"{best_loss(runs[seed]):.4f}" if seed in runs else "" for seed in seeds)]
         if variant == "dense":
@@ -114,8 +115,8 @@ def table(runs_of: dict[str, dict[str, Run]], folder: Path) -> str:
             cells += [f"{statistics.fmean(values):.3f}" for values in figures]
             on_val = [cv for seed in runs if (cv := val_cv(folder / variant / seed)) is not None]
             cells.append(f"{statistics.fmean(on_val):.3f}" if on_val else "")
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return markdown(rows)
 
 
 def curve(run: Run, name: str) -> tuple[list[float], list[float]]:

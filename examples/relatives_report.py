@@ -25,7 +25,7 @@ from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
 from gpt_arc.settings import STRICT
-from gpt_arc.tables import to_json
+from gpt_arc.tables import markdown, to_json
 from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_text_model
 from model import GPT
@@ -94,8 +94,7 @@ def table(figures: dict[str, dict]) -> str:
         values = [[100 * value for value in figure["tasks"].get(task, [])] for figure in figures.values()]
         if all(values):
             rows[f"`{task}`, test accuracy, % (by chance {100 / answers:.0f})"] = [mean_and_error(v, 1) for v in values]
-    lines = [f"| figure | {' | '.join(MODELS.values())} |", "|---" * (len(MODELS) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])
+    return markdown([["figure", *MODELS.values()], *([name, *cells] for name, cells in rows.items())])
 
 
 def draw(figures: dict[str, dict], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers as text: aligned in tables, and as JSON."""
+"""Numbers as text: in tables, aligned or for Markdown, and as JSON."""
 
 import json
 import math
@@ -45,6 +45,12 @@ def table(rows: Sequence[Sequence[Any]], widths: Sequence[int] | None = None) ->
     widths = widths or [max(map(len, column)) for column in zip(*cells)]
     aligned = [[row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))] for row in cells]
     return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows of cells as a Markdown table, the first as its head."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 def to_json(value: Any, **options: Any) -> str:

@@ -197,9 +197,10 @@ def write_split(folder: Path, split: str, count: int, options: Options) -> list[
         draw(seen, options.size, rng).save(folder / name)
         prompt, response = question(kind, seen, rng)
         rows.append({"image": name, "kind": kind, "prompt": prompt, "response": response})
-        described.append({"image": name, "prompt": DESCRIBE, "response": description(seen, words)})
+        if split == "train":
+            described.append({"image": name, "prompt": DESCRIBE, "response": description(seen, words)})
     write_rows(folder / f"{split}.jsonl", rows)
-    if split == "train":
+    if described:
         write_rows(folder / "descriptions.jsonl", described)
     return rows
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt_arc.tables import counted, duration
+from gpt_arc.tables import counted, duration, markdown
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,7 @@ def test_a_count_has_its_noun_in_the_right_number(number, form, text):
 )
 def test_a_time_has_the_largest_unit_that_it_has_two_of(seconds, text):
     assert duration(seconds) == text
+
+
+def test_rows_are_a_markdown_table_whose_first_is_the_head():
+    assert markdown([["model", "loss"], ["dense", "1.78"]]) == "| model | loss |\n|---|---|\n| dense | 1.78 |"

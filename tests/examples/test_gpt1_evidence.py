@@ -95,18 +95,18 @@ def test_the_tables_compare_seed_by_seed():
         Results(1.5, 1, 9, runs).tables()
         == """\
 | test accuracy, % | 9 labels |
-| --- | --- |
+|---|---|
 | `package`, task's loss alone | 55.0 ± 5.0 |
 | `package`, and language-model loss | 59.0 ± 7.0 |
 | what that gains | 4.0 ± 2.0 |
 
 | transferred | `package` |
-| --- | --- |
+|---|---|
 | nothing | 25.0 |
 | everything | 55.0 ± 5.0 |
 
 | loss on the text of pre-training | 9 labels |
-| --- | --- |
+|---|---|
 | `package`, task's loss alone | 2.000 ± 0.000 |
 | `package`, and language-model loss | 2.500 ± 0.000 |"""
     )

@@ -10,7 +10,7 @@ captured and compiled anew, because inductor's choices depend on it: a kernel or
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from fake_gpu.build import measure
+from gpt_arc.tables import markdown
 
 GOLDEN = Path(__file__).with_name("kernels.json")
 TARGETS = (75, 80, 90, 100)
@@ -94,24 +95,24 @@ def kernels(row: Counts | None) -> str:
     return f"{row['kernels']}, {spilled} bytes" if spilled else str(row["kernels"])
 
 
-def lines(cases: dict[str, Counts]) -> Iterable[str]:
-    """The rows of the table, for variants with all their targets."""
-    heads = ("model", "graphs, breaks", "launches", "bytes a token", "peak memory", "planned")
-    yield "| " + " | ".join((*heads, *(f"sm_{target}" for target in TARGETS))) + " |"
-    yield "|---" * 10 + "|"
+def table(cases: dict[str, Counts]) -> str:
+    """The table in Markdown, a row for each variant with all its targets."""
+    heads = ["model", "graphs, breaks", "launches", "bytes a token", "peak memory", "planned"]
+    lines = [[*heads, *(f"sm_{target}" for target in TARGETS)]]
     for variant in VARIANTS:
         rows = {target: cases[case] for case, (name, target) in CASES.items() if name == variant and case in cases}
         if not rows:
             continue
-        figures = (
+        figures = [
             cell(rows, lambda row: f"{row['graphs']}, {row['breaks']}"),
             cell(rows, lambda row: str(row["launches"])),
             cell(rows, lambda row: f"{row['bytes'] / row['tokens'] / 1e6:.2f} MB"),
             cell(rows, lambda row: f"{row['peak'] / 1e9:.2f} GB"),
             cell(rows, lambda row: f"{row['estimate'] / 1e9:.2f} GB" if row["estimate"] else ""),
             *(kernels(rows.get(target)) for target in TARGETS),
-        )
-        yield f"| {variant} | {' | '.join(figures)} |"
+        ]
+        lines.append([variant, *figures])
+    return markdown(lines)
 
 
 def main() -> None:
@@ -120,7 +121,7 @@ def main() -> None:
         if case not in kept() or (again and case.startswith(again)):
             keep(case, counts(case))
             print(case, flush=True)
-    print(*lines(kept()), sep="\n")
+    print(table(kept()))
     for case, row in kept().items():
         for name, size in row["spills"].items():
             print(f"{case}: {name} spills {size} bytes")

@@ -3,7 +3,7 @@
 import pytest
 
 from fake_gpu.build import needs_triton
-from fake_gpu.table import counts, kept, lines
+from fake_gpu.table import counts, kept, table
 from helpers import ROOT
 
 
@@ -20,4 +20,4 @@ def test_a_step_launches_no_more_kernels_and_moves_no_more_bytes_than_before(cas
 
 
 def test_the_documented_table_is_what_was_counted():
-    assert "\n".join(lines(kept())) in (ROOT / "docs/results/speed.md").read_text()
+    assert table(kept()) in (ROOT / "docs/results/speed.md").read_text()
