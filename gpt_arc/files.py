@@ -196,7 +196,7 @@ def take_lock(path: Path) -> "BaseFileLock | None":
         return lock
     except filelock.Timeout:
         raise BlockingIOError(errno.EWOULDBLOCK, os.strerror(errno.EWOULDBLOCK), str(path)) from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # what filelock raises where there are no locks
         if os.access(path.parent, os.W_OK):  # otherwise nothing will be written there
             print(f"{path} can't be locked ({first_line(error)}): let no other process write there", file=sys.stderr)
         return None
