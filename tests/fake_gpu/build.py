@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -38,16 +38,19 @@ def library() -> Path:
 def server() -> subprocess.Popen[str]:
     """The process of measure.py that forks for each measurement. It ends with this process."""
     paths = os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    kernels = Path(tempfile.gettempdir(), f"fake_gpu_kernels_{os.getuid()}")  # apart: no GPU could run these
+    environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(kernels)}
     command = [sys.executable, "-m", "fake_gpu.measure", library(), TRITON or ""]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 @functools.cache
-def _measured(name: str, arguments: str, target: int, folder: Path | None, processes: int, triton: bool) -> str:
+def _measured(name: str, arguments: str, target: int, kernels: str, folder: Path | None, processes: int) -> str:
     environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
     with tempfile.TemporaryDirectory() as files:
-        request = [name, arguments, target, triton, str(folder or Path.cwd()), environment, files]
+        request = [name, arguments, target, kernels, str(folder or Path.cwd()), environment, files]
         print(json.dumps(request), file=server().stdin, flush=True)
         answers = (line.split() for line in server().stdout)  # the first may be for a test that was stopped
         code = next((code for code, place in answers if place == files), "lost")
@@ -58,13 +61,14 @@ def _measured(name: str, arguments: str, target: int, folder: Path | None, proce
 
 def measure(
     name: str, *arguments: Any, target: int = 90, folder: Path | None = None, processes: int = 1,
-    triton: bool = bool(TRITON),
+    kernels: Literal["none", "counted", "assembled"] = "counted" if TRITON else "none",
 ) -> Any:  # fmt: skip
     """What the function `name` of measure.py returns in the first process, on a GPU of capability `target`.
 
-    Without `triton` nothing is compiled beyond what inductor would be given.
+    Without `kernels` nothing is compiled beyond what inductor would be given. It writes them to count them; assembling
+    them takes most of the time.
     """
-    return json.loads(_measured(name, json.dumps(arguments), target, folder, processes, triton))
+    return json.loads(_measured(name, json.dumps(arguments), target, kernels, folder, processes))
 
 
 needs_triton = pytest.mark.skipif(not TRITON, reason="FAKE_GPU_TRITON doesn't name a folder with Triton's package")

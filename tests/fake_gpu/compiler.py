@@ -1,4 +1,4 @@
-"""Lets inductor compile for the device of `device.install`: Triton writes the kernels, ptxas assembles them.
+"""Lets inductor compile for the device of `device.install`: it writes kernels, which Triton and ptxas may assemble.
 
 Nothing is launched, only counted. Triton's package is unpacked in a folder apart, since an installed one would change
 what torch does on the CPU.
@@ -9,7 +9,6 @@ import subprocess
 import tempfile
 import types
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,15 @@ from fake_gpu.counting import bytes_of
 from fake_gpu.device import GPU
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel that Triton compiled."""
-
-    name: str
-    warps: int
-    ptx: str
-
-
 class Compiler:
-    """Sets inductor up for `gpu`, and keeps what it compiles and launches."""
+    """Sets inductor up for `gpu`, and keeps what it compiles and launches.
 
-    def __init__(self, gpu: GPU, triton: Path):
-        self.gpu, self.triton = gpu, triton / "triton"
-        self.kernels: dict[str, Kernel] = {}
+    Of the configurations among which inductor would choose by measuring them, the first counts.
+    """
+
+    def __init__(self, gpu: GPU, triton: Path, assembles: bool):
+        self.gpu, self.triton, self.assembles = gpu, triton / "triton", assembles
+        self.kernels: dict[str, str] = {}  # name -> PTX, empty if they aren't assembled
         self.launches: Counter[str] = Counter()
         self.bytes = 0  # of the tensors that launched kernels were given
         self._set_driver()
@@ -76,8 +69,10 @@ class Compiler:
         import torch._inductor.config as settings
         from torch._inductor.fx_passes import fuse_attention, misc_patterns, pad_mm
         from torch._inductor.runtime import triton_helpers
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner, TritonCompileResult
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from triton.backends.nvidia.compiler import CUDABackend
 
+        CUDABackend.make_cubin = lambda *args: b""  # `spills` runs ptxas
         torch.library.register_fake("aten::_scaled_mm.out")(lambda *args, out, **settings: out)
         settings.compile_threads = 1
         settings.fx_graph_cache = False
@@ -89,24 +84,19 @@ class Compiler:
             (fuse_attention, "_get_sfdp_patterns"), (misc_patterns, "_misc_patterns_init"), (pad_mm, "_pad_mm_init")
         ):  # fmt: skip
             setattr(module, name, on_the_cpu(getattr(module, name)))
-        CachingAutotuner.benchmark_all_configs = lambda tuner, *args, **kwargs: {
-            launcher: float(i) for i, launcher in enumerate(tuner.launchers)
-        }
-        TritonCompileResult.make_launcher = lambda result: self._launcher(result)
+        CachingAutotuner.precompile = lambda tuner, *args, **settings: self._precompile(tuner)
 
-    def _launcher(self, result: Any) -> Any:
-        """What inductor calls in place of a kernel."""
-        binary, name = result.kernel, result.kernel.metadata.name
-        self.kernels.setdefault(name, Kernel(name, binary.metadata.num_warps, binary.asm["ptx"]))
+    def _precompile(self, tuner: Any) -> None:
+        """Gives a kernel what inductor calls in its place."""
+        name, config = tuner.fn.__name__, tuner.configs[0]
+        self.kernels[name] = tuner._precompile_config(config).kernel.asm["ptx"] if self.assembles else ""
 
         def launch(*args: Any, **kwargs: Any) -> None:
             self.launches[name] += 1
             self.bytes += bytes_of(args)
 
-        launch.n_regs = launch.n_spills = 0
-        launch.shared, launch.config = binary.metadata.shared, result.config
-        launch.store_cubin, launch.cache_hash = False, None
-        return launch
+        launch.config, launch.store_cubin, launch.cache_hash = config, False, None
+        tuner.launchers = [launch]
 
     def spills(self) -> dict[str, int]:
         """The bytes that each kernel's registers spill to memory, by ptxas; kernels without are left out."""
@@ -114,14 +104,14 @@ class Compiler:
         ptxas = self.triton / "backends" / "nvidia" / "bin" / name
         architecture = f"sm_{self.gpu.target}" + "a" * (self.gpu.target >= 90)
         spilled = {}
-        for kernel in self.kernels.values():
+        for kernel, ptx in self.kernels.items():
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-                file.write(kernel.ptx)
+                file.write(ptx)
                 file.flush()
                 command = [ptxas, "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
                 report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             if size := int(re.search(r"(\d+) bytes spill stores", report)[1]):
-                spilled[kernel.name] = size
+                spilled[kernel] = size
         return spilled
 
 

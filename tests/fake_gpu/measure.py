@@ -18,11 +18,11 @@ from fake_gpu import device
 IMPORTED = """
 torch torch._dynamo torch._inductor.compile_fx torch.nn.attention.flex_attention pydantic.dataclasses model
 """.split()
-compiler: Any = None  # a `Compiler`, where Triton is at hand
+compiler: Any = None  # a `Compiler`, where kernels count
 
 
 def compile_step(model: Any) -> None:
-    """Compiles as training does: by inductor, or where Triton isn't at hand up to what inductor would be given."""
+    """Compiles as training does: by inductor, or where kernels don't count up to what inductor would be given."""
     model.compile(**({} if compiler else {"backend": "aot_eager"}))
 
 
@@ -72,7 +72,7 @@ def train(*flags: str) -> list[dict[str, Any]]:
 def step(
     config: dict[str, Any], rows: int, training: dict[str, Any] | None = None, kind: str = "text"
 ) -> dict[str, Any]:
-    """An update of a model of steps.py on `rows` sequences: graphs, memory and, by Triton, kernels.
+    """An update of a model of steps.py on `rows` sequences: graphs, memory and, by inductor, kernels.
 
     For a model that train.py trains also the memory that a run's plan estimates.
     """
@@ -111,6 +111,8 @@ def step(
             )  # fmt: skip
     update = {"waits": dict(fake.waits), "copied": dict(fake.copied), "peak": max(peaks.values()), "estimate": estimate}
     parameters = sum(p.numel() for p in model.parameters())
+    if compiler and compiler.assembles:
+        counts["spills"] = compiler.spills()
     return {**compilations(), "parameters": parameters, "tokens": tokens, **peaks, **update, **counts}
 
 
@@ -285,8 +287,7 @@ def counted(fake: Any) -> dict[str, Any]:
         "launches": sum(compiler.launches.values()) + sum(fake.operators.values()),
         "operators": dict(fake.operators),
         "bytes": compiler.bytes + fake.moved,
-        "fused_bytes": compiler.bytes,  # of Triton's kernels, which wait for memory alone
-        "spills": compiler.spills(),
+        "fused_bytes": compiler.bytes,  # of inductor's kernels, which wait for memory alone
     }
 
 
@@ -326,17 +327,17 @@ def norm() -> dict[str, int]:
     return dict(fake.operators)
 
 
-def run(name: str, arguments: str, target: int, triton: Path | None) -> str:
+def run(name: str, arguments: str, target: int, kernels: str, triton: Path) -> str:
     """Calls the function `name` on a GPU of capability `target`. Arguments and result are JSON."""
     global compiler
     from fake_gpu import attention
 
     gpu = device.choose(target)
     attention.install()
-    if triton:
+    if kernels != "none":
         from fake_gpu.compiler import Compiler
 
-        compiler = Compiler(gpu, triton)
+        compiler = Compiler(gpu, triton, assembles=kernels == "assembled")
     return json.dumps(globals()[name](*json.loads(arguments)))
 
 
@@ -353,7 +354,7 @@ def main() -> None:
     assert "gpt_arc.distributed" not in sys.modules  # which reads the environment of each process
     gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages
     for line in sys.stdin:
-        name, arguments, target, compiles, folder, environment, files = json.loads(line)
+        *what, folder, environment, files = json.loads(line)
         if pid := os.fork():
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), files, flush=True)
             continue
@@ -364,7 +365,7 @@ def main() -> None:
         os.environ.update(environment)
         code = 1
         try:
-            Path(files, "result").write_text(run(name, arguments, target, Path(triton) if compiles else None))
+            Path(files, "result").write_text(run(*what, Path(triton)))
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -107,7 +107,7 @@ def check_compiled(result):
 @pytest.mark.slow
 def test_compiled_ddp_sends_buckets_while_it_computes():
     """The compiler cuts its graph at the buckets. The last one has the embedding, whose gradient comes at the end."""
-    result = measure("parallel", {"n_layer": 2, "block_size": 64}, {}, 1, processes=8)
+    result = measure("parallel", {"n_layer": 2, "block_size": 64}, {}, 1, processes=8, kernels="none")
     check_compiled(result)
     sizes, shares = zip(*result["buckets"])
     assert sum(sizes) == 4 * result["parameters"]
@@ -118,7 +118,9 @@ def test_compiled_ddp_sends_buckets_while_it_computes():
 @pytest.mark.parametrize("offload", [False, True])
 def test_fsdp_interrupts_no_block_s_compiled_code(offload):
     """Blocks share one graph; each is gathered twice, and what lies outside, with all norms, once."""
-    result = measure("parallel", TINY, {"parallel": "fsdp", "offload_optimizer": offload}, 2, processes=8)
+    result = measure(
+        "parallel", TINY, {"parallel": "fsdp", "offload_optimizer": offload}, 2, processes=8, kernels="none"
+    )
     check_compiled(result)
     assert result["collectives"]["c10d._allgather_base_.default"] == 2 * TINY["n_layer"] + 1
     assert result["collectives"]["c10d._reduce_scatter_base_.default"] == TINY["n_layer"] + 1

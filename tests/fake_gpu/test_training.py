@@ -1,4 +1,4 @@
-"""Training on a GPU: one graph, no recompilation, one wait for the device an update, and the memory planned."""
+"""Training on a GPU: one graph, no recompilation, and one wait for the device an update."""
 
 import pytest
 from PIL import Image
@@ -128,48 +128,18 @@ def test_ppo_waits_once_a_token_and_an_update(stage_folder):
 
 
 @pytest.mark.slow
-def test_an_offloaded_optimizer_leaves_a_gpu_weights_and_gradients():
-    """Both are copied to the CPU, and the weights back, while others are updated; besides, only the norm is awaited."""
-    config = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 300}
-    plain, offloaded = (measure("step", config, 2, {"offload_optimizer": setting}) for setting in (False, True))
-    parameters, tensors = plain["parameters"], 2 + 2 * 12 + 2
-    assert plain["copied"] == {} and sum(plain["waits"].values()) == 1
-    assert offloaded["copied"] == {"cpu": 8 * parameters, "cuda": 4 * parameters}
-    assert sum(offloaded["waits"].values()) == 1 + tensors
-    assert all("offload.py" in line for line, n in offloaded["waits"].items() if n > 1)
-    assert plain["update"] - offloaded["update"] == pytest.approx(8 * parameters, rel=0.01)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "settings"), [("translation", TRANSLATION), ("images", {}), ("encoder", {})], ids=str)
 def test_models_with_an_encoder_compile_to_one_graph(kind, settings):
     """Their stages don't compile them."""
-    update = measure("step", {"n_layer": 2} | settings, 2, {}, kind, triton=False)
+    update = measure("step", {"n_layer": 2} | settings, 2, {}, kind, kernels="none")
     assert (update["graphs"], update["breaks"]) == (1, 0)
     assert sum(update["waits"].values()) == 1, update["waits"]
 
 
 @needs_triton
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["selective", True])
-def test_checkpointing_takes_the_memory_that_the_plan_says(setting):
-    update = measure("step", {"n_layer": 4, "bias": False}, 12, {"activation_checkpointing": setting})
-    assert update["peak"] == pytest.approx(update["estimate"], rel=0.05)
-
-
-@needs_triton
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
 def test_both_passes_can_be_cuda_graphs(config):
-    result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
+    result = measure("graphs", {"n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
     assert (result["failure"], result["handed"], result["skipped"]) == (None, 2, 0)
     assert (result["graphs"], result["breaks"]) == (1, 0) and sum(result["waits"].values()) == 2
-
-
-@needs_triton
-@pytest.mark.slow
-def test_the_head_s_gradient_takes_no_memory_for_each_chunk():
-    """Nineteen chunks of a vocabulary of 151,936: the compiler would keep their products, of 0.6 GB each."""
-    config = {"vocab_size": 151_936, "n_embd": 2048, "n_head": 16, "n_layer": 2, "block_size": 4096}
-    update = measure("step", config, 8)
-    assert update["forward"] - 8 * update["parameters"] <= 11.5 * 2**30
