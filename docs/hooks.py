@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: README, CHANGELOG and CONTRIBUTING, which lie beside docs/, become pages of the site."""
+"""Hooks of MkDocs: what lies beside docs/ and README links to becomes pages and files of the site."""
 
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ def on_files(files: Any, config: Any) -> None:
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         text = (ROOT / name).read_text("utf-8").replace("](docs/", "](")
         files.append(File.generated(config, "index.md" if name == "README.md" else name, content=text))
+    for name in ("Dockerfile", "notebooks/quickstart.ipynb"):
+        files.append(File.generated(config, name, content=(ROOT / name).read_text("utf-8")))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

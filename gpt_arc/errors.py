@@ -93,6 +93,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether another process ended while this one waited for it, as gloo reports it: it has printed why."""
+    words = "Connection reset by peer", "Connection closed by peer"
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def check_early(check: Callable[[], Any]) -> None:
     """Runs `check` while a script still imports what it needs. An error ends the script as in `entry_point`."""
     try:
@@ -142,6 +148,8 @@ def entry_point(main: Callable[[], int | None]) -> Callable[[], None]:
                 message, code = f"{OUT_OF_MEMORY} ({first_line(error) or 'Python has none left'})", 2
             elif not is_distributed:
                 raise
+            elif is_lost_process(error):
+                message, code = "lost its connection to a process that ended: see the message of that one", 1
             else:
                 message, code = traceback.format_exc(), 1
         try:

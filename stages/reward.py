@@ -49,6 +49,7 @@ from gpt_arc.tables import counted, table, to_json
 from gpt_arc.training.command_line import run_stage
 from gpt_arc.training.epochs import EpochOrder, digest, micro_batches
 from gpt_arc.training.routers import RouterMeter
+from gpt_arc.training.runs import shortened
 from gpt_arc.training.stage_options import RewardOptions
 from gpt_arc.training.stage_run import StageRun, Write
 from gpt_arc.weights.edit import with_settings
@@ -178,7 +179,9 @@ def finish(options: RewardOptions, run: StageRun, write: Write, val: Sequence[En
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
     policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
     steps = {
-        command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
+        command(
+            "stages/ppo.py", shortened(policy), "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"
+        ): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
     }
     code = run.finish(write, steps)

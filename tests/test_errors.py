@@ -52,6 +52,27 @@ def test_running_out_of_memory_is_one_sentence(capsys, allocate):
     assert "out of memory: a smaller batch, context or model takes less (" in capsys.readouterr().err
 
 
+def test_the_end_of_another_process_is_one_sentence(monkeypatch, capsys):
+    codes = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", codes.append)
+
+    def main():
+        raise RuntimeError("[pair.cc:537] Read error [127.0.0.1]:2462: Connection reset by peer")
+
+    with pytest.raises(SystemExit):  # where os._exit would have ended it
+        entry_point(main)()
+    errors = capsys.readouterr().err
+    assert codes == [1] and "a process that ended: see the message of that one\n" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "new.py"])
+def test_a_python_without_torch_is_one_sentence(script):
+    result = subprocess.run([sys.executable, "-S", ROOT / script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith(f"{script}: ") and result.stderr.count("\n") == 1
+    assert "has no torch: activate the environment" in result.stderr
+
+
 def test_a_bug_keeps_its_traceback():
     def main():
         raise ValueError("a bug")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 import re
 from collections.abc import Sequence
@@ -111,6 +112,7 @@ def load_items(task: Task, split: str, local: Path | None, seed: int, count: int
     if not task.hub:
         raise UserError(f"{task.name} names no data set: give a file of items with --data")
     load_dataset = import_extra("datasets").load_dataset
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every retry
     name = task.test if split == "test" else task.train
     try:
         return list(load_dataset(task.hub, task.subset or None, split=name))

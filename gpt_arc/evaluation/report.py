@@ -47,7 +47,8 @@ def result_tables(tasks: Sequence[TaskItems], results: Sequence[Result]) -> Iter
         known = ", ".join(f"{name} {value:g}{unit}" for name, value in published[r.task].get(r.metric, {}).items())
         figures = cells(r.metric, r.value, r.standard_error)
         rows.append([r.task, r.shots, r.metric, *figures, r.items, percent(r.chance), r.p_value, known])
-    shown = [table(rows), "±: standard error"]
+    filled = [column for column in zip(*rows) if any(value not in (None, "") for value in column[1:])]
+    shown = [table([*zip(*filled)]), "±: standard error"]
     shown += ["chance: the accuracy of guessing"] * any(r.chance is not None for r in results)
     shown += [
         f"p: probability of a difference from {counted(results[0].shots, 'shot')} as large as this one if there were "

@@ -358,6 +358,8 @@ def doubts(plan: Plan, memory: float) -> Iterator[str]:
         on_gpu = accelerator is not None or plan.device.type == "cuda"
         can_offload = on_gpu and plan.config.training.optimizer == "adamw"
         less += ["--offload_optimizer"] * (can_offload and not plan.config.training.offload_optimizer)
+        devices = plan.config.run.devices if accelerator else WORLD_SIZE
+        less += ["--parallel=fsdp"] * (devices > 1 and plan.config.training.parallel != "fsdp")
         yield f"the {accelerator or 'device'} has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     tokens = len(plan.data.train) if plan.data else 0
     epochs = steps * plan.tokens_per_step / tokens if tokens else 0

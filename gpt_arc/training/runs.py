@@ -115,8 +115,8 @@ def summary(run: Path) -> Summary:
         settings, origin, steps = values_of(config), record["config"], config.training.max_iters
         data = ", ".join(source.name for source in config.data.sources)
     else:
-        settings, origin, steps = options, _shortened(options.get("model")), record.get("steps")
-        data = _shortened(options.get("train") or options.get("prompts"))
+        settings, origin, steps = options, shortened(options.get("model")), record.get("steps")
+        data = shortened(options.get("train") or options.get("prompts"))
     last = named_checkpoint(run, "last")
     step = step_of(last) if last else 0
     if step is None:  # the checkpoint has another name
@@ -146,7 +146,7 @@ def size_of(folder: Path) -> int:
     return size
 
 
-def _shortened(path: str | None) -> str:
+def shortened(path: str | None) -> str:
     """Returns a recorded path relative to the current folder if it is below it."""
     if path is None:
         return ""

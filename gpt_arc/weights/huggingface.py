@@ -462,9 +462,10 @@ def architecture_of(config: GPTConfig) -> str:
     nearest, foreign = nearest_architecture(config)
     if foreign:
         settings = (f"{name} = {json.dumps(getattr(config, name))}" for name in foreign)
+        flags = " ".join(f"--{name}={value}" for name, value in foreign.items())
         raise UserError(
             f"no supported architecture of transformers ({', '.join(ARCHITECTURES)}) matches this model: the nearest, "
-            f"{nearest}, has no {' and no '.join(settings)}"
+            f"{nearest}, has no {' and no '.join(settings)}: a model trained with {flags} has a place there"
         )
     return nearest
 

@@ -117,7 +117,8 @@ def test_the_memory_of_a_named_accelerator_is_compared_and_not_this_machine_s(pl
     assert needed > 16 * 2.6  # weights, gradients and two moments of float32
     averaged = float(re.search(memory, stage_runner(train, "gpt3_2.7b", *flags, "--ema_decay=0.9"))[1])
     assert averaged == pytest.approx(needed + 4 * 2.65, rel=0.01)
-    assert "\nwarning        the T4 has 16GB of memory: a smaller model or " in shown
+    assert "\nwarning        the T4 has 16GB of memory: a smaller model or " in shown and "fsdp" not in shown
+    assert "or --parallel=fsdp takes less" in stage_runner(train, "gpt3_2.7b", *flags, "--devices=8")
     assert "memory: " not in stage_runner(train, "gpt2", *flags, "--batch_size=1")
 
 
