@@ -2,9 +2,11 @@
 
     python examples/long_context_memory.py
     python examples/long_context_memory.py --lengths 1024 4096 --training 2048
+    MALLOC_MMAP_THRESHOLD_=65536 python examples/long_context_memory.py      # glibc gives freed memory back at once
 
 Each line is a process of its own with a model of 4 blocks of width 128 and random weights, in float32. Memory is the
-process's peak over what it needs for a few tokens.
+process's peak over what it needs for a few tokens. Beside that of training is what `train.py --dry_run` plans for
+activations and logits.
 """
 
 import multiprocessing
@@ -12,7 +14,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.decoding.decoder import Decoder
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
+from gpt_arc.planning.cost import memory_estimate
 from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import table
 from model import GPT, GPTConfig
@@ -35,6 +37,7 @@ READERS: dict[str, tuple[dict, torch.dtype | None, int | None]] = {  # settings,
     "alibi": ({"positions": "alibi"}, None, None),
     "alibi, parts of 512, int8 cache": ({"positions": "alibi"}, torch.int8, 512),
 }
+TRAINERS = "forward and backward", "forward and backward, activation checkpointing"
 MOST_BIASES = 2**28  # of ALiBi, in one piece: 1 GiB, and three times that in copies
 
 
@@ -84,18 +87,19 @@ def training(name: str, length: int) -> list:
     model(tokens[:, :8], tokens[:, :8]).total.backward()
     before = mebibytes()
     spent = seconds(lambda: model(tokens, tokens).total.backward())
-    return [name, length, f"{mebibytes() - before:,.0f}", None, f"{spent:.1f}", None]
+    peak, checkpointing = mebibytes() - before, model.activation_checkpointing
+    step, weights = (memory_estimate(model, n, "float32", "cpu", checkpointing) for n in (1, 0))
+    return [name, length, f"{peak:,.0f}", f"{(step - weights) / 2**20:,.0f}", f"{spent:.1f}"]
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    calls = [partial(reading, name, length) for name in READERS for length in options.lengths]
-    names = "forward and backward", "forward and backward, activation checkpointing"
-    calls += [partial(training, name, length) for name in names for length in options.training]
-    rows = [["", "tokens", "peak, MiB", "cache, MiB", "CPU, s", "a step, ms"]]
+    read = [["", "tokens", "peak, MiB", "cache, MiB", "CPU, s", "a step, ms"]]
+    trained = [["", "tokens", "peak, MiB", "planned, MiB", "CPU, s"]]
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        rows += [pool.apply(call) for call in calls]
-    print(table(rows))
+        read += [pool.apply(reading, (name, length)) for name in READERS for length in options.lengths]
+        trained += [pool.apply(training, (name, length)) for name in TRAINERS for length in options.training]
+    print(f"{table(read)}\n\n{table(trained)}")
 
 
 if __name__ == "__main__":

@@ -95,46 +95,74 @@ def memory_estimate(
     the weights' moving average is kept. For the backward pass a layer keeps about 9 C values per token, plus 2 M for
     its MLP, or 4 M if gated (Korthikanti et al., arXiv:2205.05198: 34 C bytes in 16 bits for M = 4 C, without the
     attention matrix, which is recomputed). An expert keeps 2 C more for its copies of the token. With activation
-    checkpointing see `activation_bytes`. The head keeps three copies of the logits that it computes at once; where it
-    is `compiled`, two in 16 bits. ALiBi's biases, H T T, are shared by all layers.
+    checkpointing, and on a CPU where the model isn't `compiled`, see `activation_bytes`. The head keeps three copies of
+    the logits that it computes at once; compiled for a GPU, two in 16 bits. ALiBi's biases, H T T, are shared by all
+    layers.
     """
     config: GPTConfig = model.config
     size = 4 if dtype in ("float32", "tf32") else 2
     tokens = sequences * config.block_size
-    kept, recomputed = activation_bytes(config, tokens, size, checkpointing, tensor_processes)
+    eager = device == "cpu" and not compiled
+    kept, passing = activation_bytes(config, tokens, size, checkpointing, tensor_processes, eager)
     chunks = math.ceil(tokens * config.vocab_size / logits_at_once(device))
-    logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size * (2 * size if compiled else size + 8)
+    logits = math.ceil(tokens / max(chunks, 1)) * config.vocab_size
+    logits *= 2 * size if compiled and device == "cuda" else size + 8
     experts = sum(p.numel() for e in model.experts for p in e.parameters(recurse=False))
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     in_other_processes = experts * (1 - 1 / expert_processes) + matrices * (1 - 1 / tensor_processes)
     biases = 4 * config.n_head * config.block_size**2 if config.positions == "alibi" else 0
     weights = ((8 if offloaded else 16) + 4 * averaged) * int(model.num_parameters() - in_other_processes)
-    return weights + kept + max(logits, recomputed) + biases  # the logits are gone when a layer is recomputed
+    return weights + kept + max(logits, passing) + biases  # the logits are gone when the layers' backward pass begins
 
 
 def activation_bytes(
-    config: GPTConfig, tokens: int, size: int, checkpointing: Checkpointing, tensor_processes: int = 1
+    config: GPTConfig,
+    tokens: int,
+    size: int,
+    checkpointing: Checkpointing,
+    tensor_processes: int = 1,
+    eager: bool = False,
 ) -> tuple[int, int]:
-    """Returns the bytes that the layers keep of `tokens` tokens for the backward pass, and what one recomputes there.
+    """Returns the bytes that the layers keep of `tokens` tokens for the backward pass, and what one has only there.
 
     Values have `size` bytes. With checkpointing a layer keeps its input, in float32; selective: also queries, keys,
-    values, attention's output, and the outputs of both projections. With `tensor_processes` a layer keeps the inputs of
-    both sublayers for the tokens of all of them.
+    values, attention's output, and the outputs of both projections. It recomputes the others. With `tensor_processes` a
+    layer keeps the inputs of both sublayers for the tokens of all of them. `eager` is a CPU without compilation, where
+    the gradients of the MLP's first product are alive beside all that a layer keeps. In 16 bits such a CPU keeps more
+    than this: attention's matrix (see `attend_by_products`), and norms in float32.
     """
     gathered = 2 * config.n_embd * (tensor_processes - 1)
-    layers = [tokens * size * (values + gathered) for values in layer_activations(config)]
+    layers = [tokens * size * (values + gathered) for values in layer_activations(config, eager)]
+    gradients = tokens * size * max(mlp_activations(config)) // 2 if eager else 0
     if not checkpointing:
-        return sum(layers), 0
-    attention = 2 * (config.n_head + config.kv_heads) * config.head_width
-    products = attention + 2 * config.n_embd if checkpointing == "selective" else 0
-    return config.n_layer * tokens * (4 * config.n_embd + size * products), max(layers)
+        return sum(layers), gradients
+    attention = 2 * (config.n_head + config.kv_heads) * config.head_width if checkpointing == "selective" else 0
+    outputs = 2 * config.n_embd if checkpointing == "selective" else 0
+    kept = config.n_layer * tokens * (4 * config.n_embd + size * (attention + outputs))
+    recomputed = max(layers) - (tokens * size * attention if eager else 0)
+    return kept, recomputed + gradients
 
 
-def layer_activations(config: GPTConfig) -> list[int]:
-    """How many values per token each layer keeps for its backward pass, see `memory_estimate`."""
+def layer_activations(config: GPTConfig, eager: bool = False) -> list[int]:
+    """How many values per token each layer keeps for its backward pass, see `memory_estimate`.
+
+    `eager`: on a CPU without compilation, an RMSNorm keeps its input also normalised, and queries and keys that are
+    normed or rotated are kept as they were, too, because the values are a part of the same tensor.
+    """
+    outside = 9 * config.n_embd
+    if eager:
+        normed = config.norm == "rmsnorm"
+        heads = (config.n_head + config.kv_heads) * config.head_width
+        outside += 2 * config.n_embd * normed
+        outside += heads * ((config.qk_norm or config.positions == "rotary") + (config.qk_norm and normed))
+    return [outside + mlp for mlp in mlp_activations(config)]
+
+
+def mlp_activations(config: GPTConfig) -> list[int]:
+    """How many values per token each layer's MLP or experts keep for the backward pass."""
     width, mlp = config.n_embd, config.mlp_width * (4 if config.gated else 2)
     experts = config.experts_per_token * (mlp + 2 * width) + config.shared_experts * mlp
-    return [9 * width + (experts if config.has_experts(i) else mlp) for i in range(config.n_layer)]
+    return [experts if config.has_experts(i) else mlp for i in range(config.n_layer)]
 
 
 def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:

@@ -311,12 +311,12 @@ def print_plan(plan: Plan) -> None:
         for line in layout.lines():
             say(line)
     else:
-        device, fused = plan.device.type, plan.compile and plan.device.type == "cuda"
-        device, dtype = "cuda" if run.accelerator else device, planned_dtype(plan)
+        device, dtype = "cuda" if run.accelerator else plan.device.type, planned_dtype(plan)
+        compiled = plan.compile and plan.device.type == device
         offloaded = config.training.offload_optimizer and device == "cuda"
         averaged = config.training.ema_decay is not None
         memory = memory_estimate(
-            sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, fused, offloaded, averaged
+            sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, compiled, offloaded, averaged
         )
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")

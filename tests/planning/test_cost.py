@@ -1,6 +1,7 @@
 """The cost of a run, against counts obtained in other ways."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -76,6 +77,36 @@ def test_memory_of_weights_gradients_and_moments():
         alibi, plain = (GPT(GPTConfig(positions=name)) for name in ("alibi", "none"))
     biases = memory_estimate(alibi, 8, "float32") - memory_estimate(plain, 8, "float32")
     assert biases == 12 * 1024 * 1024 * 4
+
+
+def allocated_at_the_peak(call):
+    """The most bytes that a call has allocated on the CPU at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+LLAMA = {"norm": "rmsnorm", "positions": "rotary", "activation": "swiglu", "bias": False}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, LLAMA, LLAMA | {"qk_norm": True}, {"qk_norm": True}, LLAMA | {"norm": "layernorm"}, LLAMA | {"n_kv_head": 2}],
+    ids=str,
+)
+def test_memory_of_a_step_on_a_cpu_is_what_it_allocates(settings, checkpointing):
+    model = GPT(GPTConfig(block_size=512, vocab_size=16, n_layer=4, n_head=4, n_embd=64, **settings))
+    model.activation_checkpointing = checkpointing
+    tokens = torch.zeros(2, 512, dtype=torch.int64)
+
+    def step():
+        model(tokens, tokens).total.backward()
+
+    step()  # the gradients stay
+    estimate, weights = (memory_estimate(model, n, "float32", "cpu", checkpointing) for n in (2, 0))
+    assert allocated_at_the_peak(step) == pytest.approx(estimate - weights, rel=0.05)
 
 
 def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
