@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# GPT beside BERT at equal compute: models of one size read the same tokens of a corpus, then learn GPT-1's four tasks from
-# 500 labels each. Only the attention and the objective differ. docs/results/relatives.md discusses the results; they go to
-# out/relatives. This takes about a quarter of an hour of one idle CPU core. A second run continues where the first stopped.
+# A GPT beside BERT, an LSTM and a GPT whose sentences are in random order: models of about one size read as many tokens of
+# a corpus, then learn GPT-1's four tasks from 500 labels each. docs/results/relatives.md discusses the results; they go to
+# out/relatives, with the checkpoints that examples/gpt1_zero_shot.py reads. This takes about half an hour of one idle CPU
+# core. A second run continues where the first stopped.
 #
 #   bash examples/relatives_arc.sh
-#   SEEDS=1 TASKS=package bash examples/relatives_arc.sh
+#   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 seeds=${SEEDS:-1 2 3}
 tasks=${TASKS:-package follows related next_sentence}
+models=${MODELS:-gpt bert lstm shuffled}
 out=out/relatives
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
@@ -20,11 +22,19 @@ if [ ! -f data/gpt1_text/meta.json ]; then
     python "$repository/prepare/tokenizer.py" --input $corpus --vocab_size 4096 --name gpt1_text
     python "$repository/prepare/text.py" --input $corpus --tokenizer gpt1_text --name gpt1_text --val_fraction 0.02
 fi
-for model in gpt bert; do
-    if [ -e $out/$model/last ]; then continue; fi
-    attention=$([ $model = gpt ] && echo causal || echo bidirectional)
-    python "$repository/train.py" "$repository/examples/relatives.toml" --attention="$attention" --seed=1 \
-        --out_dir=$out/$model --overwrite
+if [[ $models == *shuffled* && ! -f data/gpt1_shuffled/meta.json ]]; then
+    python "$repository/examples/shuffle_sentences.py" gpt1_text --name=gpt1_shuffled
+fi
+for model in $models; do
+    if [ -e $out/"$model"/last ]; then continue; fi
+    case $model in
+        gpt) flags=(--dataset=gpt1_text) ;;
+        bert) flags=(--attention=bidirectional) ;;
+        lstm) flags=(--mixer=lstm --positions=none --qk_norm=False --n_layer=3) ;;  # 0.73M parameters, the GPT 0.72M
+        shuffled) flags=(--dataset=gpt1_shuffled) ;;
+    esac
+    python "$repository/train.py" "$repository/examples/relatives.toml" "${flags[@]}" --seed=1 --out_dir=$out/"$model" \
+        --overwrite
 done
 
 finetune() {  # task, model, seed
@@ -49,7 +59,7 @@ finetune() {  # task, model, seed
 }
 for seed in $seeds; do
     for task in $tasks; do
-        for model in gpt bert; do finetune "$task" $model "$seed"; done
+        for model in $models; do finetune "$task" $model "$seed"; done
     done
 done
 python "$repository/examples/relatives_report.py" --results $out

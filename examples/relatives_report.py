@@ -2,9 +2,9 @@
 
     python examples/relatives_report.py --results out/relatives
 
-Beside the losses of the val split and the accuracies of the four tasks, it measures GPT and BERT on the same tokens: in
+Beside the losses of the val split and the accuracies of the four tasks, it measures all models on the same tokens: in
 each window of the val split one token at a time is hidden, at a quarter, half and three quarters of its length. BERT
-predicts it from both sides, the GPT from the left. The script writes table.md, figures.json and accuracy.png.
+predicts it from both sides, the others from the left. The script writes table.md, figures.json and accuracy.png.
 """
 
 import sys
@@ -30,7 +30,7 @@ from gpt_arc.training.log import read_metrics
 from gpt_arc.weights.directory import load_text_model
 from model import GPT
 
-MODELS = {"gpt": "GPT", "bert": "BERT"}
+MODELS = {"gpt": "GPT", "bert": "BERT", "lstm": "LSTM", "shuffled": "GPT, sentences shuffled"}
 TASKS = {"package": 7, "follows": 2, "related": 2, "next_sentence": 4}  # and between how many answers they choose
 
 
@@ -72,6 +72,7 @@ def measure(options: Options, name: str) -> dict:
     loss, accuracy = hidden_tokens(model.eval(), windows, mask_token(tokenizer))
     paths = {task: sorted((options.results / task / name).glob("*/report.json")) for task in TASKS}
     return {
+        "parameters": model.num_parameters(),
         "tokens": lines[-1]["tokens"],
         "scored": 1.0 if causal else scored_tokens(options.mask_rate, size) / size,
         "val loss": lines[-1]["val_loss"],
@@ -84,28 +85,36 @@ def measure(options: Options, name: str) -> dict:
 def table(figures: dict[str, dict]) -> str:
     """Returns the markdown table."""
     rows = {
+        "parameters": [f"{figure['parameters']:,}" for figure in figures.values()],
         "tokens read in pre-training": [f"{figure['tokens']:,}" for figure in figures.values()],
         "of these scored, %": [f"{100 * figure['scored']:.1f}" for figure in figures.values()],
         "val loss, nats a scored token": [f"{figure['val loss']:.3f}" for figure in figures.values()],
         "the same hidden tokens: loss": [f"{figure['hidden loss']:.3f}" for figure in figures.values()],
         "right, %": [f"{100 * figure['hidden accuracy']:.1f}" for figure in figures.values()],
     }
-    for task, answers in TASKS.items():
-        values = [[100 * value for value in figure["tasks"].get(task, [])] for figure in figures.values()]
-        if all(values):
-            rows[f"`{task}`, test accuracy, % (by chance {100 / answers:.0f})"] = [mean_and_error(v, 1) for v in values]
-    return markdown([["figure", *MODELS.values()], *([name, *cells] for name, cells in rows.items())])
+    by_task = {
+        task: [[100 * value for value in figure["tasks"].get(task, [])] for figure in figures.values()]
+        for task in TASKS
+    }
+    by_task = {task: values for task, values in by_task.items() if all(values)}
+    for task, values in by_task.items():
+        rows[f"`{task}`, test accuracy, % (by chance {100 / TASKS[task]:.0f})"] = [mean_and_error(v, 1) for v in values]
+    if len(by_task) > 1:  # the mean of each seed, then over seeds
+        means = [[*map(fmean, zip(*seeds))] for seeds in zip(*by_task.values())]
+        rows["mean of these tasks"] = [mean_and_error(each, 1) for each in means]
+    return markdown([["figure", *map(MODELS.__getitem__, figures)], *([name, *cells] for name, cells in rows.items())])
 
 
 def draw(figures: dict[str, dict], path: Path) -> None:
     """Draws the accuracies of the tasks, with bars of a standard error, and what chance would give."""
-    figure = import_extra("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
+    figure = import_extra("matplotlib.figure").Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     tasks = [task for task in TASKS if all(task in each["tasks"] for each in figures.values())]
+    width = 0.8 / len(figures)
     for number, (name, each) in enumerate(figures.items()):
         values = [each["tasks"][task] for task in tasks]
-        places = [i + 0.35 * number - 0.175 for i in range(len(tasks))]
-        axes.bar(places, [fmean(v) for v in values], 0.33, yerr=[standard_error(v) for v in values], capsize=3,
+        places = [i + width * (number + 0.5) - 0.4 for i in range(len(tasks))]
+        axes.bar(places, [fmean(v) for v in values], 0.95 * width, yerr=[standard_error(v) for v in values], capsize=3,
                  label=MODELS[name])  # fmt: skip
     for i, task in enumerate(tasks):
         axes.hlines(1 / TASKS[task], i - 0.4, i + 0.4, color="black", linestyle=":", label=None if i else "chance")
@@ -118,7 +127,8 @@ def draw(figures: dict[str, dict], path: Path) -> None:
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    figures = {name: measure(options, name) for name in MODELS}
+    trained = [name for name in MODELS if (options.results / name).is_dir()]
+    figures = {name: measure(options, name) for name in trained or MODELS}
     write_file(options.results / "figures.json", to_json(figures) + "\n")
     write_file(options.results / "table.md", table(figures) + "\n")
     print(table(figures))

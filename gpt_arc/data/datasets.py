@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SMALL_CORPORA = ("python_manual", "tinyshakespeare")  # train.py prepares these if they are missing
 EXAMPLES = {  # dataset -> the example that makes it
+    "gpt1_shuffled": "relatives_arc.sh",
     "gpt1_text": "gpt1_arc.sh",
     "in_context_text": "in_context_arc.sh",
     "instructgpt_text": "instructgpt_arc.sh",

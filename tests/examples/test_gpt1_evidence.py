@@ -1,5 +1,6 @@
 """examples/gpt1_evidence.py: its runs are those of stages/finetune.py; its grid, its tables, and the command."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from stages import finetune
 
 LETTERS = CharTokenizer("abcdefgh")
 TINY = GPTConfig(block_size=16, vocab_size=8, n_layer=2, n_head=2, n_embd=8, dropout=0.1)
+LSTM = dataclasses.replace(TINY, mixer="lstm", positions="none")
 ROWS = [{"text": "abcdefgh"[i % 7 :] + "ab" * (i % 3), "label": "xyz"[i % 3]} for i in range(48)]
 FLAGS = "--model=base --dataset=letters --tasks package --labels 8 32 --transfer_labels=32 --examples=64".split()
 
@@ -36,10 +38,17 @@ def workplace(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("weight", "blocks", "flag"),
-    [(0.0, 1, "--transfer_blocks=1"), (0.5, 2, "--transfer_blocks=2"), (0.0, None, "--from_scratch=True")],
+    ("config", "weight", "blocks", "flag"),
+    [
+        (TINY, 0.0, 1, "--transfer_blocks=1"),
+        (TINY, 0.5, 2, "--transfer_blocks=2"),
+        (TINY, 0.0, None, "--from_scratch=True"),
+        (LSTM, 0.5, 2, "--transfer_blocks=2"),
+    ],
+    ids=["a block", "everything", "nothing", "a pre-trained LSTM"],
 )
-def test_a_run_is_that_of_the_stage(weight, blocks, flag, workplace, stage_runner):
+def test_a_run_is_that_of_the_stage(config, weight, blocks, flag, workplace, stage_runner):
+    save_model(randomised(GPT(config)), LETTERS, "base")
     model, tokenizer = load_text_model("base")
     base = Pretrained(model, tokenizer, torch.zeros(1, 17, dtype=torch.long))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """The table of examples/relatives_arc.sh."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,20 +17,24 @@ from model import GPT, GPTConfig
 
 LETTERS = CharTokenizer("abcdefgh")
 TINY = GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8, positions="rotary")
-ATTENTION = {"gpt": "causal", "bert": "bidirectional"}
+SETTINGS = {
+    "gpt": {},
+    "bert": {"attention": "bidirectional"},
+    "lstm": {"mixer": "lstm", "positions": "none"},
+}
 
 
 def model_of(name):
-    return randomised(GPT(GPTConfig(**{**vars(TINY), "attention": ATTENTION[name]}))).eval()
+    return randomised(GPT(GPTConfig(**vars(TINY) | SETTINGS[name]))).eval()
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_hidden_tokens_are_predicted_one_at_a_time(name):
     model, windows = model_of(name), torch.randint(8, (5, 8), generator=torch.Generator().manual_seed(0))
     losses, hits = [], []
     for row in windows.tolist():
         for place in (2, 4, 6):
-            if name == "gpt":
+            if name != "bert":
                 logits = model(torch.tensor([row[:place]]))[0, -1]
             else:
                 logits = model(torch.tensor([[*row[:place], 8, *row[place + 1 :]]]))[0, place]
@@ -45,19 +50,26 @@ def test_the_table_has_what_was_measured(tmp_path, monkeypatch, output_of):
     assert "has no results: run bash examples/relatives_arc.sh first" in output_of(main, "relatives_report.py")
     tokens = torch.randint(8, (100,), generator=torch.Generator().manual_seed(0)).numpy()
     write_dataset(Path("data/letters"), LETTERS, {"train": tokens, "val": tokens})
-    for number, name in enumerate(ATTENTION):
+    for number, name in enumerate(SETTINGS):
         folder = Path("out/relatives", name)
         save_model(model_of(name), LETTERS, folder)
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_loss": 2.5 + number, "tokens": 4096}) + "\n")
-        for seed, accuracy in enumerate((0.5, 0.6)):
-            report = Path("out/relatives/package", name, str(seed), "report.json")
+        for task, seed in product(("package", "related"), (0, 1)):
+            report = Path("out/relatives", task, name, str(seed), "report.json")
             report.parent.mkdir(parents=True)
-            report.write_text(json.dumps({"test": {"accuracy": accuracy + number / 10}}))
+            accuracy = 0.5 + (seed + number) / 10 if task == "package" else 0.7 - seed / 10
+            report.write_text(json.dumps({"test": {"accuracy": accuracy}}))
     output = output_of(main, "relatives_report.py", "--dataset=letters")
     assert output == Path("out/relatives/table.md").read_text()
-    assert "| tokens read in pre-training | 4,096 | 4,096 |\n| of these scored, % | 100.0 | 12.5 |" in output
-    assert "| val loss, nats a scored token | 2.500 | 3.500 |" in output
-    assert "| `package`, test accuracy, % (by chance 14) | 55.0 ± 5.0 | 65.0 ± 5.0 |" in output
+    assert output.startswith("| figure | GPT | BERT | LSTM |\n")
+    counts = (sum(parameter.numel() for parameter in model_of(name).parameters()) for name in SETTINGS)
+    assert f"| parameters | {' | '.join(f'{count:,}' for count in counts)} |\n" in output
+    assert "| tokens read in pre-training | 4,096 | 4,096 | 4,096 |\n" in output
+    assert "| of these scored, % | 100.0 | 12.5 | 100.0 |\n" in output
+    assert "| val loss, nats a scored token | 2.500 | 3.500 | 4.500 |\n" in output
+    assert "| `package`, test accuracy, % (by chance 14) | 55.0 ± 5.0 | 65.0 ± 5.0 | 75.0 ± 5.0 |\n" in output
+    assert "| `related`, test accuracy, % (by chance 50) | 65.0 ± 5.0 | 65.0 ± 5.0 | 65.0 ± 5.0 |\n" in output
+    assert "| mean of these tasks | 60.0 ± 0.0 | 65.0 ± 0.0 | 70.0 ± 0.0 |\n" in output
     assert "follows" not in output
     assert Path("out/relatives/accuracy.png").stat().st_size > 4000
 
