@@ -83,6 +83,8 @@ SMALL = {
     "examples/in_context_data.py": "--documents=100 --held_out=1 --items=3 --pool=20",
     "examples/moe_experts.py": "--experts 1 4 --compared=4 --seeds=1 --max_iters=2",
     "examples/in_context_sizes.py": "--widths 8 --max_iters=2",
+    "examples/in_context_labels.py": "--seeds=1 --max_iters=2",
+    "examples/chain_of_thought.py": "--widths 8 --seeds=1 --max_iters=2 --problems=5",
     "examples/norm_position.py": "--depths 1 --seeds=1 --max_iters=2",
     "examples/word_senses.py": "--seeds=1 --max_iters=2 --n_layer=1 --sentences=40",
     "examples/coordinate_check.py": "--widths 16 32 --steps=1",
