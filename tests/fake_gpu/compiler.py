@@ -108,7 +108,7 @@ class Compiler:
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
                 file.write(ptx)
                 file.flush()
-                command = [ptxas, "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
+                command = [ptxas, "-v", "--regAllocOptLevel=2", f"-arch={architecture}", file.name, "-o", "/dev/null"]
                 report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             if size := int(re.search(r"(\d+) bytes spill stores", report)[1]):
                 spilled[kernel] = size
