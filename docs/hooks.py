@@ -1,5 +1,6 @@
 """Hooks of MkDocs: what lies beside docs/ and README links to becomes pages and files of the site."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,12 @@ def on_files(files: Any, config: Any) -> None:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     return markdown.replace("](../../README.md", "](../index.md")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keeps flags in sentences and tables whole, which browsers break after a hyphen."""
+
+    def with_whole_flags(code: re.Match[str]) -> str:
+        return re.sub(r"(?<![\w-])--\w[\w-]*", r'<span class="flag">\g<0></span>', code[0])
+
+    return re.sub(r"<code>[^<]*</code>", with_whole_flags, html)

@@ -2,8 +2,8 @@
 
 Ctrl-C while they import torch and others ends them at once, without a traceback; in the tenth of a second before, while
 Python itself starts, Python prints one. Memory of a GPU grows in segments that can be extended, so that batches of
-different lengths leave fewer holes; PYTORCH_ALLOC_CONF, if it is set, wins. A Python without torch, as in a terminal where
-the environment isn't active, gets one sentence.
+different lengths leave fewer holes; PYTORCH_ALLOC_CONF, if it is set, wins. A Python without torch, as in a terminal
+where the environment isn't active, gets one sentence.
 """
 
 import importlib.util
@@ -13,8 +13,8 @@ import sys
 
 if importlib.util.find_spec("torch") is None:
     print(
-        f"{os.path.basename(sys.argv[0])}: {sys.executable} has no torch: activate the environment that gpt-arc is "
-        "installed in (source .venv/bin/activate), or install it: pip install -e .",
+        f"{sys.executable} has no torch: activate the environment that gpt-arc is installed in "
+        "(source .venv/bin/activate), or install it: pip install -e .",
         file=sys.stderr,
     )
     sys.exit(2)

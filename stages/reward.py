@@ -177,11 +177,9 @@ def train(options: RewardOptions, run: StageRun) -> int:
 
 def finish(options: RewardOptions, run: StageRun, write: Write, val: Sequence[EncodedRanking] | None) -> int:
     """Ends the run, and reports how the best model does on `val`. Returns the exit code."""
-    policy = "MODEL" if is_reward_model(options.base_model) else options.base_model
+    policy = "MODEL" if is_reward_model(options.base_model) else shortened(options.base_model)
     steps = {
-        command(
-            "stages/ppo.py", shortened(policy), "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"
-        ): "learn from it",
+        command("stages/ppo.py", policy, "--prompts=PROMPTS.jsonl", f"--reward={run.folder}"): "learn from it",
         command("stages/reward.py", run.folder, "--val=RANKINGS.jsonl"): "measure it on other rankings",
     }
     code = run.finish(write, steps)

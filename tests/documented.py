@@ -54,7 +54,6 @@ NOT_RUN = {
     r"bash runs/speedrun\.sh": "nanochat's",
     r"gpt-arc (train|sample|report|from-nanogpt|prepare X)|python (train|prepare/(text|X))\.py": "names a program",
     r"python stages/scaling\.py sweep .*": "trains for minutes or hours; tests/stages/test_scaling.py runs small ones",
-    r"python stages/scaling\.py fit out/(\w*base_width|scaling_shapes)": "needs what such a sweep trains",
     r"python stages/scaling\.py claim .*": "exits with 1 for an impossible claim; tests/stages/test_scaling.py runs it",
     r".* \.\.\.( .*)?": "leaves out settings that stand above it",
     r"(host=|srun ).*": "needs Slurm",

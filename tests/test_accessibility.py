@@ -78,6 +78,7 @@ def test_the_playground_has_no_barriers():
                 page.locator("#go:enabled").wait_for()
                 page.get_by_role("button", name="Attention").first.click()
                 page.locator(".attention").wait_for()
+                page.locator(".token").last.evaluate("token => token.style.setProperty('--surprise', 70)")  # the most
                 page.locator(".token").first.dispatch_event("pointerover")
                 assert violations(page) == {}
                 page.get_by_label("chat", exact=True).check()

@@ -69,7 +69,7 @@ def test_the_end_of_another_process_is_one_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "new.py"])
 def test_a_python_without_torch_is_one_sentence(script):
     result = subprocess.run([sys.executable, "-S", ROOT / script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith(f"{script}: ") and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "has no torch: activate the environment" in result.stderr
 
 

@@ -1,8 +1,10 @@
 """What lies around the code: the site, the notebook and the container."""
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     home = (tmp_path / "index.html").read_text()
     assert "Train GPTs, from a character model" in home and 'href="guide/train/"' in home
+    assert 'href="notebooks/quickstart.ipynb"' in home and 'href="Dockerfile"' in home
+    assert (tmp_path / "notebooks/quickstart.ipynb").exists() and (tmp_path / "Dockerfile").exists()
+    assert '<span class="flag">--shots</span>' in home
     sources = re.findall(r'<(?:script|img|link)[^>]* (?:src|href)="(https?:[^"]+)', home)
     assert not sources  # nothing is loaded from elsewhere
 
@@ -37,6 +42,26 @@ def test_the_notebook_runs(tmp_path):
     texts = ["".join(output.get("text", "") for output in cell.get("outputs", ())) for cell in notebook.cells]
     assert any(text.startswith("The ") and len(text) > 250 for text in texts)
     assert "The statemen" in texts[-2] and texts[-2].count("%") == 9
+
+
+def test_the_notebook_clones_and_installs_where_there_is_no_clone(tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "notebooks/quickstart.ipynb").read_text())["cells"]
+    first, commands = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"]), []
+
+    def run(command, check):
+        commands.append(command)
+        (tmp_path / "gpt-arc").mkdir(exist_ok=True)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(AssertionError, match="give the address of the repository as REPOSITORY"):
+        exec(first, {})
+    exec(first.replace('REPOSITORY = ""', 'REPOSITORY = "https://example.org/gpt-arc"'), {})
+    assert [command[-2:] for command in commands] == [
+        ["https://example.org/gpt-arc", tmp_path / "gpt-arc"], ["-e", f"{tmp_path}/gpt-arc[plot]"]
+    ]  # fmt: skip
+    assert Path.cwd() == tmp_path / "gpt-arc" == Path(sys.path[0])
 
 
 def test_the_container_copies_what_the_wheel_is_built_of():

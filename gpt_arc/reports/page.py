@@ -85,7 +85,9 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return ""
     hours, minutes = divmod(int(seconds) // 60, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {int(seconds) % 60:02} s"
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {int(seconds) % 60:02} s" if minutes else f"{seconds:.2g} s"
 
 
 def summary_table(runs: Sequence[RunContent]) -> str:

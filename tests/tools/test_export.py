@@ -172,13 +172,15 @@ def test_a_model_without_counterpart_is_refused_and_nothing_is_written(run, tmp_
 def test_a_mixture_that_is_not_a_mixtral_is_refused(run, tmp_path):
     config = dataclasses.replace(CONFIGS["mixtral"], shared_experts=1)
     save_model(GPT(config), None, tmp_path / "ours")
-    assert "the nearest, mixtral, has no shared_experts = 1\n" in run(tmp_path / "ours", tmp_path / "export")
+    refused = run(tmp_path / "ours", tmp_path / "export")
+    assert "the nearest, mixtral, has no shared_experts = 1: a model trained with --shared_experts=0 has" in refused
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
 def test_heads_that_do_not_divide_the_width_are_no_llama_s(run, tmp_path):
     save_model(GPT(GPTConfig(19, 300, 1, 6, 32, 2, 10, **LLAMA)), None, tmp_path / "ours")
-    assert "has no qk_norm = false\n" in run(tmp_path / "ours", tmp_path / "export")
+    refused = run(tmp_path / "ours", tmp_path / "export")
+    assert "has no qk_norm = false: a model trained with --qk_norm=True has a place there\n" in refused
 
 
 def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):

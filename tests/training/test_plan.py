@@ -11,7 +11,7 @@ import train
 from gpt_arc.data.tokenizer import CharTokenizer
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.plan import make_plan
-from helpers import TEXT, TINY_FLAGS, write_dataset
+from helpers import ROOT, TEXT, TINY_FLAGS, write_dataset
 
 
 @pytest.fixture
@@ -120,6 +120,21 @@ def test_the_memory_of_a_named_accelerator_is_compared_and_not_this_machine_s(pl
     assert "\nwarning        the T4 has 16GB of memory: a smaller model or " in shown and "fsdp" not in shown
     assert "or --parallel=fsdp takes less" in stage_runner(train, "gpt3_2.7b", *flags, "--devices=8")
     assert "memory: " not in stage_runner(train, "gpt2", *flags, "--batch_size=1")
+
+
+def test_the_readme_states_the_planned_memory(stage_runner, workplace):
+    text = (ROOT / "README.md").read_text().partition("## Presets")[2]
+    rows = re.findall(r"^\| (`[^|]+) \|[^|]+\|[^|]+\| ([\d.]+ [MG]B[^|]*) \|", text, re.MULTILINE)
+    stated = {
+        name.strip("`"): memory for names, each in rows for name, memory in zip(names.split(", "), each.split(", "))
+    }
+    assert len(stated) == 10
+    for name, memory in stated.items():
+        shown = stage_runner(train, name, "--dry_run", "--accelerator=h100", "--device=cpu", "--dataset=none")
+        number, unit = re.search(r"memory +about ([\d.]+)([MG]B)", shown).groups()
+        factor = {"MB": 1, "GB": 1000}
+        size, stated_unit = memory.split()
+        assert float(number) * factor[unit] == pytest.approx(float(size) * factor[stated_unit], rel=0.1), name
 
 
 def test_a_dry_run_compares_the_tokenizers_of_model_and_dataset(plan, stage_runner, tmp_path):
