@@ -55,6 +55,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 OPERATIONS = [sign + digit for sign in OPERATORS for digit in ("379" if sign == "*" else DIGITS)]
 MOST = 8  # operations in a problem
 KINDS = "direct", "steps", "dots", "random digits"
+STYLES: dict[str, str] = dict(zip(KINDS, ("o-", "s-", "^--", "v--")))
 MIXES = {"mixed": KINDS, "direct alone": ("direct",)}
 BLANK = "_"
 VOCABULARY = [*DIGITS, *OPERATIONS, *"=>.?", BLANK]
@@ -206,9 +207,8 @@ def plot(results: list[dict], path: Path) -> None:
     panels = dict(zip(models, figure.subplots(1, len(models), sharey=True, squeeze=False)[0]))
     for mix, width, kind, runs in lines(results):
         columns = [*zip(*(run["accuracy"] for run in runs))]
-        style = dict(zip(KINDS, ("o-", "s-", "^--", "v--")))[kind]
-        panels[mix, width].errorbar(range(1, MOST + 1), [fmean(column) for column in columns],
-                                    [standard_error(column) for column in columns], fmt=style, markersize=4, capsize=2,
+        means, errors = [fmean(column) for column in columns], [standard_error(column) for column in columns]
+        panels[mix, width].errorbar(range(1, MOST + 1), means, errors, fmt=STYLES[kind], markersize=4, capsize=2,
                                     label=kind, color=f"C{KINDS.index(kind)}")  # fmt: skip
     for (mix, width), axes in panels.items():
         axes.axhline(0.1, color="grey", linestyle=":")
