@@ -189,13 +189,21 @@ def lines(results: list[dict]) -> Iterable[tuple[str, int, str, list[dict]]]:
 
 
 def rows(results: list[dict]) -> list[list]:
-    """Returns the table: accuracy in percent by operations, and the seeds' largest p for 2 or more operations."""
+    """Returns the table of accuracy in percent, by operations."""
     body = []
     for mix, width, kind, runs in lines(results):
-        means = [mean_and_error([100 * value for value in column], 0) for column in zip(*(r["accuracy"] for r in runs))]
-        largest = max(p for run in runs for p in run["p"][1:])
-        body.append([width, mix, kind, *means, f"{largest:.0e}" if mix == "mixed" and kind != "steps" else ""])
-    return [["width", "trained on", "answers", *range(1, MOST + 1), "largest p"], *body]
+        columns = zip(*(run["accuracy"] for run in runs))
+        body.append([width, mix, kind, *(mean_and_error([100 * value for value in column], 0) for column in columns)])
+    return [["width", "trained on", "answers", *range(1, MOST + 1)], *body]
+
+
+def p_rows(results: list[dict]) -> list[list]:
+    """Returns the table of the seeds' largest p: are answers after the steps right as often as answers of a kind?"""
+    body = []
+    for mix, width, kind, runs in lines(results):
+        if mix == "mixed" and kind != "steps":
+            body.append([width, kind, *(f"{max(column):.0e}" for column in zip(*(run["p"] for run in runs)))])
+    return [["width", "steps against", *range(1, MOST + 1)], *body]
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -229,6 +237,8 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("max_iters", "tokens", "learning_rate", "problems")}
     results = run_missing(options.output / "figures.json", settings, cases, partial(measure, options))
     print(table(rows(results)))
+    print("\nlargest p of the seeds by McNemar's exact test")
+    print(table(p_rows(results)))
     print("mean tokens of a document: " + ", ".join(f"{kind} {length(kind):g}" for kind in KINDS))
     plot(results, options.output / "accuracy.png")
 

@@ -123,5 +123,6 @@ def test_mistakes_are_refused(flag, reason, tmp_path, monkeypatch, output_of):
 
 def test_the_page_has_the_figures_of_the_run():
     page = (ROOT / "docs/results/in_context.md").read_text()
-    for cells in chain_of_thought.rows(read_json(ROOT / "docs/results/chain_of_thought.json")["runs"]):
+    runs = read_json(ROOT / "docs/results/chain_of_thought.json")["runs"]
+    for cells in [*chain_of_thought.rows(runs), *chain_of_thought.p_rows(runs)]:
         assert f"| {' | '.join(map(str, cells))} |" in page
