@@ -55,6 +55,7 @@ OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 OPERATIONS = [sign + digit for sign in OPERATORS for digit in ("379" if sign == "*" else DIGITS)]
 MOST = 8  # operations in a problem
 KINDS = "direct", "steps", "dots", "random digits"
+STYLES: dict[str, str] = dict(zip(KINDS, ("o-", "s-", "^--", "v--")))
 MIXES = {"mixed": KINDS, "direct alone": ("direct",)}
 BLANK = "_"
 VOCABULARY = [*DIGITS, *OPERATIONS, *"=>.?", BLANK]
@@ -188,13 +189,21 @@ def lines(results: list[dict]) -> Iterable[tuple[str, int, str, list[dict]]]:
 
 
 def rows(results: list[dict]) -> list[list]:
-    """Returns the table: accuracy in percent by operations, and the seeds' largest p for 2 or more operations."""
+    """Returns the table of accuracy in percent, by operations."""
     body = []
     for mix, width, kind, runs in lines(results):
-        means = [mean_and_error([100 * value for value in column], 0) for column in zip(*(r["accuracy"] for r in runs))]
-        largest = max(p for run in runs for p in run["p"][1:])
-        body.append([width, mix, kind, *means, f"{largest:.0e}" if mix == "mixed" and kind != "steps" else ""])
-    return [["width", "trained on", "answers", *range(1, MOST + 1), "largest p"], *body]
+        columns = zip(*(run["accuracy"] for run in runs))
+        body.append([width, mix, kind, *(mean_and_error([100 * value for value in column], 0) for column in columns)])
+    return [["width", "trained on", "answers", *range(1, MOST + 1)], *body]
+
+
+def p_rows(results: list[dict]) -> list[list]:
+    """Returns the table of the seeds' largest p: are answers after the steps right as often as answers of a kind?"""
+    body = []
+    for mix, width, kind, runs in lines(results):
+        if mix == "mixed" and kind != "steps":
+            body.append([width, kind, *(f"{max(column):.0e}" for column in zip(*(run["p"] for run in runs)))])
+    return [["width", "steps against", *range(1, MOST + 1)], *body]
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -206,9 +215,8 @@ def plot(results: list[dict], path: Path) -> None:
     panels = dict(zip(models, figure.subplots(1, len(models), sharey=True, squeeze=False)[0]))
     for mix, width, kind, runs in lines(results):
         columns = [*zip(*(run["accuracy"] for run in runs))]
-        style = dict(zip(KINDS, ("o-", "s-", "^--", "v--")))[kind]
-        panels[mix, width].errorbar(range(1, MOST + 1), [fmean(column) for column in columns],
-                                    [standard_error(column) for column in columns], fmt=style, markersize=4, capsize=2,
+        means, errors = [fmean(column) for column in columns], [standard_error(column) for column in columns]
+        panels[mix, width].errorbar(range(1, MOST + 1), means, errors, fmt=STYLES[kind], markersize=4, capsize=2,
                                     label=kind, color=f"C{KINDS.index(kind)}")  # fmt: skip
     for (mix, width), axes in panels.items():
         axes.axhline(0.1, color="grey", linestyle=":")
@@ -229,6 +237,8 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("max_iters", "tokens", "learning_rate", "problems")}
     results = run_missing(options.output / "figures.json", settings, cases, partial(measure, options))
     print(table(rows(results)))
+    print("\nlargest p of the seeds by McNemar's exact test")
+    print(table(p_rows(results)))
     print("mean tokens of a document: " + ", ".join(f"{kind} {length(kind):g}" for kind in KINDS))
     plot(results, options.output / "accuracy.png")
 

@@ -5,12 +5,11 @@
 
 A task has eight of twenty-four letters and gives each a label, one of eight. A sequence has one task: seventeen
 letters, each followed by its label. Thirty-two tasks form a pool that training returns to; all others are new each
-time. In half of the models a task draws its own letters, so that the letters of a few demonstrations tell which task of
-the pool it is. In the others all tasks have the same letters, and only labels can tell. Half of the models see tasks of
-the pool alone, the others new tasks as well, in every second sequence.
+time. Letters and labels of a sequence both tell which task of the pool it is: few tasks have all the letters seen.
 
-Tests ask for the label of a letter after sixteen demonstrations with their right labels, after the same demonstrations
-with random labels, and after none, for tasks of the pool and for new ones.
+Models train on the pool alone, or on new tasks as well in every second sequence; and with right labels, or with half of
+them random, as in text with mistakes. Tests ask for the label of a letter after sixteen demonstrations with their right
+labels, after the same letters with random labels, and after none, for tasks of the pool and for new ones.
 
 Min et al. (arXiv:2202.12837) find that large models lose little by random labels: demonstrations show them what the
 inputs look like. The script writes OUTPUT/figures.json after each run, continues from it when called again, and draws
@@ -18,11 +17,11 @@ OUTPUT/labels.png.
 """
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -33,7 +32,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.experiments import run_missing
 from gpt_arc.evaluation.statistics import mean_and_error, standard_error
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Positive
+from gpt_arc.settings import STRICT, Count, Positive, Share
 from gpt_arc.tables import table
 from gpt_arc.training.config import TrainingConfig
 from gpt_arc.training.optim import Updater
@@ -42,8 +41,7 @@ from model import GPT, GPTConfig
 
 LETTERS, CHOSEN, LABELS = 24, 8, 8  # all letters, those of a task, labels
 SHOTS = 16
-ALPHABETS: tuple[Literal["own", "same"], ...] = "own", "same"
-TRAINED_ON: tuple[Literal["pool", "pool and new"], ...] = "pool", "pool and new"
+TRAINED_ON = "pool", "pool and new"
 TASKS = "pool", "new"
 DEMONSTRATIONS = "right", "random", "none"
 
@@ -54,7 +52,9 @@ class Options:
     """Tasks that training returns to."""
     width: Count = 32
     """Width of each model, of two blocks with two heads."""
-    max_iters: Count = 800
+    noise: Share = 0.5
+    """Share of labels that are random in the training of the noisy models."""
+    max_iters: Count = 300
     """Updates of each model."""
     batch_size: Count = 32
     """Sequences per update, each with a task."""
@@ -84,12 +84,10 @@ def random_labels(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     return torch.randint(LETTERS, LETTERS + LABELS, shape, generator=generator)
 
 
-def new_tasks(number: int, alphabet: str, generator: torch.Generator) -> Tensor:
-    """Draws tasks (N, CHOSEN, 2), letters and labels, with their own letters or with the first of all."""
-    letters = torch.arange(LETTERS).expand(number, -1)
-    if alphabet == "own":
-        letters = torch.rand(letters.shape, generator=generator).argsort(-1)
-    return torch.stack((letters[:, :CHOSEN], random_labels((number, CHOSEN), generator)), dim=-1)
+def new_tasks(number: int, generator: torch.Generator) -> Tensor:
+    """Draws tasks (N, CHOSEN, 2): letters and their labels."""
+    letters = torch.rand(number, LETTERS, generator=generator).argsort(-1)[:, :CHOSEN]
+    return torch.stack((letters, random_labels((number, CHOSEN), generator)), dim=-1)
 
 
 def draw(tasks: Tensor, generator: torch.Generator) -> Tensor:
@@ -98,7 +96,14 @@ def draw(tasks: Tensor, generator: torch.Generator) -> Tensor:
     return tasks[torch.arange(len(tasks))[:, None], chosen]
 
 
-def train(options: Options, alphabet: str, trained_on: str, pool: Tensor, seed: int) -> GPT:
+def with_noise(pairs: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Returns letters and labels (N, T, 2) with a share of the labels random."""
+    letters, labels = pairs.unbind(-1)
+    random = torch.rand(labels.shape, generator=generator) < noise
+    return torch.stack((letters, random_labels((labels.size(0), labels.size(1)), generator).where(random, labels)), -1)
+
+
+def train(options: Options, trained_on: str, noise: float, pool: Tensor, seed: int) -> GPT:
     torch.manual_seed(seed)
     model, steps = GPT(options.model()), options.max_iters
     config = TrainingConfig(
@@ -106,11 +111,11 @@ def train(options: Options, alphabet: str, trained_on: str, pool: Tensor, seed: 
         optimizer="muon",
     )  # fmt: skip
     updater, generator = Updater(model, config, torch.device("cpu"), "float32"), torch.Generator().manual_seed(seed)
-    for step in tqdm(range(steps), desc=f"{alphabet} letters, {trained_on}, seed {seed}", unit="step", disable=None):
+    for step in tqdm(range(steps), desc=f"{trained_on}, noise {noise:g}, seed {seed}", unit="step", disable=None):
         tasks = pool[torch.randint(len(pool), (options.batch_size,), generator=generator)]
         if trained_on == "pool and new":
-            tasks[::2] = new_tasks(options.batch_size, alphabet, generator)[::2]
-        tokens = draw(tasks, generator).flatten(1)
+            tasks[::2] = new_tasks(options.batch_size, generator)[::2]
+        tokens = with_noise(draw(tasks, generator), noise, generator).flatten(1)
         targets = tokens[:, 1:].clone()
         targets[:, 1::2] = -1  # letters are random, only labels are worth predicting
         loss = model(tokens[:, :-1], targets)
@@ -123,45 +128,37 @@ def train(options: Options, alphabet: str, trained_on: str, pool: Tensor, seed: 
 def test(model: GPT, tasks: Tensor, generator: torch.Generator) -> dict[str, float]:
     """Returns, by demonstrations, the share of tasks whose last letter gets its label."""
     right = draw(tasks, generator)
-    random = right.clone()
-    random[..., 1] = random_labels((len(tasks), SHOTS + 1), generator)
-    prompts = {"right": right, "random": random, "none": right[:, -1:]}
+    prompts = {"right": right, "random": with_noise(right, 1.0, generator), "none": right[:, -1:]}
     answers = {name: model(prompts[name].flatten(1)[:, :-1])[:, -1].argmax(-1) for name in DEMONSTRATIONS}
     return {name: (answer == right[:, -1, 1]).double().mean().item() for name, answer in answers.items()}
 
 
-def measure(options: Options, alphabet: str, trained_on: str, seed: int) -> dict:
+def measure(options: Options, trained_on: str, noise: float, seed: int) -> dict:
     """Trains a model. Returns its accuracies by task and demonstrations."""
     generator = torch.Generator().manual_seed(seed + 1000)
-    pool = new_tasks(options.pool, alphabet, generator)
-    model = train(options, alphabet, trained_on, pool, seed)
+    pool = new_tasks(options.pool, generator)
+    model = train(options, trained_on, noise, pool, seed)
     drawn = pool[torch.randint(len(pool), (options.sequences,), generator=generator)]
-    return {
-        "pool": test(model, drawn, generator),
-        "new": test(model, new_tasks(options.sequences, alphabet, generator), generator),
-    }
+    new = new_tasks(options.sequences, generator)
+    return {name: test(model, tasks, generator) for name, tasks in zip(TASKS, (drawn, new))}
 
 
-def lines(results: list[dict]) -> list[tuple[str, str, str, dict[str, list[float]]]]:
-    """Returns the letters, what was trained on, the tasks and the seeds' accuracies in percent of each line."""
-    found = []
-    for alphabet, trained_on, tasks in product(ALPHABETS, TRAINED_ON, TASKS):
-        case = {"alphabet": alphabet, "trained_on": trained_on}
-        runs = [result[tasks] for result in results if case.items() <= result.items()]
-        found.append(
-            (alphabet, trained_on, tasks, {name: [100 * run[name] for run in runs] for name in DEMONSTRATIONS})
-        )
-    return found
+def lines(results: list[dict]) -> Iterator[tuple[str, float, str, dict[str, list[float]]]]:
+    """Yields what was trained on, the noise, the tasks and the seeds' accuracies in percent of each line."""
+    for trained_on, noise in dict.fromkeys((result["trained_on"], result["noise"]) for result in results):
+        runs = [result for result in results if (result["trained_on"], result["noise"]) == (trained_on, noise)]
+        for tasks in TASKS:
+            yield trained_on, noise, tasks, {name: [100 * run[tasks][name] for run in runs] for name in DEMONSTRATIONS}
 
 
-def rows(results: list[dict]) -> list[list]:
+def rows(results: list[dict]) -> list[list[str]]:
     """Returns the table: accuracies by demonstrations, and what random labels lose."""
     body = []
-    for alphabet, trained_on, tasks, accuracies in lines(results):
+    for trained_on, noise, tasks, accuracies in lines(results):
         lost = [right - random for right, random in zip(accuracies["right"], accuracies["random"])]
         cells = [mean_and_error(values, 1) for values in (*accuracies.values(), lost)]
-        body.append([alphabet, trained_on, tasks, *cells])
-    return [["letters", "trained on", "tasks", *DEMONSTRATIONS, "lost by random"], *body]
+        body.append([trained_on, f"{noise:g}", tasks, *cells])
+    return [["trained on", "noise", "tasks", *DEMONSTRATIONS, "lost by random"], *body]
 
 
 def plot(results: list[dict], path: Path) -> None:
@@ -170,12 +167,12 @@ def plot(results: list[dict], path: Path) -> None:
 
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    found = lines(results)
+    found = [*lines(results)]
     for i, name in enumerate(DEMONSTRATIONS):
         columns = [accuracies[name] for *_, accuracies in found]
         axes.bar([place + 0.27 * (i - 1) for place in range(len(found))], [fmean(column) for column in columns], 0.25,
                  yerr=[standard_error(column) for column in columns], capsize=2, label=f"labels: {name}")  # fmt: skip
-    names = [f"{letters} letters\ntrained: {trained_on}\ntasks: {tasks}" for letters, trained_on, tasks, _ in found]
+    names = [f"trained: {trained_on},\nnoise {noise:g}\ntested: {tasks}" for trained_on, noise, tasks, _ in found]
     axes.set_xticks(range(len(found)), names, fontsize="x-small")
     axes.axhline(100 / LABELS, color="grey", linestyle=":", label="chance")
     axes.set_ylabel("labels right, %")
@@ -187,9 +184,9 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     torch.set_num_threads(1)  # a second gains little with models this small, and costs much on busy cores
     cases = [
-        {"alphabet": alphabet, "trained_on": trained_on, "seed": seed}
+        {"trained_on": trained_on, "noise": noise, "seed": seed}
         for seed in range(1, options.seeds + 1)
-        for alphabet, trained_on in product(ALPHABETS, TRAINED_ON)
+        for noise, trained_on in product((0.0, options.noise), TRAINED_ON)
     ]
     names = "pool", "width", "max_iters", "batch_size", "learning_rate", "sequences"
     settings = {name: getattr(options, name) for name in names}
