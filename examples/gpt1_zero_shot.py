@@ -2,7 +2,7 @@
 
     bash examples/relatives_arc.sh                       # trains the models and keeps their checkpoints
     python examples/gpt1_zero_shot.py
-    python examples/gpt1_zero_shot.py --models gpt --steps 0 600 --output=out/try       a quick look
+    python examples/gpt1_zero_shot.py --models gpt --steps 100 600 --output=out/try       a quick look
 
 This is figure 2 (right) of GPT-1's paper on a small scale: a GPT, a solid line, beside an LSTM, a dashed one, and a GPT
 whose sentences were in random order. The answers are
@@ -39,7 +39,7 @@ from gpt_arc.extras import import_extra
 from gpt_arc.files import DATA_ROOT, replacing, write_file
 from gpt_arc.finetuning.examples import Columns, read_examples
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Natural
+from gpt_arc.settings import STRICT, Count
 from gpt_arc.tables import markdown
 from gpt_arc.training.checkpoints import step_name
 from gpt_arc.training.log import read_metrics
@@ -60,7 +60,7 @@ class Options:
     """Folder with the runs of the models."""
     models: tuple[Literal["gpt", "lstm", "shuffled"], ...] = ("gpt", "lstm", "shuffled")
     """Runs to read."""
-    steps: tuple[Natural, ...] = (0, 50, 100, 200, 400, 600)
+    steps: tuple[Count, ...] = (100, 200, 300, 400, 500, 600)
     """Updates after which the checkpoints were written."""
     data: Path = DATA_ROOT / "gpt1_arc"
     """Folder of the labelled sets."""
@@ -144,7 +144,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axes.axhline(chance, color="grey", linewidth=1, label="chance")
         axes.set(title=task, xlabel="updates of pre-training")
     panels[0].set_ylabel("% right")
-    panels[1].set_ylabel("% of pairs in which the sentence in order scores higher")
+    panels[1].set_ylabel("% of pairs ranked rightly")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)

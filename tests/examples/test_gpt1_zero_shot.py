@@ -15,7 +15,7 @@ from gpt_arc.errors import entry_point
 from gpt_arc.evaluation.reader import Reader
 from gpt_arc.reading import read_json
 from gpt_arc.weights.directory import save_model
-from helpers import randomised, write
+from helpers import ROOT, randomised, write
 from model import GPT, GPTConfig
 
 LETTERS = CharTokenizer(" abcdefg")
@@ -43,9 +43,9 @@ def workplace(tmp_path, monkeypatch):
         Path("data/gpt1_arc", task).mkdir(parents=True)
         write(f"data/gpt1_arc/{task}/test.jsonl", rows)
     for name, config in (("gpt", TINY), ("lstm", LSTM)):
-        for step in (0, 50):
+        for step in (25, 50):
             save_model(randomised(GPT(config), seed=step), LETTERS, f"out/relatives/{name}/step-{step:08}")
-        lines = [{"step": 0, "val_loss": 3.0}, {"step": 25, "train_loss": 2.5}, {"step": 50, "val_loss": 2.0}]
+        lines = [{"step": 25, "val_loss": 3.0}, {"step": 30, "train_loss": 2.5}, {"step": 50, "val_loss": 2.0}]
         Path("out/relatives", name, "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -88,19 +88,19 @@ def test_the_area_under_the_curve_and_its_error():
 
 
 def test_the_command_continues(workplace, output_of):
-    flags = "--models", "gpt", "lstm", "--steps", "0"
+    flags = "--models", "gpt", "lstm", "--steps", "25"
     output_of(MAIN, "gpt1_zero_shot.py", *flags)
     first = read_json(Path("out/gpt1_zero_shot/figures.json"))["runs"]
     output = output_of(MAIN, "gpt1_zero_shot.py", *flags, "50")
     runs = read_json(Path("out/gpt1_zero_shot/figures.json"))["runs"]
     assert runs[:2] == first and [(run["model"], run["step"]) for run in runs] == [
-        ("gpt", 0), ("lstm", 0), ("gpt", 50), ("lstm", 50)
+        ("gpt", 25), ("lstm", 25), ("gpt", 50), ("lstm", 50)
     ]  # fmt: skip
     table = Path("out/gpt1_zero_shot/table.md").read_text()
-    assert table in output and table.startswith("| after updates | 0 | 50 |\n|---|---|---|\n")
+    assert table in output and table.startswith("| after updates | 25 | 50 |\n|---|---|---|\n")
     assert "\n| val loss: LSTM | 3.000 | 2.000 |\n" in table and "sentences shuffled" not in table
     gpt = {run["step"]: run for run in runs if run["model"] == "gpt"}
-    cells = [f"{100 * gpt[step]['follows']:.1f} ± {100 * gpt[step]['follows error']:.1f}" for step in (0, 50)]
+    cells = [f"{100 * gpt[step]['follows']:.1f} ± {100 * gpt[step]['follows error']:.1f}" for step in (25, 50)]
     assert f"\n| `follows`, % of pairs: GPT | {' | '.join(cells)} |\n" in table
     assert Path("out/gpt1_zero_shot/zero_shot.png").stat().st_size > 8000
 
@@ -108,3 +108,8 @@ def test_the_command_continues(workplace, output_of):
 def test_a_missing_checkpoint_is_refused(workplace, output_of):
     refused = output_of(MAIN, "gpt1_zero_shot.py", "--models", "gpt", "--steps", "7")
     assert "has no checkpoint of step 7: run bash examples/relatives_arc.sh first" in refused
+
+
+def test_the_page_has_the_figures_of_the_run():
+    runs = read_json(ROOT / "docs/results/gpt1_zero_shot.json")["runs"]
+    assert gpt1_zero_shot.table(runs) in (ROOT / "docs/results/gpt1_arc.md").read_text()
