@@ -119,7 +119,7 @@ def _directory(path: Path | str, files: tuple[str, ...]) -> Path:
     if not path.exists():
         raise UserError(
             f"there is no model directory {path}; known Hugging Face hub models are {', '.join(hub.NAMES)}; name any "
-            f"other as {hub.PREFIX}OWNER/NAME"
+            f"other as {hub.PREFIX}OWNER/NAME; `{command('tools/runs.py')}` lists your runs"
         )
     raise UserError(f"{path} is not a model directory: it has neither config.json nor a best or last checkpoint")
 

@@ -575,7 +575,9 @@ def test_hub_models_are_downloaded_by_name(hf_models, tmp_path, monkeypatch):
     assert load_model("hf:someone/something")[0].config.n_layer == 2 and downloads[3][0] == "someone/something"
     shutil.copytree(hf_models["gpt1"][1], tmp_path / "gpt2")
     assert load_model("gpt2")[0].config.norm_position == "post" and len(downloads) == 4  # the local folder comes first
-    with pytest.raises(UserError, match="no model directory out/typo.*gpt2-xl; name any other as hf:OWNER"):
+    with pytest.raises(
+        UserError, match="no model directory out/typo.*gpt2-xl; name any other as hf:OWNER/NAME; `.*runs.*` lists"
+    ):
         load_model("out/typo")
 
 
