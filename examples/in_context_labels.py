@@ -172,7 +172,7 @@ def plot(results: list[dict], path: Path) -> None:
         columns = [accuracies[name] for *_, accuracies in found]
         axes.bar([place + 0.27 * (i - 1) for place in range(len(found))], [fmean(column) for column in columns], 0.25,
                  yerr=[standard_error(column) for column in columns], capsize=2, label=f"labels: {name}")  # fmt: skip
-    names = [f"trained: {trained_on},\nnoise {noise:g}\ntested: {tasks}" for trained_on, noise, tasks, _ in found]
+    names = [f"{trained_on},\nnoise {noise:g},\ntest: {tasks}" for trained_on, noise, tasks, _ in found]
     axes.set_xticks(range(len(found)), names, fontsize="x-small")
     axes.axhline(100 / LABELS, color="grey", linestyle=":", label="chance")
     axes.set_ylabel("labels right, %")
