@@ -86,7 +86,7 @@ def differences(seeds: list[Figures], name: str, length: str) -> list[float]:
 
 
 def tables(seeds: list[Figures]) -> str:
-    """Returns two markdown tables: losses, if REFERENCE is there with the difference, and the share of letters copied."""
+    """Returns two markdown tables: losses, with the difference from REFERENCE if it is there, and letters copied."""
     lengths = sorted({length for figures in seeds for by_length in figures.values() for length in by_length}, key=int)
     compared = [f"over {ROWS[REFERENCE]}"] if any(REFERENCE in figures for figures in seeds) else []
     losses, copies = [["loss, nats", *lengths, *compared]], [["letters copied, %", *lengths]]
