@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def allocated_at_the_peak(call):
     """The most bytes that a call has allocated on the CPU at once."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events: list[Any] = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
