@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A GPT beside BERT, an LSTM and a GPT whose sentences are in random order: models of about one size read as many tokens of
 # a corpus, then learn GPT-1's four tasks from 500 labels each. docs/results/relatives.md discusses the results; they go to
-# out/relatives, with the checkpoints that examples/gpt1_zero_shot.py reads. This takes about half an hour of one idle CPU
-# core. A second run continues where the first stopped.
+# out/relatives, with the checkpoints that examples/gpt1_zero_shot.py reads. This takes an estimated half an hour of one
+# idle CPU core. A second run continues where the first stopped.
 #
 #   bash examples/relatives_arc.sh
 #   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
