@@ -36,7 +36,7 @@ def resolve_device(setting: str, local_rank: int = 0, prefer: str | None = None)
         raise UserError(f'device = "{setting}" would put several processes on one GPU: use cuda')
     if (device.index or 0) >= count.get(device.type, 0):
         available = ", ".join(f"{n} x {kind}" for kind, n in count.items() if n)
-        raise UserError(f'device = "{setting}" is not available here, only {available}')
+        raise UserError(f'device = "{setting}" is not available here, only {available}: use auto to choose among these')
     if device.type == "cuda":
         check_kernels(device)
         torch.cuda.set_device(device)  # make it torch's current device

@@ -3,6 +3,7 @@
 import importlib
 import os
 import platform
+import re
 import subprocess
 import sys
 from functools import partial
@@ -114,6 +115,23 @@ def test_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     importlib.reload(startup)
     assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")  # its older name
+    importlib.reload(startup)
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_a_compiler_s_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    reason = f"TORCHINDUCTOR_CACHE_DIR names {folder}, which can't be written to: Not a directory"
+    with pytest.raises(UserError, match=re.escape(f"--compile=False does without it: {reason}")):
+        resolve_compile(True, CPU, 1.0)
+    assert resolve_compile("auto", CPU, 1e18) == (False, reason)
+    assert resolve_compile(False, CPU, 1.0)[0] is False
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "new"))
+    assert resolve_compile(True, CPU, 1.0)[0]
 
 
 def test_auto_compiles_where_it_pays_off(monkeypatch):

@@ -1,8 +1,10 @@
 """torch.compile for training: whether it pays off, and compiling in place."""
 
+import errno
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +25,15 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
     """Returns whether to compile, and why. `flops` counts the rest of the run. Raises UserError if graphs can't be."""
     if setting == "graphs" and (device.type != "cuda" or WORLD_SIZE > 1):
         raise UserError(f"compile = graphs is for one GPU, not for {WORLD_SIZE} x {device.type}: use --compile=True")
+    obstacle = unusable_cache() if setting else None
     if setting != "auto":
+        if obstacle:
+            raise UserError(
+                f"compile = {str(setting).lower()} can't work here; --compile=False does without it: {obstacle}"
+            )
         return bool(setting), "as set or as recorded"
+    if obstacle:
+        return False, obstacle
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:  # torch's GPU wheels include it on supported platforms
             return False, "Triton is not installed"
@@ -37,6 +46,17 @@ def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> 
         return False, "the run is too short for it to pay off"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     return (True, "the run is long") if compiler else (False, "there is no C++ compiler")
+
+
+def unusable_cache() -> str | None:
+    """Why compiled code can't be kept in the folder that the environment names, or None."""
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            return f"TORCHINDUCTOR_CACHE_DIR names {folder}, which can't be written to: {error.strerror}"
+    return None
 
 
 def compile_in_place(
@@ -77,7 +97,8 @@ def compile_in_place(
         for part in parts:
             part._compiled_call_impl = None
         torch.use_deterministic_algorithms(False)
-        return f"{type(error).__name__}: {first_line(error)}"
+        full = os.strerror(errno.ENOSPC)  # in the messages of a C++ compiler
+        return full if full in str(error) else f"{type(error).__name__}: {first_line(error)}"
     finally:
         model.zero_grad(set_to_none=not graphs)
 

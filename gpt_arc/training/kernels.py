@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from gpt_arc.device import device_name
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import install_command
 from gpt_arc.training.config import TrainingConfig
@@ -19,11 +20,31 @@ def choose_kernels(model: GPT, training: TrainingConfig) -> None:
         multiply_in_float8(model)
 
 
+def check_residual(training: TrainingConfig, dtype: str) -> None:
+    """Raises UserError if the residual stream has another type of 16 bits, or fewer bits, than products."""
+    if training.residual == "bfloat16" and dtype != "bfloat16":
+        raise UserError(
+            f"residual = bfloat16 needs products in bfloat16, and these are in {dtype}: use --dtype=bfloat16"
+        )
+
+
+def check_float8(training: TrainingConfig, device: torch.device) -> None:
+    """Raises UserError if the device doesn't multiply in 8 bits."""
+    if training.float8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise UserError(
+            "float8 = true is for GPUs of compute capability 8.9 or more, such as the RTX 4090 and the H100, and the "
+            f"device is {device_name(device)}: use --float8=False"
+        )
+
+
 def choose_flash_attention(version: str) -> None:
     try:
         torch.nn.attention.activate_flash_attention_impl(version)
     except (ImportError, RuntimeError, ValueError) as error:
-        raise UserError(f"flash_attention = {version[-1]} isn't available here: {first_line(error)}") from None
+        advice = "--flash_attention=2 needs no other package"
+        raise UserError(
+            f"flash_attention = {version[-1]} isn't available here; {advice}: {first_line(error)}"
+        ) from None
 
 
 def multiply_in_float8(model: GPT) -> None:

@@ -33,7 +33,7 @@ from gpt_arc.training.command_line import Launch, check_same_model
 from gpt_arc.training.compile import resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
-from gpt_arc.training.kernels import choose_kernels
+from gpt_arc.training.kernels import check_float8, check_residual, choose_kernels
 from gpt_arc.training.log import trained
 from gpt_arc.training.offload import check_offload
 from gpt_arc.training.optim import check_same_optimizer
@@ -203,7 +203,12 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             f"the warmup takes {counted(training.warmup_steps, 'step')} and the run has {training.max_iters:,}, so the "
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
-    dtype = resolve_dtype(dtype, device)
+    if config.run.accelerator:  # not this machine
+        dtype = "bfloat16" if dtype == "auto" else dtype
+    else:
+        dtype = resolve_dtype(dtype, device)
+        check_float8(training, device)
+    check_residual(training, dtype)
     check_parallel(training, config.run.planned_devices)
     check_offload(training, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype, config.run.planned_devices)
@@ -311,12 +316,12 @@ def print_plan(plan: Plan) -> None:
         for line in layout.lines():
             say(line)
     else:
-        device, dtype = "cuda" if run.accelerator else plan.device.type, planned_dtype(plan)
+        device = "cuda" if run.accelerator else plan.device.type
         compiled = plan.compile and plan.device.type == device
         offloaded = config.training.offload_optimizer and device == "cuda"
         averaged = config.training.ema_decay is not None
         memory = memory_estimate(
-            sketch, plan.micro_batch, dtype, device, checkpointing, *sharing, compiled, offloaded, averaged
+            sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, compiled, offloaded, averaged
         )
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
@@ -326,8 +331,11 @@ def print_plan(plan: Plan) -> None:
     if foreign and not (launch.imported or launch.resumed):
         flags = " ".join(f"--{name}={value}" for name, value in foreign.items())
         say(f"export         not to transformers, except as a {kind}: {flags}")
-    compiled = "compiled" if plan.compile else "not compiled"
-    say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
+    if run.accelerator:
+        say(f"device         {run.accelerator}, {plan.dtype}")
+    else:
+        compiled = "compiled" if plan.compile else "not compiled"
+        say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
 
 
 def layout_of(plan: Plan, sketch: GPT) -> Layout:
@@ -335,16 +343,10 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
     config, training, run = plan.config, plan.config.training, plan.config.run
     accelerator, devices = (run.accelerator or "").lower(), run.devices if run.accelerator else WORLD_SIZE
     return Layout(
-        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, planned_dtype(plan),
+        sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, plan.dtype,
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
         training.offload_optimizer and devices > 1, training.tensor_processes, min(training.replicas, devices),
     )  # fmt: skip
-
-
-def planned_dtype(plan: Plan) -> str:
-    """The precision on the accelerator that a dry run names, or on this run's device."""
-    chooses = plan.config.run.accelerator and plan.config.training.dtype == "auto"
-    return "bfloat16" if chooses else plan.dtype
 
 
 def doubts(plan: Plan, memory: float) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 
 from benchmarks import gpu
 from gpt_arc.errors import UserError
@@ -26,6 +27,7 @@ def commands(monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("benchmarks.gpu.subprocess.run", answer)
+    monkeypatch.setattr("gpt_arc.device.resolve_device", lambda setting: torch.device("cuda"))
     return run
 
 
@@ -39,6 +41,15 @@ def test_settings_are_measured_one_at_a_time(commands, tmp_path, capsys):
     assert results["training"]["float8"] == {"failure": "bench.py: float8 = true needs torchao"}
     assert results["training"]["muon"] == FIGURES == results["decoding"]["one row"]
     assert "float8 = true needs torchao" in capsys.readouterr().out
+
+
+def test_without_a_gpu_only_a_rehearsal_runs(commands, monkeypatch):
+    monkeypatch.setattr("gpt_arc.device.resolve_device", lambda setting: torch.device("cpu"))
+    with pytest.raises(UserError, match="there is no GPU here: --rehearse=True tries"):
+        gpu.bench_gpu([])
+    assert not commands
+    gpu.bench_gpu(["--rehearse=True"])
+    assert commands
 
 
 def test_a_rehearsal_compiles_blocks_alone_and_is_small(commands):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.training import compile as compiling
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.kernels import choose_kernels
+from gpt_arc.training.kernels import check_float8, choose_kernels
 from gpt_arc.training.optim import Updater
 from model import GPT, GPTConfig
 
@@ -103,12 +104,22 @@ def test_only_auto_goes_on_where_blocks_cannot_be_compiled(monkeypatch):
 
 
 def test_flash_attention_of_another_package(monkeypatch):
-    with pytest.raises(UserError, match="flash_attention = 3 isn't available here"):
+    with pytest.raises(UserError, match="flash_attention = 3 isn't available here; --flash_attention=2 needs"):
         model_with(flash_attention="3")
     chosen = []
     monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", chosen.append)
     model_with(flash_attention="4")
     assert chosen == ["FA4"]
+
+
+@pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_float8_is_for_gpus_that_multiply_in_it(capability, works, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    monkeypatch.setattr("gpt_arc.training.kernels.device_name", lambda device: "this GPU")
+    training, gpu = TrainingConfig(float8=True), torch.device("cuda", 0)
+    with nullcontext() if works else pytest.raises(UserError, match="device is this GPU: use --float8=False"):
+        check_float8(training, gpu)
+    check_float8(TrainingConfig(), gpu)
 
 
 def test_float8_is_for_the_blocks_linear_layers(monkeypatch):

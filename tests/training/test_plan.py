@@ -169,16 +169,31 @@ def test_a_dry_run_refuses_what_the_run_refuses(plan, stage_runner, tmp_path):
         "--out_dir=base": "resume it with --resume=base",
         "--out_dir=sums.toml/a/b": "a file is in the way",
         "--sample_start=€": "'€'",
-        "--flash_attention=3": "isn't available here",
-        "--float8": "needs torchao",
+        "--flash_attention=3": "isn't available here; --flash_attention=2 needs no other package",
+        "--float8": "is for GPUs of compute capability 8.9 or more",
+        "--residual=bfloat16 --dtype=float32": "and these are in float32: use --dtype=bfloat16",
     }
     for flag, sentence in expected.items():
-        refusals = [stage_runner(train, *flags, flag, "--sample_interval=1", *dry) for dry in ([], ["--dry_run"])]
+        refusals = [
+            stage_runner(train, *flags, *flag.split(), "--sample_interval=1", *dry) for dry in ([], ["--dry_run"])
+        ]
         assert [refused.code for refused in refusals] == [2, 2], flag
         assert sentence in refusals[0].message and refusals[0].message == refusals[1].message
     for flag in ("--out_dir=new", "--out_dir=base --overwrite"):
         assert "device         cpu" in stage_runner(train, *flags, *flag.split(), "--dry_run")
     assert not (tmp_path / "new").exists() and list((tmp_path / "base").glob("step-*"))
+
+
+def test_the_mend_of_a_residual_stream_in_16_bits_works(plan, stage_runner):
+    flags = "sums.toml", *TINY_FLAGS, "--max_iters=1", "--warmup_iters=0", "--residual=bfloat16"
+    assert "use --dtype=bfloat16" in stage_runner(train, *flags, "--dtype=float32").message
+    assert "val loss" in stage_runner(train, *flags, "--dtype=bfloat16")
+
+
+def test_an_accelerator_s_plan_has_its_types(plan):
+    flags = "--dry_run", "--accelerator=h100", "--residual=bfloat16"
+    assert "\ndevice         h100, bfloat16\n" in plan(*flags, "--float8")
+    assert "\ndevice         h100, tf32\n" in plan("--dry_run", "--accelerator=h100", "--dtype=tf32")
 
 
 def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):

@@ -28,7 +28,7 @@ TRAINING = {
     "eager": ("--compile=False",),
     "blocks": ("--compile=blocks",),
     "graphs": ("--compile=graphs",),
-    "residual": ("--residual=bfloat16",),
+    "residual": ("--residual=bfloat16", "--dtype=bfloat16"),
     "muon": ("--optimizer=muon",),
     "checkpointing": ("--activation_checkpointing=True",),
     "selective": ("--activation_checkpointing=selective",),
@@ -78,7 +78,11 @@ def measured(benchmark: str, *flags: str) -> dict[str, Any]:
 
 
 def bench_gpu(args: list[str]) -> None:
+    from gpt_arc.device import resolve_device
+
     options = parse_flags(GPUBench, __doc__, args)
+    if not options.rehearse and resolve_device("auto").type == "cpu":
+        raise UserError("there is no GPU here: --rehearse=True tries everything on the CPU, with a tiny model")
     rounds, steps = (1, 1) if options.rehearse else (options.rounds, options.steps)
     shape = TINY if options.rehearse else ()
     quickly = ["--compile=False"] if options.rehearse else []

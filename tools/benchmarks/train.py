@@ -325,6 +325,7 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
     from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.training.compile import resolve_compile
+    from gpt_arc.training.kernels import check_float8, check_residual
     from model import GPT
 
     if config.data.document_mask:
@@ -335,6 +336,8 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
         raise UserError(f"vocab_size = {config.model.vocab_size} is too large: the random tokens have 16 bits")
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
+    check_residual(config.training, dtype)
+    check_float8(config.training, device)
     compile = resolve_compile(config.training.compile, device, 0)[0]
     with meta_device():
         model = GPT(config.model)
