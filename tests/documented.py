@@ -45,7 +45,7 @@ NOT_RUN = {
     r"python \S+ out/(gpt4_arc|moe_arc|in_context|relatives)\b.*": "needs what such an example trains",
     r"python examples/\w+_report\.py .*": "reads the results of such an example; tests/examples runs it",
     r"python tools/runs\.py --remove .*": "asks at the terminal; tests/tools/test_runs.py runs it",
-    r"python examples/long_context_memory\.py.*": "measures memory in processes of its own, for minutes",
+    r"(\w+=\S+ )?python examples/long_context_memory\.py.*": "measures memory in processes of its own, for minutes",
     r"python examples/(gpt1_\w+|mixtures|worked_numbers)\.py.*": "takes minutes; tests/examples does",
     r"python stages/eval\.py .* --tasks (lambada|cbt_cn|gsm8k|hellaswag|race).*": "downloads a benchmark",
     r"python -m gpt_arc\.harness .*": "downloads a benchmark; tests/evaluation/test_harness.py runs it",
