@@ -43,15 +43,18 @@ def filtered_probabilities(
     if top_k is not None:  # temperature doesn't change the order, so it may come later
         smallest = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    temperature = max(temperature, 1e-37)  # in float32 a smaller divisor counts as 0
+    scores, temperature = logits, max(temperature, 1e-37)  # in float32 a smaller divisor counts as 0
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, however low the temperature
-    probabilities = logits.softmax(-1)
+    probabilities = logits.exp()  # not softmax, whose sum is off by up to 4e-5 on some CPUs
+    probabilities /= probabilities.sum(-1, keepdim=True)
     if top_p is not None:
         size = probabilities.size(-1)
         most = min(size, 1024) if probabilities.device.type == "cpu" else size  # a GPU sorts faster than it answers
-        ordered, order = probabilities.topk(most, dim=-1)
+        order = scores.topk(most, dim=-1).indices  # probabilities may be equal where scores aren't
+        ordered = probabilities.gather(-1, order)
         if most < size and (ordered.sum(-1) < top_p).any():  # rare, so the whole vocabulary is seldom sorted
-            ordered, order = probabilities.sort(dim=-1, descending=True)
+            order = scores.sort(dim=-1, descending=True, stable=True).indices
+            ordered = probabilities.gather(-1, order)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already reach p
         beyond[..., 0] = False
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(beyond, 0.0))
