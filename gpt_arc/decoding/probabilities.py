@@ -51,10 +51,9 @@ def filtered_probabilities(
         size = probabilities.size(-1)
         most = min(size, 1024) if probabilities.device.type == "cpu" else size  # a GPU sorts faster than it answers
         order = scores.topk(most, dim=-1).indices  # probabilities may be equal where scores aren't
-        ordered = probabilities.gather(-1, order)
-        if most < size and (ordered.sum(-1) < top_p).any():  # rare, so the whole vocabulary is seldom sorted
+        if most < size and (probabilities.gather(-1, order).sum(-1) < top_p).any():  # rare, so few sorts of everything
             order = scores.sort(dim=-1, descending=True, stable=True).indices
-            ordered = probabilities.gather(-1, order)
+        ordered = probabilities.gather(-1, order)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # more likely tokens already reach p
         beyond[..., 0] = False
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(beyond, 0.0))
