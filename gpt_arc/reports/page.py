@@ -17,7 +17,7 @@ from gpt_arc.reports.content import RunContent, setting_text
 from gpt_arc.reports.images import image_section
 from gpt_arc.reports.parts import details, html_table, section
 from gpt_arc.reports.sweeps import SweepContent, sweep_section
-from gpt_arc.tables import cell, human, to_json
+from gpt_arc.tables import cell, duration, human, to_json
 
 TEMPLATE = Path(__file__).with_name("report.html")
 NOT_COMPARED = {"out_dir", "overwrite", "resume"}  # settings that say nothing about what is trained
@@ -81,21 +81,13 @@ def charts_data(charts: Sequence[Chart]) -> list[dict[str, Any]]:
     ]
 
 
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    hours, minutes = divmod(int(seconds) // 60, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {int(seconds) % 60:02} s" if minutes else f"{seconds:.2g} s"
-
-
 def summary_table(runs: Sequence[RunContent]) -> str:
     """One column for each run."""
     facts: dict[str, list[str]] = {}
     for run in runs:
         about, best = run.summary, run.best
         tokens, rate, mfu = run.last("tokens"), run.last("tokens_per_second"), run.last("mfu")
+        seconds = run.last("seconds")
         for name, value in {
             "state": run.state,
             "stage": about.stage,
@@ -105,7 +97,7 @@ def summary_table(runs: Sequence[RunContent]) -> str:
             "lowest val loss": f"{best[0]:.4f} at step {best[1]:,}" if best else "",
             "last train loss": cell(run.last("train_loss")),
             "tokens": human(tokens) if tokens is not None else "",
-            "time": duration(run.last("seconds")),
+            "time": duration(seconds) if seconds is not None else "",
             "tokens a second": f"{rate:,.0f}" if rate is not None else "",
             "MFU": f"{100 * mfu:.1f}%" if mfu is not None else "",
             "skipped updates": cell(run.last("skipped")),

@@ -140,6 +140,6 @@ def test_models_with_an_encoder_compile_to_one_graph(kind, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"n_experts": 4}], ids=str)
 def test_both_passes_can_be_cuda_graphs(config):
-    result = measure("graphs", {"n_layer": 1, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
+    result = measure("graphs", {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "vocab_size": 300} | config)
     assert (result["failure"], result["handed"], result["skipped"]) == (None, 2, 0)
     assert (result["graphs"], result["breaks"]) == (1, 0) and sum(result["waits"].values()) == 2

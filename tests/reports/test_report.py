@@ -25,7 +25,7 @@ from gpt_arc.planning.fits import FinishedRun
 from gpt_arc.reports.attention import PromptAttention, draw_attention_maps
 from gpt_arc.reports.charts import charts_of, confusion_matrix, curve_of, draw_all, smoothed, thinned
 from gpt_arc.reports.content import Sample, read_run, read_samples
-from gpt_arc.reports.page import duration, page
+from gpt_arc.reports.page import page
 from gpt_arc.training import runs
 from gpt_arc.training.log import read_metrics
 from gpt_arc.training.sweeps import write_table
@@ -195,10 +195,6 @@ def test_two_runs_are_compared_by_the_settings_that_differ(begin, output_of, wit
     rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', different)
     assert rows == [("max_iters", "8", "4"), ("seed", "1337", "7")]
     assert Parsed(text).data["runs"] == ["a", "b"]
-
-
-def test_a_time_is_given_in_its_largest_units():
-    assert [duration(seconds) for seconds in (None, 4.26, 61, 7500.0)] == ["", "4.3 s", "1 min 01 s", "2 h 05 min"]
 
 
 def test_text_of_runs_is_shown_as_text():
