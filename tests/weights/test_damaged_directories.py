@@ -181,14 +181,14 @@ from gpt_arc.errors import UserError
 from gpt_arc.manifest import MANIFEST
 from gpt_arc.weights.directory import load_model
 import gpt_arc.data.tokenizer, tokenizers
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:
     tokenizer = load_model(Path(sys.argv[1]))[1]
     tokenizer.encode("a" * 100)
     print("accepted")
 except UserError as error:
     print(error)
-print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print(time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
@@ -242,7 +242,7 @@ def test_a_small_folder_that_claims_much_is_refused(tmp_path, bomb):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS.keys())
-def test_refusing_takes_less_than_five_seconds_and_300_megabytes(tmp_path, bomb):
+def test_refusing_takes_less_than_five_cpu_seconds_and_300_megabytes(tmp_path, bomb):
     from helpers import ROOT
 
     write_model(tmp_path)
