@@ -327,8 +327,8 @@ def norm() -> dict[str, int]:
     return dict(fake.operators)
 
 
-def run(name: str, arguments: str, target: int, kernels: str, triton: Path) -> str:
-    """Calls the function `name` on a GPU of capability `target`. Arguments and result are JSON."""
+def choose(target: int, kernels: str, triton: Path) -> None:
+    """Makes the device a GPU of capability `target`."""
     global compiler
     from fake_gpu import attention
 
@@ -338,19 +338,54 @@ def run(name: str, arguments: str, target: int, kernels: str, triton: Path) -> s
         from fake_gpu.compiler import Compiler
 
         compiler = Compiler(gpu, triton, assembles=kernels == "assembled")
+
+
+def warm_up() -> None:
+    """Compiles a small model, so that the compiler's tables are there for every fork.
+
+    Only the forward pass: after a backward pass autograd has threads, and a fork has none of them.
+    """
+    import torch
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch._inductor.utils import is_big_gpu
+    from torch.utils import _triton
+
+    from fake_gpu.counting import FakeDevice
+    from model import GPT, GPTConfig
+
+    with FakeDevice(), torch.no_grad():
+        with torch.device("cuda", 0):
+            model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=32, vocab_size=300))
+            tokens = torch.zeros(2, 32, dtype=torch.int64)
+        compile_step(model)
+        model(tokens, tokens)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for function in (DeviceProperties.create, is_big_gpu, *vars(_triton).values()):  # what the next GPU may differ in
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
+def run(name: str, arguments: str, target: int, kernels: str, triton: Path) -> str:
+    """Calls the function `name` on a GPU of capability `target`. Arguments and result are JSON."""
+    choose(target, kernels, triton)
     return json.dumps(globals()[name](*json.loads(arguments)))
 
 
 def main() -> None:
     """Forks for each request, a line of JSON on standard input, and answers with the fork's exit code.
 
-    So a measurement doesn't take the seconds in which Python imports torch.
+    So a measurement doesn't take the seconds in which Python imports torch and the compiler fills its tables.
     """
+    global compiler
     library, triton = sys.argv[1:]
     sys.path += [triton] * bool(triton)
     device.install(Path(library))
     for module in IMPORTED:
         importlib.import_module(module)
+    choose(90, "counted" if triton else "none", Path(triton))
+    warm_up()
+    compiler = None
     assert "gpt_arc.distributed" not in sys.modules  # which reads the environment of each process
     gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages
     for line in sys.stdin:
