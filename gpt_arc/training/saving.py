@@ -71,4 +71,4 @@ class Saving:
         for name in ("best", "best_val_loss", "best_step"):  # the best checkpoint is one that exists
             if hasattr(self._saved, name):
                 setattr(self.progress, name, getattr(self._saved, name))
-        say(f"{reasons[0]}; training goes on, and the next checkpoint is tried again")
+        say(f"{reasons[0]}; the run goes on, and tries again")

@@ -85,7 +85,7 @@ def test_a_run_goes_on_while_its_disk_is_full(workplace, stage_runner, monkeypat
     output = stage_runner(train, *FLAGS, "--out_dir=run", "--eval_interval=2", "--keep_checkpoints=2")
     for step in (4, 6):
         assert f"run/step-0000000{step} can't be written, with" in output
-    assert output.count("(No space left on device); earlier checkpoints are kept; training goes on, and the next") == 2
+    assert output.count("(No space left on device); earlier checkpoints are kept; the run goes on, and tries again") == 2
     assert "best val loss" in output and Path("run/best").readlink().name == Path("run/last").readlink().name
     assert_same_weights("whole/last", "run/last")
     assert [line["train_loss"] for line in lines_of("run")] == [line["train_loss"] for line in lines_of("whole")]
@@ -117,7 +117,7 @@ def test_a_folder_that_vanishes_for_a_while_is_written_when_it_is_back(workplace
 
     monkeypatch.setattr(Updater, "update", update)
     output = stage_runner(train, *FLAGS, "--out_dir=run")
-    assert "the run folder run has been deleted or moved, so step 4 can't be saved; training goes on" in output
+    assert "the run folder run has been deleted or moved, so step 4 can't be saved; the run goes on" in output
     assert Path("run/last").readlink().name == "step-00000008" and len(read_metrics(Path("run/metrics.jsonl"))) == 8
 
 
@@ -129,7 +129,7 @@ def test_a_stage_goes_on_while_its_disk_is_full(tmp_path, monkeypatch, stage_run
     flags = "base", "--train=chats.jsonl", "--val=chats.jsonl", "--epochs=3", "--device=cpu", "--batch_size=4"
     fails_at(monkeypatch, torch, "save", calls=[2])
     output = stage_runner(sft, *flags, "--out_dir=run", "--learning_rate=1e-2", "--keep_checkpoints=2")
-    assert "step-00000002 can't be written" in output and "training goes on" in output
+    assert "step-00000002 can't be written" in output and "the run goes on" in output
     assert Path("run/best").readlink().name == Path("run/last").readlink().name == "step-00000003"
     assert sorted(path.name for path in Path("run").glob("step-*")) == ["step-00000001", "step-00000003"]
 
@@ -158,7 +158,7 @@ def test_what_a_thread_writes_is_reported_when_it_is_waited_for(monkeypatch, cap
     progress.step = 9
     assert "the disk" not in capsys.readouterr().out
     saving.wait()
-    assert "the disk is full; training goes on, and the next checkpoint is tried again" in capsys.readouterr().out
+    assert "the disk is full; the run goes on, and tries again" in capsys.readouterr().out
     assert (saving.step, progress.best_val_loss, progress.best_step) == (4, 2.0, 4)
     with pytest.raises(UserError, match="the disk is full"):
         saving.attempt(full, last=True)
@@ -327,7 +327,7 @@ def test_faults_of_one_of_two_processes_are_named_and_survived(workplace, flags)
     output = result.stdout + result.stderr
     assert "step 3: the loss or its gradient is not finite in process 1; the batch is skipped" in output
     if "--parallel=fsdp" in flags:
-        assert "step-00000004 can't be written" in output and "training goes on, and the next checkpoint" in output
+        assert "step-00000004 can't be written" in output and "the run goes on, and tries again" in output
     assert "is slow: it waits for its data during" in output
     assert "process 1 on " in output and "keeps the others waiting for " in output
     assert "has not moved for " in output and "in stuck_on_a_disk" in output
