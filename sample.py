@@ -54,7 +54,7 @@ class Sampler:
         from gpt_arc.decoding.dialogue import Dialogue
         from gpt_arc.decoding.images import load_images
         from gpt_arc.decoding.load import load_decoder, set_decoding_threads
-        from gpt_arc.decoding.speculative import Acceptance
+        from gpt_arc.decoding.speculative import Acceptance, check_draft
         from gpt_arc.training import runs
         from gpt_arc.weights.directory import of_one_checkpoint, reads_images
 
@@ -94,6 +94,7 @@ class Sampler:
             self.draft, draft_tokenizer = of_one_checkpoint(load_decoder)(config.draft, config, rows, steps)
             if draft_tokenizer != self.tokenizer:
                 raise UserError(f"the draft {config.draft} has another tokenizer than the model: name another")
+            check_draft(self.decoder, self.draft)
 
     def continuations(self, prompts: Sequence[str]) -> list[Continuation]:
         """Returns the empty continuations of prompts, or the empty answer of a chat; none where an image is shown."""

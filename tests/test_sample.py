@@ -21,6 +21,7 @@ from gpt_arc.decoding.load import resolve_decoding_compile, resolve_decoding_dty
 from gpt_arc.errors import entry_point
 from gpt_arc.weights.directory import load_model, save_model
 from helpers import ROOT, command
+from model import GPT, GPTConfig
 from stub_models import counting_model
 from warm import WarmPopen
 
@@ -257,6 +258,10 @@ def test_a_draft(letters, say, tmp_path):
     assert accepted == proposed > 0
     save_model(counting_model(len(LETTERS), 4), CharTokenizer("\nabcdefgi"), tmp_path / "other")
     assert "the draft other has another tokenizer than the model" in say("--draft=other")
+    scaling = {"positions": "rotary", "rotary_scaling": "dynamic", "rotary_factor": 2.0, "rotary_context": 4}
+    save_model(GPT(GPTConfig(4, len(LETTERS), 1, 1, 8, **scaling)), CharTokenizer(LETTERS), tmp_path / "stretched")
+    refused = command("sample.py", "stretched", "--draft=out/letters")
+    assert refused.returncode == 2 and refused.stdout == "" and "sample.py: with rotary_scaling" in refused.stderr
     flags = ("--temperature=30", "--num_samples=3", "--json=True", "--draft=out/letters", "--max_new_tokens=40")
     results = answers(say(*flags))
     assert len({answer["text"] for answer in results}) == 3 and say(*flags, "--seed=7") != say(*flags)

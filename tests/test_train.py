@@ -184,7 +184,16 @@ def test_a_model_is_extended_to_a_longer_context(run):
         run(f"--positions={name}", "--max_iters=3", f"--out_dir={name}")
     longer = "--block_size=64", "--max_iters=3"
     yarn = "--positions=rotary", "--rotary_scaling=yarn", "--rotary_factor=4"
-    assert "of rotary: block_size = 16" in run("--init_from=rotary", *longer, *yarn, "--rotary_context=16", "--dry_run")
+    for flags, end in (
+        (("--init_from=rotary", *longer), "leave it out, or train the model at another context with --extend_context"),
+        (
+            ("--init_from=learned", *longer),
+            "learned has block_size = 16, which --block_size=64 can't change: leave it out",
+        ),
+        (("--init_from=alibi", "--positions=rotary"), "which --positions=rotary can't change: leave it out"),
+    ):
+        refused = run(*flags, "--dry_run")
+        assert refused.code == 2 and refused.message.endswith(f"{end}\n")
     run("--init_from=rotary", *longer, "--extend_context=True", *yarn, "--rotary_context=16", "--out_dir=long")
     config = load_config("long")
     assert (config.block_size, config.rotary_scaling, config.rotary_context) == (64, "yarn", 16)

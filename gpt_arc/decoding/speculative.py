@@ -33,6 +33,20 @@ class Acceptance:
         return self.accepted / self.proposed if self.proposed else math.nan
 
 
+def check_draft(decoder: Decoder, drafter: Decoder) -> None:
+    """Raises UserError if `drafter` can't propose tokens to `decoder`."""
+    vocabularies = [d.model.config.vocab_size for d in (decoder, drafter)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UserError(
+            f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must share a vocabulary"
+        )
+    if decoder.dynamic_context:
+        raise UserError(
+            'with rotary_scaling = "dynamic" the probability of a token depends on how many tokens are read after it: '
+            "leave the draft out"
+        )
+
+
 def speculative(
     model: GPT | Decoder,
     draft: GPT | Decoder,
@@ -53,16 +67,7 @@ def speculative(
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     drafter = draft if isinstance(draft, Decoder) else Decoder(draft)
-    vocabularies = [d.model.config.vocab_size for d in (decoder, drafter)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError(
-            f"the draft has {vocabularies[1]} tokens and the model {vocabularies[0]}: they must share a vocabulary"
-        )
-    if decoder.dynamic_context:
-        raise UserError(
-            'with rotary_scaling = "dynamic" the probability of a token depends on how many tokens are read after it: '
-            "leave the draft out"
-        )
+    check_draft(decoder, drafter)
     if draft_tokens < 1:
         raise UserError(f"draft_tokens = {draft_tokens} must be at least 1")
     generator = row_generators(0, [0])[0] if generator is None else generator

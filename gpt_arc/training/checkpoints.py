@@ -122,8 +122,8 @@ def save_checkpoint(
             write_file(run / RECORD, json.dumps(written) + "\n")
     except OSError as error:
         reason = f" ({error.strerror})" if error.errno else ""
-        kept = "; earlier checkpoints are kept" if recorded(run) else ""
-        raise UserError(f"the checkpoint {directory} can't be written{_free(run)}{reason}{kept}") from None
+        then = "earlier checkpoints are kept" if recorded(run) else "mend that, or write elsewhere with --out_dir"
+        raise UserError(f"the checkpoint {directory} can't be written{_free(run)}{reason}; {then}") from None
     finally:
         if waiting:  # the other processes, for the folder
             distributed.from_main(None, group)

@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     imported, adopted = None, {}
     if config.run.init_from not in OWN_RUNS:
         imported = config.run.init_from
-        config, adopted = adopt_architecture(config, imported)
+        config, adopted = adopt_architecture(config, imported, flags)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
 
@@ -145,11 +145,11 @@ def check_resumable(run: Path) -> None:
     raise UserError(f"there is no checkpoint to resume from in {run}: start it over with: {again}")
 
 
-def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any]]:
+def adopt_architecture(config: Config, name: str, flags: Container[str] = ()) -> tuple[Config, dict[str, Any]]:
     """Returns `config` with the architecture of the model `name`, and the settings that this changed.
 
     Keeps settings that only training reads, such as dropout, and a context shorter than the model's; with
-    extend_context also a longer one and rotary_scaling. Raises UserError.
+    extend_context also a longer one and rotary_scaling. Raises UserError, also if it would change one of the `flags`.
     """
     refuse_images(name)
     requested, imported = config.model, load_config(name)
@@ -169,10 +169,17 @@ def adopt_architecture(config: Config, name: str) -> tuple[Config, dict[str, Any
             )
     try:
         model = dataclasses.replace(imported, **kept)
-        adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
-        return dataclasses.replace(config, model=model), adopted
+        adopting = dataclasses.replace(config, model=model)
     except ValueError as error:
         raise UserError(f"with the architecture of {name}: {mistake(error, Config)}") from None
+    adopted = {n: value for n, value in dataclasses.asdict(model).items() if value != getattr(requested, n)}
+    if flag := next((setting for setting in adopted if setting in flags), None):
+        stretches = flag in {"block_size", *STRETCHING} and imported.positions != "learned"
+        raise UserError(
+            f"{name} has {flag} = {adopted[flag]}, which --{flag}={getattr(requested, flag)} can't change: leave it out"
+            + ", or train the model at another context with --extend_context" * stretches
+        )
+    return adopting, adopted
 
 
 def _findable(name: str) -> str:

@@ -100,7 +100,8 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch, wri
         with pytest.raises(UserError) as refusal:
             checkpoint(tmp_path, 1, 1)
     message = rf"the checkpoint {tmp_path}/step-0000000\d can't be written, with [\d,]+ MB free on its disk"
-    assert re.fullmatch(message + re.escape(reason), str(refusal.value)) and not list(tmp_path.iterdir())
+    mend = re.escape(f"{reason}; mend that, or write elsewhere with --out_dir")
+    assert re.fullmatch(message + mend, str(refusal.value)) and not list(tmp_path.iterdir())
     checkpoint(tmp_path, 1, 1)
     monkeypatch.setattr(writer, full)
     with pytest.raises(UserError) as refusal:

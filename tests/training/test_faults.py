@@ -85,7 +85,7 @@ def test_a_run_goes_on_while_its_disk_is_full(workplace, stage_runner, monkeypat
     output = stage_runner(train, *FLAGS, "--out_dir=run", "--eval_interval=2", "--keep_checkpoints=2")
     for step in (4, 6):
         assert f"run/step-0000000{step} can't be written, with" in output
-    assert output.count("(No space left on device); earlier checkpoints are kept; the run goes on, and tries again") == 2
+    assert output.count("(No space left on device); earlier checkpoints are kept; the run goes on, and tries") == 2
     assert "best val loss" in output and Path("run/best").readlink().name == Path("run/last").readlink().name
     assert_same_weights("whole/last", "run/last")
     assert [line["train_loss"] for line in lines_of("run")] == [line["train_loss"] for line in lines_of("whole")]
@@ -103,6 +103,11 @@ def test_as_many_saves_may_fail_as_is_set_except_the_last_one(workplace, stage_r
             stopped = stage_runner(train, *FLAGS, f"--out_dir={folder}", "--eval_interval=2", *flags)
         assert stopped.code == 2 and "(No space left on device); earlier checkpoints are kept" in stopped.message
         assert Path(folder, "last").readlink().name == f"step-0000000{kept}"
+    with monkeypatch.context() as patch:
+        fails_at(patch, torch, "save", [1, 2])
+        stopped = stage_runner(train, *FLAGS, "--out_dir=never", "--failed_saves=0")
+    assert stopped.message.endswith("(No space left on device); mend that, or write elsewhere with --out_dir\n")
+    assert "finished step 8" in stage_runner(train, *FLAGS, "--out_dir=elsewhere")
 
 
 def test_a_folder_that_vanishes_for_a_while_is_written_when_it_is_back(workplace, stage_runner, monkeypatch):

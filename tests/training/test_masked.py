@@ -171,6 +171,6 @@ def test_a_tokenizer_with_berts_marks_needs_no_new_tokens(tmp_path):
 
 
 def test_a_fitting_model_of_another_vocabulary_is_refused(workplace, output_of):
-    save_model(GPT(GPTConfig(16, 5, 1, 1, 8, attention="bidirectional")), None, "base")
+    save_model(GPT(GPTConfig(16, 5, 2, 2, 16, attention="bidirectional")), None, "base")
     message = output_of(entry_point(train.main), "train.py", "sums.toml", *TINY_FLAGS, "--init_from=base")
     assert "token" in message and load_model("base")[0].config.vocab_size == 5

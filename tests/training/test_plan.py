@@ -1,5 +1,6 @@
 """What a plan refuses, and what it doubts."""
 
+import json
 import re
 import shutil
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from gpt_arc.data.tokenizer import CharTokenizer
+from gpt_arc.reading import read_json
 from gpt_arc.training.command_line import read_command_line
 from gpt_arc.training.plan import make_plan
 from helpers import ROOT, TEXT, TINY_FLAGS, write_dataset
@@ -160,11 +162,12 @@ def test_a_dry_run_refuses_what_the_run_refuses(plan, stage_runner, tmp_path):
     tensors = load_file(tmp_path / "renamed" / "model.safetensors")
     tensors["lstm.weight_ih_l0"] = tensors.pop("final_norm.weight")
     save_file(tensors, tmp_path / "renamed" / "model.safetensors")
-    config = (tmp_path / "edited" / "config.json").read_text()
-    (tmp_path / "edited" / "config.json").write_text(config.replace('"n_embd": 16', '"n_embd": 18'))
+    config = read_json(tmp_path / "edited" / "config.json")
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config | {"mlp_size": 60}))
     expected = {
         "--init_from=flipped": "has other contents than manifest.json",
         "--init_from=edited": "has the shape",
+        "--init_from=base/last --n_layer=3": "base/last has n_layer = 2, which --n_layer=3 can't change: leave it out",
         "--init_from=renamed": "is a classifier with an LSTM",
         "--out_dir=base": "resume it with --resume=base",
         "--out_dir=sums.toml/a/b": "a file is in the way",
