@@ -1,6 +1,6 @@
 """The evidence of GPT-1's paper on a small model: labels and the auxiliary loss, layers transferred, what is forgotten.
 
-    bash examples/relatives_arc.sh                                        # trains the default model, out/relatives/gpt
+    bash examples/relatives_arc.sh                                      # trains the default model, out/relatives/gpt/1
     python examples/gpt1_data.py --output=data/gpt1_labels --train_size=5000
     python examples/gpt1_evidence.py
     python examples/gpt1_evidence.py --labels 50 500 --tasks package --seeds=1 --output=out/try         a quick look
@@ -66,7 +66,7 @@ WEIGHT = 0.5  # of the auxiliary loss, GPT-1's
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Options:
-    model: Path = Path("out/relatives/gpt")
+    model: Path = Path("out/relatives/gpt/1")
     """The pre-trained model."""
     dataset: str = "gpt1_text"
     """The dataset that it was trained on."""

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A GPT beside BERT, an LSTM and a GPT whose sentences are in random order: models of about one size read as many tokens of
-# a corpus, then learn GPT-1's four tasks from 500 labels each. docs/results/relatives.md discusses the results; they go to
-# out/relatives, with the checkpoints that examples/gpt1_zero_shot.py reads. This takes an estimated half an hour of one
-# idle CPU core. A second run continues where the first stopped.
+# a corpus, then learn GPT-1's four tasks from 500 labels each; a seed is a pre-trained model and its fine-tuning.
+# docs/results/relatives.md discusses the results; they go to out/relatives, with the checkpoints that
+# examples/gpt1_zero_shot.py reads. A second run continues where the first stopped.
 #
 #   bash examples/relatives_arc.sh
 #   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
@@ -25,17 +25,19 @@ fi
 if [[ $models == *shuffled* && ! -f data/gpt1_shuffled/meta.json ]]; then
     python "$repository/examples/shuffle_sentences.py" gpt1_text --name=gpt1_shuffled
 fi
-for model in $models; do
-    if [ -e $out/"$model"/last ]; then continue; fi
-    case $model in
+
+pretrain() {  # model, seed
+    if [ -e "$out/$1/$2/step-00000600" ]; then return; fi
+    local flags
+    case $1 in
         gpt) flags=(--dataset=gpt1_text) ;;
         bert) flags=(--attention=bidirectional) ;;
         lstm) flags=(--mixer=lstm --positions=none --qk_norm=False --n_layer=3) ;;  # 0.73M parameters, the GPT 0.72M
         shuffled) flags=(--dataset=gpt1_shuffled) ;;
     esac
-    python "$repository/train.py" "$repository/examples/relatives.toml" "${flags[@]}" --seed=1 --out_dir=$out/"$model" \
-        --overwrite
-done
+    python "$repository/train.py" "$repository/examples/relatives.toml" "${flags[@]}" --seed="$2" --out_dir="$out/$1/$2" \
+        --init_from=auto
+}
 
 finetune() {  # task, model, seed
     local folder=$out/$1/$2/$3 data=data/gpt1_arc/$1 task epochs=5
@@ -47,7 +49,7 @@ finetune() {  # task, model, seed
         next_sentence) task=multiple_choice epochs=3 ;;  # four sequences an example
     esac
     mkdir -p "$folder"
-    if ! python "$repository/stages/finetune.py" $out/"$2" --task $task --language_weight=0 \
+    if ! python "$repository/stages/finetune.py" "$out/$2/$3" --task $task --language_weight=0 \
         --train "$data/train.jsonl" --val "$data/val.jsonl" --test "$data/test.jsonl" \
         --epochs=$epochs --learning_rate=1e-3 --warmup=0.1 --seed="$3" --out_dir="$folder" --overwrite \
         > "$folder.log" 2>&1; then
@@ -58,8 +60,9 @@ finetune() {  # task, model, seed
     rm -rf "$folder"/step-* "$folder"/last "$folder"/best  # keep the report only
 }
 for seed in $seeds; do
-    for task in $tasks; do
-        for model in $models; do finetune "$task" $model "$seed"; done
+    for model in $models; do
+        pretrain $model "$seed"
+        for task in $tasks; do finetune "$task" $model "$seed"; done
     done
 done
 python "$repository/examples/relatives_report.py" --results $out

@@ -59,9 +59,8 @@ def hidden_tokens(model: GPT, windows: Tensor, token: int) -> tuple[float, float
     return F.cross_entropy(scores, targets).item(), (scores.argmax(-1) == targets).double().mean().item()
 
 
-def measure(options: Options, name: str) -> dict:
-    """Returns the figures of a model. Raises UserError if it hasn't been trained."""
-    folder = options.results / name
+def measure(options: Options, folder: Path) -> dict:
+    """Returns the figures of one pre-trained model. Raises UserError if it hasn't been trained."""
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "val_loss" in line]
     if not lines:
         raise UserError(f"{folder} has no results: run bash examples/relatives_arc.sh first")
@@ -70,7 +69,7 @@ def measure(options: Options, name: str) -> dict:
     split = open_dataset(options.dataset, tokenizer, "dataset").split("val", 1, model.config.vocab_size, False)
     windows = torch.tensor(split.read(0, len(split) // size * size)).view(-1, size)
     loss, accuracy = hidden_tokens(model.eval(), windows, mask_token(tokenizer))
-    paths = {task: sorted((options.results / task / name).glob("*/report.json")) for task in TASKS}
+    reports = {task: options.results / task / folder.parent.name / folder.name / "report.json" for task in TASKS}
     return {
         "parameters": model.num_parameters(),
         "tokens": lines[-1]["tokens"],
@@ -78,48 +77,59 @@ def measure(options: Options, name: str) -> dict:
         "val loss": lines[-1]["val_loss"],
         "hidden loss": loss,
         "hidden accuracy": accuracy,
-        "tasks": {task: [read_json(path)["test"]["accuracy"] for path in paths[task]] for task in TASKS if paths[task]},
+        "tasks": {task: read_json(path)["test"]["accuracy"] for task, path in reports.items() if path.exists()},
     }
 
 
-def table(figures: dict[str, dict]) -> str:
-    """Returns the markdown table."""
+def accuracies(seeds: list[dict], task: str) -> list[float]:
+    """Returns the accuracies of a model's seeds in percent, without those that weren't fine-tuned on the task."""
+    return [100 * each["tasks"][task] for each in seeds if task in each["tasks"]]
+
+
+def measured_tasks(figures: dict[str, list[dict]]) -> list[str]:
+    """Returns the tasks that each model was fine-tuned on."""
+    return [task for task in TASKS if all(accuracies(seeds, task) for seeds in figures.values())]
+
+
+def table(figures: dict[str, list[dict]]) -> str:
+    """Returns the markdown table of each model's seeds."""
+    first = [seeds[0] for seeds in figures.values()]
     rows = {
-        "parameters": [f"{figure['parameters']:,}" for figure in figures.values()],
-        "tokens read in pre-training": [f"{figure['tokens']:,}" for figure in figures.values()],
-        "of these scored, %": [f"{100 * figure['scored']:.1f}" for figure in figures.values()],
-        "val loss, nats a scored token": [f"{figure['val loss']:.3f}" for figure in figures.values()],
-        "the same hidden tokens: loss": [f"{figure['hidden loss']:.3f}" for figure in figures.values()],
-        "right, %": [f"{100 * figure['hidden accuracy']:.1f}" for figure in figures.values()],
+        "parameters": [f"{figure['parameters']:,}" for figure in first],
+        "tokens read in pre-training": [f"{figure['tokens']:,}" for figure in first],
+        "of these scored, %": [f"{100 * figure['scored']:.1f}" for figure in first],
     }
-    by_task = {
-        task: [[100 * value for value in figure["tasks"].get(task, [])] for figure in figures.values()]
-        for task in TASKS
-    }
-    by_task = {task: values for task, values in by_task.items() if all(values)}
-    for task, values in by_task.items():
-        rows[f"`{task}`, test accuracy, % (by chance {100 / TASKS[task]:.0f})"] = [mean_and_error(v, 1) for v in values]
-    if len(by_task) > 1:  # the mean of each seed, then over seeds
-        means = [[*map(fmean, zip(*seeds))] for seeds in zip(*by_task.values())]
-        rows["mean of these tasks"] = [mean_and_error(each, 1) for each in means]
+    for title, name, scale, digits in (
+        ("val loss, nats a scored token", "val loss", 1, 3),
+        ("the same hidden tokens: loss", "hidden loss", 1, 3),
+        ("right, %", "hidden accuracy", 100, 1),
+    ):
+        rows[title] = [mean_and_error([scale * each[name] for each in seeds], digits) for seeds in figures.values()]
+    tasks = measured_tasks(figures)
+    for task in tasks:
+        title = f"`{task}`, test accuracy, % (by chance {100 / TASKS[task]:.0f})"
+        rows[title] = [mean_and_error(accuracies(seeds, task), 1) for seeds in figures.values()]
+    if len(tasks) > 1:  # the mean of each seed, then over seeds
+        by_seed = [zip(*(accuracies(seeds, task) for task in tasks)) for seeds in figures.values()]
+        rows["mean of these tasks"] = [mean_and_error([*map(fmean, seeds)], 1) for seeds in by_seed]
     return markdown([["figure", *map(MODELS.__getitem__, figures)], *([name, *cells] for name, cells in rows.items())])
 
 
-def draw(figures: dict[str, dict], path: Path) -> None:
+def draw(figures: dict[str, list[dict]], path: Path) -> None:
     """Draws the accuracies of the tasks, with bars of a standard error, and what chance would give."""
     figure = import_extra("matplotlib.figure").Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
-    tasks = [task for task in TASKS if all(task in each["tasks"] for each in figures.values())]
+    tasks = measured_tasks(figures)
     width = 0.8 / len(figures)
-    for number, (name, each) in enumerate(figures.items()):
-        values = [each["tasks"][task] for task in tasks]
+    for number, (name, seeds) in enumerate(figures.items()):
+        values = [accuracies(seeds, task) for task in tasks]
         places = [i + width * (number + 0.5) - 0.4 for i in range(len(tasks))]
         axes.bar(places, [fmean(v) for v in values], 0.95 * width, yerr=[standard_error(v) for v in values], capsize=3,
                  label=MODELS[name])  # fmt: skip
     for i, task in enumerate(tasks):
-        axes.hlines(1 / TASKS[task], i - 0.4, i + 0.4, color="black", linestyle=":", label=None if i else "chance")
+        axes.hlines(100 / TASKS[task], i - 0.4, i + 0.4, color="black", linestyle=":", label=None if i else "chance")
     axes.set_xticks(range(len(tasks)), tasks)
-    axes.set_ylabel("test accuracy")
+    axes.set_ylabel("test accuracy, %")
     axes.legend()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
@@ -128,7 +138,10 @@ def draw(figures: dict[str, dict], path: Path) -> None:
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     trained = [name for name in MODELS if (options.results / name).is_dir()]
-    figures = {name: measure(options, name) for name in trained or MODELS}
+    figures = {}
+    for name in trained or MODELS:
+        folders = sorted((options.results / name).glob("[0-9]*")) or [options.results / name / "1"]
+        figures[name] = [measure(options, folder) for folder in folders]
     write_file(options.results / "figures.json", to_json(figures) + "\n")
     write_file(options.results / "table.md", table(figures) + "\n")
     print(table(figures))

@@ -50,14 +50,15 @@ def test_the_table_has_what_was_measured(tmp_path, monkeypatch, output_of):
     assert "has no results: run bash examples/relatives_arc.sh first" in output_of(main, "relatives_report.py")
     tokens = torch.randint(8, (100,), generator=torch.Generator().manual_seed(0)).numpy()
     write_dataset(Path("data/letters"), LETTERS, {"train": tokens, "val": tokens})
-    for number, name in enumerate(SETTINGS):
-        folder = Path("out/relatives", name)
+    for (number, name), seed in product(enumerate(SETTINGS), (1, 2)):
+        folder = Path("out/relatives", name, str(seed))
         save_model(model_of(name), LETTERS, folder)
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 5, "val_loss": 2.5 + number, "tokens": 4096}) + "\n")
-        for task, seed in product(("package", "related"), (0, 1)):
+        line = {"step": 5, "val_loss": 2.0 + number + seed / 10, "tokens": 4096}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        for task in ("package", "related"):
             report = Path("out/relatives", task, name, str(seed), "report.json")
             report.parent.mkdir(parents=True)
-            accuracy = 0.5 + (seed + number) / 10 if task == "package" else 0.7 - seed / 10
+            accuracy = 0.4 + (seed + number) / 10 if task == "package" else 0.8 - seed / 10
             report.write_text(json.dumps({"test": {"accuracy": accuracy}}))
     output = output_of(main, "relatives_report.py", "--dataset=letters")
     assert output == Path("out/relatives/table.md").read_text()
@@ -66,7 +67,7 @@ def test_the_table_has_what_was_measured(tmp_path, monkeypatch, output_of):
     assert f"| parameters | {' | '.join(f'{count:,}' for count in counts)} |\n" in output
     assert "| tokens read in pre-training | 4,096 | 4,096 | 4,096 |\n" in output
     assert "| of these scored, % | 100.0 | 12.5 | 100.0 |\n" in output
-    assert "| val loss, nats a scored token | 2.500 | 3.500 | 4.500 |\n" in output
+    assert "| val loss, nats a scored token | 2.150 ± 0.050 | 3.150 ± 0.050 | 4.150 ± 0.050 |\n" in output
     assert "| `package`, test accuracy, % (by chance 14) | 55.0 ± 5.0 | 65.0 ± 5.0 | 75.0 ± 5.0 |\n" in output
     assert "| `related`, test accuracy, % (by chance 50) | 65.0 ± 5.0 | 65.0 ± 5.0 | 65.0 ± 5.0 |\n" in output
     assert "| mean of these tasks | 60.0 ± 0.0 | 65.0 ± 0.0 | 70.0 ± 0.0 |\n" in output
