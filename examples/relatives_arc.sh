@@ -2,9 +2,10 @@
 # A GPT beside BERT, an LSTM and a GPT whose sentences are in random order: models of about one size read as many tokens of
 # a corpus, then learn GPT-1's four tasks from 500 labels each; a seed is a pre-trained model and its fine-tuning.
 # docs/results/relatives.md discusses the results; they go to out/relatives, with the checkpoints that
-# examples/gpt1_zero_shot.py reads. A second run continues where the first stopped.
+# examples/gpt1_zero_shot.py reads. A seed takes about half an hour of a CPU core. A second run continues where the first
+# stopped.
 #
-#   bash examples/relatives_arc.sh
+#   bash examples/relatives_arc.sh             # three seeds
 #   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
