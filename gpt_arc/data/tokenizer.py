@@ -56,6 +56,7 @@ class Tokenizer(abc.ABC):
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
     declared = Declared()  # by the directory that the tokenizer was loaded from
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
+    joins_space = True  # whether a token may hold a space and what follows it
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -161,6 +162,7 @@ class CharTokenizer(Tokenizer):
 
     end_of_text = None
     cuts_at_space = True
+    joins_space = False
 
     def __init__(self, characters: Iterable[str]):
         self.characters = list(characters)
@@ -312,6 +314,10 @@ class BPETokenizer(Tokenizer):
         """Returns the text. Invalid UTF-8, such as part of a character, becomes U+FFFD; unknown ids are skipped."""
         return b"".join(self._bytes_by_id.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
+    @cached_property
+    def joins_space(self) -> bool:
+        return any(token.startswith(b" ") and token.strip() for token in self.ranks)
+
     def special_token(self, text: str) -> int | None:
         return self.special.get(text)
 
@@ -395,6 +401,12 @@ class LibraryTokenizer(Tokenizer):
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @cached_property
+    def joins_space(self) -> bool:
+        """Whether a token may hold a space, spelled as such or by Ġ (byte-level) or ▁ (Metaspace), and more."""
+        spaces, tokens = " Ġ▁", self._library.get_vocab(with_added_tokens=False)
+        return any(token.startswith(tuple(spaces)) and token.strip(spaces) for token in tokens)
 
     @cached_property
     def _may_drop(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt_arc.data.masking import MASK, mask_token, sentence_marks
-from gpt_arc.data.tokenizer import CharTokenizer, Tokenizer
+from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.load import resolve_decoding_dtype
 from gpt_arc.decoding.probabilities import draw, row_generators, sampling_probabilities
 from gpt_arc.decoding.settings import SampleConfig, Sampling
@@ -37,7 +37,7 @@ class GapFiller:
         self.device = model.token_embedding.weight.device
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text; where words carry the space before them, that of a gap belongs to the gap.
+        """Returns the tokens of a text; where tokens hold the space before a word, the gap holds the one before it.
 
         Raises UserError for a text without a gap, one longer than the context or one that the vocabulary lacks.
         """
@@ -47,7 +47,7 @@ class GapFiller:
                 f"{self.name} reads in both directions and fills gaps: write {MASK} where a token is missing, such as "
                 f'--start="The {MASK} statement"'
             )
-        if not isinstance(self.tokenizer, CharTokenizer):
+        if self.tokenizer.joins_space:
             pieces[:-1] = [piece.removesuffix(" ") for piece in pieces[:-1]]
         tokens: list[int] = []
         for i, piece in enumerate(pieces):
