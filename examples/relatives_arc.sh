@@ -6,6 +6,7 @@
 #
 #   bash examples/relatives_arc.sh
 #   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
+#   ONLY=data bash examples/relatives_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 seeds=${SEEDS:-1 2 3}
@@ -25,6 +26,7 @@ fi
 if [[ $models == *shuffled* && ! -f data/gpt1_shuffled/meta.json ]]; then
     python "$repository/examples/shuffle_sentences.py" gpt1_text --name=gpt1_shuffled
 fi
+if [ "${ONLY:-}" = data ]; then exit; fi
 for model in $models; do
     if [ -e $out/"$model"/last ]; then continue; fi
     case $model in
