@@ -316,6 +316,12 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
 
     refuse_images(options.model, f"export all with: {command('tools/llava.py', options.model, 'FOLDER')}")
     model, tokenizer, chat = load_with_chat(options.model)
+    if model.config.encoder_layers:
+        use = command("sample.py", options.model, "--start=SOURCE")
+        raise UserError(
+            f"{options.model} turns sources into targets, and transformers has no counterpart here for such a model: "
+            f"use it with: {use}"
+        )
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     if model.config.attention == "causal":
         files[GENERATION_FILE] = as_json(generation_config(config, declared))

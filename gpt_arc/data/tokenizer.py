@@ -10,6 +10,7 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 """
 
 import abc
+import contextlib
 import itertools
 import json
 import math
@@ -136,6 +137,15 @@ class Tokenizer(abc.ABC):
         if not isinstance(other, Tokenizer) or type(self) is not type(other) or self.end_of_text != other.end_of_text:
             return False
         return self._vocabulary_files() == other._vocabulary_files()
+
+
+@contextlib.contextmanager
+def naming_text(kind: str, text: str) -> Iterator[None]:
+    """Runs the block, which encodes a text of some `kind`, so that a UserError names the text and the mend."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"the {kind} {text[:40]!r}: {error}: leave it out") from None
 
 
 def well_formed(text: str) -> str:
