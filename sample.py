@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt_arc.decoding.prompts import encode_prompt, prompt_batches
+from gpt_arc.decoding.prompts import encode_prompt, naming_prompt, prompt_batches
 from gpt_arc.decoding.screen import Continuation, Screen
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import UserError, entry_point, naming
@@ -109,15 +109,19 @@ class Sampler:
         if self.translates:
             from gpt_arc.data.pairs import encode_source
 
-            self.sources = {prompt: encode_source(prompt, self.tokenizer, self.context) for prompt in prompts}
+            self.sources = {}
+            for number, prompt in enumerate(prompts):
+                with naming_prompt(config, number):
+                    self.sources[prompt] = encode_source(prompt, self.tokenizer, self.context)
             start = [self.boundary], self.tokenizer, config.stop, self.boundary
             return [Continuation(prompt, *start) for prompt in prompts for _ in range(config.num_samples)]
-        encoded = [(prompt, encode_prompt(prompt, self.tokenizer, self.context)) for prompt in prompts]
-        return [
-            Continuation(prompt, tokens, self.tokenizer, config.stop)
-            for prompt, tokens in encoded
-            for _ in range(config.num_samples)
-        ]
+        continuations = []
+        for number, prompt in enumerate(prompts):
+            with naming_prompt(config, number):
+                tokens = encode_prompt(prompt, self.tokenizer, self.context)
+            rows = range(config.num_samples)
+            continuations += [Continuation(prompt, tokens, self.tokenizer, config.stop) for _ in rows]
+        return continuations
 
     def steps(self, batch: Sequence[Continuation], first: int) -> Iterator["Step"]:
         """Decodes a batch whose first row is number `first` of all, which seeds its generator.

@@ -5,6 +5,7 @@
 #
 #   bash examples/gpt1_arc.sh
 #   SEEDS="1 2" TASKS=package JOBS=1 bash examples/gpt1_arc.sh
+#   ONLY=data bash examples/gpt1_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export repository
@@ -20,6 +21,7 @@ if [ ! -f data/gpt1_text/meta.json ]; then
     python "$repository/prepare/tokenizer.py" --input $corpus --vocab_size 4096 --name gpt1_text
     python "$repository/prepare/text.py" --input $corpus --tokenizer gpt1_text --name gpt1_text --val_fraction 0.02
 fi
+if [ "${ONLY:-}" = data ]; then exit; fi
 if [ ! -e out/gpt1_mini/last ]; then
     python "$repository/train.py" "$repository/configs/gpt1_mini.toml" --out_dir=out/gpt1_mini
 elif ! grep -q '"step": 4000' out/gpt1_mini/metrics.jsonl; then

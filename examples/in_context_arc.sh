@@ -6,6 +6,7 @@
 #
 #   bash examples/in_context_arc.sh
 #   PARTS=mappings bash examples/in_context_arc.sh            one part only; the other is linear
+#   ONLY=data bash examples/in_context_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # models this small gain little from a second thread
@@ -20,6 +21,7 @@ if [[ $parts == *mappings* ]]; then
         python "$repository/prepare/text.py" --input data/in_context/corpus.jsonl --name in_context_text \
             --tokenizer char --val_fraction 0.02
     fi
+    if [ "${ONLY:-}" = data ]; then exit; fi
     if [ ! -e out/in_context/last ]; then
         python "$repository/train.py" "$repository/configs/in_context.toml" --out_dir=out/in_context
     elif ! grep -q '"step": 3000' out/in_context/metrics.jsonl; then

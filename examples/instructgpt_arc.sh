@@ -6,6 +6,7 @@
 #
 #   bash examples/instructgpt_arc.sh
 #   SEEDS=1 JOBS=1 bash examples/instructgpt_arc.sh
+#   ONLY=data bash examples/instructgpt_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export repository
@@ -23,6 +24,7 @@ if [ ! -f data/instructgpt_text/meta.json ]; then
     python "$repository/prepare/text.py" --input $data/corpus.jsonl --name instructgpt_text --tokenizer char \
         --val_fraction 0.02
 fi
+if [ "${ONLY:-}" = data ]; then exit; fi
 if [ ! -e out/instructgpt_mini/last ]; then
     OMP_NUM_THREADS=$jobs python "$repository/train.py" "$repository/configs/instructgpt_mini.toml" \
         --out_dir=out/instructgpt_mini

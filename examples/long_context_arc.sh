@@ -6,6 +6,7 @@
 #
 #   bash examples/long_context_arc.sh
 #   SEED=2 POSITIONS="rotary alibi" SCALINGS="ntk yarn" bash examples/long_context_arc.sh
+#   ONLY=data bash examples/long_context_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 seed=${SEED:-1337}
@@ -23,6 +24,7 @@ for longest in 512 64; do
     fi
 done
 
+if [ "${ONLY:-}" = data ]; then exit; fi
 train() {  # name, steps, flags
     local name=$1 steps=$2
     if [ -e "$folder/$name/step-$(printf %08d "$steps")" ]; then return; fi

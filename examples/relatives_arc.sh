@@ -7,6 +7,7 @@
 #
 #   bash examples/relatives_arc.sh             # three seeds
 #   SEEDS=1 TASKS=package MODELS="gpt bert" bash examples/relatives_arc.sh
+#   ONLY=data bash examples/relatives_arc.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 seeds=${SEEDS:-1 2 3}
@@ -26,6 +27,7 @@ fi
 if [[ $models == *shuffled* && ! -f data/gpt1_shuffled/meta.json ]]; then
     python "$repository/examples/shuffle_sentences.py" gpt1_text --name=gpt1_shuffled
 fi
+if [ "${ONLY:-}" = data ]; then exit; fi
 
 pretrain() {  # model, seed
     if [ -e "$out/$1/$2/step-00000600" ]; then return; fi

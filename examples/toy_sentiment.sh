@@ -3,6 +3,7 @@
 # scripts for models of every size what examples/numpy_gpt.py does by hand, in a quarter of a minute.
 #
 #   bash examples/toy_sentiment.sh
+#   ONLY=data bash examples/toy_sentiment.sh  # prepare the data and stop
 set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # a model this small is slower on two cores
@@ -30,6 +31,7 @@ with open("data/toy_reviews.jsonl", "w") as file:
 PYTHON
 
 python "$repository/prepare/text.py" --input data/toy_sentences.jsonl --name toy --tokenizer toy_words --split tail
+if [ "${ONLY:-}" = data ]; then exit; fi
 python "$repository/train.py" "$repository/configs/gpt1.toml" --dataset=toy --n_layer=2 --n_head=2 --n_embd=16 \
     --block_size=16 --dropout=0 --batch_size=32 --tokens_per_step=512 --max_iters=1000 --learning_rate=1e-2 --warmup_iters=20 \
     --eval_interval=1000 --log_interval=200 --document_mask=True --dtype=float32 --out_dir=out/toy

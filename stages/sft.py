@@ -89,8 +89,9 @@ def vision_model(options: SFTOptions, directory: Path, text: GPT) -> VisionGPT |
 
     Raises UserError for settings of images that have no effect.
     """
-    if options.prefix_attention and not options.image_encoder:
-        raise UserError("prefix_attention is for a new image encoder: name an --image_encoder, or leave it out")
+    for name in ("prefix_attention", "projector_layers", "pixel_shuffle"):
+        if not options.image_encoder and getattr(options, name) != getattr(SFTOptions, name):
+            raise UserError(f"{name} is for a new image encoder: name an --image_encoder, or leave it out")
     if reads_images(directory):
         if options.image_encoder and not options.resume:
             raise UserError(f"{options.model} has an image encoder: leave --image_encoder out")

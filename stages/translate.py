@@ -30,21 +30,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt_arc import distributed
-from gpt_arc.data.pairs import EncodedPair, PairBatch, boundary_token, encode_pairs, pair_batch, read_pairs
+from gpt_arc.data.pairs import EncodedPair, Pair, PairBatch, boundary_token, encode_pairs, pair_batch, read_pairs
 from gpt_arc.data.tokenizer import CharTokenizer, Tokenizer, find_tokenizer
 from gpt_arc.device import autocast, to_device
 from gpt_arc.distributed import say
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.files import command
 from gpt_arc.nn.head_loss import IGNORED
+from gpt_arc.nn.relations import check_heads
 from gpt_arc.planning.cost import describe_parameters
-from gpt_arc.settings import mistake
+from gpt_arc.settings import LARGEST, mistake
 from gpt_arc.tables import counted
 from gpt_arc.training.command_line import read_options, start_stage
 from gpt_arc.training.epochs import EpochOrder, digest
 from gpt_arc.training.stage_options import TranslationOptions
 from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, save_model
+from gpt_arc.weights.edit import with_settings
 from model import GPT, GPTConfig
 
 
@@ -69,28 +71,43 @@ def scores(model: GPT, batch: PairBatch, label_smoothing: float) -> Scores:
 
 def new_model(options: TranslationOptions, tokenizer: Tokenizer, longest: int) -> GPT:
     """The paper's architecture in the sizes of `options`. Raises UserError for sizes that don't fit together."""
+    settings = {"block_size": longest, **options.NEW, **options.architecture}
     try:
+        check_heads(settings["n_head"], settings["n_embd"])
         config = GPTConfig(
-            block_size=options.block_size or longest,
-            vocab_size=max(tokenizer.vocab_size, boundary_token(tokenizer) + 1),
-            n_layer=options.n_layer, encoder_layers=options.encoder_layers, n_head=options.n_head,
-            n_embd=options.n_embd, norm_position=options.norm_position, dropout=options.dropout,
-            positions="sinusoidal", activation="relu", embedding_scale=math.sqrt(options.n_embd),
+            **settings, vocab_size=max(tokenizer.vocab_size, boundary_token(tokenizer) + 1),
+            positions="sinusoidal", activation="relu", embedding_scale=math.sqrt(settings["n_embd"]),
         )  # fmt: skip
     except ValueError as error:
         raise UserError(mistake(error, GPTConfig)) from None
     return GPT(config)
 
 
-def build(options: TranslationOptions, origin: str | None, texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
-    """The model to train, new or that of `origin`, and its tokenizer."""
+def continued(options: TranslationOptions, model: GPT, tokenizer: Tokenizer) -> GPT:
+    """Returns the trained `model` with the dropout of `options`. Raises UserError if they name another architecture."""
+    requested = options.architecture
+    dropout = requested.pop("dropout", model.config.dropout)
+    for name, value in requested.items():
+        trained = getattr(model.config, name)
+        if value != trained:
+            raise UserError(f"{options.model} has {name} = {trained}, and not {value}: leave --{name} out")
+    if options.tokenizer and find_tokenizer(options.tokenizer) != tokenizer:
+        raise UserError(f"{options.model} has another tokenizer than {options.tokenizer}: leave --tokenizer out")
+    return with_settings(model, dropout=dropout)
+
+
+def build(options: TranslationOptions, resumed: Path | None, pairs: Sequence[Pair]) -> tuple[GPT, Tokenizer]:
+    """The model to train, new or a trained one, and its tokenizer; `resumed` is the checkpoint of a resumed run."""
+    origin = resumed or options.model
     if origin is not None:
         model, tokenizer = load_text_model(origin, translates=True)
         if not model.config.encoder_layers:
             raise UserError(f"{origin} has no encoder: leave it out to train a new model")
-        return model, tokenizer
-    tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else CharTokenizer.from_text("".join(texts))
-    return new_model(options, tokenizer, 1 + max(len(tokenizer.encode(text)) for text in texts)), tokenizer
+        return model if resumed else continued(options, model, tokenizer), tokenizer
+    text = "".join(pair.source + pair.target for pair in pairs)
+    tokenizer = find_tokenizer(options.tokenizer) if options.tokenizer else CharTokenizer.from_text(text)
+    longest = max(len(tokens) for pair in encode_pairs(pairs, tokenizer, LARGEST, "") for tokens in pair)
+    return new_model(options, tokenizer, 1 + longest), tokenizer
 
 
 @torch.no_grad()
@@ -111,12 +128,11 @@ def measured(
 
 def train(options: TranslationOptions, run: StageRun) -> int:
     splits = options.splits(read_pairs)
-    origin = run.checkpoint or options.model
-    texts = [text for split in splits.values() for pair in split for text in (pair.source, pair.target)]
-    model, tokenizer = build(options, None if origin is None else str(origin), texts)
+    model, tokenizer = build(options, run.checkpoint, [pair for split in splits.values() for pair in split])
     model.activation_checkpointing = options.activation_checkpointing
     boundary = boundary_token(tokenizer)
-    encoded = {name: encode_pairs(split, tokenizer, model.config.block_size) for name, split in splits.items()}
+    mend = "shorten it, or leave --block_size out" if options.model is None else "shorten it, or leave the row out"
+    encoded = {name: encode_pairs(split, tokenizer, model.config.block_size, mend) for name, split in splits.items()}
     examples = encoded["train"]
     order = EpochOrder(len(examples), options.examples_per_update, options.seed)
     updates = order.updates(options.epochs)

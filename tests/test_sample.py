@@ -210,7 +210,8 @@ def test_each_line_of_a_file_is_a_prompt_and_may_be_blank(letters, say, tmp_path
 
 def test_a_prompt_with_an_unknown_character_in_a_file_is_refused(letters, say, tmp_path):
     (tmp_path / "prompts.txt").write_text("ab\naXb\n")
-    assert "the prompt 'aXb': the character 'X' (U+0058) at position 1" in say("--prompts=prompts.txt", *GREEDY)
+    refused = say("--prompts=prompts.txt", *GREEDY)
+    assert "prompts.txt, line 2: the prompt 'aXb': the character 'X' (U+0058) at position 1" in refused
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 16])

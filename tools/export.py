@@ -172,18 +172,19 @@ def tokenizer_files(tokenizer: Tokenizer, block_size: int) -> dict[str, bytes]:
 
 
 def with_special_tokens(
-    files: dict[str, bytes], named: dict[str, int], more: dict, layout: str | None = None
+    files: dict[str, bytes], named: dict[str, int], more: dict, layout: str | None = None, lstrip: bool = False
 ) -> dict[str, bytes] | None:
     """Returns the tokenizer's files with more special tokens and settings; None if the tokens can't get those ids.
 
-    `layout`: post-processor that adds tokens to each text, in JSON, instead of the tokenizer's.
+    `layout`: post-processor that adds tokens to each text, in JSON, instead of the tokenizer's. `lstrip`: a space
+    before the tokens belongs to them.
     """
     from tokenizers import Tokenizer as Library
 
     if FILE_NAME not in files:
         return None
     table, known = json.loads(files[FILE_NAME]), Library.from_buffer(files[FILE_NAME]).get_vocab()
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    flags = {"single_word": False, "lstrip": lstrip, "rstrip": False, "normalized": False, "special": True}
     new = [{"id": id, "content": name, **flags} for name, id in named.items()]
     table["added_tokens"] = [*(table.get("added_tokens") or ()), *new]
     if isinstance(table["model"]["vocab"], dict):  # ids in it may have gaps, as when the model has extra rows
@@ -315,11 +316,18 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
 
     refuse_images(options.model, f"export all with: {command('tools/llava.py', options.model, 'FOLDER')}")
     model, tokenizer, chat = load_with_chat(options.model)
+    if model.config.encoder_layers:
+        use = command("sample.py", options.model, "--start=SOURCE")
+        raise UserError(
+            f"{options.model} turns sources into targets, and transformers has no counterpart here for such a model: "
+            f"use it with: {use}"
+        )
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     if model.config.attention == "causal":
         files[GENERATION_FILE] = as_json(generation_config(config, declared))
     elif tokenizer and (mask := mask_token(tokenizer)) >= tokenizer.vocab_size:
-        files = with_special_tokens(files, {MASK: mask}, {"mask_token": MASK}) or files
+        hiding = with_special_tokens(files, {MASK: mask}, {"mask_token": MASK}, lstrip=tokenizer.joins_space)
+        files = hiding or files
     reference = Reference(model, lambda tokens, _: model(tokens))
     if tokenizer and FILE_NAME in files:
         reference.encode = tokenizer.encode

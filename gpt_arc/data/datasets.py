@@ -242,7 +242,7 @@ def prepare_dataset(name: str) -> Path:
         flags = ("--input", text, "--name", Path(name).stem.lstrip(".") or "NAME", "--tokenizer", "gpt2")
         prepare = f"`{command('prepare/text.py', *flags)}` on your own text"
         prepare = f"`{command(f'prepare/{script.name}')}`" if script.exists() else prepare
-        prepare = f"`bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else prepare
+        prepare = f"`ONLY=data bash examples/{EXAMPLES[name]}`" if name in EXAMPLES else prepare
         raise UserError(
             f"there is no dataset {name}, neither {DATA_ROOT / name} nor a folder of that path: prepare it with "
             f"{prepare}, or name a prepared one with --dataset"

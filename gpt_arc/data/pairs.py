@@ -12,7 +12,7 @@ from torch import Tensor, tensor
 
 from gpt_arc.data.batches import pad_rows
 from gpt_arc.data.rows import parsed_rows, text_of
-from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.data.tokenizer import Tokenizer, naming_text
 from gpt_arc.errors import UserError
 from gpt_arc.nn.head_loss import IGNORED
 
@@ -51,24 +51,36 @@ def read_pairs(path: Path) -> list[Pair]:
     return parsed_rows(path, lambda row, place: Pair(text_of(row, "source"), text_of(row, "target"), place))
 
 
-def encode_source(text: str, tokenizer: Tokenizer, context: int) -> list[int]:
-    """Returns a source's tokens. Raises UserError for a text without any, or for more than the context holds."""
-    tokens = tokenizer.encode(text)
-    if not 0 < len(tokens) <= context:
-        raise UserError(f"the source {text[:40]!r} has {len(tokens)} tokens: the model reads 1 to {context}")
+def encode_source(text: str, tokenizer: Tokenizer, context: int, mend: str = "shorten it") -> list[int]:
+    """Returns a source's tokens. Raises UserError for a text without any, or for more than the context holds.
+
+    `mend` is what to do about one that is too long.
+    """
+    with naming_text("source", text):
+        tokens = tokenizer.encode(text)
+    if not tokens:
+        raise UserError(f"the source {text[:40]!r} has 0 tokens, and a model needs one: write a text, or leave it out")
+    if len(tokens) > context:
+        raise UserError(f"the source {text[:40]!r} has {len(tokens)} tokens, and the model reads {context}: {mend}")
     return tokens
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int) -> list[EncodedPair]:
-    """Encodes pairs. Raises UserError, naming the row, for one that doesn't fit into the context or vocabulary."""
+def encode_pairs(pairs: Sequence[Pair], tokenizer: Tokenizer, context: int, mend: str) -> list[EncodedPair]:
+    """Encodes pairs. Raises UserError, naming the row, for one that doesn't fit into the context or vocabulary.
+
+    `mend` is what to do about one that is too long.
+    """
     encoded = []
     for pair in pairs:
         try:
-            source, target = encode_source(pair.source, tokenizer, context), tokenizer.encode(pair.target)
+            source = encode_source(pair.source, tokenizer, context, mend)
+            with naming_text("target", pair.target):
+                target = tokenizer.encode(pair.target)
+            if len(target) >= context:
+                size = f"has {len(target)} tokens and an end, and block_size = {context} has room for {context}"
+                raise UserError(f"the target {pair.target[:40]!r} {size}: {mend}")
         except UserError as error:
             raise UserError(f"{pair.place}: {error}") from None
-        if len(target) >= context:
-            raise UserError(f"{pair.place}: the target has {len(target)} tokens, and block_size = {context} less one")
         encoded.append(EncodedPair(source, target))
     return encoded
 

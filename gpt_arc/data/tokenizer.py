@@ -10,6 +10,7 @@ or as SentencePiece's `tokenizer.model`, so a model directory needs nothing else
 """
 
 import abc
+import contextlib
 import itertools
 import json
 import math
@@ -56,6 +57,7 @@ class Tokenizer(abc.ABC):
     end_of_text: int | None  # the id that separates documents; None if the vocabulary has none
     declared = Declared()  # by the directory that the tokenizer was loaded from
     cuts_at_space = False  # whether splitting text just before white space leaves its ids unchanged
+    joins_space = True  # whether a token may hold a space and what follows it
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -137,6 +139,15 @@ class Tokenizer(abc.ABC):
         return self._vocabulary_files() == other._vocabulary_files()
 
 
+@contextlib.contextmanager
+def naming_text(kind: str, text: str) -> Iterator[None]:
+    """Runs the block, which encodes a text of some `kind`, so that a UserError names the text and the mend."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"the {kind} {text[:40]!r}: {error}: leave it out") from None
+
+
 def well_formed(text: str) -> str:
     """Replaces unpaired surrogates, which no Unicode encoding can express, with U+FFFD."""
     try:
@@ -161,6 +172,7 @@ class CharTokenizer(Tokenizer):
 
     end_of_text = None
     cuts_at_space = True
+    joins_space = False
 
     def __init__(self, characters: Iterable[str]):
         self.characters = list(characters)
@@ -312,6 +324,10 @@ class BPETokenizer(Tokenizer):
         """Returns the text. Invalid UTF-8, such as part of a character, becomes U+FFFD; unknown ids are skipped."""
         return b"".join(self._bytes_by_id.get(token, b"") for token in tokens).decode("utf-8", "replace")
 
+    @cached_property
+    def joins_space(self) -> bool:
+        return any(token.startswith(b" ") and token.strip() for token in self.ranks)
+
     def special_token(self, text: str) -> int | None:
         return self.special.get(text)
 
@@ -395,6 +411,12 @@ class LibraryTokenizer(Tokenizer):
 
     def special_token(self, text: str) -> int | None:
         return self._library.token_to_id(text)
+
+    @cached_property
+    def joins_space(self) -> bool:
+        """Whether a token may hold a space, spelled as such or by Ġ (byte-level) or ▁ (Metaspace), and more."""
+        spaces, tokens = " Ġ▁", self._library.get_vocab(with_added_tokens=False)
+        return any(token.startswith(tuple(spaces)) and token.strip(spaces) for token in tokens)
 
     @cached_property
     def _may_drop(self) -> bool:

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt_arc.data.masking import MASK, mask_token, sentence_marks
-from gpt_arc.data.tokenizer import CharTokenizer, Tokenizer
+from gpt_arc.data.tokenizer import Tokenizer, naming_text
 from gpt_arc.decoding.load import resolve_decoding_dtype
 from gpt_arc.decoding.probabilities import draw, row_generators, sampling_probabilities
+from gpt_arc.decoding.prompts import naming_prompt
 from gpt_arc.decoding.settings import SampleConfig, Sampling
 from gpt_arc.device import resolve_device
 from gpt_arc.errors import UserError, check_finite, naming
@@ -37,7 +38,7 @@ class GapFiller:
         self.device = model.token_embedding.weight.device
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text; where words carry the space before them, that of a gap belongs to the gap.
+        """Returns the tokens of a text; where tokens hold the space before a word, the gap holds the one before it.
 
         Raises UserError for a text without a gap, one longer than the context or one that the vocabulary lacks.
         """
@@ -47,16 +48,18 @@ class GapFiller:
                 f"{self.name} reads in both directions and fills gaps: write {MASK} where a token is missing, such as "
                 f'--start="The {MASK} statement"'
             )
-        if not isinstance(self.tokenizer, CharTokenizer):
+        if self.tokenizer.joins_space:
             pieces[:-1] = [piece.removesuffix(" ") for piece in pieces[:-1]]
         tokens: list[int] = []
-        for i, piece in enumerate(pieces):
-            tokens += [self.mask] * (i > 0)
-            tokens += self.tokenizer.encode_from(piece, 0, after_special=i > 0)[0] if piece else []
+        with naming_text("text", text):
+            for i, piece in enumerate(pieces):
+                tokens += [self.mask] * (i > 0)
+                tokens += self.tokenizer.encode_from(piece, 0, after_special=i > 0)[0] if piece else []
         if marks := sentence_marks(self.tokenizer):
             tokens = [marks[0], *tokens, marks[1]]
         if len(tokens) > self.model.config.block_size:
-            raise UserError(f"the text has {len(tokens)} tokens, and the context {self.model.config.block_size}")
+            size = f"has {len(tokens)} tokens, and the model reads {self.model.config.block_size}"
+            raise UserError(f"the text {text[:40]!r} {size}: shorten it")
         return tokens
 
     @torch.inference_mode()
@@ -108,11 +111,11 @@ def load_filler(config: SampleConfig) -> GapFiller | None:
 def show_filled(filler: GapFiller, batches: Iterable[list[str]], config: SampleConfig) -> None:
     """Prints the prompts with their gaps filled, each `num_samples` times. A bad typed prompt ends its answer alone."""
     number = 0
-    for prompt in (prompt for prompts in batches for prompt in prompts):
+    for place, prompt in enumerate(prompt for prompts in batches for prompt in prompts):
         for _ in range(config.num_samples):
             line: dict[str, Any] = {"prompt": prompt}
             try:
-                with naming(filler.name):
+                with naming(filler.name), naming_prompt(config, place):
                     filled = filler.fill(prompt, config.sampling, row_generators(config.seed, [number])[0])
                 line |= filled._asdict()
             except UserError as error:

@@ -1,13 +1,14 @@
 """Prompts of sample.py: where they come from, and their tokens."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_arc.data.documents import read_text
-from gpt_arc.data.tokenizer import Tokenizer
+from gpt_arc.data.tokenizer import Tokenizer, naming_text
 from gpt_arc.decoding.settings import SampleConfig
-from gpt_arc.errors import UserError
+from gpt_arc.errors import NotFinite, UserError
 
 
 def prompt_batches(config: SampleConfig) -> list[list[str]] | Iterator[list[str]]:
@@ -36,6 +37,20 @@ def typed_prompts() -> Iterator[list[str]]:
             return
 
 
+@contextlib.contextmanager
+def naming_prompt(config: SampleConfig, number: int) -> Iterator[None]:
+    """Runs the block so that a UserError names the file that prompt `number`, counted from 0, comes from."""
+    try:
+        yield
+    except NotFinite:
+        raise
+    except UserError as error:
+        if config.typed or config.prompts is None and not config.start.startswith("FILE:"):
+            raise
+        place = config.start.removeprefix("FILE:") if config.prompts is None else f"{config.prompts}, line {number + 1}"
+        raise UserError(f"{place}: {error}") from None
+
+
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context: int) -> list[int]:
     """Returns the prompt's tokens, and says if the context is too small for them all. Raises UserError."""
     tokens = prompt_tokens(prompt, tokenizer)
@@ -48,7 +63,5 @@ def prompt_tokens(prompt: str, tokenizer: Tokenizer) -> list[int]:
     """Returns the prompt's tokens as `Tokenizer.encode_prompt` does. Raises UserError for text without tokens."""
     if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError(f"the prompt {prompt[:40]!r} is not UTF-8")  # surrogates stand for undecodable bytes
-    try:
+    with naming_text("prompt", prompt):
         return tokenizer.encode_prompt(prompt)
-    except UserError as error:
-        raise UserError(f"the prompt {prompt[:40]!r}: {error}") from None

@@ -6,6 +6,12 @@ if TYPE_CHECKING:
     from gpt_arc.model_config import GPTConfig
 
 
+def check_heads(n_head: int, n_embd: int, or_else: str = "") -> None:
+    """Raises ValueError unless heads divide the width; `or_else` is another mend than to change one of the two."""
+    if n_embd % n_head:
+        raise ValueError(f"n_head = {n_head} does not divide n_embd = {n_embd}: change one{or_else}")
+
+
 def check_relations(config: "GPTConfig") -> None:
     """Raises ValueError for settings that contradict each other."""
     if config.mixer == "lstm":
@@ -48,10 +54,8 @@ def check_relations(config: "GPTConfig") -> None:
         raise ValueError(f"experts_per_token = {config.experts_per_token} must lie between 1 and n_experts")
     if config.balance_rate and config.expert_selection == "drawn":
         raise ValueError("balance_rate moves the choice of the largest gates: it has no say in what is drawn")
-    if config.head_size is None and config.n_embd % config.n_head:
-        raise ValueError(
-            f"n_head = {config.n_head} does not divide n_embd = {config.n_embd}: change one, or state head_size"
-        )
+    if config.head_size is None:
+        check_heads(config.n_head, config.n_embd, ", or state head_size")
     if config.base_width and config.tied_head:
         raise ValueError("base_width gives the head a learning rate of its own: it needs tied_head = false")
     if config.n_head % config.kv_heads:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from gpt_arc.distributed import RANK, WORLD_SIZE
+from gpt_arc.distributed import RANK, WORLD_SIZE, say
+from gpt_arc.tables import counted
 
 E = TypeVar("E")
 
@@ -43,8 +44,14 @@ class EpochOrder:
 
 
 def held_out(examples: Sequence[E], fraction: float, seed: int) -> dict[str, list[E]]:
-    """The splits train and val, to which goes a `fraction` drawn by the seed; without val where that is none."""
+    """The splits train and val, to which goes a `fraction` drawn by the seed; without val where that is none.
+
+    Says so where there are too few examples for a val.
+    """
     count = round(fraction * len(examples))
+    if fraction and not count:
+        share = f"val_fraction = {fraction:g} of {counted(len(examples), 'example')} rounds to none"
+        say(f"val            none: {share}; name others by --val")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     mixed = [examples[i] for i in order]
     return {"train": mixed[count:], "val": mixed[:count]} if count else {"train": list(examples)}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge
 from pydantic.dataclasses import dataclass
@@ -308,20 +308,21 @@ class TranslationOptions(ExampleOptions):
     """A model of this stage to train further. None: a new one, of the sizes below."""
     tokenizer: str | None = None
     """The tokenizer of a new model: gpt2, or a prepared dataset's, tokenizer's or model's name. None: characters."""
-    n_layer: Count = 3
-    """Blocks of the decoder."""
-    encoder_layers: Count = 3
-    """Blocks of the encoder."""
-    n_head: Count = 4
-    """Heads of each attention."""
-    n_embd: Count = 128
-    """Width."""
+    n_layer: Count | None = None
+    """Blocks of the decoder of a new model. None: 3."""
+    encoder_layers: Count | None = None
+    """Blocks of its encoder. None: 3."""
+    n_head: Count | None = None
+    """Heads of each attention. None: 4."""
+    n_embd: Count | None = None
+    """Width. None: 128."""
     block_size: Count | None = None
     """Most tokens of a source or target. None: the longest of the examples."""
-    norm_position: Literal["pre", "post"] = "post"
-    """post: norm(x + f(x)), as in the paper. pre: x + f(norm(x)), with which deep models train more easily."""
-    dropout: Share = 0.1
-    """Dropout everywhere."""
+    norm_position: Literal["pre", "post"] | None = None
+    """post: norm(x + f(x)), as in the paper. pre: x + f(norm(x)), with which deep models train more easily. None:
+    post."""
+    dropout: Share | None = None
+    """Dropout everywhere. None: the model's, 0.1 in a new one."""
     label_smoothing: Share = 0.1
     """Share of each target's probability that is spread over the vocabulary."""
     batch_size: Count = 64
@@ -345,6 +346,15 @@ class TranslationOptions(ExampleOptions):
         *("train", "val", "epochs", "learning_rate", "batch_size", "n_layer", "encoder_layers", "n_embd", "n_head"),
         *("out_dir", "resume"),
     )
+    NEW: ClassVar[dict[str, Any]] = {
+        **{"n_layer": 3, "encoder_layers": 3, "n_head": 4, "n_embd": 128, "norm_position": "post", "dropout": 0.1}
+    }  # a new model's settings where they are None
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The settings of the architecture that aren't None."""
+        values = {name: getattr(self, name) for name in (*self.NEW, "block_size")}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from gpt_arc.nn.names import Activation
+from gpt_arc.nn.relations import check_heads
 from gpt_arc.settings import STRICT, Count, Positive
 from model import Block, GPTConfig
 
@@ -55,6 +56,7 @@ class EncoderConfig:
     def __post_init__(self):
         if self.patch_size > self.image_size:
             raise ValueError(f"patch_size = {self.patch_size} is larger than image_size = {self.image_size}")
+        check_heads(self.n_head, self.n_embd)
         self.block  # noqa: B018  raises ValueError for sizes that don't fit together
 
     @property

@@ -23,7 +23,7 @@ def write_onnx(path: Path, model: GPT) -> None:
     if config.n_experts:
         raise UserError("a graph of ONNX can't choose experts by token: use --to hf or gguf")
     if config.encoder_layers:
-        raise UserError("--to onnx takes models of one text, and this one reads a source too")
+        raise UserError("--to onnx takes models of one text, and this one reads a source too: use it with sample.py")
     if config.rotary_scaling == "dynamic":
         raise UserError("a graph of ONNX can't follow rotary_scaling = dynamic, which depends on length: use --to hf")
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=config.block_size)

@@ -443,7 +443,7 @@ def test_documents_of_an_older_dataset_are_separated_as_they_were(tmp_path):
     [
         ("fineweb", "python prepare/fineweb.py"),
         ("shapes_text", "python prepare/shapes.py"),
-        ("long_64", "bash examples/long_context_arc.sh"),
+        ("long_64", "ONLY=data bash examples/long_context_arc.sh"),
         ("diary", "python prepare/text.py --input FILE_OR_FOLDER --name diary --tokenizer gpt2"),
     ],
 )
@@ -459,3 +459,4 @@ def test_examples_make_the_datasets_that_messages_send_to_them_for(name):
     stems = "_".join(EXAMPLES[name].split("_")[:-1])
     sources = [example, *example.parent.glob(f"{stems}*.py")]
     assert any(name in source.read_text() for source in sources)
+    assert example.read_text().index("ONLY:-") < example.read_text().index("/train.py")

@@ -647,3 +647,12 @@ def test_characters_are_encoded_in_batches_by_their_place_in_the_vocabulary(size
     unknown = next(chr(code) for code in codes if chr(code) not in places)
     with pytest.raises(UserError, match="at position 1 of the text"):
         tokenizer.encode_batch([characters[0], characters[-1] + unknown])
+
+
+@pytest.mark.parametrize("space, joins", [("Ġ", True), ("▁", True), (" ", True), ("", False)])
+def test_whether_tokens_hold_the_space_before_a_word(space, joins):
+    words = ["[UNK]", "Ġ", "▁", "▁▁", " ", "a", f"{space}a"]
+    library = Reference(models.WordLevel({word: id for id, word in enumerate(dict.fromkeys(words))}, "[UNK]"))
+    library.add_special_tokens(["[UNK]", "▁a special token"])
+    assert LibraryTokenizer(library.to_str().encode()).joins_space is joins
+    assert BPETokenizer.train(["a a a"], 258 if joins else 257).joins_space is joins

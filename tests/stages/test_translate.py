@@ -18,6 +18,7 @@ from helpers import interrupt_at, randomised, untimed, write
 from model import GPT, GPTConfig
 from stages import eval as evaluation
 from stages import finetune, translate
+from tools import export
 
 SMALL = ("--n_layer=1", "--encoder_layers=1", "--n_embd=16", "--n_head=2", "--device=cpu", "--dtype=float32")
 FLAGS = ("--train=train.jsonl", "--val=val.jsonl", "--batch_size=16", *SMALL)
@@ -72,7 +73,7 @@ def test_a_stopped_run_resumes_as_if_it_hadnt_stopped(run, monkeypatch):
 def test_the_scores_are_those_of_greedy_decoding_and_smoothing_is_the_papers():
     tokenizer = CharTokenizer("ab")
     model = randomised(GPT(GPTConfig(5, 3, 1, 2, 8, encoder_layers=1)))
-    pairs = encode_pairs([translate_pair("ab", "ba"), translate_pair("a", "")], tokenizer, 5)
+    pairs = encode_pairs([translate_pair("ab", "ba"), translate_pair("a", "")], tokenizer, 5, "")
     batch = pair_batch(pairs, 2)
     with torch.no_grad():
         scores = translate.scores(model, batch, 0.1)
@@ -100,8 +101,11 @@ def translate_pair(source, target):
     [
         ((), "name the examples to learn from by --train"),
         (("--train=bad.jsonl",), "bad.jsonl, line 2"),
-        (("--train=train.jsonl", "--n_head=3"), "n_head = 3 does not divide n_embd = 16"),
-        (("--train=train.jsonl", "--block_size=2"), "the target has 2 tokens, and block_size = 2 less one"),
+        (("--train=train.jsonl", "--n_head=3"), "n_head = 3 does not divide n_embd = 16: change one\n"),
+        (
+            ("--train=train.jsonl", "--block_size=2"),
+            "' has 2 tokens and an end, and block_size = 2 has room for 2: shorten it, or leave --block_size out",
+        ),
         (("gpt", "--train=train.jsonl"), "gpt has no encoder"),
     ],
 )
@@ -110,6 +114,26 @@ def test_what_cant_be_trained_is_refused(run, flags, message):
     save_model(GPT(GPTConfig(8, 4, 1, 1, 8)), CharTokenizer("abcd"), "gpt")
     result = run(*SMALL, *flags)
     assert result.code == 2 and message in result.message
+
+
+def test_a_model_that_is_trained_further_keeps_its_architecture(run):
+    run(*FLAGS, "--epochs=1", "--out_dir=base")
+    further = partial(run, "base", "--train=train.jsonl", "--epochs=1")
+    for flag, had in {"n_layer=3": 1, "n_embd=64": 16, "norm_position=pre": "post", "block_size=9": 3}.items():
+        name, asked = flag.split("=")
+        refused = further(f"--{flag}")
+        assert refused.code == 2
+        assert f"base has {name} = {had}, and not {asked}: leave --{name} out" in refused.message
+    Path("letters").mkdir()
+    CharTokenizer("abc").save("letters")
+    assert "base has another tokenizer than letters" in further("--tokenizer=letters").message
+    assert "finished" in further(*SMALL, "--tokenizer=base", "--dropout=0.5", "--out_dir=more")
+    assert load_model("more")[0].config.dropout == 0.5
+
+
+def test_a_run_says_that_too_few_pairs_leave_no_val(run):
+    write("one.jsonl", [{"source": "a", "target": "b"}])
+    assert "val_fraction = 0.05 of 1 example rounds to none" in run("--train=one.jsonl", *SMALL, "--epochs=1")
 
 
 def test_what_a_translator_isnt_for_is_refused(workplace, output_of):
@@ -121,7 +145,15 @@ def test_what_a_translator_isnt_for_is_refused(workplace, output_of):
         (finetune.main, "finetune.py", "base", "--train=train.jsonl", "--text_a=source", "--label=target"),
     ):
         assert "turns sources into targets" in output_of(entry_point(main), *flags)
-    assert "0 tokens: the model reads 1 to 5" in output_of(entry_point(sample.main), "sample.py", "base", "--start=")
+    sampled = partial(output_of, entry_point(sample.main), "sample.py", "base")
+    assert "the source '' has 0 tokens, and a model needs one: write a text" in sampled("--start=")
+    assert "the source 'abcdab' has 6 tokens, and the model reads 5: shorten it" in sampled("--start=abcdab")
+    unknown = sampled("--start=xyz")
+    assert "the source 'xyz': the character 'x'" in unknown and "vocabulary: leave it out" in unknown
+    Path("sources.txt").write_text("ab\n\n")
+    assert "sources.txt, line 2: the source ''" in sampled("--prompts=sources.txt")
+    exported = output_of(entry_point(export.main), "export.py", "base", "x", "--to", "hf")
+    assert "no counterpart here for such a model: use it with: python sample.py base --start=SOURCE" in exported
     Path("x.toml").write_text("encoder_layers = 1\n")
     assert "stages/translate.py trains" in output_of(entry_point(train.main), "train.py", "x.toml")
 

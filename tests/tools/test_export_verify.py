@@ -4,6 +4,7 @@ import math
 import re
 import string
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,3 +161,18 @@ def test_an_exported_bert_fills_the_gaps_of_transformers_pipeline(tmp_path, monk
     )
     again = load_model(tmp_path / "exported")[1]
     assert again.special_token("[MASK]") == tokenizer.vocab_size
+
+
+@pytest.mark.parametrize("tokenizer", [CharTokenizer(" abc"), BPETokenizer.train(["a b c a b c", " ab"] * 9, 262)])
+def test_the_space_before_a_gap_belongs_to_it_after_an_export_too(tmp_path, monkeypatch, tokenizer):
+    """Where tokens hold the space before a word; among characters, a space is a token."""
+    config = GPTConfig(24, tokenizer.vocab_size + 1, 1, 2, 8, attention="bidirectional", norm_position="post")
+    config = replace(config, embedding_norm=True, head_transform=True, head_bias=True, token_types=2, activation="gelu")
+    save_model(GPT(config), tokenizer, tmp_path / "bert")
+    monkeypatch.setattr(sys, "argv", ["export.py", str(tmp_path / "bert"), str(tmp_path / "exported"), "--to", "hf"])
+    assert export.main() == 0
+    before, after = (GapFiller(*load_model(tmp_path / name), name).encode for name in ("bert", "exported"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    for text in ("a [MASK] b", "[MASK]ab", "ab[MASK]b c", "ab [MASK]"):
+        assert before(text) == after(text) == theirs(text).input_ids
+    assert len(before("a [MASK] b")) == (5 if isinstance(tokenizer, CharTokenizer) else 3)

@@ -105,7 +105,11 @@ def test_a_trained_model_fills_gaps_and_classifies(train_into, output_of, stage_
     [
         (sample.main, ("sample.py", "base", "--start=2 times"), "write [MASK] where a token is missing"),
         (sample.main, ("sample.py", "base", "--start=[MASK]", "--num_beams=2"), "num_beams is for continuing a text"),
-        (sample.main, ("sample.py", "base", f"--start={'2' * 30}[MASK]"), "31 tokens, and the context 16"),
+        (
+            sample.main,
+            ("sample.py", "base", f"--start={'2' * 30}[MASK]"),
+            "31 tokens, and the model reads 16: shorten",
+        ),
         (sample.main, ("sample.py", "base", "--start=ü[MASK]"), "not among"),
         (evaluation.main, ("eval.py", "base", "--tasks=addition_2"), "base reads a text in both directions"),
         (sft.main, ("sft.py", "base", "--train=chats.jsonl"), "base reads a text in both directions"),

@@ -181,6 +181,7 @@ def test_bad_rows_are_named_in_a_sentence(row, message, run):
         (("--image_encoder=base",), 'model_type = "gpt-arc" is not an image encoder'),
         (("--image_encoder=new.toml", "--pixel_shuffle=3"), "pixel_shuffle = 3 doesn't divide the 2 patches"),
         (("--prefix_attention=True",), "prefix_attention is for a new image encoder: name an --image_encoder"),
+        (("--pixel_shuffle=2",), "pixel_shuffle is for a new image encoder: name an --image_encoder"),
         (("--encoder_rate=0.5",), "encoder_rate and projector_rate are for images: name an --image_encoder"),
         (
             ("--image_encoder=new.toml", "--text_rate=0", "--encoder_rate=0", "--projector_rate=0"),

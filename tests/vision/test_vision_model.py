@@ -159,7 +159,7 @@ def test_a_directory_holds_all_parts(prefix_attention, tmp_path):
     "change, message",
     [
         ({"format_version": 2}, "has version 2"),
-        ({"encoder": {"n_head": 5}}, "n_head = 5 does not divide"),
+        ({"encoder": {"n_head": 5}}, "n_head = 5 does not divide n_embd = 12: change one"),
         ({"encoder": {"n_lair": 5}}, "n_lair"),
         ({"encoder": {"n_layer": 3}}, "lacks the tensor encoder.blocks.2."),
         ({"projector": {"projector_layers": 3}}, "projector_layers"),
