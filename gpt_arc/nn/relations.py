@@ -7,15 +7,9 @@ if TYPE_CHECKING:
 
 # settings of attention, and the values at which a model without it may leave them
 WITHOUT_ATTENTION = {
-    **{
-        "positions": "none",
-        "attention": "causal",
-        "attention_band": None,
-        "attention_sinks": 0,
-        "head_transform": False,
-    },
-    **{"rotary_scaling": None, "rotary_factor": 1.0, "encoder_layers": 0, "n_kv_head": None, "qk_norm": False},
-    "base_width": None,
+    **{"positions": "none", "attention": "causal", "attention_band": None, "attention_sinks": 0, "encoder_layers": 0},
+    **{"rotary_scaling": None, "rotary_factor": 1.0, "n_kv_head": None, "qk_norm": False, "base_width": None},
+    "head_transform": False,
 }
 
 
