@@ -29,13 +29,12 @@ REVIEWS = {  # the classifier reads the last token, [Extract]; [Delim], which se
 }
 CLASSES = ["negative", "positive"]
 
-N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE = 2, 2, 16, 6
+N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE, NORM_EPS = 2, 2, 16, 6, 1e-5
 BLOCK_SHAPES = {"attention.qkv": (3 * N_EMBD, N_EMBD), "attention.projection": (N_EMBD, N_EMBD)}
 BLOCK_SHAPES |= {"mlp.up": (4 * N_EMBD, N_EMBD), "mlp.projection": (N_EMBD, 4 * N_EMBD)}
 BLOCK_SHAPES |= {"attention_norm": (N_EMBD,), "mlp_norm": (N_EMBD,)}
 SHAPES = {"token_embedding": (len(VOCABULARY), N_EMBD), "position_embedding": (BLOCK_SIZE, N_EMBD)}
 SHAPES |= {f"blocks.{layer}.{name}": shape for layer in range(N_LAYER) for name, shape in BLOCK_SHAPES.items()}
-NORM_EPS = 1e-5
 IGNORED = -1  # a target that is not scored: after the last word, and padding
 LANGUAGE_WEIGHT = 0.5  # weight of the language-model loss in fine-tuning
 
@@ -281,18 +280,20 @@ def main():
     report("Reviews", parameters, REVIEWS)
 
     print("\nFine-tuning on the reviews, in which no cat sits, so the model unlearns that")
-    tokens, targets = make_batch(REVIEWS)
-    labels = np.array([CLASSES.index(label) for label in REVIEWS.values()])
+    batch = (*make_batch(REVIEWS), np.array([CLASSES.index(label) for label in REVIEWS.values()]))
     parameters |= initialise(generator, {"classifier": (len(CLASSES), N_EMBD)})
-    minimise(parameters, (tokens, targets, labels), steps=300, learning_rate=1e-3)
+    minimise(parameters, batch, steps=300, learning_rate=1e-3)
     report("Sentences", parameters, SENTENCES)
     report("Reviews", parameters, REVIEWS)
 
-    class_logits, _ = linear(parameters, "classifier", trunk(parameters, tokens)[0][:, -1:])
+    class_logits, _ = linear(parameters, "classifier", trunk(parameters, batch[0])[0][:, -1:])
     print(f"\n{'Sentiment':42}", *CLASSES, "  label")
     for (text, label), (negative, positive) in zip(REVIEWS.items(), softmax(class_logits)[:, 0]):
         print(f"  {text:40} {negative:8.3f} {positive:8.3f}   {label}")
 
 
 if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description="Trains a GPT in NumPy. There are no settings.").parse_args()
     main()

@@ -14,12 +14,14 @@ if __name__ == "__main__":
 
 
 import math
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 import numpy_gpt
@@ -32,16 +34,23 @@ from gpt_arc.errors import entry_point
 from gpt_arc.files import resource
 from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, combined_loss, make_batch
 from gpt_arc.finetuning.examples import Columns, Example, SpecialTokens, sequences_of
+from gpt_arc.flags import parse_flags
 from gpt_arc.nn.attention import attend
 from gpt_arc.nn.head_loss import HeadLoss
 from gpt_arc.nn.meta import meta_device
 from gpt_arc.planning.budget import MixtureClaim, serving_memory
 from gpt_arc.planning.scaling_laws import PUBLISHED
+from gpt_arc.settings import STRICT
 from gpt_arc.tables import table
 from gpt_arc.weights.edit import with_more_tokens
 from model import GPT, GPTConfig
 
 Figure = float | Sequence[float]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Options:
+    """There are none: --help alone is answered."""
 
 
 class Row(NamedTuple):
@@ -278,6 +287,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Row]]] = {
 
 @torch.no_grad()
 def main() -> int:
+    parse_flags(Options, __doc__, sys.argv[1:])
     rows = []
     for title, section in SECTIONS.items():
         part = list(section())

@@ -149,7 +149,7 @@ def build(cls: type[T], values: Mapping[str, Any], sources: Mapping[str, str] | 
     try:
         return cls(**arguments)
     except ValidationError as error:
-        raise UserError(_refusal(error, cls, sources)) from None
+        raise UserError(_refusal(error, cls, sources, values)) from None
     except (ValueError, OverflowError) as error:
         raise UserError(str(error)) from None
 
@@ -171,13 +171,18 @@ def mistake(error: Exception, cls: type) -> str:
     return _refusal(error, cls, None) if isinstance(error, ValidationError) else str(error)
 
 
-def _refusal(error: ValidationError, cls: type, sources: Mapping[str, str] | None) -> str:
+def _refusal(
+    error: ValidationError, cls: type, sources: Mapping[str, str] | None, values: Mapping[str, Any] | None = None
+) -> str:
     first = error.errors(include_url=False)[0]
-    if not first["loc"]:  # settings contradict each other: name the files that set those in the sentence
+    if not first["loc"]:  # settings contradict each other: name the files, and flags, that set those in the sentence
         sentence = _sentence(error, None, "")
         words = set(sentence.replace(",", " ").replace(":", " ").split())
-        files = dict.fromkeys(source for name, source in (sources or {}).items() if name in words)
-        return f"{', '.join(files)}: {sentence}" if files else sentence
+        known, sources = settings_in(cls), sources or {}
+        named = {name: value for name, value in (values or {}).items() if name in words}
+        files = [sources[name] for name in named if name in sources]
+        flags = [f"--{n}" for n, value in named.items() if n not in sources and value != known[n].default]
+        return f"{', '.join(dict.fromkeys(files + flags))}: {sentence}" if files else sentence
     name = str(first["loc"][0])
     hint = settings_in(cls)[name].hint if name in settings_in(cls) else None
     is_flag = sources is not None and name not in sources

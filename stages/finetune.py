@@ -81,6 +81,8 @@ from gpt_arc.training.stage_run import StageProgress, StageRun
 from gpt_arc.weights.directory import load_text_model, refuse_images
 from gpt_arc.weights.edit import transfer, with_settings
 
+GPT1_WEIGHT = 0.5  # of the language-model loss
+
 
 @dataclass(config=CHECKED)
 class FinetuneProgress(StageProgress):
@@ -171,6 +173,8 @@ def build(
         raise UserError(f"{options.model} reads in both directions, and an LSTM in one: compare it with a causal model")
     if WORLD_SIZE > 1 and (options.lstm or isinstance(trunk, LSTM)):
         raise UserError("an LSTM is trained in one process: start it with python, not torchrun")
+    if not options.resume:  # an old run goes on with what it was started with
+        check_effects(options, is_causal=trunk.config.attention == "causal")
     if options.lstm:
         trunk = LSTM(trunk.config)
         if options.lstm_dataset and not options.resume:
@@ -190,6 +194,18 @@ def build(
     if config.is_regression:
         torch.nn.init.zeros_(classifier.head.weight)  # the first prediction is the mean
     return classifier, tokenizer
+
+
+def check_effects(options: FinetuneOptions, is_causal: bool) -> None:
+    """Raises UserError for settings that have no effect beside others, or on the model."""
+    if options.language_weight and not is_causal:
+        raise UserError(
+            f"{options.model} reads in both directions, and has no language-model loss: leave language_weight out"
+        )
+    if options.language_weight and options.freeze_trunk:
+        raise UserError("freeze_trunk trains without a language-model loss: leave language_weight or freeze_trunk out")
+    if options.lora_alpha != FinetuneOptions.lora_alpha and not options.lora_rank:
+        raise UserError(f"lora_alpha = {options.lora_alpha} is for adapters: set lora_rank, or leave lora_alpha out")
 
 
 def train_language_model(model: LSTM, corpus: Corpus, options: FinetuneOptions) -> None:
@@ -262,7 +278,8 @@ def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
     run.fit(classifier.trunk.config)
     run.open(digest([training.sequences, training.labels]))
     is_causal = classifier.trunk.config.attention == "causal"
-    language = options.language_weight > 0 and is_causal and not options.freeze_trunk
+    language_weight = GPT1_WEIGHT if options.language_weight is None else options.language_weight
+    language = language_weight > 0 and is_causal and not options.freeze_trunk
     heads = any(p.requires_grad for name, p in classifier.trunk.named_parameters() if name.startswith("head"))
     replica = run.place(classifier, unused=heads and not language)
     updater = run.updater(classifier, updates)
@@ -289,7 +306,7 @@ def train(options: FinetuneOptions, run: StageRun[FinetuneProgress]) -> int:
                 with autocast(run.device, run.dtype):
                     outcome = replica(*batch, with_language=language)
                 micro_losses = outcome.task_loss, outcome.language_loss
-                loss = combined_loss(*micro_losses, options.language_weight)
+                loss = combined_loss(*micro_losses, language_weight)
                 updater.backward(loss * weight * WORLD_SIZE / count)
             losses += weight * torch.stack(micro_losses).detach()
             routers.add()

@@ -478,6 +478,14 @@ def test_mistakes_exit_with_code_2(workplace):
     assert "did you mean --learning_rate" in refusal("train.py", "sums.toml", "--learing_rate=1")
 
 
+def test_a_file_s_setting_without_effect_doesnt_keep_a_run_from_resuming(run):
+    run("--max_iters=3")
+    Path("sums.toml").write_text('[data]\ndataset = "sums"\n[training]\nmask_rate = 0.3\n')
+    assert "finished step 4" in run("--resume=out/sums", "--max_iters=4", tiny=False)
+    assert "sums.toml: mask_rate = 0.3 has no effect without attention = bidir" in run("--dry_run=True").message
+    assert "--mask_rate = 0.2 has no effect" in run("--resume=out/sums", "--mask_rate=0.2", tiny=False).message
+
+
 def test_contradicting_settings_are_refused_on_resume(workplace, run):
     run("--max_iters=4")
     assert "n_layer = 3 contradicts the run" in run("--init_from=resume", "--n_layer=3", tiny=False).message

@@ -20,6 +20,10 @@ from gpt_arc.training import runs
 from gpt_arc.weights.directory import load_config, load_text_model, of_one_checkpoint
 from model import GPT
 
+FOR_CONTINUING = (  # settings that filling has no use for; max_new_tokens and batch_size are only bounds
+    "image", "chat", "num_beams", "length_penalty", "draft", "draft_tokens", "stop", "int8", "prefill", "cache"
+)  # fmt: skip
+
 
 class Filled(NamedTuple):
     """A text whose gaps are filled."""
@@ -94,8 +98,10 @@ def load_filler(config: SampleConfig) -> GapFiller | None:
     def load(directory: Path) -> GapFiller | None:
         if load_config(directory).attention == "causal":
             return None
-        unfit = [name for name in ("image", "chat", "num_beams", "draft", "stop", "int8") if getattr(config, name)]
+        default = SampleConfig()
+        unfit = [name for name in FOR_CONTINUING if getattr(config, name) != getattr(default, name)]
         unfit += ["repetition_penalty"] * (config.sampling.repetition_penalty != 1)
+        unfit += ["compile"] * (config.compile is True)
         if unfit:
             raise UserError(f"{directory} fills gaps, and {unfit[0]} is for continuing a text: leave it out")
         device = resolve_device(config.device)

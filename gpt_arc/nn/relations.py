@@ -5,6 +5,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gpt_arc.model_config import GPTConfig
 
+# settings of attention, and the values at which a model without it may leave them
+WITHOUT_ATTENTION = {
+    "positions": "none", "attention": "causal", "attention_band": None, "attention_sinks": 0, "encoder_layers": 0,
+    "rotary_scaling": None, "rotary_factor": 1.0, "n_kv_head": None, "qk_norm": False, "base_width": None,
+    "head_transform": False,
+}  # fmt: skip
+
 
 def check_heads(n_head: int, n_embd: int, or_else: str = "") -> None:
     """Raises ValueError unless heads divide the width; `or_else` is another mend than to change one of the two."""
@@ -15,25 +22,27 @@ def check_heads(n_head: int, n_embd: int, or_else: str = "") -> None:
 def check_relations(config: "GPTConfig") -> None:
     """Raises ValueError for settings that contradict each other."""
     if config.mixer == "lstm":
-        obstacles = {
-            f"positions = {config.positions}, which turns or biases attention": config.positions in ("rotary", "alibi"),
-            f"attention = {config.attention}": config.attention != "causal",
-            f"attention_band = {config.attention_band}": config.attention_band,
-            f"encoder_layers = {config.encoder_layers}": config.encoder_layers,
-            f"n_kv_head = {config.n_kv_head}": config.n_kv_head,
-            "qk_norm": config.qk_norm,
-            f"base_width = {config.base_width}": config.base_width,
-        }
-        for obstacle in (name for name, applies in obstacles.items() if applies):
-            raise ValueError(f"mixer = lstm doesn't suit {obstacle}: leave out one of the two")
-    if config.attention == "bidirectional" and config.attention_band is not None:
+        unsuited = {name: value for name, value in WITHOUT_ATTENTION.items() if getattr(config, name) != value}
+        if config.positions not in ("rotary", "alibi"):  # these turn or bias attention
+            unsuited.pop("positions", None)
+        if unsuited:
+            obstacles = ", ".join(f"{name} = {getattr(config, name)}" for name in unsuited)
+            flags = " ".join(f"--{name}={value}" for name, value in unsuited.items())
+            raise ValueError(f"mixer = lstm doesn't suit {obstacles}: leave mixer out, or set {flags}")
+    for name in ("attention_band", "attention_sinks"):
+        if config.attention == "bidirectional" and getattr(config, name):
+            raise ValueError(
+                f'{name} = {getattr(config, name)} is for a band of earlier tokens: it needs attention = "causal"'
+            )
+    if config.attention_sinks and config.positions == "alibi":
         raise ValueError(
-            f'attention_band = {config.attention_band} is a band of earlier tokens: it needs attention = "causal"'
+            f"attention_sinks = {config.attention_sinks} doesn't suit positions = alibi, which hides what is far away: "
+            "set other positions"
         )
-    if config.attention_sinks and (config.attention_band is None or config.positions == "alibi"):
+    if config.attention_sinks and config.attention_band is None:
         raise ValueError(
-            f"attention_sinks = {config.attention_sinks} are seen beside an attention_band: set one, and positions "
-            "other than alibi, which hides what is far away"
+            f"attention_sinks = {config.attention_sinks} are seen beside an attention_band: set one, or leave "
+            "attention_sinks out"
         )
     if config.attention == "bidirectional" and config.positions == "alibi":
         raise ValueError('positions = "alibi" counts back from a token: it needs attention = "causal"')

@@ -15,7 +15,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.files import command, resource
 from gpt_arc.settings import build, merge, mistake, read_files, values_of
 from gpt_arc.training.arguments import config_file, read_arguments, read_stage_arguments
-from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig
+from gpt_arc.training.config import OWN_RUNS, SETTINGS, Config, RunConfig, check_effects
 from gpt_arc.training.options import O, StageOptions, refuse_others
 from gpt_arc.training.runs import Lock, newest_run, read_record, stage_of
 from gpt_arc.training.stage_record import located, recorded_options, resume_command
@@ -73,7 +73,8 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
             settings, sources = read_files(Config, files)
     sources |= dict.fromkeys(recorded, f"{resumed}/run.json")
     values = merge(Config, merge(Config, settings, recorded), flags)
-    config = build(Config, values, {name: source for name, source in sources.items() if name not in flags})
+    sources = {name: source for name, source in sources.items() if name not in flags}
+    config = build(Config, values, sources)
     config = without_samples(config, "sample_interval" in flags)
     if not files:
         raise UserError(f"name a config file, for instance: {command('train.py', 'configs/quickstart.toml')}")
@@ -91,6 +92,9 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if config.run.init_from not in OWN_RUNS:
         imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported, flags)
+    given = flags if resumed else values  # an old run goes on with what it was started with
+    given = {name: value for name, value in given.items() if name not in adopted}
+    check_effects(config, given, sources, flags | adopted)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
 

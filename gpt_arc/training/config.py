@@ -5,15 +5,17 @@ also stand outside any table. All mistakes are reported before anything starts.
 """
 
 import dataclasses
+from collections.abc import Callable, Container, Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tomli_w
 from annotated_types import Gt
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.data.datasets import Source
+from gpt_arc.errors import UserError
 from gpt_arc.model_config import GPTConfig
 from gpt_arc.nn.names import Checkpointing
 from gpt_arc.settings import (
@@ -403,6 +405,54 @@ class Config:
 
 TABLES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(Config)}
 SETTINGS = settings_in(Config)  # setting -> its table and type
+
+
+class Dependence(NamedTuple):
+    """Settings that have an effect only beside another."""
+
+    names: tuple[str, ...]
+    needed: str
+    value: str  # that it needs, or "" if any but the default will do
+    applies: Callable[[Config], bool]  # whether the needed setting has it
+
+
+DEPENDENCES = (
+    Dependence(("rotary_base",), "positions", "rotary", lambda config: config.model.positions == "rotary"),
+    Dependence(
+        ("rotary_context", "rotary_fast", "rotary_slow", "rotary_attention_factor"), "rotary_scaling", "",
+        lambda config: config.model.rotary_scaling is not None,
+    ),
+    Dependence(("attention_dropout",), "mixer", "attention", lambda config: config.model.mixer == "attention"),
+    Dependence(
+        (
+            "experts_per_token", "expert_interval", "shared_experts", "expert_selection", "capacity_factor",
+            "router_jitter", "expert_dropout", "balance_loss", "router_z_loss", "balance_rate",
+        ), "n_experts", "", lambda config: config.model.n_experts > 0,
+    ),
+    Dependence(("ngram_rows",), "ngrams", "", lambda config: config.model.ngrams > 1),
+    Dependence(("mask_rate",), "attention", "bidirectional", lambda config: config.is_masked),
+    Dependence(("muon_rate", "momentum"), "optimizer", "muon", lambda config: config.training.optimizer == "muon"),
+    Dependence(("cooldown",), "schedule", "wsd", lambda config: config.training.schedule == "wsd"),
+    Dependence(("reshard_after_forward",), "parallel", "fsdp", lambda config: config.training.parallel == "fsdp"),
+)  # fmt: skip
+
+
+def check_effects(
+    config: Config, given: Mapping[str, Any], sources: Mapping[str, str], changed: Container[str]
+) -> None:
+    """Raises UserError for a `given` setting without effect in `config`.
+
+    `sources` names the file that each setting came from; one without came from a flag. A file's setting may stay where
+    what it belongs to was `changed`, by a flag or the model of init_from, or by another file.
+    """
+    for names, needed, value, applies in DEPENDENCES:
+        for name in (name for name in names if name in given and given[name] != SETTINGS[name].default):
+            is_flag = name not in sources
+            elsewhere = needed in changed or sources.get(needed) not in (None, sources.get(name))
+            if not applies(config) and (is_flag or not elsewhere):
+                place = f"--{name}" if is_flag else f"{sources[name]}: {name}"
+                needs = f"{needed} = {value}" if value else needed
+                raise UserError(f"{place} = {given[name]} has no effect without {needs}: set it, or leave {name} out")
 
 
 def build_config(settings: dict[str, Any], source: str) -> Config:

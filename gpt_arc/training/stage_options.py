@@ -243,10 +243,10 @@ class FinetuneOptions(DividedOptions, ExampleOptions):
     """Adam's decay rate of the second moment."""
     seed: Seed = 42
     """The source of all randomness: new weights, the order of examples, dropout."""
-    language_weight: NonNegative = 0.5
-    """Weight (lambda) of the language-model loss on the texts beside the task's loss. GPT-1's .5, which helps on large
-    sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0. A bidirectional
-    model has no such loss."""
+    language_weight: NonNegative | None = None
+    """Weight (lambda) of the language-model loss on the texts beside the task's loss. None: GPT-1's .5, which helps on
+    large sets there; on the four small ones of docs/results/gpt1_arc.md it costs .2 to 2.3 points against 0. A
+    bidirectional model has no such loss, nor has freeze_trunk."""
     classifier_dropout: Share = 0.1
     """Dropout of the state that the head reads."""
     dropout: Share | None = None

@@ -1,5 +1,7 @@
 """The figures of examples/worked_numbers.py, and its exit code when a function computes another one."""
 
+import sys
+
 import pytest
 
 import worked_numbers
@@ -12,6 +14,7 @@ def test_every_figure_is_what_the_program_computes(section):
 
 
 def test_another_figure_ends_the_script_with_1(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["worked_numbers.py"])
     monkeypatch.setattr(worked_numbers, "SECTIONS", {"Losses": worked_numbers.losses})
     assert worked_numbers.main() == 0
     assert capsys.readouterr().out.endswith("19 of 19 figures are right\n")

@@ -379,6 +379,8 @@ def test_an_lstm_is_pre_trained_and_stays_an_lstm_in_the_next_task(run, workplac
         ((*TRAIN, "--numbers=True"), "train.jsonl, line 1: the label 'no' is not a number"),
         (("base", "--train=same.jsonl"), "every example has the label 'no': there is nothing to learn"),
         (("base", "--train=capital.jsonl"), "capital.jsonl, line 1: the character 'A'"),
+        ((*TRAIN, "--freeze_trunk=True", "--language_weight=0.5"), "leave language_weight or freeze_trunk out"),
+        ((*TRAIN, "--lora_alpha=8"), "lora_alpha = 8.0 is for adapters: set lora_rank, or leave lora_alpha out"),
         ((*TRAIN, "--freeze_trunk=True", "--lora_rank=2"), "freeze_trunk and lora_rank exclude each other: choose one"),
         ((*TRAIN, "--lstm=True", "--transfer_blocks=0"), "lstm and transfer_blocks exclude each other: choose one"),
         ((*TRAIN, "--max_tokens=25"), "max_tokens = 25 is more than the model's context, 24"),

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import shlex
 import sys
 import textwrap
@@ -206,6 +207,61 @@ def test_mistakes_in_files(workplace, content, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         launch(path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+LSTM = "--mixer=lstm"
+
+
+@pytest.mark.parametrize(
+    ("flags", "start"),
+    [
+        (["--attention_sinks=4"], "attention_sinks = 4 are seen beside an attention_band: set one"),
+        ([LSTM], "modern.toml, --mixer: mixer = lstm doesn't suit positions = rotary, qk_norm = True: leave"),
+        ([LSTM, "--attention_sinks=4", "--positions=none"], "modern.toml, --mixer, --attention_sinks: mixer = lstm"),
+        ([LSTM, "--positions=alibi", "--qk_norm=False"], "mixer = lstm doesn't suit positions = alibi"),
+        (["--n_head=5"], "modern.toml, --n_head: n_head = 5 does not divide n_embd = 32"),
+    ],
+)
+def test_a_contradiction_names_where_its_settings_were_set(workplace, flags, start):
+    write(workplace / "modern.toml", 'positions = "rotary"\nqk_norm = true\nn_embd = 32\nn_head = 4\n')
+    with pytest.raises(UserError, match=f"^{re.escape(start)}") as refused:
+        launch("sums.toml", "modern.toml", *flags)
+    if mend := re.search("or set (--.*)", str(refused.value)):
+        assert launch("sums.toml", "modern.toml", *flags, *mend[1].split()).config.model.mixer == "lstm"
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--rotary_context=4"], "rotary_scaling"),
+        (["--positions=rotary", "--rotary_slow=2"], "rotary_scaling"),
+        (["--rotary_base=100"], "positions = rotary"),
+        ([LSTM, "--attention_dropout=0.1"], "mixer = attention"),
+        (["--balance_loss=0.1"], "n_experts"),
+        (["--ngram_rows=9"], "ngrams"),
+        (["--mask_rate=0.3"], "attention = bidirectional"),
+        (["--momentum=0.9"], "optimizer = muon"),
+        (["--cooldown=0.5"], "schedule = wsd"),
+        (["--reshard_after_forward=False"], "parallel = fsdp"),
+    ],
+    ids=" ".join,
+)
+def test_a_setting_without_effect_is_refused(workplace, flags, needed):
+    name, value = flags[-1].removeprefix("--").split("=")
+    advice = f"has no effect without {needed}: set it, or leave {name} out"
+    with pytest.raises(UserError, match=f"^--{name} = {value}.* {advice}$"):
+        launch("sums.toml", *flags)
+    others = (flag.removeprefix("--").replace("=", ' = "') + '"\n' for flag in flags[:-1])
+    file = write(workplace / "idle.toml", "".join([*others, f"{name} = {value.lower()}\n"]))
+    with pytest.raises(UserError, match=f"idle.toml: {name} = {value}.* {advice}$"):
+        launch("sums.toml", file)
+
+
+def test_a_setting_without_effect_may_stay_where_nothing_was_asked_of_it(workplace):
+    """At its default, in a file whose other settings a flag replaces, and in a run that is resumed."""
+    launch("sums.toml", "--rotary_slow=1", "--mask_rate=0.15", "--momentum=0.95", LSTM, "--dropout=0.1")
+    muon = write(workplace / "muon.toml", 'optimizer = "muon"\nmuon_rate = 0.1\n')
+    assert launch(muon, "--optimizer=adamw").config.training.muon_rate == 0.1
 
 
 @pytest.mark.parametrize(

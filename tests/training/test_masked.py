@@ -100,6 +100,15 @@ def test_a_trained_model_fills_gaps_and_classifies(train_into, output_of, stage_
     assert "an LSTM in one" in stage_runner(finetune, "run", "--train=rows.jsonl", "--lstm=True").message
 
 
+UNFIT = {
+    name: f"--{name}={value}"
+    for name, value in {
+        **{"prefill": 4, "cache": "int8", "stop": "a", "draft": "base", "int8": True, "compile": True},
+        **{"length_penalty": 2, "draft_tokens": 2, "repetition_penalty": 1.5},
+    }.items()
+}
+
+
 @pytest.mark.parametrize(
     "main, flags, message",
     [
@@ -110,9 +119,18 @@ def test_a_trained_model_fills_gaps_and_classifies(train_into, output_of, stage_
             ("sample.py", "base", f"--start={'2' * 30}[MASK]"),
             "31 tokens, and the model reads 16: shorten",
         ),
+        *(
+            (sample.main, ("sample.py", "base", "--start=[MASK]", flag), f"{name} is for continuing a text")
+            for name, flag in UNFIT.items()
+        ),
         (sample.main, ("sample.py", "base", "--start=ü[MASK]"), "not among"),
         (evaluation.main, ("eval.py", "base", "--tasks=addition_2"), "base reads a text in both directions"),
         (sft.main, ("sft.py", "base", "--train=chats.jsonl"), "base reads a text in both directions"),
+        (
+            finetune.main,
+            ("finetune.py", "base", "--train=rows.jsonl", "--language_weight=0.5"),
+            "leave language_weight",
+        ),
     ],
 )
 def test_commands_that_continue_a_text_refuse_it(workplace, output_of, main, flags, message):
@@ -120,6 +138,7 @@ def test_commands_that_continue_a_text_refuse_it(workplace, output_of, main, fla
     config = GPTConfig(16, tokenizer.vocab_size + 1, 1, 2, 8, attention="bidirectional")
     save_model(GPT(config), tokenizer, "base")
     write("chats.jsonl", [{"prompt": "2", "response": "3"}] * 8)
+    write("rows.jsonl", [{"text": "2", "label": label} for label in "ab"] * 8)
     assert message in output_of(entry_point(main), *flags)
 
 
