@@ -258,10 +258,11 @@ def test_a_setting_without_effect_is_refused(workplace, flags, needed):
 
 
 def test_a_setting_without_effect_may_stay_where_nothing_was_asked_of_it(workplace):
-    """At its default, in a file whose other settings a flag replaces, and in a run that is resumed."""
+    """At its default, and in a file whose other settings a flag or another file replaces."""
     launch("sums.toml", "--rotary_slow=1", "--mask_rate=0.15", "--momentum=0.95", LSTM, "--dropout=0.1")
     muon = write(workplace / "muon.toml", 'optimizer = "muon"\nmuon_rate = 0.1\n')
     assert launch(muon, "--optimizer=adamw").config.training.muon_rate == 0.1
+    assert launch(muon, write(workplace / "adamw.toml", 'optimizer = "adamw"\n')).config.training.muon_rate == 0.1
 
 
 @pytest.mark.parametrize(
