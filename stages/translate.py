@@ -87,10 +87,10 @@ def continued(options: TranslationOptions, model: GPT, tokenizer: Tokenizer) -> 
     """Returns the trained `model` with the dropout of `options`. Raises UserError if they name another architecture."""
     requested = options.architecture
     dropout = requested.pop("dropout", model.config.dropout)
-    for name, value in requested.items():
-        trained = getattr(model.config, name)
-        if value != trained:
-            raise UserError(f"{options.model} has {name} = {trained}, and not {value}: leave --{name} out")
+    trained = {name: getattr(model.config, name) for name in requested}
+    if others := [name for name in requested if requested[name] != trained[name]]:
+        has, flags = (f"{name} = {trained[name]}" for name in others), (f"--{name}" for name in others)
+        raise UserError(f"{options.model} has {' and '.join(has)}: leave out {' and '.join(flags)}")
     if options.tokenizer and find_tokenizer(options.tokenizer) != tokenizer:
         raise UserError(f"{options.model} has another tokenizer than {options.tokenizer}: leave --tokenizer out")
     return with_settings(model, dropout=dropout)

@@ -111,7 +111,8 @@ def test_probabilities_of_a_hidden_token(tokenizer, exported, tmp_path, capsys):
     assert len(texts) == INPUTS and len({len(rows[text]) for text in texts}) > 9
     expected, scores = [], []
     for text, answers in zip(texts, fill(texts)):
-        before, after = map(tokenizer.encode, text.split("[MASK]"))
+        left, right = text.split("[MASK]")
+        before, after = map(tokenizer.encode, (left.rstrip(), right))  # white space before the token belongs to it
         assert rows[text] == [*before, mask, *after]
         with torch.no_grad():
             expected.append(model(torch.tensor([rows[text]]))[0, len(before)].softmax(-1))
