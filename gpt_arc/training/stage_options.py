@@ -346,9 +346,9 @@ class TranslationOptions(ExampleOptions):
         *("train", "val", "epochs", "learning_rate", "batch_size", "n_layer", "encoder_layers", "n_embd", "n_head"),
         *("out_dir", "resume"),
     )
-    NEW: ClassVar[dict[str, Any]] = {
-        **{"n_layer": 3, "encoder_layers": 3, "n_head": 4, "n_embd": 128, "norm_position": "post", "dropout": 0.1}
-    }  # a new model's settings where they are None
+    NEW: ClassVar[dict[str, Any]] = {  # a new model's settings where they are None
+        "n_layer": 3, "encoder_layers": 3, "n_head": 4, "n_embd": 128, "norm_position": "post", "dropout": 0.1
+    }  # fmt: skip
 
     @property
     def architecture(self) -> dict[str, Any]:
