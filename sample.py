@@ -106,22 +106,18 @@ class Sampler:
                 self.images.show(Path(prompts[0].removeprefix(SHOW).strip()))
                 return []
             return [self.dialogue.ask(prompts[0], config.stop, self.images.take() if self.images else ())]
-        if self.translates:
-            from gpt_arc.data.pairs import encode_source
+        from gpt_arc.data.pairs import encode_source
 
-            self.sources = {}
-            for number, prompt in enumerate(prompts):
-                with naming_prompt(config, number):
-                    self.sources[prompt] = encode_source(prompt, self.tokenizer, self.context)
-            start = [self.boundary], self.tokenizer, config.stop, self.boundary
-            return [Continuation(prompt, *start) for prompt in prompts for _ in range(config.num_samples)]
-        continuations = []
+        encode, tokens = (encode_source if self.translates else encode_prompt), {}
         for number, prompt in enumerate(prompts):
             with naming_prompt(config, number):
-                tokens = encode_prompt(prompt, self.tokenizer, self.context)
-            rows = range(config.num_samples)
-            continuations += [Continuation(prompt, tokens, self.tokenizer, config.stop) for _ in rows]
-        return continuations
+                tokens[prompt] = encode(prompt, self.tokenizer, self.context)
+        each = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        if self.translates:
+            self.sources = tokens
+            start = [self.boundary], self.tokenizer, config.stop, self.boundary
+            return [Continuation(prompt, *start) for prompt in each]
+        return [Continuation(prompt, tokens[prompt], self.tokenizer, config.stop) for prompt in each]
 
     def steps(self, batch: Sequence[Continuation], first: int) -> Iterator["Step"]:
         """Decodes a batch whose first row is number `first` of all, which seeds its generator.
