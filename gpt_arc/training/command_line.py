@@ -92,9 +92,7 @@ def read_command_line(args: list[str], description: str | None) -> Launch:
     if config.run.init_from not in OWN_RUNS:
         imported = config.run.init_from
         config, adopted = adopt_architecture(config, imported, flags)
-    given = flags if resumed else values  # an old run goes on with what it was started with
-    given = {name: value for name, value in given.items() if name not in adopted}
-    check_effects(config, given, sources, flags | adopted)
+    check_effects(config, flags)
     name = name or _name_of(Path(files[-1]))
     return Launch(config, name, tuple(files), overrides | adopted, resumed, None, imported, adopted)
 

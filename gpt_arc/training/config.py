@@ -5,7 +5,7 @@ also stand outside any table. All mistakes are reported before anything starts.
 """
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -437,22 +437,16 @@ DEPENDENCES = (
 )  # fmt: skip
 
 
-def check_effects(
-    config: Config, given: Mapping[str, Any], sources: Mapping[str, str], changed: Container[str]
-) -> None:
-    """Raises UserError for a `given` setting without effect in `config`.
+def check_effects(config: Config, flags: Mapping[str, Any]) -> None:
+    """Raises UserError for one of the `flags` that has no effect in `config`.
 
-    `sources` names the file that each setting came from; one without came from a flag. A file's setting may stay where
-    what it belongs to was `changed`, by a flag or the model of init_from, or by another file.
+    Files may have such settings: another file or a flag replaces what they belong to, and a run records them.
     """
     for names, needed, value, applies in DEPENDENCES:
-        for name in (name for name in names if name in given and given[name] != SETTINGS[name].default):
-            is_flag = name not in sources
-            elsewhere = needed in changed or sources.get(needed) not in (None, sources.get(name))
-            if not applies(config) and (is_flag or not elsewhere):
-                place = f"--{name}" if is_flag else f"{sources[name]}: {name}"
+        for name in (name for name in names if name in flags and flags[name] != SETTINGS[name].default):
+            if not applies(config):
                 needs = f"{needed} = {value}" if value else needed
-                raise UserError(f"{place} = {given[name]} has no effect without {needs}: set it, or leave {name} out")
+                raise UserError(f"--{name} = {flags[name]} has no effect without {needs}: set it, or leave {name} out")
 
 
 def build_config(settings: dict[str, Any], source: str) -> Config:

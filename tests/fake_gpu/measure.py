@@ -387,7 +387,8 @@ def main() -> None:
     warm_up()
     compiler = None
     assert "gpt_arc.distributed" not in sys.modules  # which reads the environment of each process
-    gc.freeze()  # otherwise a fork would visit all objects, and so copy their pages
+    gc.disable()  # looking for cycles would take a tenth of a measurement, whose process ends soon
+    gc.freeze()  # otherwise a fork would visit all objects at its end, and so copy their pages
     for line in sys.stdin:
         *what, folder, environment, files = json.loads(line)
         if pid := os.fork():

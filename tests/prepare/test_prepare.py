@@ -1068,9 +1068,9 @@ def test_training_prepares_a_small_corpus_and_names_the_command_for_others(tmp_p
 def test_a_config_whose_data_an_example_makes_names_the_example(config, tmp_path, monkeypatch):
     """The config names the example that makes its data; so does the refusal, and that script prepares the dataset."""
     text = (ROOT / f"configs/{config}.toml").read_text()
-    example, name = re.search(r"`(bash examples/\w+\.sh)`", text)[1], re.search(r'dataset = "(\w+)"', text)[1]
+    example, name = re.search(r"bash examples/\w+\.sh", text)[0], re.search(r'dataset = "(\w+)"', text)[1]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=f"prepare it with `{example}`"):
+    with pytest.raises(UserError, match=f"prepare it with `ONLY=data {example}`"):
         prepare_dataset(name)
     assert f"--name {name}" in (ROOT / example.split()[1]).read_text()
 
