@@ -433,7 +433,6 @@ DEPENDENCES = (
     Dependence(("mask_rate",), "attention", "bidirectional", lambda config: config.is_masked),
     Dependence(("muon_rate", "momentum"), "optimizer", "muon", lambda config: config.training.optimizer == "muon"),
     Dependence(("cooldown",), "schedule", "wsd", lambda config: config.training.schedule == "wsd"),
-    Dependence(("reshard_after_forward",), "parallel", "fsdp", lambda config: config.training.parallel == "fsdp"),
 )  # fmt: skip
 
 

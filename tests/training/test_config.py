@@ -242,7 +242,6 @@ def test_a_contradiction_names_where_its_settings_were_set(workplace, flags, sta
         (["--mask_rate=0.3"], "attention = bidirectional"),
         (["--momentum=0.9"], "optimizer = muon"),
         (["--cooldown=0.5"], "schedule = wsd"),
-        (["--reshard_after_forward=False"], "parallel = fsdp"),
     ],
     ids=" ".join,
 )
