@@ -8,8 +8,9 @@ set -euo pipefail
 repository=$(cd "$(dirname "$0")/.." && pwd)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}   # a model this small is slower on two cores
 
-mkdir -p data/toy_words
-python - <<'PYTHON'
+if [ ! -f data/toy/meta.json ]; then
+    mkdir -p data/toy_words
+    python - <<'PYTHON'
 import json
 
 words = ["<|endoftext|>", "the", "film", "was", "great", "terrible", "cat", "sat"]
@@ -29,8 +30,8 @@ with open("data/toy_sentences.jsonl", "w") as file:
 with open("data/toy_reviews.jsonl", "w") as file:
     file.writelines(json.dumps({"text": text, "label": label}) + "\n" for text, label in reviews.items())
 PYTHON
-
-python "$repository/prepare/text.py" --input data/toy_sentences.jsonl --name toy --tokenizer toy_words --split tail
+    python "$repository/prepare/text.py" --input data/toy_sentences.jsonl --name toy --tokenizer toy_words --split tail
+fi
 if [ "${ONLY:-}" = data ]; then exit; fi
 python "$repository/train.py" "$repository/configs/gpt1.toml" --dataset=toy --n_layer=2 --n_head=2 --n_embd=16 \
     --block_size=16 --dropout=0 --batch_size=32 --tokens_per_step=512 --max_iters=1000 --learning_rate=1e-2 --warmup_iters=20 \
