@@ -16,14 +16,7 @@ models=${MODELS:-gpt bert lstm shuffled}
 out=out/relatives
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-if [ ! -d data/gpt1_arc ]; then
-    python "$repository/examples/gpt1_data.py" --output data/gpt1_arc
-fi
-if [ ! -f data/gpt1_text/meta.json ]; then
-    corpus=data/gpt1_arc/corpus.jsonl
-    python "$repository/prepare/tokenizer.py" --input $corpus --vocab_size 4096 --name gpt1_text
-    python "$repository/prepare/text.py" --input $corpus --tokenizer gpt1_text --name gpt1_text --val_fraction 0.02
-fi
+ONLY=data bash "$repository/examples/gpt1_arc.sh"
 if [[ $models == *shuffled* && ! -f data/gpt1_shuffled/meta.json ]]; then
     python "$repository/examples/shuffle_sentences.py" gpt1_text --name=gpt1_shuffled
 fi
