@@ -93,9 +93,8 @@ class HeadLoss(torch.autograd.Function):
         # in float16 a sum over many rows overflows before the loss scale adapts, so it is computed at 1/64
         shrunk = 2**-6 if dtype == torch.float16 else 1.0
         chunks = math.ceil(len(hidden) * vocabulary / logits_at_once(device))
-        rows = (
-            math.ceil(len(hidden) / max(chunks, 1)) or 1
-        )  # chunks of equal size, so that one compiled kernel fits all
+        # chunks of equal size, so that one compiled kernel fits all
+        rows = math.ceil(len(hidden) / max(chunks, 1)) or 1
         for x, target, weight in zip(hidden.split(rows), targets.split(rows), scored.split(rows)):
             x = x.to(dtype)
             logits = F.linear(x, matrix, offset)  # (rows, V), and surplus columns

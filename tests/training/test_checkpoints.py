@@ -48,6 +48,20 @@ def test_only_the_last_and_best_checkpoints_are_kept(tmp_path):
     assert load_state(tmp_path.with_name("elsewhere") / "last")["progress"]["step"] == 4
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux lists what is mapped")
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_a_state_can_stay_on_disk(tmp_path, on_disk):
+    """So that the processes of a machine share one copy of the optimizer's state."""
+    moments = {"state": {0: {"exp_avg": torch.ones(1 << 20)}}, "param_groups": []}
+    state = STATE | {"progress": {"step": 1}, "optimizer": moments}
+    save_checkpoint(tmp_path, 1, 1, partial(save_model, GPT(CONFIG), TOKENIZER), state, 1)
+    loaded = load_state(tmp_path / "last", on_disk=on_disk)["optimizer"]["state"][0]["exp_avg"]
+    regions = (line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line)
+    bounds = [[int(bound, 16) for bound in region.split("-")] for region in regions]
+    assert any(start <= loaded.data_ptr() < end for start, end in bounds) == on_disk
+    assert loaded.sum() == 1 << 20
+
+
 def test_all_checkpoints_can_be_kept(tmp_path):
     for step in (1, 2, 3):
         checkpoint(tmp_path, step, 1, keep_all=True)
