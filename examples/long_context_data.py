@@ -1,4 +1,4 @@
-"""Writes documents for measuring long contexts: prose, copies of random letters, and keys to remember.
+"""Writes documents for measuring long contexts: prose, copies of random text, and keys to remember.
 
     python examples/long_context_data.py --longest=512
     python examples/long_context_data.py --longest=64
@@ -6,10 +6,10 @@
     python prepare/text.py --input data/long_context_64/corpus.jsonl --name long_64 --tokenizer long_512
 
 Sizes of documents are log-uniform between 16 and `longest` characters. A quarter of the documents is prose of Python's
-manual, half random letters and the same letters again, and a quarter prose behind a key of four digits, which the end
-asks for:
+manual, half random letters and digits and the same again, and a quarter prose behind a key of four digits, which the
+end asks for:
 
-    copy xqvbtrka|xqvbtrka
+    copy x4vbtr0a|x4vbtr0a
     key 5093: The "print" statement ... key 5093
 
 A model trained on short documents has learnt the same tasks over shorter distances. The same seed gives the same file.
@@ -17,7 +17,6 @@ A model trained on short documents has learnt the same tasks over shorter distan
 
 import json
 import random
-import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from pydoc_data.topics import topics
 from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import entry_point
-from gpt_arc.evaluation.recall import COPY, KEY, random_key
+from gpt_arc.evaluation.recall import COPIED, COPY, KEY, random_key
 from gpt_arc.files import DATA_ROOT, new_directory
 from gpt_arc.flags import parse_flags
 from gpt_arc.settings import STRICT, Count
@@ -59,8 +58,8 @@ def documents(options: Options, prose: str, rng: random.Random) -> Iterator[str]
             case "prose":
                 yield prose[begin : begin + size]
             case "copy":
-                letters = "".join(rng.choices(string.ascii_lowercase, k=(size - len(COPY)) // 2))
-                yield COPY.format(letters, letters)
+                copied = "".join(rng.choices(COPIED, k=(size - len(COPY)) // 2))
+                yield COPY.format(copied, copied)
             case "key":
                 key = random_key(rng)
                 yield KEY.format(key, prose[begin : begin + max(size - 20, 0)], key)

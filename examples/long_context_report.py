@@ -4,9 +4,9 @@
     SEED=2 FOLDER=out/second bash examples/long_context_arc.sh
     python examples/long_context_report.py out/long_context_arc out/second
 
-Prints the loss in nats by model and length, the share of letters copied, and how much the loss at the longest length
-exceeds that of the model trained at 512, if there is one, compared within each seed. --json writes the figures of each
-seed.
+Prints by model and length the loss in nats, the share of characters copied and that of keys found, and how much the
+loss at the longest length exceeds that of the model trained at 512, if there is one, compared within each seed. --json
+writes the figures of each seed.
 """
 
 import sys
@@ -86,17 +86,19 @@ def differences(seeds: list[Figures], name: str, length: str) -> list[float]:
 
 
 def tables(seeds: list[Figures]) -> str:
-    """Returns two markdown tables: losses, with the difference from REFERENCE if it is there, and letters copied."""
+    """Returns three markdown tables: losses, with the difference from REFERENCE if it is there, copies and keys."""
     lengths = sorted({length for figures in seeds for by_length in figures.values() for length in by_length}, key=int)
     compared = [f"over {ROWS[REFERENCE]}"] if any(REFERENCE in figures for figures in seeds) else []
-    losses, copies = [["loss, nats", *lengths, *compared]], [["letters copied, %", *lengths]]
+    losses = [["loss, nats", *lengths, *compared]]
+    shares = {"copied": [["copied, %", *lengths]], "found": [["keys found, %", *lengths]]}
     for name in (name for name in ROWS if any(name in figures for figures in seeds)):
         at = [values(seeds, name, length, "loss") for length in lengths]
         over = [differences(seeds, name, lengths[-1]) if name != REFERENCE else []] if compared else []
         losses.append([ROWS[name], *(mean_and_error(each) if each else "-" for each in (*at, *over))])
-        at = [[100 * share for share in values(seeds, name, length, "copied")] for length in lengths]
-        copies.append([ROWS[name], *(mean_and_error(each, 1) if each else "-" for each in at)])
-    return f"{markdown(losses)}\n\n{markdown(copies)}"
+        for key, rows in shares.items():
+            at = [[100 * share for share in values(seeds, name, length, key)] for length in lengths]
+            rows.append([ROWS[name], *(mean_and_error(each, 1) if each else "-" for each in at)])
+    return "\n\n".join(markdown(rows) for rows in (losses, *shares.values()))
 
 
 def main() -> None:

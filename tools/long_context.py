@@ -4,10 +4,11 @@
     python tools/long_context.py out/rotary --dataset long_512 --context 64 --stretch ntk yarn
     python tools/long_context.py out/a out/b --dataset mine --plot loss.png --json figures.json
 
-Prints for each model and length: the loss in nats on the val split; the share of letters predicted right in the second
-copy of random ones (induction); and the share of four-digit keys found behind a context full of prose (passkey
-retrieval). A model is measured at lengths beyond its context without training, except one with learned positions, which
-has none there. --stretch also measures rotary models with their positions scaled to each length.
+Prints for each model and length: the loss in nats on the val split; the share of characters predicted right in the
+second copy of random ones (induction); and the share of four-digit keys, hidden anywhere in prose, that are repeated
+at its end (passkey retrieval). A model is measured at lengths beyond its context without training, except one with
+learned positions, which has none there. --stretch also measures rotary models with their positions scaled to each
+length.
 """
 
 if __name__ == "__main__":
@@ -49,7 +50,7 @@ class Options:
     rows: Count = 64
     """Windows of the val split, pairs of copies, and keys, each at every length."""
     seed: Seed = 1337
-    """Seed of the random letters and keys."""
+    """Seed of the random characters and keys."""
     plot: Path | None = None
     """A .png file for a plot of the loss by position, at the longest length."""
     json: Path | None = None
@@ -101,7 +102,7 @@ def report(figures: "dict[str, dict[int, Recall]]", lengths: list[int]) -> str:
     tables = []
     for title, shown in (
         ("loss, nats", lambda recall: f"{sum(recall.losses) / len(recall.losses):.3f}"),
-        ("letters copied, %", lambda recall: f"{100 * recall.copied:.1f}"),
+        ("copied, %", lambda recall: f"{100 * recall.copied:.1f}"),
         ("keys found, %", lambda recall: f"{100 * recall.found:.1f}"),
     ):
         rows = [[label, *(shown(by[size]) if size in by else "-" for size in lengths)] for label, by in figures.items()]

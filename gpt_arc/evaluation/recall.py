@@ -1,4 +1,4 @@
-"""How far back a model uses its context: loss by position, copying of random letters, and passkey retrieval.
+"""How far back a model uses its context: loss by position, copying of random text, and passkey retrieval.
 
 figures = measure_recall(model.eval(), tokenizer, prose, length=512, rows=64, seed=0)
 """
@@ -19,14 +19,15 @@ from gpt_arc.nn.names import Stretch
 from gpt_arc.weights.edit import with_settings
 from model import GPT
 
-COPY = "copy {}|{}"  # letters, and the same letters
+COPY = "copy {}|{}"  # random characters, and the same again
 KEY = "key {}: {} key {}"  # digits, prose, and the same digits
+COPIED = string.ascii_lowercase + string.digits  # which random characters are drawn from
 BATCH_TOKENS = 8192
 
 
 class Recall(NamedTuple):
     losses: list[float]  # in nats, by position of the token that is read
-    copied: float  # share of the letters of the second copy that are the likeliest
+    copied: float  # share of the characters of the second copy that are the likeliest
     found: float  # share of the keys of which all tokens are the likeliest
 
 
@@ -69,26 +70,30 @@ def measure_recall(model: GPT, tokenizer: Tokenizer, prose: Sequence[int], lengt
 
 
 def copy_row(tokenizer: Tokenizer, size: int, rng: random.Random) -> tuple[list[int], int]:
-    """Returns up to `size` tokens, letters and the same letters, and how many the second copy has."""
-    letters = [tokens[0] for letter in string.ascii_lowercase if len(tokens := tokenizer.encode(letter)) == 1]
+    """Returns up to `size` tokens, random characters and the same again, and how many the second copy has."""
+    characters = [tokens[0] for character in COPIED if len(tokens := tokenizer.encode(character)) == 1]
     before, between, _ = (tokenizer.encode(text) if text else [] for text in COPY.split("{}"))
     count = (size - len(before) - len(between)) // 2
     if count < 1:
         raise UserError(f"a length of {size - 1} tokens has no room for two copies")
-    copied = rng.choices(letters, k=count)
+    copied = rng.choices(characters, k=count)
     return [*before, *copied, *between, *copied], count
 
 
 def key_row(tokenizer: Tokenizer, prose: Sequence[int], size: int, rng: random.Random) -> tuple[list[int], int]:
-    """Returns `size` tokens, prose between a key and its repetition, and how many tokens of the key end them."""
+    """Returns `size` tokens, prose with a key anywhere in it and repeated after it, and how many tokens the key has.
+
+    The repetition ends the row.
+    """
     (before, between, question, _), key = KEY.split("{}"), random_key(rng)
     first, last, question = (tokenizer.encode(text) for text in (before + key + between, question + key, question))
     count = len(last) - sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(question, last)))
     room = size - len(first) - len(last)
     if room < 0:
         raise UserError(f"a length of {size - 1} tokens has no room for a key and its repetition")
-    begin = rng.randrange(len(prose) - room + 1)
-    return [*first, *prose[begin : begin + room], *last], count
+    begin, depth = rng.randrange(len(prose) - room + 1), rng.randrange(room + 1)
+    middle = begin + depth
+    return [*prose[begin:middle], *first, *prose[middle : begin + room], *last], count
 
 
 @torch.inference_mode()

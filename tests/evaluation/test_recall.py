@@ -40,12 +40,16 @@ def test_a_row_of_copies_worked_by_hand(size):
 @pytest.mark.parametrize("tokenizer", [LETTERS, BYTES], ids=["characters", "byte pairs"])
 def test_a_row_with_a_key_worked_by_hand(tokenizer):
     prose = tokenizer.encode("the cat sat on the mat. " * 9)
-    for seed in range(20):
+    depths = set()
+    for seed in range(50):
         row, count = key_row(tokenizer, prose, 60, random.Random(seed))
         text = tokenizer.decode(row)
         key = text[-4:]
-        assert len(row) == 60 and key.isdigit() and text.startswith(f"key {key}: ") and text.endswith(f" key {key}")
-        assert tokenizer.decode(row[-count:]) == key and text[10:-9] in tokenizer.decode(prose)
+        before, after = text.removesuffix(f" key {key}").split(f"key {key}: ")
+        assert len(row) == 60 and key.isdigit() and tokenizer.decode(row[-count:]) == key
+        assert before + after in tokenizer.decode(prose)
+        depths.add(len(before) / len(before + after))
+    assert min(depths) < 0.1 and max(depths) > 0.9 and len(depths) > 10
     with pytest.raises(UserError, match="no room for a key and its repetition"):
         key_row(tokenizer, prose, 10, random.Random(0))
 
@@ -131,7 +135,8 @@ def test_the_documents_are_prose_copies_and_keys(tmp_path, monkeypatch, output_o
     copies = [text.removeprefix("copy ").split("|") for text in texts if text.startswith("copy ")]
     keys = [text for text in texts if text.startswith("key ") and text[4:8].isdigit()]
     assert len(texts) == 400 and 160 < len(copies) < 240 and 70 < len(keys) < 130
-    assert all(first == second and first.isalpha() for first, second in copies)
+    assert all(first == second and first.isalnum() for first, second in copies)
+    assert any(character.isdigit() for first, _ in copies for character in first)
     assert all(text[4:8] == text[-4:] and text[8] == ":" for text in keys)
     assert max(map(len, texts)) <= 100 and min(map(len, texts)) >= 12
     assert "longest = 9 must be more than 16" in output_of(main, "long_context_data.py", "--longest=9")

@@ -21,7 +21,7 @@ def folders(tmp_path, monkeypatch):
         models = {}
         for name, by_seed in LOSSES.items():
             if (losses := by_seed[seed]) is not None:
-                recall = {"losses": losses, "copied": 0.1 + seed / 10, "found": 0.0}
+                recall = {"losses": losses, "copied": 0.1 + seed / 10, "found": 0.5}
                 models[f"out/{seed}/{name}"] = {"4": recall} if name == "learned" else {"4": recall, "8": recall}
         Path(str(seed)).mkdir()
         Path(str(seed), "figures.json").write_text(json.dumps({"models": models}))
@@ -35,6 +35,7 @@ def test_means_errors_and_differences_within_a_seed(folders, output_of):
     assert "| rotary, trained at 512 | 2.350 ± 0.350 | 2.350 ± 0.350 | - |" in output
     assert "| learned, trained at 64 | 6.000 | - | - |" in output
     assert "| rotary, trained at 64 | 15.0 ± 5.0 | 15.0 ± 5.0 |" in output
+    assert "| rotary, trained at 64 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in output
     seeds = read_json(Path("both.json"))["seeds"]
     assert long_context_report.tables(seeds) + "\n" == output
     for figures in seeds:
