@@ -157,7 +157,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing: Checkpointing = False  # recompute blocks in the backward pass, to save memory
         self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
-        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream under autocast; None: the embeddings'
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -283,7 +283,8 @@ class GPT(nn.Module):
         positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
         x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []
-        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        if self.residual_dtype is not None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():

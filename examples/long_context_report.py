@@ -22,7 +22,7 @@ from gpt_arc.evaluation.statistics import mean_and_error
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
-from gpt_arc.settings import STRICT, Positional
+from gpt_arc.settings import STRICT, Positional, ResultFile
 from gpt_arc.tables import markdown, to_json
 
 REFERENCE = "rotary_512"
@@ -54,7 +54,7 @@ Figures = dict[str, dict[str, dict[str, float]]]  # of a seed: model, length, an
 class Options:
     folders: Positional[Annotated[tuple[Path, ...], MinLen(1)]]
     """Folders of examples/long_context_arc.sh, one for each seed."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the figures of each seed."""
 
 

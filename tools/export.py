@@ -101,7 +101,7 @@ class Options:
         if self.to == "onnx" and self.dtype != "float32":
             raise UserError(f"--to onnx writes float32 alone, not {self.dtype}")
         if self.output.is_dir() or self.output.suffix != f".{self.to}":
-            raise UserError(f"{self.output} is not the name of a .{self.to} file")
+            raise UserError(f"{self.output} is not the name of a .{self.to} file: let it end in .{self.to}")
         if self.output.exists() and not self.overwrite:
             raise UserError(f"{self.output} exists: name another file, or add --overwrite=True")
 
