@@ -62,7 +62,7 @@ def flops_per_token(model: GPT) -> int:
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "head":
+        if isinstance(module, nn.Linear) and name not in ("head", "pooler", "pair_head"):  # once for a row
             weights += module.weight.numel()
         elif isinstance(module, nn.LSTM):
             weights += sum(p.numel() for p in module.parameters() if p.dim() == 2)
