@@ -35,6 +35,8 @@ from gpt_arc.nn.next_sentence import next_sentence_sums
 from gpt_arc.nn.positions import rotary_waves
 from gpt_arc.nn.recompute import recomputed
 
+HEADS = ("head", "pooler", "pair_head")  # how the names of their tensors begin
+
 
 class Loss(NamedTuple):
     """What `GPT.forward` returns with targets: sums, so that means stay exact over micro-batches and ranks."""
@@ -341,8 +343,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 isn't scored, their `Loss`.
 
         `documents` confines attention to documents, and `lengths` tells where padding begins: see `hidden`; `images`
-        are embeddings that tokens stand for, and `types` the tokens' types: see `embed`. `labels` (B,) are scored beside
-        targets: 0 where the second text of a pair follows the first, 1 where it doesn't, -1 where none is scored.
+        are embeddings that tokens stand for, and `types` the tokens' types: see `embed`. `labels` (B,) are scored
+        beside targets: 0 where the second text of a pair follows the first, 1 where it doesn't, -1 where none is.
         """
         hidden = self.hidden(tokens, documents, lengths=lengths, images=images, types=types)
         if targets is None:
@@ -375,5 +377,5 @@ class GPT(nn.Module):
             total -= sum(experts.idle_parameters for experts in self.experts)
         if embeddings:
             return total
-        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head", "pooler", "pair_head")
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", *HEADS)
         return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

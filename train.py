@@ -23,7 +23,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpt_arc import distributed
-from gpt_arc.data.batches import Arguments, blank_batch, evaluation_batches, prefetch, training_batches
+from gpt_arc.data.batches import Batch, blank_batch, evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler, make_sampler
 from gpt_arc.device import autocast, device_name, resolve_device, set_up_device, to_device
@@ -93,7 +93,7 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
-    example: Arguments  # of a batch
+    example: Batch  # of a batch
     sampler: TrainingSampler | None
     saving: Saving
     spikes: Spikes
@@ -126,7 +126,7 @@ class Run:
             loss = mean_loss(self.model, shown, plan.device, plan.dtype, self.val_sentences)
         return None if self.stop.anywhere() else loss
 
-    def until_a_signal(self, batches: Iterable[Arguments]) -> Iterator[tuple[list[Tensor | None], float]]:
+    def until_a_signal(self, batches: Iterable[Batch]) -> Iterator[tuple[list[Tensor | None], float]]:
         """Yields batches on the device, each with the weight 1, until any process has received a signal."""
         for i, batch in enumerate(batches, 1):
             yield to_device(batch, self.plan.device), 1.0
@@ -142,7 +142,7 @@ class Run:
             say(f"sample of step {step}:\n{text}\n")
             self.log.write_sample(step, text)
 
-    def readable(self, batches: Iterator[Arguments]) -> Iterator[Arguments]:
+    def readable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yields the batches. Raises UserError or OSError if one can't be read.
 
         Among several processes such a failure asks all of them to stop, and `example` stands in for the batches: the

@@ -18,7 +18,8 @@ from gpt_arc.device import send
 from gpt_arc.nn.head_loss import IGNORED
 
 CPU = torch.device("cpu")
-Arguments = tuple[Tensor | None, ...]  # of GPT.forward
+Arguments = tuple[Tensor, Tensor, *tuple[Tensor | None, ...]]  # of GPT.forward
+Batch = Sequence[Tensor | None]  # the same, wherever it came from
 
 
 def pad_rows(rows: Iterable[Sequence[int]], device: torch.device = CPU, value: int = 0) -> Tensor:
@@ -51,11 +52,11 @@ def windows(split: TokenSource | TokenFiles, starts: np.ndarray, length: int) ->
     return padded[:, :-1].clamp(min=0), padded[:, 1:].contiguous()
 
 
-def prefetch(batches: Iterator[Arguments], device: torch.device) -> Iterator[Arguments]:
+def prefetch(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Yields the same batches, reading each in a thread while its predecessor is in use. For a GPU they are pinned."""
     pin = device.type == "cuda"
 
-    def read() -> Arguments | None:
+    def read() -> Batch | None:
         batch = next(batches, None)
         return tuple(tensor if tensor is None else tensor.pin_memory() for tensor in batch) if pin and batch else batch
 
@@ -117,4 +118,4 @@ def blank_batch(split: TokenSource, size: int, block_size: int) -> Arguments:
     rows = torch.zeros(size, block_size, dtype=torch.int64)
     if split.masking and split.masking.pairs:
         return rows, rows, None, None, None, rows, rows[:, 0]
-    return (rows,) * (2 if split.separator is None else 3)
+    return (rows, rows) if split.separator is None else (rows, rows, rows)

@@ -58,8 +58,7 @@ class SentencePairs:
             types.append((np.arange(length) > cut + 1).astype(np.int64))
             is_text.append(~np.isin(np.arange(length), (0, cut + 1, length - 1)))
             labels.append(label)
-        stacked = (torch.from_numpy(np.stack(rows)) for rows in (tokens, types, is_text))
-        return *stacked, torch.tensor(labels)
+        return stacked(tokens), stacked(types), stacked(is_text), torch.tensor(labels)
 
     def _pair(self, texts: Texts, start: int, number: int, size: int) -> tuple[np.ndarray, int, int]:
         """Returns two texts of `size` tokens together, the length of the first, and their label."""
@@ -78,6 +77,10 @@ class SentencePairs:
             if is_inside and not same_document(texts, start + cut - 1, place, self.separator):
                 return np.concatenate((window[:cut], piece[1:])), cut, UNRELATED
         return window, cut, FOLLOWS
+
+
+def stacked(rows: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows))
 
 
 def same_document(texts: Texts, one: int, other: int, separator: int) -> bool:

@@ -85,8 +85,8 @@ class GapFiller:
             chosen[left[i]], tokens[left[i]] = logs[i, token].item(), token
             check_finite([logs[i].amax().item()])
             del left[i]
-        filling, text = [tokens[place] for place in gaps], tokens[1:-1] if self.marks else tokens
-        return Filled(self.tokenizer.decode(text), filling, [chosen[gap] for gap in gaps])
+        filling, filled = [tokens[place] for place in gaps], tokens[1:-1] if self.marks else tokens
+        return Filled(self.tokenizer.decode(filled), filling, [chosen[gap] for gap in gaps])
 
 
 def load_filler(config: SampleConfig) -> GapFiller | None:

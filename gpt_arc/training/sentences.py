@@ -32,4 +32,5 @@ class SentenceMeter:
         (loss, right, pairs), self._sums = self._sums.tolist(), torch.zeros(3)
         if not pairs:
             return {}
-        return {f"{self._prefix}next_sentence_loss": loss / pairs, f"{self._prefix}next_sentence_accuracy": right / pairs}
+        name = f"{self._prefix}next_sentence"
+        return {f"{name}_loss": loss / pairs, f"{name}_accuracy": right / pairs}
