@@ -44,21 +44,24 @@ class SentencePairs:
     seed: int
 
     def rows(
-        self, texts: Texts, starts: Iterable[int], numbers: Iterable[int], length: int
+        self, texts: Texts, starts: np.ndarray, numbers: Iterable[int], length: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns the tokens of the windows at `starts` as pairs, their types, and whether they are text, all
         (B, length), and labels (B,): 0 where the second text follows the first, 1 where it doesn't.
 
         `numbers` has one number for each window. The datasets are longer than `length`.
         """
-        tokens, types, is_text, labels = [], [], [], []
-        for start, number in zip(starts, numbers):
-            window, cut, label = self._pair(texts, int(start), int(number), length - MARKS)
-            tokens.append(np.concatenate(([self.start], window[:cut], [self.end], window[cut:], [self.end])))
-            types.append((np.arange(length) > cut + 1).astype(np.int64))
-            is_text.append(~np.isin(np.arange(length), (0, cut + 1, length - 1)))
-            labels.append(label)
-        return stacked(tokens), stacked(types), stacked(is_text), torch.tensor(labels)
+        tokens = torch.full((len(starts), length), self.end)
+        types, labels = torch.zeros_like(tokens), torch.zeros_like(tokens[:, 0])
+        is_text = torch.zeros_like(tokens, dtype=torch.bool)
+        tokens[:, 0] = self.start
+        for row, (start, number) in enumerate(zip(starts, numbers)):
+            pair, cut, labels[row] = self._pair(texts, int(start), int(number), length - MARKS)
+            for text, place in ((pair[:cut], 1), (pair[cut:], cut + 2)):
+                tokens[row, place : place + len(text)] = torch.from_numpy(text)
+                is_text[row, place : place + len(text)] = True
+            types[row, cut + 2 :] = 1
+        return tokens, types, is_text, labels
 
     def _pair(self, texts: Texts, start: int, number: int, size: int) -> tuple[np.ndarray, int, int]:
         """Returns two texts of `size` tokens together, the length of the first, and their label."""
@@ -77,10 +80,6 @@ class SentencePairs:
             if is_inside and not same_document(texts, start + cut - 1, place, self.separator):
                 return np.concatenate((window[:cut], piece[1:])), cut, UNRELATED
         return window, cut, FOLLOWS
-
-
-def stacked(rows: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows))
 
 
 def same_document(texts: Texts, one: int, other: int, separator: int) -> bool:

@@ -1,6 +1,7 @@
 """BERT's next-sentence objective: the head and its loss against transformers', the pairs by brute force, and runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,14 +9,21 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import sample
 import train
+from gpt_arc.data.tokenizer import BPETokenizer
+from gpt_arc.decoding.gaps import GapFiller
 from gpt_arc.errors import entry_point
-from gpt_arc.weights.directory import load_model
+from gpt_arc.finetuning.classifier import load_classifier
+from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
-from helpers import TINY_FLAGS, lines_of, randomised, write_lines
+from helpers import TINY_FLAGS, command, lines_of, randomised, write, write_dataset, write_lines
 from model import GPT, GPTConfig
+from stages import finetune
 
 FLAGS = (*TINY_FLAGS, "--dataset=lines", "--attention=bidirectional", "--token_types=2", "--next_sentence=True")
+BYTES = {bytes([byte]): byte for byte in range(256)}
+SIZES = ("train", 2000), ("val", 500)  # of a document of each split, in tokens
 FLAGS += ("--dtype=float32", "--compile=False", "--dropout=0.1", "--block_size=24")
 
 
@@ -128,3 +136,100 @@ def test_micro_batches_add_up(run):
     for one, other in zip(lines_of("whole"), lines_of("parts")):
         for name in (name for name in one if "next_sentence" in name or "loss" in name):
             assert other[name] == pytest.approx(one[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(run, parallel):
+    flags = ("--dropout=0", "--eval_iters=0", "--max_iters=2", "--warmup_iters=0", "--eval_interval=2")
+    run("--out_dir=one", *flags)
+    words = ("train.py", "sums.toml", *FLAGS, *flags, "--batch_size=2", "--gradient_accumulation_steps=2")
+    result = command(*words, f"--parallel={parallel}", "--out_dir=two", processes=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    one, two = (load_file(f"{name}/last/model.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-5)
+    for lines in zip(lines_of("one"), lines_of("two")):
+        for name in (name for name in lines[0] if "next_sentence" in name or "loss" in name):
+            assert lines[1][name] == pytest.approx(lines[0][name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_a_longer_run_tells_what_follows(workplace, output_of):
+    """Each document repeats a letter, so the second text follows if it has the letter of the first."""
+    tokenizer = BPETokenizer(BYTES, {"<|endoftext|>": 256})
+    splits = {name: [token for letter in b"abcdefgh" for token in (*[letter] * length, 256)] for name, length in SIZES}
+    write_dataset(workplace / "data" / "letters", tokenizer, splits)
+    flags = ("--dataset=letters", "--dropout=0", "--n_embd=32", "--batch_size=32", "--block_size=12")
+    flags += ("--max_iters=500", "--eval_interval=500", "--warmup_iters=20", "--eval_iters=0", "--out_dir=run")
+    output_of(entry_point(train.main), "train.py", "sums.toml", *FLAGS, *flags)
+    assert lines_of("run")[-1]["val_next_sentence_accuracy"] > 0.95
+
+
+def test_the_plan_says_so_and_the_vocabulary_has_room(run):
+    plan = run("--dry_run=True")
+    assert "objective      masked: 12.5% of the tokens are predicted, and whether a text follows another" in plan
+    assert "vocabulary     260, as in the dataset with tokens to hide others and around texts" in plan
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--attention=causal",), "next_sentence tells two texts apart and reads both at once: it needs attention"),
+        (("--token_types=0",), "and token_types = 2"),
+        (("--block_size=4",), "block_size = 4 has no room for the pairs of next_sentence: set 5 or more"),
+        (("--document_mask=True",), "document_mask hides one text of a pair from the other"),
+        (("--dataset=sums",), "next_sentence = true needs an end-of-text token between documents, and data/sums"),
+        (("--dataset=single",), "the val split of data/single is a single one: prepare more documents, or set next_s"),
+    ],
+)
+def test_what_has_no_pairs_is_refused(run, flags, message):
+    tokenizer = BPETokenizer(BYTES, {"<|endoftext|>": 256})
+    document = [*b"a b c d e f " * 9, 256]
+    write_dataset(Path("data/single"), tokenizer, {"train": document * 2, "val": document})
+    assert message in run(*flags)
+    if flags == ("--block_size=4",):
+        assert "finished" in run("--block_size=5")
+    if flags == ("--dataset=single",):
+        assert "finished" in run(*flags, "--next_sentence=False")
+
+
+def test_a_model_without_room_for_the_marks_is_refused(run):
+    config = GPTConfig(24, 258, 2, 2, 16, attention="bidirectional", token_types=2, next_sentence=True)
+    save_model(GPT(config), None, "small")
+    assert "next_sentence puts the tokens 258 and 259 around texts, and the model has 258" in run("--init_from=small")
+
+
+def test_a_trained_model_fills_gaps_classifies_and_trains_on(run, output_of, stage_runner):
+    run("--out_dir=run", "--max_iters=4")
+    filled = output_of(entry_point(sample.main), "sample.py", "run", "--start=2 times 3[MASK]is 6.", "--temperature=0")
+    assert filled.startswith("2 times 3") and filled.endswith("is 6.\n")
+    model, tokenizer = load_model("run")
+    assert GapFiller(model, tokenizer, "run").encode("2[MASK]") == [258, 50, 257, 259]
+    rows = [{"a": f"{n} is", "b": "odd" if n % 2 else "even", "label": str(n % 3 == 0)} for n in range(10, 40)]
+    write("rows.jsonl", rows)
+    flags = (
+        "--train=rows.jsonl",
+        "--task=entailment",
+        "--text_a=a",
+        "--text_b=b",
+        "--epochs=1",
+        "--device=cpu",
+        "--out_dir=tuned",
+    )
+    result = stage_runner(finetune, "run", *flags)
+    assert "val_accuracy" in result, result
+    classifier, _ = load_classifier("tuned")
+    assert classifier.config.special == (258, 259, 259) and classifier.trunk.config.vocab_size == 260
+    assert "finished" in run("--init_from=run", "--out_dir=more", "--max_iters=2", "--warmup_iters=0")
+    output = run("--init_from=run", "--eval_only=True")
+    assert "val next sentence loss" in output and "val next sentence accuracy" in output
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same(run):
+    run("--dropout=0", "--out_dir=plain", "--max_iters=4")
+    output = run("--dropout=0", "--out_dir=compiled", "--max_iters=4", "--compile=True")
+    assert "not compiled" not in output
+    for one, other in zip(lines_of("plain"), lines_of("compiled")):
+        for name in (name for name in one if "next_sentence" in name or "loss" in name):
+            assert other[name] == pytest.approx(one[name], rel=1e-3), name
