@@ -31,11 +31,9 @@ from gpt_arc.nn.functional import Dropout, RMSNorm, activate, ngram_ids, put_ima
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.nn.lstm import LSTMMixer
 from gpt_arc.nn.names import Activation, Checkpointing
-from gpt_arc.nn.next_sentence import next_sentence_sums
+from gpt_arc.nn.next_sentence import PairHead, next_sentence_sums
 from gpt_arc.nn.positions import rotary_waves
 from gpt_arc.nn.recompute import recomputed
-
-HEADS = ("head", "pooler", "pair_head")  # how the names of their tensors begin
 
 
 class Loss(NamedTuple):
@@ -182,8 +180,7 @@ class GPT(nn.Module):
             self.head_layer = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
             self.head_norm = make_norm(config, config.n_embd)
         if config.next_sentence:
-            self.pooler = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-            self.pair_head = nn.Linear(config.n_embd, 2, bias=config.bias)
+            self.pair_head = PairHead(config.n_embd, config.bias)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
@@ -317,10 +314,6 @@ class GPT(nn.Module):
         """Logits (..., V) of hidden states (..., C)."""
         return F.linear(self.head_input(hidden), self.head_weight, self.head_bias)
 
-    def pair_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (B, 2) of hidden states (B, T, C) of pairs of texts: the second follows the first, or it doesn't."""
-        return self.pair_head(self.pooler(hidden[:, 0]).tanh())
-
     def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum () of the cross-entropies in nats of hidden states (B, T, C) at targets (B, T); -1 isn't scored.
 
@@ -351,7 +344,7 @@ class GPT(nn.Module):
             return self.logits(hidden)
         auxiliary, sentences = self.router_losses(), None
         if labels is not None:
-            sentences = next_sentence_sums(self.pair_logits(hidden), labels)
+            sentences = next_sentence_sums(self.pair_head(hidden), labels)
             auxiliary["next_sentence"] = sentences[0] / sentences[2].clamp(min=1)
         return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), auxiliary, sentences)
 
@@ -377,5 +370,5 @@ class GPT(nn.Module):
             total -= sum(experts.idle_parameters for experts in self.experts)
         if embeddings:
             return total
-        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", *HEADS)
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head", "pair_head")
         return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

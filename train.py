@@ -324,9 +324,7 @@ def train(run: Run) -> int:
                 "seconds": progress.seconds,
                 "mfu": utilization.at(rate),
                 **progress.mishaps,
-                **routers.take(),
-                **sentences.take(),
-                **run.val_sentences.take(),
+                **routers.take() | sentences.take() | run.val_sentences.take(),
             }
             run.log.write(line)
             bar.show(line)

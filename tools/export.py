@@ -334,7 +334,7 @@ def both_logits(model: "GPT", tokens: "torch.Tensor") -> "torch.Tensor":
     import torch
 
     hidden = model.hidden(tokens)
-    return torch.cat((model.logits(hidden).flatten(1), model.pair_logits(hidden)), dim=1)
+    return torch.cat((model.logits(hidden).flatten(1), model.pair_head(hidden)), dim=1)
 
 
 def from_language_model(options: Options, dtype: "torch.dtype") -> Export:

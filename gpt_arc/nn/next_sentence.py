@@ -1,12 +1,25 @@
-"""The loss of BERT's second objective: does the second text of a pair follow the first (arXiv:1810.04805)?"""
+"""The head and the loss of BERT's second objective (arXiv:1810.04805): does one text follow another?"""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt_arc.nn.head_loss import IGNORED
 
 FOLLOWS, UNRELATED = 0, 1  # labels of pairs, as in BERT's code
+
+
+class PairHead(nn.Module):
+    """BERT's pooler, a layer and tanh on the hidden state of the first token, and a linear layer."""
+
+    def __init__(self, width: int, bias: bool):
+        super().__init__()
+        self.pooler = nn.Linear(width, width, bias=bias)
+        self.output = nn.Linear(width, 2, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns logits (B, 2) of hidden states (B, T, C): the second text follows the first, or it doesn't."""
+        return self.output(self.pooler(hidden[:, 0]).tanh())
 
 
 def next_sentence_sums(logits: Tensor, labels: Tensor) -> Tensor:

@@ -83,7 +83,8 @@ class DataConfig:
 class TrainingConfig:
     objective: Literal["next", "masked"] | None = None
     """What the model learns. next: to predict each token from those before it. masked: to predict tokens hidden among
-    the others (BERT, arXiv:1810.04805). None: masked where attention is bidirectional, else next."""
+    the others (BERT, arXiv:1810.04805) and, with next_sentence, whether one text follows another. None: masked where
+    attention is bidirectional, else next."""
     mask_rate: PositiveShare = 0.15
     """Share of the tokens that masked predicts; of these 80% are hidden, 10% replaced by random tokens, 10% shown."""
     max_iters: Count = 600_000

@@ -280,7 +280,8 @@ ARCHITECTURES = {
             "token_embedding": "embeddings.word_embeddings", "position_embedding": "embeddings.position_embeddings",
             "type_embedding": "embeddings.token_type_embeddings", "embedding_norm": "embeddings.LayerNorm",
             "head_layer": "cls.predictions.transform.dense", "head_norm": "cls.predictions.transform.LayerNorm",
-            "head_bias": "cls.predictions.bias", "pooler": "pooler.dense", "pair_head": "cls.seq_relationship",
+            "head_bias": "cls.predictions.bias", "pair_head.pooler": "pooler.dense",
+            "pair_head.output": "cls.seq_relationship",
         },
         block={
             "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -494,7 +495,7 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str
     free |= STRETCHING if config.positions != "rotary" or "rope_theta" in architecture.sizes else set()
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
-    free |= {"next_sentence"} if "pair_head" in architecture.outside else set()
+    free |= {"next_sentence"} if "pair_head.output" in architecture.outside else set()
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
     values, fixed = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}

@@ -52,7 +52,7 @@ def test_logits_and_loss_equal_those_of_transformers_both_ways(tmp_path):
         hidden = ours.hidden(tokens, types=types)
         close = dict(rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours.logits(hidden), expected.prediction_logits, **close)
-        torch.testing.assert_close(ours.pair_logits(hidden), expected.seq_relationship_logits, **close)
+        torch.testing.assert_close(ours.pair_head(hidden), expected.seq_relationship_logits, **close)
         loss = ours(tokens, targets, types=types, labels=labels)
     torch.testing.assert_close(loss.total / loss.count + loss.auxiliary["next_sentence"], expected.loss, **close)
     right = (expected.seq_relationship_logits.argmax(-1) == labels).sum().item()
@@ -79,7 +79,10 @@ def test_gradients_equal_those_of_transformers(tmp_path):
     theirs(tokens, labels=targets.where(targets >= 0, torch.tensor(-100)), next_sentence_label=labels).loss.backward()
     loss = ours(tokens, targets, labels=labels)
     (loss.total / loss.count + loss.auxiliary["next_sentence"]).backward()
-    for mine, other in ((ours.pooler, theirs.bert.pooler.dense), (ours.pair_head, theirs.cls.seq_relationship)):
+    for mine, other in (
+        (ours.pair_head.pooler, theirs.bert.pooler.dense),
+        (ours.pair_head.output, theirs.cls.seq_relationship),
+    ):
         torch.testing.assert_close(mine.weight.grad, other.weight.grad, rtol=1e-4, atol=1e-5)
     embeddings = theirs.bert.embeddings.word_embeddings
     mine, other = (table.weight.grad[1:] for table in (ours.token_embedding, embeddings))  # token 0 is their padding
