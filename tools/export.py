@@ -210,12 +210,12 @@ def bert_files(files: dict[str, bytes], tokenizer: Tokenizer, next_sentence: boo
     ids = {MASK: mask_token(tokenizer), **dict(zip(("[CLS]", "[SEP]"), marks))}
     keys = {MASK: "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
     named = {name: id for name, id in ids.items() if id >= tokenizer.vocab_size}
-    layout = None
+    layout, more = None, {keys[name]: name for name in named}
     if "[CLS]" in named:
         pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         around = [(name, id) for name, id in named.items() if name != MASK]
         layout = TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=around).__getstate__()
-    more = {keys[name]: name for name in named}
+        more["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
     return with_special_tokens(files, named, more, layout, lstrip=tokenizer.joins_space) if named else files
 
 
