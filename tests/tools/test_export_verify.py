@@ -190,7 +190,7 @@ def test_an_exported_model_of_next_sentences_reads_pairs_laid_out_by_transformer
         hidden = ours.hidden(pair.input_ids, types=pair.token_type_ids)
         torch.testing.assert_close(ours.pair_head(hidden), logits, rtol=1e-5, atol=1e-5)
     again, read = load_model(tmp_path / "exported")
-    assert again.config == ours.config and sentence_marks(read, next_sentence=True) == (mask + 1, mask + 2)
+    assert again.config.next_sentence and sentence_marks(read, next_sentence=True) == (mask + 1, mask + 2)
     tensors = load_file(tmp_path / "exported/model.safetensors")
     tensors["cls.seq_relationship.bias"] += 100
     save_file(tensors, tmp_path / "exported/model.safetensors", {"format": "pt"})
