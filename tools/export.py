@@ -210,7 +210,8 @@ def bert_files(files: dict[str, bytes], tokenizer: Tokenizer, next_sentence: boo
     ids = {MASK: mask_token(tokenizer), **dict(zip(("[CLS]", "[SEP]"), marks))}
     keys = {MASK: "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
     named = {name: id for name, id in ids.items() if id >= tokenizer.vocab_size}
-    layout, more = None, {keys[name]: name for name in named}
+    layout = None
+    more: dict[str, Any] = {keys[name]: name for name in named}
     if "[CLS]" in named:
         pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
         around = [(name, id) for name, id in named.items() if name != MASK]
