@@ -9,9 +9,10 @@
     python tools/export.py out/gpt2 gpt2.onnx --to onnx                   onnxruntime: tokens (B, T) to logits (B, T, V)
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
-transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
-fine-tuned or reward model with AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or
-OpenAIGPTDoubleHeadsModel. A model that the other library can't compute is refused.
+transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM or, with
+next_sentence, AutoModelForPreTraining, a fine-tuned or reward model with AutoModelForSequenceClassification, a
+multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A model that the other library can't
+compute is refused.
 
 GGUF files hold language models of GPT-2's, Qwen3's, Llama's and Mixtral's shape with a tokenizer by characters or a
 byte-level BPE, and are equal to what llama.cpp's converter makes of the folder.

@@ -33,9 +33,9 @@ class SentencePairs:
 
     Google's create_pretraining_data.py joins whole sentences of one document and ends a row where the document ends;
     here a piece begins and ends at any token, and runs on into the documents that follow, as other windows do. So all
-    rows are full, of short documents too, and a label says whether B goes on where A ends. There, the unused end of a
-    window is read later, and other documents are drawn with equal chances; here the next epoch cuts it in another way,
-    and a document's chance is its length. Rows are as long as the context; there, a tenth are shorter.
+    rows are full, of short documents too, and a label says whether B goes on where A ends. There, text that a random B
+    displaces is read in a later row, a tenth of the rows are shorter, and other documents are drawn with equal chances;
+    here it waits for another epoch, which cuts other windows, and a document's chance grows with its length.
     """
 
     start: int  # [CLS]
@@ -70,7 +70,7 @@ class SentencePairs:
         window = texts.read(start, size)
         inside = window != self.separator
         cuts = np.flatnonzero(inside[:-1] & inside[1:]) + 1
-        if not len(cuts):  # each document has one token at most
+        if not len(cuts):  # no document has two tokens here
             return window, size // 2, UNRELATED
         cut = int(random.choice(cuts))
         for _ in range(DRAWS if random.random() < 0.5 else 0):

@@ -269,7 +269,7 @@ def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Mask
         if max(marks) >= config.model.vocab_size:
             raise UserError(
                 f"next_sentence puts the tokens {marks[0]} and {marks[1]} around texts, and the model has "
-                f"{config.model.vocab_size:,} tokens"
+                f"{config.model.vocab_size:,} tokens: train a new one, without init_from"
             )
         pairs = SentencePairs(*marks, corpus.separator("next_sentence"), seed)
     return Masking(token, corpus.tokenizer.text_size, rate, seed, pairs)
