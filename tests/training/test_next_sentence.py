@@ -1,6 +1,7 @@
 """BERT's next-sentence objective: the head and its loss against transformers', the pairs by brute force, and runs."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,16 @@ from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.decoding.gaps import GapFiller
 from gpt_arc.errors import entry_point
 from gpt_arc.finetuning.classifier import load_classifier
+from gpt_arc.nn.meta import meta_device
 from gpt_arc.weights.directory import load_model, save_model
 from gpt_arc.weights.huggingface import hf_config, hf_tensors
-from helpers import TINY_FLAGS, command, lines_of, randomised, write, write_dataset, write_lines
+from helpers import ROOT, TINY_FLAGS, command, lines_of, randomised, write, write_dataset, write_lines
 from model import GPT, GPTConfig
 from stages import finetune
 
 FLAGS = (*TINY_FLAGS, "--dataset=lines", "--attention=bidirectional", "--token_types=2", "--next_sentence=True")
 BYTES = {bytes([byte]): byte for byte in range(256)}
+BASE = transformers.BertConfig()
 SIZES = ("train", 2000), ("val", 500)  # of a document of each split, in tokens
 FLAGS += ("--dtype=float32", "--compile=False", "--dropout=0.1", "--block_size=24")
 
@@ -87,6 +90,13 @@ def test_gradients_equal_those_of_transformers(tmp_path):
     embeddings = theirs.bert.embeddings.word_embeddings
     mine, other = (table.weight.grad[1:] for table in (ours.token_embedding, embeddings))  # token 0 is their padding
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_bert_base_has_as_many_parameters_as_transformers():
+    settings = tomllib.loads((ROOT / "configs/bert.toml").read_text())["model"]
+    with meta_device():
+        ours, theirs = GPT(GPTConfig(**settings, next_sentence=True)), transformers.BertForPreTraining(BASE)
+    assert ours.num_parameters() == theirs.num_parameters() == 110_106_428
 
 
 def test_rows_that_fill_a_batch_are_not_scored():
