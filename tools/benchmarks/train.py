@@ -228,6 +228,9 @@ class RandomTokens:
     def read(self, start: int, count: int) -> np.ndarray:
         return self.tokens[start : start + count]
 
+    def dataset_of(self, start: int) -> range:
+        return range(self.COUNT)
+
 
 class PeerTrainer(TrainWorker):
     """Another library's model and optimizer in a plain loop."""
