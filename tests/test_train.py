@@ -594,6 +594,19 @@ def test_samples_are_of_the_saved_model_and_change_nothing_else(workplace, run, 
     assert "--- step 6" in halves and halves.count("--- step") == 4  # also the last step of its first part
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_run_whose_settings_are_lost_starts_another(workplace, run, content):
+    run("--max_iters=4", "--out_dir=run")
+    Path("run/run.json").write_text(content) if content else Path("run/run.json").unlink()
+    refused = run("--resume=run", tiny=False)
+    assert (
+        refused.code == 2
+        and "run.json" in refused.message
+        and refused.message.endswith("--init_from=run starts another run from its weights\n")
+    )
+    assert "finished step 8" in run("--init_from=run", "--max_iters=8", "--out_dir=new")
+
+
 def test_samples_are_drawn_with_a_residual_stream_in_16_bits(workplace, run, monkeypatch):
     monkeypatch.setattr(in_training, "CHARACTERS", 40)
     flags = ("--residual=bfloat16", "--dtype=bfloat16", "--max_iters=4", "--out_dir=run")
