@@ -242,6 +242,9 @@ def test_a_contradiction_names_where_its_settings_were_set(workplace, flags, sta
         (["--mask_rate=0.3"], "attention = bidirectional"),
         (["--momentum=0.9"], "optimizer = muon"),
         (["--cooldown=0.5"], "schedule = wsd"),
+        (["--devices=4"], "accelerator"),
+        (["--device_price=2.5"], "accelerator"),
+        (["--device_mfu=0.5"], "dry_run = True"),
     ],
     ids=" ".join,
 )
