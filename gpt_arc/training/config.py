@@ -206,7 +206,7 @@ class TrainingConfig:
         if self.offload_optimizer and self.optimizer == "muon":
             raise ValueError(
                 "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: set "
-                "offload_optimizer = False, or optimizer = adamw"
+                "offload_optimizer = false, or optimizer = adamw"
             )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
@@ -439,7 +439,7 @@ DEPENDENCES = (
     Dependence(("muon_rate", "momentum"), "optimizer", "muon", lambda config: config.training.optimizer == "muon"),
     Dependence(("cooldown",), "schedule", "wsd", lambda config: config.training.schedule == "wsd"),
     Dependence(("devices", "device_price"), "accelerator", "", lambda config: config.run.accelerator is not None),
-    Dependence(("accelerator", "device_mfu"), "dry_run", "True", lambda config: config.run.dry_run),
+    Dependence(("accelerator", "device_mfu"), "dry_run", "true", lambda config: config.run.dry_run),
 )  # fmt: skip
 
 
