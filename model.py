@@ -31,6 +31,7 @@ from gpt_arc.nn.functional import Dropout, RMSNorm, activate, ngram_ids, put_ima
 from gpt_arc.nn.head_loss import IGNORED, HeadLoss
 from gpt_arc.nn.lstm import LSTMMixer
 from gpt_arc.nn.names import Activation, Checkpointing
+from gpt_arc.nn.next_sentence import PairHead, next_sentence_sums
 from gpt_arc.nn.positions import rotary_waves
 from gpt_arc.nn.recompute import recomputed
 
@@ -40,7 +41,8 @@ class Loss(NamedTuple):
 
     total: Tensor  # () sum of cross-entropies in nats over the scored targets
     count: Tensor  # () int64, number of scored targets
-    auxiliary: dict[str, Tensor]  # further loss terms by name, each () and weighted; empty for dense models
+    auxiliary: dict[str, Tensor]  # further loss terms by name, each () and weighted, such as those of routers
+    sentences: Tensor | None = None  # (3,) of next sentences: see `next_sentence_sums`
 
 
 def make_norm(config: GPTConfig, size: int) -> nn.Module:
@@ -157,7 +159,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing: Checkpointing = False  # recompute blocks in the backward pass, to save memory
         self.prefix_attention = False  # tokens of an image see each other both ways: see `VisionGPT`
-        self.residual_dtype: torch.dtype | None = None  # of the residual stream; None: that of the embeddings
+        self.residual_dtype: torch.dtype | None = None  # of the residual stream under autocast; None: the embeddings'
         self.routings: list[Routing] = []  # of the last forward pass in training, one per block with experts
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -177,6 +179,8 @@ class GPT(nn.Module):
         if config.head_transform:
             self.head_layer = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
             self.head_norm = make_norm(config, config.n_embd)
+        if config.next_sentence:
+            self.pair_head = PairHead(config.n_embd, config.bias)
         if not config.tied_head:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
@@ -283,7 +287,8 @@ class GPT(nn.Module):
         positions, masks = positions_and_masks(config, tokens, documents, cache, lengths, dropout, prefix)
         x, rotary = self.embed(tokens, positions, previous, images, types), rotary_waves(config, positions, lengths)
         routings = []
-        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        if self.residual_dtype is not None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.residual_dtype)
         real = () if lengths is None else (torch.arange(tokens.size(1), device=tokens.device) < lengths[:, None],)
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -327,16 +332,22 @@ class GPT(nn.Module):
         lengths: Tensor | None = None,
         images: Tensor | None = None,
         types: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V) of tokens (B, T) int64; with targets (B, T) int64, where -1 isn't scored, their `Loss`.
 
         `documents` confines attention to documents, and `lengths` tells where padding begins: see `hidden`; `images`
-        are embeddings that tokens stand for, and `types` the tokens' types: see `embed`.
+        are embeddings that tokens stand for, and `types` the tokens' types: see `embed`. `labels` (B,) are scored
+        beside targets: 0 where the second text of a pair follows the first, 1 where it doesn't, -1 where none is.
         """
         hidden = self.hidden(tokens, documents, lengths=lengths, images=images, types=types)
         if targets is None:
             return self.logits(hidden)
-        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), self.router_losses())
+        auxiliary, sentences = self.router_losses(), None
+        if labels is not None:
+            sentences = next_sentence_sums(self.pair_head(hidden), labels)
+            auxiliary["next_sentence"] = sentences[0] / sentences[2].clamp(min=1)
+        return Loss(self.loss(hidden, targets), (targets != IGNORED).sum(), auxiliary, sentences)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "routings": []}  # they hold a graph, which can't be copied
@@ -360,5 +371,5 @@ class GPT(nn.Module):
             total -= sum(experts.idle_parameters for experts in self.experts)
         if embeddings:
             return total
-        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head")
+        ends = ("token_embedding", "position_embedding", "ngram_embedding", "type_embedding", "head", "pair_head")
         return total - sum(p.numel() for name, p in self.named_parameters() if name.startswith(ends))

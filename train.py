@@ -23,7 +23,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from gpt_arc import distributed
-from gpt_arc.data.batches import evaluation_batches, prefetch, training_batches
+from gpt_arc.data.batches import Batch, blank_batch, evaluation_batches, prefetch, training_batches
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.decoding.in_training import TrainingSampler, make_sampler
 from gpt_arc.device import autocast, device_name, resolve_device, set_up_device, to_device
@@ -66,6 +66,7 @@ from gpt_arc.training.routers import RouterMeter
 from gpt_arc.training.runs import Lock, claim_new, hardware_of, read_record, write_record
 from gpt_arc.training.saving import Saving
 from gpt_arc.training.schedule import learning_rate_at
+from gpt_arc.training.sentences import SentenceMeter
 from gpt_arc.training.signals import StopSignal
 from gpt_arc.training.spikes import Spikes
 from gpt_arc.training.tensor_parallel import make_shares
@@ -92,11 +93,12 @@ class Run:
     updater: Updater
     stop: StopSignal
     compiled: bool
-    example: list[Tensor]  # of a batch
+    example: Batch  # of a batch
     sampler: TrainingSampler | None
     saving: Saving
     spikes: Spikes
     pace: Pace
+    val_sentences: SentenceMeter  # of the last evaluation
     log: MetricsLog | None = None  # of the main process
     failure: Exception | None = None  # of this process's data, which stops all processes
 
@@ -120,10 +122,11 @@ class Run:
         with self.updater.averaged(), self.parallel.evaluating(self.model):
             hidden = plan.config.run.quiet or not IS_MAIN
             shown = tqdm(batches, "evaluating", count, leave=False, disable=hidden or None)
-            loss = mean_loss(self.model, self.until_a_signal(shown), plan.device, plan.dtype)
+            shown = self.until_a_signal(shown)
+            loss = mean_loss(self.model, shown, plan.device, plan.dtype, self.val_sentences)
         return None if self.stop.anywhere() else loss
 
-    def until_a_signal(self, batches: Iterable[Sequence[Tensor]]) -> Iterator[tuple[list[Tensor], float]]:
+    def until_a_signal(self, batches: Iterable[Batch]) -> Iterator[tuple[list[Tensor | None], float]]:
         """Yields batches on the device, each with the weight 1, until any process has received a signal."""
         for i, batch in enumerate(batches, 1):
             yield to_device(batch, self.plan.device), 1.0
@@ -139,7 +142,7 @@ class Run:
             say(f"sample of step {step}:\n{text}\n")
             self.log.write_sample(step, text)
 
-    def readable(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[Sequence[Tensor]]:
+    def readable(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yields the batches. Raises UserError or OSError if one can't be read.
 
         Among several processes such a failure asks all of them to stop, and `example` stands in for the batches: the
@@ -224,8 +227,7 @@ def build(plan: Plan) -> Run:
     sharing = make_shares(training, device)
     choose_kernels(model, training)
     replica = parallel.place(model, device, sharing=sharing)
-    inputs = 3 if config.data.document_mask else 2  # tokens, targets, documents
-    example = [torch.zeros(plan.micro_batch, config.model.block_size, dtype=torch.int64)] * inputs
+    example = blank_batch(data.train, plan.micro_batch, config.model.block_size)
     compiled = plan.compile and try_compiling(model, replica, example, device, dtype, training.compile, parallel)
     updater = Updater(model, training, device, dtype, parallel, sharing)
     torch.manual_seed(training.seed + RANK)
@@ -237,7 +239,7 @@ def build(plan: Plan) -> Run:
     run = Run(
         plan, data, folder, lock, model, replica, tokenizer, parallel, sharing, updater,
         StopSignal(config.run.stop_after), compiled, example, sampler, saving,
-        Spikes(training.spike_factor, folder, progress, updater, saving), Pace(device),
+        Spikes(training.spike_factor, folder, progress, updater, saving), Pace(device), SentenceMeter("val_"),
     )  # fmt: skip
     if IS_MAIN and not config.run.eval_only:
         tracker = start_tracker(folder, progress.step, config.logging, values_of(config))
@@ -270,6 +272,8 @@ def evaluate_only(run: Run) -> int:
     with naming(which):
         check_finite([val_loss])
     say(f"{which}: val loss {val_loss:.4f} over {windows} in {counted(len(run.data.val), 'token')}")
+    for name, value in run.val_sentences.take().items():
+        say(f"{name.replace('_', ' ')} {value:.4f}")
     return 0
 
 
@@ -288,7 +292,7 @@ def train(run: Run) -> int:
     share = (plan.micro_batch, block_size, RANK, WORLD_SIZE)
     batches = training_batches(run.data.train, run.data.order, progress.consumed, sequences, *share)
     batches = run.pace.timed(run.readable(prefetch(batches, device)))
-    meter, routers = Meter(), RouterMeter(model)
+    meter, routers, sentences = Meter(), RouterMeter(model), SentenceMeter()
     measure_peak = partial(peak_flops, device, device_name(device), dtype)
     utilization = Utilization(measure_peak, plan.flops_per_token, WORLD_SIZE)
     learning_rate = grad_norm = None
@@ -320,7 +324,7 @@ def train(run: Run) -> int:
                 "seconds": progress.seconds,
                 "mfu": utilization.at(rate),
                 **progress.mishaps,
-                **routers.take(),
+                **routers.take() | sentences.take() | run.val_sentences.take(),
             }
             run.log.write(line)
             bar.show(line)
@@ -339,10 +343,11 @@ def train(run: Run) -> int:
             with run.parallel.sharing_gradients(run.replica, i == plan.micro_steps):
                 with autocast(device, dtype):
                     loss = run.replica(*to_device(batch, device))
-                auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # of routers, a mean
+                auxiliary: Tensor | float = sum(loss.auxiliary.values()) / plan.micro_steps  # means
                 updater.backward(loss.total * (WORLD_SIZE / scored_per_step) + auxiliary)
             step_loss += loss.total.detach()
             routers.add()
+            sentences.add(loss)
         if run.failure:  # the batch that stood in doesn't count: no process makes the update
             step_loss *= math.nan
 
@@ -351,6 +356,7 @@ def train(run: Run) -> int:
         seconds = time.perf_counter() - started
         progress.seconds += seconds
         routers.step(finite)
+        sentences.step(finite)
         if finite or not stopped:  # otherwise the resumed run reads the batch again
             progress.consumed += sequences
         if finite:

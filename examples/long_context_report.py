@@ -6,7 +6,7 @@
 
 Prints by model and length the loss in nats, the share of characters copied and that of keys found, and how much the
 loss at the longest length exceeds that of the model trained at 512, if there is one, compared within each seed. --json
-writes the figures of each seed.
+writes the figures of each seed, and --plot draws the losses.
 """
 
 import sys
@@ -19,10 +19,11 @@ from pydantic.dataclasses import dataclass
 
 from gpt_arc.errors import UserError, entry_point
 from gpt_arc.evaluation.statistics import mean_and_error
-from gpt_arc.files import write_file
+from gpt_arc.extras import import_extra
+from gpt_arc.files import replacing, write_file
 from gpt_arc.flags import parse_flags
 from gpt_arc.reading import read_json
-from gpt_arc.settings import STRICT, Positional
+from gpt_arc.settings import STRICT, Picture, Positional, ResultFile
 from gpt_arc.tables import markdown, to_json
 
 REFERENCE = "rotary_512"
@@ -47,6 +48,15 @@ ROWS = {
     "none": "none, trained at 64",
     "none_longer": "none, longer",
 }
+SHARED = {"alibi": "ALiBi", "sinusoidal": "sinusoidal", "none": "none"}
+PANELS = (  # labels of the two panels' lines
+    {"rotary": "rotary", "rotary, ntk": "rotary, ntk", "rotary, yarn": "rotary, yarn", "learned": "learned", **SHARED},
+    {
+        REFERENCE: ROWS[REFERENCE], "rotary_longer": "rotary", "rotary_linear": "rotary, linear",
+        "rotary_ntk": "rotary, ntk", "rotary_yarn": "rotary, yarn",
+        **{f"{name}_longer": label for name, label in SHARED.items()},
+    },
+)  # fmt: skip
 Figures = dict[str, dict[str, dict[str, float]]]  # of a seed: model, length, and "loss", "copied" or "found"
 
 
@@ -54,8 +64,10 @@ Figures = dict[str, dict[str, dict[str, float]]]  # of a seed: model, length, an
 class Options:
     folders: Positional[Annotated[tuple[Path, ...], MinLen(1)]]
     """Folders of examples/long_context_arc.sh, one for each seed."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the figures of each seed."""
+    plot: Picture | None = None
+    """A .png file for a plot of the losses by length."""
 
 
 def read(folder: Path) -> Figures:
@@ -101,12 +113,35 @@ def tables(seeds: list[Figures]) -> str:
     return "\n\n".join(markdown(rows) for rows in (losses, *shares.values()))
 
 
+def draw(seeds: list[Figures], path: Path) -> None:
+    """Draws the mean loss by length of models as they were trained at 64, and of those trained further."""
+    figure = import_extra("matplotlib.figure").Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    ticks = sorted({int(length) for by_length in seeds[0].values() for length in by_length})
+    for axes, title, names in zip(panels, ("trained at 64", "and then at 512"), PANELS):
+        for name, label in names.items():
+            lengths = [length for length in seeds[0].get(name, {}) if values(seeds, name, length, "loss")]
+            losses = [fmean(values(seeds, name, length, "loss")) for length in lengths]
+            style = "k:" if name == REFERENCE else ".-"
+            axes.plot(list(map(int, lengths)), losses, style, label=label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.set_xlabel("length of the text, characters")
+        axes.set_title(title)
+        axes.legend(fontsize="small")
+    panels[0].set_ylabel("loss, nats")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+
+
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     seeds = [read(folder) for folder in options.folders]
     print(tables(seeds))
     if options.json:
         write_file(options.json, to_json({"seeds": seeds}) + "\n")
+    if options.plot:
+        draw(seeds, options.plot)
 
 
 if __name__ == "__main__":

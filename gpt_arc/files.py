@@ -260,6 +260,8 @@ def name_failed_writes(path: Path, temporary: Path | None = None) -> Iterator[No
     except OSError as error:
         name = str(path if error.filename is None else error.filename)
         error.filename = name if temporary is None else name.replace(str(temporary), str(path), 1)
+        if error.strerror is None:  # numpy says only how much it wrote
+            raise OSError(None, f"the write failed: {error.args[0]}", error.filename) from None
         raise
     except Exception as error:
         if not _is_failed_write(error):

@@ -82,6 +82,9 @@ class GPTConfig:
     """Token embeddings are multiplied by this: sqrt(n_embd) in arXiv:1706.03762."""
     token_types: Natural = 0
     """Embeddings of a token's type, such as first or second text of a pair (2 in BERT). 0: none."""
+    next_sentence: bool = False
+    """A head that says whether the second text of a pair follows the first, from the first token through a layer and
+    tanh. The objective masked then reads pairs of texts and trains it too (BERT, arXiv:1810.04805)."""
     n_experts: Natural = 0
     """Experts per block, each of which sees some of the tokens (mixture of experts). 0: one MLP for all tokens."""
     experts_per_token: int = 2

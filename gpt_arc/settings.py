@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import annotated_types
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from gpt_arc.errors import UserError
 from gpt_arc.reading import read_toml
@@ -40,6 +40,24 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 UnitInterval = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a file in it for the results")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for the results: make it, or name another file")
+    return path
+
+
+def _picture(path: Path) -> Path:
+    if path.suffix != ".png":
+        raise ValueError(f"{path} must end in .png")
+    return path
+
+
+ResultFile = Annotated[Path, AfterValidator(_writable)]  # which hours of work will be written to
+Picture = Annotated[ResultFile, AfterValidator(_picture)]
 # settings by the names that other programs and our other scripts give them
 ELSEWHERE = {
     **{"lr": "learning_rate", "max_lr": "learning_rate", "bs": "batch_size", "micro_batch_size": "batch_size"},
@@ -293,7 +311,8 @@ def _sentence(
         elif nested and isinstance(step, str):
             hint, name = settings_in(nested)[step].hint if step in settings_in(nested) else None, step
     if first["type"] == "value_error":
-        return prefix + str(first.get("ctx", {})["error"])
+        sentence = str(first.get("ctx", {})["error"])
+        return prefix + sentence if located else f"{name}: {sentence}"
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{prefix}{name} is missing"
     if hint is None:

@@ -41,7 +41,7 @@ from gpt_arc.evaluation.tasks import Task, load_task
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural, Positional, Threads
+from gpt_arc.settings import STRICT, Count, Natural, Picture, Positional, ResultFile, Threads
 from gpt_arc.tables import table, to_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Options:
     """Restores running text from a benchmark's separated tokens; words are counted before that."""
     checkpoints: bool = False
     """Measure each checkpoint of the run folder."""
-    plot: Path | None = None
+    plot: Picture | None = None
     """A .png file for a plot of the checkpoints' figures against their updates."""
     training_text: tuple[str, ...] = ()
     """The text that the model was trained on, before tokenizing: files, folders and glob patterns."""
@@ -92,7 +92,7 @@ class Options:
     they pay."""
     seed: Natural = 0
     """Seed for drawing items, demonstrations, and the answers of tasks that sample them."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
     def __post_init__(self):
@@ -103,8 +103,6 @@ class Options:
                 raise ValueError(f"{name} holds the items of one task: name one")
         if self.plot and not self.checkpoints:
             raise ValueError("plot draws the figures of checkpoints: add --checkpoints=True, or leave it out")
-        if self.plot and self.plot.suffix != ".png":
-            raise ValueError(f"plot = {self.plot} must end in .png")
         if self.chat and not self.tasks:
             raise ValueError("chat is for the prompts of tasks: name some, or leave it out")
         if self.training_text and not self.tasks:
@@ -113,9 +111,6 @@ class Options:
 
 def check(options: Options, tasks: Sequence[Task]) -> None:
     """Raises UserError for what would otherwise fail after hours of work."""
-    for path, flag in ((options.json, "json"), (options.plot, "plot")):
-        if path and not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} for the results: create it, or change --{flag}")
     needed = {"matplotlib.figure"} if options.plot else set()
     libraries = {"bleu": "sacrebleu.metrics", "rouge": "rouge_score.rouge_scorer"}
     for module in sorted(needed | {libraries[task.metric] for task in tasks if task.metric in libraries}):

@@ -205,6 +205,16 @@ def test_a_folder_that_cannot_be_flushed_is_written_all_the_same(tmp_path, monke
         sync(tmp_path)
 
 
+def test_a_write_that_fails_without_a_number_names_the_file(tmp_path):
+    """So fails numpy's tofile, by which .gguf files are written, on a full disk."""
+    with pytest.raises(OSError) as caught:
+        with files.replacing(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"half")
+            raise OSError("1024 requested and 4 written")
+    assert caught.value.strerror == "the write failed: 1024 requested and 4 written"
+    assert caught.value.filename == str(tmp_path / "a") and not list(tmp_path.iterdir())
+
+
 def test_permissions_are_not_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
     write_file(tmp_path / "a", "content")

@@ -594,6 +594,27 @@ def test_samples_are_of_the_saved_model_and_change_nothing_else(workplace, run, 
     assert "--- step 6" in halves and halves.count("--- step") == 4  # also the last step of its first part
 
 
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_run_whose_settings_are_lost_starts_another(workplace, run, content):
+    run("--max_iters=4", "--out_dir=run")
+    Path("run/run.json").write_text(content) if content else Path("run/run.json").unlink()
+    refused = run("--resume=run", tiny=False)
+    assert (
+        refused.code == 2
+        and "run.json" in refused.message
+        and refused.message.endswith("--init_from=run starts another run from its weights\n")
+    )
+    assert "finished step 8" in run("--init_from=run", "--max_iters=8", "--out_dir=new")
+
+
+def test_samples_are_drawn_with_a_residual_stream_in_16_bits(workplace, run, monkeypatch):
+    monkeypatch.setattr(in_training, "CHARACTERS", 40)
+    flags = ("--residual=bfloat16", "--dtype=bfloat16", "--max_iters=4", "--out_dir=run")
+    output = run(*flags, "--sample_interval=2", "--sample_start=2 times")
+    sample = in_training.TrainingSampler(*load_model("run/last"), "2 times", 1337).sample()
+    assert f"sample of step 4:\n{sample}\n" in output
+
+
 def test_samples_that_cannot_be_drawn_are_refused_before_training(workplace, run):
     refused = run("--sample_interval=4", "--sample_start=ü")
     assert refused.code == 2 and "the prompt 'ü'" in refused.message

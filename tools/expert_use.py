@@ -26,7 +26,7 @@ from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.files import command
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural, Positional
+from gpt_arc.settings import STRICT, Count, Natural, Picture, Positional, ResultFile
 
 if TYPE_CHECKING:
     from gpt_arc.data.tokenizer import Tokenizer
@@ -47,9 +47,9 @@ class Options:
     """Maximum tokens to read, in evenly spaced windows of the model's context length. 0: all."""
     top: Natural = 0
     """Print this many of each expert's most over-represented tokens, with their counts."""
-    plot: Path | None = None
+    plot: Picture | None = None
     """A .png file for a plot of the classes' shares, one panel per block."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the figures."""
     batch_tokens: Count = 8192
     """Tokens read at once."""
@@ -63,14 +63,7 @@ def check(options: Options) -> None:
     """Raises UserError early for settings that would fail later, some only after the work is done."""
     if (options.text is None) == (options.dataset is None):  # checked here so that misspelled flags are reported first
         raise UserError("name what to read, either --text FILE or --dataset NAME")
-    for path, flag in ((options.json, "json"), (options.plot, "plot")):
-        if path and not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} for the results: make it, or name another by --{flag}")
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder: name a file in it by --{flag}")
     if options.plot:
-        if options.plot.suffix != ".png":
-            raise UserError(f"plot = {options.plot} must end in .png")
         import_extra("matplotlib.figure")
 
 

@@ -9,9 +9,10 @@
     python tools/export.py out/gpt2 gpt2.onnx --to onnx                   onnxruntime: tokens (B, T) to logits (B, T, V)
 
 MODEL is a run folder, a model directory, or the name of a published model, as in sample.py. Load the export with
-transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM, a
-fine-tuned or reward model with AutoModelForSequenceClassification, a multiple-choice model with GPT2DoubleHeadsModel or
-OpenAIGPTDoubleHeadsModel. A model that the other library can't compute is refused.
+transformers.AutoModelForCausalLM.from_pretrained("exported"), a bidirectional one with AutoModelForMaskedLM or, with
+next_sentence, AutoModelForPreTraining, a fine-tuned or reward model with AutoModelForSequenceClassification, a
+multiple-choice model with GPT2DoubleHeadsModel or OpenAIGPTDoubleHeadsModel. A model that the other library can't
+compute is refused.
 
 GGUF files hold language models of GPT-2's, Qwen3's, Llama's and Mixtral's shape with a tokenizer by characters or a
 byte-level BPE, and are equal to what llama.cpp's converter makes of the folder.
@@ -101,7 +102,7 @@ class Options:
         if self.to == "onnx" and self.dtype != "float32":
             raise UserError(f"--to onnx writes float32 alone, not {self.dtype}")
         if self.output.is_dir() or self.output.suffix != f".{self.to}":
-            raise UserError(f"{self.output} is not the name of a .{self.to} file")
+            raise UserError(f"{self.output} is not the name of a .{self.to} file: let it end in .{self.to}")
         if self.output.exists() and not self.overwrite:
             raise UserError(f"{self.output} exists: name another file, or add --overwrite=True")
 
@@ -195,6 +196,29 @@ def with_special_tokens(
     if named.keys() & known.keys() or Library.from_buffer(content).get_vocab() != known | named:
         return None
     return files | {FILE_NAME: content, SETTINGS_FILE: as_json(json.loads(files[SETTINGS_FILE]) | more)}
+
+
+def bert_files(files: dict[str, bytes], tokenizer: Tokenizer, next_sentence: bool) -> dict[str, bytes] | None:
+    """Returns the tokenizer's files with those of a BERT's tokens that it lacks; None if it can't have them.
+
+    With `next_sentence` they are laid out around a text and around a pair.
+    """
+    from tokenizers.processors import TemplateProcessing
+
+    from gpt_arc.data.masking import MASK, mask_token, sentence_marks
+
+    marks = sentence_marks(tokenizer, next_sentence) or ()
+    ids = {MASK: mask_token(tokenizer), **dict(zip(("[CLS]", "[SEP]"), marks))}
+    keys = {MASK: "mask_token", "[CLS]": "cls_token", "[SEP]": "sep_token"}
+    named = {name: id for name, id in ids.items() if id >= tokenizer.vocab_size}
+    layout = None
+    more: dict[str, Any] = {keys[name]: name for name in named}
+    if "[CLS]" in named:
+        pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+        around = [(name, id) for name, id in named.items() if name != MASK]
+        layout = TemplateProcessing(single="[CLS] $A [SEP]", pair=pair, special_tokens=around).__getstate__()
+        more["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    return with_special_tokens(files, named, more, layout, lstrip=tokenizer.joins_space) if named else files
 
 
 def classifier_files(
@@ -307,9 +331,16 @@ def add_chat(export: Export, chat: "ChatFormat", added: dict[str, int], template
     export.files = extended or export.files
 
 
+def both_logits(model: "GPT", tokens: "torch.Tensor") -> "torch.Tensor":
+    """Returns all logits of rows of tokens: of hidden tokens, then of the next sentence, (B, T V + 2)."""
+    import torch
+
+    hidden = model.hidden(tokens)
+    return torch.cat((model.logits(hidden).flatten(1), model.pair_head(hidden)), dim=1)
+
+
 def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     from gpt_arc.chat.format import load_with_chat
-    from gpt_arc.data.masking import MASK, mask_token
     from gpt_arc.weights.directory import refuse_images
     from gpt_arc.weights.huggingface import hf_tensors
     from gpt_arc.weights.verification import Reference
@@ -325,10 +356,11 @@ def from_language_model(options: Options, dtype: "torch.dtype") -> Export:
     config, files, declared = basis(model, tokenizer, chat.end if chat else None, options.dtype)
     if model.config.attention == "causal":
         files[GENERATION_FILE] = as_json(generation_config(config, declared))
-    elif tokenizer and (mask := mask_token(tokenizer)) >= tokenizer.vocab_size:
-        hiding = with_special_tokens(files, {MASK: mask}, {"mask_token": MASK}, lstrip=tokenizer.joins_space)
-        files = hiding or files
+    elif tokenizer:
+        files = bert_files(files, tokenizer, model.config.next_sentence) or files
     reference = Reference(model, lambda tokens, _: model(tokens))
+    if model.config.next_sentence:
+        reference.outputs = lambda tokens, _: both_logits(model, tokens)
     if tokenizer and FILE_NAME in files:
         reference.encode = tokenizer.encode
         reference.encode_theirs = lambda theirs, text: theirs(text, add_special_tokens=False).input_ids

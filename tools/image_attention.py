@@ -15,11 +15,11 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from gpt_arc.errors import UserError, entry_point
+from gpt_arc.errors import entry_point
 from gpt_arc.extras import import_extra
 from gpt_arc.files import replacing
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Positional
+from gpt_arc.settings import STRICT, Picture, Positional
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -30,14 +30,12 @@ class Options:
     """The image: PNG, JPEG or WebP."""
     question: str
     """A question about it."""
-    plot: Path
+    plot: Picture
     """A .png file for the plot."""
 
 
 def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
-    if options.plot.suffix != ".png" or not options.plot.parent.is_dir():
-        raise UserError(f"plot = {options.plot} must end in .png and lie in a folder that exists")
     figure_class = import_extra("matplotlib.figure").Figure
 
     from gpt_arc.evaluation.image_attention import ask, attention_to, draw_attention, load_image_reader

@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass
 from gpt_arc.errors import UserError, entry_point, naming
 from gpt_arc.extras import import_extra
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Positional, Seed
+from gpt_arc.settings import STRICT, Count, Picture, Positional, ResultFile, Seed
 from gpt_arc.tables import table
 
 if TYPE_CHECKING:
@@ -51,18 +51,14 @@ class Options:
     """Windows of the val split, pairs of copies, and keys, each at every length."""
     seed: Seed = 1337
     """Seed of the random characters and keys."""
-    plot: Path | None = None
+    plot: Picture | None = None
     """A .png file for a plot of the loss by position, at the longest length."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the figures, with the loss at each position."""
     device: str = "auto"
     """auto (cuda, else mps, else cpu), or a torch device."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """Type of the weights. auto: the fastest on this hardware."""
-
-    def __post_init__(self):
-        if self.plot and self.plot.suffix != ".png":
-            raise ValueError(f"plot = {self.plot} must end in .png")
 
 
 def measure(options: Options, name: str) -> "dict[str, dict[int, Recall]]":
@@ -133,9 +129,6 @@ def main() -> None:
     options = parse_flags(Options, __doc__, sys.argv[1:])
     if options.plot:
         import_extra("matplotlib.figure")
-    for path, flag in ((options.json, "json"), (options.plot, "plot")):
-        if path and not path.parent.is_dir():
-            raise UserError(f"there is no folder {path.parent} for the results: make it, or name another by --{flag}")
 
     from gpt_arc.files import write_file
     from gpt_arc.tables import to_json

@@ -75,12 +75,12 @@ class Corpus:
             content.append(repr((self.names, self.weights)).encode())
         return hashlib.sha256(b"".join(content)).hexdigest() if content else ""
 
-    def separator(self) -> int:
-        """The token that begins a document, for document_mask. Raises UserError if there is none."""
+    def separator(self, setting: str = "document_mask") -> int:
+        """The token that begins a document, for a `setting`. Raises UserError if there is none."""
         if self.tokenizer is None or self.tokenizer.end_of_text is None:
             raise UserError(
-                f"document_mask = true needs an end-of-text token between documents, and {self.directories[0]} has "
-                "no tokenizer with one: prepare the text with a BPE tokenizer, or remove document_mask"
+                f"{setting} = true needs an end-of-text token between documents, and {self.directories[0]} has "
+                f"no tokenizer with one: prepare the text with a BPE tokenizer, or remove {setting}"
             )
         if not (self.directories[0] / MANIFEST).exists():  # an older version's: <|endoftext|>, if there was one
             former = self.tokenizer.special_token(END_OF_TEXT)
@@ -207,6 +207,11 @@ class Split:
         """Tokens start .. start + count as int64, fewer at the end of the dataset that contains `start`."""
         part = int(np.searchsorted(self.bounds, start, side="right")) - 1
         return self.parts[part].read(start - int(self.bounds[part]), count)
+
+    def dataset_of(self, start: int) -> range:
+        """The places of the tokens of the dataset that contains `start`."""
+        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        return range(int(self.bounds[part]), int(self.bounds[part + 1]))
 
     def training_order(self, block_size: int, seed: int) -> TrainingOrder | MixtureOrder:
         """The order of the training windows."""

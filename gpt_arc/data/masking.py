@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt_arc.data.next_sentence import SentencePairs
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.nn.head_loss import IGNORED
 
@@ -20,10 +21,15 @@ def mask_token(tokenizer: Tokenizer) -> int:
     return tokenizer.vocab_size if token is None else token
 
 
-def sentence_marks(tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """Returns the tokens that begin and end a text, [CLS] and [SEP]; None if the tokenizer has no such tokens."""
+def sentence_marks(tokenizer: Tokenizer, next_sentence: bool) -> tuple[int, int] | None:
+    """Returns the tokens that begin and end a text, [CLS] and [SEP]. If the tokenizer has no such tokens, they are the
+    first two ids beyond it and the token that hides others in a model with `next_sentence`, and None in any other.
+    """
     start, end = tokenizer.special_token("[CLS]"), tokenizer.special_token("[SEP]")
-    return None if start is None or end is None else (start, end)
+    if start is not None and end is not None:
+        return start, end
+    beyond = max(tokenizer.vocab_size, mask_token(tokenizer) + 1)
+    return (beyond, beyond + 1) if next_sentence else None
 
 
 def scored_tokens(rate: float, length: int) -> int:
@@ -39,18 +45,20 @@ class Masking:
     words: int  # random tokens are below this id
     rate: float  # share of the tokens that are scored
     seed: int
+    pairs: SentencePairs | None = None  # if windows become pairs of texts
 
-    def hide(self, tokens: Tensor, real: Tensor, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+    def hide(self, tokens: Tensor, is_text: Tensor, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Returns what the model reads in place of tokens (B, T), and targets (B, T), -1 where none is scored.
 
-        `numbers` has one number for each window. Where `real` (B, T) is False the text has ended, and a row is hidden.
+        `numbers` has one number for each window. Where `is_text` (B, T) is False, tokens stay and aren't scored.
         """
-        inputs = tokens.where(real, self.token)
+        inputs = tokens.clone()
         targets = torch.full_like(tokens, IGNORED)
         for row, number in enumerate(numbers):
             random = np.random.default_rng((self.seed, int(number)))
-            length = int(real[row].sum())
-            chosen = torch.from_numpy(random.permutation(length)[: scored_tokens(self.rate, length)])
+            places = is_text[row].nonzero().flatten()
+            length = len(places)
+            chosen = places[random.permutation(length)[: scored_tokens(self.rate, length)]]
             fate = torch.from_numpy(random.random(len(chosen)))
             replacement = torch.from_numpy(random.integers(self.words, size=len(chosen)))
             replacement[fate < HIDDEN] = self.token

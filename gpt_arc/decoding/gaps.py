@@ -39,6 +39,7 @@ class GapFiller:
     def __init__(self, model: GPT, tokenizer: Tokenizer, name: Path | str):
         """`name` is the model's, for messages."""
         self.model, self.tokenizer, self.name, self.mask = model.eval(), tokenizer, name, mask_token(tokenizer)
+        self.marks = sentence_marks(tokenizer, model.config.next_sentence)
         self.device = model.token_embedding.weight.device
 
     def encode(self, text: str) -> list[int]:
@@ -59,8 +60,8 @@ class GapFiller:
             for i, piece in enumerate(pieces):
                 tokens += [self.mask] * (i > 0)
                 tokens += self.tokenizer.encode_from(piece, 0, after_special=i > 0)[0] if piece else []
-        if marks := sentence_marks(self.tokenizer):
-            tokens = [marks[0], *tokens, marks[1]]
+        if self.marks:
+            tokens = [self.marks[0], *tokens, self.marks[1]]
         if len(tokens) > self.model.config.block_size:
             size = f"has {len(tokens)} tokens, and the model reads {self.model.config.block_size}"
             raise UserError(f"the text {text[:40]!r} {size}: shorten it")
@@ -84,8 +85,8 @@ class GapFiller:
             chosen[left[i]], tokens[left[i]] = logs[i, token].item(), token
             check_finite([logs[i].amax().item()])
             del left[i]
-        filling, marks = [tokens[place] for place in gaps], sentence_marks(self.tokenizer)
-        return Filled(self.tokenizer.decode(tokens[1:-1] if marks else tokens), filling, [chosen[gap] for gap in gaps])
+        filling, filled = [tokens[place] for place in gaps], tokens[1:-1] if self.marks else tokens
+        return Filled(self.tokenizer.decode(filled), filling, [chosen[gap] for gap in gaps])
 
 
 def load_filler(config: SampleConfig) -> GapFiller | None:

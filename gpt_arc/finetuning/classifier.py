@@ -177,7 +177,7 @@ class Classifier(nn.Module):
 
 def with_special_tokens(model: GPT, tokenizer: Tokenizer | None = None) -> tuple[GPT, SpecialTokens]:
     """Returns the model with GPT-1's three special tokens added; a BERT has [CLS] and [SEP] for them."""
-    marks = tokenizer and sentence_marks(tokenizer)
+    marks = tokenizer and sentence_marks(tokenizer, model.config.next_sentence)
     if model.config.attention == "bidirectional" and marks:
         return model, SpecialTokens(marks[0], marks[1], marks[1])
     return with_more_tokens(model, 3), SpecialTokens.after(model.config.vocab_size)

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gpt_arc.model_config import GPTConfig
 
+MARKS = 3  # tokens around the two texts of a pair: [CLS], [SEP] and [SEP]
+SHORTEST_PAIR = MARKS + 2
 # settings of attention, and the values at which a model without it may leave them
 WITHOUT_ATTENTION = {
     "positions": "none", "attention": "causal", "attention_band": None, "attention_sinks": 0, "encoder_layers": 0,
@@ -54,6 +56,15 @@ def check_relations(config: "GPTConfig") -> None:
     if config.head_transform and (config.attention == "causal" or config.gated):
         raise ValueError(
             'head_transform needs attention = "bidirectional" and an activation without a gate, as in BERT'
+        )
+    if config.next_sentence and (config.attention == "causal" or config.token_types < 2):
+        raise ValueError(
+            'next_sentence tells two texts apart and reads both at once: it needs attention = "bidirectional" and '
+            "token_types = 2"
+        )
+    if config.next_sentence and config.block_size < SHORTEST_PAIR:
+        raise ValueError(
+            f"block_size = {config.block_size} has no room for the pairs of next_sentence: set {SHORTEST_PAIR} or more"
         )
     if config.ngrams > config.block_size:
         raise ValueError(f"ngrams = {config.ngrams} are longer than the context, block_size = {config.block_size}")

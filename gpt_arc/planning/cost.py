@@ -80,12 +80,13 @@ def flops_per_token(model: GPT) -> int:
     """Returns the FLOPs of a training step per token, forward and backward (PaLM, arXiv:2204.02311, app. B).
 
     Six per weight of the matrix products that a token goes through, head included, plus 12 H D T for each layer's
-    attention. T is 2W keys in layers with banded attention of width W, and its sinks. An LSTM has no such products.
+    attention. T is 2W keys in layers with banded attention of width W, and its sinks. An LSTM has no such products. The
+    head of next sentences is left out: it reads one token of a row.
     """
     config = model.config
     weights = config.vocab_size * config.n_embd  # of the head
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != "head":
+        if isinstance(module, nn.Linear) and name != "head" and not name.startswith("pair_head"):
             weights += module.weight.numel()
         elif isinstance(module, nn.LSTM):
             weights += sum(p.numel() for p in module.parameters() if p.dim() == 2)

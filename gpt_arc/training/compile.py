@@ -67,7 +67,7 @@ def unusable_cache() -> str | None:
 def compile_in_place(
     model: GPT,
     replica: nn.Module,
-    batch: Sequence[Tensor],
+    batch: Sequence[Tensor | None],
     device: torch.device,
     dtype: str,
     by_block: bool = False,
@@ -92,7 +92,8 @@ def compile_in_place(
             part.compile(**({"mode": "reduce-overhead"} if graphs else {}))
         for parameter in model.parameters() if graphs else ():
             parameter.grad = torch.zeros_like(parameter)
-        batch = [tensor.clone() for tensor in to_device(batch, device)]  # aliased tensors would specialize the code
+        # aliased tensors would specialize the code
+        batch = [tensor if tensor is None else tensor.clone() for tensor in to_device(batch, device)]
         with parallel.sharing_gradients(replica, False):
             with autocast(device, dtype):
                 loss = replica(*batch)
@@ -111,7 +112,7 @@ def compile_in_place(
 def try_compiling(
     model: GPT,
     replica: nn.Module,
-    batch: Sequence[Tensor],
+    batch: Sequence[Tensor | None],
     device: torch.device,
     dtype: str,
     setting: bool | str,

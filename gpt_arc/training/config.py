@@ -18,6 +18,7 @@ from gpt_arc.data.datasets import Source
 from gpt_arc.errors import UserError
 from gpt_arc.model_config import GPTConfig
 from gpt_arc.nn.names import Checkpointing
+from gpt_arc.nn.relations import MARKS
 from gpt_arc.settings import (
     STRICT,
     Count,
@@ -82,7 +83,8 @@ class DataConfig:
 class TrainingConfig:
     objective: Literal["next", "masked"] | None = None
     """What the model learns. next: to predict each token from those before it. masked: to predict tokens hidden among
-    the others (BERT, arXiv:1810.04805). None: masked where attention is bidirectional, else next."""
+    the others (BERT, arXiv:1810.04805) and, with next_sentence, whether one text follows another. None: masked where
+    attention is bidirectional, else next."""
     mask_rate: PositiveShare = 0.15
     """Share of the tokens that masked predicts; of these 80% are hidden, 10% replaced by random tokens, 10% shown."""
     max_iters: Count = 600_000
@@ -365,7 +367,8 @@ class Config:
             return 1.0
         from gpt_arc.data.masking import scored_tokens  # imports torch
 
-        return scored_tokens(self.training.mask_rate, self.model.block_size) / self.model.block_size
+        length = self.model.block_size - (MARKS if self.model.next_sentence else 0)
+        return scored_tokens(self.training.mask_rate, length) / self.model.block_size
 
     @property
     def sequences_per_step(self) -> int:
@@ -385,6 +388,11 @@ class Config:
             raise ValueError(
                 f"objective = {training.objective} contradicts attention = {self.model.attention}: it needs attention "
                 f"= {fitting}"
+            )
+        if self.model.next_sentence and self.data.document_mask:
+            raise ValueError(
+                "document_mask hides one text of a pair from the other, and next_sentence compares them: leave out one "
+                "of the two"
             )
         if self.model.encoder_layers:
             raise ValueError(

@@ -28,6 +28,10 @@ METRICS = {  # the keys of metrics.jsonl: the same name for the same thing in tr
     "epoch": "epochs so far, in the line that ends one",
     "train_loss": "mean since the line before it; in a line of stages/finetune.py with epoch, over that epoch",
     "val_loss": "of the val split",
+    "next_sentence_loss": "mean since the line before it, in nats a pair: is the second text what follows the first?",
+    "next_sentence_accuracy": "share of these pairs that are told right",
+    "val_next_sentence_loss": "of the val split's pairs",
+    "val_next_sentence_accuracy": "share of the val split's pairs that are told right",
     "learning_rate": "of the last update",
     "grad_norm": "norm of the last update's gradient before it is clipped",
     "tokens": "tokens read so far; each is predicted, or with objective = masked a share of them",
@@ -200,7 +204,7 @@ class ProgressBar(tqdm):
     def show(self, line: Mapping[str, Any]) -> None:
         """Show a line of train.py beside the bar and, after an evaluation or without a bar, by itself."""
         line = {name: value for name, value in line.items() if value is not None}
-        losses = {"loss": "train_loss", "val": "val_loss"}
+        losses = {"loss": "train_loss", "val": "val_loss", "next sentences right": "val_next_sentence_accuracy"}
         shown = ", ".join(f"{name} {line[key]:.4f}" for name, key in losses.items() if key in line)
         self.set_figures(shown, line)
         if self.writes_lines or "val_loss" in line and not self.disable:

@@ -15,7 +15,8 @@ from pydantic import AllowInfNan
 
 from gpt_arc import distributed
 from gpt_arc.data.datasets import Corpus, Split, data_plan, open_corpus, prepare_missing
-from gpt_arc.data.masking import Masking, mask_token
+from gpt_arc.data.masking import Masking, mask_token, sentence_marks
+from gpt_arc.data.next_sentence import SentencePairs, same_document
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
 from gpt_arc.device import capability_of, device_name, memory_of, resolve_dtype
@@ -166,7 +167,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     if corpus and corpus.tokenizer and not launch.imported:
         vocab_size = trained.vocab_size if trained else least_vocabulary(config, corpus.tokenizer)
     if vocab_size != config.model.vocab_size:
-        dataset = "the dataset with a token to hide others" if config.is_masked else "the dataset"
+        added = "tokens to hide others and around texts" if config.model.next_sentence else "a token to hide others"
+        dataset = f"the dataset with {added}" if config.is_masked else "the dataset"
         say(f"vocabulary     {vocab_size}, as in {dataset}, instead of {config.model.vocab_size}")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     data = None
@@ -177,6 +179,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             for name, masking in zip(("train", "val"), maskings)
         )
         data = Data(corpus, train, val, train.training_order(block_size, config.training.seed))
+        check_documents(data)
 
     # a resumed run keeps the precision, compilation and threads that "auto" meant when it started
     training = config.training
@@ -259,8 +262,11 @@ def resolve_products(config: Config, setting: str, device: torch.device) -> str:
 
 
 def least_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
-    """The tokenizer's vocabulary, with one more token if something must be hidden and the tokenizer lacks [MASK]."""
-    return max(tokenizer.vocab_size, mask_token(tokenizer) + 1) if config.is_masked else tokenizer.vocab_size
+    """The tokenizer's vocabulary, with [MASK] if something must be hidden, and [CLS] and [SEP] if pairs are read."""
+    if not config.is_masked:
+        return tokenizer.vocab_size
+    marks = sentence_marks(tokenizer, True) if config.model.next_sentence else None
+    return 1 + max(tokenizer.vocab_size - 1, mask_token(tokenizer), *(marks or ()))
 
 
 def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Masking | None:
@@ -277,7 +283,28 @@ def masking_of(config: Config, corpus: Corpus, evaluating: bool = False) -> Mask
         raise UserError(
             f"objective = masked hides tokens by token {token}, and the model has {config.model.vocab_size:,} tokens"
         )
-    return Masking(token, corpus.tokenizer.text_size, rate, 0 if evaluating else config.training.seed)
+    seed = 0 if evaluating else config.training.seed
+    pairs = None
+    if config.model.next_sentence and (marks := sentence_marks(corpus.tokenizer, True)):
+        if max(marks) >= config.model.vocab_size:
+            raise UserError(
+                f"next_sentence puts the tokens {marks[0]} and {marks[1]} around texts, and the model has "
+                f"{config.model.vocab_size:,} tokens: train a new one, without init_from"
+            )
+        pairs = SentencePairs(*marks, corpus.separator("next_sentence"), seed)
+    return Masking(token, corpus.tokenizer.text_size, rate, seed, pairs)
+
+
+def check_documents(data: Data) -> None:
+    """Raises UserError if next_sentence finds no second document in a dataset."""
+    for name, split in (("train", data.train), ("val", data.val)):
+        pairs = split.masking and split.masking.pairs
+        for first, last, directory in zip(split.bounds, split.bounds[1:] - 2, data.corpus.directories):
+            if pairs and same_document(split, int(first), int(last), pairs.separator):
+                raise UserError(
+                    f"next_sentence draws texts from other documents, and the {name} split of {directory} is a single "
+                    "one: prepare more documents, or set next_sentence = false"
+                )
 
 
 def rehearse(plan: Plan) -> tuple[GPT, Tokenizer | None]:
@@ -316,7 +343,8 @@ def print_plan(plan: Plan) -> None:
     batches = f"{WORLD_SIZE} x {plan.micro_steps} batches of {plan.micro_batch} x {block_size}"
     say(f"tokens a step  {plan.tokens_per_step:,} = {batches}")
     if config.is_masked:
-        say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted")
+        pairs = ", and whether a text follows another" if config.model.next_sentence else ""
+        say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted{pairs}")
     say(f"steps          {config.training.max_iters:,}")
     flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
     if planned:

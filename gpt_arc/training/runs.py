@@ -302,7 +302,8 @@ def read_record(directory: Path) -> tuple[str, dict[str, Any]]:
     try:
         record = read_json(path, Record)
     except UserError as error:
-        raise UserError(f"{error}, so the run's settings are unknown") from None
+        mend = f"--init_from={directory} starts another run from its weights"
+        raise UserError(f"{error}, so the run's settings are unknown: {mend}") from None
     overrides = {name: read_value(Config, name, value, str(path)) for name, value in record["overrides"].items()}
     for name in overrides:
         if SETTINGS[name].table == "run":

@@ -45,6 +45,7 @@ LATER = {
     "head_transform": False,
     "embedding_norm": False,
     "token_types": 0,
+    "next_sentence": False,
 }
 LATER |= {"encoder_layers": 0, "embedding_scale": 1.0, "rotary_scaling": None, "rotary_factor": 1.0}
 LATER |= {

@@ -280,7 +280,8 @@ ARCHITECTURES = {
             "token_embedding": "embeddings.word_embeddings", "position_embedding": "embeddings.position_embeddings",
             "type_embedding": "embeddings.token_type_embeddings", "embedding_norm": "embeddings.LayerNorm",
             "head_layer": "cls.predictions.transform.dense", "head_norm": "cls.predictions.transform.LayerNorm",
-            "head_bias": "cls.predictions.bias",
+            "head_bias": "cls.predictions.bias", "pair_head.pooler": "pooler.dense",
+            "pair_head.output": "cls.seq_relationship",
         },
         block={
             "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -310,6 +311,7 @@ ROPE_KEYS = {
         "attention_factor": "rotary_attention_factor", "original_max_position_embeddings": "rotary_context",
     },
 }  # fmt: skip
+PAIRS = "BertForPreTraining"  # the class of a BERT with next_sentence
 STRETCHING = {"rotary_scaling"}.union(*map(dict.values, ROPE_KEYS.values()))
 
 
@@ -333,6 +335,7 @@ class HFConfig(TypedDict, total=False):
 
     activation_function: str
     afn: str
+    architectures: list[str] | None
     type_vocab_size: Annotated[int, Ge(1)]
     hidden_act: str
     num_local_experts: int
@@ -371,6 +374,7 @@ def config_from_hf(content: dict[str, Any]) -> GPTConfig:
     if activation not in activations:
         raise _unknown(key, activation, kind, f"{', '.join(activations)} are known")
     settings: dict[str, Any] = {name: content.get(key, default) for key, (name, default) in architecture.sizes.items()}
+    settings |= {"next_sentence": True} if kind == "bert" and PAIRS in (content.get("architectures") or ()) else {}
     dropouts: dict[str, Any] = dict.fromkeys(PLACES, 0.0)
     dropouts |= {name: content.get(key, default) for key, (name, default) in architecture.dropouts.items()}
     if "hidden_dropout_prob" in architecture.dropouts:
@@ -491,6 +495,7 @@ def _foreign_settings(architecture: Architecture, config: GPTConfig) -> dict[str
     free |= STRETCHING if config.positions != "rotary" or "rope_theta" in architecture.sizes else set()
     free |= set() if config.positions == "rotary" else {"rotary_base"}
     free |= set() if config.n_experts and _has_experts(architecture) else OF_EXPERTS
+    free |= {"next_sentence"} if "pair_head.output" in architecture.outside else set()
     free |= {"bias"} if _lacks_biases(architecture, config) else set()
     values, fixed = asdict(config), {**asdict(GPTConfig()), **architecture.ours}
     usual = {"n_kv_head": config.n_head, "head_size": config.n_embd / config.n_head, "mlp_size": 4 * config.n_embd}
@@ -527,7 +532,7 @@ def hf_config(
         ours["balance_loss"] = _rounded(config.balance_loss * _balance_unit(config))
     ours |= {f"{place}_dropout": config.dropout_of(place) for place in ("embedding", "attention", "residual")}
     content = {
-        "architectures": [architecture.class_name],
+        "architectures": [PAIRS if config.next_sentence else architecture.class_name],
         "model_type": kind,
         "dtype": dtype,
         "transformers_version": TRANSFORMERS_VERSION,

@@ -47,7 +47,9 @@ def difference(reference: Reference, folder: Path, config: dict[str, Any], block
     tokens = torch.randint(config["vocab_size"], (len(lengths), int(lengths.max())), generator=generator)
     real = torch.arange(tokens.size(1)) < lengths[:, None]
     if reference.last is None:
-        logits = theirs(tokens).logits
+        output = theirs(tokens)
+        both = "seq_relationship_logits" in output  # of a BertForPreTraining
+        logits = torch.cat(tuple(x.flatten(1) for x in output.values()), dim=1) if both else output.logits
     elif "DoubleHeads" in type(theirs).__name__:
         tokens[torch.arange(len(lengths)), lengths - 1] = reference.last
         logits = theirs(tokens[:, None], mc_token_ids=lengths[:, None] - 1).mc_logits.view(len(lengths), 1)

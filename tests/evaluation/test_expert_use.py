@@ -293,7 +293,7 @@ def test_the_command_line(run, workplace):
         (["--text=a.txt", "--dataset=sums"], "name what to read, either"),
         (["--dataset=sums", "--tokens=-1"], "tokens = -1 must be at least 0"),
         (["--dataset=sums", "--batch_tokens=0"], "batch_tokens = 0 must be at least 1"),
-        (["--dataset=sums", "--plot=use.jpg"], "plot = use.jpg must end in .png"),
+        (["--dataset=sums", "--plot=use.jpg"], "use.jpg must end in .png"),
         (["--dataset=sums", "--plot=no/use.png"], "there is no folder no for the results"),
         (["--dataset=sums", "--json=no/use.json"], "there is no folder no for the results"),
         (["--dataset=sums", "--split=test"], "--split"),

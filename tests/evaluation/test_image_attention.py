@@ -78,7 +78,7 @@ def test_the_tool_answers_and_draws(model, tool):
     [
         (("text", "--image=red.png"), "text reads text alone: train it on images"),
         (("seen", "--image=none.png"), "none.png is missing"),
-        (("seen", "--image=red.png", "--plot=map.pdf"), "plot = map.pdf must end in .png"),
+        (("seen", "--image=red.png", "--plot=map.pdf"), "map.pdf must end in .png"),
         (("seen", "--image=red.png", "--question=" + "a" * 40), "a question about an image takes 46 tokens"),
     ],
     ids=str,

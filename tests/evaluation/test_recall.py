@@ -121,7 +121,7 @@ def test_the_tool_s_tables_figures_and_plot(run, tmp_path, monkeypatch):
         (["rotary", "--dataset=dogs"], "there is no prepared dataset dogs"),
         (["bytes", "--dataset=cats"], "cats was prepared with another tokenizer than that of bytes"),
         (["rotary", "--dataset=cats", "--multiples", "99"], "is too short for windows of 2376"),
-        (["rotary", "--dataset=cats", "--plot=loss.pdf"], "plot = loss.pdf must end in .png"),
+        (["rotary", "--dataset=cats", "--plot=loss.pdf"], "loss.pdf must end in .png"),
         (["rotary", "--dataset=cats", "--json=no/figures.json"], "there is no folder no for the results"),
     ):
         assert sentence in run(*argv, "--device=cpu")

@@ -636,7 +636,7 @@ def test_an_error_of_the_hub_is_reported(run, monkeypatch):
         (("--tasks", "sst2", "rte", "--data=items.jsonl"), "data holds the items of one task: name one"),
         (("--tasks", "sst2", "rte", "--train_data=items.jsonl"), "train_data holds the items of one task: name one"),
         (("--tasks", "sst2", "--plot=a.png"), "plot draws the figures of checkpoints: add --checkpoints=True"),
-        (("--tasks", "sst2", "--checkpoints=True", "--plot=a.pdf"), "plot = a.pdf must end in .png"),
+        (("--tasks", "sst2", "--checkpoints=True", "--plot=a.pdf"), "a.pdf must end in .png"),
         (("--tasks", "sst2", "--checkpoints=True", "--plot=no/a.png"), "there is no folder no for the results"),
         (("--perplexity", "text.txt", "--training_text", "text.txt"), "training_text is looked through for the items"),
         (("--tasks", "addition_2", "--training_text", "text.txt"), "which are generated: leave it out"),

@@ -17,6 +17,7 @@ from PIL import Image
 import sample
 import train
 from gpt_arc.data.documents import merge_inputs
+from gpt_arc.data.tokenizer import BPETokenizer
 from gpt_arc.decoding.settings import SampleConfig
 from gpt_arc.errors import entry_point
 from gpt_arc.flags import parse_flags
@@ -47,6 +48,7 @@ OPTIONS = {
 
 QUICK = ("--device=cpu", "--dtype=float32", "--learning_rate=1e-3", "--batch_size=4", "--out_dir=run")
 TRAINING = (train, "letters.toml", *TINY_FLAGS, "--out_dir=run")
+PAIRS = (*TRAINING, "--dataset=documents", "--attention=bidirectional", "--token_types=2", "--next_sentence=True")
 STAGES = {
     "sft": (sft, "base", "--train=chats.jsonl", "--epochs=2", "--val_fraction=0.2", *QUICK),
     "reward": (
@@ -89,6 +91,9 @@ def workplace(tmp_path, monkeypatch):
     save_chat_model(randomised(GPT(tiny_config(n_layer=1))), CHAT, "base")
     tokens = np.array(LETTERS.encode("abcdefgh" * 40))
     write_dataset(Path("data/letters"), LETTERS, {"train": tokens, "val": tokens[:64]})
+    pieces = BPETokenizer({bytes([byte]): byte for byte in range(256)}, {"<|endoftext|>": 256})
+    tokens = np.array((*pieces.encode("abcdefgh" * 4), 256) * 20)
+    write_dataset(Path("data/documents"), pieces, {"train": tokens, "val": tokens})
     Path("letters.toml").write_text('[data]\ndataset = "letters"\n')
     write("chats.jsonl", [{"prompt": text, "response": text[::-1]} for text in ("ab", "cde", "fgh", "bcdea", "a")] * 3)
     write("rankings.jsonl", rankings(12))
@@ -118,7 +123,7 @@ def test_every_key_is_documented_and_explained():
 
 @pytest.mark.parametrize("script", ["train", *STAGES])
 def test_a_run_writes_the_documented_keys(script, workplace, stage_runner):
-    runs = {"train": [TRAINING], "finetune": [STAGES["finetune"], NUMBERS]}.get(script) or [STAGES[script]]
+    runs = {"train": [TRAINING, PAIRS], "finetune": [STAGES["finetune"], NUMBERS]}.get(script) or [STAGES[script]]
     keys = set()
     for number, (module, *flags) in enumerate(runs):
         output = stage_runner(module, *flags, f"--out_dir={number}")

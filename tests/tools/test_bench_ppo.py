@@ -121,7 +121,7 @@ def test_figures_and_comparisons_follow_from_the_runs():
         (["--prompts=63"], "prompts = 63 must be episodes_per_iteration or more"),
         (["--block_size=25"], "block_size = 25 must be 26 or more"),
         (["--kl_coeff=1"], "there is no flag --kl_coeff; did you mean --kl_coef?"),
-        (["--json=nowhere/results.json"], "nowhere/results.json can't be written"),
+        (["--json=nowhere/results.json"], "there is no folder nowhere for the results"),
     ],
 )
 def test_mistakes_are_reported_in_one_sentence(flags, sentence, tmp_path, monkeypatch, output_of):

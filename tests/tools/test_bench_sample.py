@@ -242,7 +242,7 @@ def test_architecture_flags_need_a_config_file(tmp_path):
         (["--n_head=3"], "n_head = 3 does not divide n_embd = 16"),
         (["--round=3"], "there is no flag --round; did you mean --rounds?"),
         (["--nanogpt=nowhere"], "there is no nanoGPT checkout at nowhere: it has no model.py"),
-        (["--json=nowhere/results.json"], "nowhere/results.json can't be written"),
+        (["--json=nowhere/results.json"], "there is no folder nowhere for the results"),
         (["--prompt_tokens=33"], "prompt_tokens = 33 is more than the context, block_size = 32"),
         (
             ["--transformers=True", "--max_new_tokens=17"],

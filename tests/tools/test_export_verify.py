@@ -1,5 +1,6 @@
 """tools/export.py --verify: what it compares with transformers, and its exit code."""
 
+import json
 import math
 import re
 import string
@@ -9,11 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
 from gpt_arc.alignment.reward_model import RewardModel, save_reward_model
 from gpt_arc.chat.format import TEMPLATES, ChatFormat
+from gpt_arc.data.masking import sentence_marks
 from gpt_arc.data.tokenizer import BPETokenizer, CharTokenizer, LibraryTokenizer
 from gpt_arc.decoding.gaps import GapFiller
 from gpt_arc.decoding.settings import Sampling
@@ -21,6 +24,7 @@ from gpt_arc.finetuning.classifier import Classifier, ClassifierConfig, save_cla
 from gpt_arc.finetuning.examples import Columns, SpecialTokens
 from gpt_arc.weights import tensor_files
 from gpt_arc.weights.directory import load_model, save_model
+from gpt_arc.weights.verification import Reference, difference
 from helpers import randomised
 from model import GPT, GPTConfig
 from tools import export
@@ -161,6 +165,38 @@ def test_an_exported_bert_fills_the_gaps_of_transformers_pipeline(tmp_path, monk
     )
     again = load_model(tmp_path / "exported")[1]
     assert again.special_token("[MASK]") == tokenizer.vocab_size
+
+
+def test_an_exported_model_of_next_sentences_reads_pairs_laid_out_by_transformers(tmp_path, monkeypatch, capsys):
+    """Its tokenizer gets the tokens around texts, with which pairs are laid out as in training."""
+    tokenizer = bpe()
+    bert = dict(attention="bidirectional", norm_position="post", embedding_norm=True, head_transform=True)
+    bert |= dict(head_bias=True, token_types=2, activation="gelu", next_sentence=True)
+    mask = tokenizer.vocab_size
+    ours = randomised(GPT(GPTConfig(24, mask + 3, 2, 2, 16, **bert)))
+    save_model(ours, tokenizer, tmp_path / "bert")
+    flags = (str(tmp_path / "bert"), str(tmp_path / "exported"), "--to", "hf", "--verify=True")
+    monkeypatch.setattr(sys, "argv", ["export.py", *flags])
+    assert export.main() == 0
+    assert "BertForPreTraining" in capsys.readouterr().out
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    pair = theirs("red", "or", return_tensors="pt")
+    first, second = tokenizer.encode("red"), tokenizer.encode("or")
+    assert pair.input_ids.tolist() == [[mask + 1, *first, mask + 2, *second, mask + 2]]
+    assert pair.token_type_ids.tolist() == [[0] * (len(first) + 2) + [1] * (len(second) + 1)]
+    assert theirs("red").input_ids == [mask + 1, *first, mask + 2] and theirs.mask_token_id == mask
+    with torch.no_grad():
+        logits = transformers.BertForPreTraining.from_pretrained(tmp_path / "exported")(**pair).seq_relationship_logits
+        hidden = ours.hidden(pair.input_ids, types=pair.token_type_ids)
+        torch.testing.assert_close(ours.pair_head(hidden), logits, rtol=1e-5, atol=1e-5)
+    again, read = load_model(tmp_path / "exported")
+    assert again.config.next_sentence and sentence_marks(read, next_sentence=True) == (mask + 1, mask + 2)
+    tensors = load_file(tmp_path / "exported/model.safetensors")
+    tensors["cls.seq_relationship.bias"] += 100
+    save_file(tensors, tmp_path / "exported/model.safetensors", {"format": "pt"})
+    reference = Reference(ours, lambda tokens, _: export.both_logits(ours, tokens))
+    config = json.loads((tmp_path / "exported/config.json").read_text())
+    assert difference(reference, tmp_path / "exported", config, 24)[0] == pytest.approx(100, rel=1e-3)
 
 
 @pytest.mark.parametrize("tokenizer", [CharTokenizer(" abc"), BPETokenizer.train(["a b c a b c", " ab"] * 9, 262)])

@@ -17,11 +17,11 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from benchmarks.processes import write_results
+from benchmarks.processes import check_requirements, write_results
 from gpt_arc.errors import UserError
 from gpt_arc.files import resource
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count
+from gpt_arc.settings import STRICT, Count, ResultFile
 
 TRAINING = {
     "defaults": (),
@@ -58,7 +58,9 @@ class GPUBench:
     """A nanoGPT checkout (the folder with its model.py) to measure beside the defaults."""
     rehearse: bool = False
     """Run everything once with a tiny model, on any device."""
-    json: Path | None = None
+    check: bool = False
+    """Only check the settings, and measure nothing."""
+    json: ResultFile | None = None
     """A file for the results."""
 
     def __post_init__(self):
@@ -66,14 +68,17 @@ class GPUBench:
             raise ValueError(f"settings has no {sorted(unknown)[0]}: choose among {', '.join(TRAINING)}")
 
 
-def measured(benchmark: str, *flags: str) -> dict[str, Any]:
+def measured(title: str, benchmark: str, *flags: str) -> dict[str, Any]:
     """The results of another benchmark, or {"failure": its last line}. Its output goes to this process's."""
+    print(f"\n==== {title}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
         command = [sys.executable, str(resource("tools/bench.py")), benchmark, str(resource("configs/gpt2.toml"))]
         process = subprocess.run([*command, *flags, f"--json={path}"], stderr=subprocess.PIPE, text=True)
         if process.returncode:
-            return {"failure": (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]}
+            failure = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            print(failure, flush=True)
+            return {"failure": failure}
         return json.loads(path.read_text())
 
 
@@ -81,8 +86,11 @@ def bench_gpu(args: list[str]) -> None:
     from gpt_arc.device import resolve_device
 
     options = parse_flags(GPUBench, __doc__, args)
+    check_requirements(options)
     if not options.rehearse and resolve_device("auto").type == "cpu":
         raise UserError("there is no GPU here: --rehearse=True tries everything on the CPU, with a tiny model")
+    if options.check:
+        return
     rounds, steps = (1, 1) if options.rehearse else (options.rounds, options.steps)
     shape = TINY if options.rehearse else ()
     quickly = ["--compile=False"] if options.rehearse else []
@@ -91,17 +99,16 @@ def bench_gpu(args: list[str]) -> None:
         flags = [*shape, *TRAINING[name], f"--rounds={rounds}", f"--steps={steps}"]
         flags += quickly if not any("compile" in flag for flag in flags) else []
         flags += [f"--nanogpt={options.nanogpt}"] if options.nanogpt and name == "defaults" else []
-        print(f"\n==== training: {name}", flush=True)
-        results["training"][name] = measured("train", *flags)
+        results["training"][name] = measured(f"training: {name}", "train", *flags)
     for name, flags in DECODING.items() if options.decoding else ():
-        print(f"\n==== decoding: {name}", flush=True)
         tokens = "--max_new_tokens=4" if options.rehearse else "--max_new_tokens=256"
         flags = [*shape, *flags, tokens, f"--rounds={rounds}", f"--compile={not options.rehearse}"]
-        results["decoding"][name] = measured("sample", *flags)
+        results["decoding"][name] = measured(f"decoding: {name}", "sample", *flags)
     show(results["training"])
     write_results(options.json, results)
-    if "failure" in results["training"]["defaults"]:
-        raise UserError(f"the defaults fail here: {results['training']['defaults']['failure']}")
+    for name, result in {"the defaults": results["training"]["defaults"], **results["decoding"]}.items():
+        if "failure" in result:
+            raise UserError(f"{name} failed: {result['failure']}")
 
 
 def show(training: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.extras import import_extra
 from gpt_arc.files import write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, Seed, UnitInterval
+from gpt_arc.settings import STRICT, Count, Natural, NonNegative, Positive, ResultFile, Seed, UnitInterval
 from gpt_arc.tables import counted
 
 TRL = "1.12.0"  # the last release with a PPOTrainer, in trl.experimental
@@ -121,7 +121,7 @@ class PPOBench:
     """Measure ours in bfloat16 too. (trl's bf16=True doesn't reach its Accelerator.)"""
     device: str = "cpu"
     """auto (cuda, else mps, else cpu), or a torch device."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
     def __post_init__(self):

@@ -47,7 +47,7 @@ from gpt_arc.errors import UserError
 from gpt_arc.extras import import_extra
 from gpt_arc.files import resource
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count
+from gpt_arc.settings import STRICT, Count, ResultFile
 from gpt_arc.tables import table
 
 Case = Literal["lines", "text", "zst", "parquet", "char"]
@@ -86,7 +86,7 @@ class PrepareBench:
     """Forms of the corpus; char is a text prepared by characters."""
     rounds: Count = 3
     """Measured rounds; in each, everything takes its turn."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
 

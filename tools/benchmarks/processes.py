@@ -24,7 +24,7 @@ from gpt_arc.errors import OUT_OF_MEMORY, UserError, first_line, is_out_of_memor
 from gpt_arc.extras import missing_extra
 from gpt_arc.files import resource, write_file
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count, Positional, Seed
+from gpt_arc.settings import STRICT, Count, Positional, ResultFile, Seed
 from gpt_arc.tables import to_json
 
 NANOGPT_SETTINGS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias")
@@ -51,7 +51,7 @@ class ModelBench:
     """auto (cuda, else mps, else cpu), or a torch device."""
     seed: Seed = 1337
     """The source of all randomness."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
 
@@ -90,7 +90,7 @@ def read_model_arguments(cls: type[ModelBench], description: str | None, args: l
 
 
 def check_requirements(settings: Any, packages: Sequence[str] = ("transformers",)) -> None:
-    """Raises UserError if the nanoGPT checkout, a package or the folder of the --json file is missing.
+    """Raises UserError if the nanoGPT checkout or a package is missing.
 
     `packages` are those that the setting `transformers` needs.
     """
@@ -100,9 +100,6 @@ def check_requirements(settings: Any, packages: Sequence[str] = ("transformers",
     for package in packages if getattr(settings, "transformers", False) else ():
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package)
-    path = settings.json
-    if path is not None and (path.exists() and not path.is_file() or not path.parent.is_dir()):
-        raise UserError(f"{path} can't be written: name a file in an existing folder")
 
 
 def nanogpt_model(checkout: Path, config: Any, dropout: float) -> Any:

@@ -54,7 +54,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import HELP, command
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Positive, Seed
+from gpt_arc.settings import STRICT, Positive, ResultFile, Seed
 from gpt_arc.tables import counted
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -70,7 +70,7 @@ class SpeedrunBench:
     """A nanoGPT checkout (the folder with its model.py) to measure too."""
     seeds: Annotated[tuple[Seed, ...], MinLen(1)] = (1337,)
     """Different seeds; each program runs once per seed."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
     def __post_init__(self):

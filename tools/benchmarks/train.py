@@ -48,7 +48,7 @@ from benchmarks.processes import (
 from gpt_arc.errors import UserError
 from gpt_arc.files import HELP, command
 from gpt_arc.flags import parse_flags
-from gpt_arc.settings import STRICT, Count
+from gpt_arc.settings import STRICT, Count, ResultFile
 from gpt_arc.tables import counted
 from gpt_arc.training.config import Config, DataConfig, TrainingConfig, build_config, read_settings
 
@@ -68,7 +68,7 @@ class StepBench:
     """Measure transformers too."""
     profile: bool = False
     """Show the time of our steps by torch operator."""
-    json: Path | None = None
+    json: ResultFile | None = None
     """A file for the results."""
 
 
@@ -227,6 +227,9 @@ class RandomTokens:
 
     def read(self, start: int, count: int) -> np.ndarray:
         return self.tokens[start : start + count]
+
+    def dataset_of(self, start: int) -> range:
+        return range(self.COUNT)
 
 
 class PeerTrainer(TrainWorker):
