@@ -59,6 +59,11 @@ def check_kernels(device: torch.device) -> None:
         )
 
 
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU; None for other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def resolve_dtype(setting: str, device: torch.device) -> str:
     """The precision of matrix products. auto means the fastest type that the hardware multiplies natively."""
     if setting != "auto":

@@ -8,7 +8,7 @@ import numpy as np
 
 from gpt_arc.errors import UserError
 from gpt_arc.nn.meta import meta_device
-from gpt_arc.planning.cost import ACCELERATORS
+from gpt_arc.planning.cost import ACCELERATORS, Accelerator
 from model import GPT, GPTConfig
 
 DAY = 86_400  # seconds
@@ -34,11 +34,18 @@ class Hardware:
     devices: int
     mfu: float
     price: float | None = None
+    dtype: str = "float16"  # of products; bfloat16's peak is the same where both are native
+
+    @property
+    def peak(self) -> float | None:
+        """FLOPs a second of one device at most; None if it isn't known."""
+        return accelerator_named(self.accelerator).peak(self.dtype)
 
     @property
     def flops_per_second(self) -> float:
-        """FLOPs a second of all devices, in 16 bits."""
-        return self.devices * self.mfu * accelerator_peak(self.accelerator)
+        """FLOPs a second of all devices."""
+        assert self.peak is not None, "only `cost` may be asked then"
+        return self.devices * self.mfu * self.peak
 
     def days(self, flops: float) -> float:
         return flops / self.flops_per_second / DAY
@@ -47,18 +54,20 @@ class Hardware:
         return None if self.price is None else 24 * self.days(flops) * self.devices * self.price
 
     def cost(self, flops: float) -> str:
-        """Describes the days and the money that `flops` take."""
+        """Describes the days and the money that `flops` take, or says that the peak isn't known."""
+        if self.peak is None:
+            return f"the peak of the {self.accelerator} in {self.dtype} isn't known"
         where = f"{self.days(flops):,.3g} days on {self.devices:,} {self.accelerator} at {self.mfu:.0%} of peak"
         money = self.money(flops)
         return where if money is None else f"{where}, {money:,.0f} at {self.price:g} an hour"
 
 
-def accelerator_peak(name: str) -> float:
-    """Peak FLOPs a second in 16 bits of an accelerator, by its name in any case. Raises UserError."""
-    peaks = {known.lower(): half for known, (half, _) in ACCELERATORS.items()}
-    if name.lower() not in peaks:
-        raise UserError(f"accelerator = {name} is not known: name one of {', '.join(map(str.lower, ACCELERATORS))}")
-    return peaks[name.lower()]
+def accelerator_named(name: str) -> Accelerator:
+    """The accelerator of this name, in any case. Raises UserError."""
+    known = {key.lower(): accelerator for key, accelerator in ACCELERATORS.items()}
+    if name.lower() not in known:
+        raise UserError(f"accelerator = {name} is not known: name one of {', '.join(known)}")
+    return known[name.lower()]
 
 
 def gpt3_rate(parameters: float) -> float:

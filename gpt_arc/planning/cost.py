@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,34 +12,56 @@ from gpt_arc.nn.head_loss import logits_at_once
 from gpt_arc.nn.names import Checkpointing
 from model import GPT, GPTConfig
 
-# Peak FLOPs per second of dense matrix products, from data sheets: (16-bit with float32 accumulation, float32).
+
+class Accelerator(NamedTuple):
+    """Peak FLOPs per second of dense matrix products, and what decides which types of numbers a GPU multiplies."""
+
+    half: float  # 16-bit, with float32 accumulation
+    tf32: float | None  # float32's where products in TF32 are computed in float32; None: not known
+    single: float  # float32
+    capability: tuple[int, int]  # compute capability; of AMD's, the NVIDIA generation's with the same types
+
+    @property
+    def native_dtype(self) -> str:
+        """The fastest type of 16 bits that it multiplies natively."""
+        return "bfloat16" if self.capability >= (8, 0) else "float16"
+
+    def peak(self, dtype: str) -> float | None:
+        """Returns the peak FLOPs per second of products in `dtype`; None if it isn't known."""
+        if dtype == "bfloat16" and self.native_dtype == "float16":
+            return None
+        return {"float32": self.single, "tf32": self.tf32}.get(dtype, self.half)
+
+
+# From NVIDIA's and AMD's data sheets, and for RTX from the white papers on the architectures; where a sheet states a
+# figure for sparse matrices alone, half of it. V100 and T4 have no TF32, and the MI250X's sheet has no figure for it.
 # Keys match whole words of the device's name; the first match counts.
 ACCELERATORS = {
-    "H200 NVL": (835e12, 60e12),
-    "H200": (989e12, 67e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H100": (989e12, 67e12),
-    "H800": (989e12, 67e12),
-    "H20": (148e12, 44e12),
-    "A100": (312e12, 19.5e12),
-    "A800": (312e12, 19.5e12),
-    "A40": (149.7e12, 37.4e12),
-    "L40S": (362e12, 91.6e12),
-    "L40": (181e12, 90.5e12),
-    "L4": (121e12, 30.3e12),
-    "A10": (125e12, 31.2e12),
-    "V100": (125e12, 15.7e12),
-    "T4": (65e12, 8.1e12),
-    "MI300X": (1307e12, 163.4e12),
-    "MI325X": (1307e12, 163.4e12),
-    "MI250X": (383e12, 95.7e12),
-    "RTX 5090": (209.5e12, 104.8e12),
-    "RTX 4090": (165.2e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12),
-    "GB200": (2500e12, 80e12),
-    "B200": (2250e12, 75e12),
-    "GH200": (989e12, 67e12),
+    "H200 NVL": Accelerator(835e12, 417.5e12, 60e12, (9, 0)),
+    "H200": Accelerator(989e12, 494.5e12, 67e12, (9, 0)),
+    "H100 NVL": Accelerator(835e12, 417.5e12, 60e12, (9, 0)),
+    "H100 PCIe": Accelerator(756e12, 378e12, 51e12, (9, 0)),
+    "H100": Accelerator(989e12, 494.5e12, 67e12, (9, 0)),
+    "H800": Accelerator(989e12, 494.5e12, 67e12, (9, 0)),
+    "H20": Accelerator(148e12, 74e12, 44e12, (9, 0)),
+    "A100": Accelerator(312e12, 156e12, 19.5e12, (8, 0)),
+    "A800": Accelerator(312e12, 156e12, 19.5e12, (8, 0)),
+    "A40": Accelerator(149.7e12, 74.8e12, 37.4e12, (8, 6)),
+    "L40S": Accelerator(362e12, 183e12, 91.6e12, (8, 9)),
+    "L40": Accelerator(181e12, 90.5e12, 90.5e12, (8, 9)),
+    "L4": Accelerator(121e12, 60e12, 30.3e12, (8, 9)),
+    "A10": Accelerator(125e12, 62.5e12, 31.2e12, (8, 6)),
+    "V100": Accelerator(125e12, 15.7e12, 15.7e12, (7, 0)),
+    "T4": Accelerator(65e12, 8.1e12, 8.1e12, (7, 5)),
+    "MI300X": Accelerator(1307e12, 653.7e12, 163.4e12, (8, 9)),
+    "MI325X": Accelerator(1307e12, 653.7e12, 163.4e12, (8, 9)),
+    "MI250X": Accelerator(383e12, None, 95.7e12, (8, 0)),
+    "RTX 5090": Accelerator(209.5e12, 104.8e12, 104.8e12, (12, 0)),
+    "RTX 4090": Accelerator(165.2e12, 82.6e12, 82.6e12, (8, 9)),
+    "RTX 3090": Accelerator(71e12, 35.6e12, 35.6e12, (8, 6)),
+    "GB200": Accelerator(2500e12, 1250e12, 80e12, (10, 0)),
+    "B200": Accelerator(2250e12, 1125e12, 75e12, (10, 0)),
+    "GH200": Accelerator(989e12, 494.5e12, 67e12, (9, 0)),
 }
 
 
@@ -171,9 +194,9 @@ def peak_flops(device: torch.device, name: str, dtype: str) -> float | None:
     if device.type == "cpu":
         return measured_flops(getattr(torch, dtype))
     if device.type == "cuda":
-        for accelerator, (half, single) in ACCELERATORS.items():
-            if re.search(rf"\b{accelerator}\b", name):
-                return {"float32": single, "tf32": half / 2}.get(dtype, half)
+        for key, accelerator in ACCELERATORS.items():
+            if re.search(rf"\b{key}\b", name):
+                return accelerator.peak(dtype)
     return None
 
 

@@ -21,10 +21,15 @@ from model import GPT
 COMPILE_PAYS_AFTER = 1200 * 300e9
 
 
+def check_graphs(setting: bool | str, devices: int, kind: str, is_gpu: bool) -> None:
+    """Raises UserError if the setting asks for CUDA graphs on anything except one GPU."""
+    if setting == "graphs" and (not is_gpu or devices > 1):
+        raise UserError(f"compile = graphs is for one GPU, not for {devices} x {kind}: use --compile=True")
+
+
 def resolve_compile(setting: bool | str, device: torch.device, flops: float) -> tuple[bool, str]:
     """Returns whether to compile, and why. `flops` counts the rest of the run. Raises UserError if graphs can't be."""
-    if setting == "graphs" and (device.type != "cuda" or WORLD_SIZE > 1):
-        raise UserError(f"compile = graphs is for one GPU, not for {WORLD_SIZE} x {device.type}: use --compile=True")
+    check_graphs(setting, WORLD_SIZE, device.type, device.type == "cuda")
     obstacle = unusable_cache() if setting else None
     if setting != "auto":
         if obstacle:

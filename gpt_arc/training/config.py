@@ -144,7 +144,7 @@ class TrainingConfig:
     residual: Literal["float32", "bfloat16"] = "float32"
     """Type of the residual stream. bfloat16 halves what norms and sums read and write, and rounds every sum."""
     flash_attention: Literal["2", "3", "4"] = "2"
-    """Version of flash attention on GPUs. 3 (for Hopper) and 4 (for Blackwell) need packages of their own."""
+    """Version of flash attention on GPUs. 3 (for Hopper) and 4 (for Hopper, Blackwell) need packages of their own."""
     float8: bool = False
     """Multiply the blocks' matrices in 8 bits, on GPUs from Hopper on. Needs torchao."""
     threads: Threads | Literal["auto"] = "auto"
@@ -207,8 +207,8 @@ class TrainingConfig:
             raise ValueError(f"replicas = {self.replicas} is for parallel = fsdp: under ddp each process has a replica")
         if self.offload_optimizer and self.optimizer == "muon":
             raise ValueError(
-                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: leave it "
-                "out, or set optimizer = adamw"
+                "offload_optimizer is for AdamW, since Muon's matrix products would take too long on a CPU: set "
+                "offload_optimizer = false, or optimizer = adamw"
             )
         if self.final_lr > self.learning_rate:
             raise ValueError(f"min_lr = {self.min_lr} lies above learning_rate = {self.learning_rate}")
@@ -319,9 +319,14 @@ class RunConfig:
             raise ValueError("overwrite needs out_dir: without it every run gets a new folder")
 
     @property
+    def planned_accelerator(self) -> str | None:
+        """The accelerator that a dry run plans for; None: this run's device."""
+        return self.accelerator if self.dry_run else None
+
+    @property
     def planned_devices(self) -> int | None:
         """How many accelerators a dry run plans for; None: this run's processes."""
-        return self.devices if self.dry_run and self.accelerator else None
+        return self.devices if self.planned_accelerator else None
 
     @property
     def resumes(self) -> bool:
@@ -441,6 +446,8 @@ DEPENDENCES = (
     Dependence(("mask_rate",), "attention", "bidirectional", lambda config: config.is_masked),
     Dependence(("muon_rate", "momentum"), "optimizer", "muon", lambda config: config.training.optimizer == "muon"),
     Dependence(("cooldown",), "schedule", "wsd", lambda config: config.training.schedule == "wsd"),
+    Dependence(("devices", "device_price"), "accelerator", "", lambda config: config.run.accelerator is not None),
+    Dependence(("accelerator", "device_mfu"), "dry_run", "true", lambda config: config.run.dry_run),
 )  # fmt: skip
 
 

@@ -3,11 +3,13 @@
 import torch
 from torch import nn
 
-from gpt_arc.device import device_name
 from gpt_arc.errors import UserError, first_line
 from gpt_arc.extras import install_command
 from gpt_arc.training.config import TrainingConfig
 from model import GPT
+
+# The first number of compute capabilities that a version works on, as torch/nn/attention/_fa3.py and _fa4.py have it.
+FLASH_ATTENTION = {"3": ((9,), "9, such as the H100"), "4": ((9, 10), "9 or 10, such as the H100 and the B200")}
 
 
 def choose_kernels(model: GPT, training: TrainingConfig) -> None:
@@ -28,12 +30,35 @@ def check_residual(training: TrainingConfig, dtype: str) -> None:
         )
 
 
-def check_float8(training: TrainingConfig, device: torch.device) -> None:
-    """Raises UserError if the device doesn't multiply in 8 bits."""
-    if training.float8 and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+def check_flash_attention(
+    training: TrainingConfig, dtype: str, capability: tuple[int, int] | None, device: str
+) -> None:
+    """Raises UserError if the version is for other GPUs than the `device`, or for other products.
+
+    `capability`: see `check_float8`.
+    """
+    version = training.flash_attention
+    if version == "2":
+        return
+    generations, examples = FLASH_ATTENTION[version]
+    if capability is None or capability[0] not in generations:
+        raise UserError(
+            f"flash_attention = {version} is for GPUs of compute capability {examples}, and the device is {device}: "
+            "use --flash_attention=2"
+        )
+    if dtype not in ("bfloat16", "float16"):
+        raise UserError(
+            f"flash_attention = {version} needs products in 16 bits, and these are in {dtype}: use --dtype=bfloat16 or "
+            "--flash_attention=2"
+        )
+
+
+def check_float8(training: TrainingConfig, capability: tuple[int, int] | None, device: str) -> None:
+    """Raises UserError if the `device`, of this compute capability, doesn't multiply in 8 bits. None: it is no GPU."""
+    if training.float8 and (capability is None or capability < (8, 9)):
         raise UserError(
             "float8 = true is for GPUs of compute capability 8.9 or more, such as the RTX 4090 and the H100, and the "
-            f"device is {device_name(device)}: use --float8=False"
+            f"device is {device}: use --float8=False"
         )
 
 

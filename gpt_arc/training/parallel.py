@@ -149,7 +149,9 @@ REPLICATED = Parallel()
 def check_divides(setting: str, count: int, devices: int | None = None) -> None:
     """Raises UserError unless `count` divides the number of processes, or of the `devices` that a dry run plans for."""
     if devices and devices % count:
-        raise UserError(f"{setting} = {count} does not divide devices = {devices}")
+        raise UserError(
+            f"{setting} = {count} does not divide devices = {devices}: plan for --devices={count}, or set {setting} = 1"
+        )
     if not devices and WORLD_SIZE % count:
         raise UserError(
             f"{setting} = {count} does not divide the number of processes, {WORLD_SIZE}: start {count} with torchrun "

@@ -21,5 +21,4 @@ def check_parallel(config: TrainingConfig, devices: int | None = None) -> None:
     """Raises UserError if the processes can't be divided as set. `devices`: see `check_divides`."""
     if config.parallel == "none" and WORLD_SIZE > 1:
         raise UserError(f'parallel = "none" is for one process, and torchrun started {WORLD_SIZE}: use ddp or fsdp')
-    if WORLD_SIZE > 1 or devices:
-        check_divides("replicas", config.replicas, devices)
+    check_divides("replicas", config.replicas, devices)

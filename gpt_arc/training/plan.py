@@ -19,11 +19,11 @@ from gpt_arc.data.masking import Masking, mask_token, sentence_marks
 from gpt_arc.data.next_sentence import SentencePairs, same_document
 from gpt_arc.data.order import MixtureOrder, TrainingOrder
 from gpt_arc.data.tokenizer import Tokenizer
-from gpt_arc.device import device_name, memory_of, resolve_dtype
+from gpt_arc.device import capability_of, device_name, memory_of, resolve_dtype
 from gpt_arc.distributed import IS_MAIN, LOCAL_RANK, WORLD_SIZE, say
 from gpt_arc.errors import UserError
 from gpt_arc.nn.meta import meta_device
-from gpt_arc.planning.budget import Hardware
+from gpt_arc.planning.budget import Hardware, accelerator_named
 from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.planning.layout import MEMORY, Layout
 from gpt_arc.reading import reading
@@ -31,10 +31,10 @@ from gpt_arc.settings import Natural, NonNegative
 from gpt_arc.tables import counted, duration, human
 from gpt_arc.training.checkpoints import ADVICE, CHECKED, load_state, state_file
 from gpt_arc.training.command_line import Launch, check_same_model
-from gpt_arc.training.compile import resolve_compile
+from gpt_arc.training.compile import check_graphs, resolve_compile
 from gpt_arc.training.config import Config
 from gpt_arc.training.expert_parallel import check_expert_processes
-from gpt_arc.training.kernels import check_float8, check_residual, choose_kernels
+from gpt_arc.training.kernels import check_flash_attention, check_float8, check_residual, choose_kernels
 from gpt_arc.training.log import trained
 from gpt_arc.training.offload import check_offload
 from gpt_arc.training.optim import check_same_optimizer
@@ -152,6 +152,9 @@ class Plan:
 def make_plan(launch: Launch, device: torch.device) -> Plan:
     """Open the data and the state of a resumed run, and resolve every "auto". Raises UserError."""
     config, state, progress = launch.config, None, Progress()
+    planned = config.run.planned_accelerator
+    if planned:
+        accelerator_named(planned)  # refused before anything is printed
     for prepares in (IS_MAIN, LOCAL_RANK == 0):  # other machines prepare what they don't find on the main one's disk
         if prepares and not config.run.dry_run:
             prepare_missing(config.data.sources)
@@ -197,7 +200,7 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         if corpus and corpus.fingerprint != state["data"]:
             say(f"the data of {', '.join(corpus.names)} differ from what the run has seen so far")
             progress.best_val_loss = math.inf  # losses on other texts don't compare
-        if state["runtime"]["device"] == device.type:
+        if state["runtime"]["device"] == ("cuda" if planned else device.type):
             dtype = state["runtime"]["dtype"] if dtype == "auto" else dtype
             compile_setting = state["runtime"].get("compile", False) if compile_setting == "auto" else compile_setting
             threads = state["runtime"].get("threads", torch.get_num_threads())
@@ -206,14 +209,8 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
             f"the warmup takes {counted(training.warmup_steps, 'step')} and the run has {training.max_iters:,}, so the "
             "learning rate never reaches its peak: --warmup=0.02 makes it 2% of the run"
         )
-    if config.run.accelerator:  # not this machine
-        dtype = "bfloat16" if dtype == "auto" else dtype
-    else:
-        dtype = resolve_dtype(dtype, device)
-        check_float8(training, device)
-    check_residual(training, dtype)
+    dtype = resolve_products(config, dtype, device)
     check_parallel(training, config.run.planned_devices)
-    check_offload(training, device)
     check_expert_processes(training.expert_processes, config.model.n_experts, dtype, config.run.planned_devices)
     check_tensor_processes(config, dtype)
     with meta_device():
@@ -221,10 +218,13 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
     steps_left = training.max_iters - progress.step
     flops_left = flops * config.sequences_per_step * block_size * steps_left
     compiled, why = False, "tensor_processes is set"
-    if training.tensor_processes == 1 or training.compile != "auto":
+    if planned:
+        check_graphs(compile_setting, config.run.devices, planned, is_gpu=True)
+    elif training.tensor_processes == 1 or training.compile != "auto":
         compiled, why = resolve_compile(compile_setting, device, flops_left)
     micro_steps, micro_batch = distributed.split_batch(config.sequences_per_step, config.data.batch_size)
-    torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
+    if not planned:
+        torch.set_num_threads(resolve_threads(config, threads, micro_batch, flops, device, dtype))
     return Plan(
         launch=launch,
         config=config,
@@ -239,6 +239,26 @@ def make_plan(launch: Launch, device: torch.device) -> Plan:
         micro_batch=micro_batch,
         flops_per_token=flops,
     )
+
+
+def resolve_products(config: Config, setting: str, device: torch.device) -> str:
+    """Returns the precision of matrix products by the setting of `dtype`.
+
+    Raises UserError if what is set is not for the device, or the accelerator that a dry run plans for.
+    """
+    training, planned = config.training, config.run.planned_accelerator
+    if planned:
+        accelerator = accelerator_named(planned)
+        dtype = accelerator.native_dtype if setting == "auto" else setting
+        capability, name = accelerator.capability, planned
+    else:
+        dtype = resolve_dtype(setting, device)
+        capability, name = capability_of(device), device_name(device)
+        check_offload(training, device)
+    check_float8(training, capability, name)
+    check_flash_attention(training, dtype, capability, name)
+    check_residual(training, dtype)
+    return dtype
 
 
 def least_vocabulary(config: Config, tokenizer: Tokenizer) -> int:
@@ -302,7 +322,7 @@ def rehearse(plan: Plan) -> tuple[GPT, Tokenizer | None]:
         check_out_dir(config.run.out_dir, config.run.overwrite or config.run.init_from == "auto")
     with meta_device():
         sketch = GPT(config.model)
-    if not config.run.accelerator:
+    if not config.run.planned_accelerator:
         choose_kernels(sketch, config.training)
     return sketch, tokenizer
 
@@ -312,6 +332,7 @@ def print_plan(plan: Plan) -> None:
     config, launch, block_size = plan.config, plan.launch, plan.config.model.block_size
     with meta_device():
         sketch = GPT(config.model)
+    run, planned = config.run, config.run.planned_accelerator
     if len(launch.files) > 1:
         say(f"settings       of {', then '.join(launch.files)}, which wins")
     if launch.adopted:
@@ -325,9 +346,9 @@ def print_plan(plan: Plan) -> None:
         pairs = ", and whether a text follows another" if config.model.next_sentence else ""
         say(f"objective      masked: {config.scored_share:.1%} of the tokens are predicted{pairs}")
     say(f"steps          {config.training.max_iters:,}")
-    run, flops = config.run, config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
-    if run.accelerator:
-        hardware = Hardware(run.accelerator, run.devices, run.device_mfu, run.device_price)
+    flops = config.training.max_iters * plan.tokens_per_step * plan.flops_per_token
+    if planned:
+        hardware = Hardware(planned, run.devices, run.device_mfu, run.device_price, plan.dtype)
         say(f"cost           {flops:.3g} FLOPs: {hardware.cost(flops)}")
     elif run.dry_run and (peak := peak_flops(plan.device, device_name(plan.device), plan.dtype)):
         seconds = flops / (WORLD_SIZE * peak * run.device_mfu)
@@ -340,27 +361,28 @@ def print_plan(plan: Plan) -> None:
     sharing = config.training.expert_processes, config.training.tensor_processes
     if config.training.parallel == "fsdp":
         layout = layout_of(plan, sketch)
-        memory = 0 if config.run.accelerator else sum(layout.memory.values())
+        memory = 0 if planned else sum(layout.memory.values())
         for line in layout.lines():
             say(line)
     else:
-        device = "cuda" if run.accelerator else plan.device.type
-        compiled = plan.compile and plan.device.type == device
+        device = "cuda" if planned else plan.device.type
         offloaded = config.training.offload_optimizer and device == "cuda"
         averaged = config.training.ema_decay is not None
         memory = memory_estimate(
-            sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, compiled, offloaded, averaged
+            sketch, plan.micro_batch, plan.dtype, device, checkpointing, *sharing, plan.compile, offloaded, averaged
         )
         beside = f", and {human(16 * sketch.num_parameters(), 'B')} of the CPU's for each" if offloaded else ""
         say(f"memory         about {human(memory, 'B')} on each device{beside}")
+    if config.training.offload_optimizer and plan.device.type == "cpu" and not planned:
+        say("settings       offload_optimizer has no effect on a CPU, whose memory holds the moments anyway")
     for line in doubts(plan, memory):
         say(f"warning        {line}")
     kind, foreign = nearest_architecture(config.model)
     if foreign and not (launch.imported or launch.resumed):
         flags = " ".join(f"--{name}={value}" for name, value in foreign.items())
         say(f"export         not to transformers, except as a {kind}: {flags}")
-    if run.accelerator:
-        say(f"device         {run.accelerator}, {plan.dtype}")
+    if planned:
+        say(f"device         {planned}, {plan.dtype}")
     else:
         compiled = "compiled" if plan.compile else "not compiled"
         say(f"device         {plan.device} ({device_name(plan.device)}), {plan.dtype}, {compiled}: {plan.why_compile}")
@@ -369,7 +391,7 @@ def print_plan(plan: Plan) -> None:
 def layout_of(plan: Plan, sketch: GPT) -> Layout:
     """How FSDP divides the model among the accelerators that a dry run names, or among this run's processes."""
     config, training, run = plan.config, plan.config.training, plan.config.run
-    accelerator, devices = (run.accelerator or "").lower(), run.devices if run.accelerator else WORLD_SIZE
+    accelerator, devices = (run.planned_accelerator or "").lower(), run.planned_devices or WORLD_SIZE
     return Layout(
         sketch, accelerator, devices, config.sequences_per_step, config.data.batch_size, plan.dtype,
         training.activation_checkpointing, training.reshard_after_forward, training.ema_decay is not None,
@@ -379,7 +401,7 @@ def layout_of(plan: Plan, sketch: GPT) -> Layout:
 
 def doubts(plan: Plan, memory: float) -> Iterator[str]:
     """Yields what in a plan is hardly meant, with the flags that mend it. `memory` in bytes is what a device needs."""
-    accelerator, steps = plan.config.run.accelerator, plan.config.training.max_iters
+    accelerator, steps = plan.config.run.planned_accelerator, plan.config.training.max_iters
     room = MEMORY.get(accelerator.lower()) if accelerator else memory_of(plan.device)
     if room and memory > room:
         less = ["a smaller model"]
@@ -388,7 +410,7 @@ def doubts(plan: Plan, memory: float) -> Iterator[str]:
         on_gpu = accelerator is not None or plan.device.type == "cuda"
         can_offload = on_gpu and plan.config.training.optimizer == "adamw"
         less += ["--offload_optimizer"] * (can_offload and not plan.config.training.offload_optimizer)
-        devices = plan.config.run.devices if accelerator else WORLD_SIZE
+        devices = plan.config.run.planned_devices or WORLD_SIZE
         less += ["--parallel=fsdp"] * (devices > 1 and plan.config.training.parallel != "fsdp")
         yield f"the {accelerator or 'device'} has {human(room, 'B')} of memory: {' or '.join(less)} takes less"
     tokens = len(plan.data.train) if plan.data else 0

@@ -8,7 +8,7 @@ from gpt_arc.planning.budget import (
     GPT3,
     Hardware,
     MixtureClaim,
-    accelerator_peak,
+    accelerator_named,
     gpt3_batch,
     gpt3_rate,
     nearest_shape,
@@ -24,9 +24,29 @@ def test_days_and_money_by_hand():
     assert cluster.days(flops) == pytest.approx(30)
     assert cluster.money(flops) == pytest.approx(1024 * 30 * 24 * 2)
     assert Hardware("h100", 1, 0.4).money(1e20) is None
-    assert accelerator_peak("a100") == 312e12
+    assert accelerator_named("a100").half == 312e12
     with pytest.raises(UserError, match="accelerator = h10 is not known: name one of h200"):
-        accelerator_peak("h10")
+        accelerator_named("h10")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("h100", "bfloat16", 989), ("h100", "float16", 989), ("h100", "tf32", 494.5), ("h100", "float32", 67),
+        ("a100", "tf32", 156), ("a100", "float32", 19.5),
+        ("v100", "float16", 125), ("v100", "tf32", 15.7), ("v100", "float32", 15.7),
+        ("t4", "float16", 65), ("t4", "tf32", 8.1), ("t4", "float32", 8.1),
+    ],
+)  # fmt: skip
+def test_days_are_those_of_the_precision(name, dtype, teraflops):
+    hardware = Hardware(name, 2, 0.5, dtype=dtype)
+    assert hardware.days(teraflops * 1e12 * 86_400) == pytest.approx(1)
+    assert hardware.cost(teraflops * 1e12 * 86_400) == f"1 days on 2 {name} at 50% of peak"
+
+
+def test_a_peak_that_is_not_known_is_not_guessed():
+    for name, dtype in (("v100", "bfloat16"), ("T4", "bfloat16"), ("mi250x", "tf32")):
+        assert Hardware(name, 1, 0.4, 2.0, dtype).cost(1e20) == f"the peak of the {name} in {dtype} isn't known"
 
 
 def test_rates_and_batches_are_gpt3_s_at_its_sizes_and_between_them_between():

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_arc.nn.meta import meta_device
-from gpt_arc.planning.cost import describe_parameters, flops_per_token, memory_estimate, peak_flops
+from gpt_arc.planning.cost import ACCELERATORS, describe_parameters, flops_per_token, memory_estimate, peak_flops
 from gpt_arc.tables import human
 from gpt_arc.training.log import Meter, MetricsLog, Utilization
 from model import GPT, GPTConfig
@@ -119,6 +119,12 @@ def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
     assert peak_flops(cuda, "NVIDIA H100 80GB HBM3", "float16") == 989e12
     assert peak_flops(cuda, "NVIDIA L40", "bfloat16") == 181e12
     assert peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "tf32") == 156e12
+    assert peak_flops(cuda, "NVIDIA A100-SXM4-80GB", "float32") == 19.5e12
+    assert peak_flops(cuda, "Tesla V100-SXM2-16GB", "float16") == 125e12
+    assert peak_flops(cuda, "Tesla V100-SXM2-16GB", "tf32") == 15.7e12
+    assert peak_flops(cuda, "Tesla T4", "bfloat16") is None  # which it emulates
+    assert peak_flops(cuda, "NVIDIA L40S", "tf32") == 183e12
+    assert peak_flops(cuda, "AMD Instinct MI300X", "tf32") == 653.7e12
     assert peak_flops(cuda, "NVIDIA GB200", "bfloat16") == 2500e12
     assert peak_flops(cuda, "NVIDIA H20", "bfloat16") == 148e12
     assert peak_flops(cuda, "NVIDIA GeForce RTX 5090", "bfloat16") == 209.5e12
@@ -126,6 +132,12 @@ def test_peak_flops_are_measured_on_a_cpu_and_known_for_some_gpus():
     assert peak_flops(cuda, "NVIDIA RTX A1000", "bfloat16") is None
     assert peak_flops(cuda, "Some GPU of 2031", "bfloat16") is None
     assert peak_flops(torch.device("mps"), "mps", "float32") is None
+
+
+def test_tf32_is_half_as_fast_as_16_bits_where_tensor_cores_have_it():
+    for name, accelerator in ACCELERATORS.items():
+        expected = accelerator.single if accelerator.capability < (8, 0) else accelerator.half / 2
+        assert accelerator.tf32 is None or accelerator.tf32 == pytest.approx(expected, rel=0.015), name
 
 
 def test_a_peak_measured_under_load_is_measured_again():

@@ -242,6 +242,9 @@ def test_a_contradiction_names_where_its_settings_were_set(workplace, flags, sta
         (["--mask_rate=0.3"], "attention = bidirectional"),
         (["--momentum=0.9"], "optimizer = muon"),
         (["--cooldown=0.5"], "schedule = wsd"),
+        (["--devices=4"], "accelerator"),
+        (["--device_price=2.5"], "accelerator"),
+        (["--device_mfu=0.5"], "dry_run = true"),
     ],
     ids=" ".join,
 )
@@ -253,6 +256,23 @@ def test_a_setting_without_effect_is_refused(workplace, flags, needed):
     others = (flag.removeprefix("--").replace("=", ' = "') + '"\n' for flag in flags[:-1])
     file = write(workplace / "idle.toml", "".join([*others, f"{name} = {value.lower()}\n"]))
     launch("sums.toml", file)  # for a flag or another file to go with
+
+
+def test_a_run_that_is_no_dry_run_is_planned_for_no_accelerator(workplace):
+    with pytest.raises(UserError, match="^--accelerator = h100 has no effect without dry_run = true: set it"):
+        launch("sums.toml", "--accelerator=h100")
+    file = write(workplace / "h100.toml", 'accelerator = "h100"\ndevices = 2\n')
+    run = launch("sums.toml", file).config.run
+    assert (run.planned_accelerator, run.planned_devices) == (None, None)
+    run = launch("sums.toml", file, "--dry_run=true").config.run
+    assert (run.planned_accelerator, run.planned_devices) == ("h100", 2)
+
+
+def test_muon_after_a_file_that_offloads_the_optimizer(workplace):
+    flags = "sums.toml", write(workplace / "offload.toml", "offload_optimizer = true"), "--optimizer=muon"
+    with pytest.raises(UserError, match="set offload_optimizer = false, or optimizer = adamw"):
+        launch(*flags)
+    assert launch(*flags, "--offload_optimizer=false").config.training.optimizer == "muon"
 
 
 def test_a_default_may_be_stated_where_it_has_no_effect(workplace):

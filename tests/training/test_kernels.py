@@ -1,18 +1,24 @@
 """The settings that choose how a model computes."""
 
 import dataclasses
+import itertools
 import sys
 from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
+from inspect import signature
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from gpt_arc.device import DTYPES
 from gpt_arc.errors import UserError
 from gpt_arc.training import compile as compiling
 from gpt_arc.training.compile import compile_in_place
 from gpt_arc.training.config import TrainingConfig
-from gpt_arc.training.kernels import check_float8, choose_kernels
+from gpt_arc.training.kernels import check_flash_attention, check_float8, choose_kernels
 from gpt_arc.training.optim import Updater
 from model import GPT, GPTConfig
 
@@ -113,13 +119,44 @@ def test_flash_attention_of_another_package(monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "works"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
-def test_float8_is_for_gpus_that_multiply_in_it(capability, works, monkeypatch):
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
-    monkeypatch.setattr("gpt_arc.training.kernels.device_name", lambda device: "this GPU")
-    training, gpu = TrainingConfig(float8=True), torch.device("cuda", 0)
+def test_float8_is_for_gpus_that_multiply_in_it(capability, works):
     with nullcontext() if works else pytest.raises(UserError, match="device is this GPU: use --float8=False"):
-        check_float8(training, gpu)
-    check_float8(TrainingConfig(), gpu)
+        check_float8(TrainingConfig(float8=True), capability, "this GPU")
+    check_float8(TrainingConfig(), capability, "this GPU")
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "dtype", "sentence"),
+    [
+        (
+            "3",
+            (8, 0),
+            "bfloat16",
+            "capability 9, such as the H100, and the device is this GPU: use --flash_attention=2",
+        ),
+        ("4", None, "bfloat16", "capability 9 or 10, such as the H100 and the B200, and the device is this GPU: use"),
+        ("4", (10, 0), "float32", "16 bits, and these are in float32: use --dtype=bfloat16 or --flash_attention=2"),
+    ],
+)
+def test_flash_attention_is_for_some_gpus_and_16_bits(version, capability, dtype, sentence):
+    with pytest.raises(UserError, match=f"^flash_attention = {version} .* {sentence}"):
+        check_flash_attention(TrainingConfig(flash_attention=version), dtype, capability, "this GPU")
+    check_flash_attention(TrainingConfig(), dtype, capability, "this GPU")
+
+
+@pytest.mark.parametrize("version", ["3", "4"])
+def test_torch_has_the_same_rule_for_flash_attention(version, monkeypatch):
+    """Its own functions say which devices and types a version takes."""
+    module, training = import_module(f"torch.nn.attention._fa{version}"), TrainingConfig(flash_attention=version)
+    obstacle = partial(getattr(module, f"_fa{version}_forward_support_error"), dropout_p=0.0, return_debug_mask=False)
+    absent = signature(obstacle).parameters.keys() - {"query", "key", "value", "dropout_p", "return_debug_mask"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for major, dtype in itertools.product((7, 8, 9, 10, 12), ("float32", "tf32", "bfloat16", "float16")):
+        monkeypatch.setattr(module, "_get_device_major", lambda device, major=major: major)
+        tensor = Mock(is_cuda=True, device="cuda", dtype=DTYPES[dtype], dim=lambda: 4)
+        refused = obstacle(query=tensor, key=tensor, value=tensor, **dict.fromkeys(absent))
+        with pytest.raises(UserError) if refused else nullcontext():
+            check_flash_attention(training, dtype, (major, 0), "this GPU")
 
 
 def test_float8_is_for_the_blocks_linear_layers(monkeypatch):

@@ -334,6 +334,9 @@ def test_impossible_divisions_are_refused(monkeypatch):
     parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=3), devices=6)
     with pytest.raises(UserError, match="replicas = 4 does not divide devices = 6"):
         parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=4), devices=6)
+    monkeypatch.setattr(parallel, "WORLD_SIZE", 1)
+    with pytest.raises(UserError, match="the number of processes, 1: start 2 with .*, or set replicas = 1"):
+        parallel_modes.check_parallel(dataclasses.replace(sharded, replicas=2))
     with pytest.raises(UserError, match="is for one process, and torchrun started 4"):
         parallel_modes.check_parallel(TrainingConfig(parallel="none"))
     with pytest.raises(ValueError, match="leave out expert_processes"):

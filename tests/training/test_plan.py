@@ -172,7 +172,7 @@ def test_a_dry_run_refuses_what_the_run_refuses(plan, stage_runner, tmp_path):
         "--out_dir=base": "resume it with --resume=base",
         "--out_dir=sums.toml/a/b": "a file is in the way",
         "--sample_start=€": "'€'",
-        "--flash_attention=3": "isn't available here; --flash_attention=2 needs no other package",
+        "--flash_attention=3": "is for GPUs of compute capability 9, such as the H100",
         "--float8": "is for GPUs of compute capability 8.9 or more",
         "--residual=bfloat16 --dtype=float32": "and these are in float32: use --dtype=bfloat16",
     }
@@ -197,6 +197,71 @@ def test_an_accelerator_s_plan_has_its_types(plan):
     flags = "--dry_run", "--accelerator=h100", "--residual=bfloat16"
     assert "\ndevice         h100, bfloat16\n" in plan(*flags, "--float8")
     assert "\ndevice         h100, tf32\n" in plan("--dry_run", "--accelerator=h100", "--dtype=tf32")
+    for name, dtype in (("v100", "float16"), ("T4", "float16"), ("a100", "bfloat16")):
+        assert f"\ndevice         {name}, {dtype}\n" in plan(f"--accelerator={name}")
+
+
+def test_the_days_of_an_accelerator_are_those_of_the_precision(plan):
+    """H100 SXM: 989 TFLOP/s in bfloat16 and 67 in float32; a V100 has no bfloat16."""
+    days = {
+        dtype: float(
+            re.search(r"FLOPs: (\S+) days", plan("--accelerator=h100", f"--dtype={dtype}", "--max_iters=10000"))[1]
+        )
+        for dtype in ("bfloat16", "float16", "tf32", "float32")
+    }
+    assert days["float16"] == days["bfloat16"]
+    assert days["tf32"] == pytest.approx(days["bfloat16"] * 2, rel=0.01)
+    assert days["float32"] == pytest.approx(days["bfloat16"] * 989 / 67, rel=0.01)
+    shown = plan("--accelerator=v100", "--dtype=bfloat16")
+    assert re.search(r"\ncost +\S+ FLOPs: the peak of the v100 in bfloat16 isn't known\n", shown)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--accelerator=a100 --float8", "float8 = true is for .* and the device is a100: use (--float8=False)"),
+        ("--accelerator=a100 --flash_attention=3", "flash_attention = 3 .* is a100: use (--flash_attention=2)"),
+        ("--accelerator=a100 --flash_attention=4", "flash_attention = 4 .* is a100: use (--flash_attention=2)"),
+        ("--accelerator=h100 --flash_attention=3 --dtype=float32", "are in float32: use (--dtype=bfloat16) or"),
+        ("--accelerator=h100 --compile=graphs --devices=4", "one GPU, not for 4 x h100: use (--compile=True)"),
+        ("--accelerator=h100 --parallel=fsdp --replicas=2", "devices = 1: plan for (--devices=2), or set replicas = 1"),
+    ],
+)
+def test_settings_are_judged_by_the_accelerator_that_a_dry_run_plans_for(plan, flags, sentence):
+    refused = plan(*flags.split())
+    assert refused.code == 2 and re.search(sentence, refused.message)
+    assert "\ndevice         " in plan(*flags.split(), re.search(sentence, refused.message)[1])
+
+
+@pytest.mark.parametrize("flag", ["--compile=graphs", "--flash_attention=3", "--flash_attention=4", "--float8"])
+def test_what_an_accelerator_has_is_not_looked_for_on_this_machine(plan, flag):
+    assert "\ndevice         h100, bfloat16\n" in plan("--accelerator=h100", flag)
+
+
+def test_an_unknown_accelerator_is_refused_before_a_line_of_the_plan(plan):
+    refused = plan("--accelerator=h1")
+    assert refused.code == 2 and "accelerator = h1 is not known: name one of h200" in refused.message
+    assert refused.output == ""
+
+
+def test_replicas_in_one_process_are_refused_with_a_mend(plan):
+    refused = plan("--parallel=fsdp", "--replicas=2")
+    assert refused.code == 2 and "replicas = 2 does not divide the number of processes, 1" in refused.message
+    assert "or set replicas = 1" in refused.message
+    assert "device         cpu" in plan("--parallel=fsdp", "--replicas=1")
+
+
+def test_a_plan_says_that_a_cpu_has_nothing_to_offload(plan):
+    line = "\nsettings       offload_optimizer has no effect on a CPU, whose memory holds the moments anyway\n"
+    assert line in plan("--offload_optimizer") and line not in plan()
+    assert line not in plan("--offload_optimizer", "--accelerator=h100")
+
+
+def test_a_cpu_run_that_is_planned_for_a_gpu_gets_the_gpu_s_type(plan, stage_runner):
+    stage_runner(train, "sums.toml", *TINY_FLAGS, "--out_dir=run", "--max_iters=1", "--warmup_iters=0")
+    for name, dtype in (("h100", "bfloat16"), ("t4", "float16")):
+        shown = stage_runner(train, "--resume=run", "--dry_run", f"--accelerator={name}")
+        assert f"\ndevice         {name}, {dtype}\n" in shown
 
 
 def test_a_flag_for_the_batch_replaces_the_other_one_in_a_file(plan, tmp_path):

@@ -324,11 +324,11 @@ def read_arguments(args: list[str], cls: type, description: str | None, example:
 def prepare(settings: StepBench, config: Config) -> TrainJob:
     """Returns our job on this machine and prints it. Raises UserError for a config that can't be measured."""
 
-    from gpt_arc.device import resolve_device, resolve_dtype
+    from gpt_arc.device import capability_of, device_name, resolve_device, resolve_dtype
     from gpt_arc.nn.meta import meta_device
     from gpt_arc.planning.cost import describe_parameters
     from gpt_arc.training.compile import resolve_compile
-    from gpt_arc.training.kernels import check_float8, check_residual
+    from gpt_arc.training.kernels import check_flash_attention, check_float8, check_residual
     from model import GPT
 
     if config.data.document_mask:
@@ -340,7 +340,9 @@ def prepare(settings: StepBench, config: Config) -> TrainJob:
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
     check_residual(config.training, dtype)
-    check_float8(config.training, device)
+    capability, name = capability_of(device), device_name(device)
+    check_float8(config.training, capability, name)
+    check_flash_attention(config.training, dtype, capability, name)
     compile = resolve_compile(config.training.compile, device, 0)[0]
     with meta_device():
         model = GPT(config.model)
