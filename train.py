@@ -122,8 +122,7 @@ class Run:
         with self.updater.averaged(), self.parallel.evaluating(self.model):
             hidden = plan.config.run.quiet or not IS_MAIN
             shown = tqdm(batches, "evaluating", count, leave=False, disable=hidden or None)
-            shown = self.until_a_signal(shown)
-            loss = mean_loss(self.model, shown, plan.device, plan.dtype, self.val_sentences)
+            loss = mean_loss(self.model, self.until_a_signal(shown), plan.device, plan.dtype, self.val_sentences)
         return None if self.stop.anywhere() else loss
 
     def until_a_signal(self, batches: Iterable[Batch]) -> Iterator[tuple[list[Tensor | None], float]]:

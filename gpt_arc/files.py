@@ -253,15 +253,15 @@ def name_failed_writes(path: Path, temporary: Path | None = None) -> Iterator[No
     """Runs the block, which writes to `path`, so that the error of a full disk names `path`.
 
     An OSError without a file name gets this one; in a name that begins with `temporary`, it replaces that part. Raises
-    OSError, without an errno if the cause is unknown, in place of what safetensors and torch.save raise.
+    OSError, without an errno if the cause is unknown, in place of what safetensors, torch.save and numpy raise.
     """
     try:
         yield
     except OSError as error:
-        name = str(path if error.filename is None else error.filename)
+        name, reason = str(path if error.filename is None else error.filename), str(error)
         error.filename = name if temporary is None else name.replace(str(temporary), str(path), 1)
         if error.strerror is None:  # numpy says only how much it wrote
-            raise OSError(None, f"the write failed: {error.args[0]}", error.filename) from None
+            raise OSError(None, f"the write failed: {reason}", error.filename) from None
         raise
     except Exception as error:
         if not _is_failed_write(error):

@@ -599,11 +599,8 @@ def test_a_run_whose_settings_are_lost_starts_another(workplace, run, content):
     run("--max_iters=4", "--out_dir=run")
     Path("run/run.json").write_text(content) if content else Path("run/run.json").unlink()
     refused = run("--resume=run", tiny=False)
-    assert (
-        refused.code == 2
-        and "run.json" in refused.message
-        and refused.message.endswith("--init_from=run starts another run from its weights\n")
-    )
+    assert refused.code == 2 and "run.json" in refused.message
+    assert refused.message.endswith("--init_from=run starts another run from its weights\n")
     assert "finished step 8" in run("--init_from=run", "--max_iters=8", "--out_dir=new")
 
 

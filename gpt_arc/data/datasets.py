@@ -205,13 +205,16 @@ class Split:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count as int64, fewer at the end of the dataset that contains `start`."""
-        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        part = self._part(start)
         return self.parts[part].read(start - int(self.bounds[part]), count)
 
     def dataset_of(self, start: int) -> range:
         """The places of the tokens of the dataset that contains `start`."""
-        part = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        part = self._part(start)
         return range(int(self.bounds[part]), int(self.bounds[part + 1]))
+
+    def _part(self, start: int) -> int:
+        return int(np.searchsorted(self.bounds, start, side="right")) - 1
 
     def training_order(self, block_size: int, seed: int) -> TrainingOrder | MixtureOrder:
         """The order of the training windows."""
