@@ -146,7 +146,7 @@ def test_the_command_of_a_message_works(run, line, more):
 CHATS = "prepare/text.py --input chats.jsonl --tokenizer=data/spelling --name=new"
 CLEAN = "prepare/decontaminate.py clean --input book.txt --words=3 --output=new.jsonl"
 TRAIN = f"train.py sums.toml {' '.join(TINY_FLAGS)} --out_dir=run"
-NANOGPT = "tools/from_nanogpt.py nanoGPT/out-shakespeare-char/ckpt.pt new"
+NANOGPT = "tools/from_nanogpt.py nanoGPT/out-shakespeare-char/ckpt.pt new --tokenizer=data/spelling"
 
 
 @pytest.mark.parametrize(
